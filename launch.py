@@ -1,0 +1,28 @@
+"""Composes runs with Hydra and hands them all to the launcher.
+
+python launch.py                          the main job on the embedded default
+python launch.py -m lora.rank=1,4,16,64   a sweep
+python launch.py --help                   the config groups and every key
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from sae_lora import composition, launcher
+
+points = composition.Points()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def compose(composed: DictConfig) -> float | None:
+    """Collects the point; runs it on the spot only for another Hydra launcher or sweeper."""
+    if composition.is_dispatched_by_hydra():
+        return launcher.run_now(composition.checked(composed))
+    points.add(composed)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(composition.main(compose, lambda: launcher.launch(points.checked())))

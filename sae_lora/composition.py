@@ -1,0 +1,132 @@
+"""Between Hydra and the launcher: points are collected, and errors become one clear message."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from sae_lora.config import Config, check, keys, typed, unknown_key
+from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.terminal import errors
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
+"""Hydra's own name for "show me the traceback", which users know."""
+
+
+class Points:
+    """The configs that one command composes, checked when all are there."""
+
+    def __init__(self) -> None:
+        self._composed: list[DictConfig] = []
+
+    def add(self, composed: DictConfig) -> None:
+        """Takes in one more point."""
+        self._composed.append(composed)
+
+    def checked(self) -> list[Config]:
+        """All points, typed.
+
+        Raises:
+            ConfigError: For the first that cannot work.
+        """
+        return [checked(composed) for composed in self._composed]
+
+
+def checked(composed: DictConfig) -> Config:
+    """One composed point, typed and checked.
+
+    Raises:
+        ConfigError: Where it cannot work.
+    """
+    config = typed(composed)
+    check(config)
+    return config
+
+
+def is_dispatched_by_hydra() -> bool:
+    """Whether the user chose another Hydra launcher, or a sweeper that needs each point's result."""
+    hydra = HydraConfig.get()
+    launcher, sweeper = hydra.launcher._target_, hydra.sweeper._target_
+    return not (
+        launcher.startswith("hydra._internal.core_plugins.basic_launcher")
+        and sweeper.startswith("hydra._internal.core_plugins.basic_sweeper")
+    )
+
+
+def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
+    """Composes, launches, and returns the exit code; what a user can mend is one message."""
+    full = os.environ.get(TRACEBACK_VARIABLE) == "1"
+    os.environ[TRACEBACK_VARIABLE] = "1"  # or Hydra prints errors itself and exits
+    try:
+        compose()
+        return launch()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if full:
+            traceback.print_exc()
+        errors.print(f"[red]error[/red]: {explanation(error)}", soft_wrap=True, markup=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on with what is not done")
+        return 130
+
+
+def explanation(error: BaseException) -> str:
+    """What the user did, in terms of fields and values, whichever library noticed it."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        allowed = f"one of {listed(error.options, 40)}"
+        return str(ConfigError(group, choice, allowed, nearest_name(choice, error.options)))
+    for link in _chain(error):
+        text = str(link)
+        if isinstance(link, ValidationError) and getattr(link, "full_key", None):
+            return _explain_type(str(link.full_key), text)
+        if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+            key = (match[1] or match[2]).split("@")[0]
+            if key not in keys():
+                value = _typed_value(key)
+                return str(unknown_key(key, value))
+    return str(error).splitlines()[0] + _hint(error)
+
+
+def _hint(error: BaseException) -> str:
+    lines = str(error).splitlines()[1:]
+    return "".join(f"\n  {line}" for line in lines if "HYDRA_FULL_ERROR" not in line)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    links = []
+    while error is not None:
+        links.append(error)
+        error = error.__cause__ or error.__context__
+    return links
+
+
+def _explain_type(key: str, text: str) -> str:
+    match = re.search(r"Value '(.*?)' of type|Invalid value '(.*?)',", text)
+    got = next((group for group in match.groups() if group is not None), "?") if match else "?"
+    kind = keys().get(key)
+    if members := getattr(kind, "__members__", None):
+        return str(ConfigError(key, got, f"one of {listed(members)}", nearest_name(got, members)))
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    names = [word for name, word in words.items() if name in str(kind)]
+    optional = " or null" if "None" in str(kind) else ""
+    return str(ConfigError(key, got, (names[0] if names else str(kind)) + optional))
+
+
+def _typed_value(key: str) -> str:
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.lstrip("+~").partition("=")
+        if name == key and equals:
+            return value
+    return "?"

@@ -1,0 +1,583 @@
+"""The shape of a run: one tree of dataclasses with names, types and units, and the checks across it.
+
+`conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a
+wrong type; `check` then rejects what no single type can: impossible values and combinations. Both
+happen before a model is loaded. `identity` is the hash that names a run.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from sae_lora.errors import ConfigError, listed, nearest_name
+
+
+class DType(enum.Enum):
+    """Floating-point formats a model can be held in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(enum.Enum):
+    """Where a run computes; `auto` takes the GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class SAEFamily(enum.Enum):
+    """Where an SAE comes from, which also settles what is known about it."""
+
+    tiny = "tiny"
+    gemma_scope = "gemma_scope"
+    llama_scope = "llama_scope"
+    registry = "registry"
+    disk = "disk"
+    identity = "identity"
+
+
+class TextSource(enum.Enum):
+    """Where text comes from."""
+
+    stdlib = "stdlib"
+    text_files = "text_files"
+    hub = "hub"
+
+
+class Schedule(enum.Enum):
+    """How the learning rate moves after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+
+
+class Reduction(enum.Enum):
+    """How the KL of a step becomes its loss: mean over tokens, or their sum per sequence."""
+
+    token_mean = "token_mean"
+    sequence_sum = "sequence_sum"
+
+
+class LauncherKind(enum.Enum):
+    """What runs the plan."""
+
+    local = "local"
+
+
+class TrackingMode(enum.Enum):
+    """How Weights & Biases is used."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class ModelConfig:
+    """The language model. It is frozen; the teacher is this model as it is."""
+
+    name: str = MISSING
+    """Hugging Face repository (`org/name`), a local folder, or `tiny` for the embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository; null is its default branch."""
+    dtype: DType = DType.float32
+    """Precision the weights are loaded in."""
+    middle_block: int = 0
+    """The block an SAE is put after when `layer.index` is null and the SAE does not say."""
+
+
+@dataclass
+class SAEChoice:
+    """One SAE that exists. The planner writes these; they are not for the command line."""
+
+    block: int = MISSING
+    """Block whose output (`resid_post`) the SAE replaces."""
+    release: str | None = None
+    """Registry release."""
+    id: str | None = None
+    """Registry id within the release."""
+    path: str | None = None
+    """Folder in sae-lens's format."""
+    width: int | None = None
+    """Number of latents, where known before loading."""
+    l0: float | None = None
+    """Mean active latents per token that the SAE's makers state."""
+
+
+@dataclass
+class SAEConfig:
+    """The sparse autoencoder. It is frozen. Everything is loaded through sae-lens."""
+
+    family: SAEFamily = MISSING
+    """Where it comes from: tiny, gemma_scope, llama_scope, registry, disk or identity."""
+    width: str | None = None
+    """Number of latents wanted: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
+    l0: float | None = None
+    """Sparsity wanted, in active latents per token. The nearest that exists is taken."""
+    release: str | None = None
+    """sae-lens registry release (family `registry`)."""
+    id: str | None = None
+    """sae-lens registry id within the release (family `registry`)."""
+    path: str | None = None
+    """Folder in sae-lens's format (family `disk`); `{block}` in it stands for the block's index."""
+    dtype: DType = DType.float32
+    """Precision of the SAE's weights and arithmetic."""
+    keep_special_tokens: bool | None = None
+    """Whether positions holding BOS or EOS keep their activation. Null takes the family's rule:
+    true for Gemma Scope, which was not trained on them; false otherwise."""
+    used: list[SAEChoice] = field(default_factory=list)
+    """What the request resolved to. Written by the planner."""
+
+
+@dataclass
+class LayerConfig:
+    """Where the SAE sits."""
+
+    index: Any = None
+    """A block's index or a list of them: the SAE replaces that block's output. Null is where the
+    SAE's own metadata says, or the model's `middle_block`."""
+
+
+@dataclass
+class LoRAConfig:
+    """The adapters. They are peft's, and the only weights that move."""
+
+    rank: int = 16
+    """Rank r of every adapter."""
+    alpha: float = 32.0
+    """Scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if rank-stabilised."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input while training."""
+    targets: Any = "all"
+    """Which matrices: all, attn, mlp, qv, one of q k v o gate up down, or a list of these."""
+    blocks: Any = "after"
+    """Which blocks: after (the first SAE), all, or a list of indices."""
+    rank_stabilised: bool = False
+    """Scale by alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
+
+
+@dataclass
+class DataConfig:
+    """Text, and how it becomes sequences."""
+
+    source: TextSource = MISSING
+    """stdlib (the embedded default), text_files or hub."""
+    name: str | None = None
+    """Hugging Face data set (`org/name`), for source `hub`."""
+    subset: str | None = None
+    """The data set's configuration name, where it has several."""
+    split: str = "train"
+    """The data set's split that text is read from."""
+    revision: str | None = None
+    """Branch, tag or commit of the data set."""
+    column: str = "text"
+    """The column that holds the text."""
+    streaming: bool = True
+    """Read the data set as a stream, rather than download it whole."""
+    shuffle_buffer: int = 10_000
+    """Documents in the buffer that a stream is shuffled in."""
+    files: Any = None
+    """Paths or glob patterns, for source `text_files`: .txt and other text, .jsonl, .jsonl.zst."""
+    context_length: int = 128
+    """Tokens per sequence, BOS included."""
+    validation_tokens: int = 32_768
+    """Held-out tokens that every evaluation reads."""
+    validation_share: float = 0.1
+    """Share of documents that are held out; the same documents for every run of the same data."""
+    seed: int = 42
+    """Order of the documents and of the training sequences."""
+    repeat: bool = False
+    """Go round again when the text ends before `train.train_tokens`; else that is an error."""
+    cache_dir: str = "~/.cache/sae_lora"
+    """Where tokenised text is kept. Does not change a result."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation."""
+
+    train_tokens: int = 400_000
+    """Tokens trained on."""
+    batch_size: int = 4
+    """Sequences per step."""
+    lr: float = 4e-3
+    """Peak learning rate of AdamW."""
+    schedule: Schedule = Schedule.linear
+    """constant, or linear: falling to zero at the end."""
+    warmup_share: float = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the adapters' gradient; null does not clip."""
+    kl_reduction: Reduction = Reduction.token_mean
+    """token_mean: nats per token. sequence_sum: summed over each sequence, as in the published code,
+    so that `grad_clip` binds in nearly every step."""
+    kl_chunk_tokens: int = 1024
+    """Tokens whose logits are held at once; changes memory, not the result."""
+    eval_every_tokens: int = 100_000
+    """Training tokens between two evaluations."""
+    eval_batch_size: int = 32
+    """Sequences per forward pass of an evaluation; changes memory, not the result."""
+    seed: int = 0
+    """The adapters' initial values and dropout."""
+    device: Device = Device.auto
+    """auto, cpu or cuda."""
+    dtype: DType = DType.float32
+    """Precision the forward and backward pass computes in. Adapters are always float32."""
+
+
+@dataclass
+class LauncherConfig:
+    """What runs the plan. Does not change a result."""
+
+    kind: LauncherKind = LauncherKind.local
+    """local: one run after another in this process."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    retry_failed: bool = False
+    """Run again what failed before."""
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. Does not change a result."""
+
+    mode: TrackingMode = TrackingMode.auto
+    """auto: online when logged in and the server answers, else offline."""
+    project: str = "sae_lora"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null is the account's default."""
+    finish_timeout_s: float = 30.0
+    """How long the end of a run may wait for uploads."""
+
+
+@dataclass
+class Config:
+    """One run, completely. What `config.yaml` in a run folder holds."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: str = "main"
+    """Name of the folder under `output_dir` that the runs of one sweep share."""
+    output_dir: str = "outputs"
+    """Folder that holds the sweeps. Does not change a result."""
+
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+TARGET_SETS: dict[str, tuple[str, ...]] = {
+    "all": MATRICES,
+    "attn": ("q", "k", "v", "o"),
+    "qkv": ("q", "k", "v"),
+    "qv": ("q", "v"),
+    "mlp": ("gate", "up", "down"),
+    **{matrix: (matrix,) for matrix in MATRICES},
+}
+"""Names a user may give in `lora.targets`, and the matrices each stands for."""
+
+
+def typed(composed: DictConfig) -> Config:
+    """The composed config as typed objects, interpolations resolved.
+
+    Raises:
+        ConfigError: For a key that the schema does not have (`+foo=1` gets past Hydra).
+    """
+    values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    _reject_unknown_keys(values, Config)
+    merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested values, enums as their names."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return typing.cast(dict[str, Any], plain)
+
+
+def load(text: str) -> Config:
+    """The config that `OmegaConf.to_yaml(as_dict(config))` came from."""
+    loaded = OmegaConf.create(text)
+    assert isinstance(loaded, DictConfig)
+    return typed(loaded)
+
+
+def keys(schema: type = Config, prefix: str = "") -> dict[str, typing.Any]:
+    """Every dotted key of the schema with its type; groups are included."""
+    found: dict[str, typing.Any] = {}
+    hints = typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        name = f"{prefix}{entry.name}"
+        found[name] = hints[entry.name]
+        if dataclasses.is_dataclass(hints[entry.name]):
+            found |= keys(typing.cast(type, hints[entry.name]), f"{name}.")
+    return found
+
+
+def _reject_unknown_keys(values: dict[Any, Any], schema: type, prefix: str = "") -> None:
+    hints = typing.get_type_hints(schema)
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_key(f"{prefix}{key}", value)
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _reject_unknown_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+
+
+def unknown_key(key: str, value: object) -> ConfigError:
+    """The error for a key that the schema does not have."""
+    known = keys()
+    group = key.rsplit(".", 1)[0] if "." in key else ""
+    siblings = [name for name in known if name.rpartition(".")[0] == group] or list(known)
+    nearest = nearest_name(key, siblings) or nearest_name(key, known)
+    error = ConfigError(key, value, f"no such key; there are {listed(siblings, 30)}", because=None)
+    if nearest is not None:
+        error.args = (f"{error.args[0]}\n  nearest valid: {nearest}=…",)
+    error.nearest = nearest
+    return error
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot work, from the values alone: nothing is read or loaded.
+
+    Raises:
+        ConfigError: Names the field, what it got, what it may be and the nearest valid value.
+    """
+    _check_ranges(config)
+    _check_names(config)
+    _check_indices("layer.index", config.layer.index, optional=True)
+    _check_sae_request(config.sae)
+    _check_data_request(config.data)
+    _check_budget(config)
+    target_matrices(config.lora.targets)
+    _check_blocks(config.lora.blocks)
+
+
+_POSITIVE = (
+    *("lora.rank", "lora.alpha", "data.context_length", "data.validation_tokens"),
+    *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
+    *("train.eval_every_tokens", "train.eval_batch_size", "train.kl_chunk_tokens"),
+    "tracking.finish_timeout_s",
+)
+_NOT_NEGATIVE = ("model.middle_block", "train.weight_decay", "train.seed", "data.seed")
+_SHARES = {"lora.dropout": 0.9, "train.warmup_share": 1.0, "data.validation_share": 0.9}
+_LEAST = {"data.context_length": 8, "data.validation_share": 0.001}
+
+
+def _value(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def _check_ranges(config: Config) -> None:
+    for key in _POSITIVE:
+        value = _value(config, key)
+        if not 0 < value < float("inf"):
+            whole = isinstance(value, int)
+            allowed = "a whole number above 0" if whole else "a finite number above 0"
+            raise ConfigError(key, value, allowed, nearest=1 if whole else None)
+    for key in _NOT_NEGATIVE:
+        value = _value(config, key)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(key, value, "a number that is not negative", nearest=0)
+    for key, most in _SHARES.items():
+        value = _value(config, key)
+        if not 0 <= value <= most:
+            raise ConfigError(
+                key, value, f"a share from 0 to {most:g}", nearest=0 if value < 0 else most
+            )
+    for key, least in _LEAST.items():
+        if _value(config, key) < least:
+            raise ConfigError(key, _value(config, key), f"at least {least:g}", nearest=least)
+    clip = config.train.grad_clip
+    if clip is not None and not clip > 0:
+        raise ConfigError("train.grad_clip", clip, "a number above 0, or null", nearest="null")
+    if config.sae.l0 is not None and not 0 < config.sae.l0 < float("inf"):
+        raise ConfigError("sae.l0", config.sae.l0, "active latents per token, above 0")
+
+
+def _check_names(config: Config) -> None:
+    for key, value in {"sweep": config.sweep, "output_dir": config.output_dir}.items():
+        if not value.strip():
+            raise ConfigError(key, value, "a folder's name", nearest="main")
+    if "/" in config.sweep or config.sweep in {".", ".."}:
+        raise ConfigError(
+            "sweep", config.sweep, "one folder name", nearest=config.sweep.strip("./").replace("/", "_")
+        )
+    if not config.model.name.strip():
+        raise ConfigError("model.name", config.model.name, "a repository, a folder, or tiny", "tiny")
+
+
+def _check_indices(key: str, value: object, *, optional: bool) -> None:
+    allowed = "a block's index or a list of them, such as 3 or [1,4]"
+    if value is None:
+        if optional:
+            return
+        raise ConfigError(key, value, allowed)
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise ConfigError(key, value, allowed)
+    for entry in entries:
+        if not isinstance(entry, int) or isinstance(entry, bool) or entry < 0:
+            raise ConfigError(key, value, allowed, nearest=0 if isinstance(entry, int) else None)
+    if len(set(entries)) < len(entries):
+        raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
+
+
+def _check_blocks(value: object) -> None:
+    if isinstance(value, str):
+        if value not in {"after", "all"}:
+            nearest = nearest_name(value, ["after", "all"]) or "after"
+            raise ConfigError("lora.blocks", value, "after, all, or a list of indices", nearest)
+        return
+    _check_indices("lora.blocks", value, optional=False)
+
+
+def target_matrices(targets: object) -> tuple[str, ...]:
+    """The matrices that `lora.targets` names, in their usual order.
+
+    Raises:
+        ConfigError: For a name that is not known.
+    """
+    names = targets if isinstance(targets, list) else [targets]
+    allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
+    for name in names:
+        if not isinstance(name, str) or name not in TARGET_SETS:
+            raise ConfigError("lora.targets", targets, allowed, nearest_name(str(name), TARGET_SETS))
+    if not names:
+        raise ConfigError("lora.targets", targets, allowed, "all")
+    wanted = {matrix for name in names for matrix in TARGET_SETS[name]}
+    return tuple(matrix for matrix in MATRICES if matrix in wanted)
+
+
+def listed_matrices(matrices: set[str]) -> str:
+    """The names in `lora.targets` that can be made of these matrices alone."""
+    return listed(name for name, needed in TARGET_SETS.items() if matrices.issuperset(needed))
+
+
+def latents(width: str) -> int:
+    """The number of latents that a width such as `16k`, `131k`, `1m` or `1024` means.
+
+    The `k` of SAE names is loose: 16k is 16,384, and 65k is 65,536. Powers of two win.
+
+    Raises:
+        ConfigError: When it is no width.
+    """
+    text = str(width).strip().lower()
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
+    digits = text[:-1] if factor > 1 else text
+    try:
+        number = float(digits) * factor
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < 1e9:
+        raise ConfigError("sae.width", width, "a number of latents, such as 16k, 131k or 1024")
+    if factor > 1:
+        for power in range(1, 31):
+            if 0.94 < number / 2**power <= 1:
+                return 2**power
+    return round(number)
+
+
+def _check_sae_request(sae: SAEConfig) -> None:
+    if sae.width is not None:
+        latents(sae.width)
+    match sae.family:
+        case SAEFamily.registry:
+            if sae.release is None:
+                raise ConfigError("sae.release", None, "a release of the sae-lens registry")
+        case SAEFamily.disk:
+            if sae.path is None:
+                raise ConfigError("sae.path", None, "a folder that holds cfg.json and the weights")
+        case _:
+            given = {"sae.release": sae.release, "sae.id": sae.id, "sae.path": sae.path}
+            for key, value in given.items():
+                if value is not None:
+                    family = "disk" if key == "sae.path" else "registry"
+                    raise ConfigError(
+                        key, value, f"null with sae={sae.family.name}; use sae={family} for it", "null"
+                    )
+
+
+def _check_data_request(data: DataConfig) -> None:
+    if data.source is TextSource.hub and data.name is None:
+        raise ConfigError("data.name", None, "a Hugging Face data set, such as org/name")
+    if data.source is TextSource.text_files and not data.files:
+        raise ConfigError("data.files", data.files, "a path or glob pattern, or a list of them")
+
+
+def _check_budget(config: Config) -> None:
+    step = config.train.batch_size * config.data.context_length
+    if config.train.train_tokens < step:
+        raise ConfigError(
+            "train.train_tokens",
+            config.train.train_tokens,
+            f"at least one step of {step} tokens (train.batch_size × data.context_length)",
+            nearest=step,
+        )
+    if config.data.validation_tokens < config.data.context_length:
+        raise ConfigError(
+            "data.validation_tokens",
+            config.data.validation_tokens,
+            f"at least one sequence of {config.data.context_length} tokens (data.context_length)",
+            nearest=config.data.context_length,
+        )
+
+
+_NOT_IDENTITY = {
+    "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
+    "model": ("middle_block",),
+    "sae": ("width", "l0", "release", "id", "path"),
+    "data": ("cache_dir",),
+    "train": ("device", "kl_chunk_tokens", "eval_batch_size"),
+}
+"""What cannot change a result, or is a request whose answer stands in `sae.used`."""
+
+
+def identity(config: Config) -> str:
+    """Eight hexadecimal digits that name what the run computes.
+
+    Equal for two configs whose results are the same by construction: where the runs are written,
+    what dispatches and tracks them, and how an SAE was asked for are left out.
+    """
+    values = as_dict(config)
+    for group, names in _NOT_IDENTITY.items():
+        part = values[group] if group else values
+        for name in names:
+            del part[name]
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def readable_name(config: Config) -> str:
+    """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
+    model = config.model.name.rstrip("/").split("/")[-1]
+    parts = [model, "l" + "+".join(str(choice.block) for choice in config.sae.used)]
+    if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
+        parts.append(f"w{config.sae.used[0].width}")
+        if config.sae.used[0].l0 is not None:
+            parts.append(f"l0_{config.sae.used[0].l0:g}")
+    parts.append(f"r{config.lora.rank}")
+    blocks, targets = config.lora.blocks, config.lora.targets
+    parts.append(blocks if isinstance(blocks, str) else "b" + "+".join(map(str, blocks)))
+    if targets != "all":
+        parts.append(targets if isinstance(targets, str) else "+".join(targets))
+    parts.append(f"s{config.train.seed}")
+    return "-".join(parts)

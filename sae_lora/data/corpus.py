@@ -1,0 +1,248 @@
+"""Training and validation sequences of one run, tokenised once and kept by what they are made of."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sae_lora import hub
+from sae_lora.config import DataConfig, TextSource
+from sae_lora.data.documents import (
+    Document,
+    file_documents,
+    files_matching,
+    hub_documents,
+    in_validation,
+    shuffled,
+    stdlib_documents,
+)
+from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
+from sae_lora.errors import ConfigError, UserError
+from sae_lora.records import as_json, write_atomically
+
+_FORMAT = 1
+
+
+class Progress(Protocol):
+    """Called with the sequences made and wanted, while a corpus is made."""
+
+    def __call__(self, done: int, total: int, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Packed sequences, training and validation disjoint by document."""
+
+    train: np.ndarray
+    """Token ids `[sequence, pos]`."""
+    validation: np.ndarray
+    """Token ids `[sequence, pos]`."""
+    special_ids: Tensor
+    """Ids of BOS and EOS, `[n]`."""
+    description: dict[str, Any]
+    """What identifies the text, for the record."""
+
+    def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """Training batches `[batch, pos]`; every pass over the text has an order of its own.
+
+        Args:
+            batch_size: Sequences per batch.
+            steps: Number of batches.
+            seed: Fixes the orders.
+        """
+        rng = np.random.default_rng(seed)
+        order = np.empty(0, dtype=np.int64)
+        for _ in range(steps):
+            while len(order) < batch_size:
+                order = np.concatenate([order, rng.permutation(len(self.train))])
+            rows, order = order[:batch_size], order[batch_size:]
+            yield torch.from_numpy(self.train[rows].astype(np.int64))
+
+    @property
+    def validation_tokens(self) -> Tensor:
+        """The held-out sequences `[sequence, pos]` as a tensor."""
+        return torch.from_numpy(self.validation.astype(np.int64))
+
+
+def load(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_sequences: int,
+    on_progress: Progress = lambda done, total: None,
+) -> Corpus:
+    """The corpus that the config describes, from the cache where it was made before.
+
+    Args:
+        config: Which text, and how it is cut.
+        tokenizer: The model's.
+        train_sequences: Training sequences that the run needs.
+        on_progress: Called with the sequences made and wanted, while the corpus is made.
+
+    Raises:
+        ConfigError: Where the text is too short for what is asked.
+        UserError: Where the text cannot be read.
+    """
+    convention = convention_of(tokenizer)
+    source = _describe_source(config)
+    wanted_validation = config.validation_tokens // config.context_length
+    recipe = {
+        "format": _FORMAT,
+        "source": source,
+        "tokenizer": _fingerprint(tokenizer),
+        "convention": convention._asdict(),
+        "context_length": config.context_length,
+        "validation_share": config.validation_share,
+        "seed": config.seed,
+        "train_sequences": train_sequences,
+        "validation_sequences": wanted_validation,
+    }
+    key = _digest(json.dumps(recipe, sort_keys=True))
+    folder = Path(config.cache_dir).expanduser() / "corpora" / key
+    if not (folder / "recipe.json").exists():
+        _make(config, tokenizer, recipe, convention, folder, on_progress)
+    train = np.load(folder / "train.npy", mmap_mode="r")
+    validation = np.load(folder / "validation.npy", mmap_mode="r")
+    _check_length(config, len(train), len(validation), train_sequences, wanted_validation)
+    special = {cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)}
+    return Corpus(
+        train=train,
+        validation=validation,
+        special_ids=torch.tensor(sorted(special - {None}), dtype=torch.long),  # pyright: ignore[reportArgumentType]
+        description=source
+        | {
+            "corpus": key,
+            "context_length": config.context_length,
+            "bos": convention.bos is not None,
+            "training_sequences": len(train),
+            "validation_sequences": len(validation),
+            "passes": round(train_sequences / len(train), 3),
+        },
+    )
+
+
+def _describe_source(config: DataConfig) -> dict[str, Any]:
+    match config.source:
+        case TextSource.stdlib:
+            texts = [f"{document.key}\n{_digest(document.text)}" for document in stdlib_documents()]
+            return {"source": "stdlib", "content": _digest("\n".join(texts))}
+        case TextSource.text_files:
+            patterns = config.files if isinstance(config.files, list) else [config.files]
+            files = files_matching(patterns)
+            contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            return {
+                "source": "text_files",
+                "files": len(files),
+                "column": config.column,
+                "content": _digest("\n".join(contents)),
+            }
+        case TextSource.hub:
+            return {
+                "source": "hub",
+                "name": config.name,
+                "subset": config.subset,
+                "split": config.split,
+                "column": config.column,
+                "revision": hub.dataset_commit(config.name or "", config.revision),
+                "shuffle_buffer": config.shuffle_buffer if config.streaming else None,
+            }
+        case _:
+            raise NotImplementedError(config.source)
+
+
+def _documents(config: DataConfig, recipe: dict[str, Any]) -> Iterator[Document]:
+    match config.source:
+        case TextSource.stdlib:
+            return shuffled(stdlib_documents(), config.seed)
+        case TextSource.text_files:
+            patterns = config.files if isinstance(config.files, list) else [config.files]
+            return shuffled(file_documents(files_matching(patterns), config.column), config.seed)
+        case TextSource.hub:
+            return hub_documents(dataclasses.replace(config, revision=recipe["source"]["revision"]))
+        case _:
+            raise NotImplementedError(config.source)
+
+
+def _make(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: dict[str, Any],
+    convention: Convention,
+    folder: Path,
+    on_progress: Progress,
+) -> None:
+    """Reads documents until both splits are full or the text ends; then the folder is there whole."""
+    train, validation = (
+        Packer(config.context_length, convention, len(tokenizer), recipe[f"{split}_sequences"])
+        for split in ("train", "validation")
+    )
+
+    def packer_of(document: Document) -> Packer:
+        held_out = in_validation(document.key, config.validation_share)
+        return validation if held_out else train
+
+    needed = (document for document in _documents(config, recipe) if not packer_of(document).full)
+    for document, tokens in tokenised(needed, tokenizer):
+        packer_of(document).add(tokens)
+        on_progress(len(train) + len(validation), (train.most or 0) + (validation.most or 0))
+        if train.full and validation.full:
+            break
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"data.cache_dir = {config.cache_dir!r}: {error.strerror}") from error
+    try:
+        np.save(beside / "train.npy", train.sequences)
+        np.save(beside / "validation.npy", validation.sequences)
+        write_atomically(beside / "recipe.json", as_json(recipe))
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_length(
+    config: DataConfig, train: int, validation: int, train_sequences: int, validation_sequences: int
+) -> None:
+    length = config.context_length
+    if validation < validation_sequences:
+        raise ConfigError(
+            "data.validation_tokens",
+            config.validation_tokens,
+            f"at most {validation * length}, all the held-out text there is"
+            " (data.validation_share holds out more)",
+            nearest=validation * length or None,
+        )
+    if train == 0 or (train < train_sequences and not config.repeat):
+        raise ConfigError(
+            "train.train_tokens",
+            train_sequences * length,
+            f"at most {train * length}, all the training text there is; "
+            "or data.repeat=true to go round again",
+            nearest=train * length or None,
+        )
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what the tokenizer does, not of where it came from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _digest(backend.to_str())
+    return _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,165 @@
+"""Where text comes from: each source is an iterator of `Document`s, and one rule splits them."""
+
+import glob
+import hashlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sae_lora import hub
+from sae_lora.config import DataConfig
+from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+
+
+class Document(NamedTuple):
+    """One text, and the key that decides which split it belongs to.
+
+    Args:
+        key: What identifies the document. Equal keys always land in the same split.
+        text: The text itself.
+    """
+
+    key: str
+    text: str
+
+
+def in_validation(key: str, share: float) -> bool:
+    """Whether the document with this key is held out.
+
+    The split depends on the key alone, not on the order of reading, the seed or the amount read,
+    so that no run can ever train on text that another run of the same data validates on.
+
+    Args:
+        key: The document's key.
+        share: Fraction of documents held out, between 0 and 1.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+# Not on every machine (Linux distributions split these off), generated, or tables rather than text.
+_STDLIB_LEFT_OUT = {
+    *("test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
+    *("site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config"),
+}
+_STDLIB_TABLES = {"html/entities.py", "stringprep.py", "turtle.py"}
+_STDLIB_MAX_BYTES = 400_000
+_STDLIB_MAX_NON_ASCII = 0.005
+
+
+def stdlib_documents() -> list[Document]:
+    """The Python standard library's own sources, the text of the embedded default.
+
+    Every machine that can run this project has them, so nothing is shipped or downloaded. The key
+    is the path relative to the library, which keeps the split stable between Python versions whose
+    texts differ a little.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        parts = {part.split("-")[0] for part in relative.parts[:-1]}
+        if parts & _STDLIB_LEFT_OUT or any(part in _STDLIB_LEFT_OUT for part in relative.parts):
+            continue
+        name = relative.as_posix()
+        if name in _STDLIB_TABLES or relative.name.startswith("_sysconfigdata"):
+            continue
+        if not 200 < path.stat().st_size < _STDLIB_MAX_BYTES:
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if sum(ord(character) > 127 for character in text) > _STDLIB_MAX_NON_ASCII * len(text):
+            continue
+        documents.append(Document(name, text))
+    return documents
+
+
+def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
+    """The documents in an order that depends on the seed and their keys alone."""
+    ordered = sorted(documents, key=lambda document: document.key)
+    random.Random(seed).shuffle(ordered)
+    return iter(ordered)
+
+
+def files_matching(patterns: Sequence[str]) -> list[Path]:
+    """The files that the paths or glob patterns name, in a fixed order.
+
+    Raises:
+        ConfigError: Where a pattern matches no file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        expanded = str(Path(pattern).expanduser())
+        files = {Path(match) for match in glob.glob(expanded, recursive=True)}  # noqa: PTH207 absolute patterns too
+        files = {path for path in files if path.is_file()}
+        if not files:
+            raise ConfigError("data.files", pattern, "a path or glob pattern that matches files")
+        found |= files
+    return sorted(found)
+
+
+_TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
+    """One document per text file, or per row of .jsonl (also .zst, .gz), .parquet and .csv files.
+
+    The key is the text itself, so that a text that stands twice is never in both splits.
+
+    Raises:
+        UserError: Where a file cannot be read or lacks the column.
+    """
+    for file in files:
+        kinds = [_TABULAR[end] for end in file.suffixes if end in _TABULAR]
+        if kinds:
+            yield from _rows(_local_table(kinds[-1], file), column, f"data.files = {str(file)!r}")
+        else:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"data.files = {str(file)!r} cannot be read as text: {error}") from error
+            yield Document(text, text)
+
+
+def _local_table(kind: str, file: Path) -> Iterable[dict[str, object]]:
+    import datasets  # takes a second to import, and most runs do without
+
+    return datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)  # pyright: ignore[reportReturnType]
+
+
+def hub_documents(config: DataConfig) -> Iterator[Document]:
+    """The rows of a Hugging Face data set, shuffled with the config's seed.
+
+    A stream is shuffled in a buffer and its shards; a downloaded data set as a whole.
+
+    Raises:
+        UserError: Where the data set cannot be found, fetched or read.
+    """
+    import datasets  # takes a second to import, and most runs do without
+
+    assert config.name is not None
+    datasets.utils.logging.disable_progress_bar()
+    with hub.explained("data.name", config.name):
+        rows = datasets.load_dataset(
+            config.name,
+            config.subset,
+            split=config.split,
+            revision=config.revision,
+            streaming=config.streaming,
+        )
+        if config.streaming:
+            rows = rows.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)  # pyright: ignore[reportCallIssue]
+        else:
+            rows = rows.shuffle(seed=config.seed)
+        yield from _rows(rows, config.column, f"data.name = {config.name!r}")  # pyright: ignore[reportArgumentType]
+
+
+def _rows(rows: Iterable[dict[str, object]], column: str, source: str) -> Iterator[Document]:
+    for row in rows:
+        if column not in row:
+            raise ConfigError(
+                "data.column", column, f"a column of {source}: {listed(row)}", nearest_name(column, row)
+            )
+        text = str(row[column])
+        yield Document(text, text)

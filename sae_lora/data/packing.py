@@ -1,0 +1,96 @@
+"""From documents to full sequences of tokens, with the model's own BOS convention."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple, cast
+
+import numpy as np
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sae_lora.data.documents import Document
+
+_DOCUMENTS_PER_CALL = 64
+
+
+class Convention(NamedTuple):
+    """How a model family wants its text laid out, as token ids.
+
+    Args:
+        bos: Put at the start of every sequence; `None` where the model does not use one.
+        separator: Put after every document; `None` joins documents without a mark.
+    """
+
+    bos: int | None
+    separator: int | None
+
+
+def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
+    """The convention that the tokenizer itself follows.
+
+    A tokenizer that begins an encoded text with BOS (Gemma, Llama) gets BOS at the start of every
+    sequence; one that does not (GPT-2, Pythia) gets none. EOS separates documents where it exists.
+    """
+    bos = cast(int | None, tokenizer.bos_token_id)
+    eos = cast(int | None, tokenizer.eos_token_id)
+    begins_with_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return Convention(bos if begins_with_bos else None, eos)
+
+
+def tokenised(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with its token ids, without special tokens; a batch of documents at a time."""
+    # The tokenizer warns of texts longer than the model's context; they are cut into sequences here.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    documents = iter(documents)
+    while batch := list(islice(documents, _DOCUMENTS_PER_CALL)):
+        texts = [document.text for document in batch]
+        yield from zip(batch, tokenizer(texts, add_special_tokens=False).input_ids, strict=True)
+
+
+class Packer:
+    """Cuts the documents it is given into full sequences; what is left at the end is dropped.
+
+    Args:
+        context_length: Tokens per sequence, BOS included.
+        convention: The special tokens to put in.
+        vocabulary: Number of token ids; settles the dtype.
+        most: Sequences wanted; `None` takes all.
+    """
+
+    def __init__(
+        self, context_length: int, convention: Convention, vocabulary: int, most: int | None
+    ) -> None:
+        self.context_length = context_length
+        self.most = most
+        self._head = [] if convention.bos is None else [convention.bos]
+        self._tail = [] if convention.separator is None else [convention.separator]
+        self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
+        self._pending: list[int] = []
+        self._sequences: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many sequences as wanted are there."""
+        return self.most is not None and len(self) >= self.most
+
+    def add(self, tokens: list[int]) -> None:
+        """Takes in one document's token ids, without special tokens."""
+        self._pending += tokens + self._tail
+        room = self.context_length - len(self._head)
+        start = 0
+        while len(self._pending) - start >= room and not self.full:
+            sequence = self._head + self._pending[start : start + room]
+            self._sequences.append(np.array(sequence, dtype=self._dtype))
+            start += room
+        del self._pending[:start]
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """The sequences so far, `[sequence, pos]`."""
+        empty = np.empty((0, self.context_length), dtype=self._dtype)
+        return np.stack(self._sequences) if self._sequences else empty

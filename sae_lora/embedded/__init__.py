@@ -1,0 +1,10 @@
+"""The embedded default: a small trained language model with SAEs, so that everything runs offline.
+
+`python -m sae_lora.embedded` made what lies in `artefacts/` and can make it again.
+"""
+
+from pathlib import Path
+
+ARTEFACTS = Path(__file__).parent / "artefacts"
+MODEL = ARTEFACTS / "model"
+SAES = ARTEFACTS / "saes"

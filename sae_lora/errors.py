@@ -1,0 +1,56 @@
+"""What a user can cause: one message that says what is wrong and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. Shown as one message, without a traceback."""
+
+
+class ConfigError(UserError):
+    """A config value that cannot work.
+
+    Args:
+        field: The dotted key, as typed on the command line.
+        got: The value found there.
+        allowed: What it may be, in words.
+        nearest: The closest valid value, where there is one.
+        because: Why this value cannot work, where `allowed` alone does not say it.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        got: object,
+        allowed: str,
+        nearest: object | None = None,
+        because: str | None = None,
+    ) -> None:
+        self.field = field
+        self.got = got
+        self.allowed = allowed
+        self.nearest = nearest
+        lines = [f"{field} = {shown(got)} cannot be used" + (f": {because}" if because else "")]
+        lines.append(f"  it may be: {allowed}")
+        if nearest is not None:
+            lines.append(f"  nearest valid: {field}={nearest}")
+        super().__init__("\n".join(lines))
+
+
+def shown(value: object) -> str:
+    """The value as a user would type it."""
+    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """The name closest in spelling, or `None` where nothing is close."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """The names in one line, cut after `most` of them."""
+    every = [str(name) for name in names]
+    rest = f", … ({len(every)} in all)" if len(every) > most else ""
+    return ", ".join(every[:most]) + rest

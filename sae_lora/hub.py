@@ -1,0 +1,109 @@
+"""Hugging Face trouble in one clear message, whatever library it came through."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+
+from sae_lora.errors import UserError
+
+
+@contextmanager
+def explained(field: str, name: str) -> Iterator[None]:
+    """Turns what loading from the hub can raise into a `UserError` that names the config field.
+
+    Args:
+        field: The config key that named the repository.
+        name: The repository.
+
+    Raises:
+        UserError: In place of the libraries' own errors; the original is its cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{field} = {name!r} cannot be loaded: {reason}") from error
+
+
+def _reason(error: BaseException) -> str | None:
+    """What happened, or `None` for an error that has nothing to do with fetching files.
+
+    Libraries wrap each other's errors, so the whole chain is looked at, the innermost and most
+    telling kind first.
+    """
+    chain = list(_chain(error))
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if has(hub.GatedRepoError):
+        return (
+            "the repository is gated. Accept its terms on its Hugging Face page, "
+            "then log in with `hf auth login`"
+        )
+    if has(hub.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if has(hub.RepositoryNotFoundError) or _names_missing_dataset(chain):
+        return "there is no such repository, or it is private and you are not logged in"
+    if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+        return (
+            "it is not in the local cache, and the hub cannot be reached (no network, or offline mode)"
+        )
+    if has(hub.RemoteEntryNotFoundError, hub.EntryNotFoundError):
+        return "the repository lacks a file that is needed; is it of the kind that the config says?"
+    if has(hub.HFValidationError):
+        return "that is neither a folder on this machine nor a repository's name (org/name)"
+    if has(SafetensorError) or _is_short_file(chain):
+        return "a downloaded file is damaged. Delete it from the Hugging Face cache and try again"
+    if has(requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) or any(
+        type(link).__module__.split(".")[0].startswith(("httpx", "httpcore")) for link in chain
+    ):
+        return "the hub cannot be reached, or the connection broke; check the network and try again"
+    if has(hub.HfHubHTTPError):
+        return f"the hub answered: {chain[-1]}"
+    if has(OSError) and any(_is_not_a_model(link) for link in chain):
+        return str(chain[0]).splitlines()[0]
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _names_missing_dataset(chain: list[BaseException]) -> bool:
+    return any(type(link).__name__ == "DatasetNotFoundError" for link in chain)
+
+
+def _is_short_file(chain: list[BaseException]) -> bool:
+    texts = " ".join(str(link) for link in chain).lower()
+    return "consistency check failed" in texts or "not a zip file" in texts or "incomplete" in texts
+
+
+def _is_not_a_model(error: BaseException) -> bool:
+    text = str(error)
+    return "does not appear to have a file named" in text or "is not a local folder" in text
+
+
+def dataset_commit(name: str, revision: str | None) -> str:
+    """The commit that a data set's revision stands for now; a commit stands for itself, offline too.
+
+    Raises:
+        UserError: Where the data set cannot be found or the hub cannot be asked.
+    """
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    with explained("data.name", name):
+        commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
+    assert commit is not None
+    return commit

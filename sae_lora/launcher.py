@@ -1,0 +1,164 @@
+"""The launcher: gets every point of a sweep at once, settles what each means, and runs what is left.
+
+Planning resolves each point to SAEs that exist, names it, and finds its folder; nothing is loaded.
+Dispatching is in this process, one run after another; submitit takes its place behind `launch`.
+"""
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from sae_lora.config import Config, as_dict, identity, readable_name
+from sae_lora.errors import UserError
+from sae_lora.records import RunFolder
+from sae_lora.report import comparison_table, run_table
+from sae_lora.terminal import console, errors
+
+
+class State(Enum):
+    """What the run folder says about a run."""
+
+    new = "new"
+    unfinished = "unfinished"
+    failed = "failed before"
+    done = "done"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of a plan: a config that is complete, and the folder it belongs to."""
+
+    config: Config
+    folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.folder.path.name
+
+    @property
+    def state(self) -> State:
+        """What the folder says now."""
+        if self.folder.is_finished:
+            return State.done
+        if self.folder.has_failed:
+            return State.failed
+        return State.unfinished if self.folder.config.exists() else State.new
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of one command, each once."""
+
+    runs: list[Run]
+    notes: list[str]
+    """What a person should know: the nearest SAE taken, the same point twice."""
+
+
+def plan(points: Sequence[Config]) -> Plan:
+    """Settles what the points mean.
+
+    Raises:
+        ConfigError: For a point that cannot work.
+        UserError: Where a model's config cannot be had.
+    """
+    # These bring torch and transformers in, which a wrong config need not wait for.
+    from sae_lora.models import read_dimensions
+    from sae_lora.saes.registry import resolve
+
+    runs: dict[Path, Run] = {}
+    notes: list[str] = []
+    for point in points:
+        dimensions = read_dimensions(point.model)
+        resolution = resolve(point, dimensions)
+        config = replace(point, sae=replace(point.sae, used=resolution.choices))
+        notes += [note for note in resolution.notes if note not in notes]
+        path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
+        if path in runs:
+            notes.append(f"{path.name} is named twice and runs once")
+        runs.setdefault(path, Run(config, RunFolder(path)))
+    return Plan(list(runs.values()), notes)
+
+
+def launch(points: Sequence[Config]) -> int:
+    """Plans the points and runs what is not done. Ends with a table.
+
+    Returns:
+        The process's exit code: 0 where every run of the plan is finished.
+
+    Raises:
+        UserError: Before anything runs, where a point cannot work.
+    """
+    planned = plan(points)
+    settings = points[0].launcher
+    for note in planned.notes:
+        console.print(f"note: {note}")
+    if settings.dry_run:
+        for run in planned.runs:
+            console.print(f"{run.state.value:>13}  {run.name}")
+        return 0
+    left = [run for run in planned.runs if run.state is not State.done]
+    failed = [run for run in left if run.state is State.failed]
+    if failed and not settings.retry_failed:
+        left = [run for run in left if run not in failed]
+    for run in left:
+        run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
+    for number, run in enumerate(left, start=1):
+        console.rule(f"run {number} of {len(left)}: {run.name}", align="left", style="dim")
+        _execute(run)
+    _conclude(planned, len(planned.runs) - len(left) - len(failed), settings.retry_failed)
+    return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def run_now(point: Config) -> float:
+    """Runs one point on the spot, for Hydra's own launchers and adaptive sweepers.
+
+    Returns:
+        The objective to minimise: the CE gap that is left, in nats per token.
+
+    Raises:
+        UserError: Where the point cannot work.
+    """
+    from sae_lora.run import execute
+
+    (run,) = plan([point]).runs
+    if run.state is not State.done:
+        run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
+        execute(run.config, run.folder)
+    return run.folder.read_summary()["ce_gap"]
+
+
+def _execute(run: Run) -> None:
+    """Runs it here. A failure is written down and shown; the next run goes on."""
+    from sae_lora.run import execute
+
+    try:
+        execute(run.config, run.folder)
+    except Exception as error:  # one failed run must not end the others; its cause is kept
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        run.folder.write_failure(message, traceback.format_exc())
+        errors.print(f"[red]failed[/red]: {message}", soft_wrap=True)
+
+
+def _conclude(planned: Plan, skipped: int, retried: bool) -> None:
+    """The table at the end, and where everything is."""
+    if skipped:
+        console.print(f"{skipped} of {len(planned.runs)} done before, not run again")
+    finished = [run for run in planned.runs if run.folder.is_finished]
+    if len(planned.runs) == 1 and finished:
+        summary = finished[0].folder.read_summary()
+        console.print(run_table(summary))
+        console.print(f"run folder  {finished[0].folder.path}", soft_wrap=True)
+        console.print(f"W&B run     {summary['tracked_at'] or 'none'}", soft_wrap=True)
+    elif finished:
+        console.print(comparison_table([run.folder for run in finished]))
+        console.print(f"run folders  {finished[0].folder.path.parent}", soft_wrap=True)
+    failed = [run for run in planned.runs if run.state is State.failed]
+    for run in failed:
+        errors.print(f"[red]failed[/red]: {run.name}: see {run.folder.failure}", soft_wrap=True)
+    if failed and not retried:
+        errors.print(f"{len(failed)} failed; launcher.retry_failed=true runs what failed again")

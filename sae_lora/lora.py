@@ -1,0 +1,190 @@
+"""The adapters, through peft: which matrices of which blocks, and off when the teacher speaks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from sae_lora.config import LoRAConfig, listed_matrices, target_matrices
+from sae_lora.errors import ConfigError
+from sae_lora.models import LanguageModel
+
+_ROLES: dict[str, frozenset[str]] = {
+    name: frozenset(roles.split())
+    for name, roles in {
+        # Llama, Gemma, Qwen, Mistral and most others
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "o_proj": "o",
+        "gate_proj": "gate",
+        "up_proj": "up",
+        "down_proj": "down",
+        # Phi-3
+        "qkv_proj": "q k v",
+        "gate_up_proj": "gate up",
+        # GPT-NeoX (Pythia)
+        "query_key_value": "q k v",
+        "attention.dense": "o",
+        "dense_h_to_4h": "up",
+        "dense_4h_to_h": "down",
+        # GPT-2
+        "c_attn": "q k v",
+        "attn.c_proj": "o",
+        "c_fc": "up",
+        "mlp.c_proj": "down",
+        # OPT
+        "out_proj": "o",
+        "fc1": "up",
+        "fc2": "down",
+    }.items()
+}
+"""What a matrix does, by the end of its name. Fused matrices do several things at once."""
+
+
+def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftModel:
+    """Puts fresh adapters into the model (B = 0: they change nothing yet).
+
+    Initial values come from torch's global random state.
+
+    Args:
+        model: The language model; changed in place.
+        config: Rank, scale and where.
+        first_sae: Block of the first SAE; `blocks=after` begins behind it.
+
+    Returns:
+        peft's view of the same model, for saving.
+
+    Raises:
+        ConfigError: Where the model has no such blocks or matrices.
+    """
+    blocks = adapted_blocks(config.blocks, first_sae, len(model.blocks))
+    return get_peft_model(
+        model.model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] peft takes fractions too
+            lora_dropout=config.dropout,
+            use_rslora=config.rank_stabilised,
+            target_modules=target_modules(model, blocks, config.targets),
+            bias="none",
+        ),
+    )  # pyright: ignore[reportReturnType]
+
+
+def adapted_blocks(blocks: object, first_sae: int, n_blocks: int) -> list[int]:
+    """The indices that `lora.blocks` stands for.
+
+    Raises:
+        ConfigError: For blocks that the model does not have, and where none is left.
+    """
+    if blocks == "all":
+        return list(range(n_blocks))
+    if blocks == "after":
+        after = list(range(first_sae + 1, n_blocks))
+        if not after:
+            raise ConfigError(
+                "lora.blocks",
+                blocks,
+                "all or a list of indices",
+                nearest="all",
+                because=f"the SAE is at block {first_sae}, the last one",
+            )
+        return after
+    assert isinstance(blocks, list)
+    beyond = [block for block in blocks if block >= n_blocks]
+    if beyond:
+        inside = [block for block in blocks if block < n_blocks] or [n_blocks - 1]
+        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", inside)
+    return sorted(blocks)
+
+
+def target_modules(model: LanguageModel, blocks: Sequence[int], targets: object) -> list[str]:
+    """Full names of the matrices to adapt.
+
+    Raises:
+        ConfigError: Where the architecture has none of the kind, or fuses it with others.
+    """
+    wanted = set(target_matrices(targets))
+    names = {id(module): name for name, module in model.model.named_modules()}
+    found: list[str] = []
+    roles_seen: set[str] = set()
+    for block in blocks:
+        for module in model.blocks[block].modules():
+            name = names[id(module)]
+            roles = _roles_of(name) if not isinstance(module, nn.ModuleList) else frozenset()
+            roles_seen |= roles
+            if roles and roles <= wanted:
+                found.append(name)
+            elif roles & wanted:
+                fused = "".join(matrix for matrix in ("q", "k", "v", "gate", "up") if matrix in roles)
+                raise ConfigError(
+                    "lora.targets",
+                    targets,
+                    "a set that takes all or none of them",
+                    nearest="qkv" if fused == "qkv" else "mlp",
+                    because=f"this model holds {fused} in one matrix ({name})",
+                )
+    if not found:
+        raise ConfigError(
+            "lora.targets", targets, listed_matrices(roles_seen), because="this model has no such matrix"
+        )
+    return found
+
+
+def _roles_of(name: str) -> frozenset[str]:
+    for end, roles in _ROLES.items():
+        if name == end or name.endswith(f".{end}"):
+            return roles
+    return frozenset()
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, inside the block only. Where there are none, as it is."""
+    enabled = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
+    ]
+    for layer in enabled:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)
+
+
+def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
+    """Switches the adapters' dropout on or off.
+
+    The rest of the model stays in evaluation mode: its own dropout (GPT-2 has some) would make
+    student and teacher differ for no reason.
+    """
+    for module in model.model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train(training)
+
+
+def trainable_weights(model: LanguageModel) -> list[nn.Parameter]:
+    """The adapters' weights: all that an optimiser may move."""
+    return [weight for weight in model.model.parameters() if weight.requires_grad]
+
+
+def save(adapters: PeftModel, folder: Path, base_model: str) -> None:
+    """Writes the adapters in peft's format, for `PeftModel.from_pretrained`.
+
+    Args:
+        adapters: What `attach` returned.
+        folder: Where.
+        base_model: Repository or folder of the model they belong to.
+    """
+    adapters.peft_config["default"].base_model_name_or_path = base_model
+    # No embedding is adapted; asked to find that out itself, peft would look the base model up online.
+    adapters.save_pretrained(str(folder), save_embedding_layers=False)

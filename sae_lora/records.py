@@ -1,0 +1,260 @@
+"""The run folder, the truth that every view is made from. Imports no torch.
+
+outputs/<sweep>/<name>-<hash>/
+    config.yaml     the resolved config, written first
+    curve.jsonl     one line per evaluation, appended and fsynced
+    summary.json    written last: its presence is what "finished" means
+    failure.json    instead, where the run failed
+    adapter/        the trained adapters in peft's format
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lora.errors import UserError
+
+SUMMARY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation on the held-out tokens. Cross-entropies and KL in nats per token."""
+
+    step: int
+    """Optimiser steps taken."""
+    tokens: int
+    """Tokens trained on."""
+    train_seconds: float
+    """Seconds spent training, evaluations left out."""
+    base_ce: float
+    """Cross-entropy of the plain model, the teacher."""
+    spliced_ce: float
+    """Cross-entropy with the SAE in place and no adapters."""
+    student_ce: float
+    """Cross-entropy with the SAE in place and the adapters on."""
+    ce_gap: float
+    """`student_ce − base_ce`; positive is worse."""
+    gap_closed: float | None
+    """`1 − ce_gap / initial_gap`, where 1 is a closed gap; null where there was no gap to close."""
+    kl: float
+    """KL(teacher ‖ student) over the whole vocabulary."""
+    top1_agreement: float
+    """Share of positions where teacher and student put the same token first."""
+    fvu: float
+    """Residual variance / total variance of the reconstruction, as the student's SAEs see it."""
+    l0: float
+    """Mean number of active latents per token, likewise; mean over SAEs if there are several."""
+    per_sae: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """`fvu` and `l0` of each SAE by hookpoint."""
+    train_loss: float | None = None
+    """Mean training KL since the last point, in nats per token; null before the first step."""
+    lr: float | None = None
+    """Learning rate of the last step."""
+    grad_norm: float | None = None
+    """Norm of the adapters' gradient in the last step, before clipping."""
+    tokens_per_second: float | None = None
+    """Training tokens per second since the last point."""
+
+
+def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
+    """`1 − (student − base) / (spliced − base)`, or `None` where the SAE opens no gap."""
+    initial_gap = spliced_ce - base_ce
+    return 1 - (student_ce - base_ce) / initial_gap if initial_gap > 0 else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run found and how: the schema of `summary.json`, version 1.
+
+    Fields are only ever added within a version. Cross-entropies and KL in nats per token, over the
+    same held-out tokens; definitions as in `CurvePoint`.
+    """
+
+    base_ce: float
+    spliced_ce: float
+    student_ce: float
+    initial_gap: float
+    """`spliced_ce − base_ce`."""
+    ce_gap: float
+    """`student_ce − base_ce`."""
+    gap_closed: float | None
+    """Null where `initial_gap ≤ 0`: there was no gap to close."""
+    kl: float
+    """KL(teacher ‖ student) after training."""
+    initial_kl: float
+    """The same before training: KL(teacher ‖ spliced)."""
+    top1_agreement: float
+    fvu: float
+    l0: float
+    """Measured on the held-out tokens; what the SAE's makers state is in `sae`."""
+    trainable_parameters: int
+    train_tokens: int
+    train_steps: int
+    train_seconds: float
+    """Seconds in training steps."""
+    total_seconds: float
+    """Seconds from the start of the run to its end, loading and evaluations included."""
+    validation_tokens: int
+    """Held-out tokens read by every evaluation."""
+    best_gap_closed: float | None
+    """The largest on the curve."""
+    model: dict[str, Any]
+    """Name, commit, dtype and parameter count."""
+    sae: list[dict[str, Any]]
+    """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0 and FVU, and
+    the SHA-256 of its weights."""
+    lora: dict[str, Any]
+    """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by."""
+    data: dict[str, Any]
+    """Source, revision or content hash, and how often the training text was gone through."""
+    environment: dict[str, Any]
+    """Python, package versions, device, threads, host, git commit."""
+    tracked_at: str | None
+    """Where W&B shows the run: an address, or the folder of an offline run."""
+    name: str
+    hash: str
+    version: int = SUMMARY_VERSION
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: `outputs/<sweep>/<name>-<hash>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.curve = path / "curve.jsonl"
+        self.summary = path / "summary.json"
+        self.failure = path / "failure.json"
+        self.adapter = path / "adapter"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended well."""
+        return self.summary.exists()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last attempt ended with an error."""
+        return self.failure.exists() and not self.is_finished
+
+    def write_config(self, text: str) -> None:
+        """Writes the resolved config, before anything else is there.
+
+        Raises:
+            UserError: Where the folder cannot be written, or holds another config.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config.exists():
+                write_atomically(self.config, text)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
+
+    def set_aside_unfinished(self) -> None:
+        """Keeps what an attempt that did not end has left, out of the way of the next one."""
+        left = [path for path in (self.curve, self.failure, self.adapter) if path.exists()]
+        if not left:
+            return
+        number = 1 + sum(1 for _ in self.path.glob("unfinished-*"))
+        aside = self.path / f"unfinished-{number}"
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+
+    def write_summary(self, summary: Summary) -> None:
+        """Writes the summary; from then on the run is finished."""
+        write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
+
+    def read_summary(self) -> dict[str, Any]:
+        """The summary as plain values."""
+        return json.loads(self.summary.read_text())
+
+    def write_failure(self, message: str, details: str) -> None:
+        """Records why the run ended early: one line, and the whole story."""
+        write_atomically(self.failure, as_json({"message": message, "details": details}))
+
+    def read_curve(self) -> list[CurvePoint]:
+        """The evaluations in order; a last line cut short by a crash is left out."""
+        return list(_points(self.curve)) if self.curve.exists() else []
+
+
+def _points(path: Path) -> Iterator[CurvePoint]:
+    known = {field.name for field in dataclasses.fields(CurvePoint)}
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            values = json.loads(line)
+            yield CurvePoint(**{key: values[key] for key in known & values.keys()})
+
+
+class CurveWriter:
+    """Appends points to `curve.jsonl`, each on the disk before the next line of code runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, point: CurvePoint) -> None:
+        """Adds one line."""
+        self._file.write(json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "CurveWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """Readable JSON; not-a-number is refused, because JSON has none."""
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its own name only when the block ends well."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes the file whole or not at all, also when the machine stops in the middle."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the folder's entries (a rename, say) last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""One run, built and connected: the only module that knows all the others."""
+
+import math
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import logging as transformers_logging
+from transformers import set_seed
+
+from sae_lora import distill, lora, models, tracking
+from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, readable_name
+from sae_lora.data import corpus
+from sae_lora.errors import ConfigError
+from sae_lora.metrics import Evaluator
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary, new_folder
+from sae_lora.saes import loading
+from sae_lora.terminal import Display
+
+
+def execute(config: Config, folder: RunFolder) -> Summary:
+    """Trains and evaluates what the config describes, and writes it into the folder.
+
+    Args:
+        config: A checked config whose SAEs are resolved.
+        folder: The run folder; its `config.yaml` is there already.
+
+    Raises:
+        UserError: For what the user can mend: files that cannot be fetched, text that is too short.
+    """
+    started = time.perf_counter()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    device = _device(config.train.device)
+    steps = math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
+    folder.set_aside_unfinished()
+
+    with Display() as show:
+        # Text and SAE first: whatever is wrong with them is known before the model is loaded.
+        show.stage(f"loading text ({config.data.source.name}) and SAE ({config.sae.family.name})")
+        tokenizer = models.load_tokenizer(config.model)
+        text = corpus.load(
+            config.data,
+            tokenizer,
+            steps * config.train.batch_size,
+            show.counter("tokenising", "sequences"),
+        )
+        show.end()
+        dimensions = models.read_dimensions(config.model)
+        loaded = [loading.load(config.sae, choice, dimensions, device) for choice in config.sae.used]
+        saes = {one.hookpoint: one.sae for one in loaded}
+
+        show.stage(f"loading model ({config.model.name}) on {device}")
+        model = models.load_model(config.model, config.train.dtype, device)
+        set_seed(config.train.seed)
+        adapters = lora.attach(model, config.lora, min(choice.block for choice in config.sae.used))
+        trainable = sum(weight.numel() for weight in lora.trainable_weights(model))
+        keeps = loading.keeps_special_tokens(config.sae)
+        evaluate = Evaluator(
+            model,
+            saes,
+            text.validation_tokens,
+            text.special_ids.to(device) if keeps else None,
+            config.train.eval_batch_size,
+            config.train.kl_chunk_tokens,
+        )
+
+        show.stage(f"training {trainable:,} LoRA weights on {config.train.train_tokens:,} tokens")
+        points: list[CurvePoint] = []
+        summary: Summary | None = None
+        tracker = tracking.start(config, readable_name(config), identity(config), folder.path)
+        try:
+            with CurveWriter(folder.curve) as curve:
+                for point in distill.distill(
+                    model,
+                    saes,
+                    text.batches(config.train.batch_size, steps, config.data.seed),
+                    evaluate,
+                    config.train,
+                    steps,
+                    _step_shower(show, config.train),
+                ):
+                    curve.append(point)
+                    points.append(point)
+                    tracker.log(point)
+                    show.point(point)
+            with new_folder(folder.adapter) as beside:
+                lora.save(adapters, beside, models.source(config.model))
+            summary = Summary(
+                name=readable_name(config),
+                hash=identity(config),
+                **_outcome(points),
+                trainable_parameters=trainable,
+                total_seconds=time.perf_counter() - started,
+                validation_tokens=text.validation.size,
+                model=_describe_model(config, model),
+                sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
+                lora=_describe_lora(config.lora),
+                data=text.description | {"special_tokens_kept": keeps},
+                environment=_describe_environment(device),
+                tracked_at=tracker.place,
+            )
+            folder.write_summary(summary)
+            return summary
+        finally:
+            tracker.finish(summary)
+
+
+def _device(wanted: Device) -> torch.device:
+    if wanted is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
+    return torch.device(wanted.name)
+
+
+def _step_shower(show: Display, config: TrainConfig) -> Callable[[distill.Progress], None]:
+    count = show.counter("training", "tokens")
+
+    def on_step(progress: distill.Progress) -> None:
+        if show.due():
+            count(progress.tokens, config.train_tokens, f"loss {progress.loss:.3f}")
+
+    return on_step
+
+
+def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
+    first, last = points[0], points[-1]
+    closed = [point.gap_closed for point in points if point.gap_closed is not None]
+    same = ("base_ce", "spliced_ce", "student_ce", "ce_gap", "gap_closed", "kl", "top1_agreement")
+    return {name: getattr(last, name) for name in (*same, "fvu", "l0", "train_seconds")} | {
+        "initial_gap": last.spliced_ce - last.base_ce,
+        "initial_kl": first.kl,
+        "best_gap_closed": max(closed, default=None),
+        "train_tokens": last.tokens,
+        "train_steps": last.step,
+    }
+
+
+def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, Any]:
+    return {
+        "name": config.model.name,
+        "revision": config.model.revision,
+        "commit": model.commit,
+        "class": type(model.model).__name__,
+        "blocks": len(model.blocks),
+        "loaded_as": config.model.dtype.name,
+        "computed_in": config.train.dtype.name,
+    }
+
+
+def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
+    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "scale": scale,
+        "dropout": config.dropout,
+        "targets": config.targets,
+        "blocks": config.blocks,
+    }
+
+
+_PACKAGES = ("torch", "transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
+
+
+def _describe_environment(device: torch.device) -> dict[str, Any]:
+    return {
+        "sae_lora": metadata.version("sae_lora"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that this code is at, marked where files differ from it; `None` outside git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: `registry` chooses one that exists, `loading` loads it through sae-lens."""

@@ -1,0 +1,134 @@
+"""SAEs through sae-lens, frozen, with what is known about them."""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor, nn
+
+from sae_lora import hub
+from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
+from sae_lora.embedded import SAES as EMBEDDED_SAES
+from sae_lora.errors import UserError
+from sae_lora.models import Dimensions, resid_post
+from sae_lora.saes.registry import check_fit, metadata_block
+from sae_lora.splice import Coder
+
+log = logging.getLogger(__name__)
+
+
+class IdentitySAE(nn.Module):
+    """Puts back exactly what it reads: the splice with no gap, for checks and controls."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The residual itself, `[..., d_model]`."""
+        return x
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The same again."""
+        return feature_acts
+
+
+@dataclass(frozen=True)
+class LoadedSAE:
+    """One SAE, ready to be spliced."""
+
+    hookpoint: str
+    """Where it sits."""
+    sae: Coder
+    """The SAE itself."""
+    description: dict[str, Any]
+    """What identifies it, for the record."""
+
+
+def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
+    """The chosen SAE on the device, frozen, checked against its own metadata.
+
+    Raises:
+        ConfigError: Where it was made for another block or another width.
+        UserError: Where its files are missing or damaged.
+    """
+    loaded = (
+        _Loaded(IdentitySAE(), {"d_in": model.d_model, "d_sae": model.d_model})
+        if config.family is SAEFamily.identity
+        else _through_sae_lens(config, choice, str(device))
+    )
+    name = choice.id or choice.path or "identity"
+    field = "sae.path" if choice.path else "sae.id"
+    says = metadata_block(loaded.values)
+    check_fit(says, loaded.values.get("d_in"), choice.block, model, field=field, name=name)
+    sae = loaded.sae.to(device).requires_grad_(False).eval()
+    processing = (loaded.values.get("metadata") or {}).get("model_from_pretrained_kwargs")
+    if processing:
+        log.warning(
+            "%s was trained on a model loaded with %s; here the model is as it is", name, processing
+        )
+    return LoadedSAE(
+        hookpoint=resid_post(choice.block),
+        sae=sae,  # pyright: ignore[reportArgumentType]
+        description={
+            "family": config.family.name,
+            "block": choice.block,
+            "hookpoint": resid_post(choice.block),
+            "release": choice.release,
+            "id": choice.id,
+            "path": choice.path,
+            "architecture": loaded.values.get("architecture", "identity"),
+            "width": loaded.values.get("d_sae"),
+            "stated_l0": choice.l0,
+            "dtype": config.dtype.name,
+            "sha256": _digest(sae),
+        },
+    )
+
+
+def keeps_special_tokens(config: SAEConfig) -> bool:
+    """Whether positions holding BOS or EOS keep their activation: as asked, or the family's rule."""
+    if config.keep_special_tokens is not None:
+        return config.keep_special_tokens
+    return config.family is SAEFamily.gemma_scope
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    sae: nn.Module
+    values: dict[str, Any]
+
+
+def _through_sae_lens(config: SAEConfig, choice: SAEChoice, device: str) -> _Loaded:
+    dtype = config.dtype.name
+    with _quiet():
+        if choice.release is not None and choice.id is not None:
+            with hub.explained("sae.release", choice.release):
+                sae = SAE.from_pretrained(choice.release, choice.id, device=device, dtype=dtype)
+        else:
+            path = choice.path or str(EMBEDDED_SAES / str(choice.id))
+            with hub.explained("sae.path", path):
+                try:
+                    sae = SAE.load_from_disk(path, device=device, dtype=dtype)
+                except (OSError, KeyError, RuntimeError) as error:
+                    raise UserError(f"sae.path = {path!r} cannot be loaded: {error}") from error
+    return _Loaded(sae, sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about how the SAE's model was loaded; `load` says that itself, once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*model_from_pretrained_kwargs.*")
+        yield
+
+
+def _digest(sae: nn.Module) -> str:
+    """SHA-256 of the weights as loaded, by name."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,358 @@
+"""Which SAE a request means, settled from tables and small config files before anything is loaded.
+
+Reads sae-lens's own table of pretrained SAEs as data: importing sae-lens takes seconds, and a sweep's
+plan should not.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, latents
+from sae_lora.embedded import SAES as EMBEDDED_SAES
+from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.models import EMBEDDED_NAME, Dimensions, block_of
+
+
+class Resolution(NamedTuple):
+    """What a request means.
+
+    Args:
+        choices: One SAE per block.
+        notes: A line for each point where what exists is not what was asked for.
+    """
+
+    choices: list[SAEChoice]
+    notes: list[str]
+
+
+def resolve(config: Config, model: Dimensions) -> Resolution:
+    """The SAEs that the config asks for, the nearest that exist.
+
+    Raises:
+        ConfigError: Where there is none, or it does not fit the model.
+        UserError: Where an SAE's files cannot be read.
+    """
+    sae = config.sae
+    match sae.family:
+        case SAEFamily.identity:
+            resolution = Resolution([SAEChoice(block=at) for at in _wanted_blocks(config)], [])
+        case SAEFamily.disk:
+            resolution = Resolution(_on_disk(config, model), [])
+        case SAEFamily.registry if sae.id is not None:
+            resolution = Resolution([_by_id(config)], [])
+        case SAEFamily.tiny:
+            if config.model.name != EMBEDDED_NAME:
+                raise ConfigError(
+                    "sae.family",
+                    "tiny",
+                    "an SAE of that model: gemma_scope, llama_scope, registry or disk",
+                    because=f"the tiny SAEs belong to model=tiny, not {config.model.name!r}",
+                )
+            resolution = _nearest_at_each_block(config, _embedded_candidates())
+        case SAEFamily.gemma_scope:
+            release = _gemma_scope_release(config.model)
+            resolution = _nearest_at_each_block(config, _release_candidates(release))
+        case SAEFamily.llama_scope:
+            resolution = _nearest_at_each_block(config, _llama_scope_candidates(config.model))
+        case SAEFamily.registry:
+            assert sae.release is not None
+            resolution = _nearest_at_each_block(config, _release_candidates(sae.release))
+        case _:
+            raise NotImplementedError(sae.family)
+    for choice in resolution.choices:
+        if not 0 <= choice.block < model.n_blocks:
+            last = model.n_blocks - 1
+            raise ConfigError(
+                "layer.index",
+                choice.block,
+                f"a block from 0 to {last} ({config.model.name} has {model.n_blocks})",
+                nearest=max(0, min(choice.block, last)),
+            )
+    return resolution
+
+
+def _wanted_blocks(config: Config) -> list[int]:
+    index = config.layer.index
+    if index is None:
+        return [config.model.middle_block]
+    return list(index) if isinstance(index, list) else [index]
+
+
+class _Candidate(NamedTuple):
+    """One SAE that exists, as far as its table tells."""
+
+    choice: SAEChoice
+    width: int
+    l0: float
+
+
+def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> Resolution:
+    choices, notes = [], []
+    for block in _wanted_blocks(config):
+        there = [candidate for candidate in candidates if candidate.choice.block == block]
+        if not there:
+            blocks = sorted({candidate.choice.block for candidate in candidates})
+            raise ConfigError(
+                "layer.index",
+                block,
+                f"a block that has such an SAE: {listed(blocks, 50)}",
+                nearest=min(blocks, key=lambda at: abs(at - block)) if blocks else None,
+            )
+        if config.sae.width is not None:
+            there = _nearest(there, lambda candidate: candidate.width, latents(config.sae.width))
+        if config.sae.l0 is not None:
+            there = _nearest(there, lambda candidate: candidate.l0, config.sae.l0)
+        widths = sorted({candidate.width for candidate in there})
+        if len(widths) > 1:
+            raise ConfigError("sae.width", None, f"one of {listed(widths)}", nearest=widths[0])
+        if len(there) > 1:
+            sparsities = sorted({candidate.l0 for candidate in there})
+            raise ConfigError("sae.l0", None, f"one of {listed(sparsities)}", nearest=sparsities[0])
+        found = there[0]
+        choices.append(found.choice)
+        asked = [(name, want, got) for name, want, got in _asked(config.sae, found) if want != got]
+        for name, want, got in asked:
+            notes.append(f"block {block}: {name} {want:g} does not exist; the nearest is {got:g}")
+    return Resolution(choices, notes)
+
+
+def _asked(sae: SAEConfig, found: _Candidate) -> Iterable[tuple[str, float, float]]:
+    if sae.width is not None:
+        yield "sae.width", latents(sae.width), found.width
+    if sae.l0 is not None:
+        yield "sae.l0", sae.l0, found.l0
+
+
+def _nearest(
+    candidates: Sequence[_Candidate], measure: Callable[[_Candidate], float], wanted: float
+) -> list[_Candidate]:
+    """Those whose measure is closest to what is wanted, by ratio."""
+
+    def distance(candidate: _Candidate) -> float:
+        value = measure(candidate)
+        return abs(math.log(value / wanted)) if value > 0 else math.inf
+
+    least = min(map(distance, candidates))
+    return [candidate for candidate in candidates if distance(candidate) == least]
+
+
+def _embedded_candidates() -> list[_Candidate]:
+    found = []
+    for folder in sorted(EMBEDDED_SAES.glob("block_*-width_*-l0_*")):
+        block, width, l0 = map(int, re.findall(r"\d+", folder.name.replace("l0_", "")))
+        choice = SAEChoice(block=block, id=folder.name, width=width, l0=float(l0))
+        found.append(_Candidate(choice, width, float(l0)))
+    return found
+
+
+@functools.cache
+def table() -> dict[str, dict[str, Any]]:
+    """sae-lens's table of pretrained SAEs: release → repo_id, model, saes."""
+    found = importlib.util.find_spec("sae_lens")
+    assert found is not None and found.submodule_search_locations is not None
+    path = Path(found.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(), Loader=loader)
+
+
+def _release(name: str) -> dict[str, Any]:
+    if name not in table():
+        raise ConfigError(
+            "sae.release",
+            name,
+            f"a release of sae-lens's table, of {len(table())}",
+            nearest=nearest_name(name, table()),
+        )
+    return table()[name]
+
+
+def _release_candidates(release: str) -> list[_Candidate]:
+    found = []
+    for entry in _release(release)["saes"]:
+        block, width = _block_in(entry["id"]), _width_in(entry["id"])
+        l0 = float(entry.get("l0") or 0)
+        if block is not None:
+            choice = SAEChoice(block=block, release=release, id=entry["id"], width=width, l0=l0 or None)
+            found.append(_Candidate(choice, width or 0, l0))
+    return found
+
+
+def _block_in(sae_id: str) -> int | None:
+    """The block that an id such as `layer_12/…`, `l12r_8x` or `blocks.12.hook_resid_post` names."""
+    hookpoint = re.match(r"blocks\.\d+\.hook_\w+?(?=__|$)", sae_id)
+    if hookpoint:
+        return block_of(hookpoint[0])
+    match = re.match(r"(?:resid_post_)?(?:layer_?|l)(\d+)", sae_id)
+    return int(match[1]) if match else None
+
+
+def _width_in(sae_id: str) -> int | None:
+    match = re.search(r"width_(\d+[km]?)", sae_id)
+    return latents(match[1]) if match else None
+
+
+def _gemma_scope_release(model: ModelConfig) -> str:
+    name = model.name.rstrip("/").split("/")[-1]
+    if match := re.fullmatch(r"gemma-2-(2b|9b|27b)(-it)?", name):
+        release = f"gemma-scope-{match[1]}-{'it' if match[2] else 'pt'}-res"
+    elif match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
+        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-res-all"
+    else:
+        release = ""
+    if release not in table():
+        raise ConfigError(
+            "sae.family",
+            "gemma_scope",
+            "with a model that it was made for: gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-2-9b-it, "
+            "gemma-3-270m, gemma-3-1b-pt, gemma-3-4b-pt, gemma-3-12b-pt, gemma-3-27b-pt (or their -it)",
+            because=f"model.name is {model.name!r}",
+        )
+    return release
+
+
+_LLAMA_SCOPE = {"llama_scope_lxr_8x": 32_768, "llama_scope_lxr_32x": 131_072}
+
+
+def _llama_scope_candidates(model: ModelConfig) -> list[_Candidate]:
+    expected = _release("llama_scope_lxr_8x")["model"].split("/")[-1]
+    if model.name.rstrip("/").split("/")[-1] != expected:
+        raise ConfigError(
+            "sae.family",
+            "llama_scope",
+            f"with the model it was made for, {expected}",
+            because=f"model.name is {model.name!r}",
+        )
+    found = []
+    for release, width in _LLAMA_SCOPE.items():
+        for candidate in _release_candidates(release):
+            candidate.choice.width = width
+            found.append(candidate._replace(width=width))
+    return found
+
+
+def _by_id(config: Config) -> SAEChoice:
+    """The one SAE that release and id name; its block is the id's, or the user's where it has none."""
+    sae, index = config.sae, config.layer.index
+    assert sae.release is not None and sae.id is not None
+    block = _block_in(sae.id)
+    width, l0 = _width_in(sae.id), None
+    if sae.release in table():
+        entries = {entry["id"]: entry for entry in table()[sae.release]["saes"]}
+        if sae.id not in entries:
+            raise ConfigError(
+                "sae.id",
+                sae.id,
+                f"an id of {sae.release}: {listed(entries, 6)}",
+                nearest=nearest_name(sae.id, entries),
+            )
+        l0 = entries[sae.id].get("l0")
+    elif "/" not in sae.release:
+        _release(sae.release)
+    if isinstance(index, list):
+        raise ConfigError("layer.index", index, "one block, where sae.id names one SAE", nearest=block)
+    if block is not None and index is not None and index != block:
+        raise ConfigError(
+            "layer.index", index, "the block that the SAE was trained on, or null", nearest=block
+        )
+    if block is None and index is None:
+        raise ConfigError(
+            "layer.index", None, f"the block of {sae.id!r}, whose id does not say it (loading checks it)"
+        )
+    return SAEChoice(block=at, release=sae.release, id=sae.id, width=width, l0=l0)
+
+
+def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
+    path = config.sae.path
+    assert path is not None
+    if config.layer.index is None and "{block}" not in path:
+        return [_read_folder(path, None, model)]
+    blocks = _wanted_blocks(config)
+    if len(blocks) > 1 and "{block}" not in path:
+        raise ConfigError(
+            "sae.path", path, "a path with {block} in it, where layer.index names several blocks"
+        )
+    return [_read_folder(path.replace("{block}", str(block)), block, model) for block in blocks]
+
+
+def _read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
+    """The SAE in a folder of sae-lens's format, checked against what its own cfg.json says."""
+    folder = Path(path).expanduser()
+    file = folder / "cfg.json"
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        near = nearest_name(folder.name, (entry.name for entry in _siblings(folder)))
+        raise ConfigError(
+            "sae.path",
+            path,
+            "a folder in sae-lens's format, with cfg.json and sae_weights.safetensors",
+            nearest=folder.parent / near if near else None,
+            because=f"{file}: {error.strerror}",
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"sae.path = {path!r} cannot be used: {file} is no JSON ({error})") from error
+    says = metadata_block(values)
+    check_fit(says, values.get("d_in"), block, model, field="sae.path", name=path)
+    at = says if block is None else block
+    if at is None:
+        raise ConfigError("layer.index", None, f"a block's index: {file} names no hook point")
+    metadata = values.get("metadata") or {}
+    return SAEChoice(
+        block=at,
+        path=str(folder.resolve()),
+        width=values.get("d_sae"),
+        l0=metadata.get("l0") or values.get("k"),
+    )
+
+
+def _siblings(folder: Path) -> list[Path]:
+    return list(folder.parent.iterdir()) if folder.parent.is_dir() else []
+
+
+def metadata_block(values: dict[str, Any]) -> int | None:
+    """The block that an SAE's own config says it was trained at; `None` where it does not say.
+
+    Args:
+        values: The config of sae-lens's format, of version 6 or before.
+
+    Raises:
+        ConfigError: For an SAE of another place than the residual stream.
+    """
+    hook = (values.get("metadata") or {}).get("hook_name") or values.get("hook_name")
+    if hook is None:
+        return None
+    block = block_of(hook)
+    if block is None:
+        raise ConfigError(
+            "sae", hook, "an SAE of the residual stream (hook_resid_post or hook_resid_pre)"
+        )
+    return block
+
+
+def check_fit(
+    says: int | None, d_in: int | None, block: int | None, model: Dimensions, *, field: str, name: str
+) -> None:
+    """Refuses an SAE that was trained at another block or on another width than it would be used.
+
+    Raises:
+        ConfigError: Names both.
+    """
+    if says is not None and block is not None and says != block:
+        raise ConfigError(
+            "layer.index", block, f"the block that {name} was trained on, or null", nearest=says
+        )
+    if d_in is not None and d_in != model.d_model:
+        raise ConfigError(
+            field,
+            name,
+            f"an SAE of residuals of width {model.d_model}, the model's",
+            because=f"it reads residuals of width {d_in}",
+        )

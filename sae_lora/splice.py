@@ -1,0 +1,93 @@
+"""An SAE in a model, exactly inside a `with` block."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sae_lora.models import LanguageModel
+
+
+class Coder(Protocol):
+    """What splicing asks of an SAE; every sae-lens SAE has it."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
+        ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
+        ...
+
+
+class Reading(NamedTuple):
+    """What one SAE saw and did in one forward pass, at the positions where it applied.
+
+    Args:
+        hookpoint: Where it sits.
+        resid: What it read, `[token, d_model]`.
+        latents: Its code, `[token, d_sae]`.
+        recon: What it put back, `[token, d_model]`.
+    """
+
+    hookpoint: str
+    resid: Tensor
+    latents: Tensor
+    recon: Tensor
+
+
+class Observer(Protocol):
+    """Called with a `Reading` each time a spliced SAE has been applied."""
+
+    def __call__(self, reading: Reading) -> None: ...
+
+
+@contextmanager
+def spliced(
+    model: LanguageModel,
+    saes: Mapping[str, Coder],
+    keep: Tensor | None = None,
+    observe: Observer | None = None,
+) -> Iterator[None]:
+    """The model with the SAEs' reconstructions in place of its activations, inside the block only.
+
+    Gradients flow through the SAEs. When the block is left, also by an exception, no hook remains.
+
+    Args:
+        model: The language model.
+        saes: SAE by hookpoint. Each reads what the ones before it have changed.
+        keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
+        observe: Called after each SAE, for measuring what it does.
+
+    Raises:
+        ConfigError: For a hookpoint that the model does not have.
+    """
+    with ExitStack() as hooks:
+        for hookpoint, sae in saes.items():
+            hook = _replacing(hookpoint, sae, keep, observe)
+            handle = model.module_at(hookpoint).register_forward_hook(hook)
+            hooks.callback(handle.remove)
+        yield
+
+
+def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observer | None) -> Any:
+    def hook(module: object, arguments: object, output: Any) -> Any:
+        # A block returns its residual stream, alone or as the first of a tuple.
+        resid: Tensor = output[0] if isinstance(output, tuple) else output
+        latents = sae.encode(resid)
+        recon = sae.decode(latents).to(resid.dtype)
+        if observe is not None:
+            applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
+            observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
+        if keep is not None:
+            recon = torch.where(keep[..., None], resid, recon)
+        return (recon, *output[1:]) if isinstance(output, tuple) else recon
+
+    return hook
+
+
+def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
+    """Positions `[batch, pos]` (true) whose token is one of the special ids `[n]`."""
+    return torch.isin(tokens, special_ids)

@@ -1,0 +1,97 @@
+"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from sae_lora.records import CurvePoint
+from sae_lora.report import percent
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+_REFRESH_S = 0.5
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        unit = task.fields["unit"]
+        return Text("" if rate is None else f"{rate:,.0f} {unit}/s", style="cyan")
+
+
+class Display:
+    """One run's stages, progress and points."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", style="green"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("ETA", style="dim"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._shown = 0.0
+
+    def stage(self, text: str) -> None:
+        """Says what is done next."""
+        console.print(text)
+
+    def counter(self, description: str, unit: str) -> Callable[..., None]:
+        """A bar that appears with the first call of `count(done, total, note)`."""
+
+        def count(done: int, total: int, note: str = "") -> None:
+            if self._task is None:
+                self._task = self._progress.add_task(description, total=total, unit=unit, note="")
+            self._progress.update(self._task, completed=done, total=total, note=note)
+            self._shown = time.monotonic()
+
+        return count
+
+    def due(self) -> bool:
+        """Whether the bar should be refreshed: reading a loss from a GPU is not free."""
+        return console.is_terminal and time.monotonic() - self._shown > _REFRESH_S
+
+    def end(self) -> None:
+        """Removes the bar."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def point(self, point: CurvePoint) -> None:
+        """Shows one evaluation as a line that stays."""
+        rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+        console.print(
+            f"  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+            f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
+        )
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
