@@ -1,0 +1,1 @@
+"""Closes the cross-entropy gap of SAEs spliced into language models, with LoRA adapters."""

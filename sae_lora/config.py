@@ -425,7 +425,7 @@ def _check_names(config: Config) -> None:
         raise ConfigError("model.name", config.model.name, "a repository, a folder, or tiny", "tiny")
 
 
-def _check_indices(key: str, value: object, *, optional: bool) -> None:
+def _check_indices(key: str, value: Any, *, optional: bool) -> None:
     allowed = "a block's index or a list of them, such as 3 or [1,4]"
     if value is None:
         if optional:
@@ -450,7 +450,7 @@ def _check_blocks(value: object) -> None:
     _check_indices("lora.blocks", value, optional=False)
 
 
-def target_matrices(targets: object) -> tuple[str, ...]:
+def target_matrices(targets: Any) -> tuple[str, ...]:
     """The matrices that `lora.targets` names, in their usual order.
 
     Raises:

@@ -262,7 +262,8 @@ def _by_id(config: Config) -> SAEChoice:
         raise ConfigError(
             "layer.index", index, "the block that the SAE was trained on, or null", nearest=block
         )
-    if block is None and index is None:
+    at = index if block is None else block
+    if at is None:
         raise ConfigError(
             "layer.index", None, f"the block of {sae.id!r}, whose id does not say it (loading checks it)"
         )
