@@ -1,6 +1,5 @@
 """The embedded language model: a small Llama trained on the Python standard library's sources."""
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -8,8 +7,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -50,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
-def new_model(vocabulary: int, bos: int, eos: int) -> LlamaForCausalLM:
+def new_model(vocabulary: int, bos: int | None, eos: int | None) -> LlamaForCausalLM:
     """An untrained Llama of 2M parameters: 8 blocks, d_model 128, tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(

@@ -1,0 +1,31 @@
+"""Makes the embedded default: `python -m sae_lora.embedded`, about an hour on two cores."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sae_lora.embedded import ARTEFACTS, recipe
+from sae_lora.embedded.language_model import Budget
+
+
+def main() -> None:
+    """Parses the command line and makes what it asks for."""
+    parser = argparse.ArgumentParser(prog="python -m sae_lora.embedded", description=__doc__)
+    parser.add_argument("--to", type=Path, default=ARTEFACTS, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="results depend on it in the last bits")
+    parser.add_argument("--model-tokens", type=int, default=Budget().tokens)
+    parser.add_argument("--sae-tokens", type=int, default=recipe.SAEBudget().tokens)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe.make(
+        arguments.to,
+        Budget(tokens=arguments.model_tokens),
+        recipe.SAEBudget(tokens=arguments.sae_tokens),
+        arguments.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

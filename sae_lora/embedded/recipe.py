@@ -1,0 +1,136 @@
+"""The recipe of the embedded default: tokenizer, language model, SAEs, all from the standard library.
+
+Deterministic given its seed, on one kind of machine with the same number of threads.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from sae_lora.config import DType, ModelConfig
+from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
+from sae_lora.data.packing import Packer, convention_of, tokenised
+from sae_lora.embedded import language_model
+from sae_lora.models import load_model, load_tokenizer
+from sae_lora.saes.training import TopKRequest, save, train_topk
+from sae_lora.terminal import console
+
+VOCABULARY = 2048
+CONTEXT_LENGTH = 128
+VALIDATION_SHARE = 0.1
+"""The default of `data.validation_share`: what is held out here is held out there."""
+
+BLOCKS = range(1, 7)
+SPARSITIES = (4, 8, 16, 32)
+WIDTHS = (256, 512, 2048, 4096)
+
+
+def requests() -> dict[str, TopKRequest]:
+    """The SAEs that ship: every sparsity at every block, and every width at block 3."""
+    wanted = [TopKRequest(block, 1024, k) for block in BLOCKS for k in SPARSITIES]
+    wanted += [TopKRequest(3, width, 8) for width in WIDTHS]
+    return {f"block_{one.block}-width_{one.width}-l0_{one.k}": one for one in wanted}
+
+
+class SAEBudget(NamedTuple):
+    """How long and how fast the SAEs are trained.
+
+    Args:
+        tokens: Training tokens of each SAE.
+        batch_tokens: Tokens per step.
+        buffer_tokens: Tokens that activations are shuffled among.
+        lr: Adam's learning rate.
+    """
+
+    tokens: int = 1_000_000
+    batch_tokens: int = 2_048
+    buffer_tokens: int = 65_536
+    lr: float = 2e-3
+
+
+def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
+    """Trains tokenizer and language model and writes them in transformers' format, in bfloat16."""
+    train, validation = _documents(seed)
+    tokenizer = language_model.train_tokenizer((document.text for document in train), VOCABULARY)
+    sequences, held_out = _packed(train, tokenizer), _packed(validation, tokenizer)
+    console.print(f"{len(sequences):,} training sequences of {CONTEXT_LENGTH} tokens")
+    set_seed(seed)
+    convention = convention_of(tokenizer)
+    model = language_model.new_model(VOCABULARY, convention.bos, convention.separator)
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % 100 == 0 or step == steps:
+            console.print(f"step {step:,} of {steps:,}  loss {loss:.3f} nats/token")
+
+    language_model.train(model, sequences, budget, seed, report)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    tokenizer.save_pretrained(folder)
+    ce = language_model.validation_ce(model.to(dtype=torch.float32), held_out)  # pyright: ignore[reportCallIssue]
+    console.print(f"held-out cross-entropy {ce:.4f} nats/token")
+
+
+def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) -> None:
+    """Trains the SAEs on the model's activations and writes them in sae-lens's format, in float16."""
+    config = ModelConfig(name=str(model_folder))
+    model = load_model(config, DType.float32, torch.device("cpu"))
+    sequences = _packed(_documents(seed)[0], load_tokenizer(config))
+    set_seed(seed)
+    trained = train_topk(
+        requests(),
+        model,
+        _batches(sequences, 64, seed),
+        tokens=budget.tokens,
+        batch_tokens=budget.batch_tokens,
+        buffer_tokens=budget.buffer_tokens,
+        lr=budget.lr,
+        metadata={
+            "model_name": "tiny",
+            "dataset_path": "the Python standard library",
+            "context_size": CONTEXT_LENGTH,
+            "prepend_bos": True,
+        },
+    )
+    for name, sae in trained.items():
+        save(sae, folder / name, torch.float16)
+
+
+def make(folder: Path, budget: language_model.Budget, sae_budget: SAEBudget, seed: int) -> None:
+    """Makes everything anew; the folder's old content is replaced at the end."""
+    beside = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(beside, ignore_errors=True)
+    make_model(beside / "model", budget, seed)
+    make_saes(beside / "saes", beside / "model", sae_budget, seed)
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+
+
+def _documents(seed: int) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and documents to hold out."""
+    train: list[Document] = []
+    validation: list[Document] = []
+    for document in shuffled(stdlib_documents(), seed):
+        held_out = in_validation(document.key, VALIDATION_SHARE)
+        (validation if held_out else train).append(document)
+    return train, validation
+
+
+def _packed(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    packer = Packer(CONTEXT_LENGTH, convention_of(tokenizer), len(tokenizer), most=None)
+    for _, tokens in tokenised(documents, tokenizer):
+        packer.add(tokens)
+    return packer.sequences
+
+
+def _batches(sequences: np.ndarray, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    for _ in count():
+        for rows in np.array_split(rng.permutation(len(sequences)), len(sequences) // batch_size):
+            yield torch.from_numpy(sequences[rows].astype(np.int64))

@@ -1,0 +1,117 @@
+"""SAEs of our own, through sae-lens's trainer, on activations of a Hugging Face model.
+
+Several SAEs train in lockstep on one pass of the model, whatever their blocks, widths and k.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from torch import Tensor
+
+from sae_lora.models import LanguageModel, resid_post
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice import Reading, spliced
+
+
+class TopKRequest(NamedTuple):
+    """One TopK SAE to train.
+
+    Args:
+        block: Block whose output it reconstructs.
+        width: Number of latents.
+        k: Latents active per token.
+    """
+
+    block: int
+    width: int
+    k: int
+
+
+@torch.no_grad()
+def activations(
+    model: LanguageModel, hookpoints: Iterable[str], batches: Iterable[Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`."""
+    controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
+    for tokens in batches:
+        seen: dict[str, Tensor] = {}
+
+        def keep(reading: Reading, seen: dict[str, Tensor] = seen) -> None:
+            seen[reading.hookpoint] = reading.resid
+
+        with spliced(model, controls, observe=keep):
+            model.hidden(tokens.to(model.device))
+        yield seen
+
+
+def train_topk(
+    requests: Mapping[str, TopKRequest],
+    model: LanguageModel,
+    batches: Iterable[Tensor],
+    *,
+    tokens: int,
+    batch_tokens: int,
+    buffer_tokens: int,
+    lr: float,
+    metadata: Mapping[str, Any],
+) -> dict[str, TrainingSAE[Any]]:
+    """Trains the SAEs together. Initial values and shuffling come from torch's global random state.
+
+    Args:
+        requests: What to train, by name.
+        model: The model whose activations they learn.
+        batches: Tokens `[batch, pos]`; must not end before `tokens` and the buffer are filled.
+        tokens: Tokens each SAE is trained on.
+        batch_tokens: Tokens per step.
+        buffer_tokens: Tokens that activations are shuffled among.
+        lr: Adam's learning rate, falling linearly to zero over the last third.
+        metadata: What to record about model and data in each SAE's own config.
+    """
+    hookpoints = {name: resid_post(request.block) for name, request in requests.items()}
+    saes: dict[str, TrainingSAE[Any]] = {
+        name: TopKTrainingSAE(
+            TopKTrainingSAEConfig(
+                d_in=model.config.hidden_size,
+                d_sae=request.width,
+                k=request.k,
+                device=str(model.device),
+                normalize_activations="expected_average_only_in",
+                metadata=SAEMetadata(hook_name=hookpoints[name], **metadata),
+            )
+        )
+        for name, request in requests.items()
+    }
+    distinct = sorted(set(hookpoints.values()))
+    steps = tokens // batch_tokens
+    trainer = MultiSAETrainer(
+        SAETrainerConfig(
+            total_training_samples=steps * batch_tokens,
+            train_batch_size_samples=batch_tokens,
+            lr=lr,
+            lr_end=0.0,
+            lr_warm_up_steps=steps // 20,
+            lr_decay_steps=steps // 3,
+            device=str(model.device),
+            n_batches_for_norm_estimate=8,
+            dead_feature_window=max(1, steps // 10),
+            feature_sampling_window=max(2, steps // 4),
+        ),
+        saes,  # pyright: ignore[reportArgumentType]
+        hookpoints,
+        multi_hook_concat_split_iter(
+            buffer_tokens, batch_tokens, activations(model, distinct, batches), distinct
+        ),
+    )
+    return trainer.fit()
+
+
+def save(sae: TrainingSAE[Any], folder: Path, dtype: torch.dtype) -> None:
+    """Writes the SAE for inference, in sae-lens's format."""
+    sae.to("cpu", dtype).save_inference_model(folder)
