@@ -1,0 +1,168 @@
+"""A Hugging Face hub on loopback: serves folders as repositories, enough for the real libraries.
+
+Not a stand-in for them: transformers, sae-lens and datasets talk to it over HTTP as to the real one.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """A running hub.
+
+    Args:
+        root: `models/<org>/<name>/` and `datasets/<org>/<name>/` below it are the repositories.
+        address: For `HF_ENDPOINT`.
+        gated: Repositories that answer 403.
+        truncated: Files (by name) that are cut in half on the way.
+        requests: Every request line so far.
+    """
+
+    root: Path
+    address: str = ""
+    gated: set[str] = field(default_factory=set)
+    truncated: set[str] = field(default_factory=set)
+    requests: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Hub]:
+    """Serves the folder until the block ends."""
+    hub = Hub(root)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            _answer(self, hub, with_body=True)
+
+        def do_HEAD(self) -> None:
+            _answer(self, hub, with_body=False)
+
+        def do_POST(self) -> None:
+            _answer(self, hub, with_body=True)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> None:
+    path = unquote(urlsplit(request.path).path)
+    hub.requests.append(f"{request.command} {path}")
+    body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path):
+        kind, repo, action, rest = match.groups()
+        folder = hub.root / kind / repo
+        if _refused(request, hub, folder, repo):
+            return
+        match action:
+            case "tree":
+                below = rest.partition("/")[2]
+                if not (folder / below).is_dir():
+                    return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
+                return _send_json(request, _entries(folder, folder / below), with_body)
+            case "paths-info":
+                wanted = json.loads(body)["paths"]
+                files = [folder / name for name in wanted if (folder / name).exists()]
+                return _send_json(request, [_entry(folder, file) for file in files], with_body)
+            case _:
+                siblings = [{"rfilename": entry["path"]} for entry in _entries(folder, folder)]
+                info = {"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+                return _send_json(request, info | {"lastModified": "2026-01-01T00:00:00.000Z"}, with_body)
+    if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        kind, repo, _revision, name = match.groups()
+        folder = hub.root / ("datasets" if kind else "models") / repo
+        if _refused(request, hub, folder, repo):
+            return None
+        if not (folder / name).is_file():
+            return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
+        return _send_file(request, hub, folder / name, with_body)
+    return _send_error(request, HTTPStatus.NOT_FOUND, "RepoNotFound")
+
+
+def _refused(request: BaseHTTPRequestHandler, hub: Hub, folder: Path, repo: str) -> bool:
+    if repo in hub.gated:
+        _send_error(request, HTTPStatus.FORBIDDEN, "GatedRepo")
+        return True
+    if not folder.is_dir():
+        _send_error(request, HTTPStatus.UNAUTHORIZED, "RepoNotFound")
+        return True
+    return False
+
+
+def _entries(root: Path, folder: Path) -> list[dict[str, Any]]:
+    return [_entry(root, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _entry(root: Path, path: Path) -> dict[str, Any]:
+    kind = "file" if path.is_file() else "directory"
+    oid = hashlib.sha1(str(path).encode()).hexdigest()
+    size = path.stat().st_size if path.is_file() else 0
+    return {"type": kind, "path": path.relative_to(root).as_posix(), "size": size, "oid": oid}
+
+
+def _send_json(request: BaseHTTPRequestHandler, value: Any, with_body: bool) -> None:
+    content = json.dumps(value).encode()
+    request.send_response(HTTPStatus.OK)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    if with_body:
+        request.wfile.write(content)
+
+
+def _send_error(request: BaseHTTPRequestHandler, status: HTTPStatus, code: str) -> None:
+    request.send_response(status)
+    request.send_header("X-Error-Code", code)
+    request.send_header("X-Error-Message", f"{code} on the tests' hub")
+    request.send_header("Content-Length", "0")
+    request.end_headers()
+
+
+def _send_file(request: BaseHTTPRequestHandler, hub: Hub, path: Path, with_body: bool) -> None:
+    content = path.read_bytes()
+    etag = hashlib.sha256(content).hexdigest()
+    size = len(content)
+    start, end = 0, size - 1
+    if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or ""):
+        start, end = int(match[1]), min(int(match[2] or size - 1), size - 1)
+        request.send_response(HTTPStatus.PARTIAL_CONTENT)
+        request.send_header("Content-Range", f"bytes {start}-{end}/{size}")
+    else:
+        request.send_response(HTTPStatus.OK)
+    request.send_header("ETag", f'"{etag}"')
+    request.send_header("X-Repo-Commit", COMMIT)
+    request.send_header("Accept-Ranges", "bytes")
+    request.send_header("Content-Length", str(end - start + 1))
+    request.end_headers()
+    if with_body:
+        part = content[start : end + 1]
+        if path.name in hub.truncated:
+            request.wfile.write(part[: len(part) // 2])
+            request.close_connection = True
+        else:
+            request.wfile.write(part)

@@ -1,0 +1,130 @@
+"""The adapters: where they go, that fresh ones change nothing, that they can be switched off."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from sae_lora import lora
+from sae_lora.config import LoRAConfig
+from sae_lora.errors import ConfigError
+from sae_lora.models import LanguageModel
+from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
+
+
+def adapted_names(model: LanguageModel) -> set[str]:
+    return {name for name, weight in model.model.named_parameters() if weight.requires_grad}
+
+
+def fill(model: LanguageModel) -> None:
+    """Gives the adapters values that change the output."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in lora.trainable_weights(model):
+            weight.normal_(std=0.3, generator=generator)
+
+
+@pytest.mark.parametrize("blocks", ["after", "all", [2]])
+def test_fresh_adapters_are_the_teacher_exactly(model: LanguageModel, blocks) -> None:
+    tokens = random_tokens()
+    plain = model.hidden(tokens)
+    lora.attach(model, LoRAConfig(rank=2, blocks=blocks), first_sae=1)
+    assert torch.equal(model.hidden(tokens), plain)
+    fill(model)
+    assert not torch.allclose(model.hidden(tokens), plain)
+    with lora.adapters_disabled(model.model):
+        assert torch.equal(model.hidden(tokens), plain)
+
+
+def test_switched_on_again_after_an_exception(model: LanguageModel) -> None:
+    lora.attach(model, LoRAConfig(rank=2), first_sae=1)
+    fill(model)
+    tokens, names = random_tokens(), adapted_names(model)
+    adapted = model.hidden(tokens)
+    with pytest.raises(RuntimeError), lora.adapters_disabled(model.model):
+        raise RuntimeError
+    assert torch.equal(model.hidden(tokens), adapted)
+    assert adapted_names(model) == names
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [("after", {2, 3}), ("all", {0, 1, 2, 3}), ([0, 3], {0, 3})]
+)
+def test_blocks(model: LanguageModel, blocks, expected: set[int]) -> None:
+    lora.attach(model, LoRAConfig(rank=2, blocks=blocks), first_sae=1)
+    touched = {
+        block
+        for block in range(N_BLOCKS)
+        if any(weight.requires_grad for weight in model.blocks[block].parameters())
+    }
+    assert touched == expected
+    inside = sum(weight.requires_grad for block in model.blocks for weight in block.parameters())
+    assert inside == len(adapted_names(model))
+
+
+def test_all_takes_every_matrix_of_a_block(model: LanguageModel) -> None:
+    """Parameters are rank × (inputs + outputs), summed over every weight matrix in the blocks."""
+    sizes = [
+        sum(weight.shape)
+        for block in model.blocks
+        for name, weight in block.named_parameters()
+        if weight.ndim == 2 and "norm" not in name
+    ]
+    lora.attach(model, LoRAConfig(rank=3, blocks="all"), first_sae=1)
+    assert sum(weight.numel() for weight in lora.trainable_weights(model)) == 3 * sum(sizes)
+
+
+def test_targets_by_name() -> None:
+    def matrices(targets) -> set[str]:
+        names = lora.target_modules(small_model("llama"), [1], targets)
+        return {name.rsplit(".", 1)[1].removesuffix("_proj") for name in names}
+
+    assert matrices("qv") == {"q", "v"}
+    assert matrices("attn") == {"q", "k", "v", "o"}
+    assert matrices("mlp") == {"gate", "up", "down"}
+    assert matrices(["gate", "o"]) == {"gate", "o"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_fused_matrices_are_taken_whole_or_not(family: str) -> None:
+    assert len(lora.target_modules(small_model(family), [0], "qkv")) == 1
+    assert len(lora.target_modules(small_model(family), [0], "attn")) == 2
+    with pytest.raises(ConfigError, match="qkv in one matrix") as error:
+        lora.target_modules(small_model(family), [0], "qv")
+    assert error.value.nearest == "qkv"
+    with pytest.raises(ConfigError, match="no such matrix"):
+        lora.target_modules(small_model(family), [0], "gate")
+
+
+def test_impossible_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the last one") as error:
+        lora.adapted_blocks("after", first_sae=3, n_blocks=4)
+    assert error.value.nearest == "all"
+    with pytest.raises(ConfigError) as error:
+        lora.adapted_blocks([2, 7], first_sae=1, n_blocks=4)
+    assert error.value.nearest == [2]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_saved_adapters_load_with_peft_alone(family: str, tmp_path: Path) -> None:
+    model, tokens = small_model(family), random_tokens()
+    adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
+    fill(model)
+    lora.save(adapters, tmp_path, "org/base")
+    loaded = PeftModel.from_pretrained(small_model(family).model, str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(tokens).logits, model.model(tokens).logits)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_scale(stabilised: bool) -> None:
+    """What an adapter adds is (alpha / r) · B · A, or alpha / √r if rank-stabilised."""
+    model = small_model("llama")
+    config = LoRAConfig(rank=4, alpha=6.0, targets="o", blocks=[1], rank_stabilised=stabilised)
+    lora.attach(model, config, first_sae=0)
+    fill(model)
+    layer = model.blocks[1].self_attn.o_proj
+    x = torch.randn(5, layer.in_features)
+    scale = 6.0 / (2.0 if stabilised else 4.0)
+    added = x @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T * scale
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
