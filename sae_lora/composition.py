@@ -2,12 +2,12 @@
 
 import os
 import re
-import sys
 import traceback
 from collections.abc import Callable
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -87,6 +87,8 @@ def explanation(error: BaseException) -> str:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         allowed = f"one of {listed(error.options, 40)}"
         return str(ConfigError(group, choice, allowed, nearest_name(choice, error.options)))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: {str(error).splitlines()[0]}"
     for link in _chain(error):
         text = str(link)
         if isinstance(link, ValidationError) and getattr(link, "full_key", None):
@@ -94,8 +96,7 @@ def explanation(error: BaseException) -> str:
         if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
             key = (match[1] or match[2]).split("@")[0]
             if key not in keys():
-                value = _typed_value(key)
-                return str(unknown_key(key, value))
+                return str(unknown_key(key))
     return str(error).splitlines()[0] + _hint(error)
 
 
@@ -113,20 +114,13 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _explain_type(key: str, text: str) -> str:
-    match = re.search(r"Value '(.*?)' of type|Invalid value '(.*?)',", text)
-    got = next((group for group in match.groups() if group is not None), "?") if match else "?"
+    match = re.search(r"[Vv]alue '(.*?)'", text)
+    got = match[1] if match else "?"
     kind = keys().get(key)
     if members := getattr(kind, "__members__", None):
         return str(ConfigError(key, got, f"one of {listed(members)}", nearest_name(got, members)))
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     names = [word for name, word in words.items() if name in str(kind)]
     optional = " or null" if "None" in str(kind) else ""
-    return str(ConfigError(key, got, (names[0] if names else str(kind)) + optional))
-
-
-def _typed_value(key: str) -> str:
-    for argument in sys.argv[1:]:
-        name, equals, value = argument.lstrip("+~").partition("=")
-        if name == key and equals:
-            return value
-    return "?"
+    nearest = round(float(got)) if kind is int and re.fullmatch(r"-?\d+(\.\d+)?", got) else None
+    return str(ConfigError(key, got, (names[0] if names else str(kind)) + optional, nearest))

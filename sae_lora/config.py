@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sae_lora.errors import ConfigError, listed, nearest_name
+from sae_lora.errors import ConfigError, UnknownKeyError, listed, nearest_name
 
 
 class DType(enum.Enum):
@@ -296,7 +296,7 @@ def typed(composed: DictConfig) -> Config:
     """The composed config as typed objects, interpolations resolved.
 
     Raises:
-        ConfigError: For a key that the schema does not have (`+foo=1` gets past Hydra).
+        UnknownKeyError: For a key that the schema does not have (`+foo=1` gets past Hydra).
     """
     values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
@@ -336,22 +336,21 @@ def _reject_unknown_keys(values: dict[Any, Any], schema: type, prefix: str = "")
     hints = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in hints:
-            raise unknown_key(f"{prefix}{key}", value)
+            raise unknown_key(f"{prefix}{key}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             _reject_unknown_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
 
 
-def unknown_key(key: str, value: object) -> ConfigError:
-    """The error for a key that the schema does not have."""
+def unknown_key(key: str) -> UnknownKeyError:
+    """The error for a key that the schema does not have, with the keys beside it."""
     known = keys()
-    group = key.rsplit(".", 1)[0] if "." in key else ""
-    siblings = [name for name in known if name.rpartition(".")[0] == group] or list(known)
-    nearest = nearest_name(key, siblings) or nearest_name(key, known)
-    error = ConfigError(key, value, f"no such key; there are {listed(siblings, 30)}", because=None)
-    if nearest is not None:
-        error.args = (f"{error.args[0]}\n  nearest valid: {nearest}=…",)
-    error.nearest = nearest
-    return error
+    group, _, name = key.rpartition(".")
+    siblings = [one for one in known if one.rpartition(".")[0] == group] or [
+        one for one in known if "." not in one
+    ]
+    by_last_part = {one.rpartition(".")[2]: one for one in [*known, *siblings]}
+    nearest = nearest_name(name, by_last_part)
+    return UnknownKeyError(key, siblings, by_last_part[nearest] if nearest else None)
 
 
 def check(config: Config) -> None:
@@ -456,15 +455,43 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: For a name that is not known.
     """
-    names = targets if isinstance(targets, list) else [targets]
+    names = [str(name) for name in (targets if isinstance(targets, list) else [targets])]
     allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
-    for name in names:
-        if not isinstance(name, str) or name not in TARGET_SETS:
-            raise ConfigError("lora.targets", targets, allowed, nearest_name(str(name), TARGET_SETS))
     if not names:
         raise ConfigError("lora.targets", targets, allowed, "all")
+    if not set(names) <= set(TARGET_SETS):
+        near = [nearest_name(name, TARGET_SETS) for name in names]
+        nearest = ",".join(name for name in near if name is not None)
+        raise ConfigError("lora.targets", targets, allowed, f"[{nearest}]" if len(near) > 1 else near[0])
     wanted = {matrix for name in names for matrix in TARGET_SETS[name]}
     return tuple(matrix for matrix in MATRICES if matrix in wanted)
+
+
+def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
+    """The indices that `lora.blocks` stands for.
+
+    Raises:
+        ConfigError: For blocks that the model does not have, and where none is left.
+    """
+    if blocks == "all":
+        return list(range(n_blocks))
+    if blocks == "after":
+        after = list(range(first_sae + 1, n_blocks))
+        if not after:
+            raise ConfigError(
+                "lora.blocks",
+                blocks,
+                "all or a list of indices",
+                nearest="all",
+                because=f"the SAE is at block {first_sae}, the last one",
+            )
+        return after
+    wanted = blocks if isinstance(blocks, list) else [blocks]
+    beyond = [block for block in wanted if block >= n_blocks]
+    if beyond:
+        inside = [block for block in wanted if block < n_blocks] or [n_blocks - 1]
+        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", inside)
+    return sorted(wanted)
 
 
 def listed_matrices(matrices: set[str]) -> str:

@@ -38,6 +38,24 @@ class ConfigError(UserError):
         super().__init__("\n".join(lines))
 
 
+class UnknownKeyError(UserError):
+    """A key that no config has.
+
+    Args:
+        key: The dotted key, as typed.
+        siblings: The keys that there are beside it.
+        nearest: The closest of them in spelling, where one is close.
+    """
+
+    def __init__(self, key: str, siblings: Iterable[str], nearest: str | None) -> None:
+        self.key = key
+        self.nearest = nearest
+        lines = [f"there is no key {key}", f"  there are: {listed(siblings, 30)}"]
+        if nearest is not None:
+            lines.append(f"  nearest valid: {nearest}")
+        super().__init__("\n".join(lines))
+
+
 def shown(value: object) -> str:
     """The value as a user would type it."""
     return "null" if value is None else repr(value) if isinstance(value, str) else str(value)

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import requests
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
@@ -93,6 +94,14 @@ def _is_short_file(chain: list[BaseException]) -> bool:
 def _is_not_a_model(error: BaseException) -> bool:
     text = str(error)
     return "does not appear to have a file named" in text or "is not a local folder" in text
+
+
+def model_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model that has been loaded; `None` for a local folder."""
+    if Path(name).is_dir():
+        return None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return cached.split("/snapshots/")[1].split("/")[0] if isinstance(cached, str) else None
 
 
 def dataset_commit(name: str, revision: str | None) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sae_lora.config import Config, as_dict, identity, readable_name
-from sae_lora.errors import UserError
+from sae_lora.config import Config, adapted_blocks, as_dict, identity, readable_name
+from sae_lora.errors import ConfigError, UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import console, errors
@@ -76,12 +76,26 @@ def plan(points: Sequence[Config]) -> Plan:
         dimensions = read_dimensions(point.model)
         resolution = resolve(point, dimensions)
         config = replace(point, sae=replace(point.sae, used=resolution.choices))
+        adapted_blocks(
+            config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
+        )
+        _check_context(config, dimensions.max_context)
         notes += [note for note in resolution.notes if note not in notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
         if path in runs:
             notes.append(f"{path.name} is named twice and runs once")
         runs.setdefault(path, Run(config, RunFolder(path)))
     return Plan(list(runs.values()), notes)
+
+
+def _check_context(config: Config, longest: int | None) -> None:
+    if longest is not None and config.data.context_length > longest:
+        raise ConfigError(
+            "data.context_length",
+            config.data.context_length,
+            f"at most {longest}, the longest text that {config.model.name} was made for",
+            nearest=longest,
+        )
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -159,6 +173,6 @@ def _conclude(planned: Plan, skipped: int, retried: bool) -> None:
         console.print(f"run folders  {finished[0].folder.path.parent}", soft_wrap=True)
     failed = [run for run in planned.runs if run.state is State.failed]
     for run in failed:
-        errors.print(f"[red]failed[/red]: {run.name}: see {run.folder.failure}", soft_wrap=True)
+        errors.print(f"[red]failed[/red]: {run.folder.failure}", soft_wrap=True)
     if failed and not retried:
         errors.print(f"{len(failed)} failed; launcher.retry_failed=true runs what failed again")

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sae_lora.config import LoRAConfig, listed_matrices, target_matrices
+from sae_lora.config import LoRAConfig, adapted_blocks, listed_matrices, target_matrices
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 
@@ -77,34 +78,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     )  # pyright: ignore[reportReturnType]
 
 
-def adapted_blocks(blocks: object, first_sae: int, n_blocks: int) -> list[int]:
-    """The indices that `lora.blocks` stands for.
-
-    Raises:
-        ConfigError: For blocks that the model does not have, and where none is left.
-    """
-    if blocks == "all":
-        return list(range(n_blocks))
-    if blocks == "after":
-        after = list(range(first_sae + 1, n_blocks))
-        if not after:
-            raise ConfigError(
-                "lora.blocks",
-                blocks,
-                "all or a list of indices",
-                nearest="all",
-                because=f"the SAE is at block {first_sae}, the last one",
-            )
-        return after
-    assert isinstance(blocks, list)
-    beyond = [block for block in blocks if block >= n_blocks]
-    if beyond:
-        inside = [block for block in blocks if block < n_blocks] or [n_blocks - 1]
-        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", inside)
-    return sorted(blocks)
-
-
-def target_modules(model: LanguageModel, blocks: Sequence[int], targets: object) -> list[str]:
+def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) -> list[str]:
     """Full names of the matrices to adapt.
 
     Raises:

@@ -111,16 +111,6 @@ class LanguageModel:
         """Where the model is."""
         return self.model.device
 
-    @property
-    def commit(self) -> str | None:
-        """The hub's commit of the weights; `None` for a local folder."""
-        return getattr(self.model.config, "_commit_hash", None)
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of weights, shared ones counted once."""
-        return sum(weight.numel() for weight in self.model.parameters())
-
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`, for tokens `[batch, pos]`."""
         return self._backbone(input_ids=tokens, use_cache=False).last_hidden_state

@@ -14,7 +14,7 @@ import torch
 from transformers import logging as transformers_logging
 from transformers import set_seed
 
-from sae_lora import distill, lora, models, tracking
+from sae_lora import distill, hub, lora, models, tracking
 from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, readable_name
 from sae_lora.data import corpus
 from sae_lora.errors import ConfigError
@@ -147,7 +147,7 @@ def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, An
     return {
         "name": config.model.name,
         "revision": config.model.revision,
-        "commit": model.commit,
+        "commit": hub.model_commit(models.source(config.model), config.model.revision),
         "class": type(model.model).__name__,
         "blocks": len(model.blocks),
         "loaded_as": config.model.dtype.name,

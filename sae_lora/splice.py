@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 class Observer(Protocol):
     """Called with a `Reading` each time a spliced SAE has been applied."""
 
-    def __call__(self, reading: Reading) -> None: ...
+    def __call__(self, reading: Reading, /) -> None: ...
 
 
 @contextmanager

@@ -41,9 +41,7 @@ _gemma = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(
-            **_llama_like, **_gemma, final_logit_softcapping=3.0, attn_logit_softcapping=5.0
-        )
+        Gemma2Config(**_llama_like, **_gemma, final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
     ),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_llama_like, **_gemma)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_llama_like)),

@@ -74,25 +74,31 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     path = unquote(urlsplit(request.path).path)
     hub.requests.append(f"{request.command} {path}")
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-    if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path):
+    if match := re.fullmatch(
+        r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path
+    ):
         kind, repo, action, rest = match.groups()
         folder = hub.root / kind / repo
         if _refused(request, hub, folder, repo):
-            return
+            return None
         match action:
             case "tree":
                 below = rest.partition("/")[2]
                 if not (folder / below).is_dir():
                     return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
-                return _send_json(request, _entries(folder, folder / below), with_body)
+                recursive = "recursive=true" in urlsplit(request.path).query.lower()
+                return _send_json(request, _entries(folder, folder / below, recursive), with_body)
             case "paths-info":
                 wanted = json.loads(body)["paths"]
                 files = [folder / name for name in wanted if (folder / name).exists()]
                 return _send_json(request, [_entry(folder, file) for file in files], with_body)
             case _:
-                siblings = [{"rfilename": entry["path"]} for entry in _entries(folder, folder)]
+                files = [entry for entry in _entries(folder, folder, True) if entry["type"] == "file"]
+                siblings = [{"rfilename": entry["path"]} for entry in files]
                 info = {"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-                return _send_json(request, info | {"lastModified": "2026-01-01T00:00:00.000Z"}, with_body)
+                return _send_json(
+                    request, info | {"lastModified": "2026-01-01T00:00:00.000Z"}, with_body
+                )
     if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
         kind, repo, _revision, name = match.groups()
         folder = hub.root / ("datasets" if kind else "models") / repo
@@ -114,8 +120,8 @@ def _refused(request: BaseHTTPRequestHandler, hub: Hub, folder: Path, repo: str)
     return False
 
 
-def _entries(root: Path, folder: Path) -> list[dict[str, Any]]:
-    return [_entry(root, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+def _entries(root: Path, folder: Path, recursive: bool) -> list[dict[str, Any]]:
+    return [_entry(root, path) for path in sorted(folder.rglob("*") if recursive else folder.iterdir())]
 
 
 def _entry(root: Path, path: Path) -> dict[str, Any]:

@@ -29,11 +29,15 @@ def test_nothing_between_equals_and_never_negative() -> None:
 def test_bfloat16_logits_are_computed_in_float32() -> None:
     logits = torch.randn(2, 8, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = kl_divergence(logits[0].double(), logits[1].double())
-    torch.testing.assert_close(kl_divergence(logits[0], logits[1]).double(), expected.double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        kl_divergence(logits[0], logits[1]).double(), expected.double(), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 48, 1000])
-def test_chunks_give_the_value_and_gradient_of_the_whole(model: LanguageModel, chunk_tokens: int) -> None:
+def test_chunks_give_the_value_and_gradient_of_the_whole(
+    model: LanguageModel, chunk_tokens: int
+) -> None:
     """For every family's head, soft-capping included."""
     generator = torch.Generator().manual_seed(3)
     teacher, student = torch.randn(2, 3, 16, D_MODEL, generator=generator)

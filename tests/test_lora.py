@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from sae_lora import lora
-from sae_lora.config import LoRAConfig
+from sae_lora.config import LoRAConfig, adapted_blocks
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
@@ -99,10 +99,10 @@ def test_fused_matrices_are_taken_whole_or_not(family: str) -> None:
 
 def test_impossible_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match="the last one") as error:
-        lora.adapted_blocks("after", first_sae=3, n_blocks=4)
+        adapted_blocks("after", first_sae=3, n_blocks=4)
     assert error.value.nearest == "all"
     with pytest.raises(ConfigError) as error:
-        lora.adapted_blocks([2, 7], first_sae=1, n_blocks=4)
+        adapted_blocks([2, 7], first_sae=1, n_blocks=4)
     assert error.value.nearest == [2]
 
 

@@ -23,7 +23,9 @@ def read_by(model: LanguageModel, block: int, tokens: torch.Tensor) -> torch.Ten
     """The residual stream that a block reads, taken by a hook of the test's own."""
     seen: list[torch.Tensor] = []
     handle = model.blocks[block].register_forward_pre_hook(
-        lambda module, arguments, named: seen.append(arguments[0] if arguments else named["hidden_states"]),
+        lambda module, arguments, named: seen.append(
+            arguments[0] if arguments else named["hidden_states"]
+        ),
         with_kwargs=True,
     )
     model.hidden(tokens)
@@ -53,7 +55,10 @@ def test_no_hook_is_left_after_an_exception(model: LanguageModel) -> None:
     before = hooks(model)
     with pytest.raises(RuntimeError, match="inside"), spliced(model, {resid_post(0): topk_sae()}):
         raise RuntimeError("inside")
-    with pytest.raises(ConfigError), spliced(model, {resid_post(0): topk_sae(), resid_post(99): topk_sae()}):
+    with (
+        pytest.raises(ConfigError),
+        spliced(model, {resid_post(0): topk_sae(), resid_post(99): topk_sae()}),
+    ):
         pass
     assert hooks(model) == before
 

@@ -1,0 +1,124 @@
+"""Small repositories in the published layouts: Gemma 2, Gemma Scope, Llama, Llama Scope, the Pile."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import zstandard
+from safetensors.torch import save_file
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from sae_lora.embedded.language_model import train_tokenizer
+
+GEMMA_D_MODEL, GEMMA_WIDTH = 2304, 16_384
+"""sae-lens knows these of Gemma Scope without looking, so the small model must have them too."""
+LLAMA_D_MODEL, LLAMA_WIDTH = 48, 128
+VOCABULARY = 384
+
+
+def documents(count: int) -> list[str]:
+    """Texts that differ, long enough to fill a few sequences."""
+    words = "the sparse latent of a residual stream is read by no one but the next block".split()
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(words, 60)) + f" {number}." for number in range(count)]
+
+
+def write_all(root: Path) -> None:
+    """Writes every repository below the hub's root."""
+    _write_model(
+        root / "models/google/gemma-2-2b",
+        Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=VOCABULARY,
+                hidden_size=GEMMA_D_MODEL,
+                intermediate_size=32,
+                num_hidden_layers=14,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=64,
+                sliding_window=16,
+            )
+        ),
+    )
+    _write_model(
+        root / "models/meta-llama/Llama-3.1-8B",
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=LLAMA_D_MODEL,
+                intermediate_size=64,
+                num_hidden_layers=18,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+            )
+        ),
+    )
+    _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+    _write_llama_scope(root / "models/fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L16R-8x")
+    _write_pile(root / "datasets/monology/pile-uncopyrighted")
+
+
+def _write_model(folder: Path, model: PreTrainedModel) -> None:
+    torch.manual_seed(0)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    train_tokenizer(documents(50), VOCABULARY).save_pretrained(folder)
+
+
+def _write_gemma_scope(folder: Path) -> None:
+    """`params.npz` as published. All but a few latents are zero, so that the file packs small."""
+    live = 64
+    rng = np.random.default_rng(1)
+    encoder = np.zeros((GEMMA_D_MODEL, GEMMA_WIDTH), dtype=np.float32)
+    encoder[:, :live] = rng.normal(0, GEMMA_D_MODEL**-0.5, (GEMMA_D_MODEL, live))
+    folder.mkdir(parents=True)
+    np.savez_compressed(
+        folder / "params.npz",
+        w_enc=encoder,
+        w_dec=np.ascontiguousarray(encoder.T),
+        b_enc=np.zeros(GEMMA_WIDTH, dtype=np.float32),
+        b_dec=np.zeros(GEMMA_D_MODEL, dtype=np.float32),
+        threshold=np.full(GEMMA_WIDTH, 0.01, dtype=np.float32),
+    )
+
+
+def _write_llama_scope(folder: Path) -> None:
+    """`hyperparams.json` and `checkpoints/final.safetensors` as published."""
+    torch.manual_seed(2)
+    (folder / "checkpoints").mkdir(parents=True)
+    hyperparams = {
+        "d_model": LLAMA_D_MODEL,
+        "d_sae": LLAMA_WIDTH,
+        "hook_point_in": "blocks.16.hook_resid_post",
+        "jump_relu_threshold": 0.05,
+        "dataset_average_activation_norm": {"in": 1.0},
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(hyperparams))
+    weights = torch.randn(LLAMA_WIDTH, LLAMA_D_MODEL) / LLAMA_D_MODEL**0.5
+    save_file(
+        {
+            "encoder.weight": weights,
+            "encoder.bias": torch.zeros(LLAMA_WIDTH),
+            "decoder.weight": weights.T.contiguous(),
+            "decoder.bias": torch.zeros(LLAMA_D_MODEL),
+        },
+        folder / "checkpoints/final.safetensors",
+    )
+
+
+def _write_pile(folder: Path) -> None:
+    """zstd-compressed JSONL in `train/`, two shards."""
+    (folder / "train").mkdir(parents=True)
+    texts = documents(400)
+    for shard in range(2):
+        lines = [json.dumps({"text": text, "meta": {"set": "x"}}) for text in texts[shard::2]]
+        compressed = zstandard.compress(("\n".join(lines) + "\n").encode())
+        (folder / "train" / f"{shard:02d}.jsonl.zst").write_bytes(compressed)

@@ -1,0 +1,69 @@
+"""The picture in the README holds: imports go one way, and each library has one room."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sae_lora"
+ORDER = [
+    *("errors", "config", "records", "report", "terminal", "tracking", "composition", "hub"),
+    *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora", "metrics"),
+    *("distill", "saes.registry", "saes.loading", "saes.training", "run", "launcher"),
+    *("embedded.language_model", "embedded.recipe", "embedded.__main__"),
+]
+"""A module imports only modules that stand before it."""
+ROOMS = {"peft": {"lora"}, "wandb": {"tracking"}, "submitit": {"launcher"}, "hydra": {"composition"}}
+"""The modules that may import a library."""
+SAE_LENS = {"saes.loading", "saes.training"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Everything imported, also inside functions; `from a import b` counts as `a` and `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name in modules() if not name.endswith("__init__")} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name: str) -> None:
+    own = {f"sae_lora.{other}": other for other in ORDER}
+    used = {own[imported] for imported in imports(modules()[name]) if imported in own}
+    assert all(ORDER.index(other) < ORDER.index(name) for other in used), (name, used)
+
+
+def test_each_library_has_one_room() -> None:
+    for name, path in modules().items():
+        roots = {imported.split(".")[0] for imported in imports(path)}
+        for library, rooms in ROOMS.items():
+            assert library not in roots or name in rooms, (name, library)
+        assert "sae_lens" not in roots or name in SAE_LENS, name
+
+
+@pytest.mark.parametrize("module", ["config", "records", "report", "composition", "launcher", "terminal"])
+def test_planning_and_looking_need_no_torch(module: str) -> None:
+    code = f"import sys, sae_lora.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_module_is_too_large_for_one_room() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert max(lengths.values()) < 600, lengths

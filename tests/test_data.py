@@ -1,0 +1,201 @@
+"""Text: full sequences with the right special tokens, disjoint splits, a cache that can be trusted."""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from transformers import PreTrainedTokenizerFast
+
+from sae_lora.config import DataConfig, TextSource
+from sae_lora.data import corpus
+from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
+from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
+from sae_lora.embedded.language_model import BOS, EOS, train_tokenizer
+from sae_lora.errors import ConfigError
+
+TEXTS = [f"document {number} speaks of {number * 7} things and of nothing else" for number in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[DataConfig]:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text)
+    yield DataConfig(
+        source=TextSource.text_files,
+        files=str(folder / "*.txt"),
+        context_length=16,
+        validation_tokens=16 * 5,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def test_packing_loses_no_token_but_the_last_few() -> None:
+    documents = [list(range(10 * n, 10 * n + n)) for n in range(1, 9)]
+    packer = Packer(5, Convention(bos=1000, separator=2000), 3000, most=None)
+    for document in documents:
+        packer.add(document)
+    rows = packer.sequences
+    assert rows.shape[1] == 5
+    assert (rows[:, 0] == 1000).all()
+    stream = [token for document in documents for token in [*document, 2000]]
+    assert rows[:, 1:].flatten().tolist() == stream[: len(rows) * 4]
+    assert len(stream) - len(rows) * 4 < 4
+
+
+def test_conventions(tokenizer: PreTrainedTokenizerFast) -> None:
+    bos, eos = tokenizer.convert_tokens_to_ids([BOS, EOS])
+    assert convention_of(tokenizer) == Convention(bos, eos)
+    plain = train_tokenizer(TEXTS, 300)
+    plain._tokenizer.post_processor = None
+    assert convention_of(plain) == Convention(None, eos)
+
+
+def test_sequences_decode_to_the_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = corpus.load(config, tokenizer, train_sequences=20)
+    assert text.train.shape == (20, 16)
+    assert text.validation.shape == (5, 16)
+    joined = tokenizer.decode(text.train[:, 1:].flatten())
+    pieces = [piece for piece in joined.split(EOS) if piece][:-1]
+    assert pieces
+    assert set(pieces) <= set(TEXTS)
+    assert set(text.special_ids.tolist()) == set(tokenizer.convert_tokens_to_ids([BOS, EOS]))
+
+
+def test_splits_are_disjoint_by_document(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    everything = dataclasses.replace(config, repeat=True)
+    text = corpus.load(everything, tokenizer, train_sequences=10_000)
+
+    def contained(rows: np.ndarray) -> set[str]:
+        return set(tokenizer.decode(rows[:, 1:].flatten()).split(EOS)[1:-1])
+
+    train, validation = contained(text.train), contained(text.validation)
+    assert train and validation
+    assert not train & validation
+    assert all(not in_validation(one, config.validation_share) for one in train)
+
+
+def test_the_split_does_not_depend_on_seed_or_amount() -> None:
+    held_out = [text for text in TEXTS if in_validation(text, 0.1)]
+    assert 5 < len(held_out) < 40
+    assert [text for text in TEXTS if in_validation(text, 0.2)] != held_out
+    assert set(held_out) <= {text for text in TEXTS if in_validation(text, 0.2)}
+
+
+def test_cached_by_content(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = corpus.load(config, tokenizer, 20)
+    made = []
+    original = corpus._make
+    monkeypatch.setattr(corpus, "_make", lambda *arguments: made.append(1) or original(*arguments))
+    again = corpus.load(config, tokenizer, 20)
+    assert not made
+    assert np.array_equal(first.train, again.train)
+    for change in ({"seed": 1}, {"context_length": 12}, {"validation_share": 0.3}):
+        corpus.load(dataclasses.replace(config, **change), tokenizer, 20)
+    assert len(made) == 3
+    changed = Path(str(config.files)).parent / "0.txt"
+    changed.write_text("something else entirely")
+    corpus.load(config, tokenizer, 20)
+    assert len(made) == 4
+
+
+def test_too_little_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"data\.repeat=true") as error:
+        corpus.load(config, tokenizer, 100_000)
+    assert error.value.field == "train.train_tokens"
+    text = corpus.load(dataclasses.replace(config, repeat=True), tokenizer, 100_000)
+    assert text.description["passes"] > 1
+    with pytest.raises(ConfigError) as error:
+        corpus.load(dataclasses.replace(config, validation_tokens=10**6), tokenizer, 20)
+    assert error.value.field == "data.validation_tokens"
+    assert isinstance(error.value.nearest, int)
+    corpus.load(dataclasses.replace(config, validation_tokens=error.value.nearest), tokenizer, 20)
+
+
+def test_every_pass_takes_every_sequence_once(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = corpus.load(config, tokenizer, 24)
+    batches = list(text.batches(batch_size=4, steps=12, seed=3))
+    rows = [tuple(row.tolist()) for batch in batches for row in batch]
+    expected = sorted(tuple(row.tolist()) for row in text.train)
+    assert sorted(rows[:24]) == expected
+    assert sorted(rows[24:]) == expected
+    assert rows[:24] != rows[24:]
+    same = list(text.batches(batch_size=4, steps=12, seed=3))
+    assert all((one == other).all() for one, other in zip(batches, same, strict=True))
+    other_seed = next(text.batches(batch_size=4, steps=12, seed=4))
+    assert not (other_seed == batches[0]).all()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"])
+def test_tables_hold_the_same_text(
+    ending: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lines = "\n".join(json.dumps({"body": text}) for text in TEXTS).encode()
+    path = tmp_path / f"table{ending}"
+    match ending:
+        case ".jsonl":
+            path.write_bytes(lines)
+        case ".jsonl.zst":
+            path.write_bytes(zstandard.compress(lines))
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case _:
+            import pandas
+
+            pandas.DataFrame({"body": TEXTS}).to_parquet(path)
+    table = dataclasses.replace(config, files=[str(path)], column="body")
+    assert np.array_equal(
+        corpus.load(table, tokenizer, 20).train, corpus.load(config, tokenizer, 20).train
+    )
+    with pytest.raises(ConfigError) as error:
+        corpus.load(dataclasses.replace(table, column="bdy"), tokenizer, 20)
+    assert error.value.nearest == "body"
+
+
+def test_files_that_are_not_there(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"data\.files"):
+        corpus.load(dataclasses.replace(config, files="/no/such/*.txt"), tokenizer, 20)
+
+
+def test_the_standard_library_is_there() -> None:
+    documents = stdlib_documents()
+    assert sum(len(document.text) for document in documents) > 3_000_000
+    keys = [document.key for document in documents]
+    assert len(set(keys)) == len(keys)
+    assert "json/encoder.py" in keys
+    assert not any(key.startswith(("test/", "encodings/", "site-packages/")) for key in keys)
+    held_out = [document for document in documents if in_validation(document.key, 0.1)]
+    assert sum(len(document.text) for document in held_out) > 200_000
+
+
+def test_order_depends_on_the_seed_alone() -> None:
+    documents = [Document(str(number), "") for number in range(50)]
+    assert list(shuffled(documents, 1)) == list(shuffled(reversed(documents), 1))
+    assert list(shuffled(documents, 1)) != list(shuffled(documents, 2))
+
+
+def test_tokenised_is_lazy(tokenizer: PreTrainedTokenizerFast) -> None:
+    taken = []
+
+    def endless() -> Iterator[Document]:
+        while True:
+            taken.append(1)
+            yield Document("x", "a text")
+
+    next(tokenised(endless(), tokenizer))
+    assert len(taken) < 100

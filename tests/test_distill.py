@@ -1,0 +1,209 @@
+"""Training and evaluation: what moves, what does not, and that the numbers are what they say."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from sae_lora import lora
+from sae_lora.config import LoRAConfig, Reduction, Schedule, TrainConfig
+from sae_lora.distill import distill, rate_factor
+from sae_lora.errors import UserError
+from sae_lora.metrics import Evaluator, Reconstruction
+from sae_lora.models import LanguageModel, resid_post
+from sae_lora.records import CurvePoint
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice import Coder, Reading, spliced
+from tests.coders import jumprelu_sae, topk_sae
+from tests.families import random_tokens, small_model
+
+HELD_OUT = random_tokens(batch=10, length=16, seed=11)
+CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
+
+
+def evaluator(
+    model: LanguageModel, sae: Coder, batch_size: int = 4, chunk_tokens: int = 30
+) -> Evaluator:
+    return Evaluator(model, {resid_post(1): sae}, HELD_OUT, None, batch_size, chunk_tokens)
+
+
+def train(
+    model: LanguageModel,
+    sae: Coder,
+    config: TrainConfig = CONFIG,
+    steps: int = 6,
+    adapters: LoRAConfig | None = None,
+) -> list[CurvePoint]:
+    torch.manual_seed(config.seed)
+    lora.attach(model, adapters or LoRAConfig(rank=2, dropout=0.2), first_sae=1)
+    batches = [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
+    saes = {resid_post(1): sae}
+    points = distill(model, saes, batches, evaluator(model, sae), config, steps, lambda progress: None)
+    return list(points)
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_training_closes_the_gap_and_only_adapters_move(model: LanguageModel, blocks: str) -> None:
+    sae = jumprelu_sae()
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    sae_before = {name: weight.clone() for name, weight in sae.state_dict().items()}
+    points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=40)
+    assert points[-1].kl < points[0].kl
+    assert points[-1].student_ce != points[0].student_ce
+    after = model.model.state_dict()
+    for name, weight in before.items():
+        now = after.get(name, after.get(wrapped(name)))
+        assert now is not None, name
+        assert torch.equal(now, weight), name
+    assert all(torch.equal(sae.state_dict()[name], weight) for name, weight in sae_before.items())
+    assert all(
+        "lora_" in name for name, weight in model.model.named_parameters() if weight.requires_grad
+    )
+
+
+def wrapped(name: str) -> str:
+    """The name of a weight of a matrix that peft has wrapped."""
+    module, _, weight = name.rpartition(".")
+    return f"{module}.base_layer.{weight}"
+
+
+def test_same_seed_twice_gives_the_same_curve() -> None:
+    def curve(seed: int) -> list[dict]:
+        points = train(small_model("llama"), topk_sae(), dataclasses.replace(CONFIG, seed=seed))
+        timings = {"train_seconds": 0.0, "tokens_per_second": None}
+        return [dataclasses.asdict(dataclasses.replace(point, **timings)) for point in points]
+
+    assert curve(0) == curve(0)
+    assert curve(0) != curve(1)
+
+
+def test_points_before_on_the_way_and_at_the_end() -> None:
+    points = train(small_model("llama"), topk_sae(), steps=7)
+    assert [point.tokens for point in points] == [0, 96, 192, 224]
+    assert [point.step for point in points] == [0, 3, 6, 7]
+    first = points[0]
+    assert first.student_ce == first.spliced_ce
+    assert first.gap_closed == 0
+    assert {point.base_ce for point in points} == {first.base_ce}
+
+
+def test_identity_has_no_gap_to_close(model: LanguageModel) -> None:
+    (first, *_) = train(model, IdentitySAE(), steps=1)
+    assert first.ce_gap == 0
+    assert first.kl == 0
+    assert first.gap_closed is None
+    assert first.top1_agreement == 1
+    assert first.fvu == 0
+
+
+@pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
+def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae) -> None:
+    sae = make_sae()
+    lora.attach(model, LoRAConfig(rank=2), first_sae=1)
+    for weight in lora.trainable_weights(model):
+        weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    found = evaluator(model, sae)()
+    readings: list[Reading] = []
+    with torch.no_grad():
+        with spliced(model, {resid_post(1): sae}, observe=readings.append):
+            student = model.model(HELD_OUT, use_cache=False).logits
+        with lora.adapters_disabled(model.model):
+            base = model.model(HELD_OUT, use_cache=False).logits
+            with spliced(model, {resid_post(1): sae}):
+                plain = model.model(HELD_OUT, use_cache=False).logits
+
+    def ce(logits: torch.Tensor) -> float:
+        return float(cross_entropy(logits[:, :-1].flatten(0, 1), HELD_OUT[:, 1:].flatten()))
+
+    teacher, learner = log_softmax(base, -1), log_softmax(student, -1)
+    kl = torch.nn.functional.kl_div(learner, teacher, log_target=True, reduction="none").sum(-1).mean()
+    assert found.base_ce == pytest.approx(ce(base), abs=1e-5)
+    assert found.spliced_ce == pytest.approx(ce(plain), abs=1e-5)
+    assert found.student_ce == pytest.approx(ce(student), abs=1e-5)
+    assert found.kl == pytest.approx(float(kl), abs=1e-5)
+    agreement = (base.argmax(-1) == student.argmax(-1)).float().mean()
+    assert found.top1_agreement == pytest.approx(float(agreement), rel=1e-6)
+    (reading,) = readings
+    residual = (reading.resid - reading.recon).square().sum()
+    total = (reading.resid - reading.resid.mean(0)).square().sum()
+    assert found.fvu[resid_post(1)] == pytest.approx(float(residual / total), rel=1e-4)
+    assert found.l0[resid_post(1)] == pytest.approx(float((reading.latents != 0).sum(-1).float().mean()))
+
+
+def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
+    sae = topk_sae()
+    whole, parts = evaluator(model, sae, 10, 1000)(), evaluator(model, sae, 3, 7)()
+    for one, other in zip(whole[:5], parts[:5], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert whole.fvu == pytest.approx(parts.fvu, rel=1e-5)
+
+
+def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
+    lora.attach(model, LoRAConfig(rank=2, dropout=0.5), first_sae=1)
+    lora.set_adapter_dropout(model, True)
+    next(model.blocks[0].children()).train()
+    modes = {name: module.training for name, module in model.model.named_modules()}
+    assert len(set(modes.values())) == 2
+    evaluate = evaluator(model, topk_sae())
+    assert evaluate() == evaluate()
+    assert {name: module.training for name, module in model.model.named_modules()} == modes
+
+
+def test_reconstruction_worked_by_hand() -> None:
+    """Residuals (0,0), (2,0), (4,0): variance 8 about their mean. Errors 1 and 1: FVU 2/8."""
+    sums = Reconstruction()
+    resid = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    recon = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
+    latents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
+    sums.add(Reading("x", resid[:1], latents[:1], recon[:1]))
+    sums.add(Reading("x", resid[1:], latents[1:], recon[1:]))
+    assert sums.fvu == pytest.approx(0.25)
+    assert sums.l0 == pytest.approx(1.0)
+
+
+def test_the_step_is_the_plain_one() -> None:
+    """One step of the loop is AdamW on the KL of whole logits, written out."""
+    sae, tokens = topk_sae(), random_tokens(batch=2, length=16, seed=0)
+    config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
+    model = small_model("gemma2")
+    train(model, sae, config, steps=1, adapters=LoRAConfig(rank=2))
+    trained = [weight.detach().clone() for weight in lora.trainable_weights(model)]
+
+    model = small_model("gemma2")
+    torch.manual_seed(config.seed)
+    lora.attach(model, LoRAConfig(rank=2), first_sae=1)
+    weights = lora.trainable_weights(model)
+    with torch.no_grad(), lora.adapters_disabled(model.model):
+        teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    with spliced(model, {resid_post(1): sae}):
+        student = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    (teacher.exp() * (teacher - student)).sum(-1).mean().backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0).step()
+    for one, other in zip(trained, weights, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_summed_loss_makes_the_clip_bind() -> None:
+    """The same first gradient, scaled by the tokens of a sequence."""
+    norms = {}
+    for reduction in Reduction:
+        config = dataclasses.replace(CONFIG, kl_reduction=reduction, eval_every_tokens=1)
+        norms[reduction] = train(small_model("llama"), topk_sae(), config, steps=1)[-1].grad_norm
+    assert norms[Reduction.sequence_sum] == pytest.approx(16 * norms[Reduction.token_mean], rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_learning_rate(schedule: Schedule) -> None:
+    factor = rate_factor(TrainConfig(schedule=schedule, warmup_share=0.25), steps=8)
+    rates = [factor(step) for step in range(9)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    expected = [1.0] * 6 if schedule is Schedule.constant else [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0]
+    assert rates[3:] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_no_number_is_reported() -> None:
+    config = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
+    with pytest.raises(UserError, match=r"train\.lr"):
+        train(small_model("llama"), topk_sae(), config, steps=12)
