@@ -12,7 +12,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from sae_lora.config import Config, check, keys, typed, unknown_key
+from sae_lora.checks import check
+from sae_lora.config import Config, keys, typed, unknown_key
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.terminal import errors
 

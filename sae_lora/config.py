@@ -1,7 +1,7 @@
 """The shape of a run: one tree of dataclasses with names, types and units, and the checks across it.
 
 `conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a
-wrong type; `check` then rejects what no single type can: impossible values and combinations. Both
+wrong type; `checks.check` then rejects what no single type can: impossible values and combinations. Both
 happen before a model is loaded. `identity` is the hash that names a run.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sae_lora.errors import ConfigError, UnknownKeyError, listed, nearest_name
+from sae_lora.errors import UnknownKeyError, nearest_name
 
 
 class DType(enum.Enum):
@@ -280,18 +280,6 @@ class Config:
     """Folder that holds the sweeps. Does not change a result."""
 
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-TARGET_SETS: dict[str, tuple[str, ...]] = {
-    "all": MATRICES,
-    "attn": ("q", "k", "v", "o"),
-    "qkv": ("q", "k", "v"),
-    "qv": ("q", "v"),
-    "mlp": ("gate", "up", "down"),
-    **{matrix: (matrix,) for matrix in MATRICES},
-}
-"""Names a user may give in `lora.targets`, and the matrices each stands for."""
-
-
 def typed(composed: DictConfig) -> Config:
     """The composed config as typed objects, interpolations resolved.
 
@@ -351,221 +339,6 @@ def unknown_key(key: str) -> UnknownKeyError:
     by_last_part = {one.rpartition(".")[2]: one for one in [*known, *siblings]}
     nearest = nearest_name(name, by_last_part)
     return UnknownKeyError(key, siblings, by_last_part[nearest] if nearest else None)
-
-
-def check(config: Config) -> None:
-    """Refuses what cannot work, from the values alone: nothing is read or loaded.
-
-    Raises:
-        ConfigError: Names the field, what it got, what it may be and the nearest valid value.
-    """
-    _check_ranges(config)
-    _check_names(config)
-    _check_indices("layer.index", config.layer.index, optional=True)
-    _check_sae_request(config.sae)
-    _check_data_request(config.data)
-    _check_budget(config)
-    target_matrices(config.lora.targets)
-    _check_blocks(config.lora.blocks)
-
-
-_POSITIVE = (
-    *("lora.rank", "lora.alpha", "data.context_length", "data.validation_tokens"),
-    *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
-    *("train.eval_every_tokens", "train.eval_batch_size", "train.kl_chunk_tokens"),
-    "tracking.finish_timeout_s",
-)
-_NOT_NEGATIVE = ("model.middle_block", "train.weight_decay", "train.seed", "data.seed")
-_SHARES = {"lora.dropout": 0.9, "train.warmup_share": 1.0, "data.validation_share": 0.9}
-_LEAST = {"data.context_length": 8, "data.validation_share": 0.001}
-
-
-def _value(config: Config, key: str) -> Any:
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
-
-
-def _check_ranges(config: Config) -> None:
-    for key in _POSITIVE:
-        value = _value(config, key)
-        if not 0 < value < float("inf"):
-            whole = isinstance(value, int)
-            allowed = "a whole number above 0" if whole else "a finite number above 0"
-            raise ConfigError(key, value, allowed, nearest=1 if whole else None)
-    for key in _NOT_NEGATIVE:
-        value = _value(config, key)
-        if not 0 <= value < float("inf"):
-            raise ConfigError(key, value, "a number that is not negative", nearest=0)
-    for key, most in _SHARES.items():
-        value = _value(config, key)
-        if not 0 <= value <= most:
-            raise ConfigError(
-                key, value, f"a share from 0 to {most:g}", nearest=0 if value < 0 else most
-            )
-    for key, least in _LEAST.items():
-        if _value(config, key) < least:
-            raise ConfigError(key, _value(config, key), f"at least {least:g}", nearest=least)
-    clip = config.train.grad_clip
-    if clip is not None and not clip > 0:
-        raise ConfigError("train.grad_clip", clip, "a number above 0, or null", nearest="null")
-    if config.sae.l0 is not None and not 0 < config.sae.l0 < float("inf"):
-        raise ConfigError("sae.l0", config.sae.l0, "active latents per token, above 0")
-
-
-def _check_names(config: Config) -> None:
-    for key, value in {"sweep": config.sweep, "output_dir": config.output_dir}.items():
-        if not value.strip():
-            raise ConfigError(key, value, "a folder's name", nearest="main")
-    if "/" in config.sweep or config.sweep in {".", ".."}:
-        raise ConfigError(
-            "sweep", config.sweep, "one folder name", nearest=config.sweep.strip("./").replace("/", "_")
-        )
-    if not config.model.name.strip():
-        raise ConfigError("model.name", config.model.name, "a repository, a folder, or tiny", "tiny")
-
-
-def _check_indices(key: str, value: Any, *, optional: bool) -> None:
-    allowed = "a block's index or a list of them, such as 3 or [1,4]"
-    if value is None:
-        if optional:
-            return
-        raise ConfigError(key, value, allowed)
-    entries = value if isinstance(value, list) else [value]
-    if not entries:
-        raise ConfigError(key, value, allowed)
-    for entry in entries:
-        if not isinstance(entry, int) or isinstance(entry, bool) or entry < 0:
-            raise ConfigError(key, value, allowed, nearest=0 if isinstance(entry, int) else None)
-    if len(set(entries)) < len(entries):
-        raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
-
-
-def _check_blocks(value: object) -> None:
-    if isinstance(value, str):
-        if value not in {"after", "all"}:
-            nearest = nearest_name(value, ["after", "all"]) or "after"
-            raise ConfigError("lora.blocks", value, "after, all, or a list of indices", nearest)
-        return
-    _check_indices("lora.blocks", value, optional=False)
-
-
-def target_matrices(targets: Any) -> tuple[str, ...]:
-    """The matrices that `lora.targets` names, in their usual order.
-
-    Raises:
-        ConfigError: For a name that is not known.
-    """
-    names = [str(name) for name in (targets if isinstance(targets, list) else [targets])]
-    allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
-    if not names:
-        raise ConfigError("lora.targets", targets, allowed, "all")
-    if not set(names) <= set(TARGET_SETS):
-        near = [nearest_name(name, TARGET_SETS) for name in names]
-        nearest = ",".join(name for name in near if name is not None)
-        raise ConfigError("lora.targets", targets, allowed, f"[{nearest}]" if len(near) > 1 else near[0])
-    wanted = {matrix for name in names for matrix in TARGET_SETS[name]}
-    return tuple(matrix for matrix in MATRICES if matrix in wanted)
-
-
-def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
-    """The indices that `lora.blocks` stands for.
-
-    Raises:
-        ConfigError: For blocks that the model does not have, and where none is left.
-    """
-    if blocks == "all":
-        return list(range(n_blocks))
-    if blocks == "after":
-        after = list(range(first_sae + 1, n_blocks))
-        if not after:
-            raise ConfigError(
-                "lora.blocks",
-                blocks,
-                "all or a list of indices",
-                nearest="all",
-                because=f"the SAE is at block {first_sae}, the last one",
-            )
-        return after
-    wanted = blocks if isinstance(blocks, list) else [blocks]
-    beyond = [block for block in wanted if block >= n_blocks]
-    if beyond:
-        inside = [block for block in wanted if block < n_blocks] or [n_blocks - 1]
-        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", inside)
-    return sorted(wanted)
-
-
-def listed_matrices(matrices: set[str]) -> str:
-    """The names in `lora.targets` that can be made of these matrices alone."""
-    return listed(name for name, needed in TARGET_SETS.items() if matrices.issuperset(needed))
-
-
-def latents(width: str) -> int:
-    """The number of latents that a width such as `16k`, `131k`, `1m` or `1024` means.
-
-    The `k` of SAE names is loose: 16k is 16,384, and 65k is 65,536. Powers of two win.
-
-    Raises:
-        ConfigError: When it is no width.
-    """
-    text = str(width).strip().lower()
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
-    digits = text[:-1] if factor > 1 else text
-    try:
-        number = float(digits) * factor
-    except ValueError:
-        number = 0.0
-    if not 1 <= number < 1e9:
-        raise ConfigError("sae.width", width, "a number of latents, such as 16k, 131k or 1024")
-    if factor > 1:
-        for power in range(1, 31):
-            if 0.94 < number / 2**power <= 1:
-                return 2**power
-    return round(number)
-
-
-def _check_sae_request(sae: SAEConfig) -> None:
-    if sae.width is not None:
-        latents(sae.width)
-    match sae.family:
-        case SAEFamily.registry:
-            if sae.release is None:
-                raise ConfigError("sae.release", None, "a release of the sae-lens registry")
-        case SAEFamily.disk:
-            if sae.path is None:
-                raise ConfigError("sae.path", None, "a folder that holds cfg.json and the weights")
-        case _:
-            given = {"sae.release": sae.release, "sae.id": sae.id, "sae.path": sae.path}
-            for key, value in given.items():
-                if value is not None:
-                    family = "disk" if key == "sae.path" else "registry"
-                    raise ConfigError(
-                        key, value, f"null with sae={sae.family.name}; use sae={family} for it", "null"
-                    )
-
-
-def _check_data_request(data: DataConfig) -> None:
-    if data.source is TextSource.hub and data.name is None:
-        raise ConfigError("data.name", None, "a Hugging Face data set, such as org/name")
-    if data.source is TextSource.text_files and not data.files:
-        raise ConfigError("data.files", data.files, "a path or glob pattern, or a list of them")
-
-
-def _check_budget(config: Config) -> None:
-    step = config.train.batch_size * config.data.context_length
-    if config.train.train_tokens < step:
-        raise ConfigError(
-            "train.train_tokens",
-            config.train.train_tokens,
-            f"at least one step of {step} tokens (train.batch_size × data.context_length)",
-            nearest=step,
-        )
-    if config.data.validation_tokens < config.data.context_length:
-        raise ConfigError(
-            "data.validation_tokens",
-            config.data.validation_tokens,
-            f"at least one sequence of {config.data.context_length} tokens (data.context_length)",
-            nearest=config.data.context_length,
-        )
 
 
 _NOT_IDENTITY = {

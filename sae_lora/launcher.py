@@ -12,7 +12,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sae_lora.config import Config, adapted_blocks, as_dict, identity, readable_name
+from sae_lora.checks import adapted_blocks
+from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table

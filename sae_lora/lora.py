@@ -10,7 +10,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sae_lora.config import LoRAConfig, adapted_blocks, listed_matrices, target_matrices
+from sae_lora.checks import adapted_blocks, listed_matrices, target_matrices
+from sae_lora.config import LoRAConfig
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 

@@ -8,16 +8,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lora import composition
+from sae_lora.checks import check, latents, target_matrices
 from sae_lora.config import (
     Config,
     as_dict,
-    check,
     identity,
     keys,
-    latents,
     load,
     readable_name,
-    target_matrices,
     typed,
 )
 from sae_lora.errors import ConfigError, UnknownKeyError

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 
 from sae_lora import lora
-from sae_lora.config import LoRAConfig, adapted_blocks
+from sae_lora.checks import adapted_blocks
+from sae_lora.config import LoRAConfig
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model

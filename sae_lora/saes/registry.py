@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, latents
+from sae_lora.checks import latents
+from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.models import EMBEDDED_NAME, Dimensions, block_of
