@@ -9,10 +9,21 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sae_lora"
 ORDER = [
-    *("errors", "config", "checks", "records", "report", "terminal", "tracking", "composition", "hub"),
+    *(
+        "errors",
+        "config",
+        "checks",
+        "records",
+        "report",
+        "figures",
+        "terminal",
+        "tracking",
+        "composition",
+        "hub",
+    ),
     *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora", "metrics"),
     *("distill", "saes.registry", "saes.loading", "saes.training", "run", "launcher"),
-    *("embedded.language_model", "embedded.recipe", "embedded.__main__"),
+    *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
 ]
 """A module imports only modules that stand before it."""
 ROOMS = {"peft": {"lora"}, "wandb": {"tracking"}, "submitit": {"launcher"}, "hydra": {"composition"}}
