@@ -226,8 +226,8 @@ class TrainConfig:
     """Tokens whose logits are held at once; changes memory, not the result."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
-    eval_batch_size: int = 32
-    """Sequences per forward pass of an evaluation; changes memory, not the result."""
+    eval_batch_tokens: int = 4096
+    """Tokens per forward pass of an evaluation; changes memory, not the result."""
     seed: int = 0
     """The adapters' initial values and dropout."""
     device: Device = Device.auto
@@ -346,7 +346,7 @@ _NOT_IDENTITY = {
     "model": ("middle_block",),
     "sae": ("width", "l0", "release", "id", "path"),
     "data": ("cache_dir",),
-    "train": ("device", "kl_chunk_tokens", "eval_batch_size"),
+    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens"),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
 

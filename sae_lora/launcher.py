@@ -108,6 +108,8 @@ def launch(points: Sequence[Config]) -> int:
     Raises:
         UserError: Before anything runs, where a point cannot work.
     """
+    if not points:  # Hydra was asked for help, or to show a config
+        return 0
     planned = plan(points)
     settings = points[0].launcher
     for note in planned.notes:

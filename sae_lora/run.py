@@ -67,7 +67,7 @@ def execute(config: Config, folder: RunFolder) -> Summary:
             saes,
             text.validation_tokens,
             text.special_ids.to(device) if keeps else None,
-            config.train.eval_batch_size,
+            max(1, config.train.eval_batch_tokens // config.data.context_length),
             config.train.kl_chunk_tokens,
         )
 

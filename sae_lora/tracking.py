@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import logging
+import netrc
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -71,7 +73,7 @@ class _WandB:
         import wandb  # takes a second to import, which a run with tracking=disabled need not pay
 
         self._finish_timeout_s = config.tracking.finish_timeout_s
-        mode = _settled_mode(config.tracking.mode, wandb)
+        mode = _settled_mode(config.tracking.mode, wandb.setup().settings)
 
         def init(mode: str) -> Any:
             return wandb.init(
@@ -101,7 +103,7 @@ class _WandB:
         self._run.define_metric("tokens")
         self._run.define_metric("train_seconds")
         self._run.define_metric("*", step_metric="tokens")
-        self.place = self._run.url or str(Path(self._run.dir).parent)
+        self.place = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def log(self, point: CurvePoint) -> None:
         values = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
@@ -132,13 +134,13 @@ class _WandB:
 _said_offline = threading.Event()
 
 
-def _settled_mode(mode: TrackingMode, wandb: Any) -> str:
+def _settled_mode(mode: TrackingMode, settings: Any) -> str:
     """online or offline. Says once a process why it is offline when that was not asked for."""
     if mode is not TrackingMode.auto:
         return mode.name
-    if not wandb.api.api_key:
+    if not _is_logged_in(settings):
         reason = "not logged in to W&B (`wandb login`)"
-    elif not _answers(wandb.api.settings("base_url")):
+    elif not _answers(settings.base_url):
         reason = "the W&B server does not answer"
     else:
         return "online"
@@ -146,6 +148,16 @@ def _settled_mode(mode: TrackingMode, wandb: Any) -> str:
         _said_offline.set()
         log.warning("%s: tracking offline", reason)
     return "offline"
+
+
+def _is_logged_in(settings: Any) -> bool:
+    """Whether W&B would find a key: in the environment, its settings, or where `wandb login` puts it."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(path).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+    return False
 
 
 def _answers(url: str) -> bool:

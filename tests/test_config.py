@@ -178,7 +178,7 @@ def test_yaml_round_trip() -> None:
         "train.device=cpu",
         "data.cache_dir=/elsewhere",
         "launcher.retry_failed=true",
-        "train.eval_batch_size=3",
+        "train.eval_batch_tokens=300",
     ],
 )
 def test_what_cannot_change_a_result_keeps_the_identity(override: str) -> None:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 
 from sae_lora import tracking
 from sae_lora.config import Config, TrackingConfig, TrackingMode
@@ -23,6 +24,7 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     tracking._said_offline.clear()
+    wandb.teardown()  # it reads the environment once a process
 
 
 def test_disabled_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,8 +68,6 @@ def test_a_server_that_does_not_answer(
 def test_whatever_wandb_raises_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import wandb
-
     def broken(**_: object) -> None:
         raise RuntimeError("no space left on device")
 
@@ -86,3 +86,12 @@ def test_a_hanging_end_is_not_waited_for(tmp_path: Path) -> None:
     tracker.finish(None)
     assert time.monotonic() - started < 10
     finish()
+
+
+def test_what_wandb_login_writes_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = wandb.Settings(base_url="http://wandb.example:8080")
+    assert not tracking._is_logged_in(settings)
+    (tmp_path / "netrc").write_text("machine wandb.example\n  login user\n  password " + "0" * 40 + "\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracking._is_logged_in(settings)
+    assert not tracking._is_logged_in(wandb.Settings(base_url="http://other.example"))

@@ -130,5 +130,5 @@ def _digest(sae: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
