@@ -132,8 +132,8 @@ class SAEConfig:
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
     keep_special_tokens: bool | None = None
-    """Whether positions holding BOS or EOS keep their activation. Null takes the family's rule:
-    true for Gemma Scope, which was not trained on them; false otherwise."""
+    """Whether positions holding BOS or EOS keep their activation. Null is true for SAEs that were not
+    trained on them (Gemma Scope, and those whose own config says so), false otherwise."""
     used: list[SAEChoice] = field(default_factory=list)
     """What the request resolved to. Written by the planner."""
 

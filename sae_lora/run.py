@@ -61,7 +61,7 @@ def execute(config: Config, folder: RunFolder) -> Summary:
         set_seed(config.train.seed)
         adapters = lora.attach(model, config.lora, min(choice.block for choice in config.sae.used))
         trainable = sum(weight.numel() for weight in lora.trainable_weights(model))
-        keeps = loading.keeps_special_tokens(config.sae)
+        keeps = loading.keeps_special_tokens(config.sae, loaded)
         evaluate = Evaluator(
             model,
             saes,

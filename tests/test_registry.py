@@ -192,12 +192,25 @@ def test_hookpoints() -> None:
     assert block_of("blocks.7.hook_mlp_out") is None
 
 
-def test_special_tokens_follow_the_family() -> None:
-    from sae_lora.saes.loading import keeps_special_tokens
+@pytest.mark.parametrize(
+    ("family", "asked", "excluded", "keeps"),
+    [
+        ("gemma_scope", None, False, True),
+        ("gemma_scope", False, False, False),
+        ("llama_scope", None, False, False),
+        ("disk", None, True, True),
+        ("disk", None, False, False),
+        ("disk", True, False, True),
+    ],
+)
+def test_special_tokens_are_kept_where_the_sae_does_not_know_them(
+    family: str, asked: bool | None, excluded: bool, keeps: bool
+) -> None:
+    from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens
 
-    assert keeps_special_tokens(SAEConfig(family=SAEFamily.gemma_scope))
-    assert not keeps_special_tokens(SAEConfig(family=SAEFamily.tiny))
-    assert not keeps_special_tokens(SAEConfig(family=SAEFamily.gemma_scope, keep_special_tokens=False))
+    loaded = LoadedSAE("blocks.1.hook_resid_post", IdentitySAE(), {}, excluded)
+    config = SAEConfig(family=SAEFamily[family], keep_special_tokens=asked)
+    assert keeps_special_tokens(config, [loaded]) is keeps
 
 
 def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
     """Trains the SAEs on the model's activations and writes them in sae-lens's format, in float16."""
     config = ModelConfig(name=str(model_folder))
     model = load_model(config, DType.float32, torch.device("cpu"))
-    sequences = _packed(_documents(seed)[0], load_tokenizer(config))
+    tokenizer = load_tokenizer(config)
+    sequences = _packed(_documents(seed)[0], tokenizer)
     set_seed(seed)
     trained = train_topk(
         requests(),
@@ -96,6 +97,9 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
             "context_size": CONTEXT_LENGTH,
             "prepend_bos": True,
         },
+        # The residual at BOS is an order of magnitude larger than elsewhere: an SAE that must also
+        # reconstruct it learns little else, and its FVU says nothing.
+        special_ids=torch.tensor(convention_of(tokenizer)),
     )
     for name, sae in trained.items():
         save(sae, folder / name, torch.float16)

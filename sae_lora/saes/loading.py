@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,8 @@ class LoadedSAE:
     """The SAE itself."""
     description: dict[str, Any]
     """What identifies it, for the record."""
+    excludes_special_tokens: bool
+    """Whether its own config says that it was not trained on positions holding BOS or EOS."""
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
@@ -64,13 +66,15 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     says = metadata_block(loaded.values)
     check_fit(says, loaded.values.get("d_in"), choice.block, model, field=field, name=name)
     sae = loaded.sae.to(device).requires_grad_(False).eval()
-    processing = (loaded.values.get("metadata") or {}).get("model_from_pretrained_kwargs")
+    metadata = loaded.values.get("metadata") or {}
+    processing = metadata.get("model_from_pretrained_kwargs")
     if processing:
         log.warning(
             "%s was trained on a model loaded with %s; here the model is as it is", name, processing
         )
     return LoadedSAE(
         hookpoint=resid_post(choice.block),
+        excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
         sae=sae,  # pyright: ignore[reportArgumentType]
         description={
             "family": config.family.name,
@@ -88,11 +92,15 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     )
 
 
-def keeps_special_tokens(config: SAEConfig) -> bool:
-    """Whether positions holding BOS or EOS keep their activation: as asked, or the family's rule."""
+def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
+    """Whether positions holding BOS or EOS keep their activation: as asked, or as the SAEs need it.
+
+    An SAE that was not trained on these positions cannot reconstruct them: Gemma Scope's, and those
+    whose own config says that special tokens were left out.
+    """
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
-    return config.family is SAEFamily.gemma_scope
+    return config.family is SAEFamily.gemma_scope or any(one.excludes_special_tokens for one in saes)
 
 
 @dataclass(frozen=True)

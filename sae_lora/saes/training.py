@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_lora.models import LanguageModel, resid_post
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Reading, spliced
+from sae_lora.splice import Reading, special_positions, spliced
 
 
 class TopKRequest(NamedTuple):
@@ -36,9 +36,19 @@ class TopKRequest(NamedTuple):
 
 @torch.no_grad()
 def activations(
-    model: LanguageModel, hookpoints: Iterable[str], batches: Iterable[Tensor]
+    model: LanguageModel,
+    hookpoints: Iterable[str],
+    batches: Iterable[Tensor],
+    special_ids: Tensor | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`."""
+    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
+
+    Args:
+        model: The language model.
+        hookpoints: Where to read.
+        batches: Tokens.
+        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
+    """
     controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
     for tokens in batches:
         seen: dict[str, Tensor] = {}
@@ -46,8 +56,10 @@ def activations(
         def keep(reading: Reading, seen: dict[str, Tensor] = seen) -> None:
             seen[reading.hookpoint] = reading.resid
 
-        with spliced(model, controls, observe=keep):
-            model.hidden(tokens.to(model.device))
+        tokens = tokens.to(model.device)
+        left_out = None if special_ids is None else special_positions(tokens, special_ids)
+        with spliced(model, controls, left_out, observe=keep):
+            model.hidden(tokens)
         yield seen
 
 
@@ -61,6 +73,7 @@ def train_topk(
     buffer_tokens: int,
     lr: float,
     metadata: Mapping[str, Any],
+    special_ids: Tensor | None = None,
 ) -> dict[str, TrainingSAE[Any]]:
     """Trains the SAEs together. Initial values and shuffling come from torch's global random state.
 
@@ -73,6 +86,7 @@ def train_topk(
         buffer_tokens: Tokens that activations are shuffled among.
         lr: Adam's learning rate, falling linearly to zero over the last third.
         metadata: What to record about model and data in each SAE's own config.
+        special_ids: Ids `[n]` whose positions the SAEs never see; recorded in their configs.
     """
     hookpoints = {name: resid_post(request.block) for name, request in requests.items()}
     saes: dict[str, TrainingSAE[Any]] = {
@@ -83,7 +97,11 @@ def train_topk(
                 k=request.k,
                 device=str(model.device),
                 normalize_activations="expected_average_only_in",
-                metadata=SAEMetadata(hook_name=hookpoints[name], **metadata),
+                metadata=SAEMetadata(
+                    hook_name=hookpoints[name],
+                    exclude_special_tokens=special_ids is not None,
+                    **metadata,
+                ),
             )
         )
         for name, request in requests.items()
@@ -106,7 +124,7 @@ def train_topk(
         saes,  # pyright: ignore[reportArgumentType]
         hookpoints,
         multi_hook_concat_split_iter(
-            buffer_tokens, batch_tokens, activations(model, distinct, batches), distinct
+            buffer_tokens, batch_tokens, activations(model, distinct, batches, special_ids), distinct
         ),
     )
     return trainer.fit()
