@@ -7,7 +7,7 @@ from pathlib import Path
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table
-from sae_lora.terminal import console, errors
+from sae_lora.terminal import complain, console, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             case _:
                 raise NotImplementedError(chosen.command)
     except UserError as error:
-        errors.print(f"[red]error[/red]: {error}", soft_wrap=True)
+        complain("error", str(error))
         return 1
     return 0
 
@@ -70,7 +70,7 @@ def draw(folders: list[RunFolder], to: Path) -> None:
                 f"{to} cannot be made ({reason}). Pictures need `pip install -e '.[figures]'` and "
                 "Chrome or Chromium; .html needs neither"
             ) from error
-    console.print(f"drawn: {to}")
+    say(f"drawn: {to}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from sae_lora.checks import check
 from sae_lora.config import Config, keys, typed, unknown_key
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
-from sae_lora.terminal import errors
+from sae_lora.terminal import complain
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -72,10 +72,10 @@ def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if full:
             traceback.print_exc()
-        errors.print(f"[red]error[/red]: {explanation(error)}", soft_wrap=True, markup=True)
+        complain("error", explanation(error))
         return 1
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on with what is not done")
+        complain("stopped", "the same command goes on with what is not done")
         return 130
 
 

@@ -17,7 +17,7 @@ from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
-from sae_lora.terminal import console, errors
+from sae_lora.terminal import complain, console, say
 
 
 class State(Enum):
@@ -113,21 +113,22 @@ def launch(points: Sequence[Config]) -> int:
     planned = plan(points)
     settings = points[0].launcher
     for note in planned.notes:
-        console.print(f"note: {note}")
+        say(f"note: {note}")
     if settings.dry_run:
         for run in planned.runs:
-            console.print(f"{run.state.value:>13}  {run.name}")
+            say(f"{run.state.value:>13}  {run.name}")
         return 0
-    left = [run for run in planned.runs if run.state is not State.done]
-    failed = [run for run in left if run.state is State.failed]
-    if failed and not settings.retry_failed:
-        left = [run for run in left if run not in failed]
+    passed_over = {State.done} if settings.retry_failed else {State.done, State.failed}
+    left = [run for run in planned.runs if run.state not in passed_over]
+    done = sum(run.state is State.done for run in planned.runs)
     for run in left:
-        run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
+        _freeze(run)
     for number, run in enumerate(left, start=1):
         console.rule(f"run {number} of {len(left)}: {run.name}", align="left", style="dim")
-        _execute(run)
-    _conclude(planned, len(planned.runs) - len(left) - len(failed), settings.retry_failed)
+        _execute(run.folder)
+    if done:
+        say(f"{done} of {len(planned.runs)} done before, not run again")
+    _conclude(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
 
 
@@ -144,38 +145,41 @@ def run_now(point: Config) -> float:
 
     (run,) = plan([point]).runs
     if run.state is not State.done:
-        run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
-        execute(run.config, run.folder)
+        _freeze(run)
+        execute(run.folder)
     return run.folder.read_summary()["ce_gap"]
 
 
-def _execute(run: Run) -> None:
+def _freeze(run: Run) -> None:
+    """Writes the resolved config into the run's folder: all that the run will read."""
+    run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
+
+
+def _execute(folder: RunFolder) -> None:
     """Runs it here. A failure is written down and shown; the next run goes on."""
     from sae_lora.run import execute
 
     try:
-        execute(run.config, run.folder)
+        execute(folder)
     except Exception as error:  # one failed run must not end the others; its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        run.folder.write_failure(message, traceback.format_exc())
-        errors.print(f"[red]failed[/red]: {message}", soft_wrap=True)
+        folder.write_failure(message, traceback.format_exc())
+        complain("failed", message)
 
 
-def _conclude(planned: Plan, skipped: int, retried: bool) -> None:
+def _conclude(planned: Plan) -> None:
     """The table at the end, and where everything is."""
-    if skipped:
-        console.print(f"{skipped} of {len(planned.runs)} done before, not run again")
     finished = [run for run in planned.runs if run.folder.is_finished]
     if len(planned.runs) == 1 and finished:
         summary = finished[0].folder.read_summary()
         console.print(run_table(summary))
-        console.print(f"run folder  {finished[0].folder.path}", soft_wrap=True)
-        console.print(f"W&B run     {summary['tracked_at'] or 'none'}", soft_wrap=True)
+        say(f"run folder  {finished[0].folder.path}")
+        say(f"W&B run     {summary['tracked_at'] or 'none'}")
     elif finished:
         console.print(comparison_table([run.folder for run in finished]))
-        console.print(f"run folders  {finished[0].folder.path.parent}", soft_wrap=True)
+        say(f"run folders  {finished[0].folder.path.parent}")
     failed = [run for run in planned.runs if run.state is State.failed]
     for run in failed:
-        errors.print(f"[red]failed[/red]: {run.folder.failure}", soft_wrap=True)
-    if failed and not retried:
-        errors.print(f"{len(failed)} failed; launcher.retry_failed=true runs what failed again")
+        complain("failed", str(run.folder.failure))
+    if failed:
+        complain(f"{len(failed)} failed", "launcher.retry_failed=true runs what failed again")

@@ -15,7 +15,7 @@ from transformers import logging as transformers_logging
 from transformers import set_seed
 
 from sae_lora import distill, hub, lora, models, tracking
-from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, readable_name
+from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, load, readable_name
 from sae_lora.data import corpus
 from sae_lora.errors import ConfigError
 from sae_lora.metrics import Evaluator
@@ -24,17 +24,17 @@ from sae_lora.saes import loading
 from sae_lora.terminal import Display
 
 
-def execute(config: Config, folder: RunFolder) -> Summary:
-    """Trains and evaluates what the config describes, and writes it into the folder.
+def execute(folder: RunFolder) -> Summary:
+    """Trains and evaluates what the folder's `config.yaml` describes, and writes it into the folder.
 
     Args:
-        config: A checked config whose SAEs are resolved.
-        folder: The run folder; its `config.yaml` is there already.
+        folder: The run folder. Its config is checked, with its SAEs resolved; nothing else is read.
 
     Raises:
         UserError: For what the user can mend: files that cannot be fetched, text that is too short.
     """
     started = time.perf_counter()
+    config = load(folder.config.read_text())
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device = _device(config.train.device)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,6 +26,16 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 _REFRESH_S = 0.5
+
+
+def say(text: str) -> None:
+    """Prints a line for people, as it is: brackets in it are no markup, long lines stay whole."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def complain(what: str, text: str) -> None:
+    """Prints what went wrong to the error stream, as `what: text`."""
+    errors.print(f"[red]{what}[/red]: {escape(text)}", soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -56,7 +67,7 @@ class Display:
 
     def stage(self, text: str) -> None:
         """Says what is done next."""
-        console.print(text)
+        say(text)
 
     def counter(self, description: str, unit: str) -> Callable[..., None]:
         """A bar that appears with the first call of `count(done, total, note)`."""
@@ -82,7 +93,7 @@ class Display:
     def point(self, point: CurvePoint) -> None:
         """Shows one evaluation as a line that stays."""
         rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
-        console.print(
+        say(
             f"  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
             f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
         )

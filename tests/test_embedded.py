@@ -1,0 +1,117 @@
+"""What ships is what the recipe says, has learnt something, and lets LoRA close its gap."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lora.config import Config, DataConfig, ModelConfig, SAEChoice, SAEConfig, SAEFamily, TextSource
+from sae_lora.data import corpus
+from sae_lora.embedded import MODEL, SAES, language_model, recipe
+from sae_lora.metrics import Evaluation, Evaluator
+from sae_lora.models import LanguageModel, load_model, load_tokenizer, read_dimensions
+from sae_lora.saes import loading
+from sae_lora.saes.training import TopKRequest
+
+TINY = ModelConfig(name="tiny")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> corpus.Corpus:
+    cache = tmp_path_factory.mktemp("cache")
+    config = DataConfig(source=TextSource.stdlib, cache_dir=str(cache), validation_tokens=8192)
+    return corpus.load(config, load_tokenizer(TINY), train_sequences=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return load_model(TINY, Config().train.dtype, CPU)
+
+
+def evaluation(model: LanguageModel, text: corpus.Corpus, name: str) -> Evaluation:
+    config = SAEConfig(family=SAEFamily.tiny)
+    block = recipe.requests()[name].block
+    loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
+    assert loading.keeps_special_tokens(config, [loaded])
+    saes = {loaded.hookpoint: loaded.sae}
+    return Evaluator(model, saes, text.validation_tokens, text.special_ids, 32, 1024)()
+
+
+def test_everything_that_the_recipe_names_ships() -> None:
+    assert {path.name for path in SAES.iterdir()} == set(recipe.requests())
+    assert (MODEL / "model.safetensors").exists()
+    size = sum(path.stat().st_size for path in MODEL.parent.rglob("*") if path.is_file())
+    assert size < 24 * 2**20
+
+
+def test_the_model_has_learnt_its_text(model: LanguageModel, text: corpus.Corpus) -> None:
+    """Held-out cross-entropy is far below that of the best constant prediction."""
+    tokens = text.validation_tokens
+    counts = torch.bincount(tokens.flatten(), minlength=2048).float()
+    frequencies = counts / counts.sum()
+    unigram = -(frequencies[counts > 0] * frequencies[counts > 0].log()).sum()
+    ce = language_model.validation_ce(model.model, text.validation)  # pyright: ignore[reportArgumentType]
+    assert ce < 0.6 * float(unigram)
+
+
+@pytest.mark.parametrize("block", recipe.BLOCKS)
+def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Corpus, block: int) -> None:
+    found = [evaluation(model, text, f"block_{block}-width_1024-l0_{l0}") for l0 in recipe.SPARSITIES]
+    fvus = [next(iter(one.fvu.values())) for one in found]
+    gaps = [one.spliced_ce - one.base_ce for one in found]
+    assert 0.02 < fvus[-1] < fvus[0] < 0.7
+    assert fvus == sorted(fvus, reverse=True)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] > 0
+    for one, l0 in zip(found, recipe.SPARSITIES, strict=True):
+        assert next(iter(one.l0.values())) == pytest.approx(l0, rel=0.02)
+
+
+def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made twice from one seed, every file is the same to the byte; another seed gives others."""
+    requests = {
+        "block_3-width_64-l0_4": TopKRequest(3, 64, 4),
+        "block_1-width_64-l0_8": TopKRequest(1, 64, 8),
+    }
+    monkeypatch.setattr(recipe, "requests", lambda: requests)
+    budget = language_model.Budget(tokens=8192)
+    sae_budget = recipe.SAEBudget(tokens=4096, batch_tokens=512, buffer_tokens=2048)
+
+    def made(name: str, seed: int) -> dict[str, bytes]:
+        recipe.make(tmp_path / name, budget, sae_budget, seed)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
+
+    first, again, other = made("first", 0), made("again", 0), made("other", 1)
+    assert set(first) == set(again) == set(other)
+    assert "saes/block_3-width_64-l0_4/sae_weights.safetensors" in first
+    assert [name for name in first if first[name] != again[name]] == []
+    assert first["model/model.safetensors"] != other["model/model.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_main_job_closes_a_quarter_of_its_gap(tmp_path: Path) -> None:
+    """`python launch.py` as a newcomer types it, offline."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    command = [sys.executable, "launch.py", f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    finished = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "tracking offline" in finished.stderr
+    assert "W&B run" in finished.stdout
+    (path,) = tmp_path.glob("main/*/summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["gap_closed"] > 0.25
+    assert Path(summary["tracked_at"]).is_dir()
