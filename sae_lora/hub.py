@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import requests
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
 from sae_lora.errors import UserError
@@ -96,12 +97,16 @@ def _is_not_a_model(error: BaseException) -> bool:
     return "does not appear to have a file named" in text or "is not a local folder" in text
 
 
-def model_commit(name: str, revision: str | None) -> str | None:
-    """The commit of a model that has been loaded; `None` for a local folder."""
-    if Path(name).is_dir():
-        return None
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    return cached.split("/snapshots/")[1].split("/")[0] if isinstance(cached, str) else None
+_COMMIT = r"[0-9a-f]{40}"
+
+
+def cached_commit(repo: str, revision: str | None = None) -> str | None:
+    """The commit of the cached copy of a model's repository; `None` for what is not from the hub."""
+    if revision is not None and re.fullmatch(_COMMIT, revision):
+        return revision
+    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    reference = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main")
+    return reference.read_text().strip() if reference.is_file() else None
 
 
 def dataset_commit(name: str, revision: str | None) -> str:
@@ -110,7 +115,7 @@ def dataset_commit(name: str, revision: str | None) -> str:
     Raises:
         UserError: Where the data set cannot be found or the hub cannot be asked.
     """
-    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+    if revision is not None and re.fullmatch(_COMMIT, revision):
         return revision
     with explained("data.name", name):
         commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha

@@ -109,7 +109,7 @@ class Summary:
     """Name, commit, dtype and parameter count."""
     sae: list[dict[str, Any]]
     """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0 and FVU, and
-    the SHA-256 of its weights."""
+    the repository's commit and the SHA-256 of its weights."""
     lora: dict[str, Any]
     """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by."""
     data: dict[str, Any]

@@ -147,7 +147,7 @@ def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, An
     return {
         "name": config.model.name,
         "revision": config.model.revision,
-        "commit": hub.model_commit(models.source(config.model), config.model.revision),
+        "commit": hub.cached_commit(config.model.name, config.model.revision),
         "class": type(model.model).__name__,
         "blocks": len(model.blocks),
         "loaded_as": config.model.dtype.name,

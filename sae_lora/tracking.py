@@ -59,21 +59,24 @@ def start(config: Config, name: str, run_hash: str, folder: Path) -> Tracker:
         run_hash: The run's identity, which the W&B run id is made of.
         folder: The run folder; W&B's own files lie in it.
     """
-    if config.tracking.mode is TrackingMode.disabled:
+    mode = _asked_mode(config.tracking.mode)
+    if mode is TrackingMode.disabled:
         return Untracked()
     try:
-        return _WandB(config, name, run_hash, folder)
+        return _WandB(config, mode, name, run_hash, folder)
     except Exception as error:  # W&B must never stop a run, whatever it raises
         log.warning("W&B is off for this run: %s", _first_line(error))
         return Untracked()
 
 
 class _WandB:
-    def __init__(self, config: Config, name: str, run_hash: str, folder: Path) -> None:
+    def __init__(
+        self, config: Config, asked: TrackingMode, name: str, run_hash: str, folder: Path
+    ) -> None:
         import wandb  # takes a second to import, which a run with tracking=disabled need not pay
 
         self._finish_timeout_s = config.tracking.finish_timeout_s
-        mode = _settled_mode(config.tracking.mode, wandb.setup().settings)
+        mode = _settled_mode(asked, wandb.setup().settings)
 
         def init(mode: str) -> Any:
             return wandb.init(
@@ -129,6 +132,16 @@ class _WandB:
             call()
         except Exception as error:  # W&B must never stop a run, whatever it raises
             log.warning("W&B %s: %s", what, _first_line(error))
+
+
+def _asked_mode(mode: TrackingMode) -> TrackingMode:
+    """The config's mode; where it leaves the choice open, W&B's own variable says."""
+    variable = os.environ.get("WANDB_MODE", "")
+    return (
+        TrackingMode[variable]
+        if mode is TrackingMode.auto and variable in TrackingMode.__members__
+        else mode
+    )
 
 
 _said_offline = threading.Event()

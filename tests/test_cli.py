@@ -1,27 +1,10 @@
 """The command line as a user meets it: exit codes, one message, no traceback unless asked for."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-def launch(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "160", "HF_HUB_OFFLINE": "1"} | more
-    command = [sys.executable, "launch.py", *arguments]
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+from tests.commands import launch
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """What ships is what the recipe says, has learnt something, and lets LoRA close its gap."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from sae_lora.metrics import Evaluation, Evaluator
 from sae_lora.models import LanguageModel, load_model, load_tokenizer, read_dimensions
 from sae_lora.saes import loading
 from sae_lora.saes.training import TopKRequest
+from tests.commands import launch
 
 TINY = ModelConfig(name="tiny")
 CPU = torch.device("cpu")
@@ -97,16 +95,8 @@ def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_the_main_job_closes_a_quarter_of_its_gap(tmp_path: Path) -> None:
     """`python launch.py` as a newcomer types it, offline."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    command = [sys.executable, "launch.py", f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
-    finished = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
+    finished = launch(
+        f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", WANDB_MODE=None, WANDB_API_KEY=None
     )
     assert finished.returncode == 0, finished.stderr
     assert "tracking offline" in finished.stderr

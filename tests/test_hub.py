@@ -1,18 +1,15 @@
 """The researcher's commands against a hub on loopback, through transformers, sae-lens and datasets."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+from tests.commands import launch
 from tests.hub import COMMIT, Hub, serving
 from tests.repositories import GEMMA_WIDTH, write_all
-
-REPOSITORY = Path(__file__).parent.parent
 
 GEMMA = "model=gemma2_2b sae=gemma_scope sae.width=16k sae.l0=82 layer.index=12 data=pile".split()
 LLAMA = "model=llama31_8b sae=llama_scope sae.width=32k layer.index=16 data=pile".split()
@@ -35,28 +32,11 @@ def hub(root: Path) -> Iterator[Hub]:
         yield hub
 
 
-def launch(address: str, home: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """`python launch.py …` as a user types it, with the hub in place of the real one."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment = (
-        inherited | {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "COLUMNS": "200"} | more
-    )
-    command = [
-        sys.executable,
-        "launch.py",
-        *overrides,
-        f"output_dir={home}/outputs",
-        f"data.cache_dir={home}/cache",
-    ]
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def launch_from(address: str, home: Path, *overrides: str, **more: str) -> CompletedProcess[str]:
+    """The command with the hub in place of the real one, and nothing cached."""
+    places = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"]
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": None} | more
+    return launch(*overrides, *places, **environment)
 
 
 def summary_in(home: Path) -> dict:
@@ -66,26 +46,26 @@ def summary_in(home: Path) -> dict:
 
 @pytest.mark.slow
 def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    finished = launch(hub.address, tmp_path, *GEMMA, *SMALL)
+    finished = launch_from(hub.address, tmp_path, *GEMMA, *SMALL)
     assert finished.returncode == 0, finished.stderr
     summary = summary_in(tmp_path)
     (sae,) = summary["sae"]
     assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
     assert (sae["width"], sae["block"], sae["stated_l0"]) == (GEMMA_WIDTH, 12, 82)
-    assert summary["model"]["commit"] == COMMIT
+    assert summary["model"]["commit"] == sae["commit"] == COMMIT
     assert summary["model"]["class"] == "Gemma2ForCausalLM"
     assert summary["data"]["revision"] == COMMIT
     assert summary["data"]["special_tokens_kept"] is True
     assert summary["data"]["bos"] is True
     # The same command again finds it, also with the hub gone.
-    again = launch("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL, HF_HUB_OFFLINE="1")
+    again = launch_from("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 1 done before" in again.stdout
 
 
 @pytest.mark.slow
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    finished = launch(hub.address, tmp_path, *LLAMA, *SMALL)
+    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL)
     assert finished.returncode == 0, finished.stderr
     summary = summary_in(tmp_path)
     (sae,) = summary["sae"]
@@ -94,7 +74,7 @@ def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["model"]["class"] == "LlamaForCausalLM"
 
 
-def refusal(finished: subprocess.CompletedProcess[str]) -> str:
+def refusal(finished: CompletedProcess[str]) -> str:
     """The one message of a command that must fail without a traceback."""
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr + finished.stdout
@@ -103,33 +83,33 @@ def refusal(finished: subprocess.CompletedProcess[str]) -> str:
 
 def test_gated(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add("google/gemma-2-2b")
-    message = refusal(launch(hub.address, tmp_path, *GEMMA, *SMALL))
+    message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL))
     assert "model.name = 'google/gemma-2-2b'" in message
     assert "gated" in message
     assert "hf auth login" in message
 
 
 def test_missing_model(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch(hub.address, tmp_path, *GEMMA, *SMALL, "model.name=google/gemma-2-9b"))
+    message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL, "model.name=google/gemma-2-9b"))
     assert "model.name = 'google/gemma-2-9b' cannot be loaded" in message
     assert "no such repository" in message
 
 
 @pytest.mark.slow
 def test_missing_data_set(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch(hub.address, tmp_path, *LLAMA, *SMALL, "data=hf", "data.name=no/such"))
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=hf", "data.name=no/such"))
     assert "data.name = 'no/such' cannot be loaded" in message
 
 
 @pytest.mark.slow
 def test_missing_column(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch(hub.address, tmp_path, *LLAMA, *SMALL, "data.column=txt"))
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.column=txt"))
     assert "data.column = 'txt'" in message
     assert "nearest valid: data.column=text" in message
 
 
 def test_no_network(tmp_path: Path) -> None:
-    message = refusal(launch("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL))
+    message = refusal(launch_from("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL))
     assert "model.name = 'google/gemma-2-2b' cannot be loaded" in message
     assert "cannot be reached" in message
 
@@ -137,12 +117,12 @@ def test_no_network(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_broken_download(hub: Hub, tmp_path: Path) -> None:
     hub.truncated.add("model.safetensors")
-    message = refusal(launch(hub.address, tmp_path, *LLAMA, *SMALL))
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL))
     assert "model.name = 'meta-llama/Llama-3.1-8B' cannot be loaded" in message
 
 
 @pytest.mark.slow
 def test_too_little_text(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch(hub.address, tmp_path, *LLAMA, *SMALL, "train.train_tokens=10000000"))
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "train.train_tokens=10000000"))
     assert "train.train_tokens" in message
     assert "data.repeat=true" in message

@@ -36,6 +36,16 @@ def test_disabled_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
 
 
+def test_wandbs_own_variable_decides_what_the_config_leaves_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert tracking.start(config(TrackingMode.auto), "name", "abc", tmp_path).place is None
+    asked = tracking.start(config(TrackingMode.offline), "name", "abc", tmp_path)
+    assert asked.place is not None
+    asked.finish(None)
+
+
 def test_not_logged_in_is_offline_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

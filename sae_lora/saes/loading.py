@@ -17,7 +17,7 @@ from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
 from sae_lora.models import Dimensions, resid_post
-from sae_lora.saes.registry import check_fit, metadata_block
+from sae_lora.saes.registry import check_fit, metadata_block, repository_of
 from sae_lora.splice import Coder
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
             "hookpoint": resid_post(choice.block),
             "release": choice.release,
             "id": choice.id,
+            "commit": hub.cached_commit(repository_of(choice.release)) if choice.release else None,
             "path": choice.path,
             "architecture": loaded.values.get("architecture", "identity"),
             "width": loaded.values.get("d_sae"),

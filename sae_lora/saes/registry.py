@@ -164,6 +164,11 @@ def table() -> dict[str, dict[str, Any]]:
     return yaml.load(path.read_text(), Loader=loader)
 
 
+def repository_of(release: str) -> str:
+    """The hub's repository that holds a release; an unlisted release is itself a repository."""
+    return table()[release]["repo_id"] if release in table() else release
+
+
 def _release(name: str) -> dict[str, Any]:
     if name not in table():
         raise ConfigError(
