@@ -7,7 +7,7 @@ from pathlib import Path
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table
-from sae_lora.terminal import complain, console, say
+from sae_lora.terminal import complain, say, show
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         folders = runs_of(chosen.sweep)
         match chosen.command:
             case "table":
-                console.print(comparison_table(folders))
+                show(comparison_table(folders))
             case "figure":
                 draw(folders, chosen.to)
             case _:

@@ -17,7 +17,7 @@ from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
-from sae_lora.terminal import complain, console, say
+from sae_lora.terminal import complain, console, say, show
 
 
 class State(Enum):
@@ -172,11 +172,11 @@ def _conclude(planned: Plan) -> None:
     finished = [run for run in planned.runs if run.folder.is_finished]
     if len(planned.runs) == 1 and finished:
         summary = finished[0].folder.read_summary()
-        console.print(run_table(summary))
+        show(run_table(summary))
         say(f"run folder  {finished[0].folder.path}")
         say(f"W&B run     {summary['tracked_at'] or 'none'}")
     elif finished:
-        console.print(comparison_table([run.folder for run in finished]))
+        show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
     failed = [run for run in planned.runs if run.state is State.failed]
     for run in failed:

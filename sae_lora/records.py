@@ -112,6 +112,8 @@ class Summary:
     the repository's commit and the SHA-256 of its weights."""
     lora: dict[str, Any]
     """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by."""
+    seed: int
+    """Of the adapters' initial values and dropout."""
     data: dict[str, Any]
     """Source, revision or content hash, and how often the training text was gone through."""
     environment: dict[str, Any]

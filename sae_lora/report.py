@@ -1,6 +1,6 @@
 """What people look at: tables made from the run folders alone. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -55,37 +55,66 @@ def run_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+_NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "base CE": lambda summary: f"{summary['base_ce']:.3f}",
+    "spliced CE": lambda summary: f"{summary['spliced_ce']:.3f}",
+    "student CE": lambda summary: f"{summary['student_ce']:.3f}",
+    "gap before": lambda summary: f"{summary['initial_gap']:+.3f}",
+    "gap after": lambda summary: f"{summary['ce_gap']:+.3f}",
+    "gap closed": lambda summary: percent(summary["gap_closed"]),
+    "KL": lambda summary: f"{summary['kl']:.3f}",
+    "parameters": lambda summary: f"{summary['trainable_parameters']:,}",
+    "training": lambda summary: duration(summary["train_seconds"]),
+}
+FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda summary: summary["model"]["name"],
+    "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
+    "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
+    "L0": lambda summary: f"{summary['l0']:.3g}",
+    "rank": lambda summary: str(summary["lora"]["rank"]),
+    "alpha": lambda summary: f"{summary['lora']['alpha']:g}",
+    "targets": lambda summary: _joined(summary["lora"]["targets"]),
+    "blocks": lambda summary: _joined(summary["lora"]["blocks"]),
+    "tokens": lambda summary: f"{summary['train_tokens']:,}",
+    "seed": lambda summary: str(summary["seed"]),
+}
+"""What runs of a sweep may differ in, as a reader names it."""
+
+
+def _joined(value: str | list[Any]) -> str:
+    return value if isinstance(value, str) else "+".join(map(str, value))
+
+
+def varying_factors(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the factors in which the runs differ, in their usual order."""
+    return [name for name, read in FACTORS.items() if len({read(one) for one in summaries}) > 1]
+
+
 def comparison_table(folders: Sequence[RunFolder]) -> Table:
-    """Finished runs side by side, a row each.
+    """Finished runs side by side, a row each; what is the same in all of them stands in the title.
 
     Args:
         folders: Runs; those that are not finished are left out.
     """
-    table = Table(title="gap closed, held-out text (CE and KL in nats/token)", title_justify="left")
-    for name in ("run", "rank", "block", "width", "L0"):
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-    for name in ("base CE", "spliced CE", "student CE", "gap before", "gap after"):
-        table.add_column(name, justify="right")
-    for name in ("gap closed", "KL", "parameters", "training"):
-        table.add_column(name, justify="right")
-    for folder in folders:
-        if folder.is_finished:
-            table.add_row(*_row(folder.read_summary()))
+    summaries = [folder.read_summary() for folder in folders if folder.is_finished]
+    varying = varying_factors(summaries)
+    readers = {name: FACTORS[name] for name in varying} | _NUMBERS
+    same = {
+        name: read(summaries[0])
+        for name, read in (FACTORS | _NUMBERS).items()
+        if name
+        in ("model", "SAE after block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
+        and len({read(one) for one in summaries}) == 1
+    }
+    table = Table(
+        title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
+    )
+    if not varying:
+        table.add_column("run")
+    columns = [name for name in readers if name not in same]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for summary in summaries:
+        first = [] if varying else [summary["name"]]
+        table.add_row(*first, *(readers[name](summary) for name in columns))
     return table
-
-
-def _row(summary: dict[str, Any]) -> list[str]:
-    saes = summary["sae"]
-    return [
-        summary["name"],
-        str(summary["lora"]["rank"]),
-        "+".join(str(sae["block"]) for sae in saes),
-        "+".join(sorted({str(sae["width"]) for sae in saes})),
-        f"{summary['l0']:.1f}",
-        *(f"{summary[key]:.3f}" for key in ("base_ce", "spliced_ce", "student_ce")),
-        *(f"{summary[key]:+.3f}" for key in ("initial_gap", "ce_gap")),
-        percent(summary["gap_closed"]),
-        f"{summary['kl']:.3f}",
-        f"{summary['trainable_parameters']:,}",
-        duration(summary["train_seconds"]),
-    ]

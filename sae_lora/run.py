@@ -102,6 +102,7 @@ def execute(folder: RunFolder) -> Summary:
                 model=_describe_model(config, model),
                 sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
                 lora=_describe_lora(config.lora),
+                seed=config.train.seed,
                 data=text.description | {"special_tokens_kept": keeps},
                 environment=_describe_environment(device),
                 tracked_at=tracker.place,

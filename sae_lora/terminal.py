@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from sae_lora.records import CurvePoint
@@ -26,11 +27,21 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 _REFRESH_S = 0.5
+_UNLIMITED = 10_000
 
 
 def say(text: str) -> None:
     """Prints a line for people, as it is: brackets in it are no markup, long lines stay whole."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Prints a table; where the output is no terminal, as wide as the table needs."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        unlimited = console.options.update(max_width=_UNLIMITED)
+        console.print(table, width=max(console.width, console.measure(table, options=unlimited).maximum))
 
 
 def complain(what: str, text: str) -> None:
