@@ -37,11 +37,10 @@ def say(text: str) -> None:
 
 def show(table: Table) -> None:
     """Prints a table; where the output is no terminal, as wide as the table needs."""
-    if console.is_terminal:
-        console.print(table)
-    else:
-        unlimited = console.options.update(max_width=_UNLIMITED)
-        console.print(table, width=max(console.width, console.measure(table, options=unlimited).maximum))
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    needed = console.measure(table, options=unlimited).maximum
+    wide = Console(width=max(console.width, needed), highlight=False)
+    (console if console.is_terminal else wide).print(table)
 
 
 def complain(what: str, text: str) -> None:
