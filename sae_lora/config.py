@@ -205,7 +205,7 @@ class DataConfig:
 class TrainConfig:
     """The optimisation."""
 
-    train_tokens: int = 400_000
+    train_tokens: int = 300_000
     """Tokens trained on."""
     batch_size: int = 4
     """Sequences per step."""
@@ -224,7 +224,7 @@ class TrainConfig:
     so that `grad_clip` binds in nearly every step."""
     kl_chunk_tokens: int = 1024
     """Tokens whose logits are held at once; changes memory, not the result."""
-    eval_every_tokens: int = 100_000
+    eval_every_tokens: int = 75_000
     """Training tokens between two evaluations."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
