@@ -6,10 +6,22 @@ import plotly.graph_objects as go
 
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
-from sae_lora.report import FACTORS, varying_factors
+from sae_lora.report import FACTORS, finished_summaries, varying_factors
 
 # Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+class _Styles:
+    """A style for each value, the same for equal values, in order of appearance."""
+
+    def __init__(self, styles: Sequence[str]) -> None:
+        self._styles = styles
+        self._given: dict[str, str] = {}
+
+    def __getitem__(self, value: str) -> str:
+        return self._given.setdefault(value, self._styles[len(self._given) % len(self._styles)])
 
 
 def gap_curves(folders: Sequence[RunFolder]) -> go.Figure:
@@ -21,21 +33,25 @@ def gap_curves(folders: Sequence[RunFolder]) -> go.Figure:
     Raises:
         UserError: Where none is finished.
     """
-    finished = [folder for folder in folders if folder.is_finished]
-    if not finished:
+    runs = finished_summaries(folders)
+    if not runs:
         raise UserError("none of these runs is finished: there is nothing to draw")
-    summaries = [folder.read_summary() for folder in finished]
-    varying = varying_factors(summaries)
+    varying = varying_factors([summary for _, summary in runs])
+    colours = _Styles(COLOURS)
+    dashes = _Styles(DASHES)
     figure = go.Figure()
-    for number, (folder, summary) in enumerate(zip(finished, summaries, strict=True)):
+    for folder, summary in runs:
         curve = folder.read_curve()
-        label = ", ".join(FACTORS[name](summary) for name in varying) or summary["name"]
+        values = [FACTORS[name](summary) for name in varying]
+        label = ", ".join(values) or summary["name"]
+        # Two factors are told apart as colour and dash; of more, the last say nothing more.
+        first, second = (values[0], values[1]) if len(values) == 2 else (label, "")
         figure.add_scatter(
             x=[point.tokens for point in curve],
             y=[point.ce_gap for point in curve],
             name=label,
             mode="lines+markers",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 2.5},
+            line={"color": colours[first], "dash": dashes[second], "width": 2.5},
         )
     figure.update_layout(
         template="plotly_white",

@@ -90,13 +90,28 @@ def varying_factors(summaries: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name, read in FACTORS.items() if len({read(one) for one in summaries}) > 1]
 
 
+def finished_summaries(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, Any]]]:
+    """The finished runs with their summaries, ordered by the factors in which they differ."""
+    pairs = [(folder, folder.read_summary()) for folder in folders if folder.is_finished]
+    varying = varying_factors([summary for _, summary in pairs])
+    return sorted(pairs, key=lambda pair: [_natural(FACTORS[name](pair[1])) for name in varying])
+
+
+def _natural(text: str) -> tuple[float, str]:
+    """Numbers by their value, before words by their letters."""
+    try:
+        return float(text.replace(",", "")), ""
+    except ValueError:
+        return float("inf"), text
+
+
 def comparison_table(folders: Sequence[RunFolder]) -> Table:
     """Finished runs side by side, a row each; what is the same in all of them stands in the title.
 
     Args:
         folders: Runs; those that are not finished are left out.
     """
-    summaries = [folder.read_summary() for folder in folders if folder.is_finished]
+    summaries = [summary for _, summary in finished_summaries(folders)]
     varying = varying_factors(summaries)
     readers = {name: FACTORS[name] for name in varying} | _NUMBERS
     same = {

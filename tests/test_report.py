@@ -85,8 +85,18 @@ def test_the_figure_has_a_line_per_run(tmp_path: Path) -> None:
     assert [trace.name for trace in figure.data] == ["1", "4", "16"]
     assert figure.layout.legend.title.text == "rank"
     assert len({trace.line.color for trace in figure.data}) == 3
+    assert {trace.line.dash for trace in figure.data} == {"solid"}
     assert list(figure.data[1].x) == [0, 40]
     assert len(set(COLOURS)) == len(COLOURS)
+
+
+def test_two_factors_are_colour_and_dash_in_the_order_of_their_values(tmp_path: Path) -> None:
+    folders = [finished(tmp_path, f"run{rank}-{at}", rank, at, 0.1) for at in (3, 5) for rank in (16, 4)]
+    figure = gap_curves(folders)
+    assert [trace.name for trace in figure.data] == ["3, 4", "3, 16", "5, 4", "5, 16"]
+    colours, dashes = ([trace.line[key] for trace in figure.data] for key in ("color", "dash"))
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert dashes[0] == dashes[2] != dashes[1] == dashes[3]
 
 
 @pytest.mark.parametrize(
