@@ -14,6 +14,14 @@ from safetensors import SafetensorError
 from sae_lora.errors import UserError
 
 
+class UnreachableError(UserError):
+    """The hub does not answer, and what is asked for is not in the cache."""
+
+
+_OFFLINE = "it is not in the local cache, and the hub cannot be reached (no network, or offline mode)"
+_BROKEN = "the hub cannot be reached, or the connection broke; check the network and try again"
+
+
 @contextmanager
 def explained(field: str, name: str) -> Iterator[None]:
     """Turns what loading from the hub can raise into a `UserError` that names the config field.
@@ -33,7 +41,8 @@ def explained(field: str, name: str) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise UserError(f"{field} = {name!r} cannot be loaded: {reason}") from error
+        kind = UnreachableError if reason in (_OFFLINE, _BROKEN) else UserError
+        raise kind(f"{field} = {name!r} cannot be loaded: {reason}") from error
 
 
 def _reason(error: BaseException) -> str | None:
@@ -57,9 +66,7 @@ def _reason(error: BaseException) -> str | None:
     if has(hub.RepositoryNotFoundError) or _names_missing_dataset(chain):
         return "there is no such repository, or it is private and you are not logged in"
     if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        return (
-            "it is not in the local cache, and the hub cannot be reached (no network, or offline mode)"
-        )
+        return _OFFLINE
     if has(hub.RemoteEntryNotFoundError, hub.EntryNotFoundError):
         return "the repository lacks a file that is needed; is it of the kind that the config says?"
     if has(hub.HFValidationError):
@@ -69,7 +76,7 @@ def _reason(error: BaseException) -> str | None:
     if has(requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) or any(
         type(link).__module__.split(".")[0].startswith(("httpx", "httpcore")) for link in chain
     ):
-        return "the hub cannot be reached, or the connection broke; check the network and try again"
+        return _BROKEN
     if has(hub.HfHubHTTPError):
         return f"the hub answered: {chain[-1]}"
     if has(OSError) and any(_is_not_a_model(link) for link in chain):

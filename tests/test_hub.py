@@ -57,15 +57,18 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["data"]["revision"] == COMMIT
     assert summary["data"]["special_tokens_kept"] is True
     assert summary["data"]["bos"] is True
-    # The same command again finds it, also with the hub gone.
+    # The same command again finds it, also with the hub gone; and a new point needs no hub either.
     again = launch_from("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 1 done before" in again.stdout
+    new = launch_from("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL, "lora.rank=1", HF_HUB_OFFLINE="1")
+    assert new.returncode == 0, new.stderr
 
 
 @pytest.mark.slow
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL)
+    """With the data set downloaded whole, not streamed."""
+    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
     assert finished.returncode == 0, finished.stderr
     summary = summary_in(tmp_path)
     (sae,) = summary["sae"]

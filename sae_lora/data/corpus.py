@@ -152,11 +152,31 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
                 "subset": config.subset,
                 "split": config.split,
                 "column": config.column,
-                "revision": hub.dataset_commit(config.name or "", config.revision),
+                "revision": _dataset_commit(config),
                 "shuffle_buffer": config.shuffle_buffer if config.streaming else None,
             }
         case _:
             raise NotImplementedError(config.source)
+
+
+def _dataset_commit(config: DataConfig) -> str:
+    """The data set's commit; without a network, the one that was found last time.
+
+    Raises:
+        UserError: Where the data set cannot be found, or was never asked for with a network.
+    """
+    assert config.name is not None
+    name = _digest(f"{config.name}@{config.revision}")
+    remembered = Path(config.cache_dir).expanduser() / "revisions" / name
+    try:
+        commit = hub.dataset_commit(config.name, config.revision)
+    except hub.UnreachableError:
+        if not remembered.exists():
+            raise
+        return remembered.read_text()
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(remembered, commit)
+    return commit
 
 
 def _documents(config: DataConfig, recipe: dict[str, Any]) -> Iterator[Document]:
