@@ -16,7 +16,7 @@ from sae_lora.data import corpus
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
 from sae_lora.embedded.language_model import BOS, EOS, train_tokenizer
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, UserError
 
 TEXTS = [f"document {number} speaks of {number * 7} things and of nothing else" for number in range(200)]
 
@@ -165,6 +165,16 @@ def test_tables_hold_the_same_text(
     with pytest.raises(ConfigError) as error:
         corpus.load(dataclasses.replace(table, column="bdy"), tokenizer, 20)
     assert error.value.nearest == "body"
+
+
+def test_a_cache_that_cannot_be_written(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir"):
+        corpus.load(
+            dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache")), tokenizer, 20
+        )
 
 
 def test_files_that_are_not_there(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:

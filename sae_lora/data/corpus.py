@@ -107,7 +107,7 @@ def load(
         "validation_sequences": wanted_validation,
     }
     key = _digest(json.dumps(recipe, sort_keys=True))
-    folder = Path(config.cache_dir).expanduser() / "corpora" / key
+    folder = _cache(config, "corpora") / key
     if not (folder / "recipe.json").exists():
         _make(config, tokenizer, recipe, convention, folder, on_progress)
     train = np.load(folder / "train.npy", mmap_mode="r")
@@ -128,6 +128,22 @@ def load(
             "passes": round(train_sequences / len(train), 3),
         },
     )
+
+
+def _cache(config: DataConfig, kind: str) -> Path:
+    """The folder of the cache for one kind of thing, there to be written to.
+
+    Raises:
+        UserError: Where it cannot be made.
+    """
+    folder = Path(config.cache_dir).expanduser() / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}"
+        ) from error
+    return folder
 
 
 def _describe_source(config: DataConfig) -> dict[str, Any]:
@@ -167,14 +183,13 @@ def _dataset_commit(config: DataConfig) -> str:
     """
     assert config.name is not None
     name = _digest(f"{config.name}@{config.revision}")
-    remembered = Path(config.cache_dir).expanduser() / "revisions" / name
+    remembered = _cache(config, "revisions") / name
     try:
         commit = hub.dataset_commit(config.name, config.revision)
     except hub.UnreachableError:
         if not remembered.exists():
             raise
         return remembered.read_text()
-    remembered.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(remembered, commit)
     return commit
 
@@ -216,11 +231,7 @@ def _make(
         on_progress(len(train) + len(validation), (train.most or 0) + (validation.most or 0))
         if train.full and validation.full:
             break
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"data.cache_dir = {config.cache_dir!r}: {error.strerror}") from error
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         np.save(beside / "train.npy", train.sequences)
         np.save(beside / "validation.npy", validation.sequences)
