@@ -43,8 +43,13 @@ _POSITIVE = (
     "tracking.finish_timeout_s",
 )
 _NOT_NEGATIVE = ("model.middle_block", "train.weight_decay", "train.seed", "data.seed")
-_SHARES = {"lora.dropout": 0.9, "train.warmup_share": 1.0, "data.validation_share": 0.9}
-_LEAST = {"data.context_length": 8, "data.validation_share": 0.001}
+_SHARES = {
+    "lora.dropout": (0, 0.9),
+    "train.warmup_share": (0, 1.0),
+    "data.validation_share": (0.001, 0.9),
+}
+_SHORTEST_CONTEXT = 8
+_LARGEST_SEED = 2**32 - 1
 
 
 def _value(config: Config, key: str) -> Any:
@@ -63,15 +68,20 @@ def _check_ranges(config: Config) -> None:
         value = _value(config, key)
         if not 0 <= value < float("inf"):
             raise ConfigError(key, value, "a number that is not negative", nearest=0)
-    for key, most in _SHARES.items():
+    for key, (least, most) in _SHARES.items():
         value = _value(config, key)
-        if not 0 <= value <= most:
+        if not least <= value <= most:
+            nearest = least if value < least else most
+            raise ConfigError(key, value, f"a share from {least:g} to {most:g}", nearest=nearest)
+    for key in ("train.seed", "data.seed"):
+        if _value(config, key) > _LARGEST_SEED:
             raise ConfigError(
-                key, value, f"a share from 0 to {most:g}", nearest=0 if value < 0 else most
+                key, _value(config, key), f"at most {_LARGEST_SEED}", nearest=_LARGEST_SEED
             )
-    for key, least in _LEAST.items():
-        if _value(config, key) < least:
-            raise ConfigError(key, _value(config, key), f"at least {least:g}", nearest=least)
+    context = config.data.context_length
+    if context < _SHORTEST_CONTEXT:
+        allowed = f"at least {_SHORTEST_CONTEXT} tokens"
+        raise ConfigError("data.context_length", context, allowed, nearest=_SHORTEST_CONTEXT)
     clip = config.train.grad_clip
     if clip is not None and not clip > 0:
         raise ConfigError("train.grad_clip", clip, "a number above 0, or null", nearest="null")
@@ -134,6 +144,13 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
     return tuple(matrix for matrix in MATRICES if matrix in wanted)
 
 
+def canonical_blocks(blocks: Any) -> Any:
+    """The same request in the one form that is hashed and shown: a word, or a sorted list."""
+    return (
+        blocks if isinstance(blocks, str) else sorted(blocks if isinstance(blocks, list) else [blocks])
+    )
+
+
 def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
     """The indices that `lora.blocks` stands for.
 
@@ -193,6 +210,12 @@ def latents(width: str) -> int:
 def _check_sae_request(sae: SAEConfig) -> None:
     if sae.width is not None:
         latents(sae.width)
+    if sae.id is not None or sae.family in (SAEFamily.disk, SAEFamily.identity):
+        for key, value in {"sae.width": sae.width, "sae.l0": sae.l0}.items():
+            if value is not None:
+                raise ConfigError(
+                    key, value, "null, where sae.id, sae.path or sae=identity settles the SAE", "null"
+                )
     match sae.family:
         case SAEFamily.registry:
             if sae.release is None:

@@ -1,4 +1,4 @@
-"""The shape of a run: one tree of dataclasses with names, types and units, and the checks across it.
+"""The shape of a run: one tree of dataclasses with names, types and units.
 
 `conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a
 wrong type; `checks.check` then rejects what no single type can: impossible values and combinations. Both
@@ -107,6 +107,8 @@ class SAEChoice:
     """Registry id within the release."""
     path: str | None = None
     """Folder in sae-lens's format."""
+    sha256: str | None = None
+    """Of the weights file in that folder: another SAE there is another run."""
     width: int | None = None
     """Number of latents, where known before loading."""
     l0: float | None = None

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 from huggingface_hub.file_download import repo_folder_name
@@ -73,8 +72,9 @@ def _reason(error: BaseException) -> str | None:
         return "that is neither a folder on this machine nor a repository's name (org/name)"
     if has(SafetensorError) or _is_short_file(chain):
         return "a downloaded file is damaged. Delete it from the Hugging Face cache and try again"
-    if has(requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) or any(
-        type(link).__module__.split(".")[0].startswith(("httpx", "httpcore")) for link in chain
+    if has(ConnectionError, TimeoutError) or any(
+        type(link).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "aiohttp"))
+        for link in chain
     ):
         return _BROKEN
     if has(hub.HfHubHTTPError):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sae_lora.checks import adapted_blocks
+from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.records import RunFolder
+from sae_lora.records import RunFolder, RunningElsewhereError
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, console, say, show
 
@@ -76,7 +76,11 @@ def plan(points: Sequence[Config]) -> Plan:
     for point in points:
         dimensions = read_dimensions(point.model)
         resolution = resolve(point, dimensions)
-        config = replace(point, sae=replace(point.sae, used=resolution.choices))
+        config = replace(
+            point,
+            sae=replace(point.sae, used=resolution.choices),
+            lora=replace(point.lora, blocks=canonical_blocks(point.lora.blocks)),
+        )
         adapted_blocks(
             config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
         )
@@ -146,7 +150,8 @@ def run_now(point: Config) -> float:
     (run,) = plan([point]).runs
     if run.state is not State.done:
         _freeze(run)
-        execute(run.folder)
+        with run.folder.locked():
+            execute(run.folder)
     return run.folder.read_summary()["ce_gap"]
 
 
@@ -160,7 +165,10 @@ def _execute(folder: RunFolder) -> None:
     from sae_lora.run import execute
 
     try:
-        execute(folder)
+        with folder.locked():
+            execute(folder)
+    except RunningElsewhereError as error:
+        complain("left alone", str(error))
     except Exception as error:  # one failed run must not end the others; its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         folder.write_failure(message, traceback.format_exc())

@@ -87,7 +87,10 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
             dtype=torch_dtype(config.dtype),
             trust_remote_code=False,
         )
-    return LanguageModel(model.to(device=device, dtype=torch_dtype(compute)))  # pyright: ignore[reportCallIssue]
+    # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch_dtype(compute))
+    return LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
 
 
 class LanguageModel:

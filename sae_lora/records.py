@@ -9,6 +9,7 @@ outputs/<sweep>/<name>-<hash>/
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -106,7 +107,7 @@ class Summary:
     best_gap_closed: float | None
     """The largest on the curve."""
     model: dict[str, Any]
-    """Name, commit, dtype and parameter count."""
+    """Name, commit, class, number of blocks, and the precisions of loading and computing."""
     sae: list[dict[str, Any]]
     """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0 and FVU, and
     the repository's commit and the SHA-256 of its weights."""
@@ -123,6 +124,10 @@ class Summary:
     name: str
     hash: str
     version: int = SUMMARY_VERSION
+
+
+class RunningElsewhereError(UserError):
+    """Another process is at work on the run."""
 
 
 class RunFolder:
@@ -151,15 +156,14 @@ class RunFolder:
         return self.failure.exists() and not self.is_finished
 
     def write_config(self, text: str) -> None:
-        """Writes the resolved config, before anything else is there.
+        """Writes the resolved config of the next attempt, before anything else is there.
 
         Raises:
-            UserError: Where the folder cannot be written, or holds another config.
+            UserError: Where the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.config.exists():
-                write_atomically(self.config, text)
+            write_atomically(self.config, text)
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
@@ -173,6 +177,22 @@ class RunFolder:
         aside.mkdir()
         for path in left:
             path.rename(aside / path.name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            RunningElsewhereError: Where another process holds it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunningElsewhereError(
+                    f"{self.path.name} is being run by another process"
+                ) from error
+            yield
 
     def write_summary(self, summary: Summary) -> None:
         """Writes the summary; from then on the run is finished."""

@@ -49,6 +49,7 @@ def execute(folder: RunFolder) -> Summary:
             config.data,
             tokenizer,
             steps * config.train.batch_size,
+            config.train.batch_size,
             show.counter("tokenising", "sequences"),
         )
         show.end()
@@ -192,6 +193,7 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is some other project's commit
         commit = git("rev-parse", "HEAD").strip()
         return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.SubprocessError):

@@ -82,7 +82,7 @@ class _WandB:
             return wandb.init(
                 entity=config.tracking.entity,
                 project=config.tracking.project,
-                id=f"{config.sweep}-{run_hash}",
+                id=_run_id(config.sweep, run_hash, folder),
                 name=name,
                 group=config.sweep,
                 job_type="lora",
@@ -132,6 +132,12 @@ class _WandB:
             call()
         except Exception as error:  # W&B must never stop a run, whatever it raises
             log.warning("W&B %s: %s", what, _first_line(error))
+
+
+def _run_id(sweep: str, run_hash: str, folder: Path) -> str:
+    """The W&B run's id: the run's own, and one of its own for each attempt that begins anew."""
+    attempts = sum(1 for _ in folder.glob("unfinished-*"))
+    return f"{sweep}-{run_hash}" + (f"-{attempts + 1}" if attempts else "")
 
 
 def _asked_mode(mode: TrackingMode) -> TrackingMode:

@@ -116,6 +116,9 @@ def test_too_little_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast)
     with pytest.raises(ConfigError, match=r"data\.repeat=true") as error:
         corpus.load(config, tokenizer, 100_000)
     assert error.value.field == "train.train_tokens"
+    nearest = error.value.nearest
+    assert isinstance(nearest, int)
+    assert corpus.load(config, tokenizer, nearest // 16).train.shape == (nearest // 16, 16)
     text = corpus.load(dataclasses.replace(config, repeat=True), tokenizer, 100_000)
     assert text.description["passes"] > 1
     with pytest.raises(ConfigError) as error:
@@ -165,6 +168,28 @@ def test_tables_hold_the_same_text(
     with pytest.raises(ConfigError) as error:
         corpus.load(dataclasses.replace(table, column="bdy"), tokenizer, 20)
     assert error.value.nearest == "body"
+
+
+def test_one_document_cannot_be_split(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "book.txt").write_text("a long story " * 500)
+    with pytest.raises(UserError, match="too few documents"):
+        corpus.load(dataclasses.replace(config, files=str(tmp_path / "book.txt")), tokenizer, 20)
+
+
+def test_rows_without_text(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{"body": text, "n": 1} for text in TEXTS]
+    path = tmp_path / "table.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [{"body": None, "n": 1}, *rows]))
+    table = dataclasses.replace(config, files=str(path), column="body")
+    assert np.array_equal(
+        corpus.load(table, tokenizer, 20).train, corpus.load(config, tokenizer, 20).train
+    )
+    with pytest.raises(ConfigError, match="a column of text"):
+        corpus.load(dataclasses.replace(table, column="n"), tokenizer, 20)
 
 
 def test_a_cache_that_cannot_be_written(

@@ -97,6 +97,30 @@ def test_requests_for_the_same_sae_are_the_same_run(point, tmp_path: Path) -> No
     assert any("sae.l0 9 does not exist; the nearest is 8" in note for note in planned.notes)
 
 
+def test_the_same_request_in_other_words_is_the_same_run(point) -> None:
+    forms = ["lora.blocks=[5]", "lora.blocks=5"], ["lora.blocks=[4,5]", "lora.blocks=[5,4]"]
+    for one, other in forms:
+        assert len(launcher.plan([point(one), point(other)]).runs) == 1
+
+
+def test_a_retry_takes_what_the_new_command_says(point, tmp_path: Path) -> None:
+    (first,) = launcher.plan([point("train.kl_chunk_tokens=1024")]).runs
+    launcher._freeze(first)
+    (again,) = launcher.plan([point("train.kl_chunk_tokens=64")]).runs
+    launcher._freeze(again)
+    assert first.folder.path == again.folder.path
+    assert load(again.folder.config.read_text()).train.kl_chunk_tokens == 64
+
+
+def test_what_another_process_runs_is_left_alone(point, tmp_path: Path, capsys) -> None:
+    (planned,) = launcher.plan([point()]).runs
+    launcher._freeze(planned)
+    with planned.folder.locked():
+        assert launcher.launch([point()]) == 1
+    assert "another process" in capsys.readouterr().err
+    assert not planned.folder.failure.exists()
+
+
 def test_several_saes_at_once(point, tmp_path: Path) -> None:
     assert launcher.launch([point("layer.index=[2,5]", "lora.blocks=all")]) == 0
     (folder,) = folders(tmp_path)

@@ -12,6 +12,7 @@ from sae_lora.records import (
     CurvePoint,
     CurveWriter,
     RunFolder,
+    RunningElsewhereError,
     Summary,
     gap_closed,
     new_folder,
@@ -52,7 +53,7 @@ def test_states(tmp_path: Path) -> None:
     assert not folder.is_finished
     folder.write_config("a: 1\n")
     folder.write_config("a: 2\n")
-    assert folder.config.read_text() == "a: 1\n"
+    assert folder.config.read_text() == "a: 2\n"
     folder.write_failure("why", "the whole story")
     assert folder.has_failed
     folder.summary.write_text("{}")
@@ -110,3 +111,11 @@ def test_the_schema_has_what_is_promised() -> None:
         "train_tokens train_seconds model sae data environment version"
     )
     assert set(promised.split()) <= names
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.locked(), pytest.raises(RunningElsewhereError), RunFolder(tmp_path).locked():
+        pass
+    with RunFolder(tmp_path).locked():
+        pass

@@ -143,6 +143,7 @@ def test_what_does_not_exist_is_refused(overrides: tuple[str, ...], field: str, 
 def write_cfg(folder: Path, **values: object) -> Path:
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(values))
+    (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")
     return folder
 
 
@@ -157,6 +158,24 @@ def test_disk_takes_block_and_width_from_the_metadata(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(TINY, "sae=disk", f"sae.path={folder}", "layer.index=4")
     assert (error.value.field, error.value.nearest) == ("layer.index", 5)
+
+
+def test_another_sae_in_the_same_folder_is_another_choice(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "sae", d_in=128, hook_name="blocks.5.hook_resid_post")
+    before, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
+    (folder / "sae_weights.safetensors").write_text("retrained")
+    after, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
+    assert before != after
+
+
+def test_a_width_that_the_table_does_not_state_is_said() -> None:
+    gpt2 = Dimensions(768, 12, 50257, 1024)
+    release = "sae.release=gpt2-small-resid-post-v5-32k"
+    (choice,), (note,) = resolve(
+        gpt2, "model=gpt2", "sae=registry", release, "sae.width=32k", "layer.index=6"
+    )
+    assert choice.id == "blocks.6.hook_resid_post"
+    assert "does not state sae.width" in note
 
 
 def test_disk_of_another_width_is_refused(tmp_path: Path) -> None:

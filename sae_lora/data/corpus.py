@@ -78,6 +78,7 @@ def load(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_sequences: int,
+    batch_size: int = 1,
     on_progress: Progress = lambda done, total: None,
 ) -> Corpus:
     """The corpus that the config describes, from the cache where it was made before.
@@ -86,6 +87,7 @@ def load(
         config: Which text, and how it is cut.
         tokenizer: The model's.
         train_sequences: Training sequences that the run needs.
+        batch_size: Sequences per step; a suggested number of tokens is whole steps.
         on_progress: Called with the sequences made and wanted, while the corpus is made.
 
     Raises:
@@ -112,7 +114,7 @@ def load(
         _make(config, tokenizer, recipe, convention, folder, on_progress)
     train = np.load(folder / "train.npy", mmap_mode="r")
     validation = np.load(folder / "validation.npy", mmap_mode="r")
-    _check_length(config, len(train), len(validation), train_sequences, wanted_validation)
+    _check_length(config, len(train), len(validation), train_sequences, wanted_validation, batch_size)
     special = {cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)}
     return Corpus(
         train=train,
@@ -154,7 +156,10 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
         case TextSource.text_files:
             patterns = config.files if isinstance(config.files, list) else [config.files]
             files = files_matching(patterns)
-            contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            contents = []
+            for path in files:
+                with path.open("rb") as file:
+                    contents.append(hashlib.file_digest(file, "sha256").hexdigest())
             return {
                 "source": "text_files",
                 "files": len(files),
@@ -246,24 +251,35 @@ def _make(
 
 
 def _check_length(
-    config: DataConfig, train: int, validation: int, train_sequences: int, validation_sequences: int
+    config: DataConfig,
+    train: int,
+    validation: int,
+    train_sequences: int,
+    validation_sequences: int,
+    batch_size: int,
 ) -> None:
     length = config.context_length
+    if validation == 0 or train == 0:
+        raise UserError(
+            "the text has too few documents: both the training and the held-out ones must fill a "
+            "sequence. A document is a file, or a row of a table such as .jsonl; give more or smaller "
+            f"ones, or another data.validation_share than {config.validation_share:g}"
+        )
     if validation < validation_sequences:
         raise ConfigError(
             "data.validation_tokens",
             config.validation_tokens,
             f"at most {validation * length}, all the held-out text there is"
             " (data.validation_share holds out more)",
-            nearest=validation * length or None,
+            nearest=validation * length,
         )
-    if train == 0 or (train < train_sequences and not config.repeat):
+    if train < train_sequences and not config.repeat:
         raise ConfigError(
             "train.train_tokens",
             train_sequences * length,
             f"at most {train * length}, all the training text there is; "
             "or data.repeat=true to go round again",
-            nearest=train * length or None,
+            nearest=train // batch_size * batch_size * length or None,
         )
 
 

@@ -28,8 +28,8 @@ class Document(NamedTuple):
 def in_validation(key: str, share: float) -> bool:
     """Whether the document with this key is held out.
 
-    The split depends on the key alone, not on the order of reading, the seed or the amount read,
-    so that no run can ever train on text that another run of the same data validates on.
+    The split depends on key and share alone, not on the order of reading, the seed or the amount
+    read: runs of the same data and share never train on text that another validates on.
 
     Args:
         key: The document's key.
@@ -161,5 +161,10 @@ def _rows(rows: Iterable[dict[str, object]], column: str, source: str) -> Iterat
             raise ConfigError(
                 "data.column", column, f"a column of {source}: {listed(row)}", nearest_name(column, row)
             )
-        text = str(row[column])
-        yield Document(text, text)
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ConfigError(
+                "data.column", column, f"a column of text; in {source} it holds {type(text).__name__}"
+            )
+        if text:
+            yield Document(text, text)

@@ -5,6 +5,7 @@ plan should not.
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -84,7 +85,7 @@ def _wanted_blocks(config: Config) -> list[int]:
     index = config.layer.index
     if index is None:
         return [config.model.middle_block]
-    return list(index) if isinstance(index, list) else [index]
+    return sorted(index) if isinstance(index, list) else [index]
 
 
 class _Candidate(NamedTuple):
@@ -107,9 +108,9 @@ def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> 
                 f"a block that has such an SAE: {listed(blocks, 50)}",
                 nearest=min(blocks, key=lambda at: abs(at - block)) if blocks else None,
             )
-        if config.sae.width is not None:
+        if config.sae.width is not None and any(candidate.width for candidate in there):
             there = _nearest(there, lambda candidate: candidate.width, latents(config.sae.width))
-        if config.sae.l0 is not None:
+        if config.sae.l0 is not None and any(candidate.l0 for candidate in there):
             there = _nearest(there, lambda candidate: candidate.l0, config.sae.l0)
         widths = sorted({candidate.width for candidate in there})
         if len(widths) > 1:
@@ -121,7 +122,9 @@ def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> 
         choices.append(found.choice)
         asked = [(name, want, got) for name, want, got in _asked(config.sae, found) if want != got]
         for name, want, got in asked:
-            notes.append(f"block {block}: {name} {want:g} does not exist; the nearest is {got:g}")
+            nearest = f"{name} {want:g} does not exist; the nearest is {got:g}"
+            unknown = f"the table does not state {name} of {found.choice.id}; {want:g} was not used"
+            notes.append(f"block {block}: {nearest if got else unknown}")
     return Resolution(choices, notes)
 
 
@@ -315,9 +318,18 @@ def _read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
     return SAEChoice(
         block=at,
         path=str(folder.resolve()),
+        sha256=_digest(folder / "sae_weights.safetensors"),
         width=values.get("d_sae"),
         l0=metadata.get("l0") or values.get("k"),
     )
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"sae.path: {file} cannot be read: {error.strerror}") from error
 
 
 def _siblings(folder: Path) -> list[Path]:
