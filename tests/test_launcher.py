@@ -180,14 +180,14 @@ def test_an_objective_for_sweepers(point, tmp_path: Path) -> None:
         ("lora.blocks=[1,99]", "lora.blocks", [1]),
         ("layer.index=7", "layer.index", 6),
         ("sae=gemma_scope", "sae.family", None),
-        ("data.context_length=512", "data.context_length", 256),
+        ("data.context_length=512 train.batch_size=1", "data.context_length", 256),
     ],
 )
 def test_what_the_plan_refuses(
     point, override: str, field: str, nearest: object, tmp_path: Path
 ) -> None:
     with pytest.raises(launcher.ConfigError) as error:
-        launcher.plan([point(override)])
+        launcher.plan([point(*override.split())])
     assert (error.value.field, error.value.nearest) == (field, nearest)
     assert not folders(tmp_path)
 
