@@ -40,6 +40,7 @@ def test_asking_for_help_is_no_error(arguments: list[str]) -> None:
     assert asked.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_terminal(tmp_path: Path) -> None:
     small = ["train.train_tokens=1024", "data.validation_tokens=1024", "tracking=disabled"]
     swept = launch("-m", "lora.rank=1,2", "layer.index=1,2", *small, f"output_dir={tmp_path}")

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> corpus.Corpus:
     cache = tmp_path_factory.mktemp("cache")
-    config = DataConfig(source=TextSource.stdlib, cache_dir=str(cache), validation_tokens=8192)
+    config = DataConfig(source=TextSource.stdlib, cache_dir=str(cache), validation_tokens=4096)
     return corpus.load(config, load_tokenizer(TINY), train_sequences=64)
 
 
@@ -70,6 +70,7 @@ def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Cor
         assert next(iter(one.l0.values())) == pytest.approx(l0, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made twice from one seed, every file is the same to the byte; another seed gives others."""
     requests = {

@@ -11,6 +11,8 @@ from tests.commands import launch
 from tests.hub import COMMIT, Hub, serving
 from tests.repositories import GEMMA_WIDTH, write_all
 
+pytestmark = pytest.mark.slow
+
 GEMMA = "model=gemma2_2b sae=gemma_scope sae.width=16k sae.l0=82 layer.index=12 data=pile".split()
 LLAMA = "model=llama31_8b sae=llama_scope sae.width=32k layer.index=16 data=pile".split()
 SMALL = (
@@ -44,7 +46,6 @@ def summary_in(home: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
 def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     finished = launch_from(hub.address, tmp_path, *GEMMA, *SMALL)
     assert finished.returncode == 0, finished.stderr
@@ -65,7 +66,6 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert new.returncode == 0, new.stderr
 
 
-@pytest.mark.slow
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     """With the data set downloaded whole, not streamed."""
     finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
@@ -98,13 +98,11 @@ def test_missing_model(hub: Hub, tmp_path: Path) -> None:
     assert "no such repository" in message
 
 
-@pytest.mark.slow
 def test_missing_data_set(hub: Hub, tmp_path: Path) -> None:
     message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=hf", "data.name=no/such"))
     assert "data.name = 'no/such' cannot be loaded" in message
 
 
-@pytest.mark.slow
 def test_missing_column(hub: Hub, tmp_path: Path) -> None:
     message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.column=txt"))
     assert "data.column = 'txt'" in message
@@ -117,14 +115,12 @@ def test_no_network(tmp_path: Path) -> None:
     assert "cannot be reached" in message
 
 
-@pytest.mark.slow
 def test_broken_download(hub: Hub, tmp_path: Path) -> None:
     hub.truncated.add("model.safetensors")
     message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL))
     assert "model.name = 'meta-llama/Llama-3.1-8B' cannot be loaded" in message
 
 
-@pytest.mark.slow
 def test_too_little_text(hub: Hub, tmp_path: Path) -> None:
     message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "train.train_tokens=10000000"))
     assert "train.train_tokens" in message
