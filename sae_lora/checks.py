@@ -5,7 +5,7 @@ From the values alone: nothing is read or loaded.
 
 from typing import Any
 
-from sae_lora.config import Config, DataConfig, SAEConfig, SAEFamily, TextSource
+from sae_lora.config import Config, DataConfig, SAEConfig, SAEFamily, TextSource, as_list
 from sae_lora.errors import ConfigError, listed, nearest_name
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -107,7 +107,7 @@ def _check_indices(key: str, value: Any, *, optional: bool) -> None:
         if optional:
             return
         raise ConfigError(key, value, allowed)
-    entries = value if isinstance(value, list) else [value]
+    entries = as_list(value)
     if not entries:
         raise ConfigError(key, value, allowed)
     for entry in entries:
@@ -132,7 +132,7 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: For a name that is not known.
     """
-    names = [str(name) for name in (targets if isinstance(targets, list) else [targets])]
+    names = [str(name) for name in as_list(targets)]
     allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
     if not names:
         raise ConfigError("lora.targets", targets, allowed, "all")
@@ -146,9 +146,7 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
 
 def canonical_blocks(blocks: Any) -> Any:
     """The same request in the one form that is hashed and shown: a word, or a sorted list."""
-    return (
-        blocks if isinstance(blocks, str) else sorted(blocks if isinstance(blocks, list) else [blocks])
-    )
+    return blocks if isinstance(blocks, str) else sorted(as_list(blocks))
 
 
 def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
@@ -170,7 +168,7 @@ def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
                 because=f"the SAE is at block {first_sae}, the last one",
             )
         return after
-    wanted = blocks if isinstance(blocks, list) else [blocks]
+    wanted = as_list(blocks)
     beyond = [block for block in wanted if block >= n_blocks]
     if beyond:
         inside = [block for block in wanted if block < n_blocks] or [n_blocks - 1]

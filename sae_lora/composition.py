@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sae_lora.checks import check
 from sae_lora.config import Config, keys, typed, unknown_key
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.errors import ConfigError, UserError, causes, listed, nearest_name
 from sae_lora.terminal import complain
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -89,7 +89,7 @@ def explanation(error: BaseException) -> str:
         return str(ConfigError(group, choice, allowed, nearest_name(choice, error.options)))
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {str(error).splitlines()[0]}"
-    for link in _chain(error):
+    for link in causes(error):
         text = str(link)
         if isinstance(link, ValidationError) and getattr(link, "full_key", None):
             return _explain_type(str(link.full_key), text)
@@ -103,14 +103,6 @@ def explanation(error: BaseException) -> str:
 def _hint(error: BaseException) -> str:
     lines = str(error).splitlines()[1:]
     return "".join(f"\n  {line}" for line in lines if "HYDRA_FULL_ERROR" not in line)
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    links = []
-    while error is not None:
-        links.append(error)
-        error = error.__cause__ or error.__context__
-    return links
 
 
 def _explain_type(key: str, text: str) -> str:

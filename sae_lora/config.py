@@ -297,6 +297,11 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
+def as_list(value: Any) -> list[Any]:
+    """A key that takes one value or a list of them, as a list."""
+    return list(value) if isinstance(value, list) else [value]
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """The config as plain nested values, enums as their names."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)

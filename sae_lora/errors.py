@@ -1,7 +1,7 @@
 """What a user can cause: one message that says what is wrong and what would be right."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -72,3 +72,10 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     every = [str(name) for name in names]
     rest = f", … ({len(every)} in all)" if len(every) > most else ""
     return ", ".join(every[:most]) + rest
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on: libraries wrap each other's errors."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -10,7 +10,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
-from sae_lora.errors import UserError
+from sae_lora.errors import UserError, causes
 
 
 class UnreachableError(UserError):
@@ -50,7 +50,7 @@ def _reason(error: BaseException) -> str | None:
     Libraries wrap each other's errors, so the whole chain is looked at, the innermost and most
     telling kind first.
     """
-    chain = list(_chain(error))
+    chain = list(causes(error))
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
@@ -82,12 +82,6 @@ def _reason(error: BaseException) -> str | None:
     if has(OSError) and any(_is_not_a_model(link) for link in chain):
         return str(chain[0]).splitlines()[0]
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _names_missing_dataset(chain: list[BaseException]) -> bool:

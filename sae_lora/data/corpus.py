@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import hub
-from sae_lora.config import DataConfig, TextSource
+from sae_lora.config import DataConfig, TextSource, as_list
 from sae_lora.data.documents import (
     Document,
     file_documents,
@@ -26,7 +27,7 @@ from sae_lora.data.documents import (
     shuffled,
     stdlib_documents,
 )
-from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
+from sae_lora.data.packing import Convention, Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.records import as_json, write_atomically
 
@@ -60,13 +61,7 @@ class Corpus:
             steps: Number of batches.
             seed: Fixes the orders.
         """
-        rng = np.random.default_rng(seed)
-        order = np.empty(0, dtype=np.int64)
-        for _ in range(steps):
-            while len(order) < batch_size:
-                order = np.concatenate([order, rng.permutation(len(self.train))])
-            rows, order = order[:batch_size], order[batch_size:]
-            yield torch.from_numpy(self.train[rows].astype(np.int64))
+        return islice(shuffled_batches(self.train, batch_size, seed), steps)
 
     @property
     def validation_tokens(self) -> Tensor:
@@ -154,8 +149,7 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
             texts = [f"{document.key}\n{_digest(document.text)}" for document in stdlib_documents()]
             return {"source": "stdlib", "content": _digest("\n".join(texts))}
         case TextSource.text_files:
-            patterns = config.files if isinstance(config.files, list) else [config.files]
-            files = files_matching(patterns)
+            files = files_matching(as_list(config.files))
             contents = []
             for path in files:
                 with path.open("rb") as file:
@@ -204,8 +198,9 @@ def _documents(config: DataConfig, recipe: dict[str, Any]) -> Iterator[Document]
         case TextSource.stdlib:
             return shuffled(stdlib_documents(), config.seed)
         case TextSource.text_files:
-            patterns = config.files if isinstance(config.files, list) else [config.files]
-            return shuffled(file_documents(files_matching(patterns), config.column), config.seed)
+            return shuffled(
+                file_documents(files_matching(as_list(config.files)), config.column), config.seed
+            )
         case TextSource.hub:
             return hub_documents(dataclasses.replace(config, revision=recipe["source"]["revision"]))
         case _:

@@ -6,6 +6,8 @@ from itertools import islice
 from typing import NamedTuple, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.data.documents import Document
@@ -94,3 +96,20 @@ class Packer:
         """The sequences so far, `[sequence, pos]`."""
         empty = np.empty((0, self.context_length), dtype=self._dtype)
         return np.stack(self._sequences) if self._sequences else empty
+
+
+def shuffled_batches(sequences: np.ndarray, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches `[batch, pos]` of the sequences without end; every pass has an order of its own.
+
+    Args:
+        sequences: Token ids `[sequence, pos]`.
+        batch_size: Sequences per batch; a batch may begin in one pass and end in the next.
+        seed: Fixes the orders.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.empty(0, dtype=np.int64)
+    while True:
+        while len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(len(sequences))])
+        rows, order = order[:batch_size], order[batch_size:]
+        yield torch.from_numpy(sequences[rows].astype(np.int64))

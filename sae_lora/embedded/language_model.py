@@ -1,12 +1,15 @@
 """The embedded language model: a small Llama trained on the Python standard library's sources."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sae_lora.data.packing import shuffled_batches
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -97,7 +100,6 @@ def train(
         seed: Fixes the order of the sequences.
         report: Called as `report(step, steps, loss)` after every step.
     """
-    rows_of_pass = np.random.default_rng(seed)
     steps = max(1, budget.tokens // (budget.batch_size * sequences.shape[1]))
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -113,12 +115,9 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warmup_steps, (steps - step) / max(1, steps - warmup_steps)),
     )
-    order = np.empty(0, dtype=np.int64)
-    for step in range(steps):
-        if len(order) < budget.batch_size:
-            order = np.concatenate([order, rows_of_pass.permutation(len(sequences))])
-        rows, order = order[: budget.batch_size], order[budget.batch_size :]
-        loss = cross_entropy(model, torch.from_numpy(sequences[rows].astype(np.int64)))
+    batches = islice(shuffled_batches(sequences, budget.batch_size, seed), steps)
+    for step, tokens in enumerate(batches):
+        loss = cross_entropy(model, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sae_lora.checks import latents
-from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily
+from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, as_list
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.models import EMBEDDED_NAME, Dimensions, block_of
@@ -85,7 +85,7 @@ def _wanted_blocks(config: Config) -> list[int]:
     index = config.layer.index
     if index is None:
         return [config.model.middle_block]
-    return sorted(index) if isinstance(index, list) else [index]
+    return sorted(as_list(index))
 
 
 class _Candidate(NamedTuple):
