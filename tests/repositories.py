@@ -1,4 +1,8 @@
-"""Small repositories in the published layouts: Gemma 2, Gemma Scope, Llama, Llama Scope, the Pile."""
+"""Small repositories in the published layouts.
+
+Gemma 2 with Gemma Scope, Llama with Llama Scope, GPT-2 with an SAE of sae-lens's older format, Pythia
+(its SAE is the user's own), and the Pile.
+"""
 
 import json
 from pathlib import Path
@@ -7,9 +11,14 @@ import numpy as np
 import torch
 import zstandard
 from safetensors.torch import save_file
+from tokenizers import processors
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,6 +29,8 @@ from sae_lora.embedded.language_model import train_tokenizer
 GEMMA_D_MODEL, GEMMA_WIDTH = 2304, 16_384
 """sae-lens knows these of Gemma Scope without looking, so the small model must have them too."""
 LLAMA_D_MODEL, LLAMA_WIDTH = 48, 128
+GPT2_D_MODEL, GPT2_WIDTH = 32, 96
+PYTHIA_D_MODEL = 32
 VOCABULARY = 384
 
 
@@ -62,15 +73,40 @@ def write_all(root: Path) -> None:
             )
         ),
     )
+    _write_model(
+        root / "models/openai-community/gpt2",
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_embd=GPT2_D_MODEL, n_layer=8, n_head=4, n_positions=64)
+        ),
+        begins_with_bos=False,
+    )
+    _write_model(
+        root / "models/EleutherAI/pythia-70m-deduped",
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=PYTHIA_D_MODEL,
+                intermediate_size=64,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+            )
+        ),
+        begins_with_bos=False,
+    )
+    _write_older_format(root / "models/jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs/v5_32k_layer_6.pt")
     _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
     _write_llama_scope(root / "models/fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L16R-8x")
     _write_pile(root / "datasets/monology/pile-uncopyrighted")
 
 
-def _write_model(folder: Path, model: PreTrainedModel) -> None:
+def _write_model(folder: Path, model: PreTrainedModel, *, begins_with_bos: bool = True) -> None:
     torch.manual_seed(0)
     model.to(dtype=torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-    train_tokenizer(documents(50), VOCABULARY).save_pretrained(folder)
+    tokenizer = train_tokenizer(documents(50), VOCABULARY)
+    if not begins_with_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save_pretrained(folder)
 
 
 def _write_gemma_scope(folder: Path) -> None:
@@ -111,6 +147,37 @@ def _write_llama_scope(folder: Path) -> None:
             "decoder.bias": torch.zeros(LLAMA_D_MODEL),
         },
         folder / "checkpoints/final.safetensors",
+    )
+
+
+def _write_older_format(folder: Path) -> None:
+    """`cfg.json` as sae-lens wrote it before version 6: a TopK SAE behind a layer norm."""
+    torch.manual_seed(3)
+    folder.mkdir(parents=True)
+    config = {
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.6.hook_resid_post",
+        "hook_point_layer": 6,
+        "d_in": GPT2_D_MODEL,
+        "d_sae": GPT2_WIDTH,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 8},
+        "normalize_activations": "layer_norm",
+        "apply_b_dec_to_input": True,
+        "context_size": 64,
+        "dtype": "torch.float32",
+        "device": "cpu",
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    decoder = torch.nn.functional.normalize(torch.randn(GPT2_WIDTH, GPT2_D_MODEL), dim=1)
+    save_file(
+        {
+            "W_enc": decoder.T.contiguous(),
+            "W_dec": decoder,
+            "b_enc": torch.zeros(GPT2_WIDTH),
+            "b_dec": torch.zeros(GPT2_D_MODEL),
+        },
+        folder / "sae_weights.safetensors",
     )
 
 

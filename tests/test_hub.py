@@ -6,10 +6,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from tests.commands import launch
 from tests.hub import COMMIT, Hub, serving
-from tests.repositories import GEMMA_WIDTH, write_all
+from tests.repositories import GEMMA_WIDTH, GPT2_WIDTH, PYTHIA_D_MODEL, documents, write_all
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +77,56 @@ def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert (sae["release"], sae["id"], sae["block"]) == ("llama_scope_lxr_8x", "l16r_8x", 16)
     assert summary["data"]["special_tokens_kept"] is False
     assert summary["model"]["class"] == "LlamaForCausalLM"
+
+
+def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    """GPT-2, whose tokenizer puts no BOS, and an SAE that normalises what it reads."""
+    release, name = "gpt2-small-resid-post-v5-32k", "blocks.6.hook_resid_post"
+    sae = [f"sae.release={release}", f"sae.id={name}"]
+    finished = launch_from(hub.address, tmp_path, "model=gpt2", "sae=registry", *sae, *SMALL)
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"], sae["block"]) == (release, name, 6)
+    assert (sae["width"], sae["commit"]) == (GPT2_WIDTH, COMMIT)
+    assert summary["model"]["class"] == "GPT2LMHeadModel"
+    assert summary["data"]["bos"] is False
+    assert summary["l0"] == pytest.approx(8, abs=0.5)
+    # Of the hub's repository itself, which no table lists.
+    repository = ["sae.release=jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "sae.id=v5_32k_layer_6.pt"]
+    again = launch_from(
+        *(hub.address, tmp_path, "model=gpt2", "sae=registry", *repository, *SMALL),
+        *("layer.index=6", "sweep=unlisted"),
+    )
+    assert again.returncode == 0, again.stderr
+    (path,) = tmp_path.glob("outputs/unlisted/*/summary.json")
+    same = json.loads(path.read_text())
+    assert same["spliced_ce"] == summary["spliced_ce"]
+
+
+def test_own_sae_and_own_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    sae = TopKSAE(
+        TopKSAEConfig(
+            d_in=PYTHIA_D_MODEL,
+            d_sae=64,
+            k=4,
+            metadata=SAEMetadata(hook_name="blocks.3.hook_resid_post"),
+        )
+    )
+    sae.save_model(tmp_path / "my_sae")
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(documents(100)):
+        (tmp_path / "books" / f"{number}.txt").write_text(text)
+    finished = launch_from(
+        *(hub.address, tmp_path, "model=pythia_70m", "sae=disk", f"sae.path={tmp_path}/my_sae"),
+        *("data=text_files", f"data.files={tmp_path}/books/*.txt", *SMALL),
+    )
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (described,) = summary["sae"]
+    assert (described["block"], described["width"], described["stated_l0"]) == (3, 64, 4)
+    assert summary["model"]["class"] == "GPTNeoXForCausalLM"
+    assert summary["model"]["commit"] == COMMIT
 
 
 def refusal(finished: CompletedProcess[str]) -> str:

@@ -41,27 +41,32 @@ def in_validation(key: str, share: float) -> bool:
 
 # Not on every machine (Linux distributions split these off), generated, or tables rather than text.
 _STDLIB_LEFT_OUT = {
-    *("test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
+    *("idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
     *("site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config"),
 }
+_STDLIB_TESTS = {"test", "tests"}
 _STDLIB_TABLES = {"html/entities.py", "stringprep.py", "turtle.py"}
 _STDLIB_MAX_BYTES = 400_000
 _STDLIB_MAX_NON_ASCII = 0.005
 
 
-def stdlib_documents() -> list[Document]:
+def stdlib_documents(*, tests: bool = False) -> list[Document]:
     """The Python standard library's own sources, the text of the embedded default.
 
     Every machine that can run this project has them, so nothing is shipped or downloaded. The key
     is the path relative to the library, which keeps the split stable between Python versions whose
     texts differ a little.
+
+    Args:
+        tests: Whether to read the library's own tests instead, which not every machine has.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        parts = {part.split("-")[0] for part in relative.parts[:-1]}
-        if parts & _STDLIB_LEFT_OUT or any(part in _STDLIB_LEFT_OUT for part in relative.parts):
+        # Also `config-3.11-x86_64-linux-gnu` is `config`.
+        parts = {name for part in relative.parts[:-1] for name in (part, part.split("-")[0])}
+        if parts & _STDLIB_LEFT_OUT or tests != bool(parts & _STDLIB_TESTS):
             continue
         name = relative.as_posix()
         if name in _STDLIB_TABLES or relative.name.startswith("_sysconfigdata"):

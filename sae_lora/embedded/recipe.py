@@ -4,8 +4,7 @@ Deterministic given its seed, on one kind of machine with the same number of thr
 """
 
 import shutil
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.config import DType, ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
-from sae_lora.data.packing import Packer, convention_of, tokenised
+from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.embedded import language_model
 from sae_lora.models import load_model, load_tokenizer
 from sae_lora.saes.training import TopKRequest, save, train_topk
@@ -59,8 +58,14 @@ def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
     """Trains tokenizer and language model and writes them in transformers' format, in bfloat16."""
     train, validation = _documents(seed)
     tokenizer = language_model.train_tokenizer((document.text for document in train), VOCABULARY)
-    sequences, held_out = _packed(train, tokenizer), _packed(validation, tokenizer)
-    console.print(f"{len(sequences):,} training sequences of {CONTEXT_LENGTH} tokens")
+    # The library alone is 2M tokens, which a model of this size learns by heart in a few passes.
+    more = [document for document in stdlib_documents(tests=True) if not _held_out(document)]
+    sequences = _packed(shuffled([*train, *more], seed), tokenizer)
+    held_out = _packed(validation, tokenizer)
+    console.print(
+        f"{len(train):,} documents of the library and {len(more):,} of its tests: "
+        f"{len(sequences):,} training sequences of {CONTEXT_LENGTH} tokens"
+    )
     set_seed(seed)
     convention = convention_of(tokenizer)
     model = language_model.new_model(VOCABULARY, convention.bos, convention.separator)
@@ -86,7 +91,7 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
     trained = train_topk(
         requests(),
         model,
-        _batches(sequences, 64, seed),
+        shuffled_batches(sequences, 64, seed),
         tokens=budget.tokens,
         batch_tokens=budget.batch_tokens,
         buffer_tokens=budget.buffer_tokens,
@@ -117,24 +122,20 @@ def make(folder: Path, budget: language_model.Budget, sae_budget: SAEBudget, see
 
 
 def _documents(seed: int) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and documents to hold out."""
+    """The library's documents: those to train on, and those to hold out."""
     train: list[Document] = []
     validation: list[Document] = []
     for document in shuffled(stdlib_documents(), seed):
-        held_out = in_validation(document.key, VALIDATION_SHARE)
-        (validation if held_out else train).append(document)
+        (validation if _held_out(document) else train).append(document)
     return train, validation
 
 
-def _packed(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _held_out(document: Document) -> bool:
+    return in_validation(document.key, VALIDATION_SHARE)
+
+
+def _packed(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     packer = Packer(CONTEXT_LENGTH, convention_of(tokenizer), len(tokenizer), most=None)
     for _, tokens in tokenised(documents, tokenizer):
         packer.add(tokens)
     return packer.sequences
-
-
-def _batches(sequences: np.ndarray, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    for _ in count():
-        for rows in np.array_split(rng.permutation(len(sequences)), len(sequences) // batch_size):
-            yield torch.from_numpy(sequences[rows].astype(np.int64))
