@@ -70,6 +70,11 @@ def _reason(error: BaseException) -> str | None:
         return "the repository lacks a file that is needed; is it of the kind that the config says?"
     if has(hub.HFValidationError):
         return "that is neither a folder on this machine nor a repository's name (org/name)"
+    if any("Dataset scripts are no longer supported" in str(link) for link in chain):
+        return (
+            "it holds a loading script, and none is ever run here. Most such data sets have a copy that "
+            "the hub converted itself: data.revision=refs/convert/parquet"
+        )
     if has(SafetensorError) or _is_short_file(chain):
         return "a downloaded file is damaged. Delete it from the Hugging Face cache and try again"
     if has(ConnectionError, TimeoutError) or any(

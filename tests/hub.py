@@ -17,6 +17,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""What `main` of every repository is at."""
+
+
+def commit_of(branch: str) -> str:
+    """What another branch than `main` is at."""
+    return hashlib.sha1(branch.encode()).hexdigest()
 
 
 @dataclass
@@ -24,7 +30,8 @@ class Hub:
     """A running hub.
 
     Args:
-        root: `models/<org>/<name>/` and `datasets/<org>/<name>/` below it are the repositories.
+        root: `models/<org>/<name>/` and `datasets/<org>/<name>/` below it are the repositories, and
+            `<name>@<branch>/` beside one is another branch of it, with slashes as `%2F`.
         address: For `HF_ENDPOINT`.
         gated: Repositories that answer 403.
         truncated: Files (by name) that are cut in half on the way.
@@ -71,19 +78,20 @@ def serving(root: Path) -> Iterator[Hub]:
 
 
 def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> None:
-    path = unquote(urlsplit(request.path).path)
+    path = urlsplit(request.path).path
     hub.requests.append(f"{request.command} {path}")
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
     if match := re.fullmatch(
         r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path
     ):
         kind, repo, action, rest = match.groups()
-        folder = hub.root / kind / repo
+        revision, _, below = (rest or "main").partition("/")
+        folder, commit = _branch(hub.root / kind / repo, unquote(revision))
         if _refused(request, hub, folder, repo):
             return None
         match action:
             case "tree":
-                below = rest.partition("/")[2]
+                below = unquote(below)
                 if not (folder / below).is_dir():
                     return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
                 recursive = "recursive=true" in urlsplit(request.path).query.lower()
@@ -95,19 +103,30 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
             case _:
                 files = [entry for entry in _entries(folder, folder, True) if entry["type"] == "file"]
                 siblings = [{"rfilename": entry["path"]} for entry in files]
-                info = {"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+                info = {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
                 return _send_json(
                     request, info | {"lastModified": "2026-01-01T00:00:00.000Z"}, with_body
                 )
     if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-        kind, repo, _revision, name = match.groups()
-        folder = hub.root / ("datasets" if kind else "models") / repo
+        kind, repo, revision, name = match.groups()
+        name = unquote(name)
+        repository = hub.root / ("datasets" if kind else "models") / repo
+        folder, commit = _branch(repository, unquote(revision))
         if _refused(request, hub, folder, repo):
             return None
         if not (folder / name).is_file():
             return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
-        return _send_file(request, hub, folder / name, with_body)
+        return _send_file(request, hub, folder / name, commit, with_body)
     return _send_error(request, HTTPStatus.NOT_FOUND, "RepoNotFound")
+
+
+def _branch(repository: Path, revision: str) -> tuple[Path, str]:
+    """The folder that a revision (a branch, or the commit it is at) is served from, and the commit."""
+    for folder in repository.parent.glob(f"{repository.name}@*"):
+        branch = unquote(folder.name.partition("@")[2])
+        if revision in (branch, commit_of(branch)):
+            return folder, commit_of(branch)
+    return repository, COMMIT
 
 
 def _refused(request: BaseHTTPRequestHandler, hub: Hub, folder: Path, repo: str) -> bool:
@@ -149,7 +168,9 @@ def _send_error(request: BaseHTTPRequestHandler, status: HTTPStatus, code: str) 
     request.end_headers()
 
 
-def _send_file(request: BaseHTTPRequestHandler, hub: Hub, path: Path, with_body: bool) -> None:
+def _send_file(
+    request: BaseHTTPRequestHandler, hub: Hub, path: Path, commit: str, with_body: bool
+) -> None:
     content = path.read_bytes()
     etag = hashlib.sha256(content).hexdigest()
     size = len(content)
@@ -161,7 +182,7 @@ def _send_file(request: BaseHTTPRequestHandler, hub: Hub, path: Path, with_body:
     else:
         request.send_response(HTTPStatus.OK)
     request.send_header("ETag", f'"{etag}"')
-    request.send_header("X-Repo-Commit", COMMIT)
+    request.send_header("X-Repo-Commit", commit)
     request.send_header("Accept-Ranges", "bytes")
     request.send_header("Content-Length", str(end - start + 1))
     request.end_headers()

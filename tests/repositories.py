@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import zstandard
 from safetensors.torch import save_file
@@ -98,6 +100,7 @@ def write_all(root: Path) -> None:
     _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
     _write_llama_scope(root / "models/fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L16R-8x")
     _write_pile(root / "datasets/monology/pile-uncopyrighted")
+    _write_redpajama(root / "datasets/togethercomputer")
 
 
 def _write_model(folder: Path, model: PreTrainedModel, *, begins_with_bos: bool = True) -> None:
@@ -189,3 +192,14 @@ def _write_pile(folder: Path) -> None:
         lines = [json.dumps({"text": text, "meta": {"set": "x"}}) for text in texts[shard::2]]
         compressed = zstandard.compress(("\n".join(lines) + "\n").encode())
         (folder / "train" / f"{shard:02d}.jsonl.zst").write_bytes(compressed)
+
+
+def _write_redpajama(organisation: Path) -> None:
+    """A loading script on `main`, which must never run, and the hub's parquet beside it."""
+    name = "RedPajama-Data-1T-Sample"
+    (organisation / name).mkdir(parents=True)
+    (organisation / name / f"{name}.py").write_text("raise AssertionError('remote code was run')\n")
+    converted = organisation / f"{name}@refs%2Fconvert%2Fparquet" / "plain_text/train"
+    converted.mkdir(parents=True)
+    table = pyarrow.table({"text": documents(400), "meta": ["{}"] * 400})
+    pyarrow.parquet.write_table(table, converted / "0000.parquet")

@@ -10,7 +10,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from tests.commands import launch
-from tests.hub import COMMIT, Hub, serving
+from tests.hub import COMMIT, Hub, commit_of, serving
 from tests.repositories import GEMMA_WIDTH, GPT2_WIDTH, PYTHIA_D_MODEL, documents, write_all
 
 pytestmark = pytest.mark.slow
@@ -127,6 +127,18 @@ def test_own_sae_and_own_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert (described["block"], described["width"], described["stated_l0"]) == (3, 64, 4)
     assert summary["model"]["class"] == "GPTNeoXForCausalLM"
     assert summary["model"]["commit"] == COMMIT
+
+
+def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
+    """RedPajama is read from the hub's parquet conversion, and nothing else of it is."""
+    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama")
+    assert finished.returncode == 0, finished.stderr
+    assert summary_in(tmp_path)["data"]["revision"] == commit_of("refs/convert/parquet")
+    message = refusal(
+        launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama", "data.revision=main")
+    )
+    assert "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded" in message
+    assert "data.revision=refs/convert/parquet" in message
 
 
 def refusal(finished: CompletedProcess[str]) -> str:
