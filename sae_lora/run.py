@@ -169,7 +169,7 @@ def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
     }
 
 
-_PACKAGES = ("torch", "transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
+_PACKAGES = ("transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
 
 
 def _describe_environment(device: torch.device) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def _describe_environment(device: torch.device) -> dict[str, Any]:
         "sae_lora": metadata.version("sae_lora"),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        # torch's own word on its version also names its CUDA build.
+        "packages": {"torch": torch.__version__} | {name: metadata.version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "host": platform.node(),
