@@ -40,6 +40,7 @@ _POSITIVE = (
     *("lora.rank", "lora.alpha", "data.context_length", "data.validation_tokens"),
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.kl_chunk_tokens"),
+    "train.checkpoint_every_steps",
     "tracking.finish_timeout_s",
 )
 _NOT_NEGATIVE = ("model.middle_block", "train.weight_decay", "train.seed", "data.seed")

@@ -230,6 +230,8 @@ class TrainConfig:
     """Training tokens between two evaluations."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
+    checkpoint_every_steps: int = 200
+    """Steps between two checkpoints, the most that a crash can cost. Does not change a result."""
     seed: int = 0
     """The adapters' initial values and dropout."""
     device: Device = Device.auto
@@ -353,7 +355,7 @@ _NOT_IDENTITY = {
     "model": ("middle_block",),
     "sae": ("width", "l0", "release", "id", "path"),
     "data": ("cache_dir",),
-    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens"),
+    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens", "checkpoint_every_steps"),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
 

@@ -3,11 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae_lora.checkpoint import State
 from sae_lora.config import Reduction, Schedule, TrainConfig
 from sae_lora.errors import UserError
 from sae_lora.kl import chunked_kl_sum
@@ -22,6 +25,8 @@ from sae_lora.splice import Coder, spliced
 class Progress:
     """Where training stands after a step."""
 
+    step: int
+    """Optimiser steps taken."""
     tokens: int
     """Tokens trained on so far."""
     batch_kl: Tensor
@@ -35,83 +40,219 @@ class Progress:
         return float(self.batch_kl) / self.batch_tokens
 
 
-def distill(
-    model: LanguageModel,
-    saes: Mapping[str, Coder],
-    batches: Iterable[Tensor],
-    evaluate: Evaluator,
-    config: TrainConfig,
-    steps: int,
-    on_step: Callable[[Progress], None],
-) -> Iterator[CurvePoint]:
-    """Trains the model's adapters; yields a point before the first step, on the way, at the end.
+class Training:
+    """The training of one student: from its first step, or on from any other.
+
+    Between two steps `state()` is all there is to know: put back into a new object with
+    `restore()`, the rest of the curve and the adapters come out the same to the last bit.
 
     Args:
         model: The language model with its adapters.
         saes: SAE by hookpoint.
-        batches: Training tokens `[batch, pos]`, one item a step.
         evaluate: Measures base, spliced and student on held-out tokens.
         config: The optimisation.
-        steps: Number of batches to take.
-        on_step: Called after every step.
-
-    Raises:
-        UserError: When the loss stops being a number.
+        steps: Number of steps in all.
     """
-    weights = trainable_weights(model)
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config, steps))
-    since_point = _Interval(model.device)
-    tokens_done, train_seconds, next_evaluation = 0, 0.0, config.eval_every_tokens
-    yield _point(evaluate, step=0, tokens=0, train_seconds=0.0)
 
-    set_adapter_dropout(model, True)
-    since_point.restart()
-    for step, tokens in enumerate(batches, start=1):
-        tokens = tokens.to(model.device, non_blocking=True)
-        lr = float(scheduler.get_last_lr()[0])
+    def __init__(
+        self,
+        model: LanguageModel,
+        saes: Mapping[str, Coder],
+        evaluate: Evaluator,
+        config: TrainConfig,
+        steps: int,
+    ) -> None:
+        self.step = 0
+        """Optimiser steps taken."""
+        self._model = model
+        self._saes = saes
+        self._evaluate = evaluate
+        self._config = config
+        self._steps = steps
+        self._weights = trainable_weights(model)
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self._rate_factor = rate_factor(config, steps)
+        self._interval = _Interval(model.device, _Read())
+        self._tokens = 0
+        self._train_seconds = 0.0
+        self._points = 0
+        self._evaluated_at: int | None = None
+        self._next_evaluation = 0
+        self._lr: float | None = None
+        self._last_norm: Tensor | float | None = None
+
+    def points(
+        self,
+        batches: Iterable[Tensor],
+        after_step: Callable[[Progress], None] = lambda progress: None,
+        held: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Iterator[CurvePoint]:
+        """Trains to the end; yields a point before the first step, on the way, and after the last.
+
+        Args:
+            batches: Training tokens `[batch, pos]`, one item a step, beginning with that of the
+                step that comes next.
+            after_step: Called after every step, when `state()` may be taken.
+            held: Entered around each step: what it keeps out cannot leave one half done.
+
+        Raises:
+            UserError: When the loss stops being a number.
+        """
+        source = iter(batches)
+        set_adapter_dropout(self._model, True)
+        try:
+            if self._evaluation_is_due():
+                yield self._point()
+                self._note_evaluation()
+            self._interval.run()
+            while self.step < self._steps:
+                with held():
+                    tokens = next(source)
+                    kl = self._take_step(tokens.to(self._model.device, non_blocking=True))
+                after_step(Progress(self.step, self._tokens, kl, tokens.numel()))
+                if self._evaluation_is_due():
+                    yield self._point()
+                    self._note_evaluation()
+                    self._interval.run()
+        finally:
+            set_adapter_dropout(self._model, False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the block is no training time."""
+        self._interval.read()
+        yield
+        self._interval.run()
+
+    def _take_step(self, tokens: Tensor) -> Tensor:
+        """One step on the tokens `[batch, pos]`; returns their summed KL."""
+        model, config = self._model, self._config
+        lr = config.lr * self._rate_factor(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
         # ---- the step -------------------------------------------------------------------------
-        keep = kept_positions(tokens, evaluate.special_ids)
+        keep = kept_positions(tokens, self._evaluate.special_ids)
         with torch.no_grad(), adapters_disabled(model.model):
             teacher = model.hidden(tokens)
-        with spliced(model, saes, keep):
+        with spliced(model, self._saes, keep):
             student = model.hidden(tokens)
         kl = chunked_kl_sum(teacher, student, model.logits, config.kl_chunk_tokens)
         loss = kl / (tokens.numel() if config.kl_reduction is Reduction.token_mean else len(tokens))
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), config.grad_clip or math.inf)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         # ---------------------------------------------------------------------------------------
 
-        tokens_done += tokens.numel()
-        since_point.add(kl.detach(), tokens.numel())
-        on_step(Progress(tokens_done, kl.detach(), tokens.numel()))
-        if tokens_done >= next_evaluation or step == steps:
-            next_evaluation = tokens_done + config.eval_every_tokens
-            loss_value, seconds, trained = since_point.read()
-            if not math.isfinite(loss_value):
-                raise UserError(
-                    f"the training loss is {loss_value} after {tokens_done} tokens; "
-                    f"train.lr={config.lr:g} may be too high"
-                )
-            train_seconds += seconds
-            yield _point(
-                evaluate,
-                step=step,
-                tokens=tokens_done,
-                train_seconds=train_seconds,
-                train_loss=loss_value,
-                lr=lr,
-                grad_norm=float(grad_norm),
-                tokens_per_second=trained / seconds,
+        self.step += 1
+        self._tokens += tokens.numel()
+        self._lr, self._last_norm = lr, norm
+        self._interval.add(kl.detach(), tokens.numel())
+        return kl.detach()
+
+    def _evaluation_is_due(self) -> bool:
+        at_its_time = self._tokens >= self._next_evaluation or self.step == self._steps
+        return at_its_time and self._evaluated_at != self.step
+
+    def _point(self) -> CurvePoint:
+        interval = self._interval.read()
+        self._refuse_nonsense(interval.kl)
+        measured = self._evaluate()
+        return CurvePoint(
+            step=self.step,
+            tokens=self._tokens,
+            train_seconds=self._train_seconds + interval.seconds,
+            base_ce=measured.base_ce,
+            spliced_ce=measured.spliced_ce,
+            student_ce=measured.student_ce,
+            ce_gap=measured.student_ce - measured.base_ce,
+            gap_closed=gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce),
+            kl=measured.kl,
+            top1_agreement=measured.top1_agreement,
+            fvu=sum(measured.fvu.values()) / len(measured.fvu),
+            l0=sum(measured.l0.values()) / len(measured.l0),
+            per_sae={
+                hookpoint: {"fvu": measured.fvu[hookpoint], "l0": measured.l0[hookpoint]}
+                for hookpoint in measured.l0
+            },
+            train_loss=interval.kl / interval.tokens if interval.tokens else None,
+            lr=self._lr,
+            grad_norm=None if self._last_norm is None else float(self._last_norm),
+            tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
+        )
+
+    def _note_evaluation(self) -> None:
+        """Only once the point has been taken over: stopped before, it is measured again."""
+        self._train_seconds += self._interval.read().seconds
+        self._interval = _Interval(self._model.device, _Read())
+        self._points += 1
+        self._evaluated_at = self.step
+        self._next_evaluation = self._tokens + self._config.eval_every_tokens
+
+    def _refuse_nonsense(self, kl: float) -> None:
+        if not math.isfinite(kl):
+            raise UserError(
+                f"the training loss is {kl} after {self._tokens} tokens; "
+                f"train.lr={self._config.lr:g} may be too high"
             )
-            since_point.restart()
-        if step == steps:
-            break
-    set_adapter_dropout(model, False)
+
+    def state(self) -> State:
+        """Everything that the rest of the training depends on, besides model, SAEs and text.
+
+        Its values `step` and `points` say how many steps were taken and points taken over.
+
+        Raises:
+            UserError: When the loss has stopped being a number: that is no state to go on from.
+        """
+        interval = self._interval.read()
+        self._refuse_nonsense(interval.kl)
+        tensors = {f"adapter/{name}": weight.detach() for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            for key, value in self._optimizer.state[weight].items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self._model.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self._model.device)
+        values = {
+            "step": self.step,
+            "tokens": self._tokens,
+            "train_seconds": self._train_seconds,
+            "points": self._points,
+            "evaluated_at": self._evaluated_at,
+            "next_evaluation": self._next_evaluation,
+            "lr": self._lr,
+            "grad_norm": None if self._last_norm is None else float(self._last_norm),
+            "interval": interval._asdict(),
+        }
+        return State(tensors, values)
+
+    def restore(self, state: State) -> None:
+        """Puts back what `state()` gave, in this process or another."""
+        for name, weight in self._weights.items():
+            weight.data.copy_(state.tensors[f"adapter/{name}"])
+            self._optimizer.state[weight] = {
+                key: state.tensors[f"optimizer/{key}/{name}"].to(
+                    "cpu" if key == "step" else weight.device
+                )
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer/{key}/{name}" in state.tensors
+            }
+        values = state.values
+        self.step = values["step"]
+        self._tokens = values["tokens"]
+        self._train_seconds = values["train_seconds"]
+        self._points = values["points"]
+        self._evaluated_at = values["evaluated_at"]
+        self._next_evaluation = values["next_evaluation"]
+        self._lr = values["lr"]
+        self._last_norm = values["grad_norm"]
+        self._interval = _Interval(self._model.device, _Read(**values["interval"]))
+        torch.set_rng_state(state.tensors["rng/cpu"].cpu())
+        if "rng/cuda" in state.tensors and self._model.device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors["rng/cuda"].cpu(), self._model.device)
 
 
 def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
@@ -136,48 +277,35 @@ def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _point(evaluate: Evaluator, **progress: float | int | None) -> CurvePoint:
-    found = evaluate()
-    return CurvePoint(
-        base_ce=found.base_ce,
-        spliced_ce=found.spliced_ce,
-        student_ce=found.student_ce,
-        ce_gap=found.student_ce - found.base_ce,
-        gap_closed=gap_closed(found.base_ce, found.spliced_ce, found.student_ce),
-        kl=found.kl,
-        top1_agreement=found.top1_agreement,
-        fvu=sum(found.fvu.values()) / len(found.fvu),
-        l0=sum(found.l0.values()) / len(found.l0),
-        per_sae={
-            hookpoint: {"fvu": found.fvu[hookpoint], "l0": found.l0[hookpoint]} for hookpoint in found.l0
-        },
-        **progress,  # pyright: ignore[reportArgumentType]
-    )
+class _Read(NamedTuple):
+    """What an interval has gathered: summed KL in nats, tokens, seconds of training."""
+
+    kl: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class _Interval:
     """Loss, tokens and seconds since the last evaluation; reads the device only when asked."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
+    def __init__(self, device: torch.device, so_far: _Read) -> None:
+        self._kl = torch.tensor(so_far.kl, dtype=torch.float64, device=device)
+        self._tokens = so_far.tokens
+        self._seconds = so_far.seconds
+        self._running_since: float | None = None
 
-    def restart(self) -> None:
-        self._synchronise()
-        self._started = time.perf_counter()
-        self._kl = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._tokens = 0
+    def run(self) -> None:
+        """Starts the clock."""
+        self._running_since = time.perf_counter()
 
     def add(self, kl: Tensor, tokens: int) -> None:
         self._kl += kl
         self._tokens += tokens
 
-    def read(self) -> tuple[float, float, int]:
-        """Mean KL per token, seconds, tokens."""
-        self._synchronise()
-        seconds = time.perf_counter() - self._started
-        return float(self._kl) / self._tokens, seconds, self._tokens
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def read(self) -> _Read:
+        """Stops the clock and reads everything."""
+        kl = float(self._kl)  # a GPU works on after a step has returned: this waits for it
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+        return _Read(kl, self._tokens, self._seconds)

@@ -147,9 +147,9 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
             module.lora_dropout.train(training)
 
 
-def trainable_weights(model: LanguageModel) -> list[nn.Parameter]:
-    """The adapters' weights: all that an optimiser may move."""
-    return [weight for weight in model.model.parameters() if weight.requires_grad]
+def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
+    """The adapters' weights by name: all that an optimiser may move."""
+    return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
 
 
 def save(adapters: PeftModel, folder: Path, base_model: str) -> None:

@@ -6,6 +6,7 @@ outputs/<sweep>/<name>-<hash>/
     summary.json    written last: its presence is what "finished" means
     failure.json    instead, where the run failed
     adapter/        the trained adapters in peft's format
+    checkpoints/    while it is under way: what it goes on from
 """
 
 import dataclasses
@@ -144,6 +145,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.failure = path / "failure.json"
         self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
 
     @property
     def is_finished(self) -> bool:
@@ -167,9 +169,14 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
-    def set_aside_unfinished(self) -> None:
-        """Keeps what an attempt that did not end has left, out of the way of the next one."""
-        left = [path for path in (self.curve, self.failure, self.adapter) if path.exists()]
+    def set_aside(self, *, curve: bool) -> None:
+        """Keeps what an attempt that did not end has left, out of the way of the next one.
+
+        Args:
+            curve: Whether the next attempt begins anew, and with it the curve.
+        """
+        paths = (self.failure, self.adapter, *([self.curve] if curve else []))
+        left = [path for path in paths if path.exists()]
         if not left:
             return
         number = 1 + sum(1 for _ in self.path.glob("unfinished-*"))
@@ -220,13 +227,33 @@ def _points(path: Path) -> Iterator[CurvePoint]:
 
 
 class CurveWriter:
-    """Appends points to `curve.jsonl`, each on the disk before the next line of code runs."""
+    """Appends points to `curve.jsonl`, each on the disk before the next line of code runs.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        keep: Points to keep of an attempt before; what it measured after its checkpoint comes again.
+
+    Raises:
+        UserError: Where the file holds fewer.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines[:keep] if line.endswith("\n")]
+        if len(kept) < keep:
+            raise UserError(
+                f"{path} holds {len(kept)} points, and the checkpoint was made after {keep}; "
+                "delete the run folder to begin this run anew"
+            )
+        if len(lines) > keep:
+            write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
+        self.points = keep
+        """Points in the file."""
 
     def append(self, point: CurvePoint) -> None:
         """Adds one line."""
+        self.points += 1
         self._file.write(json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -247,6 +274,7 @@ def as_json(values: dict[str, Any]) -> str:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under its own name only when the block ends well."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
     beside.mkdir()
     try:
         yield beside

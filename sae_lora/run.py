@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -14,32 +15,40 @@ import torch
 from transformers import logging as transformers_logging
 from transformers import set_seed
 
-from sae_lora import distill, hub, lora, models, tracking
+from sae_lora import checkpoint, distill, hub, lora, models, tracking
 from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, load, readable_name
 from sae_lora.data import corpus
 from sae_lora.errors import ConfigError
+from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary, new_folder
 from sae_lora.saes import loading
-from sae_lora.terminal import Display
+from sae_lora.terminal import Display, complain
 
 
-def execute(folder: RunFolder) -> Summary:
+def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summary:
     """Trains and evaluates what the folder's `config.yaml` describes, and writes it into the folder.
+
+    Goes on from the newest checkpoint, where there is one.
 
     Args:
         folder: The run folder. Its config is checked, with its SAEs resolved; nothing else is read.
+        interruption: What may ask the run to stop; by default nothing does.
 
     Raises:
         UserError: For what the user can mend: files that cannot be fetched, text that is too short.
+        Interrupted: When asked to stop; where training stands is saved.
     """
+    interruption = interruption or Interruption()
     started = time.perf_counter()
     config = load(folder.config.read_text())
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device = _device(config.train.device)
     steps = math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
-    folder.set_aside_unfinished()
+    run_hash = identity(config)
+    saved = checkpoint.newest(folder.checkpoints, run_hash, lambda text: complain("damaged", text))
+    folder.set_aside(curve=saved is None)
 
     with Display() as show:
         # Text and SAE first: whatever is wrong with them is known before the model is loaded.
@@ -61,7 +70,7 @@ def execute(folder: RunFolder) -> Summary:
         model = models.load_model(config.model, config.train.dtype, device)
         set_seed(config.train.seed)
         adapters = lora.attach(model, config.lora, min(choice.block for choice in config.sae.used))
-        trainable = sum(weight.numel() for weight in lora.trainable_weights(model))
+        trainable = sum(weight.numel() for weight in lora.trainable_weights(model).values())
         keeps = loading.keeps_special_tokens(config.sae, loaded)
         evaluate = Evaluator(
             model,
@@ -72,43 +81,56 @@ def execute(folder: RunFolder) -> Summary:
             config.train.kl_chunk_tokens,
         )
 
+        training = distill.Training(model, saes, evaluate, config.train, steps)
+        if saved is not None:
+            training.restore(saved)
+            show.stage(f"going on from step {training.step:,} of {steps:,}")
         show.stage(f"training {trainable:,} LoRA weights on {config.train.train_tokens:,} tokens")
-        points: list[CurvePoint] = []
+        batches = text.batches(config.train.batch_size, config.data.seed, training.step)
+        show_step = _step_shower(show, config.train)
         summary: Summary | None = None
-        tracker = tracking.start(config, readable_name(config), identity(config), folder.path)
+        tracker = tracking.start(config, readable_name(config), run_hash, folder.path)
+
+        def save() -> None:
+            with training.paused(), interruption.held():
+                checkpoint.save(folder.checkpoints, run_hash, training.state())
+
+        def after_step(progress: distill.Progress) -> None:
+            show_step(progress)
+            if progress.step % config.train.checkpoint_every_steps == 0:
+                save()
+
         try:
-            with CurveWriter(folder.curve) as curve:
-                for point in distill.distill(
-                    model,
-                    saes,
-                    text.batches(config.train.batch_size, steps, config.data.seed),
-                    evaluate,
-                    config.train,
-                    steps,
-                    _step_shower(show, config.train),
-                ):
-                    curve.append(point)
-                    points.append(point)
-                    tracker.log(point)
-                    show.point(point)
-            with new_folder(folder.adapter) as beside:
-                lora.save(adapters, beside, models.source(config.model))
-            summary = Summary(
-                name=readable_name(config),
-                hash=identity(config),
-                **_outcome(points),
-                trainable_parameters=trainable,
-                total_seconds=time.perf_counter() - started,
-                validation_tokens=text.validation.size,
-                model=_describe_model(config, model),
-                sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
-                lora=_describe_lora(config.lora),
-                seed=config.train.seed,
-                data=text.description | {"special_tokens_kept": keeps},
-                environment=_describe_environment(device),
-                tracked_at=tracker.place,
-            )
-            folder.write_summary(summary)
+            with CurveWriter(folder.curve, saved.values["points"] if saved else 0) as curve:
+                try:
+                    for point in training.points(batches, after_step, interruption.held):
+                        curve.append(point)
+                        tracker.log(point)
+                        show.point(point)
+                except Interrupted:
+                    save()
+                    raise
+            with interruption.held():
+                with new_folder(folder.adapter) as beside:
+                    lora.save(adapters, beside, models.source(config.model))
+                points = folder.read_curve()
+                summary = Summary(
+                    name=readable_name(config),
+                    hash=run_hash,
+                    **_outcome(points),
+                    trainable_parameters=trainable,
+                    total_seconds=time.perf_counter() - started,
+                    validation_tokens=text.validation.size,
+                    model=_describe_model(config, model),
+                    sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
+                    lora=_describe_lora(config.lora),
+                    seed=config.train.seed,
+                    data=text.description | {"special_tokens_kept": keeps},
+                    environment=_describe_environment(device),
+                    tracked_at=tracker.place,
+                )
+                folder.write_summary(summary)
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)  # nothing is left to go on with
             return summary
         finally:
             tracker.finish(summary)

@@ -19,10 +19,11 @@ ORDER = [
         "terminal",
         "tracking",
         "composition",
+        "interruption",
         "hub",
     ),
     *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora", "metrics"),
-    *("distill", "saes.registry", "saes.loading", "saes.training", "run", "launcher"),
+    *("checkpoint", "distill", "saes.registry", "saes.loading", "saes.training", "run", "launcher"),
     *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
 ]
 """A module imports only modules that stand before it."""

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from sae_lora import lora
 from sae_lora.config import LoRAConfig, Reduction, Schedule, TrainConfig
-from sae_lora.distill import distill, rate_factor
+from sae_lora.distill import Training, rate_factor
 from sae_lora.errors import UserError
 from sae_lora.metrics import Evaluator, Reconstruction
 from sae_lora.models import LanguageModel, resid_post
@@ -39,8 +39,7 @@ def train(
     lora.attach(model, adapters or LoRAConfig(rank=2, dropout=0.2), first_sae=1)
     batches = [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
     saes = {resid_post(1): sae}
-    points = distill(model, saes, batches, evaluator(model, sae), config, steps, lambda progress: None)
-    return list(points)
+    return list(Training(model, saes, evaluator(model, sae), config, steps).points(batches))
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
@@ -101,7 +100,7 @@ def test_identity_has_no_gap_to_close(model: LanguageModel) -> None:
 def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae) -> None:
     sae = make_sae()
     lora.attach(model, LoRAConfig(rank=2), first_sae=1)
-    for weight in lora.trainable_weights(model):
+    for weight in lora.trainable_weights(model).values():
         weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
     found = evaluator(model, sae)()
     readings: list[Reading] = []
@@ -168,12 +167,12 @@ def test_the_step_is_the_plain_one() -> None:
     config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
     model = small_model("gemma2")
     train(model, sae, config, steps=1, adapters=LoRAConfig(rank=2))
-    trained = [weight.detach().clone() for weight in lora.trainable_weights(model)]
+    trained = [weight.detach().clone() for weight in lora.trainable_weights(model).values()]
 
     model = small_model("gemma2")
     torch.manual_seed(config.seed)
     lora.attach(model, LoRAConfig(rank=2), first_sae=1)
-    weights = lora.trainable_weights(model)
+    weights = list(lora.trainable_weights(model).values())
     with torch.no_grad(), lora.adapters_disabled(model.model):
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
     with spliced(model, {resid_post(1): sae}):

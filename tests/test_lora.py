@@ -22,7 +22,7 @@ def fill(model: LanguageModel) -> None:
     """Gives the adapters values that change the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for weight in lora.trainable_weights(model):
+        for weight in lora.trainable_weights(model).values():
             weight.normal_(std=0.3, generator=generator)
 
 
@@ -73,7 +73,7 @@ def test_all_takes_every_matrix_of_a_block(model: LanguageModel) -> None:
         if weight.ndim == 2 and "norm" not in name
     ]
     lora.attach(model, LoRAConfig(rank=3, blocks="all"), first_sae=1)
-    assert sum(weight.numel() for weight in lora.trainable_weights(model)) == 3 * sum(sizes)
+    assert sum(weight.numel() for weight in lora.trainable_weights(model).values()) == 3 * sum(sizes)
 
 
 def test_targets_by_name() -> None:

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -53,15 +52,15 @@ class Corpus:
     description: dict[str, Any]
     """What identifies the text, for the record."""
 
-    def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-        """Training batches `[batch, pos]`; every pass over the text has an order of its own.
+    def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
+        """Training batches `[batch, pos]` without end; every pass over the text has its own order.
 
         Args:
             batch_size: Sequences per batch.
-            steps: Number of batches.
             seed: Fixes the orders.
+            first: Number of the batch to begin with.
         """
-        return islice(shuffled_batches(self.train, batch_size, seed), steps)
+        return shuffled_batches(self.train, batch_size, seed, first)
 
     @property
     def validation_tokens(self) -> Tensor:

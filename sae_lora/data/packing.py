@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -98,18 +98,22 @@ class Packer:
         return np.stack(self._sequences) if self._sequences else empty
 
 
-def shuffled_batches(sequences: np.ndarray, batch_size: int, seed: int) -> Iterator[Tensor]:
+def shuffled_batches(
+    sequences: np.ndarray, batch_size: int, seed: int, first: int = 0
+) -> Iterator[Tensor]:
     """Batches `[batch, pos]` of the sequences without end; every pass has an order of its own.
 
     Args:
         sequences: Token ids `[sequence, pos]`.
         batch_size: Sequences per batch; a batch may begin in one pass and end in the next.
         seed: Fixes the orders.
+        first: Number of the batch to begin with; those before it are passed over, not read.
     """
     rng = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int64)
-    while True:
+    for number in count():
         while len(order) < batch_size:
             order = np.concatenate([order, rng.permutation(len(sequences))])
         rows, order = order[:batch_size], order[batch_size:]
-        yield torch.from_numpy(sequences[rows].astype(np.int64))
+        if number >= first:
+            yield torch.from_numpy(sequences[rows].astype(np.int64))

@@ -1,0 +1,141 @@
+"""Checkpoints of a run that is under way: written whole or not at all, checked before they are used.
+
+checkpoints/step-00000200/
+    tensors.safetensors   adapters, optimizer, random states
+    state.json            step, place in the data, what was measured since the last evaluation
+    manifest.json         the run's hash, and size and SHA-256 of the other two; written last
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_lora.errors import UserError
+from sae_lora.records import as_json, new_folder, write_atomically
+
+VERSION = 1
+KEPT = 2
+"""How many of a run's checkpoints are kept: where the newest is damaged, there is the one before."""
+
+_TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on as if it had never stopped.
+
+    Args:
+        tensors: By name: adapters, optimizer, random states.
+        values: Plain values: the step, and what is counted.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class DamagedCheckpointError(UserError):
+    """Checkpoints are there, and none of them can be used."""
+
+
+def save(folder: Path, run_hash: str, state: State) -> None:
+    """Writes a checkpoint and removes all but the newest `KEPT`.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        run_hash: The run's identity; a checkpoint of another run is never used.
+        state: What to keep; its value `step` names it.
+
+    Raises:
+        OSError: Where it cannot be written; what was there before stays.
+    """
+    folder.mkdir(exist_ok=True)
+    for left in folder.glob(".step-*"):  # of an attempt that was killed while it wrote
+        shutil.rmtree(left)
+    step = state.values["step"]
+    path = folder / f"step-{step:08d}"
+    if path.exists():
+        if _fault(path, run_hash) is None:
+            return
+        shutil.rmtree(path)
+    with new_folder(path) as beside:
+        # Tensors that share memory (a view, a tied weight) are refused by safetensors; none do here.
+        save_file({name: value.contiguous() for name, value in state.tensors.items()}, beside / _TENSORS)
+        write_atomically(beside / _VALUES, as_json(state.values))
+        files = {name: _identity(beside / name) for name in (_TENSORS, _VALUES)}
+        manifest = {"version": VERSION, "run": run_hash, "step": step, "files": files}
+        write_atomically(beside / _MANIFEST, as_json(manifest))
+    for old in _paths(folder)[KEPT:]:
+        shutil.rmtree(old)
+
+
+def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> State | None:
+    """The newest checkpoint that is sound, or `None` where none was ever written.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        run_hash: The run's identity.
+        complain: Called with a line about each damaged one that is passed over.
+
+    Raises:
+        DamagedCheckpointError: Where there are some and none is sound: starting afresh in silence
+            would throw away what they hold.
+    """
+    faults = []
+    for path in _paths(folder):
+        fault = _fault(path, run_hash)
+        if fault is None:
+            try:
+                return State(load_file(path / _TENSORS), json.loads((path / _VALUES).read_text()))
+            except (OSError, SafetensorError, ValueError) as error:
+                fault = str(error)
+        faults.append(f"{path.name}: {fault}")
+        complain(f"checkpoint {faults[-1]}; not used")
+    if faults:
+        raise DamagedCheckpointError(
+            f"no checkpoint in {folder} can be used ({'; '.join(faults)}). "
+            "Delete that folder to begin this run anew"
+        )
+    return None
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The checkpoints that are there, newest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _fault(path: Path, run_hash: str) -> str | None:
+    """What is wrong with the checkpoint, in words; `None` for a sound one."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except OSError as error:
+        return f"{_MANIFEST}: {error.strerror}"
+    except ValueError:
+        return f"{_MANIFEST} is damaged"
+    if not isinstance(manifest, Mapping) or manifest.get("version") != VERSION:
+        return f"{_MANIFEST} is not of version {VERSION}"
+    if manifest.get("run") != run_hash:
+        return f"it belongs to another run ({manifest.get('run')}, not {run_hash})"
+    if path.name != f"step-{manifest.get('step', -1):08d}":
+        return f"it is of step {manifest.get('step')}"
+    for name in (_TENSORS, _VALUES):
+        try:
+            found = _identity(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != manifest.get("files", {}).get(name):
+            return f"{name} is not what was written"
+    return None
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}

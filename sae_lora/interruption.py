@@ -1,0 +1,51 @@
+"""A request to stop, by signal, becomes an exception at a moment when nothing is half done."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+"""SLURM's warning before a preemption or the time limit (as submitit sets it), a kill, Ctrl-C."""
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop; it can go on from where it stands."""
+
+
+class Interruption:
+    """Turns the first of `SIGNALS` into `Interrupted`, except inside `held()`."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._asked = self._raised = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Listens inside the block only; must be entered in the main thread."""
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What must not be left half done: a request waits until the block has ended."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        self._raise_if_asked()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._raise_if_asked()
+
+    def _raise_if_asked(self) -> None:
+        # Once is enough: SLURM and submitit send several signals, and the way out must not be cut short.
+        if self._asked and not self._held and not self._raised:
+            self._raised = True
+            raise Interrupted

@@ -1,0 +1,264 @@
+"""A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_lora import checkpoint, lora
+from sae_lora.checkpoint import DamagedCheckpointError, State
+from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.distill import Progress, Training
+from sae_lora.interruption import Interrupted, Interruption
+from sae_lora.metrics import Evaluator
+from sae_lora.models import resid_post
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from tests.coders import topk_sae
+from tests.families import random_tokens, small_model
+
+STEPS = 11
+CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
+BATCHES = [random_tokens(batch=2, length=16, seed=seed) for seed in range(STEPS)]
+HELD_OUT = random_tokens(batch=10, length=16, seed=11)
+
+
+def new_training() -> Training:
+    """As a new process would build it, from the seed alone; dropout is on."""
+    torch.manual_seed(0)
+    model, sae = small_model("llama"), topk_sae()
+    lora.attach(model, LoRAConfig(rank=2, dropout=0.2), first_sae=1)
+    saes = {resid_post(1): sae}
+    return Training(model, saes, Evaluator(model, saes, HELD_OUT, None, 4, 30), CONFIG, STEPS)
+
+
+def comparable(points: list[CurvePoint]) -> list[CurvePoint]:
+    """The points without what no two runs share: how long they took."""
+    return [dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None) for point in points]
+
+
+def same(one: State, other: State) -> bool:
+    assert one.tensors.keys() == other.tensors.keys()
+    timeless = [
+        {key: value for key, value in state.values.items() if key not in ("train_seconds", "interval")}
+        for state in (one, other)
+    ]
+    return timeless[0] == timeless[1] and all(
+        torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[list[CurvePoint], State]:
+    """The curve and the last state of a training that nothing stopped."""
+    training = new_training()
+    points = list(training.points(BATCHES))
+    return comparable(points), training.state()
+
+
+@pytest.mark.parametrize("stop", range(STEPS + 1))
+def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
+    """Saved after a step, before the evaluation that follows it; restored from the disk."""
+    first = new_training()
+
+    def stop_there(progress: Progress) -> None:
+        if progress.step == stop:
+            checkpoint.save(tmp_path, "hash", first.state())
+            raise Interrupted
+
+    if stop == 0:
+        checkpoint.save(tmp_path, "hash", first.state())
+    else:
+        with pytest.raises(Interrupted):
+            list(first.points(BATCHES, stop_there))
+    state = checkpoint.newest(tmp_path, "hash", pytest.fail)
+    assert state is not None
+    kept = whole[0][: state.values["points"]]
+    torch.manual_seed(99)
+    second = new_training()
+    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    second.restore(state)
+    rest = list(second.points(BATCHES[second.step :]))
+    assert kept + comparable(rest) == whole[0]
+    assert same(second.state(), whole[1])
+
+
+def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
+    """Asked to stop between the evaluation and its line in the file."""
+    training = new_training()
+    source = training.points(BATCHES)
+    taken = [next(source), next(source)]
+    state = training.state()
+    assert state.values["points"] == 1
+    second = new_training()
+    second.restore(state)
+    rest = list(second.points(BATCHES[second.step :]))
+    assert comparable([taken[0], *rest]) == whole[0]
+
+
+class TestCheckpoints:
+    """What lies on the disk."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "checkpoints"
+        for step in (10, 20, 30):
+            checkpoint.save(folder, "hash", state_at(step))
+        return folder
+
+    def test_the_two_newest_are_kept(self, folder: Path) -> None:
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+        assert same(found, state_at(30))
+
+    def test_none_was_written(self, tmp_path: Path) -> None:
+        assert checkpoint.newest(tmp_path / "checkpoints", "hash", pytest.fail) is None
+
+    def test_what_a_killed_writer_left_is_no_checkpoint(self, folder: Path) -> None:
+        shutil.copytree(folder / "step-00000030", folder / ".step-00000040.123")
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+        assert found.values["step"] == 30
+        checkpoint.save(folder, "hash", state_at(40))
+        assert not list(folder.glob(".*"))
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda path: (path / "tensors.safetensors").unlink(),
+            lambda path: (path / "state.json").unlink(),
+            lambda path: (path / "manifest.json").unlink(),
+            lambda path: (path / "tensors.safetensors").write_bytes(b""),
+            lambda path: (path / "state.json").write_text(""),
+            lambda path: (path / "manifest.json").write_text(""),
+            lambda path: (path / "manifest.json").write_text("[]"),
+            lambda path: (path / "manifest.json").write_text('{"version": 99}'),
+            lambda path: flip(path / "tensors.safetensors", -1),
+            lambda path: flip(path / "tensors.safetensors", 3),
+            lambda path: flip(path / "state.json", 20),
+            lambda path: truncate(path / "tensors.safetensors"),
+            lambda path: truncate(path / "state.json"),
+            lambda path: truncate(path / "manifest.json"),
+            lambda path: edit_manifest(path, run="another"),
+            lambda path: edit_manifest(path, step=29),
+            lambda path: edit_manifest(path, files={}),
+        ],
+    )
+    def test_a_damaged_one_is_passed_over_and_named(
+        self, folder: Path, damage: Callable[[Path], object]
+    ) -> None:
+        damage(folder / "step-00000030")
+        said: list[str] = []
+        found = checkpoint.newest(folder, "hash", said.append)
+        assert found is not None
+        assert same(found, state_at(20))
+        assert len(said) == 1
+        assert "step-00000030" in said[0]
+        damage(folder / "step-00000020")
+        with pytest.raises(DamagedCheckpointError, match="step-00000020"):
+            checkpoint.newest(folder, "hash", said.append)
+
+    def test_another_runs_is_never_used(self, folder: Path) -> None:
+        with pytest.raises(DamagedCheckpointError, match="another run"):
+            checkpoint.newest(folder, "other", lambda text: None)
+
+    def test_a_disk_that_is_full_leaves_the_old_ones(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_space(tensors: object, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", no_space)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(folder, "hash", state_at(40))
+        monkeypatch.undo()
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+
+
+def state_at(step: int) -> State:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"adapter/a": torch.randn(4, 3, generator=generator), "rng/cpu": torch.get_rng_state()}
+    return State(tensors, {"step": step, "points": 1, "grad_norm": 0.1 + step})
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0x01
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class TestInterruption:
+    """Signals become one exception, at a moment when nothing is half done."""
+
+    @pytest.fixture
+    def interruption(self) -> Iterator[Interruption]:
+        interruption = Interruption()
+        with interruption.watching():
+            yield interruption
+
+    @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+    def test_at_once_where_nothing_is_held(self, interruption: Interruption, number: int) -> None:
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), number)
+
+    def test_held_back_to_the_end_of_the_block(self, interruption: Interruption) -> None:
+        ended = []
+        with pytest.raises(Interrupted), interruption.held():
+            with interruption.held():
+                os.kill(os.getpid(), signal.SIGUSR2)
+                os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(True)
+        assert ended == [True]
+
+    def test_only_once(self, interruption: Interruption) -> None:
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)  # the way out is not cut short
+
+    def test_handlers_are_put_back(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with Interruption().watching():
+            assert signal.getsignal(signal.SIGTERM) != before
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) -> None:
+    folder = RunFolder(tmp_path)
+    with CurveWriter(folder.curve) as curve:
+        for point in whole[0][:3]:
+            curve.append(point)
+    with folder.curve.open("a") as file:
+        file.write('{"step": 9, "tok')
+    with CurveWriter(folder.curve, keep=2) as curve:
+        curve.append(whole[0][2])
+    assert folder.read_curve() == whole[0][:3]
+
+
+def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None:
+    training = new_training()
+    list(training.points(BATCHES))
+    checkpoint.save(tmp_path, "hash", training.state())
+    saved = load_file(tmp_path / f"step-{STEPS:08d}" / "tensors.safetensors")
+    weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}
+    moments = [name for name in saved if name.startswith("optimizer/exp_avg/")]
+    assert len(weights) == len(moments) > 0
