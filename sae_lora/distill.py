@@ -233,13 +233,11 @@ class Training:
         """Puts back what `state()` gave, in this process or another."""
         for name, weight in self._weights.items():
             weight.data.copy_(state.tensors[f"adapter/{name}"])
-            self._optimizer.state[weight] = {
-                key: state.tensors[f"optimizer/{key}/{name}"].to(
-                    "cpu" if key == "step" else weight.device
-                )
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer/{key}/{name}" in state.tensors
-            }
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (kept := state.tensors.get(f"optimizer/{key}/{name}")) is not None:
+                    # AdamW counts its steps on the CPU, wherever the weights are.
+                    place = "cpu" if key == "step" else weight.device
+                    self._optimizer.state[weight][key] = kept.to(place)
         values = state.values
         self.step = values["step"]
         self._tokens = values["tokens"]

@@ -102,6 +102,13 @@ def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
     assert comparable([taken[0], *rest]) == whole[0]
 
 
+def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
+    training = new_training()
+    training.restore(whole[1])
+    assert list(training.points([])) == []
+    assert same(training.state(), whole[1])
+
+
 class TestCheckpoints:
     """What lies on the disk."""
 
