@@ -1,0 +1,246 @@
+"""A run belongs to one process at a time, and is free again when that process ends, however it ends.
+
+Nothing is needed but a file system that creates a file exclusively and says when one was last
+touched; several machines may share it, and their clocks may differ.
+
+.lease/00000007    the file with the largest number counts: who holds the run, or that nobody does.
+                   Its holder touches it every few seconds; one that is not touched has no holder.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sae_lora.errors import UserError
+from sae_lora.records import write_atomically
+
+RENEW_S = 10.0
+"""Seconds between two touches."""
+STALE_S = 90.0
+"""Seconds without a touch after which the holder is taken for dead, where it cannot be asked."""
+
+
+class HeldError(UserError):
+    """Another process is at work on the run."""
+
+
+class LostError(UserError):
+    """The process did not touch its lease for so long that another has taken the run over."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, on whatever machine."""
+
+    host: str
+    pid: int
+    machine: str
+    """Tells machines and containers of one name apart: a process number means nothing elsewhere."""
+    started: str
+    """When the process began, in its system's own count: a number may be given out twice."""
+    slurm_job: str | None = None
+    slurm_restart: int = 0
+
+    @classmethod
+    def here(cls) -> "Holder":
+        """This process."""
+        pid, variables = os.getpid(), os.environ
+        return cls(
+            host=socket.gethostname(),
+            pid=pid,
+            machine=_machine(),
+            started=_start_of(pid) or "",
+            slurm_job=variables.get("SLURM_JOB_ID"),
+            slurm_restart=int(variables.get("SLURM_RESTART_COUNT") or 0),
+        )
+
+    @property
+    def is_alive(self) -> bool | None:
+        """Whether it is still there; `None` where that cannot be asked from here."""
+        here = Holder.here()
+        if self.machine == here.machine:
+            return _start_of(self.pid) == self.started
+        if self.slurm_job is not None and self.slurm_job == here.slurm_job:
+            # SLURM runs a job once at a time: what an earlier start of it left has been cut off.
+            return False if self.slurm_restart < here.slurm_restart else None
+        return None
+
+
+class Lease:
+    """A run, held.
+
+    Args:
+        file: The lease's own file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lost = threading.Event()
+
+    def check(self) -> None:
+        """Makes sure that the run is still held, before anything is written that counts.
+
+        Raises:
+            LostError: Where another process holds it now.
+        """
+        if self._lost.is_set() or _newest(self._file.parent) != int(self._file.name):
+            raise LostError(
+                "another process has taken this run over, because this one gave no sign of life "
+                f"for {STALE_S:g} s; it stops here"
+            )
+
+    def _renew_until(self, stop: threading.Event, every_s: float) -> None:
+        while not stop.wait(every_s):
+            try:
+                os.utime(self._file)
+            except FileNotFoundError:  # who takes a run over clears the old leases away
+                self._lost.set()
+                return
+            except OSError:  # a file server that is away for a moment; the next touch may succeed
+                continue
+
+
+@contextmanager
+def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
+    """Holds the run of this folder inside the block.
+
+    Args:
+        folder: The run folder.
+        renew_s: Seconds between two signs of life.
+
+    Raises:
+        HeldError: Where another process holds it.
+    """
+    file = _take(folder / ".lease")
+    lease = Lease(file)
+    stop = threading.Event()
+    thread = threading.Thread(target=lease._renew_until, args=(stop, renew_s), daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        thread.join()
+        if file.exists():
+            write_atomically(file, "null")
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who holds the run now; `None` where nobody does.
+
+    Args:
+        folder: The run folder. A sign of life is judged by its file system's clock.
+    """
+    return _look(folder / ".lease")[1]
+
+
+def _look(leases: Path) -> tuple[int, Holder | None]:
+    """The largest number, and who lives behind it."""
+    while number := _newest(leases):
+        with contextlib.suppress(FileNotFoundError):  # taken over meanwhile: look again
+            return number, _living(leases / f"{number:08d}")
+    return 0, None
+
+
+def _take(leases: Path) -> Path:
+    leases.mkdir(parents=True, exist_ok=True)
+    while True:
+        number, other = _look(leases)
+        if other is not None:
+            raise HeldError(
+                f"{leases.parent.name} is being run by another process "
+                f"(number {other.pid} on {other.host})"
+            )
+        # The next number after the one that was found free: of all who found so, one can make it.
+        file = leases / f"{number + 1:08d}"
+        try:
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:  # somebody was quicker: see who it is
+            continue
+        with os.fdopen(descriptor, "w") as opened:
+            json.dump(asdict(Holder.here()), opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        for old in _numbers(leases):
+            if old <= number:
+                (leases / f"{old:08d}").unlink(missing_ok=True)
+        return file
+
+
+def _numbers(leases: Path) -> list[int]:
+    return [int(path.name) for path in leases.iterdir() if path.name.isdigit()]
+
+
+def _newest(leases: Path) -> int:
+    """The largest number; 0 where there is none."""
+    try:
+        return max(_numbers(leases), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _living(file: Path) -> Holder | None:
+    """The lease's holder, if it lives.
+
+    Raises:
+        FileNotFoundError: Where the lease has been cleared away.
+    """
+    touched = file.stat().st_mtime
+    try:
+        values = json.loads(file.read_text())
+    except ValueError:  # just made, and not yet written
+        found = Holder("?", 0, "", "")
+    else:
+        if values is None:
+            return None
+        found = Holder(**values)
+    alive = found.is_alive
+    if alive is None:
+        alive = _now(file.parent) - touched <= STALE_S
+    return found if alive else None
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock of the folder's file system, which touches are counted in."""
+    probe = folder / f".now-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    try:
+        probe.write_text("")
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+    except OSError:  # who may only read the folder has to trust the clock of this machine
+        return time.time()
+    return now
+
+
+def _start_of(pid: int) -> str | None:
+    """When the process began, in the kernel's ticks; `None` where it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] not in "ZX":
+            return fields[19]
+        return None
+    if Path("/proc/self/stat").exists():
+        return None
+    try:  # no /proc (macOS): whether it is there is all that can be told
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
+
+
+def _machine() -> str:
+    """What process numbers belong to: this start of this kernel, and in it this container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
