@@ -22,8 +22,8 @@ from sae_lora.splice import Coder, spliced
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where training stands after a step."""
+class StepDone:
+    """A step that was taken."""
 
     step: int
     """Optimiser steps taken."""
@@ -86,7 +86,7 @@ class Training:
     def points(
         self,
         batches: Iterable[Tensor],
-        after_step: Callable[[Progress], None] = lambda progress: None,
+        after_step: Callable[[StepDone], None] = lambda progress: None,
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[CurvePoint]:
         """Trains to the end; yields a point before the first step, on the way, and after the last.
@@ -111,7 +111,7 @@ class Training:
                 with held():
                     tokens = next(source)
                     kl = self._take_step(tokens.to(self._model.device, non_blocking=True))
-                after_step(Progress(self.step, self._tokens, kl, tokens.numel()))
+                after_step(StepDone(self.step, self._tokens, kl, tokens.numel()))
                 if self._evaluation_is_due():
                     yield self._point()
                     self._note_evaluation()

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.records import RunFolder, RunningElsewhereError
+from sae_lora.lease import HeldError, held
+from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, console, say, show
 
@@ -150,8 +151,8 @@ def run_now(point: Config) -> float:
     (run,) = plan([point]).runs
     if run.state is not State.done:
         _freeze(run)
-        with run.folder.locked():
-            execute(run.folder)
+        with held(run.folder.path) as lease:
+            execute(run.folder, make_sure=lease.check)
     return run.folder.read_summary()["ce_gap"]
 
 
@@ -165,9 +166,9 @@ def _execute(folder: RunFolder) -> None:
     from sae_lora.run import execute
 
     try:
-        with folder.locked():
-            execute(folder)
-    except RunningElsewhereError as error:
+        with held(folder.path) as lease:
+            execute(folder, make_sure=lease.check)
+    except HeldError as error:
         complain("left alone", str(error))
     except Exception as error:  # one failed run must not end the others; its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

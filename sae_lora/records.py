@@ -7,10 +7,11 @@ outputs/<sweep>/<name>-<hash>/
     failure.json    instead, where the run failed
     adapter/        the trained adapters in peft's format
     checkpoints/    while it is under way: what it goes on from
+    progress.json   while it is under way: where it stands; a view, replaced every second
+    log.txt         what its attempts have printed
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -63,6 +64,26 @@ class CurvePoint:
     """Norm of the adapters' gradient in the last step, before clipping."""
     tokens_per_second: float | None = None
     """Training tokens per second since the last point."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands while a process is at work on it."""
+
+    stage: str
+    """What it is doing, in a few words."""
+    step: int = 0
+    steps: int = 0
+    tokens: int = 0
+    """Tokens trained on."""
+    train_tokens: int = 0
+    """Tokens it will have been trained on."""
+    loss: float | None = None
+    """Training KL of the last batch, in nats per token."""
+    tokens_per_second: float | None = None
+    """Over the last few seconds."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint; null before the first."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
@@ -127,10 +148,6 @@ class Summary:
     version: int = SUMMARY_VERSION
 
 
-class RunningElsewhereError(UserError):
-    """Another process is at work on the run."""
-
-
 class RunFolder:
     """One run's folder.
 
@@ -146,6 +163,8 @@ class RunFolder:
         self.failure = path / "failure.json"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.progress = path / "progress.json"
+        self.log = path / "log.txt"
 
     @property
     def is_finished(self) -> bool:
@@ -185,22 +204,6 @@ class RunFolder:
         for path in left:
             path.rename(aside / path.name)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the lock goes with the process, however it ends.
-
-        Raises:
-            RunningElsewhereError: Where another process holds it.
-        """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunningElsewhereError(
-                    f"{self.path.name} is being run by another process"
-                ) from error
-            yield
-
     def write_summary(self, summary: Summary) -> None:
         """Writes the summary; from then on the run is finished."""
         write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
@@ -212,6 +215,17 @@ class RunFolder:
     def write_failure(self, message: str, details: str) -> None:
         """Records why the run ended early: one line, and the whole story."""
         write_atomically(self.failure, as_json({"message": message, "details": details}))
+
+    def write_progress(self, progress: Progress) -> None:
+        """Shows where the run stands. Not made to last: what a crash takes is written anew."""
+        write_atomically(self.progress, as_json(dataclasses.asdict(progress)), lasting=False)
+
+    def read_progress(self) -> Progress | None:
+        """Where the run stands, as it said last."""
+        try:
+            return Progress(**json.loads(self.progress.read_text()))
+        except (OSError, ValueError, TypeError):  # none yet, or of another version
+            return None
 
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""
@@ -287,18 +301,26 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes the file whole or not at all, also when the machine stops in the middle."""
+def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        path: The file.
+        text: All of it.
+        lasting: Whether it must be there also when the machine stops a moment later.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if lasting:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

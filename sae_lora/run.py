@@ -4,7 +4,9 @@ import math
 import platform
 import shutil
 import subprocess
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -15,18 +17,22 @@ import torch
 from transformers import logging as transformers_logging
 from transformers import set_seed
 
-from sae_lora import checkpoint, distill, hub, lora, models, tracking
+from sae_lora import checkpoint, distill, hub, lease, lora, models, tracking
 from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, load, readable_name
 from sae_lora.data import corpus
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, UserError
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
-from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary, new_folder
+from sae_lora.records import CurvePoint, CurveWriter, Progress, RunFolder, Summary, new_folder
 from sae_lora.saes import loading
 from sae_lora.terminal import Display, complain
 
 
-def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summary:
+def execute(
+    folder: RunFolder,
+    interruption: Interruption | None = None,
+    make_sure: Callable[[], None] = lambda: None,
+) -> Summary:
     """Trains and evaluates what the folder's `config.yaml` describes, and writes it into the folder.
 
     Goes on from the newest checkpoint, where there is one.
@@ -34,9 +40,11 @@ def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summ
     Args:
         folder: The run folder. Its config is checked, with its SAEs resolved; nothing else is read.
         interruption: What may ask the run to stop; by default nothing does.
+        make_sure: Called before anything that counts is written; raises where it must not be.
 
     Raises:
-        UserError: For what the user can mend: files that cannot be fetched, text that is too short.
+        UserError: For what the user can mend: files that cannot be fetched, text that is too short;
+            and what `make_sure` raises.
         Interrupted: When asked to stop; where training stands is saved.
     """
     interruption = interruption or Interruption()
@@ -52,7 +60,8 @@ def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summ
 
     with Display() as show:
         # Text and SAE first: whatever is wrong with them is known before the model is loaded.
-        show.stage(f"loading text ({config.data.source.name}) and SAE ({config.sae.family.name})")
+        report = _Reporter(show, folder, config.train, steps)
+        report.stage(f"loading text ({config.data.source.name}) and SAE ({config.sae.family.name})")
         tokenizer = models.load_tokenizer(config.model)
         text = corpus.load(
             config.data,
@@ -66,7 +75,7 @@ def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summ
         loaded = [loading.load(config.sae, choice, dimensions, device) for choice in config.sae.used]
         saes = {one.hookpoint: one.sae for one in loaded}
 
-        show.stage(f"loading model ({config.model.name}) on {device}")
+        report.stage(f"loading model ({config.model.name}) on {device}")
         model = models.load_model(config.model, config.train.dtype, device)
         set_seed(config.train.seed)
         adapters = lora.attach(model, config.lora, min(choice.block for choice in config.sae.used))
@@ -84,19 +93,21 @@ def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summ
         training = distill.Training(model, saes, evaluate, config.train, steps)
         if saved is not None:
             training.restore(saved)
-            show.stage(f"going on from step {training.step:,} of {steps:,}")
-        show.stage(f"training {trainable:,} LoRA weights on {config.train.train_tokens:,} tokens")
+            report.stage(f"going on from step {training.step:,} of {steps:,}")
+            report.checkpoint_step = training.step
+        report.stage(f"training {trainable:,} LoRA weights on {config.train.train_tokens:,} tokens")
         batches = text.batches(config.train.batch_size, config.data.seed, training.step)
-        show_step = _step_shower(show, config.train)
         summary: Summary | None = None
         tracker = tracking.start(config, readable_name(config), run_hash, folder.path)
 
         def save() -> None:
             with training.paused(), interruption.held():
+                make_sure()
                 checkpoint.save(folder.checkpoints, run_hash, training.state())
+                report.checkpoint_step = training.step
 
-        def after_step(progress: distill.Progress) -> None:
-            show_step(progress)
+        def after_step(progress: distill.StepDone) -> None:
+            report.step(progress)
             if progress.step % config.train.checkpoint_every_steps == 0:
                 save()
 
@@ -111,6 +122,7 @@ def execute(folder: RunFolder, interruption: Interruption | None = None) -> Summ
                     save()
                     raise
             with interruption.held():
+                make_sure()
                 with new_folder(folder.adapter) as beside:
                     lora.save(adapters, beside, models.source(config.model))
                 points = folder.read_curve()
@@ -144,14 +156,45 @@ def _device(wanted: Device) -> torch.device:
     return torch.device(wanted.name)
 
 
-def _step_shower(show: Display, config: TrainConfig) -> Callable[[distill.Progress], None]:
-    count = show.counter("training", "tokens")
+class _Reporter:
+    """Shows where the run stands: to who watches this process, and in its folder to who does not."""
 
-    def on_step(progress: distill.Progress) -> None:
-        if show.due():
-            count(progress.tokens, config.train_tokens, f"loss {progress.loss:.3f}")
+    def __init__(self, show: Display, folder: RunFolder, config: TrainConfig, steps: int) -> None:
+        self.checkpoint_step: int | None = None
+        self._show = show
+        self._folder = folder
+        self._config = config
+        self._steps = steps
+        self._count = show.counter("training", "tokens")
+        self._last_time, self._last_tokens = time.monotonic(), None
 
-    return on_step
+    def stage(self, text: str) -> None:
+        """What is done next."""
+        self._show.stage(text)
+        self._folder.write_progress(Progress(text, steps=self._steps))
+
+    def step(self, done: distill.StepDone) -> None:
+        """One more step; shown about once a second, since reading a loss from a GPU is not free."""
+        now = time.monotonic()
+        if now - self._last_time < _SHOW_EVERY_S and done.step < self._steps:
+            return
+        rate = None
+        if self._last_tokens is not None and now > self._last_time:
+            rate = (done.tokens - self._last_tokens) / (now - self._last_time)
+        self._last_time, self._last_tokens = now, done.tokens
+        self._count(done.tokens, self._config.train_tokens, f"loss {done.loss:.3f}")
+        self._folder.write_progress(
+            Progress(
+                stage="training",
+                step=done.step,
+                steps=self._steps,
+                tokens=done.tokens,
+                train_tokens=self._config.train_tokens,
+                loss=done.loss if math.isfinite(done.loss) else None,
+                tokens_per_second=rate,
+                checkpoint_step=self.checkpoint_step,
+            )
+        )
 
 
 def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
@@ -191,6 +234,7 @@ def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
     }
 
 
+_SHOW_EVERY_S = 1.0
 _PACKAGES = ("transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
 
 
@@ -221,3 +265,35 @@ def _git_commit() -> str | None:
         return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED = 1, 73, 75
+"""How an attempt ended that did not finish: its cause is in `failure.json`; another process is at the
+run; it was asked to stop, and goes on from its checkpoint."""
+
+
+def main() -> int:
+    """One attempt at the run of a folder: `python -m sae_lora.run outputs/<sweep>/<run>`."""
+    folder = RunFolder(Path(sys.argv[1]))
+    interruption = Interruption()
+    try:
+        with interruption.watching(), lease.held(folder.path) as held:
+            if not folder.is_finished:
+                execute(folder, interruption, held.check)
+    except (lease.HeldError, lease.LostError) as error:
+        complain("left alone", str(error))
+        return EXIT_HELD
+    except Interrupted:
+        if not folder.is_finished:
+            complain("stopped", "asked to; the run goes on from its checkpoint")
+            return EXIT_INTERRUPTED
+    except Exception as error:  # whatever it is, its cause is kept
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        folder.write_failure(message, traceback.format_exc())
+        complain("failed", message)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

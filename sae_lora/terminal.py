@@ -1,6 +1,5 @@
 """What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
 
-import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -26,7 +25,6 @@ from sae_lora.report import percent
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-_REFRESH_S = 0.5
 _UNLIMITED = 10_000
 
 
@@ -73,7 +71,6 @@ class Display:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._shown = 0.0
 
     def stage(self, text: str) -> None:
         """Says what is done next."""
@@ -86,13 +83,8 @@ class Display:
             if self._task is None:
                 self._task = self._progress.add_task(description, total=total, unit=unit, note="")
             self._progress.update(self._task, completed=done, total=total, note=note)
-            self._shown = time.monotonic()
 
         return count
-
-    def due(self) -> bool:
-        """Whether the bar should be refreshed: reading a loss from a GPU is not free."""
-        return console.is_terminal and time.monotonic() - self._shown > _REFRESH_S
 
     def end(self) -> None:
         """Removes the bar."""

@@ -14,6 +14,7 @@ ORDER = [
         "config",
         "checks",
         "records",
+        "lease",
         "report",
         "figures",
         "terminal",

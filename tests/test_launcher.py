@@ -11,6 +11,7 @@ from sae_lora import launcher, run
 from sae_lora.__main__ import main
 from sae_lora.config import Config, ModelConfig, load
 from sae_lora.launcher import State
+from sae_lora.lease import held
 from sae_lora.models import load_model
 from sae_lora.records import RunFolder
 from tests.composing import composed
@@ -115,7 +116,7 @@ def test_a_retry_takes_what_the_new_command_says(point, tmp_path: Path) -> None:
 def test_what_another_process_runs_is_left_alone(point, tmp_path: Path, capsys) -> None:
     (planned,) = launcher.plan([point()]).runs
     launcher._freeze(planned)
-    with planned.folder.locked():
+    with held(planned.folder.path):
         assert launcher.launch([point()]) == 1
     assert "another process" in capsys.readouterr().err
     assert not planned.folder.failure.exists()

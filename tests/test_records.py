@@ -12,7 +12,6 @@ from sae_lora.records import (
     CurvePoint,
     CurveWriter,
     RunFolder,
-    RunningElsewhereError,
     Summary,
     gap_closed,
     new_folder,
@@ -66,11 +65,11 @@ def test_what_an_unfinished_attempt_left_is_kept(tmp_path: Path) -> None:
     for attempt in (1, 2):
         with CurveWriter(folder.curve) as curve:
             curve.append(point(attempt))
-        folder.set_aside_unfinished()
+        folder.set_aside(curve=True)
         assert not folder.curve.exists()
     kept = sorted(tmp_path.glob("unfinished-*/curve.jsonl"))
     assert [json.loads(path.read_text())["step"] for path in kept] == [1, 2]
-    folder.set_aside_unfinished()
+    folder.set_aside(curve=True)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 
@@ -111,11 +110,3 @@ def test_the_schema_has_what_is_promised() -> None:
         "train_tokens train_seconds model sae data environment version"
     )
     assert set(promised.split()) <= names
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    with folder.locked(), pytest.raises(RunningElsewhereError), RunFolder(tmp_path).locked():
-        pass
-    with RunFolder(tmp_path).locked():
-        pass

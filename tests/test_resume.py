@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sae_lora import checkpoint, lora
 from sae_lora.checkpoint import DamagedCheckpointError, State
 from sae_lora.config import LoRAConfig, TrainConfig
-from sae_lora.distill import Progress, Training
+from sae_lora.distill import StepDone, Training
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
 from sae_lora.models import resid_post
@@ -67,8 +67,8 @@ def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) 
     """Saved after a step, before the evaluation that follows it; restored from the disk."""
     first = new_training()
 
-    def stop_there(progress: Progress) -> None:
-        if progress.step == stop:
+    def stop_there(done: StepDone) -> None:
+        if done.step == stop:
             checkpoint.save(tmp_path, "hash", first.state())
             raise Interrupted
 

@@ -1,0 +1,95 @@
+"""One attempt at a run in a process of its own, which something befalls at a chosen step."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from sae_lora import launcher
+from sae_lora.config import as_dict
+from sae_lora.records import RunFolder
+from tests.commands import REPOSITORY
+from tests.composing import composed
+
+_SCRIPT = """
+import os, sys
+from sae_lora import checkpoint, distill, run
+
+step, what = int(sys.argv[2]), sys.argv[3]
+take_step, save_file = distill.Training._take_step, checkpoint.save_file
+
+def befall():
+    if what == "exit":
+        os._exit(17)
+    if what == "raise":
+        raise ZeroDivisionError("befallen")
+    os.kill(os.getpid(), int(what))
+
+def taking(training, tokens):
+    if training.step == step - 1:
+        befall()
+    return take_step(training, tokens)
+
+def saving(tensors, path):
+    save_file(tensors, path)
+    if f"step-{-step:08d}" in str(path):
+        befall()
+
+distill.Training._take_step = taking
+checkpoint.save_file = saving
+sys.exit(run.main())
+"""
+
+
+def frozen(home: Path, *overrides: str) -> RunFolder:
+    """The folder of a run of the embedded default as it is when a job begins: its config alone."""
+    config = composed(
+        *overrides, "tracking=disabled", f"output_dir={home}", f"data.cache_dir={home}/cache"
+    )
+    (planned,) = launcher.plan([config]).runs
+    planned.folder.write_config(OmegaConf.to_yaml(as_dict(planned.config)))
+    return planned.folder
+
+
+def attempt(folder: RunFolder, step: int = 0, what: str | int = "") -> subprocess.CompletedProcess[str]:
+    """Runs `python -m sae_lora.run` to its end, whatever that is.
+
+    Args:
+        folder: The run folder.
+        step: Step in which something happens; negative: while the checkpoint of that step is
+            written; 0: nothing happens.
+        what: A signal's number that the process sends itself, `exit` or `raise`.
+    """
+    command = [sys.executable, "-c", _SCRIPT, str(folder.path), str(step or 10**9), str(what)]
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def killed(finished: subprocess.CompletedProcess[str]) -> bool:
+    """Whether the process ended by SIGKILL."""
+    return finished.returncode == -signal.SIGKILL
+
+
+def results(folder: RunFolder) -> dict[str, object]:
+    """What a run found, without how long it took and where."""
+    curve = [
+        {
+            name: value
+            for name, value in vars(point).items()
+            if name not in ("train_seconds", "tokens_per_second")
+        }
+        for point in folder.read_curve()
+    ]
+    adapter = load_file(folder.adapter / "adapter_model.safetensors")
+    return {"curve": curve} | {name: value.tolist() for name, value in adapter.items()}
