@@ -3,6 +3,10 @@
 import difflib
 from collections.abc import Iterable, Iterator
 
+EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED = 1, 73, 75
+"""Exit codes of an attempt that did not finish its run: its cause is in `failure.json`; another
+process is at the run; it was asked to stop and goes on from its checkpoint."""
+
 
 class UserError(Exception):
     """Something the user can mend. Shown as one message, without a traceback."""

@@ -227,6 +227,14 @@ class RunFolder:
         except (OSError, ValueError, TypeError):  # none yet, or of another version
             return None
 
+    @property
+    def failure_message(self) -> str | None:
+        """Why the last attempt failed, in a line; `None` where it has not."""
+        try:
+            return json.loads(self.failure.read_text())["message"]
+        except FileNotFoundError:
+            return None
+
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""
         return list(_points(self.curve)) if self.curve.exists() else []

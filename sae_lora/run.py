@@ -20,7 +20,7 @@ from transformers import set_seed
 from sae_lora import checkpoint, distill, hub, lease, lora, models, tracking
 from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, load, readable_name
 from sae_lora.data import corpus
-from sae_lora.errors import ConfigError, UserError
+from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
 from sae_lora.records import CurvePoint, CurveWriter, Progress, RunFolder, Summary, new_folder
@@ -265,11 +265,6 @@ def _git_commit() -> str | None:
         return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED = 1, 73, 75
-"""How an attempt ended that did not finish: its cause is in `failure.json`; another process is at the
-run; it was asked to stop, and goes on from its checkpoint."""
 
 
 def main() -> int:

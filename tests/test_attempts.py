@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED
 from sae_lora.records import RunFolder
-from sae_lora.run import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED
 from tests.attempts import attempt, frozen, killed, results
 
 SMALL = (

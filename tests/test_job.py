@@ -1,0 +1,147 @@
+"""A job: its runs end each for itself, and it can be stopped and go on."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_lora.job import Job, RunFailedError, how_it_ended
+from sae_lora.records import Progress, RunFolder
+
+RUN = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+match folder.name.split("-")[0]:
+    case "good":
+        (folder / "summary.json").write_text("{}")
+    case "exit":
+        print("about to leave", flush=True)
+        os._exit(3)
+    case "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "says":
+        (folder / "failure.json").write_text(json.dumps({"message": "a reason", "details": ""}))
+        sys.exit(1)
+    case "slow":
+        def stop(*_):
+            (folder / "saved").write_text("")
+            sys.exit(75)
+        signal.signal(signal.SIGUSR2, stop)
+        (folder / "ready").write_text("")
+        time.sleep(60)
+    case "deaf":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        (folder / "ready").write_text("")
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def runs_are_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m sae_lora.run` is a script that does what the folder is named for."""
+    package = tmp_path / "stand_in/sae_lora"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "run.py").write_text(RUN)
+
+
+def job_of(tmp_path: Path, *names: str, timeout_min: float = 60, answer_s: float = 30) -> Job:
+    for name in names:
+        (tmp_path / name).mkdir()
+    environment = {"PYTHONPATH": str(tmp_path / "stand_in"), "PYTHONSAFEPATH": "1"}
+    return Job([tmp_path / name for name in names], environment, timeout_min, answer_s)
+
+
+def test_a_failed_run_hurts_no_other(tmp_path: Path) -> None:
+    names = ["good-1", "exit-1", "kill-1", "says-1", "good-2"]
+    with pytest.raises(RunFailedError) as raised:
+        job_of(tmp_path, *names)()
+    folders = {name: RunFolder(tmp_path / name) for name in names}
+    assert folders["good-1"].is_finished
+    assert folders["good-2"].is_finished
+    assert folders["exit-1"].failure_message == "ended by itself with exit code 3 and without a word"
+    assert "about to leave" in folders["exit-1"].failure.read_text()
+    assert folders["kill-1"].failure_message == "killed by SIGKILL (out of memory, or killed by hand)"
+    assert folders["says-1"].failure_message == "a reason"
+    for name in ("exit-1", "kill-1", "says-1"):
+        assert name in str(raised.value)
+    assert "good" not in str(raised.value)
+
+
+def test_started_anew_without_a_word_it_repeats_nothing(tmp_path: Path) -> None:
+    """As SLURM does after a node was lost: the pickle is that of the submission."""
+    with pytest.raises(RunFailedError):
+        job_of(tmp_path, "good-1", "exit-1")()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    again = job_of(tmp_path)
+    again._left = [str(tmp_path / name) for name in ("good-1", "exit-1")]
+    with pytest.raises(RunFailedError, match="exit-1: ended by itself"):
+        again()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
+
+
+class Requeued(Exception):
+    """What stands for submitit's exit after it has requeued the job."""
+
+
+def interrupted(one: Job, ready: Path) -> object:
+    """Calls the job and, once its run is ready, sends the signal; returns what checkpoint() gave."""
+    given = []
+
+    def handler(number: int, frame: object) -> None:
+        given.append(one.checkpoint())
+        raise Requeued
+
+    def send() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        threading.Thread(target=send).start()
+        with pytest.raises(Requeued):
+            one()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    return given[0]
+
+
+def test_asked_to_stop_it_lets_the_run_save(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "good-1", "slow-1", "good-2")
+    later = interrupted(one, tmp_path / "slow-1/ready")
+    assert (tmp_path / "slow-1/saved").exists()
+    assert later is not None
+    assert one._left == [str(tmp_path / "slow-1"), str(tmp_path / "good-2")]
+    assert not RunFolder(tmp_path / "slow-1").has_failed
+
+
+def test_a_run_that_does_not_answer_and_gets_nowhere_hangs(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "deaf-1", answer_s=0.3)
+    assert interrupted(one, tmp_path / "deaf-1/ready") is None
+    message = RunFolder(tmp_path / "deaf-1").failure_message
+    assert message is not None
+    assert message.startswith("hangs after step 0")
+    assert "no answer when asked to stop" in message
+
+
+def test_a_run_that_answers_and_gets_nowhere_in_all_its_time_hangs(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "slow-1", timeout_min=0.001)
+    assert interrupted(one, tmp_path / "slow-1/ready") is None
+    assert RunFolder(tmp_path / "slow-1").has_failed
+
+
+def test_a_run_that_gets_on_is_no_hang(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "deaf-1", timeout_min=0.001, answer_s=0.3)
+    RunFolder(tmp_path / "deaf-1").write_progress(Progress("training", step=7, steps=9))
+    assert interrupted(one, tmp_path / "deaf-1/ready") is not None
+    (tmp_path / "deaf-1/ready").unlink()
+    assert interrupted(one, tmp_path / "deaf-1/ready") is None  # the second time it got no further
+
+
+def test_exit_codes_in_words() -> None:
+    assert "SIGSEGV" in how_it_ended(-signal.SIGSEGV)
+    assert "exit code 9" in how_it_ended(9)
