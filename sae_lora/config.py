@@ -70,6 +70,7 @@ class LauncherKind(enum.Enum):
     """What runs the plan."""
 
     local = "local"
+    slurm = "slurm"
 
 
 class TrackingMode(enum.Enum):
@@ -245,11 +246,17 @@ class LauncherConfig:
     """What runs the plan. Does not change a result."""
 
     kind: LauncherKind = LauncherKind.local
-    """local: one run after another in this process."""
+    """local: on this machine. slurm: as array jobs on a cluster."""
     dry_run: bool = False
     """Print the plan and stop."""
     retry_failed: bool = False
     """Run again what failed before."""
+    max_parallel: int | None = None
+    """local: runs at a time; null: one per GPU, or one where there is none."""
+    timeout_min: int | None = None
+    """Minutes a job is given before it saves and is started again; null: 240 on SLURM, no limit here."""
+    cpus_per_task: int | None = None
+    """CPU cores of a run; null: on SLURM the partition's default, here an equal share of them."""
 
 
 @dataclass

@@ -1,107 +1,28 @@
-"""The launcher: gets every point of a sweep at once, settles what each means, and runs what is left.
+"""The launcher: gets every point of a sweep at once, plans, and gives what is left to submitit.
 
-Planning resolves each point to SAEs that exist, names it, and finds its folder; nothing is loaded.
-Dispatching is in this process, one run after another; submitit takes its place behind `launch`.
+A job (`Job`) holds runs and executes them one after another, each in a process of its own. On this
+machine jobs are started as places become free, and watched; on a cluster they are submitted.
 """
 
-import traceback
+import os
+import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from pathlib import Path
 
-from omegaconf import OmegaConf
+import submitit
 
-from sae_lora.checks import adapted_blocks, canonical_blocks
-from sae_lora.config import Config, as_dict, identity, readable_name
-from sae_lora.errors import ConfigError, UserError
-from sae_lora.lease import HeldError, held
-from sae_lora.records import RunFolder
+from sae_lora.config import Config, LauncherConfig
+from sae_lora.job import Job
+from sae_lora.lease import held
+from sae_lora.plan import Plan, Run, State, plan
 from sae_lora.report import comparison_table, run_table
-from sae_lora.terminal import complain, console, say, show
+from sae_lora.terminal import complain, say, show
+from sae_lora.watch import Watch
 
-
-class State(Enum):
-    """What the run folder says about a run."""
-
-    new = "new"
-    unfinished = "unfinished"
-    failed = "failed before"
-    done = "done"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One point of a plan: a config that is complete, and the folder it belongs to."""
-
-    config: Config
-    folder: RunFolder
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return self.folder.path.name
-
-    @property
-    def state(self) -> State:
-        """What the folder says now."""
-        if self.folder.is_finished:
-            return State.done
-        if self.folder.has_failed:
-            return State.failed
-        return State.unfinished if self.folder.config.exists() else State.new
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every run of one command, each once."""
-
-    runs: list[Run]
-    notes: list[str]
-    """What a person should know: the nearest SAE taken, the same point twice."""
-
-
-def plan(points: Sequence[Config]) -> Plan:
-    """Settles what the points mean.
-
-    Raises:
-        ConfigError: For a point that cannot work.
-        UserError: Where a model's config cannot be had.
-    """
-    # These bring torch and transformers in, which a wrong config need not wait for.
-    from sae_lora.models import read_dimensions
-    from sae_lora.saes.registry import resolve
-
-    runs: dict[Path, Run] = {}
-    notes: list[str] = []
-    for point in points:
-        dimensions = read_dimensions(point.model)
-        resolution = resolve(point, dimensions)
-        config = replace(
-            point,
-            sae=replace(point.sae, used=resolution.choices),
-            lora=replace(point.lora, blocks=canonical_blocks(point.lora.blocks)),
-        )
-        adapted_blocks(
-            config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
-        )
-        _check_context(config, dimensions.max_context)
-        notes += [note for note in resolution.notes if note not in notes]
-        path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
-        if path in runs:
-            notes.append(f"{path.name} is named twice and runs once")
-        runs.setdefault(path, Run(config, RunFolder(path)))
-    return Plan(list(runs.values()), notes)
-
-
-def _check_context(config: Config, longest: int | None) -> None:
-    if longest is not None and config.data.context_length > longest:
-        raise ConfigError(
-            "data.context_length",
-            config.data.context_length,
-            f"at most {longest}, the longest text that {config.model.name} was made for",
-            nearest=longest,
-        )
+_NO_LIMIT_MIN = 10 * 365 * 24 * 60
+_TIMEOUTS = 1_000
+"""How often a job may run out of time and be started again; one that hangs ends itself."""
+_LOOK_EVERY_S = 0.5
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -119,18 +40,21 @@ def launch(points: Sequence[Config]) -> int:
     settings = points[0].launcher
     for note in planned.notes:
         say(f"note: {note}")
+    states = {run.name: run.state for run in planned.runs}
     if settings.dry_run:
         for run in planned.runs:
-            say(f"{run.state.value:>13}  {run.name}")
+            say(f"{states[run.name].value:>13}  {run.name}")
         return 0
-    passed_over = {State.done} if settings.retry_failed else {State.done, State.failed}
-    left = [run for run in planned.runs if run.state not in passed_over]
-    done = sum(run.state is State.done for run in planned.runs)
+    passed_over = {State.done, State.running} | (set() if settings.retry_failed else {State.failed})
+    left = [run for run in planned.runs if states[run.name] not in passed_over]
     for run in left:
-        _freeze(run)
-    for number, run in enumerate(left, start=1):
-        console.rule(f"run {number} of {len(left)}: {run.name}", align="left", style="dim")
-        _execute(run.folder)
+        run.freeze()
+    for run in planned.runs:
+        if states[run.name] is State.running:
+            complain("left alone", f"{run.name} is being run by another process")
+    if left:
+        _run_here(left, settings)
+    done = sum(state is State.done for state in states.values())
     if done:
         say(f"{done} of {len(planned.runs)} done before, not run again")
     _conclude(planned)
@@ -150,30 +74,60 @@ def run_now(point: Config) -> float:
 
     (run,) = plan([point]).runs
     if run.state is not State.done:
-        _freeze(run)
+        run.freeze()
         with held(run.folder.path) as lease:
             execute(run.folder, make_sure=lease.check)
     return run.folder.read_summary()["ce_gap"]
 
 
-def _freeze(run: Run) -> None:
-    """Writes the resolved config into the run's folder: all that the run will read."""
-    run.folder.write_config(OmegaConf.to_yaml(as_dict(run.config)))
+def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
+    """Executes the runs on this machine, as many at a time as there are places, and shows them."""
+    executor = submitit.LocalExecutor(
+        runs[0].folder.path.parent / ".submitit", max_num_timeout=_TIMEOUTS
+    )
+    timeout_min = settings.timeout_min or _NO_LIMIT_MIN
+    executor.update_parameters(timeout_min=timeout_min, signal_delay_s=_signal_delay_s(timeout_min))
+    free = deque(_places(runs, settings))
+    waiting = deque(runs)
+    at_work: list[tuple[submitit.Job[None], dict[str, str]]] = []
+    with Watch([run.folder for run in runs]) as watch:
+        while waiting or at_work:
+            while waiting and free:
+                place, run = free.popleft(), waiting.popleft()
+                job = executor.submit(Job([run.folder.path.absolute()], place, timeout_min))
+                at_work.append((job, place))
+            time.sleep(_LOOK_EVERY_S)
+            watch.update()
+            free.extend(place for job, place in at_work if job.done())
+            at_work = [(job, place) for job, place in at_work if not job.done()]
 
 
-def _execute(folder: RunFolder) -> None:
-    """Runs it here. A failure is written down and shown; the next run goes on."""
-    from sae_lora.run import execute
+def _signal_delay_s(timeout_min: float) -> int:
+    """How long before the end of its time a job is asked to save."""
+    return min(90, max(1, round(60 * timeout_min / 4)))
 
-    try:
-        with held(folder.path) as lease:
-            execute(folder, make_sure=lease.check)
-    except HeldError as error:
-        complain("left alone", str(error))
-    except Exception as error:  # one failed run must not end the others; its cause is kept
-        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        folder.write_failure(message, traceback.format_exc())
-        complain("failed", message)
+
+def _places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
+    """Where runs can be at the same time: for each place, the variables that keep a run to it."""
+    gpus = [] if all(run.config.train.device.name == "cpu" for run in runs) else _gpus()
+    number = settings.max_parallel or len(gpus) or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = settings.cpus_per_task or (max(1, cores // number) if number > 1 else None)
+    shared = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return [
+        shared | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
+        for place in range(number)
+    ]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch  # already there: planning needs it
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _conclude(planned: Plan) -> None:

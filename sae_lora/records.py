@@ -188,13 +188,19 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
+    def set_aside_failure(self) -> None:
+        """Puts the cause of a failure away, where it stays for who looks back."""
+        self._set_aside(self.failure)
+
     def set_aside(self, *, curve: bool) -> None:
         """Keeps what an attempt that did not end has left, out of the way of the next one.
 
         Args:
             curve: Whether the next attempt begins anew, and with it the curve.
         """
-        paths = (self.failure, self.adapter, *([self.curve] if curve else []))
+        self._set_aside(self.failure, self.adapter, *([self.curve] if curve else []))
+
+    def _set_aside(self, *paths: Path) -> None:
         left = [path for path in paths if path.exists()]
         if not left:
             return

@@ -24,11 +24,25 @@ ORDER = [
         "hub",
     ),
     *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora", "metrics"),
-    *("checkpoint", "distill", "saes.registry", "saes.loading", "saes.training", "run", "job", "launcher"),
+    *(
+        "checkpoint",
+        "distill",
+        "saes.registry",
+        "saes.loading",
+        "saes.training",
+        "run",
+        "job",
+        "launcher",
+    ),
     *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
 ]
 """A module imports only modules that stand before it."""
-ROOMS = {"peft": {"lora"}, "wandb": {"tracking"}, "submitit": {"job", "launcher"}, "hydra": {"composition"}}
+ROOMS = {
+    "peft": {"lora"},
+    "wandb": {"tracking"},
+    "submitit": {"job", "launcher"},
+    "hydra": {"composition"},
+}
 """The modules that may import a library."""
 SAE_LENS = {"saes.loading", "saes.training"}
 

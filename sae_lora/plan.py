@@ -1,0 +1,123 @@
+"""The plan: what every point of a sweep means, where it belongs, and how far it is.
+
+Each point is resolved to SAEs that exist, named, and given its folder; nothing is loaded, nothing is
+written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from sae_lora.checks import adapted_blocks, canonical_blocks
+from sae_lora.config import Config, as_dict, identity, readable_name
+from sae_lora.errors import ConfigError
+from sae_lora.lease import holder
+from sae_lora.records import RunFolder
+
+
+class State(Enum):
+    """What the run folder says about a run."""
+
+    new = "new"
+    """Nothing of it is there, or its config alone."""
+    running = "running"
+    """A process is at it."""
+    resumable = "resumable"
+    """It was begun, nobody is at it, and it goes on from its checkpoint."""
+    failed = "failed"
+    done = "done"
+
+
+def state_of(folder: RunFolder) -> State:
+    """How far the run of this folder is."""
+    if folder.is_finished:
+        return State.done
+    if holder(folder.path) is not None:
+        return State.running
+    if folder.has_failed:
+        return State.failed
+    return State.resumable if folder.checkpoints.exists() else State.new
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of a plan: a config that is complete, and the folder it belongs to."""
+
+    config: Config
+    folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.folder.path.name
+
+    @property
+    def state(self) -> State:
+        """What its folder says now."""
+        return state_of(self.folder)
+
+    def freeze(self) -> None:
+        """Writes the resolved config into the folder: all that the run will read.
+
+        What an attempt that failed has left is put aside, so that the run can be tried again.
+
+        Raises:
+            UserError: Where the folder cannot be written.
+        """
+        self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
+        self.folder.set_aside_failure()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of one command, each once."""
+
+    runs: list[Run]
+    notes: list[str]
+    """What a person should know: the nearest SAE taken, the same point twice."""
+
+
+def plan(points: Sequence[Config]) -> Plan:
+    """Settles what the points mean.
+
+    Raises:
+        ConfigError: For a point that cannot work.
+        UserError: Where a model's config cannot be had.
+    """
+    # These bring torch and transformers in, which a wrong config need not wait for.
+    from sae_lora.models import read_dimensions
+    from sae_lora.saes.registry import resolve
+
+    runs: dict[Path, Run] = {}
+    notes: list[str] = []
+    for point in points:
+        dimensions = read_dimensions(point.model)
+        resolution = resolve(point, dimensions)
+        config = replace(
+            point,
+            sae=replace(point.sae, used=resolution.choices),
+            lora=replace(point.lora, blocks=canonical_blocks(point.lora.blocks)),
+        )
+        adapted_blocks(
+            config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
+        )
+        _check_context(config, dimensions.max_context)
+        notes += [note for note in resolution.notes if note not in notes]
+        path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
+        if path in runs:
+            notes.append(f"{path.name} is named twice and runs once")
+        runs.setdefault(path, Run(config, RunFolder(path)))
+    return Plan(list(runs.values()), notes)
+
+
+def _check_context(config: Config, longest: int | None) -> None:
+    if longest is not None and config.data.context_length > longest:
+        raise ConfigError(
+            "data.context_length",
+            config.data.context_length,
+            f"at most {longest}, the longest text that {config.model.name} was made for",
+            nearest=longest,
+        )

@@ -1,0 +1,187 @@
+"""What a person sees while runs are under way, made from their folders alone.
+
+A live table in a terminal, a line per event elsewhere; the same whoever runs them, and wherever.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sae_lora.plan import State, state_of
+from sae_lora.records import CurvePoint, Progress, RunFolder
+from sae_lora.report import duration, percent
+from sae_lora.terminal import console, say
+
+_COLOURS = {
+    State.new: "dim",
+    State.running: "cyan",
+    State.resumable: "yellow",
+    State.failed: "red",
+    State.done: "green",
+}
+_ROWS = 20
+"""Runs shown at once in the live table; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run as its folder shows it now."""
+
+    name: str
+    state: State
+    progress: Progress | None
+    """Where it says it is; only while it is running or resumable."""
+    point: CurvePoint | None
+    """Its last evaluation."""
+    error: str | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its last step, at the speed of the last seconds; evaluations not counted."""
+        now = self.progress
+        if self.state is not State.running or now is None or not now.tokens_per_second:
+            return None
+        return (now.train_tokens - now.tokens) / now.tokens_per_second
+
+
+def status_of(folder: RunFolder) -> Status:
+    """The run's status, read from its folder."""
+    state = state_of(folder)
+    under_way = state in (State.running, State.resumable)
+    curve = folder.read_curve()
+    return Status(
+        name=folder.path.name,
+        state=state,
+        progress=folder.read_progress() if under_way else None,
+        point=curve[-1] if curve else None,
+        error=folder.failure_message if state is State.failed else None,
+    )
+
+
+def counts(statuses: Sequence[Status]) -> str:
+    """How many runs are in which state, in words."""
+    found = Counter(status.state for status in statuses)
+    return ", ".join(f"{found[state]} {state.value}" for state in State if found[state])
+
+
+def status_table(statuses: Sequence[Status]) -> Table:
+    """Runs, a row each, with where they stand."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("run", no_wrap=True)
+    table.add_column("state")
+    for name in ("step", "tokens/s", "loss", "gap closed", "ETA"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last error", overflow="ellipsis", no_wrap=True)
+    for status in statuses:
+        table.add_row(*_cells(status))
+    return table
+
+
+def _cells(status: Status) -> list[Text]:
+    now, eta = status.progress, status.seconds_left
+    what = now.stage if status.state is State.running and now is not None else status.state.value
+    steps = rate = loss = ""
+    if now is not None and now.step > 0:
+        steps = f"{now.step:,}/{now.steps:,}"
+        rate = f"{now.tokens_per_second:,.0f}" if now.tokens_per_second else ""
+        loss = f"{now.loss:.3f}" if now.loss is not None else ""
+    return [
+        Text(status.name),
+        Text(what, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True),
+        Text(steps),
+        Text(rate),
+        Text(loss),
+        Text(percent(status.point.gap_closed) if status.point is not None else ""),
+        Text(duration(eta) if eta is not None else ""),
+        Text(status.error or "", style="red"),
+    ]
+
+
+class Watch:
+    """Shows the runs until the block ends; `update()` looks at them again.
+
+    Args:
+        folders: The runs.
+    """
+
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
+        self._folders = list(folders)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._seen: dict[str, tuple[str, int]] = {}
+
+    def update(self) -> None:
+        """Reads every folder and shows what has changed."""
+        statuses = [status_of(folder) for folder in self._folders]
+        for status, folder in zip(statuses, self._folders, strict=True):
+            self._tell(status, folder)
+        if console.is_terminal:
+            self._live.update(self._picture(statuses))
+
+    def _tell(self, status: Status, folder: RunFolder) -> None:
+        """Says what is new of a run, in lines that stay."""
+        alone = len(self._folders) == 1
+        stage, points = self._seen.get(status.name, ("", 0))
+        now = status.progress.stage if status.progress is not None else status.state.value
+        if alone and now != stage and status.state is State.running and now != "training":
+            say(now)
+        if alone:
+            for point in folder.read_curve()[points:]:
+                say(_line(point))
+        elif status.state.value != stage and status.state in (State.done, State.failed):
+            closed = f"gap closed {percent(status.point.gap_closed)}" if status.point else ""
+            say(f"{status.state.value:>9}  {status.name}  {status.error or closed}")
+        elif not console.is_terminal and status.state is State.running and points == 0 and status.point:
+            say(f"{status.state.value:>9}  {status.name}")
+        kept = now if alone else status.state.value
+        self._seen[status.name] = (kept, len(folder.read_curve()))
+
+    def _picture(self, statuses: Sequence[Status]) -> Group:
+        if len(statuses) == 1:
+            return Group(_bar(statuses[0]))
+        first = [status for status in statuses if status.state is State.running]
+        rest = [status for status in statuses if status.state in (State.failed, State.resumable)]
+        return Group(status_table([*first, *rest][:_ROWS]), Text(counts(statuses), style="bold"))
+
+    def __enter__(self) -> "Watch":
+        if console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.update()
+        self._live.stop()
+
+
+def _line(point: CurvePoint) -> str:
+    rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+    return (
+        f"  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+        f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
+    )
+
+
+def _bar(status: Status) -> Table | Text:
+    """One run's progress as a bar, with loss, tokens/s and ETA."""
+    now = status.progress
+    if now is None or not now.train_tokens:
+        return Text(now.stage if now is not None else status.state.value, style="dim")
+    grid = Table.grid(padding=(0, 2))
+    eta = status.seconds_left
+    grid.add_row(
+        "training",
+        ProgressBar(total=now.train_tokens, completed=now.tokens, width=32),
+        f"{now.tokens / now.train_tokens:4.0%}",
+        Text(f"loss {now.loss:.3f}" if now.loss is not None else "", style="green"),
+        Text(f"{now.tokens_per_second:,.0f} tokens/s" if now.tokens_per_second else "", style="cyan"),
+        f"ETA {duration(eta)}" if eta is not None else "",
+    )
+    return grid
