@@ -5,7 +5,16 @@ From the values alone: nothing is read or loaded.
 
 from typing import Any
 
-from sae_lora.config import Config, DataConfig, SAEConfig, SAEFamily, TextSource, as_list
+from sae_lora.config import (
+    Config,
+    DataConfig,
+    LauncherConfig,
+    LauncherKind,
+    SAEConfig,
+    SAEFamily,
+    TextSource,
+    as_list,
+)
 from sae_lora.errors import ConfigError, listed, nearest_name
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -32,6 +41,7 @@ def check(config: Config) -> None:
     _check_sae_request(config.sae)
     _check_data_request(config.data)
     _check_budget(config)
+    _check_launcher(config.launcher)
     target_matrices(config.lora.targets)
     _check_blocks(config.lora.blocks)
 
@@ -41,9 +51,19 @@ _POSITIVE = (
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.kl_chunk_tokens"),
     "train.checkpoint_every_steps",
+    *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "tracking.finish_timeout_s",
 )
-_NOT_NEGATIVE = ("model.middle_block", "train.weight_decay", "train.seed", "data.seed")
+_POSITIVE_IF_GIVEN = (
+    *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
+)
+_NOT_NEGATIVE = (
+    "launcher.gpus_per_node",
+    "model.middle_block",
+    "train.weight_decay",
+    "train.seed",
+    "data.seed",
+)
 _SHARES = {
     "lora.dropout": (0, 0.9),
     "train.warmup_share": (0, 1.0),
@@ -59,7 +79,8 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _check_ranges(config: Config) -> None:
-    for key in _POSITIVE:
+    given = [key for key in _POSITIVE_IF_GIVEN if _value(config, key) is not None]
+    for key in (*_POSITIVE, *given):
         value = _value(config, key)
         if not 0 < value < float("inf"):
             whole = isinstance(value, int)
@@ -254,4 +275,16 @@ def _check_budget(config: Config) -> None:
             config.data.validation_tokens,
             f"at least one sequence of {config.data.context_length} tokens (data.context_length)",
             nearest=config.data.context_length,
+        )
+
+
+def _check_launcher(launcher: LauncherConfig) -> None:
+    if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
+        raise ConfigError("launcher.timeout_min", None, "minutes, with launcher=slurm", nearest=240)
+    if launcher.timeout_min is not None and 60 * launcher.timeout_min <= launcher.signal_delay_s:
+        raise ConfigError(
+            "launcher.signal_delay_s",
+            launcher.signal_delay_s,
+            f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min",
+            nearest=15 * launcher.timeout_min,
         )

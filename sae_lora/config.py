@@ -251,12 +251,36 @@ class LauncherConfig:
     """Print the plan and stop."""
     retry_failed: bool = False
     """Run again what failed before."""
+    timeout_min: int | None = None
+    """Minutes a job is given before it saves and is started again; null: no limit. SLURM needs one."""
+    signal_delay_s: int = 90
+    """Seconds before the end of that time at which a run is asked to save."""
+    cpus_per_task: int | None = None
+    """CPU cores of a run; null: an equal share of this machine's, or what the cluster gives."""
     max_parallel: int | None = None
     """local: runs at a time; null: one per GPU, or one where there is none."""
-    timeout_min: int | None = None
-    """Minutes a job is given before it saves and is started again; null: 240 on SLURM, no limit here."""
-    cpus_per_task: int | None = None
-    """CPU cores of a run; null: on SLURM the partition's default, here an equal share of them."""
+    partition: str | None = None
+    """slurm: where jobs queue; null: the cluster's default."""
+    account: str | None = None
+    """slurm: who pays."""
+    qos: str | None = None
+    """slurm: quality of service."""
+    constraint: str | None = None
+    """slurm: features that a node must have."""
+    gpus_per_node: int = 1
+    """slurm: GPUs of a job; 0 for none."""
+    mem_gb: float | None = None
+    """slurm: main memory of a job; null: the partition's default."""
+    setup: list[str] = field(default_factory=list)
+    """slurm: shell commands to run in a job before anything else (`module load …`)."""
+    array_parallelism: int = 256
+    """slurm: jobs of an array that may run at the same time."""
+    max_array_size: int = 1000
+    """slurm: jobs in one array; a larger sweep becomes several."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """slurm: any further sbatch option, as `{option: value}`."""
+    wait: bool = False
+    """slurm: stay and show the runs until they have ended."""
 
 
 @dataclass

@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import Sequence
 
 import submitit
+from submitit.core.utils import FailedJobError
 
-from sae_lora.config import Config, LauncherConfig
+from sae_lora import slurm
+from sae_lora.config import Config, LauncherConfig, LauncherKind
+from sae_lora.errors import UserError
 from sae_lora.job import Job
 from sae_lora.lease import held
 from sae_lora.plan import Plan, Run, State, plan
+from sae_lora.records import SubmittedJob
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import Watch
@@ -23,6 +27,7 @@ _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
 """How often a job may run out of time and be started again; one that hangs ends itself."""
 _LOOK_EVERY_S = 0.5
+_ASK_SLURM_EVERY_S = 2.0
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -53,7 +58,15 @@ def launch(points: Sequence[Config]) -> int:
         if states[run.name] is State.running:
             complain("left alone", f"{run.name} is being run by another process")
     if left:
-        _run_here(left, settings)
+        match settings.kind:
+            case LauncherKind.local:
+                _run_here(left, settings)
+            case LauncherKind.slurm:
+                _submit(left, settings)
+                if not settings.wait:
+                    return 0
+            case _:
+                raise NotImplementedError(settings.kind)
     done = sum(state is State.done for state in states.values())
     if done:
         say(f"{done} of {len(planned.runs)} done before, not run again")
@@ -86,7 +99,7 @@ def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
         runs[0].folder.path.parent / ".submitit", max_num_timeout=_TIMEOUTS
     )
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
-    executor.update_parameters(timeout_min=timeout_min, signal_delay_s=_signal_delay_s(timeout_min))
+    executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     free = deque(_places(runs, settings))
     waiting = deque(runs)
     at_work: list[tuple[submitit.Job[None], dict[str, str]]] = []
@@ -94,7 +107,7 @@ def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
         while waiting or at_work:
             while waiting and free:
                 place, run = free.popleft(), waiting.popleft()
-                job = executor.submit(Job([run.folder.path.absolute()], place, timeout_min))
+                job = executor.submit(_job(run, place, settings))
                 at_work.append((job, place))
             time.sleep(_LOOK_EVERY_S)
             watch.update()
@@ -102,9 +115,66 @@ def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
             at_work = [(job, place) for job, place in at_work if not job.done()]
 
 
-def _signal_delay_s(timeout_min: float) -> int:
-    """How long before the end of its time a job is asked to save."""
-    return min(90, max(1, round(60 * timeout_min / 4)))
+def _submit(runs: Sequence[Run], settings: LauncherConfig) -> None:
+    """Submits the runs to SLURM as array jobs.
+
+    Raises:
+        UserError: Where there is no SLURM here, or it refuses.
+    """
+    assert settings.timeout_min is not None
+    try:
+        executor = submitit.SlurmExecutor(
+            runs[0].folder.path.parent.absolute() / ".submitit", max_num_timeout=_TIMEOUTS
+        )
+    except RuntimeError as error:
+        raise UserError("launcher=slurm: there is no SLURM on this machine (no `srun`)") from error
+    asked = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "gpus_per_node": settings.gpus_per_node or None,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "setup": settings.setup or None,
+    }
+    executor.update_parameters(
+        name=f"sae_lora-{runs[0].config.sweep}",
+        timeout_min=settings.timeout_min,
+        signal_delay_s=settings.signal_delay_s,
+        array_parallelism=settings.array_parallelism,
+        additional_parameters={"requeue": True} | settings.sbatch,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    threads = {"OMP_NUM_THREADS": str(settings.cpus_per_task)} if settings.cpus_per_task else {}
+    variables = threads | {"HF_HUB_OFFLINE": "1"}  # a node without internet is the normal case
+    submitted: set[str] = set()
+    for start in range(0, len(runs), settings.max_array_size):
+        part = runs[start : start + settings.max_array_size]
+        try:
+            with executor.batch():
+                jobs = [executor.submit(_job(run, variables, settings)) for run in part]
+        except FailedJobError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"launcher=slurm: sbatch refused the jobs: {reason}") from error
+        for run, job in zip(part, jobs, strict=True):
+            run.folder.write_job(SubmittedJob("slurm", job.job_id))
+            submitted.add(job.job_id)
+    say(f"{len(runs)} submitted to SLURM; `python -m sae_lora status {runs[0].folder.path.parent}`")
+    if settings.wait:
+        with Watch([run.folder for run in runs]) as watch:
+            while slurm.jobs_in_queue().keys() & submitted:
+                time.sleep(_ASK_SLURM_EVERY_S)
+                watch.update()
+
+
+def _job(run: Run, variables: dict[str, str], settings: LauncherConfig) -> Job:
+    return Job(
+        [run.folder.path.absolute()],
+        variables,
+        settings.timeout_min or _NO_LIMIT_MIN,
+        answer_s=0.8 * settings.signal_delay_s,
+    )
 
 
 def _places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
@@ -143,6 +213,6 @@ def _conclude(planned: Plan) -> None:
         say(f"run folders  {finished[0].folder.path.parent}")
     failed = [run for run in planned.runs if run.state is State.failed]
     for run in failed:
-        complain("failed", str(run.folder.failure))
+        complain("failed", f"{run.folder.failure_message}\n        {run.folder.failure}")
     if failed:
         complain(f"{len(failed)} failed", "launcher.retry_failed=true runs what failed again")

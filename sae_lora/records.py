@@ -9,6 +9,7 @@ outputs/<sweep>/<name>-<hash>/
     checkpoints/    while it is under way: what it goes on from
     progress.json   while it is under way: where it stands; a view, replaced every second
     log.txt         what its attempts have printed
+    job.json        the job that it was last submitted with, where a scheduler has it
 """
 
 import dataclasses
@@ -84,6 +85,16 @@ class Progress:
     """Over the last few seconds."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint; null before the first."""
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that a scheduler has taken a run into."""
+
+    scheduler: str
+    """slurm."""
+    id: str
+    """Its number there."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
@@ -165,6 +176,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.progress = path / "progress.json"
         self.log = path / "log.txt"
+        self.job_file = path / "job.json"
 
     @property
     def is_finished(self) -> bool:
@@ -231,6 +243,18 @@ class RunFolder:
         try:
             return Progress(**json.loads(self.progress.read_text()))
         except (OSError, ValueError, TypeError):  # none yet, or of another version
+            return None
+
+    def write_job(self, job: SubmittedJob) -> None:
+        """Notes which job has the run now."""
+        write_atomically(self.job_file, as_json(dataclasses.asdict(job)))
+
+    @property
+    def job(self) -> SubmittedJob | None:
+        """The job that the run was last submitted with; `None` where it never was."""
+        try:
+            return SubmittedJob(**json.loads(self.job_file.read_text()))
+        except FileNotFoundError:
             return None
 
     @property

@@ -285,7 +285,6 @@ def main() -> int:
     except Exception as error:  # whatever it is, its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         folder.write_failure(message, traceback.format_exc())
-        complain("failed", message)
         return EXIT_FAILED
     return 0
 

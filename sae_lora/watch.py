@@ -114,33 +114,43 @@ class Watch:
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = list(folders)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._seen: dict[str, tuple[str, int]] = {}
+        self._seen: dict[str, State] = {}
+        self._relayed = 0
+        if len(self._folders) == 1 and self._folders[0].log.exists():
+            self._relayed = self._folders[0].log.stat().st_size
 
     def update(self) -> None:
         """Reads every folder and shows what has changed."""
         statuses = [status_of(folder) for folder in self._folders]
-        for status, folder in zip(statuses, self._folders, strict=True):
-            self._tell(status, folder)
+        if len(self._folders) == 1:
+            self._relay(self._folders[0])
+        else:
+            for status in statuses:
+                self._tell(status)
         if console.is_terminal:
             self._live.update(self._picture(statuses))
 
-    def _tell(self, status: Status, folder: RunFolder) -> None:
-        """Says what is new of a run, in lines that stay."""
-        alone = len(self._folders) == 1
-        stage, points = self._seen.get(status.name, ("", 0))
-        now = status.progress.stage if status.progress is not None else status.state.value
-        if alone and now != stage and status.state is State.running and now != "training":
-            say(now)
-        if alone:
-            for point in folder.read_curve()[points:]:
-                say(_line(point))
-        elif status.state.value != stage and status.state in (State.done, State.failed):
-            closed = f"gap closed {percent(status.point.gap_closed)}" if status.point else ""
+    def _tell(self, status: Status) -> None:
+        """Says in a line that stays how a run has ended, and elsewhere than in a terminal its start."""
+        before, self._seen[status.name] = self._seen.get(status.name), status.state
+        if status.state is before:
+            return
+        closed = f"gap closed {percent(status.point.gap_closed)}" if status.point is not None else ""
+        if status.state in (State.done, State.failed):
             say(f"{status.state.value:>9}  {status.name}  {status.error or closed}")
-        elif not console.is_terminal and status.state is State.running and points == 0 and status.point:
+        elif status.state is State.running and not console.is_terminal:
             say(f"{status.state.value:>9}  {status.name}")
-        kept = now if alone else status.state.value
-        self._seen[status.name] = (kept, len(folder.read_curve()))
+
+    def _relay(self, folder: RunFolder) -> None:
+        """Passes on what the only run has printed since the last look."""
+        if not folder.log.exists():
+            return
+        with folder.log.open("rb") as file:
+            file.seek(self._relayed)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._relayed += len(whole) + len(end)
+        for line in whole.decode(errors="replace").splitlines():
+            say(line)
 
     def _picture(self, statuses: Sequence[Status]) -> Group:
         if len(statuses) == 1:
@@ -159,14 +169,6 @@ class Watch:
     ) -> None:
         self.update()
         self._live.stop()
-
-
-def _line(point: CurvePoint) -> str:
-    rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
-    return (
-        f"  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
-        f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
-    )
 
 
 def _bar(status: Status) -> Table | Text:

@@ -1,0 +1,286 @@
+"""A real SLURM on this machine: two nodes, two GPUs each that are none, accounting and preemption.
+
+Debian's packages as they are, without systemd and cgroups, in a folder of its own:
+apt-get install slurmctld slurmd slurm-client slurmdbd mariadb-server munge
+"""
+
+import getpass
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "sacct", "munged", "mariadbd")
+NODES = ("n1", "n2")
+_START_S = 60
+
+
+def missing_programs() -> list[str]:
+    """What must be installed for the cluster to start."""
+    return [name for name in PROGRAMS if _program(name) is None]
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+@dataclass
+class Cluster:
+    """A running cluster.
+
+    Args:
+        root: Its folder.
+        daemons: Its processes by name (`slurmctld`, `n1`, …), for tests that kill one.
+    """
+
+    root: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables under which SLURM's commands talk to this cluster."""
+        return {"SLURM_CONF": str(self.root / "slurm.conf")}
+
+    def command(self, *arguments: str, check: bool = True) -> str:
+        """Runs one of SLURM's commands and returns what it printed."""
+        finished = subprocess.run(
+            arguments,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if check and finished.returncode != 0:
+            raise RuntimeError(f"{' '.join(arguments)}: {finished.stderr.strip()}")
+        return finished.stdout.strip()
+
+    def start_node(self, name: str) -> None:
+        """Starts a node's daemon, also after it was killed."""
+        self._start(name, "slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf"))
+
+    def kill_node(self, name: str) -> None:
+        """The node goes dark: its daemon and everything that runs on it, at once."""
+        processes = [self.daemons[name].pid, *_descendants_of_node(name)]
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.daemons[name].wait()
+
+    def _start(self, name: str, program: str, *arguments: str) -> None:
+        path = _program(program)
+        assert path is not None, program
+        with (self.root / f"{name}.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [path, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
+            )
+
+    def _stop(self) -> None:
+        for name in reversed(list(self.daemons)):
+            process = self.daemons[name]
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Cluster]:
+    """Starts a cluster in the folder and stops all of it at the end of the block."""
+    cluster = Cluster(root)
+    root.chmod(0o755)  # munged refuses a socket in a folder that others may write to
+    controller, database, accounting, *nodes = _free_ports(3 + len(NODES))
+    _write_files(root, controller, database, accounting, nodes)
+    with ExitStack() as stack:
+        stack.callback(cluster._stop)
+        cluster._start(
+            "munged",
+            "munged",
+            "--foreground",
+            *(f"--{name}={root}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")),
+            *(
+                f"--{name}={root}/munge.{name.split('-')[0]}"
+                for name in ("pid-file", "log-file", "seed-file")
+            ),
+        )
+        _wait_for(lambda: (root / "munge.socket").exists(), "munged")
+        cluster._start(
+            "mariadbd",
+            "mariadbd",
+            "--no-defaults",
+            f"--user={getpass.getuser()}",
+            f"--datadir={root}/database",
+            f"--socket={root}/database.socket",
+            f"--pid-file={root}/database.pid",
+            f"--port={database}",
+            "--bind-address=127.0.0.1",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-log-file-size=16M",
+        )
+        _wait_for(lambda: _sql(root, "SELECT 1") is not None, "mariadbd")
+        _sql(root, "CREATE DATABASE slurm; CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';")
+        _sql(root, "GRANT ALL ON slurm.* TO slurm@'127.0.0.1';")
+        cluster._start("slurmdbd", "slurmdbd", "-D")
+        _wait_for(lambda: _listens(accounting), "slurmdbd")
+        _wait_for(lambda: _answers(cluster, "sacctmgr", "-i", "add", "cluster", "test"), "sacctmgr")
+        cluster._start("slurmctld", "slurmctld", "-D", "-f", str(root / "slurm.conf"))
+        for name in NODES:
+            cluster.start_node(name)
+        _wait_for(
+            lambda: cluster.command("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2", "nodes"
+        )
+        try:
+            yield cluster
+        finally:
+            cluster.command("scancel", "--user", getpass.getuser(), check=False)
+
+
+def _write_files(root: Path, controller: int, database: int, accounting: int, nodes: list[int]) -> None:
+    key = root / "munge.key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    for name in ("state", *(f"spool.{node}" for node in NODES)):
+        (root / name).mkdir()
+    for number in range(2):
+        (root / f"gpu{number}").symlink_to("/dev/null")
+    install = shutil.which("mariadb-install-db") or "/usr/bin/mariadb-install-db"
+    subprocess.run(
+        [
+            install,
+            "--no-defaults",
+            f"--datadir={root}/database",
+            f"--user={getpass.getuser()}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            "--innodb-log-file-size=16M",
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    user, host = getpass.getuser(), socket.gethostname()
+    (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    (root / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={root}/gpu[0-1]\n")
+    (root / "slurmdbd.conf").write_text(
+        f"""AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={accounting}
+SlurmUser={user}
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm
+PidFile={root}/slurmdbd.pid
+"""
+    )
+    (root / "slurmdbd.conf").chmod(0o600)
+    (root / "slurm.conf").write_text(
+        f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket,cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool.%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=20
+MinJobAge=300
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+GresTypes=gpu
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={accounting}
+AccountingStoragePass={root}/munge.socket
+"""
+        + "".join(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+            "CPUs=2 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n"
+            for name, port in zip(NODES, nodes, strict=True)
+        )
+        + "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 "
+        "MaxTime=INFINITE State=UP\n"
+        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP\n"
+    )
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _wait_for(there: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _START_S
+    while not there():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} has not started in {_START_S} s")
+        time.sleep(0.1)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers(cluster: Cluster, *command: str) -> bool:
+    try:
+        cluster.command(*command)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _sql(root: Path, statement: str) -> str | None:
+    command = ["mariadb", "--no-defaults", "-u", "root", f"--socket={root}/database.socket"]
+    finished = subprocess.run(
+        [*command, "-e", statement], capture_output=True, text=True, timeout=30, check=False
+    )
+    return finished.stdout if finished.returncode == 0 else None
+
+
+def _descendants_of_node(name: str) -> list[int]:
+    """Every process of jobs on the node: they carry its name in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"SLURMD_NODENAME={name}".encode() in variables:
+                found.append(int(entry.name))
+    return found
