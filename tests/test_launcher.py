@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from sae_lora import launcher, run
+from sae_lora import launcher
 from sae_lora.__main__ import main
 from sae_lora.config import Config, ModelConfig, load
-from sae_lora.launcher import State
 from sae_lora.lease import held
 from sae_lora.models import load_model
+from sae_lora.plan import State
 from sae_lora.records import RunFolder
 from tests.composing import composed
 
@@ -106,16 +106,16 @@ def test_the_same_request_in_other_words_is_the_same_run(point) -> None:
 
 def test_a_retry_takes_what_the_new_command_says(point, tmp_path: Path) -> None:
     (first,) = launcher.plan([point("train.kl_chunk_tokens=1024")]).runs
-    launcher._freeze(first)
+    first.freeze()
     (again,) = launcher.plan([point("train.kl_chunk_tokens=64")]).runs
-    launcher._freeze(again)
+    again.freeze()
     assert first.folder.path == again.folder.path
     assert load(again.folder.config.read_text()).train.kl_chunk_tokens == 64
 
 
 def test_what_another_process_runs_is_left_alone(point, tmp_path: Path, capsys) -> None:
     (planned,) = launcher.plan([point()]).runs
-    launcher._freeze(planned)
+    planned.freeze()
     with held(planned.folder.path):
         assert launcher.launch([point()]) == 1
     assert "another process" in capsys.readouterr().err
@@ -134,32 +134,24 @@ def test_several_saes_at_once(point, tmp_path: Path) -> None:
     assert summary["initial_gap"] > single.read_summary()["initial_gap"]
 
 
-def test_a_failed_run_is_kept_and_its_neighbours_complete(
-    point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    points = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
-    execute = run.execute
-
-    def failing(folder: RunFolder):
-        if load(folder.config.read_text()).lora.rank == 2:
-            raise RuntimeError("the disk is on fire")
-        return execute(folder)
-
-    monkeypatch.setattr(run, "execute", failing)
+def test_a_failed_run_is_kept_and_its_neighbours_complete(point, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    broken = f"data.cache_dir={tmp_path}/file/cache"
+    points = [point(f"lora.rank={rank}", *([broken] if rank == 2 else [])) for rank in (1, 2, 3)]
     assert launcher.launch(points) == 1
     states = {one.config.lora.rank: one.state for one in launcher.plan(points).runs}
     assert states == {1: State.done, 2: State.failed, 3: State.done}
     (failed,) = [folder for folder in folders(tmp_path) if folder.has_failed]
     failure = json.loads(failed.failure.read_text())
-    assert failure["message"] == "RuntimeError: the disk is on fire"
+    assert failure["message"].startswith("data.cache_dir = ")
     assert "Traceback" in failure["details"]
+    assert failure["message"] in capsys.readouterr().err
     # Not tried again unasked; tried again when asked.
-    monkeypatch.setattr(run, "execute", execute)
-    assert launcher.launch(points) == 1
+    mended = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
+    assert launcher.launch(mended) == 1
     assert "launcher.retry_failed=true" in capsys.readouterr().err
-    assert (
-        launcher.launch([point(f"lora.rank={n}", "launcher.retry_failed=true") for n in (1, 2, 3)]) == 0
-    )
+    retried = [point(f"lora.rank={rank}", "launcher.retry_failed=true") for rank in (1, 2, 3)]
+    assert launcher.launch(retried) == 0
     assert all(folder.is_finished for folder in folders(tmp_path))
     assert len(list(failed.path.glob("unfinished-1/failure.json"))) == 1
 
