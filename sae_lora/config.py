@@ -207,11 +207,11 @@ class DataConfig:
 class TrainConfig:
     """The optimisation."""
 
-    train_tokens: int = 300_000
+    train_tokens: int = 400_000
     """Tokens trained on."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Sequences per step."""
-    lr: float = 4e-3
+    lr: float = 6e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
     """constant, or linear: falling to zero at the end."""
@@ -226,7 +226,7 @@ class TrainConfig:
     so that `grad_clip` binds in nearly every step."""
     kl_chunk_tokens: int = 1024
     """Tokens whose logits are held at once; changes memory, not the result."""
-    eval_every_tokens: int = 75_000
+    eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""

@@ -219,6 +219,15 @@ def test_the_standard_library_is_there() -> None:
     assert sum(len(document.text) for document in held_out) > 200_000
 
 
+def test_the_librarys_tests_are_read_only_when_asked_for() -> None:
+    library = {document.key for document in stdlib_documents()}
+    tests = {document.key for document in stdlib_documents(tests=True)}
+    assert not library & tests
+    assert all({"test", "tests"} & set(key.split("/")) for key in tests)
+    assert not any({"test", "tests"} & set(key.split("/")) for key in library)
+    assert not any("site-packages" in key for key in library | tests)
+
+
 def test_order_depends_on_the_seed_alone() -> None:
     documents = [Document(str(number), "") for number in range(50)]
     assert list(shuffled(documents, 1)) == list(shuffled(reversed(documents), 1))

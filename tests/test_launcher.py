@@ -17,7 +17,7 @@ from sae_lora.records import RunFolder
 from tests.composing import composed
 
 SMALL = (
-    "train.train_tokens=1024 train.eval_every_tokens=512 data.validation_tokens=1024 "
+    "train.train_tokens=1024 train.batch_size=4 train.eval_every_tokens=512 data.validation_tokens=1024 "
     "lora.rank=2 tracking=disabled"
 ).split()
 
@@ -41,14 +41,14 @@ def test_one_run_leaves_everything(point, tmp_path: Path, capsys: pytest.Capture
     assert launcher.launch([config]) == 0
     (folder,) = folders(tmp_path)
     summary = folder.read_summary()
-    assert load(folder.config.read_text()).sae.used[0].id == "block_3-width_1024-l0_8"
+    assert load(folder.config.read_text()).sae.used[0].id == "block_3-width_1024-l0_4"
     curve = folder.read_curve()
     assert [one.tokens for one in curve] == [0, 512, 1024]
     assert summary["student_ce"] == curve[-1].student_ce
     assert summary["gap_closed"] == curve[-1].gap_closed
     assert summary["initial_gap"] == pytest.approx(summary["spliced_ce"] - summary["base_ce"])
     assert summary["initial_gap"] > 0
-    assert summary["l0"] == pytest.approx(8, abs=0.1)
+    assert summary["l0"] == pytest.approx(4, abs=0.1)
     assert summary["version"] == 1
     assert len(summary["sae"][0]["sha256"]) == 64
     assert summary["environment"]["packages"]["torch"] == torch.__version__
@@ -93,9 +93,9 @@ def test_a_sweep_runs_each_point_once_and_compares(point, tmp_path: Path, capsys
 
 
 def test_requests_for_the_same_sae_are_the_same_run(point, tmp_path: Path) -> None:
-    planned = launcher.plan([point("sae.l0=8"), point("sae.l0=9"), point("sae.width=1k")])
+    planned = launcher.plan([point("sae.l0=4"), point("sae.l0=5"), point("sae.width=1k")])
     assert len(planned.runs) == 1
-    assert any("sae.l0 9 does not exist; the nearest is 8" in note for note in planned.notes)
+    assert any("sae.l0 5 does not exist; the nearest is 4" in note for note in planned.notes)
 
 
 def test_the_same_request_in_other_words_is_the_same_run(point) -> None:

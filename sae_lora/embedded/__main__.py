@@ -1,4 +1,4 @@
-"""Makes the embedded default: `python -m sae_lora.embedded`, about an hour on two cores."""
+"""Makes the embedded default: `python -m sae_lora.embedded`, an hour and a half on two cores."""
 
 import argparse
 from pathlib import Path
