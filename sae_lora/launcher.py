@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.lease import HeldError, held
+from sae_lora.interruption import Interrupted, Interruption
+from sae_lora.lease import HeldError, LostError, held
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, console, say, show
@@ -165,10 +166,13 @@ def _execute(folder: RunFolder) -> None:
     """Runs it here. A failure is written down and shown; the next run goes on."""
     from sae_lora.run import execute
 
+    interruption = Interruption()
     try:
-        with held(folder.path) as lease:
-            execute(folder, make_sure=lease.check)
-    except HeldError as error:
+        with interruption.watching(), held(folder.path) as lease:
+            execute(folder, interruption, lease.check)
+    except Interrupted:
+        raise KeyboardInterrupt from None  # the sweep stops with it; what was reached is saved
+    except (HeldError, LostError) as error:
         complain("left alone", str(error))
     except Exception as error:  # one failed run must not end the others; its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
