@@ -140,10 +140,10 @@ def test_a_failed_run_is_kept_and_its_neighbours_complete(
     points = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
     execute = run.execute
 
-    def failing(folder: RunFolder):
+    def failing(folder: RunFolder, *arguments):
         if load(folder.config.read_text()).lora.rank == 2:
             raise RuntimeError("the disk is on fire")
-        return execute(folder)
+        return execute(folder, *arguments)
 
     monkeypatch.setattr(run, "execute", failing)
     assert launcher.launch(points) == 1
