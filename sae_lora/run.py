@@ -56,6 +56,7 @@ def execute(
     steps = math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
     run_hash = identity(config)
     saved = checkpoint.newest(folder.checkpoints, run_hash, lambda text: complain("damaged", text))
+    seconds_before = saved.values["total_seconds"] if saved else 0.0
     folder.set_aside(curve=saved is None)
 
     with Display() as show:
@@ -103,7 +104,9 @@ def execute(
         def save() -> None:
             with training.paused(), interruption.held():
                 make_sure()
-                checkpoint.save(folder.checkpoints, run_hash, training.state())
+                state = training.state()
+                state.values["total_seconds"] = seconds_before + time.perf_counter() - started
+                checkpoint.save(folder.checkpoints, run_hash, state)
                 report.checkpoint_step = training.step
 
         def after_step(progress: distill.StepDone) -> None:
@@ -131,7 +134,7 @@ def execute(
                     hash=run_hash,
                     **_outcome(points),
                     trainable_parameters=trainable,
-                    total_seconds=time.perf_counter() - started,
+                    total_seconds=seconds_before + time.perf_counter() - started,
                     validation_tokens=text.validation.size,
                     model=_describe_model(config, model),
                     sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
@@ -142,7 +145,9 @@ def execute(
                     tracked_at=tracker.place,
                 )
                 folder.write_summary(summary)
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)  # nothing is left to go on with
+                # Nothing is left to go on with.
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+                folder.progress.unlink(missing_ok=True)
             return summary
         finally:
             tracker.finish(summary)
