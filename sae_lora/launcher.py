@@ -4,7 +4,6 @@ Planning resolves each point to SAEs that exist, names it, and finds its folder;
 Dispatching is in this process, one run after another; submitit takes its place behind `launch`.
 """
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,9 +13,8 @@ from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
-from sae_lora.errors import ConfigError, UserError
-from sae_lora.interruption import Interrupted, Interruption
-from sae_lora.lease import HeldError, LostError, held
+from sae_lora.errors import ConfigError
+from sae_lora.lease import held
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, console, say, show
@@ -164,20 +162,10 @@ def _freeze(run: Run) -> None:
 
 def _execute(folder: RunFolder) -> None:
     """Runs it here. A failure is written down and shown; the next run goes on."""
-    from sae_lora.run import execute
+    from sae_lora.run import EXIT_INTERRUPTED, attempt
 
-    interruption = Interruption()
-    try:
-        with interruption.watching(), held(folder.path) as lease:
-            execute(folder, interruption, lease.check)
-    except Interrupted:
-        raise KeyboardInterrupt from None  # the sweep stops with it; what was reached is saved
-    except (HeldError, LostError) as error:
-        complain("left alone", str(error))
-    except Exception as error:  # one failed run must not end the others; its cause is kept
-        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        folder.write_failure(message, traceback.format_exc())
-        complain("failed", message)
+    if attempt(folder) == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt  # the sweep stops with it; what was reached is saved
 
 
 def _conclude(planned: Plan) -> None:

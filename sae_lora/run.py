@@ -187,7 +187,8 @@ class _Reporter:
         if self._last_tokens is not None and now > self._last_time:
             rate = (done.tokens - self._last_tokens) / (now - self._last_time)
         self._last_time, self._last_tokens = now, done.tokens
-        self._count(done.tokens, self._config.train_tokens, f"loss {done.loss:.3f}")
+        loss = done.loss
+        self._count(done.tokens, self._config.train_tokens, f"loss {loss:.3f}")
         self._folder.write_progress(
             Progress(
                 stage="training",
@@ -195,7 +196,7 @@ class _Reporter:
                 steps=self._steps,
                 tokens=done.tokens,
                 train_tokens=self._config.train_tokens,
-                loss=done.loss if math.isfinite(done.loss) else None,
+                loss=loss if math.isfinite(loss) else None,
                 tokens_per_second=rate,
                 checkpoint_step=self.checkpoint_step,
             )
@@ -277,9 +278,11 @@ EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED = 1, 73, 75
 run; it was asked to stop, and goes on from its checkpoint."""
 
 
-def main() -> int:
-    """One attempt at the run of a folder: `python -m sae_lora.run outputs/<sweep>/<run>`."""
-    folder = RunFolder(Path(sys.argv[1]))
+def attempt(folder: RunFolder) -> int:
+    """One attempt at a run, unless it is finished or another process is at it.
+
+    What goes wrong is written into the folder and said; returns the exit code, 0 or one of the above.
+    """
     interruption = Interruption()
     try:
         with interruption.watching(), lease.held(folder.path) as held:
@@ -289,15 +292,22 @@ def main() -> int:
         complain("left alone", str(error))
         return EXIT_HELD
     except Interrupted:
-        if not folder.is_finished:
-            complain("stopped", "asked to; the run goes on from its checkpoint")
-            return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except Exception as error:  # whatever it is, its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         folder.write_failure(message, traceback.format_exc())
         complain("failed", message)
         return EXIT_FAILED
     return 0
+
+
+def main() -> int:
+    """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run>`."""
+    folder = RunFolder(Path(sys.argv[1]))
+    code = attempt(folder)
+    if code == EXIT_INTERRUPTED and not folder.is_finished:
+        complain("stopped", "asked to; the run goes on from its checkpoint")
+    return 0 if folder.is_finished and code == EXIT_INTERRUPTED else code
 
 
 if __name__ == "__main__":
