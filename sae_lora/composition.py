@@ -75,7 +75,7 @@ def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
         complain("error", explanation(error))
         return 1
     except KeyboardInterrupt:
-        complain("stopped", "the same command goes on with what is not done")
+        complain("stopped", "what was reached is saved; the same command goes on from there")
         return 130
 
 

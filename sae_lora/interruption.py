@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""SLURM's warning before a preemption or the time limit (as submitit sets it), a kill, Ctrl-C."""
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""SLURM's warning before a preemption or the time limit (as submitit sets it), a kill, Ctrl-C, a
+terminal that is closed."""
 
 
 class Interrupted(BaseException):
@@ -23,7 +24,10 @@ class Interruption:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Listens inside the block only; must be entered in the main thread."""
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        heeded = [
+            number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # nohup
+        before = {number: signal.signal(number, self._ask) for number in heeded}
         try:
             yield
         finally:

@@ -18,6 +18,8 @@ from submitit.helpers import DelayedSubmission
 from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED
 from sae_lora.records import RunFolder
 
+STOP = signal.SIGUSR2
+"""Asks a run to save and stop."""
 _TAIL_BYTES = 20_000
 
 
@@ -64,16 +66,21 @@ class Job:
             folder = RunFolder(Path(self._left[0]))
             # A failure that is there already is of an earlier start of this job: planning clears
             # away those of before. SLURM may start a job anew without telling it to save first.
+            code = 0
             if not folder.is_finished and not folder.has_failed:
-                self._attempt(folder)
-            if not folder.is_finished:
-                self._failed.append(f"{folder.path.name}: {folder.failure_message or 'not finished'}")
-            del self._left[0]
-            self._furthest_step = 0
+                code = self._attempt(folder)
+            if not folder.is_finished and code != EXIT_HELD:
+                cause = folder.failure_message or "stopped by a signal"
+                self._failed.append(f"{folder.path.name}: {cause}")
+            self._next()
         if self._failed:
             raise RunFailedError("; ".join(self._failed))
 
-    def _attempt(self, folder: RunFolder) -> None:
+    def _next(self) -> None:
+        del self._left[0]
+        self._furthest_step = 0
+
+    def _attempt(self, folder: RunFolder) -> int:
         with folder.log.open("ab") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "sae_lora.run", str(folder.path)],
@@ -81,16 +88,26 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._environment,
             )
-            code = self._child.wait()
-        if folder.is_finished or folder.has_failed or code in (EXIT_HELD, EXIT_INTERRUPTED):
-            return
-        folder.write_failure(how_it_ended(code), _end_of(folder.log))
+            try:
+                code = self._child.wait()
+            except KeyboardInterrupt:  # Ctrl-C, or the launcher's word: what runs saves and stops
+                self._child.send_signal(STOP)
+                raise
+        ended = folder.is_finished or folder.has_failed or code in (EXIT_HELD, EXIT_INTERRUPTED)
+        if not ended:
+            folder.write_failure(how_it_ended(code), _end_of(folder.log))
+        if code == EXIT_INTERRUPTED and not folder.is_finished:
+            # A preemption or a cancellation: the word or the end of it comes to this process too,
+            # which must not begin another run meanwhile.
+            time.sleep(self._answer_s)
+        return code
 
     def checkpoint(self, *_: Any, **__: Any) -> DelayedSubmission | None:
         """Called by submitit before it requeues the job: the run saves where it stands.
 
         Returns:
-            What goes on later; `None` where the run hangs, which another start would not mend.
+            What goes on later; `None` where nothing is left but a run that hangs, which another
+            start would not mend.
         """
         answered = self._stop_child()
         self._child = None
@@ -99,21 +116,25 @@ class Job:
             progress = folder.read_progress()
             step = progress.step if progress is not None else 0
             out_of_time = time.monotonic() - self._started > 0.8 * self._timeout_s
-            if step <= self._furthest_step and (out_of_time or not answered) and not folder.is_finished:
-                folder.write_failure(
-                    f"hangs after step {step}: no step in {self._timeout_s / 60:g} minutes"
-                    + ("" if answered else ", and no answer when asked to stop"),
-                    _end_of(folder.log),
+            stuck = step <= self._furthest_step and (out_of_time or not answered)
+            if stuck and not folder.is_finished:
+                message = f"hangs after step {step}: no step in {self._timeout_s / 60:g} minutes" + (
+                    "" if answered else ", and no answer when asked to stop"
                 )
-                return None
-            self._furthest_step = max(self._furthest_step, step)
+                folder.write_failure(message, _end_of(folder.log))
+                self._failed.append(f"{folder.path.name}: {message}")
+                self._next()
+                if not self._left:
+                    return None
+            else:
+                self._furthest_step = max(self._furthest_step, step)
         return DelayedSubmission(self)
 
     def _stop_child(self) -> bool:
         """Asks the run to save and stop; returns whether it did."""
         if self._child is None or _has_ended(self._child.pid):
             return True
-        os.kill(self._child.pid, signal.SIGUSR2)
+        os.kill(self._child.pid, STOP)
         deadline = time.monotonic() + self._answer_s
         while time.monotonic() < deadline:
             if _has_ended(self._child.pid):

@@ -6,19 +6,21 @@ machine jobs are started as places become free, and watched; on a cluster they a
 
 import os
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from sae_lora import slurm
+from sae_lora import slurm, tracking
 from sae_lora.config import Config, LauncherConfig, LauncherKind
 from sae_lora.errors import UserError
 from sae_lora.job import Job
-from sae_lora.lease import held
-from sae_lora.plan import Plan, Run, State, plan
-from sae_lora.records import SubmittedJob
+from sae_lora.lease import HeldError, held
+from sae_lora.plan import Plan, Run, State, plan, states_of
+from sae_lora.records import RunFolder, SubmittedJob
 from sae_lora.report import comparison_table, run_table
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import Watch
@@ -34,44 +36,77 @@ def launch(points: Sequence[Config]) -> int:
     """Plans the points and runs what is not done. Ends with a table.
 
     Returns:
-        The process's exit code: 0 where every run of the plan is finished.
+        The process's exit code: 0 where every run of the plan is finished, or is submitted.
 
     Raises:
         UserError: Before anything runs, where a point cannot work.
     """
     if not points:  # Hydra was asked for help, or to show a config
         return 0
-    planned = plan(points)
     settings = points[0].launcher
+    if settings.kind is LauncherKind.slurm:
+        slurm.check_partition(settings.partition)
+    planned = plan(points)
     for note in planned.notes:
         say(f"note: {note}")
-    states = {run.name: run.state for run in planned.runs}
     if settings.dry_run:
-        for run in planned.runs:
-            say(f"{states[run.name].value:>13}  {run.name}")
+        for run, state in zip(planned.runs, planned.states(), strict=True):
+            say(f"{state.value:>13}  {run.name}")
         return 0
-    passed_over = {State.done, State.running} | (set() if settings.retry_failed else {State.failed})
-    left = [run for run in planned.runs if states[run.name] not in passed_over]
-    for run in left:
-        run.freeze()
-    for run in planned.runs:
-        if states[run.name] is State.running:
-            complain("left alone", f"{run.name} is being run by another process")
-    if left:
-        match settings.kind:
-            case LauncherKind.local:
+    match settings.kind:
+        case LauncherKind.local:
+            left = _to_do(planned, settings)
+            if left:
                 _run_here(left, settings)
-            case LauncherKind.slurm:
-                _submit(left, settings)
-                if not settings.wait:
-                    return 0
-            case _:
-                raise NotImplementedError(settings.kind)
-    done = sum(state is State.done for state in states.values())
-    if done:
-        say(f"{done} of {len(planned.runs)} done before, not run again")
+        case LauncherKind.slurm:
+            with _alone_in(planned.runs[0].folder.path.parent):
+                left = _to_do(planned, settings)
+                jobs = _submit(left, settings) if left else set()
+            if not settings.wait:
+                return 0
+            _wait_for(jobs, [run.folder for run in planned.runs])
+        case _:
+            raise NotImplementedError(settings.kind)
     _conclude(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
+    """The runs that are to be run now, frozen; says what becomes of the others."""
+    states = planned.states()
+    passed_over = {State.done, State.running, State.queued}
+    if not settings.retry_failed:
+        passed_over.add(State.failed)
+    found = [run for run, state in zip(planned.runs, states, strict=True) if state not in passed_over]
+    for run in found:
+        run.freeze()
+    for run, state in zip(planned.runs, states, strict=True):
+        if state is State.running:
+            complain("left alone", f"{run.name} is being run by another process")
+        elif state is State.queued:
+            job = run.folder.job
+            complain("left alone", f"{run.name} is in SLURM's queue already, as job {job and job.id}")
+    count = Counter(states)
+    if count[State.done]:
+        say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
+    if count[State.failed] and not settings.retry_failed:
+        complain(
+            f"{count[State.failed]} failed before",
+            "not run again; launcher.retry_failed=true does",
+        )
+    return found
+
+
+@contextmanager
+def _alone_in(sweep: Path) -> Iterator[None]:
+    """One launch at a time looks which runs are free and submits them, so that none goes in twice."""
+    while True:
+        try:
+            with held(sweep):
+                yield
+                return
+        except HeldError:
+            time.sleep(_LOOK_EVERY_S)
 
 
 def run_now(point: Config) -> float:
@@ -86,48 +121,51 @@ def run_now(point: Config) -> float:
     from sae_lora.run import execute
 
     (run,) = plan([point]).runs
-    if run.state is not State.done:
+    if not run.folder.is_finished:
         run.freeze()
         with held(run.folder.path) as lease:
-            execute(run.folder, make_sure=lease.check)
+            if not run.folder.is_finished:  # another process may have ended it meanwhile
+                execute(run.folder, make_sure=lease.check)
     return run.folder.read_summary()["ce_gap"]
 
 
 def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
     """Executes the runs on this machine, as many at a time as there are places, and shows them."""
-    executor = submitit.LocalExecutor(
-        runs[0].folder.path.parent / ".submitit", max_num_timeout=_TIMEOUTS
-    )
+    executor = submitit.LocalExecutor(_pickles(runs), max_num_timeout=_TIMEOUTS)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     free = deque(_places(runs, settings))
     waiting = deque(runs)
     at_work: list[tuple[submitit.Job[None], dict[str, str]]] = []
+    variables = tracking.settled(runs[0].config.tracking)
     with Watch([run.folder for run in runs]) as watch:
-        while waiting or at_work:
-            while waiting and free:
-                place, run = free.popleft(), waiting.popleft()
-                job = executor.submit(_job(run, place, settings))
-                at_work.append((job, place))
-            time.sleep(_LOOK_EVERY_S)
-            watch.update()
-            free.extend(place for job, place in at_work if job.done())
-            at_work = [(job, place) for job, place in at_work if not job.done()]
+        try:
+            while waiting or at_work:
+                while waiting and free:
+                    place, run = free.popleft(), waiting.popleft()
+                    job = executor.submit(_job(run, variables | place, settings))
+                    at_work.append((job, place))
+                time.sleep(_LOOK_EVERY_S)
+                watch.update()
+                free.extend(place for job, place in at_work if job.done())
+                at_work = [(job, place) for job, place in at_work if not job.done()]
+        except KeyboardInterrupt:
+            say("stopping: each run saves where it stands")
+            for job, _ in at_work:
+                job.cancel()
+            while any(state is State.running for state in states_of([run.folder for run in runs])):
+                time.sleep(_LOOK_EVERY_S)
+                watch.update()
+            raise
 
 
-def _submit(runs: Sequence[Run], settings: LauncherConfig) -> None:
-    """Submits the runs to SLURM as array jobs.
+def _submit(runs: Sequence[Run], settings: LauncherConfig) -> set[str]:
+    """Submits the runs to SLURM as array jobs and returns the jobs' numbers.
 
     Raises:
-        UserError: Where there is no SLURM here, or it refuses.
+        UserError: Where SLURM refuses.
     """
-    assert settings.timeout_min is not None
-    try:
-        executor = submitit.SlurmExecutor(
-            runs[0].folder.path.parent.absolute() / ".submitit", max_num_timeout=_TIMEOUTS
-        )
-    except RuntimeError as error:
-        raise UserError("launcher=slurm: there is no SLURM on this machine (no `srun`)") from error
+    executor = submitit.SlurmExecutor(_pickles(runs), max_num_timeout=_TIMEOUTS)
     asked = {
         "partition": settings.partition,
         "account": settings.account,
@@ -160,12 +198,22 @@ def _submit(runs: Sequence[Run], settings: LauncherConfig) -> None:
         for run, job in zip(part, jobs, strict=True):
             run.folder.write_job(SubmittedJob("slurm", job.job_id))
             submitted.add(job.job_id)
-    say(f"{len(runs)} submitted to SLURM; `python -m sae_lora status {runs[0].folder.path.parent}`")
-    if settings.wait:
-        with Watch([run.folder for run in runs]) as watch:
-            while slurm.jobs_in_queue().keys() & submitted:
-                time.sleep(_ASK_SLURM_EVERY_S)
-                watch.update()
+    sweep = runs[0].folder.path.parent
+    say(f"{len(runs)} submitted to SLURM; `python -m sae_lora status {sweep}` shows them")
+    return submitted
+
+
+def _wait_for(jobs: set[str], folders: Sequence[RunFolder]) -> None:
+    """Shows the runs until SLURM has none of the jobs any more."""
+    with Watch(folders) as watch:
+        while slurm.queue().keys() & jobs:
+            time.sleep(_ASK_SLURM_EVERY_S)
+            watch.update()
+
+
+def _pickles(runs: Sequence[Run]) -> Path:
+    """Where submitit keeps its own files."""
+    return runs[0].folder.path.parent.absolute() / ".submitit"
 
 
 def _job(run: Run, variables: dict[str, str], settings: LauncherConfig) -> Job:
@@ -211,7 +259,7 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    failed = [run for run in planned.runs if run.state is State.failed]
+    failed = [run for run in planned.runs if run.folder.has_failed]
     for run in failed:
         complain("failed", f"{run.folder.failure_message}\n        {run.folder.failure}")
     if failed:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sae_lora import slurm
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError
@@ -19,10 +20,12 @@ from sae_lora.records import RunFolder
 
 
 class State(Enum):
-    """What the run folder says about a run."""
+    """How far a run is."""
 
     new = "new"
     """Nothing of it is there, or its config alone."""
+    queued = "queued"
+    """A cluster has it; it has not begun there, or waits to go on."""
     running = "running"
     """A process is at it."""
     resumable = "resumable"
@@ -31,8 +34,29 @@ class State(Enum):
     done = "done"
 
 
-def state_of(folder: RunFolder) -> State:
-    """How far the run of this folder is."""
+def states_of(folders: Sequence[RunFolder]) -> list[State]:
+    """How far each run is, from its folder and, for those that were submitted, from SLURM.
+
+    A run that SLURM has, or that it cannot be asked about from this machine, counts as queued.
+    """
+    states = [_state_in(folder) for folder in folders]
+    jobs = {
+        at: job.id
+        for at, folder in enumerate(folders)
+        if states[at] in (State.new, State.resumable) and (job := folder.job) is not None
+    }
+    if jobs:
+        try:
+            queue = slurm.queue()
+        except slurm.UnreachableError:
+            queue = None
+        for at, job in jobs.items():
+            if queue is None or job in queue:
+                states[at] = State.queued
+    return states
+
+
+def _state_in(folder: RunFolder) -> State:
     if folder.is_finished:
         return State.done
     if holder(folder.path) is not None:
@@ -54,11 +78,6 @@ class Run:
         """Its folder's name."""
         return self.folder.path.name
 
-    @property
-    def state(self) -> State:
-        """What its folder says now."""
-        return state_of(self.folder)
-
     def freeze(self) -> None:
         """Writes the resolved config into the folder: all that the run will read.
 
@@ -78,6 +97,10 @@ class Plan:
     runs: list[Run]
     notes: list[str]
     """What a person should know: the nearest SAE taken, the same point twice."""
+
+    def states(self) -> list[State]:
+        """How far each run is now."""
+        return states_of([run.folder for run in self.runs])
 
 
 def plan(points: Sequence[Config]) -> Plan:

@@ -134,7 +134,8 @@ class Summary:
     train_seconds: float
     """Seconds in training steps."""
     total_seconds: float
-    """Seconds from the start of the run to its end, loading and evaluations included."""
+    """Seconds that the run took, summed over its attempts as far as their checkpoints went on;
+    loading and evaluations included."""
     validation_tokens: int
     """Held-out tokens read by every evaluation."""
     best_gap_closed: float | None

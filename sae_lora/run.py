@@ -56,6 +56,7 @@ def execute(
     steps = math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
     run_hash = identity(config)
     saved = checkpoint.newest(folder.checkpoints, run_hash, lambda text: complain("damaged", text))
+    seconds_before = saved.values["total_seconds"] if saved else 0.0
     folder.set_aside(curve=saved is None)
 
     with Display() as show:
@@ -103,7 +104,9 @@ def execute(
         def save() -> None:
             with training.paused(), interruption.held():
                 make_sure()
-                checkpoint.save(folder.checkpoints, run_hash, training.state())
+                state = training.state()
+                state.values["total_seconds"] = seconds_before + time.perf_counter() - started
+                checkpoint.save(folder.checkpoints, run_hash, state)
                 report.checkpoint_step = training.step
 
         def after_step(progress: distill.StepDone) -> None:
@@ -131,7 +134,7 @@ def execute(
                     hash=run_hash,
                     **_outcome(points),
                     trainable_parameters=trainable,
-                    total_seconds=time.perf_counter() - started,
+                    total_seconds=seconds_before + time.perf_counter() - started,
                     validation_tokens=text.validation.size,
                     model=_describe_model(config, model),
                     sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
@@ -142,7 +145,9 @@ def execute(
                     tracked_at=tracker.place,
                 )
                 folder.write_summary(summary)
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)  # nothing is left to go on with
+                # Nothing is left to go on with.
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+                folder.progress.unlink(missing_ok=True)
             return summary
         finally:
             tracker.finish(summary)
@@ -182,7 +187,8 @@ class _Reporter:
         if self._last_tokens is not None and now > self._last_time:
             rate = (done.tokens - self._last_tokens) / (now - self._last_time)
         self._last_time, self._last_tokens = now, done.tokens
-        self._count(done.tokens, self._config.train_tokens, f"loss {done.loss:.3f}")
+        loss = done.loss
+        self._count(done.tokens, self._config.train_tokens, f"loss {loss:.3f}")
         self._folder.write_progress(
             Progress(
                 stage="training",
@@ -190,7 +196,7 @@ class _Reporter:
                 steps=self._steps,
                 tokens=done.tokens,
                 train_tokens=self._config.train_tokens,
-                loss=done.loss if math.isfinite(done.loss) else None,
+                loss=loss if math.isfinite(loss) else None,
                 tokens_per_second=rate,
                 checkpoint_step=self.checkpoint_step,
             )
@@ -267,9 +273,12 @@ def _git_commit() -> str | None:
         return None
 
 
-def main() -> int:
-    """One attempt at the run of a folder: `python -m sae_lora.run outputs/<sweep>/<run>`."""
-    folder = RunFolder(Path(sys.argv[1]))
+def attempt(folder: RunFolder) -> int:
+    """One attempt at a run, unless it is finished or another process is at it.
+
+    What goes wrong is written into the folder and said; returns the exit code, 0 or one of
+    `EXIT_FAILED`, `EXIT_HELD`, `EXIT_INTERRUPTED`.
+    """
     interruption = Interruption()
     try:
         with interruption.watching(), lease.held(folder.path) as held:
@@ -279,14 +288,21 @@ def main() -> int:
         complain("left alone", str(error))
         return EXIT_HELD
     except Interrupted:
-        if not folder.is_finished:
-            complain("stopped", "asked to; the run goes on from its checkpoint")
-            return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except Exception as error:  # whatever it is, its cause is kept
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         folder.write_failure(message, traceback.format_exc())
         return EXIT_FAILED
     return 0
+
+
+def main() -> int:
+    """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run>`."""
+    folder = RunFolder(Path(sys.argv[1]))
+    code = attempt(folder)
+    if code == EXIT_INTERRUPTED and not folder.is_finished:
+        complain("stopped", "asked to; the run goes on from its checkpoint")
+    return 0 if folder.is_finished and code == EXIT_INTERRUPTED else code
 
 
 if __name__ == "__main__":

@@ -1,21 +1,65 @@
-"""What SLURM says of jobs, through its own commands."""
+"""What SLURM says of jobs and partitions, through its own commands."""
 
 import getpass
 import subprocess
+from collections.abc import Collection, Sequence
 
-from sae_lora.errors import UserError
+from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 
 _TIMEOUT_S = 30
+_OVER = ("COMPLETED", "COMPLETING")
 
 
-def jobs_in_queue() -> dict[str, str]:
-    """The user's jobs that wait or run: state by number, `12` or `12_3` in an array.
+class UnreachableError(UserError):
+    """There is no SLURM on this machine, or it does not answer."""
+
+
+def queue() -> dict[str, str]:
+    """The user's jobs that wait or run: state by number, `12`, or `12_3` in an array.
 
     Raises:
-        UserError: Where SLURM does not answer, or is not here.
+        UnreachableError: Where SLURM cannot be asked.
     """
     command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
-    return dict(line.split(maxsplit=1) for line in _output(command).splitlines())
+    jobs = dict(line.split(maxsplit=1) for line in _output(command).splitlines())
+    return {job: state for job, state in jobs.items() if state not in _OVER}
+
+
+def ends(jobs: Collection[str]) -> dict[str, str]:
+    """How jobs ended that are in the queue no more, as far as SLURM's accounting knows: `NODE_FAIL`."""
+    if not jobs:
+        return {}
+    whole = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format", "JobID,State"]
+    try:
+        lines = _output([*command, "--jobs", whole]).splitlines()
+    except UserError:  # a cluster need not keep accounts
+        return {}
+    states = dict(line.split("|", 1) for line in lines)
+    return {job: states[job].split()[0] for job in jobs if job in states}
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Takes the jobs out of the queue; those that run are stopped.
+
+    Raises:
+        UserError: Where SLURM cannot be asked, or refuses.
+    """
+    _output(["scancel", *jobs])
+
+
+def check_partition(partition: str | None) -> None:
+    """Refuses a partition that the cluster does not have.
+
+    Raises:
+        ConfigError: Names the partitions that there are.
+        UnreachableError: Where SLURM cannot be asked.
+    """
+    there = sorted(set(_output(["sinfo", "--noheader", "--format", "%R"]).split()))
+    unknown = set((partition or "").split(",")) - {"", *there}
+    if unknown:
+        near = nearest_name(min(unknown), there)
+        raise ConfigError("launcher.partition", partition, f"one of {listed(there, 30)}", near)
 
 
 def _output(command: list[str]) -> str:
@@ -24,9 +68,9 @@ def _output(command: list[str]) -> str:
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except FileNotFoundError:
-        raise UserError(f"there is no SLURM on this machine (no `{command[0]}`)") from None
+        raise UnreachableError(f"there is no SLURM on this machine (no `{command[0]}`)") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"SLURM does not answer (`{command[0]}`, {_TIMEOUT_S} s)") from None
+        raise UnreachableError(f"SLURM does not answer (`{command[0]}`, {_TIMEOUT_S} s)") from None
     if finished.returncode != 0:
-        raise UserError(f"SLURM: {finished.stderr.strip()}")
+        raise UnreachableError(f"SLURM: {finished.stderr.strip()}")
     return finished.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from sae_lora.config import Config, TrackingMode, as_dict
+from sae_lora.config import Config, TrackingConfig, TrackingMode, as_dict
 from sae_lora.records import CurvePoint, Summary
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,21 @@ def _asked_mode(mode: TrackingMode) -> TrackingMode:
 
 
 _said_offline = threading.Event()
+
+
+def settled(config: TrackingConfig) -> dict[str, str]:
+    """What is found out once for all runs that are started from here, as variables for them.
+
+    Says why tracking is offline where that was not asked for.
+    """
+    if _asked_mode(config.mode) is not TrackingMode.auto:
+        return {}
+    import wandb  # takes a second to import, which a run with tracking=disabled need not pay
+
+    try:
+        return {"WANDB_MODE": _settled_mode(TrackingMode.auto, wandb.setup().settings)}
+    finally:
+        wandb.teardown()  # the service that `setup` starts; each run has its own
 
 
 def _settled_mode(mode: TrackingMode, settings: Any) -> str:

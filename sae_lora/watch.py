@@ -14,13 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_lora.plan import State, state_of
+from sae_lora import slurm
+from sae_lora.plan import State, states_of
 from sae_lora.records import CurvePoint, Progress, RunFolder
 from sae_lora.report import duration, percent
 from sae_lora.terminal import console, say
 
 _COLOURS = {
     State.new: "dim",
+    State.queued: "blue",
     State.running: "cyan",
     State.resumable: "yellow",
     State.failed: "red",
@@ -51,18 +53,34 @@ class Status:
         return (now.train_tokens - now.tokens) / now.tokens_per_second
 
 
-def status_of(folder: RunFolder) -> Status:
-    """The run's status, read from its folder."""
-    state = state_of(folder)
-    under_way = state in (State.running, State.resumable)
-    curve = folder.read_curve()
-    return Status(
-        name=folder.path.name,
-        state=state,
-        progress=folder.read_progress() if under_way else None,
-        point=curve[-1] if curve else None,
-        error=folder.failure_message if state is State.failed else None,
-    )
+def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
+    """The runs' statuses, read from their folders and, for those that were submitted, from SLURM."""
+    states = states_of(folders)
+    jobs = {folder.path: folder.job for folder in folders}
+    lost = {
+        job.id
+        for folder, state in zip(folders, states, strict=True)
+        if state in (State.new, State.resumable) and (job := jobs[folder.path]) is not None
+    }
+    ends = slurm.ends(lost)
+    found = []
+    for folder, state in zip(folders, states, strict=True):
+        under_way = state in (State.running, State.queued, State.resumable)
+        curve = folder.read_curve()
+        error = folder.failure_message if state is State.failed else None
+        job = jobs[folder.path]
+        if job is not None and job.id in lost:
+            error = f"SLURM has its job {job.id} no more: {ends.get(job.id, 'it does not say why')}"
+        found.append(
+            Status(
+                name=folder.path.name,
+                state=state,
+                progress=folder.read_progress() if under_way else None,
+                point=curve[-1] if curve else None,
+                error=error,
+            )
+        )
+    return found
 
 
 def counts(statuses: Sequence[Status]) -> str:
@@ -121,7 +139,7 @@ class Watch:
 
     def update(self) -> None:
         """Reads every folder and shows what has changed."""
-        statuses = [status_of(folder) for folder in self._folders]
+        statuses = statuses_of(self._folders)
         if len(self._folders) == 1:
             self._relay(self._folders[0])
         else:

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from sae_lora import launcher
-from sae_lora.config import as_dict
+from sae_lora.plan import plan
 from sae_lora.records import RunFolder
 from tests.commands import REPOSITORY
 from tests.composing import composed
@@ -50,8 +48,8 @@ def frozen(home: Path, *overrides: str) -> RunFolder:
     config = composed(
         *overrides, "tracking=disabled", f"output_dir={home}", f"data.cache_dir={home}/cache"
     )
-    (planned,) = launcher.plan([config]).runs
-    planned.folder.write_config(OmegaConf.to_yaml(as_dict(planned.config)))
+    (planned,) = plan([config]).runs
+    planned.freeze()
     return planned.folder
 
 

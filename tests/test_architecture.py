@@ -31,6 +31,9 @@ ORDER = [
         "saes.loading",
         "saes.training",
         "run",
+        "slurm",
+        "plan",
+        "watch",
         "job",
         "launcher",
     ),
@@ -86,7 +89,7 @@ def test_each_library_has_one_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "records", "report", "composition", "launcher", "terminal"]
+    "module", ["config", "records", "report", "composition", "launcher", "terminal", "watch"]
 )
 def test_planning_and_looking_need_no_torch(module: str) -> None:
     code = f"import sys, sae_lora.{module}; sys.exit('torch' in sys.modules)"

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED
+from sae_lora.lease import held
 from sae_lora.records import RunFolder
 from tests.attempts import attempt, frozen, killed, results
+
+pytestmark = pytest.mark.slow
 
 SMALL = (
     "train.train_tokens=1536 train.batch_size=1 train.eval_every_tokens=512 "
@@ -38,7 +41,6 @@ def resumed(folder: RunFolder, step: int) -> None:
     assert (f"going on from step {step} of 12" in finished.stdout) is (step > 0), finished.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("step", "goes_on_from"), [(2, 0), (8, 6), (-6, 3), (12, 9)])
 def test_killed_it_loses_only_what_came_after_the_checkpoint(
     folder: RunFolder, whole: dict[str, object], step: int, goes_on_from: int
@@ -58,7 +60,6 @@ def test_asked_to_stop_it_loses_nothing(folder: RunFolder, whole: dict[str, obje
     assert results(folder) == whole
 
 
-@pytest.mark.slow
 def test_failed_it_says_why_and_can_be_taken_up(folder: RunFolder, whole: dict[str, object]) -> None:
     assert attempt(folder, 7, "raise").returncode == EXIT_FAILED
     failure = json.loads(folder.failure.read_text())
@@ -70,7 +71,6 @@ def test_failed_it_says_why_and_can_be_taken_up(folder: RunFolder, whole: dict[s
     assert (folder.path / "unfinished-1/failure.json").exists()
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_no_silent_fresh_start(folder: RunFolder) -> None:
     assert killed(attempt(folder, 8, signal.SIGKILL))
     for tensors in folder.checkpoints.glob("*/tensors.safetensors"):
@@ -82,8 +82,6 @@ def test_a_damaged_checkpoint_is_no_silent_fresh_start(folder: RunFolder) -> Non
 
 
 def test_held_elsewhere_it_is_left_alone(folder: RunFolder) -> None:
-    from sae_lora.lease import held
-
     with held(folder.path):
         refused = attempt(folder)
     assert refused.returncode == EXIT_HELD
