@@ -4,16 +4,27 @@ import argparse
 import sys
 from pathlib import Path
 
+from sae_lora import slurm
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table
+from sae_lora.standing import State, standings
 from sae_lora.terminal import complain, say, show
+from sae_lora.watch import counts, status_table, statuses_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and does what it says; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sae_lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    status = commands.add_parser(
+        "status", help="how far each run of a sweep is; exit code 1 where one has failed"
+    )
+    status.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
+    logs = commands.add_parser("logs", help="what a run has printed, and why it failed")
+    logs.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
+    cancel = commands.add_parser("cancel", help="take a sweep's runs out of SLURM's queue")
+    cancel.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
     table = commands.add_parser("table", help="the finished runs of a sweep side by side")
     table.add_argument("sweep", type=Path, help="outputs/<sweep>")
     figure = commands.add_parser("figure", help="the CE-gap curves of a sweep as one picture")
@@ -23,12 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        folders = runs_of(chosen.sweep)
         match chosen.command:
+            case "status":
+                return tell(runs_of(chosen.sweep))
+            case "logs":
+                print_log(chosen.run)
+            case "cancel":
+                cancel_jobs(runs_of(chosen.sweep))
             case "table":
-                show(comparison_table(folders))
+                show(comparison_table(runs_of(chosen.sweep)))
             case "figure":
-                draw(folders, chosen.to)
+                draw(runs_of(chosen.sweep), chosen.to)
             case _:
                 raise NotImplementedError(chosen.command)
     except UserError as error:
@@ -38,15 +54,62 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def runs_of(sweep: Path) -> list[RunFolder]:
-    """The runs of a sweep, by name.
+    """The runs of a sweep, by name; a run's own folder stands for itself.
 
     Raises:
         UserError: Where there are none.
     """
-    found = [RunFolder(path.parent) for path in sorted(sweep.glob("*/config.yaml"))]
+    configs = (
+        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
+    )
+    found = [RunFolder(path.parent) for path in sorted(configs)]
     if not found:
         raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
     return found
+
+
+def tell(folders: list[RunFolder]) -> int:
+    """Shows how far the runs are; returns 1 where one has failed."""
+    statuses = statuses_of(folders)
+    show(status_table(statuses))
+    say(counts(statuses))
+    return int(any(status.state is State.failed for status in statuses))
+
+
+def print_log(run: Path) -> None:
+    """Prints a run's log and, where it has failed, the whole story.
+
+    Raises:
+        UserError: Where there is no such run.
+    """
+    (folder, *others) = runs_of(run)
+    if others:
+        raise UserError(f"{run} holds {len(others) + 1} runs; name one: {folder.path}")
+    if folder.log.exists():
+        say(folder.log.read_text(errors="replace").rstrip())
+    failure = folder.read_failure()
+    if failure is not None:
+        say(f"\nfailed: {failure.message}\n\n{failure.details.rstrip()}")
+    elif not folder.log.exists():
+        say(f"{folder.path.name} has printed nothing yet")
+
+
+def cancel_jobs(folders: list[RunFolder]) -> None:
+    """Cancels the jobs of runs that have not ended. What they have saved stays, and can go on.
+
+    Raises:
+        UserError: Where SLURM cannot be asked, or refuses.
+    """
+    queue = slurm.queue() if any(folder.job for folder in folders) else {}
+    jobs = [job.id for folder in folders if (job := folder.job) is not None and job.id in queue]
+    if jobs:
+        slurm.cancel(jobs)
+    say(f"{len(jobs)} jobs cancelled")
+    for folder, standing in zip(folders, standings(folders), strict=True):
+        if standing.state is State.running and (folder.job is None or folder.job.id not in jobs):
+            complain(
+                "left alone", f"{folder.path.name} is running {standing.note}; Ctrl-C there stops it"
+            )
 
 
 def draw(folders: list[RunFolder], to: Path) -> None:

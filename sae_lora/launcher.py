@@ -18,10 +18,11 @@ from sae_lora import slurm, tracking
 from sae_lora.config import Config, LauncherConfig, LauncherKind
 from sae_lora.errors import UserError
 from sae_lora.job import Job
-from sae_lora.lease import HeldError, held
-from sae_lora.plan import Plan, Run, State, plan, states_of
+from sae_lora.lease import HeldError, held, holder
+from sae_lora.plan import Plan, Run, plan
 from sae_lora.records import RunFolder, SubmittedJob
 from sae_lora.report import comparison_table, run_table
+from sae_lora.standing import Standing, State, standings
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import Watch
 
@@ -50,8 +51,8 @@ def launch(points: Sequence[Config]) -> int:
     for note in planned.notes:
         say(f"note: {note}")
     if settings.dry_run:
-        for run, state in zip(planned.runs, planned.states(), strict=True):
-            say(f"{state.value:>13}  {run.name}")
+        for run, standing in zip(planned.runs, _standings(planned), strict=True):
+            say(f"{standing.state.value:>13}  {run.name}")
         return 0
     match settings.kind:
         case LauncherKind.local:
@@ -73,28 +74,27 @@ def launch(points: Sequence[Config]) -> int:
 
 def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
     """The runs that are to be run now, frozen; says what becomes of the others."""
-    states = planned.states()
-    passed_over = {State.done, State.running, State.queued}
-    if not settings.retry_failed:
-        passed_over.add(State.failed)
-    found = [run for run, state in zip(planned.runs, states, strict=True) if state not in passed_over]
-    for run in found:
-        run.freeze()
-    for run, state in zip(planned.runs, states, strict=True):
-        if state is State.running:
-            complain("left alone", f"{run.name} is being run by another process")
-        elif state is State.queued:
-            job = run.folder.job
-            complain("left alone", f"{run.name} is in SLURM's queue already, as job {job and job.id}")
-    count = Counter(states)
+    found = []
+    count: Counter[State] = Counter()
+    for run, standing in zip(planned.runs, _standings(planned), strict=True):
+        count[standing.state] += 1
+        if standing.is_to_do or (standing.state is State.failed and settings.retry_failed):
+            run.freeze()
+            found.append(run)
+        elif standing.state in (State.running, State.queued):
+            complain("left alone", f"{run.name} is {standing.state.value}, {standing.note}")
     if count[State.done]:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
-    if count[State.failed] and not settings.retry_failed:
-        complain(
-            f"{count[State.failed]} failed before",
-            "not run again; launcher.retry_failed=true does",
+    if count[State.failed]:
+        again = (
+            "run again" if settings.retry_failed else "not run again unless launcher.retry_failed=true"
         )
+        complain(f"{count[State.failed]} failed before", again)
     return found
+
+
+def _standings(planned: Plan) -> list[Standing]:
+    return standings([run.folder for run in planned.runs])
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
             say("stopping: each run saves where it stands")
             for job, _ in at_work:
                 job.cancel()
-            while any(state is State.running for state in states_of([run.folder for run in runs])):
+            while any(holder(run.folder.path) for run in runs):
                 time.sleep(_LOOK_EVERY_S)
                 watch.update()
             raise
@@ -165,24 +165,21 @@ def _submit(runs: Sequence[Run], settings: LauncherConfig) -> set[str]:
     Raises:
         UserError: Where SLURM refuses.
     """
-    executor = submitit.SlurmExecutor(_pickles(runs), max_num_timeout=_TIMEOUTS)
-    asked = {
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "gpus_per_node": settings.gpus_per_node or None,
-        "cpus_per_task": settings.cpus_per_task,
-        "mem_gb": settings.mem_gb,
-        "setup": settings.setup or None,
-    }
+    executor = submitit.AutoExecutor(_pickles(runs), "slurm", slurm_max_num_timeout=_TIMEOUTS)
     executor.update_parameters(
         name=f"sae_lora-{runs[0].config.sweep}",
         timeout_min=settings.timeout_min,
-        signal_delay_s=settings.signal_delay_s,
-        array_parallelism=settings.array_parallelism,
-        additional_parameters={"requeue": True} | settings.sbatch,
-        **{name: value for name, value in asked.items() if value is not None},
+        gpus_per_node=settings.gpus_per_node or None,
+        cpus_per_task=settings.cpus_per_task,
+        mem_gb=settings.mem_gb,
+        slurm_partition=settings.partition,
+        slurm_account=settings.account,
+        slurm_qos=settings.qos,
+        slurm_constraint=settings.constraint,
+        slurm_setup=settings.setup or None,
+        slurm_signal_delay_s=settings.signal_delay_s,
+        slurm_array_parallelism=settings.array_parallelism,
+        slurm_additional_parameters={"requeue": True} | settings.sbatch,
     )
     threads = {"OMP_NUM_THREADS": str(settings.cpus_per_task)} if settings.cpus_per_task else {}
     variables = threads | {"HF_HUB_OFFLINE": "1"}  # a node without internet is the normal case

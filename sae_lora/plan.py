@@ -1,4 +1,4 @@
-"""The plan: what every point of a sweep means, where it belongs, and how far it is.
+"""The plan: what every point of a sweep means, and where it belongs.
 
 Each point is resolved to SAEs that exist, named, and given its folder; nothing is loaded, nothing is
 written.
@@ -6,64 +6,14 @@ written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sae_lora import slurm
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, readable_name
 from sae_lora.errors import ConfigError
-from sae_lora.lease import holder
 from sae_lora.records import RunFolder
-
-
-class State(Enum):
-    """How far a run is."""
-
-    new = "new"
-    """Nothing of it is there, or its config alone."""
-    queued = "queued"
-    """A cluster has it; it has not begun there, or waits to go on."""
-    running = "running"
-    """A process is at it."""
-    resumable = "resumable"
-    """It was begun, nobody is at it, and it goes on from its checkpoint."""
-    failed = "failed"
-    done = "done"
-
-
-def states_of(folders: Sequence[RunFolder]) -> list[State]:
-    """How far each run is, from its folder and, for those that were submitted, from SLURM.
-
-    A run that SLURM has, or that it cannot be asked about from this machine, counts as queued.
-    """
-    states = [_state_in(folder) for folder in folders]
-    jobs = {
-        at: job.id
-        for at, folder in enumerate(folders)
-        if states[at] in (State.new, State.resumable) and (job := folder.job) is not None
-    }
-    if jobs:
-        try:
-            queue = slurm.queue()
-        except slurm.UnreachableError:
-            queue = None
-        for at, job in jobs.items():
-            if queue is None or job in queue:
-                states[at] = State.queued
-    return states
-
-
-def _state_in(folder: RunFolder) -> State:
-    if folder.is_finished:
-        return State.done
-    if holder(folder.path) is not None:
-        return State.running
-    if folder.has_failed:
-        return State.failed
-    return State.resumable if folder.checkpoints.exists() else State.new
 
 
 @dataclass(frozen=True)
@@ -97,10 +47,6 @@ class Plan:
     runs: list[Run]
     notes: list[str]
     """What a person should know: the nearest SAE taken, the same point twice."""
-
-    def states(self) -> list[State]:
-        """How far each run is now."""
-        return states_of([run.folder for run in self.runs])
 
 
 def plan(points: Sequence[Config]) -> Plan:

@@ -88,6 +88,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why a run ended early."""
+
+    message: str
+    """In a line or a few."""
+    details: str
+    """The whole story: the traceback, or the end of what it printed."""
+
+
+@dataclass(frozen=True)
 class SubmittedJob:
     """A job that a scheduler has taken a run into."""
 
@@ -233,7 +243,7 @@ class RunFolder:
 
     def write_failure(self, message: str, details: str) -> None:
         """Records why the run ended early: one line, and the whole story."""
-        write_atomically(self.failure, as_json({"message": message, "details": details}))
+        write_atomically(self.failure, as_json(dataclasses.asdict(Failure(message, details))))
 
     def write_progress(self, progress: Progress) -> None:
         """Shows where the run stands. Not made to last: what a crash takes is written anew."""
@@ -258,13 +268,18 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    @property
-    def failure_message(self) -> str | None:
-        """Why the last attempt failed, in a line; `None` where it has not."""
+    def read_failure(self) -> Failure | None:
+        """Why the last attempt ended early; `None` where it has not."""
         try:
-            return json.loads(self.failure.read_text())["message"]
+            return Failure(**json.loads(self.failure.read_text()))
         except FileNotFoundError:
             return None
+
+    @property
+    def failure_message(self) -> str | None:
+        """The same in a line."""
+        failure = self.read_failure()
+        return failure.message if failure is not None else None
 
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""

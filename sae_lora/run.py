@@ -1,6 +1,7 @@
 """One run, built and connected: the only module that knows all the others."""
 
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -252,6 +253,7 @@ def _describe_environment(device: torch.device) -> dict[str, Any]:
         # torch's own word on its version also names its CUDA build.
         "packages": {"torch": torch.__version__} | {name: metadata.version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
     }

@@ -14,10 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_lora import slurm
-from sae_lora.plan import State, states_of
 from sae_lora.records import CurvePoint, Progress, RunFolder
 from sae_lora.report import duration, percent
+from sae_lora.standing import State, standings
 from sae_lora.terminal import console, say
 
 _COLOURS = {
@@ -38,11 +37,12 @@ class Status:
 
     name: str
     state: State
+    note: str | None
+    """Who has it, why it failed, what became of its job."""
     progress: Progress | None
-    """Where it says it is; only while it is running or resumable."""
+    """Where it says it is, or was; `None` where it has ended."""
     point: CurvePoint | None
     """Its last evaluation."""
-    error: str | None
 
     @property
     def seconds_left(self) -> float | None:
@@ -54,30 +54,18 @@ class Status:
 
 
 def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
-    """The runs' statuses, read from their folders and, for those that were submitted, from SLURM."""
-    states = states_of(folders)
-    jobs = {folder.path: folder.job for folder in folders}
-    lost = {
-        job.id
-        for folder, state in zip(folders, states, strict=True)
-        if state in (State.new, State.resumable) and (job := jobs[folder.path]) is not None
-    }
-    ends = slurm.ends(lost)
+    """The runs as they show themselves now."""
     found = []
-    for folder, state in zip(folders, states, strict=True):
-        under_way = state in (State.running, State.queued, State.resumable)
+    for folder, standing in zip(folders, standings(folders), strict=True):
+        under_way = standing.state not in (State.done, State.failed)
         curve = folder.read_curve()
-        error = folder.failure_message if state is State.failed else None
-        job = jobs[folder.path]
-        if job is not None and job.id in lost:
-            error = f"SLURM has its job {job.id} no more: {ends.get(job.id, 'it does not say why')}"
         found.append(
             Status(
                 name=folder.path.name,
-                state=state,
+                state=standing.state,
+                note=standing.note,
                 progress=folder.read_progress() if under_way else None,
                 point=curve[-1] if curve else None,
-                error=error,
             )
         )
     return found
@@ -96,7 +84,7 @@ def status_table(statuses: Sequence[Status]) -> Table:
     table.add_column("state")
     for name in ("step", "tokens/s", "loss", "gap closed", "ETA"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("last error", overflow="ellipsis", no_wrap=True)
+    table.add_column("note", overflow="ellipsis", no_wrap=True)
     for status in statuses:
         table.add_row(*_cells(status))
     return table
@@ -118,8 +106,12 @@ def _cells(status: Status) -> list[Text]:
         Text(loss),
         Text(percent(status.point.gap_closed) if status.point is not None else ""),
         Text(duration(eta) if eta is not None else ""),
-        Text(status.error or "", style="red"),
+        Text(_first_line(status.note), style="red" if status.state is State.failed else "dim"),
     ]
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]
 
 
 class Watch:
@@ -155,7 +147,7 @@ class Watch:
             return
         closed = f"gap closed {percent(status.point.gap_closed)}" if status.point is not None else ""
         if status.state in (State.done, State.failed):
-            say(f"{status.state.value:>9}  {status.name}  {status.error or closed}")
+            say(f"{status.state.value:>9}  {status.name}  {_first_line(status.note) or closed}")
         elif status.state is State.running and not console.is_terminal:
             say(f"{status.state.value:>9}  {status.name}")
 

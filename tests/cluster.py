@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "sacct", "munged", "mariadbd")
 NODES = ("n1", "n2")
 _START_S = 60
+_NODE_VARIABLE = "TEST_NODE"
+"""Tells which node's a SLURM process is."""
 
 
 def missing_programs() -> list[str]:
@@ -64,17 +67,25 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """Starts a node's daemon, also after it was killed."""
-        self._start(name, "slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf"))
+        configuration = "-f", str(self.root / "slurm.conf")
+        mark = {_NODE_VARIABLE: f"{self.root}/{name}"}
+        self._start(name, "slurmd", "-D", "-N", name, *configuration, variables=mark)
 
     def kill_node(self, name: str) -> None:
         """The node goes dark: its daemon and everything that runs on it, at once."""
-        processes = [self.daemons[name].pid, *_descendants_of_node(name)]
-        for pid in processes:
+        # SLURM's own processes first, or they report the end of the job's.
+        for pid in [
+            self.daemons[name].pid,
+            *_processes_of(f"{_NODE_VARIABLE}={self.root}/{name}"),
+            *_processes_of(f"SLURMD_NODENAME={name}", f"SLURM_CONF={self.root}/slurm.conf"),
+        ]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.daemons[name].wait()
 
-    def _start(self, name: str, program: str, *arguments: str) -> None:
+    def _start(
+        self, name: str, program: str, *arguments: str, variables: dict[str, str] | None = None
+    ) -> None:
         path = _program(program)
         assert path is not None, program
         with (self.root / f"{name}.log").open("ab") as log:
@@ -82,7 +93,7 @@ class Cluster:
                 [path, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self.environment,
+                env=os.environ | self.environment | (variables or {}),
             )
 
     def _stop(self) -> None:
@@ -97,10 +108,18 @@ class Cluster:
 
 
 @contextmanager
-def running(root: Path) -> Iterator[Cluster]:
-    """Starts a cluster in the folder and stops all of it at the end of the block."""
+def running() -> Iterator[Cluster]:
+    """Starts a cluster in a temporary folder and stops all of it at the end of the block."""
+    # Not in one of pytest's: munged refuses a socket that not everybody can reach.
+    with TemporaryDirectory(prefix="slurm-") as folder:
+        Path(folder).chmod(0o755)
+        with _running_in(Path(folder)) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _running_in(root: Path) -> Iterator[Cluster]:
     cluster = Cluster(root)
-    root.chmod(0o755)  # munged refuses a socket in a folder that others may write to
     controller, database, accounting, *nodes = _free_ports(3 + len(NODES))
     _write_files(root, controller, database, accounting, nodes)
     with ExitStack() as stack:
@@ -109,11 +128,8 @@ def running(root: Path) -> Iterator[Cluster]:
             "munged",
             "munged",
             "--foreground",
-            *(f"--{name}={root}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")),
-            *(
-                f"--{name}={root}/munge.{name.split('-')[0]}"
-                for name in ("pid-file", "log-file", "seed-file")
-            ),
+            *(f"--{name}-file={root}/munge.{name}" for name in ("key", "pid", "log", "seed")),
+            f"--socket={root}/munge.socket",
         )
         _wait_for(lambda: (root / "munge.socket").exists(), "munged")
         cluster._start(
@@ -215,7 +231,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=20
+SlurmdTimeout=10
 MinJobAge=300
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 GresTypes=gpu
@@ -272,15 +288,13 @@ def _sql(root: Path, statement: str) -> str | None:
     return finished.stdout if finished.returncode == 0 else None
 
 
-def _descendants_of_node(name: str) -> list[int]:
-    """Every process of jobs on the node: they carry its name in their environment."""
+def _processes_of(*variables: str) -> list[int]:
+    """Every process that was started with all of these in its environment."""
+    wanted = {variable.encode() for variable in variables}
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"SLURMD_NODENAME={name}".encode() in variables:
-                found.append(int(entry.name))
+            with suppress(OSError):
+                if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
+                    found.append(int(entry.name))
     return found

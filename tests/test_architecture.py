@@ -33,6 +33,7 @@ ORDER = [
         "run",
         "slurm",
         "plan",
+        "standing",
         "watch",
         "job",
         "launcher",

@@ -11,7 +11,8 @@ import pytest
 
 from sae_lora import launcher
 from sae_lora.lease import held
-from sae_lora.plan import State, plan
+from sae_lora.plan import plan
+from sae_lora.standing import State, standings
 from tests.commands import REPOSITORY
 from tests.points import SMALL, Point, folders_in, points_in
 
@@ -51,8 +52,8 @@ def test_a_failed_run_is_kept_and_its_neighbours_complete(point: Point, tmp_path
     assert launcher.launch(points) == 1
     planned = plan(points)
     ranks = [run.config.lora.rank for run in planned.runs]
-    found = dict(zip(ranks, planned.states(), strict=True))
-    assert found == {1: State.done, 2: State.failed, 3: State.done}
+    found = [standing.state for standing in standings([run.folder for run in planned.runs])]
+    assert dict(zip(ranks, found, strict=True)) == {1: State.done, 2: State.failed, 3: State.done}
     (failed,) = [folder for folder in folders_in(tmp_path) if folder.has_failed]
     assert failed.failure_message in capsys.readouterr().err
     # Not tried again unasked; tried again when asked.
@@ -70,7 +71,7 @@ def test_what_another_process_runs_is_left_alone(point: Point, capsys) -> None:
     planned.freeze()
     with held(planned.folder.path):
         assert launcher.launch([point()]) == 1
-    assert "another process" in capsys.readouterr().err
+    assert "is running, by process" in capsys.readouterr().err
     assert not planned.folder.failure.exists()
 
 
@@ -95,5 +96,4 @@ def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, to_all: bool) -> N
     (folder,) = folders_in(tmp_path)
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])
     assert planned.runs[0].folder.path == folder.path
-    assert planned.states() == [State.resumable]
-    assert not folder.has_failed
+    assert standings([folder])[0].state is State.resumable

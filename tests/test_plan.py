@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import slurm
 from sae_lora.config import load
 from sae_lora.errors import ConfigError
-from sae_lora.lease import held
-from sae_lora.plan import State, plan, states_of
-from sae_lora.records import SubmittedJob
+from sae_lora.plan import plan
 from tests.points import Point, folders_in, points_in
 
 
@@ -60,40 +57,3 @@ def test_what_the_plan_refuses(
         plan([point(*override.split())])
     assert (error.value.field, error.value.nearest) == (field, nearest)
     assert not folders_in(tmp_path)
-
-
-def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run,) = plan([point()]).runs
-    folder = run.folder
-
-    def state() -> State:
-        return states_of([folder])[0]
-
-    assert state() is State.new
-    run.freeze()
-    assert state() is State.new
-    with held(folder.path):
-        assert state() is State.running
-    folder.checkpoints.mkdir()
-    assert state() is State.resumable
-    folder.write_failure("a reason", "and all of it")
-    assert state() is State.failed
-    run.freeze()  # a retry: what failed is put aside
-    assert state() is State.resumable
-    folder.write_job(SubmittedJob("slurm", "12_3"))
-    monkeypatch.setattr(slurm, "queue", lambda: {"12_3": "PENDING"})
-    assert state() is State.queued
-    monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
-    assert state() is State.resumable
-    folder.summary.write_text("{}")
-    assert state() is State.done
-
-
-def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
-    point: Point, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (run,) = plan([point()]).runs
-    run.freeze()
-    run.folder.write_job(SubmittedJob("slurm", "12"))
-    monkeypatch.setenv("PATH", "")
-    assert states_of([run.folder]) == [State.queued]

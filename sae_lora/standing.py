@@ -1,0 +1,78 @@
+"""How far runs are, from their folders and, for those that were submitted, from SLURM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from sae_lora import slurm
+from sae_lora.lease import holder
+from sae_lora.records import RunFolder
+
+
+class State(Enum):
+    """How far a run is."""
+
+    new = "new"
+    """Nothing of it is there, or its config alone."""
+    queued = "queued"
+    """SLURM has it; it has not begun there, or waits to go on."""
+    running = "running"
+    """A process is at it."""
+    resumable = "resumable"
+    """It was begun, nobody is at it, and it goes on from its checkpoint."""
+    failed = "failed"
+    done = "done"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is, and what a person may need to know of it."""
+
+    state: State
+    note: str | None = None
+    """Who has it, why it failed, what became of its job; `None` where the state says all."""
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether it has yet to be run, and nobody has it."""
+        return self.state in (State.new, State.resumable)
+
+
+def standings(folders: Sequence[RunFolder]) -> list[Standing]:
+    """How far each run is.
+
+    A run that was submitted counts as queued also where SLURM cannot be asked from this machine.
+    """
+    found = [_in_folder(folder) for folder in folders]
+    jobs = {
+        at: job.id
+        for at, folder in enumerate(folders)
+        if found[at].is_to_do and (job := folder.job) is not None
+    }
+    if not jobs:
+        return found
+    try:
+        queue = slurm.queue()
+    except slurm.UnreachableError as error:
+        for at, job in jobs.items():
+            found[at] = Standing(State.queued, f"as job {job}, or no more: {error}")
+        return found
+    lost = {at: job for at, job in jobs.items() if job not in queue}
+    ends = slurm.ends(lost.values())
+    for at, job in jobs.items():
+        if at in lost:
+            how = ends.get(job, "how it ended is not known")
+            found[at] = Standing(found[at].state, f"SLURM has its job {job} no more: {how}")
+        else:
+            found[at] = Standing(State.queued, f"as job {job}, {queue[job]}")
+    return found
+
+
+def _in_folder(folder: RunFolder) -> Standing:
+    if folder.is_finished:
+        return Standing(State.done)
+    if (at_work := holder(folder.path)) is not None:
+        return Standing(State.running, f"by process {at_work.pid} on {at_work.host}")
+    if (message := folder.failure_message) is not None:
+        return Standing(State.failed, message)
+    return Standing(State.resumable if folder.checkpoints.exists() else State.new)

@@ -1,0 +1,253 @@
+"""The launcher on a real SLURM: array jobs, preemption, time limits, dead nodes, cancellation."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sae_lora.__main__ import main
+from sae_lora.records import RunFolder
+from sae_lora.standing import State, standings
+from tests.attempts import results
+from tests.cluster import Cluster, missing_programs, running
+from tests.commands import REPOSITORY, launch
+from tests.points import SMALL, folders_in
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing_programs()), reason=f"SLURM is not installed: {missing_programs()}"),
+]
+
+LONG = ("train.train_tokens=60000", "train.eval_every_tokens=20000", "train.checkpoint_every_steps=10")
+ON_CLUSTER = (
+    "launcher=slurm",
+    "launcher.timeout_min=30",
+    "launcher.gpus_per_node=0",
+    "launcher.cpus_per_task=1",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield
+    cluster.command("scancel", "--signal=KILL", "--full", *jobs(cluster), check=False)
+    cluster.command("scancel", *jobs(cluster), check=False)
+    until(lambda: not jobs(cluster), "the queue is empty")
+
+
+def jobs(cluster: Cluster) -> list[str]:
+    return cluster.command("squeue", "--noheader", "--format=%A").split()
+
+
+def until(there: Callable[[], object], what: str, limit_s: float = 180) -> None:
+    deadline = time.monotonic() + limit_s
+    while not there():
+        assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
+        time.sleep(0.2)
+
+
+def submitted(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    options = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if argument not in options]
+    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides)
+
+
+def the_run(home: Path) -> RunFolder:
+    (folder,) = folders_in(home)
+    return folder
+
+
+def at_step(folder: RunFolder, step: int) -> bool:
+    progress = folder.read_progress()
+    return progress is not None and progress.step >= step
+
+
+def ended(cluster: Cluster, job: str) -> str:
+    """How SLURM's accounting says that the job ended."""
+    until(
+        lambda: job not in cluster.command("squeue", "--noheader", "--array", "--format=%i").split(), job
+    )
+    state = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job]
+    until(lambda: cluster.command(*state) not in ("", "RUNNING", "PENDING"), f"{job} is in the accounts")
+    return cluster.command(*state)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the long run finds on this machine when nothing befalls it."""
+    home = tmp_path_factory.mktemp("uninterrupted")
+    here = f"output_dir={home}", f"data.cache_dir={home}/cache", "launcher.cpus_per_task=1"
+    assert launch(*SMALL, *LONG, *here).returncode == 0
+    return results(the_run(home))
+
+
+def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
+    points = ["-m", "lora.rank=1,2,4", "layer.index=1,2", "launcher.max_array_size=4"]
+    there, here = tmp_path / "there", tmp_path / "here"
+    started = submitted(there, *points)
+    assert started.returncode == 0, started.stderr
+    assert "6 submitted to SLURM" in started.stdout
+    assert (
+        len({one.job.id.split("_")[0] for one in folders_in(there) if one.job}) == 2
+    )  # arrays of 4 and 2
+    places = f"output_dir={here}", f"data.cache_dir={there}/cache"
+    cores = "launcher.cpus_per_task=1", "launcher.max_parallel=2"
+    assert launch("-m", *SMALL, *points[1:], *places, *cores).returncode == 0
+    until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
+    assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
+    for one, other in zip(folders_in(there), folders_in(here), strict=True):
+        assert results(one) == results(other)
+        assert {path.name for path in one.path.iterdir()} == {
+            path.name for path in other.path.iterdir()
+        } | {"job.json"}
+    assert main(["status", str(there / "main")]) == 0
+    again = submitted(there, *points)
+    assert "6 of 6 done before" in again.stdout
+    assert not jobs(cluster)
+
+
+def test_preempted_it_goes_on_and_ends_the_same(
+    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
+) -> None:
+    assert submitted(tmp_path, *LONG, "launcher.partition=low").returncode == 0
+    folder = the_run(tmp_path)
+    until(lambda: at_step(folder, 15), "the run is at work")
+    cluster.command(
+        "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=5", "--wrap=sleep 3"
+    )
+    until(lambda: standings([folder])[0].state is State.queued, "the run waits again")
+    until(lambda: folder.is_finished or folder.has_failed, "the run")
+    assert folder.is_finished, folder.failure_message
+    assert "going on from step" in folder.log.read_text()
+    assert results(folder) == uninterrupted
+
+
+def test_a_time_limit_is_survived(
+    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
+) -> None:
+    # SLURM's clock ticks in minutes: the signal comes after a quarter of one.
+    limits = "launcher.timeout_min=1", "launcher.signal_delay_s=45"
+    assert submitted(tmp_path, *LONG, *limits).returncode == 0
+    folder = the_run(tmp_path)
+    until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
+    assert folder.is_finished, folder.failure_message
+    assert "going on from step" in folder.log.read_text()
+    assert results(folder) == uninterrupted
+
+
+def test_a_dead_node_costs_what_came_after_the_checkpoint(
+    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
+) -> None:
+    assert submitted(tmp_path, *LONG).returncode == 0
+    folder = the_run(tmp_path)
+    until(lambda: at_step(folder, 25), "the run is at work")
+    node = cluster.command("squeue", "--noheader", "--format=%N")
+    reached = folder.read_progress()
+    assert reached is not None
+    cluster.kill_node(node)
+    try:
+        until(lambda: folder.is_finished or folder.has_failed, "the run", 300)
+    finally:
+        cluster.start_node(node)
+    assert folder.is_finished, folder.failure_message
+    (line,) = [line for line in folder.log.read_text().splitlines() if "going on from step" in line]
+    assert int(line.split()[4]) >= reached.step - 10
+    assert results(folder) == uninterrupted
+
+
+def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
+    node = "launcher.sbatch={nodelist: n1}"
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", node, "launcher.gpus_per_node=1").returncode == 0
+    folders = folders_in(tmp_path)
+    until(lambda: all(one.is_finished for one in folders), "the sweep")
+    gpus = {one.read_summary()["environment"]["visible_gpus"] for one in folders}
+    assert gpus == {"0", "1"}
+
+
+def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
+    files = tmp_path / "conf/train"
+    files.mkdir(parents=True)
+    mine = files / "mine.yaml"
+    mine.write_text("defaults: [default]\nlr: 1e-3\n")
+    cluster.command(
+        "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=5", "--wrap=sleep 60"
+    )
+    mine_too = f"--config-dir={tmp_path}/conf", "train=mine"
+    assert submitted(tmp_path, *mine_too).returncode == 0
+    folder = the_run(tmp_path)
+    assert standings([folder])[0].state is State.queued
+    mine.write_text("defaults: [default]\nlr: 1\n")
+    before = folder.config.read_text()
+    again = submitted(
+        tmp_path, *mine_too
+    )  # another run, since its rate differs; the first stays as it is
+    assert again.returncode == 0
+    assert folder.config.read_text() == before
+    mine.unlink()
+    cluster.command("scancel", "--partition=high", "--user", "root")
+    until(lambda: folder.is_finished, "the run")
+    assert "lr: 0.001" in folder.config.read_text()
+
+
+def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", "train.lr=1e-3,1e30").returncode == 0
+    folders = folders_in(tmp_path)
+    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the sweep")
+    for folder in folders:
+        assert folder.job is not None
+        rate_is_absurd = "1e+30" in folder.config.read_text()
+        assert folder.has_failed is rate_is_absurd
+        assert ended(cluster, folder.job.id) == ("FAILED" if rate_is_absurd else "COMPLETED")
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "main")]) == 1
+    assert "2 failed, 2 done" in capsys.readouterr().out
+    (failed, _) = [folder for folder in folders if folder.has_failed]
+    assert main(["logs", str(failed.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "loading model" in printed
+    assert "failed: " in printed
+    assert "Traceback" in printed
+
+
+def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> None:
+    assert submitted(tmp_path, *LONG).returncode == 0
+    folder = the_run(tmp_path)
+    until(lambda: at_step(folder, 15), "the run is at work")
+    assert main(["cancel", str(tmp_path / "main")]) == 0
+    assert "1 jobs cancelled" in capsys.readouterr().out
+    assert folder.job is not None
+    assert ended(cluster, folder.job.id).startswith("CANCELLED")
+    until(lambda: standings([folder])[0].state is State.resumable, "the run is free")
+    assert "CANCELLED" in str(standings([folder])[0].note)
+
+
+def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: Path) -> None:
+    here = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+    command = [sys.executable, "launch.py", "-m", "lora.rank=1,2,4", *SMALL, *ON_CLUSTER, *here]
+    both = [
+        subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        for _ in range(2)
+    ]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert len(jobs(cluster)) == 3
+    until(lambda: all(one.is_finished for one in folders_in(tmp_path)), "the sweep")
+
+
+def test_a_partition_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    refused = submitted(tmp_path, "launcher.partition=hihg")
+    assert refused.returncode == 1
+    assert "nearest valid: launcher.partition=high" in refused.stderr
+    assert not folders_in(tmp_path)
