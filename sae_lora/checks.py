@@ -279,6 +279,8 @@ def _check_budget(config: Config) -> None:
 
 
 def _check_launcher(launcher: LauncherConfig) -> None:
+    if launcher.sbatch is not None and not isinstance(launcher.sbatch, dict):
+        raise ConfigError("launcher.sbatch", launcher.sbatch, "options of sbatch: {option: value}")
     if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
         raise ConfigError("launcher.timeout_min", None, "minutes, with launcher=slurm", nearest=240)
     if launcher.timeout_min is not None and 60 * launcher.timeout_min <= launcher.signal_delay_s:

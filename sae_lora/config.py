@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,8 @@ class ModelConfig:
     """Hugging Face repository (`org/name`), a local folder, or `tiny` for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of the repository; null is its default branch."""
+    commit: str | None = None
+    """What `revision` stood for when the run was planned. The launcher writes it; leave it null."""
     dtype: DType = DType.float32
     """Precision the weights are loaded in."""
     middle_block: int = 0
@@ -182,6 +185,9 @@ class DataConfig:
     """The data set's split that text is read from."""
     revision: str | None = None
     """Branch, tag or commit of the data set."""
+    version: str | None = None
+    """The data set's commit, or the hash of the text, when the run was planned. The launcher writes it;
+    leave it null."""
     column: str = "text"
     """The column that holds the text."""
     streaming: bool = True
@@ -277,7 +283,7 @@ class LauncherConfig:
     """slurm: jobs of an array that may run at the same time."""
     max_array_size: int = 1000
     """slurm: jobs in one array; a larger sweep becomes several."""
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: Any = None
     """slurm: any further sbatch option, as `{option: value}`."""
     wait: bool = False
     """slurm: stay and show the runs until they have ended."""
@@ -383,9 +389,9 @@ def unknown_key(key: str) -> UnknownKeyError:
 
 _NOT_IDENTITY = {
     "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
-    "model": ("middle_block",),
+    "model": ("middle_block", "commit"),
     "sae": ("width", "l0", "release", "id", "path"),
-    "data": ("cache_dir",),
+    "data": ("cache_dir", "version"),
     "train": ("device", "kl_chunk_tokens", "eval_batch_tokens", "checkpoint_every_steps"),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
@@ -404,6 +410,11 @@ def identity(config: Config) -> str:
             del part[name]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def train_steps(config: Config) -> int:
+    """Optimiser steps of a run; the last one is whole, so a few more tokens may be trained on."""
+    return math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
 
 
 def readable_name(config: Config) -> str:

@@ -8,7 +8,8 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import submitit
@@ -29,6 +30,8 @@ from sae_lora.watch import Watch
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
 """How often a job may run out of time and be started again; one that hangs ends itself."""
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""All is fetched before; a node without internet is the normal case."""
 _LOOK_EVERY_S = 0.5
 _ASK_SLURM_EVERY_S = 2.0
 
@@ -73,13 +76,15 @@ def launch(points: Sequence[Config]) -> int:
 
 
 def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
-    """The runs that are to be run now, frozen; says what becomes of the others."""
+    """The runs that are to be run now, frozen, with all that they read fetched.
+
+    Says what becomes of the others.
+    """
     found = []
     count: Counter[State] = Counter()
     for run, standing in zip(planned.runs, _standings(planned), strict=True):
         count[standing.state] += 1
         if standing.is_to_do or (standing.state is State.failed and settings.retry_failed):
-            run.freeze()
             found.append(run)
         elif standing.state in (State.running, State.queued):
             complain("left alone", f"{run.name} is {standing.state.value}, {standing.note}")
@@ -90,6 +95,14 @@ def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
             "run again" if settings.retry_failed else "not run again unless launcher.retry_failed=true"
         )
         complain(f"{count[State.failed]} failed before", again)
+    if not found:
+        return found
+    from sae_lora.prefetch import prefetched  # brings torch in
+
+    configs = prefetched([run.config for run in found])
+    found = [replace(run, config=config) for run, config in zip(found, configs, strict=True)]
+    for run in found:
+        run.freeze()
     return found
 
 
@@ -100,13 +113,18 @@ def _standings(planned: Plan) -> list[Standing]:
 @contextmanager
 def _alone_in(sweep: Path) -> Iterator[None]:
     """One launch at a time looks which runs are free and submits them, so that none goes in twice."""
-    while True:
-        try:
-            with held(sweep):
-                yield
-                return
-        except HeldError:
-            time.sleep(_LOOK_EVERY_S)
+    with ExitStack() as stack:
+        said = False
+        while True:
+            try:
+                stack.enter_context(held(sweep))
+                break
+            except HeldError:
+                if not said:
+                    say(f"another launch of {sweep.name} is at work; waiting for it")
+                said = True
+                time.sleep(_LOOK_EVERY_S)
+        yield
 
 
 def run_now(point: Config) -> float:
@@ -137,7 +155,7 @@ def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
     free = deque(_places(runs, settings))
     waiting = deque(runs)
     at_work: list[tuple[submitit.Job[None], dict[str, str]]] = []
-    variables = tracking.settled(runs[0].config.tracking)
+    variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
     with Watch([run.folder for run in runs]) as watch:
         try:
             while waiting or at_work:
@@ -179,16 +197,15 @@ def _submit(runs: Sequence[Run], settings: LauncherConfig) -> set[str]:
         slurm_setup=settings.setup or None,
         slurm_signal_delay_s=settings.signal_delay_s,
         slurm_array_parallelism=settings.array_parallelism,
-        slurm_additional_parameters={"requeue": True} | settings.sbatch,
+        slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
     )
     threads = {"OMP_NUM_THREADS": str(settings.cpus_per_task)} if settings.cpus_per_task else {}
-    variables = threads | {"HF_HUB_OFFLINE": "1"}  # a node without internet is the normal case
     submitted: set[str] = set()
     for start in range(0, len(runs), settings.max_array_size):
         part = runs[start : start + settings.max_array_size]
         try:
             with executor.batch():
-                jobs = [executor.submit(_job(run, variables, settings)) for run in part]
+                jobs = [executor.submit(_job(run, _OFFLINE | threads, settings)) for run in part]
         except FailedJobError as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"launcher=slurm: sbatch refused the jobs: {reason}") from error

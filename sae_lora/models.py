@@ -60,8 +60,27 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     with hub.explained("model.name", config.name):
         return AutoTokenizer.from_pretrained(
-            source(config), revision=config.revision, trust_remote_code=False
+            source(config), revision=config.commit or config.revision, trust_remote_code=False
         )
+
+
+def fetch(config: ModelConfig) -> str | None:
+    """Downloads all of the model that a run reads; its weights are not held in memory.
+
+    Returns:
+        The commit that was fetched; `None` for a model that is not from the hub.
+
+    Raises:
+        UserError: Where it cannot be found or fetched.
+    """
+    with hub.explained("model.name", config.name):
+        AutoModelForCausalLM.from_pretrained(
+            source(config),
+            revision=config.commit or config.revision,
+            device_map="meta",
+            trust_remote_code=False,
+        )
+    return config.commit or hub.cached_commit(config.name, config.revision)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -83,7 +102,7 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
     with hub.explained("model.name", config.name):
         model = AutoModelForCausalLM.from_pretrained(
             source(config),
-            revision=config.revision,
+            revision=config.commit or config.revision,
             dtype=torch_dtype(config.dtype),
             trust_remote_code=False,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_blocks
-from sae_lora.config import Config, as_dict, identity, readable_name
+from sae_lora.config import Config, as_dict, identity, load, readable_name
 from sae_lora.errors import ConfigError
 from sae_lora.records import RunFolder
 
@@ -78,8 +78,21 @@ def plan(points: Sequence[Config]) -> Plan:
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
         if path in runs:
             notes.append(f"{path.name} is named twice and runs once")
-        runs.setdefault(path, Run(config, RunFolder(path)))
+        folder = RunFolder(path)
+        runs.setdefault(path, Run(_as_begun(config, folder), folder))
     return Plan(list(runs.values()), notes)
+
+
+def _as_begun(config: Config, folder: RunFolder) -> Config:
+    """A run that goes on reads the same model and text as before, whatever their names stand for now."""
+    if folder.is_finished or not folder.checkpoints.exists():
+        return config
+    begun = load(folder.config.read_text())
+    return replace(
+        config,
+        model=replace(config.model, commit=begun.model.commit),
+        data=replace(config.data, version=begun.data.version),
+    )
 
 
 def _check_context(config: Config, longest: int | None) -> None:

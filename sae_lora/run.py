@@ -19,7 +19,16 @@ from transformers import logging as transformers_logging
 from transformers import set_seed
 
 from sae_lora import checkpoint, distill, hub, lease, lora, models, tracking
-from sae_lora.config import Config, Device, LoRAConfig, TrainConfig, identity, load, readable_name
+from sae_lora.config import (
+    Config,
+    Device,
+    LoRAConfig,
+    TrainConfig,
+    identity,
+    load,
+    readable_name,
+    train_steps,
+)
 from sae_lora.data import corpus
 from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.interruption import Interrupted, Interruption
@@ -54,7 +63,7 @@ def execute(
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device = _device(config.train.device)
-    steps = math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
+    steps = train_steps(config)
     run_hash = identity(config)
     saved = checkpoint.newest(folder.checkpoints, run_hash, lambda text: complain("damaged", text))
     seconds_before = saved.values["total_seconds"] if saved else 0.0
@@ -221,7 +230,7 @@ def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, An
     return {
         "name": config.model.name,
         "revision": config.model.revision,
-        "commit": hub.cached_commit(config.model.name, config.model.revision),
+        "commit": config.model.commit or hub.cached_commit(config.model.name, config.model.revision),
         "class": type(model.model).__name__,
         "blocks": len(model.blocks),
         "loaded_as": config.model.dtype.name,

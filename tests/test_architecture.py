@@ -33,6 +33,7 @@ ORDER = [
         "run",
         "slurm",
         "plan",
+        "prefetch",
         "standing",
         "watch",
         "job",

@@ -86,10 +86,15 @@ def load(
 
     Raises:
         ConfigError: Where the text is too short for what is asked.
-        UserError: Where the text cannot be read.
+        UserError: Where the text cannot be read, or is another than when the run was planned.
     """
     convention = convention_of(tokenizer)
     source = _describe_source(config)
+    if config.version not in (None, version_of(source)):
+        raise UserError(
+            f"the text ({config.source.name}) is another than when this run was planned; sweep=… begins "
+            "a new one with the text as it is now"
+        )
     wanted_validation = config.validation_tokens // config.context_length
     recipe = {
         "format": _FORMAT,
@@ -124,6 +129,15 @@ def load(
             "passes": round(train_sequences / len(train), 3),
         },
     )
+
+
+def version_of(description: dict[str, Any]) -> str:
+    """What tells this text from what may stand under the same name at another time.
+
+    Args:
+        description: Of the corpus.
+    """
+    return description["revision"] if "revision" in description else description["content"]
 
 
 def _cache(config: DataConfig, kind: str) -> Path:
@@ -166,7 +180,7 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
                 "subset": config.subset,
                 "split": config.split,
                 "column": config.column,
-                "revision": _dataset_commit(config),
+                "revision": config.version or _dataset_commit(config),
                 "shuffle_buffer": config.shuffle_buffer if config.streaming else None,
             }
         case _:

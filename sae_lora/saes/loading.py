@@ -93,6 +93,15 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     )
 
 
+def fetch(config: SAEConfig, choice: SAEChoice) -> None:
+    """Downloads an SAE of the registry, so that it can be loaded without a network.
+
+    Raises:
+        UserError: Where it cannot be found or fetched.
+    """
+    _through_sae_lens(config, choice, "cpu")
+
+
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
     """Whether positions holding BOS or EOS keep their activation: as asked, or as the SAEs need it.
 

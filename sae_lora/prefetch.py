@@ -1,0 +1,78 @@
+"""Everything that runs will read, fetched once, before any of them begins.
+
+They then need no network, and read what their names stood for now.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from transformers import logging as transformers_logging
+
+from sae_lora import models
+from sae_lora.config import Config, ModelConfig, train_steps
+from sae_lora.data import corpus
+from sae_lora.terminal import Display
+
+
+def prefetched(configs: Sequence[Config]) -> list[Config]:
+    """Fetches models, SAEs and text, and cuts the text into tokens.
+
+    Args:
+        configs: Of the runs, with their SAEs resolved.
+
+    Returns:
+        The same, with the commits and content that were fetched written into them.
+
+    Raises:
+        UserError: For what cannot be fetched, and text that is too short.
+    """
+    transformers_logging.disable_progress_bar()
+    with Display() as show:
+        fetcher = _Fetcher(show)
+        return [fetcher.fetched(config) for config in configs]
+
+
+class _Fetcher:
+    """Fetches everything once, however many runs read it."""
+
+    def __init__(self, show: Display) -> None:
+        self._show = show
+        self._commits: dict[tuple[str, str | None], str | None] = {}
+        self._versions: dict[str, str] = {}
+        self._saes: set[tuple[str | None, str | None]] = set()
+
+    def fetched(self, config: Config) -> Config:
+        model = replace(config.model, commit=self._model(config.model))
+        for choice in config.sae.used:
+            if choice.release is not None and (choice.release, choice.id) not in self._saes:
+                from sae_lora.saes import loading  # sae-lens takes seconds to import
+
+                self._show.stage(f"fetching SAE {choice.release} {choice.id}")
+                loading.fetch(config.sae, choice)
+                self._saes.add((choice.release, choice.id))
+        return replace(config, model=model, data=replace(config.data, version=self._text(config, model)))
+
+    def _model(self, config: ModelConfig) -> str | None:
+        key = (config.name, config.commit or config.revision)
+        if key not in self._commits:
+            if config.name == models.EMBEDDED_NAME:
+                return None
+            self._show.stage(f"fetching model {config.name}")
+            self._commits[key] = models.fetch(config)
+        return self._commits[key]
+
+    def _text(self, config: Config, model: ModelConfig) -> str:
+        sequences = train_steps(config) * config.train.batch_size
+        key = json.dumps([asdict(config.data), model.name, model.commit, sequences], default=str)
+        if key not in self._versions:
+            text = corpus.load(
+                config.data,
+                models.load_tokenizer(model),
+                sequences,
+                config.train.batch_size,
+                self._show.counter("tokenising", "sequences"),
+            )
+            self._show.end()
+            self._versions[key] = corpus.version_of(text.description)
+        return self._versions[key]
