@@ -50,7 +50,7 @@ class Status:
         now = self.progress
         if self.state is not State.running or now is None or not now.tokens_per_second:
             return None
-        return (now.train_tokens - now.tokens) / now.tokens_per_second
+        return max(0, now.train_tokens - now.tokens) / now.tokens_per_second
 
 
 def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
@@ -167,7 +167,8 @@ class Watch:
             return Group(_bar(statuses[0]))
         first = [status for status in statuses if status.state is State.running]
         rest = [status for status in statuses if status.state in (State.failed, State.resumable)]
-        return Group(status_table([*first, *rest][:_ROWS]), Text(counts(statuses), style="bold"))
+        shown = [*first, *rest][:_ROWS]
+        return Group(*([status_table(shown)] if shown else []), Text(counts(statuses), style="bold"))
 
     def __enter__(self) -> "Watch":
         if console.is_terminal:
