@@ -255,6 +255,9 @@ class LauncherConfig:
     """local: on this machine. slurm: as array jobs on a cluster."""
     dry_run: bool = False
     """Print the plan and stop."""
+    strict: bool = False
+    """Refuse a width or an L0 that does not exist, rather than take the nearest, and a point of a sweep
+    at which there is no SAE, rather than drop it."""
     retry_failed: bool = False
     """Run again what failed before."""
     timeout_min: int | None = None

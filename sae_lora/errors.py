@@ -42,6 +42,10 @@ class ConfigError(UserError):
         super().__init__("\n".join(lines))
 
 
+class NoSuchCellError(ConfigError):
+    """A point of a grid at which there is no SAE: dropped from a sweep, refused alone."""
+
+
 class UnknownKeyError(UserError):
     """A key that no config has.
 

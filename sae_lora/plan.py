@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, as_dict, identity, load, readable_name
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.records import RunFolder
 
 
@@ -54,7 +54,7 @@ def plan(points: Sequence[Config]) -> Plan:
 
     Raises:
         ConfigError: For a point that cannot work.
-        UserError: Where a model's config cannot be had.
+        UserError: Where a model's config cannot be had, and where no point has an SAE.
     """
     # These bring torch and transformers in, which a wrong config need not wait for.
     from sae_lora.models import read_dimensions
@@ -64,7 +64,13 @@ def plan(points: Sequence[Config]) -> Plan:
     notes: list[str] = []
     for point in points:
         dimensions = read_dimensions(point.model)
-        resolution = resolve(point, dimensions)
+        try:
+            resolution = resolve(point, dimensions)
+        except NoSuchCellError as error:
+            if len(points) == 1 or point.launcher.strict:
+                raise
+            notes.append(f"dropped: {_asked_for(point)}, since {error.field} may be {error.allowed}")
+            continue
         config = replace(
             point,
             sae=replace(point.sae, used=resolution.choices),
@@ -80,7 +86,19 @@ def plan(points: Sequence[Config]) -> Plan:
             notes.append(f"{path.name} is named twice and runs once")
         folder = RunFolder(path)
         runs.setdefault(path, Run(_as_begun(config, folder), folder))
+    if not runs:
+        raise UserError("\n  ".join(["no point of this sweep has an SAE", *notes[:5]]))
     return Plan(list(runs.values()), notes)
+
+
+def _asked_for(point: Config) -> str:
+    """The cell of the grid that a point asks for."""
+    parts = {
+        "layer.index": point.layer.index,
+        "sae.width": point.sae.width,
+        "sae.l0": point.sae.l0 and f"{point.sae.l0:g}",
+    }
+    return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
 def _as_begun(config: Config, folder: RunFolder) -> Config:

@@ -1,10 +1,12 @@
 """The command line as a user meets it: exit codes, one message, no traceback unless asked for."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.commands import launch
+from tests.points import SMALL
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,53 @@ def test_a_sweep_from_the_terminal(tmp_path: Path) -> None:
     assert "Traceback" not in swept.stderr
     # Hydra leaves no folders of its own.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["main"]
+
+
+SWEEPER = """
+from dataclasses import dataclass
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+
+class Halving(Sweeper):
+    '''Tries two learning rates, and then the mean of the better one and its half.'''
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        def gaps(rates, first):
+            points = [[*arguments, f"train.lr={rate}"] for rate in rates]
+            return [one.return_value for one in self.launcher.launch(points, initial_job_idx=first)]
+
+        rates = [1e-4, 2e-3]
+        found = gaps(rates, 0)
+        best = rates[found.index(min(found))]
+        print("best of two", best, "then", 0.75 * best, gaps([0.75 * best], 2))
+
+
+@dataclass
+class HalvingConf:
+    _target_: str = "hydra_plugins.halving.Halving"
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=HalvingConf, provider="test")
+"""
+
+
+@pytest.mark.slow
+def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
+    """As Optuna's does: the next point depends on what the ones before have found."""
+    plugins = tmp_path / "plugins/hydra_plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "halving.py").write_text(SWEEPER)
+    here = [f"output_dir={tmp_path}/outputs", f"data.cache_dir={tmp_path}/cache"]
+    path = {"PYTHONPATH": f"{plugins.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
+    swept = launch("-m", "hydra/sweeper=halving", *SMALL, *more, *here, **path)
+    assert swept.returncode == 0, swept.stderr
+    assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
+    assert "best of two 0.002 then 0.0015 [0." in swept.stdout, swept.stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.config import load
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.plan import plan
 from tests.points import Point, folders_in, points_in
 
@@ -25,6 +25,29 @@ def test_the_same_request_in_other_words_is_the_same_run(point: Point) -> None:
     forms = ["lora.blocks=[5]", "lora.blocks=5"], ["lora.blocks=[4,5]", "lora.blocks=[5,4]"]
     for one, other in forms:
         assert len(plan([point(one), point(other)]).runs) == 1
+
+
+def test_cells_that_do_not_exist_are_dropped_from_a_sweep(point: Point) -> None:
+    """SAEs of 4,096 latents were made for block 3 alone."""
+    sweep = [point("sae.width=4k", f"layer.index={block}") for block in (2, 3, 4)]
+    planned = plan(sweep)
+    assert [run.config.sae.used[0].block for run in planned.runs] == [3]
+    assert [note.split(",")[0] for note in planned.notes if "dropped" in note] == [
+        "dropped: layer.index=2 sae.width=4k sae.l0=4",
+        "dropped: layer.index=4 sae.width=4k sae.l0=4",
+    ]
+    with pytest.raises(NoSuchCellError):
+        plan(sweep[:1])
+    with pytest.raises(UserError, match="no point of this sweep has an SAE"):
+        plan([sweep[0], sweep[2]])
+
+
+def test_a_strict_plan_takes_nothing_else_than_what_is_asked_for(point: Point) -> None:
+    exact = point("sae.l0=8", "launcher.strict=true")
+    assert len(plan([exact]).runs) == 1
+    for override in ("sae.l0=9", "sae.width=3k", "layer.index=2 sae.width=4k"):
+        with pytest.raises(NoSuchCellError):
+            plan([exact, point("launcher.strict=true", *override.split())])
 
 
 def test_planning_writes_nothing(point: Point, tmp_path: Path) -> None:

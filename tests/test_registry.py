@@ -7,7 +7,7 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_lora.config import DType, SAEChoice, SAEConfig, SAEFamily
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, NoSuchCellError
 from sae_lora.models import Dimensions, block_of
 from sae_lora.saes import registry
 from tests.composing import composed
@@ -136,6 +136,22 @@ def test_registry_by_id_takes_its_block_from_the_id() -> None:
 def test_what_does_not_exist_is_refused(overrides: tuple[str, ...], field: str, nearest: object) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(GEMMA_2B, *overrides)
+    assert error.value.field == field
+    assert error.value.nearest == nearest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "nearest"),
+    [
+        # 262k exists, at block 12 alone: another column of the grid does not take its place.
+        (("layer.index=6", "sae.width=262k"), "sae.width", 65_536),
+        (("sae.l0=80", "launcher.strict=true"), "sae.l0", "82"),
+        (("sae.width=20k", "launcher.strict=true"), "sae.width", 16_384),
+    ],
+)
+def test_a_cell_that_does_not_exist(overrides: tuple[str, ...], field: str, nearest: object) -> None:
+    with pytest.raises(NoSuchCellError) as error:
+        resolve(GEMMA_2B, *GEMMA, *overrides)
     assert error.value.field == field
     assert error.value.nearest == nearest
 

@@ -19,7 +19,7 @@ import yaml
 from sae_lora.checks import latents
 from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, as_list
 from sae_lora.embedded import SAES as EMBEDDED_SAES
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.errors import ConfigError, NoSuchCellError, UserError, listed, nearest_name
 from sae_lora.models import EMBEDDED_NAME, Dimensions, block_of
 
 
@@ -39,10 +39,15 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
     """The SAEs that the config asks for, the nearest that exist.
 
     Raises:
-        ConfigError: Where there is none, or it does not fit the model.
+        NoSuchCellError: Where no SAE was made for that block and width, or with `launcher.strict` none
+            of just that width and L0.
+        ConfigError: Where what is asked for does not fit the model.
         UserError: Where an SAE's files cannot be read.
     """
     sae = config.sae
+    for block in as_list(config.layer.index):
+        if block is not None:
+            _check_block(block, config.model, model)
     match sae.family:
         case SAEFamily.identity:
             resolution = Resolution([SAEChoice(block=at) for at in _wanted_blocks(config)], [])
@@ -70,15 +75,19 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
         case _:
             raise NotImplementedError(sae.family)
     for choice in resolution.choices:
-        if not 0 <= choice.block < model.n_blocks:
-            last = model.n_blocks - 1
-            raise ConfigError(
-                "layer.index",
-                choice.block,
-                f"a block from 0 to {last} ({config.model.name} has {model.n_blocks})",
-                nearest=max(0, min(choice.block, last)),
-            )
+        _check_block(choice.block, config.model, model)
     return resolution
+
+
+def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:
+    if not 0 <= block < model.n_blocks:
+        last = model.n_blocks - 1
+        raise ConfigError(
+            "layer.index",
+            block,
+            f"a block from 0 to {last} ({config.name} has {model.n_blocks})",
+            nearest=max(0, min(block, last)),
+        )
 
 
 def _wanted_blocks(config: Config) -> list[int]:
@@ -102,16 +111,24 @@ def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> 
         there = [candidate for candidate in candidates if candidate.choice.block == block]
         if not there:
             blocks = sorted({candidate.choice.block for candidate in candidates})
-            raise ConfigError(
+            raise NoSuchCellError(
                 "layer.index",
                 block,
                 f"a block that has such an SAE: {listed(blocks, 50)}",
                 nearest=min(blocks, key=lambda at: abs(at - block)) if blocks else None,
             )
         if config.sae.width is not None and any(candidate.width for candidate in there):
-            there = _nearest(there, lambda candidate: candidate.width, latents(config.sae.width))
+            there = _of_width(config.sae.width, there, candidates, config.launcher.strict)
         if config.sae.l0 is not None and any(candidate.l0 for candidate in there):
+            sparsities = sorted({candidate.l0 for candidate in there})
             there = _nearest(there, lambda candidate: candidate.l0, config.sae.l0)
+            if config.launcher.strict and there[0].l0 != config.sae.l0:
+                raise NoSuchCellError(
+                    "sae.l0",
+                    config.sae.l0,
+                    f"with launcher.strict one that exists at block {block}: {listed(sparsities)}",
+                    nearest=f"{there[0].l0:g}",
+                )
         widths = sorted({candidate.width for candidate in there})
         if len(widths) > 1:
             raise ConfigError("sae.width", None, f"one of {listed(widths)}", nearest=widths[0])
@@ -126,6 +143,32 @@ def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> 
             unknown = f"the table does not state {name} of {found.choice.id}; {want:g} was not used"
             notes.append(f"block {block}: {nearest if got else unknown}")
     return Resolution(choices, notes)
+
+
+def _of_width(
+    asked: str, there: Sequence[_Candidate], everywhere: Sequence[_Candidate], strict: bool
+) -> list[_Candidate]:
+    """Those at a block whose width is the one that is asked for, or the nearest that is made at all.
+
+    A width that was made for other blocks alone is not replaced: it is another column of the grid.
+    """
+    wanted = latents(asked)
+    column = wanted if strict else _nearest(everywhere, _width, wanted)[0].width
+    found = [candidate for candidate in there if candidate.width == column]
+    if not found:
+        widths = sorted({candidate.width for candidate in there})
+        block = there[0].choice.block
+        raise NoSuchCellError(
+            "sae.width",
+            asked,
+            f"a width that there is at block {block}: {listed(widths)}",
+            nearest=_nearest(there, _width, wanted)[0].width,
+        )
+    return found
+
+
+def _width(candidate: _Candidate) -> float:
+    return candidate.width
 
 
 def _asked(sae: SAEConfig, found: _Candidate) -> Iterable[tuple[str, float, float]]:
