@@ -21,7 +21,7 @@ from sae_lora.errors import UserError
 from sae_lora.job import Job
 from sae_lora.lease import HeldError, held, holder
 from sae_lora.plan import Plan, Run, plan
-from sae_lora.records import RunFolder, SubmittedJob
+from sae_lora.records import RunFolder, SubmittedJob, check_writable
 from sae_lora.report import comparison_table, run_table
 from sae_lora.standing import Standing, State, standings
 from sae_lora.terminal import complain, say, show
@@ -57,6 +57,8 @@ def launch(points: Sequence[Config]) -> int:
         for run, standing in zip(planned.runs, _standings(planned), strict=True):
             say(f"{standing.state.value:>13}  {run.name}")
         return 0
+    for sweep in {run.folder.path.parent for run in planned.runs}:
+        check_writable(sweep)
     match settings.kind:
         case LauncherKind.local:
             left = _to_do(planned, settings)

@@ -182,7 +182,7 @@ def _newest(leases: Path) -> int:
     """The largest number; 0 where there is none."""
     try:
         return max(_numbers(leases), default=0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 

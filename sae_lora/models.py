@@ -1,55 +1,17 @@
-"""Language models through transformers: their dimensions before loading, their blocks after."""
+"""Language models through transformers: loaded, and taken apart into backbone, blocks and head."""
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import hub
 from sae_lora.config import DType, ModelConfig
-from sae_lora.embedded import MODEL as EMBEDDED_MODEL
+from sae_lora.dimensions import block_of, resid_post, source
 from sae_lora.errors import ConfigError, UserError, nearest_name
-
-EMBEDDED_NAME = "tiny"
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """What is known of a model from its config alone, before its weights are loaded."""
-
-    d_model: int
-    n_blocks: int
-    d_vocab: int
-    max_context: int | None
-    """Longest sequence the model was made for; `None` where its config does not say."""
-
-
-def source(config: ModelConfig) -> str:
-    """What transformers can load: the repository, or the folder of a local or embedded model."""
-    return str(EMBEDDED_MODEL) if config.name == EMBEDDED_NAME else config.name
-
-
-def read_dimensions(config: ModelConfig) -> Dimensions:
-    """The model's dimensions, from its config file.
-
-    Raises:
-        UserError: Where the config cannot be found or fetched.
-    """
-    with hub.explained("model.name", config.name):
-        text = AutoConfig.from_pretrained(
-            source(config), revision=config.revision, trust_remote_code=False
-        ).get_text_config()
-    return Dimensions(
-        d_model=text.hidden_size,
-        n_blocks=text.num_hidden_layers,
-        d_vocab=text.vocab_size,
-        max_context=getattr(text, "max_position_embeddings", None),
-    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -219,18 +181,3 @@ class _GivenOutput(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-def resid_post(block: int) -> str:
-    """The hookpoint of a block's output, in the field's words."""
-    return f"blocks.{block}.hook_resid_post"
-
-
-def block_of(hookpoint: str) -> int | None:
-    """The block whose output a residual-stream hookpoint names; `None` for any other hookpoint.
-
-    What block `l` reads is what block `l − 1` puts out.
-    """
-    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hookpoint):
-        return int(match[1]) - (match[2] == "pre")
-    return None

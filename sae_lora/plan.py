@@ -11,9 +11,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_blocks
-from sae_lora.config import Config, as_dict, identity, load, readable_name
+from sae_lora.config import Config, TextSource, as_dict, as_list, identity, load, readable_name
+from sae_lora.data.documents import files_matching
+from sae_lora.dimensions import read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.records import RunFolder
+from sae_lora.saes.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,6 @@ def plan(points: Sequence[Config]) -> Plan:
         ConfigError: For a point that cannot work.
         UserError: Where a model's config cannot be had, and where no point has an SAE.
     """
-    # These bring torch and transformers in, which a wrong config need not wait for.
-    from sae_lora.models import read_dimensions
-    from sae_lora.saes.registry import resolve
-
     runs: dict[Path, Run] = {}
     notes: list[str] = []
     for point in points:
@@ -80,6 +79,8 @@ def plan(points: Sequence[Config]) -> Plan:
             config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
         )
         _check_context(config, dimensions.max_context)
+        if config.data.source is TextSource.text_files:
+            files_matching(as_list(config.data.files))
         notes += [note for note in resolution.notes if note not in notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
         if path in runs:

@@ -12,6 +12,7 @@ from transformers import logging as transformers_logging
 from sae_lora import models
 from sae_lora.config import Config, ModelConfig, train_steps
 from sae_lora.data import corpus
+from sae_lora.dimensions import EMBEDDED_NAME
 from sae_lora.terminal import Display
 
 
@@ -56,7 +57,7 @@ class _Fetcher:
     def _model(self, config: ModelConfig) -> str | None:
         key = (config.name, config.commit or config.revision)
         if key not in self._commits:
-            if config.name == models.EMBEDDED_NAME:
+            if config.name == EMBEDDED_NAME:
                 return None
             self._show.stage(f"fetching model {config.name}")
             self._commits[key] = models.fetch(config)

@@ -333,6 +333,20 @@ class CurveWriter:
         self._file.close()
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder and writes into it, to know before anything else that there is room.
+
+    Raises:
+        UserError: Where that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".room", " " * 1_000_000)
+        (folder / ".room").unlink(missing_ok=True)  # another launch may try at the same time
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
+
+
 def as_json(values: dict[str, Any]) -> str:
     """Readable JSON; not-a-number is refused, because JSON has none."""
     return json.dumps(values, indent=2, allow_nan=False) + "\n"

@@ -30,6 +30,7 @@ from sae_lora.config import (
     train_steps,
 )
 from sae_lora.data import corpus
+from sae_lora.dimensions import read_dimensions, source
 from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
@@ -82,7 +83,7 @@ def execute(
             show.counter("tokenising", "sequences"),
         )
         show.end()
-        dimensions = models.read_dimensions(config.model)
+        dimensions = read_dimensions(config.model)
         loaded = [loading.load(config.sae, choice, dimensions, device) for choice in config.sae.used]
         saes = {one.hookpoint: one.sae for one in loaded}
 
@@ -137,7 +138,7 @@ def execute(
             with interruption.held():
                 make_sure()
                 with new_folder(folder.adapter) as beside:
-                    lora.save(adapters, beside, models.source(config.model))
+                    lora.save(adapters, beside, source(config.model))
                 points = folder.read_curve()
                 summary = Summary(
                     name=readable_name(config),

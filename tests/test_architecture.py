@@ -22,6 +22,7 @@ ORDER = [
         "composition",
         "interruption",
         "hub",
+        "dimensions",
     ),
     *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora", "metrics"),
     *(
@@ -91,7 +92,7 @@ def test_each_library_has_one_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "records", "report", "composition", "launcher", "terminal", "watch"]
+    "module", ["config", "records", "report", "composition", "launcher", "terminal", "watch", "plan"]
 )
 def test_planning_and_looking_need_no_torch(module: str) -> None:
     code = f"import sys, sae_lora.{module}; sys.exit('torch' in sys.modules)"

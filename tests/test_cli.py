@@ -7,28 +7,16 @@ import pytest
 
 from tests.commands import launch
 from tests.points import SMALL
+from tests.refusals import WRONG, fault_of, prepare
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["lora.rnk=3"], ["there is no key lora.rnk", "nearest valid: lora.rank"]),
-        (["+foo=1"], ["there is no key foo"]),
-        (["lora.rank=abc"], ["lora.rank = 'abc'", "a whole number"]),
-        (["train.train_tokens=1e6"], ["nearest valid: train.train_tokens=1000000"]),
-        (["sae=gema_scope"], ["nearest valid: sae=gemma_scope"]),
-        (["-m", "lora.rank=1,0"], ["lora.rank = 0", "nearest valid: lora.rank=1"]),
-        (["layer.index=8"], ["layer.index = 8", "nearest valid: layer.index=6"]),
-    ],
-)
-def test_bad_input_is_one_message(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    refused = launch(*arguments, f"output_dir={tmp_path}")
-    assert refused.returncode == 1
-    assert refused.stdout == ""
-    assert "Traceback" not in refused.stderr
-    assert refused.stderr.startswith("error: ")
-    assert all(word in refused.stderr for word in words), refused.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "words"), WRONG, ids=[command for command, _ in WRONG])
+def test_what_cannot_work_is_refused_in_one_message(
+    command: str, words: list[str], tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    assert fault_of(command, words, tmp_path) is None
 
 
 def test_the_traceback_is_there_for_who_asks() -> None:

@@ -8,10 +8,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from sae_lora import lora
 from sae_lora.config import LoRAConfig, Reduction, Schedule, TrainConfig
+from sae_lora.dimensions import resid_post
 from sae_lora.distill import Training, rate_factor
 from sae_lora.errors import UserError
 from sae_lora.metrics import Evaluator, Reconstruction
-from sae_lora.models import LanguageModel, resid_post
+from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced

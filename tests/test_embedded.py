@@ -8,9 +8,10 @@ import torch
 
 from sae_lora.config import Config, DataConfig, ModelConfig, SAEChoice, SAEConfig, SAEFamily, TextSource
 from sae_lora.data import corpus
+from sae_lora.dimensions import read_dimensions
 from sae_lora.embedded import MODEL, SAES, language_model, recipe
 from sae_lora.metrics import Evaluation, Evaluator
-from sae_lora.models import LanguageModel, load_model, load_tokenizer, read_dimensions
+from sae_lora.models import LanguageModel, load_model, load_tokenizer
 from sae_lora.saes import loading
 from sae_lora.saes.training import TopKRequest
 from tests.commands import launch

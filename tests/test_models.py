@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sae_lora.config import DType, ModelConfig
-from sae_lora.models import load_model, read_dimensions
+from sae_lora.dimensions import read_dimensions
+from sae_lora.models import load_model
 from tests.families import D_MODEL, FAMILIES, N_BLOCKS, random_tokens, small_model
 
 

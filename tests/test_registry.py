@@ -7,8 +7,8 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_lora.config import DType, SAEChoice, SAEConfig, SAEFamily
+from sae_lora.dimensions import Dimensions, block_of
 from sae_lora.errors import ConfigError, NoSuchCellError
-from sae_lora.models import Dimensions, block_of
 from sae_lora.saes import registry
 from tests.composing import composed
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from sae_lora import checkpoint, lora
 from sae_lora.checkpoint import DamagedCheckpointError, State
 from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.dimensions import resid_post
 from sae_lora.distill import StepDone, Training
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.metrics import Evaluator
-from sae_lora.models import resid_post
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder
 from tests.coders import topk_sae
 from tests.families import random_tokens, small_model

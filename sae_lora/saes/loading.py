@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sae_lora import hub
 from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
+from sae_lora.dimensions import Dimensions, resid_post
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
-from sae_lora.models import Dimensions, resid_post
 from sae_lora.saes.registry import check_fit, metadata_block, repository_of
 from sae_lora.splice import Coder
 

@@ -18,9 +18,9 @@ import yaml
 
 from sae_lora.checks import latents
 from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, as_list
+from sae_lora.dimensions import EMBEDDED_NAME, Dimensions, block_of
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError, listed, nearest_name
-from sae_lora.models import EMBEDDED_NAME, Dimensions, block_of
 
 
 class Resolution(NamedTuple):
