@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import submitit
+from rich.table import Table
 from submitit.core.utils import FailedJobError
 
 from sae_lora import slurm, tracking
@@ -54,8 +55,7 @@ def launch(points: Sequence[Config]) -> int:
     for note in planned.notes:
         say(f"note: {note}")
     if settings.dry_run:
-        for run, standing in zip(planned.runs, _standings(planned), strict=True):
-            say(f"{standing.state.value:>13}  {run.name}")
+        _show_plan(planned)
         return 0
     for sweep in {run.folder.path.parent for run in planned.runs}:
         check_writable(sweep)
@@ -75,6 +75,36 @@ def launch(points: Sequence[Config]) -> int:
             raise NotImplementedError(settings.kind)
     _conclude(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def _show_plan(planned: Plan) -> None:
+    """Every run of the plan: what it means, how far it is, what it will cost."""
+    from sae_lora.estimate import estimate  # brings torch in
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("run", "state", "SAE"):
+        table.add_column(name, no_wrap=True)
+    for name in ("adapter weights", "training FLOPs", "peak memory"):
+        table.add_column(name, justify="right")
+    flops, memory = 0.0, 0.0
+    count: Counter[State] = Counter()
+    for run, standing in zip(planned.runs, _standings(planned), strict=True):
+        cost = estimate(run.config)
+        count[standing.state] += 1
+        if standing.state is not State.done:
+            flops, memory = flops + cost.flops, max(memory, cost.peak_bytes)
+        table.add_row(
+            run.name,
+            standing.state.value,
+            ", ".join(f"{one.id or one.path or 'identity'}" for one in run.config.sae.used),
+            f"{cost.adapter_weights:,}",
+            f"{cost.flops:.2e}",
+            f"{cost.peak_bytes / 1e9:.2f} GB",
+        )
+    show(table)
+    states = ", ".join(f"{number} {state.value}" for state, number in count.items())
+    say(f"{len(planned.runs)} runs: {states}")
+    say(f"to do: {flops:.2e} training FLOPs (evaluations come on top), at most {memory / 1e9:.2f} GB")
 
 
 def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:

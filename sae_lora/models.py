@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -43,6 +43,19 @@ def fetch(config: ModelConfig) -> str | None:
             trust_remote_code=False,
         )
     return config.commit or hub.cached_commit(config.name, config.revision)
+
+
+def load_shapes(config: ModelConfig) -> "LanguageModel":
+    """The model without its weights (on torch's meta device): what can be counted before loading.
+
+    Raises:
+        UserError: Where its config cannot be found or fetched.
+    """
+    with hub.explained("model.name", config.name), torch.device("meta"):
+        found = AutoConfig.from_pretrained(
+            source(config), revision=config.commit or config.revision, trust_remote_code=False
+        )
+        return LanguageModel(AutoModelForCausalLM.from_config(found, trust_remote_code=False))
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -88,7 +101,8 @@ class LanguageModel:
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config.get_text_config()
         self.blocks = self._find_blocks()
-        self._check_head()
+        if self.device.type != "meta":  # where there are shapes, and nothing to compute
+            self._check_head()
 
     @property
     def device(self) -> torch.device:

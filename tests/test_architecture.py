@@ -35,6 +35,7 @@ ORDER = [
         "slurm",
         "plan",
         "prefetch",
+        "estimate",
         "standing",
         "watch",
         "job",

@@ -80,7 +80,10 @@ def test_what_another_process_runs_is_left_alone(point: Point, capsys) -> None:
 def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
     assert launcher.launch([point("launcher.dry_run=true"), point("lora.rank=4")]) == 0
     assert not folders_in(tmp_path)
-    assert capsys.readouterr().out.count("new") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("new") == 3  # two runs, and their number
+    assert "block_3-width_1024-l0_4" in printed
+    assert "training FLOPs" in printed
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "the launcher alone is told"])

@@ -1,5 +1,6 @@
 """The launcher on a real SLURM: array jobs, preemption, time limits, dead nodes, cancellation."""
 
+import getpass
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from sae_lora.standing import State, standings
 from tests.attempts import results
 from tests.cluster import Cluster, missing_programs, running
 from tests.commands import REPOSITORY, launch
+from tests.hub import COMMIT, serving
 from tests.points import SMALL, folders_in
+from tests.repositories import write_all
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,11 +62,13 @@ def until(there: Callable[[], object], what: str, limit_s: float = 180) -> None:
         time.sleep(0.2)
 
 
-def submitted(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submitted(
+    home: Path, *arguments: str, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in options]
     here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides)
+    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides, **environment)
 
 
 def the_run(home: Path) -> RunFolder:
@@ -198,9 +203,36 @@ def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Pat
     assert again.returncode == 0
     assert folder.config.read_text() == before
     mine.unlink()
-    cluster.command("scancel", "--partition=high", "--user", "root")
+    cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
     until(lambda: folder.is_finished, "the run")
     assert "lr: 0.001" in folder.config.read_text()
+
+
+def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> None:
+    """Model, SAE and text come from a hub that is gone before the jobs begin."""
+    write_all(tmp_path / "hub")
+    cluster.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 100")
+    gemma = (
+        "model=gemma2_2b",
+        "sae=gemma_scope",
+        "sae.width=16k",
+        "sae.l0=82",
+        "layer.index=12",
+        "data=pile",
+    )
+    tokens = "data.context_length=32", "data.validation_tokens=128", "train.train_tokens=128"
+    with serving(tmp_path / "hub") as hub:
+        places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
+        started = submitted(tmp_path, "-m", *gemma, *tokens, "lora.rank=1,2", **places)
+        assert started.returncode == 0, started.stderr
+        weights = [one for one in hub.requests if one.startswith("GET") and "model.safetensors" in one]
+    assert len(weights) == 1
+    cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
+    folders = folders_in(tmp_path)
+    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the sweep")
+    assert [one.failure_message for one in folders] == [None, None]
+    assert {one.read_summary()["model"]["commit"] for one in folders} == {COMMIT}
+    assert all(load(one.config.read_text()).model.commit == COMMIT for one in folders)
 
 
 def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
