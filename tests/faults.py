@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ RUN = (
 AT_ONCE = 2
 """Attempts at the same time, a core each."""
 
+_COMPOSING = threading.Lock()
+"""Hydra composes one config at a time."""
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -106,7 +109,8 @@ def attempt(
 
 
 def _copies(home: Path, name: str, *overrides: str) -> RunFolder:
-    return frozen(home / name, *RUN, f"data.cache_dir={home}/cache", *overrides)
+    with _COMPOSING:
+        return frozen(home / name, *RUN, f"data.cache_dir={home}/cache", *overrides)
 
 
 def _all_at_once(tries: list[Callable[[], bool]], what: str, progress: Progress) -> list[bool]:
