@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import submitit
@@ -18,7 +18,7 @@ from submitit.core.utils import FailedJobError
 
 from sae_lora import slurm, tracking
 from sae_lora.config import Config, LauncherConfig, LauncherKind
-from sae_lora.errors import UserError
+from sae_lora.errors import ConfigError, UserError
 from sae_lora.job import Job
 from sae_lora.lease import HeldError, held, holder
 from sae_lora.plan import Plan, Run, plan
@@ -48,7 +48,7 @@ def launch(points: Sequence[Config]) -> int:
     """
     if not points:  # Hydra was asked for help, or to show a config
         return 0
-    settings = points[0].launcher
+    settings = _common_settings(points)
     if settings.kind is LauncherKind.slurm:
         slurm.check_partition(settings.partition)
     planned = plan(points)
@@ -57,7 +57,8 @@ def launch(points: Sequence[Config]) -> int:
     if settings.dry_run:
         _show_plan(planned)
         return 0
-    for sweep in {run.folder.path.parent for run in planned.runs}:
+    sweeps = sorted({run.folder.path.parent for run in planned.runs})
+    for sweep in sweeps:
         check_writable(sweep)
     match settings.kind:
         case LauncherKind.local:
@@ -65,7 +66,7 @@ def launch(points: Sequence[Config]) -> int:
             if left:
                 _run_here(left, settings)
         case LauncherKind.slurm:
-            with _alone_in(planned.runs[0].folder.path.parent):
+            with _alone_in(sweeps):
                 left = _to_do(planned, settings)
                 jobs = _submit(left, settings) if left else set()
             if not settings.wait:
@@ -75,6 +76,22 @@ def launch(points: Sequence[Config]) -> int:
             raise NotImplementedError(settings.kind)
     _conclude(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def _common_settings(points: Sequence[Config]) -> LauncherConfig:
+    """What the launcher is to do, which is the same for all points.
+
+    Raises:
+        ConfigError: Where points differ in it.
+    """
+    first = asdict(points[0].launcher)
+    for point in points[1:]:
+        for name, value in asdict(point.launcher).items():
+            if value != first[name]:
+                raise ConfigError(
+                    f"launcher.{name}", value, "the same for all points of a sweep", first[name]
+                )
+    return points[0].launcher
 
 
 def _show_plan(planned: Plan) -> None:
@@ -143,19 +160,20 @@ def _standings(planned: Plan) -> list[Standing]:
 
 
 @contextmanager
-def _alone_in(sweep: Path) -> Iterator[None]:
+def _alone_in(sweeps: Sequence[Path]) -> Iterator[None]:
     """One launch at a time looks which runs are free and submits them, so that none goes in twice."""
     with ExitStack() as stack:
-        said = False
-        while True:
-            try:
-                stack.enter_context(held(sweep))
-                break
-            except HeldError:
-                if not said:
-                    say(f"another launch of {sweep.name} is at work; waiting for it")
-                said = True
-                time.sleep(_LOOK_EVERY_S)
+        for sweep in sweeps:
+            said = False
+            while True:
+                try:
+                    stack.enter_context(held(sweep))
+                    break
+                except HeldError:
+                    if not said:
+                        say(f"another launch of {sweep.name} is at work; waiting for it")
+                    said = True
+                    time.sleep(_LOOK_EVERY_S)
         yield
 
 

@@ -40,7 +40,7 @@ class Run:
             UserError: Where the folder cannot be written.
         """
         self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
-        self.folder.set_aside_failure()
+        self.folder.begin_again()
 
 
 @dataclass(frozen=True)

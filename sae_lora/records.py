@@ -211,9 +211,10 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
-    def set_aside_failure(self) -> None:
-        """Puts the cause of a failure away, where it stays for who looks back."""
+    def begin_again(self) -> None:
+        """Forgets an old job, and puts the cause of a failure away, for who looks back."""
         self._set_aside(self.failure)
+        self.job_file.unlink(missing_ok=True)
 
     def set_aside(self, *, curve: bool) -> None:
         """Keeps what an attempt that did not end has left, out of the way of the next one.

@@ -485,7 +485,7 @@ def main() -> int:
     unknown = set(chosen.campaigns) - set(CAMPAIGNS)
     if unknown:
         parser.error(f"no such campaign: {', '.join(unknown)}")
-    _FORKS.set_forkserver_preload(["sae_lora.run", "tests.faults"])
+    _FORKS.set_forkserver_preload(["sae_lora.run", "sae_lora.launcher"])
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     rows = []
     with Progress() as progress:

@@ -44,6 +44,10 @@ WRONG: list[tuple[str, list[str]]] = [
     ("sweep=a/b", ["nearest valid: sweep=a_b"]),
     ("launcher.timeout_min=1", ["launcher.signal_delay_s = 90", "less than the 60 s"]),
     ("launcher.max_parallel=0", ["launcher.max_parallel = 0"]),
+    (
+        "-m launcher.max_parallel=1,2",
+        ["launcher.max_parallel = 2", "nearest valid: launcher.max_parallel=1"],
+    ),
     # what does not exist, or does not fit together
     ("model.name=no/such-model", ["model.name = 'no/such-model'"]),
     ("model.name=./nowhere", ["model.name = './nowhere'"]),
