@@ -61,7 +61,6 @@ class Job:
         Raises:
             RunFailedError: At the end, where a run has failed.
         """
-        self._started = time.monotonic()
         while self._left:
             folder = RunFolder(Path(self._left[0]))
             # A failure that is there already is of an earlier start of this job: planning clears
@@ -81,6 +80,7 @@ class Job:
         self._furthest_step = 0
 
     def _attempt(self, folder: RunFolder) -> int:
+        self._started = time.monotonic()
         with folder.log.open("ab") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "sae_lora.run", str(folder.path)],
@@ -95,7 +95,8 @@ class Job:
                 raise
         ended = folder.is_finished or folder.has_failed or code in (EXIT_HELD, EXIT_INTERRUPTED)
         if not ended:
-            folder.write_failure(how_it_ended(code), _end_of(folder.log))
+            said = _end_of(folder.log)
+            folder.write_failure(how_it_ended(code, said), said)
         if code == EXIT_INTERRUPTED and not folder.is_finished:
             # A preemption or a cancellation: the word or the end of it comes to this process too,
             # which must not begin another run meanwhile.
@@ -115,9 +116,8 @@ class Job:
             folder = RunFolder(Path(self._left[0]))
             progress = folder.read_progress()
             step = progress.step if progress is not None else 0
-            out_of_time = time.monotonic() - self._started > 0.8 * self._timeout_s
-            stuck = step <= self._furthest_step and (out_of_time or not answered)
-            if stuck and not folder.is_finished:
+            had_its_time = time.monotonic() - self._started > 0.8 * self._timeout_s
+            if had_its_time and step <= self._furthest_step and not folder.is_finished:
                 message = f"hangs after step {step}: no step in {self._timeout_s / 60:g} minutes" + (
                     "" if answered else ", and no answer when asked to stop"
                 )
@@ -157,12 +157,19 @@ def _has_ended(child: int) -> bool:
     return found is not None
 
 
-def how_it_ended(code: int) -> str:
-    """What an exit code says of a process that wrote nothing down itself."""
+def how_it_ended(code: int, said: str = "") -> str:
+    """What an exit code says of a process that wrote no failure down itself.
+
+    Args:
+        code: The exit code; negative where a signal ended it.
+        said: The end of what it printed.
+    """
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, or killed by hand)" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
+    if code == 1 and said.strip():  # Python's own: an exception that nobody caught, before the run began
+        return f"ended with exit code 1: {said.strip().splitlines()[-1]}"
     return f"ended by itself with exit code {code} and without a word"
 
 

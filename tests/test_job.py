@@ -120,7 +120,7 @@ def test_asked_to_stop_it_lets_the_run_save(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_answer_and_gets_nowhere_hangs(tmp_path: Path) -> None:
-    one = job_of(tmp_path, "deaf-1", answer_s=0.3)
+    one = job_of(tmp_path, "deaf-1", timeout_min=0.001, answer_s=0.3)
     assert interrupted(one, tmp_path / "deaf-1/ready") is None
     message = RunFolder(tmp_path / "deaf-1").failure_message
     assert message is not None
@@ -142,6 +142,13 @@ def test_a_run_that_gets_on_is_no_hang(tmp_path: Path) -> None:
     assert interrupted(one, tmp_path / "deaf-1/ready") is None  # the second time it got no further
 
 
+def test_preempted_before_its_first_step_it_does_not_hang(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "deaf-1", answer_s=0.3)
+    assert interrupted(one, tmp_path / "deaf-1/ready") is not None
+    assert not RunFolder(tmp_path / "deaf-1").has_failed
+
+
 def test_exit_codes_in_words() -> None:
+    assert how_it_ended(1, "Traceback\nImportError: no torch\n").endswith("1: ImportError: no torch")
     assert "SIGSEGV" in how_it_ended(-signal.SIGSEGV)
     assert "exit code 9" in how_it_ended(9)
