@@ -1,6 +1,7 @@
 """What there is to do with runs that are there: `python -m sae_lora --help`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -62,10 +63,18 @@ def runs_of(sweep: Path) -> list[RunFolder]:
     configs = (
         [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
     )
-    found = [RunFolder(path.parent) for path in sorted(configs)]
+    found = [
+        RunFolder(path.parent)
+        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
+    ]
     if not found:
         raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
     return found
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """Sorts s2 before s10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def tell(folders: list[RunFolder]) -> int:
@@ -101,7 +110,8 @@ def cancel_jobs(folders: list[RunFolder]) -> None:
         UserError: Where SLURM cannot be asked, or refuses.
     """
     queue = slurm.queue() if any(folder.job for folder in folders) else {}
-    jobs = [job.id for folder in folders if (job := folder.job) is not None and job.id in queue]
+    under_way = [folder for folder in folders if not folder.is_finished]
+    jobs = [job.id for folder in under_way if (job := folder.job) is not None and job.id in queue]
     if jobs:
         slurm.cancel(jobs)
     say(f"{len(jobs)} jobs cancelled")

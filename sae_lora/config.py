@@ -111,6 +111,8 @@ class SAEChoice:
     """Registry id within the release."""
     path: str | None = None
     """Folder in sae-lens's format."""
+    commit: str | None = None
+    """Of the release's repository, when the run was planned."""
     sha256: str | None = None
     """Of the weights file in that folder: another SAE there is another run."""
     width: int | None = None
@@ -411,6 +413,8 @@ def identity(config: Config) -> str:
         part = values[group] if group else values
         for name in names:
             del part[name]
+    for choice in values["sae"]["used"]:
+        del choice["commit"]
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

@@ -59,13 +59,13 @@ def read_dimensions(config: ModelConfig) -> Dimensions:
 
 
 def _config_file(config: ModelConfig) -> dict[str, Any]:
-    folder = Path(source(config))
+    folder, revision = Path(source(config)), config.commit or config.revision
     if folder.is_dir():
         path = folder / "config.json"
         if not path.exists():
             raise UserError(f"model.name = {config.name!r} cannot be used: {folder} has no config.json")
     else:
-        path = Path(hf_hub_download(config.name, "config.json", revision=config.revision))
+        path = Path(hf_hub_download(config.name, "config.json", revision=revision))
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -77,7 +77,7 @@ def _through_transformers(config: ModelConfig) -> dict[str, Any]:
     from transformers import AutoConfig  # brings torch in
 
     text = AutoConfig.from_pretrained(
-        source(config), revision=config.revision, trust_remote_code=False
+        source(config), revision=config.commit or config.revision, trust_remote_code=False
     ).get_text_config()
     return {
         "d_model": text.hidden_size,

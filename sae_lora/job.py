@@ -16,6 +16,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED
+from sae_lora.interruption import SIGNALS
 from sae_lora.records import RunFolder
 
 STOP = signal.SIGUSR2
@@ -35,7 +36,7 @@ class Job:
     Args:
         folders: The run folders.
         environment: Variables for the runs, beside those of the job.
-        timeout_min: Minutes that the job is given before it is asked to stop.
+        time_s: Seconds that the job is given before it is asked to stop.
         answer_s: Seconds that a run may take to save where it stands, once asked to stop.
     """
 
@@ -43,12 +44,12 @@ class Job:
         self,
         folders: Sequence[Path],
         environment: dict[str, str],
-        timeout_min: float,
+        time_s: float,
         answer_s: float = 60.0,
     ) -> None:
         self._left = [str(folder) for folder in folders]
         self._environment = environment
-        self._timeout_s = 60 * timeout_min
+        self._time_s = time_s
         self._answer_s = answer_s
         self._failed: list[str] = []
         self._furthest_step = 0
@@ -90,6 +91,8 @@ class Job:
             )
             try:
                 code = self._child.wait()
+                if -code in SIGNALS:  # asked to stop before it could listen: nothing was begun
+                    code = EXIT_INTERRUPTED
             except KeyboardInterrupt:  # Ctrl-C, or the launcher's word: what runs saves and stops
                 self._child.send_signal(STOP)
                 raise
@@ -98,10 +101,18 @@ class Job:
             said = _end_of(folder.log)
             folder.write_failure(how_it_ended(code, said), said)
         if code == EXIT_INTERRUPTED and not folder.is_finished:
-            # A preemption or a cancellation: the word or the end of it comes to this process too,
-            # which must not begin another run meanwhile.
-            time.sleep(self._answer_s)
+            self._wait_for_the_end()
         return code
+
+    def _wait_for_the_end(self) -> None:
+        """The run was asked to stop, and this process was not.
+
+        A preemption or a cancellation begins so. On SLURM its end comes here too, after a grace period
+        that may be long, as a call of `checkpoint` or as a kill; to leave before would be to fail.
+        """
+        time.sleep(self._answer_s)
+        while "SLURM_JOB_ID" in os.environ:
+            time.sleep(60)
 
     def checkpoint(self, *_: Any, **__: Any) -> DelayedSubmission | None:
         """Called by submitit before it requeues the job: the run saves where it stands.
@@ -116,9 +127,9 @@ class Job:
             folder = RunFolder(Path(self._left[0]))
             progress = folder.read_progress()
             step = progress.step if progress is not None else 0
-            had_its_time = time.monotonic() - self._started > 0.8 * self._timeout_s
+            had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
             if had_its_time and step <= self._furthest_step and not folder.is_finished:
-                message = f"hangs after step {step}: no step in {self._timeout_s / 60:g} minutes" + (
+                message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min" + (
                     "" if answered else ", and no answer when asked to stop"
                 )
                 folder.write_failure(message, _end_of(folder.log))

@@ -1,40 +1,28 @@
-"""The launcher: gets every point of a sweep at once, plans, and gives what is left to submitit.
+"""The launcher: gets every point of a sweep at once, plans, and dispatches what is left to do."""
 
-A job (`Job`) holds runs and executes them one after another, each in a process of its own. On this
-machine jobs are started as places become free, and watched; on a cluster they are submitted.
-"""
-
-import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import submitit
 from rich.table import Table
-from submitit.core.utils import FailedJobError
 
-from sae_lora import slurm, tracking
+from sae_lora import slurm
 from sae_lora.config import Config, LauncherConfig, LauncherKind
-from sae_lora.errors import ConfigError, UserError
-from sae_lora.job import Job
-from sae_lora.lease import HeldError, held, holder
+from sae_lora.dispatch import run_here, submit, wait_for
+from sae_lora.errors import ConfigError
+from sae_lora.lease import HeldError, held
 from sae_lora.plan import Plan, Run, plan
-from sae_lora.records import RunFolder, SubmittedJob, check_writable
+from sae_lora.records import check_writable
 from sae_lora.report import comparison_table, run_table
 from sae_lora.standing import Standing, State, standings
 from sae_lora.terminal import complain, say, show
-from sae_lora.watch import Watch
 
-_NO_LIMIT_MIN = 10 * 365 * 24 * 60
-_TIMEOUTS = 1_000
-"""How often a job may run out of time and be started again; one that hangs ends itself."""
-_OFFLINE = {"HF_HUB_OFFLINE": "1"}
-"""All is fetched before; a node without internet is the normal case."""
 _LOOK_EVERY_S = 0.5
-_ASK_SLURM_EVERY_S = 2.0
+_MOST_LINES = 5
+"""Runs that are named one by one; the rest is counted."""
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -62,16 +50,22 @@ def launch(points: Sequence[Config]) -> int:
         check_writable(sweep)
     match settings.kind:
         case LauncherKind.local:
-            left = _to_do(planned, settings)
-            if left:
-                _run_here(left, settings)
+            with _alone_in(sweeps):
+                to_do = _to_do(planned, settings)
+            if to_do:
+                run_here(to_do, settings)
         case LauncherKind.slurm:
             with _alone_in(sweeps):
-                left = _to_do(planned, settings)
-                jobs = _submit(left, settings) if left else set()
+                to_do = _to_do(planned, settings)
+                if to_do:
+                    submit(to_do, settings)
             if not settings.wait:
                 return 0
-            _wait_for(jobs, [run.folder for run in planned.runs])
+            try:
+                wait_for([run.folder for run in planned.runs])
+            except KeyboardInterrupt:
+                say("the jobs go on without this command")
+                return 130
         case _:
             raise NotImplementedError(settings.kind)
     _conclude(planned)
@@ -129,30 +123,40 @@ def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
 
     Says what becomes of the others.
     """
-    found = []
-    count: Counter[State] = Counter()
-    for run, standing in zip(planned.runs, _standings(planned), strict=True):
-        count[standing.state] += 1
-        if standing.is_to_do or (standing.state is State.failed and settings.retry_failed):
-            found.append(run)
-        elif standing.state in (State.running, State.queued):
-            complain("left alone", f"{run.name} is {standing.state.value}, {standing.note}")
+    before = _standings(planned)
+    count = Counter(standing.state for standing in before)
     if count[State.done]:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
     if count[State.failed]:
-        again = (
-            "run again" if settings.retry_failed else "not run again unless launcher.retry_failed=true"
-        )
+        again = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
         complain(f"{count[State.failed]} failed before", again)
+    elsewhere = [
+        f"{run.name} is {standing.state.value}, {standing.note}"
+        for run, standing in zip(planned.runs, before, strict=True)
+        if standing.state in (State.running, State.queued)
+    ]
+    for line in elsewhere[:_MOST_LINES]:
+        complain("left alone", line)
+    if len(elsewhere) > _MOST_LINES:
+        complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
+
+    wanted = {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
+    found = [run for run, standing in zip(planned.runs, before, strict=True) if standing.state in wanted]
     if not found:
-        return found
+        return []
     from sae_lora.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in found])
-    found = [replace(run, config=config) for run, config in zip(found, configs, strict=True)]
-    for run in found:
+    # That may have taken an hour, in which another launch's runs have gone on.
+    now = standings([run.folder for run in found])
+    ready = [
+        replace(run, config=config)
+        for run, config, standing in zip(found, configs, now, strict=True)
+        if standing.state in wanted
+    ]
+    for run in ready:
         run.freeze()
-    return found
+    return ready
 
 
 def _standings(planned: Plan) -> list[Standing]:
@@ -161,7 +165,7 @@ def _standings(planned: Plan) -> list[Standing]:
 
 @contextmanager
 def _alone_in(sweeps: Sequence[Path]) -> Iterator[None]:
-    """One launch at a time looks which runs are free and submits them, so that none goes in twice."""
+    """One launch at a time looks which runs are free, so that none is frozen or submitted twice."""
     with ExitStack() as stack:
         for sweep in sweeps:
             said = False
@@ -190,126 +194,11 @@ def run_now(point: Config) -> float:
 
     (run,) = plan([point]).runs
     if not run.folder.is_finished:
-        run.freeze()
         with held(run.folder.path) as lease:
             if not run.folder.is_finished:  # another process may have ended it meanwhile
+                run.freeze()
                 execute(run.folder, make_sure=lease.check)
     return run.folder.read_summary()["ce_gap"]
-
-
-def _run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
-    """Executes the runs on this machine, as many at a time as there are places, and shows them."""
-    executor = submitit.LocalExecutor(_pickles(runs), max_num_timeout=_TIMEOUTS)
-    timeout_min = settings.timeout_min or _NO_LIMIT_MIN
-    executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
-    free = deque(_places(runs, settings))
-    waiting = deque(runs)
-    at_work: list[tuple[submitit.Job[None], dict[str, str]]] = []
-    variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
-    with Watch([run.folder for run in runs]) as watch:
-        try:
-            while waiting or at_work:
-                while waiting and free:
-                    place, run = free.popleft(), waiting.popleft()
-                    job = executor.submit(_job(run, variables | place, settings))
-                    at_work.append((job, place))
-                time.sleep(_LOOK_EVERY_S)
-                watch.update()
-                free.extend(place for job, place in at_work if job.done())
-                at_work = [(job, place) for job, place in at_work if not job.done()]
-        except KeyboardInterrupt:
-            say("stopping: each run saves where it stands")
-            for job, _ in at_work:
-                job.cancel()
-            while any(holder(run.folder.path) for run in runs):
-                time.sleep(_LOOK_EVERY_S)
-                watch.update()
-            raise
-
-
-def _submit(runs: Sequence[Run], settings: LauncherConfig) -> set[str]:
-    """Submits the runs to SLURM as array jobs and returns the jobs' numbers.
-
-    Raises:
-        UserError: Where SLURM refuses.
-    """
-    executor = submitit.AutoExecutor(_pickles(runs), "slurm", slurm_max_num_timeout=_TIMEOUTS)
-    executor.update_parameters(
-        name=f"sae_lora-{runs[0].config.sweep}",
-        timeout_min=settings.timeout_min,
-        gpus_per_node=settings.gpus_per_node or None,
-        cpus_per_task=settings.cpus_per_task,
-        mem_gb=settings.mem_gb,
-        slurm_partition=settings.partition,
-        slurm_account=settings.account,
-        slurm_qos=settings.qos,
-        slurm_constraint=settings.constraint,
-        slurm_setup=settings.setup or None,
-        slurm_signal_delay_s=settings.signal_delay_s,
-        slurm_array_parallelism=settings.array_parallelism,
-        slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
-    )
-    threads = {"OMP_NUM_THREADS": str(settings.cpus_per_task)} if settings.cpus_per_task else {}
-    submitted: set[str] = set()
-    for start in range(0, len(runs), settings.max_array_size):
-        part = runs[start : start + settings.max_array_size]
-        try:
-            with executor.batch():
-                jobs = [executor.submit(_job(run, _OFFLINE | threads, settings)) for run in part]
-        except FailedJobError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"launcher=slurm: sbatch refused the jobs: {reason}") from error
-        for run, job in zip(part, jobs, strict=True):
-            run.folder.write_job(SubmittedJob("slurm", job.job_id))
-            submitted.add(job.job_id)
-    sweep = runs[0].folder.path.parent
-    say(f"{len(runs)} submitted to SLURM; `python -m sae_lora status {sweep}` shows them")
-    return submitted
-
-
-def _wait_for(jobs: set[str], folders: Sequence[RunFolder]) -> None:
-    """Shows the runs until SLURM has none of the jobs any more."""
-    with Watch(folders) as watch:
-        while slurm.queue().keys() & jobs:
-            time.sleep(_ASK_SLURM_EVERY_S)
-            watch.update()
-
-
-def _pickles(runs: Sequence[Run]) -> Path:
-    """Where submitit keeps its own files."""
-    return runs[0].folder.path.parent.absolute() / ".submitit"
-
-
-def _job(run: Run, variables: dict[str, str], settings: LauncherConfig) -> Job:
-    return Job(
-        [run.folder.path.absolute()],
-        variables,
-        settings.timeout_min or _NO_LIMIT_MIN,
-        answer_s=0.8 * settings.signal_delay_s,
-    )
-
-
-def _places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
-    """Where runs can be at the same time: for each place, the variables that keep a run to it."""
-    gpus = [] if all(run.config.train.device.name == "cpu" for run in runs) else _gpus()
-    number = settings.max_parallel or len(gpus) or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = settings.cpus_per_task or (max(1, cores // number) if number > 1 else None)
-    shared = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return [
-        shared | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
-        for place in range(number)
-    ]
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch  # already there: planning needs it
-
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _conclude(planned: Plan) -> None:
@@ -323,8 +212,12 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    failed = [run for run in planned.runs if run.folder.has_failed]
-    for run in failed:
-        complain("failed", f"{run.folder.failure_message}\n        {run.folder.failure}")
+    for run, standing in zip(planned.runs, _standings(planned), strict=True):
+        if standing.state is State.failed:
+            complain("failed", f"{standing.note}\n        {run.folder.failure}")
+        elif standing.state is not State.done:
+            note = f" ({standing.note})" if standing.note else ""
+            complain("not finished", f"{run.name} is {standing.state.value}{note}")
+    failed = sum(run.folder.has_failed for run in planned.runs)
     if failed:
-        complain(f"{len(failed)} failed", "launcher.retry_failed=true runs what failed again")
+        complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

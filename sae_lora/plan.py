@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from sae_lora.checks import adapted_blocks, canonical_blocks
 from sae_lora.config import Config, TextSource, as_dict, as_list, identity, load, readable_name
 from sae_lora.data.documents import files_matching
-from sae_lora.dimensions import read_dimensions
+from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.records import RunFolder
 from sae_lora.saes.registry import resolve
@@ -40,7 +40,7 @@ class Run:
             UserError: Where the folder cannot be written.
         """
         self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
-        self.folder.begin_again()
+        self.folder.clear_failure()
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ def plan(points: Sequence[Config]) -> Plan:
         ConfigError: For a point that cannot work.
         UserError: Where a model's config cannot be had, and where no point has an SAE.
     """
+    sizes: dict[tuple[str, str | None], Dimensions] = {}
     runs: dict[Path, Run] = {}
     notes: list[str] = []
     for point in points:
-        dimensions = read_dimensions(point.model)
+        model = (point.model.name, point.model.revision)
+        if model not in sizes:
+            sizes[model] = read_dimensions(point.model)
+        dimensions = sizes[model]
         try:
             resolution = resolve(point, dimensions)
         except NoSuchCellError as error:
@@ -110,6 +114,7 @@ def _as_begun(config: Config, folder: RunFolder) -> Config:
     return replace(
         config,
         model=replace(config.model, commit=begun.model.commit),
+        sae=replace(config.sae, used=begun.sae.used),
         data=replace(config.data, version=begun.data.version),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from transformers import logging as transformers_logging
 
 from sae_lora import models
-from sae_lora.config import Config, ModelConfig, train_steps
+from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, train_steps
 from sae_lora.data import corpus
 from sae_lora.dimensions import EMBEDDED_NAME
 from sae_lora.terminal import Display
@@ -41,18 +41,28 @@ class _Fetcher:
         self._show = show
         self._commits: dict[tuple[str, str | None], str | None] = {}
         self._versions: dict[str, str] = {}
-        self._saes: set[tuple[str | None, str | None]] = set()
+        self._saes: dict[tuple[str, str | None], str | None] = {}
 
     def fetched(self, config: Config) -> Config:
         model = replace(config.model, commit=self._model(config.model))
-        for choice in config.sae.used:
-            if choice.release is not None and (choice.release, choice.id) not in self._saes:
-                from sae_lora.saes import loading  # sae-lens takes seconds to import
+        used = [replace(choice, commit=self._sae(config.sae, choice)) for choice in config.sae.used]
+        return replace(
+            config,
+            model=model,
+            sae=replace(config.sae, used=used),
+            data=replace(config.data, version=self._text(config, model)),
+        )
 
-                self._show.stage(f"fetching SAE {choice.release} {choice.id}")
-                loading.fetch(config.sae, choice)
-                self._saes.add((choice.release, choice.id))
-        return replace(config, model=model, data=replace(config.data, version=self._text(config, model)))
+    def _sae(self, config: SAEConfig, choice: SAEChoice) -> str | None:
+        if choice.release is None:
+            return None
+        key = (choice.release, choice.id)
+        if key not in self._saes:
+            from sae_lora.saes import loading  # sae-lens takes seconds to import
+
+            self._show.stage(f"fetching SAE {choice.release} {choice.id}")
+            self._saes[key] = loading.fetch(config, choice)
+        return choice.commit or self._saes[key]
 
     def _model(self, config: ModelConfig) -> str | None:
         key = (config.name, config.commit or config.revision)

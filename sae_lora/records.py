@@ -9,13 +9,14 @@ outputs/<sweep>/<name>-<hash>/
     checkpoints/    while it is under way: what it goes on from
     progress.json   while it is under way: where it stands; a view, replaced every second
     log.txt         what its attempts have printed
-    job.json        the job that it was last submitted with, where a scheduler has it
+    job.json        the SLURM job that it was last submitted with
 """
 
 import dataclasses
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,12 +100,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that a scheduler has taken a run into."""
+    """The SLURM job that a run was last submitted with."""
 
-    scheduler: str
-    """slurm."""
     id: str
-    """Its number there."""
+    """Its number: `12`, or `12_3` in an array."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
@@ -211,7 +210,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
-    def begin_again(self) -> None:
+    def clear_failure(self) -> None:
         """Forgets an old job, and puts the cause of a failure away, for who looks back."""
         self._set_aside(self.failure)
         self.job_file.unlink(missing_ok=True)
@@ -228,7 +227,8 @@ class RunFolder:
         left = [path for path in paths if path.exists()]
         if not left:
             return
-        number = 1 + sum(1 for _ in self.path.glob("unfinished-*"))
+        numbers = [int(path.name.rpartition("-")[2]) for path in self.path.glob("unfinished-*")]
+        number = 1 + max(numbers, default=0)
         aside = self.path / f"unfinished-{number}"
         aside.mkdir()
         for path in left:
@@ -378,7 +378,7 @@ def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
         text: All of it.
         lasting: Whether it must be there also when the machine stops a moment later.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -302,10 +302,22 @@ def attempt(folder: RunFolder) -> int:
     except Interrupted:
         return EXIT_INTERRUPTED
     except Exception as error:  # whatever it is, its cause is kept
-        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        folder.write_failure(message, traceback.format_exc())
+        folder.write_failure(_cause(error), traceback.format_exc())
         return EXIT_FAILED
     return 0
+
+
+def _cause(error: Exception) -> str:
+    """Why the run failed, for people."""
+    if isinstance(error, UserError):
+        return str(error)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or "can't allocate memory" in str(error):  # torch's words on a CPU
+        return (
+            f"out of memory: {error}\n  smaller: train.batch_size, train.kl_chunk_tokens (logits) or "
+            "train.eval_batch_tokens (the last two change no result)"
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def main() -> int:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 
-_TIMEOUT_S = 30
-_OVER = ("COMPLETED", "COMPLETING")
+JOB_NAME = "sae_lora-"
+"""What the names of our jobs begin with."""
+_TIMEOUT_S = 60
 
 
 class UnreachableError(UserError):
@@ -15,14 +16,15 @@ class UnreachableError(UserError):
 
 
 def queue() -> dict[str, str]:
-    """The user's jobs that wait or run: state by number, `12`, or `12_3` in an array.
+    """Our jobs of this user that wait or run: state by number, `12`, or `12_3` in an array.
 
     Raises:
         UnreachableError: Where SLURM cannot be asked.
     """
-    command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
-    jobs = dict(line.split(maxsplit=1) for line in _output(command).splitlines())
-    return {job: state for job, state in jobs.items() if state not in _OVER}
+    whose = ["--all", "--array", "--user", getpass.getuser()]
+    lines = _output(["squeue", "--noheader", *whose, "--format", "%i %T %j"]).splitlines()
+    jobs = (line.split(maxsplit=2) for line in lines)
+    return {number: state for number, state, name in jobs if name.startswith(JOB_NAME)}
 
 
 def ends(jobs: Collection[str]) -> dict[str, str]:
@@ -45,7 +47,8 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         UserError: Where SLURM cannot be asked, or refuses.
     """
-    _output(["scancel", *jobs])
+    for start in range(0, len(jobs), 500):  # a command line has an end
+        _output(["scancel", *jobs[start : start + 500]])
 
 
 def check_partition(partition: str | None) -> None:
@@ -55,7 +58,7 @@ def check_partition(partition: str | None) -> None:
         ConfigError: Names the partitions that there are.
         UnreachableError: Where SLURM cannot be asked.
     """
-    there = sorted(set(_output(["sinfo", "--noheader", "--format", "%R"]).split()))
+    there = sorted(set(_output(["sinfo", "--all", "--noheader", "--format", "%R"]).split()))
     unknown = set((partition or "").split(",")) - {"", *there}
     if unknown:
         near = nearest_name(min(unknown), there)

@@ -55,7 +55,8 @@ def standings(folders: Sequence[RunFolder]) -> list[Standing]:
         queue = slurm.queue()
     except slurm.UnreachableError as error:
         for at, job in jobs.items():
-            found[at] = Standing(State.queued, f"as job {job}, or no more: {error}")
+            gone = f"if that job is gone for good, delete {folders[at].job_file}"
+            found[at] = Standing(State.queued, f"as job {job}, or no more: {error}; {gone}")
         return found
     lost = {at: job for at, job in jobs.items() if job not in queue}
     ends = slurm.ends(lost.values())

@@ -164,6 +164,9 @@ def settled(config: TrackingConfig) -> dict[str, str]:
 
     try:
         return {"WANDB_MODE": _settled_mode(TrackingMode.auto, wandb.setup().settings)}
+    except Exception as error:  # W&B must never stop a run, whatever it raises
+        log.warning("W&B: %s", _first_line(error))
+        return {}
     finally:
         wandb.teardown()  # the service that `setup` starts; each run has its own
 

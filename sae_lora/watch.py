@@ -124,25 +124,28 @@ class Watch:
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = list(folders)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._seen: dict[str, State] = {}
+        self._seen: dict[RunFolder, State] = {}
         self._relayed = 0
         if len(self._folders) == 1 and self._folders[0].log.exists():
             self._relayed = self._folders[0].log.stat().st_size
 
     def update(self) -> None:
         """Reads every folder and shows what has changed."""
-        statuses = statuses_of(self._folders)
+        try:
+            statuses = statuses_of(self._folders)
+        except OSError:  # a file server that is away for a moment; the next look may succeed
+            return
         if len(self._folders) == 1:
             self._relay(self._folders[0])
         else:
-            for status in statuses:
-                self._tell(status)
+            for folder, status in zip(self._folders, statuses, strict=True):
+                self._tell(folder, status)
         if console.is_terminal:
             self._live.update(self._picture(statuses))
 
-    def _tell(self, status: Status) -> None:
+    def _tell(self, folder: RunFolder, status: Status) -> None:
         """Says in a line that stays how a run has ended, and elsewhere than in a terminal its start."""
-        before, self._seen[status.name] = self._seen.get(status.name), status.state
+        before, self._seen[folder] = self._seen.get(folder), status.state
         if status.state is before:
             return
         closed = f"gap closed {percent(status.point.gap_closed)}" if status.point is not None else ""

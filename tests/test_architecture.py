@@ -39,6 +39,7 @@ ORDER = [
         "standing",
         "watch",
         "job",
+        "dispatch",
         "launcher",
     ),
     *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
@@ -47,7 +48,7 @@ ORDER = [
 ROOMS = {
     "peft": {"lora"},
     "wandb": {"tracking"},
-    "submitit": {"job", "launcher"},
+    "submitit": {"job", "dispatch"},
     "hydra": {"composition"},
 }
 """The modules that may import a library."""

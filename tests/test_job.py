@@ -48,11 +48,11 @@ def runs_are_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "run.py").write_text(RUN)
 
 
-def job_of(tmp_path: Path, *names: str, timeout_min: float = 60, answer_s: float = 30) -> Job:
+def job_of(tmp_path: Path, *names: str, time_s: float = 3600, answer_s: float = 30) -> Job:
     for name in names:
         (tmp_path / name).mkdir()
     environment = {"PYTHONPATH": str(tmp_path / "stand_in"), "PYTHONSAFEPATH": "1"}
-    return Job([tmp_path / name for name in names], environment, timeout_min, answer_s)
+    return Job([tmp_path / name for name in names], environment, time_s, answer_s)
 
 
 def test_a_failed_run_hurts_no_other(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_asked_to_stop_it_lets_the_run_save(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_answer_and_gets_nowhere_hangs(tmp_path: Path) -> None:
-    one = job_of(tmp_path, "deaf-1", timeout_min=0.001, answer_s=0.3)
+    one = job_of(tmp_path, "deaf-1", time_s=0.06, answer_s=0.3)
     assert interrupted(one, tmp_path / "deaf-1/ready") is None
     message = RunFolder(tmp_path / "deaf-1").failure_message
     assert message is not None
@@ -129,13 +129,13 @@ def test_a_run_that_does_not_answer_and_gets_nowhere_hangs(tmp_path: Path) -> No
 
 
 def test_a_run_that_answers_and_gets_nowhere_in_all_its_time_hangs(tmp_path: Path) -> None:
-    one = job_of(tmp_path, "slow-1", timeout_min=0.001)
+    one = job_of(tmp_path, "slow-1", time_s=0.06)
     assert interrupted(one, tmp_path / "slow-1/ready") is None
     assert RunFolder(tmp_path / "slow-1").has_failed
 
 
 def test_a_run_that_gets_on_is_no_hang(tmp_path: Path) -> None:
-    one = job_of(tmp_path, "deaf-1", timeout_min=0.001, answer_s=0.3)
+    one = job_of(tmp_path, "deaf-1", time_s=0.06, answer_s=0.3)
     RunFolder(tmp_path / "deaf-1").write_progress(Progress("training", step=7, steps=9))
     assert interrupted(one, tmp_path / "deaf-1/ready") is not None
     (tmp_path / "deaf-1/ready").unlink()

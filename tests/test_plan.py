@@ -1,5 +1,6 @@
 """The plan: what points mean, which are the same, which cannot work, how far each is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_a_retry_takes_what_the_new_command_says(point: Point) -> None:
     again.freeze()
     assert first.folder.path == again.folder.path
     assert load(again.folder.config.read_text()).train.kl_chunk_tokens == 64
+
+
+def test_a_run_that_was_begun_reads_what_it_read_before(point: Point) -> None:
+    (first,) = plan([point()]).runs
+    config = replace(first.config, data=replace(first.config.data, version="as it was"))
+    replace(first, config=config).freeze()
+    (new,) = plan([point()]).runs
+    assert new.config.data.version is None  # nothing was begun: it reads the text as it is now
+    first.folder.checkpoints.mkdir()
+    (begun,) = plan([point()]).runs
+    assert begun.config.data.version == "as it was"
+    assert begun.folder.path == first.folder.path
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def jobs(cluster: Cluster) -> list[str]:
     return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
 
 
+def occupy(cluster: Cluster, seconds: int) -> None:
+    """A job of higher rank takes both nodes."""
+    whole = "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"
+    cluster.command("sbatch", *whole, f"--wrap=sleep {seconds}")
+
+
 def until(there: Callable[[], object], what: str, limit_s: float = 180) -> None:
     deadline = time.monotonic() + limit_s
     while not there():
@@ -131,9 +137,7 @@ def test_preempted_it_goes_on_and_ends_the_same(
     assert submitted(tmp_path, *LONG, "launcher.partition=low").returncode == 0
     folder = the_run(tmp_path)
     until(lambda: at_step(folder, 15), "the run is at work")
-    cluster.command(
-        "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=5", "--wrap=sleep 3"
-    )
+    occupy(cluster, 3)
     until(lambda: standings([folder])[0].state is State.queued, "the run waits again")
     until(lambda: folder.is_finished or folder.has_failed, "the run")
     assert folder.is_finished, folder.failure_message
@@ -188,9 +192,7 @@ def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Pat
     files.mkdir(parents=True)
     mine = files / "mine.yaml"
     mine.write_text("defaults: [default]\nlr: 1e-3\n")
-    cluster.command(
-        "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=5", "--wrap=sleep 60"
-    )
+    occupy(cluster, 60)
     mine_too = f"--config-dir={tmp_path}/conf", "train=mine"
     assert submitted(tmp_path, *mine_too).returncode == 0
     folder = the_run(tmp_path)
@@ -211,7 +213,7 @@ def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Pat
 def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> None:
     """Model, SAE and text come from a hub that is gone before the jobs begin."""
     write_all(tmp_path / "hub")
-    cluster.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 100")
+    occupy(cluster, 100)
     gemma = (
         "model=gemma2_2b",
         "sae=gemma_scope",

@@ -33,9 +33,11 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     assert state() is State.resumable
     folder.write_failure("a reason", "and all of it")
     assert state() is State.failed
-    run.freeze()  # a retry: what failed is put aside
+    folder.write_job(SubmittedJob("11"))
+    run.freeze()  # a retry: what failed is put aside, and so is its job
     assert state() is State.resumable
-    folder.write_job(SubmittedJob("slurm", "12_3"))
+    assert folder.job is None
+    folder.write_job(SubmittedJob("12_3"))
     monkeypatch.setattr(slurm, "queue", lambda: {"12_3": "PENDING"})
     assert state() is State.queued
     monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
@@ -51,7 +53,7 @@ def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
 ) -> None:
     (run,) = plan([point()]).runs
     run.freeze()
-    run.folder.write_job(SubmittedJob("slurm", "12"))
+    run.folder.write_job(SubmittedJob("12"))
     monkeypatch.setenv("PATH", "")
     (standing,) = standings([run.folder])
     assert standing.state is State.queued

@@ -92,8 +92,8 @@ def load(
     source = _describe_source(config)
     if config.version not in (None, version_of(source)):
         raise UserError(
-            f"the text ({config.source.name}) is another than when this run was planned; sweep=… begins "
-            "a new one with the text as it is now"
+            f"the text ({config.source.name}) is another than when this run was planned: files have "
+            "changed or, for stdlib, this is another Python; sweep=… begins anew with the text of now"
         )
     wanted_validation = config.validation_tokens // config.context_length
     recipe = {

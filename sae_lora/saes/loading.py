@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
 from sae_lora.dimensions import Dimensions, resid_post
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
-from sae_lora.saes.registry import check_fit, metadata_block, repository_of
+from sae_lora.saes.registry import check_fit, metadata_block, repository_of, weights_digest
 from sae_lora.splice import Coder
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
 
     Raises:
         ConfigError: Where it was made for another block or another width.
-        UserError: Where its files are missing or damaged.
+        UserError: Where its files are missing, damaged, or others than when the run was planned.
     """
+    _check_as_planned(choice)
     loaded = (
         _Loaded(IdentitySAE(), {"d_in": model.d_model, "d_sae": model.d_model})
         if config.family is SAEFamily.identity
@@ -82,7 +84,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
             "hookpoint": resid_post(choice.block),
             "release": choice.release,
             "id": choice.id,
-            "commit": hub.cached_commit(repository_of(choice.release)) if choice.release else None,
+            "commit": _commit(choice),
             "path": choice.path,
             "architecture": loaded.values.get("architecture", "identity"),
             "width": loaded.values.get("d_sae"),
@@ -93,13 +95,38 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     )
 
 
-def fetch(config: SAEConfig, choice: SAEChoice) -> None:
+def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
     """Downloads an SAE of the registry, so that it can be loaded without a network.
+
+    Returns:
+        The commit of its repository that was fetched.
 
     Raises:
         UserError: Where it cannot be found or fetched.
     """
     _through_sae_lens(config, choice, "cpu")
+    return _commit(choice)
+
+
+def _commit(choice: SAEChoice) -> str | None:
+    return hub.cached_commit(repository_of(choice.release)) if choice.release else None
+
+
+def _check_as_planned(choice: SAEChoice) -> None:
+    """Refuses an SAE that has been exchanged under its name since the run was planned.
+
+    Raises:
+        UserError: Names it.
+    """
+    if choice.commit is not None and _commit(choice) != choice.commit:
+        raise UserError(
+            f"sae.release = {choice.release!r}: the cache holds another commit of it than when this run "
+            f"was planned ({choice.commit})"
+        )
+    if choice.path is not None and choice.sha256 not in (None, weights_digest(Path(choice.path))):
+        raise UserError(
+            f"sae.path = {choice.path!r}: another SAE is there than when this run was planned"
+        )
 
 
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:

@@ -361,13 +361,19 @@ def _read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
     return SAEChoice(
         block=at,
         path=str(folder.resolve()),
-        sha256=_digest(folder / "sae_weights.safetensors"),
+        sha256=weights_digest(folder),
         width=values.get("d_sae"),
         l0=metadata.get("l0") or values.get("k"),
     )
 
 
-def _digest(file: Path) -> str:
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights file in a folder of sae-lens's format.
+
+    Raises:
+        UserError: Where it cannot be read.
+    """
+    file = folder / "sae_weights.safetensors"
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
