@@ -108,20 +108,33 @@ class Cluster:
 
 
 @contextmanager
-def running() -> Iterator[Cluster]:
-    """Starts a cluster in a temporary folder and stops all of it at the end of the block."""
+def running(*, signal_on_preemption: bool = True, grace_s: int = 30) -> Iterator[Cluster]:
+    """Starts a cluster in a temporary folder and stops all of it at the end of the block.
+
+    Args:
+        signal_on_preemption: Whether a preempted job gets the signal that it asked for; SLURM's own
+            default is SIGTERM alone.
+        grace_s: Seconds that a preempted job is given.
+    """
     # Not in one of pytest's: munged refuses a socket that not everybody can reach.
     with TemporaryDirectory(prefix="slurm-") as folder:
         Path(folder).chmod(0o755)
-        with _running_in(Path(folder)) as cluster:
+        with _running_in(Path(folder), signal_on_preemption, grace_s) as cluster:
             yield cluster
 
 
 @contextmanager
-def _running_in(root: Path) -> Iterator[Cluster]:
+def _running_in(root: Path, signal_on_preemption: bool, grace_s: int) -> Iterator[Cluster]:
     cluster = Cluster(root)
     controller, database, accounting, *nodes = _free_ports(3 + len(NODES))
     _write_files(root, controller, database, accounting, nodes)
+    with (root / "slurm.conf").open("a") as configuration:
+        configuration.write(
+            f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE "
+            f"GraceTime={grace_s} MaxTime=INFINITE State=UP\n"
+        )
+        if signal_on_preemption:
+            configuration.write("SlurmctldParameters=preempt_send_user_signal\n")
     with ExitStack() as stack:
         stack.callback(cluster._stop)
         cluster._start(
@@ -226,7 +239,6 @@ MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -245,9 +257,7 @@ AccountingStoragePass={root}/munge.socket
             "CPUs=2 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n"
             for name, port in zip(NODES, nodes, strict=True)
         )
-        + "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 "
-        "MaxTime=INFINITE State=UP\n"
-        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP\n"
+        + "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP\n"
     )
 
 

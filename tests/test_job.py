@@ -22,6 +22,10 @@ match folder.name.split("-")[0]:
         os._exit(3)
     case "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    case "stopped":
+        sys.exit(75)
+    case "unready":
+        os.kill(os.getpid(), signal.SIGTERM)
     case "says":
         (folder / "failure.json").write_text(json.dumps({"message": "a reason", "details": ""}))
         sys.exit(1)
@@ -140,6 +144,19 @@ def test_a_run_that_gets_on_is_no_hang(tmp_path: Path) -> None:
     assert interrupted(one, tmp_path / "deaf-1/ready") is not None
     (tmp_path / "deaf-1/ready").unlink()
     assert interrupted(one, tmp_path / "deaf-1/ready") is None  # the second time it got no further
+
+
+@pytest.mark.parametrize("name", ["stopped-1", "unready-1"])
+def test_a_run_that_was_asked_to_stop_has_not_failed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SLURM the job waits: what asked its run, a preemption perhaps, comes to it too."""
+    waited = []
+    monkeypatch.setattr(Job, "_wait_for_the_end", lambda job: waited.append(list(job._left)))
+    with pytest.raises(RunFailedError, match="stopped by a signal"):
+        job_of(tmp_path, name, "good-1")()
+    assert waited == [[str(tmp_path / name), str(tmp_path / "good-1")]]
+    assert not RunFolder(tmp_path / name).has_failed
 
 
 def test_preempted_before_its_first_step_it_does_not_hang(tmp_path: Path) -> None:

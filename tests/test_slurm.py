@@ -145,6 +145,23 @@ def test_preempted_it_goes_on_and_ends_the_same(
     assert results(folder) == uninterrupted
 
 
+def test_preempted_with_sigterm_alone_it_goes_on(
+    tmp_path: Path, uninterrupted: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SLURM does by default. The run has saved long before its time of grace is over."""
+    with running(signal_on_preemption=False, grace_s=15) as other:
+        for name, value in other.environment.items():
+            monkeypatch.setenv(name, value)
+        assert submitted(tmp_path, *LONG, "launcher.signal_delay_s=5").returncode == 0
+        folder = the_run(tmp_path)
+        until(lambda: at_step(folder, 15), "the run is at work")
+        occupy(other, 3)
+        until(lambda: folder.is_finished or folder.has_failed, "the run")
+    assert folder.is_finished, folder.failure_message
+    assert "going on from step" in folder.log.read_text()
+    assert results(folder) == uninterrupted
+
+
 def test_a_time_limit_is_survived(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
 ) -> None:
