@@ -78,7 +78,8 @@ def test_what_another_process_runs_is_left_alone(point: Point, capsys) -> None:
 
 
 def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
-    assert launcher.launch([point("launcher.dry_run=true"), point("lora.rank=4")]) == 0
+    dry = "launcher.dry_run=true"
+    assert launcher.launch([point(dry), point(dry, "lora.rank=4")]) == 0
     assert not folders_in(tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("new") == 3  # two runs, and their number
