@@ -59,7 +59,8 @@ def run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
     Raises:
         KeyboardInterrupt: When asked to stop, once what runs has saved where it stands.
     """
-    executor = submitit.LocalExecutor(_new_folder(runs))
+    folder = _new_folder(runs)
+    executor = submitit.LocalExecutor(folder)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
@@ -70,7 +71,8 @@ def run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
             while waiting or at_work:
                 while waiting and free:
                     place, run = free.popleft(), waiting.popleft()
-                    job = executor.submit(_job(run, variables | place, settings))
+                    with _errors_to(folder / "controllers.log"):
+                        job = executor.submit(_job(run, variables | place, settings))
                     at_work.append(_AtWork(run, job, place, _newest_checkpoint(run.folder)))
                 time.sleep(_LOOK_EVERY_S)
                 watch.update()
@@ -82,6 +84,19 @@ def run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
             say("stopping: what runs saves where it stands")
             _stop(at_work, settings.signal_delay_s, watch)
             raise
+
+
+@contextmanager
+def _errors_to(file: Path) -> Iterator[None]:
+    """What is started inside the block complains there: submitit's processes do so at Ctrl-C."""
+    before = os.dup(2)
+    with file.open("ab") as opened:
+        os.dup2(opened.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _goes_on(ended: _AtWork) -> bool:

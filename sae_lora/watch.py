@@ -174,6 +174,8 @@ class Watch:
         return Group(*([status_table(shown)] if shown else []), Text(counts(statuses), style="bold"))
 
     def __enter__(self) -> "Watch":
+        if len(self._folders) == 1:
+            say(f"run {self._folders[0].path.name}")
         if console.is_terminal:
             self._live.start()
         return self
@@ -189,7 +191,8 @@ def _bar(status: Status) -> Table | Text:
     """One run's progress as a bar, with loss, tokens/s and ETA."""
     now = status.progress
     if now is None or not now.train_tokens:
-        return Text(now.stage if now is not None else status.state.value, style="dim")
+        waiting = "starting" if status.state is State.new else status.state.value
+        return Text(now.stage if now is not None else waiting, style="dim")
     grid = Table.grid(padding=(0, 2))
     eta = status.seconds_left
     grid.add_row(

@@ -471,8 +471,7 @@ _ABOVE = [
     "# Faults",
     "",
     "What came of killing, damaging, starving and doubling real runs of the embedded default, as",
-    "`python -m tests.faults --to docs/faults.md` wrote it. *Tried* is how often, *held* how often",
-    "all was as it must be.",
+    "`python -m tests.faults` finds it. *Tried* is how often, *held* how often all was as it must be.",
     "",
 ]
 
