@@ -6,10 +6,25 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["WANDB_MODE"] = "offline"
+# Two test processes share two cores: with more threads than that, torch's wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
 from tests.families import FAMILIES, small_model
+
+
+LONGEST = ["test_slurm", "test_hub", "test_attempts", "test_launcher", "test_cli"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one of them at the end."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
