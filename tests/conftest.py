@@ -13,7 +13,6 @@ import pytest
 
 from tests.families import FAMILIES, small_model
 
-
 LONGEST = ["test_slurm", "test_hub", "test_attempts", "test_launcher", "test_cli"]
 
 
