@@ -1,7 +1,9 @@
 """The launcher on a real SLURM: array jobs, preemption, time limits, dead nodes, cancellation."""
 
+import contextlib
 import getpass
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 
 from sae_lora.__main__ import main
 from sae_lora.config import load
+from sae_lora.lease import holder
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, standings
 from tests.attempts import results
@@ -165,14 +168,30 @@ def test_preempted_with_sigterm_alone_it_goes_on(
 def test_a_time_limit_is_survived(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
 ) -> None:
-    # SLURM's clock ticks in minutes: the signal comes after a quarter of one.
     limits = "launcher.timeout_min=1", "launcher.signal_delay_s=45"
     assert submitted(tmp_path, *LONG, *limits).returncode == 0
     folder = the_run(tmp_path)
+    until(lambda: at_step(folder, 15), "the run is at work")
+    at_work = holder(folder.path)
+    assert at_work is not None
+    os.kill(at_work.pid, signal.SIGSTOP)  # SLURM's clock ticks in minutes, and the run is quicker
+    until(lambda: is_pending(signal.SIGUSR2, at_work.pid), "the warning")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(at_work.pid, signal.SIGCONT)
     until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
     assert folder.is_finished, folder.failure_message
     assert "going on from step" in folder.log.read_text()
     assert results(folder) == uninterrupted
+
+
+def is_pending(number: signal.Signals, pid: int) -> bool:
+    """Whether the signal has been sent to the stopped process, or whatever stopped it has let it go."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    (pending,) = [line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd")]
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_a_dead_node_costs_what_came_after_the_checkpoint(
@@ -255,9 +274,12 @@ def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> Non
 
 
 def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
-    assert submitted(tmp_path, "-m", "lora.rank=1,2", "train.lr=1e-3,1e30").returncode == 0
+    waited = submitted(tmp_path, "-m", "lora.rank=1,2", "train.lr=1e-3,1e30", "launcher.wait=true")
     folders = folders_in(tmp_path)
-    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the sweep")
+    assert all(one.is_finished or one.has_failed for one in folders)
+    assert waited.returncode == 1
+    assert "gap closed" in waited.stdout
+    assert "2 failed" in waited.stderr
     for folder in folders:
         assert folder.job is not None
         rate_is_absurd = load(folder.config.read_text()).train.lr > 1
