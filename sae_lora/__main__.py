@@ -9,9 +9,9 @@ from sae_lora import slurm
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table
-from sae_lora.standing import State, standings
+from sae_lora.standing import State, counts, standings
 from sae_lora.terminal import complain, say, show
-from sae_lora.watch import counts, status_table, statuses_of
+from sae_lora.watch import status_table, statuses_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def tell(folders: list[RunFolder]) -> int:
     """Shows how far the runs are; returns 1 where one has failed."""
     statuses = statuses_of(folders)
     show(status_table(statuses))
-    say(counts(statuses))
+    say(counts(status.state for status in statuses))
     return int(any(status.state is State.failed for status in statuses))
 
 

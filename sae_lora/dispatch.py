@@ -22,6 +22,7 @@ from submitit.helpers import clean_env
 from sae_lora import slurm, tracking
 from sae_lora.config import LauncherConfig
 from sae_lora.errors import UserError
+from sae_lora.interruption import handling
 from sae_lora.job import Job
 from sae_lora.lease import holder
 from sae_lora.plan import Run
@@ -66,7 +67,8 @@ def run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
     variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
     free, waiting = deque(_places(runs, settings)), deque(runs)
     at_work: list[_AtWork] = []
-    with _asked_to_stop(), Watch([run.folder for run in runs]) as watch:
+    asked = handling((signal.SIGTERM, signal.SIGHUP), _stop_asked)
+    with asked, Watch([run.folder for run in runs]) as watch:
         try:
             while waiting or at_work:
                 while waiting and free:
@@ -124,24 +126,9 @@ def _stop(at_work: Sequence[_AtWork], most_s: float, watch: Watch) -> None:
         watch.update()
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[None]:
-    """Inside the block a kill, or a terminal that is closed, is what Ctrl-C is."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-    ]
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop_asked(number: int, frame: FrameType | None) -> None:
+    """A kill, or a terminal that is closed, is what Ctrl-C is."""
+    raise KeyboardInterrupt
 
 
 def _places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:

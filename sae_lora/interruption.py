@@ -1,7 +1,7 @@
 """A request to stop, by signal, becomes an exception at a moment when nothing is half done."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -24,15 +24,8 @@ class Interruption:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Listens inside the block only; must be entered in the main thread."""
-        heeded = [
-            number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
-        ]  # nohup
-        before = {number: signal.signal(number, self._ask) for number in heeded}
-        try:
+        with handling(SIGNALS, self._ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -53,3 +46,17 @@ class Interruption:
         if self._asked and not self._held and not self._raised:
             self._raised = True
             raise Interrupted
+
+
+@contextmanager
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Inside the block the handler gets these signals, but for those that are ignored (`nohup`)."""
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

@@ -17,7 +17,7 @@ from sae_lora.lease import HeldError, held
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.records import check_writable
 from sae_lora.report import comparison_table, run_table
-from sae_lora.standing import Standing, State, standings
+from sae_lora.standing import Standing, State, counts, standings
 from sae_lora.terminal import complain, say, show
 
 _LOOK_EVERY_S = 0.5
@@ -98,10 +98,9 @@ def _show_plan(planned: Plan) -> None:
     for name in ("adapter weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
     flops, memory = 0.0, 0.0
-    count: Counter[State] = Counter()
-    for run, standing in zip(planned.runs, _standings(planned), strict=True):
+    found = _standings(planned)
+    for run, standing in zip(planned.runs, found, strict=True):
         cost = estimate(run.config)
-        count[standing.state] += 1
         if standing.state is not State.done:
             flops, memory = flops + cost.flops, max(memory, cost.peak_bytes)
         table.add_row(
@@ -113,8 +112,7 @@ def _show_plan(planned: Plan) -> None:
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
-    states = ", ".join(f"{number} {state.value}" for state, number in count.items())
-    say(f"{len(planned.runs)} runs: {states}")
+    say(f"{len(planned.runs)} runs: {counts(standing.state for standing in found)}")
     say(f"to do: {flops:.2e} training FLOPs (evaluations come on top), at most {memory / 1e9:.2f} GB")
 
 
@@ -212,12 +210,13 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    for run, standing in zip(planned.runs, _standings(planned), strict=True):
+    ended = _standings(planned)
+    for run, standing in zip(planned.runs, ended, strict=True):
         if standing.state is State.failed:
             complain("failed", f"{standing.note}\n        {run.folder.failure}")
         elif standing.state is not State.done:
             note = f" ({standing.note})" if standing.note else ""
             complain("not finished", f"{run.name} is {standing.state.value}{note}")
-    failed = sum(run.folder.has_failed for run in planned.runs)
+    failed = sum(standing.state is State.failed for standing in ended)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

@@ -1,6 +1,7 @@
 """How far runs are, from their folders and, for those that were submitted, from SLURM."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,6 +37,12 @@ class Standing:
     def is_to_do(self) -> bool:
         """Whether it has yet to be run, and nobody has it."""
         return self.state in (State.new, State.resumable)
+
+
+def counts(states: Iterable[State]) -> str:
+    """How many runs are in which state, in words."""
+    found = Counter(states)
+    return ", ".join(f"{found[state]} {state.value}" for state in State if found[state])
 
 
 def standings(folders: Sequence[RunFolder]) -> list[Standing]:

@@ -3,7 +3,6 @@
 A live table in a terminal, a line per event elsewhere; the same whoever runs them, and wherever.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from sae_lora.records import CurvePoint, Progress, RunFolder
 from sae_lora.report import duration, percent
-from sae_lora.standing import State, standings
+from sae_lora.standing import State, counts, standings
 from sae_lora.terminal import console, say
 
 _COLOURS = {
@@ -69,12 +68,6 @@ def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
             )
         )
     return found
-
-
-def counts(statuses: Sequence[Status]) -> str:
-    """How many runs are in which state, in words."""
-    found = Counter(status.state for status in statuses)
-    return ", ".join(f"{found[state]} {state.value}" for state in State if found[state])
 
 
 def status_table(statuses: Sequence[Status]) -> Table:
@@ -171,7 +164,10 @@ class Watch:
         first = [status for status in statuses if status.state is State.running]
         rest = [status for status in statuses if status.state in (State.failed, State.resumable)]
         shown = [*first, *rest][:_ROWS]
-        return Group(*([status_table(shown)] if shown else []), Text(counts(statuses), style="bold"))
+        return Group(
+            *([status_table(shown)] if shown else []),
+            Text(counts(status.state for status in statuses), style="bold"),
+        )
 
     def __enter__(self) -> "Watch":
         if len(self._folders) == 1:
