@@ -98,6 +98,11 @@ class ModelConfig:
     middle_block: int = 0
     """The block an SAE is put after when `layer.index` is null and the SAE does not say."""
 
+    @property
+    def pinned_revision(self) -> str | None:
+        """What is read: the commit where the run was planned with one, else what was asked for."""
+        return self.commit or self.revision
+
 
 @dataclass
 class SAEChoice:

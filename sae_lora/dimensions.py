@@ -59,7 +59,7 @@ def read_dimensions(config: ModelConfig) -> Dimensions:
 
 
 def _config_file(config: ModelConfig) -> dict[str, Any]:
-    folder, revision = Path(source(config)), config.commit or config.revision
+    folder, revision = Path(source(config)), config.pinned_revision
     if folder.is_dir():
         path = folder / "config.json"
         if not path.exists():
@@ -77,7 +77,7 @@ def _through_transformers(config: ModelConfig) -> dict[str, Any]:
     from transformers import AutoConfig  # brings torch in
 
     text = AutoConfig.from_pretrained(
-        source(config), revision=config.commit or config.revision, trust_remote_code=False
+        source(config), revision=config.pinned_revision, trust_remote_code=False
     ).get_text_config()
     return {
         "d_model": text.hidden_size,

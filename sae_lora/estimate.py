@@ -61,7 +61,7 @@ def estimate(config: Config) -> Estimate:
     Raises:
         UserError: Where the model's config cannot be found or fetched.
     """
-    model = _shapes(config.model.name, config.model.commit or config.model.revision)
+    model = _shapes(config.model.name, config.model.pinned_revision)
     first_sae = min(choice.block for choice in config.sae.used)
     first = min(adapted_blocks(config.lora.blocks, first_sae, len(model.blocks)))
     adapted = _adapted(model, config, first_sae)

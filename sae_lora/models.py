@@ -22,7 +22,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     with hub.explained("model.name", config.name):
         return AutoTokenizer.from_pretrained(
-            source(config), revision=config.commit or config.revision, trust_remote_code=False
+            source(config), revision=config.pinned_revision, trust_remote_code=False
         )
 
 
@@ -38,7 +38,7 @@ def fetch(config: ModelConfig) -> str | None:
     with hub.explained("model.name", config.name):
         AutoModelForCausalLM.from_pretrained(
             source(config),
-            revision=config.commit or config.revision,
+            revision=config.pinned_revision,
             device_map="meta",
             trust_remote_code=False,
         )
@@ -53,7 +53,7 @@ def load_shapes(config: ModelConfig) -> "LanguageModel":
     """
     with hub.explained("model.name", config.name), torch.device("meta"):
         found = AutoConfig.from_pretrained(
-            source(config), revision=config.commit or config.revision, trust_remote_code=False
+            source(config), revision=config.pinned_revision, trust_remote_code=False
         )
         return LanguageModel(AutoModelForCausalLM.from_config(found, trust_remote_code=False))
 
@@ -77,7 +77,7 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
     with hub.explained("model.name", config.name):
         model = AutoModelForCausalLM.from_pretrained(
             source(config),
-            revision=config.commit or config.revision,
+            revision=config.pinned_revision,
             dtype=torch_dtype(config.dtype),
             trust_remote_code=False,
         )

@@ -65,7 +65,7 @@ class _Fetcher:
         return choice.commit or self._saes[key]
 
     def _model(self, config: ModelConfig) -> str | None:
-        key = (config.name, config.commit or config.revision)
+        key = (config.name, config.pinned_revision)
         if key not in self._commits:
             if config.name == EMBEDDED_NAME:
                 return None
