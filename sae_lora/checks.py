@@ -56,6 +56,7 @@ _POSITIVE = (
 )
 _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
+    "launcher.gpu_mem_gb",
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
@@ -279,6 +280,12 @@ def _check_budget(config: Config) -> None:
 
 
 def _check_launcher(launcher: LauncherConfig) -> None:
+    pack = launcher.pack
+    is_number = isinstance(pack, int) and not isinstance(pack, bool) and pack > 0
+    if not is_number and pack is not False and pack not in ("auto", "off"):  # YAML's off is False
+        raise ConfigError(
+            "launcher.pack", pack, "auto, off or a number of runs", nearest=_nearest_pack(pack)
+        )
     if launcher.sbatch is not None and not isinstance(launcher.sbatch, dict):
         raise ConfigError("launcher.sbatch", launcher.sbatch, "options of sbatch: {option: value}")
     if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
@@ -290,3 +297,7 @@ def _check_launcher(launcher: LauncherConfig) -> None:
             f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min",
             nearest=15 * launcher.timeout_min,
         )
+
+
+def _nearest_pack(pack: Any) -> str:
+    return nearest_name(str(pack), ("auto", "off")) or ("off" if isinstance(pack, int) else "auto")

@@ -2,14 +2,11 @@
 
 `conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a
 wrong type; `checks.check` then rejects what no single type can: impossible values and combinations. Both
-happen before a model is loaded. `identity` is the hash that names a run.
+happen before a model is loaded.
 """
 
 import dataclasses
 import enum
-import hashlib
-import json
-import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -260,6 +257,11 @@ class LauncherConfig:
 
     kind: LauncherKind = LauncherKind.local
     """local: on this machine. slurm: as array jobs on a cluster."""
+    pack: Any = "auto"
+    """Runs that train together in one process, which shares the frozen part of their work: auto (as many
+    as fit, up to eight), off, or the most there may be. Each run is the same as alone."""
+    gpu_mem_gb: float | None = None
+    """Memory of a GPU, which packs must fit into; null: this machine's, and 40 on a cluster."""
     dry_run: bool = False
     """Print the plan and stop."""
     strict: bool = False
@@ -395,52 +397,3 @@ def unknown_key(key: str) -> UnknownKeyError:
     by_last_part = {one.rpartition(".")[2]: one for one in [*known, *siblings]}
     nearest = nearest_name(name, by_last_part)
     return UnknownKeyError(key, siblings, by_last_part[nearest] if nearest else None)
-
-
-_NOT_IDENTITY = {
-    "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
-    "model": ("middle_block", "commit"),
-    "sae": ("width", "l0", "release", "id", "path"),
-    "data": ("cache_dir", "version"),
-    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens", "checkpoint_every_steps"),
-}
-"""What cannot change a result, or is a request whose answer stands in `sae.used`."""
-
-
-def identity(config: Config) -> str:
-    """Eight hexadecimal digits that name what the run computes.
-
-    Equal for two configs whose results are the same by construction: where the runs are written,
-    what dispatches and tracks them, and how an SAE was asked for are left out.
-    """
-    values = as_dict(config)
-    for group, names in _NOT_IDENTITY.items():
-        part = values[group] if group else values
-        for name in names:
-            del part[name]
-    for choice in values["sae"]["used"]:
-        del choice["commit"]
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
-
-
-def train_steps(config: Config) -> int:
-    """Optimiser steps of a run; the last one is whole, so a few more tokens may be trained on."""
-    return math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
-
-
-def readable_name(config: Config) -> str:
-    """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
-    model = config.model.name.rstrip("/").split("/")[-1]
-    parts = [model, "l" + "+".join(str(choice.block) for choice in config.sae.used)]
-    if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
-        parts.append(f"w{config.sae.used[0].width}")
-        if config.sae.used[0].l0 is not None:
-            parts.append(f"l0_{config.sae.used[0].l0:g}")
-    parts.append(f"r{config.lora.rank}")
-    blocks, targets = config.lora.blocks, config.lora.targets
-    parts.append(blocks if isinstance(blocks, str) else "b" + "+".join(map(str, blocks)))
-    if targets != "all":
-        parts.append(targets if isinstance(targets, str) else "+".join(targets))
-    parts.append(f"s{config.train.seed}")
-    return "-".join(parts)

@@ -1,6 +1,6 @@
-"""Gives runs to submitit: to jobs on this machine, as places become free, or to SLURM as array jobs.
+"""Gives packs to submitit: to jobs on this machine, as places become free, or to SLURM as array jobs.
 
-A job (`Job`) executes its run in a process of its own. Only this module and `job` know submitit.
+A job (`Job`) executes its pack in a process of its own. Only this module and `job` know submitit.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ from sae_lora.errors import UserError
 from sae_lora.interruption import handling
 from sae_lora.job import Job
 from sae_lora.lease import holder
-from sae_lora.plan import Run
+from sae_lora.places import places
+from sae_lora.plan import Pack, Run
 from sae_lora.records import RunFolder, SubmittedJob
-from sae_lora.standing import State, standings
+from sae_lora.standing import standings
 from sae_lora.terminal import complain, say
 from sae_lora.watch import Watch
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
-"""How often SLURM may start a job again that was out of time; one that hangs ends itself."""
+"""How often a job may be started again that was out of time; one that hangs ends itself."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 """All is fetched before; a node without internet is the normal case."""
 _LOOK_EVERY_S = 0.5
@@ -45,43 +46,44 @@ _ASK_SLURM_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class _AtWork:
-    """A run that has a place."""
+    """A pack that has a place."""
 
-    run: Run
+    pack: Pack
     job: submitit.Job[None]
     place: dict[str, str]
-    checkpoint: str | None
-    """The newest when it began."""
+    reached: set[Path]
+    """What it had come to when it began."""
 
 
-def run_here(runs: Sequence[Run], settings: LauncherConfig) -> None:
-    """Executes the runs on this machine, as many at a time as there are places, and shows them.
+def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+    """Executes the packs on this machine, as many at a time as there are places, and shows them.
 
     Raises:
         KeyboardInterrupt: When asked to stop, once what runs has saved where it stands.
     """
+    runs = [run for pack in packs for run in pack]
     folder = _new_folder(runs)
-    executor = submitit.LocalExecutor(folder)
+    executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
-    free, waiting = deque(_places(runs, settings)), deque(runs)
+    free, waiting = deque(places(runs, settings)), deque(packs)
     at_work: list[_AtWork] = []
     asked = handling((signal.SIGTERM, signal.SIGHUP), _stop_asked)
     with asked, Watch([run.folder for run in runs]) as watch:
         try:
             while waiting or at_work:
                 while waiting and free:
-                    place, run = free.popleft(), waiting.popleft()
+                    place, pack = free.popleft(), waiting.popleft()
                     with _errors_to(folder / "controllers.log"):
-                        job = executor.submit(_job(run, variables | place, settings))
-                    at_work.append(_AtWork(run, job, place, _newest_checkpoint(run.folder)))
+                        job = executor.submit(_job(pack, variables | place, settings))
+                    at_work.append(_AtWork(pack, job, place, _reached(pack)))
                 time.sleep(_LOOK_EVERY_S)
                 watch.update()
                 ended = [one for one in at_work if one.job.done()]
                 at_work = [one for one in at_work if one not in ended]
                 free.extend(one.place for one in ended)
-                waiting.extend(one.run for one in ended if _goes_on(one))
+                waiting.extend(part for one in ended for part in _rest(one))
         except KeyboardInterrupt:
             say("stopping: what runs saves where it stands")
             _stop(at_work, settings.signal_delay_s, watch)
@@ -101,26 +103,38 @@ def _errors_to(file: Path) -> Iterator[None]:
         os.close(before)
 
 
-def _goes_on(ended: _AtWork) -> bool:
-    """Whether a run is to be started again: submitit itself starts a job only so often."""
-    (standing,) = standings([ended.run.folder])
-    further = _newest_checkpoint(ended.run.folder) != ended.checkpoint
-    return standing.state is State.resumable and further
+def _rest(ended: _AtWork) -> list[Pack]:
+    """What is to be started again of a pack: submitit itself starts a job only so often.
+
+    Together where that led further, in halves where it did not; a run alone that gets no further is
+    left for another launch.
+    """
+    found = standings([run.folder for run in ended.pack])
+    left = [run for run, standing in zip(ended.pack, found, strict=True) if standing.is_to_do]
+    if not left:
+        return []
+    if not _reached(ended.pack) <= ended.reached:
+        return [left]
+    half = (len(left) + 1) // 2
+    return [left[:half], left[half:]] if len(left) > 1 else []
 
 
-def _newest_checkpoint(folder: RunFolder) -> str | None:
-    return max((path.name for path in folder.checkpoints.glob("step-*")), default=None)
+def _reached(pack: Pack) -> set[Path]:
+    """Checkpoints, and ends."""
+    ends = {path for run in pack for path in (run.folder.summary, run.folder.failure) if path.exists()}
+    return ends | {path for run in pack for path in run.folder.checkpoints.glob("step-*")}
 
 
 def _stop(at_work: Sequence[_AtWork], most_s: float, watch: Watch) -> None:
     for one in at_work:
         one.job.cancel()
     deadline = time.monotonic() + most_s
-    while any(holder(one.run.folder.path) for one in at_work):
+    runs = [run for one in at_work for run in one.pack]
+    while any(holder(run.folder.path) for run in runs):
         if time.monotonic() > deadline:
-            for one in at_work:
-                if (left := holder(one.run.folder.path)) is not None:
-                    complain("does not stop", f"{one.run.name}, process {left.pid} on {left.host}")
+            for run in runs:
+                if (left := holder(run.folder.path)) is not None:
+                    complain("does not stop", f"{run.name}, process {left.pid} on {left.host}")
             return
         time.sleep(_LOOK_EVERY_S)
         watch.update()
@@ -131,38 +145,16 @@ def _stop_asked(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
-    """Where runs can be at the same time: for each place, the variables that keep a run to it."""
-    gpus = [] if all(run.config.train.device.name == "cpu" for run in runs) else _gpus()
-    number = settings.max_parallel or len(gpus) or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = settings.cpus_per_task or (max(1, cores // number) if number > 1 else None)
-    shared = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    return [
-        shared | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
-        for place in range(number)
-    ]
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch  # there already, since something was fetched
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
 # ---- SLURM --------------------------------------------------------------------------------------
 
 
-def submit(runs: Sequence[Run], settings: LauncherConfig) -> None:
-    """Submits the runs to SLURM as array jobs, and notes the job of each in its folder.
+def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+    """Submits the packs to SLURM as array jobs, and notes the job of each run in its folder.
 
     Raises:
         UserError: Where SLURM refuses.
     """
+    runs = [run for pack in packs for run in pack]
     executor = submitit.AutoExecutor(_new_folder(runs), "slurm", slurm_max_num_timeout=_TIMEOUTS)
     cores = settings.cpus_per_task
     executor.update_parameters(
@@ -183,20 +175,24 @@ def submit(runs: Sequence[Run], settings: LauncherConfig) -> None:
         slurm_srun_args=[f"--cpus-per-task={cores}"] if cores else None,
     )
     variables = _OFFLINE | ({"OMP_NUM_THREADS": str(cores)} if cores else {})
-    for start in range(0, len(runs), settings.max_array_size):
-        part = runs[start : start + settings.max_array_size]
+    for start in range(0, len(packs), settings.max_array_size):
+        part = packs[start : start + settings.max_array_size]
         try:
             with _as_outside_a_job(), executor.batch():
-                jobs = [executor.submit(_job(run, variables, settings)) for run in part]
+                jobs = [executor.submit(_job(pack, variables, settings)) for pack in part]
         except FailedJobError as error:
             said = [line for line in str(error).splitlines() if "error" in line or "unrec" in line]
             reason = "\n  ".join(said or [str(error)])
             raise UserError(
                 f"launcher=slurm: sbatch refused {len(part)} jobs ({start} are in):\n  {reason}"
             ) from error
-        for run, job in zip(part, jobs, strict=True):
-            run.folder.write_job(SubmittedJob(job.job_id))
-    say(f"{len(runs)} submitted to SLURM; `python -m sae_lora status {_sweep(runs)}` shows them")
+        for pack, job in zip(part, jobs, strict=True):
+            for run in pack:
+                run.folder.write_job(SubmittedJob(job.job_id))
+    in_jobs = f" in {len(packs)} jobs" if len(packs) < len(runs) else ""
+    say(
+        f"{len(runs)} submitted to SLURM{in_jobs}; `python -m sae_lora status {_sweep(runs)}` shows them"
+    )
 
 
 def wait_for(folders: Sequence[RunFolder]) -> None:
@@ -227,9 +223,9 @@ def _as_outside_a_job() -> Iterator[None]:
 # ---- both ---------------------------------------------------------------------------------------
 
 
-def _job(run: Run, variables: dict[str, str], settings: LauncherConfig) -> Job:
+def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job:
     return Job(
-        [run.folder.path.absolute()],
+        [run.folder.path.absolute() for run in pack],
         variables,
         time_s=60 * (settings.timeout_min or _NO_LIMIT_MIN) - settings.signal_delay_s,
         answer_s=0.8 * settings.signal_delay_s,

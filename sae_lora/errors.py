@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Iterable, Iterator
 
-EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED = 1, 73, 75
-"""Exit codes of an attempt that did not finish its run: its cause is in `failure.json`; another
-process is at the run; it was asked to stop and goes on from its checkpoint."""
+EXIT_FAILED, EXIT_HELD, EXIT_NOT_TOGETHER, EXIT_INTERRUPTED = 1, 73, 74, 75
+"""Exit codes of an attempt that did not finish its runs: the cause is in `failure.json`; another
+process is at a run; together they came to nothing (too little memory, say), and fewer of them may; they
+were asked to stop and go on from their checkpoints."""
 
 
 class UserError(Exception):

@@ -1,25 +1,28 @@
-"""What a run will cost, from shapes alone: floating-point operations and peak memory of its training.
+"""What runs that train together will cost, from shapes alone: floating-point operations and peak memory.
 
 Per token, with two operations to a multiply-add, and every matrix of the model counted once:
 
-    forward   = Σ blocks (2 · matrices + 4 · context · d_attention)
-    backward  = Σ live blocks (2 · matrices + 8 · context · d_attention)
-    SAE       = 4 · d_model · d_sae                 adapters = 2 · their weights
+    block     = 2 · matrices + 4 · context · d_attention
+    backward  = 2 · matrices + 8 · context · d_attention
+    SAE       = 4 · d_model · d_sae
     head      = 2 · d_model · d_vocab
 
-    a training step = 2 forwards (teacher, student) + SAE + adapters
-                    + 1 backward + 2 adapters (+ SAE, where adapters lie before it) + 3 heads
+    a training step = blocks and SAEs of the trunk + head
+                    + per run: blocks, their backward, SAEs (twice, for theirs) of its live part
+                               + 6 · its adapters' weights + 2 heads
 
-A block is live from the first adapted one on: the gradient passes through it. The model is frozen, so
-that the gradient of its matrices is never made. Evaluations come on top.
+A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
+the teacher and what lies before the live parts, each block once for every row of SAEs before it, however
+many runs read it. The model is frozen, so that the gradient of its matrices is never made. Evaluations
+come on top.
 
     memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two)
-           + max(what the backward pass needs, the SAEs' latents)
+           + max(what the backward passes need, the SAEs' latents)
 
-    what the backward pass needs, per token and live block = input and output of every matrix, in the
+    what a backward pass needs, per token and live block = input and output of every matrix, in the
         precision of computing; for an adapted one rank · 4 bytes, and with dropout or a precision other
         than float32 its input once more in float32
-    besides, 6 hidden states per token, and 7 float32 copies of the logits of one chunk
+    besides, 6 hidden states per token and run, and 7 float32 copies of the logits of one chunk
     latents = 3 copies, for the tokens of a training or evaluation batch
 
 CUDA itself takes another half a gigabyte.
@@ -32,7 +35,8 @@ from functools import cache
 from torch import nn
 
 from sae_lora.checks import adapted_blocks
-from sae_lora.config import Config, DType, ModelConfig, train_steps
+from sae_lora.config import Config, DType, ModelConfig
+from sae_lora.identity import train_steps
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
 
@@ -41,79 +45,145 @@ _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the training of a run costs."""
+    """What the training of a pack costs."""
 
     flops: float
     """Floating-point operations of all training steps; evaluations come on top."""
     peak_bytes: float
     """Memory at its fullest."""
     adapter_weights: int
-    """Trainable parameters."""
+    """Trainable parameters, of all runs."""
 
 
-def estimate(config: Config) -> Estimate:
-    """What the run will cost. Downloads no weights, and holds none.
+def estimate(configs: Sequence[Config]) -> Estimate:
+    """What the runs will cost that train together. Downloads no weights, and holds none.
 
     Args:
-        config: With its SAEs resolved. An SAE whose width is not known before loading counts as
-            none.
+        configs: Of the runs, with their SAEs resolved. An SAE whose width is not known before loading
+            counts as none.
 
     Raises:
         UserError: Where the model's config cannot be found or fetched.
     """
-    model = _shapes(config.model.name, config.model.pinned_revision)
-    first_sae = min(choice.block for choice in config.sae.used)
-    first = min(adapted_blocks(config.lora.blocks, first_sae, len(model.blocks)))
-    adapted = _adapted(model, config, first_sae)
-    sizes = _sizes(model)
-    context = config.data.context_length
-    d_sae = [choice.width or 0 for choice in config.sae.used]
+    common = configs[0]
+    model = _shapes(common.model.name, common.model.pinned_revision)
+    sizes = _Sizes.of(model)
+    runs = [_Run.of(model, config) for config in configs]
+    step_tokens = common.train.batch_size * common.data.context_length
+    per_token = _flops(model, sizes, runs, common.data.context_length)
+    weights = sum(run.weights for run in runs)
+    saes = {sae for run in runs for sae in run.saes}
 
-    attention = 4 * context * sizes.d_attention
-    forward = sum(2 * sizes.weights(block) + attention for block in model.blocks)
-    backward = sum(2 * sizes.weights(block) + 2 * attention for block in model.blocks[first:])
-    saes = sum(4 * sizes.d_model * width for width in d_sae)
-    before = [choice.block >= first for choice in config.sae.used]
-    saes_backward = sum(
-        4 * sizes.d_model * width for width, is_live in zip(d_sae, before, strict=True) if is_live
-    )
-    weights = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in adapted)
-    head = 2 * sizes.d_model * sizes.d_vocab
-    per_token = 2 * forward + saes + 2 * weights + backward + 4 * weights + saes_backward + 3 * head
-    step_tokens = config.train.batch_size * context
-
-    computed = _BYTES[config.train.dtype]
-    copies = config.lora.dropout > 0 or config.train.dtype is not DType.float32
-    saved = computed * sum(
-        inputs + outputs for block in model.blocks[first:] for inputs, outputs in sizes.matrices(block)
-    ) + sum(4 * config.lora.rank + (4 * inputs if copies else 0) for inputs, _ in adapted)
-    chunk = min(step_tokens, config.train.kl_chunk_tokens)
-    needed = step_tokens * (saved + 6 * sizes.d_model * computed) + 7 * 4 * chunk * sizes.d_vocab
-    sae_bytes = _BYTES[config.sae.dtype]
-    batch = max(step_tokens, config.train.eval_batch_tokens)
-    latents = 3 * batch * max(d_sae) * sae_bytes
+    computed = _BYTES[common.train.dtype]
+    chunk = min(step_tokens, common.train.kl_chunk_tokens)
+    per_run = 6 * sizes.d_model * computed
+    graphs = sum(run.saved(model, sizes, common.train.dtype) + per_run for run in runs)
+    needed = step_tokens * graphs + 7 * 4 * chunk * sizes.d_vocab
+    batch = max(step_tokens, common.train.eval_batch_tokens)
+    latents = 3 * batch * max(sae.width * sae.bytes for sae in saes)
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
-        + sum(2 * sizes.d_model * width for width in d_sae) * sae_bytes
+        + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
         + 16 * weights
     )
     return Estimate(
-        flops=per_token * step_tokens * train_steps(config),
+        flops=per_token * step_tokens * train_steps(common),
         peak_bytes=held + max(needed, latents),
         adapter_weights=weights,
     )
 
 
+def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
+    """Of a step, per token."""
+    attention = 4 * context * sizes.d_attention
+    forward = [2 * sizes.weights(block) + attention for block in model.blocks]
+    head = 2 * sizes.d_model * sizes.d_vocab
+
+    trunk = {(block, ()) for block in range(len(forward))}
+    coded = set()
+    total = head
+    for run in runs:
+        frozen = [sae for sae in run.saes if sae.block < run.first]
+        trunk |= {
+            (block, tuple(sae for sae in frozen if sae.block < block)) for block in range(run.first)
+        }
+        coded |= {tuple(frozen[: place + 1]) for place in range(len(frozen))}
+        live_saes = [sae for sae in run.saes if sae.block >= run.first]
+        total += sum(2 * flops + attention for flops in forward[run.first :])
+        total += sum(8 * sizes.d_model * sae.width for sae in live_saes)
+        total += 6 * run.weights + 2 * head
+    total += sum(forward[block] for block, _ in trunk)
+    return total + sum(4 * sizes.d_model * saes[-1].width for saes in coded)
+
+
+@dataclass(frozen=True)
+class _SAE:
+    """What an SAE costs, and what tells it from another."""
+
+    block: int
+    name: str
+    width: int
+    bytes: int
+    """Of a number."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run adds to a pack."""
+
+    first: int
+    """The first adapted block."""
+    adapted: list[tuple[int, int]]
+    """Inputs and outputs of every adapted matrix."""
+    saes: tuple[_SAE, ...]
+    rank: int
+    dropout: float
+
+    @classmethod
+    def of(cls, model: LanguageModel, config: Config) -> "_Run":
+        blocks = _adapted_blocks(config, len(model.blocks))
+        names = target_modules(model, blocks, config.lora.targets)
+        size = _BYTES[config.sae.dtype]
+        return cls(
+            first=min(blocks),
+            adapted=[_inputs_and_outputs(model.model.get_submodule(name)) for name in names],
+            saes=tuple(
+                _SAE(one.block, f"{one.release} {one.id} {one.path}", one.width or 0, size)
+                for one in config.sae.used
+            ),
+            rank=config.lora.rank,
+            dropout=config.lora.dropout,
+        )
+
+    @property
+    def weights(self) -> int:
+        """Trainable parameters."""
+        return sum(self.rank * (inputs + outputs) for inputs, outputs in self.adapted)
+
+    def saved(self, model: LanguageModel, sizes: "_Sizes", dtype: DType) -> int:
+        """Bytes per token that its backward pass needs."""
+        copies = self.dropout > 0 or dtype is not DType.float32
+        return _BYTES[dtype] * sum(
+            inputs + outputs
+            for block in model.blocks[self.first :]
+            for inputs, outputs in sizes.matrices(block)
+        ) + sum(4 * self.rank + (4 * inputs if copies else 0) for inputs, _ in self.adapted)
+
+
+def first_adapted_block(config: Config) -> int:
+    """Where the live part of a run begins, its SAEs being resolved."""
+    model = _shapes(config.model.name, config.model.pinned_revision)
+    return min(_adapted_blocks(config, len(model.blocks)))
+
+
+def _adapted_blocks(config: Config, n_blocks: int) -> list[int]:
+    first_sae = min(choice.block for choice in config.sae.used)
+    return adapted_blocks(config.lora.blocks, first_sae, n_blocks)
+
+
 @cache
 def _shapes(name: str, revision: str | None) -> LanguageModel:
     return load_shapes(ModelConfig(name=name, revision=revision))
-
-
-def _adapted(model: LanguageModel, config: Config, first_sae: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of every adapted matrix."""
-    blocks = adapted_blocks(config.lora.blocks, first_sae, len(model.blocks))
-    names = target_modules(model, blocks, config.lora.targets)
-    return [_inputs_and_outputs(model.model.get_submodule(name)) for name in names]
 
 
 def _inputs_and_outputs(module: nn.Module) -> tuple[int, int]:
@@ -128,6 +198,13 @@ class _Sizes:
     d_attention: int
     """Heads times their width: what scores and mixing cost depends on."""
 
+    @classmethod
+    def of(cls, model: LanguageModel) -> "_Sizes":
+        config = model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.hidden_size, config.vocab_size, heads * width)
+
     def matrices(self, block: nn.Module) -> Sequence[tuple[int, int]]:
         """Inputs and outputs of every matrix in the block."""
         return [
@@ -139,10 +216,3 @@ class _Sizes:
     def weights(self, block: nn.Module) -> int:
         """How many weights its matrices have."""
         return sum(inputs * outputs for inputs, outputs in self.matrices(block))
-
-
-def _sizes(model: LanguageModel) -> _Sizes:
-    config = model.config
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return _Sizes(config.hidden_size, config.vocab_size, heads * width)

@@ -1,7 +1,9 @@
-"""What submitit runs, on this machine or on a node: the runs it was given, one after another.
+"""What submitit runs, on this machine or on a node: a pack of runs, which train together.
 
-Every attempt at a run is a child process, so that whatever ends it (an exit, a kill, too little
-memory, a hang) ends nothing else, and is written into the run's folder.
+Every attempt at a pack is a child process, so that whatever ends it (an exit, a kill, too little
+memory, a hang) ends nothing else. What ends a pack of several may be the doing of one, or of their
+number: each half then goes on by itself, down to the one run whose doing it is, in whose folder it
+is written down.
 """
 
 import os
@@ -10,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
-from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED
+from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
 from sae_lora.interruption import SIGNALS
 from sae_lora.records import RunFolder
 
@@ -28,13 +31,31 @@ class RunFailedError(Exception):
     """A run has failed: what submitit and SLURM are to know of it."""
 
 
+@dataclass
+class _Part:
+    """Runs that are still together."""
+
+    folders: list[RunFolder]
+    furthest_step: int = 0
+    """The most that they reached before a time limit, together or in a larger pack."""
+
+    @property
+    def unsettled(self) -> list[RunFolder]:
+        """Those of which it is not known what becomes of them; a folder that is gone is left alone."""
+        return [
+            folder
+            for folder in self.folders
+            if folder.path.exists() and not folder.is_finished and not folder.has_failed
+        ]
+
+
 class Job:
-    """Runs, to be executed one after another wherever submitit takes them.
+    """A pack of runs, to be executed wherever submitit takes it.
 
     What is left of it survives in submitit's pickle when the job is preempted or out of time.
 
     Args:
-        folders: The run folders.
+        folders: The run folders, of runs that train together.
         environment: Variables for the runs, beside those of the job.
         time_s: Seconds that the job is given before it is asked to stop.
         answer_s: Seconds that a run may take to save where it stands, once asked to stop.
@@ -47,12 +68,12 @@ class Job:
         time_s: float,
         answer_s: float = 60.0,
     ) -> None:
-        self._left = [str(folder) for folder in folders]
+        self._folders = [RunFolder(folder) for folder in folders]
+        self._parts = [_Part(self._folders)]
         self._environment = environment
         self._time_s = time_s
         self._answer_s = answer_s
-        self._failed: list[str] = []
-        self._furthest_step = 0
+        self._stopped: list[Path] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._started = 0.0
 
@@ -62,29 +83,51 @@ class Job:
         Raises:
             RunFailedError: At the end, where a run has failed.
         """
-        while self._left:
-            folder = RunFolder(Path(self._left[0]))
+        while self._parts:
             # A failure that is there already is of an earlier start of this job: planning clears
             # away those of before. SLURM may start a job anew without telling it to save first.
-            code = 0
-            if not folder.is_finished and not folder.has_failed:
-                code = self._attempt(folder)
-            if not folder.is_finished and code != EXIT_HELD:
-                cause = folder.failure_message or "stopped by a signal"
-                self._failed.append(f"{folder.path.name}: {cause}")
-            self._next()
-        if self._failed:
-            raise RunFailedError("; ".join(self._failed))
+            part = self._parts[0]
+            to_do = part.unsettled
+            code = self._attempt(to_do) if to_do else 0
+            unsettled = part.unsettled
+            if unsettled and code not in (EXIT_HELD, EXIT_INTERRUPTED):
+                said = _end_of(to_do[0].log)
+                if len(to_do) > 1:
+                    self._split(how_it_ended(code, said))
+                    continue
+                unsettled[0].write_failure(how_it_ended(code, said), said)
+            if code == EXIT_INTERRUPTED:
+                self._stopped += [folder.path for folder in unsettled]
+            del self._parts[0]
+        causes = [
+            f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
+            for folder in self._folders
+            if not folder.is_finished and (folder.has_failed or folder.path in self._stopped)
+        ]
+        if causes:
+            raise RunFailedError("; ".join(causes))
 
-    def _next(self) -> None:
-        del self._left[0]
-        self._furthest_step = 0
+    def _split(self, why: str) -> None:
+        """Puts the halves of what is left of the first part in its place."""
+        part = self._parts[0]
+        left = part.unsettled
+        half = (len(left) + 1) // 2
+        halves = [_Part(some, part.furthest_step) for some in (left[:half], left[half:]) if some]
+        for one in halves:
+            note = f"with others: {why}; going on with {len(one.folders)} together\n"
+            with one.folders[0].log.open("a") as log:
+                log.write(note)
+        self._parts[:1] = halves
 
-    def _attempt(self, folder: RunFolder) -> int:
+    def _attempt(self, pack: Sequence[RunFolder]) -> int:
         self._started = time.monotonic()
-        with folder.log.open("ab") as log:
+        first, *others = pack
+        for folder in others:
+            with folder.log.open("a") as log:
+                log.write(f"trains together with {first.path.name}, whose log says how\n")
+        with first.log.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "sae_lora.run", str(folder.path)],
+                [sys.executable, "-m", "sae_lora.run", *(str(folder.path) for folder in pack)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._environment,
@@ -96,11 +139,7 @@ class Job:
             except KeyboardInterrupt:  # Ctrl-C, or the launcher's word: what runs saves and stops
                 self._child.send_signal(STOP)
                 raise
-        ended = folder.is_finished or folder.has_failed or code in (EXIT_HELD, EXIT_INTERRUPTED)
-        if not ended:
-            said = _end_of(folder.log)
-            folder.write_failure(how_it_ended(code, said), said)
-        if code == EXIT_INTERRUPTED and not folder.is_finished:
+        if code == EXIT_INTERRUPTED and self._parts[0].unsettled:
             self._wait_for_the_end()
         return code
 
@@ -123,26 +162,29 @@ class Job:
         """
         answered = self._stop_child()
         self._child = None
-        if self._left:
-            folder = RunFolder(Path(self._left[0]))
-            progress = folder.read_progress()
-            step = progress.step if progress is not None else 0
+        if self._parts:
+            part = self._parts[0]
+            unsettled = part.unsettled
+            progress = [folder.read_progress() for folder in unsettled]
+            step = max((one.step for one in progress if one is not None), default=0)
             had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
-            if had_its_time and step <= self._furthest_step and not folder.is_finished:
+            if unsettled and had_its_time and step <= part.furthest_step:
                 message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min" + (
                     "" if answered else ", and no answer when asked to stop"
                 )
-                folder.write_failure(message, _end_of(folder.log))
-                self._failed.append(f"{folder.path.name}: {message}")
-                self._next()
-                if not self._left:
-                    return None
+                if len(unsettled) > 1:
+                    self._split(message)
+                else:
+                    unsettled[0].write_failure(message, _end_of(unsettled[0].log))
+                    del self._parts[0]
+                    if not self._parts:
+                        return None
             else:
-                self._furthest_step = max(self._furthest_step, step)
+                part.furthest_step = max(part.furthest_step, step)
         return DelayedSubmission(self)
 
     def _stop_child(self) -> bool:
-        """Asks the run to save and stop; returns whether it did."""
+        """Asks what runs to save and stop; returns whether it did."""
         if self._child is None or _has_ended(self._child.pid):
             return True
         os.kill(self._child.pid, STOP)
@@ -175,6 +217,8 @@ def how_it_ended(code: int, said: str = "") -> str:
         code: The exit code; negative where a signal ended it.
         said: The end of what it printed.
     """
+    if code == EXIT_NOT_TOGETHER:
+        return said.strip().splitlines()[-1] if said.strip() else "they do not go together"
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, or killed by hand)" if name == "SIGKILL" else ""
@@ -185,6 +229,8 @@ def how_it_ended(code: int, said: str = "") -> str:
 
 
 def _end_of(log: Path) -> str:
+    if not log.exists():  # somebody has deleted the run
+        return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         return file.read().decode(errors="replace")

@@ -1,7 +1,7 @@
 """KL between two models' next-token distributions, also where whole logits would not fit."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,56 +22,61 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     Returns:
         `[...]`, not reduced.
     """
-    teacher = teacher_logits.float().log_softmax(-1)
-    student = student_logits.float().log_softmax(-1)
+    return kl_to(log_probabilities(teacher_logits), student_logits)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of each token of the vocabulary, in float32, `[..., d_vocab]`."""
+    return logits.float().log_softmax(-1)
+
+
+def kl_to(teacher: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(teacher ‖ student) as in `kl_divergence`, from the teacher's log-probabilities."""
+    student = log_probabilities(student_logits)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def chunked_kl_sum(
-    teacher_hidden: Tensor, student_hidden: Tensor, head: Head, chunk_tokens: int
-) -> Tensor:
-    """KL(teacher ‖ student) summed over all tokens, in nats, with few tokens' logits held at once.
+class SummedKL(NamedTuple):
+    """A student's KL to its teacher, and where it leads.
 
-    The gradient for the student's hidden states is made chunk by chunk in the forward pass, so that
-    no logits outlive their chunk. The head itself gets no gradient: it is frozen.
+    Args:
+        total: KL(teacher ‖ student) summed over all tokens, in nats; a float32 scalar.
+        gradient: Of the total for the student's hidden states, in their shape.
+    """
+
+    total: Tensor
+    gradient: Tensor
+
+
+def summed_kl(
+    teacher_hidden: Tensor, student_hidden: Sequence[Tensor], head: Head, chunk_tokens: int
+) -> list[SummedKL]:
+    """KL(teacher ‖ student) of several students of one teacher, with few tokens' logits held at once.
+
+    The gradients are made chunk by chunk along with the value, so that no logits outlive their
+    chunk; the teacher's serve all students. The head itself gets no gradient: it is frozen.
 
     Args:
         teacher_hidden: `[..., d_model]`; gets no gradient.
-        student_hidden: `[..., d_model]`.
-        head: The model's head, the same for both.
+        student_hidden: For each student `[..., d_model]`.
+        head: The model's head, the same for all.
         chunk_tokens: Tokens whose logits are held at once.
-
-    Returns:
-        A float32 scalar.
     """
-    return _ChunkedKL.apply(
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        head,
-        chunk_tokens,
-    )
-
-
-class _ChunkedKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor, head: Head, chunk_tokens: int) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        gradient = torch.empty_like(student) if needs_gradient else None
-        for start in range(0, len(student), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            with torch.no_grad():
-                teacher_logits = head(teacher[rows])
-            with torch.set_grad_enabled(needs_gradient):
-                hidden = student[rows].detach().requires_grad_(needs_gradient)
-                part = kl_divergence(teacher_logits, head(hidden)).sum()
+    teacher = teacher_hidden.detach().flatten(0, -2)
+    students = [hidden.detach().flatten(0, -2) for hidden in student_hidden]
+    totals = [torch.zeros((), dtype=torch.float32, device=teacher.device) for _ in students]
+    gradients = [torch.empty_like(hidden) for hidden in students]
+    for start in range(0, len(teacher), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        with torch.no_grad():
+            log_p = log_probabilities(head(teacher[rows]))
+        for student, total, gradient in zip(students, totals, gradients, strict=True):
+            with torch.enable_grad():
+                hidden = student[rows].requires_grad_()
+                part = kl_to(log_p, head(hidden)).sum()
             total += part.detach()
-            if gradient is not None:
-                (gradient[rows],) = torch.autograd.grad(part, hidden)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> tuple[None, Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * outputs[0], None, None
+            (gradient[rows],) = torch.autograd.grad(part, hidden)
+    return [
+        SummedKL(total, gradient.reshape(hidden.shape))
+        for total, gradient, hidden in zip(totals, gradients, student_hidden, strict=True)
+    ]

@@ -14,7 +14,8 @@ from sae_lora.config import Config, LauncherConfig, LauncherKind
 from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.errors import ConfigError
 from sae_lora.lease import HeldError, held
-from sae_lora.plan import Plan, Run, plan
+from sae_lora.packs import packed
+from sae_lora.plan import Plan, Run, plan, unpinned
 from sae_lora.records import check_writable
 from sae_lora.report import comparison_table, run_table
 from sae_lora.standing import Standing, State, counts, standings
@@ -43,7 +44,7 @@ def launch(points: Sequence[Config]) -> int:
     for note in planned.notes:
         say(f"note: {note}")
     if settings.dry_run:
-        _show_plan(planned)
+        _show_plan(planned, settings)
         return 0
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
@@ -53,12 +54,12 @@ def launch(points: Sequence[Config]) -> int:
             with _alone_in(sweeps):
                 to_do = _to_do(planned, settings)
             if to_do:
-                run_here(to_do, settings)
+                run_here(packed(to_do, settings), settings)
         case LauncherKind.slurm:
             with _alone_in(sweeps):
                 to_do = _to_do(planned, settings)
                 if to_do:
-                    submit(to_do, settings)
+                    submit(packed(to_do, settings), settings)
             if not settings.wait:
                 return 0
             try:
@@ -88,32 +89,52 @@ def _common_settings(points: Sequence[Config]) -> LauncherConfig:
     return points[0].launcher
 
 
-def _show_plan(planned: Plan) -> None:
-    """Every run of the plan: what it means, how far it is, what it will cost."""
+def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
+    """Every run of the plan: what it means, how far it is, with whom it trains, what it will cost.
+
+    A name on the hub is taken to stand for what it stood for when a run was begun.
+    """
     from sae_lora.estimate import estimate  # brings torch in
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "state", "SAE"):
         table.add_column(name, no_wrap=True)
-    for name in ("adapter weights", "training FLOPs", "peak memory"):
+    for name in ("pack", "adapter weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
-    flops, memory = 0.0, 0.0
     found = _standings(planned)
+    wanted = _wanted(settings)
+    to_do = [
+        replace(run, config=unpinned(run.config))
+        for run, standing in zip(planned.runs, found, strict=True)
+        if standing.state in wanted
+    ]
+    packs = packed(to_do, settings)
+    number = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     for run, standing in zip(planned.runs, found, strict=True):
-        cost = estimate(run.config)
-        if standing.state is not State.done:
-            flops, memory = flops + cost.flops, max(memory, cost.peak_bytes)
+        cost = estimate([run.config])
         table.add_row(
             run.name,
             standing.state.value,
             ", ".join(f"{one.id or one.path or 'identity'}" for one in run.config.sae.used),
+            str(number.get(run.name, "–")),
             f"{cost.adapter_weights:,}",
             f"{cost.flops:.2e}",
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
     say(f"{len(planned.runs)} runs: {counts(standing.state for standing in found)}")
-    say(f"to do: {flops:.2e} training FLOPs (evaluations come on top), at most {memory / 1e9:.2f} GB")
+    costs = [estimate([run.config for run in pack]) for pack in packs]
+    flops, alone = sum(cost.flops for cost in costs), sum(estimate([run.config]).flops for run in to_do)
+    memory = max((cost.peak_bytes for cost in costs), default=0.0)
+    say(
+        f"to do: {len(to_do)} runs in {len(packs)} packs, {flops:.2e} training FLOPs "
+        f"({alone:.2e} if each were alone; evaluations come on top), at most {memory / 1e9:.2f} GB"
+    )
+
+
+def _wanted(settings: LauncherConfig) -> set[State]:
+    """The states from which a run is run."""
+    return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
 
 
 def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
@@ -138,7 +159,7 @@ def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
     if len(elsewhere) > _MOST_LINES:
         complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
 
-    wanted = {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
+    wanted = _wanted(settings)
     found = [run for run, standing in zip(planned.runs, before, strict=True) if standing.state in wanted]
     if not found:
         return []
@@ -188,6 +209,7 @@ def run_now(point: Config) -> float:
     Raises:
         UserError: Where the point cannot work.
     """
+    from sae_lora.member import Claim, write_failure
     from sae_lora.run import execute
 
     (run,) = plan([point]).runs
@@ -195,7 +217,13 @@ def run_now(point: Config) -> float:
         with held(run.folder.path) as lease:
             if not run.folder.is_finished:  # another process may have ended it meanwhile
                 run.freeze()
-                execute(run.folder, make_sure=lease.check)
+                try:
+                    (outcome,) = execute([Claim(run.folder, lease.check)])
+                except Exception as error:
+                    write_failure(run.folder, error)
+                    raise
+                if isinstance(outcome, Exception):
+                    raise outcome
     return run.folder.read_summary()["ce_gap"]
 
 

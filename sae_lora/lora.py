@@ -1,13 +1,11 @@
-"""The adapters, through peft: which matrices of which blocks, and off when the teacher speaks."""
+"""The adapters, through peft: which matrices of which blocks, fresh, trained and saved."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sae_lora.checks import adapted_blocks, listed_matrices, target_matrices
@@ -117,23 +115,6 @@ def _roles_of(name: str) -> frozenset[str]:
         if name == end or name.endswith(f".{end}"):
             return roles
     return frozenset()
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters, inside the block only. Where there are none, as it is."""
-    enabled = [
-        module
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-    ]
-    for layer in enabled:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
 
 
 def set_adapter_dropout(model: LanguageModel, training: bool) -> None:

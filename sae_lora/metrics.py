@@ -1,16 +1,18 @@
 """Evaluation: what the SAE costs, what the adapters give back, on the held-out tokens."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lora.kl import kl_divergence
-from sae_lora.lora import adapters_disabled
+from sae_lora.kl import kl_to, log_probabilities
 from sae_lora.models import LanguageModel
-from sae_lora.splice import Coder, Reading, special_positions, spliced
+from sae_lora.splice import Reading
+from sae_lora.student import Student, cuts
+from sae_lora.trunk import Splices, Trunk
 
 
 class Evaluation(NamedTuple):
@@ -69,13 +71,12 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates one model with SAEs on fixed tokens, as often as asked.
+    """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
     Args:
-        model: The language model, with its adapters in place.
-        saes: SAE by hookpoint.
+        model: The plain language model.
         tokens: Held-out tokens `[sequence, pos]`.
-        special_ids: Ids `[n]` whose positions keep their activation; `None` for none.
+        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         batch_size: Sequences per forward pass.
         chunk_tokens: Tokens whose logits are held at once.
     """
@@ -83,69 +84,108 @@ class Evaluator:
     def __init__(
         self,
         model: LanguageModel,
-        saes: Mapping[str, Coder],
         tokens: Tensor,
-        special_ids: Tensor | None,
+        special_ids: Tensor,
         batch_size: int,
         chunk_tokens: int,
     ) -> None:
-        self.model = model
-        self.saes = saes
-        self.tokens = tokens
-        self.special_ids = special_ids
-        self.batch_size = batch_size
-        self.chunk_tokens = chunk_tokens
-        self._spliced_ce: float | None = None
+        self._model = model
+        self._tokens = tokens
+        self._special_ids = special_ids
+        self._batch_size = batch_size
+        self._chunk_tokens = chunk_tokens
+        self._spliced_ce: dict[Splices, float] = {}
+        """Does not change while adapters train: once is enough."""
 
     @torch.no_grad()
-    def __call__(self) -> Evaluation:
-        """Evaluates the adapters as they are now. Leaves the model's modes as they were."""
-        reconstructions = {hookpoint: Reconstruction() for hookpoint in self.saes}
-
-        def observe(reading: Reading) -> None:
-            reconstructions[reading.hookpoint].add(reading)
-
-        base_ce = spliced_ce = student_ce = kl = 0.0
-        agreements = predictions = positions = 0
-        with evaluating(self.model):
-            for batch in self.tokens.split(self.batch_size):
-                tokens = batch.to(self.model.device)
-                keep = kept_positions(tokens, self.special_ids)
-                with adapters_disabled(self.model.model):
-                    teacher_hidden = self.model.hidden(tokens)
-                    if self._spliced_ce is None:
-                        # Does not change while adapters train: once is enough.
-                        with spliced(self.model, self.saes, keep):
-                            spliced_hidden = self.model.hidden(tokens)
-                        for hidden, labels in self._chunks(tokens, spliced_hidden):
-                            spliced_ce += cross_entropy_sum(self.model.logits(hidden), labels)
-                with spliced(self.model, self.saes, keep, observe):
-                    student_hidden = self.model.hidden(tokens)
-                for teacher, student, labels in self._chunks(tokens, teacher_hidden, student_hidden):
-                    teacher_logits, logits = self.model.logits(teacher), self.model.logits(student)
+    def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
+        """Evaluates the adapters as they are now. Leaves the models' modes as they were."""
+        frozen: dict[Splices, Reconstruction] = defaultdict(Reconstruction)
+        sums = [_StudentSums() for _ in students]
+        spliced_ce = {one.splices: 0.0 for one in students if one.splices not in self._spliced_ce}
+        base_ce = 0.0
+        predictions = positions = 0
+        with ExitStack() as modes:
+            for student in students:
+                modes.enter_context(evaluating(student.model))
+            for batch in self._tokens.split(self._batch_size):
+                tokens = batch.to(self._model.device)
+                trunk = Trunk(
+                    self._model,
+                    tokens,
+                    self._special_ids,
+                    cuts(students),
+                    lambda splices, reading: frozen[splices].add(reading),
+                )
+                teacher_hidden = trunk.hidden()
+                hidden = [
+                    student.hidden(trunk, own.observe)
+                    for student, own in zip(students, sums, strict=True)
+                ]
+                for splices in spliced_ce:
+                    for states, labels in self._chunks(tokens, trunk.hidden(splices)):
+                        spliced_ce[splices] += cross_entropy_sum(self._model.logits(states), labels)
+                for teacher, *states, labels in self._chunks(tokens, teacher_hidden, *hidden):
+                    teacher_logits = self._model.logits(teacher)
+                    log_p, top = log_probabilities(teacher_logits), teacher_logits.argmax(-1)
                     base_ce += cross_entropy_sum(teacher_logits, labels)
-                    student_ce += cross_entropy_sum(logits, labels)
-                    kl += float(kl_divergence(teacher_logits, logits).double().sum())
-                    agreements += int((teacher_logits.argmax(-1) == logits.argmax(-1)).sum())
+                    for state, own in zip(states, sums, strict=True):
+                        own.add(self._model.logits(state), log_p, top, labels)
                     predictions += int((labels != NO_LABEL).sum())
                     positions += len(labels)
-        if self._spliced_ce is None:
-            self._spliced_ce = spliced_ce / predictions
-        return Evaluation(
-            base_ce=base_ce / predictions,
-            spliced_ce=self._spliced_ce,
-            student_ce=student_ce / predictions,
-            kl=kl / positions,
-            top1_agreement=agreements / positions,
-            fvu={hookpoint: sums.fvu for hookpoint, sums in reconstructions.items()},
-            l0={hookpoint: sums.l0 for hookpoint, sums in reconstructions.items()},
-        )
+        self._spliced_ce |= {splices: total / predictions for splices, total in spliced_ce.items()}
+        found = []
+        for student, own in zip(students, sums, strict=True):
+            saes = {
+                splice.hookpoint: frozen[student.splices[: place + 1]]
+                if splice in student.frozen
+                else own.live[splice.hookpoint]
+                for place, splice in enumerate(student.splices)
+            }
+            found.append(
+                Evaluation(
+                    base_ce=base_ce / predictions,
+                    spliced_ce=self._spliced_ce[student.splices],
+                    student_ce=own.ce / predictions,
+                    kl=own.kl / positions,
+                    top1_agreement=own.agreements / positions,
+                    fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
+                    l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
+                )
+            )
+        return found
 
     def _chunks(self, tokens: Tensor, *hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Hidden states `[token, d_model]` and, last, labels `[token]`, a few tokens at a time."""
         labels = next_tokens(tokens).flatten()
         columns = [*(states.flatten(0, 1) for states in hidden), labels]
-        yield from zip(*(column.split(self.chunk_tokens) for column in columns), strict=True)
+        yield from zip(*(column.split(self._chunk_tokens) for column in columns), strict=True)
+
+
+class _StudentSums:
+    """What is summed up over tokens for one student."""
+
+    def __init__(self) -> None:
+        self.ce = self.kl = 0.0
+        self.agreements = 0
+        self.live: dict[str, Reconstruction] = defaultdict(Reconstruction)
+        """Of the SAEs that read what its adapters have changed, by hookpoint."""
+
+    def observe(self, reading: Reading) -> None:
+        self.live[reading.hookpoint].add(reading)
+
+    def add(self, logits: Tensor, teacher: Tensor, top: Tensor, labels: Tensor) -> None:
+        """Takes in a few tokens.
+
+        Args:
+            logits: The student's, `[token, d_vocab]`.
+            teacher: The teacher's log-probabilities, `[token, d_vocab]`.
+            top: The token that the teacher puts first, `[token]`.
+            labels: `[token]`.
+        """
+        self.ce += cross_entropy_sum(logits, labels)
+        self.kl += float(kl_to(teacher, logits).double().sum())
+        self.agreements += int((top == logits.argmax(-1)).sum())
 
 
 NO_LABEL = -100
@@ -168,11 +208,6 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> float:
         logits.float(), labels, ignore_index=NO_LABEL, reduction="none"
     )
     return float(losses.double().sum())
-
-
-def kept_positions(tokens: Tensor, special_ids: Tensor | None) -> Tensor | None:
-    """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
-    return None if special_ids is None else special_positions(tokens, special_ids)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Language models through transformers: loaded, and taken apart into backbone, blocks and head."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,7 +87,9 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
         weight.data = weight.data.to(torch_dtype(compute))
-    return LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
+    found = LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
+    found.check_parts()
+    return found
 
 
 class LanguageModel:
@@ -94,24 +99,82 @@ class LanguageModel:
         model: The transformers model. It is frozen and put in evaluation mode.
 
     Raises:
-        UserError: For an architecture whose blocks or head cannot be told apart.
+        UserError: For an architecture whose blocks cannot be told apart.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config.get_text_config()
-        self.blocks = self._find_blocks()
-        if self.device.type != "meta":  # where there are shapes, and nothing to compute
-            self._check_head()
+        self._blocks_at = self._find_blocks()
+        holder, name = self._blocks_at
+        self.blocks: nn.ModuleList = getattr(holder, name)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads, `[batch, pos, d_model]`, for tokens `[batch, pos]`."""
-        return self._backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
+        """What the head reads, `[batch, pos, d_model]`.
+
+        Args:
+            tokens: `[batch, pos]`.
+            first: The block to begin with.
+            resid: The residual stream that this block reads, `[batch, pos, d_model]`; `None` where
+                it is the first of all.
+        """
+        with self._segment(first, len(self.blocks), resid):
+            return self._backbone(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def resid_entering(
+        self, block: int, tokens: Tensor, first: int = 0, resid: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream that a block reads, `[batch, pos, d_model]`.
+
+        Args:
+            block: That block; one more than the last for what leaves it.
+            tokens: `[batch, pos]`.
+            first: The block to begin with, one before `block` or further up.
+            resid: As for `hidden`.
+        """
+        found: list[Tensor] = []
+
+        def take(module: object, arguments: object, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.blocks[block - 1].register_forward_hook(take)
+        try:
+            with self._segment(first, block, resid):
+                self._backbone(input_ids=tokens, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
+    @contextmanager
+    def _segment(self, first: int, end: int, resid: Tensor | None) -> Iterator[None]:
+        """Inside the block of code, the backbone's blocks are those from `first` to before `end`.
+
+        The others keep their places, for what the backbone looks up by index (Gemma's masks), and
+        pass on what they get; the one before `first` passes on `resid`.
+        """
+        if first == 0 and end == len(self.blocks):
+            yield
+            return
+        passing: list[nn.Module] = [_Passing() for _ in range(first)]
+        if first > 0:
+            passing[-1] = _Passing(resid)
+        blocks = [*passing, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
+        holder, name = self._blocks_at
+        holder._modules[name] = nn.ModuleList(blocks)
+        try:
+            yield
+        finally:
+            holder._modules[name] = self.blocks
+
+    def view(self) -> "LanguageModel":
+        """The same model once more, for adapters of its own: its weights are shared, not copied."""
+        shared = [*self.model.parameters(), *self.model.buffers()]
+        return LanguageModel(copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared}))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., d_vocab]` of hidden states `[..., d_model]`.
@@ -160,22 +223,43 @@ class LanguageModel:
     def _backbone(self) -> nn.Module:
         return getattr(self.model, self.model.base_model_prefix)
 
-    def _find_blocks(self) -> nn.ModuleList:
+    def _find_blocks(self) -> tuple[nn.Module, str]:
+        """The module that holds the list of blocks, and the list's name there."""
         depth = self.config.num_hidden_layers
         for module in self.model.get_decoder().modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth:
-                return module
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == depth:
+                    return module, name
         raise UserError(f"{type(self.model).__name__}: found no list of its {depth} blocks")
 
-    def _check_head(self) -> None:
+    def check_parts(self) -> None:
+        """Makes sure that backbone, blocks and head together are the model.
+
+        Raises:
+            UserError: For an architecture of which that is not so.
+        """
         probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        half = len(self.blocks) // 2
         with torch.no_grad():
             whole = self.model(input_ids=probe, use_cache=False).logits
-            parts = self.logits(self.hidden(probe))
+            resid = self.resid_entering(half, probe) if half else None
+            parts = self.logits(self.hidden(probe, half, resid))
         if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
             raise UserError(
-                f"{type(self.model).__name__}: its logits depend on more than its last hidden state"
+                f"{type(self.model).__name__}: its logits depend on more than one block's output, or "
+                "than its last hidden state"
             )
+
+
+class _Passing(nn.Module):
+    """Stands in for a block: passes on what it gets, or what it was given."""
+
+    def __init__(self, given: Tensor | None = None) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states if self.given is None else self.given
 
 
 class _Given(nn.Module):

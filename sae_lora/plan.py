@@ -11,10 +11,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_blocks
-from sae_lora.config import Config, TextSource, as_dict, as_list, identity, load, readable_name
+from sae_lora.config import Config, TextSource, as_dict, as_list, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
+from sae_lora.identity import identity, readable_name
 from sae_lora.records import RunFolder
 from sae_lora.saes.registry import resolve
 
@@ -41,6 +42,10 @@ class Run:
         """
         self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
         self.folder.clear_failure()
+
+
+Pack = list[Run]
+"""Runs that train together."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,16 @@ def _as_begun(config: Config, folder: RunFolder) -> Config:
         model=replace(config.model, commit=begun.model.commit),
         sae=replace(config.sae, used=begun.sae.used),
         data=replace(config.data, version=begun.data.version),
+    )
+
+
+def unpinned(config: Config) -> Config:
+    """The config before anything was fetched for it: with names, and not what they stood for."""
+    return replace(
+        config,
+        model=replace(config.model, commit=None),
+        sae=replace(config.sae, used=[replace(one, commit=None) for one in config.sae.used]),
+        data=replace(config.data, version=None),
     )
 
 

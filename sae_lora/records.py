@@ -37,7 +37,7 @@ class CurvePoint:
     tokens: int
     """Tokens trained on."""
     train_seconds: float
-    """Seconds spent training, evaluations left out."""
+    """Seconds spent training, evaluations left out; where runs train together, this run's share."""
     base_ce: float
     """Cross-entropy of the plain model, the teacher."""
     spliced_ce: float
@@ -166,6 +166,9 @@ class Summary:
     """Where W&B shows the run: an address, or the folder of an offline run."""
     name: str
     hash: str
+    trained_together: int = 1
+    """Runs that trained in one process and shared the frozen part of their work; of that process's
+    time, `train_seconds` and `total_seconds` are this run's share."""
     version: int = SUMMARY_VERSION
 
 
@@ -327,11 +330,15 @@ class CurveWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Nothing more is added."""
+        self._file.close()
+
     def __enter__(self) -> "CurveWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
 def check_writable(folder: Path) -> None:

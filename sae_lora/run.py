@@ -1,167 +1,255 @@
-"""One run, built and connected: the only module that knows all the others."""
+"""Runs that train together, built and connected: the only module that knows all the others."""
 
-import math
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import logging as transformers_logging
-from transformers import set_seed
 
-from sae_lora import checkpoint, distill, hub, lease, lora, models, tracking
-from sae_lora.config import (
-    Config,
-    Device,
-    LoRAConfig,
-    TrainConfig,
-    identity,
-    load,
-    readable_name,
-    train_steps,
-)
+from sae_lora import hub, models
+from sae_lora.config import Config, Device, SAEChoice, SAEConfig
 from sae_lora.data import corpus
-from sae_lora.dimensions import read_dimensions, source
-from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, ConfigError, UserError
+from sae_lora.dimensions import Dimensions, read_dimensions
+from sae_lora.distill import Pack
+from sae_lora.errors import (
+    EXIT_FAILED,
+    EXIT_HELD,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_TOGETHER,
+    ConfigError,
+    UserError,
+)
+from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
+from sae_lora.lease import HeldError, LostError, held
+from sae_lora.member import Claim, Member, concerns_all, is_out_of_memory, write_failure
 from sae_lora.metrics import Evaluator
-from sae_lora.records import CurvePoint, CurveWriter, Progress, RunFolder, Summary, new_folder
+from sae_lora.progress import Reporter
+from sae_lora.provenance import environment
+from sae_lora.records import Progress, RunFolder, Summary
 from sae_lora.saes import loading
+from sae_lora.saes.loading import LoadedSAE
 from sae_lora.terminal import Display, complain
+from sae_lora.training import Training
+
+
+class NotTogetherError(Exception):
+    """Runs that cannot train together; each can alone."""
 
 
 def execute(
-    folder: RunFolder,
-    interruption: Interruption | None = None,
-    make_sure: Callable[[], None] = lambda: None,
-) -> Summary:
-    """Trains and evaluates what the folder's `config.yaml` describes, and writes it into the folder.
+    claims: Sequence[Claim], interruption: Interruption | None = None
+) -> list[Summary | Exception]:
+    """Trains and evaluates together what the folders' configs describe, and writes it into them.
 
-    Goes on from the newest checkpoint, where there is one.
+    Each goes on from its newest checkpoint, where it has one. What goes wrong with one alone is
+    written into its folder, and the others go on.
 
     Args:
-        folder: The run folder. Its config is checked, with its SAEs resolved; nothing else is read.
-        interruption: What may ask the run to stop; by default nothing does.
-        make_sure: Called before anything that counts is written; raises where it must not be.
+        claims: The folders, of runs that may train together.
+        interruption: What may ask the runs to stop; by default nothing does.
+
+    Returns:
+        What each has found, or why it has found nothing.
 
     Raises:
-        UserError: For what the user can mend: files that cannot be fetched, text that is too short;
-            and what `make_sure` raises.
+        UserError: For what concerns all of them and the user can mend: files that cannot be
+            fetched, text that is too short.
+        NotTogetherError: Where the runs differ in what they must have in common.
+        MemoryError: And torch's own: where together they need more than there is. Each can go on
+            from its checkpoint.
         Interrupted: When asked to stop; where training stands is saved.
     """
-    interruption = interruption or Interruption()
-    started = time.perf_counter()
-    config = load(folder.config.read_text())
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    device = _device(config.train.device)
-    steps = train_steps(config)
-    run_hash = identity(config)
-    saved = checkpoint.newest(folder.checkpoints, run_hash, lambda text: complain("damaged", text))
-    seconds_before = saved.values["total_seconds"] if saved else 0.0
-    folder.set_aside(curve=saved is None)
-
+    members = [Member(claim) for claim in claims]
     with Display() as show:
-        # Text and SAE first: whatever is wrong with them is known before the model is loaded.
-        report = _Reporter(show, folder, config.train, steps)
-        report.stage(f"loading text ({config.data.source.name}) and SAE ({config.sae.family.name})")
-        tokenizer = models.load_tokenizer(config.model)
+        _Execution(members, interruption or Interruption(), show).run()
+    return [member.outcome for member in members if member.outcome is not None]
+
+
+class _Execution:
+    """Runs that train together, from their folders to their summaries."""
+
+    def __init__(self, members: Sequence[Member], interruption: Interruption, show: Display) -> None:
+        self._members = members
+        self._interruption = interruption
+        self._show = show
+        self._started = time.perf_counter()
+        self._pack: Pack | None = None
+
+    @property
+    def _left(self) -> list[Member]:
+        return [member for member in self._members if member.is_left]
+
+    @contextmanager
+    def _own(self, member: Member) -> Iterator[None]:
+        """What goes wrong in the block is this run's alone; the others go on without it."""
+        try:
+            yield
+        except Exception as error:
+            if concerns_all(error) and len(self._left) > 1:
+                raise
+            if self._pack is not None and member.training in self._pack.left:
+                self._pack.drop(member.training)
+            member.fail(error)
+
+    def _each(self, action: Callable[[Member], object]) -> None:
+        """Does it for each that is left."""
+        for member in self._left:
+            with self._own(member):
+                action(member)
+
+    def run(self) -> None:
+        """Builds them, trains them, and writes what they find."""
+        transformers_logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        self._each(Member.read)
+        if not self._left:
+            return
+        config = self._left[0].config  # for what they have in common
+        if len({pack_key(member.config) for member in self._left}) > 1:
+            raise NotTogetherError("model, data or batches of these runs differ")
+        device = _device(config.train.device)
+        steps = train_steps(config)
+
+        # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
+        families = ", ".join(sorted({member.config.sae.family.name for member in self._left}))
+        self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
         text = corpus.load(
             config.data,
-            tokenizer,
+            models.load_tokenizer(config.model),
             steps * config.train.batch_size,
             config.train.batch_size,
-            show.counter("tokenising", "sequences"),
+            self._show.counter("tokenising", "sequences"),
         )
-        show.end()
-        dimensions = read_dimensions(config.model)
-        loaded = [loading.load(config.sae, choice, dimensions, device) for choice in config.sae.used]
-        saes = {one.hookpoint: one.sae for one in loaded}
+        self._show.end()
+        saes = _SAEs(read_dimensions(config.model), device)
+        self._each(lambda member: saes.of(member.config.sae))
+        if not self._left:
+            return
 
-        report.stage(f"loading model ({config.model.name}) on {device}")
+        self._stage(f"loading model ({config.model.name}) on {device}")
         model = models.load_model(config.model, config.train.dtype, device)
-        set_seed(config.train.seed)
-        adapters = lora.attach(model, config.lora, min(choice.block for choice in config.sae.used))
-        trainable = sum(weight.numel() for weight in lora.trainable_weights(model).values())
-        keeps = loading.keeps_special_tokens(config.sae, loaded)
+        self._each(lambda member: member.build(model, saes.of(member.config.sae), steps))
+        self._train(config, model, text, steps)
+
+    def _train(
+        self, config: Config, model: models.LanguageModel, text: corpus.Corpus, steps: int
+    ) -> None:
+        """Trains all that are left to the end, and writes what they have found."""
+        members = {member.training: member for member in self._left}
+        if not members:
+            return
+        special_ids = text.special_ids.to(model.device)
         evaluate = Evaluator(
             model,
-            saes,
             text.validation_tokens,
-            text.special_ids.to(device) if keeps else None,
+            special_ids,
             max(1, config.train.eval_batch_tokens // config.data.context_length),
             config.train.kl_chunk_tokens,
         )
+        pack = self._pack = Pack(
+            model,
+            members,
+            evaluate,
+            special_ids,
+            config.train.kl_chunk_tokens,
+            lambda training: self._own(members[training]),
+        )
+        report = Reporter(self._show, members, steps, self._own)
 
-        training = distill.Training(model, saes, evaluate, config.train, steps)
-        if saved is not None:
-            training.restore(saved)
-            report.stage(f"going on from step {training.step:,} of {steps:,}")
-            report.checkpoint_step = training.step
-        report.stage(f"training {trainable:,} LoRA weights on {config.train.train_tokens:,} tokens")
-        batches = text.batches(config.train.batch_size, config.data.seed, training.step)
-        summary: Summary | None = None
-        tracker = tracking.start(config, readable_name(config), run_hash, folder.path)
+        def after_step(trained: Sequence[Training]) -> None:
+            report.step(trained)
+            self._save(
+                pack,
+                [
+                    member
+                    for training in trained
+                    if (member := members[training]).is_left
+                    and training.step % member.config.train.checkpoint_every_steps == 0
+                ],
+            )
 
-        def save() -> None:
-            with training.paused(), interruption.held():
-                make_sure()
-                state = training.state()
-                state.values["total_seconds"] = seconds_before + time.perf_counter() - started
-                checkpoint.save(folder.checkpoints, run_hash, state)
-                report.checkpoint_step = training.step
+        with ExitStack() as begun:
+            begun.callback(_end, list(members.values()))
+            self._each(Member.begin)
+            report.begin()
+            batches = text.batches(config.train.batch_size, config.data.seed, pack.step)
+            found = {
+                "validation_tokens": text.validation.size,
+                "model": _describe_model(config, model),
+                "environment": environment(model.device),
+                "trained_together": len(self._members),
+            }
 
-        def after_step(progress: distill.StepDone) -> None:
-            report.step(progress)
-            if progress.step % config.train.checkpoint_every_steps == 0:
-                save()
+            def finish(member: Member) -> None:
+                member.finish(self._total_seconds(member), text.description, **found)
 
-        try:
-            with CurveWriter(folder.curve, saved.values["points"] if saved else 0) as curve:
-                try:
-                    for point in training.points(batches, after_step, interruption.held):
-                        curve.append(point)
-                        tracker.log(point)
-                        show.point(point)
-                except Interrupted:
-                    save()
-                    raise
-            with interruption.held():
-                make_sure()
-                with new_folder(folder.adapter) as beside:
-                    lora.save(adapters, beside, source(config.model))
-                points = folder.read_curve()
-                summary = Summary(
-                    name=readable_name(config),
-                    hash=run_hash,
-                    **_outcome(points),
-                    trainable_parameters=trainable,
-                    total_seconds=seconds_before + time.perf_counter() - started,
-                    validation_tokens=text.validation.size,
-                    model=_describe_model(config, model),
-                    sae=[one.description | points[-1].per_sae[one.hookpoint] for one in loaded],
-                    lora=_describe_lora(config.lora),
-                    seed=config.train.seed,
-                    data=text.description | {"special_tokens_kept": keeps},
-                    environment=_describe_environment(device),
-                    tracked_at=tracker.place,
-                )
-                folder.write_summary(summary)
-                # Nothing is left to go on with.
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)
-                folder.progress.unlink(missing_ok=True)
-            return summary
-        finally:
-            tracker.finish(summary)
+            try:
+                for training, point in pack.points(batches, after_step, self._interruption.held):
+                    with self._own(members[training]):
+                        members[training].take(point)
+                        self._show.point(point, members[training].name if len(members) > 1 else None)
+                with self._interruption.held():
+                    self._each(finish)
+            except Interrupted:
+                self._save(pack, self._left)
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    traceback.clear_frames(error.__traceback__)  # what filled it
+                    whole = [member for member in self._left if member.training.is_between_steps]
+                    self._save(pack, whole)
+                raise
+
+    def _save(self, pack: Pack, members: Sequence[Member]) -> None:
+        if not members:
+            return
+        with pack.paused(), self._interruption.held():
+            for member in members:
+                with self._own(member):
+                    member.save(self._total_seconds(member))
+
+    def _total_seconds(self, member: Member) -> float:
+        """What the run has taken: of this process, its share."""
+        share = (time.perf_counter() - self._started) / len(self._members)
+        return member.seconds_before + share
+
+    def _stage(self, text: str) -> None:
+        """Says what is done next, to who watches this process and in the folders to who does not."""
+        self._show.stage(text)
+        self._each(lambda member: member.folder.write_progress(Progress(text)))
+
+
+def _end(members: Sequence[Member]) -> None:
+    """Ends their W&B runs side by side: where the server is slow, all wait at the same time."""
+    with ThreadPoolExecutor(len(members)) as threads:
+        list(threads.map(Member.end, members))
+
+
+class _SAEs:
+    """SAEs that are loaded, each once for all runs that use it."""
+
+    def __init__(self, model: Dimensions, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._loaded: dict[str, LoadedSAE] = {}
+
+    def of(self, config: SAEConfig) -> list[LoadedSAE]:
+        """Those that a run uses, by block."""
+        return [self._one(config, choice) for choice in config.used]
+
+    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
+        key = repr((config.family, config.dtype, choice))
+        if key not in self._loaded:
+            self._loaded[key] = loading.load(config, choice, self._model, self._device)
+        return self._loaded[key]
 
 
 def _device(wanted: Device) -> torch.device:
@@ -170,61 +258,6 @@ def _device(wanted: Device) -> torch.device:
     if wanted is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
     return torch.device(wanted.name)
-
-
-class _Reporter:
-    """Shows where the run stands: to who watches this process, and in its folder to who does not."""
-
-    def __init__(self, show: Display, folder: RunFolder, config: TrainConfig, steps: int) -> None:
-        self.checkpoint_step: int | None = None
-        self._show = show
-        self._folder = folder
-        self._config = config
-        self._steps = steps
-        self._count = show.counter("training", "tokens")
-        self._last_time, self._last_tokens = time.monotonic(), None
-
-    def stage(self, text: str) -> None:
-        """What is done next."""
-        self._show.stage(text)
-        self._folder.write_progress(Progress(text, steps=self._steps))
-
-    def step(self, done: distill.StepDone) -> None:
-        """One more step; shown about once a second, since reading a loss from a GPU is not free."""
-        now = time.monotonic()
-        if now - self._last_time < _SHOW_EVERY_S and done.step < self._steps:
-            return
-        rate = None
-        if self._last_tokens is not None and now > self._last_time:
-            rate = (done.tokens - self._last_tokens) / (now - self._last_time)
-        self._last_time, self._last_tokens = now, done.tokens
-        loss = done.loss
-        self._count(done.tokens, self._config.train_tokens, f"loss {loss:.3f}")
-        self._folder.write_progress(
-            Progress(
-                stage="training",
-                step=done.step,
-                steps=self._steps,
-                tokens=done.tokens,
-                train_tokens=self._config.train_tokens,
-                loss=loss if math.isfinite(loss) else None,
-                tokens_per_second=rate,
-                checkpoint_step=self.checkpoint_step,
-            )
-        )
-
-
-def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
-    first, last = points[0], points[-1]
-    closed = [point.gap_closed for point in points if point.gap_closed is not None]
-    same = ("base_ce", "spliced_ce", "student_ce", "ce_gap", "gap_closed", "kl", "top1_agreement")
-    return {name: getattr(last, name) for name in (*same, "fvu", "l0", "train_seconds")} | {
-        "initial_gap": last.spliced_ce - last.base_ce,
-        "initial_kl": first.kl,
-        "best_gap_closed": max(closed, default=None),
-        "train_tokens": last.tokens,
-        "train_steps": last.step,
-    }
 
 
 def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, Any]:
@@ -239,94 +272,66 @@ def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, An
     }
 
 
-def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
-    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
-    return {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "scale": scale,
-        "dropout": config.dropout,
-        "targets": config.targets,
-        "blocks": config.blocks,
-    }
+def attempt(folders: Sequence[RunFolder]) -> int:
+    """One attempt at runs that train together, but for those that are finished or held elsewhere.
 
+    What goes wrong is written into the folders and said.
 
-_SHOW_EVERY_S = 1.0
-_PACKAGES = ("transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
-
-
-def _describe_environment(device: torch.device) -> dict[str, Any]:
-    return {
-        "sae_lora": metadata.version("sae_lora"),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        # torch's own word on its version also names its CUDA build.
-        "packages": {"torch": torch.__version__} | {name: metadata.version(name) for name in _PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit that this code is at, marked where files differ from it; `None` outside git."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is some other project's commit
-        commit = git("rev-parse", "HEAD").strip()
-        return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def attempt(folder: RunFolder) -> int:
-    """One attempt at a run, unless it is finished or another process is at it.
-
-    What goes wrong is written into the folder and said; returns the exit code, 0 or one of
-    `EXIT_FAILED`, `EXIT_HELD`, `EXIT_INTERRUPTED`.
+    Returns:
+        The exit code: 0 where all are finished, or one of `sae_lora.errors`.
     """
     interruption = Interruption()
+    held_elsewhere = False
+    claims: list[Claim] = []
     try:
-        with interruption.watching(), lease.held(folder.path) as held:
-            if not folder.is_finished:
-                execute(folder, interruption, held.check)
-    except (lease.HeldError, lease.LostError) as error:
-        complain("left alone", str(error))
-        return EXIT_HELD
+        with interruption.watching(), ExitStack() as leases:
+            for folder in folders:
+                own = leases.enter_context(ExitStack())
+                try:
+                    lease = own.enter_context(held(folder.path))
+                except HeldError as error:
+                    complain("left alone", str(error))
+                    held_elsewhere = True
+                else:
+                    if not folder.is_finished:
+                        claims.append(Claim(folder, lease.check, own.close))
+            outcomes = _outcomes(claims, interruption)
     except Interrupted:
         return EXIT_INTERRUPTED
-    except Exception as error:  # whatever it is, its cause is kept
-        folder.write_failure(_cause(error), traceback.format_exc())
-        return EXIT_FAILED
-    return 0
+    if outcomes is None:
+        return EXIT_NOT_TOGETHER
+    if held_elsewhere or any(isinstance(outcome, LostError) for outcome in outcomes):
+        return EXIT_HELD
+    return EXIT_FAILED if any(isinstance(outcome, Exception) for outcome in outcomes) else 0
 
 
-def _cause(error: Exception) -> str:
-    """Why the run failed, for people."""
-    if isinstance(error, UserError):
-        return str(error)
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if out_of_memory or "can't allocate memory" in str(error):  # torch's words on a CPU
-        return (
-            f"out of memory: {error}\n  smaller: train.batch_size, train.kl_chunk_tokens (logits) or "
-            "train.eval_batch_tokens (the last two change no result)"
-        )
-    return f"{type(error).__name__}: {error}"
+def _outcomes(claims: Sequence[Claim], interruption: Interruption) -> list[Summary | Exception] | None:
+    """What becomes of each; `None` where nothing does together that may yet do alone."""
+    try:
+        return execute(claims, interruption)
+    except Exception as error:
+        unsettled = [
+            claim.folder
+            for claim in claims
+            if not claim.folder.is_finished and not claim.folder.has_failed
+        ]
+        if len(unsettled) > 1 and not isinstance(error, UserError):
+            traceback.print_exception(error)
+            return None
+        for folder in unsettled:
+            write_failure(folder, error)
+        return [error]
 
 
 def main() -> int:
-    """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run>`."""
-    folder = RunFolder(Path(sys.argv[1]))
-    code = attempt(folder)
-    if code == EXIT_INTERRUPTED and not folder.is_finished:
-        complain("stopped", "asked to; the run goes on from its checkpoint")
-    return 0 if folder.is_finished and code == EXIT_INTERRUPTED else code
+    """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run> …`."""
+    folders = [RunFolder(Path(path)) for path in sys.argv[1:]]
+    code = attempt(folders)
+    if code == EXIT_INTERRUPTED:
+        if all(folder.is_finished for folder in folders):
+            return 0
+        complain("stopped", "asked to; what is not finished goes on from its checkpoint")
+    return code
 
 
 if __name__ == "__main__":

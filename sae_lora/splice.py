@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sae_lora.dimensions import resid_post
 from sae_lora.models import LanguageModel
 
 
@@ -44,6 +45,25 @@ class Observer(Protocol):
     def __call__(self, reading: Reading, /) -> None: ...
 
 
+class Splice(NamedTuple):
+    """An SAE at its place. Two are the same where the SAE is the same object.
+
+    Args:
+        block: The block whose output it replaces.
+        sae: The SAE.
+        keeps: Whether positions that hold special tokens keep their activation.
+    """
+
+    block: int
+    sae: Coder
+    keeps: bool
+
+    @property
+    def hookpoint(self) -> str:
+        """Where it sits, in the field's words."""
+        return resid_post(self.block)
+
+
 @contextmanager
 def spliced(
     model: LanguageModel,
@@ -76,16 +96,30 @@ def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observe
     def hook(module: object, arguments: object, output: Any) -> Any:
         # A block returns its residual stream, alone or as the first of a tuple.
         resid: Tensor = output[0] if isinstance(output, tuple) else output
-        latents = sae.encode(resid)
-        recon = sae.decode(latents).to(resid.dtype)
-        if observe is not None:
-            applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
-            observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
-        if keep is not None:
-            recon = torch.where(keep[..., None], resid, recon)
+        recon = reconstructed(hookpoint, sae, resid, keep, observe)
         return (recon, *output[1:]) if isinstance(output, tuple) else recon
 
     return hook
+
+
+def reconstructed(
+    hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor | None, observe: Observer | None = None
+) -> Tensor:
+    """What the SAE puts in the place of the residuals `[batch, pos, d_model]`.
+
+    Args:
+        hookpoint: Where it sits, for the observer.
+        sae: The SAE.
+        resid: What it reads.
+        keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
+        observe: Called with what the SAE read and did.
+    """
+    latents = sae.encode(resid)
+    recon = sae.decode(latents).to(resid.dtype)
+    if observe is not None:
+        applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
+        observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
+    return recon if keep is None else torch.where(keep[..., None], resid, recon)
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class _Rate(ProgressColumn):
 
 
 class Display:
-    """One run's stages, progress and points."""
+    """The stages, progress and points of what one process does."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -92,11 +92,17 @@ class Display:
             self._progress.remove_task(self._task)
             self._task = None
 
-    def point(self, point: CurvePoint) -> None:
-        """Shows one evaluation as a line that stays."""
+    def point(self, point: CurvePoint, name: str | None = None) -> None:
+        """Shows one evaluation as a line that stays.
+
+        Args:
+            point: What was measured.
+            name: Of the run, where there are several.
+        """
         rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+        which = "" if name is None else f"  {name}"
         say(
-            f"  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+            f"{which}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
             f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
         )
 

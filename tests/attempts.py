@@ -14,30 +14,45 @@ from tests.commands import REPOSITORY
 from tests.composing import composed
 
 _SCRIPT = """
-import os, sys
-from sae_lora import checkpoint, distill, run
+import os, shutil, sys
+import torch
+from sae_lora import checkpoint, run
+from sae_lora.training import Training
 
-step, what = int(sys.argv[2]), sys.argv[3]
-take_step, save_file = distill.Training._take_step, checkpoint.save_file
+step, what = int(sys.argv.pop(1)), sys.argv.pop(1)
+learn, save_file = Training.learn, checkpoint.save_file
 
 def befall():
     if what == "exit":
         os._exit(17)
     if what == "raise":
         raise ZeroDivisionError("befallen")
+    if what == "memory":
+        raise torch.OutOfMemoryError("no room")
+    if what == "delete":
+        shutil.rmtree(sys.argv[1])
+        return
     os.kill(os.getpid(), int(what))
 
-def taking(training, tokens):
-    if training.step == step - 1:
-        befall()
-    return take_step(training, tokens)
+befallen = False
+
+def learning(training, hidden, kl):
+    global befallen
+    if training.step == step - 1 and not befallen:
+        befallen = True
+        if what == "optimizer":
+            take_step = training._optimizer.step
+            training._optimizer.step = lambda: (take_step(), torch.empty(10**16))
+        else:
+            befall()
+    learn(training, hidden, kl)
 
 def saving(tensors, path):
     save_file(tensors, path)
     if f"step-{-step:08d}" in str(path):
         befall()
 
-distill.Training._take_step = taking
+Training.learn = learning
 checkpoint.save_file = saving
 sys.exit(run.main())
 """
@@ -53,16 +68,21 @@ def frozen(home: Path, *overrides: str) -> RunFolder:
     return planned.folder
 
 
-def attempt(folder: RunFolder, step: int = 0, what: str | int = "") -> subprocess.CompletedProcess[str]:
+def attempt(
+    *folders: RunFolder, step: int = 0, what: str | int = ""
+) -> subprocess.CompletedProcess[str]:
     """Runs `python -m sae_lora.run` to its end, whatever that is.
 
     Args:
-        folder: The run folder.
+        folders: The run folders.
         step: Step in which something happens; negative: while the checkpoint of that step is
             written; 0: nothing happens.
-        what: A signal's number that the process sends itself, `exit` or `raise`.
+        what: A signal's number that the process sends itself, `exit`, or what is raised in one run:
+            `raise` for any error, `memory` for too little of it; `optimizer` for that at the
+            end of an optimiser's step; or `delete` for the folder of the first run.
     """
-    command = [sys.executable, "-c", _SCRIPT, str(folder.path), str(step or 10**9), str(what)]
+    paths = [str(folder.path) for folder in folders]
+    command = [sys.executable, "-c", _SCRIPT, str(step or 10**9), str(what), *paths]
     return subprocess.run(
         command,
         cwd=REPOSITORY,

@@ -73,7 +73,9 @@ def _child(folder: Path, step: int, log: Path, largest_file: int | None) -> None
     """One attempt, killed before the step is taken (0: never)."""
     import torch
 
-    from sae_lora import distill, run
+    from sae_lora import run
+    from sae_lora.kl import SummedKL
+    from sae_lora.training import Training
 
     torch.set_num_threads(1)
     output = log.open("a", buffering=1)
@@ -81,15 +83,15 @@ def _child(folder: Path, step: int, log: Path, largest_file: int | None) -> None
     os.dup2(output.fileno(), 2)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    take_step = distill.Training._take_step
+    learn = Training.learn
 
-    def taking(training: distill.Training, tokens: torch.Tensor) -> torch.Tensor:
+    def learning(training: Training, hidden: torch.Tensor, kl: SummedKL) -> None:
         if training.step == step - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return take_step(training, tokens)
+        learn(training, hidden, kl)
 
-    distill.Training._take_step = taking
-    os._exit(run.attempt(RunFolder(folder)))
+    Training.learn = learning
+    os._exit(run.attempt([RunFolder(folder)]))
 
 
 def attempt(
@@ -281,35 +283,32 @@ _FAULTY = """
 import sys
 if "sae_lora.run" in sys.orig_argv:
     import os, signal, time
-    from pathlib import Path
-    import yaml
-    seed = yaml.safe_load(Path(sys.orig_argv[-1], "config.yaml").read_text())["train"]["seed"]
-    kind = ["exception", "exit", "kill", "memory", "nan", "hang"][seed // 2] if seed < 12 else None
-    if kind is not None:
-        import torch
-        from sae_lora import distill
-        take_step = distill.Training._take_step
+    import torch
+    from sae_lora.training import Training
+    KINDS = ["exception", "exit", "kill", "memory", "nan", "hang"]
+    learn = Training.learn
 
-        def taking(training, tokens):
-            if training.step == 3:
-                match kind:
-                    case "exception":
-                        raise ZeroDivisionError("befallen")
-                    case "exit":
-                        os._exit(17)
-                    case "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    case "memory":
-                        torch.empty(10**16)
-                    case "nan":
-                        for weight in training._weights.values():
-                            weight.data.fill_(float("nan"))
-                    case "hang":
-                        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-                        time.sleep(3600)
-            return take_step(training, tokens)
+    def learning(training, hidden, kl):
+        seed = training._config.seed
+        if training.step == 3 and seed < 12:
+            match KINDS[seed // 2]:
+                case "exception":
+                    raise ZeroDivisionError("befallen")
+                case "exit":
+                    os._exit(17)
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "memory":
+                    torch.empty(10**16)
+                case "nan":
+                    for weight in training._weights.values():
+                        weight.data.fill_(float("nan"))
+                case "hang":
+                    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+                    time.sleep(3600)
+        learn(training, hidden, kl)
 
-        distill.Training._take_step = taking
+    Training.learn = learning
 """
 _CAUSES = ("ZeroDivisionError: befallen", "exit code 17", "SIGKILL", "memory", "is nan", "hangs")
 
@@ -347,7 +346,7 @@ def sweep(home: Path, progress: Progress) -> list[Row]:
         return {
             load(folder.config.read_text()).train.seed: (
                 folder.failure_message or "",
-                folder.log.read_text().count("loading model"),
+                sum(map(folder.log.read_text().count, ("loading model", "trains together with"))),
             )
             for folder in folders_in(home / "outputs")
         }

@@ -32,12 +32,12 @@ def points_in(home: Path) -> Point:
 
 
 def run_here(*points: Config) -> list[RunFolder]:
-    """Runs the points in this process, and returns their folders."""
-    folders = []
-    for planned in plan(points).runs:
+    """Runs the points together in this process, and returns their folders."""
+    runs = plan(points).runs
+    for planned in runs:
         planned.freeze()
-        assert run.attempt(planned.folder) == 0
-        folders.append(planned.folder)
+    folders = [planned.folder for planned in runs]
+    assert run.attempt(folders) == 0
     return folders
 
 

@@ -12,13 +12,12 @@ from sae_lora.checks import check, latents, target_matrices
 from sae_lora.config import (
     Config,
     as_dict,
-    identity,
     keys,
     load,
-    readable_name,
     typed,
 )
 from sae_lora.errors import ConfigError, UnknownKeyError
+from sae_lora.identity import identity, readable_name
 from tests.composing import CONF, composed
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())

@@ -9,24 +9,26 @@ from torch.nn.functional import cross_entropy, log_softmax
 from sae_lora import lora
 from sae_lora.config import LoRAConfig, Reduction, Schedule, TrainConfig
 from sae_lora.dimensions import resid_post
-from sae_lora.distill import Training, rate_factor
 from sae_lora.errors import UserError
-from sae_lora.metrics import Evaluator, Reconstruction
+from sae_lora.metrics import Reconstruction
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced
+from sae_lora.training import rate_factor
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
-
-HELD_OUT = random_tokens(batch=10, length=16, seed=11)
-CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
-
-
-def evaluator(
-    model: LanguageModel, sae: Coder, batch_size: int = 4, chunk_tokens: int = 30
-) -> Evaluator:
-    return Evaluator(model, {resid_post(1): sae}, HELD_OUT, None, batch_size, chunk_tokens)
+from tests.trainings import (
+    CONFIG,
+    HELD_OUT,
+    batches,
+    comparable,
+    evaluator,
+    fill,
+    pack,
+    student,
+    training,
+)
 
 
 def train(
@@ -36,43 +38,26 @@ def train(
     steps: int = 6,
     adapters: LoRAConfig | None = None,
 ) -> list[CurvePoint]:
-    torch.manual_seed(config.seed)
-    lora.attach(model, adapters or LoRAConfig(rank=2, dropout=0.2), first_sae=1)
-    batches = [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
-    saes = {resid_post(1): sae}
-    return list(Training(model, saes, evaluator(model, sae), config, steps).points(batches))
+    one = training(model, sae, config, steps, adapters)
+    return [point for _, point in pack(model, one).points(batches(steps))]
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
 def test_training_closes_the_gap_and_only_adapters_move(model: LanguageModel, blocks: str) -> None:
     sae = jumprelu_sae()
-    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    sae_before = {name: weight.clone() for name, weight in sae.state_dict().items()}
+    frozen = {**model.model.state_dict(), **sae.state_dict(prefix="sae.")}
+    before = {name: weight.clone() for name, weight in frozen.items()}
     points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=40)
     assert points[-1].kl < points[0].kl
     assert points[-1].student_ce != points[0].student_ce
-    after = model.model.state_dict()
-    for name, weight in before.items():
-        now = after.get(name, after.get(wrapped(name)))
-        assert now is not None, name
-        assert torch.equal(now, weight), name
-    assert all(torch.equal(sae.state_dict()[name], weight) for name, weight in sae_before.items())
-    assert all(
-        "lora_" in name for name, weight in model.model.named_parameters() if weight.requires_grad
-    )
-
-
-def wrapped(name: str) -> str:
-    """The name of a weight of a matrix that peft has wrapped."""
-    module, _, weight = name.rpartition(".")
-    return f"{module}.base_layer.{weight}"
+    assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
+    assert not any(weight.requires_grad for weight in model.model.parameters())
 
 
 def test_same_seed_twice_gives_the_same_curve() -> None:
-    def curve(seed: int) -> list[dict]:
+    def curve(seed: int) -> list[CurvePoint]:
         points = train(small_model("llama"), topk_sae(), dataclasses.replace(CONFIG, seed=seed))
-        timings = {"train_seconds": 0.0, "tokens_per_second": None}
-        return [dataclasses.asdict(dataclasses.replace(point, **timings)) for point in points]
+        return [comparable(point) for point in points]
 
     assert curve(0) == curve(0)
     assert curve(0) != curve(1)
@@ -98,31 +83,30 @@ def test_identity_has_no_gap_to_close(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
-def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae) -> None:
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae, blocks: str) -> None:
     sae = make_sae()
-    lora.attach(model, LoRAConfig(rank=2), first_sae=1)
-    for weight in lora.trainable_weights(model).values():
-        weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    found = evaluator(model, sae)()
+    measured = student(model, sae, LoRAConfig(rank=2, blocks=blocks))
+    fill(measured.weights)
+    (found,) = evaluator(model)([measured])
     readings: list[Reading] = []
     with torch.no_grad():
-        with spliced(model, {resid_post(1): sae}, observe=readings.append):
-            student = model.model(HELD_OUT, use_cache=False).logits
-        with lora.adapters_disabled(model.model):
-            base = model.model(HELD_OUT, use_cache=False).logits
-            with spliced(model, {resid_post(1): sae}):
-                plain = model.model(HELD_OUT, use_cache=False).logits
+        with spliced(measured.model, {resid_post(1): sae}, observe=readings.append):
+            adapted = measured.model.model(HELD_OUT, use_cache=False).logits
+        base = model.model(HELD_OUT, use_cache=False).logits
+        with spliced(model, {resid_post(1): sae}):
+            plain = model.model(HELD_OUT, use_cache=False).logits
 
     def ce(logits: torch.Tensor) -> float:
         return float(cross_entropy(logits[:, :-1].flatten(0, 1), HELD_OUT[:, 1:].flatten()))
 
-    teacher, learner = log_softmax(base, -1), log_softmax(student, -1)
+    teacher, learner = log_softmax(base, -1), log_softmax(adapted, -1)
     kl = torch.nn.functional.kl_div(learner, teacher, log_target=True, reduction="none").sum(-1).mean()
     assert found.base_ce == pytest.approx(ce(base), abs=1e-5)
     assert found.spliced_ce == pytest.approx(ce(plain), abs=1e-5)
-    assert found.student_ce == pytest.approx(ce(student), abs=1e-5)
+    assert found.student_ce == pytest.approx(ce(adapted), abs=1e-5)
     assert found.kl == pytest.approx(float(kl), abs=1e-5)
-    agreement = (base.argmax(-1) == student.argmax(-1)).float().mean()
+    agreement = (base.argmax(-1) == adapted.argmax(-1)).float().mean()
     assert found.top1_agreement == pytest.approx(float(agreement), rel=1e-6)
     (reading,) = readings
     residual = (reading.resid - reading.recon).square().sum()
@@ -132,22 +116,23 @@ def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae) ->
 
 
 def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
-    sae = topk_sae()
-    whole, parts = evaluator(model, sae, 10, 1000)(), evaluator(model, sae, 3, 7)()
-    for one, other in zip(whole[:5], parts[:5], strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    one = student(model, topk_sae())
+    fill(one.weights)
+    (whole,), (parts,) = evaluator(model, 10, 1000)([one]), evaluator(model, 3, 7)([one])
+    for together, apart in zip(whole[:5], parts[:5], strict=True):
+        assert together == pytest.approx(apart, rel=1e-5, abs=1e-6)
     assert whole.fvu == pytest.approx(parts.fvu, rel=1e-5)
 
 
 def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
-    lora.attach(model, LoRAConfig(rank=2, dropout=0.5), first_sae=1)
-    lora.set_adapter_dropout(model, True)
-    next(model.blocks[0].children()).train()
-    modes = {name: module.training for name, module in model.model.named_modules()}
+    one = student(model, topk_sae(), LoRAConfig(rank=2, dropout=0.5))
+    lora.set_adapter_dropout(one.model, True)
+    next(one.model.blocks[0].children()).train()
+    modes = {name: module.training for name, module in one.model.model.named_modules()}
     assert len(set(modes.values())) == 2
-    evaluate = evaluator(model, topk_sae())
-    assert evaluate() == evaluate()
-    assert {name: module.training for name, module in model.model.named_modules()} == modes
+    evaluate = evaluator(model)
+    assert evaluate([one]) == evaluate([one])
+    assert {name: module.training for name, module in one.model.model.named_modules()} == modes
 
 
 def test_reconstruction_worked_by_hand() -> None:
@@ -167,22 +152,23 @@ def test_the_step_is_the_plain_one() -> None:
     sae, tokens = topk_sae(), random_tokens(batch=2, length=16, seed=0)
     config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
     model = small_model("gemma2")
-    train(model, sae, config, steps=1, adapters=LoRAConfig(rank=2))
-    trained = [weight.detach().clone() for weight in lora.trainable_weights(model).values()]
+    one = training(model, sae, config, 1, LoRAConfig(rank=2))
+    list(pack(model, one).points([tokens]))
+    trained = [weight.detach() for weight in one.student.weights.values()]
 
     model = small_model("gemma2")
     torch.manual_seed(config.seed)
-    lora.attach(model, LoRAConfig(rank=2), first_sae=1)
+    adapters = lora.attach(model, LoRAConfig(rank=2), first_sae=1)
     weights = list(lora.trainable_weights(model).values())
-    with torch.no_grad(), lora.adapters_disabled(model.model):
+    with torch.no_grad(), adapters.disable_adapter():
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
     with spliced(model, {resid_post(1): sae}):
-        student = log_softmax(model.model(tokens, use_cache=False).logits, -1)
-    (teacher.exp() * (teacher - student)).sum(-1).mean().backward()
+        learner = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    (teacher.exp() * (teacher - learner)).sum(-1).mean().backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0).step()
-    for one, other in zip(trained, weights, strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-5)
+    for found, expected in zip(trained, weights, strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_summed_loss_makes_the_clip_bind() -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lora.config import Config, DataConfig, ModelConfig, SAEChoice, SAEConfig, SAEFamily, TextSource
+from sae_lora.config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    SAEChoice,
+    SAEConfig,
+    SAEFamily,
+    TextSource,
+)
 from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions
 from sae_lora.embedded import MODEL, SAES, language_model, recipe
@@ -14,6 +23,8 @@ from sae_lora.metrics import Evaluation, Evaluator
 from sae_lora.models import LanguageModel, load_model, load_tokenizer
 from sae_lora.saes import loading
 from sae_lora.saes.training import TopKRequest
+from sae_lora.splice import Splice
+from sae_lora.student import Student
 from tests.commands import launch
 
 TINY = ModelConfig(name="tiny")
@@ -37,8 +48,9 @@ def evaluation(model: LanguageModel, text: corpus.Corpus, name: str) -> Evaluati
     block = recipe.requests()[name].block
     loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
     assert loading.keeps_special_tokens(config, [loaded])
-    saes = {loaded.hookpoint: loaded.sae}
-    return Evaluator(model, saes, text.validation_tokens, text.special_ids, 32, 1024)()
+    fresh = Student(model, (Splice(block, loaded.sae, keeps=True),), LoRAConfig(rank=1, blocks="all"))
+    (found,) = Evaluator(model, text.validation_tokens, text.special_ids, 32, 1024)([fresh])
+    return found
 
 
 def test_everything_that_the_recipe_names_ships() -> None:

@@ -13,33 +13,42 @@ from sae_lora.records import Progress, RunFolder
 
 RUN = """
 import json, os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-match folder.name.split("-")[0]:
-    case "good":
-        (folder / "summary.json").write_text("{}")
-    case "exit":
-        print("about to leave", flush=True)
-        os._exit(3)
-    case "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    case "stopped":
-        sys.exit(75)
-    case "unready":
-        os.kill(os.getpid(), signal.SIGTERM)
-    case "says":
-        (folder / "failure.json").write_text(json.dumps({"message": "a reason", "details": ""}))
-        sys.exit(1)
-    case "slow":
-        def stop(*_):
-            (folder / "saved").write_text("")
+folders = [pathlib.Path(path) for path in sys.argv[1:]]
+with open(folders[0].parent / "attempts.txt", "a") as file:
+    print(*(folder.name for folder in folders), file=file)
+if len(folders) > 2 and any("big" in folder.name for folder in folders):
+    sys.exit(print("OutOfMemoryError: no room", flush=True) or 74)
+code = 0
+for folder in folders:
+    match folder.name.split("-")[0]:
+        case "good" | "big":
+            (folder / "summary.json").write_text("{}")
+        case "exit":
+            print("about to leave", flush=True)
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stopped":
             sys.exit(75)
-        signal.signal(signal.SIGUSR2, stop)
-        (folder / "ready").write_text("")
-        time.sleep(60)
-    case "deaf":
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        (folder / "ready").write_text("")
-        time.sleep(60)
+        case "unready":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "elsewhere":
+            code = 73
+        case "says":
+            (folder / "failure.json").write_text(json.dumps({"message": "a reason", "details": ""}))
+            code = 1
+        case "slow":
+            def stop(*_):
+                (folder / "saved").write_text("")
+                sys.exit(75)
+            signal.signal(signal.SIGUSR2, stop)
+            (folder / "ready").write_text("")
+            time.sleep(60)
+        case "deaf":
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            (folder / "ready").write_text("")
+            time.sleep(60)
+sys.exit(code)
 """
 
 
@@ -75,13 +84,54 @@ def test_a_failed_run_hurts_no_other(tmp_path: Path) -> None:
     assert "good" not in str(raised.value)
 
 
+def attempts(tmp_path: Path) -> list[list[str]]:
+    """The runs of every attempt so far."""
+    return [line.split() for line in (tmp_path / "attempts.txt").read_text().splitlines()]
+
+
+def test_what_ends_a_pack_is_traced_to_the_run_whose_doing_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match="kill-1: killed by SIGKILL"):
+        job_of(tmp_path, "big-1", "kill-1", "good-1", "good-2")()
+    assert attempts(tmp_path) == [
+        ["big-1", "kill-1", "good-1", "good-2"],  # too many for the big one
+        ["big-1", "kill-1"],
+        ["kill-1"],
+        ["good-1", "good-2"],
+    ]
+    assert "OutOfMemoryError: no room; going on with 2" in (tmp_path / "big-1/log.txt").read_text()
+    assert "trains together with big-1" in (tmp_path / "good-2/log.txt").read_text()
+
+
+def test_too_many_for_the_memory_go_on_as_fewer(tmp_path: Path) -> None:
+    job_of(tmp_path, *(f"big-{number}" for number in range(5)))()
+    assert [len(pack) for pack in attempts(tmp_path)] == [5, 3, 2, 1, 2]
+    assert all(RunFolder(tmp_path / f"big-{number}").is_finished for number in range(5))
+
+
+def test_what_another_process_has_is_no_failure(tmp_path: Path) -> None:
+    job_of(tmp_path, "good-1", "elsewhere-1", "good-2")()
+    assert len(attempts(tmp_path)) == 1
+    assert not RunFolder(tmp_path / "elsewhere-1").has_failed
+
+
+def test_a_pack_that_gets_nowhere_is_split(tmp_path: Path) -> None:
+    one = job_of(tmp_path, "deaf-1", "good-1", time_s=0.06, answer_s=0.3)
+    assert interrupted(one, tmp_path / "deaf-1/ready") is not None
+    assert not RunFolder(tmp_path / "deaf-1").has_failed
+    (tmp_path / "deaf-1/ready").unlink()
+    assert interrupted(one, tmp_path / "deaf-1/ready") is not None  # it hangs; the other is left
+    assert RunFolder(tmp_path / "deaf-1").has_failed
+    with pytest.raises(RunFailedError, match="deaf-1: hangs"):
+        one()
+    assert RunFolder(tmp_path / "good-1").is_finished
+
+
 def test_started_anew_without_a_word_it_repeats_nothing(tmp_path: Path) -> None:
     """As SLURM does after a node was lost: the pickle is that of the submission."""
     with pytest.raises(RunFailedError):
         job_of(tmp_path, "good-1", "exit-1")()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    again = job_of(tmp_path)
-    again._left = [str(tmp_path / name) for name in ("good-1", "exit-1")]
+    again = Job([tmp_path / "good-1", tmp_path / "exit-1"], {}, 3600)
     with pytest.raises(RunFailedError, match="exit-1: ended by itself"):
         again()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
@@ -119,7 +169,7 @@ def test_asked_to_stop_it_lets_the_run_save(tmp_path: Path) -> None:
     later = interrupted(one, tmp_path / "slow-1/ready")
     assert (tmp_path / "slow-1/saved").exists()
     assert later is not None
-    assert one._left == [str(tmp_path / "slow-1"), str(tmp_path / "good-2")]
+    assert not RunFolder(tmp_path / "good-2").is_finished
     assert not RunFolder(tmp_path / "slow-1").has_failed
 
 
@@ -152,10 +202,10 @@ def test_a_run_that_was_asked_to_stop_has_not_failed(
 ) -> None:
     """On SLURM the job waits: what asked its run, a preemption perhaps, comes to it too."""
     waited = []
-    monkeypatch.setattr(Job, "_wait_for_the_end", lambda job: waited.append(list(job._left)))
-    with pytest.raises(RunFailedError, match="stopped by a signal"):
+    monkeypatch.setattr(Job, "_wait_for_the_end", lambda job: waited.append(attempts(tmp_path)))
+    with pytest.raises(RunFailedError, match=f"{name}: stopped by a signal; good-1: stopped"):
         job_of(tmp_path, name, "good-1")()
-    assert waited == [[str(tmp_path / name), str(tmp_path / "good-1")]]
+    assert waited == [[[name, "good-1"]]]
     assert not RunFolder(tmp_path / name).has_failed
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_lora.kl import chunked_kl_sum, kl_divergence
+from sae_lora.kl import kl_divergence, summed_kl
 from sae_lora.models import LanguageModel
 from tests.families import D_MODEL, random_tokens
 
@@ -44,10 +44,9 @@ def test_chunks_give_the_value_and_gradient_of_the_whole(
     student.requires_grad_(True)
     whole = kl_divergence(model.logits(teacher), model.logits(student)).sum()
     (expected,) = torch.autograd.grad(whole * 0.5, student)
-    parts = chunked_kl_sum(teacher, student, model.logits, chunk_tokens)
-    (gradient,) = torch.autograd.grad(parts * 0.5, student)
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    (parts,) = summed_kl(teacher, [student], model.logits, chunk_tokens)
+    torch.testing.assert_close(parts.total, whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(parts.gradient * 0.5, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
@@ -56,6 +55,11 @@ def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
     assert torch.equal(model.logits(model.hidden(tokens)), whole)
 
 
-def test_no_gradient_is_made_where_none_is_asked_for(model: LanguageModel) -> None:
-    hidden = torch.randn(4, D_MODEL)
-    assert not chunked_kl_sum(hidden, hidden, model.logits, 2).requires_grad
+def test_several_students_get_what_each_gets_alone(model: LanguageModel) -> None:
+    """To the last bit."""
+    teacher, *students = torch.randn(4, 2, 16, D_MODEL, generator=torch.Generator().manual_seed(3))
+    together = summed_kl(teacher, students, model.logits, 7)
+    for student, found in zip(students, together, strict=True):
+        (alone,) = summed_kl(teacher, [student], model.logits, 7)
+        assert torch.equal(found.total, alone.total)
+        assert torch.equal(found.gradient, alone.gradient)

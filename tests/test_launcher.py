@@ -1,6 +1,7 @@
 """The launcher on this machine: runs go through submitit, each in a process of its own."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from sae_lora import launcher
 from sae_lora.lease import held
 from sae_lora.plan import plan
 from sae_lora.standing import State, standings
+from tests.attempts import results
 from tests.commands import REPOSITORY
 from tests.points import SMALL, Point, folders_in, points_in
 
@@ -84,7 +86,63 @@ def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert printed.count("new") == 3  # two runs, and their number
     assert "block_3-width_1024-l0_4" in printed
+    assert "2 runs in 1 packs" in printed
     assert "training FLOPs" in printed
+
+
+def test_dry_run_says_who_trains_with_whom(point: Point, capsys) -> None:
+    assert launcher.launch([point()]) == 0
+    again = [
+        point(*each, "launcher.dry_run=true")
+        for each in ((), ("lora.rank=4",), ("lora.rank=8",), ("data.seed=1",), ("train.seed=1",))
+    ]
+    capsys.readouterr()
+    assert launcher.launch(again) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")]
+    assert [(state, pack) for _, state, _, pack, *_ in table] == [
+        ("done", "–"),
+        ("new", "1"),
+        ("new", "1"),
+        ("new", "2"),
+        ("new", "1"),
+    ]
+
+
+def test_packed_or_not_the_runs_are_the_same(point: Point, tmp_path: Path) -> None:
+    each = [(f"lora.rank={rank}", "lora.dropout=0.1") for rank in (1, 2, 4)]
+    found = {}
+    for pack in ("auto", "off", "2"):
+        here = f"output_dir={tmp_path}/{pack}", f"launcher.pack={pack}"
+        assert launcher.launch([point(*one, *here) for one in each]) == 0
+        folders = folders_in(tmp_path / pack)
+        found[pack] = {folder.path.name: results(folder) for folder in folders}
+        sizes = sorted(folder.read_summary()["trained_together"] for folder in folders)
+        assert sizes == {"auto": [3, 3, 3], "off": [1, 1, 1], "2": [1, 2, 2]}[pack]
+    assert found["auto"] == found["off"] == found["2"]
+    assert len(found["off"]) == 3
+
+
+def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
+    """For real: a process may hold enough for two of the runs, and not for four."""
+    small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
+    here = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(4)", *here]
+    limit = 5_500_000_000
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, preexec_fn=limited, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    folders = folders_in(tmp_path)
+    assert len(folders) == 4
+    assert not any(folder.has_failed for folder in folders)
+    assert all(folder.read_summary()["trained_together"] in (1, 2) for folder in folders)
+    logs = "".join(folder.log.read_text() for folder in folders)
+    assert "can't allocate memory" in logs
+    assert "going on with 2 together" in logs
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "the launcher alone is told"])

@@ -1,46 +1,46 @@
 """A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
 
-import dataclasses
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lora import checkpoint, lora
+from sae_lora import checkpoint
 from sae_lora.checkpoint import DamagedCheckpointError, State
-from sae_lora.config import LoRAConfig, TrainConfig
-from sae_lora.dimensions import resid_post
-from sae_lora.distill import StepDone, Training
 from sae_lora.interruption import Interrupted, Interruption
-from sae_lora.metrics import Evaluator
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from sae_lora.training import Training
 from tests.coders import topk_sae
-from tests.families import random_tokens, small_model
+from tests.families import small_model
+from tests.trainings import batches, comparable, pack, training
 
 STEPS = 11
-CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
-BATCHES = [random_tokens(batch=2, length=16, seed=seed) for seed in range(STEPS)]
-HELD_OUT = random_tokens(batch=10, length=16, seed=11)
+BATCHES = batches(STEPS)
+MODEL = small_model("llama")
 
 
 def new_training() -> Training:
     """As a new process would build it, from the seed alone; dropout is on."""
-    torch.manual_seed(0)
-    model, sae = small_model("llama"), topk_sae()
-    lora.attach(model, LoRAConfig(rank=2, dropout=0.2), first_sae=1)
-    saes = {resid_post(1): sae}
-    return Training(model, saes, Evaluator(model, saes, HELD_OUT, None, 4, 30), CONFIG, STEPS)
+    return training(MODEL, topk_sae(), steps=STEPS)
 
 
-def comparable(points: list[CurvePoint]) -> list[CurvePoint]:
-    """The points without what no two runs share: how long they took."""
-    return [dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None) for point in points]
+def points(
+    one: Training, from_batches: list[torch.Tensor], after_step: Callable[[Training], None] | None = None
+) -> Iterator[CurvePoint]:
+    """The training's points, without times."""
+
+    def told(trained: Sequence[Training]) -> None:
+        if after_step is not None:
+            after_step(*trained)
+
+    for _, point in pack(MODEL, one).points(from_batches, told):
+        yield comparable(point)
 
 
 def same(one: State, other: State) -> bool:
@@ -57,9 +57,8 @@ def same(one: State, other: State) -> bool:
 @pytest.fixture(scope="module")
 def whole() -> tuple[list[CurvePoint], State]:
     """The curve and the last state of a training that nothing stopped."""
-    training = new_training()
-    points = list(training.points(BATCHES))
-    return comparable(points), training.state()
+    one = new_training()
+    return list(points(one, BATCHES)), one.state()
 
 
 @pytest.mark.parametrize("stop", range(STEPS + 1))
@@ -67,8 +66,8 @@ def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) 
     """Saved after a step, before the evaluation that follows it; restored from the disk."""
     first = new_training()
 
-    def stop_there(done: StepDone) -> None:
-        if done.step == stop:
+    def stop_there(trained: Training) -> None:
+        if trained.step == stop:
             checkpoint.save(tmp_path, "hash", first.state())
             raise Interrupted
 
@@ -76,37 +75,34 @@ def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) 
         checkpoint.save(tmp_path, "hash", first.state())
     else:
         with pytest.raises(Interrupted):
-            list(first.points(BATCHES, stop_there))
+            list(points(first, BATCHES, stop_there))
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
     kept = whole[0][: state.values["points"]]
-    torch.manual_seed(99)
     second = new_training()
     torch.rand(7)  # whatever else has drawn from the generator meanwhile
     second.restore(state)
-    rest = list(second.points(BATCHES[second.step :]))
-    assert kept + comparable(rest) == whole[0]
+    assert kept + list(points(second, BATCHES[second.step :])) == whole[0]
     assert same(second.state(), whole[1])
 
 
 def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
     """Asked to stop between the evaluation and its line in the file."""
-    training = new_training()
-    source = training.points(BATCHES)
+    first = new_training()
+    source = points(first, BATCHES)
     taken = [next(source), next(source)]
-    state = training.state()
+    state = first.state()
     assert state.values["points"] == 1
     second = new_training()
     second.restore(state)
-    rest = list(second.points(BATCHES[second.step :]))
-    assert comparable([taken[0], *rest]) == whole[0]
+    assert [taken[0], *points(second, BATCHES[second.step :])] == whole[0]
 
 
 def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
-    training = new_training()
-    training.restore(whole[1])
-    assert list(training.points([])) == []
-    assert same(training.state(), whole[1])
+    one = new_training()
+    one.restore(whole[1])
+    assert list(points(one, [])) == []
+    assert same(one.state(), whole[1])
 
 
 class TestCheckpoints:
@@ -262,9 +258,9 @@ def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) ->
 
 
 def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None:
-    training = new_training()
-    list(training.points(BATCHES))
-    checkpoint.save(tmp_path, "hash", training.state())
+    one = new_training()
+    list(points(one, BATCHES))
+    checkpoint.save(tmp_path, "hash", one.state())
     saved = load_file(tmp_path / f"step-{STEPS:08d}" / "tensors.safetensors")
     weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}
     moments = [name for name in saved if name.startswith("optimizer/exp_avg/")]

@@ -71,7 +71,7 @@ def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (planned,) = plan([point(f"data.cache_dir={tmp_path}/file/cache")]).runs
     planned.freeze()
-    assert run.attempt(planned.folder) == EXIT_FAILED
+    assert run.attempt([planned.folder]) == EXIT_FAILED
     failure = json.loads(planned.folder.failure.read_text())
     assert failure["message"].startswith("data.cache_dir = ")
     assert "Traceback" in failure["details"]
@@ -81,7 +81,7 @@ def test_what_another_process_runs_is_left_alone(point: Point) -> None:
     (planned,) = plan([point()]).runs
     planned.freeze()
     with held(planned.folder.path):
-        assert run.attempt(planned.folder) == EXIT_HELD
+        assert run.attempt([planned.folder]) == EXIT_HELD
     assert not planned.folder.failure.exists()
     assert not planned.folder.curve.exists()
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,16 +111,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]
 
 
 def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
-    points = ["-m", "lora.rank=1,2,4", "layer.index=1,2", "launcher.max_array_size=4"]
+    points = ["-m", "lora.rank=1,2,4", "layer.index=1,2", "launcher.max_array_size=2"]
     there, here = tmp_path / "there", tmp_path / "here"
-    started = submitted(there, *points)
+    started = submitted(there, *points, "launcher.pack=2")
     assert started.returncode == 0, started.stderr
-    assert "6 submitted to SLURM" in started.stdout
-    assert (
-        len({one.job.id.split("_")[0] for one in folders_in(there) if one.job}) == 2
-    )  # arrays of 4 and 2
+    assert "6 submitted to SLURM in 3 jobs" in started.stdout
+    ids = [one.job.id for one in folders_in(there) if one.job]
+    assert len(ids) == 6
+    assert len(set(ids)) == 3  # packs of 2
+    assert len({job.split("_")[0] for job in ids}) == 2  # arrays of 2 and 1
     places = f"output_dir={here}", f"data.cache_dir={there}/cache"
-    cores = "launcher.cpus_per_task=1", "launcher.max_parallel=2"
+    cores = "launcher.cpus_per_task=1", "launcher.max_parallel=2", "launcher.pack=off"
     assert launch("-m", *SMALL, *points[1:], *places, *cores).returncode == 0
     until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
     assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
@@ -137,14 +139,18 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path:
 def test_preempted_it_goes_on_and_ends_the_same(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
 ) -> None:
-    assert submitted(tmp_path, *LONG, "launcher.partition=low").returncode == 0
-    folder = the_run(tmp_path)
-    until(lambda: at_step(folder, 15), "the run is at work")
+    """The run, and another that trains with it."""
+    two = "-m", "lora.rank=2,4", "launcher.partition=low"
+    assert submitted(tmp_path, *LONG, *two).returncode == 0
+    folders = folders_in(tmp_path)
+    until(lambda: all(at_step(one, 15) for one in folders), "the runs are at work")
     occupy(cluster, 3)
-    until(lambda: standings([folder])[0].state is State.queued, "the run waits again")
-    until(lambda: folder.is_finished or folder.has_failed, "the run")
-    assert folder.is_finished, folder.failure_message
-    assert "going on from step" in folder.log.read_text()
+    queued = [State.queued, State.queued]
+    until(lambda: [one.state for one in standings(folders)] == queued, "the runs wait again")
+    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the runs")
+    assert [one.failure_message for one in folders] == [None, None]
+    (folder,) = [one for one in folders if load(one.config.read_text()).lora.rank == 2]
+    assert sum(one.log.read_text().count("going on from step") for one in folders) == 2
     assert results(folder) == uninterrupted
 
 
@@ -215,8 +221,8 @@ def test_a_dead_node_costs_what_came_after_the_checkpoint(
 
 
 def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
-    node = "launcher.sbatch={nodelist: n1}"
-    assert submitted(tmp_path, "-m", "lora.rank=1,2", node, "launcher.gpus_per_node=1").returncode == 0
+    apart = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", *apart).returncode == 0
     folders = folders_in(tmp_path)
     until(lambda: all(one.is_finished for one in folders), "the sweep")
     gpus = {one.read_summary()["environment"]["visible_gpus"] for one in folders}
@@ -274,43 +280,54 @@ def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> Non
 
 
 def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
-    waited = submitted(tmp_path, "-m", "lora.rank=1,2", "train.lr=1e-3,1e30", "launcher.wait=true")
+    rates = "train.lr=1e-3,2e-3,1e30", "train.seed=0,1"
+    waited = submitted(tmp_path, "-m", *rates, "launcher.pack=3", "launcher.wait=true")
     folders = folders_in(tmp_path)
     assert all(one.is_finished or one.has_failed for one in folders)
     assert waited.returncode == 1
     assert "gap closed" in waited.stdout
     assert "2 failed" in waited.stderr
+    of_job: dict[str, list[float]] = defaultdict(list)
     for folder in folders:
         assert folder.job is not None
-        rate_is_absurd = load(folder.config.read_text()).train.lr > 1
-        assert folder.has_failed is rate_is_absurd
-        assert ended(cluster, folder.job.id) == ("FAILED" if rate_is_absurd else "COMPLETED")
+        rate = load(folder.config.read_text()).train.lr
+        assert folder.has_failed is (rate > 1)
+        of_job[folder.job.id].append(rate)
+    assert sorted(sorted(rates) for rates in of_job.values()) == [[1e-3, 1e-3, 2e-3], [2e-3, 1e30, 1e30]]
+    for job, trained in of_job.items():
+        assert ended(cluster, job) == ("FAILED" if max(trained) > 1 else "COMPLETED")
     capsys.readouterr()
     assert main(["status", str(tmp_path / "main")]) == 1
-    assert "2 failed, 2 done" in capsys.readouterr().out
+    assert "2 failed, 4 done" in capsys.readouterr().out
     (failed, _) = [folder for folder in folders if folder.has_failed]
     assert main(["logs", str(failed.path)]) == 0
     printed = capsys.readouterr().out
-    assert "loading model" in printed
+    assert "trains together with" in printed
     assert "failed: " in printed
     assert "Traceback" in printed
 
 
 def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> None:
-    assert submitted(tmp_path, *LONG).returncode == 0
-    folder = the_run(tmp_path)
-    until(lambda: at_step(folder, 15), "the run is at work")
-    assert main(["cancel", str(tmp_path / "main")]) == 0
-    assert "1 jobs cancelled" in capsys.readouterr().out
-    assert folder.job is not None
-    assert ended(cluster, folder.job.id).startswith("CANCELLED")
-    until(lambda: standings([folder])[0].state is State.resumable, "the run is free")
-    assert "CANCELLED" in str(standings([folder])[0].note)
+    """A run whose job is cancelled, and with it another that trains there."""
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", *LONG).returncode == 0
+    folders = folders_in(tmp_path)
+    until(lambda: all(at_step(one, 15) for one in folders), "the runs are at work")
+    assert main(["cancel", str(folders[0].path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 jobs cancelled" in printed
+    assert f"{folders[1].path.name} trains there too, and stops" in printed
+    assert folders[0].job is not None
+    assert ended(cluster, folders[0].job.id).startswith("CANCELLED")
+    until(lambda: not any(holder(one.path) for one in folders), "the runs are free")
+    for standing in standings(folders):
+        assert standing.state is State.resumable
+        assert "CANCELLED" in str(standing.note)
 
 
 def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: Path) -> None:
     here = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
     command = [sys.executable, "launch.py", "-m", *SMALL, *ON_CLUSTER, *here, "lora.rank=1,2,4"]
+    command.append("launcher.pack=off")
     both = [
         subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         for _ in range(2)

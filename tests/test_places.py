@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import dispatch
+from sae_lora import places as room
 from sae_lora.plan import Run, plan
 from tests.points import points_in
 
@@ -19,7 +19,7 @@ def places(runs: list[Run], **settings: int | None) -> list[dict[str, str]]:
     launcher = runs[0].config.launcher
     for name, value in settings.items():
         setattr(launcher, name, value)
-    return dispatch._places(runs, launcher)
+    return room.places(runs, launcher)
 
 
 def test_every_gpu_takes_one_run(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:

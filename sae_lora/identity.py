@@ -1,0 +1,81 @@
+"""What names a run, what makes two the same, and what lets them train together."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sae_lora.config import Config, as_dict
+
+_NOT_IDENTITY = {
+    "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
+    "model": ("middle_block", "commit"),
+    "sae": ("width", "l0", "release", "id", "path"),
+    "data": ("cache_dir", "version"),
+    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens", "checkpoint_every_steps"),
+}
+"""What cannot change a result, or is a request whose answer stands in `sae.used`."""
+
+
+def identity(config: Config) -> str:
+    """Eight hexadecimal digits that name what the run computes.
+
+    Equal for two configs whose results are the same by construction: where the runs are written,
+    what dispatches and tracks them, and how an SAE was asked for are left out.
+    """
+    values = _without(as_dict(config), _NOT_IDENTITY)
+    for choice in values["sae"]["used"]:
+        del choice["commit"]
+    return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
+
+
+_OF_ONE_RUN = {
+    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir"),
+    "model": ("middle_block",),
+    "data": ("cache_dir",),
+    "train": (
+        *("lr", "schedule", "warmup_share", "weight_decay", "grad_clip", "kl_reduction", "seed"),
+        "checkpoint_every_steps",
+    ),
+}
+"""What runs may differ in that train together."""
+
+
+def pack_key(config: Config) -> str:
+    """Equal for runs that may train together: the same model goes through the same batches."""
+    return _canonical(_without(as_dict(config), _OF_ONE_RUN))
+
+
+def _without(values: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    for group, left_out in names.items():
+        part = values[group] if group else values
+        for name in left_out:
+            del part[name]
+    return values
+
+
+def _canonical(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def train_steps(config: Config) -> int:
+    """Optimiser steps of a run; the last one is whole, so a few more tokens may be trained on."""
+    return math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
+
+
+def readable_name(config: Config) -> str:
+    """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
+    model = config.model.name.rstrip("/").split("/")[-1]
+    parts = [model, "l" + "+".join(str(choice.block) for choice in config.sae.used)]
+    if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
+        parts.append(f"w{config.sae.used[0].width}")
+        if config.sae.used[0].l0 is not None:
+            parts.append(f"l0_{config.sae.used[0].l0:g}")
+    parts.append(f"r{config.lora.rank}")
+    blocks, targets = config.lora.blocks, config.lora.targets
+    parts.append(blocks if isinstance(blocks, str) else "b" + "+".join(map(str, blocks)))
+    if targets != "all":
+        parts.append(targets if isinstance(targets, str) else "+".join(targets))
+    parts.append(f"s{config.train.seed}")
+    return "-".join(parts)

@@ -1,0 +1,235 @@
+"""One run among those that train together: its folder, its training, and what becomes of it."""
+
+import math
+import shutil
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from sae_lora import checkpoint, lora, tracking
+from sae_lora.checkpoint import State
+from sae_lora.config import Config, LoRAConfig, load
+from sae_lora.dimensions import source
+from sae_lora.errors import UserError
+from sae_lora.identity import identity, readable_name
+from sae_lora.lease import LostError
+from sae_lora.models import LanguageModel
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary, new_folder
+from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens
+from sae_lora.splice import Splice
+from sae_lora.student import Student
+from sae_lora.terminal import complain
+from sae_lora.training import Training
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run folder that this process may write to."""
+
+    folder: RunFolder
+    """Its config is checked, with its SAEs resolved; nothing else is read."""
+    make_sure: Callable[[], None] = lambda: None
+    """Called before anything that counts is written; raises where it must not be."""
+    release: Callable[[], None] = lambda: None
+    """Called when nothing more will be written."""
+
+
+class Member:
+    """One run, from its folder to its summary.
+
+    Its methods are called in the order in which they stand here.
+
+    Args:
+        claim: Its folder.
+    """
+
+    config: Config
+    training: Training
+
+    def __init__(self, claim: Claim) -> None:
+        self.folder = claim.folder
+        self.outcome: Summary | Exception | None = None
+        """What it has found, or why it has found nothing; `None` while there is something to do."""
+        self.checkpoint_step: int | None = None
+        """Step of the newest checkpoint."""
+        self._make_sure = claim.make_sure
+        self._release = claim.release
+        self._saved: State | None = None
+        self._saes: list[LoadedSAE] = []
+        self._curve: CurveWriter | None = None
+        self._tracker: tracking.Tracker = tracking.Untracked()
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is anything to do for it yet."""
+        return self.outcome is None
+
+    def read(self) -> None:
+        """Reads its config, and takes up what an attempt before has left.
+
+        Raises:
+            DamagedCheckpointError: Where that cannot be used.
+        """
+        self.config = load(self.folder.config.read_text())
+        self.name = readable_name(self.config)
+        self._hash = identity(self.config)
+        self._saved = checkpoint.newest(
+            self.folder.checkpoints, self._hash, lambda text: complain("damaged", text)
+        )
+        self.seconds_before = self._saved.values["total_seconds"] if self._saved else 0.0
+        """Of the attempts before, as far as its checkpoint goes on."""
+        self.folder.set_aside(curve=self._saved is None)
+
+    def build(self, model: LanguageModel, saes: list[LoadedSAE], steps: int) -> None:
+        """Makes its student and its training, new or as they were left.
+
+        Raises:
+            ConfigError: Where the adapters do not fit the model.
+        """
+        self._saes = saes
+        self._keeps = keeps_special_tokens(self.config.sae, saes)
+        splices = [
+            Splice(choice.block, loaded.sae, self._keeps)
+            for choice, loaded in zip(self.config.sae.used, saes, strict=True)
+        ]
+        set_seed(self.config.train.seed)
+        student = Student(model, tuple(splices), self.config.lora)
+        self.trainable = sum(weight.numel() for weight in student.weights.values())
+        """Trainable parameters."""
+        self.training = Training(student, self.config.train, steps)
+        if self._saved is not None:
+            self.training.restore(self._saved)
+            self.checkpoint_step = self.training.step
+
+    def begin(self) -> None:
+        """Opens its curve, and tells W&B of it.
+
+        Raises:
+            UserError: Where the curve is not the one that the checkpoint was made with.
+        """
+        points = self._saved.values["points"] if self._saved else 0
+        self._curve = CurveWriter(self.folder.curve, points)
+        self._tracker = tracking.start(self.config, self.name, self._hash, self.folder.path)
+
+    def take(self, point: CurvePoint) -> None:
+        """Writes a point down, and shows it to W&B."""
+        assert self._curve is not None
+        self._curve.append(point)
+        self._tracker.log(point)
+
+    def save(self, total_seconds: float) -> None:
+        """Writes a checkpoint."""
+        self._make_sure()
+        state = self.training.state()
+        state.values["total_seconds"] = total_seconds
+        checkpoint.save(self.folder.checkpoints, self._hash, state)
+        self.checkpoint_step = self.training.step
+
+    def finish(self, total_seconds: float, data: dict[str, Any], **found: Any) -> None:
+        """Writes what it has found; from then on it is finished.
+
+        Args:
+            total_seconds: What it took.
+            data: What identifies the text.
+            found: What else the summary says that is the same for all that trained together.
+        """
+        self._make_sure()
+        with new_folder(self.folder.adapter) as beside:
+            lora.save(self.training.student.adapters, beside, source(self.config.model))
+        points = self.folder.read_curve()
+        summary = Summary(
+            name=self.name,
+            hash=self._hash,
+            **_outcome(points),
+            trainable_parameters=self.trainable,
+            total_seconds=total_seconds,
+            sae=[one.description | points[-1].per_sae[one.hookpoint] for one in self._saes],
+            lora=_describe_lora(self.config.lora),
+            seed=self.config.train.seed,
+            data=data | {"special_tokens_kept": self._keeps},
+            tracked_at=self._tracker.place,
+            **found,
+        )
+        self.folder.write_summary(summary)
+        self.outcome = summary
+        # Nothing is left to go on with.
+        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.folder.progress.unlink(missing_ok=True)
+        self._release()
+
+    def fail(self, error: Exception) -> None:
+        """Writes down why nothing comes of it."""
+        self.outcome = error
+        if isinstance(error, LostError):
+            complain("left alone", f"{self.folder.path.name}: {error}")
+        else:
+            write_failure(self.folder, error)
+        traceback.clear_frames(error.__traceback__)  # or they keep what the run had on the device
+        self._release()
+
+    def end(self) -> None:
+        """Closes its curve and its W&B run, whatever became of it."""
+        if self._curve is not None:
+            self._curve.close()
+        self._tracker.finish(self.outcome if isinstance(self.outcome, Summary) else None)
+
+
+def write_failure(folder: RunFolder, error: Exception) -> None:
+    """Writes the error down as why a run ended early, for people and whole."""
+    try:
+        folder.write_failure(_cause(error), "".join(traceback.format_exception(error)))
+    except OSError as trouble:  # a full disk, or a folder that somebody has deleted
+        complain("failed", f"{folder.path.name}: {_cause(error)}\n  (not written down: {trouble})")
+
+
+def concerns_all(error: BaseException) -> bool:
+    """Whether an error in one run is not its own: too little memory, or a GPU that answers no more."""
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on a GPU or not."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(one in str(error) for one in words)
+
+
+def _cause(error: Exception) -> str:
+    """Why the run failed, for people."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: {error}\n  smaller: train.batch_size, train.kl_chunk_tokens (logits) or "
+            "train.eval_batch_tokens (the last two change no result)"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
+def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
+    first, last = points[0], points[-1]
+    closed = [point.gap_closed for point in points if point.gap_closed is not None]
+    same = ("base_ce", "spliced_ce", "student_ce", "ce_gap", "gap_closed", "kl", "top1_agreement")
+    return {name: getattr(last, name) for name in (*same, "fvu", "l0", "train_seconds")} | {
+        "initial_gap": last.spliced_ce - last.base_ce,
+        "initial_kl": first.kl,
+        "best_gap_closed": max(closed, default=None),
+        "train_tokens": last.tokens,
+        "train_steps": last.step,
+    }
+
+
+def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
+    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "scale": scale,
+        "dropout": config.dropout,
+        "targets": config.targets,
+        "blocks": config.blocks,
+    }

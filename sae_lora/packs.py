@@ -1,0 +1,103 @@
+"""Which runs train together: those whose model goes through the same batches, as many as fit."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import psutil
+
+from sae_lora.config import LauncherConfig, LauncherKind
+from sae_lora.identity import pack_key
+from sae_lora.places import places
+from sae_lora.plan import Pack, Run
+
+_MOST = 8
+"""Runs in a pack of `launcher.pack=auto`. What more of them would still save is little."""
+_FILLED = 0.9
+"""Share of the memory that an estimate may fill."""
+_ON_A_NODE_GB = {"gpu": 40.0, "main": 8.0}
+"""What a node is taken to have that does not say."""
+
+
+def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
+    """The runs in as few packs as may be, of equal size; here, no fewer than there are places.
+
+    A pack that does not fit into the memory is halved until its parts do.
+
+    Runs that share most stand together: those with the same SAEs, then those adapted from the same
+    block on.
+
+    Args:
+        runs: In any order.
+        settings: What the packs are to be like, and where they will be.
+    """
+    groups: dict[str, Pack] = {}
+    for run in runs:
+        groups.setdefault(pack_key(run.config), []).append(run)
+    most = most_together(settings)
+    if most == 1 or len(runs) < 2:
+        return [[run] for run in runs]
+    here = settings.kind is LauncherKind.local
+    fewest = max(1, len(places(runs, settings)) // len(groups)) if here else 1
+    return [pack for group in groups.values() for pack in _split(group, most, fewest, settings)]
+
+
+def most_together(settings: LauncherConfig) -> int:
+    """The largest pack that is asked for."""
+    match settings.pack:
+        case "auto":
+            return _MOST
+        case "off" | False:  # what YAML makes of the word
+            return 1
+        case _:
+            return settings.pack
+
+
+def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
+    from sae_lora.estimate import first_adapted_block  # brings torch in
+
+    def what_is_shared(run: Run) -> tuple[str, int]:
+        return repr(run.config.sae.used), first_adapted_block(run.config)
+
+    ordered = sorted(group, key=what_is_shared)
+    number = min(len(group), max(fewest, -(-len(group) // most)))
+    parts = _equal_parts(ordered, number)
+    return [pack for part in parts for pack in _fitting(part, settings)]
+
+
+def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
+    """The pack; its halves, or theirs, where it does not fit."""
+    if len(pack) == 1 or _fits(pack, settings):
+        return [pack]
+    return [part for half in _equal_parts(pack, 2) for part in _fitting(half, settings)]
+
+
+def _equal_parts(runs: Pack, number: int) -> list[Pack]:
+    bounds = [len(runs) * part // number for part in range(number + 1)]
+    return [runs[start:end] for start, end in pairwise(bounds)]
+
+
+def _fits(pack: Pack, settings: LauncherConfig) -> bool:
+    from sae_lora.estimate import estimate  # brings torch in
+
+    needed = estimate([run.config for run in pack]).peak_bytes
+    return needed <= _FILLED * _room(pack, settings)
+
+
+def _room(pack: Pack, settings: LauncherConfig) -> float:
+    """Bytes of memory that a pack may fill where it will be."""
+    wants_gpu = pack[0].config.train.device.name != "cpu"
+    if settings.kind is LauncherKind.slurm:
+        if wants_gpu and settings.gpus_per_node:
+            return 1e9 * (settings.gpu_mem_gb or _ON_A_NODE_GB["gpu"])
+        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"])
+    import torch
+
+    # Packs at work at the same time share what they are at: a GPU, or the main memory.
+    at = Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places(pack, settings))
+    if wants_gpu and torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0).total_memory
+        room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else found
+    else:
+        room = psutil.virtual_memory().available
+    return room / max(at.values())

@@ -1,0 +1,82 @@
+"""What is said of a pack while it trains: to who watches it, and in the folders to who does not."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from sae_lora.member import Member
+from sae_lora.records import Progress
+from sae_lora.terminal import Display
+from sae_lora.training import Training
+
+_SHOW_EVERY_S = 1.0
+
+
+class Reporter:
+    """Shows how training goes on, about once a second: reading a loss from a GPU is not free.
+
+    Args:
+        show: Shows it to who watches this process.
+        members: The runs by their trainings.
+        steps: Number of steps in all.
+        own: Entered around what is written into one run's folder.
+    """
+
+    def __init__(
+        self,
+        show: Display,
+        members: Mapping[Training, Member],
+        steps: int,
+        own: Callable[[Member], AbstractContextManager[None]],
+    ) -> None:
+        self._show = show
+        self._members = members
+        self._steps = steps
+        self._own = own
+        self._train_tokens = next(iter(members.values())).config.train.train_tokens
+        self._count = show.counter("training", "tokens")
+        self._last_time = time.monotonic()
+        self._last_tokens: dict[Training, int] = {}
+
+    def begin(self) -> None:
+        """Says what is trained, and from where on."""
+        members = list(self._members.values())
+        for training, member in self._members.items():
+            if step := training.step:
+                which = f"{member.name}: " if len(members) > 1 else ""
+                self._show.stage(f"{which}going on from step {step:,} of {self._steps:,}")
+            self._write(training, rate=None)
+        weights = ", ".join(f"{member.trainable:,}" for member in members)
+        runs = f" in {len(members)} runs" if len(members) > 1 else ""
+        self._show.stage(f"training {weights} LoRA weights{runs} on {self._train_tokens:,} tokens")
+
+    def step(self, trained: Sequence[Training]) -> None:
+        """These have taken a step."""
+        now = time.monotonic()
+        seconds = now - self._last_time
+        if not trained or (seconds < _SHOW_EVERY_S and not trained[0].has_ended):
+            return
+        for training in trained:
+            last = self._last_tokens.get(training)
+            self._write(training, None if last is None else (training.tokens - last) / seconds)
+        losses = [training.loss for training in trained]
+        spread = f"loss {min(losses):.3f}" + (f"–{max(losses):.3f}" if len(losses) > 1 else "")
+        self._count(trained[0].tokens, self._train_tokens, spread)
+        self._last_time = now
+        self._last_tokens = {training: training.tokens for training in trained}
+
+    def _write(self, training: Training, rate: float | None) -> None:
+        member = self._members[training]
+        progress = Progress(
+            stage="training",
+            step=training.step,
+            steps=self._steps,
+            tokens=training.tokens,
+            train_tokens=self._train_tokens,
+            loss=training.loss if math.isfinite(training.loss) else None,
+            tokens_per_second=rate,
+            checkpoint_step=member.checkpoint_step,
+        )
+        with self._own(member):
+            member.folder.write_progress(progress)

@@ -1,0 +1,43 @@
+"""Where and with what a result was made, for the record."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("transformers", "peft", "sae-lens", "datasets", "wandb", "hydra-core")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, threads, host and the commit of this code, as plain values."""
+    return {
+        "sae_lora": metadata.version("sae_lora"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        # torch's own word on its version also names its CUDA build.
+        "packages": {"torch": torch.__version__} | {name: metadata.version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that this code is at, marked where files differ from it; `None` outside git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is some other project's commit
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

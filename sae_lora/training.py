@@ -1,0 +1,287 @@
+"""The training of one student: its optimiser, its randomness, its curve, and what is kept of them."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lora.checkpoint import State
+from sae_lora.config import Reduction, Schedule, TrainConfig
+from sae_lora.errors import UserError
+from sae_lora.kl import SummedKL
+from sae_lora.lora import set_adapter_dropout
+from sae_lora.metrics import Evaluation
+from sae_lora.records import CurvePoint, gap_closed
+from sae_lora.student import Student
+from sae_lora.trunk import Trunk
+
+
+class Training:
+    """The training of one student: how far it is, and all that is its own.
+
+    Between two steps `state()` is all there is to know: put back into a new object with
+    `restore()`, the rest of the curve and the adapters come out the same to the last bit.
+
+    Args:
+        student: What is trained. Its dropout goes on from torch's global random state as it is now.
+        config: The optimisation.
+        steps: Number of steps in all.
+    """
+
+    def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
+        set_adapter_dropout(student.model, True)
+        self.student = student
+        self.step = 0
+        """Optimiser steps taken."""
+        self.tokens = 0
+        """Tokens trained on."""
+        self.is_between_steps = True
+        """Whether `state()` is one to go on from: no error has left a step half taken."""
+        self._config = config
+        self._steps = steps
+        self._device = student.model.device
+        self._weights = student.weights
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self._rate_factor = rate_factor(config, steps)
+        self._randomness = _Randomness(self._device)
+        self._interval = _Interval(self._device, _Read())
+        self._train_seconds = 0.0
+        self._points = 0
+        self._evaluated_at: int | None = None
+        self._next_evaluation = 0
+        self._lr: float | None = None
+        self._last_norm: Tensor | float | None = None
+        self._last_loss: Tensor | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all its steps are taken."""
+        return self.step == self._steps
+
+    @property
+    def loss(self) -> float:
+        """KL(teacher ‖ student) of the last batch in nats per token. Waits for the device."""
+        return math.nan if self._last_loss is None else float(self._last_loss)
+
+    def hidden(self, trunk: Trunk) -> Tensor:
+        """What the head reads of the student in training, `[batch, pos, d_model]`."""
+        with self._randomness.own():
+            return self.student.hidden(trunk)
+
+    def learn(self, hidden: Tensor, kl: SummedKL) -> None:
+        """Ends the step: from the KL on a batch to other weights.
+
+        Args:
+            hidden: What `hidden` gave.
+            kl: The KL there.
+        """
+        tokens = hidden.shape[0] * hidden.shape[1]
+        lr = self._config.lr * self._rate_factor(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        share = tokens if self._config.kl_reduction is Reduction.token_mean else len(hidden)
+        hidden.backward(kl.gradient / share)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
+        self.is_between_steps = False
+        self._optimizer.step()
+        self._randomness.advance()
+        self.step += 1
+        self.tokens += tokens
+        self._optimizer.zero_grad(set_to_none=True)
+        self._lr, self._last_norm, self._last_loss = lr, norm, kl.total / tokens
+        self._interval.add(kl.total, tokens)
+        self.is_between_steps = True
+
+    def forget_gradients(self) -> None:
+        """Leaves no trace of a step that came to nothing."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def add_seconds(self, seconds: float) -> None:
+        """Takes note of time spent training."""
+        self._interval.seconds += seconds
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether a point belongs here that has not been taken over."""
+        at_its_time = self.tokens >= self._next_evaluation or self.has_ended
+        return at_its_time and self._evaluated_at != self.step
+
+    def point(self, measured: Evaluation) -> CurvePoint:
+        """The point of the curve that this evaluation makes.
+
+        Raises:
+            UserError: When the loss has stopped being a number.
+        """
+        interval = self._interval.read()
+        self._refuse_nonsense(interval.kl)
+        return CurvePoint(
+            step=self.step,
+            tokens=self.tokens,
+            train_seconds=self._train_seconds + interval.seconds,
+            base_ce=measured.base_ce,
+            spliced_ce=measured.spliced_ce,
+            student_ce=measured.student_ce,
+            ce_gap=measured.student_ce - measured.base_ce,
+            gap_closed=gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce),
+            kl=measured.kl,
+            top1_agreement=measured.top1_agreement,
+            fvu=sum(measured.fvu.values()) / len(measured.fvu),
+            l0=sum(measured.l0.values()) / len(measured.l0),
+            per_sae={
+                hookpoint: {"fvu": measured.fvu[hookpoint], "l0": measured.l0[hookpoint]}
+                for hookpoint in measured.l0
+            },
+            train_loss=interval.kl / interval.tokens if interval.tokens else None,
+            lr=self._lr,
+            grad_norm=None if self._last_norm is None else float(self._last_norm),
+            tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
+        )
+
+    def note_evaluation(self) -> None:
+        """The point has been taken over."""
+        self._train_seconds += self._interval.seconds
+        self._interval = _Interval(self._device, _Read())
+        self._points += 1
+        self._evaluated_at = self.step
+        self._next_evaluation = self.tokens + self._config.eval_every_tokens
+
+    def _refuse_nonsense(self, kl: float) -> None:
+        if not math.isfinite(kl):
+            raise UserError(
+                f"the training loss is {kl} after {self.tokens} tokens; "
+                f"train.lr={self._config.lr:g} may be too high"
+            )
+
+    def state(self) -> State:
+        """Everything that the rest of the training depends on, besides model, SAEs and text.
+
+        Its values `step` and `points` say how many steps were taken and points taken over.
+
+        Raises:
+            UserError: When the loss has stopped being a number: that is no state to go on from.
+        """
+        interval = self._interval.read()
+        self._refuse_nonsense(interval.kl)
+        tensors = {f"adapter/{name}": weight.detach() for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            for key, value in self._optimizer.state[weight].items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        tensors |= {f"rng/{place}": kept for place, kept in self._randomness.kept.items()}
+        values = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "train_seconds": self._train_seconds,
+            "points": self._points,
+            "evaluated_at": self._evaluated_at,
+            "next_evaluation": self._next_evaluation,
+            "lr": self._lr,
+            "grad_norm": None if self._last_norm is None else float(self._last_norm),
+            "interval": interval._asdict(),
+        }
+        return State(tensors, values)
+
+    def restore(self, state: State) -> None:
+        """Puts back what `state()` gave, in this process or another."""
+        for name, weight in self._weights.items():
+            weight.data.copy_(state.tensors[f"adapter/{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (kept := state.tensors.get(f"optimizer/{key}/{name}")) is not None:
+                    # AdamW counts its steps on the CPU, wherever the weights are.
+                    place = "cpu" if key == "step" else weight.device
+                    self._optimizer.state[weight][key] = kept.to(place)
+        values = state.values
+        self.step = values["step"]
+        self.tokens = values["tokens"]
+        self._train_seconds = values["train_seconds"]
+        self._points = values["points"]
+        self._evaluated_at = values["evaluated_at"]
+        self._next_evaluation = values["next_evaluation"]
+        self._lr = values["lr"]
+        self._last_norm = values["grad_norm"]
+        self._interval = _Interval(self._device, _Read(**values["interval"]))
+        self._randomness.kept |= {
+            place: state.tensors[f"rng/{place}"].cpu()
+            for place in self._randomness.kept
+            if f"rng/{place}" in state.tensors
+        }
+
+
+def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step, as a share of the peak.
+
+    Rises over the warm-up, then stays (constant) or falls to reach zero one step after the last
+    (linear).
+    """
+    warmup = round(config.warmup_share * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        match config.schedule:
+            case Schedule.constant:
+                return 1.0
+            case Schedule.linear:
+                return max(0.0, (steps - step) / max(1, steps - warmup))
+            case _:
+                raise NotImplementedError(config.schedule)
+
+    return factor
+
+
+class _Read(NamedTuple):
+    """What an interval has gathered: summed KL in nats, tokens, seconds of training."""
+
+    kl: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class _Interval:
+    """Loss, tokens and seconds since the last evaluation; reads the device only when asked."""
+
+    def __init__(self, device: torch.device, so_far: _Read) -> None:
+        self._kl = torch.tensor(so_far.kl, dtype=torch.float64, device=device)
+        self._tokens = so_far.tokens
+        self.seconds = so_far.seconds
+
+    def add(self, kl: Tensor, tokens: int) -> None:
+        self._kl += kl
+        self._tokens += tokens
+
+    def read(self) -> _Read:
+        """Everything; waits for the device."""
+        return _Read(float(self._kl), self._tokens, self.seconds)
+
+
+class _Randomness:
+    """torch's random states as one training has them, whoever else draws meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.kept = self._now()
+        """By kind of device: what the next step draws from."""
+        self._after = self.kept
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """What is drawn inside the block is drawn from here."""
+        torch.set_rng_state(self.kept["cpu"])
+        if "cuda" in self.kept:
+            torch.cuda.set_rng_state(self.kept["cuda"], self._device)
+        yield
+        self._after = self._now()
+
+    def advance(self) -> None:
+        """What was drawn last is gone; until then it would be drawn once more."""
+        self.kept = self._after
+
+    def _now(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        return states

@@ -1,0 +1,93 @@
+"""What is frozen in the work on one batch: every hidden state that runs share, computed once."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from sae_lora.models import LanguageModel
+from sae_lora.splice import Reading, Splice, reconstructed, special_positions
+
+Splices = tuple[Splice, ...]
+"""SAEs in the model, by block; each reads what the ones before it have changed."""
+
+
+class Trunk:
+    """The hidden states of one batch in the plain model, with SAEs and without, each computed once.
+
+    Args:
+        model: The model, without adapters.
+        tokens: The batch, `[batch, pos]`.
+        special_ids: Ids `[n]` whose positions some splices keep.
+        cuts: Blocks whose input may be asked for. The states that lie there are kept, so that what
+            several runs need is computed for one of them.
+        observe: Called each time an SAE has been applied, with all SAEs up to it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        special_ids: Tensor,
+        cuts: Iterable[int],
+        observe: Callable[[Splices, Reading], None] | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self._model = model
+        self._special_ids = special_ids
+        self._cuts = sorted({0, *cuts})
+        self._observe = observe
+        self._entering: dict[tuple[Splices, int], Tensor] = {}
+        self._read_by_head: dict[Splices, Tensor] = {}
+
+    def kept_positions(self, splices: Splices) -> Tensor | None:
+        """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
+        keeps = any(splice.keeps for splice in splices)
+        return special_positions(self.tokens, self._special_ids) if keeps else None
+
+    @torch.no_grad()
+    def resid_entering(self, block: int, splices: Splices = ()) -> Tensor | None:
+        """The residual stream that a block reads, `[batch, pos, d_model]`; `None` for the first.
+
+        Args:
+            block: One of the cuts; one more than the last block for what leaves it.
+            splices: The SAEs in place, all before this block.
+        """
+        if block == 0:
+            return None
+        key = splices, block
+        if key not in self._entering:
+            self._entering[key] = self._find(block, splices)
+        return self._entering[key]
+
+    @torch.no_grad()
+    def hidden(self, splices: Splices = ()) -> Tensor:
+        """What the head reads, `[batch, pos, d_model]`, with these SAEs in place."""
+        if splices not in self._read_by_head:
+            end = len(self._model.blocks)
+            last = splices[-1].block + 1 if splices else 0
+            cut = end if last == end else self._cut_before(end)
+            resid = self.resid_entering(cut, splices)
+            self._read_by_head[splices] = self._model.hidden(self.tokens, cut, resid)
+        return self._read_by_head[splices]
+
+    def _find(self, block: int, splices: Splices) -> Tensor:
+        if splices and splices[-1].block == block - 1:
+            return self._spliced(self.resid_entering(block, splices[:-1]), splices)
+        cut = self._cut_before(block)
+        return self._model.resid_entering(block, self.tokens, cut, self.resid_entering(cut, splices))
+
+    def _spliced(self, resid: Tensor | None, splices: Splices) -> Tensor:
+        """The residuals with the last of the SAEs applied."""
+        assert resid is not None  # no SAE lies before the first block
+        observe, last = self._observe, splices[-1]
+        return reconstructed(
+            last.hookpoint,
+            last.sae,
+            resid,
+            self.kept_positions((last,)),
+            None if observe is None else lambda reading: observe(splices, reading),
+        )
+
+    def _cut_before(self, block: int) -> int:
+        return max(cut for cut in self._cuts if cut < block)

@@ -1,0 +1,77 @@
+"""Trainings of small models, alone and in packs."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.distill import Pack
+from sae_lora.metrics import Evaluator
+from sae_lora.models import LanguageModel
+from sae_lora.records import CurvePoint
+from sae_lora.splice import Coder, Splice
+from sae_lora.student import Student
+from sae_lora.training import Training
+from tests.families import random_tokens
+
+HELD_OUT = random_tokens(batch=10, length=16, seed=11)
+NO_IDS = torch.empty(0, dtype=torch.long)
+CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
+
+
+def batches(steps: int) -> list[torch.Tensor]:
+    """A batch for every step."""
+    return [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
+
+
+def student(
+    model: LanguageModel, sae: Coder, adapters: LoRAConfig | None = None, block: int = 1
+) -> Student:
+    """One student with one SAE, from torch's random state as it is."""
+    return Student(model, (Splice(block, sae, keeps=False),), adapters or LoRAConfig(rank=2))
+
+
+def training(
+    model: LanguageModel,
+    sae: Coder,
+    config: TrainConfig = CONFIG,
+    steps: int = 6,
+    adapters: LoRAConfig | None = None,
+    block: int = 1,
+) -> Training:
+    """As a run would build it: adapters and dropout from the config's seed."""
+    torch.manual_seed(config.seed)
+    adapters = adapters or LoRAConfig(rank=2, dropout=0.2)
+    return Training(student(model, sae, adapters, block), config, steps)
+
+
+def fill(weights: Mapping[str, torch.nn.Parameter]) -> None:
+    """Gives adapters values that change the output."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.normal_(std=0.3, generator=generator)
+
+
+def evaluator(model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30) -> Evaluator:
+    """On the held-out tokens."""
+    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, chunk_tokens)
+
+
+def pack(model: LanguageModel, *trainings: Training) -> Pack:
+    """The trainings together."""
+    return Pack(model, trainings, evaluator(model), NO_IDS, CONFIG.kl_chunk_tokens)
+
+
+def comparable(point: CurvePoint) -> CurvePoint:
+    """The point without what no two runs share: how long they took."""
+    return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None)
+
+
+def curves(together: Pack, steps: int) -> dict[Training, list[CurvePoint]]:
+    """Trains to the end; the curve of each, without times."""
+    found: dict[Training, list[CurvePoint]] = {one: [] for one in together.left}
+    for one, point in together.points(batches(steps)[together.step :]):
+        found[one].append(comparable(point))
+    return found
