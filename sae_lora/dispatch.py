@@ -23,7 +23,7 @@ from sae_lora import slurm, tracking
 from sae_lora.config import LauncherConfig
 from sae_lora.errors import UserError
 from sae_lora.interruption import handling
-from sae_lora.job import Job
+from sae_lora.job import Job, halves
 from sae_lora.lease import holder
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
@@ -111,12 +111,9 @@ def _rest(ended: _AtWork) -> list[Pack]:
     """
     found = standings([run.folder for run in ended.pack])
     left = [run for run, standing in zip(ended.pack, found, strict=True) if standing.is_to_do]
-    if not left:
-        return []
-    if not _reached(ended.pack) <= ended.reached:
+    if left and not _reached(ended.pack) <= ended.reached:
         return [left]
-    half = (len(left) + 1) // 2
-    return [left[:half], left[half:]] if len(left) > 1 else []
+    return halves(left) if len(left) > 1 else []
 
 
 def _reached(pack: Pack) -> set[Path]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from submitit.helpers import DelayedSubmission
 
@@ -25,6 +25,7 @@ from sae_lora.records import RunFolder
 STOP = signal.SIGUSR2
 """Asks a run to save and stop."""
 _TAIL_BYTES = 20_000
+One = TypeVar("One")
 
 
 class RunFailedError(Exception):
@@ -110,14 +111,12 @@ class Job:
     def _split(self, why: str) -> None:
         """Puts the halves of what is left of the first part in its place."""
         part = self._parts[0]
-        left = part.unsettled
-        half = (len(left) + 1) // 2
-        halves = [_Part(some, part.furthest_step) for some in (left[:half], left[half:]) if some]
-        for one in halves:
+        parts = [_Part(half, part.furthest_step) for half in halves(part.unsettled)]
+        for one in parts:
             note = f"with others: {why}; going on with {len(one.folders)} together\n"
             with one.folders[0].log.open("a") as log:
                 log.write(note)
-        self._parts[:1] = halves
+        self._parts[:1] = parts
 
     def _attempt(self, pack: Sequence[RunFolder]) -> int:
         self._started = time.monotonic()
@@ -195,6 +194,12 @@ class Job:
             time.sleep(0.1)
         os.kill(self._child.pid, signal.SIGKILL)
         return False
+
+
+def halves(pack: list[One]) -> list[list[One]]:
+    """The two halves of a pack, without an empty one; the first is the larger."""
+    half = (len(pack) + 1) // 2
+    return [part for part in (pack[:half], pack[half:]) if part]
 
 
 def _has_ended(child: int) -> bool:

@@ -13,10 +13,10 @@ from sae_lora import slurm
 from sae_lora.config import Config, LauncherConfig, LauncherKind
 from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.errors import ConfigError
+from sae_lora.files import check_writable
 from sae_lora.lease import HeldError, held
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
-from sae_lora.records import check_writable
 from sae_lora.report import comparison_table, run_table
 from sae_lora.standing import Standing, State, counts, standings
 from sae_lora.terminal import complain, say, show
@@ -110,8 +110,10 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     ]
     packs = packed(to_do, settings)
     number = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
+    alone = 0.0
     for run, standing in zip(planned.runs, found, strict=True):
         cost = estimate([run.config])
+        alone += cost.flops if standing.state in wanted else 0.0
         table.add_row(
             run.name,
             standing.state.value,
@@ -124,7 +126,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     show(table)
     say(f"{len(planned.runs)} runs: {counts(standing.state for standing in found)}")
     costs = [estimate([run.config for run in pack]) for pack in packs]
-    flops, alone = sum(cost.flops for cost in costs), sum(estimate([run.config]).flops for run in to_do)
+    flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
     say(
         f"to do: {len(to_do)} runs in {len(packs)} packs, {flops:.2e} training FLOPs "

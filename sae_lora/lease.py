@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sae_lora.errors import UserError
-from sae_lora.records import write_atomically
+from sae_lora.files import write_atomically
 
 RENEW_S = 10.0
 """Seconds between two touches."""

@@ -15,10 +15,11 @@ from sae_lora.checkpoint import State
 from sae_lora.config import Config, LoRAConfig, load
 from sae_lora.dimensions import source
 from sae_lora.errors import UserError
+from sae_lora.files import new_folder
 from sae_lora.identity import identity, readable_name
 from sae_lora.lease import LostError
 from sae_lora.models import LanguageModel
-from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary, new_folder
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens
 from sae_lora.splice import Splice
 from sae_lora.student import Student

@@ -34,7 +34,7 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
     groups: dict[str, Pack] = {}
     for run in runs:
         groups.setdefault(pack_key(run.config), []).append(run)
-    most = most_together(settings)
+    most = _most_together(settings)
     if most == 1 or len(runs) < 2:
         return [[run] for run in runs]
     here = settings.kind is LauncherKind.local
@@ -42,7 +42,7 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
     return [pack for group in groups.values() for pack in _split(group, most, fewest, settings)]
 
 
-def most_together(settings: LauncherConfig) -> int:
+def _most_together(settings: LauncherConfig) -> int:
     """The largest pack that is asked for."""
     match settings.pack:
         case "auto":

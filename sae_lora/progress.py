@@ -46,7 +46,7 @@ class Reporter:
             if step := training.step:
                 which = f"{member.name}: " if len(members) > 1 else ""
                 self._show.stage(f"{which}going on from step {step:,} of {self._steps:,}")
-            self._write(training, rate=None)
+            self._write(training, training.loss, rate=None)
         weights = ", ".join(f"{member.trainable:,}" for member in members)
         runs = f" in {len(members)} runs" if len(members) > 1 else ""
         self._show.stage(f"training {weights} LoRA weights{runs} on {self._train_tokens:,} tokens")
@@ -57,16 +57,16 @@ class Reporter:
         seconds = now - self._last_time
         if not trained or (seconds < _SHOW_EVERY_S and not trained[0].has_ended):
             return
-        for training in trained:
+        losses = [training.loss for training in trained]  # each read waits for the device
+        for training, loss in zip(trained, losses, strict=True):
             last = self._last_tokens.get(training)
-            self._write(training, None if last is None else (training.tokens - last) / seconds)
-        losses = [training.loss for training in trained]
+            self._write(training, loss, None if last is None else (training.tokens - last) / seconds)
         spread = f"loss {min(losses):.3f}" + (f"–{max(losses):.3f}" if len(losses) > 1 else "")
         self._count(trained[0].tokens, self._train_tokens, spread)
         self._last_time = now
         self._last_tokens = {training: training.tokens for training in trained}
 
-    def _write(self, training: Training, rate: float | None) -> None:
+    def _write(self, training: Training, loss: float, rate: float | None) -> None:
         member = self._members[training]
         progress = Progress(
             stage="training",
@@ -74,7 +74,7 @@ class Reporter:
             steps=self._steps,
             tokens=training.tokens,
             train_tokens=self._train_tokens,
-            loss=training.loss if math.isfinite(training.loss) else None,
+            loss=loss if math.isfinite(loss) else None,
             tokens_per_second=rate,
             checkpoint_step=member.checkpoint_step,
         )

@@ -15,15 +15,13 @@ outputs/<sweep>/<name>-<hash>/
 import dataclasses
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_lora.errors import UserError
+from sae_lora.files import as_json, write_atomically
 
 SUMMARY_VERSION = 1
 
@@ -339,70 +337,3 @@ class CurveWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and writes into it, to know before anything else that there is room.
-
-    Raises:
-        UserError: Where that cannot be done.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".room", " " * 1_000_000)
-        (folder / ".room").unlink(missing_ok=True)  # another launch may try at the same time
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """Readable JSON; not-a-number is refused, because JSON has none."""
-    return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its own name only when the block ends well."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
-    beside.mkdir()
-    try:
-        yield beside
-        for file in beside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    sync_folder(path.parent)
-
-
-def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
-    """Writes the file whole or not at all.
-
-    Args:
-        path: The file.
-        text: All of it.
-        lasting: Whether it must be there also when the machine stops a moment later.
-    """
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if lasting:
-                file.flush()
-                os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if lasting:
-        sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the folder's entries (a rename, say) last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

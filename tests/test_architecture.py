@@ -14,6 +14,7 @@ ORDER = [
         "config",
         "identity",
         "checks",
+        "files",
         "records",
         "lease",
         "report",
@@ -28,6 +29,7 @@ ORDER = [
     *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora"),
     *("trunk", "student", "metrics", "checkpoint", "training", "distill"),
     *(
+        "saes.disk",
         "saes.registry",
         "saes.loading",
         "saes.training",

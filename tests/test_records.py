@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from sae_lora.errors import UserError
+from sae_lora.files import new_folder, write_atomically
 from sae_lora.records import (
     CurvePoint,
     CurveWriter,
     RunFolder,
     Summary,
     gap_closed,
-    new_folder,
-    write_atomically,
 )
 
 

@@ -28,7 +28,7 @@ from sae_lora.data.documents import (
 )
 from sae_lora.data.packing import Convention, Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.records import as_json, write_atomically
+from sae_lora.files import as_json, write_atomically
 
 _FORMAT = 1
 

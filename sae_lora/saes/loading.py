@@ -18,7 +18,8 @@ from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
 from sae_lora.dimensions import Dimensions, resid_post
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
-from sae_lora.saes.registry import check_fit, metadata_block, repository_of, weights_digest
+from sae_lora.saes.disk import check_fit, metadata_block, weights_digest
+from sae_lora.saes.registry import repository_of
 from sae_lora.splice import Coder
 
 log = logging.getLogger(__name__)
