@@ -33,6 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
     figure.add_argument(
         "--to", type=Path, required=True, help=".html; or .svg, .png, .pdf with the extra [figures]"
     )
+    benchmark = commands.add_parser("benchmark", help="how fast training is, against the published loop")
+    benchmark.add_argument(
+        "--style", nargs="+", choices=["gemma2", "llama"], default=["gemma2", "llama"]
+    )
+    benchmark.add_argument(
+        "--context", nargs="+", type=int, default=[256, 1024], help="tokens per sequence"
+    )
+    benchmark.add_argument("--rounds", type=int, default=5, help="pairs of times")
+    benchmark.add_argument(
+        "--tuned", action="store_true", help="with the C allocator's thresholds raised, for both"
+    )
+    benchmark.add_argument("--to", type=Path, help="file for the record, .json")
     chosen = parser.parse_args(arguments)
     try:
         match chosen.command:
@@ -46,6 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
                 show(comparison_table(runs_of(chosen.sweep)))
             case "figure":
                 draw(runs_of(chosen.sweep), chosen.to)
+            case "benchmark":
+                from sae_lora.benchmark import compare, shapes  # brings torch in
+
+                styles = [shapes.Style[name] for name in chosen.style]
+                show(
+                    compare.run(styles, chosen.context, chosen.rounds, tuned=chosen.tuned, to=chosen.to)
+                )
             case _:
                 raise NotImplementedError(chosen.command)
     except UserError as error:

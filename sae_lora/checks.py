@@ -49,19 +49,20 @@ def check(config: Config) -> None:
 _POSITIVE = (
     *("lora.rank", "lora.alpha", "data.context_length", "data.validation_tokens"),
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
-    *("train.eval_every_tokens", "train.eval_batch_tokens", "train.kl_chunk_tokens"),
+    *("train.eval_every_tokens", "train.eval_batch_tokens"),
     "train.checkpoint_every_steps",
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "tracking.finish_timeout_s",
 )
 _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
-    "launcher.gpu_mem_gb",
+    *("launcher.gpu_mem_gb", "train.kl_chunk_tokens"),
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
     "model.middle_block",
     "train.weight_decay",
+    "train.eval_cache_gb",
     "train.seed",
     "data.seed",
 )

@@ -31,6 +31,17 @@ class Device(enum.Enum):
     cuda = "cuda"
 
 
+class Attention(enum.Enum):
+    """How attention is computed; `auto` is transformers' own choice, but where that is slow."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+    blockwise = "blockwise"
+
+
 class SAEFamily(enum.Enum):
     """Where an SAE comes from, which also settles what is known about it."""
 
@@ -64,6 +75,13 @@ class Reduction(enum.Enum):
     sequence_sum = "sequence_sum"
 
 
+class KLComputation(enum.Enum):
+    """How the KL is computed: a few tokens at a time, or with the logits of all tokens at once."""
+
+    fused = "fused"
+    full = "full"
+
+
 class LauncherKind(enum.Enum):
     """What runs the plan."""
 
@@ -92,6 +110,10 @@ class ModelConfig:
     """What `revision` stood for when the run was planned. The launcher writes it; leave it null."""
     dtype: DType = DType.float32
     """Precision the weights are loaded in."""
+    attention: Attention = Attention.auto
+    """How attention is computed: auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise, our
+    own, which auto takes for soft-capped scores (Gemma-2) on a CPU. Changes time and memory, and of the
+    result no more than rounding does."""
     middle_block: int = 0
     """The block an SAE is put after when `layer.index` is null and the SAE does not say."""
 
@@ -235,12 +257,19 @@ class TrainConfig:
     kl_reduction: Reduction = Reduction.token_mean
     """token_mean: nats per token. sequence_sum: summed over each sequence, as in the published code,
     so that `grad_clip` binds in nearly every step."""
-    kl_chunk_tokens: int = 1024
-    """Tokens whose logits are held at once; changes memory, not the result."""
+    kl: KLComputation = KLComputation.fused
+    """fused, or full: with the logits of all tokens at once, to check against. Changes memory and time,
+    and of the result no more than rounding does."""
+    kl_chunk_tokens: int | None = None
+    """Tokens whose logits are held at once; null: those of 4M logits on a CPU and of 256M on a GPU, but
+    at least 96. Changes memory, and of the result no more than rounding does."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
+    eval_cache_gb: float = 2.0
+    """Room for hidden states of the held-out text that are kept from one evaluation to the next, where
+    all of them fit; changes time, not the result."""
     checkpoint_every_steps: int = 200
     """Steps between two checkpoints, the most that a crash can cost. Does not change a result."""
     seed: int = 0

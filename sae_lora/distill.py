@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from sae_lora.kl import summed_kl
+from sae_lora.kl import KL
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
@@ -26,7 +26,7 @@ class Pack:
         trainings: Of students of this model, with equal numbers of steps.
         evaluate: Measures them on held-out tokens.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-        chunk_tokens: Tokens whose logits are held at once.
+        kl: Finds the KL of several students.
         own: Entered around what concerns one training alone; it may keep an exception to itself,
             and then has called `drop`.
     """
@@ -37,7 +37,7 @@ class Pack:
         trainings: Iterable[Training],
         evaluate: Evaluator,
         special_ids: Tensor,
-        chunk_tokens: int,
+        kl: KL,
         own: Callable[[Training], AbstractContextManager[None]] = lambda training: nullcontext(),
     ) -> None:
         self.left = list(trainings)
@@ -45,7 +45,7 @@ class Pack:
         self._model = model
         self._evaluate = evaluate
         self._special_ids = special_ids
-        self._chunk_tokens = chunk_tokens
+        self._kl = kl
         self._own = own
         self._clock = _Clock()
         self._at_work: list[Training] = []
@@ -108,7 +108,8 @@ class Pack:
         for training in trained:
             with self._own(training):
                 hidden[training] = training.hidden(trunk)
-        found = summed_kl(teacher, list(hidden.values()), self._model.logits, self._chunk_tokens)
+        weights = [training.kl_weight(tokens) for training in hidden]
+        found = self._kl(teacher, list(hidden.values()), weights)
         for training, kl in zip(list(hidden), found, strict=True):
             with self._own(training):
                 training.learn(hidden.pop(training), kl)

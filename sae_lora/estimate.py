@@ -18,11 +18,13 @@ come on top.
 
     memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two)
            + max(what the backward passes need, the SAEs' latents)
+           + hidden states kept for evaluations (`train.eval_cache_gb`)
 
     what a backward pass needs, per token and live block = input and output of every matrix, in the
         precision of computing; for an adapted one rank · 4 bytes, and with dropout or a precision other
         than float32 its input once more in float32
-    besides, 6 hidden states per token and run, and 7 float32 copies of the logits of one chunk
+    besides, 6 hidden states per token and run, and 4 float32 copies of the logits of one chunk, 5 with
+        a soft-cap (7 of those of all tokens with `train.kl=full`)
     latents = 3 copies, for the tokens of a training or evaluation batch
 
 CUDA itself takes another half a gigabyte.
@@ -32,11 +34,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import nn
 
 from sae_lora.checks import adapted_blocks
-from sae_lora.config import Config, DType, ModelConfig
+from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
 from sae_lora.identity import train_steps
+from sae_lora.kl import chunk_tokens, fused_bytes
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
 
@@ -75,22 +79,42 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     saes = {sae for run in runs for sae in run.saes}
 
     computed = _BYTES[common.train.dtype]
-    chunk = min(step_tokens, common.train.kl_chunk_tokens)
     per_run = 6 * sizes.d_model * computed
     graphs = sum(run.saved(model, sizes, common.train.dtype) + per_run for run in runs)
-    needed = step_tokens * graphs + 7 * 4 * chunk * sizes.d_vocab
+    if common.train.kl is KLComputation.full:
+        graphs += 7 * 4 * sizes.d_vocab
     batch = max(step_tokens, common.train.eval_batch_tokens)
     latents = 3 * batch * max(sae.width * sae.bytes for sae in saes)
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
         + 16 * weights
+        + _kept_for_logits(model, step_tokens, common.train)
+        + _kept_for_evaluation(common, runs, sizes.d_model * computed)
     )
     return Estimate(
         flops=per_token * step_tokens * train_steps(common),
-        peak_bytes=held + max(needed, latents),
+        peak_bytes=held + max(step_tokens * graphs, latents),
         adapter_weights=weights,
     )
+
+
+def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: int) -> float:
+    """Bytes of hidden states that are kept from one evaluation to the next; states of a token."""
+    entering = {(run.first, tuple(sae for sae in run.saes if sae.block < run.first)) for run in runs}
+    needed = (1 + len(entering)) * config.data.validation_tokens * state_bytes
+    return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
+
+
+def _kept_for_logits(model: LanguageModel, step_tokens: int, config: TrainConfig) -> int:
+    """Bytes of the room that the fused KL works in."""
+    if config.kl is KLComputation.full:
+        return 0
+    on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    d_vocab = model.config.vocab_size
+    chunk = chunk_tokens(config.kl_chunk_tokens, d_vocab, device)
+    return fused_bytes(step_tokens, chunk, d_vocab, device)
 
 
 def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:

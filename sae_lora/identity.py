@@ -10,10 +10,17 @@ from sae_lora.config import Config, as_dict
 
 _NOT_IDENTITY = {
     "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
-    "model": ("middle_block", "commit"),
+    "model": ("middle_block", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path"),
     "data": ("cache_dir", "version"),
-    "train": ("device", "kl_chunk_tokens", "eval_batch_tokens", "checkpoint_every_steps"),
+    "train": (
+        "device",
+        "kl",
+        "kl_chunk_tokens",
+        "eval_batch_tokens",
+        "eval_cache_gb",
+        "checkpoint_every_steps",
+    ),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
 

@@ -89,7 +89,10 @@ class Lease:
 
         Raises:
             LostError: Where another process holds it now.
+            UserError: Where its folder is gone.
         """
+        if not self._file.parent.exists():
+            raise UserError("the folder of this run has been deleted; it stops here")
         if self._lost.is_set() or _newest(self._file.parent) != int(self._file.name):
             raise LostError(
                 "another process has taken this run over, because this one gave no sign of life "

@@ -73,12 +73,16 @@ class Reconstruction:
 class Evaluator:
     """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
+    What does not change while adapters train is found once: base and spliced CE, the reconstruction of
+    SAEs before the first adapted block and, where there is room, the hidden states that enter it.
+
     Args:
         model: The plain language model.
         tokens: Held-out tokens `[sequence, pos]`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         batch_size: Sequences per forward pass.
         chunk_tokens: Tokens whose logits are held at once.
+        cache_bytes: Room for hidden states that are kept from one evaluation to the next.
     """
 
     def __init__(
@@ -88,72 +92,90 @@ class Evaluator:
         special_ids: Tensor,
         batch_size: int,
         chunk_tokens: int,
+        cache_bytes: float = 0,
     ) -> None:
         self._model = model
-        self._tokens = tokens
+        self._batches = tokens.split(batch_size)
+        self._positions = tokens.numel()
+        self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
-        self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
+        self._cache_bytes = cache_bytes
+        self._trunks: dict[int, Trunk] = {}
+        """By number of the batch, where there is room."""
+        self._base_ce: float | None = None
         self._spliced_ce: dict[Splices, float] = {}
-        """Does not change while adapters train: once is enough."""
+        self._frozen: dict[Splices, Reconstruction] = {}
+        self._new_frozen: dict[Splices, Reconstruction] = {}
+        """Of the evaluation that is under way."""
 
     @torch.no_grad()
     def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
         """Evaluates the adapters as they are now. Leaves the models' modes as they were."""
-        frozen: dict[Splices, Reconstruction] = defaultdict(Reconstruction)
+        wanted = cuts(students)
+        trunks: dict[int, Trunk] = {}
         sums = [_StudentSums() for _ in students]
-        spliced_ce = {one.splices: 0.0 for one in students if one.splices not in self._spliced_ce}
+        self._new_frozen = defaultdict(Reconstruction)
+        new_spliced = {one.splices: 0.0 for one in students if one.splices not in self._spliced_ce}
         base_ce = 0.0
-        predictions = positions = 0
+
         with ExitStack() as modes:
             for student in students:
                 modes.enter_context(evaluating(student.model))
-            for batch in self._tokens.split(self._batch_size):
-                tokens = batch.to(self._model.device)
-                trunk = Trunk(
-                    self._model,
-                    tokens,
-                    self._special_ids,
-                    cuts(students),
-                    lambda splices, reading: frozen[splices].add(reading),
-                )
+            for number, batch in enumerate(self._batches):
+                trunk = self._trunks.get(number)
+                if trunk is None or not trunk.cuts >= wanted:
+                    tokens = batch.to(self._model.device)
+                    trunk = Trunk(self._model, tokens, self._special_ids, wanted, self._observe)
                 teacher_hidden = trunk.hidden()
                 hidden = [
                     student.hidden(trunk, own.observe)
                     for student, own in zip(students, sums, strict=True)
                 ]
-                for splices in spliced_ce:
-                    for states, labels in self._chunks(tokens, trunk.hidden(splices)):
-                        spliced_ce[splices] += cross_entropy_sum(self._model.logits(states), labels)
-                for teacher, *states, labels in self._chunks(tokens, teacher_hidden, *hidden):
+                for splices in new_spliced:
+                    for states, labels in self._chunks(trunk.tokens, trunk.hidden(splices)):
+                        new_spliced[splices] += cross_entropy_sum(self._model.logits(states), labels)
+                for teacher, *states, labels in self._chunks(trunk.tokens, teacher_hidden, *hidden):
                     teacher_logits = self._model.logits(teacher)
                     log_p, top = log_probabilities(teacher_logits), teacher_logits.argmax(-1)
-                    base_ce += cross_entropy_sum(teacher_logits, labels)
+                    if self._base_ce is None:
+                        base_ce += cross_entropy_sum(teacher_logits, labels)
                     for state, own in zip(states, sums, strict=True):
                         own.add(self._model.logits(state), log_p, top, labels)
-                    predictions += int((labels != NO_LABEL).sum())
-                    positions += len(labels)
-        self._spliced_ce |= {splices: total / predictions for splices, total in spliced_ce.items()}
-        found = []
-        for student, own in zip(students, sums, strict=True):
-            saes = {
-                splice.hookpoint: frozen[student.splices[: place + 1]]
-                if splice in student.frozen
-                else own.live[splice.hookpoint]
-                for place, splice in enumerate(student.splices)
-            }
-            found.append(
-                Evaluation(
-                    base_ce=base_ce / predictions,
-                    spliced_ce=self._spliced_ce[student.splices],
-                    student_ce=own.ce / predictions,
-                    kl=own.kl / positions,
-                    top1_agreement=own.agreements / positions,
-                    fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
-                    l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
-                )
-            )
-        return found
+                trunk.forget_all_but((one.frozen, one.first_adapted) for one in students)
+                if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
+                    trunks[number] = trunk
+        self._trunks = trunks
+        if self._base_ce is None:
+            self._base_ce = base_ce / self._predictions
+        self._spliced_ce |= {row: total / self._predictions for row, total in new_spliced.items()}
+        self._frozen |= self._new_frozen
+        return [
+            self._evaluation(student, own, self._base_ce)
+            for student, own in zip(students, sums, strict=True)
+        ]
+
+    def _observe(self, splices: Splices, reading: Reading) -> None:
+        """Takes in what an SAE has done whose work no adapter changes, the first time."""
+        if splices not in self._frozen:
+            self._new_frozen[splices].add(reading)
+
+    def _evaluation(self, student: Student, own: "_StudentSums", base_ce: float) -> Evaluation:
+        saes = {
+            splice.hookpoint: self._frozen[student.splices[: place + 1]]
+            if splice in student.frozen
+            else own.live[splice.hookpoint]
+            for place, splice in enumerate(student.splices)
+        }
+        return Evaluation(
+            base_ce=base_ce,
+            spliced_ce=self._spliced_ce[student.splices],
+            student_ce=own.ce / self._predictions,
+            kl=own.kl / self._positions,
+            top1_agreement=own.agreements / self._positions,
+            fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
+            l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
+        )
 
     def _chunks(self, tokens: Tensor, *hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Hidden states `[token, d_model]` and, last, labels `[token]`, a few tokens at a time."""

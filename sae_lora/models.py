@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import hub
-from sae_lora.config import DType, ModelConfig
+from sae_lora import attention, hub
+from sae_lora.config import Attention, DType, ModelConfig
 from sae_lora.dimensions import block_of, resid_post, source
 from sae_lora.errors import ConfigError, UserError, nearest_name
 
@@ -87,9 +87,35 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
         weight.data = weight.data.to(torch_dtype(compute))
-    found = LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    choose_attention(model, config.attention, device)
+    found = LanguageModel(model)
     found.check_parts()
     return found
+
+
+def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.device) -> None:
+    """Sets how the model's attention is computed.
+
+    Raises:
+        ConfigError: Where this model or this machine does not have it.
+    """
+    soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if wanted is Attention.auto:
+        if not (soft_capped and device.type == "cpu"):
+            return
+        wanted = Attention.blockwise
+    attention.register()
+    try:
+        model.set_attn_implementation(wanted.name)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            "model.attention",
+            wanted.name,
+            f"one that {type(model).__name__} has here",
+            nearest="auto",
+            because=str(error).splitlines()[0],
+        ) from error
 
 
 class LanguageModel:

@@ -28,6 +28,7 @@ from sae_lora.errors import (
 )
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
+from sae_lora.kl import chunk_tokens, kl_of
 from sae_lora.lease import HeldError, LostError, held
 from sae_lora.member import Claim, Member, concerns_all, is_out_of_memory, write_failure
 from sae_lora.metrics import Evaluator
@@ -147,19 +148,21 @@ class _Execution:
         if not members:
             return
         special_ids = text.special_ids.to(model.device)
+        chunk = chunk_tokens(config.train.kl_chunk_tokens, model.config.vocab_size, model.device.type)
         evaluate = Evaluator(
             model,
             text.validation_tokens,
             special_ids,
             max(1, config.train.eval_batch_tokens // config.data.context_length),
-            config.train.kl_chunk_tokens,
+            chunk,
+            1e9 * config.train.eval_cache_gb,
         )
         pack = self._pack = Pack(
             model,
             members,
             evaluate,
             special_ids,
-            config.train.kl_chunk_tokens,
+            kl_of(model, config.train.kl, chunk),
             lambda training: self._own(members[training]),
         )
         report = Reporter(self._show, members, steps, self._own)

@@ -73,19 +73,23 @@ class Training:
         with self._randomness.own():
             return self.student.hidden(trunk)
 
+    def kl_weight(self, tokens: Tensor) -> float:
+        """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
+        per_token = self._config.kl_reduction is Reduction.token_mean
+        return 1 / (tokens.numel() if per_token else len(tokens))
+
     def learn(self, hidden: Tensor, kl: SummedKL) -> None:
         """Ends the step: from the KL on a batch to other weights.
 
         Args:
             hidden: What `hidden` gave.
-            kl: The KL there.
+            kl: The KL there, with the gradient of the loss.
         """
         tokens = hidden.shape[0] * hidden.shape[1]
         lr = self._config.lr * self._rate_factor(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        share = tokens if self._config.kl_reduction is Reduction.token_mean else len(hidden)
-        hidden.backward(kl.gradient / share)
+        hidden.backward(kl.gradient)
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
         self.is_between_steps = False
         self._optimizer.step()

@@ -35,7 +35,8 @@ class Trunk:
         self.tokens = tokens
         self._model = model
         self._special_ids = special_ids
-        self._cuts = sorted({0, *cuts})
+        self.cuts = frozenset({0, *cuts})
+        """Blocks whose input may be asked for."""
         self._observe = observe
         self._entering: dict[tuple[Splices, int], Tensor] = {}
         self._read_by_head: dict[Splices, Tensor] = {}
@@ -71,6 +72,22 @@ class Trunk:
             self._read_by_head[splices] = self._model.hidden(self.tokens, cut, resid)
         return self._read_by_head[splices]
 
+    @property
+    def bytes_held(self) -> int:
+        """Of the states that are kept."""
+        states = [*self._entering.values(), *self._read_by_head.values()]
+        return sum(state.numel() * state.element_size() for state in states)
+
+    def forget_all_but(self, entering: Iterable[tuple[Splices, int]]) -> None:
+        """Keeps what the head reads of the plain model and, of the rest, what enters these blocks.
+
+        Args:
+            entering: SAEs in place, and the block. What is asked for once more is computed once more.
+        """
+        kept = set(entering)
+        self._entering = {key: resid for key, resid in self._entering.items() if key in kept}
+        self._read_by_head = {key: hidden for key, hidden in self._read_by_head.items() if not key}
+
     def _find(self, block: int, splices: Splices) -> Tensor:
         if splices and splices[-1].block == block - 1:
             return self._spliced(self.resid_entering(block, splices[:-1]), splices)
@@ -90,4 +107,4 @@ class Trunk:
         )
 
     def _cut_before(self, block: int) -> int:
-        return max(cut for cut in self._cuts if cut < block)
+        return max(cut for cut in self.cuts if cut < block)

@@ -1,77 +1,97 @@
-"""One attempt at a run in a process of its own, which something befalls at a chosen step."""
+"""One attempt at runs in a process of its own, which something befalls at a chosen step.
 
+The processes are forked off one that has imported everything, which takes longer than a small run.
+"""
+
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
 from sae_lora.plan import plan
 from sae_lora.records import RunFolder
-from tests.commands import REPOSITORY
 from tests.composing import composed
 
-_SCRIPT = """
-import os, shutil, sys
-import torch
-from sae_lora import checkpoint, run
-from sae_lora.training import Training
-
-step, what = int(sys.argv.pop(1)), sys.argv.pop(1)
-learn, save_file = Training.learn, checkpoint.save_file
-
-def befall():
-    if what == "exit":
-        os._exit(17)
-    if what == "raise":
-        raise ZeroDivisionError("befallen")
-    if what == "memory":
-        raise torch.OutOfMemoryError("no room")
-    if what == "delete":
-        shutil.rmtree(sys.argv[1])
-        return
-    os.kill(os.getpid(), int(what))
-
-befallen = False
-
-def learning(training, hidden, kl):
-    global befallen
-    if training.step == step - 1 and not befallen:
-        befallen = True
-        if what == "optimizer":
-            take_step = training._optimizer.step
-            training._optimizer.step = lambda: (take_step(), torch.empty(10**16))
-        else:
-            befall()
-    learn(training, hidden, kl)
-
-def saving(tensors, path):
-    save_file(tensors, path)
-    if f"step-{-step:08d}" in str(path):
-        befall()
-
-Training.learn = learning
-checkpoint.save_file = saving
-sys.exit(run.main())
-"""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["sae_lora.run", "sae_lora.launcher"])
 
 
-def frozen(home: Path, *overrides: str) -> RunFolder:
-    """The folder of a run of the embedded default as it is when a job begins: its config alone."""
-    config = composed(
-        *overrides, "tracking=disabled", f"output_dir={home}", f"data.cache_dir={home}/cache"
-    )
-    (planned,) = plan([config]).runs
-    planned.freeze()
-    return planned.folder
+@dataclass(frozen=True)
+class Ended:
+    """What became of an attempt."""
+
+    returncode: int
+    """Negative where a signal ended it."""
+    stdout: str
+    stderr: str
+
+
+def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
+    import torch
+
+    from sae_lora import checkpoint, run
+    from sae_lora.training import Training
+
+    torch.set_num_threads(1)
+    for number, file in enumerate(output, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    learn, save_file = Training.learn, checkpoint.save_file
+    befallen = []
+
+    def befall(training: Training | None) -> None:
+        match what:
+            case "exit":
+                os._exit(17)
+            case "raise":
+                raise ZeroDivisionError("befallen")
+            case "memory":
+                raise torch.OutOfMemoryError("no room")
+            case "optimizer":
+                assert training is not None
+                take_step = training._optimizer.step
+                training._optimizer.step = lambda: (take_step(), torch.empty(10**16))  # pyright: ignore
+            case "delete":
+                shutil.rmtree(paths[0])
+            case _:
+                os.kill(os.getpid(), int(what))
+
+    def learning(training: Training, *arguments: Any) -> None:
+        if training.step == step - 1 and not befallen:
+            befallen.append(training)
+            befall(training)
+        learn(training, *arguments)
+
+    def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        if f"step-{-step:08d}" in str(path):
+            befall(None)
+
+    Training.learn, checkpoint.save_file = learning, saving
+    sys.argv = ["sae_lora.run", *map(str, paths)]
+    code = run.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def attempt(
-    *folders: RunFolder, step: int = 0, what: str | int = ""
-) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m sae_lora.run` to its end, whatever that is.
+    *folders: RunFolder,
+    step: int = 0,
+    what: str | int = "",
+    after_s: float | None = None,
+    largest_file: int | None = None,
+) -> Ended:
+    """Does what `python -m sae_lora.run` does, to its end, whatever that is.
 
     Args:
         folders: The run folders.
@@ -80,21 +100,35 @@ def attempt(
         what: A signal's number that the process sends itself, `exit`, or what is raised in one run:
             `raise` for any error, `memory` for too little of it; `optimizer` for that at the
             end of an optimiser's step; or `delete` for the folder of the first run.
+        after_s: Seconds after which the process is killed.
+        largest_file: Bytes beyond which no file can be written.
     """
-    paths = [str(folder.path) for folder in folders]
-    command = [sys.executable, "-c", _SCRIPT, str(step or 10**9), str(what), *paths]
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as home:
+        output = [f"{home}/stdout", f"{home}/stderr"]
+        paths = [folder.path for folder in folders]
+        process = FORKS.Process(
+            target=_child, args=(paths, step or 10**9, str(what), largest_file, output)
+        )
+        process.start()
+        process.join(after_s or 600)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        assert process.exitcode is not None
+        said = [Path(file).read_text() if Path(file).exists() else "" for file in output]
+        return Ended(process.exitcode, *said)
 
 
-def killed(finished: subprocess.CompletedProcess[str]) -> bool:
+def frozen(home: Path, *overrides: str) -> RunFolder:
+    """The folder of a run of the embedded default as it is when a job begins: its config alone."""
+    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    config = composed("tracking=disabled", *here, *overrides)
+    (planned,) = plan([config]).runs
+    planned.freeze()
+    return planned.folder
+
+
+def killed(finished: Ended) -> bool:
     """Whether the process ended by SIGKILL."""
     return finished.returncode == -signal.SIGKILL
 

@@ -9,10 +9,8 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -33,7 +31,7 @@ from sae_lora.launcher import launch
 from sae_lora.plan import plan
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, standings
-from tests.attempts import frozen, results
+from tests.attempts import FORKS, attempt, frozen, results
 from tests.commands import REPOSITORY
 from tests.points import folders_in, points_in
 from tests.refusals import WRONG, fault_of, prepare
@@ -53,7 +51,6 @@ AT_ONCE = 2
 
 _COMPOSING = threading.Lock()
 """Hydra composes one config at a time."""
-_FORKS = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -67,47 +64,6 @@ class Row:
 
 
 # ---- attempts, each a process of its own --------------------------------------------------------
-
-
-def _child(folder: Path, step: int, log: Path, largest_file: int | None) -> None:
-    """One attempt, killed before the step is taken (0: never)."""
-    import torch
-
-    from sae_lora import run
-    from sae_lora.kl import SummedKL
-    from sae_lora.training import Training
-
-    torch.set_num_threads(1)
-    output = log.open("a", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    learn = Training.learn
-
-    def learning(training: Training, hidden: torch.Tensor, kl: SummedKL) -> None:
-        if training.step == step - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        learn(training, hidden, kl)
-
-    Training.learn = learning
-    os._exit(run.attempt([RunFolder(folder)]))
-
-
-def attempt(
-    folder: RunFolder, *, step: int = 0, after_s: float | None = None, largest_file: int | None = None
-) -> int:
-    """One attempt at the run in a process of its own, killed at a step or a moment; its exit code."""
-    process = _FORKS.Process(target=_child, args=(folder.path, step, folder.log, largest_file))
-    process.start()
-    process.join(after_s)
-    if after_s is not None and process.is_alive():
-        assert process.pid is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def _copies(home: Path, name: str, *overrides: str) -> RunFolder:
@@ -135,14 +91,14 @@ def kills(home: Path, progress: Progress) -> list[Row]:
     """SIGKILL at every step, and at random moments of a run that mostly saves."""
     whole = _copies(home, "whole", "train.checkpoint_every_steps=7")
     started = time.monotonic()
-    assert attempt(whole) == 0
+    assert attempt(whole).returncode == 0
     duration = time.monotonic() - started
     expected = results(whole)
 
     def at_step(step: int) -> bool:
         folder = _copies(home, f"step-{step}", "train.checkpoint_every_steps=7")
-        killed = attempt(folder, step=step) == -signal.SIGKILL
-        return killed and attempt(folder) == 0 and results(folder) == expected
+        killed = attempt(folder, step=step, what=signal.SIGKILL.value).returncode == -signal.SIGKILL
+        return killed and attempt(folder).returncode == 0 and results(folder) == expected
 
     random_moments = random.Random(0)
     moments = [random_moments.uniform(0.15, 1.0) for _ in range(100)]
@@ -150,9 +106,9 @@ def kills(home: Path, progress: Progress) -> list[Row]:
 
     def at_moment(number: int) -> bool:
         folder = _copies(home, f"moment-{number}", "train.checkpoint_every_steps=1")
-        killed = attempt(folder, after_s=moments[number] * duration) == -signal.SIGKILL
+        killed = attempt(folder, after_s=moments[number] * duration).returncode == -signal.SIGKILL
         saving.append(any(folder.checkpoints.glob(".step-*")))
-        ended = attempt(folder) == 0
+        ended = attempt(folder).returncode == 0
         return ended and results(folder) == expected and (killed or folder.is_finished)
 
     steps = _all_at_once(
@@ -184,10 +140,10 @@ def kills(home: Path, progress: Progress) -> list[Row]:
 def mutations(home: Path, progress: Progress) -> list[Row]:
     """Damage to the newest checkpoint is noticed, and the one before is used."""
     whole = _copies(home, "unharmed", "train.checkpoint_every_steps=7")
-    assert attempt(whole) == 0
+    assert attempt(whole).returncode == 0
     expected = results(whole)
     killed = _copies(home, "killed", "train.checkpoint_every_steps=7")
-    assert attempt(killed, step=30) == -signal.SIGKILL
+    assert attempt(killed, step=30, what=signal.SIGKILL.value).returncode == -signal.SIGKILL
     files = "tensors.safetensors", "state.json", "manifest.json"
     share = random.Random(1)
 
@@ -239,7 +195,7 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
         shutil.copytree(killed.path, folder.path)
         damage(folder.checkpoints / "step-00000028")
         folder.log.unlink()
-        ended = attempt(folder) == 0
+        ended = attempt(folder).returncode == 0
         said = folder.log.read_text()
         went_on = "going on from step 21 of" in said and "step-00000028" in said and "not used" in said
         return ended and went_on and results(folder) == expected
@@ -249,9 +205,10 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
         folder = RunFolder(home / f"full-{number}" / killed.path.name)
         shutil.copytree(killed.path, folder.path)
         tensors = folder.checkpoints / "step-00000028/tensors.safetensors"
-        refused = attempt(folder, largest_file=tensors.stat().st_size * (number + 1) // 8) == 1
+        room = tensors.stat().st_size * (number + 1) // 8
+        refused = attempt(folder, largest_file=room).returncode == 1
         named = folder.failure_message is not None
-        return refused and named and attempt(folder) == 0 and results(folder) == expected
+        return refused and named and attempt(folder).returncode == 0 and results(folder) == expected
 
     noticed = _all_at_once(
         [lambda number=number: damaged(number) for number in range(len(damages))], "damage", progress
@@ -388,7 +345,7 @@ def launches(home: Path, progress: Progress) -> list[Row]:
         place = home / f"launch-{number}"
         ready = time.time() + 1
         processes = [
-            _FORKS.Process(target=_launching, args=(place, ready + shift))
+            FORKS.Process(target=_launching, args=(place, ready + shift))
             for shift in (0, shifts.choice((0, shifts.uniform(0, 12))))
         ]
         for process in processes:
@@ -493,7 +450,6 @@ def main() -> int:
     unknown = set(chosen.campaigns) - set(CAMPAIGNS)
     if unknown:
         parser.error(f"no such campaign: {', '.join(unknown)}")
-    _FORKS.set_forkserver_preload(["sae_lora.run", "sae_lora.launcher"])
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     rows = []
     with Progress() as progress:

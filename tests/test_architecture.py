@@ -26,7 +26,7 @@ ORDER = [
         "hub",
         "dimensions",
     ),
-    *("data.documents", "data.packing", "data.corpus", "models", "splice", "kl", "lora"),
+    *("data.documents", "data.packing", "data.corpus", "attention", "models", "splice", "kl", "lora"),
     *("trunk", "student", "metrics", "checkpoint", "training", "distill"),
     *(
         "saes.disk",
@@ -49,6 +49,8 @@ ORDER = [
         "dispatch",
         "launcher",
     ),
+    *("benchmark.reference", "benchmark.shapes", "benchmark.measure", "benchmark.memory"),
+    "benchmark.compare",
     *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
 ]
 """A module imports only modules that stand before it."""
@@ -59,7 +61,7 @@ ROOMS = {
     "hydra": {"composition"},
 }
 """The modules that may import a library."""
-SAE_LENS = {"saes.loading", "saes.training"}
+SAE_LENS = {"saes.loading", "saes.training", "benchmark.shapes"}
 
 
 def modules() -> dict[str, Path]:

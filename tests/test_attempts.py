@@ -20,9 +20,15 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One text, cut into tokens once."""
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: str) -> dict[str, object]:
     """What the run finds when nothing befalls it."""
-    folder = frozen(tmp_path_factory.mktemp("whole"), *SMALL)
+    folder = frozen(tmp_path_factory.mktemp("whole"), *SMALL, cache)
     finished = attempt(folder)
     assert finished.returncode == 0, finished.stderr
     assert not folder.checkpoints.exists()
@@ -30,8 +36,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return frozen(tmp_path, *SMALL)
+def folder(tmp_path: Path, cache: str) -> RunFolder:
+    return frozen(tmp_path, *SMALL, cache)
 
 
 def resumed(folder: RunFolder, step: int) -> None:
@@ -45,7 +51,7 @@ def resumed(folder: RunFolder, step: int) -> None:
 def test_killed_it_loses_only_what_came_after_the_checkpoint(
     folder: RunFolder, whole: dict[str, object], step: int, goes_on_from: int
 ) -> None:
-    assert killed(attempt(folder, step=step, what=signal.SIGKILL))
+    assert killed(attempt(folder, step=step, what=signal.SIGKILL.value))
     assert not folder.is_finished
     resumed(folder, goes_on_from)
     assert results(folder) == whole
@@ -53,7 +59,7 @@ def test_killed_it_loses_only_what_came_after_the_checkpoint(
 
 def test_asked_to_stop_it_loses_nothing(folder: RunFolder, whole: dict[str, object]) -> None:
     """The step under way is finished and saved."""
-    stopped = attempt(folder, step=5, what=signal.SIGUSR2)
+    stopped = attempt(folder, step=5, what=signal.SIGUSR2.value)
     assert stopped.returncode == EXIT_INTERRUPTED, stopped.stderr
     assert not folder.has_failed
     resumed(folder, 5)
@@ -72,7 +78,7 @@ def test_failed_it_says_why_and_can_be_taken_up(folder: RunFolder, whole: dict[s
 
 
 def test_a_damaged_checkpoint_is_no_silent_fresh_start(folder: RunFolder) -> None:
-    assert killed(attempt(folder, step=8, what=signal.SIGKILL))
+    assert killed(attempt(folder, step=8, what=signal.SIGKILL.value))
     for tensors in folder.checkpoints.glob("*/tensors.safetensors"):
         tensors.write_bytes(b"")
     refused = attempt(folder)
@@ -93,9 +99,9 @@ class TestTogether:
     """Two runs in one process."""
 
     @pytest.fixture
-    def pair(self, folder: RunFolder, tmp_path: Path) -> tuple[RunFolder, RunFolder]:
+    def pair(self, folder: RunFolder, tmp_path: Path, cache: str) -> tuple[RunFolder, RunFolder]:
         """The run whose results are known, and another."""
-        return folder, frozen(tmp_path, *SMALL, "lora.rank=3", "sae.l0=8", "layer.index=2")
+        return folder, frozen(tmp_path, *SMALL, cache, "lora.rank=3", "sae.l0=8", "layer.index=2")
 
     def test_each_is_what_it_is_alone(self, pair, whole: dict[str, object]) -> None:
         finished = attempt(*pair)
@@ -104,7 +110,7 @@ class TestTogether:
         assert all(folder.read_summary()["trained_together"] == 2 for folder in pair)
 
     def test_killed_they_go_on(self, pair, whole: dict[str, object]) -> None:
-        assert killed(attempt(*pair, step=8, what=signal.SIGKILL))
+        assert killed(attempt(*pair, step=8, what=signal.SIGKILL.value))
         finished = attempt(*pair)
         assert finished.stdout.count("going on from step 6 of 12") == 2
         assert results(pair[0]) == whole
@@ -140,15 +146,16 @@ class TestTogether:
         assert results(pair[0]) == whole
         assert not pair[1].curve.exists()
 
-    def test_what_concerns_both_is_written_into_both(self, pair, tmp_path: Path) -> None:
+    def test_what_concerns_both_is_written_into_both(self, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("")
+        pair = frozen(tmp_path, *SMALL), frozen(tmp_path, *SMALL, "lora.rank=3")
         assert attempt(*pair).returncode == EXIT_FAILED
         for folder in pair:
             assert folder.failure_message.startswith("data.cache_dir = ")
 
-    def test_runs_of_other_text_cannot(self, folder: RunFolder, tmp_path: Path) -> None:
+    def test_runs_of_other_text_cannot(self, folder: RunFolder, tmp_path: Path, cache: str) -> None:
         """Which fails neither: each can alone."""
-        other = frozen(tmp_path, *SMALL, "data.seed=1")
+        other = frozen(tmp_path, *SMALL, cache, "data.seed=1")
         refused = attempt(folder, other)
         assert refused.returncode == EXIT_NOT_TOGETHER
         assert "model, data or batches of these runs differ" in refused.stderr
@@ -157,5 +164,6 @@ class TestTogether:
     def test_one_whose_folder_is_deleted_does_not_end_the_other(self, pair, whole) -> None:
         finished = attempt(*reversed(pair), step=5, what="delete")
         assert finished.returncode == EXIT_FAILED, finished.stderr
+        assert "the folder of this run has been deleted" in finished.stderr
         assert not pair[1].path.exists()
         assert results(pair[0]) == whole

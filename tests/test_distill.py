@@ -124,6 +124,24 @@ def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
     assert whole.fvu == pytest.approx(parts.fvu, rel=1e-5)
 
 
+def test_what_is_kept_between_evaluations_changes_no_bit(model: LanguageModel) -> None:
+    """Students that move, join, leave and come back; with room for all states, for none, for some."""
+    students = [
+        student(model, topk_sae()),
+        student(model, jumprelu_sae(), LoRAConfig(rank=2, blocks="all")),
+        student(model, topk_sae(), LoRAConfig(rank=3), block=2),
+    ]
+    kept, afresh = evaluator(model, cache_bytes=1e9), evaluator(model)
+    some = evaluator(model, cache_bytes=1.2 * 10 * 16 * 32 * 4 * 3)
+    for number, present in enumerate([(0, 1), (0, 1), (0, 1, 2), (2,), (0, 1, 2), (1, 2)]):
+        for one in students:
+            fill(one.weights, seed=number)
+        here = [students[place] for place in present]
+        assert kept(here) == afresh(here) == some(here) == evaluator(model)(here)
+    assert len(kept._trunks) == 3
+    assert not afresh._trunks
+
+
 def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
     one = student(model, topk_sae(), LoRAConfig(rank=2, dropout=0.5))
     lora.set_adapter_dropout(one.model, True)

@@ -9,11 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lora import models
+from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
 from sae_lora.identity import train_steps
+from sae_lora.kl import chunk_tokens, kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.plan import plan
 from sae_lora.saes import loading
@@ -21,7 +23,6 @@ from sae_lora.splice import Splice
 from sae_lora.student import Student
 from sae_lora.training import Training
 from tests.families import FAMILIES, small_model
-from tests.memory import PeakMemory
 from tests.points import points_in
 from tests.trainings import NO_IDS
 
@@ -30,6 +31,7 @@ CASES = [
     ("",),
     ("train.batch_size=16",),
     ("train.kl_chunk_tokens=128",),
+    ("train.kl=full",),
     ("lora.blocks=all",),
     ("lora.blocks=[7]",),
     ("lora.targets=mlp lora.blocks=[5,7]",),
@@ -67,8 +69,10 @@ def pack_of(configs: Sequence[Config]) -> Pack:
         student = Student(model, tuple(splices), config.lora)
         trainings.append(Training(student, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
-    evaluate = Evaluator(model, nothing, NO_IDS, 1, common.train.kl_chunk_tokens)
-    return Pack(model, trainings, evaluate, NO_IDS, common.train.kl_chunk_tokens)
+    evaluate = Evaluator(model, nothing, NO_IDS, 1, 1)
+    chunk = chunk_tokens(common.train.kl_chunk_tokens, model.config.vocab_size, "cpu")
+    kl = kl_of(model, common.train.kl, chunk)
+    return Pack(model, trainings, evaluate, NO_IDS, kl)
 
 
 def take_step(pack: Pack, config: Config) -> None:

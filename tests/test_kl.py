@@ -1,11 +1,22 @@
 """The loss: its direction, its value worked by hand, and the chunked form against the whole."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from sae_lora.kl import kl_divergence, summed_kl
+from sae_lora.config import KLComputation
+from sae_lora.kl import (
+    KL,
+    FusedKL,
+    LinearHead,
+    chunked_kl,
+    kl_divergence,
+    kl_of,
+    linear_head,
+    whole_kl,
+)
 from sae_lora.models import LanguageModel
 from tests.families import D_MODEL, random_tokens
 
@@ -34,19 +45,90 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
     )
 
 
+def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
+    """Every way to find it."""
+    head = linear_head(model)
+    assert head is not None
+    return {
+        "fused": FusedKL(head, chunk_tokens),
+        "chunked": partial(chunked_kl, head=model.logits, chunk_tokens=chunk_tokens),
+        "full": partial(whole_kl, head=model.logits),
+    }
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 48, 1000])
-def test_chunks_give_the_value_and_gradient_of_the_whole(
-    model: LanguageModel, chunk_tokens: int
+@pytest.mark.parametrize("how", ["fused", "chunked", "full"])
+def test_value_and_gradient_are_those_of_the_definition(
+    model: LanguageModel, how: str, chunk_tokens: int
 ) -> None:
-    """For every family's head, soft-capping included."""
+    """For every family's head, soft-capping included, in float64."""
     generator = torch.Generator().manual_seed(3)
     teacher, student = torch.randn(2, 3, 16, D_MODEL, generator=generator)
-    student.requires_grad_(True)
-    whole = kl_divergence(model.logits(teacher), model.logits(student)).sum()
-    (expected,) = torch.autograd.grad(whole * 0.5, student)
-    (parts,) = summed_kl(teacher, [student], model.logits, chunk_tokens)
-    torch.testing.assert_close(parts.total, whole, rtol=1e-5, atol=0)
-    torch.testing.assert_close(parts.gradient * 0.5, expected, rtol=1e-4, atol=1e-6)
+    precise = linear_head(model)
+    assert precise is not None
+    precise = LinearHead(precise.weight.double(), precise.softcap)
+    exact = student.double().requires_grad_()
+    whole = kl_of_float64(precise(teacher.double()), precise(exact))
+    (expected,) = torch.autograd.grad(whole * 0.5, exact)
+    (found,) = kls(model, chunk_tokens)[how](teacher, [student], [0.5])
+    assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
+    error = (found.gradient - expected).norm() / expected.norm()
+    assert error < 1e-6
+
+
+def kl_of_float64(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
+    """32k tokens, logits as random and as trained models have them: each within 1e-6 of float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32_768, 64, generator=generator) * spread / 8
+    teacher, student = torch.randn(2, 200, 64, generator=generator)
+    head, precise = LinearHead(weight, softcap), LinearHead(weight.double(), softcap)
+    exact = student.double().requires_grad_()
+    whole = kl_of_float64(precise(teacher.double()), precise(exact))
+    (expected,) = torch.autograd.grad(whole, exact)
+    (found,) = FusedKL(head, 48)(teacher, [student], [1.0])
+    assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
+    assert (found.gradient - expected).norm() / expected.norm() < 1e-6
+
+
+def test_equals_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
+    states = torch.randn(2, 16, D_MODEL)
+    for kl in kls(model, 7).values():
+        (found,) = kl(states, [states.clone()], [1.0])
+        assert found.total == 0
+        assert found.gradient.abs().max() < 1e-7
+
+
+def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
+    head = linear_head(model)
+    assert head is not None
+    rounded = LinearHead(head.weight.bfloat16(), head.softcap)
+    teacher, student = torch.randn(2, 64, D_MODEL).bfloat16()
+    (found,) = FusedKL(rounded, 16)(teacher, [student], [1.0])
+    logits = [(states @ rounded.weight.T).double() for states in (teacher, student)]
+    if (cap := rounded.softcap) is not None:
+        logits = [cap * torch.tanh(one / cap) for one in logits]
+    assert float(found.total) == pytest.approx(float(kl_of_float64(*logits)), rel=1e-5)
+    assert found.gradient.dtype == torch.bfloat16
+
+
+def test_a_head_that_is_more_than_a_matrix_is_not_taken_for_one(model: LanguageModel) -> None:
+    assert linear_head(model) is not None
+    matrix = model.model.get_output_embeddings()
+    assert isinstance(matrix, torch.nn.Linear)
+    handle = matrix.register_forward_hook(lambda module, arguments, output: output * 1.1)
+    assert linear_head(model) is None
+    teacher, student = torch.randn(2, 3, 16, D_MODEL)
+    (chunked,) = kl_of(model, KLComputation.fused, 7)(teacher, [student], [1.0])
+    (whole,) = kl_of(model, KLComputation.full, 7)(teacher, [student], [1.0])
+    handle.remove()
+    assert float(chunked.total) == pytest.approx(float(whole.total), rel=1e-5)
 
 
 def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
@@ -55,11 +137,14 @@ def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
     assert torch.equal(model.logits(model.hidden(tokens)), whole)
 
 
-def test_several_students_get_what_each_gets_alone(model: LanguageModel) -> None:
+@pytest.mark.parametrize("how", ["fused", "chunked", "full"])
+def test_several_students_get_what_each_gets_alone(model: LanguageModel, how: str) -> None:
     """To the last bit."""
     teacher, *students = torch.randn(4, 2, 16, D_MODEL, generator=torch.Generator().manual_seed(3))
-    together = summed_kl(teacher, students, model.logits, 7)
-    for student, found in zip(students, together, strict=True):
-        (alone,) = summed_kl(teacher, [student], model.logits, 7)
+    kl = kls(model, 7)[how]
+    weights = [1.0, 0.25, 3.0]
+    together = kl(teacher, students, weights)
+    for student, weight, found in zip(students, weights, together, strict=True):
+        (alone,) = kl(teacher, [student], [weight])
         assert torch.equal(found.total, alone.total)
         assert torch.equal(found.gradient, alone.gradient)

@@ -150,7 +150,12 @@ def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, to_all: bool) -> N
     small = [*SMALL, "train.train_tokens=100000", f"output_dir={tmp_path}"]
     command = [sys.executable, "launch.py", *small, f"data.cache_dir={tmp_path}/cache"]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        # Started in the background, the tests themselves are deaf to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not any(f.read_curve() for f in folders_in(tmp_path)) and time.monotonic() < deadline:

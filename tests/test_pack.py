@@ -16,7 +16,7 @@ from sae_lora.records import CurvePoint
 from sae_lora.training import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import small_model
-from tests.trainings import CONFIG, NO_IDS, batches, comparable, curves, evaluator, pack, training
+from tests.trainings import CONFIG, NO_IDS, batches, comparable, curves, evaluator, kl, pack, training
 
 STEPS = 7
 MODELS = {family: small_model(family) for family in ("gemma2", "llama")}
@@ -142,7 +142,7 @@ class TestOneThatFails:
                 found.drop(one)
 
         model = MODELS[self.FAMILY]
-        found = Pack(model, trainings, evaluator(model), NO_IDS, CONFIG.kl_chunk_tokens, own)
+        found = Pack(model, trainings, evaluator(model), NO_IDS, kl(model), own)
         return found, trainings, errors
 
     def check_the_others(self, found: dict[Training, list[CurvePoint]], *left: Training) -> None:

@@ -1,9 +1,11 @@
 """Which runs train together: only those that may, all of them once, as many as fit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sae_lora.config import LauncherKind
 from sae_lora.estimate import estimate, first_adapted_block
 from sae_lora.identity import pack_key
 from sae_lora.packs import packed
@@ -21,8 +23,8 @@ def runs(point: Point, *each: str, launcher: str = "") -> list[Run]:
     return plan([point(*one.split(), *launcher.split()) for one in each]).runs
 
 
-def packs(made: list[Run]) -> list[Pack]:
-    found = packed(made, made[0].config.launcher)
+def packs(made: list[Run], **settings: object) -> list[Pack]:
+    found = packed(made, replace(made[0].config.launcher, **settings))  # pyright: ignore[reportArgumentType]
     assert sorted(run.name for pack in found for run in pack) == sorted(run.name for run in made)
     return found
 
@@ -30,13 +32,11 @@ def packs(made: list[Run]) -> list[Pack]:
 SEEDS = [f"train.seed={seed}" for seed in range(11)]
 
 
-@pytest.mark.parametrize(
-    ("setting", "sizes"),
-    [("auto", [5, 6]), ("off", [1] * 11), ("1", [1] * 11), ("3", [2, 3, 3, 3]), ("99", [11])],
-)
-def test_as_many_as_asked_for(point: Point, setting: str, sizes: list[int]) -> None:
-    made = runs(point, *SEEDS, launcher=f"launcher.pack={setting}")
-    assert sorted(len(pack) for pack in packs(made)) == sizes
+def test_as_many_as_asked_for(point: Point) -> None:
+    made = runs(point, *SEEDS)
+    expected = {"auto": [5, 6], "off": [1] * 11, 1: [1] * 11, 3: [2, 3, 3, 3], 99: [11]}
+    for pack, sizes in expected.items():
+        assert sorted(map(len, packs(made, pack=pack))) == sizes
 
 
 def test_no_place_is_left_empty(point: Point) -> None:
@@ -95,12 +95,11 @@ def test_those_that_share_most_stand_together(point: Point) -> None:
 
 def test_what_does_not_fit_together_is_apart(point: Point) -> None:
     each = [f"lora.blocks=all lora.rank=64 train.seed={seed}" for seed in range(8)]
-    alone = estimate([run.config for run in runs(point, each[0])]).peak_bytes / 1e9
-    cluster = "launcher=slurm launcher.gpus_per_node=1"
+    made = runs(point, *each)
+    alone = estimate([made[0].config]).peak_bytes / 1e9
     sizes = []
     for room in (100 * alone, 3.4 * alone, 2 * alone, 0.5 * alone):
-        made = runs(point, *each, launcher=f"{cluster} launcher.gpu_mem_gb={room}")
-        found = packs(made)
+        found = packs(made, kind=LauncherKind.slurm, gpus_per_node=1, gpu_mem_gb=room)
         for pack in found:
             needed = estimate([run.config for run in pack]).peak_bytes / 1e9
             assert needed <= 0.9 * room or len(pack) == 1
@@ -112,14 +111,11 @@ def test_what_does_not_fit_together_is_apart(point: Point) -> None:
 
 
 def test_one_that_fits_nowhere_keeps_no_other_apart(point: Point) -> None:
-    each = [f"train.seed={seed}" for seed in range(7)]
-    big = "lora.blocks=all lora.rank=1024"
-    small = estimate([run.config for run in runs(point, *each)]).peak_bytes / 1e9
-    alone = estimate([run.config for run in runs(point, big)]).peak_bytes / 1e9
-    room = f"launcher.gpu_mem_gb={1.2 * small}"
-    assert alone > 1.2 * small
-    found = packs(runs(point, big, *each, launcher=f"launcher=slurm {room}"))
-    assert sorted(len(pack) for pack in found) == [1, 1, 2, 4]
+    big, *small = made = runs(point, "lora.blocks=all lora.rank=1024", *SEEDS[:7])
+    room = 1.2 * estimate([run.config for run in small]).peak_bytes / 1e9
+    assert estimate([big.config]).peak_bytes / 1e9 > room
+    found = packs(made, kind=LauncherKind.slurm, gpu_mem_gb=room)
+    assert sorted(map(len, found)) == [1, 1, 2, 4]
 
 
 def test_sharing_saves_what_is_shared(point: Point) -> None:

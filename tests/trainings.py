@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import torch
 
-from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.config import KLComputation, LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
+from sae_lora.kl import KL, kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
@@ -17,7 +18,7 @@ from tests.families import random_tokens
 
 HELD_OUT = random_tokens(batch=10, length=16, seed=11)
 NO_IDS = torch.empty(0, dtype=torch.long)
-CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, kl_chunk_tokens=20, warmup_share=0.1)
+CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, warmup_share=0.1)
 
 
 def batches(steps: int) -> list[torch.Tensor]:
@@ -46,22 +47,29 @@ def training(
     return Training(student(model, sae, adapters, block), config, steps)
 
 
-def fill(weights: Mapping[str, torch.nn.Parameter]) -> None:
+def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:
     """Gives adapters values that change the output."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in weights.values():
             weight.normal_(std=0.3, generator=generator)
 
 
-def evaluator(model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30) -> Evaluator:
+def evaluator(
+    model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30, cache_bytes: float = 0
+) -> Evaluator:
     """On the held-out tokens."""
-    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, chunk_tokens)
+    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, chunk_tokens, cache_bytes)
+
+
+def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
+    """A few tokens at a time."""
+    return kl_of(model, how, chunk_tokens=20)
 
 
 def pack(model: LanguageModel, *trainings: Training) -> Pack:
     """The trainings together."""
-    return Pack(model, trainings, evaluator(model), NO_IDS, CONFIG.kl_chunk_tokens)
+    return Pack(model, trainings, evaluator(model), NO_IDS, kl(model))
 
 
 def comparable(point: CurvePoint) -> CurvePoint:

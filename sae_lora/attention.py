@@ -1,0 +1,192 @@
+"""Causal attention in blocks of queries, for what torch's own cannot do on a CPU: soft-capped scores.
+
+Each block of queries meets only the keys that it may see, in memory that fits the cache; the whole
+matrix of scores is never there. The backward pass computes them once more.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "blockwise"
+"""What transformers knows it as, once `register` was called."""
+LARGEST_EXPONENT = 60.0
+"""A sum of exponentials of no more than this is a number in float32."""
+_ROWS = 128
+"""Queries in a block."""
+
+
+def register() -> None:
+    """Makes it known to transformers."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # none, where causality says all
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it; dropout on the scores is not offered: the model is frozen."""
+    if dropout:
+        raise NotImplementedError("dropout in blockwise attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found = blockwise_attention(query, key, value, attention_mask, scale, softcap)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention `[batch, head, query, d_head]`; the queries are the last of the positions.
+
+    Args:
+        query: `[batch, head, query, d_head]`.
+        key: `[batch, kv_head, pos, d_head]`; each serves an equal share of the heads.
+        value: `[batch, kv_head, pos, d_head]`.
+        mask: `[batch, 1, query, pos]`, true where a position may be seen; `None` for all before.
+        scale: What scores are multiplied by.
+        softcap: Scores become `softcap · tanh(score / softcap)`; `None` for none.
+    """
+    return _Blockwise.apply(query, key, value, mask, scale, softcap)
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        blocks = _Blocks(query, key, mask, scale, softcap)
+        output = torch.empty_like(query)
+        shape = *query.shape[:-1], 1
+        sums, peaks = (query.new_empty(shape, dtype=blocks.precise) for _ in range(2))
+        for rows, seen in blocks:
+            scores = blocks.scores(rows, seen)
+            peak = blocks.peaks(scores, rows)
+            weights = blocks.exponentials(scores, peak, rows, into=scores)
+            summed = weights.sum(-1, keepdim=True)
+            summed.masked_fill_(summed == 0, 1)  # a row of padding, which sees nothing
+            mixed = (weights.to(value.dtype) @ value[:, :, :seen]).div_(summed)
+            output[:, :, rows] = blocks.ungrouped(mixed)
+            sums[:, :, rows] = blocks.ungrouped(summed)
+            if peak is not None:
+                peaks[:, :, rows] = blocks.ungrouped(peak)
+        ctx.save_for_backward(query, key, value, mask, output, sums, peaks)
+        ctx.scale, ctx.softcap = scale, softcap
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, output, sums, peaks = ctx.saved_tensors
+        (gradient,) = outputs
+        blocks = _Blocks(query, key, mask, ctx.scale, ctx.softcap)
+        for_query = torch.empty_like(query)
+        for_key, for_value = torch.zeros_like(key), torch.zeros_like(value)
+        for rows, seen in blocks:
+            scores = blocks.scores(rows, seen)
+            peak = None if blocks.are_bounded else blocks.grouped(peaks[:, :, rows])
+            weights = blocks.exponentials(scores, peak, rows, into=torch.empty_like(scores))
+            # The weights are not normalised: what they meet is.
+            given = blocks.grouped((gradient[:, :, rows] / sums[:, :, rows]).to(query.dtype))
+            for_value[:, :, :seen] += weights.to(value.dtype).transpose(-1, -2) @ given
+            along = (given * blocks.grouped(output[:, :, rows])).sum(-1, keepdim=True)
+            slope = (given @ value[:, :, :seen].transpose(-1, -2)).sub_(along).mul_(weights)
+            if ctx.softcap is not None:
+                slope.addcmul_(torch.mul(slope, scores, out=weights), scores, value=-1)
+            slope = slope.to(query.dtype)
+            for_query[:, :, rows] = blocks.ungrouped(slope @ key[:, :, :seen]).mul_(ctx.scale)
+            asked = blocks.grouped(query[:, :, rows]) * ctx.scale
+            for_key[:, :, :seen] += slope.transpose(-1, -2) @ asked
+        return for_query, for_key, for_value, None, None, None
+
+
+class _Blocks:
+    """The blocks of queries, and the scores of each.
+
+    The heads that share a key are laid below each other, so that one product serves them all. Scores
+    that are soft-capped are in units of the cap.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> None:
+        self._query, self._key, self._mask = query, key, mask
+        self._factor, self._softcap = scale if softcap is None else scale / softcap, softcap
+        self._shared_by = query.shape[1] // key.shape[1]
+        self._before = key.shape[2] - query.shape[2]
+        self.precise = torch.promote_types(query.dtype, torch.float32)
+        """What scores and sums are in."""
+        self.are_bounded = softcap is not None and softcap <= LARGEST_EXPONENT
+        """Whether the exponential of every score is a number."""
+
+    def __iter__(self) -> Iterator[tuple[slice, int]]:
+        """The queries of each block, and how many positions they see."""
+        n_queries = self._query.shape[2]
+        for start in range(0, n_queries, _ROWS):
+            end = min(start + _ROWS, n_queries)
+            yield slice(start, end), self._before + end
+
+    def scores(self, rows: slice, seen: int) -> Tensor:
+        """Scores `[batch, kv_head, share · query, pos]`, hidden positions among them."""
+        query = self.grouped(self._query[:, :, rows]) * self._factor
+        scores = (query @ self._key[:, :, :seen].transpose(-1, -2)).to(self.precise)
+        return scores if self._softcap is None else scores.tanh_()
+
+    def peaks(self, scores: Tensor, rows: slice) -> Tensor | None:
+        """What is to be taken off the scores before they are exponents, `[…, share · query, 1]`.
+
+        Changes the scores of hidden positions, where there is anything.
+        """
+        if self.are_bounded:
+            return None
+        self._hide(scores, rows, torch.finfo(scores.dtype).min)
+        return scores.amax(-1, keepdim=True)
+
+    def exponentials(self, scores: Tensor, peaks: Tensor | None, rows: slice, into: Tensor) -> Tensor:
+        """Writes them, zero where a position is hidden."""
+        if self._softcap is not None:
+            scores = torch.mul(scores, self._softcap, out=into)
+        if peaks is not None:
+            scores = torch.sub(scores, peaks, out=into)
+        # Only now: the exponential of what is far below zero takes ten times as long.
+        self._hide(torch.exp(scores, out=into), rows, 0)
+        return into
+
+    def _hide(self, scores: Tensor, rows: slice, value: float) -> None:
+        """Writes the value wherever a query may not look."""
+        shares = scores.unflatten(2, (self._shared_by, -1))
+        if self._mask is None:
+            length = rows.stop - rows.start
+            later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
+            shares[..., scores.shape[-1] - length :].masked_fill_(later, value)
+        else:
+            shares.masked_fill_(~self._mask[:, :, None, rows, : scores.shape[-1]], value)
+
+    def grouped(self, heads: Tensor) -> Tensor:
+        """`[batch, head, query, …]` as `[batch, kv_head, share · query, …]`."""
+        return heads.unflatten(1, (-1, self._shared_by)).flatten(2, 3)
+
+    def ungrouped(self, grouped: Tensor) -> Tensor:
+        """The way back."""
+        return grouped.unflatten(2, (self._shared_by, -1)).flatten(1, 2)

@@ -1,0 +1,291 @@
+"""`python -m sae_lora benchmark`: training and evaluation here against the published loop.
+
+Both take turns in one process, on the same model, SAEs and tokens, dropout on. Ratios are of the paired
+times, per run and step. Beside them stands that both find the same.
+"""
+
+import ctypes
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
+from sae_lora.benchmark.memory import PeakMemory
+from sae_lora.benchmark.reference import Reference, evaluate
+from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
+from sae_lora.config import Attention, KLComputation, LoRAConfig, Schedule, TrainConfig
+from sae_lora.distill import Pack
+from sae_lora.files import as_json, write_atomically
+from sae_lora.kl import FusedKL, LinearHead, chunk_tokens, kl_of, whole_kl
+from sae_lora.metrics import Evaluator
+from sae_lora.models import LanguageModel, choose_attention
+from sae_lora.provenance import environment
+from sae_lora.splice import Splice
+from sae_lora.student import Student
+from sae_lora.training import Training
+
+RANKS = (1, 4, 16, 64, 256)
+"""Of a pack of five; one of 25 has each of them around five SAEs."""
+SINGLE = 16
+"""The rank of a run alone."""
+TRAIN = TrainConfig(
+    train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
+)
+_STEPS = 4
+"""After which adapters are compared."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    what: str
+    style: str
+    context: int
+    """Tokens per sequence."""
+    times: Ratio
+    """How many times quicker, per run."""
+    seconds: float
+    """That it takes here, per run; the median."""
+
+
+@dataclass(frozen=True)
+class Equality:
+    """How far what is found here is from what the published loop finds."""
+
+    what: str
+    style: str
+    error: float
+    """Norm of the difference between adapters, over the norm of what training changed of the
+    reference's. AdamW turns rounding into whole steps where a gradient is as good as zero."""
+
+
+def adapters(rank: int) -> LoRAConfig:
+    """The paper's, at a rank."""
+    return LoRAConfig(rank=rank, alpha=32.0, dropout=0.1)
+
+
+def training(model: LanguageModel, splice: Splice, rank: int) -> Training:
+    """One run, as a pack trains it."""
+    torch.manual_seed(rank)
+    return Training(Student(model, (splice,), adapters(rank)), TRAIN, 2**30)
+
+
+def reference(model: LanguageModel, splice: Splice, rank: int, attention: str = "eager") -> Reference:
+    """The same run, as it was published."""
+    torch.manual_seed(rank)
+    return Reference(model, (splice,), adapters(rank), TRAIN, attention)
+
+
+def chunk(model: LanguageModel) -> int:
+    """Tokens whose logits are held at once, by default."""
+    return chunk_tokens(None, model.config.vocab_size, model.device.type)
+
+
+def pack(model: LanguageModel, trainings: Sequence[Training], how: KLComputation) -> Pack:
+    """Trainings together."""
+    no_ids = torch.empty(0, dtype=torch.long, device=model.device)
+    nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, 1)
+    return Pack(model, trainings, nothing, no_ids, kl_of(model, how, chunk(model)))
+
+
+def compare_steps(
+    style: Style, shape: Shape, context: int, rounds: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """Training steps of one run, of five ranks, and of these around five SAEs."""
+    model = random_model(style, shape, device, dtype)
+    splices = [random_splice(shape, seed, device, dtype) for seed in range(5)]
+    references = {rank: reference(model, splices[0], rank) for rank in RANKS}
+    choose_attention(model.model, Attention.auto, device)
+    packs = {
+        1: [training(model, splices[0], SINGLE)],
+        5: [training(model, splices[0], rank) for rank in RANKS],
+        25: [training(model, splice, rank) for splice in splices for rank in RANKS],
+    }
+    tokens = _Tokens(shape, context, device)
+    calls: dict[str, Callable[[], object]] = {
+        f"reference {rank}": lambda one=one: one.step(tokens.next()) for rank, one in references.items()
+    }
+    for size, trainings in packs.items():
+        together = pack(model, trainings, KLComputation.fused)
+        calls[f"pack {size}"] = lambda one=together: one._take_step(one.left, tokens.next())
+    found = taking_turns(calls, rounds, device)
+    of_five = [sum(times) for times in zip(*(found[f"reference {rank}"] for rank in RANKS), strict=True)]
+    naive = {1: found[f"reference {SINGLE}"], 5: of_five, 25: [5 * one for one in of_five]}
+    return [
+        Row(
+            "a run alone" if size == 1 else f"a pack of {size} runs",
+            style.name,
+            context,
+            ratio(naive[size], found[f"pack {size}"]),
+            sorted(found[f"pack {size}"])[rounds // 2] / size,
+        )
+        for size in packs
+    ]
+
+
+def compare_evaluations(
+    style: Style, shape: Shape, context: int, rounds: int, device: torch.device, dtype: torch.dtype
+) -> Row:
+    """Base, spliced and four students, again: what is kept from the first evaluation is there."""
+    model = random_model(style, shape, device, dtype)
+    splice = random_splice(shape, 0, device, dtype)
+    ranks = RANKS[:4]
+    references = [reference(model, splice, rank) for rank in ranks]
+    choose_attention(model.model, Attention.auto, device)
+    students = [training(model, splice, rank).student for rank in ranks]
+    held_out = _Tokens(shape, context, device).next(4)
+    no_ids = torch.empty(0, dtype=torch.long, device=device)
+    batch = max(1, TRAIN.eval_batch_tokens // context)
+    evaluator = Evaluator(model, held_out, no_ids, batch, chunk(model), 1e9 * TRAIN.eval_cache_gb)
+    calls = {"reference": lambda: evaluate(references, held_out), "here": lambda: evaluator(students)}
+    for ours, theirs in zip(evaluator(students), evaluate(references, held_out), strict=True):
+        for name, value in theirs._asdict().items():
+            assert abs(getattr(ours, name) - value) < 1e-3, name
+    found = taking_turns(calls, rounds, device)
+    times = ratio(found["reference"], found["here"])
+    what = "an evaluation of base, spliced and 4 students"
+    return Row(what, style.name, context, times, sorted(found["here"])[rounds // 2])
+
+
+def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Equality]:
+    """Adapters after a few steps, from the same seeds: with the same attention and whole logits, and as
+    training is by default.
+    """
+    ranks = (1, SINGLE, 256)
+    rows = []
+    for how, attention in ((KLComputation.full, Attention.eager), (KLComputation.fused, Attention.auto)):
+        model = random_model(style, shape, device, torch.float32)
+        splice = random_splice(shape, 0, device, torch.float32)
+        choose_attention(model.model, attention, device)
+        trainings = [training(model, splice, rank) for rank in ranks]
+        together = pack(model, trainings, how)
+        batches = _Tokens(shape, 256, device)
+        steps = [batches.next() for _ in range(_STEPS)]
+        for tokens in steps:
+            together._take_step(trainings, tokens)
+        apart = moved = 0.0
+        for one, rank in zip(trainings, ranks, strict=True):
+            other = reference(model, splice, rank)
+            before = {name: weight.detach().clone() for name, weight in other.weights.items()}
+            for tokens in steps:
+                other.step(tokens)
+            for name, weight in other.weights.items():
+                theirs, ours = weight.detach(), one.student.weights[name].detach()
+                apart += float((ours - theirs).double().square().sum())
+                moved += float((theirs - before[name]).double().square().sum())
+        error = (apart / moved) ** 0.5
+        what = f"train.kl={how.name} model.attention={attention.name}"
+        rows.append(Equality(what, style.name, error))
+    return rows
+
+
+def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -> tuple[float, float]:
+    """Bytes that the KL needs at most beside its inputs: with whole logits, and fused."""
+    torch.manual_seed(0)
+    head = LinearHead(torch.randn(d_vocab, d_model) / d_model**0.5)
+    teacher, student = torch.randn(2, tokens, d_model)
+    fused = FusedKL(head, chunk_tokens(None, d_vocab, "cpu"))
+    peaks = []
+    for kl in (
+        lambda: whole_kl(teacher, [student], [1.0], head),
+        lambda: fused(teacher, [student], [1.0]),
+    ):
+        with PeakMemory() as memory:
+            kl()
+        # The transposed weight is a view that the counter takes for new.
+        peaks.append(memory.peak - head.weight.untyped_storage().nbytes())
+    return peaks[0], peaks[1]
+
+
+class _Tokens:
+    """Random tokens, always the same ones."""
+
+    def __init__(self, shape: Shape, context: int, device: torch.device) -> None:
+        self._shape, self._context, self._device = shape, context, device
+        self._generator = torch.Generator().manual_seed(1)
+
+    def next(self, sequences: int = 1) -> Tensor:
+        """The next `[sequence, pos]`."""
+        size = sequences, self._context
+        return torch.randint(0, self._shape.d_vocab, size, generator=self._generator).to(self._device)
+
+
+def raise_allocator_thresholds() -> bool:
+    """Lets glibc keep memory that is freed, up to what it allows; returns whether there is a glibc."""
+    try:
+        glibc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    return bool(glibc.mallopt(m_mmap_threshold, 2**25) and glibc.mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def run(
+    styles: Sequence[Style], contexts: Sequence[int], rounds: int, *, tuned: bool, to: Path | None
+) -> Table:
+    """Runs the comparisons that are named, and writes the record."""
+    if tuned and not raise_allocator_thresholds():
+        raise NotImplementedError("raising the allocator's thresholds without glibc")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
+    whole, fused = head_memory()
+    rows: list[Row] = []
+    for style in styles:
+        for context in contexts:
+            rows += compare_steps(style, SMALL, context, rounds, device, dtype)
+            rows.append(compare_evaluations(style, SMALL, context, rounds, device, dtype))
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(device),
+        "allocator_thresholds_raised": tuned,
+        "shape": dataclasses.asdict(SMALL),
+        "rounds": rounds,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "equalities": [dataclasses.asdict(one) for one in equalities],
+        "kl_bytes": {"whole": whole, "fused": fused},
+    }
+    if to is not None:
+        write_atomically(to, as_json(record))
+    return as_table(record)
+
+
+def as_table(record: dict[str, Any]) -> Table:
+    """What a record says, for people."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("what", "style", "tokens"):
+        table.add_column(name)
+    for name in ("times quicker per run", "least–most", "seconds here"):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        times = row["times"]
+        table.add_row(
+            row["what"],
+            row["style"],
+            f"{row['context']:,}",
+            f"{times['median']:.2f}",
+            f"{times['least']:.2f}–{times['most']:.2f}",
+            f"{row['seconds']:.2f}",
+        )
+    for one in record["equalities"]:
+        table.add_row(
+            f"adapters apart, {one['what']}", one["style"], "256", "", "", f"{one['error']:.1e}"
+        )
+    memory = record["kl_bytes"]
+    table.add_row(
+        "memory of the KL, 1,024 tokens of 65,536",
+        "",
+        "1,024",
+        f"{memory['whole'] / memory['fused']:.1f}",
+        "",
+        f"{memory['fused'] / 1e6:.0f} MB",
+    )
+    return table

@@ -1,0 +1,63 @@
+"""Paired times: what is compared takes turns in one process, so that what slows one slows the other."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times quicker something is than what it is compared with."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f}–{self.most:.2f})"
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """What a call takes, its work on a GPU included."""
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def taking_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """The seconds of each call in each round, after a round that is not counted.
+
+    Args:
+        calls: What is compared, by name.
+        rounds: How often.
+        device: Where it computes.
+    """
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        # Every second round backwards: what comes after what makes no difference then.
+        order = list(calls) if number % 2 == 0 else list(calls)[::-1]
+        for name in order:
+            gc.collect()
+            found[name].append(seconds(calls[name], device))
+    return found
+
+
+def ratio(slower: list[float], quicker: list[float]) -> Ratio:
+    """Of the paired times, round by round."""
+    ratios = [one / other for one, other in zip(slower, quicker, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

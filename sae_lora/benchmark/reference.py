@@ -1,0 +1,125 @@
+"""The published loop as it is, for comparison only: what everything faster must agree with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lora import lora
+from sae_lora.config import LoRAConfig, Reduction, TrainConfig
+from sae_lora.kl import kl_divergence
+from sae_lora.metrics import cross_entropy_sum, next_tokens
+from sae_lora.models import LanguageModel
+from sae_lora.splice import spliced
+from sae_lora.trunk import Splices
+
+
+class Reference:
+    """One run in the shape of the published code.
+
+    Two whole forward passes, eager attention, softmaxes of all tokens over the whole vocabulary, peft
+    as it comes. Adapters and dropout come from torch's global random state. No position keeps its
+    activation.
+
+    Args:
+        model: The plain model; it is not changed.
+        splices: The SAEs.
+        adapters: Which, and where.
+        config: The optimisation; the rate is constant.
+        attention: What transformers calls the attention.
+
+    Source: arXiv 2501.19406 and the code published with it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        splices: Splices,
+        adapters: LoRAConfig,
+        config: TrainConfig,
+        attention: str = "eager",
+    ) -> None:
+        self._model = model.view()
+        self._model.model.set_attn_implementation(attention)
+        self._saes = {splice.hookpoint: splice.sae for splice in splices}
+        self._adapters = lora.attach(self._model, adapters, splices[0].block)
+        lora.set_adapter_dropout(self._model, True)
+        self._config = config
+        self.weights = lora.trainable_weights(self._model)
+        """The adapters' weights by name."""
+        self._optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=config.lr, weight_decay=config.weight_decay
+        )
+
+    def step(self, tokens: Tensor) -> float:
+        """One step on `[batch, pos]`; returns the KL summed over tokens, in nats."""
+        with torch.no_grad(), self._adapters.disable_adapter():
+            teacher = self._logits(tokens)
+        with spliced(self._model, self._saes):
+            student = self._logits(tokens)
+        kl = kl_divergence(teacher, student).sum()
+        per_token = self._config.kl_reduction is Reduction.token_mean
+        (kl / (tokens.numel() if per_token else len(tokens))).backward()
+        if self._config.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.weights.values(), self._config.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(kl.detach())
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of the student, dropout off, `[batch, pos, d_vocab]`."""
+        lora.set_adapter_dropout(self._model, False)
+        with spliced(self._model, self._saes):
+            found = self._logits(tokens)
+        lora.set_adapter_dropout(self._model, True)
+        return found
+
+    @torch.no_grad()
+    def untrained_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the plain model, and with the SAEs alone."""
+        with self._adapters.disable_adapter():
+            base = self._logits(tokens)
+            with spliced(self._model, self._saes):
+                return base, self._logits(tokens)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self._model.model(input_ids=tokens, use_cache=False).logits
+
+
+class Measured(NamedTuple):
+    """What an evaluation finds of one run, in nats per token."""
+
+    base_ce: float
+    spliced_ce: float
+    student_ce: float
+    kl: float
+
+
+@torch.no_grad()
+def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
+    """Evaluates runs with the same SAEs: a whole pass for base, one for spliced, one for each student.
+
+    Args:
+        runs: The runs.
+        tokens: Held-out tokens `[sequence, pos]`, one sequence at a time.
+    """
+    predictions = tokens.numel() - len(tokens)
+    base_ce = spliced_ce = 0.0
+    ce, kl = [0.0] * len(runs), [0.0] * len(runs)
+    for sequence in tokens.split(1):
+        labels = next_tokens(sequence).flatten()
+        base, plain = runs[0].untrained_logits(sequence)
+        base_ce += cross_entropy_sum(base.flatten(0, 1), labels)
+        spliced_ce += cross_entropy_sum(plain.flatten(0, 1), labels)
+        for number, run in enumerate(runs):
+            student = run.logits(sequence)
+            ce[number] += cross_entropy_sum(student.flatten(0, 1), labels)
+            kl[number] += float(kl_divergence(base, student).sum())
+    return [
+        Measured(
+            base_ce / predictions, spliced_ce / predictions, one / predictions, other / tokens.numel()
+        )
+        for one, other in zip(ce, kl, strict=True)
+    ]
