@@ -1,12 +1,15 @@
 """What there is to do with runs that are there: `python -m sae_lora --help`."""
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
 
 from sae_lora import slurm
 from sae_lora.errors import UserError
+from sae_lora.files import as_json, write_atomically
+from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder
 from sae_lora.report import comparison_table
 from sae_lora.standing import State, counts, standings
@@ -28,6 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     cancel.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
     table = commands.add_parser("table", help="the finished runs of a sweep side by side")
     table.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    reach = commands.add_parser(
+        "reach", help="how soon a sweep reaches the gap that another ends at, run by run"
+    )
+    reach.add_argument("other", type=Path, help="outputs/<sweep> that sets the gap")
+    reach.add_argument("sweep", type=Path, help="outputs/<sweep> that reaches it")
+    reach.add_argument("--to", type=Path, help="file for the figures, .json")
     figure = commands.add_parser("figure", help="the CE-gap curves of a sweep as one picture")
     figure.add_argument("sweep", type=Path, help="outputs/<sweep>")
     figure.add_argument(
@@ -56,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
                 cancel_jobs(runs_of(chosen.sweep))
             case "table":
                 show(comparison_table(runs_of(chosen.sweep)))
+            case "reach":
+                compare_sweeps(runs_of(chosen.other), runs_of(chosen.sweep), chosen.to)
             case "figure":
                 draw(runs_of(chosen.sweep), chosen.to)
             case "benchmark":
@@ -143,6 +154,19 @@ def cancel_jobs(folders: list[RunFolder]) -> None:
             complain(
                 "left alone", f"{folder.path.name} is running {standing.note}; Ctrl-C there stops it"
             )
+
+
+def compare_sweeps(others: list[RunFolder], folders: list[RunFolder], to: Path | None) -> None:
+    """Shows how soon runs reach what others end at, and writes it down.
+
+    Raises:
+        UserError: Where no run has its like in the other sweep.
+    """
+    found = savings(others, folders)
+    show(savings_table(found))
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(to, as_json([dataclasses.asdict(one) for one in found]))
 
 
 def draw(folders: list[RunFolder], to: Path) -> None:

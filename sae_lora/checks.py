@@ -3,6 +3,7 @@
 From the values alone: nothing is read or loaded.
 """
 
+import math
 from typing import Any
 
 from sae_lora.config import (
@@ -10,6 +11,7 @@ from sae_lora.config import (
     DataConfig,
     LauncherConfig,
     LauncherKind,
+    LoRAConfig,
     SAEConfig,
     SAEFamily,
     TextSource,
@@ -43,14 +45,15 @@ def check(config: Config) -> None:
     _check_budget(config)
     _check_launcher(config.launcher)
     target_matrices(config.lora.targets)
+    canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
 
 
 _POSITIVE = (
-    *("lora.rank", "lora.alpha", "data.context_length", "data.validation_tokens"),
+    *("lora.rank", "data.context_length", "data.validation_tokens"),
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
-    *("train.eval_every_tokens", "train.eval_batch_tokens"),
-    "train.checkpoint_every_steps",
+    *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
+    "train.loraplus_ratio",
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "tracking.finish_timeout_s",
 )
@@ -166,6 +169,23 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
         raise ConfigError("lora.targets", targets, allowed, f"[{nearest}]" if len(near) > 1 else near[0])
     wanted = {matrix for name in names for matrix in TARGET_SETS[name]}
     return tuple(matrix for matrix in MATRICES if matrix in wanted)
+
+
+def canonical_alpha(lora: LoRAConfig) -> float:
+    """The number that `lora.alpha` stands for.
+
+    Raises:
+        ConfigError: When it is neither a number nor a multiple of the rank.
+    """
+    text = str(lora.alpha).strip().lower()
+    multiple = text.endswith("r")
+    try:
+        found = float(text.removesuffix("r") or 1) * (lora.rank if multiple else 1)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise ConfigError("lora.alpha", lora.alpha, "a number above 0, or a multiple of the rank: 2r")
+    return found
 
 
 def canonical_blocks(blocks: Any) -> Any:

@@ -185,8 +185,9 @@ class LoRAConfig:
 
     rank: int = 16
     """Rank r of every adapter."""
-    alpha: float = 32.0
-    """Scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if rank-stabilised."""
+    alpha: Any = 32.0
+    """Scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if rank-stabilised. A
+    number, or a multiple of the rank such as 2r. The planner writes the number."""
     dropout: float = 0.0
     """Dropout on the adapter's input while training."""
     targets: Any = "all"
@@ -250,6 +251,8 @@ class TrainConfig:
     """constant, or linear: falling to zero at the end."""
     warmup_share: float = 0.05
     """Share of the steps over which the rate rises from zero."""
+    loraplus_ratio: float = 1.0
+    """Learning rate of the adapters' B over that of A (LoRA+, arXiv 2402.12354)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     grad_clip: float | None = 1.0
@@ -278,6 +281,9 @@ class TrainConfig:
     """auto, cpu or cuda."""
     dtype: DType = DType.float32
     """Precision the forward and backward pass computes in. Adapters are always float32."""
+    tf32: bool = False
+    """Multiply float32 matrices in TF32 on a GPU that has it, with 10 bits of mantissa rather than 23:
+    results change in their third digit."""
 
 
 @dataclass

@@ -39,8 +39,8 @@ from torch import nn
 
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
+from sae_lora.head import chunk_tokens, room_bytes
 from sae_lora.identity import train_steps
-from sae_lora.kl import chunk_tokens, fused_bytes
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
 
@@ -114,7 +114,7 @@ def _kept_for_logits(model: LanguageModel, step_tokens: int, config: TrainConfig
     device = "cuda" if on_gpu else "cpu"
     d_vocab = model.config.vocab_size
     chunk = chunk_tokens(config.kl_chunk_tokens, d_vocab, device)
-    return fused_bytes(step_tokens, chunk, d_vocab, device)
+    return room_bytes(step_tokens, chunk, d_vocab, device)
 
 
 def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:

@@ -26,7 +26,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
 
 
-def as_json(values: dict[str, Any]) -> str:
+def as_json(values: dict[str, Any] | list[Any]) -> str:
     """Readable JSON; not-a-number is refused, because JSON has none."""
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
 

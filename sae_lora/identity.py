@@ -42,7 +42,8 @@ _OF_ONE_RUN = {
     "model": ("middle_block",),
     "data": ("cache_dir",),
     "train": (
-        *("lr", "schedule", "warmup_share", "weight_decay", "grad_clip", "kl_reduction", "seed"),
+        *("lr", "schedule", "warmup_share", "loraplus_ratio", "weight_decay", "grad_clip"),
+        *("kl_reduction", "seed"),
         "checkpoint_every_steps",
     ),
 }

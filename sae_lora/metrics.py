@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.kl import kl_to, log_probabilities
+from sae_lora.head import Comparison, Head
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Reading
 from sae_lora.student import Student, cuts
@@ -73,8 +73,8 @@ class Reconstruction:
 class Evaluator:
     """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
-    What does not change while adapters train is found once: base and spliced CE, the reconstruction of
-    SAEs before the first adapted block and, where there is room, the hidden states that enter it.
+    What does not change while adapters train is found once: spliced CE, the reconstruction of SAEs
+    before the first adapted block and, where there is room, the hidden states that enter it.
 
     Args:
         model: The plain language model.
@@ -99,11 +99,10 @@ class Evaluator:
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
-        self._chunk_tokens = chunk_tokens
+        self._comparison = Comparison(Head.of(model), chunk_tokens)
         self._cache_bytes = cache_bytes
         self._trunks: dict[int, Trunk] = {}
         """By number of the batch, where there is room."""
-        self._base_ce: float | None = None
         self._spliced_ce: dict[Splices, float] = {}
         self._frozen: dict[Splices, Reconstruction] = {}
         self._new_frozen: dict[Splices, Reconstruction] = {}
@@ -114,10 +113,10 @@ class Evaluator:
         """Evaluates the adapters as they are now. Leaves the models' modes as they were."""
         wanted = cuts(students)
         trunks: dict[int, Trunk] = {}
-        sums = [_StudentSums() for _ in students]
+        base = _Sums()
+        spliced = {one.splices: _Sums() for one in students if one.splices not in self._spliced_ce}
+        sums = [_Sums() for _ in students]
         self._new_frozen = defaultdict(Reconstruction)
-        new_spliced = {one.splices: 0.0 for one in students if one.splices not in self._spliced_ce}
-        base_ce = 0.0
 
         with ExitStack() as modes:
             for student in students:
@@ -127,40 +126,53 @@ class Evaluator:
                 if trunk is None or not trunk.cuts >= wanted:
                     tokens = batch.to(self._model.device)
                     trunk = Trunk(self._model, tokens, self._special_ids, wanted, self._observe)
-                teacher_hidden = trunk.hidden()
-                hidden = [
+                read_by_head = [
                     student.hidden(trunk, own.observe)
                     for student, own in zip(students, sums, strict=True)
                 ]
-                for splices in new_spliced:
-                    for states, labels in self._chunks(trunk.tokens, trunk.hidden(splices)):
-                        new_spliced[splices] += cross_entropy_sum(self._model.logits(states), labels)
-                for teacher, *states, labels in self._chunks(trunk.tokens, teacher_hidden, *hidden):
-                    teacher_logits = self._model.logits(teacher)
-                    log_p, top = log_probabilities(teacher_logits), teacher_logits.argmax(-1)
-                    if self._base_ce is None:
-                        base_ce += cross_entropy_sum(teacher_logits, labels)
-                    for state, own in zip(states, sums, strict=True):
-                        own.add(self._model.logits(state), log_p, top, labels)
+                read_by_head += [trunk.hidden(splices) for splices in spliced]
+                self._compare(trunk, base, [*sums, *spliced.values()], read_by_head)
                 trunk.forget_all_but((one.frozen, one.first_adapted) for one in students)
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
         self._trunks = trunks
-        if self._base_ce is None:
-            self._base_ce = base_ce / self._predictions
-        self._spliced_ce |= {row: total / self._predictions for row, total in new_spliced.items()}
+        self._spliced_ce |= {row: float(found.ce) / self._predictions for row, found in spliced.items()}
         self._frozen |= self._new_frozen
         return [
-            self._evaluation(student, own, self._base_ce)
+            self._evaluation(student, own, float(base.ce) / self._predictions)
             for student, own in zip(students, sums, strict=True)
         ]
+
+    def _compare(
+        self, trunk: Trunk, base: "_Sums", sums: Sequence["_Sums"], read_by_head: Sequence[Tensor]
+    ) -> None:
+        """Adds up what one batch says of those whose states `[batch, pos, d_model]` these are."""
+        labels = next_tokens(trunk.tokens).flatten()
+        columns = [states.flatten(0, 1) for states in read_by_head]
+        for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
+            scores, log_sums = self._comparison.teacher
+            top = scores.argmax(-1)
+            base.ce = base.ce + self._cross_entropy(scores, log_sums, labels[rows])
+            for states, own in zip(columns, sums, strict=True):
+                for few in self._comparison.students(states[rows]):
+                    of_these = labels[rows][few.rows]
+                    own.ce = own.ce + self._cross_entropy(few.scores, few.log_sums, of_these)
+                    own.kl = own.kl + few.kl.sum()
+                    own.agreements = own.agreements + (top[few.rows] == few.scores.argmax(-1)).sum()
+
+    def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
+        """Next-token cross-entropy in nats, summed over labelled tokens; of scores as `Few` has them."""
+        labelled = labels != NO_LABEL
+        of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
+        losses = log_sums - of_labels * self._comparison.head.unit
+        return torch.where(labelled[:, None], losses, 0).sum()
 
     def _observe(self, splices: Splices, reading: Reading) -> None:
         """Takes in what an SAE has done whose work no adapter changes, the first time."""
         if splices not in self._frozen:
             self._new_frozen[splices].add(reading)
 
-    def _evaluation(self, student: Student, own: "_StudentSums", base_ce: float) -> Evaluation:
+    def _evaluation(self, student: Student, own: "_Sums", base_ce: float) -> Evaluation:
         saes = {
             splice.hookpoint: self._frozen[student.splices[: place + 1]]
             if splice in student.frozen
@@ -170,44 +182,27 @@ class Evaluator:
         return Evaluation(
             base_ce=base_ce,
             spliced_ce=self._spliced_ce[student.splices],
-            student_ce=own.ce / self._predictions,
-            kl=own.kl / self._positions,
-            top1_agreement=own.agreements / self._positions,
+            student_ce=float(own.ce) / self._predictions,
+            kl=float(own.kl) / self._positions,
+            top1_agreement=float(own.agreements) / self._positions,
             fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
             l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
         )
 
-    def _chunks(self, tokens: Tensor, *hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Hidden states `[token, d_model]` and, last, labels `[token]`, a few tokens at a time."""
-        labels = next_tokens(tokens).flatten()
-        columns = [*(states.flatten(0, 1) for states in hidden), labels]
-        yield from zip(*(column.split(self._chunk_tokens) for column in columns), strict=True)
 
-
-class _StudentSums:
+class _Sums:
     """What is summed up over tokens for one student."""
 
     def __init__(self) -> None:
-        self.ce = self.kl = 0.0
-        self.agreements = 0
+        # Read when all is done: until then a GPU is not waited for.
+        self.ce: Tensor | float = 0.0
+        self.kl: Tensor | float = 0.0
+        self.agreements: Tensor | float = 0.0
         self.live: dict[str, Reconstruction] = defaultdict(Reconstruction)
         """Of the SAEs that read what its adapters have changed, by hookpoint."""
 
     def observe(self, reading: Reading) -> None:
         self.live[reading.hookpoint].add(reading)
-
-    def add(self, logits: Tensor, teacher: Tensor, top: Tensor, labels: Tensor) -> None:
-        """Takes in a few tokens.
-
-        Args:
-            logits: The student's, `[token, d_vocab]`.
-            teacher: The teacher's log-probabilities, `[token, d_vocab]`.
-            top: The token that the teacher puts first, `[token]`.
-            labels: `[token]`.
-        """
-        self.ce += cross_entropy_sum(logits, labels)
-        self.kl += float(kl_to(teacher, logits).double().sum())
-        self.agreements += int((top == logits.argmax(-1)).sum())
 
 
 NO_LABEL = -100
@@ -217,19 +212,6 @@ NO_LABEL = -100
 def next_tokens(tokens: Tensor) -> Tensor:
     """The label of each position, `[batch, pos]`: the next token, `NO_LABEL` at the end."""
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], NO_LABEL)], dim=1)
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> float:
-    """Next-token cross-entropy in nats, summed over labelled tokens.
-
-    Args:
-        logits: `[token, d_vocab]`, of any dtype; computed in float32.
-        labels: `[token]`; `NO_LABEL` is left out.
-    """
-    losses = torch.nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=NO_LABEL, reduction="none"
-    )
-    return float(losses.double().sum())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sae_lora.checks import adapted_blocks, canonical_blocks
+from sae_lora.checks import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.config import Config, TextSource, as_dict, as_list, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
@@ -82,7 +82,11 @@ def plan(points: Sequence[Config]) -> Plan:
         config = replace(
             point,
             sae=replace(point.sae, used=resolution.choices),
-            lora=replace(point.lora, blocks=canonical_blocks(point.lora.blocks)),
+            lora=replace(
+                point.lora,
+                alpha=canonical_alpha(point.lora),
+                blocks=canonical_blocks(point.lora.blocks),
+            ),
         )
         adapted_blocks(
             config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks

@@ -26,9 +26,10 @@ from sae_lora.errors import (
     ConfigError,
     UserError,
 )
+from sae_lora.head import chunk_tokens
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
-from sae_lora.kl import chunk_tokens, kl_of
+from sae_lora.kl import kl_of
 from sae_lora.lease import HeldError, LostError, held
 from sae_lora.member import Claim, Member, concerns_all, is_out_of_memory, write_failure
 from sae_lora.metrics import Evaluator
@@ -117,6 +118,8 @@ class _Execution:
         if len({pack_key(member.config) for member in self._left}) > 1:
             raise NotTogetherError("model, data or batches of these runs differ")
         device = _device(config.train.device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         steps = train_steps(config)
 
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.

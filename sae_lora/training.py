@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lora.checkpoint import State
 from sae_lora.config import Reduction, Schedule, TrainConfig
@@ -45,7 +45,7 @@ class Training:
         self._device = student.model.device
         self._weights = student.weights
         self._optimizer = torch.optim.AdamW(
-            self._weights.values(), lr=config.lr, weight_decay=config.weight_decay
+            self._groups(), lr=config.lr, weight_decay=config.weight_decay
         )
         self._rate_factor = rate_factor(config, steps)
         self._randomness = _Randomness(self._device)
@@ -88,7 +88,7 @@ class Training:
         tokens = hidden.shape[0] * hidden.shape[1]
         lr = self._config.lr * self._rate_factor(self.step)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["times"]
         hidden.backward(kl.gradient)
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
         self.is_between_steps = False
@@ -100,6 +100,14 @@ class Training:
         self._lr, self._last_norm, self._last_loss = lr, norm, kl.total / tokens
         self._interval.add(kl.total, tokens)
         self.is_between_steps = True
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The weights, and what their rate is in terms of that of A."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self._weights.items():
+            times = self._config.loraplus_ratio if "lora_B" in name else 1.0
+            groups.setdefault(times, []).append(weight)
+        return [{"params": weights, "times": times} for times, weights in groups.items()]
 
     def forget_gradients(self) -> None:
         """Leaves no trace of a step that came to nothing."""

@@ -198,6 +198,20 @@ def test_summed_loss_makes_the_clip_bind() -> None:
     assert norms[Reduction.sequence_sum] == pytest.approx(16 * norms[Reduction.token_mean], rel=1e-4)
 
 
+def test_lora_plus_moves_b_so_many_times_as_far() -> None:
+    """AdamW's first step is as long as the rate, and A has no gradient where B is zero."""
+    config = dataclasses.replace(CONFIG, warmup_share=0.0, grad_clip=None)
+    tokens, after = random_tokens(batch=2, length=16, seed=0), []
+    for ratio in (1.0, 8.0):
+        model = small_model("llama")
+        one = training(model, topk_sae(), dataclasses.replace(config, loraplus_ratio=ratio), 1)
+        list(pack(model, one).points([tokens]))
+        after.append(one.student.weights)
+    for name, plain in after[0].items():
+        expected = 8 * plain if "lora_B" in name else plain
+        torch.testing.assert_close(after[1][name], expected)
+
+
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_learning_rate(schedule: Schedule) -> None:
     factor = rate_factor(TrainConfig(schedule=schedule, warmup_share=0.25), steps=8)

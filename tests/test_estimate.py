@@ -14,8 +14,9 @@ from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
+from sae_lora.head import chunk_tokens
 from sae_lora.identity import train_steps
-from sae_lora.kl import chunk_tokens, kl_of
+from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.plan import plan
 from sae_lora.saes import loading

@@ -6,17 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from sae_lora.config import KLComputation
-from sae_lora.kl import (
-    KL,
-    FusedKL,
-    LinearHead,
-    chunked_kl,
-    kl_divergence,
-    kl_of,
-    linear_head,
-    whole_kl,
-)
+from sae_lora.head import Head
+from sae_lora.kl import KL, FusedKL, kl_divergence, whole_kl
 from sae_lora.models import LanguageModel
 from tests.families import D_MODEL, random_tokens
 
@@ -47,28 +38,29 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
 
 def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
     """Every way to find it."""
-    head = linear_head(model)
-    assert head is not None
     return {
-        "fused": FusedKL(head, chunk_tokens),
-        "chunked": partial(chunked_kl, head=model.logits, chunk_tokens=chunk_tokens),
-        "full": partial(whole_kl, head=model.logits),
+        "fused": FusedKL(Head.of(model), chunk_tokens),
+        "of any head": FusedKL(Head(model.logits, model.config.vocab_size), chunk_tokens),
+        "full": partial(whole_kl, logits=model.logits),
     }
 
 
+def precise(head: Head) -> Head:
+    """In float64."""
+    assert head.matrix is not None
+    return Head.linear(head.matrix.double(), head.softcap)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 48, 1000])
-@pytest.mark.parametrize("how", ["fused", "chunked", "full"])
+@pytest.mark.parametrize("how", ["fused", "of any head", "full"])
 def test_value_and_gradient_are_those_of_the_definition(
     model: LanguageModel, how: str, chunk_tokens: int
 ) -> None:
     """For every family's head, soft-capping included, in float64."""
     generator = torch.Generator().manual_seed(3)
     teacher, student = torch.randn(2, 3, 16, D_MODEL, generator=generator)
-    precise = linear_head(model)
-    assert precise is not None
-    precise = LinearHead(precise.weight.double(), precise.softcap)
-    exact = student.double().requires_grad_()
-    whole = kl_of_float64(precise(teacher.double()), precise(exact))
+    exact, logits = student.double().requires_grad_(), precise(Head.of(model)).logits
+    whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole * 0.5, exact)
     (found,) = kls(model, chunk_tokens)[how](teacher, [student], [0.5])
     assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
@@ -88,9 +80,9 @@ def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32_768, 64, generator=generator) * spread / 8
     teacher, student = torch.randn(2, 200, 64, generator=generator)
-    head, precise = LinearHead(weight, softcap), LinearHead(weight.double(), softcap)
-    exact = student.double().requires_grad_()
-    whole = kl_of_float64(precise(teacher.double()), precise(exact))
+    head = Head.linear(weight, softcap)
+    exact, logits = student.double().requires_grad_(), precise(head).logits
+    whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole, exact)
     (found,) = FusedKL(head, 48)(teacher, [student], [1.0])
     assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
@@ -106,12 +98,12 @@ def test_equals_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
 
 
 def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
-    head = linear_head(model)
-    assert head is not None
-    rounded = LinearHead(head.weight.bfloat16(), head.softcap)
+    head = Head.of(model)
+    assert head.matrix is not None
+    rounded = Head.linear(matrix := head.matrix.bfloat16(), head.softcap)
     teacher, student = torch.randn(2, 64, D_MODEL).bfloat16()
     (found,) = FusedKL(rounded, 16)(teacher, [student], [1.0])
-    logits = [(states @ rounded.weight.T).double() for states in (teacher, student)]
+    logits = [(states @ matrix.T).double() for states in (teacher, student)]
     if (cap := rounded.softcap) is not None:
         logits = [cap * torch.tanh(one / cap) for one in logits]
     assert float(found.total) == pytest.approx(float(kl_of_float64(*logits)), rel=1e-5)
@@ -119,16 +111,17 @@ def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
 
 
 def test_a_head_that_is_more_than_a_matrix_is_not_taken_for_one(model: LanguageModel) -> None:
-    assert linear_head(model) is not None
+    assert Head.of(model).matrix is not None
     matrix = model.model.get_output_embeddings()
     assert isinstance(matrix, torch.nn.Linear)
     handle = matrix.register_forward_hook(lambda module, arguments, output: output * 1.1)
-    assert linear_head(model) is None
     teacher, student = torch.randn(2, 3, 16, D_MODEL)
-    (chunked,) = kl_of(model, KLComputation.fused, 7)(teacher, [student], [1.0])
-    (whole,) = kl_of(model, KLComputation.full, 7)(teacher, [student], [1.0])
+    assert Head.of(model).matrix is None
+    (fused,) = kls(model, 7)["fused"](teacher, [student], [1.0])
+    (whole,) = kls(model, 7)["full"](teacher, [student], [1.0])
     handle.remove()
-    assert float(chunked.total) == pytest.approx(float(whole.total), rel=1e-5)
+    assert float(fused.total) == pytest.approx(float(whole.total), rel=1e-5)
+    torch.testing.assert_close(fused.gradient, whole.gradient)
 
 
 def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
@@ -137,7 +130,7 @@ def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
     assert torch.equal(model.logits(model.hidden(tokens)), whole)
 
 
-@pytest.mark.parametrize("how", ["fused", "chunked", "full"])
+@pytest.mark.parametrize("how", ["fused", "of any head", "full"])
 def test_several_students_get_what_each_gets_alone(model: LanguageModel, how: str) -> None:
     """To the last bit."""
     teacher, *students = torch.randn(4, 2, 16, D_MODEL, generator=torch.Generator().manual_seed(3))

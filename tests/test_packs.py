@@ -54,6 +54,7 @@ MAY_DIFFER = (
     "layer.index=[2,5]",
     "sae=identity",
     "train.lr=1e-3 train.schedule=constant train.warmup_share=0",
+    "train.loraplus_ratio=8 lora.alpha=2r",
     "train.weight_decay=0.1 train.grad_clip=null train.kl_reduction=sequence_sum",
     "train.seed=7",
 )

@@ -23,7 +23,12 @@ def test_requests_for_the_same_sae_are_the_same_run(point: Point) -> None:
 
 
 def test_the_same_request_in_other_words_is_the_same_run(point: Point) -> None:
-    forms = ["lora.blocks=[5]", "lora.blocks=5"], ["lora.blocks=[4,5]", "lora.blocks=[5,4]"]
+    forms = (
+        ("lora.blocks=[5]", "lora.blocks=5"),
+        ("lora.blocks=[4,5]", "lora.blocks=[5,4]"),
+        ("lora.alpha=2r", "lora.alpha=4"),
+        ("lora.alpha=r", "lora.alpha=2.0"),
+    )
     for one, other in forms:
         assert len(plan([point(one), point(other)]).runs) == 1
 

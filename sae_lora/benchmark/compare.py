@@ -23,7 +23,8 @@ from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_
 from sae_lora.config import Attention, KLComputation, LoRAConfig, Schedule, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.files import as_json, write_atomically
-from sae_lora.kl import FusedKL, LinearHead, chunk_tokens, kl_of, whole_kl
+from sae_lora.head import Head, chunk_tokens
+from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
 from sae_lora.provenance import environment
@@ -190,18 +191,19 @@ def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Eq
 def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -> tuple[float, float]:
     """Bytes that the KL needs at most beside its inputs: with whole logits, and fused."""
     torch.manual_seed(0)
-    head = LinearHead(torch.randn(d_vocab, d_model) / d_model**0.5)
+    matrix = torch.randn(d_vocab, d_model) / d_model**0.5
+    head = Head.linear(matrix)
     teacher, student = torch.randn(2, tokens, d_model)
     fused = FusedKL(head, chunk_tokens(None, d_vocab, "cpu"))
     peaks = []
     for kl in (
-        lambda: whole_kl(teacher, [student], [1.0], head),
+        lambda: whole_kl(teacher, [student], [1.0], head.logits),
         lambda: fused(teacher, [student], [1.0]),
     ):
         with PeakMemory() as memory:
             kl()
         # The transposed weight is a view that the counter takes for new.
-        peaks.append(memory.peak - head.weight.untyped_storage().nbytes())
+        peaks.append(memory.peak - matrix.untyped_storage().nbytes())
     return peaks[0], peaks[1]
 
 
@@ -225,7 +227,7 @@ def raise_allocator_thresholds() -> bool:
     except OSError:
         return False
     m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(glibc.mallopt(m_mmap_threshold, 2**25) and glibc.mallopt(m_trim_threshold, 2**31 - 1))
+    return bool(glibc.mallopt(m_mmap_threshold, 2**30) and glibc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def run(

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lora import lora
 from sae_lora.config import LoRAConfig, Reduction, TrainConfig
 from sae_lora.kl import kl_divergence
-from sae_lora.metrics import cross_entropy_sum, next_tokens
+from sae_lora.metrics import NO_LABEL, next_tokens
 from sae_lora.models import LanguageModel
 from sae_lora.splice import spliced
 from sae_lora.trunk import Splices
@@ -111,11 +111,11 @@ def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
     for sequence in tokens.split(1):
         labels = next_tokens(sequence).flatten()
         base, plain = runs[0].untrained_logits(sequence)
-        base_ce += cross_entropy_sum(base.flatten(0, 1), labels)
-        spliced_ce += cross_entropy_sum(plain.flatten(0, 1), labels)
+        base_ce += _cross_entropy_sum(base.flatten(0, 1), labels)
+        spliced_ce += _cross_entropy_sum(plain.flatten(0, 1), labels)
         for number, run in enumerate(runs):
             student = run.logits(sequence)
-            ce[number] += cross_entropy_sum(student.flatten(0, 1), labels)
+            ce[number] += _cross_entropy_sum(student.flatten(0, 1), labels)
             kl[number] += float(kl_divergence(base, student).sum())
     return [
         Measured(
@@ -123,3 +123,16 @@ def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
         )
         for one, other in zip(ce, kl, strict=True)
     ]
+
+
+def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> float:
+    """Next-token cross-entropy in nats, summed over labelled tokens.
+
+    Args:
+        logits: `[token, d_vocab]`, of any dtype; computed in float32.
+        labels: `[token]`; `NO_LABEL` is left out.
+    """
+    losses = torch.nn.functional.cross_entropy(
+        logits.float(), labels, ignore_index=NO_LABEL, reduction="none"
+    )
+    return float(losses.double().sum())

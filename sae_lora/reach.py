@@ -1,0 +1,141 @@
+"""How soon one sweep reaches the gap that another ends at: what a better recipe saves."""
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from sae_lora.errors import UserError
+from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.report import FACTORS, finished_summaries, percent
+
+_RECIPE = ("alpha", "tokens", "seed")
+"""Factors in which runs that are compared may differ."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When a run reached a gap."""
+
+    tokens: float
+    seconds: float
+    """Of training."""
+
+
+def reached(curve: Sequence[CurvePoint], gap_closed: float) -> Reached | None:
+    """When so much of the gap was first closed, on straight lines between evaluations.
+
+    Args:
+        curve: Points by tokens.
+        gap_closed: Share of the gap.
+
+    Returns:
+        `None` where that never was.
+    """
+    for before, after in itertools.pairwise(curve):
+        if before.gap_closed is None or after.gap_closed is None:
+            continue
+        if before.gap_closed < gap_closed <= after.gap_closed:
+            share = (gap_closed - before.gap_closed) / (after.gap_closed - before.gap_closed)
+            return Reached(
+                before.tokens + share * (after.tokens - before.tokens),
+                before.train_seconds + share * (after.train_seconds - before.train_seconds),
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a sweep saves against another, for runs that are alike but for recipe and seed."""
+
+    factors: dict[str, str]
+    """What they have in common."""
+    gap_closed: float
+    """Where the other ends; mean over seeds."""
+    gap_closed_here: float
+    """Where this one ends."""
+    tokens: list[float]
+    """How many times fewer tokens until the other's end, for each seed that got there."""
+    seconds: list[float]
+    """Likewise, seconds of training."""
+    seeds: int
+    """How many there are."""
+
+
+def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[Saving]:
+    """Compares the runs of two sweeps, seed by seed.
+
+    Args:
+        others: Runs that set the gap to reach.
+        folders: Runs that reach it, or do not.
+
+    Raises:
+        UserError: Where no run here is like one there.
+    """
+    theirs = {_key(summary, with_seed=True): summary for _, summary in finished_summaries(others)}
+    groups: dict[tuple[str, ...], list[tuple[RunFolder, dict[str, Any], dict[str, Any]]]]
+    groups = defaultdict(list)
+    for folder, summary in finished_summaries(folders):
+        other = theirs.get(_key(summary, with_seed=True))
+        if other is not None and other["gap_closed"] is not None:
+            groups[_key(summary)].append((folder, summary, other))
+    if not groups:
+        raise UserError("no finished run of one sweep has its like in the other, with the same seed")
+    names = [name for name in FACTORS if name not in _RECIPE]
+    found = []
+    for key, pairs in groups.items():
+        tokens, seconds = [], []
+        for folder, _, other in pairs:
+            at = reached(folder.read_curve(), other["gap_closed"])
+            if at is not None:
+                tokens.append(other["train_tokens"] / at.tokens)
+                seconds.append(other["train_seconds"] / at.seconds)
+        found.append(
+            Saving(
+                factors=dict(zip(names, key, strict=True)),
+                gap_closed=statistics.mean(other["gap_closed"] for _, _, other in pairs),
+                gap_closed_here=statistics.mean(summary["gap_closed"] for _, summary, _ in pairs),
+                tokens=tokens,
+                seconds=seconds,
+                seeds=len(pairs),
+            )
+        )
+    return found
+
+
+def savings_table(found: Sequence[Saving]) -> Table:
+    """A row for each; medians, and in brackets the least and the most over seeds."""
+    varying = [name for name in found[0].factors if len({one.factors[name] for one in found}) > 1]
+    table = Table(title="until the gap that the other sweep ends at", title_justify="left")
+    columns = "gap closed there", "gap closed here", "times fewer tokens", "times fewer seconds", "seeds"
+    for name in (*varying, *columns):
+        table.add_column(name, justify="right")
+    for one in found:
+        table.add_row(
+            *(one.factors[name] for name in varying),
+            percent(one.gap_closed),
+            percent(one.gap_closed_here),
+            _spread(one.tokens),
+            _spread(one.seconds),
+            f"{len(one.tokens)} of {one.seeds} got there",
+        )
+    return table
+
+
+def _key(summary: dict[str, Any], with_seed: bool = False) -> tuple[str, ...]:
+    read: dict[str, Callable[[dict[str, Any]], str]] = {
+        name: value
+        for name, value in FACTORS.items()
+        if name not in _RECIPE or (with_seed and name == "seed")
+    }
+    return tuple(value(summary) for value in read.values())
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "never"
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"

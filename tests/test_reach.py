@@ -1,0 +1,74 @@
+"""When a gap was reached, worked by hand, and two sweeps compared run by run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from sae_lora.__main__ import main
+from sae_lora.errors import UserError
+from sae_lora.reach import Reached, reached, savings
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from tests.test_records import point
+from tests.test_report import finished
+
+
+def curve(*closed: float) -> list[CurvePoint]:
+    """Points a hundred tokens and two seconds apart."""
+    return [
+        dataclasses.replace(point(step), tokens=100 * step, train_seconds=2.0 * step, gap_closed=share)
+        for step, share in enumerate(closed)
+    ]
+
+
+def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolder:
+    folder = finished(home, f"r{rank}-s{seed}", rank, 3, closed[-1])
+    points = curve(*closed)
+    summary = folder.read_summary() | {
+        "seed": seed,
+        "train_tokens": points[-1].tokens,
+        "train_seconds": points[-1].train_seconds,
+    }
+    folder.summary.write_text(json.dumps(summary))
+    folder.curve.unlink()
+    with CurveWriter(folder.curve) as written:
+        for one in points:
+            written.append(one)
+    return folder
+
+
+def test_the_first_time_counts_and_lies_between_evaluations() -> None:
+    assert reached(curve(0.0, 0.5, 0.25, 0.75), 0.25) == Reached(50, 1.0)
+    assert reached(curve(0.0, 0.5, 0.25, 0.75), 0.625) == Reached(275, 5.5)
+    assert reached(curve(0.0, 0.2), 0.2) == Reached(100, 2.0)
+    assert reached(curve(0.0, 0.2), 0.3) is None
+
+
+def test_each_run_is_compared_with_its_like(tmp_path: Path) -> None:
+    slow = [run(tmp_path / "slow", 4, seed, (0.0, 0.1, 0.2)) for seed in (0, 1, 2)]
+    slow.append(run(tmp_path / "slow", 16, 0, (0.0, 0.5)))
+    quick = [
+        run(tmp_path / "quick", 4, 0, (0.0, 0.4)),  # half way: 50 tokens rather than 200
+        run(tmp_path / "quick", 4, 1, (0.0, 0.2, 0.3)),
+        run(tmp_path / "quick", 4, 2, (0.0, 0.1)),  # never
+        run(tmp_path / "quick", 4, 3, (0.0, 0.9)),  # without its like
+    ]
+    (found,) = savings(slow, quick)
+    assert found.factors["rank"] == "4"
+    assert (found.tokens, found.seconds, found.seeds) == ([4.0, 2.0], [4.0, 2.0], 3)
+    assert found.gap_closed == pytest.approx(0.2)
+    assert found.gap_closed_here == pytest.approx((0.4 + 0.3 + 0.1) / 3)
+    with pytest.raises(UserError, match="has its like"):
+        savings(slow[3:], quick)
+
+
+def test_the_command_shows_it_and_writes_it_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "slow", 4, 0, (0.0, 0.1, 0.2))
+    run(tmp_path / "quick", 4, 0, (0.0, 0.4))
+    record = tmp_path / "docs" / "reach.json"
+    assert main(["reach", str(tmp_path / "slow"), str(tmp_path / "quick"), "--to", str(record)]) == 0
+    assert "4.0 (4.0–4.0)" in capsys.readouterr().out
+    assert json.loads(record.read_text())[0]["tokens"] == [4.0]
