@@ -59,7 +59,7 @@ _POSITIVE = (
 )
 _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
-    *("launcher.gpu_mem_gb", "train.kl_chunk_tokens"),
+    *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",

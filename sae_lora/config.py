@@ -245,6 +245,12 @@ class TrainConfig:
     """Tokens trained on."""
     batch_size: int = 8
     """Sequences per step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward and backward pass, whose gradients add up to the step's; null: all of them.
+    Changes memory, and of the result no more than rounding and which inputs dropout hits."""
+    activation_checkpointing: bool = False
+    """Keep of each live block no more than what it reads, and compute the rest once more for the
+    backward pass. Changes memory and time, not the result."""
     lr: float = 6e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
@@ -265,7 +271,7 @@ class TrainConfig:
     and of the result no more than rounding does."""
     kl_chunk_tokens: int | None = None
     """Tokens whose logits are held at once; null: those of 4M logits on a CPU and of 256M on a GPU, but
-    at least 96. Changes memory, and of the result no more than rounding does."""
+    at least 88. Changes memory, and of the result no more than rounding does."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_batch_tokens: int = 4096

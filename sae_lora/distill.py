@@ -27,6 +27,7 @@ class Pack:
         evaluate: Measures them on held-out tokens.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         kl: Finds the KL of several students.
+        micro_batch: Sequences per forward and backward pass; all of a step if `None`.
         own: Entered around what concerns one training alone; it may keep an exception to itself,
             and then has called `drop`.
     """
@@ -38,6 +39,7 @@ class Pack:
         evaluate: Evaluator,
         special_ids: Tensor,
         kl: KL,
+        micro_batch: int | None = None,
         own: Callable[[Training], AbstractContextManager[None]] = lambda training: nullcontext(),
     ) -> None:
         self.left = list(trainings)
@@ -46,13 +48,14 @@ class Pack:
         self._evaluate = evaluate
         self._special_ids = special_ids
         self._kl = kl
+        self._micro_batch = micro_batch
         self._own = own
         self._clock = _Clock()
         self._at_work: list[Training] = []
 
     def drop(self, training: Training) -> None:
         """Goes on without it."""
-        training.forget_gradients()
+        training.forget_step()
         self.left.remove(training)
 
     @property
@@ -88,7 +91,7 @@ class Pack:
                 step += 1
                 if trained:  # or all that are left are further
                     self._take_step(trained, tokens.to(self._model.device, non_blocking=True))
-            after_step([training for training in trained if training in self.left])
+            after_step(self._of(trained))
             yield from self._points_due()
 
     @contextmanager
@@ -100,23 +103,31 @@ class Pack:
 
     def _take_step(self, trained: Sequence[Training], tokens: Tensor) -> None:
         """One step of each on the tokens `[batch, pos]`."""
-        hidden: dict[Training, Tensor] = {}
+        parts = tokens.split(self._micro_batch or len(tokens))
 
         # ---- the step -------------------------------------------------------------------------
-        trunk = Trunk(self._model, tokens, self._special_ids, cuts(one.student for one in trained))
-        teacher = trunk.hidden()
-        for training in trained:
-            with self._own(training):
-                hidden[training] = training.hidden(trunk)
-        weights = [training.kl_weight(tokens) for training in hidden]
-        found = self._kl(teacher, list(hidden.values()), weights)
-        for training, kl in zip(list(hidden), found, strict=True):
-            with self._own(training):
-                training.learn(hidden.pop(training), kl)
+        for number, part in enumerate(parts, 1):
+            hidden: dict[Training, Tensor] = {}
+            trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
+            teacher = trunk.hidden()
+            for training in self._of(trained):
+                with self._own(training):
+                    hidden[training] = training.hidden(trunk)
+            weights = [training.kl_weight(tokens) for training in hidden]
+            found = self._kl(teacher, list(hidden.values()), weights)
+            for training, kl in zip(list(hidden), found, strict=True):
+                with self._own(training):
+                    training.absorb(hidden.pop(training), kl)
+                    if number == len(parts):
+                        training.learn()
         # ---------------------------------------------------------------------------------------
 
         self._at_work = list(trained)
         self._share_seconds()
+
+    def _of(self, trained: Sequence[Training]) -> list[Training]:
+        """Those of them that have not been dropped."""
+        return [training for training in trained if training in self.left]
 
     def _points_due(self) -> Iterator[tuple[Training, CurvePoint]]:
         due = [training for training in self.left if training.evaluation_is_due]

@@ -74,6 +74,7 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     sizes = _Sizes.of(model)
     runs = [_Run.of(model, config) for config in configs]
     step_tokens = common.train.batch_size * common.data.context_length
+    at_once = min(step_tokens, _micro_batch(common.train) * common.data.context_length)
     per_token = _flops(model, sizes, runs, common.data.context_length)
     weights = sum(run.weights for run in runs)
     saes = {sae for run in runs for sae in run.saes}
@@ -83,18 +84,18 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     graphs = sum(run.saved(model, sizes, common.train.dtype) + per_run for run in runs)
     if common.train.kl is KLComputation.full:
         graphs += 7 * 4 * sizes.d_vocab
-    batch = max(step_tokens, common.train.eval_batch_tokens)
+    batch = max(at_once, common.train.eval_batch_tokens)
     latents = 3 * batch * max(sae.width * sae.bytes for sae in saes)
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
         + 16 * weights
-        + _kept_for_logits(model, step_tokens, common.train)
+        + _kept_for_logits(model, at_once, common.train)
         + _kept_for_evaluation(common, runs, sizes.d_model * computed)
     )
     return Estimate(
         flops=per_token * step_tokens * train_steps(common),
-        peak_bytes=held + max(step_tokens * graphs, latents),
+        peak_bytes=held + max(at_once * graphs, latents),
         adapter_weights=weights,
     )
 
@@ -106,15 +107,21 @@ def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: in
     return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
 
 
-def _kept_for_logits(model: LanguageModel, step_tokens: int, config: TrainConfig) -> int:
-    """Bytes of the room that the fused KL works in."""
-    if config.kl is KLComputation.full:
-        return 0
+def _micro_batch(config: TrainConfig) -> int:
+    """Sequences per forward and backward pass."""
+    return config.micro_batch_size or config.batch_size
+
+
+def _kept_for_logits(model: LanguageModel, at_once: int, config: TrainConfig) -> int:
+    """Bytes of the room in which students are set beside the model."""
     on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     d_vocab = model.config.vocab_size
     chunk = chunk_tokens(config.kl_chunk_tokens, d_vocab, device)
-    return room_bytes(step_tokens, chunk, d_vocab, device)
+    tokens = config.eval_batch_tokens
+    if config.kl is KLComputation.fused:
+        tokens = max(tokens, at_once)
+    return room_bytes(tokens, chunk, d_vocab, device)
 
 
 def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
@@ -132,6 +139,8 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
             (block, tuple(sae for sae in frozen if sae.block < block)) for block in range(run.first)
         }
         coded |= {tuple(frozen[: place + 1]) for place in range(len(frozen))}
+        if run.recomputes:
+            total += sum(forward[run.first :])
         live_saes = [sae for sae in run.saes if sae.block >= run.first]
         total += sum(2 * flops + attention for flops in forward[run.first :])
         total += sum(8 * sizes.d_model * sae.width for sae in live_saes)
@@ -162,6 +171,8 @@ class _Run:
     saes: tuple[_SAE, ...]
     rank: int
     dropout: float
+    recomputes: bool
+    """Whether activations are made once more for the backward pass."""
 
     @classmethod
     def of(cls, model: LanguageModel, config: Config) -> "_Run":
@@ -177,6 +188,7 @@ class _Run:
             ),
             rank=config.lora.rank,
             dropout=config.lora.dropout,
+            recomputes=config.train.activation_checkpointing,
         )
 
     @property
@@ -187,11 +199,13 @@ class _Run:
     def saved(self, model: LanguageModel, sizes: "_Sizes", dtype: DType) -> int:
         """Bytes per token that its backward pass needs."""
         copies = self.dropout > 0 or dtype is not DType.float32
-        return _BYTES[dtype] * sum(
-            inputs + outputs
-            for block in model.blocks[self.first :]
-            for inputs, outputs in sizes.matrices(block)
+        live = model.blocks[self.first :]
+        whole = _BYTES[dtype] * sum(
+            inputs + outputs for block in live for inputs, outputs in sizes.matrices(block)
         ) + sum(4 * self.rank + (4 * inputs if copies else 0) for inputs, _ in self.adapted)
+        if not self.recomputes:
+            return whole
+        return len(live) * sizes.d_model * _BYTES[dtype] + whole // len(live)
 
 
 def first_adapted_block(config: Config) -> int:

@@ -109,6 +109,10 @@ class Few(NamedTuple):
     log_sums: Tensor
     kl: Tensor
 
+    def puts_first(self, tokens: Tensor) -> Tensor:
+        """Of each `[token]`, whether none is more likely. Quicker than to ask which one is."""
+        return self.scores.gather(-1, tokens[:, None])[:, 0] == self.scores.amax(-1)
+
 
 class Comparison:
     """A teacher's logits and, in turn, those of its students, a chunk of tokens at a time.
@@ -196,7 +200,7 @@ class Comparison:
 _LOGITS_HELD = {"cpu": 2**22, "cuda": 2**28}
 _LOGITS_AT_WORK = {"cpu": 2**18, "cuda": 2**28}
 """What a CPU's cache holds; a GPU is better off with many."""
-_FEWEST_TOKENS = 96
+_FEWEST_TOKENS = 88
 """Fewer at a time, and reading the head's matrix takes longer than the product."""
 
 

@@ -17,6 +17,7 @@ _NOT_IDENTITY = {
         "device",
         "kl",
         "kl_chunk_tokens",
+        "activation_checkpointing",
         "eval_batch_tokens",
         "eval_cache_gb",
         "checkpoint_every_steps",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.config import KLComputation
-from sae_lora.head import Comparison, Head
-from sae_lora.models import LanguageModel
+from sae_lora.head import Comparison
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -96,12 +95,11 @@ class FusedKL:
     serve all students. Softmaxes are in float32, sums over tokens in float64.
 
     Args:
-        head: The model's head.
-        chunk_tokens: Tokens whose logits are held at once.
+        comparison: Sets students beside their teacher.
     """
 
-    def __init__(self, head: Head, chunk_tokens: int) -> None:
-        self._comparison = Comparison(head, chunk_tokens)
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
 
     @torch.no_grad()
     def __call__(
@@ -124,18 +122,17 @@ class FusedKL:
         ]
 
 
-def kl_of(model: LanguageModel, how: KLComputation, chunk_tokens: int) -> KL:
-    """The KL between students of this model and itself.
+def kl_of(comparison: Comparison, how: KLComputation) -> KL:
+    """The KL between students and their teacher.
 
     Args:
-        model: The plain model.
+        comparison: Sets them beside each other.
         how: Fused, or with whole logits.
-        chunk_tokens: Tokens whose logits are held at once, where it is fused.
     """
     match how:
         case KLComputation.full:
-            return partial(whole_kl, logits=model.logits)
+            return partial(whole_kl, logits=comparison.head.logits)
         case KLComputation.fused:
-            return FusedKL(Head.of(model), chunk_tokens)
+            return FusedKL(comparison)
         case _:
             raise NotImplementedError(how)

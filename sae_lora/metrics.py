@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.head import Comparison, Head
+from sae_lora.head import Comparison
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Reading
 from sae_lora.student import Student, cuts
@@ -81,7 +81,7 @@ class Evaluator:
         tokens: Held-out tokens `[sequence, pos]`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         batch_size: Sequences per forward pass.
-        chunk_tokens: Tokens whose logits are held at once.
+        comparison: Sets students beside the model.
         cache_bytes: Room for hidden states that are kept from one evaluation to the next.
     """
 
@@ -91,7 +91,7 @@ class Evaluator:
         tokens: Tensor,
         special_ids: Tensor,
         batch_size: int,
-        chunk_tokens: int,
+        comparison: Comparison,
         cache_bytes: float = 0,
     ) -> None:
         self._model = model
@@ -99,7 +99,7 @@ class Evaluator:
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
-        self._comparison = Comparison(Head.of(model), chunk_tokens)
+        self._comparison = comparison
         self._cache_bytes = cache_bytes
         self._trunks: dict[int, Trunk] = {}
         """By number of the batch, where there is room."""
@@ -158,7 +158,7 @@ class Evaluator:
                     of_these = labels[rows][few.rows]
                     own.ce = own.ce + self._cross_entropy(few.scores, few.log_sums, of_these)
                     own.kl = own.kl + few.kl.sum()
-                    own.agreements = own.agreements + (top[few.rows] == few.scores.argmax(-1)).sum()
+                    own.agreements = own.agreements + few.puts_first(top[few.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
         """Next-token cross-entropy in nats, summed over labelled tokens; of scores as `Few` has them."""

@@ -1,12 +1,14 @@
 """Language models through transformers: loaded, and taken apart into backbone, blocks and head."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -202,6 +204,14 @@ class LanguageModel:
         shared = [*self.model.parameters(), *self.model.buffers()]
         return LanguageModel(copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared}))
 
+    def recompute(self, first: int) -> None:
+        """From this block on, keeps for the backward pass no more than what each block reads.
+
+        What hooks inside of a block do must be there in the backward pass too.
+        """
+        for block in self.blocks[first:]:
+            block.forward = partial(_recomputed, block.forward)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., d_vocab]` of hidden states `[..., d_model]`.
 
@@ -275,6 +285,12 @@ class LanguageModel:
                 f"{type(self.model).__name__}: its logits depend on more than one block's output, or "
                 "than its last hidden state"
             )
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **keywords)
+    return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
 
 class _Passing(nn.Module):

@@ -26,7 +26,7 @@ from sae_lora.errors import (
     ConfigError,
     UserError,
 )
-from sae_lora.head import chunk_tokens
+from sae_lora.head import Comparison, Head, chunk_tokens
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.kl import kl_of
@@ -152,12 +152,13 @@ class _Execution:
             return
         special_ids = text.special_ids.to(model.device)
         chunk = chunk_tokens(config.train.kl_chunk_tokens, model.config.vocab_size, model.device.type)
+        comparison = Comparison(Head.of(model), chunk)
         evaluate = Evaluator(
             model,
             text.validation_tokens,
             special_ids,
             max(1, config.train.eval_batch_tokens // config.data.context_length),
-            chunk,
+            comparison,
             1e9 * config.train.eval_cache_gb,
         )
         pack = self._pack = Pack(
@@ -165,7 +166,8 @@ class _Execution:
             members,
             evaluate,
             special_ids,
-            kl_of(model, config.train.kl, chunk),
+            kl_of(comparison, config.train.kl),
+            config.train.micro_batch_size,
             lambda training: self._own(members[training]),
         )
         report = Reporter(self._show, members, steps, self._own)

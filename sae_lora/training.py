@@ -33,6 +33,8 @@ class Training:
 
     def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
         set_adapter_dropout(student.model, True)
+        if config.activation_checkpointing:
+            student.model.recompute(student.first_adapted)
         self.student = student
         self.step = 0
         """Optimiser steps taken."""
@@ -57,6 +59,8 @@ class Training:
         self._lr: float | None = None
         self._last_norm: Tensor | float | None = None
         self._last_loss: Tensor | None = None
+        self._kl_of_step = torch.zeros((), device=self._device)
+        self._tokens_of_step = 0
 
     @property
     def has_ended(self) -> bool:
@@ -78,28 +82,39 @@ class Training:
         per_token = self._config.kl_reduction is Reduction.token_mean
         return 1 / (tokens.numel() if per_token else len(tokens))
 
-    def learn(self, hidden: Tensor, kl: SummedKL) -> None:
-        """Ends the step: from the KL on a batch to other weights.
+    def absorb(self, hidden: Tensor, kl: SummedKL) -> None:
+        """Adds what tokens of the step have to say to the gradient.
 
         Args:
-            hidden: What `hidden` gave.
+            hidden: What `hidden` gave, `[batch, pos, d_model]`.
             kl: The KL there, with the gradient of the loss.
         """
-        tokens = hidden.shape[0] * hidden.shape[1]
+        hidden.backward(kl.gradient)
+        self._kl_of_step = self._kl_of_step + kl.total
+        self._tokens_of_step += hidden.shape[0] * hidden.shape[1]
+
+    def learn(self) -> None:
+        """Ends the step: from the gradient to other weights."""
         lr = self._config.lr * self._rate_factor(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["times"]
-        hidden.backward(kl.gradient)
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
+        kl, tokens = self._kl_of_step, self._tokens_of_step
         self.is_between_steps = False
         self._optimizer.step()
         self._randomness.advance()
         self.step += 1
         self.tokens += tokens
-        self._optimizer.zero_grad(set_to_none=True)
-        self._lr, self._last_norm, self._last_loss = lr, norm, kl.total / tokens
-        self._interval.add(kl.total, tokens)
+        self._lr, self._last_norm, self._last_loss = lr, norm, kl / tokens
+        self._interval.add(kl, tokens)
+        self.forget_step()
         self.is_between_steps = True
+
+    def forget_step(self) -> None:
+        """Leaves no trace of a step that has ended, or that came to nothing."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._randomness.rewind()
+        self._kl_of_step, self._tokens_of_step = torch.zeros((), device=self._device), 0
 
     def _groups(self) -> list[dict[str, Any]]:
         """The weights, and what their rate is in terms of that of A."""
@@ -108,10 +123,6 @@ class Training:
             times = self._config.loraplus_ratio if "lora_B" in name else 1.0
             groups.setdefault(times, []).append(weight)
         return [{"params": weights, "times": times} for times, weights in groups.items()]
-
-    def forget_gradients(self) -> None:
-        """Leaves no trace of a step that came to nothing."""
-        self._optimizer.zero_grad(set_to_none=True)
 
     def add_seconds(self, seconds: float) -> None:
         """Takes note of time spent training."""
@@ -221,6 +232,7 @@ class Training:
             for place in self._randomness.kept
             if f"rng/{place}" in state.tensors
         }
+        self._randomness.rewind()
 
 
 def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
@@ -281,16 +293,20 @@ class _Randomness:
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """What is drawn inside the block is drawn from here."""
-        torch.set_rng_state(self.kept["cpu"])
-        if "cuda" in self.kept:
-            torch.cuda.set_rng_state(self.kept["cuda"], self._device)
+        """What is drawn inside the block is drawn from where this step has come to."""
+        torch.set_rng_state(self._after["cpu"])
+        if "cuda" in self._after:
+            torch.cuda.set_rng_state(self._after["cuda"], self._device)
         yield
         self._after = self._now()
 
     def advance(self) -> None:
-        """What was drawn last is gone; until then it would be drawn once more."""
+        """What was drawn in this step is gone; until then it would be drawn once more."""
         self.kept = self._after
+
+    def rewind(self) -> None:
+        """The step begins anew."""
+        self._after = self.kept
 
     def _now(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -65,11 +64,11 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
             case _:
                 os.kill(os.getpid(), int(what))
 
-    def learning(training: Training, *arguments: Any) -> None:
+    def learning(training: Training) -> None:
         if training.step == step - 1 and not befallen:
             befallen.append(training)
             befall(training)
-        learn(training, *arguments)
+        learn(training)
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)

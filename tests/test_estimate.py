@@ -14,7 +14,7 @@ from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
-from sae_lora.head import chunk_tokens
+from sae_lora.head import Comparison, Head, chunk_tokens
 from sae_lora.identity import train_steps
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
@@ -41,6 +41,8 @@ CASES = [
     ("sae.width=4k sae.l0=8",),
     ("layer.index=[2,5]",),
     ("train.dtype=bfloat16",),
+    ("train.micro_batch_size=2",),
+    ("train.activation_checkpointing=true",),
     ("", "lora.rank=4"),
     ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
     ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
@@ -70,10 +72,11 @@ def pack_of(configs: Sequence[Config]) -> Pack:
         student = Student(model, tuple(splices), config.lora)
         trainings.append(Training(student, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
-    evaluate = Evaluator(model, nothing, NO_IDS, 1, 1)
     chunk = chunk_tokens(common.train.kl_chunk_tokens, model.config.vocab_size, "cpu")
-    kl = kl_of(model, common.train.kl, chunk)
-    return Pack(model, trainings, evaluate, NO_IDS, kl)
+    comparison = Comparison(Head.of(model), chunk)
+    evaluate = Evaluator(model, nothing, NO_IDS, 1, comparison)
+    kl = kl_of(comparison, common.train.kl)
+    return Pack(model, trainings, evaluate, NO_IDS, kl, common.train.micro_batch_size)
 
 
 def take_step(pack: Pack, config: Config) -> None:
@@ -106,7 +109,9 @@ def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path)
     measured = pack_of(configs)
     take_step(measured, configs[0])
     saes = {splice.sae for one in measured.left for splice in one.student.splices}
+    comparison = measured._evaluate._comparison
     tensors = [
+        *(comparison._room + comparison._spare),
         *(weight for one in measured.left for weight in one.student.model.model.parameters()),
         *(weight for sae in saes for weight in sae.parameters()),  # pyright: ignore
         *(

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from sae_lora.head import Head
+from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, FusedKL, kl_divergence, whole_kl
 from sae_lora.models import LanguageModel
 from tests.families import D_MODEL, random_tokens
@@ -38,9 +38,10 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
 
 def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
     """Every way to find it."""
+    any_head = Head(model.logits, model.config.vocab_size)
     return {
-        "fused": FusedKL(Head.of(model), chunk_tokens),
-        "of any head": FusedKL(Head(model.logits, model.config.vocab_size), chunk_tokens),
+        "fused": FusedKL(Comparison(Head.of(model), chunk_tokens)),
+        "of any head": FusedKL(Comparison(any_head, chunk_tokens)),
         "full": partial(whole_kl, logits=model.logits),
     }
 
@@ -84,7 +85,7 @@ def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
     exact, logits = student.double().requires_grad_(), precise(head).logits
     whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole, exact)
-    (found,) = FusedKL(head, 48)(teacher, [student], [1.0])
+    (found,) = FusedKL(Comparison(head, 48))(teacher, [student], [1.0])
     assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
     assert (found.gradient - expected).norm() / expected.norm() < 1e-6
 
@@ -102,7 +103,7 @@ def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
     assert head.matrix is not None
     rounded = Head.linear(matrix := head.matrix.bfloat16(), head.softcap)
     teacher, student = torch.randn(2, 64, D_MODEL).bfloat16()
-    (found,) = FusedKL(rounded, 16)(teacher, [student], [1.0])
+    (found,) = FusedKL(Comparison(rounded, 16))(teacher, [student], [1.0])
     logits = [(states @ matrix.T).double() for states in (teacher, student)]
     if (cap := rounded.softcap) is not None:
         logits = [cap * torch.tanh(one / cap) for one in logits]

@@ -12,11 +12,24 @@ from sae_lora.config import LoRAConfig, Reduction, Schedule
 from sae_lora.distill import Pack
 from sae_lora.errors import UserError
 from sae_lora.interruption import Interrupted
+from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
 from sae_lora.training import Training
+from sae_lora.trunk import Trunk
 from tests.coders import jumprelu_sae, topk_sae
-from tests.families import small_model
-from tests.trainings import CONFIG, NO_IDS, batches, comparable, curves, evaluator, kl, pack, training
+from tests.families import random_tokens, small_model
+from tests.trainings import (
+    CONFIG,
+    NO_IDS,
+    batches,
+    comparable,
+    curves,
+    evaluator,
+    fill,
+    kl,
+    pack,
+    training,
+)
 
 STEPS = 7
 MODELS = {family: small_model(family) for family in ("gemma2", "llama")}
@@ -142,7 +155,7 @@ class TestOneThatFails:
                 found.drop(one)
 
         model = MODELS[self.FAMILY]
-        found = Pack(model, trainings, evaluator(model), NO_IDS, kl(model), own)
+        found = Pack(model, trainings, evaluator(model), NO_IDS, kl(model), own=own)
         return found, trainings, errors
 
     def check_the_others(self, found: dict[Training, list[CurvePoint]], *left: Training) -> None:
@@ -246,3 +259,52 @@ def test_seconds_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = taken(4)
     assert sum(shares) == pytest.approx(single)
     assert len(set(shares)) == 1
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_what_is_computed_once_more_changes_no_bit(model: LanguageModel, blocks: str) -> None:
+    """Activation checkpointing, dropout and an SAE inside of the live part included."""
+    found = []
+    for recomputes in (False, True):
+        config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
+        adapters = LoRAConfig(rank=2, dropout=0.2, blocks=blocks)
+        one = training(model, topk_sae(), config, adapters=adapters)
+        (points,) = curves(pack(model, one), 6).values()
+        found.append((points, one.student.weights))
+    (plain, weights), (again, same) = found
+    assert plain == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Reduction) -> None:
+    config = dataclasses.replace(CONFIG, kl_reduction=reduction)
+    tokens = random_tokens(batch=2, length=16, seed=0)
+    gradients: list[dict[str, torch.Tensor]] = []
+    losses = []
+    for micro_batch in (None, 1):
+        one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
+        weights = one.student.weights
+        one._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
+            {name: weight.grad.clone() for name, weight in weights.items()}
+        )
+        pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
+        assert one.tokens == tokens.numel()
+        losses.append(one.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_micro_batches_go_on_with_what_dropout_draws() -> None:
+    """Two parts of a step do not see the same mask; taken again, the step sees the same two."""
+    model, config = small_model("llama"), dataclasses.replace(CONFIG, grad_clip=None)
+    tokens = random_tokens(batch=1, length=16, seed=0)
+    one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
+    fill(one.student.weights)
+    trunk = Trunk(model, tokens, NO_IDS, one.student.cuts)
+    first, second = one.hidden(trunk), one.hidden(trunk)
+    assert not torch.equal(first, second)
+    one.forget_step()
+    assert torch.equal(one.hidden(trunk), first)
+    assert torch.equal(one.hidden(trunk), second)

@@ -7,6 +7,7 @@ import torch
 
 from sae_lora.config import KLComputation, LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
+from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
@@ -59,17 +60,18 @@ def evaluator(
     model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30, cache_bytes: float = 0
 ) -> Evaluator:
     """On the held-out tokens."""
-    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, chunk_tokens, cache_bytes)
+    comparison = Comparison(Head.of(model), chunk_tokens)
+    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
 
 
 def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
     """A few tokens at a time."""
-    return kl_of(model, how, chunk_tokens=20)
+    return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
 
 
-def pack(model: LanguageModel, *trainings: Training) -> Pack:
+def pack(model: LanguageModel, *trainings: Training, micro_batch: int | None = None) -> Pack:
     """The trainings together."""
-    return Pack(model, trainings, evaluator(model), NO_IDS, kl(model))
+    return Pack(model, trainings, evaluator(model), NO_IDS, kl(model), micro_batch)
 
 
 def comparable(point: CurvePoint) -> CurvePoint:

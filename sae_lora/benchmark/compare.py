@@ -1,13 +1,15 @@
 """`python -m sae_lora benchmark`: training and evaluation here against the published loop.
 
-Both take turns in one process, on the same model, SAEs and tokens, dropout on. Ratios are of the paired
-times, per run and step. Beside them stands that both find the same.
+Both take turns in one process, a fresh one for each comparison, on the same model, SAEs and tokens,
+dropout on. Ratios are of the paired times, per run and step. Beside them stands that both find the same.
 """
 
 import ctypes
 import dataclasses
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 from sae_lora.config import Attention, KLComputation, LoRAConfig, Schedule, TrainConfig
 from sae_lora.distill import Pack
+from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
-from sae_lora.head import Head, chunk_tokens
+from sae_lora.head import Comparison, Head, chunk_tokens
 from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
@@ -36,6 +39,8 @@ RANKS = (1, 4, 16, 64, 256)
 """Of a pack of five; one of 25 has each of them around five SAEs."""
 SINGLE = 16
 """The rank of a run alone."""
+SIZES = (1, 5, 25)
+"""Of the packs."""
 TRAIN = TrainConfig(
     train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
 )
@@ -85,51 +90,48 @@ def reference(model: LanguageModel, splice: Splice, rank: int, attention: str = 
     return Reference(model, (splice,), adapters(rank), TRAIN, attention)
 
 
-def chunk(model: LanguageModel) -> int:
-    """Tokens whose logits are held at once, by default."""
-    return chunk_tokens(None, model.config.vocab_size, model.device.type)
+def comparison(model: LanguageModel) -> Comparison:
+    """With as many tokens' logits at once as by default."""
+    return Comparison(Head.of(model), chunk_tokens(None, model.config.vocab_size, model.device.type))
 
 
 def pack(model: LanguageModel, trainings: Sequence[Training], how: KLComputation) -> Pack:
     """Trainings together."""
     no_ids = torch.empty(0, dtype=torch.long, device=model.device)
-    nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, 1)
-    return Pack(model, trainings, nothing, no_ids, kl_of(model, how, chunk(model)))
+    beside = comparison(model)
+    nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, beside)
+    return Pack(model, trainings, nothing, no_ids, kl_of(beside, how))
 
 
 def compare_steps(
-    style: Style, shape: Shape, context: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> list[Row]:
-    """Training steps of one run, of five ranks, and of these around five SAEs."""
+    style: Style,
+    shape: Shape,
+    context: int,
+    size: int,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Row:
+    """Training steps of one run, of five ranks, or of these around five SAEs."""
     model = random_model(style, shape, device, dtype)
-    splices = [random_splice(shape, seed, device, dtype) for seed in range(5)]
-    references = {rank: reference(model, splices[0], rank) for rank in RANKS}
+    ranks = [SINGLE] if size == 1 else RANKS
+    splices = [random_splice(shape, seed, device, dtype) for seed in range(size // len(ranks))]
+    references = {f"reference {rank}": reference(model, splices[0], rank) for rank in ranks}
     choose_attention(model.model, Attention.auto, device)
-    packs = {
-        1: [training(model, splices[0], SINGLE)],
-        5: [training(model, splices[0], rank) for rank in RANKS],
-        25: [training(model, splice, rank) for splice in splices for rank in RANKS],
-    }
+    trainings = [training(model, splice, rank) for splice in splices for rank in ranks]
+    together = pack(model, trainings, KLComputation.fused)
     tokens = _Tokens(shape, context, device)
     calls: dict[str, Callable[[], object]] = {
-        f"reference {rank}": lambda one=one: one.step(tokens.next()) for rank, one in references.items()
+        name: lambda one=one: one.step(tokens.next()) for name, one in references.items()
     }
-    for size, trainings in packs.items():
-        together = pack(model, trainings, KLComputation.fused)
-        calls[f"pack {size}"] = lambda one=together: one._take_step(one.left, tokens.next())
+    calls["here"] = lambda: together._take_step(together.left, tokens.next())
     found = taking_turns(calls, rounds, device)
-    of_five = [sum(times) for times in zip(*(found[f"reference {rank}"] for rank in RANKS), strict=True)]
-    naive = {1: found[f"reference {SINGLE}"], 5: of_five, 25: [5 * one for one in of_five]}
-    return [
-        Row(
-            "a run alone" if size == 1 else f"a pack of {size} runs",
-            style.name,
-            context,
-            ratio(naive[size], found[f"pack {size}"]),
-            sorted(found[f"pack {size}"])[rounds // 2] / size,
-        )
-        for size in packs
+    naive = [
+        len(splices) * sum(times) for times in zip(*(found[name] for name in references), strict=True)
     ]
+    what = "a run alone" if size == 1 else f"a pack of {size} runs"
+    times = ratio(naive, found["here"])
+    return Row(what, style.name, context, times, sorted(found["here"])[rounds // 2] / size)
 
 
 def compare_evaluations(
@@ -145,7 +147,8 @@ def compare_evaluations(
     held_out = _Tokens(shape, context, device).next(4)
     no_ids = torch.empty(0, dtype=torch.long, device=device)
     batch = max(1, TRAIN.eval_batch_tokens // context)
-    evaluator = Evaluator(model, held_out, no_ids, batch, chunk(model), 1e9 * TRAIN.eval_cache_gb)
+    cache = 1e9 * TRAIN.eval_cache_gb
+    evaluator = Evaluator(model, held_out, no_ids, batch, comparison(model), cache)
     calls = {"reference": lambda: evaluate(references, held_out), "here": lambda: evaluator(students)}
     for ours, theirs in zip(evaluator(students), evaluate(references, held_out), strict=True):
         for name, value in theirs._asdict().items():
@@ -191,10 +194,9 @@ def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Eq
 def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -> tuple[float, float]:
     """Bytes that the KL needs at most beside its inputs: with whole logits, and fused."""
     torch.manual_seed(0)
-    matrix = torch.randn(d_vocab, d_model) / d_model**0.5
-    head = Head.linear(matrix)
+    head = Head.linear(torch.randn(d_vocab, d_model) / d_model**0.5)
     teacher, student = torch.randn(2, tokens, d_model)
-    fused = FusedKL(head, chunk_tokens(None, d_vocab, "cpu"))
+    fused = FusedKL(Comparison(head, chunk_tokens(None, d_vocab, "cpu")))
     peaks = []
     for kl in (
         lambda: whole_kl(teacher, [student], [1.0], head.logits),
@@ -202,8 +204,7 @@ def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -
     ):
         with PeakMemory() as memory:
             kl()
-        # The transposed weight is a view that the counter takes for new.
-        peaks.append(memory.peak - matrix.untyped_storage().nbytes())
+        peaks.append(memory.peak)
     return peaks[0], peaks[1]
 
 
@@ -234,8 +235,6 @@ def run(
     styles: Sequence[Style], contexts: Sequence[int], rounds: int, *, tuned: bool, to: Path | None
 ) -> Table:
     """Runs the comparisons that are named, and writes the record."""
-    if tuned and not raise_allocator_thresholds():
-        raise NotImplementedError("raising the allocator's thresholds without glibc")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
@@ -243,8 +242,10 @@ def run(
     rows: list[Row] = []
     for style in styles:
         for context in contexts:
-            rows += compare_steps(style, SMALL, context, rounds, device, dtype)
-            rows.append(compare_evaluations(style, SMALL, context, rounds, device, dtype))
+            shape = style, SMALL, context
+            how = rounds, device, dtype
+            rows += [_alone(tuned, compare_steps, *shape, size, *how) for size in SIZES]
+            rows.append(_alone(tuned, compare_evaluations, *shape, *how))
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(device),
@@ -258,6 +259,16 @@ def run(
     if to is not None:
         write_atomically(to, as_json(record))
     return as_table(record)
+
+
+def _alone(tuned: bool, compare: Callable[..., Row], *arguments: object) -> Row:
+    """Compares in a process of its own: memory that another comparison has freed is memory that a
+    naive loop need not ask the system for.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        if tuned and not process.submit(raise_allocator_thresholds).result():
+            raise UserError("--tuned raises thresholds of glibc's allocator, and there is no glibc here")
+        return process.submit(compare, *arguments).result()
 
 
 def as_table(record: dict[str, Any]) -> Table:

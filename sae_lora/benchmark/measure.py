@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ def taking_turns(
     return found
 
 
-def ratio(slower: list[float], quicker: list[float]) -> Ratio:
+def ratio(slower: Sequence[float], quicker: Sequence[float]) -> Ratio:
     """Of the paired times, round by round."""
     ratios = [one / other for one, other in zip(slower, quicker, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
