@@ -1,6 +1,6 @@
 """The adapters, through peft: which matrices of which blocks, fresh, trained and saved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from sae_lora.checks import adapted_blocks, listed_matrices, target_matrices
 from sae_lora.config import LoRAConfig
+from sae_lora.dropout import Dropout
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 
@@ -63,7 +64,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
         ConfigError: Where the model has no such blocks or matrices.
     """
     blocks = adapted_blocks(config.blocks, first_sae, len(model.blocks))
-    return get_peft_model(
+    adapters = get_peft_model(
         model.model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -74,7 +75,24 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
             target_modules=target_modules(model, blocks, config.targets),
             bias="none",
         ),
-    )  # pyright: ignore[reportReturnType]
+    )
+    if model.device.type == "cpu":
+        set_dropout(model, Dropout)
+    return adapters  # pyright: ignore[reportReturnType]
+
+
+def set_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
+    """Has another module drop the adapters' inputs, where any are dropped.
+
+    Args:
+        model: The model, adapters in place.
+        kind: Makes the module, of the share that is dropped.
+    """
+    for module in model.model.modules():
+        if isinstance(module, LoraLayer):
+            for name, dropout in module.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout | Dropout):
+                    module.lora_dropout[name] = kind(dropout.p)
 
 
 def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) -> list[str]:

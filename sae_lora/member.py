@@ -184,7 +184,10 @@ def write_failure(folder: RunFolder, error: Exception) -> None:
     try:
         folder.write_failure(_cause(error), "".join(traceback.format_exception(error)))
     except OSError as trouble:  # a full disk, or a folder that somebody has deleted
-        complain("failed", f"{folder.path.name}: {_cause(error)}\n  (not written down: {trouble})")
+        told = f"{_cause(error)}\n  (not written down: {trouble})"
+        if not folder.path.exists():
+            told = "the folder of this run has been deleted; it stops here"
+        complain("failed", f"{folder.path.name}: {told}")
 
 
 def concerns_all(error: BaseException) -> bool:

@@ -36,6 +36,7 @@ ORDER = [
         "splice",
         "head",
         "kl",
+        "dropout",
         "lora",
     ),
     *("trunk", "student", "metrics", "checkpoint", "training", "distill"),

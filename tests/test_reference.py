@@ -8,6 +8,7 @@ import torch
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.config import KLComputation, LoRAConfig, Reduction, Schedule
 from sae_lora.distill import Pack
+from sae_lora.dropout import Dropout
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Splice
 from sae_lora.student import Student
@@ -47,7 +48,7 @@ def references(model: LanguageModel) -> list[dict[str, torch.Tensor]]:
     found = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
-        one = Reference(model, splices, adapters, config)
+        one = Reference(model, splices, adapters, config, dropout=Dropout)
         for tokens in BATCHES:
             one.step(tokens)
         found.append({name: weight.detach() for name, weight in one.weights.items()})

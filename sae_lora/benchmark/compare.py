@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
 from sae_lora.benchmark.memory import PeakMemory
@@ -24,6 +24,7 @@ from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 from sae_lora.config import Attention, KLComputation, LoRAConfig, Schedule, TrainConfig
 from sae_lora.distill import Pack
+from sae_lora.dropout import Dropout
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.head import Comparison, Head, chunk_tokens
@@ -84,10 +85,12 @@ def training(model: LanguageModel, splice: Splice, rank: int) -> Training:
     return Training(Student(model, (splice,), adapters(rank)), TRAIN, 2**30)
 
 
-def reference(model: LanguageModel, splice: Splice, rank: int, attention: str = "eager") -> Reference:
+def reference(
+    model: LanguageModel, splice: Splice, rank: int, dropout: Callable[[float], nn.Module] = nn.Dropout
+) -> Reference:
     """The same run, as it was published."""
     torch.manual_seed(rank)
-    return Reference(model, (splice,), adapters(rank), TRAIN, attention)
+    return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
 def comparison(model: LanguageModel) -> Comparison:
@@ -177,7 +180,8 @@ def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Eq
             together._take_step(trainings, tokens)
         apart = moved = 0.0
         for one, rank in zip(trainings, ranks, strict=True):
-            other = reference(model, splice, rank)
+            kind = Dropout if device.type == "cpu" else nn.Dropout
+            other = reference(model, splice, rank, kind)
             before = {name: weight.detach().clone() for name, weight in other.weights.items()}
             for tokens in steps:
                 other.step(tokens)

@@ -1,10 +1,10 @@
 """The published loop as it is, for comparison only: what everything faster must agree with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lora import lora
 from sae_lora.config import LoRAConfig, Reduction, TrainConfig
@@ -28,6 +28,7 @@ class Reference:
         adapters: Which, and where.
         config: The optimisation; the rate is constant.
         attention: What transformers calls the attention.
+        dropout: That of the adapters: torch's, as peft has it, or for equal masks ours.
 
     Source: arXiv 2501.19406 and the code published with it.
     """
@@ -39,11 +40,13 @@ class Reference:
         adapters: LoRAConfig,
         config: TrainConfig,
         attention: str = "eager",
+        dropout: Callable[[float], nn.Module] = nn.Dropout,
     ) -> None:
         self._model = model.view()
         self._model.model.set_attn_implementation(attention)
         self._saes = {splice.hookpoint: splice.sae for splice in splices}
         self._adapters = lora.attach(self._model, adapters, splices[0].block)
+        lora.set_dropout(self._model, dropout)
         lora.set_adapter_dropout(self._model, True)
         self._config = config
         self.weights = lora.trainable_weights(self._model)
