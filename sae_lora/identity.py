@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_lora.config import Config, as_dict
+from sae_lora.config import Config
+from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
     "": ("launcher", "tracking", "sweep", "output_dir", "layer"),

@@ -12,7 +12,8 @@ from transformers import set_seed
 
 from sae_lora import checkpoint, lora, tracking
 from sae_lora.checkpoint import State
-from sae_lora.config import Config, LoRAConfig, load
+from sae_lora.config import Config, LoRAConfig
+from sae_lora.conversion import load
 from sae_lora.dimensions import source
 from sae_lora.errors import UserError
 from sae_lora.files import new_folder

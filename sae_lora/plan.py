@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_alpha, canonical_blocks
-from sae_lora.config import Config, TextSource, as_dict, as_list, load
+from sae_lora.config import Config, TextSource, as_list
+from sae_lora.conversion import as_dict, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from sae_lora.config import Config, TrackingConfig, TrackingMode, as_dict
+from sae_lora.config import Config, TrackingConfig, TrackingMode
+from sae_lora.conversion import as_dict
 from sae_lora.records import CurvePoint, Summary
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ ORDER = [
     *(
         "errors",
         "config",
+        "conversion",
         "identity",
         "checks",
         "files",

@@ -9,13 +9,8 @@ from omegaconf import OmegaConf
 
 from sae_lora import composition
 from sae_lora.checks import check, latents, target_matrices
-from sae_lora.config import (
-    Config,
-    as_dict,
-    keys,
-    load,
-    typed,
-)
+from sae_lora.config import Config
+from sae_lora.conversion import as_dict, keys, load, typed
 from sae_lora.errors import ConfigError, UnknownKeyError
 from sae_lora.identity import identity, readable_name
 from tests.composing import CONF, composed

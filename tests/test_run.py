@@ -9,7 +9,8 @@ from peft import PeftModel
 
 from sae_lora import run
 from sae_lora.__main__ import main
-from sae_lora.config import ModelConfig, load
+from sae_lora.config import ModelConfig
+from sae_lora.conversion import load
 from sae_lora.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.launcher import run_now
 from sae_lora.lease import held

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.__main__ import main
-from sae_lora.config import load
+from sae_lora.conversion import load
 from sae_lora.lease import holder
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, standings
