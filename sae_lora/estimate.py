@@ -18,14 +18,17 @@ come on top.
 
     memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two)
            + max(what the backward passes need, the SAEs' latents)
+           + room for logits: 3 float32 copies of those of a chunk, 2 of those of a few tokens
            + hidden states kept for evaluations (`train.eval_cache_gb`)
 
     what a backward pass needs, per token and live block = input and output of every matrix, in the
         precision of computing; for an adapted one rank · 4 bytes, and with dropout or a precision other
         than float32 its input once more in float32
-    besides, 6 hidden states per token and run, and 4 float32 copies of the logits of one chunk, 5 with
-        a soft-cap (7 of those of all tokens with `train.kl=full`)
+        (with `train.activation_checkpointing` that of one block, and a hidden state for each)
+    besides, 6 hidden states per token and run; with `train.kl=full` 7 float32 copies of its logits
     latents = 3 copies, for the tokens of a training or evaluation batch
+
+Tokens of training are those of one pass, `train.micro_batch_size`.
 
 CUDA itself takes another half a gigabyte.
 """
@@ -39,7 +42,7 @@ from torch import nn
 
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
-from sae_lora.head import chunk_tokens, room_bytes
+from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
@@ -74,7 +77,8 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     sizes = _Sizes.of(model)
     runs = [_Run.of(model, config) for config in configs]
     step_tokens = common.train.batch_size * common.data.context_length
-    at_once = min(step_tokens, _micro_batch(common.train) * common.data.context_length)
+    micro_batch = common.train.micro_batch_size or common.train.batch_size
+    at_once = min(step_tokens, micro_batch * common.data.context_length)
     per_token = _flops(model, sizes, runs, common.data.context_length)
     weights = sum(run.weights for run in runs)
     saes = {sae for run in runs for sae in run.saes}
@@ -107,21 +111,14 @@ def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: in
     return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
 
 
-def _micro_batch(config: TrainConfig) -> int:
-    """Sequences per forward and backward pass."""
-    return config.micro_batch_size or config.batch_size
-
-
 def _kept_for_logits(model: LanguageModel, at_once: int, config: TrainConfig) -> int:
     """Bytes of the room in which students are set beside the model."""
     on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    d_vocab = model.config.vocab_size
-    chunk = chunk_tokens(config.kl_chunk_tokens, d_vocab, device)
     tokens = config.eval_batch_tokens
     if config.kl is KLComputation.fused:
         tokens = max(tokens, at_once)
-    return room_bytes(tokens, chunk, d_vocab, device)
+    return room_bytes(tokens, config.kl_chunk_tokens, model.config.vocab_size, device)
 
 
 def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:

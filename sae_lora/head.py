@@ -119,10 +119,10 @@ class Comparison:
 
     Args:
         head: The head of them all.
-        chunk_tokens: Tokens whose logits are held at once.
+        chunk_tokens: Tokens whose logits are held at once; `None` for as many as suit the device.
     """
 
-    def __init__(self, head: Head, chunk_tokens: int) -> None:
+    def __init__(self, head: Head, chunk_tokens: int | None = None) -> None:
         self.head = head
         self._chunk_tokens = chunk_tokens
         self._room: list[Tensor] = []
@@ -131,9 +131,10 @@ class Comparison:
 
     def chunks(self, teacher_hidden: Tensor) -> Iterator[slice]:
         """Goes over the tokens of `[token, d_model]`; what is asked for then concerns this chunk."""
-        self._make_room(teacher_hidden)
-        for start in range(0, len(teacher_hidden), self._chunk_tokens):
-            rows = slice(start, start + self._chunk_tokens)
+        chunk = _chunk_tokens(self._chunk_tokens, self.head.d_vocab, teacher_hidden.device.type)
+        self._make_room(min(len(teacher_hidden), chunk), teacher_hidden.device)
+        for start in range(0, len(teacher_hidden), chunk):
+            rows = slice(start, start + chunk)
             hidden = teacher_hidden[rows]
             self._scores, self._minus_p, self.own = (room[: len(hidden)] for room in self._room)
             few = len(self._spare[0])
@@ -187,9 +188,8 @@ class Comparison:
         sums = torch.sub(scores, peaks, out=numerators).exp_().sum(-1, keepdim=True)
         return sums, sums.double().log() + peaks
 
-    def _make_room(self, hidden: Tensor) -> None:
+    def _make_room(self, tokens: int, device: torch.device) -> None:
         """For the logits of a chunk, three times, and for those of a few of its tokens, twice."""
-        tokens, device = min(len(hidden), self._chunk_tokens), hidden.device
         if self._room and len(self._room[0]) >= tokens and self._room[0].device == device:
             return
         few = min(tokens, _at_work(self.head.d_vocab, device.type))
@@ -204,15 +204,14 @@ _FEWEST_TOKENS = 88
 """Fewer at a time, and reading the head's matrix takes longer than the product."""
 
 
-def chunk_tokens(wanted: int | None, d_vocab: int, device: str) -> int:
-    """Tokens whose logits are held at once: as many as wanted, or as suit the kind of device."""
-    return wanted or max(_FEWEST_TOKENS, _LOGITS_HELD.get(device, 2**22) // d_vocab)
-
-
-def room_bytes(tokens: int, chunk_tokens: int, d_vocab: int, device: str) -> int:
-    """What a `Comparison` keeps for so many tokens."""
-    chunk = min(tokens, chunk_tokens)
+def room_bytes(tokens: int, chunk_tokens: int | None, d_vocab: int, device: str) -> int:
+    """What a `Comparison` of this chunk keeps for so many tokens, on this kind of device."""
+    chunk = min(tokens, _chunk_tokens(chunk_tokens, d_vocab, device))
     return 4 * d_vocab * (3 * chunk + 2 * min(chunk, _at_work(d_vocab, device)))
+
+
+def _chunk_tokens(wanted: int | None, d_vocab: int, device: str) -> int:
+    return wanted or max(_FEWEST_TOKENS, _LOGITS_HELD.get(device, 2**22) // d_vocab)
 
 
 def _at_work(d_vocab: int, device: str) -> int:

@@ -77,11 +77,11 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
         ),
     )
     if model.device.type == "cpu":
-        set_dropout(model, Dropout)
+        replace_dropout(model, Dropout)
     return adapters  # pyright: ignore[reportReturnType]
 
 
-def set_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
+def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
     """Has another module drop the adapters' inputs, where any are dropped.
 
     Args:

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from sae_lora.errors import UserError
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.report import FACTORS, finished_summaries, percent
 
-_RECIPE = ("alpha", "tokens", "seed")
-"""Factors in which runs that are compared may differ."""
+_ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]
+"""Factors in which runs that are compared do not differ; the others are recipe and seed."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
     Raises:
         UserError: Where no run here is like one there.
     """
-    theirs = {_key(summary, with_seed=True): summary for _, summary in finished_summaries(others)}
+    theirs = {_point(summary): summary for _, summary in finished_summaries(others)}
     groups: dict[tuple[str, ...], list[tuple[RunFolder, dict[str, Any], dict[str, Any]]]]
     groups = defaultdict(list)
     for folder, summary in finished_summaries(folders):
-        other = theirs.get(_key(summary, with_seed=True))
+        key, seed = _point(summary)
+        other = theirs.get((key, seed))
         if other is not None and other["gap_closed"] is not None:
-            groups[_key(summary)].append((folder, summary, other))
+            groups[key].append((folder, summary, other))
     if not groups:
         raise UserError("no finished run of one sweep has its like in the other, with the same seed")
-    names = [name for name in FACTORS if name not in _RECIPE]
     found = []
     for key, pairs in groups.items():
         tokens, seconds = [], []
@@ -96,7 +96,7 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
                 seconds.append(other["train_seconds"] / at.seconds)
         found.append(
             Saving(
-                factors=dict(zip(names, key, strict=True)),
+                factors=dict(zip(_ALIKE, key, strict=True)),
                 gap_closed=statistics.mean(other["gap_closed"] for _, _, other in pairs),
                 gap_closed_here=statistics.mean(summary["gap_closed"] for _, summary, _ in pairs),
                 tokens=tokens,
@@ -126,13 +126,9 @@ def savings_table(found: Sequence[Saving]) -> Table:
     return table
 
 
-def _key(summary: dict[str, Any], with_seed: bool = False) -> tuple[str, ...]:
-    read: dict[str, Callable[[dict[str, Any]], str]] = {
-        name: value
-        for name, value in FACTORS.items()
-        if name not in _RECIPE or (with_seed and name == "seed")
-    }
-    return tuple(value(summary) for value in read.values())
+def _point(summary: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    """What a run has in common with those it is compared with, and its seed."""
+    return tuple(FACTORS[name](summary) for name in _ALIKE), FACTORS["seed"](summary)
 
 
 def _spread(ratios: Sequence[float]) -> str:

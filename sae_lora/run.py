@@ -26,7 +26,7 @@ from sae_lora.errors import (
     ConfigError,
     UserError,
 )
-from sae_lora.head import Comparison, Head, chunk_tokens
+from sae_lora.head import Comparison, Head
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.kl import kl_of
@@ -151,8 +151,7 @@ class _Execution:
         if not members:
             return
         special_ids = text.special_ids.to(model.device)
-        chunk = chunk_tokens(config.train.kl_chunk_tokens, model.config.vocab_size, model.device.type)
-        comparison = Comparison(Head.of(model), chunk)
+        comparison = Comparison(Head.of(model), config.train.kl_chunk_tokens)
         evaluate = Evaluator(
             model,
             text.validation_tokens,

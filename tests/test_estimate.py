@@ -14,7 +14,7 @@ from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
-from sae_lora.head import Comparison, Head, chunk_tokens
+from sae_lora.head import Comparison, Head
 from sae_lora.identity import train_steps
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
@@ -72,8 +72,7 @@ def pack_of(configs: Sequence[Config]) -> Pack:
         student = Student(model, tuple(splices), config.lora)
         trainings.append(Training(student, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
-    chunk = chunk_tokens(common.train.kl_chunk_tokens, model.config.vocab_size, "cpu")
-    comparison = Comparison(Head.of(model), chunk)
+    comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
     evaluate = Evaluator(model, nothing, NO_IDS, 1, comparison)
     kl = kl_of(comparison, common.train.kl)
     return Pack(model, trainings, evaluate, NO_IDS, kl, common.train.micro_batch_size)

@@ -27,7 +27,7 @@ from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
-from sae_lora.head import Comparison, Head, chunk_tokens
+from sae_lora.head import Comparison, Head
 from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
@@ -93,15 +93,10 @@ def reference(
     return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
-def comparison(model: LanguageModel) -> Comparison:
-    """With as many tokens' logits at once as by default."""
-    return Comparison(Head.of(model), chunk_tokens(None, model.config.vocab_size, model.device.type))
-
-
 def pack(model: LanguageModel, trainings: Sequence[Training], how: KLComputation) -> Pack:
     """Trainings together."""
     no_ids = torch.empty(0, dtype=torch.long, device=model.device)
-    beside = comparison(model)
+    beside = Comparison(Head.of(model))
     nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, beside)
     return Pack(model, trainings, nothing, no_ids, kl_of(beside, how))
 
@@ -151,7 +146,7 @@ def compare_evaluations(
     no_ids = torch.empty(0, dtype=torch.long, device=device)
     batch = max(1, TRAIN.eval_batch_tokens // context)
     cache = 1e9 * TRAIN.eval_cache_gb
-    evaluator = Evaluator(model, held_out, no_ids, batch, comparison(model), cache)
+    evaluator = Evaluator(model, held_out, no_ids, batch, Comparison(Head.of(model)), cache)
     calls = {"reference": lambda: evaluate(references, held_out), "here": lambda: evaluator(students)}
     for ours, theirs in zip(evaluator(students), evaluate(references, held_out), strict=True):
         for name, value in theirs._asdict().items():
@@ -200,7 +195,7 @@ def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -
     torch.manual_seed(0)
     head = Head.linear(torch.randn(d_vocab, d_model) / d_model**0.5)
     teacher, student = torch.randn(2, tokens, d_model)
-    fused = FusedKL(Comparison(head, chunk_tokens(None, d_vocab, "cpu")))
+    fused = FusedKL(Comparison(head))
     peaks = []
     for kl in (
         lambda: whole_kl(teacher, [student], [1.0], head.logits),
@@ -239,6 +234,8 @@ def run(
     styles: Sequence[Style], contexts: Sequence[int], rounds: int, *, tuned: bool, to: Path | None
 ) -> Table:
     """Runs the comparisons that are named, and writes the record."""
+    if to is not None:  # what cannot be written is better known before all the measuring
+        to.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     equalities = [row for style in styles for row in compare_results(style, SMALL, device)]

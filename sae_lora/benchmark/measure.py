@@ -17,9 +17,6 @@ class Ratio:
     least: float
     most: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.least:.2f}–{self.most:.2f})"
-
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """What a call takes, its work on a GPU included."""

@@ -46,7 +46,7 @@ class Reference:
         self._model.model.set_attn_implementation(attention)
         self._saes = {splice.hookpoint: splice.sae for splice in splices}
         self._adapters = lora.attach(self._model, adapters, splices[0].block)
-        lora.set_dropout(self._model, dropout)
+        lora.replace_dropout(self._model, dropout)
         lora.set_adapter_dropout(self._model, True)
         self._config = config
         self.weights = lora.trainable_weights(self._model)
