@@ -44,6 +44,7 @@ def check(config: Config) -> None:
     _check_data_request(config.data)
     _check_budget(config)
     _check_launcher(config.launcher)
+    _check_crew(config)
     target_matrices(config.lora.targets)
     canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
@@ -55,11 +56,13 @@ _POSITIVE = (
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
     "train.loraplus_ratio",
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
+    "launcher.nodes",
     "tracking.finish_timeout_s",
 )
 _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
     *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
+    "launcher.processes_per_node",
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
@@ -317,6 +320,21 @@ def _check_launcher(launcher: LauncherConfig) -> None:
             launcher.signal_delay_s,
             f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min",
             nearest=15 * launcher.timeout_min,
+        )
+
+
+def _check_crew(config: Config) -> None:
+    """Every process that shares a batch needs a sequence of it."""
+    launcher = config.launcher
+    if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
+        raise ConfigError("launcher.nodes", launcher.nodes, "1, but with launcher=slurm", nearest=1)
+    if config.train.batch_size < launcher.nodes * launcher.crew_per_node:
+        raise ConfigError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"at least a sequence for each of {launcher.nodes * launcher.crew_per_node} processes "
+            "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)",
+            nearest=launcher.nodes * launcher.crew_per_node,
         )
 
 

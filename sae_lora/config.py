@@ -159,6 +159,9 @@ class SAEConfig:
     """Folder in sae-lens's format (family `disk`); `{block}` in it stands for the block's index."""
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
+    sparse: bool | None = None
+    """Multiply active latents alone, in decoding and in every gradient, where an SAE is TopK, JumpReLU
+    or ReLU. Null: from 16k latents on. Changes time and memory, of the result no more than rounding."""
     keep_special_tokens: bool | None = None
     """Whether positions holding BOS or EOS keep their activation. Null is true for SAEs that were not
     trained on them (Gemma Scope, and those whose own config says so), false otherwise."""
@@ -323,7 +326,11 @@ class LauncherConfig:
     constraint: str | None = None
     """slurm: features that a node must have."""
     gpus_per_node: int = 1
-    """slurm: GPUs of a job; 0 for none."""
+    """GPUs of a job on each of its nodes; 0 for none. Several share the batches of its pack."""
+    nodes: int = 1
+    """slurm: nodes of a job, which share the batches of its pack."""
+    processes_per_node: int | None = None
+    """Processes that share the batches of a pack on each node; null: as many as GPUs, or one."""
     mem_gb: float | None = None
     """slurm: main memory of a job; null: the partition's default."""
     setup: list[str] = field(default_factory=list)
@@ -336,6 +343,11 @@ class LauncherConfig:
     """slurm: any further sbatch option, as `{option: value}`."""
     wait: bool = False
     """slurm: stay and show the runs until they have ended."""
+
+    @property
+    def crew_per_node(self) -> int:
+        """Processes on each node that share the batches of a pack."""
+        return self.processes_per_node or self.gpus_per_node or 1
 
 
 @dataclass

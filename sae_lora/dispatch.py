@@ -157,6 +157,7 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     executor.update_parameters(
         name=slurm.JOB_NAME + runs[0].config.sweep,
         timeout_min=settings.timeout_min,
+        nodes=settings.nodes,
         gpus_per_node=settings.gpus_per_node or None,
         cpus_per_task=cores,
         mem_gb=settings.mem_gb,
@@ -168,10 +169,15 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
         slurm_signal_delay_s=settings.signal_delay_s,
         slurm_array_parallelism=settings.array_parallelism,
         slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
-        # Since SLURM 22.05 srun does not take it over from sbatch.
-        slurm_srun_args=[f"--cpus-per-task={cores}"] if cores else None,
+        slurm_srun_args=[
+            # One process on the first node alone: it starts the others (`sae_lora.workers`).
+            *(["--nodes=1", "--ntasks=1"] if settings.nodes > 1 else []),
+            # Since SLURM 22.05 srun does not take it over from sbatch.
+            *([f"--cpus-per-task={cores}"] if cores else []),
+        ],
     )
-    variables = _OFFLINE | ({"OMP_NUM_THREADS": str(cores)} if cores else {})
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // settings.crew_per_node))} if cores else {}
+    variables = _OFFLINE | threads
     for start in range(0, len(packs), settings.max_array_size):
         part = packs[start : start + settings.max_array_size]
         try:
@@ -226,6 +232,7 @@ def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job
         variables,
         time_s=60 * (settings.timeout_min or _NO_LIMIT_MIN) - settings.signal_delay_s,
         answer_s=0.8 * settings.signal_delay_s,
+        options=[f"--nodes={settings.nodes}", f"--processes-per-node={settings.crew_per_node}"],
     )
 
 

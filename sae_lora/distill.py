@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from sae_lora.records import CurvePoint
 from sae_lora.student import cuts
 from sae_lora.training import Training
 from sae_lora.trunk import Trunk
+from sae_lora.workers import Alone, Workers
+
+
+class Task(NamedTuple):
+    """What the process that leads tells the others to do with it.
+
+    Args:
+        numbers: Which trainings, as they were given.
+        tokens: `[batch, pos]` for a step, of which each takes its part; `None` for an evaluation.
+    """
+
+    numbers: list[int]
+    tokens: Tensor | None = None
 
 
 class Pack:
@@ -30,6 +44,7 @@ class Pack:
         micro_batch: Sequences per forward and backward pass; all of a step if `None`.
         own: Entered around what concerns one training alone; it may keep an exception to itself,
             and then has called `drop`.
+        workers: The processes that share the batches, each with a pack like this one.
     """
 
     def __init__(
@@ -41,9 +56,12 @@ class Pack:
         kl: KL,
         micro_batch: int | None = None,
         own: Callable[[Training], AbstractContextManager[None]] = lambda training: nullcontext(),
+        workers: Workers | None = None,
     ) -> None:
-        self.left = list(trainings)
+        self._trainings = list(trainings)
+        self.left = self._trainings.copy()
         """Those that have not been dropped."""
+        self._workers = workers or Alone()
         self._model = model
         self._evaluate = evaluate
         self._special_ids = special_ids
@@ -90,7 +108,8 @@ class Pack:
                 trained = [training for training in self.left if training.step == step]
                 step += 1
                 if trained:  # or all that are left are further
-                    self._take_step(trained, tokens.to(self._model.device, non_blocking=True))
+                    self._tell(trained, tokens)
+                    self._take_step(trained, self._on_device(tokens))
             after_step(self._of(trained))
             yield from self._points_due()
 
@@ -101,12 +120,30 @@ class Pack:
         yield
         self._clock.run()
 
+    def follow(self, task: Task) -> None:
+        """Does this process's share of what the leader's pack does."""
+        trainings = [self._trainings[number] for number in task.numbers]
+        if task.tokens is None:
+            self._evaluate([training.student for training in trainings])
+            return
+        for training in trainings:
+            training.draw_apart(self._workers.rank)
+        self._take_step(trainings, self._on_device(task.tokens))
+
+    def _tell(self, trainings: Sequence[Training], tokens: Tensor | None = None) -> None:
+        self._workers.tell(Task([self._trainings.index(training) for training in trainings], tokens))
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        """The tokens where the model is; a GPU fetches them from pinned memory while it computes."""
+        device = self._model.device
+        return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
     def _take_step(self, trained: Sequence[Training], tokens: Tensor) -> None:
         """One step of each on the tokens `[batch, pos]`."""
-        parts = tokens.split(self._micro_batch or len(tokens))
+        own = self._workers.part(tokens)
 
         # ---- the step -------------------------------------------------------------------------
-        for number, part in enumerate(parts, 1):
+        for part in own.split(self._micro_batch or len(own)):
             hidden: dict[Training, Tensor] = {}
             trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
             teacher = trunk.hidden()
@@ -118,8 +155,10 @@ class Pack:
             for training, kl in zip(list(hidden), found, strict=True):
                 with self._own(training):
                     training.absorb(hidden.pop(training), kl)
-                    if number == len(parts):
-                        training.learn()
+        self._workers.add_up([part for training in trained for part in training.sums])
+        for training in self._of(trained):
+            with self._own(training):
+                training.learn(tokens.numel())
         # ---------------------------------------------------------------------------------------
 
         self._at_work = list(trained)
@@ -134,6 +173,7 @@ class Pack:
         if not due:
             return
         self._stop_clock()
+        self._tell(due)
         measured = self._evaluate([training.student for training in due])
         for training, found in zip(due, measured, strict=True):
             points: list[CurvePoint] = []

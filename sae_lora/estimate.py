@@ -4,11 +4,12 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
 
     block     = 2 · matrices + 4 · context · d_attention
     backward  = 2 · matrices + 8 · context · d_attention
-    SAE       = 4 · d_model · d_sae
+    SAE       = 4 · d_model · d_sae, half of it with `sae.sparse`
     head      = 2 · d_model · d_vocab
 
     a training step = blocks and SAEs of the trunk + head
-                    + per run: blocks, their backward, SAEs (twice, for theirs) of its live part
+                    + per run: blocks, their backward, SAEs (twice, for theirs, or but once with
+                               `sae.sparse`) of its live part
                                + 6 · its adapters' weights + 2 heads
 
 A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
@@ -28,7 +29,8 @@ come on top.
     besides, 6 hidden states per token and run; with `train.kl=full` 7 float32 copies of its logits
     latents = 3 copies, for the tokens of a training or evaluation batch
 
-Tokens of training are those of one pass, `train.micro_batch_size`.
+Tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of the
+batch.
 
 CUDA itself takes another half a gigabyte.
 """
@@ -46,6 +48,7 @@ from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
+from sae_lora.saes.sparse import is_wide
 
 _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 
@@ -78,7 +81,8 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     runs = [_Run.of(model, config) for config in configs]
     step_tokens = common.train.batch_size * common.data.context_length
     micro_batch = common.train.micro_batch_size or common.train.batch_size
-    at_once = min(step_tokens, micro_batch * common.data.context_length)
+    share = -(-common.train.batch_size // (common.launcher.nodes * common.launcher.crew_per_node))
+    at_once = min(share, micro_batch) * common.data.context_length
     per_token = _flops(model, sizes, runs, common.data.context_length)
     weights = sum(run.weights for run in runs)
     saes = {sae for run in runs for sae in run.saes}
@@ -140,10 +144,11 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
             total += sum(forward[run.first :])
         live_saes = [sae for sae in run.saes if sae.block >= run.first]
         total += sum(2 * flops + attention for flops in forward[run.first :])
-        total += sum(8 * sizes.d_model * sae.width for sae in live_saes)
+        total += sum((2 if sae.sparse else 8) * sizes.d_model * sae.width for sae in live_saes)
         total += 6 * run.weights + 2 * head
     total += sum(forward[block] for block, _ in trunk)
-    return total + sum(4 * sizes.d_model * saes[-1].width for saes in coded)
+    last = [saes[-1] for saes in coded]
+    return total + sum((2 if sae.sparse else 4) * sizes.d_model * sae.width for sae in last)
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class _SAE:
     width: int
     bytes: int
     """Of a number."""
+    sparse: bool
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,13 @@ class _Run:
             first=min(blocks),
             adapted=[_inputs_and_outputs(model.model.get_submodule(name)) for name in names],
             saes=tuple(
-                _SAE(one.block, f"{one.release} {one.id} {one.path}", one.width or 0, size)
+                _SAE(
+                    block=one.block,
+                    name=f"{one.release} {one.id} {one.path}",
+                    width=one.width or 0,
+                    bytes=size,
+                    sparse=is_wide(one.width or 0) if config.sae.sparse is None else config.sae.sparse,
+                )
                 for one in config.sae.used
             ),
             rank=config.lora.rank,

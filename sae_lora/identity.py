@@ -12,7 +12,7 @@ from sae_lora.conversion import as_dict
 _NOT_IDENTITY = {
     "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
     "model": ("middle_block", "commit", "attention"),
-    "sae": ("width", "l0", "release", "id", "path"),
+    "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
     "train": (
         "device",

@@ -60,6 +60,7 @@ class Job:
         environment: Variables for the runs, beside those of the job.
         time_s: Seconds that the job is given before it is asked to stop.
         answer_s: Seconds that a run may take to save where it stands, once asked to stop.
+        options: Further ones of `python -m sae_lora.run`.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Job:
         environment: dict[str, str],
         time_s: float,
         answer_s: float = 60.0,
+        options: Sequence[str] = (),
     ) -> None:
         self._folders = [RunFolder(folder) for folder in folders]
         self._parts = [_Part(self._folders)]
         self._environment = environment
         self._time_s = time_s
         self._answer_s = answer_s
+        self._options = options
         self._stopped: list[Path] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -126,7 +129,10 @@ class Job:
                 log.write(f"trains together with {first.path.name}, whose log says how\n")
         with first.log.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "sae_lora.run", *(str(folder.path) for folder in pack)],
+                [
+                    *(sys.executable, "-m", "sae_lora.run", *self._options),
+                    *(str(folder.path) for folder in pack),
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._environment,

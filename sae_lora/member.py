@@ -71,7 +71,7 @@ class Member:
         return self.outcome is None
 
     def read(self) -> None:
-        """Reads its config, and takes up what an attempt before has left.
+        """Reads its config and its newest checkpoint; writes nothing.
 
         Raises:
             DamagedCheckpointError: Where that cannot be used.
@@ -84,6 +84,9 @@ class Member:
         )
         self.seconds_before = self._saved.values["total_seconds"] if self._saved else 0.0
         """Of the attempts before, as far as its checkpoint goes on."""
+
+    def make_way(self) -> None:
+        """Keeps what an attempt that did not end has left out of the way of this one."""
         self.folder.set_aside(curve=self._saved is None)
 
     def build(self, model: LanguageModel, saes: list[LoadedSAE], steps: int) -> None:

@@ -1,6 +1,5 @@
 """Evaluation: what the SAE costs, what the adapters give back, on the held-out tokens."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from sae_lora.head import Comparison
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Reading
 from sae_lora.student import Student, cuts
-from sae_lora.trunk import Splices, Trunk
+from sae_lora.trunk import Splices, Trunk, prefixes
+from sae_lora.workers import Alone, Workers
 
 
 class Evaluation(NamedTuple):
@@ -38,36 +38,41 @@ class Reconstruction:
     """Sums over tokens from which FVU and L0 of one SAE follow, exact for any batching.
 
     Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over all tokens measured.
+
+    Args:
+        d_model: Width of what the SAE reads.
+        device: Where that is.
     """
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.active = 0.0
-        self.squared_error = 0.0
-        self.squared_norm = 0.0
-        self.sum: Tensor | None = None
+    def __init__(self, d_model: int, device: torch.device) -> None:
+        self.sums = torch.zeros(4 + d_model, dtype=torch.float64, device=device)
+        """Tokens, active latents, ‖x − x̂‖², ‖x‖² and x, each summed."""
 
     def add(self, reading: Reading) -> None:
         """Takes in one batch of tokens."""
         resid, recon = reading.resid.double(), reading.recon.double()
-        total = resid.sum(0)
-        self.sum = total if self.sum is None else self.sum + total
-        self.tokens += len(resid)
-        self.active += float((reading.latents != 0).sum())
-        self.squared_error += float((resid - recon).square().sum())
-        self.squared_norm += float(resid.square().sum())
+        self.sums[0] += len(resid)
+        self.sums[1] += (reading.latents != 0).sum()
+        self.sums[2] += (resid - recon).square().sum()
+        self.sums[3] += resid.square().sum()
+        self.sums[4:] += resid.sum(0)
 
     @property
     def fvu(self) -> float:
         """Share of the variance that the reconstruction misses."""
-        assert self.sum is not None
-        variance = self.squared_norm - float(self.sum.square().sum()) / self.tokens
-        return self.squared_error / variance if variance > 0 else 0.0
+        tokens, _, squared_error, squared_norm = self.sums[:4].tolist()
+        variance = squared_norm - float(self.sums[4:].square().sum()) / tokens
+        return squared_error / variance if variance > 0 else 0.0
 
     @property
     def l0(self) -> float:
         """Mean number of active latents per token."""
-        return self.active / self.tokens
+        tokens, active = self.sums[:2].tolist()
+        return active / tokens
+
+
+def _reconstruction(model: LanguageModel) -> Reconstruction:
+    return Reconstruction(model.config.hidden_size, model.device)
 
 
 class Evaluator:
@@ -83,6 +88,7 @@ class Evaluator:
         batch_size: Sequences per forward pass.
         comparison: Sets students beside the model.
         cache_bytes: Room for hidden states that are kept from one evaluation to the next.
+        workers: The processes that share the batches.
     """
 
     def __init__(
@@ -93,9 +99,11 @@ class Evaluator:
         batch_size: int,
         comparison: Comparison,
         cache_bytes: float = 0,
+        workers: Workers | None = None,
     ) -> None:
         self._model = model
-        self._batches = tokens.split(batch_size)
+        self._workers = workers or Alone()
+        self._batches = self._workers.part(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
@@ -106,17 +114,24 @@ class Evaluator:
         self._spliced_ce: dict[Splices, float] = {}
         self._frozen: dict[Splices, Reconstruction] = {}
         self._new_frozen: dict[Splices, Reconstruction] = {}
-        """Of the evaluation that is under way."""
+        """Those that the evaluation under way is the first to need."""
 
     @torch.no_grad()
     def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
         """Evaluates the adapters as they are now. Leaves the models' modes as they were."""
         wanted = cuts(students)
         trunks: dict[int, Trunk] = {}
-        base = _Sums()
-        spliced = {one.splices: _Sums() for one in students if one.splices not in self._spliced_ce}
-        sums = [_Sums() for _ in students]
-        self._new_frozen = defaultdict(Reconstruction)
+        base = self._nothing()
+        spliced = {
+            one.splices: self._nothing() for one in students if one.splices not in self._spliced_ce
+        }
+        sums = [self._nothing(one.live) for one in students]
+        self._new_frozen = {
+            row: _reconstruction(self._model)
+            for one in students
+            for row in prefixes(one.frozen)
+            if row not in self._frozen
+        }
 
         with ExitStack() as modes:
             for student in students:
@@ -136,12 +151,21 @@ class Evaluator:
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
         self._trunks = trunks
+        self._workers.add_up(
+            [
+                *(total for own in (base, *spliced.values(), *sums) for total in own.totals),
+                *(found.sums for found in self._new_frozen.values()),
+            ]
+        )
         self._spliced_ce |= {row: float(found.ce) / self._predictions for row, found in spliced.items()}
         self._frozen |= self._new_frozen
         return [
             self._evaluation(student, own, float(base.ce) / self._predictions)
             for student, own in zip(students, sums, strict=True)
         ]
+
+    def _nothing(self, live: Splices = ()) -> "_Sums":
+        return _Sums(live, self._model)
 
     def _compare(
         self, trunk: Trunk, base: "_Sums", sums: Sequence["_Sums"], read_by_head: Sequence[Tensor]
@@ -152,13 +176,13 @@ class Evaluator:
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
             scores, log_sums = self._comparison.teacher
             top = scores.argmax(-1)
-            base.ce = base.ce + self._cross_entropy(scores, log_sums, labels[rows])
+            base.ce += self._cross_entropy(scores, log_sums, labels[rows])
             for states, own in zip(columns, sums, strict=True):
                 for few in self._comparison.students(states[rows]):
                     of_these = labels[rows][few.rows]
-                    own.ce = own.ce + self._cross_entropy(few.scores, few.log_sums, of_these)
-                    own.kl = own.kl + few.kl.sum()
-                    own.agreements = own.agreements + few.puts_first(top[few.rows]).sum()
+                    own.ce += self._cross_entropy(few.scores, few.log_sums, of_these)
+                    own.kl += few.kl.sum()
+                    own.agreements += few.puts_first(top[few.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
         """Next-token cross-entropy in nats, summed over labelled tokens; of scores as `Few` has them."""
@@ -169,15 +193,13 @@ class Evaluator:
 
     def _observe(self, splices: Splices, reading: Reading) -> None:
         """Takes in what an SAE has done whose work no adapter changes, the first time."""
-        if splices not in self._frozen:
+        if splices in self._new_frozen:
             self._new_frozen[splices].add(reading)
 
     def _evaluation(self, student: Student, own: "_Sums", base_ce: float) -> Evaluation:
         saes = {
-            splice.hookpoint: self._frozen[student.splices[: place + 1]]
-            if splice in student.frozen
-            else own.live[splice.hookpoint]
-            for place, splice in enumerate(student.splices)
+            splice.hookpoint: own.live.get(splice.hookpoint) or self._frozen[row]
+            for splice, row in zip(student.splices, prefixes(student.splices), strict=True)
         }
         return Evaluation(
             base_ce=base_ce,
@@ -191,15 +213,17 @@ class Evaluator:
 
 
 class _Sums:
-    """What is summed up over tokens for one student."""
+    """What is summed up over tokens for one student. Read when all is done, a GPU is not waited for."""
 
-    def __init__(self) -> None:
-        # Read when all is done: until then a GPU is not waited for.
-        self.ce: Tensor | float = 0.0
-        self.kl: Tensor | float = 0.0
-        self.agreements: Tensor | float = 0.0
-        self.live: dict[str, Reconstruction] = defaultdict(Reconstruction)
+    def __init__(self, live: Splices, model: LanguageModel) -> None:
+        self.ce, self.kl, self.agreements = torch.zeros(3, dtype=torch.float64, device=model.device)
+        self.live = {one.hookpoint: _reconstruction(model) for one in live}
         """Of the SAEs that read what its adapters have changed, by hookpoint."""
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """All of them."""
+        return [self.ce, self.kl, self.agreements, *(one.sums for one in self.live.values())]
 
     def observe(self, reading: Reading) -> None:
         self.live[reading.hookpoint].add(reading)

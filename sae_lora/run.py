@@ -1,45 +1,39 @@
 """Runs that train together, built and connected: the only module that knows all the others."""
 
+import argparse
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import logging as transformers_logging
-
 from sae_lora import hub, models
-from sae_lora.config import Config, Device, SAEChoice, SAEConfig
+from sae_lora.assembly import SAEs, assemble, device_of, quieten
+from sae_lora.config import Config
 from sae_lora.data import corpus
-from sae_lora.dimensions import Dimensions, read_dimensions
+from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.errors import (
     EXIT_FAILED,
     EXIT_HELD,
     EXIT_INTERRUPTED,
     EXIT_NOT_TOGETHER,
-    ConfigError,
     UserError,
 )
-from sae_lora.head import Comparison, Head
+from sae_lora.follower import Beginning
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
-from sae_lora.kl import kl_of
 from sae_lora.lease import HeldError, LostError, held
 from sae_lora.member import Claim, Member, concerns_all, is_out_of_memory, write_failure
-from sae_lora.metrics import Evaluator
 from sae_lora.progress import Reporter
 from sae_lora.provenance import environment
 from sae_lora.records import Progress, RunFolder, Summary
-from sae_lora.saes import loading
-from sae_lora.saes.loading import LoadedSAE
 from sae_lora.terminal import Display, complain
 from sae_lora.training import Training
+from sae_lora.workers import ONE_PROCESS, Crew, Workers, leading
 
 
 class NotTogetherError(Exception):
@@ -47,7 +41,7 @@ class NotTogetherError(Exception):
 
 
 def execute(
-    claims: Sequence[Claim], interruption: Interruption | None = None
+    claims: Sequence[Claim], interruption: Interruption | None = None, crew: Crew = ONE_PROCESS
 ) -> list[Summary | Exception]:
     """Trains and evaluates together what the folders' configs describe, and writes it into them.
 
@@ -57,6 +51,7 @@ def execute(
     Args:
         claims: The folders, of runs that may train together.
         interruption: What may ask the runs to stop; by default nothing does.
+        crew: How many processes share the batches.
 
     Returns:
         What each has found, or why it has found nothing.
@@ -71,15 +66,18 @@ def execute(
     """
     members = [Member(claim) for claim in claims]
     with Display() as show:
-        _Execution(members, interruption or Interruption(), show).run()
+        _Execution(members, interruption or Interruption(), show, crew).run()
     return [member.outcome for member in members if member.outcome is not None]
 
 
 class _Execution:
     """Runs that train together, from their folders to their summaries."""
 
-    def __init__(self, members: Sequence[Member], interruption: Interruption, show: Display) -> None:
+    def __init__(
+        self, members: Sequence[Member], interruption: Interruption, show: Display, crew: Crew
+    ) -> None:
         self._members = members
+        self._crew = crew
         self._interruption = interruption
         self._show = show
         self._started = time.perf_counter()
@@ -109,17 +107,15 @@ class _Execution:
 
     def run(self) -> None:
         """Builds them, trains them, and writes what they find."""
-        transformers_logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        quieten()
         self._each(Member.read)
+        self._each(Member.make_way)
         if not self._left:
             return
         config = self._left[0].config  # for what they have in common
         if len({pack_key(member.config) for member in self._left}) > 1:
             raise NotTogetherError("model, data or batches of these runs differ")
-        device = _device(config.train.device)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        device = device_of(config)
         steps = train_steps(config)
 
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
@@ -133,40 +129,39 @@ class _Execution:
             self._show.counter("tokenising", "sequences"),
         )
         self._show.end()
-        saes = _SAEs(read_dimensions(config.model), device)
+        saes = SAEs(read_dimensions(config.model), device)
         self._each(lambda member: saes.of(member.config.sae))
         if not self._left:
             return
 
-        self._stage(f"loading model ({config.model.name}) on {device}")
-        model = models.load_model(config.model, config.train.dtype, device)
-        self._each(lambda member: member.build(model, saes.of(member.config.sae), steps))
-        self._train(config, model, text, steps)
+        there = self._left
+        with leading(self._crew, [str(member.folder.path) for member in there]) as workers:
+            others = f" with {self._crew.size - 1} other processes" if self._crew.size > 1 else ""
+            self._stage(f"loading model ({config.model.name}) on {device}{others}")
+            model = models.load_model(config.model, config.train.dtype, device)
+            self._each(lambda member: member.build(model, saes.of(member.config.sae), steps))
+            if self._left:
+                left = {there.index(member): member.training.step for member in self._left}
+                workers.tell(Beginning(left, text.special_ids, text.validation_tokens))
+                self._train(config, model, text, steps, workers)
 
     def _train(
-        self, config: Config, model: models.LanguageModel, text: corpus.Corpus, steps: int
+        self,
+        config: Config,
+        model: models.LanguageModel,
+        text: corpus.Corpus,
+        steps: int,
+        workers: Workers,
     ) -> None:
         """Trains all that are left to the end, and writes what they have found."""
         members = {member.training: member for member in self._left}
-        if not members:
-            return
-        special_ids = text.special_ids.to(model.device)
-        comparison = Comparison(Head.of(model), config.train.kl_chunk_tokens)
-        evaluate = Evaluator(
-            model,
-            text.validation_tokens,
-            special_ids,
-            max(1, config.train.eval_batch_tokens // config.data.context_length),
-            comparison,
-            1e9 * config.train.eval_cache_gb,
-        )
-        pack = self._pack = Pack(
+        pack = self._pack = assemble(
+            config,
             model,
             members,
-            evaluate,
-            special_ids,
-            kl_of(comparison, config.train.kl),
-            config.train.micro_batch_size,
+            text.special_ids.to(model.device),
+            text.validation_tokens,
+            workers,
             lambda training: self._own(members[training]),
         )
         report = Reporter(self._show, members, steps, self._own)
@@ -240,33 +235,6 @@ def _end(members: Sequence[Member]) -> None:
         list(threads.map(Member.end, members))
 
 
-class _SAEs:
-    """SAEs that are loaded, each once for all runs that use it."""
-
-    def __init__(self, model: Dimensions, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._loaded: dict[str, LoadedSAE] = {}
-
-    def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """Those that a run uses, by block."""
-        return [self._one(config, choice) for choice in config.used]
-
-    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
-        key = repr((config.family, config.dtype, choice))
-        if key not in self._loaded:
-            self._loaded[key] = loading.load(config, choice, self._model, self._device)
-        return self._loaded[key]
-
-
-def _device(wanted: Device) -> torch.device:
-    if wanted is Device.auto:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
-    return torch.device(wanted.name)
-
-
 def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, Any]:
     return {
         "name": config.model.name,
@@ -279,10 +247,14 @@ def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, An
     }
 
 
-def attempt(folders: Sequence[RunFolder]) -> int:
+def attempt(folders: Sequence[RunFolder], crew: Crew = ONE_PROCESS) -> int:
     """One attempt at runs that train together, but for those that are finished or held elsewhere.
 
     What goes wrong is written into the folders and said.
+
+    Args:
+        folders: The runs.
+        crew: How many processes share the batches.
 
     Returns:
         The exit code: 0 where all are finished, or one of `sae_lora.errors`.
@@ -302,7 +274,7 @@ def attempt(folders: Sequence[RunFolder]) -> int:
                 else:
                     if not folder.is_finished:
                         claims.append(Claim(folder, lease.check, own.close))
-            outcomes = _outcomes(claims, interruption)
+            outcomes = _outcomes(claims, interruption, crew)
     except Interrupted:
         return EXIT_INTERRUPTED
     if outcomes is None:
@@ -312,10 +284,12 @@ def attempt(folders: Sequence[RunFolder]) -> int:
     return EXIT_FAILED if any(isinstance(outcome, Exception) for outcome in outcomes) else 0
 
 
-def _outcomes(claims: Sequence[Claim], interruption: Interruption) -> list[Summary | Exception] | None:
+def _outcomes(
+    claims: Sequence[Claim], interruption: Interruption, crew: Crew
+) -> list[Summary | Exception] | None:
     """What becomes of each; `None` where nothing does together that may yet do alone."""
     try:
-        return execute(claims, interruption)
+        return execute(claims, interruption, crew)
     except Exception as error:
         unsettled = [
             claim.folder
@@ -332,8 +306,13 @@ def _outcomes(claims: Sequence[Claim], interruption: Interruption) -> list[Summa
 
 def main() -> int:
     """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run> …`."""
-    folders = [RunFolder(Path(path)) for path in sys.argv[1:]]
-    code = attempt(folders)
+    parser = argparse.ArgumentParser(prog="python -m sae_lora.run", description=main.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--nodes", type=int, default=1, help="of the SLURM job that this is in")
+    parser.add_argument("--processes-per-node", type=int, default=1, help="that share the batches")
+    given = parser.parse_args()
+    folders = [RunFolder(path) for path in given.folders]
+    code = attempt(folders, Crew(given.nodes, given.processes_per_node))
     if code == EXIT_INTERRUPTED:
         if all(folder.is_finished for folder in folders):
             return 0

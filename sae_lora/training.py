@@ -1,5 +1,6 @@
 """The training of one student: its optimiser, its randomness, its curve, and what is kept of them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,8 +47,12 @@ class Training:
         self._steps = steps
         self._device = student.model.device
         self._weights = student.weights
+        # In one kernel on a GPU. On a CPU as in the published loop, to the last bit.
         self._optimizer = torch.optim.AdamW(
-            self._groups(), lr=config.lr, weight_decay=config.weight_decay
+            self._groups(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self._device.type == "cuda",
         )
         self._rate_factor = rate_factor(config, steps)
         self._randomness = _Randomness(self._device)
@@ -59,8 +64,7 @@ class Training:
         self._lr: float | None = None
         self._last_norm: Tensor | float | None = None
         self._last_loss: Tensor | None = None
-        self._kl_of_step = torch.zeros((), device=self._device)
-        self._tokens_of_step = 0
+        self._kl_of_step = self._no_kl()
 
     @property
     def has_ended(self) -> bool:
@@ -90,16 +94,23 @@ class Training:
             kl: The KL there, with the gradient of the loss.
         """
         hidden.backward(kl.gradient)
-        self._kl_of_step = self._kl_of_step + kl.total
-        self._tokens_of_step += hidden.shape[0] * hidden.shape[1]
+        self._kl_of_step += kl.total
 
-    def learn(self) -> None:
-        """Ends the step: from the gradient to other weights."""
+    @property
+    def sums(self) -> list[Tensor]:
+        """What has been absorbed in this step: KL in nats, and the gradient. They may be changed."""
+        for weight in self._weights.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        return [self._kl_of_step, *(weight.grad for weight in self._weights.values())]  # pyright: ignore
+
+    def learn(self, tokens: int) -> None:
+        """Ends the step, which was on so many tokens: from the gradient to other weights."""
         lr = self._config.lr * self._rate_factor(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["times"]
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
-        kl, tokens = self._kl_of_step, self._tokens_of_step
+        kl = self._kl_of_step
         self.is_between_steps = False
         self._optimizer.step()
         self._randomness.advance()
@@ -114,7 +125,18 @@ class Training:
         """Leaves no trace of a step that has ended, or that came to nothing."""
         self._optimizer.zero_grad(set_to_none=True)
         self._randomness.rewind()
-        self._kl_of_step, self._tokens_of_step = torch.zeros((), device=self._device), 0
+        self._kl_of_step = self._no_kl()
+
+    def draw_apart(self, rank: int) -> None:
+        """Drops other inputs in the next step than the same training does in another process.
+
+        Args:
+            rank: Which process this is. What is drawn depends on it, the seed and the step alone.
+        """
+        self._randomness.begin_at(f"{self._config.seed} {self.step} {rank}")
+
+    def _no_kl(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._device)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The weights, and what their rate is in terms of that of A."""
@@ -214,9 +236,7 @@ class Training:
             weight.data.copy_(state.tensors[f"adapter/{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (kept := state.tensors.get(f"optimizer/{key}/{name}")) is not None:
-                    # AdamW counts its steps on the CPU, wherever the weights are.
-                    place = "cpu" if key == "step" else weight.device
-                    self._optimizer.state[weight][key] = kept.to(place)
+                    self._optimizer.state[weight][key] = kept.to(weight.device)
         values = state.values
         self.step = values["step"]
         self.tokens = values["tokens"]
@@ -307,6 +327,12 @@ class _Randomness:
     def rewind(self) -> None:
         """The step begins anew."""
         self._after = self.kept
+
+    def begin_at(self, words: str) -> None:
+        """The next step draws from where these words say."""
+        with self.own():
+            torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
+        self.kept = self._after
 
     def _now(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

@@ -12,6 +12,11 @@ Splices = tuple[Splice, ...]
 """SAEs in the model, by block; each reads what the ones before it have changed."""
 
 
+def prefixes(splices: Splices) -> list[Splices]:
+    """Each SAE with all before it: what it puts back depends on those."""
+    return [splices[: place + 1] for place in range(len(splices))]
+
+
 class Trunk:
     """The hidden states of one batch in the plain model, with SAEs and without, each computed once.
 

@@ -64,11 +64,11 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
             case _:
                 os.kill(os.getpid(), int(what))
 
-    def learning(training: Training) -> None:
+    def learning(training: Training, tokens: int) -> None:
         if training.step == step - 1 and not befallen:
             befallen.append(training)
             befall(training)
-        learn(training)
+        learn(training, tokens)
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)

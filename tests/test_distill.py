@@ -155,7 +155,7 @@ def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
 
 def test_reconstruction_worked_by_hand() -> None:
     """Residuals (0,0), (2,0), (4,0): variance 8 about their mean. Errors 1 and 1: FVU 2/8."""
-    sums = Reconstruction()
+    sums = Reconstruction(2, torch.device("cpu"))
     resid = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
     recon = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
     latents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 0.0]])

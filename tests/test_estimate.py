@@ -39,6 +39,9 @@ CASES = [
     ("lora.dropout=0.1",),
     ("lora.rank=256",),
     ("sae.width=4k sae.l0=8",),
+    ("sae.width=4k sae.l0=8 sae.sparse=true",),
+    ("sae.width=4k sae.l0=8 lora.blocks=all",),
+    ("sae.width=4k sae.l0=8 lora.blocks=all sae.sparse=true",),
     ("layer.index=[2,5]",),
     ("train.dtype=bfloat16",),
     ("train.micro_batch_size=2",),
@@ -56,13 +59,13 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
     return [run.config for run in plan([points(*defaults, *one.split()) for one in overrides]).runs]
 
 
-def pack_of(configs: Sequence[Config]) -> Pack:
+def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
     """As a process would build it, without what it would evaluate on."""
     common = configs[0]
-    model = models.load_model(common.model, common.train.dtype, CPU)
+    model = models.load_model(common.model, common.train.dtype, device)
     dimensions = read_dimensions(common.model)
     saes = {
-        repr(choice): loading.load(config.sae, choice, dimensions, CPU).sae
+        repr(choice): loading.load(config.sae, choice, dimensions, device).sae
         for config in configs
         for choice in config.sae.used
     }
@@ -80,7 +83,7 @@ def pack_of(configs: Sequence[Config]) -> Pack:
 
 def take_step(pack: Pack, config: Config) -> None:
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
-    pack._take_step(pack.left, tokens)
+    pack._take_step(pack.left, pack._on_device(tokens))
 
 
 def use_attention(pack: Pack, name: str) -> None:

@@ -188,7 +188,8 @@ class TestOneThatFails:
         absurd = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
         found, (one, two), errors = self.together(0, 1)
         failing = training(model, SAES[0], absurd, STEPS)
-        found.left.append(failing)
+        for trainings in (found.left, found._trainings):
+            trainings.append(failing)
         curve = curves(found, STEPS)
         assert isinstance(errors[failing], UserError)
         self.check_the_others(curve, one, two)

@@ -229,6 +229,25 @@ def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
     assert gpus == {"0", "1"}
 
 
+def test_nodes_share_the_batches_of_a_pack(cluster: Cluster, tmp_path: Path) -> None:
+    """Four processes on two nodes find what one does; stopped, they go on."""
+    two = "launcher.nodes=2", "launcher.processes_per_node=2"
+    assert submitted(tmp_path / "two", *LONG, *two).returncode == 0
+    folder = the_run(tmp_path / "two")
+    until(lambda: at_step(folder, 25), "the run is at work")
+    assert len(cluster.command("squeue", "--noheader", "--steps", "--format=%i").splitlines()) >= 2
+    occupy(cluster, 5)  # asked to stop, they save, and begin again when the nodes are free
+    until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
+    assert folder.is_finished, folder.failure_message
+    assert "going on from step" in folder.log.read_text()
+    here = f"output_dir={tmp_path}/one", f"data.cache_dir={tmp_path}/two/cache"
+    assert launch(*SMALL, *LONG, *here, "launcher.cpus_per_task=1").returncode == 0
+    curves = [run.read_curve() for run in (folder, the_run(tmp_path / "one"))]
+    for one, other in zip(*curves, strict=True):
+        assert one.student_ce == pytest.approx(other.student_ce, rel=2e-3)
+        assert one.base_ce == pytest.approx(other.base_ce, rel=1e-6)
+
+
 def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
     files = tmp_path / "conf/train"
     files.mkdir(parents=True)

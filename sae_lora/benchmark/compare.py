@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -32,6 +32,7 @@ from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
 from sae_lora.provenance import environment
+from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Splice
 from sae_lora.student import Student
 from sae_lora.training import Training
@@ -157,6 +158,28 @@ def compare_evaluations(
     return Row(what, style.name, context, times, sorted(found["here"])[rounds // 2])
 
 
+def compare_saes(rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
+    """A wide SAE with the gradient passing through it: active latents alone, against whole products."""
+    tokens, shape = 1024, dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
+    whole, sparse = (cast(nn.Module, random_splice(shape, 0, device, dtype).sae) for _ in range(2))
+    saes: dict[str, Any] = {"whole": whole, "sparse": multiplied(sparse, True)}
+    torch.manual_seed(0)
+    resid, direction = torch.randn(2, tokens, shape.d_model, dtype=dtype, device=device)
+
+    def gradient(sae: Any) -> Tensor:
+        read = resid.clone().requires_grad_()
+        return torch.autograd.grad(sae.decode(sae.encode(read)), read, direction)[0]
+
+    expected, found = (gradient(sae).double() for sae in saes.values())
+    assert float((found - expected).norm() / expected.norm()) < (1e-5 if dtype is torch.float32 else 0.1)
+    times = taking_turns(
+        {name: lambda sae=sae: gradient(sae) for name, sae in saes.items()}, rounds, device
+    )
+    quicker = ratio(times["whole"], times["sparse"])
+    what = f"an SAE of {shape.d_sae:,} latents and its gradient"
+    return Row(what, f"top {shape.k}", tokens, quicker, sorted(times["sparse"])[rounds // 2])
+
+
 def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Equality]:
     """Adapters after a few steps, from the same seeds: with the same attention and whole logits, and as
     training is by default.
@@ -240,7 +263,7 @@ def run(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
     whole, fused = head_memory()
-    rows: list[Row] = []
+    rows = [_alone(tuned, compare_saes, rounds, device, dtype)]
     for style in styles:
         for context in contexts:
             shape = style, SMALL, context

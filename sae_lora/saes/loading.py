@@ -20,6 +20,7 @@ from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
 from sae_lora.saes.disk import check_fit, metadata_block, weights_digest
 from sae_lora.saes.registry import repository_of
+from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Coder
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     says = metadata_block(loaded.values)
     check_fit(says, loaded.values.get("d_in"), choice.block, model, field=field, name=name)
     sae = loaded.sae.to(device).requires_grad_(False).eval()
+    digest = _digest(sae)
     metadata = loaded.values.get("metadata") or {}
     processing = metadata.get("model_from_pretrained_kwargs")
     if processing:
@@ -78,7 +80,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     return LoadedSAE(
         hookpoint=resid_post(choice.block),
         excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
-        sae=sae,  # pyright: ignore[reportArgumentType]
+        sae=multiplied(sae, config.sparse),  # pyright: ignore[reportArgumentType]
         description={
             "family": config.family.name,
             "block": choice.block,
@@ -91,7 +93,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
             "width": loaded.values.get("d_sae"),
             "stated_l0": choice.l0,
             "dtype": config.dtype.name,
-            "sha256": _digest(sae),
+            "sha256": digest,
         },
     )
 

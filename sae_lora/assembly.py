@@ -1,0 +1,109 @@
+"""What the processes that train a pack have in common: device, SAEs, and the pack itself."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from transformers import logging as transformers_logging
+
+from sae_lora.config import Config, Device, SAEChoice, SAEConfig
+from sae_lora.dimensions import Dimensions
+from sae_lora.distill import Pack
+from sae_lora.errors import ConfigError
+from sae_lora.head import Comparison, Head
+from sae_lora.kl import kl_of
+from sae_lora.metrics import Evaluator
+from sae_lora.models import LanguageModel
+from sae_lora.saes import loading
+from sae_lora.saes.loading import LoadedSAE
+from sae_lora.training import Training
+from sae_lora.workers import Workers
+
+
+class SAEs:
+    """SAEs that are loaded, each once for all runs that use it.
+
+    Args:
+        model: What they must fit.
+        device: Where they are to be.
+    """
+
+    def __init__(self, model: Dimensions, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._loaded: dict[str, LoadedSAE] = {}
+
+    def of(self, config: SAEConfig) -> list[LoadedSAE]:
+        """Those that a run uses, by block."""
+        return [self._one(config, choice) for choice in config.used]
+
+    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
+        key = repr((config.family, config.dtype, config.sparse, choice))
+        if key not in self._loaded:
+            self._loaded[key] = loading.load(config, choice, self._model, self._device)
+        return self._loaded[key]
+
+
+def quieten() -> None:
+    """Keeps transformers from saying what nobody has asked."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def device_of(config: Config) -> torch.device:
+    """Where a run computes; sets what torch is to do there.
+
+    Raises:
+        ConfigError: Where a GPU is wanted and there is none.
+    """
+    wanted = config.train.device
+    if wanted is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
+    if wanted is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def assemble(
+    config: Config,
+    model: LanguageModel,
+    trainings: Iterable[Training],
+    special_ids: Tensor,
+    validation_tokens: Tensor,
+    workers: Workers,
+    own: Callable[[Training], AbstractContextManager[None]] = lambda training: nullcontext(),
+) -> Pack:
+    """The pack of these trainings, as one of its processes has it.
+
+    Args:
+        config: Of any of its runs.
+        model: The plain model of them all.
+        trainings: Of students of this model.
+        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+        validation_tokens: Held-out tokens `[sequence, pos]`.
+        workers: The processes.
+        own: As `Pack` takes it.
+    """
+    comparison = Comparison(Head.of(model), config.train.kl_chunk_tokens)
+    evaluate = Evaluator(
+        model,
+        validation_tokens,
+        special_ids,
+        max(1, config.train.eval_batch_tokens // config.data.context_length),
+        comparison,
+        1e9 * config.train.eval_cache_gb,
+        workers,
+    )
+    return Pack(
+        model,
+        trainings,
+        evaluate,
+        special_ids,
+        kl_of(comparison, config.train.kl),
+        config.train.micro_batch_size,
+        own,
+        workers,
+    )

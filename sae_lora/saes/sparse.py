@@ -1,0 +1,143 @@
+"""SAEs of which only the active latents are multiplied: a few dozen of tens of thousands."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from sae_lora.errors import ConfigError, listed
+
+_WIDE = 16_384
+"""Latents from which on it is quicker."""
+_AFFINE = ("standard", "topk", "jumprelu")
+"""sae-lens's architectures whose active latents are affine in what the SAE reads."""
+
+
+def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
+    """An SAE, as a `SparseSAE` where that is asked for, or where `None` is and it is quicker.
+
+    Args:
+        sae: From sae-lens, or another that can encode and decode; frozen.
+        sparse: `sae.sparse`.
+
+    Raises:
+        ConfigError: Where it cannot be one.
+    """
+    config: Any = getattr(sae, "cfg", None)
+    if config is None or not _is_affine(config):
+        if sparse:
+            raise ConfigError(
+                "sae.sparse",
+                sparse,
+                f"false or null, and true for an SAE that is {listed(_AFFINE)}",
+                because="latents of this SAE depend on each other, or not on all that it reads",
+            )
+        return sae
+    return SparseSAE(sae) if (is_wide(config.d_sae) if sparse is None else sparse) else sae
+
+
+def _is_affine(config: Any) -> bool:
+    return config.architecture() in _AFFINE and config.reshape_activations == "none"
+
+
+def is_wide(d_sae: int) -> bool:
+    """Whether latents are so many, and so few of them active, that `SparseSAE` is the quicker one."""
+    return d_sae >= _WIDE
+
+
+class SparseSAE(nn.Module):
+    """An SAE of sae-lens, the same but for rounding, in less time and memory.
+
+    Its latents are sae-lens's own. What they put back, and every gradient, is made of the active ones
+    alone, so that of four products with matrices of the SAE one is left, and no graph holds latents.
+
+    Args:
+        sae: One whose latents, where active, are affine in what it reads; frozen. Its encoder is laid
+            out anew, by latent, in the same memory.
+    """
+
+    def __init__(self, sae: nn.Module) -> None:
+        super().__init__()
+        self.sae: Any = sae
+        self.sae.W_enc.data = self.sae.W_enc.data.T.contiguous().T
+        rescaled = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
+        self._norms: Tensor | None = self.sae.W_dec.norm(dim=-1) if rescaled else None
+        """Of the decoder's rows, where latents are in units of them, `[d_sae]`."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
+        with torch.no_grad():
+            latents = self.sae.encode(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return latents
+        return _Encoded.apply(self.sae.process_sae_in(x), latents, self.sae.W_enc.T, self._norms)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
+        sae, active = self.sae, _Active.of(feature_acts)
+        values = feature_acts.flatten().index_select(0, active.places)
+        if self._norms is not None:
+            values = values / self._norms[active.latents]
+        recon = active.sum_of_rows(sae.W_dec, values).unflatten(0, feature_acts.shape[:-1])
+        recon = sae.hook_sae_recons(recon + sae.b_dec)
+        return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(recon), sae.d_head)
+
+
+class _Active(NamedTuple):
+    """Which latents are active.
+
+    Args:
+        places: Of all latents of all tokens, `[active]`.
+        first: Where in `places` each token begins, `[token]`.
+        d_sae: Latents of a token.
+    """
+
+    places: Tensor
+    first: Tensor
+    d_sae: int
+
+    @classmethod
+    def of(cls, latents: Tensor) -> "_Active":
+        """Of latents `[..., d_sae]`. On a GPU this waits for the device, to know how many there are."""
+        d_sae = latents.shape[-1]
+        places = latents.detach().flatten().nonzero()[:, 0]
+        tokens = torch.arange(latents.numel() // d_sae, device=latents.device)
+        return cls(places, torch.searchsorted(places, tokens * d_sae), d_sae)
+
+    @property
+    def latents(self) -> Tensor:
+        """Which latent each is, `[active]`."""
+        return self.places % self.d_sae
+
+    def sum_of_rows(self, matrix: Tensor, values: Tensor) -> Tensor:
+        """For each token the sum of the rows of its latents times their values `[active]`.
+
+        Args:
+            matrix: `[d_sae, d]`.
+            values: In the matrix's precision.
+        """
+        return embedding_bag(self.latents, matrix, self.first, mode="sum", per_sample_weights=values)
+
+
+class _Encoded(torch.autograd.Function):
+    """Latents that are known, as a function of what the encoder's matrix was multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, latents: Tensor, by_latent: Tensor, norms: Tensor | None
+    ) -> Tensor:
+        active = _Active.of(latents)
+        ctx.save_for_backward(active.places, active.first, by_latent, norms)
+        return latents.view_as(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
+        places, first, by_latent, norms = ctx.saved_tensors
+        (gradient,) = outputs
+        active = _Active(places, first, gradient.shape[-1])
+        values = gradient.flatten().index_select(0, places)
+        if norms is not None:
+            values = values * norms[active.latents]
+        found = active.sum_of_rows(by_latent, values).unflatten(0, gradient.shape[:-1])
+        return found, None, None, None

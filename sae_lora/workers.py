@@ -1,0 +1,242 @@
+"""Processes that share the batches of a pack: one leads, the others follow it step by step.
+
+Each has model, SAEs and students, and takes its part of every batch; gradients and what is measured are
+added up over all. The leader alone decides and writes, and tells the others what comes next.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from sae_lora.errors import EXIT_NOT_TOGETHER
+from sae_lora.terminal import complain
+
+_LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
+"""Variables by which a follower finds the others; SLURM says itself which one it has started."""
+Rows = TypeVar("Rows", Tensor, Sequence[Any])
+_START_S = 600
+"""Until all have found each other; loading the model comes after."""
+_PATIENCE = timedelta(days=7)
+"""Followers wait while the leader saves, evaluates or is suspended."""
+_LOOK_EVERY_S = 0.5
+_END_S = 10
+"""Until followers that were told to end are ended."""
+
+
+class Workers(Protocol):
+    """The processes that train a pack, seen from one of them."""
+
+    @property
+    def rank(self) -> int:
+        """Which one it is; the leader is the first, 0."""
+        ...
+
+    def part(self, rows: Rows) -> Rows:
+        """Of what is shared, what this process is to do."""
+        ...
+
+    def tell(self, what: object) -> None:
+        """Lets the others `hear` it. For the leader."""
+        ...
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over all processes, who call it at the same time."""
+        ...
+
+
+class Alone:
+    """One process that does everything."""
+
+    rank = 0
+
+    def part(self, rows: Rows) -> Rows:
+        """All of it."""
+        return rows
+
+    def tell(self, what: object) -> None:
+        """There is nobody to tell."""
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """They are the sum."""
+
+
+class Several:
+    """One of several processes, which have found each other through torch.distributed.
+
+    Args:
+        rank: Which.
+        size: How many there are.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self._size = size
+
+    def part(self, rows: Rows) -> Rows:
+        """Every so many-th."""
+        return rows[self.rank :: self._size]
+
+    def tell(self, what: object) -> None:
+        """Sends it to all others."""
+        with _unless_one_has_ended():
+            dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
+
+    def hear(self) -> Any:
+        """What the leader tells next; waits for it."""
+        told = [None]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        return told[0]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up all tensors of a precision in one go."""
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            together = torch.cat([tensor.flatten() for tensor in alike])
+            with _unless_one_has_ended():
+                dist.all_reduce(together)
+            sums = together.split([tensor.numel() for tensor in alike])
+            for tensor, found in zip(alike, sums, strict=True):
+                tensor.copy_(found.view_as(tensor))
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many processes there are to be."""
+
+    nodes: int = 1
+    """Nodes of the SLURM job; 1 for this machine alone."""
+    per_node: int = 1
+
+    @property
+    def size(self) -> int:
+        """In all."""
+        return self.nodes * self.per_node
+
+
+ONE_PROCESS = Crew()
+
+
+@contextmanager
+def leading(crew: Crew, arguments: Sequence[str]) -> Iterator[Workers]:
+    """Has the others there inside the block, this process being the first.
+
+    When one of them ends too early this process ends too: what they have in common is lost.
+
+    Args:
+        crew: How many.
+        arguments: Of `python -m sae_lora.follower`.
+    """
+    if crew.size == 1:
+        yield Alone()
+        return
+    host = "127.0.0.1" if crew.nodes == 1 else socket.gethostname()
+    patience = timedelta(seconds=_START_S)
+    store = TCPStore(host, 0, crew.size, True, patience, wait_for_workers=False)
+    command = [sys.executable, "-m", "sae_lora.follower", *arguments]
+    found = {_LEADER: f"{host}:{store.port}", _SIZE: str(crew.size)}
+    with _Followers(_started(crew, command, found)) as followers:
+        _join(store, 0, crew.size)
+        workers = Several(0, crew.size)
+        yield workers
+        followers.may_end()
+        workers.tell(None)
+        dist.destroy_process_group()
+
+
+def joined() -> Several | None:
+    """Finds the leader who has started this process; `None` where it is not needed after all.
+
+    Beside a leader on the first node of a job, SLURM starts as many processes there as elsewhere.
+    """
+    here, size = os.environ, int(os.environ[_SIZE])
+    rank = on_node = here.get(_RANK)
+    if rank is None or on_node is None:  # started by srun
+        rank, on_node = here["SLURM_PROCID"], here["SLURM_LOCALID"]
+    if int(rank) == 0:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(on_node))
+    host, port = here[_LEADER].rsplit(":", 1)
+    _join(TCPStore(host, int(port), size, False, timedelta(seconds=_START_S)), int(rank), size)
+    return Several(int(rank), size)
+
+
+def _join(store: TCPStore, rank: int, size: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+
+
+def _started(
+    crew: Crew, command: Sequence[str], found: Mapping[str, str]
+) -> list[subprocess.Popen[bytes]]:
+    if crew.nodes == 1:
+        return [
+            subprocess.Popen(command, env={**os.environ, **found, _RANK: str(rank)})
+            for rank in range(1, crew.size)
+        ]
+    step = [
+        *("--overlap", "--overcommit", "--cpu-bind=none", "--mem=0"),
+        *("--kill-on-bad-exit=1", "--wait=0"),
+        *(f"--nodes={crew.nodes}", f"--ntasks-per-node={crew.per_node}", f"--ntasks={crew.size}"),
+    ]
+    return [subprocess.Popen([shutil.which("srun") or "srun", *step, *command], env=os.environ | found)]
+
+
+@contextmanager
+def _unless_one_has_ended() -> Iterator[None]:
+    """An error in the block may be but another process that has ended; then the watch says so."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(4 * _LOOK_EVERY_S)
+        raise
+
+
+class _Followers:
+    """Processes that live no longer than the block, and that this process does not outlive inside."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._processes = processes
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "_Followers":
+        self._watch.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._over.set()
+        for process in self._processes:
+            try:
+                process.wait(_END_S if kind is None else 0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def may_end(self) -> None:
+        """From now on they end because they were told to."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_EVERY_S):
+            for process in self._processes:
+                # By what it may wait for, this process cannot be reached: NCCL would hang for ever.
+                if process.poll() is not None and not self._over.is_set():
+                    complain(
+                        "ended", f"a process that shares the batches (exit code {process.returncode})"
+                    )
+                    os._exit(EXIT_NOT_TOGETHER)
