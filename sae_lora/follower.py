@@ -17,7 +17,7 @@ from sae_lora.identity import train_steps
 from sae_lora.interruption import SIGNALS
 from sae_lora.member import Claim, Member
 from sae_lora.records import RunFolder
-from sae_lora.workers import Several, joined
+from sae_lora.workers import GoneError, Several, joined
 
 
 class Beginning(NamedTuple):
@@ -65,8 +65,12 @@ def main() -> int:
     for number in SIGNALS:  # the leader heeds them, and needs this process to end a step
         signal.signal(number, signal.SIG_IGN)
     workers = joined()
-    if workers is not None:
+    if workers is None:
+        return 0
+    try:
         follow(workers, [RunFolder(Path(path)) for path in sys.argv[1:]])
+    except GoneError:
+        return 1
     return 0
 
 

@@ -37,6 +37,10 @@ _END_S = 10
 """Until followers that were told to end are ended."""
 
 
+class GoneError(Exception):
+    """Another of the processes has ended, and with it what they have in common."""
+
+
 class Workers(Protocol):
     """The processes that train a pack, seen from one of them."""
 
@@ -92,13 +96,14 @@ class Several:
 
     def tell(self, what: object) -> None:
         """Sends it to all others."""
-        with _unless_one_has_ended():
+        with self._in_touch():
             dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
 
     def hear(self) -> Any:
         """What the leader tells next; waits for it."""
         told = [None]
-        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        with self._in_touch():
+            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         return told[0]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -106,11 +111,20 @@ class Several:
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
             together = torch.cat([tensor.flatten() for tensor in alike])
-            with _unless_one_has_ended():
+            with self._in_touch():
                 dist.all_reduce(together)
             sums = together.split([tensor.numel() for tensor in alike])
             for tensor, found in zip(alike, sums, strict=True):
                 tensor.copy_(found.view_as(tensor))
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if self.rank == 0:  # the watch sees who it was, and ends this process
+                time.sleep(4 * _LOOK_EVERY_S)
+            raise GoneError("another process that shares the batches has ended") from error
 
 
 @dataclass(frozen=True)
@@ -196,16 +210,6 @@ def _started(
     return [subprocess.Popen([shutil.which("srun") or "srun", *step, *command], env=os.environ | found)]
 
 
-@contextmanager
-def _unless_one_has_ended() -> Iterator[None]:
-    """An error in the block may be but another process that has ended; then the watch says so."""
-    try:
-        yield
-    except RuntimeError:
-        time.sleep(4 * _LOOK_EVERY_S)
-        raise
-
-
 class _Followers:
     """Processes that live no longer than the block, and that this process does not outlive inside."""
 
@@ -233,10 +237,11 @@ class _Followers:
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
-            for process in self._processes:
-                # By what it may wait for, this process cannot be reached: NCCL would hang for ever.
-                if process.poll() is not None and not self._over.is_set():
-                    complain(
-                        "ended", f"a process that shares the batches (exit code {process.returncode})"
-                    )
-                    os._exit(EXIT_NOT_TOGETHER)
+            ended = [process for process in self._processes if process.poll() is not None]
+            if ended and not self._over.is_set():
+                for process in self._processes:
+                    process.kill()
+                    process.wait()
+                code = ended[0].returncode
+                complain("ended", f"a process that shares the batches (exit code {code})")
+                os._exit(EXIT_NOT_TOGETHER)  # the main thread may wait for it, with NCCL for ever

@@ -209,7 +209,7 @@ def test_none_of_them_is_left_where_one_dies(folder: RunFolder, dies: str) -> No
     code, output = ended(process)
     if dies == "follower":
         assert code == EXIT_NOT_TOGETHER, output
-        assert "a process that shares the batches (exit code -9)" in output.splitlines()[-1]
+        assert "a process that shares the batches (exit code -9)" in output.strip().splitlines()[-1]
     _, alive = psutil.wait_procs(others, timeout=30)
     assert not alive
     assert not folder.has_failed
