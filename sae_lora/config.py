@@ -71,6 +71,13 @@ class Reduction(enum.Enum):
     sequence_sum = "sequence_sum"
 
 
+class Initialisation(enum.Enum):
+    """What an adapter's A begins with; B begins with zeros, so that nothing is changed yet."""
+
+    kaiming = "kaiming"
+    svd = "svd"
+
+
 class KLComputation(enum.Enum):
     """How the KL is computed: a few tokens at a time, or with the logits of all tokens at once."""
 
@@ -195,6 +202,9 @@ class LoRAConfig:
     """Which blocks: after (the first SAE), all, or a list of indices."""
     rank_stabilised: bool = False
     """Scale by alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
+    init: Initialisation = Initialisation.kaiming
+    """What A begins with: kaiming, peft's random numbers, or svd, the directions of its input that the
+    matrix stretches most, in the same length. B begins with zeros."""
 
 
 @dataclass
@@ -242,7 +252,7 @@ class TrainConfig:
 
     train_tokens: int = 400_000
     """Tokens trained on."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences per step."""
     micro_batch_size: int | None = None
     """Sequences per forward and backward pass, whose gradients add up to the step's; null: all of them.
@@ -250,11 +260,11 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep of each live block no more than what it reads, and compute the rest once more for the
     backward pass. Changes memory and time, not the result."""
-    lr: float = 6e-3
+    lr: float = 4.5e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
     """constant, or linear: falling to zero at the end."""
-    warmup_share: float = 0.05
+    warmup_share: float = 0.15
     """Share of the steps over which the rate rises from zero."""
     loraplus_ratio: float = 1.0
     """Learning rate of the adapters' B over that of A (LoRA+, arXiv 2402.12354)."""

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sae_lora.checks import adapted_blocks, listed_matrices, target_matrices
-from sae_lora.config import LoRAConfig
+from sae_lora.config import Initialisation, LoRAConfig
 from sae_lora.dropout import Dropout
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
@@ -47,6 +48,10 @@ _ROLES: dict[str, frozenset[str]] = {
 """What a matrix does, by the end of its name. Fused matrices do several things at once."""
 
 
+_MORE_DIRECTIONS = 16
+"""Are looked for than are needed: the last of them are inexact."""
+
+
 def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftModel:
     """Puts fresh adapters into the model (B = 0: they change nothing yet).
 
@@ -76,9 +81,28 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
             bias="none",
         ),
     )
+    if config.init is Initialisation.svd:
+        for module in model.model.modules():
+            if isinstance(module, LoraLayer):
+                _begin_along_the_matrix(module)
     if model.device.type == "cpu":
         replace_dropout(model, Dropout)
     return adapters  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def _begin_along_the_matrix(module: Any) -> None:
+    """Turns the rows of A to the largest right-singular vectors of the matrix, as far as it has any.
+
+    They are as long as peft's are on average, 1 / √3.
+    """
+    base = module.get_base_layer()
+    weight = base.weight.float() if isinstance(base, nn.Linear) else base.weight.float().T
+    for adapter in module.lora_A.values():
+        rank = min(adapter.weight.shape[0], *weight.shape)
+        wanted = min(rank + _MORE_DIRECTIONS, *weight.shape)
+        _, _, directions = torch.svd_lowrank(weight, wanted, niter=4)
+        adapter.weight[:rank] = directions.T[:rank] / 3**0.5
 
 
 def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:

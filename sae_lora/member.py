@@ -237,6 +237,7 @@ def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
         "rank": config.rank,
         "alpha": config.alpha,
         "scale": scale,
+        "init": config.init.name,
         "dropout": config.dropout,
         "targets": config.targets,
         "blocks": config.blocks,

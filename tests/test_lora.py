@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from sae_lora import lora
 from sae_lora.checks import adapted_blocks
-from sae_lora.config import LoRAConfig
+from sae_lora.config import Initialisation, LoRAConfig
 from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
@@ -111,3 +112,32 @@ def test_scale(stabilised: bool) -> None:
     scale = 6.0 / (2.0 if stabilised else 4.0)
     added = x @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T * scale
     torch.testing.assert_close(layer(x), layer.base_layer(x) + added)
+
+
+@pytest.mark.parametrize("rank", [3, 100])
+def test_it_can_begin_along_what_the_matrix_stretches_most(model: LanguageModel, rank: int) -> None:
+    """The rows of A are then singular vectors; beyond those that there are they stay random."""
+    lora.attach(model, LoRAConfig(rank=rank, init=Initialisation.svd, blocks=[1]), first_sae=0)
+    layers = [module for module in model.blocks[1].modules() if isinstance(module, LoraLayer)]
+    assert layers
+    for layer in layers:
+        base = layer.get_base_layer()
+        weight = base.weight.detach() if isinstance(base, torch.nn.Linear) else base.weight.detach().T
+        rows = layer.lora_A["default"].weight.detach()
+        known = min(rank, *weight.shape)
+        torch.testing.assert_close(rows[:known] @ rows[:known].T, torch.eye(known) / 3)
+        stretched = (weight @ rows[:known].T).norm(dim=0) * 3**0.5
+        largest = torch.linalg.svdvals(weight)[:known]
+        torch.testing.assert_close(stretched, largest, rtol=1e-2, atol=1e-4)
+        assert not layer.lora_B["default"].weight.any()
+        assert rows[known:].norm(dim=1).gt(0).all()
+
+
+def test_where_it_begins_is_the_seeds_choice_alone(model: LanguageModel) -> None:
+    weights = []
+    for seed in (1, 1):
+        view = model.view()
+        torch.manual_seed(seed)
+        lora.attach(view, LoRAConfig(rank=2, init=Initialisation.svd), first_sae=1)
+        weights.append({name: one.detach() for name, one in lora.trainable_weights(view).items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
