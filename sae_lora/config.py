@@ -191,7 +191,7 @@ class LoRAConfig:
 
     rank: int = 16
     """Rank r of every adapter."""
-    alpha: Any = 32.0
+    alpha: Any = 6.0
     """Scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if rank-stabilised. A
     number, or a multiple of the rank such as 2r. The planner writes the number."""
     dropout: float = 0.0
@@ -200,9 +200,9 @@ class LoRAConfig:
     """Which matrices: all, attn, mlp, qv, one of q k v o gate up down, or a list of these."""
     blocks: Any = "after"
     """Which blocks: after (the first SAE), all, or a list of indices."""
-    rank_stabilised: bool = False
+    rank_stabilised: bool = True
     """Scale by alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
-    init: Initialisation = Initialisation.kaiming
+    init: Initialisation = Initialisation.svd
     """What A begins with: kaiming, peft's random numbers, or svd, the directions of its input that the
     matrix stretches most, in the same length. B begins with zeros."""
 

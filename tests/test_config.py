@@ -96,7 +96,7 @@ def test_every_point_of_every_experiment_composes(file: Path) -> None:
         ("data=hf", "data.name", None),
         ("data=text_files", "data.files", None),
         ("train.train_tokens=0", "train.train_tokens", 1),
-        ("train.train_tokens=100", "train.train_tokens", 1024),
+        ("train.train_tokens=100", "train.train_tokens", 512),
         ("train.batch_size=0", "train.batch_size", 1),
         ("train.lr=0", "train.lr", None),
         ("train.lr=nan", "train.lr", None),

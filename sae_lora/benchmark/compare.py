@@ -22,7 +22,7 @@ from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
-from sae_lora.config import Attention, KLComputation, LoRAConfig, Schedule, TrainConfig
+from sae_lora.config import Attention, Initialisation, KLComputation, LoRAConfig, Schedule, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
 from sae_lora.errors import UserError
@@ -77,7 +77,9 @@ class Equality:
 
 def adapters(rank: int) -> LoRAConfig:
     """The paper's, at a rank."""
-    return LoRAConfig(rank=rank, alpha=32.0, dropout=0.1)
+    return LoRAConfig(
+        rank=rank, alpha=32.0, dropout=0.1, rank_stabilised=False, init=Initialisation.kaiming
+    )
 
 
 def training(model: LanguageModel, splice: Splice, rank: int) -> Training:
