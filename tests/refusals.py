@@ -34,7 +34,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("lora.blocks=[3,99]", ["lora.blocks = [3, 99]", "blocks from 0 to 7"]),
     ("train.lr=0", ["train.lr = 0"]),
     ("train.lr=nan", ["train.lr = nan"]),
-    ("train.train_tokens=100", ["nearest valid: train.train_tokens=1024"]),
+    ("train.train_tokens=100", ["nearest valid: train.train_tokens=512"]),
     ("train.seed=-1", ["nearest valid: train.seed=0"]),
     ("data.validation_share=1", ["nearest valid: data.validation_share=0.9"]),
     ("data.context_length=4", ["nearest valid: data.context_length=8"]),

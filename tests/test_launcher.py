@@ -127,7 +127,7 @@ def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
     small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
     here = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
     command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(4)", *here]
-    limit = 5_500_000_000
+    limit = 4_500_000_000
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
