@@ -66,7 +66,7 @@ ORDER = [
         "launcher",
     ),
     *("benchmark.reference", "benchmark.shapes", "benchmark.measure", "benchmark.memory"),
-    "benchmark.compare",
+    *("benchmark.profile", "benchmark.compare"),
     *("embedded.language_model", "embedded.recipe", "embedded.__main__", "__main__"),
 ]
 """A module imports only modules that stand before it."""

@@ -7,6 +7,7 @@ dropout on. Ratios are of the paired times, per run and step. Beside them stands
 import ctypes
 import dataclasses
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
 from sae_lora.benchmark.memory import PeakMemory
+from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 from sae_lora.config import Attention, Initialisation, KLComputation, LoRAConfig, Schedule, TrainConfig
@@ -35,6 +38,7 @@ from sae_lora.provenance import environment
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Splice
 from sae_lora.student import Student
+from sae_lora.terminal import errors
 from sae_lora.training import Training
 
 RANKS = (1, 4, 16, 64, 256)
@@ -62,6 +66,8 @@ class Row:
     """How many times quicker, per run."""
     seconds: float
     """That it takes here, per run; the median."""
+    work: Work
+    """What it consists of here."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ def compare_steps(
     ]
     what = "a run alone" if size == 1 else f"a pack of {size} runs"
     times = ratio(naive, found["here"])
-    return Row(what, style.name, context, times, sorted(found["here"])[rounds // 2] / size)
+    seconds = statistics.median(found["here"]) / size
+    return Row(what, style.name, context, times, seconds, work_of(calls["here"], device))
 
 
 def compare_evaluations(
@@ -157,7 +164,8 @@ def compare_evaluations(
     found = taking_turns(calls, rounds, device)
     times = ratio(found["reference"], found["here"])
     what = "an evaluation of base, spliced and 4 students"
-    return Row(what, style.name, context, times, sorted(found["here"])[rounds // 2])
+    seconds = statistics.median(found["here"])
+    return Row(what, style.name, context, times, seconds, work_of(calls["here"], device))
 
 
 def compare_saes(rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
@@ -172,14 +180,16 @@ def compare_saes(rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
         read = resid.clone().requires_grad_()
         return torch.autograd.grad(sae.decode(sae.encode(read)), read, direction)[0]
 
-    expected, found = (gradient(sae).double() for sae in saes.values())
-    assert float((found - expected).norm() / expected.norm()) < (1e-5 if dtype is torch.float32 else 0.1)
-    times = taking_turns(
-        {name: lambda sae=sae: gradient(sae) for name, sae in saes.items()}, rounds, device
+    expected, sparsely = (gradient(sae).double() for sae in saes.values())
+    assert float((sparsely - expected).norm() / expected.norm()) < (
+        1e-5 if dtype is torch.float32 else 0.1
     )
-    quicker = ratio(times["whole"], times["sparse"])
+    calls = {name: lambda sae=sae: gradient(sae) for name, sae in saes.items()}
+    found = taking_turns(calls, rounds, device)
+    times = ratio(found["whole"], found["sparse"])
     what = f"an SAE of {shape.d_sae:,} latents and its gradient"
-    return Row(what, f"top {shape.k}", tokens, quicker, sorted(times["sparse"])[rounds // 2])
+    seconds = statistics.median(found["sparse"])
+    return Row(what, f"top {shape.k}", tokens, times, seconds, work_of(calls["sparse"], device))
 
 
 def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Equality]:
@@ -265,17 +275,19 @@ def run(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
     whole, fused = head_memory()
-    rows = [_alone(tuned, compare_saes, rounds, device, dtype)]
-    for style in styles:
-        for context in contexts:
-            shape = style, SMALL, context
-            how = rounds, device, dtype
-            rows += [_alone(tuned, compare_steps, *shape, size, *how) for size in SIZES]
-            rows.append(_alone(tuned, compare_evaluations, *shape, *how))
+    comparisons: list[tuple[Any, ...]] = [(compare_saes,)]
+    for shape in [(style, SMALL, context) for style in styles for context in contexts]:
+        comparisons += [(compare_steps, *shape, size) for size in SIZES]
+        comparisons.append((compare_evaluations, *shape))
+    rows = [
+        _alone(tuned, compare, *of, rounds, device, dtype)
+        for compare, *of in track(comparisons, "comparing", console=errors, transient=True)
+    ]
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(device),
         "allocator_thresholds_raised": tuned,
+        "peak_flops_per_second": peak_flops_per_second(device, dtype),
         "shape": dataclasses.asdict(SMALL),
         "rounds": rounds,
         "rows": [dataclasses.asdict(row) for row in rows],
@@ -302,10 +314,10 @@ def as_table(record: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("what", "style", "tokens"):
         table.add_column(name)
-    for name in ("times quicker per run", "least–most", "seconds here"):
+    for name in ("times quicker per run", "least–most", "seconds here", "in products", "at", "memory"):
         table.add_column(name, justify="right")
     for row in record["rows"]:
-        times = row["times"]
+        times, work = row["times"], row["work"]
         table.add_row(
             row["what"],
             row["style"],
@@ -313,6 +325,9 @@ def as_table(record: dict[str, Any]) -> Table:
             f"{times['median']:.2f}",
             f"{times['least']:.2f}–{times['most']:.2f}",
             f"{row['seconds']:.2f}",
+            f"{work['in_products']:.0%}",
+            f"{work['flops_per_second'] / record['peak_flops_per_second']:.0%} of peak",
+            f"{work['peak_bytes'] / 1e9:.1f} GB",
         )
     for one in record["equalities"]:
         table.add_row(

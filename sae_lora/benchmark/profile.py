@@ -1,0 +1,83 @@
+"""Where the time of a piece of torch code goes: products of matrices, their rate, and the rest."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sae_lora.benchmark.memory import PeakMemory
+
+_LISTED = 10
+_SIDE = {"cpu": 4096, "cuda": 8192}
+_TIMES = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call does."""
+
+    flops: float
+    """Floating-point operations in products of matrices and in attention, two to a multiply-add."""
+    in_products: float
+    """Share of the time that goes into them."""
+    flops_per_second: float
+    """While it does; 0 where it never does."""
+    peak_bytes: float
+    """Of all tensors that it makes, at their most."""
+    operators: dict[str, float]
+    """Share of the time in each of torch's operators itself, of those with the largest."""
+
+
+def work_of(call: Callable[[], object], device: torch.device) -> Work:
+    """Looks at what a call does. It is called twice.
+
+    Args:
+        call: What it is; ready to be called, as one that has been called before.
+        device: Where it computes: what counts there is the time of the GPU.
+    """
+    with FlopCounterMode(display=False) as counter, PeakMemory() as memory:
+        call()
+    counted = counter.get_flop_counts().get("Global", {})
+    flops = {str(operator).replace(".", "::"): number for operator, number in counted.items()}
+
+    on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines of its own on the error stream
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as found:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    seconds: Counter[str] = Counter()
+    for operator in found.key_averages():
+        if operator.device_type.name == "CPU":  # and no kernel, whose time its operator has
+            own = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
+            seconds[operator.key] += own / 1e6
+    whole = seconds.total()
+    in_products = sum(seconds[name] for name in flops)
+    return Work(
+        flops=sum(flops.values()),
+        in_products=in_products / whole,
+        flops_per_second=sum(flops.values()) / in_products if in_products else 0.0,
+        peak_bytes=memory.peak,
+        operators={name: one / whole for name, one in seconds.most_common(_LISTED)},
+    )
+
+
+def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """The most that a product of two large matrices reached."""
+    side = _SIDE[device.type]
+    one, other = torch.randn(2, side, side, device=device).to(dtype)
+    into = torch.empty_like(one)
+    best = float("inf")
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        torch.mm(one, other, out=into)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best

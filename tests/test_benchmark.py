@@ -1,0 +1,75 @@
+"""The benchmark counts what there is to count, and its command writes the record that it shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_lora.benchmark.compare import SIZES, compare_evaluations, compare_steps
+from sae_lora.benchmark.profile import work_of
+from sae_lora.benchmark.shapes import Shape, Style
+from tests.commands import REPOSITORY
+
+CPU = torch.device("cpu")
+TINY = Shape(
+    d_model=16,
+    d_mlp=32,
+    n_blocks=3,
+    n_heads=2,
+    n_kv_heads=1,
+    d_head=8,
+    d_vocab=64,
+    sae_block=0,
+    d_sae=32,
+    k=4,
+)
+
+
+def test_the_work_of_products() -> None:
+    """Forward and backward pass of a product: three products of one size."""
+    left = torch.ones(3, 5, requires_grad=True)
+    right = torch.ones(5, 7, requires_grad=True)
+
+    def call() -> None:
+        (left @ right).sum().backward()
+
+    work = work_of(call, CPU)
+    assert work.flops == 3 * 2 * 3 * 5 * 7
+    assert 0 < work.in_products < 1
+    assert 0 < sum(work.operators.values()) <= 1 + 1e-9
+    assert work.operators["aten::mm"] == pytest.approx(work.in_products)
+    assert work.flops_per_second > 0
+
+
+def test_the_work_of_anything_else() -> None:
+    held: list[Tensor] = []
+    work = work_of(lambda: held.append(torch.zeros(1000)), CPU)
+    assert (work.flops, work.in_products, work.flops_per_second) == (0, 0, 0)
+    assert work.peak_bytes == 4000
+
+
+@pytest.mark.parametrize("style", list(Style), ids=lambda style: style.name)
+def test_comparisons(style: Style) -> None:
+    how = 1, CPU, torch.float32
+    for row in (compare_steps(style, TINY, 16, 5, *how), compare_evaluations(style, TINY, 16, *how)):
+        assert row.times.least == row.times.median == row.times.most > 0
+        assert row.seconds > 0
+        assert 0 < row.work.in_products < 1
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    record = tmp_path / "here" / "record.json"
+    command = "-m sae_lora benchmark --style llama --context 32 --rounds 1 --to".split()
+    finished = subprocess.run(
+        [sys.executable, *command, record], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    found = json.loads(record.read_text())
+    assert len(found["rows"]) == len(SIZES) + 2
+    assert all(row["what"] in finished.stdout for row in found["rows"])
+    assert found["equalities"][0]["error"] == 0
+    assert not finished.stderr
