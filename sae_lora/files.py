@@ -12,8 +12,12 @@ from typing import Any
 from sae_lora.errors import UserError
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, asked_by: str) -> None:
     """Makes the folder and writes into it, to know before anything else that there is room.
+
+    Args:
+        folder: Where.
+        asked_by: The field or option that names it, for the message.
 
     Raises:
         UserError: Where that cannot be done.
@@ -23,7 +27,7 @@ def check_writable(folder: Path) -> None:
         write_atomically(folder / ".room", " " * 1_000_000)
         (folder / ".room").unlink(missing_ok=True)  # another launch may try at the same time
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from error
+        raise UserError(f"{asked_by}: cannot write to {folder}: {error.strerror}") from error
 
 
 def as_json(values: dict[str, Any] | list[Any]) -> str:

@@ -48,7 +48,7 @@ def launch(points: Sequence[Config]) -> int:
         return 0
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
-        check_writable(sweep)
+        check_writable(sweep, "output_dir")
     match settings.kind:
         case LauncherKind.local:
             with _alone_in(sweeps):

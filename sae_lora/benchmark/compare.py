@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from sae_lora.assembly import quieten
 from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
@@ -29,7 +30,7 @@ from sae_lora.config import Attention, Initialisation, KLComputation, LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
 from sae_lora.errors import UserError
-from sae_lora.files import as_json, write_atomically
+from sae_lora.files import as_json, check_writable, write_atomically
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.metrics import Evaluator
@@ -50,6 +51,8 @@ SIZES = (1, 5, 25)
 TRAIN = TrainConfig(
     train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
 )
+WIDE = dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
+"""Of the row about the SAE: Gemma-2-2B's width, and one of Gemma Scope's."""
 _STEPS = 4
 """After which adapters are compared."""
 
@@ -168,9 +171,9 @@ def compare_evaluations(
     return Row(what, style.name, context, times, seconds, work_of(calls["here"], device))
 
 
-def compare_saes(rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
+def compare_saes(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
     """A wide SAE with the gradient passing through it: active latents alone, against whole products."""
-    tokens, shape = 1024, dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
+    tokens = 1024
     whole, sparse = (cast(nn.Module, random_splice(shape, 0, device, dtype).sae) for _ in range(2))
     saes: dict[str, Any] = {"whole": whole, "sparse": multiplied(sparse, True)}
     torch.manual_seed(0)
@@ -178,7 +181,9 @@ def compare_saes(rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
 
     def gradient(sae: Any) -> Tensor:
         read = resid.clone().requires_grad_()
-        return torch.autograd.grad(sae.decode(sae.encode(read)), read, direction)[0]
+        sae.decode(sae.encode(read)).backward(direction)
+        assert read.grad is not None
+        return read.grad
 
     expected, sparsely = (gradient(sae).double() for sae in saes.values())
     assert float((sparsely - expected).norm() / expected.norm()) < (
@@ -270,12 +275,15 @@ def run(
 ) -> Table:
     """Runs the comparisons that are named, and writes the record."""
     if to is not None:  # what cannot be written is better known before all the measuring
-        to.parent.mkdir(parents=True, exist_ok=True)
+        if to.is_dir():
+            raise UserError(f"--to: {to} is a folder, not a file")
+        check_writable(to.parent, "--to")
+    quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
     whole, fused = head_memory()
-    comparisons: list[tuple[Any, ...]] = [(compare_saes,)]
+    comparisons: list[tuple[Any, ...]] = [(compare_saes, WIDE)]
     for shape in [(style, SMALL, context) for style in styles for context in contexts]:
         comparisons += [(compare_steps, *shape, size) for size in SIZES]
         comparisons.append((compare_evaluations, *shape))
@@ -303,7 +311,8 @@ def _alone(tuned: bool, compare: Callable[..., Row], *arguments: object) -> Row:
     """Compares in a process of its own: memory that another comparison has freed is memory that a
     naive loop need not ask the system for.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=quieten) as process:
         if tuned and not process.submit(raise_allocator_thresholds).result():
             raise UserError("--tuned raises thresholds of glibc's allocator, and there is no glibc here")
         return process.submit(compare, *arguments).result()
