@@ -9,6 +9,7 @@ from typing import Any
 from sae_lora.config import (
     Config,
     DataConfig,
+    Device,
     LauncherConfig,
     LauncherKind,
     LoRAConfig,
@@ -328,6 +329,8 @@ def _check_crew(config: Config) -> None:
     launcher = config.launcher
     if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
         raise ConfigError("launcher.nodes", launcher.nodes, "1, but with launcher=slurm", nearest=1)
+    if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
+        check_processes(launcher)
     if config.train.batch_size < launcher.nodes * launcher.crew_per_node:
         raise ConfigError(
             "train.batch_size",
@@ -335,6 +338,22 @@ def _check_crew(config: Config) -> None:
             f"at least a sequence for each of {launcher.nodes * launcher.crew_per_node} processes "
             "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)",
             nearest=launcher.nodes * launcher.crew_per_node,
+        )
+
+
+def check_processes(launcher: LauncherConfig) -> None:
+    """Each process on a GPU needs one of its own.
+
+    Raises:
+        ConfigError: Where there are more of them.
+    """
+    if launcher.crew_per_node > launcher.gpus_per_node > 0:
+        raise ConfigError(
+            "launcher.processes_per_node",
+            launcher.crew_per_node,
+            f"at most {launcher.gpus_per_node}, one to a GPU (launcher.gpus_per_node), but with "
+            "train.device=cpu",
+            nearest=launcher.gpus_per_node,
         )
 
 

@@ -83,6 +83,14 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     return ", ".join(every[:most]) + rest
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on a GPU or not."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    # torch's by its name, for what works without torch.
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(one in str(error) for one in words)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, what it was raised from, and so on: libraries wrap each other's errors."""
     while error is not None:

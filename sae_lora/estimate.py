@@ -17,7 +17,8 @@ the teacher and what lies before the live parts, each block once for every row o
 many runs read it. The model is frozen, so that the gradient of its matrices is never made. Evaluations
 come on top.
 
-    memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two)
+    memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two; with
+               several processes, the gradients once more on their way)
            + max(what the backward passes need, the SAEs' latents)
            + room for logits: 3 float32 copies of those of a chunk, 2 of those of a few tokens
            + hidden states kept for evaluations (`train.eval_cache_gb`)
@@ -81,7 +82,8 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     runs = [_Run.of(model, config) for config in configs]
     step_tokens = common.train.batch_size * common.data.context_length
     micro_batch = common.train.micro_batch_size or common.train.batch_size
-    share = -(-common.train.batch_size // (common.launcher.nodes * common.launcher.crew_per_node))
+    crew = common.launcher.nodes * common.launcher.crew_per_node
+    share = -(-common.train.batch_size // crew)
     at_once = min(share, micro_batch) * common.data.context_length
     per_token = _flops(model, sizes, runs, common.data.context_length)
     weights = sum(run.weights for run in runs)
@@ -97,7 +99,7 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
-        + 16 * weights
+        + (16 if crew == 1 else 20) * weights
         + _kept_for_logits(model, at_once, common.train)
         + _kept_for_evaluation(common, runs, sizes.d_model * computed)
     )

@@ -37,6 +37,11 @@ class Interruption:
             self._held -= 1
         self._raise_if_asked()
 
+    @property
+    def asked(self) -> bool:
+        """Whether the request has come."""
+        return self._asked
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         self._raise_if_asked()
@@ -46,6 +51,16 @@ class Interruption:
         if self._asked and not self._held and not self._raised:
             self._raised = True
             raise Interrupted
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Processes that are started inside the block never get any of `SIGNALS`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

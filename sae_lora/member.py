@@ -15,7 +15,7 @@ from sae_lora.checkpoint import State
 from sae_lora.config import Config, LoRAConfig
 from sae_lora.conversion import load
 from sae_lora.dimensions import source
-from sae_lora.errors import UserError
+from sae_lora.errors import UserError, is_out_of_memory
 from sae_lora.files import new_folder
 from sae_lora.identity import identity, readable_name
 from sae_lora.lease import LostError
@@ -197,13 +197,6 @@ def write_failure(folder: RunFolder, error: Exception) -> None:
 def concerns_all(error: BaseException) -> bool:
     """Whether an error in one run is not its own: too little memory, or a GPU that answers no more."""
     return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, on a GPU or not."""
-    words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(one in str(error) for one in words)
 
 
 def _cause(error: Exception) -> str:

@@ -85,12 +85,12 @@ def _fits(pack: Pack, settings: LauncherConfig) -> bool:
 
 
 def _room(pack: Pack, settings: LauncherConfig) -> float:
-    """Bytes of memory that a pack may fill where it will be."""
-    wants_gpu = pack[0].config.train.device.name != "cpu"
+    """Bytes of memory that each process of a pack may fill where it will be."""
+    wants_gpu = pack[0].config.train.device.name != "cpu" and settings.gpus_per_node > 0
     if settings.kind is LauncherKind.slurm:
-        if wants_gpu and settings.gpus_per_node:
+        if wants_gpu:
             return 1e9 * (settings.gpu_mem_gb or _ON_A_NODE_GB["gpu"])
-        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"])
+        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"]) / settings.crew_per_node
     import torch
 
     # Packs at work at the same time share what they are at: a GPU, or the main memory.
@@ -99,5 +99,5 @@ def _room(pack: Pack, settings: LauncherConfig) -> float:
         found = torch.cuda.get_device_properties(0).total_memory
         room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else found
     else:
-        room = psutil.virtual_memory().available
+        room = psutil.virtual_memory().available / settings.crew_per_node
     return room / max(at.values())

@@ -22,18 +22,19 @@ from sae_lora.errors import (
     EXIT_INTERRUPTED,
     EXIT_NOT_TOGETHER,
     UserError,
+    is_out_of_memory,
 )
 from sae_lora.follower import Beginning
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.lease import HeldError, LostError, held
-from sae_lora.member import Claim, Member, concerns_all, is_out_of_memory, write_failure
+from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.progress import Reporter
 from sae_lora.provenance import environment
 from sae_lora.records import Progress, RunFolder, Summary
 from sae_lora.terminal import Display, complain
 from sae_lora.training import Training
-from sae_lora.workers import ONE_PROCESS, Crew, Workers, leading
+from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
 
 
 class NotTogetherError(Exception):
@@ -135,14 +136,16 @@ class _Execution:
             return
 
         there = self._left
-        with leading(self._crew, [str(member.folder.path) for member in there]) as workers:
+        paths = [str(member.folder.path) for member in there]
+        on_gpus = device.type == "cuda"
+        with leading(self._crew, paths, on_gpus, lambda: self._interruption.asked) as workers:
             others = f" with {self._crew.size - 1} other processes" if self._crew.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {device}{others}")
             model = models.load_model(config.model, config.train.dtype, device)
             self._each(lambda member: member.build(model, saes.of(member.config.sae), steps))
             if self._left:
-                left = {there.index(member): member.training.step for member in self._left}
-                workers.tell(Beginning(left, text.special_ids, text.validation_tokens))
+                trainings = {there.index(member): member.training for member in self._left}
+                workers.tell(Beginning.of(trainings, text.special_ids, text.validation_tokens))
                 self._train(config, model, text, steps, workers)
 
     def _train(
@@ -201,13 +204,15 @@ class _Execution:
                 with self._interruption.held():
                     self._each(finish)
             except Interrupted:
+                workers.let_go()
                 self._save(pack, self._left)
                 raise
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or isinstance(error, GoneError):
+                    workers.let_go()
                     traceback.clear_frames(error.__traceback__)  # what filled it
                     whole = [member for member in self._left if member.training.is_between_steps]
-                    self._save(pack, whole)
+                    self._save(pack, whole)  # here a request to stop is heard that came before
                 raise
 
     def _save(self, pack: Pack, members: Sequence[Member]) -> None:
@@ -290,6 +295,9 @@ def _outcomes(
     """What becomes of each; `None` where nothing does together that may yet do alone."""
     try:
         return execute(claims, interruption, crew)
+    except GoneError as error:
+        complain("ended", str(error))
+        return None
     except Exception as error:
         unsettled = [
             claim.folder

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sae_lora.errors import EXIT_NOT_TOGETHER
+from sae_lora.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, is_out_of_memory
+from sae_lora.interruption import unheard
 from sae_lora.terminal import complain
 
 _LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
@@ -33,6 +34,8 @@ _START_S = 600
 _PATIENCE = timedelta(days=7)
 """Followers wait while the leader saves, evaluates or is suspended."""
 _LOOK_EVERY_S = 0.5
+_NOTICE_S = 60
+"""Until the leader has noticed by itself that another has ended: it may have a step to do first."""
 _END_S = 10
 """Until followers that were told to end are ended."""
 
@@ -61,6 +64,10 @@ class Workers(Protocol):
         """Replaces each tensor by its sum over all processes, who call it at the same time."""
         ...
 
+    def let_go(self) -> None:
+        """From now on it makes no difference whether the others end. For the leader."""
+        ...
+
 
 class Alone:
     """One process that does everything."""
@@ -77,6 +84,9 @@ class Alone:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """They are the sum."""
 
+    def let_go(self) -> None:
+        """There is nobody to let go."""
+
 
 class Several:
     """One of several processes, which have found each other through torch.distributed.
@@ -84,11 +94,13 @@ class Several:
     Args:
         rank: Which.
         size: How many there are.
+        let_go: What the leader is to do when it needs the others no more.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, let_go: Callable[[], None] = lambda: None) -> None:
         self.rank = rank
         self._size = size
+        self._let_go = let_go
 
     def part(self, rows: Rows) -> Rows:
         """Every so many-th."""
@@ -117,13 +129,17 @@ class Several:
             for tensor, found in zip(alike, sums, strict=True):
                 tensor.copy_(found.view_as(tensor))
 
+    def let_go(self) -> None:
+        """From now on it makes no difference whether the others end."""
+        self._let_go()
+
     @contextmanager
     def _in_touch(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if self.rank == 0:  # the watch sees who it was, and ends this process
-                time.sleep(4 * _LOOK_EVERY_S)
+            if is_out_of_memory(error):
+                raise
             raise GoneError("another process that shares the batches has ended") from error
 
 
@@ -145,14 +161,23 @@ ONE_PROCESS = Crew()
 
 
 @contextmanager
-def leading(crew: Crew, arguments: Sequence[str]) -> Iterator[Workers]:
+def leading(
+    crew: Crew,
+    arguments: Sequence[str],
+    on_gpus: bool = False,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Workers]:
     """Has the others there inside the block, this process being the first.
-
-    When one of them ends too early this process ends too: what they have in common is lost.
 
     Args:
         crew: How many.
         arguments: Of `python -m sae_lora.follower`.
+        on_gpus: Whether each computes on a GPU.
+        asked_to_stop: Whether this process has been; then what ends with it has not failed.
+
+    Raises:
+        GoneError: Where one of them ends too early. Where this process does not notice, because it
+            waits for ever, it ends.
     """
     if crew.size == 1:
         yield Alone()
@@ -162,35 +187,58 @@ def leading(crew: Crew, arguments: Sequence[str]) -> Iterator[Workers]:
     store = TCPStore(host, 0, crew.size, True, patience, wait_for_workers=False)
     command = [sys.executable, "-m", "sae_lora.follower", *arguments]
     found = {_LEADER: f"{host}:{store.port}", _SIZE: str(crew.size)}
-    with _Followers(_started(crew, command, found)) as followers:
-        _join(store, 0, crew.size)
-        workers = Several(0, crew.size)
-        yield workers
-        followers.may_end()
-        workers.tell(None)
-        dist.destroy_process_group()
+    with _Followers(_started(crew, command, found), asked_to_stop) as followers:
+        try:
+            followers.meet(store, crew.size)
+            _join(store, 0, crew.size, on_gpus)
+            workers = Several(0, crew.size, followers.may_end)
+            yield workers
+            workers.let_go()
+            workers.tell(None)
+            dist.destroy_process_group()
+        except GoneError as error:
+            raise GoneError(followers.what_is_wrong()) from error
 
 
-def joined() -> Several | None:
+@contextmanager
+def following(on_gpus: bool) -> Iterator[Several | None]:
     """Finds the leader who has started this process; `None` where it is not needed after all.
 
     Beside a leader on the first node of a job, SLURM starts as many processes there as elsewhere.
+
+    Args:
+        on_gpus: Whether each computes on a GPU; this process then has its own in use.
+
+    Raises:
+        GoneError: Where the leader is not there, or no longer.
     """
     here, size = os.environ, int(os.environ[_SIZE])
     rank = on_node = here.get(_RANK)
     if rank is None or on_node is None:  # started by srun
         rank, on_node = here["SLURM_PROCID"], here["SLURM_LOCALID"]
     if int(rank) == 0:
-        return None
-    if torch.cuda.is_available():
+        yield None
+        return
+    if on_gpus:
         torch.cuda.set_device(int(on_node))
     host, port = here[_LEADER].rsplit(":", 1)
-    _join(TCPStore(host, int(port), size, False, timedelta(seconds=_START_S)), int(rank), size)
-    return Several(int(rank), size)
+    try:
+        store = TCPStore(host, int(port), size, False, timedelta(seconds=_START_S))
+        store.set(_here(int(rank)), "")
+    except RuntimeError as error:
+        raise GoneError(f"nobody leads at {host}:{port}") from error
+    _join(store, int(rank), size, on_gpus)
+    yield Several(int(rank), size)
+    dist.destroy_process_group()
 
 
-def _join(store: TCPStore, rank: int, size: int) -> None:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def _here(rank: int) -> str:
+    """What a follower sets to say that it has come."""
+    return f"here/{rank}"
+
+
+def _join(store: TCPStore, rank: int, size: int, on_gpus: bool) -> None:
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
 
@@ -198,10 +246,11 @@ def _started(
     crew: Crew, command: Sequence[str], found: Mapping[str, str]
 ) -> list[subprocess.Popen[bytes]]:
     if crew.nodes == 1:
-        return [
-            subprocess.Popen(command, env={**os.environ, **found, _RANK: str(rank)})
-            for rank in range(1, crew.size)
-        ]
+        with unheard():  # the leader heeds signals, and needs the others to end a step
+            return [
+                subprocess.Popen(command, env={**os.environ, **found, _RANK: str(rank)})
+                for rank in range(1, crew.size)
+            ]
     step = [
         *("--overlap", "--overcommit", "--cpu-bind=none", "--mem=0"),
         *("--kill-on-bad-exit=1", "--wait=0"),
@@ -213,8 +262,11 @@ def _started(
 class _Followers:
     """Processes that live no longer than the block, and that this process does not outlive inside."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def __init__(
+        self, processes: Sequence[subprocess.Popen[bytes]], asked_to_stop: Callable[[], bool]
+    ) -> None:
         self._processes = processes
+        self._asked_to_stop = asked_to_stop
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
 
@@ -232,16 +284,41 @@ class _Followers:
                 process.wait()
 
     def may_end(self) -> None:
-        """From now on they end because they were told to."""
+        """From now on it makes no difference whether they do."""
         self._over.set()
+
+    def meet(self, store: TCPStore, size: int) -> None:
+        """Waits until all have come.
+
+        Raises:
+            GoneError: Where one has ended instead, or is too late.
+        """
+        deadline = time.monotonic() + _START_S
+        while not store.check([_here(rank) for rank in range(1, size)]):
+            if self._codes or time.monotonic() > deadline:
+                raise GoneError("a process that shares the batches has not come")
+            time.sleep(0.05)
+
+    def what_is_wrong(self) -> str:
+        """Which of them has ended, as soon as that can be seen."""
+        deadline = time.monotonic() + 4 * _LOOK_EVERY_S
+        while not self._codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        how = f"exit code {self._codes[0]}" if self._codes else "it does not answer"
+        return f"a process that shares the batches ({how})"
+
+    @property
+    def _codes(self) -> list[int]:
+        """The exit codes of those that have ended."""
+        return [code for process in self._processes if (code := process.poll()) is not None]
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
-            ended = [process for process in self._processes if process.poll() is not None]
-            if ended and not self._over.is_set():
-                for process in self._processes:
-                    process.kill()
-                    process.wait()
-                code = ended[0].returncode
-                complain("ended", f"a process that shares the batches (exit code {code})")
-                os._exit(EXIT_NOT_TOGETHER)  # the main thread may wait for it, with NCCL for ever
+            # The main thread notices too, and saves what there is, unless it waits for ever (NCCL).
+            if self._codes and not self._over.wait(_NOTICE_S):
+                try:
+                    complain("ended", self.what_is_wrong())
+                    for process in self._processes:
+                        process.kill()
+                finally:
+                    os._exit(EXIT_INTERRUPTED if self._asked_to_stop() else EXIT_NOT_TOGETHER)

@@ -248,6 +248,21 @@ def test_nodes_share_the_batches_of_a_pack(cluster: Cluster, tmp_path: Path) -> 
         assert one.base_ce == pytest.approx(other.base_ce, rel=1e-6)
 
 
+def test_several_nodes_with_sigterm_alone_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM tells the processes of all nodes, and those that the leader has started do not live on."""
+    with running(signal_on_preemption=False, grace_s=15) as other:
+        for name, value in other.environment.items():
+            monkeypatch.setenv(name, value)
+        two = "launcher.nodes=2", "launcher.processes_per_node=1", "launcher.signal_delay_s=5"
+        assert submitted(tmp_path, *LONG, *two).returncode == 0
+        folder = the_run(tmp_path)
+        until(lambda: at_step(folder, 15), "the run is at work")
+        occupy(other, 3)
+        until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
+    assert folder.is_finished, folder.failure_message
+    assert "going on from step" in folder.log.read_text()
+
+
 def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
     files = tmp_path / "conf/train"
     files.mkdir(parents=True)

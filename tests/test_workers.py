@@ -1,6 +1,7 @@
 """Several processes train what one would, and go down and come back together."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from sae_lora.metrics import Evaluator
 from sae_lora.places import places
 from sae_lora.plan import plan
 from sae_lora.records import RunFolder
+from sae_lora.training import Training
+from sae_lora.trunk import Trunk
 from sae_lora.workers import Alone, Workers
 from tests.attempts import attempt, frozen, results
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.points import SMALL, points_in
-from tests.trainings import CONFIG, HELD_OUT, NO_IDS, kl, training
+from tests.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
@@ -70,6 +73,12 @@ def step_of(folder: RunFolder) -> int:
     return 0 if progress is None else progress.step
 
 
+def going_on_from(output: str) -> int:
+    found = re.search(r"going on from step ([\d,]+)", output)
+    assert found, output
+    return int(found[1].replace(",", ""))
+
+
 class Threads:
     """Workers that are threads of this process."""
 
@@ -93,6 +102,9 @@ class Threads:
         all_of_them = self._exchange([tensor.clone() for tensor in tensors])
         for tensor, *parts in zip(tensors, *all_of_them, strict=True):
             tensor.copy_(torch.stack(parts).sum(0))
+
+    def let_go(self) -> None:
+        pass
 
     def _exchange(self, what: object) -> list[Any]:
         self._brought[self.rank] = what
@@ -213,9 +225,48 @@ def test_none_of_them_is_left_where_one_dies(folder: RunFolder, dies: str) -> No
     _, alive = psutil.wait_procs(others, timeout=30)
     assert not alive
     assert not folder.has_failed
+    reached = step_of(folder)
     found = attempt(folder)  # alone, from the checkpoint that there is
     assert found.returncode == 0, found.stderr
-    assert "going on from step" in found.stdout
+    kept = going_on_from(found.stdout)
+    assert kept >= reached if dies == "follower" else kept >= 3  # what the leader has, it saves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while they start", "while they train"])
+def test_asked_to_stop_while_others_are_killed(folder: RunFolder, when: str) -> None:
+    """As `scancel` ends a job of several nodes: it has not failed, and goes on."""
+    process = begun([folder], 2)
+    until(lambda: step_of(folder) >= 4 if when == "while they train" else bool(followers(process)))
+    (other,) = followers(process)
+    other.send_signal(signal.SIGTERM)  # which it does not hear
+    process.send_signal(signal.SIGTERM)
+    if when == "while they train":
+        other.kill()
+    code, output = ended(process)
+    assert code == EXIT_INTERRUPTED, output
+    assert not folder.has_failed
+    if when == "while they train":
+        reached = step_of(folder)
+        code, output = ended(begun([folder], 2))
+        assert code == 0, output
+        assert going_on_from(output) >= reached
+
+
+def test_processes_drop_inputs_of_their_own() -> None:
+    model = small_model("llama")
+    adapters = LoRAConfig(rank=2, dropout=0.5)
+    one, other = (training(model, SAES[0], adapters=adapters) for _ in range(2))
+    for each in (one, other):
+        fill(each.student.weights)
+    trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), NO_IDS, one.student.cuts)
+
+    def found(training: Training, rank: int) -> Tensor:
+        training.draw_apart(rank)
+        return training.hidden(trunk).detach()
+
+    assert torch.equal(found(one, 1), found(other, 1))
+    assert not torch.equal(found(one, 1), found(one, 2))
 
 
 def test_every_process_needs_a_sequence(tmp_path: Path) -> None:
@@ -223,6 +274,14 @@ def test_every_process_needs_a_sequence(tmp_path: Path) -> None:
         points_in(tmp_path)("launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=3")
     with pytest.raises(ConfigError, match=r"launcher\.nodes = 2"):
         points_in(tmp_path)("launcher.nodes=2")
+
+
+def test_every_process_needs_a_gpu(tmp_path: Path) -> None:
+    three = "launcher=slurm", "launcher.processes_per_node=3"
+    with pytest.raises(ConfigError, match=r"launcher\.processes_per_node = 3 .*\n.* at most 1"):
+        points_in(tmp_path)(*three)
+    points_in(tmp_path)(*three, "train.device=cpu")
+    points_in(tmp_path)(*three, "launcher.gpus_per_node=0")
 
 
 def test_places_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +294,12 @@ def test_places_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     settings.gpus_per_node = 6
     with pytest.raises(ConfigError, match=r"launcher\.gpus_per_node = 6"):
         places(runs, settings)
+    settings.gpus_per_node, settings.processes_per_node = 2, 3
+    with pytest.raises(ConfigError, match=r"launcher\.processes_per_node = 3"):
+        places(runs, settings)
+    settings.gpus_per_node, settings.processes_per_node = 0, None
+    assert places(runs, settings) == [{"CUDA_VISIBLE_DEVICES": ""}]
+    settings.gpus_per_node = 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     settings.processes_per_node = 4
