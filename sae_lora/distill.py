@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from sae_lora.student import cuts
 from sae_lora.training import Training
 from sae_lora.trunk import Trunk
 from sae_lora.workers import Alone, Workers
+
+Run = TypeVar("Run")
+AT_ONCE = 8
+"""Students of a pack whose activations are held at once. For others the teacher's logits are made once
+more: a third of what those of one student and their gradient take."""
 
 
 class Task(NamedTuple):
@@ -144,17 +149,18 @@ class Pack:
 
         # ---- the step -------------------------------------------------------------------------
         for part in own.split(self._micro_batch or len(own)):
-            hidden: dict[Training, Tensor] = {}
             trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
             teacher = trunk.hidden()
-            for training in self._of(trained):
-                with self._own(training):
-                    hidden[training] = training.hidden(trunk)
-            weights = [training.kl_weight(tokens) for training in hidden]
-            found = self._kl(teacher, list(hidden.values()), weights)
-            for training, kl in zip(list(hidden), found, strict=True):
-                with self._own(training):
-                    training.absorb(hidden.pop(training), kl)
+            for turn in turns(self._of(trained)):
+                hidden: dict[Training, Tensor] = {}
+                for training in turn:
+                    with self._own(training):
+                        hidden[training] = training.hidden(trunk)
+                weights = [training.kl_weight(tokens) for training in hidden]
+                found = self._kl(teacher, list(hidden.values()), weights)
+                for training, kl in zip(list(hidden), found, strict=True):
+                    with self._own(training):
+                        training.absorb(hidden.pop(training), kl)
         self._workers.add_up([part for training in trained for part in training.sums])
         for training in self._of(trained):
             with self._own(training):
@@ -195,6 +201,11 @@ class Pack:
         seconds = self._clock.lap()
         for training in self._at_work:
             training.add_seconds(seconds / len(self._at_work))
+
+
+def turns(runs: Sequence[Run]) -> list[Sequence[Run]]:
+    """Those of a pack that go through a batch at the same time."""
+    return [runs[start : start + AT_ONCE] for start in range(0, len(runs), AT_ONCE)]
 
 
 class _Clock:

@@ -7,7 +7,7 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
     SAE       = 4 · d_model · d_sae, half of it with `sae.sparse`
     head      = 2 · d_model · d_vocab
 
-    a training step = blocks and SAEs of the trunk + head
+    a training step = blocks and SAEs of the trunk + head, once more for every eight runs
                     + per run: blocks, their backward, SAEs (twice, for theirs, or but once with
                                `sae.sparse`) of its live part
                                + 6 · its adapters' weights + 2 heads
@@ -28,6 +28,7 @@ come on top.
         than float32 its input once more in float32
         (with `train.activation_checkpointing` that of one block, and a hidden state for each)
     besides, 6 hidden states per token and run; with `train.kl=full` 7 float32 copies of its logits
+        (of eight runs at a time; others wait their turn)
     latents = 3 copies, for the tokens of a training or evaluation batch
 
 Tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of the
@@ -45,6 +46,7 @@ from torch import nn
 
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
+from sae_lora.distill import turns
 from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps
 from sae_lora.lora import target_modules
@@ -91,7 +93,8 @@ def estimate(configs: Sequence[Config]) -> Estimate:
 
     computed = _BYTES[common.train.dtype]
     per_run = 6 * sizes.d_model * computed
-    graphs = sum(run.saved(model, sizes, common.train.dtype) + per_run for run in runs)
+    of_each = [run.saved(model, sizes, common.train.dtype) + per_run for run in runs]
+    graphs = max(sum(turn) for turn in turns(of_each))
     if common.train.kl is KLComputation.full:
         graphs += 7 * 4 * sizes.d_vocab
     batch = max(at_once, common.train.eval_batch_tokens)
@@ -148,6 +151,7 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
         total += sum(2 * flops + attention for flops in forward[run.first :])
         total += sum((2 if sae.sparse else 8) * sizes.d_model * sae.width for sae in live_saes)
         total += 6 * run.weights + 2 * head
+    total += (len(turns(runs)) - 1) * head
     total += sum(forward[block] for block, _ in trunk)
     last = [saes[-1] for saes in coded]
     return total + sum((2 if sae.sparse else 4) * sizes.d_model * sae.width for sae in last)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from sae_lora import distill
+from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.checkpoint import State
 from sae_lora.config import LoRAConfig, Reduction, Schedule
 from sae_lora.distill import Pack
@@ -94,6 +96,23 @@ def test_together_each_is_what_it_is_alone(alone: tuple[str, Alone]) -> None:
     for one, (curve, state) in zip(trainings, expected, strict=True):
         assert found[one] == curve
         assert same(ended(one), state.tensors)
+
+
+def test_taking_turns_changes_no_bit(alone: tuple[str, Alone], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds activations of no more at once."""
+    family, expected = alone
+    peaks = []
+    for at_once in (1, 4):
+        monkeypatch.setattr(distill, "AT_ONCE", at_once)
+        trainings = [make() for make in variants(family)[:4]]
+        together = pack(MODELS[family], *trainings)
+        assert curves(together, STEPS) == {
+            one: curve for one, (curve, _) in zip(trainings, expected, strict=False)
+        }
+        with PeakMemory() as memory:
+            together._take_step(trainings, batches(1)[0])
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.6 * peaks[1]
 
 
 @pytest.mark.parametrize("order", [(2, 0), (5, 3, 8), (7, 6, 1, 4)])

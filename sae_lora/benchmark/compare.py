@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -287,10 +288,6 @@ def run(
     for shape in [(style, SMALL, context) for style in styles for context in contexts]:
         comparisons += [(compare_steps, *shape, size) for size in SIZES]
         comparisons.append((compare_evaluations, *shape))
-    rows = [
-        _alone(tuned, compare, *of, rounds, device, dtype)
-        for compare, *of in track(comparisons, "comparing", console=errors, transient=True)
-    ]
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(device),
@@ -298,12 +295,15 @@ def run(
         "peak_flops_per_second": peak_flops_per_second(device, dtype),
         "shape": dataclasses.asdict(SMALL),
         "rounds": rounds,
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [],
         "equalities": [dataclasses.asdict(one) for one in equalities],
         "kl_bytes": {"whole": whole, "fused": fused},
     }
-    if to is not None:
-        write_atomically(to, as_json(record))
+    for compare, *of in track(comparisons, "comparing", console=errors, transient=True):
+        row = _alone(tuned, compare, *of, rounds, device, dtype)
+        record["rows"].append(dataclasses.asdict(row))
+        if to is not None:  # after each: the next may be too large for the machine
+            write_atomically(to, as_json(record))
     return as_table(record)
 
 
@@ -315,7 +315,11 @@ def _alone(tuned: bool, compare: Callable[..., Row], *arguments: object) -> Row:
     with ProcessPoolExecutor(1, spawn, initializer=quieten) as process:
         if tuned and not process.submit(raise_allocator_thresholds).result():
             raise UserError("--tuned raises thresholds of glibc's allocator, and there is no glibc here")
-        return process.submit(compare, *arguments).result()
+        try:
+            return process.submit(compare, *arguments).result()
+        except BrokenProcessPool as error:
+            what = f"{compare.__name__} of {', '.join(str(one) for one in arguments)}"
+            raise UserError(f"killed, perhaps for want of memory: {what}") from error
 
 
 def as_table(record: dict[str, Any]) -> Table:
