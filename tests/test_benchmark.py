@@ -1,8 +1,6 @@
 """The benchmark counts what there is to count, and its command writes the record that it shows."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from sae_lora.benchmark.compare import SIZES, compare_evaluations, compare_saes, compare_steps
+from sae_lora.__main__ import main
+from sae_lora.benchmark import compare
+from sae_lora.benchmark.compare import compare_evaluations, compare_saes, compare_steps
 from sae_lora.benchmark.profile import work_of
 from sae_lora.benchmark.shapes import Shape, Style
-from tests.commands import REPOSITORY
 
 CPU = torch.device("cpu")
 TINY = Shape(
@@ -78,14 +77,16 @@ def test_comparisons() -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "SIZES", (1,))
+    for shape in ("SMALL", "WIDE"):
+        monkeypatch.setattr(compare, shape, TINY)
     record = tmp_path / "here" / "record.json"
-    command = "-m sae_lora benchmark --style llama --context 32 --rounds 1 --to".split()
-    finished = subprocess.run(
-        [sys.executable, *command, record], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    assert main([*"benchmark --style llama --context 32 --rounds 1 --to".split(), str(record)]) == 0
+    printed = capsys.readouterr().out
     found = json.loads(record.read_text())
-    assert len(found["rows"]) == len(SIZES) + 2
-    assert all(row["what"] in finished.stdout for row in found["rows"])
+    assert len(found["rows"]) == 3
+    assert all(row["what"] in printed for row in found["rows"])
     assert found["equalities"][0]["error"] == 0
-    assert not finished.stderr

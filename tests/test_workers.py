@@ -36,7 +36,7 @@ from tests.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
-LONG = "train.train_tokens=40960", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
+LONG = "train.train_tokens=20480", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
 
 
 def begun(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]:
@@ -248,9 +248,7 @@ def test_asked_to_stop_while_others_are_killed(folder: RunFolder, when: str) -> 
     assert not folder.has_failed
     if when == "while they train":
         reached = step_of(folder)
-        code, output = ended(begun([folder], 2))
-        assert code == 0, output
-        assert going_on_from(output) >= reached
+        assert going_on_from(attempt(folder).stdout) >= reached
 
 
 def test_processes_drop_inputs_of_their_own() -> None:
