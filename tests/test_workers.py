@@ -146,10 +146,14 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
     found = [point for _, point in led.points(wide)]
     leader.tell(None)
     thread.join(60)
+    # Where a latent is within rounding of its threshold, other sums switch it; so with the likeliest token.
+    a_few = 3 / HELD_OUT.numel()
     for point, theirs in zip(found, expected, strict=True):
         assert point.tokens == theirs.tokens
         for name in MEASURED:
-            assert getattr(point, name) == pytest.approx(getattr(theirs, name), rel=1e-4), name
+            counted = name in ("l0", "top1_agreement")
+            close = pytest.approx(getattr(theirs, name), rel=0 if counted else 1e-3, abs=counted and a_few)
+            assert getattr(point, name) == close, name
     for one, other, theirs in zip(led.left, alone.left, follows.left, strict=True):
         for name, weight in one.student.weights.items():
             torch.testing.assert_close(weight, other.student.weights[name], rtol=1e-3, atol=1e-4)
@@ -248,7 +252,9 @@ def test_asked_to_stop_while_others_are_killed(folder: RunFolder, when: str) -> 
     assert not folder.has_failed
     if when == "while they train":
         reached = step_of(folder)
-        assert going_on_from(attempt(folder).stdout) >= reached
+        found = attempt(folder)
+        assert found.returncode == 0, found.stderr
+        assert going_on_from(found.stdout) >= reached
 
 
 def test_processes_drop_inputs_of_their_own() -> None:
