@@ -1,1 +1,25 @@
 """Closes the cross-entropy gap of SAEs spliced into language models, with LoRA adapters."""
+
+# pyright: reportImportCycles=false
+# What a type checker sees here is imported when it is asked for, and closes no circle.
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lora.adapted import load_adapted
+    from sae_lora.sweep import load_sweep
+
+__all__ = ["load_adapted", "load_sweep"]
+
+_MODULES = {"load_adapted": "adapted", "load_sweep": "sweep"}
+"""Where each name comes from, imported when it is asked for: torch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder
-from sae_lora.report import comparison_table
 from sae_lora.standing import State, counts, standings
+from sae_lora.sweep import load_sweep, runs_of
+from sae_lora.tables import comparison_table
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import status_table, statuses_of
 
@@ -37,11 +37,30 @@ def main(arguments: list[str] | None = None) -> int:
     reach.add_argument("other", type=Path, help="outputs/<sweep> that sets the gap")
     reach.add_argument("sweep", type=Path, help="outputs/<sweep> that reaches it")
     reach.add_argument("--to", type=Path, help="file for the figures, .json")
-    figure = commands.add_parser("figure", help="the CE-gap curves of a sweep as one picture")
-    figure.add_argument("sweep", type=Path, help="outputs/<sweep>")
-    figure.add_argument(
-        "--to", type=Path, required=True, help=".html; or .svg, .png, .pdf with the extra [figures]"
+    report = commands.add_parser(
+        "report", help="a page with all that sweeps have found, and its figures"
     )
+    report.add_argument("sweep", type=Path, nargs="+", help="outputs/<sweep>, one or more")
+    report.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
+    report.add_argument(
+        "--no-pictures", action="store_true", help="no SVG and PNG beside the page, which take a browser"
+    )
+    export = commands.add_parser("export", help="a run's adapters as a folder for others, with a card")
+    export.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
+    export.add_argument("--to", type=Path, required=True, help="the folder: a new or an empty one")
+    export.add_argument(
+        "--merge", action="store_true", help="the whole model, the adapters merged into its weights"
+    )
+    push = commands.add_parser("push", help="send an exported folder to the Hugging Face hub")
+    push.add_argument("folder", type=Path, help="what export has written")
+    push.add_argument("--repo", required=True, help="org/name; made where there is none")
+    push.add_argument("--private", action="store_true", help="make it for its owners alone")
+    push.add_argument("--revision", help="the branch; made where there is none")
+    sync = commands.add_parser("sync", help="make W&B show what it does not have of a sweep's runs")
+    sync.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
+    dashboard = commands.add_parser("dashboard", help="make a W&B workspace for a sweep")
+    dashboard.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    dashboard.add_argument("--dry-run", action="store_true", help="print what it would be, in JSON")
     benchmark = commands.add_parser("benchmark", help="how fast training is, against the published loop")
     benchmark.add_argument(
         "--style", nargs="+", choices=["gemma2", "llama"], default=["gemma2", "llama"]
@@ -67,8 +86,29 @@ def main(arguments: list[str] | None = None) -> int:
                 show(comparison_table(runs_of(chosen.sweep)))
             case "reach":
                 compare_sweeps(runs_of(chosen.other), runs_of(chosen.sweep), chosen.to)
-            case "figure":
-                draw(runs_of(chosen.sweep), chosen.to)
+            case "report":
+                write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
+            case "export":
+                from sae_lora.export import export as export_run  # brings torch in
+
+                say(f"exported: {export_run(chosen.run, chosen.to, merge=chosen.merge)}")
+            case "push":
+                from sae_lora.push import push as push_folder  # brings the hub's library in
+
+                say(
+                    push_folder(
+                        chosen.folder, chosen.repo, private=chosen.private, revision=chosen.revision
+                    )
+                )
+            case "sync":
+                from sae_lora.upload import upload  # brings torch in
+
+                show(upload(runs_of(chosen.sweep)))
+            case "dashboard":
+                from sae_lora import dashboard as workspace  # brings wandb in
+
+                make = workspace.specification if chosen.dry_run else workspace.save
+                say(make(runs_of(chosen.sweep)))
             case "benchmark":
                 from sae_lora.benchmark import compare, shapes  # brings torch in
 
@@ -82,29 +122,6 @@ def main(arguments: list[str] | None = None) -> int:
         complain("error", str(error))
         return 1
     return 0
-
-
-def runs_of(sweep: Path) -> list[RunFolder]:
-    """The runs of a sweep, by name; a run's own folder stands for itself.
-
-    Raises:
-        UserError: Where there are none.
-    """
-    configs = (
-        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
-    )
-    found = [
-        RunFolder(path.parent)
-        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
-    ]
-    if not found:
-        raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
-    return found
-
-
-def _by_numbers(name: str) -> list[str | int]:
-    """Sorts s2 before s10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def tell(folders: list[RunFolder]) -> int:
@@ -169,28 +186,19 @@ def compare_sweeps(others: list[RunFolder], folders: list[RunFolder], to: Path |
         write_atomically(to, as_json([dataclasses.asdict(one) for one in found]))
 
 
-def draw(folders: list[RunFolder], to: Path) -> None:
-    """Writes the CE-gap curves as a picture or a page.
+def write_report(sweeps: list[Path], to: Path | None, *, pictures: bool) -> None:
+    """Writes the report of some sweeps.
 
     Raises:
-        UserError: Where no run is finished, or the picture's kind cannot be made here.
+        UserError: Where one holds no runs, or the folder something else.
     """
-    from sae_lora.figures import gap_curves  # plotly takes a second to import
+    from sae_lora import report  # plotly and pandas take a while
 
-    figure = gap_curves(folders)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if to.suffix == ".html":
-        figure.write_html(to)
-    else:
-        try:
-            figure.write_image(to)
-        except (ValueError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{to} cannot be made ({reason}). Pictures need `pip install -e '.[figures]'` and "
-                "Chrome or Chromium; .html needs neither"
-            ) from error
-    say(f"drawn: {to}")
+    found = load_sweep(*sweeps)
+    folder = to or sweeps[0] / "report"
+    for note in report.write(found, folder, pictures=pictures):
+        complain("left out", note)
+    say(f"report of {len(found)} runs: {folder / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,18 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Stat
     return None
 
 
+def points(folder: Path, run_hash: str) -> int:
+    """Points of the curve that the newest sound checkpoint was made after; 0 where there is none.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        run_hash: The run's identity.
+    """
+    sound = (path for path in _paths(folder) if _fault(path, run_hash) is None)
+    newest = next(sound, None)
+    return 0 if newest is None else json.loads((newest / _VALUES).read_text())["points"]
+
+
 def _paths(folder: Path) -> list[Path]:
     """The checkpoints that are there, newest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]

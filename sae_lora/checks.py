@@ -4,6 +4,7 @@ From the values alone: nothing is read or loaded.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from sae_lora.config import (
@@ -18,7 +19,9 @@ from sae_lora.config import (
     TextSource,
     as_list,
 )
+from sae_lora.conversion import as_dict
 from sae_lora.errors import ConfigError, listed, nearest_name
+from sae_lora.redaction import secret_in
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 TARGET_SETS: dict[str, tuple[str, ...]] = {
@@ -38,6 +41,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: Names the field, what it got, what it may be and the nearest valid value.
     """
+    _check_secrets(config)  # first: other refusals show the value
     _check_ranges(config)
     _check_names(config)
     _check_indices("layer.index", config.layer.index, optional=True)
@@ -49,6 +53,32 @@ def check(config: Config) -> None:
     target_matrices(config.lora.targets)
     canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
+
+
+def _check_secrets(config: Config) -> None:
+    for key, name, text in _texts(as_dict(config)):
+        if secret_in(text) or secret_in(f"{name}={text}"):
+            raise ConfigError(
+                key,
+                "***",
+                "a value without keys, tokens or passwords; they belong into the environment, or are "
+                "kept by `hf auth login` and `wandb login`",
+                because="it looks like a secret, and a config is written down and shown",
+            )
+
+
+def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every text in nested values: the config's key, the innermost name, the text itself."""
+    match values:
+        case dict():
+            for inner, value in values.items():
+                # The schema has two levels; what is below belongs to one key.
+                yield from _texts(value, f"{key}.{inner}".lstrip(".") if "." not in key else key, inner)
+        case list():
+            for value in values:
+                yield from _texts(value, key, name)
+        case str():
+            yield key, name, values
 
 
 _POSITIVE = (

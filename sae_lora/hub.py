@@ -22,12 +22,13 @@ _BROKEN = "the hub cannot be reached, or the connection broke; check the network
 
 
 @contextmanager
-def explained(field: str, name: str) -> Iterator[None]:
+def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None]:
     """Turns what loading from the hub can raise into a `UserError` that names the config field.
 
     Args:
         field: The config key that named the repository.
         name: The repository.
+        cannot: What was tried, for the message.
 
     Raises:
         UserError: In place of the libraries' own errors; the original is its cause.
@@ -41,7 +42,7 @@ def explained(field: str, name: str) -> Iterator[None]:
         if reason is None:
             raise
         kind = UnreachableError if reason in (_OFFLINE, _BROKEN) else UserError
-        raise kind(f"{field} = {name!r} cannot be loaded: {reason}") from error
+        raise kind(f"{field} = {name!r} cannot {cannot}: {reason}") from error
 
 
 def _reason(error: BaseException) -> str | None:
@@ -127,3 +128,51 @@ def dataset_commit(name: str, revision: str | None) -> str:
         commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
     assert commit is not None
     return commit
+
+
+_NOT_TAKEN = {
+    401: "you are not logged in there: `hf auth login`, with a token that may write",
+    402: "the hub wants to be paid for it first",
+    403: "your token may not write there; its name, your rights in that organisation and the token's "
+    "are to be looked at (`hf auth whoami`)",
+}
+
+
+def send(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
+    """Sends the folder's files to a model's repository, which is made where there is none.
+
+    Args:
+        folder: What to send.
+        repo: `org/name`.
+        private: Whether the repository is to be seen by its owners alone.
+        revision: The branch; made where there is none.
+
+    Returns:
+        The address at which they can be seen.
+
+    Raises:
+        UserError: Where the hub does not take them, and where they were to be private and the
+            repository is public.
+    """
+    if repo.count("/") != 1:
+        raise UserError(f"--repo = {repo!r} cannot be written: it is to be org/name")
+    if constants.is_offline_mode():
+        raise UserError(f"--repo = {repo!r} cannot be written: HF_HUB_OFFLINE is set")
+    api = HfApi()
+    with explained("--repo", repo, "be written"):
+        try:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            if private and not api.model_info(repo).private:
+                raise UserError(f"--repo = {repo!r} is there and public; --private is for a new one")
+            if revision is not None:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            message = "Exported by sae_lora"
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=message
+            )
+        except hub.HfHubHTTPError as error:
+            reason = _NOT_TAKEN.get(error.response.status_code)
+            if reason is None:
+                raise
+            raise UserError(f"--repo = {repo!r} cannot be written: {reason}") from error
+    return f"{constants.ENDPOINT}/{repo}" + (f"/tree/{revision}" if revision is not None else "")

@@ -25,6 +25,8 @@ _NOT_IDENTITY = {
     ),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
+OF_NO_RESULT = frozenset(f"{group}.{name}" for group, names in _NOT_IDENTITY.items() for name in names)
+"""The same as dotted keys."""
 
 
 def identity(config: Config) -> str:

@@ -17,8 +17,8 @@ from sae_lora.files import check_writable
 from sae_lora.lease import HeldError, held
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
-from sae_lora.report import comparison_table, run_table
 from sae_lora.standing import Standing, State, counts, standings
+from sae_lora.tables import comparison_table, run_table
 from sae_lora.terminal import complain, say, show
 
 _LOOK_EVERY_S = 0.5

@@ -1,18 +1,24 @@
-"""The adapters, through peft: which matrices of which blocks, fresh, trained and saved."""
+"""The adapters, through peft: which matrices of which blocks, fresh, saved, loaded and merged."""
 
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from sae_lora.checks import adapted_blocks, listed_matrices, target_matrices
 from sae_lora.config import Initialisation, LoRAConfig
 from sae_lora.dropout import Dropout
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, UserError
 from sae_lora.models import LanguageModel
 
 _ROLES: dict[str, frozenset[str]] = {
@@ -186,3 +192,58 @@ def save(adapters: PeftModel, folder: Path, base_model: str) -> None:
     adapters.peft_config["default"].base_model_name_or_path = base_model
     # No embedding is adapted; asked to find that out itself, peft would look the base model up online.
     adapters.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load(model: LanguageModel, folder: Path) -> PeftModel:
+    """Puts saved adapters into the model, frozen and without dropout.
+
+    Args:
+        model: The language model they belong to; changed in place.
+        folder: Where `save` wrote them.
+
+    Returns:
+        peft's view of the same model.
+
+    Raises:
+        UserError: Where they are missing, damaged, or another model's.
+    """
+    try:
+        with warnings.catch_warnings():
+            # peft goes on without weights that the file lacks, and only warns of it.
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            adapters = PeftModel.from_pretrained(
+                model.model, str(folder), torch_device=str(model.device)
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
+        raise UserError(f"the adapters in {folder} cannot be loaded: {error}") from error
+    return adapters.eval()
+
+
+def merged(adapters: PeftModel) -> PreTrainedModel:
+    """The model with the adapters added to its weights, which are changed in place."""
+    return adapters.merge_and_unload()  # pyright: ignore[reportReturnType]
+
+
+def republish(folder: Path, to: Path, base_model: str | None, revision: str | None) -> None:
+    """Writes saved adapters once more, with another word on which model they belong to.
+
+    Args:
+        folder: Where `save` wrote them.
+        to: A folder that is there.
+        base_model: Repository of that model; `None` where it is in none.
+        revision: Its commit.
+
+    Raises:
+        UserError: Where they are missing or damaged.
+    """
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        load_file(weights)  # a file that is cut short is found here
+        config = PeftConfig.from_pretrained(str(folder))
+        shutil.copyfile(weights, to / weights.name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
+    config.base_model_name_or_path = base_model
+    config.revision = revision
+    config.save_pretrained(str(to))

@@ -1,5 +1,6 @@
 """One run among those that train together: its folder, its training, and what becomes of it."""
 
+import copy
 import math
 import shutil
 import traceback
@@ -16,13 +17,13 @@ from sae_lora.config import Config, LoRAConfig
 from sae_lora.conversion import load
 from sae_lora.dimensions import source
 from sae_lora.errors import UserError, is_out_of_memory
+from sae_lora.estimate import estimate
 from sae_lora.files import new_folder
 from sae_lora.identity import identity, readable_name
 from sae_lora.lease import LostError
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
-from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens
-from sae_lora.splice import Splice
+from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
 from sae_lora.student import Student
 from sae_lora.terminal import complain
 from sae_lora.training import Training
@@ -97,42 +98,46 @@ class Member:
         """
         self._saes = saes
         self._keeps = keeps_special_tokens(self.config.sae, saes)
-        splices = [
-            Splice(choice.block, loaded.sae, self._keeps)
-            for choice, loaded in zip(self.config.sae.used, saes, strict=True)
-        ]
         set_seed(self.config.train.seed)
-        student = Student(model, tuple(splices), self.config.lora)
+        student = Student(model, splices(self.config.sae, saes), self.config.lora)
         self.trainable = sum(weight.numel() for weight in student.weights.values())
         """Trainable parameters."""
         self.training = Training(student, self.config.train, steps)
+        as_loaded = copy.deepcopy(self.config)
+        for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
+            choice.width = loaded.description["width"]
+        self._train_flops = estimate([as_loaded]).flops
         if self._saved is not None:
             self.training.restore(self._saved)
             self.checkpoint_step = self.training.step
 
-    def begin(self) -> None:
+    def begin(self, environment: dict[str, Any]) -> None:
         """Opens its curve, and tells W&B of it.
+
+        Args:
+            environment: With what it is computed.
 
         Raises:
             UserError: Where the curve is not the one that the checkpoint was made with.
         """
         points = self._saved.values["points"] if self._saved else 0
         self._curve = CurveWriter(self.folder.curve, points)
-        self._tracker = tracking.start(self.config, self.name, self._hash, self.folder.path)
+        self._tracker = tracking.start(self.config, self.folder, environment)
+        self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:
-        """Writes a point down, and shows it to W&B."""
+        """Writes a point down."""
         assert self._curve is not None
         self._curve.append(point)
-        self._tracker.log(point)
 
     def save(self, total_seconds: float) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint. The points in it are final, and W&B may show them."""
         self._make_sure()
         state = self.training.state()
         state.values["total_seconds"] = total_seconds
         checkpoint.save(self.folder.checkpoints, self._hash, state)
         self.checkpoint_step = self.training.step
+        self._tracker.show(state.values["points"])
 
     def finish(self, total_seconds: float, data: dict[str, Any], **found: Any) -> None:
         """Writes what it has found; from then on it is finished.
@@ -157,6 +162,7 @@ class Member:
             seed=self.config.train.seed,
             data=data | {"special_tokens_kept": self._keeps},
             tracked_at=self._tracker.place,
+            train_flops=self._train_flops,
             **found,
         )
         self.folder.write_summary(summary)
@@ -178,9 +184,13 @@ class Member:
 
     def end(self) -> None:
         """Closes its curve and its W&B run, whatever became of it."""
+        goes_on = self.outcome is None or isinstance(self.outcome, LostError)
         if self._curve is not None:
             self._curve.close()
-        self._tracker.finish(self.outcome if isinstance(self.outcome, Summary) else None)
+            if not goes_on:
+                self._tracker.show(self._curve.points)
+        summary = self.outcome if isinstance(self.outcome, Summary) else None
+        self._tracker.finish(summary, goes_on=goes_on)
 
 
 def write_failure(folder: RunFolder, error: Exception) -> None:

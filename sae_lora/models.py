@@ -142,6 +142,12 @@ class LanguageModel:
         """Where the model is."""
         return self.model.device
 
+    @property
+    def block_names(self) -> list[str]:
+        """Each block's dotted path in the transformers model."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return [names[id(block)] for block in self.blocks]
+
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sae_lora.errors import UserError
 from sae_lora.records import CurvePoint, RunFolder
-from sae_lora.report import FACTORS, finished_summaries, percent
+from sae_lora.tables import FACTORS, finished_summaries, percent
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]
 """Factors in which runs that are compared do not differ; the others are recipe and seed."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
+from sae_lora.redaction import redacted
 
 SUMMARY_VERSION = 1
 
@@ -64,6 +65,9 @@ class CurvePoint:
     """Norm of the adapters' gradient in the last step, before clipping."""
     tokens_per_second: float | None = None
     """Training tokens per second since the last point."""
+    peak_memory_gb: float | None = None
+    """The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes on
+    one, else of the machine."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,9 @@ class Summary:
     """Where W&B shows the run: an address, or the folder of an offline run."""
     name: str
     hash: str
+    train_flops: float | None = None
+    """Floating-point operations of its training steps, if it had trained alone (`estimate.py`); null
+    where an older version wrote the summary."""
     trained_together: int = 1
     """Runs that trained in one process and shared the frozen part of their work; of that process's
     time, `train_seconds` and `total_seconds` are this run's share."""
@@ -245,7 +252,8 @@ class RunFolder:
 
     def write_failure(self, message: str, details: str) -> None:
         """Records why the run ended early: one line, and the whole story."""
-        write_atomically(self.failure, as_json(dataclasses.asdict(Failure(message, details))))
+        failure = Failure(redacted(message), redacted(details))
+        write_atomically(self.failure, as_json(dataclasses.asdict(failure)))
 
     def write_progress(self, progress: Progress) -> None:
         """Shows where the run stands. Not made to last: what a crash takes is written anew."""

@@ -1,135 +1,345 @@
-"""What people look at: tables made from the run folders alone. Imports no torch."""
+"""A report of sweeps: one page that needs no network, its figures for papers, its tables for programs.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+<folder>/
+    index.html                 the page
+    figures/*.svg, *.png       the same figures
+    runs.csv, runs.parquet     a row per run
+    curves.parquet             a row per evaluation
+    summary.json               what the page says, for programs; written last
 
-from rich.table import Table
+All of it is made from run folders alone, and can be made again. Imports no torch.
+"""
 
-from sae_lora.records import RunFolder
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+import plotly.io
+from jinja2 import Environment, PackageLoader, select_autoescape
+from plotly.offline import get_plotlyjs
+
+from sae_lora import figures
+from sae_lora.errors import UserError
+from sae_lora.files import as_json, write_atomically
+from sae_lora.scaling import Fit, NoFit, fit
+from sae_lora.sweep import SEED, Sweep, factors
+from sae_lora.tables import duration, percent
+
+if TYPE_CHECKING:
+    import pandas
+
+VERSION = 1
+_KIND = "sae_lora report"
+_FITTED = ("rank", "l0", "width")
+_MOST_MAPPED = 3
+"""Factors that a heat map shows."""
 
 
-def percent(share: float | None) -> str:
-    """A share as per cent; where it is undefined, says so."""
-    return "undefined (no gap)" if share is None else f"{share:.1%}"
+@dataclass(frozen=True)
+class View:
+    """One figure of a report."""
+
+    name: str
+    """Of its files."""
+    heading: str
+    figure: go.Figure
+    note: str = ""
+    """What it says, in a sentence."""
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people write them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+@dataclass(frozen=True)
+class Report:
+    """What was found out about sweeps, before any of it is drawn."""
+
+    frame: pandas.DataFrame
+    curves: pandas.DataFrame
+    varying: list[str]
+    """The factors in which runs differ, the seed left out."""
+    fits: list[Fit | NoFit]
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Report:
+        """That of these runs as they are now."""
+        frame = sweep.frame()
+        varying = [name for name in figures.by_prominence(factors(frame)) if name != SEED]
+        done = frame[frame["state"] == "done"]
+        fits = [
+            fit(done, name, [other for other in varying if other != name])
+            for name in _FITTED
+            if name in varying
+        ]
+        return cls(frame, sweep.curves(), varying, fits)
+
+    @property
+    def done(self) -> pandas.DataFrame:
+        """The finished runs."""
+        return self.frame[self.frame["state"] == "done"]
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many runs are in which state."""
+        return dict(Counter(self.frame["state"]))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The run that closes the most."""
+        closed = self.done["gap_closed"].astype(float)
+        return None if closed.isna().all() else _plain(self.done.loc[closed.idxmax()].to_dict())
+
+    @property
+    def missing(self) -> list[str]:
+        """What cannot be shown, and why."""
+        found = [
+            f"{number} of {len(self.frame)} runs: {state}"
+            for state, number in self.states.items()
+            if state != "done"
+        ]
+        no_gap = int(self.done["gap_closed"].isna().sum())
+        if no_gap:
+            found.append(f"gap closed is undefined in {no_gap} runs, whose SAE opens no gap")
+        no_flops = int(self.done["train_flops"].isna().sum())
+        if no_flops:
+            found.append(f"training FLOPs are not known of {no_flops} runs, made by an older version")
+        return found + [str(one) for one in self.fits if isinstance(one, NoFit)]
+
+    def views(self) -> list[View]:
+        """Its figures. The curves come twice, first over tokens, then over seconds."""
+        found = [
+            View(f"gap_over_{over}", f"CE gap over {words}", curves)
+            for over, words in (("tokens", "training tokens"), ("train_seconds", "seconds of training"))
+            if (curves := figures.gap_curves(self.frame, self.curves, over)).data
+        ]
+        done = self.done[self.done["gap_closed"].notna()]
+        if done.empty:
+            return found
+        fitted = {one.factor: one for one in self.fits if isinstance(one, Fit)}
+        for name in self.varying:
+            others = [other for other in self.varying if other != name]
+            one = fitted.get(name)
+            figure = figures.gap_closed_against(done, name, others, one)
+            note = f"Grey: {one}." if one else ""
+            heading = f"Gap closed against {figures.label(name)}"
+            found.append(View(f"gap_closed_{_file(name)}", heading, figure, note))
+        if 2 <= len(self.varying) <= _MOST_MAPPED:
+            heading = f"Gap closed over {' and '.join(map(figures.label, self.varying))}"
+            found.append(View("heat_map", heading, figures.heat_map(done, self.varying)))
+        found.append(
+            View("efficiency", "Gap closed against what it cost", figures.efficiency(done, self.varying))
+        )
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """What it says, for programs: the schema of the report's `summary.json`."""
+        return {
+            "kind": _KIND,
+            "version": VERSION,
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "sweeps": sorted(set(self.frame["sweep"])),
+            "states": self.states,
+            "varying": self.varying,
+            "best": self.best,
+            "fits": [
+                asdict(one) | {"intercepts": _named(one)} for one in self.fits if isinstance(one, Fit)
+            ],
+            "missing": self.missing,
+            "runs": [_plain(row) for row in self.frame.to_dict("records")],
+        }
 
 
-def run_table(summary: dict[str, Any]) -> Table:
-    """One finished run in full.
+def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
+    """Writes a report.
 
     Args:
-        summary: What `summary.json` holds.
+        sweep: The runs.
+        to: Its folder; an older report there is replaced.
+        pictures: Whether the figures are written as files of their own too.
+
+    Returns:
+        Lines on what could not be made.
+
+    Raises:
+        UserError: Where the folder holds something else, or cannot be written.
     """
-    table = Table(title=summary["name"], title_justify="left", show_header=False)
-    table.add_column("what", style="bold")
-    table.add_column("value", justify="right")
-    table.add_column("unit", style="dim")
-    nats = "nats/token"
-    rows = [
-        ("base CE", f"{summary['base_ce']:.4f}", nats),
-        ("spliced CE", f"{summary['spliced_ce']:.4f}", nats),
-        ("student CE", f"{summary['student_ce']:.4f}", nats),
-        ("gap before", f"{summary['initial_gap']:+.4f}", nats),
-        ("gap after", f"{summary['ce_gap']:+.4f}", nats),
-        ("gap closed", percent(summary["gap_closed"]), ""),
-        ("KL before", f"{summary['initial_kl']:.4f}", nats),
-        ("KL", f"{summary['kl']:.4f}", nats),
-        ("top-1 agreement", f"{summary['top1_agreement']:.1%}", "with the base model"),
-        ("FVU", f"{summary['fvu']:.4f}", "of the SAE's input"),
-        ("L0", f"{summary['l0']:.1f}", "latents/token"),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}", ""),
-        ("training tokens", f"{summary['train_tokens']:,}", ""),
-        ("time training", duration(summary["train_seconds"]), ""),
-        ("time in all", duration(summary["total_seconds"]), ""),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-_NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "base CE": lambda summary: f"{summary['base_ce']:.3f}",
-    "spliced CE": lambda summary: f"{summary['spliced_ce']:.3f}",
-    "student CE": lambda summary: f"{summary['student_ce']:.3f}",
-    "gap before": lambda summary: f"{summary['initial_gap']:+.3f}",
-    "gap after": lambda summary: f"{summary['ce_gap']:+.3f}",
-    "gap closed": lambda summary: percent(summary["gap_closed"]),
-    "KL": lambda summary: f"{summary['kl']:.3f}",
-    "parameters": lambda summary: f"{summary['trainable_parameters']:,}",
-    "training": lambda summary: duration(summary["train_seconds"]),
-}
-FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "model": lambda summary: summary["model"]["name"],
-    "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
-    "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
-    "L0": lambda summary: f"{summary['l0']:.3g}",
-    "rank": lambda summary: str(summary["lora"]["rank"]),
-    "alpha": lambda summary: f"{summary['lora']['alpha']:g}",
-    "targets": lambda summary: _joined(summary["lora"]["targets"]),
-    "blocks": lambda summary: _joined(summary["lora"]["blocks"]),
-    "tokens": lambda summary: f"{summary['train_tokens']:,}",
-    "seed": lambda summary: str(summary["seed"]),
-}
-"""What runs of a sweep may differ in, as a reader names it."""
-
-
-def _joined(value: str | list[Any]) -> str:
-    return value if isinstance(value, str) else "+".join(map(str, value))
-
-
-def varying_factors(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the factors in which the runs differ, in their usual order."""
-    return [name for name, read in FACTORS.items() if len({read(one) for one in summaries}) > 1]
-
-
-def finished_summaries(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, Any]]]:
-    """The finished runs with their summaries, ordered by the factors in which they differ."""
-    pairs = [(folder, folder.read_summary()) for folder in folders if folder.is_finished]
-    varying = varying_factors([summary for _, summary in pairs])
-    return sorted(pairs, key=lambda pair: [_natural(FACTORS[name](pair[1])) for name in varying])
-
-
-def _natural(text: str) -> tuple[float, str]:
-    """Numbers by their value, before words by their letters."""
+    _check_free(to)
+    report = Report.of(sweep)
+    views = report.views()
     try:
-        return float(text.replace(",", "")), ""
-    except ValueError:
-        return float("inf"), text
+        (to / "figures").mkdir(parents=True, exist_ok=True)
+        write_atomically(to / "index.html", page(report, views, to))
+        write_atomically(to / "runs.csv", report.frame.to_csv(index=False))
+        for name, table in (("runs", report.frame), ("curves", report.curves)):
+            beside = to / f".{name}.parquet"
+            _uniform(table).to_parquet(beside, index=False)
+            beside.replace(to / f"{name}.parquet")
+        notes = _write_pictures(views, to / "figures") if pictures else []
+        write_atomically(to / "summary.json", as_json(report.summary()))
+    except OSError as error:
+        raise UserError(f"--to: cannot write {to}: {error.strerror}") from error
+    return notes
 
 
-def comparison_table(folders: Sequence[RunFolder]) -> Table:
-    """Finished runs side by side, a row each; what is the same in all of them stands in the title.
+def page(report: Report, views: Sequence[View], to: Path) -> str:
+    """The page, complete.
 
     Args:
-        folders: Runs; those that are not finished are left out.
+        report: What it says.
+        views: Its figures.
+        to: The folder it will lie in, which links to run folders begin at.
     """
-    summaries = [summary for _, summary in finished_summaries(folders)]
-    varying = varying_factors(summaries)
-    readers = {name: FACTORS[name] for name in varying} | _NUMBERS
-    same = {
-        name: read(summaries[0])
-        for name, read in (FACTORS | _NUMBERS).items()
-        if name
-        in ("model", "SAE after block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
-        and len({read(one) for one in summaries}) == 1
-    }
-    table = Table(
-        title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
+    templates = Environment(
+        loader=PackageLoader("sae_lora", "."), autoescape=select_autoescape(), trim_blocks=True
     )
-    if not varying:
-        table.add_column("run")
-    columns = [name for name in readers if name not in same]
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for summary in summaries:
-        first = [] if varying else [summary["name"]]
-        table.add_row(*first, *(readers[name](summary) for name in columns))
-    return table
+    templates.filters |= {"cell": _cell, "script": _for_script}
+    curves = [view for view in views if view.name.startswith("gap_over_")]
+    drawn = [view for view in views if view not in curves[1:]]
+    axes = [
+        {"x": [trace.x for trace in view.figure.data], "title": view.figure.layout.xaxis.title.text}
+        for view in curves
+    ]
+    runs = [
+        _plain(row)
+        | {"href": os.path.relpath(row["folder"], to), "config": _config(Path(row["folder"]))}
+        for row in report.frame.to_dict("records")
+    ]
+    return templates.get_template("report.html").render(
+        report=report,
+        sweeps=sorted(set(report.frame["sweep"])),
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        columns=_columns(report),
+        runs=runs,
+        best=report.best,
+        fits=[str(one) for one in report.fits if isinstance(one, Fit)],
+        views=drawn,
+        figures={view.name: json.loads(str(view.figure.to_json())) for view in drawn},
+        axes=axes,
+        plotly=get_plotlyjs(),
+    )
+
+
+def _write_pictures(views: Sequence[View], folder: Path) -> list[str]:
+    """Writes the figures as SVG and PNG; says so where that cannot be done here."""
+    wanted = [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in ("svg", "png")]
+    try:
+        plotly.io.write_images(
+            [figure for figure, _ in wanted], [path for _, path in wanted], scale=2, validate=False
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [
+            f"no pictures beside the page ({reason}): they need `pip install -e '.[figures]'` and "
+            "Chrome or Chromium"
+        ]
+    return []
+
+
+def _check_free(to: Path) -> None:
+    """Makes sure that nothing but an older report is replaced.
+
+    Raises:
+        UserError: Where there is something else.
+    """
+    if not to.exists():
+        return
+    if not to.is_dir():
+        raise UserError(f"--to: {to} is a file, not a folder")
+    ours = {"index.html", "figures", "runs.csv", "runs.parquet", "curves.parquet", "summary.json"}
+    others = sorted(one.name for one in to.iterdir() if one.name.lstrip(".") not in ours)
+    if others:
+        raise UserError(f"--to: {to} holds something else than a report: {', '.join(others[:3])}")
+
+
+def _columns(report: Report) -> list[tuple[str, str]]:
+    """Of the page's table: a column of the frame, and its heading."""
+    names = [(name, figures.label(name)) for name in factors(report.frame)]
+    if len(set(report.frame["sweep"])) > 1:
+        names = [("sweep", "sweep"), *names]
+    return [
+        *names,
+        ("base_ce", "base CE"),
+        ("student_ce", "student CE"),
+        ("initial_gap", "gap before"),
+        ("ce_gap", "gap after"),
+        ("gap_closed", "gap closed"),
+        ("kl", "KL"),
+        ("top1_agreement", "top-1"),
+        ("fvu", "FVU"),
+        ("measured_l0", "L0 measured"),
+        ("trainable_parameters", "parameters"),
+        ("train_flops", "FLOPs"),
+        ("train_seconds", "training"),
+        ("closed_per_million_parameters", "closed per million parameters"),
+        ("closed_per_petaflop", "closed per petaFLOP"),
+        ("closed_per_minute", "closed per minute"),
+    ]
+
+
+_SHARES = {
+    *("gap_closed", "top1_agreement", "closed_per_million_parameters", "closed_per_petaflop"),
+    "closed_per_minute",
+}
+
+
+def _cell(value: Any, column: str) -> str:
+    """A value as the table shows it."""
+    if value is None:
+        return "–"
+    if column in _SHARES:
+        return percent(value)
+    if column == "train_seconds":
+        return duration(value)
+    if column == "train_flops":
+        return f"{value:.2e}"
+    if isinstance(value, float):
+        return f"{value:.3f}" if column.endswith(("_ce", "_gap", "kl", "fvu")) else f"{value:,.6g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _for_script(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _config(folder: Path) -> str:
+    return (folder / "config.yaml").read_text()
+
+
+def _named(found: Fit) -> list[dict[str, Any]]:
+    """The intercepts as JSON can hold them."""
+    return [{"group": list(group), "at_1": value} for group, value in found.intercepts.items()]
+
+
+def _plain(row: dict[Any, Any]) -> dict[str, Any]:
+    """Values as JSON knows them."""
+    return {str(name): _plain_value(value) for name, value in row.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if hasattr(value, "item"):  # numpy's
+        value = value.item()
+    return None if isinstance(value, float) and value != value else value
+
+
+def _uniform(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Columns of one type each: one that holds numbers and words holds words."""
+    mixed = [
+        name
+        for name in table.columns
+        if table[name].dtype == object and len({type(one) for one in table[name].dropna()}) > 1
+    ]
+    return table.astype(dict.fromkeys(mixed, str))
+
+
+def _file(name: str) -> str:
+    """A factor as part of a file's name."""
+    return name.replace(".", "_")

@@ -183,13 +183,14 @@ class _Execution:
 
         with ExitStack() as begun:
             begun.callback(_end, list(members.values()))
-            self._each(Member.begin)
+            made_with = environment(model.device)
+            self._each(lambda member: member.begin(made_with))
             report.begin()
             batches = text.batches(config.train.batch_size, config.data.seed, pack.step)
             found = {
                 "validation_tokens": text.validation.size,
                 "model": _describe_model(config, model),
-                "environment": environment(model.device),
+                "environment": made_with,
                 "trained_together": len(self._members),
             }
 

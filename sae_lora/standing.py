@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from sae_lora import slurm
+from sae_lora.errors import UserError
 from sae_lora.lease import holder
 from sae_lora.records import RunFolder
 
@@ -74,6 +76,24 @@ def standings(folders: Sequence[RunFolder]) -> list[Standing]:
         else:
             found[at] = Standing(State.queued, f"as job {job}, {queue[job]}")
     return found
+
+
+def finished(path: Path) -> RunFolder:
+    """The run in this folder, which has ended well.
+
+    Raises:
+        UserError: Where there is none, or it has not; says how far it is.
+    """
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise UserError(f"{path} is no run; a run's folder is outputs/<sweep>/<run>")
+    (standing,) = standings([folder])
+    if standing.state is State.done:
+        return folder
+    now = folder.read_progress()
+    how_far = f", at step {now.step:,} of {now.steps:,}" if now is not None and now.steps else ""
+    note = f" ({standing.note})" if standing.note else ""
+    raise UserError(f"{path} is not finished: it is {standing.state.value}{how_far}{note}")
 
 
 def _in_folder(folder: RunFolder) -> Standing:

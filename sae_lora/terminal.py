@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.records import CurvePoint
-from sae_lora.report import percent
+from sae_lora.redaction import redacted
+from sae_lora.tables import percent
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -30,7 +31,7 @@ _UNLIMITED = 10_000
 
 def say(text: str) -> None:
     """Prints a line for people, as it is: brackets in it are no markup, long lines stay whole."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(redacted(text), markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:
@@ -43,7 +44,7 @@ def show(table: Table) -> None:
 
 def complain(what: str, text: str) -> None:
     """Prints what went wrong to the error stream, as `what: text`."""
-    errors.print(f"[red]{what}[/red]: {escape(text)}", soft_wrap=True)
+    errors.print(f"[red]{what}[/red]: {escape(redacted(text))}", soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

@@ -1,25 +1,29 @@
-"""Weights & Biases: a view of the run folder that can be lost without losing the run."""
+"""Weights & Biases: a view of a run's curve that can be lost without losing the run.
 
-import contextlib
+A point is shown when it is final: a run that is killed measures once more what came after its newest
+checkpoint. All that is asked of wandb is asked in a thread of its own, which training never waits for.
+"""
+
 import dataclasses
 import logging
-import netrc
 import os
-import socket
+import queue
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
+from sae_lora import wandb_run
 from sae_lora.config import Config, TrackingConfig, TrackingMode
-from sae_lora.conversion import as_dict
-from sae_lora.records import CurvePoint, Summary
+from sae_lora.records import RunFolder, Summary
+from sae_lora.redaction import redacted
+from sae_lora.shown import Shown
+from sae_lora.terminal import say
+from sae_lora.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 10
-_PROBE_TIMEOUT_S = 3
+_PLACE_TIMEOUT_S = 10
 
 
 class Tracker(Protocol):
@@ -27,15 +31,20 @@ class Tracker(Protocol):
 
     @property
     def place(self) -> str | None:
-        """Where a person finds the run there; `None` where it is not tracked."""
+        """Where a person finds the run there; `None` where it is not tracked, or not known in time."""
         ...
 
-    def log(self, point: CurvePoint) -> None:
-        """Shows one more point."""
+    def show(self, points: int) -> None:
+        """The first so many points of the curve are final."""
         ...
 
-    def finish(self, summary: Summary | None) -> None:
-        """Ends the run there; without a summary it has failed."""
+    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
+        """Ends the run there.
+
+        Args:
+            summary: What it has found; without one it has failed.
+            goes_on: Or it has only been interrupted.
+        """
         ...
 
 
@@ -44,101 +53,99 @@ class Untracked:
 
     place = None
 
-    def log(self, point: CurvePoint) -> None:
+    def show(self, points: int) -> None:
         """Does nothing."""
 
-    def finish(self, summary: Summary | None) -> None:
+    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
         """Does nothing."""
 
 
-def start(config: Config, name: str, run_hash: str, folder: Path) -> Tracker:
+def start(config: Config, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
     """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on.
 
     Args:
         config: The run's config; all of it becomes the W&B run's config.
-        name: The run's readable name.
-        run_hash: The run's identity, which the W&B run id is made of.
-        folder: The run folder; W&B's own files lie in it.
+        folder: The run folder; what is shown is read from it, and W&B's own files lie in it.
+        environment: With what the run is computed.
     """
     mode = _asked_mode(config.tracking.mode)
     if mode is TrackingMode.disabled:
         return Untracked()
-    try:
-        return _WandB(config, mode, name, run_hash, folder)
-    except Exception as error:  # W&B must never stop a run, whatever it raises
-        log.warning("W&B is off for this run: %s", _first_line(error))
-        return Untracked()
+    return _Background(Shown(folder, config, environment), mode)
 
 
-class _WandB:
-    def __init__(
-        self, config: Config, asked: TrackingMode, name: str, run_hash: str, folder: Path
-    ) -> None:
-        import wandb  # takes a second to import, which a run with tracking=disabled need not pay
+class _Background:
+    """A W&B run that a thread looks after.
 
-        self._finish_timeout_s = config.tracking.finish_timeout_s
-        mode = _settled_mode(asked, wandb.setup().settings)
+    Args:
+        shown: The run.
+        mode: What is asked for.
+    """
 
-        def init(mode: str) -> Any:
-            return wandb.init(
-                entity=config.tracking.entity,
-                project=config.tracking.project,
-                id=_run_id(config.sweep, run_hash, folder),
-                name=name,
-                group=config.sweep,
-                job_type="lora",
-                config=as_dict(config),
-                dir=str(folder),
-                mode=mode,  # pyright: ignore[reportArgumentType]
-                resume="allow",
-                reinit="create_new",
-                settings=wandb.Settings(
-                    console="off", silent=True, init_timeout=_START_TIMEOUT_S, disable_git=True
-                ),
-            )
+    def __init__(self, shown: Shown, mode: TrackingMode) -> None:
+        self._shown = shown
+        self._mode = mode
+        self._place: str | None = None
+        self._is_cut_off = False
+        self._orders: queue.SimpleQueue[Callable[[WandbRun], object] | None] = queue.SimpleQueue()
+        self._began = threading.Event()
+        self._place_is_due = time.monotonic() + _PLACE_TIMEOUT_S
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
-        try:
-            self._run = init(mode)
-        except Exception as error:  # W&B must never stop a run, whatever it raises
-            if mode == "offline":
-                raise
-            log.warning("W&B: %s; going on offline", _first_line(error))
-            self._run = init("offline")
-        self._run.define_metric("tokens")
-        self._run.define_metric("train_seconds")
-        self._run.define_metric("*", step_metric="tokens")
-        self.place = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
+    @property
+    def place(self) -> str | None:
+        self._began.wait(max(0.0, self._place_is_due - time.monotonic()))
+        return self._place
 
-    def log(self, point: CurvePoint) -> None:
-        values = {key: value for key, value in dataclasses.asdict(point).items() if value is not None}
-        self._guarded("log", lambda: self._run.log(values, step=point.step))
+    def show(self, points: int) -> None:
+        self._orders.put(lambda run: run.show(points))
 
-    def finish(self, summary: Summary | None) -> None:
-        def end() -> None:
-            if summary is not None:
-                self._run.summary.update(dataclasses.asdict(summary))
-            self._run.finish(exit_code=0 if summary is not None else 1)
-
-        # An upload may hang for as long as the network does; the run does not wait for it.
-        thread = threading.Thread(target=lambda: self._guarded("finish", end), daemon=True)
-        thread.start()
-        thread.join(self._finish_timeout_s)
-        if thread.is_alive():
+    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
+        found = None if summary is None else dataclasses.asdict(summary)
+        self._orders.put(lambda run: run.finish(found, goes_on=goes_on))
+        self._orders.put(None)
+        most_s = self._shown.config.tracking.finish_timeout_s
+        self._thread.join(most_s)
+        if self._thread.is_alive():
+            sweep = self._shown.folder.path.parent
             log.warning(
-                "W&B has not ended after %g s; its files stay in the run folder", self._finish_timeout_s
+                "W&B has not ended after %g s; `python -m sae_lora sync %s` uploads the rest",
+                most_s,
+                sweep,
             )
+            self._is_cut_off = True
+            wandb_run.cut_off()  # or it would hold up the end of this process
 
-    def _guarded(self, what: str, call: Callable[[], None]) -> None:
+    def _work(self) -> None:
+        run: WandbRun | None = None
         try:
-            call()
+            run = self._open()
+            self._place = run.place
         except Exception as error:  # W&B must never stop a run, whatever it raises
-            log.warning("W&B %s: %s", what, _first_line(error))
+            self._warn("W&B is off for this run: %s", error)
+        self._began.set()
+        while (order := self._orders.get()) is not None:
+            if run is not None:
+                try:
+                    order(run)
+                except Exception as error:  # likewise
+                    self._warn("W&B: %s", error)
 
+    def _open(self) -> WandbRun:
+        if _settled_mode(self._mode) == "online":
+            try:
+                run = WandbRun(self._shown, online=True)
+            except Exception as error:  # likewise
+                self._warn("W&B: %s; going on offline", error)
+            else:
+                say(f"W&B shows {self._shown.name} at {run.place}")
+                return run
+        return WandbRun(self._shown, online=False)
 
-def _run_id(sweep: str, run_hash: str, folder: Path) -> str:
-    """The W&B run's id: the run's own, and one of its own for each attempt that begins anew."""
-    attempts = sum(1 for _ in folder.glob("unfinished-*"))
-    return f"{sweep}-{run_hash}" + (f"-{attempts + 1}" if attempts else "")
+    def _warn(self, text: str, error: Exception) -> None:
+        if not self._is_cut_off:
+            log.warning(text, _first_line(error))
 
 
 def _asked_mode(mode: TrackingMode) -> TrackingMode:
@@ -161,26 +168,21 @@ def settled(config: TrackingConfig) -> dict[str, str]:
     """
     if _asked_mode(config.mode) is not TrackingMode.auto:
         return {}
-    import wandb  # takes a second to import, which a run with tracking=disabled need not pay
-
     try:
-        return {"WANDB_MODE": _settled_mode(TrackingMode.auto, wandb.setup().settings)}
+        return {"WANDB_MODE": _settled_mode(TrackingMode.auto)}
     except Exception as error:  # W&B must never stop a run, whatever it raises
         log.warning("W&B: %s", _first_line(error))
         return {}
     finally:
-        wandb.teardown()  # the service that `setup` starts; each run has its own
+        wandb_run.cut_off()  # each run has a service of its own
 
 
-def _settled_mode(mode: TrackingMode, settings: Any) -> str:
+def _settled_mode(mode: TrackingMode) -> str:
     """online or offline. Says once a process why it is offline when that was not asked for."""
-    if mode is not TrackingMode.auto:
-        return mode.name
-    if not _is_logged_in(settings):
-        reason = "not logged in to W&B (`wandb login`)"
-    elif not _answers(settings.base_url):
-        reason = "the W&B server does not answer"
-    else:
+    if mode is TrackingMode.offline:
+        return "offline"
+    reason = wandb_run.obstacle(probe=mode is TrackingMode.auto)
+    if reason is None:
         return "online"
     if not _said_offline.is_set():
         _said_offline.set()
@@ -188,27 +190,5 @@ def _settled_mode(mode: TrackingMode, settings: Any) -> str:
     return "offline"
 
 
-def _is_logged_in(settings: Any) -> bool:
-    """Whether W&B would find a key: in the environment, its settings, or where `wandb login` puts it."""
-    if settings.api_key or settings.identity_token_file:
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(path).authenticators(urlsplit(settings.base_url).hostname or "") is not None
-    return False
-
-
-def _answers(url: str) -> bool:
-    """Whether something listens at the server's address."""
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection((parts.hostname or "", port), timeout=_PROBE_TIMEOUT_S),
-    ):
-        return True
-    return False
-
-
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return redacted((str(error).splitlines() or [type(error).__name__])[0])

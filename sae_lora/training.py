@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -185,6 +187,7 @@ class Training:
             lr=self._lr,
             grad_norm=None if self._last_norm is None else float(self._last_norm),
             tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
+            peak_memory_gb=_peak_memory_gb(self._device),
         )
 
     def note_evaluation(self) -> None:
@@ -275,6 +278,14 @@ def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
                 raise NotImplementedError(config.schedule)
 
     return factor
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far, of the GPU or of the machine, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class _Read(NamedTuple):

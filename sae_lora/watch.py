@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.records import CurvePoint, Progress, RunFolder
-from sae_lora.report import duration, percent
 from sae_lora.standing import State, counts, standings
+from sae_lora.tables import duration, percent
 from sae_lora.terminal import console, say
 
 _COLOURS = {

@@ -138,7 +138,7 @@ def results(folder: RunFolder) -> dict[str, object]:
         {
             name: value
             for name, value in vars(point).items()
-            if name not in ("train_seconds", "tokens_per_second")
+            if name not in ("train_seconds", "tokens_per_second", "peak_memory_gb")
         }
         for point in folder.read_curve()
     ]

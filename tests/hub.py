@@ -3,6 +3,7 @@
 Not a stand-in for them: transformers, sae-lens and datasets talk to it over HTTP as to the real one.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 """What `main` of every repository is at."""
@@ -35,6 +36,8 @@ class Hub:
         address: For `HF_ENDPOINT`.
         gated: Repositories that answer 403.
         truncated: Files (by name) that are cut in half on the way.
+        closed: Organisations that nobody's token may write to.
+        private: Repositories that are private.
         requests: Every request line so far.
     """
 
@@ -42,6 +45,8 @@ class Hub:
     address: str = ""
     gated: set[str] = field(default_factory=set)
     truncated: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
 
 
@@ -81,6 +86,13 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     path = urlsplit(request.path).path
     hub.requests.append(f"{request.command} {path}")
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    if path == "/api/repos/create":
+        return _create(request, hub, json.loads(body))
+    if path == "/api/validate-yaml":
+        return _send_json(request, {"errors": [], "warnings": []}, with_body)
+    if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path):
+        repo, action, revision = match.groups()
+        return _write(request, hub, repo, action, revision, body)
     if match := re.fullmatch(
         r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path
     ):
@@ -103,10 +115,9 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
             case _:
                 files = [entry for entry in _entries(folder, folder, True) if entry["type"] == "file"]
                 siblings = [{"rfilename": entry["path"]} for entry in files]
-                info = {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
-                return _send_json(
-                    request, info | {"lastModified": "2026-01-01T00:00:00.000Z"}, with_body
-                )
+                info = {"id": repo, "sha": commit, "siblings": siblings, "tags": []}
+                more = {"private": repo in hub.private, "lastModified": "2026-01-01T00:00:00.000Z"}
+                return _send_json(request, info | more, with_body)
     if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
         kind, repo, revision, name = match.groups()
         name = unquote(name)
@@ -118,6 +129,41 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
             return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
         return _send_file(request, hub, folder / name, commit, with_body)
     return _send_error(request, HTTPStatus.NOT_FOUND, "RepoNotFound")
+
+
+def _create(request: BaseHTTPRequestHandler, hub: Hub, wanted: dict[str, Any]) -> None:
+    repo = f"{wanted['organization']}/{wanted['name']}"
+    folder = hub.root / "models" / repo
+    if not request.headers.get("Authorization"):
+        return _send_error(request, HTTPStatus.UNAUTHORIZED, "")
+    if wanted["organization"] in hub.closed:
+        return _send_error(request, HTTPStatus.FORBIDDEN, "")
+    status = HTTPStatus.CONFLICT if folder.exists() else HTTPStatus.OK
+    if not folder.exists() and wanted.get("visibility") == "private":
+        hub.private.add(repo)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _send_json(request, {"url": f"{hub.address}/{repo}"}, True, status)
+
+
+def _write(
+    request: BaseHTTPRequestHandler, hub: Hub, repo: str, action: str, revision: str, body: bytes
+) -> None:
+    revision = unquote(revision)
+    repository = hub.root / "models" / repo
+    if action == "branch":
+        repository.with_name(f"{repository.name}@{quote(revision, safe='')}").mkdir(exist_ok=True)
+        return _send_json(request, {}, True)
+    if action == "preupload":
+        names = [file["path"] for file in json.loads(body)["files"]]
+        files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+        return _send_json(request, {"files": files}, True)
+    folder, commit = _branch(repository, revision)
+    for entry in map(json.loads, body.splitlines()):
+        if entry["key"] == "file":
+            content = base64.b64decode(entry["value"]["content"])
+            (folder / entry["value"]["path"]).write_bytes(content)
+    address = f"{hub.address}/{repo}/commit/{commit}"
+    return _send_json(request, {"commitUrl": address, "commitOid": commit}, True)
 
 
 def _branch(repository: Path, revision: str) -> tuple[Path, str]:
@@ -150,9 +196,11 @@ def _entry(root: Path, path: Path) -> dict[str, Any]:
     return {"type": kind, "path": path.relative_to(root).as_posix(), "size": size, "oid": oid}
 
 
-def _send_json(request: BaseHTTPRequestHandler, value: Any, with_body: bool) -> None:
+def _send_json(
+    request: BaseHTTPRequestHandler, value: Any, with_body: bool, status: HTTPStatus = HTTPStatus.OK
+) -> None:
     content = json.dumps(value).encode()
-    request.send_response(HTTPStatus.OK)
+    request.send_response(status)
     request.send_header("Content-Type", "application/json")
     request.send_header("Content-Length", str(len(content)))
     request.end_headers()

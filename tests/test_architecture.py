@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "sae_lora"
 ORDER = [
     *(
         "errors",
+        "redaction",
         "config",
         "conversion",
         "identity",
@@ -18,10 +19,11 @@ ORDER = [
         "files",
         "records",
         "lease",
-        "report",
+        "tables",
         "reach",
-        "figures",
         "terminal",
+        "shown",
+        "wandb_run",
         "tracking",
         "composition",
         "interruption",
@@ -48,6 +50,7 @@ ORDER = [
         "saes.loading",
         "saes.training",
         "provenance",
+        "estimate",
         "member",
         "progress",
         "assembly",
@@ -56,10 +59,20 @@ ORDER = [
         "slurm",
         "plan",
         "prefetch",
-        "estimate",
         "places",
         "packs",
         "standing",
+        "adapted",
+        "card",
+        "export",
+        "push",
+        "command",
+        "sweep",
+        "scaling",
+        "figures",
+        "report",
+        "upload",
+        "dashboard",
         "watch",
         "job",
         "dispatch",
@@ -72,9 +85,10 @@ ORDER = [
 """A module imports only modules that stand before it."""
 ROOMS = {
     "peft": {"lora"},
-    "wandb": {"tracking"},
+    "wandb": {"wandb_run", "dashboard"},
+    "wandb_workspaces": {"dashboard"},
     "submitit": {"job", "dispatch"},
-    "hydra": {"composition"},
+    "hydra": {"composition", "command"},
 }
 """The modules that may import a library."""
 SAE_LENS = {"saes.loading", "saes.training", "benchmark.shapes"}
@@ -119,7 +133,7 @@ def test_each_library_has_one_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "records", "report", "composition", "launcher", "terminal", "watch", "plan"]
+    "module", ["config", "records", "tables", "composition", "launcher", "terminal", "watch", "plan"]
 )
 def test_planning_and_looking_need_no_torch(module: str) -> None:
     code = f"import sys, sae_lora.{module}; sys.exit('torch' in sys.modules)"

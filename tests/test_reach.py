@@ -11,7 +11,7 @@ from sae_lora.errors import UserError
 from sae_lora.reach import Reached, reached, savings
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder
 from tests.test_records import point
-from tests.test_report import finished
+from tests.test_tables import finished
 
 
 def curve(*closed: float) -> list[CurvePoint]:

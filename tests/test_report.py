@@ -1,112 +1,177 @@
-"""Tables and figures are made from run folders alone, and show what differs."""
+"""The report: complete in one folder, true to the run folders, and at work in a real browser."""
 
 import json
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
+from sae_lora.__main__ import main
+from sae_lora.conversion import as_dict
 from sae_lora.errors import UserError
-from sae_lora.figures import COLOURS, gap_curves
-from sae_lora.records import CurveWriter, RunFolder
-from sae_lora.report import comparison_table, duration, percent, run_table
-from sae_lora.terminal import show
-from tests.test_records import point
+from sae_lora.report import Report, page, write
+from sae_lora.sweep import load_sweep
+from tests.composing import composed
+from tests.sweeps import MadeUp
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 
 
-def finished(tmp_path: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
-    folder = RunFolder(tmp_path / name)
-    folder.write_config("{}\n")
-    numbers = dict.fromkeys(
-        ("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "kl", "fvu"), 1.0
+def half_finished(home: Path) -> Path:
+    """A grid of which some runs are missing."""
+    made = MadeUp(home / "grid")
+    made.grid(ranks=(1, 4, 16, 64), blocks=(1, 3))
+    made.begun(3, rank=256, block=1)
+    made.begun(2, rank=256, block=3).write_failure("out of memory: </script><b id='evil'>", "…")
+    return made.home
+
+
+def test_it_is_complete_and_true(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    sweep = load_sweep(home)
+    assert main(["report", str(home), "--no-pictures"]) == 0
+    to = home / "report"
+    frame = sweep.frame()
+    for read in (pandas.read_csv(to / "runs.csv"), pandas.read_parquet(to / "runs.parquet")):
+        assert list(read["run"]) == list(frame["run"])
+        assert list(read["gap_closed"]) == pytest.approx(list(frame["gap_closed"]))
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(to / "curves.parquet"), sweep.curves(), check_dtype=False
     )
-    summary = numbers | {
-        "name": name,
-        "gap_closed": closed,
-        "initial_kl": 2.0,
-        "top1_agreement": 0.5,
-        "l0": 8.0,
-        "trainable_parameters": 10_240 * rank,
-        "train_tokens": 1000,
-        "train_seconds": 63.0,
-        "total_seconds": 80.0,
-        "seed": 0,
-        "model": {"name": "tiny"},
-        "sae": [{"block": block, "width": 1024}],
-        "lora": {"rank": rank, "alpha": 32.0, "targets": "all", "blocks": [4, 5]},
-    }
-    folder.summary.write_text(json.dumps(summary))
-    with CurveWriter(folder.curve) as curve:
-        curve.append(point(0))
-        curve.append(point(rank))
-    return folder
+    summary = json.loads((to / "summary.json").read_text())
+    assert summary["states"] == {"done": 8, "new": 1, "failed": 1}
+    done = frame[frame["state"] == "done"]
+    assert summary["best"]["run"] == done.loc[done["gap_closed"].idxmax(), "run"]
+    (found,) = summary["fits"]
+    assert found["factor"] == "rank"
+    assert found["low"] <= found["per_doubling"] <= found["high"]
+    assert "1 of 10 runs: failed" in summary["missing"]
+    # Once more, over the older one.
+    assert main(["report", str(home), "--no-pictures"]) == 0
 
 
-def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [finished(tmp_path, f"run{rank}", rank, 3, rank / 10) for rank in (1, 4)]
-    table = comparison_table([*folders, RunFolder(tmp_path / "unfinished")])
-    headers = [str(column.header) for column in table.columns]
-    assert headers[0] == "rank"
-    assert "alpha" not in headers and "base CE" not in headers
-    same = (
-        "model tiny, SAE after block 3, latents 1024, L0 8, base CE 1.000, spliced CE 1.000, gap before"
+def test_each_point_has_the_command_that_makes_it(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    frame = load_sweep(home).frame()
+    text = page(report := Report.of(load_sweep(home)), report.views(), home / "report")
+    for run in frame.to_dict("records"):
+        assert run["command"] in text
+        config = as_dict(composed(*shlex.split(run["command"])[2:]))
+        assert config["lora"]["rank"] == run["rank"] and config["layer"]["index"] == run["block"]
+
+
+def test_nothing_finished_yet(tmp_path: Path) -> None:
+    MadeUp(tmp_path / "sweep").folder()
+    report = Report.of(sweep := load_sweep(tmp_path / "sweep"))
+    assert report.views() == [] and report.best is None
+    assert report.missing == ["1 of 1 runs: new"]
+    write(sweep, tmp_path / "report", pictures=False)
+    assert "There is nothing to draw yet" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_no_gap_to_close(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "sweep")
+    made.finished(rank=1, closed=None)
+    made.finished(rank=4, closed=None)
+    report = Report.of(load_sweep(tmp_path / "sweep"))
+    assert "gap closed is undefined in 2 runs, whose SAE opens no gap" in report.missing
+    assert [view.name for view in report.views()] == ["gap_over_tokens", "gap_over_train_seconds"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    with pytest.raises(UserError, match="holds something else"):
+        write(load_sweep(home), home)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        write(load_sweep(home), tmp_path / "file")
+    assert main(["report", str(tmp_path / "none")]) == 1
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_pictures_for_papers(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    assert write(load_sweep(home), home / "report") == []
+    names = {view.name for view in Report.of(load_sweep(home)).views()}
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        files = {path.stem: path for path in (home / "report" / "figures").glob(f"*.{kind}")}
+        assert set(files) == names
+        assert all(path.read_bytes().startswith(start) for path in files.values())
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Page]:
+    """A page of a report, in a browser; whatever the console complains of fails the test."""
+    write(load_sweep(half_finished(tmp_path)), tmp_path / "report", pictures=False)
+    with sync_playwright() as playwright:
+        options: dict[str, Any] = {"executable_path": BROWSER, "args": ["--no-sandbox", "--disable-gpu"]}
+        browser = playwright.chromium.launch(**options)
+        opened = browser.new_page()
+        complaints: list[str] = []
+        opened.on("console", lambda line: complaints.append(line.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("request", lambda one: complaints.append(one.url) if "://" in one.url[5:] else None)
+        opened.goto((tmp_path / "report" / "index.html").as_uri())
+        yield opened
+        assert complaints == []
+        browser.close()
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
+    report = Report.of(load_sweep(tmp_path / "grid"))
+    for view in report.views():
+        if view.name == "gap_over_train_seconds":
+            continue
+        drawn = browser.evaluate("name => document.getElementById(name).data.length", view.name)
+        assert drawn == len(view.figure.data)
+        kind = ".heatmaplayer" if view.name == "heat_map" else ".scatterlayer .trace"
+        assert browser.locator(f"#{view.name} {kind}").count() >= 1
+    assert browser.locator("#evil").count() == 0  # what an error says is text
+
+    def axis() -> tuple[str, float]:
+        of = "document.getElementById('gap_over_tokens')"
+        title = browser.evaluate(f"{of}.layout.xaxis.title.text")
+        return title, browser.evaluate(f"{of}.data[0].x.at(-1)")
+
+    seconds, tokens = (
+        report.curves.groupby("run")[over].max()[report.frame["run"][0]]
+        for over in ("train_seconds", "tokens")
     )
-    assert table.title == f"{same} +1.000"
-    assert table.row_count == 2
-    show(table)
-    printed = capsys.readouterr().out
-    assert "gap closed" in printed and "40.0%" in printed and "40,960" in printed
-    assert "…" not in printed
+    assert axis() == ("training tokens", tokens)
+    browser.get_by_role("button", name="seconds").click()
+    assert axis() == ("seconds of training", pytest.approx(seconds))
+    browser.get_by_role("button", name="tokens").click()
+    assert axis() == ("training tokens", tokens)
 
+    def shown() -> list[str]:
+        return browser.locator("#runs tbody tr:not([hidden]) td:first-child").all_inner_texts()
 
-def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
-    one = finished(tmp_path, "one", 1, 3, None)
-    assert comparison_table([one]).columns[0].header == "run"
-    other = finished(tmp_path, "other", 4, 5, 0.5)
-    headers = [str(column.header) for column in comparison_table([one, other]).columns]
-    assert headers[:2] == ["SAE after block", "rank"]
+    def sort_by(heading: str) -> None:
+        browser.locator(f"th button:text-is('{heading}')").click()
 
+    by_closed = report.frame.sort_values("gap_closed")
+    sort_by("gap closed")
+    assert shown() == list(by_closed["run"])
+    sort_by("gap closed")
+    assert shown() == list(by_closed["run"])[::-1]
+    sort_by("rank")
+    assert [name.split("-r")[1] for name in shown()][:3] == ["1-s0", "1-s0", "4-s0"]
+    browser.locator("#filter").fill("failed")
+    (failed,) = shown()
+    assert failed in set(report.frame[report.frame["state"] == "failed"]["run"])
+    browser.locator("#filter").fill("done r64")
+    assert len(shown()) == 2
 
-def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:
-    assert comparison_table([RunFolder(tmp_path)]).row_count == 0
-    with pytest.raises(UserError, match="nothing to draw"):
-        gap_curves([RunFolder(tmp_path)])
-
-
-def test_one_run_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(run_table(finished(tmp_path, "run", 4, 3, None).read_summary()))
-    printed = capsys.readouterr().out
-    assert "undefined (no gap)" in printed
-    assert "1 min 03 s" in printed
-
-
-def test_the_figure_has_a_line_per_run(tmp_path: Path) -> None:
-    folders = [finished(tmp_path, f"run{rank}", rank, 3, 0.1) for rank in (1, 4, 16)]
-    figure = gap_curves(folders)
-    assert [trace.name for trace in figure.data] == ["1", "4", "16"]
-    assert figure.layout.legend.title.text == "rank"
-    assert len({trace.line.color for trace in figure.data}) == 3
-    assert {trace.line.dash for trace in figure.data} == {"solid"}
-    assert list(figure.data[1].x) == [0, 40]
-    assert len(set(COLOURS)) == len(COLOURS)
-
-
-def test_two_factors_are_colour_and_dash_in_the_order_of_their_values(tmp_path: Path) -> None:
-    folders = [finished(tmp_path, f"run{rank}-{at}", rank, at, 0.1) for at in (3, 5) for rank in (16, 4)]
-    figure = gap_curves(folders)
-    assert [trace.name for trace in figure.data] == ["3, 4", "3, 16", "5, 4", "5, 16"]
-    colours, dashes = ([trace.line[key] for trace in figure.data] for key in ("color", "dash"))
-    assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert dashes[0] == dashes[2] != dashes[1] == dashes[3]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (63, "1 min 03 s"), (7265, "2 h 01 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_percent() -> None:
-    assert percent(0.4835) == "48.4%"
-    assert percent(-0.1) == "-10.0%"
-    assert percent(None) == "undefined (no gap)"
+    browser.locator("#runs tbody tr:not([hidden]) td a").first.click()
+    assert browser.locator("details[open]").count() == 1
+    browser.set_viewport_size({"width": 390, "height": 800})
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390

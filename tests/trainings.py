@@ -76,7 +76,7 @@ def pack(model: LanguageModel, *trainings: Training, micro_batch: int | None = N
 
 def comparable(point: CurvePoint) -> CurvePoint:
     """The point without what no two runs share: how long they took."""
-    return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None)
+    return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
 
 
 def curves(together: Pack, steps: int) -> dict[Training, list[CurvePoint]]:

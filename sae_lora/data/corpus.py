@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,14 @@ from sae_lora.data.documents import (
     shuffled,
     stdlib_documents,
 )
-from sae_lora.data.packing import Convention, Packer, convention_of, shuffled_batches, tokenised
+from sae_lora.data.packing import (
+    Convention,
+    Packer,
+    convention_of,
+    shuffled_batches,
+    special_ids,
+    tokenised,
+)
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.files import as_json, write_atomically
 
@@ -114,11 +121,10 @@ def load(
     train = np.load(folder / "train.npy", mmap_mode="r")
     validation = np.load(folder / "validation.npy", mmap_mode="r")
     _check_length(config, len(train), len(validation), train_sequences, wanted_validation, batch_size)
-    special = {cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)}
     return Corpus(
         train=train,
         validation=validation,
-        special_ids=torch.tensor(sorted(special - {None}), dtype=torch.long),  # pyright: ignore[reportArgumentType]
+        special_ids=special_ids(tokenizer),
         description=source
         | {
             "corpus": key,

@@ -39,6 +39,12 @@ def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
     return Convention(bos if begins_with_bos else None, eos)
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids of BOS and EOS, as far as the tokenizer has them, `[n]`."""
+    ids = [cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)]
+    return torch.tensor(sorted({id for id in ids if id is not None}), dtype=torch.long)
+
+
 def tokenised(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[int]]]:

@@ -21,7 +21,7 @@ from sae_lora.errors import UserError
 from sae_lora.saes.disk import check_fit, metadata_block, weights_digest
 from sae_lora.saes.registry import repository_of
 from sae_lora.saes.sparse import multiplied
-from sae_lora.splice import Coder
+from sae_lora.splice import Coder, Splice
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,14 @@ def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
     return config.family is SAEFamily.gemma_scope or any(one.excludes_special_tokens for one in saes)
+
+
+def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
+    """The SAEs of a run at their places, by block."""
+    keeps = keeps_special_tokens(config, saes)
+    return tuple(
+        Splice(choice.block, loaded.sae, keeps) for choice, loaded in zip(config.used, saes, strict=True)
+    )
 
 
 @dataclass(frozen=True)

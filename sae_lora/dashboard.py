@@ -1,0 +1,129 @@
+"""A W&B workspace for a sweep: curves by rank, what closes the gap, and which run does so best."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.records import RunFolder
+from sae_lora.redaction import redacted
+from sae_lora.wandb_run import obstacle
+
+_CLOSED = "result.gap_closed"
+_FACTORS = {"rank": "lora.rank", "width": "sae.width", "L0": "sae.l0", "layer": "layer.index"}
+"""What gap closed is shown against, and where a W&B run's config has it."""
+
+
+def specification(folders: Sequence[RunFolder]) -> str:
+    """The workspace as the server would get it, in JSON. Nothing is asked of a server.
+
+    Raises:
+        UserError: Where wandb-workspaces is not installed, or the runs are of several projects.
+    """
+    view = _workspace(folders)._to_model()
+    return view.model_dump_json(by_alias=True, exclude_none=True, indent=2)
+
+
+def save(folders: Sequence[RunFolder]) -> str:
+    """Makes the workspace and returns its address.
+
+    Raises:
+        UserError: As above, and where the server cannot be reached, or refuses.
+    """
+    workspace = _workspace(folders)
+    if (reason := obstacle(probe=True)) is not None:
+        raise UserError(f"no dashboard can be made: {reason}")
+    import wandb
+
+    try:
+        workspace.entity = workspace.entity or wandb.Api().default_entity
+        workspace.save()
+    except Exception as error:  # whatever wandb raises
+        raise UserError(f"no dashboard can be made: {redacted(str(error))}") from error
+    return workspace.url
+
+
+def _workspace(folders: Sequence[RunFolder]) -> Any:
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces import expr
+    except ImportError as error:
+        raise UserError("a dashboard needs wandb-workspaces: `pip install -e '.[dashboard]'`") from error
+
+    configs = [load(folder.config.read_text()) for folder in folders]
+    places = {(config.tracking.entity, config.tracking.project) for config in configs}
+    if len(places) > 1:
+        projects = ", ".join(sorted(f"{entity or '(yours)'}/{project}" for entity, project in places))
+        raise UserError(
+            f"these runs are tracked in several W&B projects, of which one is shown: {projects}"
+        )
+    ((entity, project),) = places
+
+    def curves(title: str, metric: str, axis: str) -> Any:
+        return panels.LinePlot(
+            title=title,
+            x=axis,
+            y=[metric],
+            groupby=panels.Config("lora.rank"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+        )
+
+    closed = panels.SummaryMetric(_CLOSED)
+    columns = {name: panels.Config(key) for name, key in _FACTORS.items()} | {"gap closed": closed}
+    return workspaces.Workspace(
+        entity=entity or "",
+        project=project,
+        name=f"sae_lora {configs[0].sweep}",
+        sections=[
+            workspaces.Section(
+                name="CE gap by rank",
+                is_open=True,
+                panels=[
+                    curves("CE gap over tokens, by rank", "ce_gap", "tokens"),
+                    curves("CE gap over seconds of training, by rank", "ce_gap", "train_seconds"),
+                    curves("KL over tokens, by rank", "kl", "tokens"),
+                ],
+            ),
+            workspaces.Section(
+                name="What closes the gap",
+                is_open=True,
+                panels=[
+                    *(
+                        panels.ScatterPlot(
+                            title=f"gap closed against {name}",
+                            x=panels.Config(key),
+                            y=closed,
+                            log_x=name != "layer",
+                        )
+                        for name, key in _FACTORS.items()
+                    ),
+                    panels.ParallelCoordinatesPlot(
+                        title="all of it at once",
+                        columns=[
+                            panels.ParallelCoordinatesPlotColumn(metric, display_name=name)
+                            for name, metric in columns.items()
+                        ],
+                    ),
+                ],
+            ),
+            workspaces.Section(
+                name="The best runs",
+                is_open=True,
+                panels=[
+                    panels.BarPlot(title="gap closed", metrics=[closed], max_bars_to_show=20),
+                    panels.RunComparer(diff_only="split"),
+                ],
+            ),
+        ],
+        # The table of runs beside the panels, the best on top.
+        runset_settings=workspaces.RunsetSettings(
+            filters=[expr.Metric("Group") == configs[0].sweep],
+            order=[expr.Ordering(expr.Summary(_CLOSED), ascending=False)],
+            pinned_columns=[
+                *(f"summary:result.{name}" for name in ("gap_closed", "ce_gap", "kl")),
+                *(f"config:{key}" for key in _FACTORS.values()),
+            ],
+        ),
+    )

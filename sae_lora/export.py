@@ -1,0 +1,146 @@
+"""A finished run as a folder for others: its adapters, or the whole model, with a model card."""
+
+import dataclasses
+import shutil
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from sae_lora import lora, models
+from sae_lora.assembly import quieten
+from sae_lora.card import card
+from sae_lora.config import Config, DType, ModelConfig, as_list
+from sae_lora.conversion import as_dict, load
+from sae_lora.errors import UserError
+from sae_lora.files import as_json, check_writable, new_folder, write_atomically
+from sae_lora.models import LanguageModel
+from sae_lora.records import RunFolder
+from sae_lora.standing import finished
+
+TOLERANCE = 1e-4
+"""Of the largest logit: what merging may change in one. Rounding in float32 changes far less."""
+_CPU = torch.device("cpu")
+
+
+def export(run: Path, to: Path, *, merge: bool = False) -> str:
+    """Writes the folder, which is there whole or not at all.
+
+    Args:
+        run: The run's folder, `outputs/<sweep>/<run>`.
+        to: The folder to write: a new one, or an empty one.
+        merge: Whether to write the whole model in float32, the adapters merged into its weights.
+
+    Returns:
+        What was written, in a line.
+
+    Raises:
+        UserError: Where the run is not finished, the folder cannot be written, something of the run
+            is missing, or the merged model is not the same as the model with the adapters.
+    """
+    folder, to = finished(run), to.expanduser().absolute()
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")
+    check_writable(to.parent, "--to")
+    quieten()
+    config, summary = load(folder.config.read_text()), public_summary(folder.read_summary())
+    base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
+    values = public_config(dataclasses.replace(config, model=base))
+    try:
+        with new_folder(to) as beside:
+            if merge:
+                difference = _write_model(base, folder, beside)
+                told = f"the merged model; no logit differs by more than {difference:.1e} of the largest"
+            else:
+                name = None if base.commit is None else base.name
+                lora.republish(folder.adapter, beside, name, base.commit)
+                told = "the adapters"
+            write_atomically(beside / "config.yaml", OmegaConf.to_yaml(values))
+            write_atomically(beside / "summary.json", as_json(summary))
+            shutil.copyfile(folder.curve, beside / "curve.jsonl")
+            blocks = models.load_shapes(base).block_names
+            modules = [blocks[sae["block"]] for sae in summary["sae"]]
+            write_atomically(beside / "README.md", card(values, summary, modules, merged=merge))
+    except OSError as error:
+        raise UserError(f"{run} cannot be exported to {to}: {error}") from error
+    return f"{told}: {to}"
+
+
+def _write_model(config: ModelConfig, run: RunFolder, to: Path) -> float:
+    """Writes the whole model with its tokenizer; returns what `write_merged` does."""
+    model = models.load_model(config, DType.float32, _CPU)
+    difference = write_merged(model, run.adapter, to)
+    models.load_tokenizer(config).save_pretrained(to)
+    return difference
+
+
+def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
+    """Writes the model with adapters merged into its weights, and compares what was written.
+
+    Args:
+        model: The plain model in float32; changed in place.
+        adapter: Folder of the adapters.
+        to: A folder that is there.
+
+    Returns:
+        The largest difference of a logit to the model with the adapters beside its weights, as a
+        share of the largest logit.
+
+    Raises:
+        UserError: Where that is more than `TOLERANCE`.
+    """
+    length = min(64, getattr(model.config, "max_position_embeddings", 64))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    adapters = lora.load(model, adapter)
+    with torch.no_grad():
+        beside = adapters(input_ids=tokens, use_cache=False).logits
+        lora.merged(adapters).save_pretrained(to)
+        written = models.load_model(ModelConfig(name=str(to)), DType.float32, _CPU)
+        inside = written.model(input_ids=tokens, use_cache=False).logits
+    difference = float((inside - beside).abs().max() / beside.abs().max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the merged model is not what the model with the adapters is: a logit differs by "
+            f"{difference:.1e} of the largest, and {TOLERANCE:.0e} is allowed; nothing was written"
+        )
+    return difference
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The config as plain values, without what concerns the machine and the accounts of its user.
+
+    Left out are launcher, tracking and where things were kept; of a path its last part stays.
+    """
+    values = as_dict(config)
+    for name in ("launcher", "tracking", "output_dir"):
+        del values[name]
+    del values["data"]["cache_dir"]
+    if config.data.files is not None:
+        values["data"]["files"] = [_last_part(path) for path in as_list(config.data.files)]
+    values["model"]["name"] = _public_name(config.model.name, config.model.commit)
+    for entry in (values["sae"], *values["sae"]["used"]):
+        entry["path"] = _last_part(entry["path"])
+    return values
+
+
+def public_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary without the same: host, visible GPUs, and where the run was tracked."""
+    model, environment = summary["model"], summary["environment"]
+    left = {key: environment[key] for key in environment if key not in ("host", "visible_gpus")}
+    return summary | {
+        "model": model | {"name": _public_name(model["name"], model["commit"])},
+        "sae": [sae | {"path": _last_part(sae["path"])} for sae in summary["sae"]],
+        "environment": left,
+        "tracked_at": None,
+    }
+
+
+def _public_name(name: str, commit: str | None) -> str:
+    """A repository's name; of a local folder the last part."""
+    return name if commit is not None else str(_last_part(name))
+
+
+def _last_part(path: str | None) -> str | None:
+    return None if path is None else PurePath(path).name

@@ -1,0 +1,120 @@
+"""How the gap closed grows with a factor: one slope over the logarithm, with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+CONFIDENCE = 0.95
+_FEWEST_VALUES = 3
+"""Through two values every line fits."""
+_FEWEST_TO_SPARE = 2
+"""Points beyond those that the line itself takes: with fewer, the interval is wider than any finding."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """gap closed = intercept of the group + slope · log2(factor), by ordinary least squares."""
+
+    factor: str
+    per_doubling: float
+    """The slope: share of the gap for each doubling of the factor."""
+    low: float
+    high: float
+    """Its confidence interval, from Student's distribution."""
+    intercepts: dict[tuple[str, ...], float]
+    """Of each group of runs that are alike but for the factor and the seed, by their values."""
+    values: tuple[float, float]
+    """The least and the largest value of the factor."""
+    runs: int
+    r_squared: float
+    """Of what varies within groups, the share that the slope explains."""
+
+    def at(self, group: tuple[str, ...], value: float) -> float:
+        """The gap closed that the line says."""
+        return self.intercepts[group] + self.per_doubling * math.log2(value)
+
+    def __str__(self) -> str:
+        groups = f", {len(self.intercepts)} lines with one slope" if len(self.intercepts) > 1 else ""
+        return (
+            f"each doubling of {self.factor} closes {100 * self.per_doubling:+.1f} points of the gap "
+            f"({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to {100 * self.high:+.1f}; "
+            f"{self.runs} runs{groups}, R² {self.r_squared:.2f})"
+        )
+
+
+@dataclass(frozen=True)
+class NoFit:
+    """Why there is none."""
+
+    factor: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no fit over {self.factor}: {self.reason}"
+
+
+def fit(frame: pandas.DataFrame, factor: str, others: Sequence[str]) -> Fit | NoFit:
+    """The gap closed over the logarithm of a factor.
+
+    Args:
+        frame: Finished runs, as `Sweep.frame` gives them.
+        factor: Its column.
+        others: What else the runs differ in, the seed left out.
+    """
+    import numpy
+    import pandas
+    from scipy import stats
+
+    numbers = pandas.to_numeric(frame[factor], errors="coerce")
+    closed = pandas.to_numeric(frame["gap_closed"], errors="coerce")
+    usable = numbers.gt(0) & closed.notna()
+    groups = group_of(frame, others)
+    # A group with one value says where its line lies and nothing of the slope.
+    usable &= numbers.where(usable).groupby(groups).transform("nunique") > 1
+    x, y, groups = numpy.log2(numbers[usable].astype(float)), closed[usable], groups[usable]
+    if (values := x.nunique()) < _FEWEST_VALUES:
+        return NoFit(
+            factor,
+            f"{values} values of it in runs that are otherwise alike, and {_FEWEST_VALUES} needed",
+        )
+    n_groups = groups.nunique()
+    if (spare := len(x) - n_groups - 1) < _FEWEST_TO_SPARE:
+        needed = n_groups + 1 + _FEWEST_TO_SPARE
+        return NoFit(factor, f"{len(x)} runs in {n_groups} groups, and {needed} needed")
+    mean_x, mean_y = x.groupby(groups).transform("mean"), y.groupby(groups).transform("mean")
+    dx, dy = x - mean_x, y - mean_y
+    slope = float((dx * dy).sum() / (dx**2).sum())
+    residual = float(((dy - slope * dx) ** 2).sum())
+    error = math.sqrt(residual / spare / float((dx**2).sum()))
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, spare)) * error
+    total = float((dy**2).sum())
+    intercepts = (y - slope * x).groupby(groups).mean()
+    return Fit(
+        factor=factor,
+        per_doubling=slope,
+        low=slope - margin,
+        high=slope + margin,
+        intercepts={group: float(value) for group, value in intercepts.items()},  # pyright: ignore
+        values=(float(numbers[usable].min()), float(numbers[usable].max())),
+        runs=len(x),
+        r_squared=1 - residual / total if total else 1.0,
+    )
+
+
+def group_of(frame: pandas.DataFrame, others: Sequence[str]) -> pandas.Series:
+    """The values of some factors, of each run, as text."""
+    import pandas
+
+    rows = frame[list(others)].itertuples(index=False, name=None)
+    return pandas.Series([tuple(map(in_words, row)) for row in rows], index=frame.index, dtype=object)
+
+
+def in_words(value: object) -> str:
+    """A factor's value as people read it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

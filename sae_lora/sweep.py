@@ -1,0 +1,226 @@
+"""Sweeps as tables, made from run folders alone: a row per run, or per point. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sae_lora.command import command, flat
+from sae_lora.errors import UserError
+from sae_lora.identity import OF_NO_RESULT
+from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.standing import standings
+
+if TYPE_CHECKING:
+    import pandas
+
+SEED = "seed"
+"""The factor in which repetitions differ."""
+NAMED = ("model", "block", "width", "l0", "rank", "alpha", "targets", "blocks", "tokens", SEED)
+"""Factors with names of their own, in the order in which people look at them; others go by key."""
+_NAMED_KEYS = {
+    *("model.name", "layer.index", "sae.width", "sae.l0", "sae.release", "sae.id", "sae.path"),
+    *("lora.rank", "lora.alpha", "lora.targets", "lora.blocks", "train.train_tokens", "train.seed"),
+    "sweep",
+}
+_MEASURED = [
+    *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "best_gap_closed"),
+    *(
+        "initial_kl",
+        "kl",
+        "top1_agreement",
+        "fvu",
+        "trainable_parameters",
+        "train_tokens",
+        "train_seconds",
+    ),
+    *("total_seconds", "train_flops", "trained_together", "tracked_at"),
+]
+"""Of a summary; what of them a curve has too, unfinished runs have from there."""
+
+
+class Sweep:
+    """The runs of one sweep, or of several.
+
+    Args:
+        folders: Their folders. They are read when a table is asked for.
+    """
+
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
+        self.folders = list(folders)
+
+    def __iter__(self) -> Iterator[RunFolder]:
+        return iter(self.folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, number: int) -> RunFolder:
+        return self.folders[number]
+
+    def frame(self) -> pandas.DataFrame:
+        """A row per run, whatever its state, ordered by what the runs differ in.
+
+        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); the factors of `NAMED`, and
+        by its key whatever else differs; what was measured, of a run that is not finished the last
+        point of its curve (cross-entropies and KL in nats per token); `closed_per_million_parameters`,
+        `closed_per_petaflop` and `closed_per_minute` of training; `command` and `folder`.
+        """
+        import pandas  # takes a while, which looking at a sweep's state need not
+
+        rows = [
+            {
+                "sweep": folder.path.resolve().parent.name,
+                "run": folder.path.name,
+                "state": standing.state.value,
+                "note": standing.note,
+            }
+            | _row(folder)
+            for folder, standing in zip(self.folders, standings(self.folders), strict=True)
+        ]
+        found = pandas.DataFrame(rows)
+        other = [name for name in found.columns if "." in name]
+        same = [name for name in other if found[name].map(repr).nunique() == 1]
+        found = found.drop(columns=same)
+        closed = found["gap_closed"].astype(float)
+        for name, of, unit in (
+            ("closed_per_million_parameters", "trainable_parameters", 1e6),
+            ("closed_per_petaflop", "train_flops", 1e15),
+            ("closed_per_minute", "train_seconds", 60),
+        ):
+            amount = found[of].astype(float)
+            found[name] = closed / (amount / unit).where(amount > 0)
+        order = ["sweep", "run", "state", "note", *NAMED, *(set(other) - set(same))]
+        order += [name for name in found.columns if name not in order]
+        by = factors(found)
+        return found[order].sort_values(["sweep", *by], ignore_index=True, key=_by_value)
+
+    def curves(self) -> pandas.DataFrame:
+        """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint`."""
+        import pandas
+
+        names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
+        rows = [
+            (
+                folder.path.resolve().parent.name,
+                folder.path.name,
+                *(getattr(point, name) for name in names),
+            )
+            for folder in self.folders
+            for point in folder.read_curve()
+        ]
+        return pandas.DataFrame(rows, columns=["sweep", "run", *names])  # pyright: ignore[reportArgumentType]
+
+
+def load_sweep(*paths: Path | str) -> Sweep:
+    """The runs of one sweep or several: `load_sweep("outputs/ranks").frame()`.
+
+    Args:
+        paths: `outputs/<sweep>`, or single runs.
+
+    Raises:
+        UserError: Where one of them holds no runs.
+    """
+    return Sweep([folder for path in paths for folder in runs_of(Path(path))])
+
+
+def runs_of(sweep: Path) -> list[RunFolder]:
+    """The runs of a sweep, by name; a run's own folder stands for itself.
+
+    Raises:
+        UserError: Where there are none.
+    """
+    configs = (
+        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
+    )
+    found = [
+        RunFolder(path.parent)
+        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
+    ]
+    if not found:
+        raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
+    return found
+
+
+def factors(frame: pandas.DataFrame) -> list[str]:
+    """The factors in which runs differ, in their usual order, the seed last.
+
+    One that only follows another (alpha, where it is twice the rank) is not named beside it.
+    """
+    candidates = [
+        *(name for name in NAMED if name != SEED),
+        *(name for name in frame if "." in name),
+        SEED,
+    ]
+    found: list[str] = []
+    for name in candidates:
+        values = frame[name].map(repr)
+        follows = any(values.groupby(frame[one].map(repr)).nunique().max() == 1 for one in found)
+        if values.nunique() > 1 and (name == SEED or not follows):
+            found.append(name)
+    return found
+
+
+def _row(folder: RunFolder) -> dict[str, Any]:
+    """What a folder says of its run."""
+    text = folder.config.read_text()
+    config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    measured: dict[str, Any] = {}
+    if folder.is_finished:
+        measured = folder.read_summary()
+    elif curve := folder.read_curve():
+        first, last = curve[0], curve[-1]
+        measured = dataclasses.asdict(last) | {
+            "initial_gap": last.spliced_ce - last.base_ce,
+            "initial_kl": first.kl,
+            "train_tokens": last.tokens,
+        }
+    used = config["sae"]["used"]
+    stated = [one.get("l0") for one in used]
+    l0 = measured.get("l0") if None in stated else None
+    named = {
+        "model": config["model"]["name"],
+        "block": _one_or_all([one["block"] for one in used]),
+        "width": _one_or_all([one.get("width") for one in used]),
+        "l0": float(f"{l0:.3g}") if l0 is not None else _one_or_all(stated),
+        "rank": config["lora"]["rank"],
+        "alpha": config["lora"]["alpha"],
+        "targets": _in_words(config["lora"]["targets"]),
+        "blocks": _in_words(config["lora"]["blocks"]),
+        "tokens": config["train"]["train_tokens"],
+        SEED: config["train"]["seed"],
+    }
+    values = flat(config)
+    other = {key: values[key] for key in values if key not in _NAMED_KEYS and key not in OF_NO_RESULT}
+    return (
+        named
+        | other
+        | {name: measured.get(name) for name in _MEASURED}
+        | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}
+    )
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """The value that all have, or all of them in words."""
+    return values[0] if len(set(values)) == 1 else "+".join(map(str, values))
+
+
+def _in_words(value: Any) -> str:
+    return value if isinstance(value, str) else "+".join(map(str, value))
+
+
+def _by_value(column: pandas.Series) -> pandas.Series:
+    """Sorts numbers by their value, also where some runs have words there."""
+    return column.map(
+        lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
+    )
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """Sorts s2 before s10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,135 @@
+"""What people look at: tables made from the run folders alone. Imports no torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from sae_lora.records import RunFolder
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent; where it is undefined, says so."""
+    return "undefined (no gap)" if share is None else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def run_table(summary: dict[str, Any]) -> Table:
+    """One finished run in full.
+
+    Args:
+        summary: What `summary.json` holds.
+    """
+    table = Table(title=summary["name"], title_justify="left", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("unit", style="dim")
+    nats = "nats/token"
+    rows = [
+        ("base CE", f"{summary['base_ce']:.4f}", nats),
+        ("spliced CE", f"{summary['spliced_ce']:.4f}", nats),
+        ("student CE", f"{summary['student_ce']:.4f}", nats),
+        ("gap before", f"{summary['initial_gap']:+.4f}", nats),
+        ("gap after", f"{summary['ce_gap']:+.4f}", nats),
+        ("gap closed", percent(summary["gap_closed"]), ""),
+        ("KL before", f"{summary['initial_kl']:.4f}", nats),
+        ("KL", f"{summary['kl']:.4f}", nats),
+        ("top-1 agreement", f"{summary['top1_agreement']:.1%}", "with the base model"),
+        ("FVU", f"{summary['fvu']:.4f}", "of the SAE's input"),
+        ("L0", f"{summary['l0']:.1f}", "latents/token"),
+        ("trainable parameters", f"{summary['trainable_parameters']:,}", ""),
+        ("training tokens", f"{summary['train_tokens']:,}", ""),
+        ("time training", duration(summary["train_seconds"]), ""),
+        ("time in all", duration(summary["total_seconds"]), ""),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+_NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "base CE": lambda summary: f"{summary['base_ce']:.3f}",
+    "spliced CE": lambda summary: f"{summary['spliced_ce']:.3f}",
+    "student CE": lambda summary: f"{summary['student_ce']:.3f}",
+    "gap before": lambda summary: f"{summary['initial_gap']:+.3f}",
+    "gap after": lambda summary: f"{summary['ce_gap']:+.3f}",
+    "gap closed": lambda summary: percent(summary["gap_closed"]),
+    "KL": lambda summary: f"{summary['kl']:.3f}",
+    "parameters": lambda summary: f"{summary['trainable_parameters']:,}",
+    "training": lambda summary: duration(summary["train_seconds"]),
+}
+FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda summary: summary["model"]["name"],
+    "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
+    "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
+    "L0": lambda summary: f"{summary['l0']:.3g}",
+    "rank": lambda summary: str(summary["lora"]["rank"]),
+    "alpha": lambda summary: f"{summary['lora']['alpha']:g}",
+    "targets": lambda summary: _joined(summary["lora"]["targets"]),
+    "blocks": lambda summary: _joined(summary["lora"]["blocks"]),
+    "tokens": lambda summary: f"{summary['train_tokens']:,}",
+    "seed": lambda summary: str(summary["seed"]),
+}
+"""What runs of a sweep may differ in, as a reader names it."""
+
+
+def _joined(value: str | list[Any]) -> str:
+    return value if isinstance(value, str) else "+".join(map(str, value))
+
+
+def varying_factors(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the factors in which the runs differ, in their usual order."""
+    return [name for name, read in FACTORS.items() if len({read(one) for one in summaries}) > 1]
+
+
+def finished_summaries(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, Any]]]:
+    """The finished runs with their summaries, ordered by the factors in which they differ."""
+    pairs = [(folder, folder.read_summary()) for folder in folders if folder.is_finished]
+    varying = varying_factors([summary for _, summary in pairs])
+    return sorted(pairs, key=lambda pair: [_natural(FACTORS[name](pair[1])) for name in varying])
+
+
+def _natural(text: str) -> tuple[float, str]:
+    """Numbers by their value, before words by their letters."""
+    try:
+        return float(text.replace(",", "")), ""
+    except ValueError:
+        return float("inf"), text
+
+
+def comparison_table(folders: Sequence[RunFolder]) -> Table:
+    """Finished runs side by side, a row each; what is the same in all of them stands in the title.
+
+    Args:
+        folders: Runs; those that are not finished are left out.
+    """
+    summaries = [summary for _, summary in finished_summaries(folders)]
+    varying = varying_factors(summaries)
+    readers = {name: FACTORS[name] for name in varying} | _NUMBERS
+    same = {
+        name: read(summaries[0])
+        for name, read in (FACTORS | _NUMBERS).items()
+        if name
+        in ("model", "SAE after block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
+        and len({read(one) for one in summaries}) == 1
+    }
+    table = Table(
+        title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
+    )
+    if not varying:
+        table.add_column("run")
+    columns = [name for name in readers if name not in same]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for summary in summaries:
+        first = [] if varying else [summary["name"]]
+        table.add_row(*first, *(readers[name](summary) for name in columns))
+    return table

@@ -1,0 +1,104 @@
+"""Makes W&B show what run folders hold, wherever and however the runs were tracked."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+from sae_lora import checkpoint, wandb_run
+from sae_lora.config import Config
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.identity import identity
+from sae_lora.lease import holder
+from sae_lora.records import RunFolder
+from sae_lora.redaction import redacted
+from sae_lora.shown import Shown
+from sae_lora.terminal import complain
+from sae_lora.wandb_run import WandbRun
+
+_TIMEOUT_S = 120.0
+"""For one run; its rows are a few hundred at most."""
+
+
+class Uploaded(NamedTuple):
+    """What became of a run."""
+
+    name: str
+    before: int
+    """Rows that the server had."""
+    rows: int
+    """Rows that it has been sent."""
+    place: str
+
+
+def upload(folders: Sequence[RunFolder]) -> Table:
+    """Sends the server what it does not have of the runs, and shows what that was.
+
+    A run that a process holds is left alone: that process shows it.
+
+    Raises:
+        UserError: Where nobody is logged in, or the server does not answer.
+    """
+    if (obstacle := wandb_run.obstacle(probe=True)) is not None:
+        raise UserError(f"nothing can be uploaded: {obstacle}")
+    table = Table("run", "rows before", "rows uploaded", "address")
+    for folder in folders:
+        if (at_work := holder(folder.path)) is not None:
+            who = f"process {at_work.pid} on {at_work.host}"
+            complain("left alone", f"{folder.path.name} is being run by {who}, which shows it itself")
+            continue
+        found = _within(_TIMEOUT_S, lambda folder=folder: _upload(folder))
+        table.add_row(found.name, str(found.before), str(found.rows), found.place)
+    return table
+
+
+def _upload(folder: RunFolder) -> Uploaded:
+    config = load(folder.config.read_text())
+    points = final_points(folder, config)
+    goes_on = not folder.is_finished and not folder.has_failed
+    if goes_on and not points:
+        return Uploaded(folder.path.name, 0, 0, "nothing to show yet")
+    summary = folder.read_summary() if folder.is_finished else None
+    run = WandbRun(Shown(folder, config, summary and summary["environment"]), online=True)
+    before = sum(point.step < run.next_step for point in folder.read_curve()[:points])
+    rows = run.show(points)
+    run.finish(summary, goes_on=goes_on)
+    return Uploaded(folder.path.name, before, rows, run.place)
+
+
+def final_points(folder: RunFolder, config: Config) -> int:
+    """How many points of the curve stay as they are: of a run that goes on, those in its checkpoint."""
+    if folder.is_finished or folder.has_failed:
+        return len(folder.read_curve())
+    return checkpoint.points(folder.checkpoints, identity(config))
+
+
+def _within(most_s: float, call: Callable[[], Uploaded]) -> Uploaded:
+    """What the call returns; wandb itself would wait for a server for days.
+
+    Raises:
+        UserError: Where it takes longer, or fails.
+    """
+    found: list[Uploaded | Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(call())
+        except Exception as error:  # whatever wandb raises; this run folder's own errors too
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(most_s)
+    match found:
+        case [Uploaded() as uploaded]:
+            return uploaded
+        case [Exception() as error]:
+            raise UserError(f"the upload has failed: {redacted(str(error))}") from error
+        case _:
+            wandb_run.cut_off()
+            raise UserError(
+                f"the W&B server has stopped answering for {most_s:g} s; the same command again goes on"
+            )

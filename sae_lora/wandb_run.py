@@ -1,0 +1,165 @@
+"""One W&B run, and whether there can be one: all that is asked of wandb itself.
+
+Whatever wandb waits for, these calls wait for too; `tracking` keeps training from that.
+"""
+
+import contextlib
+import json
+import netrc
+import os
+import ssl
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from sae_lora.shown import AXES, METRICS, Shown, without_secrets
+
+INIT_TIMEOUT_S = 20
+_PROBE_TIMEOUT_S = 3
+
+
+def _library() -> Any:
+    """wandb, with its service started. It takes a second, which a run without W&B need not pay."""
+    # Its own telemetry, whose last words would hold up the end of a process for ten seconds.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb
+
+
+class WandbRun:
+    """A W&B run that is open: a view of the first points of a curve.
+
+    Args:
+        shown: The run.
+        online: Whether the server is told, or files in the run folder.
+
+    Raises:
+        Exception: Whatever wandb raises.
+    """
+
+    def __init__(self, shown: Shown, *, online: bool) -> None:
+        wandb = _library()
+        self._folder = shown.folder
+        self._run = wandb.init(
+            entity=shown.config.tracking.entity,
+            project=shown.config.tracking.project,
+            # wandb does not give an id out again that it failed to go online with.
+            id=shown.id if online else f"{shown.id}-offline",
+            name=shown.name,
+            group=shown.config.sweep,
+            job_type="lora",
+            tags=shown.tags,
+            config=shown.values,
+            dir=str(shown.folder.path),
+            mode="online" if online else "offline",
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=INIT_TIMEOUT_S,
+                # The command line, code, git remotes and output may hold what is nobody's business.
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_save_requirements=False,
+            ),
+        )
+        for axis in AXES:
+            self._run.define_metric(axis)
+        for metric in METRICS:
+            self._run.define_metric(metric, step_metric=AXES[0], summary="min,last")
+        self.next_step: int = self._run.starting_step
+        """Rows of earlier steps are there."""
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it: an address, or a folder."""
+        return str(Path(self._run.dir).parent) if self._run.offline else self._run.url
+
+    def show(self, points: int) -> int:
+        """Shows the first so many points of the curve, those that are not there; returns how many."""
+        new = [point for point in self._folder.read_curve()[:points] if point.step >= self.next_step]
+        for point in new:
+            values = {key: value for key, value in vars(point).items() if value is not None}
+            self._run.log(values, step=point.step, commit=True)
+            self.next_step = point.step + 1
+        return len(new)
+
+    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool = False) -> None:
+        """Ends it, when all is uploaded.
+
+        Args:
+            summary: What the run has found; without one it has failed.
+            goes_on: Or it has only been interrupted.
+        """
+        if summary is not None:
+            # Under a key of its own: `student_ce` and others are curves, with a summary of theirs.
+            self._run.summary.update({"result": without_secrets(summary)})
+        elif goes_on:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if summary is not None else 1)
+
+
+def obstacle(*, probe: bool) -> str | None:
+    """Why there can be no run online, in words; `None` where there can.
+
+    Args:
+        probe: Whether to ask the server for a sign of life, for at most a few seconds.
+    """
+    settings = _library().setup().settings
+    if not is_logged_in(settings):
+        return "not logged in to W&B (`wandb login`)"
+    if probe and not _answers(settings.base_url):
+        return "the W&B server does not answer"
+    return None
+
+
+def is_logged_in(settings: Any) -> bool:
+    """Whether W&B would find a key: in the environment, its settings, or where `wandb login` puts it."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(path).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+    return False
+
+
+def _answers(url: str) -> bool:
+    """Whether a server that works answers at the address."""
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/graphql",
+        json.dumps({"query": "query Viewer { viewer { id } }"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except urllib.error.URLError as error:
+        # It is there. Whom Python trusts is not whom wandb trusts, which will have its own say.
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, HTTPException):
+        return False
+
+
+def cut_off() -> None:
+    """Ends wandb in this process at once, whatever it waits for; it can be used anew."""
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "wandb-core":
+                child.kill()
+    # Of a service that is gone it says so, by an error or by `sys.exit`.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

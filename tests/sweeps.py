@@ -1,0 +1,108 @@
+"""Sweeps that nobody has trained: run folders as a finished run leaves them, with made-up numbers."""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sae_lora.conversion import as_dict
+from sae_lora.plan import plan
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from tests.composing import composed
+
+_NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu l0 train_seconds".split()
+
+
+class MadeUp:
+    """Makes runs of the embedded default.
+
+    Args:
+        home: The sweep's folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        (planned,) = plan([composed(f"output_dir={home}")]).runs
+        self._config = as_dict(planned.config)
+
+    def folder(
+        self, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **train: Any
+    ) -> RunFolder:
+        """One of which only the config is there."""
+        config = copy.deepcopy(self._config)
+        config["lora"]["rank"], config["train"]["seed"] = rank, seed
+        config["sae"]["l0"], config["layer"]["index"] = l0, block
+        config["train"] |= train
+        config["sae"]["used"][0] |= {"block": block, "l0": l0}
+        folder = RunFolder(self.home / f"tiny-l{block}-l0_{l0:g}-r{rank}-s{seed}")
+        folder.write_config(yaml.safe_dump(config))
+        return folder
+
+    def begun(self, points: int = 5, **factors: Any) -> RunFolder:
+        """One that has a curve."""
+        folder = self.folder(**factors)
+        with CurveWriter(folder.curve) as curve:
+            for point in self._points(points, **factors):
+                curve.append(point)
+        return folder
+
+    def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
+        """One that has ended well; it closes so much, or what the factors say."""
+        folder = self.begun(points, **factors)
+        last = folder.read_curve()[-1]
+        summary = {name: getattr(last, name) for name in _NAMES} | {
+            "name": folder.path.name,
+            "initial_gap": last.spliced_ce - last.base_ce,
+            "initial_kl": 0.8,
+            "best_gap_closed": last.gap_closed,
+            "trainable_parameters": 10_240 * factors.get("rank", 16),
+            "train_tokens": last.tokens,
+            "train_flops": 1e13,
+            "total_seconds": 80.0,
+            "trained_together": 1,
+            "tracked_at": None,
+        }
+        if closed is None or not math.isnan(closed):
+            summary["gap_closed"] = closed
+        folder.summary.write_text(json.dumps(summary))
+        return folder
+
+    def grid(self, ranks: Sequence[int], blocks: Sequence[int], l0s: Sequence[float] = (4.0,)) -> None:
+        """A finished run for every combination."""
+        for rank in ranks:
+            for block in blocks:
+                for l0 in l0s:
+                    self.finished(rank=rank, block=block, l0=l0)
+
+    @staticmethod
+    def _points(
+        points: int, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **_: Any
+    ) -> list[CurvePoint]:
+        end = 0.06 * math.log2(2 * rank) + 0.01 * block - 0.02 * math.log2(l0) + 0.005 * seed
+        gap = 1.4 / math.sqrt(l0)
+        found = []
+        for step in range(points):
+            share = step / max(1, points - 1)
+            closed = end * (1 - math.exp(-3 * share))
+            ce_gap = gap * (1 - closed)
+            found.append(
+                CurvePoint(
+                    step=100 * step,
+                    tokens=51_200 * step,
+                    train_seconds=11.0 * step * (1 + rank / 256),
+                    base_ce=2.7,
+                    spliced_ce=2.7 + gap,
+                    student_ce=2.7 + ce_gap,
+                    ce_gap=ce_gap,
+                    gap_closed=closed,
+                    kl=ce_gap * 1.1,
+                    top1_agreement=0.6,
+                    fvu=0.3,
+                    l0=l0,
+                )
+            )
+        return found

@@ -1,0 +1,88 @@
+"""Tables are made from run folders alone, and show what differs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sae_lora.records import CurveWriter, RunFolder
+from sae_lora.tables import comparison_table, duration, percent, run_table
+from sae_lora.terminal import show
+from tests.test_records import point
+
+
+def finished(tmp_path: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
+    folder = RunFolder(tmp_path / name)
+    folder.write_config("{}\n")
+    numbers = dict.fromkeys(
+        ("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "kl", "fvu"), 1.0
+    )
+    summary = numbers | {
+        "name": name,
+        "gap_closed": closed,
+        "initial_kl": 2.0,
+        "top1_agreement": 0.5,
+        "l0": 8.0,
+        "trainable_parameters": 10_240 * rank,
+        "train_tokens": 1000,
+        "train_seconds": 63.0,
+        "total_seconds": 80.0,
+        "seed": 0,
+        "model": {"name": "tiny"},
+        "sae": [{"block": block, "width": 1024}],
+        "lora": {"rank": rank, "alpha": 32.0, "targets": "all", "blocks": [4, 5]},
+    }
+    folder.summary.write_text(json.dumps(summary))
+    with CurveWriter(folder.curve) as curve:
+        curve.append(point(0))
+        curve.append(point(rank))
+    return folder
+
+
+def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [finished(tmp_path, f"run{rank}", rank, 3, rank / 10) for rank in (1, 4)]
+    table = comparison_table([*folders, RunFolder(tmp_path / "unfinished")])
+    headers = [str(column.header) for column in table.columns]
+    assert headers[0] == "rank"
+    assert "alpha" not in headers and "base CE" not in headers
+    same = (
+        "model tiny, SAE after block 3, latents 1024, L0 8, base CE 1.000, spliced CE 1.000, gap before"
+    )
+    assert table.title == f"{same} +1.000"
+    assert table.row_count == 2
+    show(table)
+    printed = capsys.readouterr().out
+    assert "gap closed" in printed and "40.0%" in printed and "40,960" in printed
+    assert "…" not in printed
+
+
+def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
+    one = finished(tmp_path, "one", 1, 3, None)
+    assert comparison_table([one]).columns[0].header == "run"
+    other = finished(tmp_path, "other", 4, 5, 0.5)
+    headers = [str(column.header) for column in comparison_table([one, other]).columns]
+    assert headers[:2] == ["SAE after block", "rank"]
+
+
+def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:
+    assert comparison_table([RunFolder(tmp_path)]).row_count == 0
+
+
+def test_one_run_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(run_table(finished(tmp_path, "run", 4, 3, None).read_summary()))
+    printed = capsys.readouterr().out
+    assert "undefined (no gap)" in printed
+    assert "1 min 03 s" in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (63, "1 min 03 s"), (7265, "2 h 01 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_percent() -> None:
+    assert percent(0.4835) == "48.4%"
+    assert percent(-0.1) == "-10.0%"
+    assert percent(None) == "undefined (no gap)"

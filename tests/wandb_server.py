@@ -1,0 +1,166 @@
+"""A W&B server on loopback: what wandb itself asks of one, and what it has been told.
+
+Not a stand-in for wandb, which talks to it over HTTP as to the real one, in GraphQL and in its file
+stream, whose offsets say where lines belong.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Run:
+    """What the server knows of a run."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Of the last `UpsertBucket` that named them: group, tags, config and so on."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Lines by the file's name."""
+    exit_code: int | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its history, with `_step` and without wandb's other own values."""
+        rows = [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
+        own = ("_timestamp", "_runtime")
+        return [{key: value for key, value in row.items() if key not in own} for row in rows]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        lines = self.files.get("wandb-summary.json", [])
+        return json.loads(lines[-1]) if lines else {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Without wandb's own values."""
+        config = json.loads(self.values.get("config") or "{}")
+        return {key: one["value"] for key, one in config.items() if key != "_wandb"}
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Args:
+        address: For `WANDB_BASE_URL`.
+        state: up; dropping every connection; busy, which is a 503; or hanging.
+        runs: By id.
+        said: The body of every request.
+    """
+
+    address: str = ""
+    state: str = "up"
+    runs: dict[str, Run] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """Serves until the block ends."""
+    known = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            known.said.append(body.decode(errors="replace"))
+            match known.state:
+                case "up":
+                    self._send(200, _answer(known, self.path, json.loads(body or "{}")))
+                case "dropping":
+                    self.close_connection = True
+                case "busy":
+                    self._send(503, {})
+                case "hanging":
+                    known.closing.wait()
+                    self.close_connection = True
+                case _:
+                    raise NotImplementedError(known.state)
+
+        def do_PUT(self) -> None:
+            self.do_POST()
+
+        def _send(self, status: int, value: dict[str, Any]) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    known.address = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield known
+    finally:
+        known.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def _answer(known: Server, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    if path.startswith("/sdk"):  # telemetry
+        return {}
+    if path != "/graphql":
+        return _stream(known.runs[urlsplit(path).path.split("/")[4]], asked)
+    values = asked.get("variables") or {}
+    query = asked["query"]
+    if "UpsertBucket" in query:
+        run = known.runs.setdefault(values["name"], Run())
+        run.values |= {key: value for key, value in values.items() if value is not None}
+        return {"data": {"upsertBucket": {"bucket": _bucket(values["name"], run), "inserted": True}}}
+    if "RunResumeStatus" in query:
+        run = known.runs.get(values["name"])
+        bucket = None if run is None else _bucket(values["name"], run)
+        return {"data": {"model": {"id": "p", "name": "p", "entity": _ENTITY, "bucket": bucket}}}
+    if "CreateRunFiles" in query:
+        return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}}}
+    return {"data": {"viewer": _ENTITY | {"entity": "me", "username": "me", "flags": "{}"}}}
+
+
+_ENTITY = {"id": "e", "name": "me"}
+
+
+def _bucket(name: str, run: Run) -> dict[str, Any]:
+    lines = {kind: run.files.get(f"wandb-{kind}.jsonl", []) for kind in ("history", "events")}
+    return {
+        "id": f"id-{name}",
+        "name": name,
+        "displayName": run.values.get("displayName"),
+        "config": run.values.get("config", "{}"),
+        "tags": run.values.get("tags"),
+        "summaryMetrics": json.dumps(run.summary),
+        "project": {"id": "p", "name": run.values.get("project", "p"), "entity": _ENTITY},
+        "logLineCount": len(run.files.get("output.log", [])),
+        "wandbConfig": '{"t": 1}',
+    } | {
+        key: value
+        for kind in lines
+        for key, value in (
+            (f"{kind}LineCount", len(lines[kind])),
+            (f"{kind}Tail", json.dumps(lines[kind][-1:])),
+        )
+    }
+
+
+def _stream(run: Run, told: dict[str, Any]) -> dict[str, Any]:
+    for name, part in (told.get("files") or {}).items():
+        lines = run.files.setdefault(name, [])
+        start = part["offset"]
+        lines[start : start + len(part["content"])] = part["content"]
+    if told.get("complete"):
+        run.exit_code = told.get("exitcode")
+    return {"limits": {}}
