@@ -3,14 +3,11 @@
 import re
 import shlex
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from sae_lora.composition import CONF, default
+from sae_lora.conversion import as_dict, keys
 
-from sae_lora.conversion import as_dict, keys, typed
-
-CONF = Path(__file__).parent.parent / "conf"
 _NOT_ASKED_FOR = {
     *("launcher", "tracking", "output_dir", "data.cache_dir", "train.device"),
     *("model.commit", "data.version", "sae.used"),
@@ -96,5 +93,4 @@ def _settable() -> list[str]:
 
 @cache
 def _default_values() -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return flat(as_dict(typed(compose("config"))))
+    return flat(as_dict(default()))

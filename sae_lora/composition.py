@@ -4,7 +4,9 @@ import os
 import re
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -19,6 +21,8 @@ from sae_lora.terminal import complain
 
 ConfigStore.instance().store(name="schema", node=Config)
 
+CONF = Path(__file__).parent.parent / "conf"
+"""The values, where the package lies beside them."""
 TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 """Hydra's own name for "show me the traceback", which users know."""
 
@@ -51,6 +55,12 @@ def checked(composed: DictConfig) -> Config:
     config = typed(composed)
     check(config)
     return config
+
+
+def default() -> Config:
+    """What `python launch.py` composes, typed; not checked."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("config"))
 
 
 def is_dispatched_by_hydra() -> bool:

@@ -126,7 +126,7 @@ def gap_curves(
     by = by_prominence(factors(frame)) if by is None else by
     look = _Look(frame, by)
     points = dict(iter(curves.groupby(["sweep", "run"], sort=False)))
-    figure = go.Figure()
+    traces = []  # added at once: one by one, each takes as long as there are others
     for (_, run), group in zip(frame.iterrows(), group_of(frame, by), strict=True):
         curve = points.get((run["sweep"], run["run"]))
         if curve is None:
@@ -134,13 +134,16 @@ def gap_curves(
         style = look.of(group)
         unfinished = "" if run["state"] == "done" else f" ({run['state']})"
         hover = f"{run['run']}{unfinished}<br>%{{x:,.6~g}}: gap %{{y:.4f}}<extra></extra>"
-        figure.add_scatter(
-            x=_numbers(curve[over]),
-            y=_numbers(curve["ce_gap"]),
-            mode="lines+markers" if len(curve) <= 30 else "lines",
-            hovertemplate=hover,
-            **style | {"marker": style["marker"] | {"size": 5}},
+        traces.append(
+            go.Scatter(
+                x=_numbers(curve[over]),
+                y=_numbers(curve["ce_gap"]),
+                mode="lines+markers" if len(curve) <= 30 else "lines",
+                hovertemplate=hover,
+                **style | {"marker": style["marker"] | {"size": 5}},
+            )
         )
+    figure = go.Figure(traces)
     figure.update_layout(
         xaxis={"title": title(over), "rangemode": "tozero"},
         yaxis={"title": _GAP, "rangemode": "tozero"},
@@ -251,19 +254,22 @@ def efficiency(frame: pandas.DataFrame, by: Sequence[str]) -> go.Figure:
     costs = ("trainable_parameters", "train_flops", "train_seconds")
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
     groups = group_of(frame, by)
+    traces = []
     for group in dict.fromkeys(groups):
         part, style = frame[groups == group], look.of(group)
-        for number, cost in enumerate(costs, 1):
-            figure.add_scatter(
-                x=_numbers(part[cost]),
-                y=_numbers(part["gap_closed"]),
-                mode="markers",
-                customdata=part["run"],
-                hovertemplate="%{customdata}<br>%{x:.3~g}: %{y:.1%}<extra></extra>",
-                row=1,
-                col=number,
-                **style | {"showlegend": style["showlegend"] and number == 1},
+        for number, cost in enumerate(costs):
+            traces.append(
+                go.Scatter(
+                    x=_numbers(part[cost]),
+                    y=_numbers(part["gap_closed"]),
+                    mode="markers",
+                    customdata=list(part["run"]),
+                    hovertemplate="%{customdata}<br>%{x:.3~g}: %{y:.1%}<extra></extra>",
+                    **style | {"showlegend": style["showlegend"] and number == 0},
+                )
             )
+    columns = [1 + number % len(costs) for number in range(len(traces))]
+    figure.add_traces(traces, rows=[1] * len(traces), cols=columns)
     for number, cost in enumerate(costs, 1):
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
         kind = {"type": "log"} if spread else {"rangemode": "tozero"}

@@ -75,7 +75,7 @@ class Sweep:
 
         rows = [
             {
-                "sweep": folder.path.resolve().parent.name,
+                "sweep": _sweep_of(folder),
                 "run": folder.path.name,
                 "state": standing.state.value,
                 "note": standing.note,
@@ -164,6 +164,10 @@ def factors(frame: pandas.DataFrame) -> list[str]:
         if values.nunique() > 1 and (name == SEED or not follows):
             found.append(name)
     return found
+
+
+def _sweep_of(folder: RunFolder) -> str:
+    return folder.path.resolve().parent.name
 
 
 def _row(folder: RunFolder) -> dict[str, Any]:

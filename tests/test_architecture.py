@@ -88,7 +88,7 @@ ROOMS = {
     "wandb": {"wandb_run", "dashboard"},
     "wandb_workspaces": {"dashboard"},
     "submitit": {"job", "dispatch"},
-    "hydra": {"composition", "command"},
+    "hydra": {"composition"},
 }
 """The modules that may import a library."""
 SAE_LENS = {"saes.loading", "saes.training", "benchmark.shapes"}

@@ -1,107 +1,512 @@
-"""W&B shows the run, and can never stop it."""
+"""W&B shows what the curve holds, no more and no less, and can never stop a run."""
 
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 
-from sae_lora import tracking
-from sae_lora.config import Config, TrackingConfig, TrackingMode
-from tests.composing import composed
+from sae_lora import checkpoint, tracking, wandb_run
+from sae_lora.__main__ import main
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.identity import identity
+from sae_lora.lease import held
+from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
+from sae_lora.shown import Shown
+from sae_lora.tracking import Tracker
+from sae_lora.upload import upload
+from tests.attempts import frozen
 from tests.test_records import point
+from tests.wandb_server import Server, serving
 
-
-def config(mode: TrackingMode, **more: float) -> Config:
-    base = composed()
-    base.tracking = TrackingConfig(mode=mode, **more)  # pyright: ignore[reportArgumentType]
-    return base
+KEY = "0123456789" * 4
+ENVIRONMENT = {"git_commit": "0df10b5", "packages": {"torch": "2.8"}}
+QUICK = {
+    "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
+    "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "0.1",
+    "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "0.2",
+    "WANDB__FILE_STREAM_TIMEOUT_SECONDS": "1",
+    "WANDB__GRAPHQL_TIMEOUT_SECONDS": "2",
+    "WANDB__GRAPHQL_RETRY_WAIT_MIN_SECONDS": "0.1",
+    "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "0.2",
+}
+"""wandb's patience, in a hurry."""
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     tracking._said_offline.clear()
     wandb.teardown()  # it reads the environment once a process
+    yield
+    wandb_run.cut_off()
 
 
-def test_disabled_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = tracking.start(config(TrackingMode.disabled), "name", "abc", tmp_path)
-    tracker.log(point(0))
-    tracker.finish(None)
-    assert tracker.place is None
-    assert list(tmp_path.iterdir()) == []
-    assert caplog.text == ""
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One that somebody is logged in to."""
+    with serving() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        yield server
 
 
-def test_wandbs_own_variable_decides_what_the_config_leaves_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracking.start(config(TrackingMode.auto), "name", "abc", tmp_path).place is None
-    asked = tracking.start(config(TrackingMode.offline), "name", "abc", tmp_path)
-    assert asked.place is not None
-    asked.finish(None)
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return run_in(tmp_path)
 
 
-def test_not_logged_in_is_offline_with_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for number in range(2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        tracker = tracking.start(config(TrackingMode.auto), "name", f"abc{number}", folder)
-        tracker.log(point(0))
-        tracker.log(point(1))
-        tracker.finish(None)
+def run_in(home: Path, *overrides: str) -> RunFolder:
+    return frozen(home, "tracking=wandb", "tracking.finish_timeout_s=20", *overrides)
+
+
+def begin(folder: RunFolder) -> Tracker:
+    return tracking.start(load(folder.config.read_text()), folder, ENVIRONMENT)
+
+
+def shown(folder: RunFolder) -> Shown:
+    return Shown(folder, load(folder.config.read_text()))
+
+
+def measured(step: int, seconds: float = 1.0) -> CurvePoint:
+    """A point; a lower CE at a later step, but for the last."""
+    student_ce = 3 - step / 1000 if step < 150 else 2.975
+    per_sae = {"model.layers.3": {"fvu": 0.1, "l0": 4.0}}
+    return dataclasses.replace(
+        point(step), student_ce=student_ce, per_sae=per_sae, train_seconds=seconds * step / 3
+    )
+
+
+def measure(folder: RunFolder, *steps: int, keep: int = 0, seconds: float = 1.0) -> None:
+    """Adds to the curve, as an attempt does that goes on from a checkpoint with so many points."""
+    with CurveWriter(folder.curve, keep) as curve:
+        for step in steps:
+            curve.append(measured(step, seconds))
+
+
+def finish(folder: RunFolder) -> Summary:
+    values = {field.name: None for field in dataclasses.fields(Summary)}
+    summary = Summary(**values | {"name": "run", "gap_closed": 0.25, "environment": ENVIRONMENT})
+    folder.write_summary(summary)
+    return summary
+
+
+def save(folder: RunFolder, step: int, points: int) -> None:
+    """A checkpoint that was made after so many points."""
+    state = checkpoint.State({"adapter": torch.zeros(2)}, {"step": step, "points": points})
+    checkpoint.save(folder.checkpoints, identity(load(folder.config.read_text())), state)
+
+
+def in_file(folder: RunFolder) -> list[dict[str, object]]:
+    """The rows that W&B must have: every line, every field but for nulls, at the line's step."""
+    lines = [json.loads(line) for line in folder.curve.read_text().splitlines()]
+    rows = [{key: value for key, value in line.items() if value is not None} for line in lines]
+    return [{"_step": row["step"]} | row for row in rows]
+
+
+def there(condition: Callable[[], object], most_s: float = 20) -> bool:
+    """Whether it becomes true: what wandb sends in the background is there a moment later."""
+    deadline = time.monotonic() + most_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+class TestWhatIsShown:
+    def test_layer_width_and_l0_are_what_the_request_resolved_to(self, tmp_path: Path) -> None:
+        one = shown(run_in(tmp_path, "sae.width=1k", "sae.l0=5", "lora.rank=2"))
+        assert one.values["sae"]["width"] == 1024
+        assert one.values["sae"]["l0"] == 4.0
+        assert one.values["layer"]["index"] == 3
+        assert one.values["lora"]["rank"] == 2
+        assert one.tags == ["model:tiny", "layer:3", "width:1024", "l0:4", "rank:2"]
+        several = shown(run_in(tmp_path, "layer.index=[1,2]"))
+        assert several.values["layer"]["index"] == [1, 2]
+        assert several.values["sae"]["width"] == 1024
+        assert "layer:1+2" in several.tags
+
+    def test_only_a_failure_makes_another_id(self, folder: RunFolder) -> None:
+        first = shown(folder).id
+        measure(folder, 0)
+        folder.set_aside(curve=True)  # killed before its first checkpoint
+        assert list(folder.path.glob("unfinished-*"))
+        assert shown(folder).id == first
+        folder.write_failure("why", "the whole story")
+        assert shown(folder).id == first
+        folder.clear_failure()
+        assert shown(folder).id == f"{first}-2"
+
+
+class TestOnline:
+    def test_a_run_from_its_first_point_to_its_summary(
+        self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tracker = begin(folder)
+        measure(folder, 0, 50, 100, 150)
+        tracker.show(2)
+        one = shown(folder)
+        assert there(lambda: len(server.rows(one.id)) == 2)
+        tracker.show(3)
+        tracker.show(4)
+        summary = finish(folder)
+        tracker.finish(summary, goes_on=False)
+        found = server.runs[one.id]
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 0
+        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+        assert found.summary["result"]["gap_closed"] == 0.25
+        assert found.config == json.loads(json.dumps(one.values)) | {"environment": ENVIRONMENT}
+        assert found.values["displayName"] == one.name
+        assert found.values["groupName"] == "main"
+        assert found.values["jobType"] == "lora"
+        assert found.values["tags"] == one.tags
+        assert tracker.place == f"{server.address}/me/sae_lora/runs/{one.id}"
+        assert capsys.readouterr().out == f"W&B shows {one.name} at {tracker.place}\n"
+
+    def test_a_run_that_is_stopped_goes_on_in_its_row(self, folder: RunFolder, server: Server) -> None:
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        tracker.show(3)
+        tracker.finish(None, goes_on=True)
+        tracker = begin(folder)
+        tracker.show(3)
+        measure(folder, 150, keep=3)
+        tracker.show(4)
+        tracker.finish(finish(folder), goes_on=False)
+        (found,) = server.runs.values()
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 0
+        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+
+    def test_a_failed_attempt_keeps_its_rows_and_the_next_has_its_own(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50, 100)
+        failed_id = shown(folder).id
+        tracker = begin(folder)
+        tracker.show(3)
+        tracker.finish(None, goes_on=False)
+        failed = in_file(folder)
+        folder.write_failure("why", "the whole story")
+        folder.clear_failure()
+        measure(folder, 100, 150, keep=2, seconds=2.0)  # from the checkpoint before
+        tracker = begin(folder)
+        tracker.show(4)
+        tracker.finish(finish(folder), goes_on=False)
+        assert server.rows(failed_id) == failed
+        assert server.runs[failed_id].exit_code == 1
+        assert server.rows(shown(folder).id) == in_file(folder) != failed
+
+    @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
+    def test_an_outage_loses_nothing(self, folder: RunFolder, server: Server, state: str) -> None:
+        tracker = begin(folder)
+        measure(folder, 0, 50, 100, 150)
+        tracker.show(1)
+        run_id = shown(folder).id
+        assert there(lambda: len(server.rows(run_id)) == 1)
+        server.become(state)
+        before = len(server.said)
+        tracker.show(2)
+        assert there(lambda: len(server.said) > before)
+        tracker.show(3)
+        server.become("up")
+        tracker.show(4)
+        tracker.finish(finish(folder), goes_on=False)
+        assert server.rows(run_id) == in_file(folder)
+
+    def test_several_runs_at_the_same_time(self, tmp_path: Path, server: Server) -> None:
+        folders = [run_in(tmp_path, f"lora.rank={rank}") for rank in (1, 2, 4)]
+        trackers = [begin(folder) for folder in folders]
+        for number, (folder, tracker) in enumerate(zip(folders, trackers, strict=True), 1):
+            measure(folder, *(50 * number * at for at in range(3)))
+            tracker.show(3)
+        for folder, tracker in zip(folders, trackers, strict=True):
+            tracker.finish(finish(folder), goes_on=False)
+        assert len(server.runs) == 3
+        for folder in folders:
+            assert server.rows(shown(folder).id) == in_file(folder)
+
+    def test_no_secret_gets_there(
+        self, folder: RunFolder, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        secret = "correct horse battery"
+        monkeypatch.setenv("MY_SERVICE_TOKEN", secret)
+        monkeypatch.setattr(sys, "argv", [*sys.argv, f"--password={secret}"])
+        tracker = tracking.start(
+            load(folder.config.read_text()), folder, ENVIRONMENT | {"host": f"at {secret}"}
+        )
+        measure(folder, 0)
+        tracker.show(1)
+        tracker.finish(finish(folder), goes_on=False)
+        assert server.runs
+        said = [*server.said, *(path.read_text(errors="replace") for path in files_of(folder))]
+        assert any("at ***" in one for one in said)
+        assert not [one for one in said if secret in one or KEY in one]
+
+
+def files_of(folder: RunFolder) -> list[Path]:
+    return [path for path in folder.path.rglob("*") if path.is_file()]
+
+
+class TestWhateverGoesWrong:
+    def test_not_logged_in_is_offline_with_one_line(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for rank in (1, 2):
+            folder = run_in(tmp_path, f"lora.rank={rank}")
+            tracker = begin(folder)
+            measure(folder, 0, 50)
+            tracker.show(2)
+            tracker.finish(None, goes_on=False)
+            assert tracker.place is not None
+            assert Path(tracker.place).is_relative_to(folder.path)
+            assert list(Path(tracker.place).glob("*.wandb"))
+        assert caplog.messages == ["not logged in to W&B (`wandb login`): tracking offline"]
+
+    @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
+    def test_a_server_that_does_not_answer(
+        self, folder: RunFolder, server: Server, state: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        server.become(state)
+        tracker = begin(folder)
+        measure(folder, 0)
+        tracker.show(1)
         assert tracker.place is not None
-        assert Path(tracker.place).is_relative_to(folder)
-        assert list(Path(tracker.place).glob("*.wandb"))
-    assert caplog.text.count("not logged in") == 1
+        assert Path(tracker.place).is_relative_to(folder.path)
+        tracker.finish(finish(folder), goes_on=False)
+        assert caplog.messages == ["the W&B server does not answer: tracking offline"]
+
+    def test_a_server_that_hangs_only_then(
+        self,
+        folder: RunFolder,
+        server: Server,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(wandb_run, "_answers", lambda url: True)
+        monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 1)
+        server.become("hanging")
+        tracker = begin(folder)
+        assert tracker.place is not None
+        assert Path(tracker.place).is_relative_to(folder.path)
+        tracker.finish(finish(folder), goes_on=False)
+        (message,) = caplog.messages
+        assert message.endswith("going on offline")
+
+    def test_training_waits_for_nothing(
+        self, folder: RunFolder, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it asks for is done when a hanging server comes back, and is not waited for."""
+        server.become("hanging")
+        tracker = begin(folder)
+        measure(folder, 0)
+        tracker.show(1)
+        assert not server.said  # it has not even been asked yet
+        tracker.finish(None, goes_on=True)
+
+    def test_whatever_wandb_raises_the_run_goes_on(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(**_: object) -> None:
+            raise OSError("no space left for hf_a1B2c3D4e5F6g7H8i9J0")
+
+        monkeypatch.setattr(wandb, "init", broken)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        tracker = begin(folder)
+        tracker.show(1)
+        tracker.finish(None, goes_on=False)
+        assert tracker.place is None
+        assert caplog.messages == ["W&B is off for this run: no space left for ***"]
+
+    def test_disabled_is_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = run_in(tmp_path, "tracking.mode=disabled")
+        before = files_of(folder)
+        tracker = begin(folder)
+        tracker.show(1)
+        tracker.finish(None, goes_on=False)
+        assert tracker.place is None
+        assert files_of(folder) == before
+        assert caplog.text == ""
+
+    def test_wandbs_own_variable_decides_what_the_config_leaves_open(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert begin(run_in(tmp_path)).place is None
+        asked = begin(run_in(tmp_path, "tracking.mode=offline"))
+        assert asked.place is not None
+        asked.finish(None, goes_on=False)
+
+    def test_what_wandb_login_writes_is_found(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        settings = wandb.Settings(base_url="http://wandb.example:8080")
+        assert not wandb_run.is_logged_in(settings)
+        (tmp_path / "netrc").write_text(f"machine wandb.example\n  login user\n  password {KEY}\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        assert wandb_run.is_logged_in(settings)
+        assert not wandb_run.is_logged_in(wandb.Settings(base_url="http://other.example"))
+
+    def test_an_end_that_hangs_is_cut_off_and_can_be_made_up_for(
+        self, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        assert tracker.place is not None
+        server.become("hanging")
+        tracker.show(3)
+        tracker.finish(finish(folder), goes_on=False)
+        (message,) = caplog.messages
+        assert message.startswith("W&B has not ended after 1 s; `python -m sae_lora sync ")
+        server.become("up")
+        upload([folder])
+        assert server.rows(shown(folder).id) == in_file(folder)
+
+    @pytest.mark.slow
+    def test_the_process_ends_whatever_the_server_does(self, tmp_path: Path, server: Server) -> None:
+        folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
+        measure(folder, 0)
+        code = (
+            "import sys; from pathlib import Path; from sae_lora import tracking;"
+            "from sae_lora.conversion import load; from sae_lora.records import RunFolder;"
+            "folder = RunFolder(Path(sys.argv[1]));"
+            "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
+            "print(tracker.place, flush=True); input(); tracker.show(1);"
+            "tracker.finish(None, goes_on=False); print('ended', flush=True)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, folder.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        said = [process.stdout.readline(), process.stdout.readline()]
+        assert said[1].startswith(server.address), said
+        server.become("hanging")
+        out, _ = process.communicate("\n", timeout=60)
+        assert out == "ended\n"
+        assert process.returncode == 0
 
 
-def test_a_server_that_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class TestSync:
+    @pytest.mark.parametrize("mode", ["offline", "disabled"])
+    def test_what_was_not_online_can_be_uploaded_and_again(
+        self, tmp_path: Path, server: Server, mode: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = run_in(tmp_path, f"tracking.mode={mode}")
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        tracker.show(3)
+        tracker.finish(finish(folder), goes_on=False)
+        assert not server.runs
+        for before, rows in ((0, 3), (3, 0)):
+            assert main(["sync", str(folder.path.parent)]) == 0
+            (line,) = [line for line in capsys.readouterr().out.splitlines() if "tiny" in line]
+            address = f"{server.address}/me/sae_lora/runs/{shown(folder).id}"
+            assert [cell.strip() for cell in line.strip("│").split("│")][1:] == [
+                str(before),
+                str(rows),
+                address,
+            ]
+            found = server.runs[shown(folder).id]
+            assert found.rows == in_file(folder)
+            assert found.exit_code == 0
+            assert found.summary["result"]["gap_closed"] == 0.25
+            assert found.config["environment"] == ENVIRONMENT
+
+    def test_of_a_run_that_goes_on_only_what_its_checkpoint_holds(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50, 100)
+        save(folder, step=60, points=2)
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert found.rows == in_file(folder)[:2]
+        measure(folder, 100, 150, keep=2, seconds=2.0)
+        finish(folder)
+        upload([folder])
+        assert found.rows == in_file(folder)
+
+    def test_a_failed_run_is_shown_as_failed(self, folder: RunFolder, server: Server) -> None:
+        measure(folder, 0, 50)
+        folder.write_failure("why", "the whole story")
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 1
+        assert "result" not in found.summary
+
+    def test_a_run_that_a_process_holds_is_left_alone(
+        self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        measure(folder, 0)
+        save(folder, step=10, points=1)
+        with held(folder.path):
+            upload([folder])
+        assert not server.runs
+        assert f"left alone: {folder.path.name} is being run by process" in capsys.readouterr().err
+
+    def test_nobody_is_logged_in(self, folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["sync", str(folder.path.parent)]) == 1
+        assert capsys.readouterr().err.startswith("error: nothing can be uploaded: not logged in")
+
+    def test_the_server_does_not_answer(self, folder: RunFolder, server: Server) -> None:
+        server.become("busy")
+        with pytest.raises(UserError, match="does not answer"):
+            upload([folder])
+
+
+SMALL = (
+    "train.train_tokens=1536 train.batch_size=1 train.eval_every_tokens=512 "
+    "train.checkpoint_every_steps=3 data.validation_tokens=1024 lora.rank=2"
+).split()
+ATTEMPT = (
+    "import sys; from pathlib import Path; from tests.attempts import _child;"
+    "_child([Path(sys.argv[1])], int(sys.argv[2]), '9', None, [])"
+)
+
+
+@pytest.mark.slow
+def test_killed_and_taken_up_again_the_rows_are_those_of_the_curve(
+    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    started = time.monotonic()
-    tracker = tracking.start(config(TrackingMode.auto), "name", "abc", tmp_path)
-    tracker.log(point(0))
-    tracker.finish(None)
-    assert time.monotonic() - started < 30
-    assert "does not answer" in caplog.text
+    """Killed after a point that its checkpoint does not hold, which is measured once more."""
+    caplog.set_level(logging.INFO)
+    folder = run_in(tmp_path, *SMALL)
+    run_id = shown(folder).id
 
+    def attempt(kill_at: int) -> int:
+        command = [sys.executable, "-c", ATTEMPT, str(folder.path), str(kill_at)]
+        return subprocess.run(command, check=False, timeout=300).returncode
 
-def test_whatever_wandb_raises_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(**_: object) -> None:
-        raise RuntimeError("no space left on device")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    tracker = tracking.start(config(TrackingMode.offline), "name", "abc", tmp_path)
-    tracker.log(point(0))
-    tracker.finish(None)
-    assert "W&B is off for this run: no space left on device" in caplog.text
-
-
-def test_a_hanging_end_is_not_waited_for(tmp_path: Path) -> None:
-    tracker = tracking.start(config(TrackingMode.offline, finish_timeout_s=0.5), "name", "abc", tmp_path)
-    finish = tracker._run.finish  # pyright: ignore[reportAttributeAccessIssue]
-    tracker._run.finish = lambda **_: time.sleep(60)  # pyright: ignore[reportAttributeAccessIssue]
-    started = time.monotonic()
-    tracker.finish(None)
-    assert time.monotonic() - started < 10
-    finish()
-
-
-def test_what_wandb_login_writes_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = wandb.Settings(base_url="http://wandb.example:8080")
-    assert not tracking._is_logged_in(settings)
-    (tmp_path / "netrc").write_text("machine wandb.example\n  login user\n  password " + "0" * 40 + "\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking._is_logged_in(settings)
-    assert not tracking._is_logged_in(wandb.Settings(base_url="http://other.example"))
+    assert attempt(9) == -9
+    before = in_file(folder)
+    assert len(before) == 3
+    assert there(lambda: server.rows(run_id) == before[:2])
+    assert attempt(10**9) == 0
+    assert folder.is_finished
+    after = in_file(folder)
+    assert server.rows(run_id) == after
+    assert len(after) == 4
+    assert after[:2] == before[:2]
+    assert after[2]["train_seconds"] != before[2]["train_seconds"]
+    assert server.runs[run_id].exit_code == 0
+    assert server.runs[run_id].config["environment"]["packages"]["wandb"] == wandb.__version__
+    assert list(server.runs) == [run_id]

@@ -58,7 +58,18 @@ class Server:
     state: str = "up"
     runs: dict[str, Run] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
-    closing: threading.Event = field(default_factory=threading.Event)
+    moved: threading.Event = field(default_factory=threading.Event)
+    """Lets go what hangs."""
+
+    def rows(self, run_id: str) -> list[dict[str, Any]]:
+        """Of a run, known or not."""
+        return self.runs[run_id].rows if run_id in self.runs else []
+
+    def become(self, state: str) -> None:
+        """Is in another state from now on; connections that hang are dropped."""
+        self.state = state
+        self.moved.set()
+        self.moved = threading.Event()
 
 
 @contextmanager
@@ -73,8 +84,8 @@ def serving() -> Iterator[Server]:
             pass
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            known.said.append(body.decode(errors="replace"))
+            body = self._body()
+            known.said.append(body)
             match known.state:
                 case "up":
                     self._send(200, _answer(known, self.path, json.loads(body or "{}")))
@@ -83,13 +94,17 @@ def serving() -> Iterator[Server]:
                 case "busy":
                     self._send(503, {})
                 case "hanging":
-                    known.closing.wait()
+                    known.moved.wait()
                     self.close_connection = True
                 case _:
                     raise NotImplementedError(known.state)
 
         def do_PUT(self) -> None:
-            self.do_POST()
+            known.said.append(self._body())
+            self._send(200, {})
+
+        def _body(self) -> str:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
 
         def _send(self, status: int, value: dict[str, Any]) -> None:
             content = json.dumps(value).encode()
@@ -106,7 +121,7 @@ def serving() -> Iterator[Server]:
     try:
         yield known
     finally:
-        known.closing.set()
+        known.become("dropping")
         server.shutdown()
         server.server_close()
 
@@ -120,14 +135,17 @@ def _answer(known: Server, path: str, asked: dict[str, Any]) -> dict[str, Any]:
     query = asked["query"]
     if "UpsertBucket" in query:
         run = known.runs.setdefault(values["name"], Run())
+        config = json.loads(run.values.get("config", "{}")) | json.loads(values["config"] or "{}")
         run.values |= {key: value for key, value in values.items() if value is not None}
+        run.values["config"] = json.dumps(config)
         return {"data": {"upsertBucket": {"bucket": _bucket(values["name"], run), "inserted": True}}}
     if "RunResumeStatus" in query:
         run = known.runs.get(values["name"])
         bucket = None if run is None else _bucket(values["name"], run)
         return {"data": {"model": {"id": "p", "name": "p", "entity": _ENTITY, "bucket": bucket}}}
     if "CreateRunFiles" in query:
-        return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}}}
+        files = [{"name": name, "uploadUrl": f"{known.address}/put/{name}"} for name in values["files"]]
+        return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
     return {"data": {"viewer": _ENTITY | {"entity": "me", "username": "me", "flags": "{}"}}}
 
 
