@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from transformers import logging as transformers_logging
 
 from sae_lora import lora, models
-from sae_lora.assembly import quieten
 from sae_lora.card import card
 from sae_lora.config import Config, DType, ModelConfig, as_list
 from sae_lora.conversion import as_dict, load
@@ -43,7 +43,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")
     check_writable(to.parent, "--to")
-    quieten()
+    transformers_logging.disable_progress_bar()
     config, summary = load(folder.config.read_text()), public_summary(folder.read_summary())
     base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
     values = public_config(dataclasses.replace(config, model=base))

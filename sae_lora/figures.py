@@ -35,7 +35,7 @@ _AXES = {
 """What stands at an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
 _CLOSED = "CE gap closed"
-_GAP = "CE gap to the plain model (nats/token)"
+_GAP = "CE gap (nats per token)"
 _LOGARITHMIC = {"rank", "width", "l0", "tokens", "train_flops", "trainable_parameters"}
 
 

@@ -111,15 +111,15 @@ def test_dry_run_says_who_trains_with_whom(point: Point, capsys) -> None:
 def test_packed_or_not_the_runs_are_the_same(point: Point, tmp_path: Path) -> None:
     each = [(f"lora.rank={rank}", "lora.dropout=0.1") for rank in (1, 2, 4)]
     found = {}
-    for pack in ("auto", "off", "2"):
+    for pack in ("auto", "2"):
         here = f"output_dir={tmp_path}/{pack}", f"launcher.pack={pack}"
         assert launcher.launch([point(*one, *here) for one in each]) == 0
         folders = folders_in(tmp_path / pack)
         found[pack] = {folder.path.name: results(folder) for folder in folders}
         sizes = sorted(folder.read_summary()["trained_together"] for folder in folders)
-        assert sizes == {"auto": [3, 3, 3], "off": [1, 1, 1], "2": [1, 2, 2]}[pack]
-    assert found["auto"] == found["off"] == found["2"]
-    assert len(found["off"]) == 3
+        assert sizes == {"auto": [3, 3, 3], "2": [1, 2, 2]}[pack]
+    assert found["auto"] == found["2"]
+    assert len(found["2"]) == 3
 
 
 def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:

@@ -114,7 +114,11 @@ def serving() -> Iterator[Server]:
             self.end_headers()
             self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that is killed goes without a word."""
+
+    server = Quiet(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     known.address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
