@@ -1,20 +1,15 @@
 """Figures of a sweep, made from its tables, with plotly. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sae_lora.scaling import CONFIDENCE, Fit, group_of, in_words
+from sae_lora.scaling import CONFIDENCE, Fit, Frame, group_of, in_words
 from sae_lora.sweep import SEED, factors
-
-if TYPE_CHECKING:
-    import pandas
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
@@ -61,11 +56,11 @@ class _Look:
     The legend names each combination where they are few, else the values of each of the two.
     """
 
-    def __init__(self, frame: pandas.DataFrame, by: Sequence[str]) -> None:
+    def __init__(self, frame: Frame, by: Sequence[str]) -> None:
         self._by = list(by)
         self._values = [list(dict.fromkeys(map(in_words, frame[name]))) for name in by]
         first = len(self._values[0]) if by else 1
-        self._colours = (
+        self._colours: Sequence[Any] = (
             COLOURS
             if first <= len(COLOURS)
             else sample_colorscale("Cividis", [at / (first - 1) for at in range(first)])
@@ -110,8 +105,8 @@ def _drawn(colour: str, number: int) -> dict[str, Any]:
 
 
 def gap_curves(
-    frame: pandas.DataFrame,
-    curves: pandas.DataFrame,
+    frame: Frame,
+    curves: Frame,
     over: str = "tokens",
     by: Sequence[str] | None = None,
 ) -> go.Figure:
@@ -153,7 +148,7 @@ def gap_curves(
 
 
 def gap_closed_against(
-    frame: pandas.DataFrame, factor: str, others: Sequence[str], fitted: Fit | None = None
+    frame: Frame, factor: str, others: Sequence[str], fitted: Fit | None = None
 ) -> go.Figure:
     """The gap closed over a factor: a line for each combination of the others, seeds as their mean.
 
@@ -206,7 +201,7 @@ def gap_closed_against(
     return _finished(figure)
 
 
-def heat_map(frame: pandas.DataFrame, by: Sequence[str]) -> go.Figure:
+def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     """The gap closed over two factors; over three, a map for each value of the third.
 
     Args:
@@ -242,7 +237,7 @@ def heat_map(frame: pandas.DataFrame, by: Sequence[str]) -> go.Figure:
     return _finished(figure)
 
 
-def efficiency(frame: pandas.DataFrame, by: Sequence[str]) -> go.Figure:
+def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
     """The gap closed over what it cost: trained parameters, FLOPs, seconds.
 
     Args:
@@ -272,14 +267,14 @@ def efficiency(frame: pandas.DataFrame, by: Sequence[str]) -> go.Figure:
     figure.add_traces(traces, rows=[1] * len(traces), cols=columns)
     for number, cost in enumerate(costs, 1):
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
-        kind = {"type": "log"} if spread else {"rangemode": "tozero"}
+        kind: dict[str, Any] = {"type": "log"} if spread else {"rangemode": "tozero"}
         figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis={"title": _CLOSED, "tickformat": ".0%"})
     look.explain(figure)
     return _finished(figure)
 
 
-def _over_seeds(runs: pandas.DataFrame, factor: str) -> dict[str, list[Any]]:
+def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
     """For each value of a factor the mean of the gap closed, and half its confidence interval."""
     from scipy import stats
 
@@ -302,7 +297,7 @@ def _ticks(values: Sequence[float]) -> dict[str, Any]:
     return {"tickvals": there, "ticktext": [f"{value:,.6g}" for value in there]}
 
 
-def _numbers(column: pandas.Series) -> list[float | None]:
+def _numbers(column: Any) -> list[float | None]:
     """Without what is not there."""
     return [None if value is None or value != value else float(value) for value in column]
 

@@ -111,7 +111,10 @@ def cached_commit(repo: str, revision: str | None = None) -> str | None:
     """The commit of the cached copy of a model's repository; `None` for what is not from the hub."""
     if revision is not None and re.fullmatch(_COMMIT, revision):
         return revision
-    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    try:
+        folder = repo_folder_name(repo_id=repo, repo_type="model")
+    except hub.HFValidationError:  # the path of a folder on this machine
+        return None
     reference = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main")
     return reference.read_text().strip() if reference.is_file() else None
 

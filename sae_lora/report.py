@@ -10,8 +10,6 @@
 All of it is made from run folders alone, and can be made again. Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -19,9 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import plotly.graph_objects as go
 import plotly.io
 from jinja2 import Environment, PackageLoader, select_autoescape
 from plotly.offline import get_plotlyjs
@@ -29,12 +26,9 @@ from plotly.offline import get_plotlyjs
 from sae_lora import figures
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
-from sae_lora.scaling import Fit, NoFit, fit
+from sae_lora.scaling import Fit, Frame, NoFit, fit
 from sae_lora.sweep import SEED, Sweep, factors
 from sae_lora.tables import duration, percent
-
-if TYPE_CHECKING:
-    import pandas
 
 VERSION = 1
 _KIND = "sae_lora report"
@@ -50,7 +44,8 @@ class View:
     name: str
     """Of its files."""
     heading: str
-    figure: go.Figure
+    figure: Any
+    """plotly's."""
     note: str = ""
     """What it says, in a sentence."""
 
@@ -59,14 +54,14 @@ class View:
 class Report:
     """What was found out about sweeps, before any of it is drawn."""
 
-    frame: pandas.DataFrame
-    curves: pandas.DataFrame
+    frame: Frame
+    curves: Frame
     varying: list[str]
     """The factors in which runs differ, the seed left out."""
     fits: list[Fit | NoFit]
 
     @classmethod
-    def of(cls, sweep: Sweep) -> Report:
+    def of(cls, sweep: Sweep) -> "Report":
         """That of these runs as they are now."""
         frame = sweep.frame()
         varying = [name for name in figures.by_prominence(factors(frame)) if name != SEED]
@@ -79,7 +74,7 @@ class Report:
         return cls(frame, sweep.curves(), varying, fits)
 
     @property
-    def done(self) -> pandas.DataFrame:
+    def done(self) -> Frame:
         """The finished runs."""
         return self.frame[self.frame["state"] == "done"]
 
@@ -330,7 +325,7 @@ def _plain_value(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _uniform(table: pandas.DataFrame) -> pandas.DataFrame:
+def _uniform(table: Frame) -> Frame:
     """Columns of one type each: one that holds numbers and words holds words."""
     mixed = [
         name

@@ -1,14 +1,12 @@
 """How the gap closed grows with a factor: one slope over the logarithm, with its confidence interval."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas
+Frame = Any
+"""A `pandas.DataFrame`: its own types leave open what most operations on one give."""
 
 CONFIDENCE = 0.95
 _FEWEST_VALUES = 3
@@ -59,7 +57,7 @@ class NoFit:
         return f"no fit over {self.factor}: {self.reason}"
 
 
-def fit(frame: pandas.DataFrame, factor: str, others: Sequence[str]) -> Fit | NoFit:
+def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | NoFit:
     """The gap closed over the logarithm of a factor.
 
     Args:
@@ -67,17 +65,14 @@ def fit(frame: pandas.DataFrame, factor: str, others: Sequence[str]) -> Fit | No
         factor: Its column.
         others: What else the runs differ in, the seed left out.
     """
-    import numpy
-    import pandas
     from scipy import stats
 
-    numbers = pandas.to_numeric(frame[factor], errors="coerce")
-    closed = pandas.to_numeric(frame["gap_closed"], errors="coerce")
+    numbers, closed = frame[factor].map(_number), frame["gap_closed"].map(_number)
     usable = numbers.gt(0) & closed.notna()
     groups = group_of(frame, others)
     # A group with one value says where its line lies and nothing of the slope.
     usable &= numbers.where(usable).groupby(groups).transform("nunique") > 1
-    x, y, groups = numpy.log2(numbers[usable].astype(float)), closed[usable], groups[usable]
+    x, y, groups = numbers[usable].map(math.log2), closed[usable], groups[usable]
     if (values := x.nunique()) < _FEWEST_VALUES:
         return NoFit(
             factor,
@@ -100,14 +95,19 @@ def fit(frame: pandas.DataFrame, factor: str, others: Sequence[str]) -> Fit | No
         per_doubling=slope,
         low=slope - margin,
         high=slope + margin,
-        intercepts={group: float(value) for group, value in intercepts.items()},  # pyright: ignore
+        intercepts={group: float(value) for group, value in intercepts.items()},
         values=(float(numbers[usable].min()), float(numbers[usable].max())),
         runs=len(x),
         r_squared=1 - residual / total if total else 1.0,
     )
 
 
-def group_of(frame: pandas.DataFrame, others: Sequence[str]) -> pandas.Series:
+def _number(value: object) -> float:
+    """Not a number where the value is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def group_of(frame: Frame, others: Sequence[str]) -> Any:
     """The values of some factors, of each run, as text."""
     import pandas
 

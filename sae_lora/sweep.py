@@ -1,12 +1,10 @@
 """Sweeps as tables, made from run folders alone: a row per run, or per point. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -14,10 +12,8 @@ from sae_lora.command import command, flat
 from sae_lora.errors import UserError
 from sae_lora.identity import OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.scaling import Frame
 from sae_lora.standing import standings
-
-if TYPE_CHECKING:
-    import pandas
 
 SEED = "seed"
 """The factor in which repetitions differ."""
@@ -63,7 +59,7 @@ class Sweep:
     def __getitem__(self, number: int) -> RunFolder:
         return self.folders[number]
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> Frame:
         """A row per run, whatever its state, ordered by what the runs differ in.
 
         Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); the factors of `NAMED`, and
@@ -83,7 +79,7 @@ class Sweep:
             | _row(folder)
             for folder, standing in zip(self.folders, standings(self.folders), strict=True)
         ]
-        found = pandas.DataFrame(rows)
+        found: Frame = pandas.DataFrame(rows)
         other = [name for name in found.columns if "." in name]
         same = [name for name in other if found[name].map(repr).nunique() == 1]
         found = found.drop(columns=same)
@@ -100,7 +96,7 @@ class Sweep:
         by = factors(found)
         return found[order].sort_values(["sweep", *by], ignore_index=True, key=_by_value)
 
-    def curves(self) -> pandas.DataFrame:
+    def curves(self) -> Frame:
         """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint`."""
         import pandas
 
@@ -114,7 +110,7 @@ class Sweep:
             for folder in self.folders
             for point in folder.read_curve()
         ]
-        return pandas.DataFrame(rows, columns=["sweep", "run", *names])  # pyright: ignore[reportArgumentType]
+        return pandas.DataFrame(rows, columns=["sweep", "run", *names])
 
 
 def load_sweep(*paths: Path | str) -> Sweep:
@@ -147,7 +143,7 @@ def runs_of(sweep: Path) -> list[RunFolder]:
     return found
 
 
-def factors(frame: pandas.DataFrame) -> list[str]:
+def factors(frame: Frame) -> list[str]:
     """The factors in which runs differ, in their usual order, the seed last.
 
     One that only follows another (alpha, where it is twice the rank) is not named beside it.
@@ -218,7 +214,7 @@ def _in_words(value: Any) -> str:
     return value if isinstance(value, str) else "+".join(map(str, value))
 
 
-def _by_value(column: pandas.Series) -> pandas.Series:
+def _by_value(column: Any) -> Any:
     """Sorts numbers by their value, also where some runs have words there."""
     return column.map(
         lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))

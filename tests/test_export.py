@@ -46,6 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "books").mkdir(parents=True)
     for number, document in zip(range(60), stdlib_documents(), strict=False):
         (home / f"books/{number}.txt").write_text(document.text)
+    shutil.copytree(MODEL, home / "model")
     for block in (2, 4):
         shutil.copytree(SAES / f"block_{block}-width_1024-l0_4", home / f"sae_{block}")
     return home
@@ -53,14 +54,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(home: Path) -> list[RunFolder]:
-    """One around an SAE that ships with the package, one around two of the user's own."""
+    """One of what ships with the package, one of a model and two SAEs in folders of the user's."""
     point = points_in(home)
     text = ["data=text_files", f"data.files={home}/books/*.txt", "data.context_length=128"]
     own = [*text, f"tracking.entity={OWNER}"]
     two = ["sae=disk", f"sae.path='{home}/sae_{{block}}'", "layer.index=[2,4]", "lora.blocks=all"]
+    local = [f"model.name={home}/model", *two]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: OWNER)
-        return run_here(point(*own), point(*own, *two))
+        return [*run_here(point(*own)), *run_here(point(*own, *local))]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_the_code_on_the_card_gives_the_spliced_model(
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(home)  # where the user's own SAEs are
+    monkeypatch.chdir(home)  # where the user's own model and SAEs are
     for run, folder in zip([*runs, runs[0]], [*exported, merged], strict=True):
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         assert 'here = "."' in code
@@ -131,7 +133,7 @@ def test_the_card_holds_what_the_run_has_found(runs: list[RunFolder], exported: 
         summary, text = run.read_summary(), (folder / "README.md").read_text()
         front = yaml.safe_load(text.split("---\n")[1])
         assert front["library_name"] == "peft"
-        assert "base_model" not in front  # the embedded model is in no repository
+        assert "base_model" not in front  # neither is in a repository
         for name in ("base_ce", "spliced_ce", "student_ce", "kl", "fvu"):
             assert f"{summary[name]:.4f}" in text, name
         assert f"{summary['gap_closed']:.1%}" in text
