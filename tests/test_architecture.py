@@ -133,7 +133,8 @@ def test_each_library_has_one_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "records", "tables", "composition", "launcher", "terminal", "watch", "plan"]
+    "module",
+    ["config", "records", "tables", "composition", "launcher", "terminal", "watch", "plan", "report"],
 )
 def test_planning_and_looking_need_no_torch(module: str) -> None:
     code = f"import sys, sae_lora.{module}; sys.exit('torch' in sys.modules)"

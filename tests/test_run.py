@@ -64,8 +64,9 @@ def test_several_saes_at_once(point: Point) -> None:
 def test_finished_runs_side_by_side(point: Point, tmp_path: Path) -> None:
     run_here(*(point(f"lora.rank={rank}") for rank in (1, 2)))
     assert main(["table", str(tmp_path / "main")]) == 0
-    assert main(["figure", str(tmp_path / "main"), "--to", str(tmp_path / "gap.html")]) == 0
-    assert "CE gap to the plain model" in (tmp_path / "gap.html").read_text()
+    assert main(["report", str(tmp_path / "main"), "--no-pictures"]) == 0
+    written = json.loads((tmp_path / "main/report/summary.json").read_text())
+    assert written["varying"] == ["rank"] and written["states"] == {"done": 2}
 
 
 def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
