@@ -48,6 +48,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
         from wandb_workspaces import expr
+        from wandb_workspaces.reports.v2.interface import ParallelCoordinatesPlotColumn
     except ImportError as error:
         raise UserError("a dashboard needs wandb-workspaces: `pip install -e '.[dashboard]'`") from error
 
@@ -102,7 +103,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
                     panels.ParallelCoordinatesPlot(
                         title="all of it at once",
                         columns=[
-                            panels.ParallelCoordinatesPlotColumn(metric, display_name=name)
+                            ParallelCoordinatesPlotColumn(metric, display_name=name)
                             for name, metric in columns.items()
                         ],
                     ),

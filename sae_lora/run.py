@@ -32,6 +32,7 @@ from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.progress import Reporter
 from sae_lora.provenance import environment
 from sae_lora.records import Progress, RunFolder, Summary
+from sae_lora.redaction import redacted
 from sae_lora.terminal import Display, complain
 from sae_lora.training import Training
 from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
@@ -306,7 +307,7 @@ def _outcomes(
             if not claim.folder.is_finished and not claim.folder.has_failed
         ]
         if len(unsettled) > 1 and not isinstance(error, UserError):
-            traceback.print_exception(error)
+            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             return None
         for folder in unsettled:
             write_failure(folder, error)

@@ -1,7 +1,7 @@
 """Makes W&B show what run folders hold, wherever and however the runs were tracked."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -49,7 +49,7 @@ def upload(folders: Sequence[RunFolder]) -> Table:
             who = f"process {at_work.pid} on {at_work.host}"
             complain("left alone", f"{folder.path.name} is being run by {who}, which shows it itself")
             continue
-        found = _within(_TIMEOUT_S, lambda folder=folder: _upload(folder))
+        found = _within(_TIMEOUT_S, folder)
         table.add_row(found.name, str(found.before), str(found.rows), found.place)
     return table
 
@@ -75,8 +75,8 @@ def final_points(folder: RunFolder, config: Config) -> int:
     return checkpoint.points(folder.checkpoints, identity(config))
 
 
-def _within(most_s: float, call: Callable[[], Uploaded]) -> Uploaded:
-    """What the call returns; wandb itself would wait for a server for days.
+def _within(most_s: float, folder: RunFolder) -> Uploaded:
+    """Uploads a run; wandb itself would wait for a server for days.
 
     Raises:
         UserError: Where it takes longer, or fails.
@@ -85,7 +85,7 @@ def _within(most_s: float, call: Callable[[], Uploaded]) -> Uploaded:
 
     def work() -> None:
         try:
-            found.append(call())
+            found.append(_upload(folder))
         except Exception as error:  # whatever wandb raises; this run folder's own errors too
             found.append(error)
 
@@ -96,9 +96,10 @@ def _within(most_s: float, call: Callable[[], Uploaded]) -> Uploaded:
         case [Uploaded() as uploaded]:
             return uploaded
         case [Exception() as error]:
-            raise UserError(f"the upload has failed: {redacted(str(error))}") from error
+            raise UserError(f"{folder.path.name} cannot be uploaded: {redacted(str(error))}") from error
         case _:
             wandb_run.cut_off()
             raise UserError(
-                f"the W&B server has stopped answering for {most_s:g} s; the same command again goes on"
+                f"{folder.path.name} was not uploaded within {most_s:g} s, because the W&B server does "
+                "not answer; the same command again goes on"
             )

@@ -36,7 +36,7 @@ from tests.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
-LONG = "train.train_tokens=20480", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
+LONG = "train.train_tokens=12288", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
 
 
 def begun(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]:

@@ -121,7 +121,7 @@ def serving() -> Iterator[Server]:
     server = Quiet(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     known.address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     try:
         yield known
     finally:
