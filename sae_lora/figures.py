@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sae_lora.scaling import CONFIDENCE, Fit, Frame, group_of, in_words
+from sae_lora.scaling import CONFIDENCE, Fit, Frame, group_of, in_words, label
 from sae_lora.sweep import SEED, factors
 
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -43,11 +43,6 @@ def by_prominence(factors: Sequence[str]) -> list[str]:
     """Those first that figures show best: what a reader of a sweep asks for first."""
     first = [name for name in _PROMINENT if name in factors]
     return first + [name for name in factors if name not in first]
-
-
-def label(factor: str) -> str:
-    """A factor as running text and legends name it."""
-    return {"l0": "L0"}.get(factor, factor)
 
 
 class _Look:

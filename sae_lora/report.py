@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 from sae_lora import figures
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
-from sae_lora.scaling import Fit, Frame, NoFit, fit
+from sae_lora.scaling import Fit, Frame, NoFit, fit, label
 from sae_lora.sweep import SEED, Sweep, factors
 from sae_lora.tables import duration, percent
 
@@ -121,10 +121,10 @@ class Report:
             one = fitted.get(name)
             figure = figures.gap_closed_against(done, name, others, one)
             note = f"Grey: {one}." if one else ""
-            heading = f"Gap closed against {figures.label(name)}"
+            heading = f"Gap closed against {label(name)}"
             found.append(View(f"gap_closed_{_file(name)}", heading, figure, note))
         if 2 <= len(self.varying) <= _MOST_MAPPED:
-            heading = f"Gap closed over {' and '.join(map(figures.label, self.varying))}"
+            heading = f"Gap closed over {' and '.join(map(label, self.varying))}"
             found.append(View("heat_map", heading, figures.heat_map(done, self.varying)))
         found.append(
             View("efficiency", "Gap closed against what it cost", figures.efficiency(done, self.varying))
@@ -253,7 +253,7 @@ def _check_free(to: Path) -> None:
 
 def _columns(report: Report) -> list[tuple[str, str]]:
     """Of the page's table: a column of the frame, and its heading."""
-    names = [(name, figures.label(name)) for name in factors(report.frame)]
+    names = [(name, label(name)) for name in factors(report.frame)]
     if len(set(report.frame["sweep"])) > 1:
         names = [("sweep", "sweep"), *names]
     return [

@@ -38,10 +38,11 @@ class Fit:
         return self.intercepts[group] + self.per_doubling * math.log2(value)
 
     def __str__(self) -> str:
+        more = "more" if self.per_doubling >= 0 else "less"
         groups = f", {len(self.intercepts)} lines with one slope" if len(self.intercepts) > 1 else ""
         return (
-            f"each doubling of {self.factor} closes {100 * self.per_doubling:+.1f} points of the gap "
-            f"({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to {100 * self.high:+.1f}; "
+            f"each doubling of {label(self.factor)} closes {100 * abs(self.per_doubling):.1f} points "
+            f"{more} of the gap ({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to {100 * self.high:+.1f}; "
             f"{self.runs} runs{groups}, R² {self.r_squared:.2f})"
         )
 
@@ -54,7 +55,7 @@ class NoFit:
     reason: str
 
     def __str__(self) -> str:
-        return f"no fit over {self.factor}: {self.reason}"
+        return f"no fit over {label(self.factor)}: {self.reason}"
 
 
 def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | NoFit:
@@ -113,6 +114,11 @@ def group_of(frame: Frame, others: Sequence[str]) -> Any:
 
     rows = frame[list(others)].itertuples(index=False, name=None)
     return pandas.Series([tuple(map(in_words, row)) for row in rows], index=frame.index, dtype=object)
+
+
+def label(factor: str) -> str:
+    """A factor as running text and legends name it."""
+    return {"l0": "L0"}.get(factor, factor)
 
 
 def in_words(value: object) -> str:

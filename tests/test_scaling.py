@@ -21,7 +21,7 @@ def test_a_straight_line_is_found_exactly() -> None:
     assert found.at(("3",), 4) == pytest.approx(0.4)
     assert found.r_squared == pytest.approx(1)
     assert found.values == (1, 8) and found.runs == 8
-    assert str(found).startswith("each doubling of rank closes +5.0 points")
+    assert str(found).startswith("each doubling of rank closes 5.0 points more of the gap")
 
 
 def test_one_group_is_the_regression_of_scipy() -> None:
