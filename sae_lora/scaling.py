@@ -42,8 +42,8 @@ class Fit:
         groups = f", {len(self.intercepts)} lines with one slope" if len(self.intercepts) > 1 else ""
         return (
             f"each doubling of {label(self.factor)} closes {100 * abs(self.per_doubling):.1f} points "
-            f"{more} of the gap ({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to {100 * self.high:+.1f}; "
-            f"{self.runs} runs{groups}, R² {self.r_squared:.2f})"
+            f"{more} of the gap ({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to "
+            f"{100 * self.high:+.1f}; {self.runs} runs{groups}, R² {self.r_squared:.2f})"
         )
 
 
