@@ -6,14 +6,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["WANDB_MODE"] = "offline"
-# Two test processes share two cores: with more threads than that, torch's wait for each other.
+# Test processes share the cores: with more threads than those, torch's wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
 from tests.families import FAMILIES, small_model
 
-LONGEST = ["test_slurm", "test_hub", "test_attempts", "test_launcher", "test_cli"]
+LONGEST = [
+    *("test_slurm", "test_launcher", "test_hub", "test_workers", "test_attempts", "test_embedded"),
+    *("test_tracking", "test_benchmark", "test_export", "test_cli"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

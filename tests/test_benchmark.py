@@ -64,6 +64,7 @@ def test_the_work_of_anything_else() -> None:
     assert work.peak_bytes == 4000
 
 
+@pytest.mark.slow
 def test_comparisons() -> None:
     how = 1, CPU, torch.float32
     for row in (

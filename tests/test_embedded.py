@@ -74,10 +74,8 @@ def test_the_model_has_learnt_its_text(model: LanguageModel, text: corpus.Corpus
     assert ce < 0.6 * float(unigram)
 
 
-@pytest.mark.parametrize(
-    "block",
-    [block if block == 3 else pytest.param(block, marks=pytest.mark.slow) for block in recipe.BLOCKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("block", recipe.BLOCKS)
 def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Corpus, block: int) -> None:
     found = [evaluation(model, text, f"block_{block}-width_1024-l0_{l0}") for l0 in recipe.SPARSITIES]
     fvus = [next(iter(one.fvu.values())) for one in found]

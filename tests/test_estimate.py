@@ -47,9 +47,14 @@ CASES = [
     ("train.micro_batch_size=2",),
     ("train.activation_checkpointing=true",),
     ("", "lora.rank=4"),
-    ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
-    ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
-    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
+    *(
+        pytest.param(those, marks=pytest.mark.slow)
+        for those in (
+            ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
+            ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
+            tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
+        )
+    ),
 ]
 """Runs that train together, by what sets them apart from the defaults."""
 

@@ -36,6 +36,7 @@ from tests.points import points_in, run_here
 from tests.repositories import write_all
 from tests.trainings import fill
 
+pytestmark = pytest.mark.slow
 OWNER = "a-name-to-keep"
 """Of the folder in which the user keeps text, SAEs and runs, of the account, and of the machine."""
 
@@ -302,7 +303,6 @@ assert torch.equal(alone(tokens).logits, model(tokens).logits)
 """
 
 
-@pytest.mark.slow
 def test_a_model_of_the_hub_is_named_with_its_commit(hub: Hub, tmp_path: Path) -> None:
     """And so peft finds it by itself."""
     write_all(hub.root)

@@ -51,6 +51,7 @@ def test_the_adapter_belongs_to_the_student(point: Point) -> None:
     assert json.loads((folder.adapter / "adapter_config.json").read_text())["r"] == 2
 
 
+@pytest.mark.slow
 def test_several_saes_at_once(point: Point) -> None:
     both, alone = run_here(
         point("layer.index=[2,5]", "lora.blocks=all"), point("layer.index=2", "lora.blocks=all")
@@ -61,6 +62,7 @@ def test_several_saes_at_once(point: Point) -> None:
     assert summary["initial_gap"] > alone.read_summary()["initial_gap"]
 
 
+@pytest.mark.slow
 def test_finished_runs_side_by_side(point: Point, tmp_path: Path) -> None:
     run_here(*(point(f"lora.rank={rank}") for rank in (1, 2)))
     assert main(["table", str(tmp_path / "main")]) == 0
