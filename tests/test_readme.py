@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_lora.__main__ import main
 from tests.composing import composed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,6 +45,10 @@ def test_other_commands_are_known(command: str) -> None:
     if module := re.match(r"python -m (sae_lora[.\w]*)", command):
         path = REPOSITORY / module[1].replace(".", "/") / "__main__.py"
         assert path.exists()
+        if module[1] == "sae_lora":
+            with pytest.raises(SystemExit) as ended:
+                main([command.split()[3], "--help"])
+            assert ended.value.code == 0
     else:
         assert re.match(r"(pip install|pytest|cd|git clone|ruff|pyright)\b", command), command
 
