@@ -239,7 +239,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         frame: Finished runs, as `Sweep.frame` gives them.
         by: The factors that tell runs apart, the seed left out.
     """
-    frame = frame[frame["gap_closed"].notna()]
+    frame, by = frame[frame["gap_closed"].notna()], by[:2]  # of more, nothing can be seen
     look = _Look(frame, by)
     costs = ("trainable_parameters", "train_flops", "train_seconds")
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
