@@ -301,7 +301,9 @@ def _points(path: Path) -> Iterator[CurvePoint]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             values = json.loads(line)
-            yield CurvePoint(**{key: values[key] for key in known & values.keys()})
+            if not values.keys() <= known:  # of another version
+                values = {key: values[key] for key in known & values.keys()}
+            yield CurvePoint(**values)
 
 
 class CurveWriter:

@@ -1,6 +1,7 @@
 """Sweeps as tables, made from run folders alone: a row per run, or per point. Imports no torch."""
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,13 +102,11 @@ class Sweep:
         import pandas
 
         names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
+        values_of = operator.attrgetter(*names)
         rows = [
-            (
-                folder.path.resolve().parent.name,
-                folder.path.name,
-                *(getattr(point, name) for name in names),
-            )
+            (*run, *values_of(point))
             for folder in self.folders
+            for run in [(_sweep_of(folder), folder.path.name)]
             for point in folder.read_curve()
         ]
         return pandas.DataFrame(rows, columns=["sweep", "run", *names])
