@@ -15,13 +15,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import plotly.io
 from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_lora import figures
@@ -169,18 +169,17 @@ def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
     views = report.views()
     try:
         (to / "figures").mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(1) as thread:  # the browser draws while the rest is written
-            drawn = thread.submit(_write_pictures, views if pictures else [], to / "figures")
-            write_atomically(to / "index.html", page(report, views, to))
-            write_atomically(to / "runs.csv", report.frame.to_csv(index=False))
-            for name, table in (("runs", report.frame), ("curves", report.curves)):
-                beside = to / f".{name}.parquet"
-                _uniform(table).to_parquet(beside, index=False)
-                beside.replace(to / f"{name}.parquet")
+        write_atomically(to / "index.html", page(report, views, to))
+        write_atomically(to / "runs.csv", report.frame.to_csv(index=False))
+        for name, table in (("runs", report.frame), ("curves", report.curves)):
+            beside = to / f".{name}.parquet"
+            _uniform(table).to_parquet(beside, index=False)
+            beside.replace(to / f"{name}.parquet")
+        notes = _write_pictures(views, to / "figures") if pictures else []
         write_atomically(to / "summary.json", as_json(report.summary()))
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror}") from error
-    return drawn.result()
+    return notes
 
 
 def page(report: Report, views: Sequence[View], to: Path) -> str:
@@ -223,8 +222,6 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
 
 def _write_pictures(views: Sequence[View], folder: Path) -> list[str]:
     """Writes the figures as SVG and PNG; says so where that cannot be done here."""
-    if not views:
-        return []
     wanted = [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in ("svg", "png")]
     try:
         plotly.io.write_images(
@@ -303,8 +300,6 @@ def _cell(value: Any, column: str) -> str:
 
 def _for_script(value: Any) -> str:
     """JSON that may stand in a script element."""
-    from markupsafe import Markup
-
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 

@@ -15,6 +15,7 @@ from sae_lora.identity import OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.scaling import Frame
 from sae_lora.standing import standings
+from sae_lora.tables import joined
 
 SEED = "seed"
 """The factor in which repetitions differ."""
@@ -189,8 +190,8 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         "l0": float(f"{l0:.3g}") if l0 is not None else _one_or_all(stated),
         "rank": config["lora"]["rank"],
         "alpha": config["lora"]["alpha"],
-        "targets": _in_words(config["lora"]["targets"]),
-        "blocks": _in_words(config["lora"]["blocks"]),
+        "targets": joined(config["lora"]["targets"]),
+        "blocks": joined(config["lora"]["blocks"]),
         "tokens": config["train"]["train_tokens"],
         SEED: config["train"]["seed"],
     }
@@ -206,11 +207,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
 
 def _one_or_all(values: list[Any]) -> Any:
     """The value that all have, or all of them in words."""
-    return values[0] if len(set(values)) == 1 else "+".join(map(str, values))
-
-
-def _in_words(value: Any) -> str:
-    return value if isinstance(value, str) else "+".join(map(str, value))
+    return values[0] if len(set(values)) == 1 else joined(values)
 
 
 def _by_value(column: Any) -> Any:

@@ -73,15 +73,16 @@ FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
     "L0": lambda summary: f"{summary['l0']:.3g}",
     "rank": lambda summary: str(summary["lora"]["rank"]),
     "alpha": lambda summary: f"{summary['lora']['alpha']:g}",
-    "targets": lambda summary: _joined(summary["lora"]["targets"]),
-    "blocks": lambda summary: _joined(summary["lora"]["blocks"]),
+    "targets": lambda summary: joined(summary["lora"]["targets"]),
+    "blocks": lambda summary: joined(summary["lora"]["blocks"]),
     "tokens": lambda summary: f"{summary['train_tokens']:,}",
     "seed": lambda summary: str(summary["seed"]),
 }
 """What runs of a sweep may differ in, as a reader names it."""
 
 
-def _joined(value: str | list[Any]) -> str:
+def joined(value: str | list[Any]) -> str:
+    """One word, or several as one."""
     return value if isinstance(value, str) else "+".join(map(str, value))
 
 

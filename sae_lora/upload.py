@@ -62,10 +62,9 @@ def _upload(folder: RunFolder) -> Uploaded:
         return Uploaded(folder.path.name, 0, 0, "nothing to show yet")
     summary = folder.read_summary() if folder.is_finished else None
     run = WandbRun(Shown(folder, config, summary and summary["environment"]), online=True)
-    before = sum(point.step < run.next_step for point in folder.read_curve()[:points])
     rows = run.show(points)
     run.finish(summary, goes_on=goes_on)
-    return Uploaded(folder.path.name, before, rows, run.place)
+    return Uploaded(folder.path.name, points - rows, rows, run.place)
 
 
 def final_points(folder: RunFolder, config: Config) -> int:
