@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from sae_lora.config import Config, Device, SAEChoice, SAEConfig
+from sae_lora.choices import Device, SAEFamily
+from sae_lora.config import Config, SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
 from sae_lora.errors import ConfigError
@@ -36,7 +37,9 @@ class SAEs:
         self._loaded: dict[str, LoadedSAE] = {}
 
     def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """Those that a run uses, by block."""
+        """Those that a run uses, by block; none where it makes new ones."""
+        if config.family is SAEFamily.new:
+            return []
         return [self._one(config, choice) for choice in config.used]
 
     def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:

@@ -7,20 +7,19 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from sae_lora.choices import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
 from sae_lora.config import (
     Config,
     DataConfig,
-    Device,
     LauncherConfig,
-    LauncherKind,
     LoRAConfig,
+    MethodConfig,
     SAEConfig,
-    SAEFamily,
-    TextSource,
     as_list,
 )
 from sae_lora.conversion import as_dict
 from sae_lora.errors import ConfigError, listed, nearest_name
+from sae_lora.identity import TRAINING_SAES
 from sae_lora.redaction import secret_in
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -46,6 +45,7 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_indices("layer.index", config.layer.index, optional=True)
     _check_sae_request(config.sae)
+    _check_method(config.method, config.sae, config.lora)
     _check_data_request(config.data)
     _check_budget(config)
     _check_launcher(config.launcher)
@@ -86,6 +86,7 @@ _POSITIVE = (
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
     "train.loraplus_ratio",
+    *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "launcher.nodes",
     "tracking.finish_timeout_s",
@@ -93,7 +94,7 @@ _POSITIVE = (
 _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
     *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
-    "launcher.processes_per_node",
+    *("launcher.processes_per_node", "method.rank", "sae.sparsity_coefficient"),
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
@@ -309,6 +310,57 @@ def _check_sae_request(sae: SAEConfig) -> None:
                     )
 
 
+TOPK_LIKE = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
+"""Architectures of which k latents are active."""
+
+
+def _check_method(method: MethodConfig, sae: SAEConfig, lora: LoRAConfig) -> None:
+    kind = method.kind.name
+    if method.kind is Method.mezo and lora.dropout > 0:
+        raise ConfigError("lora.dropout", lora.dropout, "0 with method=mezo", nearest=0)
+    if sae.family is SAEFamily.new and method.kind not in (Method.e2e, Method.sae):
+        raise ConfigError(
+            "sae.family",
+            "new",
+            f"an SAE that exists, with method={kind}; method=sae and method=e2e make one",
+        )
+    if method.kind is Method.sae and sae.family is not SAEFamily.new:
+        raise ConfigError("sae.family", sae.family.name, "new with method=sae, which makes one", "new")
+    if method.kind in TRAINING_SAES and sae.family is SAEFamily.identity:
+        raise ConfigError("sae.family", "identity", f"an SAE that can be trained, with method={kind}")
+    for share in method.checkpoints:
+        if not 0 < share <= 1:
+            raise ConfigError("method.checkpoints", method.checkpoints, "shares above 0 and up to 1")
+    if len(set(method.checkpoints)) < len(method.checkpoints):
+        nearest = sorted(set(method.checkpoints))
+        raise ConfigError("method.checkpoints", method.checkpoints, "each share once", nearest)
+    if sae.family is SAEFamily.new:
+        _check_new(sae)
+
+
+def _check_new(sae: SAEConfig) -> None:
+    if sae.width is None:
+        raise ConfigError("sae.width", None, "a number of latents, such as 16k or 1024")
+    if sae.architecture in TOPK_LIKE:
+        if sae.l0 is None:
+            raise ConfigError(
+                "sae.l0", None, f"k, with sae.architecture={sae.architecture.name}", nearest=32
+            )
+        if sae.architecture is Architecture.topk and sae.l0 != round(sae.l0):
+            raise ConfigError(
+                "sae.l0", sae.l0, "a whole number, with sae.architecture=topk", round(sae.l0)
+            )
+        if sae.l0 > latents(sae.width):
+            raise ConfigError("sae.l0", sae.l0, "no more than sae.width", nearest=latents(sae.width))
+    if sae.sparsity_coefficient is not None and sae.architecture in TOPK_LIKE:
+        raise ConfigError(
+            "sae.sparsity_coefficient",
+            sae.sparsity_coefficient,
+            f"null with sae.architecture={sae.architecture.name}, whose sparsity is sae.l0",
+            nearest="null",
+        )
+
+
 def _check_data_request(data: DataConfig) -> None:
     if data.source is TextSource.hub and data.name is None:
         raise ConfigError("data.name", None, "a Hugging Face data set, such as org/name")
@@ -357,6 +409,11 @@ def _check_launcher(launcher: LauncherConfig) -> None:
 def _check_crew(config: Config) -> None:
     """Every process that shares a batch needs a sequence of it."""
     launcher = config.launcher
+    if config.sae.family is SAEFamily.new and launcher.nodes * launcher.crew_per_node > 1:
+        for key in ("nodes", "gpus_per_node", "processes_per_node"):
+            value = getattr(launcher, key)
+            if value is not None and value > 1:
+                raise ConfigError(f"launcher.{key}", value, "1 with sae=new: one process makes it", 1)
     if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
         raise ConfigError("launcher.nodes", launcher.nodes, "1, but with launcher=slurm", nearest=1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:

@@ -5,100 +5,26 @@ wrong type; `checks.check` then rejects what no single type can: impossible valu
 happen before a model is loaded.
 """
 
-import enum
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-
-class DType(enum.Enum):
-    """Floating-point formats a model can be held in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Device(enum.Enum):
-    """Where a run computes; `auto` takes the GPU where there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Attention(enum.Enum):
-    """How attention is computed; `auto` is transformers' own choice, but where that is slow."""
-
-    auto = "auto"
-    eager = "eager"
-    sdpa = "sdpa"
-    flash_attention_2 = "flash_attention_2"
-    flex_attention = "flex_attention"
-    blockwise = "blockwise"
-
-
-class SAEFamily(enum.Enum):
-    """Where an SAE comes from, which also settles what is known about it."""
-
-    tiny = "tiny"
-    gemma_scope = "gemma_scope"
-    llama_scope = "llama_scope"
-    registry = "registry"
-    disk = "disk"
-    identity = "identity"
-
-
-class TextSource(enum.Enum):
-    """Where text comes from."""
-
-    stdlib = "stdlib"
-    text_files = "text_files"
-    hub = "hub"
-
-
-class Schedule(enum.Enum):
-    """How the learning rate moves after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-
-
-class Reduction(enum.Enum):
-    """How the KL of a step becomes its loss: mean over tokens, or their sum per sequence."""
-
-    token_mean = "token_mean"
-    sequence_sum = "sequence_sum"
-
-
-class Initialisation(enum.Enum):
-    """What an adapter's A begins with; B begins with zeros, so that nothing is changed yet."""
-
-    kaiming = "kaiming"
-    svd = "svd"
-
-
-class KLComputation(enum.Enum):
-    """How the KL is computed: a few tokens at a time, or with the logits of all tokens at once."""
-
-    fused = "fused"
-    full = "full"
-
-
-class LauncherKind(enum.Enum):
-    """What runs the plan."""
-
-    local = "local"
-    slurm = "slurm"
-
-
-class TrackingMode(enum.Enum):
-    """How Weights & Biases is used."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
+from sae_lora.choices import (
+    Architecture,
+    Attention,
+    Device,
+    DType,
+    Initialisation,
+    KLComputation,
+    LauncherKind,
+    Method,
+    Reduction,
+    SAEFamily,
+    Schedule,
+    TextSource,
+    TrackingMode,
+)
 
 
 @dataclass
@@ -127,6 +53,16 @@ class ModelConfig:
 
 
 @dataclass
+class Adapters:
+    """Trained weights in the folder of a finished run. The planner writes these."""
+
+    path: str = MISSING
+    """The folder."""
+    sha256: str = MISSING
+    """Of the weights file in it."""
+
+
+@dataclass
 class SAEChoice:
     """One SAE that exists. The planner writes these; they are not for the command line."""
 
@@ -146,6 +82,8 @@ class SAEChoice:
     """Number of latents, where known before loading."""
     l0: float | None = None
     """Mean active latents per token that the SAE's makers state."""
+    adapter: Adapters | None = None
+    """A trained map on what it puts back."""
 
 
 @dataclass
@@ -153,11 +91,19 @@ class SAEConfig:
     """The sparse autoencoder. It is frozen. Everything is loaded through sae-lens."""
 
     family: SAEFamily = MISSING
-    """Where it comes from: tiny, gemma_scope, llama_scope, registry, disk or identity."""
+    """Where it comes from: tiny, gemma_scope, llama_scope, registry, disk or identity; or new, where the
+    run makes it (method=sae or e2e)."""
     width: str | None = None
     """Number of latents wanted: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
     l0: float | None = None
-    """Sparsity wanted, in active latents per token. The nearest that exists is taken."""
+    """Sparsity wanted, in active latents per token. The nearest that exists is taken. Of a new SAE:
+    k, where it is topk, batchtopk or matryoshka; what jumprelu aims for; standard and gated have
+    none."""
+    architecture: Architecture = Architecture.topk
+    """Of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
+    sparsity_coefficient: float | None = None
+    """Of a new SAE that is jumprelu, standard or gated: the weight of its sparsity penalty; null for
+    sae-lens's own."""
     release: str | None = None
     """sae-lens registry release (family `registry`)."""
     id: str | None = None
@@ -205,6 +151,33 @@ class LoRAConfig:
     init: Initialisation = Initialisation.svd
     """What A begins with: kaiming, peft's random numbers, or svd, the directions of its input that the
     matrix stretches most, in the same length. B begins with zeros."""
+    begun: Adapters | None = None
+    """The trained adapters that `init` stands for, with which these begin. The planner writes it."""
+    dora: bool = False
+    """Learn the length of each of the matrix's columns apart from their direction (arXiv 2402.09353)."""
+
+
+@dataclass
+class MethodConfig:
+    """What is trained."""
+
+    kind: Method = Method.lora
+    """lora, mezo (LoRA by forward passes alone), linear_adapter or mlp_adapter (on what the SAE puts
+    back), sae_finetune, e2e (the SAE, end to end) or sae (the SAE, to reconstruct)."""
+    rank: int | None = None
+    """linear_adapter: rank of its map; mlp_adapter: its hidden width; null: the model's width.
+    sae_finetune: rank of LoRA on the SAE's two matrices; null: all of its weights move."""
+    mse: bool = True
+    """sae_finetune: KL and reconstruction error, balanced (arXiv 2503.17272); false: KL alone."""
+    epsilon: float = 1e-3
+    """mezo: how far weights are moved to see what that does to the loss."""
+    dead_after_tokens: int = 100_000
+    """sae_finetune, e2e, sae: tokens without being active after which a latent counts as dead, and is
+    taught to be of use where the SAE's architecture knows how."""
+    buffer_tokens: int = 65_536
+    """sae: tokens whose activations are shuffled among each other, and held."""
+    checkpoints: list[float] = field(default_factory=list)
+    """sae, e2e: shares of the training tokens after which the SAE is kept as it is: [0.1,0.5]."""
 
 
 @dataclass
@@ -381,11 +354,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     layer: LayerConfig = field(default_factory=LayerConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    init: str | None = None
+    """Folder of a finished run whose result this one begins with: its SAE, or its adapters."""
     sweep: str = "main"
     """Name of the folder under `output_dir` that the runs of one sweep share."""
     output_dir: str = "outputs"

@@ -152,19 +152,24 @@ class Pack:
             trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
             teacher = trunk.hidden()
             for turn in turns(self._of(trained)):
-                hidden: dict[Training, Tensor] = {}
+                hidden: dict[Training, list[Tensor]] = {}
                 for training in turn:
                     with self._own(training):
                         hidden[training] = training.hidden(trunk)
-                weights = [training.kl_weight(tokens) for training in hidden]
-                found = self._kl(teacher, list(hidden.values()), weights)
-                for training, kl in zip(list(hidden), found, strict=True):
+                passes = [states for several in hidden.values() for states in several]
+                weights = [
+                    one.gradient_weight(tokens) for one, several in hidden.items() for _ in several
+                ]
+                found = iter(self._kl(teacher, passes, weights))
+                del passes
+                for training in list(hidden):
+                    states = hidden.pop(training)
                     with self._own(training):
-                        training.absorb(hidden.pop(training), kl)
+                        training.absorb(states, [next(found) for _ in states])
         self._workers.add_up([part for training in trained for part in training.sums])
         for training in self._of(trained):
             with self._own(training):
-                training.learn(tokens.numel())
+                training.learn(tokens)
         # ---------------------------------------------------------------------------------------
 
         self._at_work = list(trained)

@@ -12,13 +12,19 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
                                `sae.sparse`) of its live part
                                + 6 · its adapters' weights + 2 heads
 
+    other methods     mezo: blocks and SAEs of the live part twice, no backward, 4 · adapters' weights
+                      linear_adapter, mlp_adapter: the first SAE once; the others as above
+                      sae_finetune, e2e: an SAE three times, with `method.mse` four and a half times
+                      sae: blocks up to the last SAE, SAEs three times; no head
+
 A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
 the teacher and what lies before the live parts, each block once for every row of SAEs before it, however
 many runs read it. The model is frozen, so that the gradient of its matrices is never made. Evaluations
 come on top.
 
     memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two; with
-               several processes, the gradients once more on their way)
+               several processes, the gradients once more on their way; of an SAE in training 24: the
+               gradient of its own loss apart, and what it is evaluated as)
            + max(what the backward passes need, the SAEs' latents)
            + room for logits: 3 float32 copies of those of a chunk, 2 of those of a few tokens
            + hidden states kept for evaluations (`train.eval_cache_gb`)
@@ -45,10 +51,11 @@ import torch
 from torch import nn
 
 from sae_lora.checks import adapted_blocks
-from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
+from sae_lora.choices import Device, DType, KLComputation, Method
+from sae_lora.config import Config, ModelConfig, TrainConfig
 from sae_lora.distill import turns
 from sae_lora.head import room_bytes
-from sae_lora.identity import train_steps
+from sae_lora.identity import ADAPTING, TRAINING_SAES, train_steps
 from sae_lora.lora import target_modules
 from sae_lora.models import LanguageModel, load_shapes
 from sae_lora.saes.sparse import is_wide
@@ -102,7 +109,7 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
-        + (16 if crew == 1 else 20) * weights
+        + sum(((24 if run.trains_saes else 16) + (4 if crew > 1 else 0)) * run.weights for run in runs)
         + _kept_for_logits(model, at_once, common.train)
         + _kept_for_evaluation(common, runs, sizes.d_model * computed)
     )
@@ -115,7 +122,7 @@ def estimate(configs: Sequence[Config]) -> Estimate:
 
 def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: int) -> float:
     """Bytes of hidden states that are kept from one evaluation to the next; states of a token."""
-    entering = {(run.first, tuple(sae for sae in run.saes if sae.block < run.first)) for run in runs}
+    entering = {(run.first, run.frozen) for run in runs}
     needed = (1 + len(entering)) * config.data.validation_tokens * state_bytes
     return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
 
@@ -135,22 +142,31 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     attention = 4 * context * sizes.d_attention
     forward = [2 * sizes.weights(block) + attention for block in model.blocks]
     head = 2 * sizes.d_model * sizes.d_vocab
+    if runs[0].kind is Method.sae:
+        last = max(sae.block for run in runs for sae in run.saes)
+        of_saes = sum(12 * sizes.d_model * sae.width for run in runs for sae in run.saes)
+        return sum(forward[: last + 1]) + of_saes
 
     trunk = {(block, ()) for block in range(len(forward))}
     coded = set()
     total = head
     for run in runs:
-        frozen = [sae for sae in run.saes if sae.block < run.first]
         trunk |= {
-            (block, tuple(sae for sae in frozen if sae.block < block)) for block in range(run.first)
+            (block, tuple(sae for sae in run.frozen if sae.block < block)) for block in range(run.first)
         }
-        coded |= {tuple(frozen[: place + 1]) for place in range(len(frozen))}
+        coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
+        live = forward[run.first :]
         if run.recomputes:
-            total += sum(forward[run.first :])
-        live_saes = [sae for sae in run.saes if sae.block >= run.first]
-        total += sum(2 * flops + attention for flops in forward[run.first :])
-        total += sum((2 if sae.sparse else 8) * sizes.d_model * sae.width for sae in live_saes)
-        total += 6 * run.weights + 2 * head
+            total += sum(live)
+        if run.kind is Method.mezo:
+            total += 2 * sum(live) + 4 * run.weights
+        else:
+            total += sum(2 * flops + attention for flops in live)
+            total += 0 if run.trains_saes else 6 * run.weights
+        total += sizes.d_model * sum(
+            run.times(sae, is_first=place == 0) * sae.width for place, sae in enumerate(run.live)
+        )
+        total += 2 * head
     total += (len(turns(runs)) - 1) * head
     total += sum(forward[block] for block, _ in trunk)
     last = [saes[-1] for saes in coded]
@@ -173,58 +189,115 @@ class _SAE:
 class _Run:
     """What a run adds to a pack."""
 
+    kind: Method
     first: int
-    """The first adapted block."""
+    """The first block that it computes itself."""
     adapted: list[tuple[int, int]]
-    """Inputs and outputs of every adapted matrix."""
+    """Inputs and outputs of every adapted matrix of the model."""
     saes: tuple[_SAE, ...]
     rank: int
     dropout: float
     recomputes: bool
     """Whether activations are made once more for the backward pass."""
+    weights: int
+    """Trainable parameters."""
+    mse: bool
+    """Whether the SAEs' own error is part of the loss."""
 
     @classmethod
     def of(cls, model: LanguageModel, config: Config) -> "_Run":
-        blocks = _adapted_blocks(config, len(model.blocks))
-        names = target_modules(model, blocks, config.lora.targets)
         size = _BYTES[config.sae.dtype]
+        saes = tuple(
+            _SAE(
+                block=one.block,
+                name=f"{one.release} {one.id} {one.path}",
+                width=one.width or 0,
+                bytes=size,
+                sparse=is_wide(one.width or 0) if config.sae.sparse is None else config.sae.sparse,
+            )
+            for one in config.sae.used
+        )
+        adapted: list[tuple[int, int]] = []
+        if config.method.kind in ADAPTING:
+            blocks = _adapted_blocks(config, len(model.blocks))
+            names = target_modules(model, blocks, config.lora.targets)
+            adapted = [_inputs_and_outputs(model.model.get_submodule(name)) for name in names]
+            weights = sum(config.lora.rank * sum(shape) for shape in adapted)
+            weights += sum(outputs for _, outputs in adapted) if config.lora.dora else 0
+        else:
+            weights = sum(_own_weights(config, model.config.hidden_size, sae.width) for sae in saes)
         return cls(
-            first=min(blocks),
-            adapted=[_inputs_and_outputs(model.model.get_submodule(name)) for name in names],
-            saes=tuple(
-                _SAE(
-                    block=one.block,
-                    name=f"{one.release} {one.id} {one.path}",
-                    width=one.width or 0,
-                    bytes=size,
-                    sparse=is_wide(one.width or 0) if config.sae.sparse is None else config.sae.sparse,
-                )
-                for one in config.sae.used
-            ),
+            kind=config.method.kind,
+            first=first_own_block(config),
+            adapted=adapted,
+            saes=saes,
             rank=config.lora.rank,
             dropout=config.lora.dropout,
             recomputes=config.train.activation_checkpointing,
+            weights=weights,
+            mse=config.method.kind is Method.sae_finetune and config.method.mse,
         )
 
     @property
-    def weights(self) -> int:
-        """Trainable parameters."""
-        return sum(self.rank * (inputs + outputs) for inputs, outputs in self.adapted)
+    def trains_saes(self) -> bool:
+        """Whether SAEs are what is trained."""
+        return self.kind in TRAINING_SAES
+
+    @property
+    def frozen(self) -> tuple[_SAE, ...]:
+        """The SAEs that no training changes, nor what they read."""
+        return tuple(sae for sae in self.saes if sae not in self.live)
+
+    @property
+    def live(self) -> tuple[_SAE, ...]:
+        """The other SAEs."""
+        return tuple(sae for sae in self.saes if self.kind not in ADAPTING or sae.block >= self.first)
+
+    def times(self, sae: _SAE, *, is_first: bool) -> int:
+        """Of what a live SAE costs per token, what d_model · d_sae is multiplied by."""
+        once = 2 if sae.sparse else 4
+        match self.kind:
+            case Method.mezo:
+                return 2 * once
+            case Method.sae_finetune | Method.e2e:
+                return 18 if self.mse else 12
+            case Method.linear_adapter | Method.mlp_adapter if is_first:
+                return once
+            case _:
+                return 2 if sae.sparse else 8
 
     def saved(self, model: LanguageModel, sizes: "_Sizes", dtype: DType) -> int:
         """Bytes per token that its backward pass needs."""
+        if self.kind is Method.mezo:
+            return 0
         copies = self.dropout > 0 or dtype is not DType.float32
         live = model.blocks[self.first :]
         whole = _BYTES[dtype] * sum(
             inputs + outputs for block in live for inputs, outputs in sizes.matrices(block)
         ) + sum(4 * self.rank + (4 * inputs if copies else 0) for inputs, _ in self.adapted)
-        if not self.recomputes:
-            return whole
-        return len(live) * sizes.d_model * _BYTES[dtype] + whole // len(live)
+        if self.recomputes and len(live):
+            whole = len(live) * sizes.d_model * _BYTES[dtype] + whole // len(live)
+        return whole + (sum(4 * 4 * sae.width for sae in self.saes) if self.trains_saes else 0)
 
 
-def first_adapted_block(config: Config) -> int:
-    """Where the live part of a run begins, its SAEs being resolved."""
+def _own_weights(config: Config, d_model: int, width: int) -> int:
+    """Trainable parameters in the place of one SAE, which counts as two matrices and two biases."""
+    rank = config.method.rank
+    match config.method.kind:
+        case Method.linear_adapter:
+            return d_model * (2 * rank if rank else d_model) + d_model
+        case Method.mlp_adapter:
+            return 2 * d_model * (rank or d_model) + (rank or d_model) + d_model
+        case Method.sae_finetune if rank:
+            return 2 * rank * (d_model + width)
+        case _:
+            return 2 * d_model * width + width + d_model
+
+
+def first_own_block(config: Config) -> int:
+    """The first block that a run computes itself, its SAEs being resolved."""
+    if config.method.kind not in ADAPTING:
+        return min(choice.block for choice in config.sae.used) + 1
     model = _shapes(config.model.name, config.model.pinned_revision)
     return min(_adapted_blocks(config, len(model.blocks)))
 

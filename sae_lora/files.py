@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also when the machine stops a moment later."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,16 @@ def as_json(values: dict[str, Any] | list[Any]) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
+def sha256(file: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: Where it cannot be read.
+    """
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under its own name only when the block ends well."""
@@ -43,9 +54,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for file in beside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for inside in beside.rglob("*"):
+            if inside.is_dir():
+                sync_folder(inside)
+            else:
+                with inside.open("rb") as opened:
+                    os.fsync(opened.fileno())
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sae_lora.choices import Method, SAEFamily
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
-    "": ("launcher", "tracking", "sweep", "output_dir", "layer"),
+    "": ("launcher", "tracking", "sweep", "output_dir", "layer", "init"),
     "model": ("middle_block", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
@@ -25,6 +26,20 @@ _NOT_IDENTITY = {
     ),
 }
 """What cannot change a result, or is a request whose answer stands in `sae.used`."""
+_OF_METHODS: dict[Method, tuple[str, ...]] = {
+    Method.lora: (),
+    Method.mezo: ("kind", "epsilon"),
+    Method.linear_adapter: ("kind", "rank"),
+    Method.mlp_adapter: ("kind", "rank"),
+    Method.sae_finetune: ("kind", "rank", "mse", "dead_after_tokens"),
+    Method.e2e: ("kind", "dead_after_tokens", "checkpoints"),
+    Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
+}
+"""The keys of `method` that each of them heeds."""
+ADAPTING = (Method.lora, Method.mezo)
+"""Methods that train LoRA adapters."""
+TRAINING_SAES = (Method.sae_finetune, Method.e2e, Method.sae)
+"""Methods that train the SAE itself."""
 OF_NO_RESULT = frozenset(f"{group}.{name}" for group, names in _NOT_IDENTITY.items() for name in names)
 """The same as dotted keys."""
 
@@ -38,11 +53,36 @@ def identity(config: Config) -> str:
     values = _without(as_dict(config), _NOT_IDENTITY)
     for choice in values["sae"]["used"]:
         del choice["commit"]
+        _leave_out_path(choice, "adapter")
+    if config.sae.family is not SAEFamily.new:
+        del values["sae"]["architecture"]
+    if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
+        del values["sae"]["sparsity_coefficient"]
+    heeded = _OF_METHODS[config.method.kind]
+    if heeded:
+        values["method"] = {name: values["method"][name] for name in heeded}
+    else:  # as it was before there were others
+        del values["method"]
+    if config.method.kind in ADAPTING:
+        _leave_out_path(values["lora"], "begun")
+        if not config.lora.dora:
+            del values["lora"]["dora"]
+    else:
+        del values["lora"]
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
 
 
+def _leave_out_path(values: dict[str, Any], name: str) -> None:
+    """Has trained weights named by what they are, not by where they lie; there may be none."""
+    if values[name] is None:
+        del values[name]
+    else:
+        del values[name]["path"]
+
+
 _OF_ONE_RUN = {
-    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir"),
+    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir", "init"),
+    "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block",),
     "data": ("cache_dir",),
     "train": (
@@ -73,7 +113,17 @@ def _canonical(values: dict[str, Any]) -> str:
 
 def train_steps(config: Config) -> int:
     """Optimiser steps of a run; the last one is whole, so a few more tokens may be trained on."""
-    return math.ceil(config.train.train_tokens / (config.train.batch_size * config.data.context_length))
+    return math.ceil(config.train.train_tokens / step_tokens(config))
+
+
+def step_tokens(config: Config) -> int:
+    """Tokens of a step."""
+    return config.train.batch_size * config.data.context_length
+
+
+def dead_after_steps(config: Config) -> int:
+    """Steps without being active after which a latent of an SAE in training counts as dead."""
+    return max(1, config.method.dead_after_tokens // step_tokens(config))
 
 
 def readable_name(config: Config) -> str:
@@ -84,10 +134,20 @@ def readable_name(config: Config) -> str:
         parts.append(f"w{config.sae.used[0].width}")
         if config.sae.used[0].l0 is not None:
             parts.append(f"l0_{config.sae.used[0].l0:g}")
-    parts.append(f"r{config.lora.rank}")
+    if config.method.kind is not Method.lora:
+        parts.append(config.method.kind.name)
+    if config.method.kind in ADAPTING:
+        parts += _adapters_in_words(config)
+    elif config.method.rank is not None:
+        parts.append(f"r{config.method.rank}")
+    parts.append(f"s{config.train.seed}")
+    return "-".join(parts)
+
+
+def _adapters_in_words(config: Config) -> list[str]:
     blocks, targets = config.lora.blocks, config.lora.targets
+    parts = [f"r{config.lora.rank}"]
     parts.append(blocks if isinstance(blocks, str) else "b" + "+".join(map(str, blocks)))
     if targets != "all":
         parts.append(targets if isinstance(targets, str) else "+".join(targets))
-    parts.append(f"s{config.train.seed}")
-    return "-".join(parts)
+    return parts

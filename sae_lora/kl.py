@@ -41,14 +41,15 @@ class KL(Protocol):
     """KL(teacher ‖ student) of several students of one teacher, and its gradients."""
 
     def __call__(
-        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float], /
+        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float | None], /
     ) -> "list[SummedKL]":
         """Finds them.
 
         Args:
             teacher_hidden: What the head reads of the teacher, `[..., d_model]`; gets no gradient.
             students: The same of each student.
-            weights: What the gradient of each is multiplied by: 1 / tokens for that of the mean.
+            weights: What the gradient of each is multiplied by: 1 / tokens for that of the mean; `None`
+                where none is wanted.
         """
         ...
 
@@ -58,17 +59,18 @@ class SummedKL(NamedTuple):
 
     Args:
         total: KL(teacher ‖ student) summed over all tokens, in nats; a scalar, float32 or float64.
-        gradient: Of the total times the student's weight, in the shape of its hidden states.
+        gradient: Of the total times the student's weight, in the shape of its hidden states; `None`
+            where none was wanted.
     """
 
     total: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
 
 
 def whole_kl(
     teacher_hidden: Tensor,
     students: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float | None],
     logits: Callable[[Tensor], Tensor],
 ) -> list[SummedKL]:
     """KL(teacher ‖ student) with the logits of all tokens at once, through torch's own gradient.
@@ -80,10 +82,12 @@ def whole_kl(
         log_p = log_probabilities(logits(teacher_hidden))
     found = []
     for student, weight in zip(students, weights, strict=True):
-        with torch.enable_grad():
-            hidden = student.detach().requires_grad_()
+        with torch.set_grad_enabled(weight is not None):
+            hidden = student.detach().requires_grad_(weight is not None)
             total = kl_to(log_p, logits(hidden)).sum()
-        (gradient,) = torch.autograd.grad(total, hidden, torch.full_like(total, weight))
+        gradient = None
+        if weight is not None:
+            (gradient,) = torch.autograd.grad(total, hidden, torch.full_like(total, weight))
         found.append(SummedKL(total.detach(), gradient))
     return found
 
@@ -103,21 +107,27 @@ class FusedKL:
 
     @torch.no_grad()
     def __call__(
-        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float]
+        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float | None]
     ) -> list[SummedKL]:
         """The KL of each student, as `KL` says."""
         hidden = [student.detach().flatten(0, -2) for student in students]
-        gradients = [torch.empty_like(states) for states in hidden]
+        gradients = [
+            None if weight is None else torch.empty_like(states)
+            for states, weight in zip(hidden, weights, strict=True)
+        ]
         totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
         comparison = self._comparison
         for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
             for states, gradient, total in zip(hidden, gradients, totals, strict=True):
                 for few in comparison.students(states[rows]):
                     total += few.kl.sum()
-                    comparison.slope_(few)
-                comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
+                    if gradient is not None:
+                        comparison.slope_(few)
+                if gradient is not None:
+                    comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
+        shape = teacher_hidden.shape
         return [
-            SummedKL(total, gradient.mul_(weight).reshape(teacher_hidden.shape))
+            SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
             for total, gradient, weight in zip(totals, gradients, weights, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -83,6 +83,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] peft takes fractions too
             lora_dropout=config.dropout,
             use_rslora=config.rank_stabilised,
+            use_dora=config.dora,
             target_modules=target_modules(model, blocks, config.targets),
             bias="none",
         ),
@@ -218,6 +219,34 @@ def load(model: LanguageModel, folder: Path) -> PeftModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
         raise UserError(f"the adapters in {folder} cannot be loaded: {error}") from error
     return adapters.eval()
+
+
+def begin_with(adapters: PeftModel, folder: Path) -> None:
+    """Gives fresh adapters the values of saved ones.
+
+    Args:
+        adapters: What `attach` returned.
+        folder: Where `save` wrote adapters of the same shape.
+
+    Raises:
+        UserError: Where they are missing, damaged or of another shape.
+    """
+    try:
+        given = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        result = set_peft_model_state_dict(adapters, given)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"init: the adapters in {folder} cannot be loaded: {error}") from error
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"init: the adapters in {folder} belong to other matrices than lora.targets and lora.blocks "
+            f"name, such as {[*missing, *result.unexpected_keys][0]}"
+        )
+
+
+def weights_file(folder: Path) -> Path:
+    """The file in a folder of saved adapters that holds their weights."""
+    return folder / SAFETENSORS_WEIGHTS_NAME
 
 
 def merged(adapters: PeftModel) -> PreTrainedModel:

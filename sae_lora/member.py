@@ -5,26 +5,25 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from sae_lora import checkpoint, lora, tracking
+from sae_lora import checkpoint, methods, tracking
 from sae_lora.checkpoint import State
 from sae_lora.config import Config, LoRAConfig
 from sae_lora.conversion import load
-from sae_lora.dimensions import source
 from sae_lora.errors import UserError, is_out_of_memory
 from sae_lora.estimate import estimate
 from sae_lora.files import new_folder
-from sae_lora.identity import identity, readable_name
+from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.lease import LostError
+from sae_lora.methods import Sample
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
-from sae_lora.student import Student
 from sae_lora.terminal import complain
 from sae_lora.training import Training
 
@@ -90,23 +89,35 @@ class Member:
         """Keeps what an attempt that did not end has left out of the way of this one."""
         self.folder.set_aside(curve=self._saved is None)
 
-    def build(self, model: LanguageModel, saes: list[LoadedSAE], steps: int) -> None:
+    def build(
+        self, model: LanguageModel, saes: list[LoadedSAE], steps: int, sample: Sample | None = None
+    ) -> None:
         """Makes its student and its training, new or as they were left.
 
+        Args:
+            model: The plain model.
+            saes: The SAEs that it uses; none where it makes new ones.
+            steps: Number of steps in all.
+            sample: Where it makes new ones: text that they will be trained on.
+
         Raises:
-            ConfigError: Where the adapters do not fit the model.
+            ConfigError: Where what is trained does not fit the model.
         """
+        set_seed(self.config.train.seed)
+        if not saes:
+            assert sample is not None
+            saes = methods.new_saes(self.config, model, sample)
         self._saes = saes
         self._keeps = keeps_special_tokens(self.config.sae, saes)
-        set_seed(self.config.train.seed)
-        student = Student(model, splices(self.config.sae, saes), self.config.lora)
-        self.trainable = sum(weight.numel() for weight in student.weights.values())
+        learner, self._kept = methods.build(self.config, model, splices(self.config.sae, saes))
+        self.trainable = sum(weight.numel() for weight in learner.student.weights.values())
         """Trainable parameters."""
-        self.training = Training(student, self.config.train, steps)
+        self.training = Training(learner, self.config.train, steps)
         as_loaded = copy.deepcopy(self.config)
         for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
             choice.width = loaded.description["width"]
-        self._train_flops = estimate([as_loaded]).flops
+        self._steps = steps
+        self._flops_per_step = estimate([as_loaded]).flops / steps
         if self._saved is not None:
             self.training.restore(self._saved)
             self.checkpoint_step = self.training.step
@@ -128,7 +139,7 @@ class Member:
     def take(self, point: CurvePoint) -> None:
         """Writes a point down."""
         assert self._curve is not None
-        self._curve.append(point)
+        self._curve.append(replace(point, train_flops=self._flops_per_step * point.step))
 
     def save(self, total_seconds: float) -> None:
         """Writes a checkpoint. The points in it are final, and W&B may show them."""
@@ -139,6 +150,15 @@ class Member:
         self.checkpoint_step = self.training.step
         self._tracker.show(state.values["points"])
 
+    def keep_if_due(self) -> None:
+        """Keeps what has been trained where `method.checkpoints` says so."""
+        for share in self.config.method.checkpoints:
+            folder = self.folder.sae_at / f"{share:g}"
+            if self.training.step == max(1, round(share * self._steps)) and not folder.exists():
+                self.folder.sae_at.mkdir(exist_ok=True)
+                with new_folder(folder) as beside:
+                    self._kept.save(beside)
+
     def finish(self, total_seconds: float, data: dict[str, Any], **found: Any) -> None:
         """Writes what it has found; from then on it is finished.
 
@@ -148,8 +168,8 @@ class Member:
             found: What else the summary says that is the same for all that trained together.
         """
         self._make_sure()
-        with new_folder(self.folder.adapter) as beside:
-            lora.save(self.training.student.adapters, beside, source(self.config.model))
+        with new_folder(self.folder.path / self._kept.name) as beside:
+            self._kept.save(beside)
         points = self.folder.read_curve()
         summary = Summary(
             name=self.name,
@@ -158,11 +178,16 @@ class Member:
             trainable_parameters=self.trainable,
             total_seconds=total_seconds,
             sae=[one.description | points[-1].per_sae[one.hookpoint] for one in self._saes],
-            lora=_describe_lora(self.config.lora),
+            lora=_describe_lora(self.config.lora) if self.config.method.kind in ADAPTING else {},
+            method={
+                "kind": self.config.method.kind.name,
+                "rank": self.config.method.rank,
+                "init": self.config.init,
+            },
             seed=self.config.train.seed,
             data=data | {"special_tokens_kept": self._keeps},
             tracked_at=self._tracker.place,
-            train_flops=self._train_flops,
+            train_flops=self._flops_per_step * self._steps,
             **found,
         )
         self.folder.write_summary(summary)
@@ -225,7 +250,8 @@ def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
     first, last = points[0], points[-1]
     closed = [point.gap_closed for point in points if point.gap_closed is not None]
     same = ("base_ce", "spliced_ce", "student_ce", "ce_gap", "gap_closed", "kl", "top1_agreement")
-    return {name: getattr(last, name) for name in (*same, "fvu", "l0", "train_seconds")} | {
+    same = (*same, "fvu", "l0", "dead_latents", "train_seconds")
+    return {name: getattr(last, name) for name in same} | {
         "initial_gap": last.spliced_ce - last.base_ce,
         "initial_kl": first.kl,
         "best_gap_closed": max(closed, default=None),

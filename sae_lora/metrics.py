@@ -5,11 +5,11 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lora.head import Comparison
 from sae_lora.models import LanguageModel
-from sae_lora.splice import Reading
+from sae_lora.splice import Coder, Reading, Splice
 from sae_lora.student import Student, cuts
 from sae_lora.trunk import Splices, Trunk, prefixes
 from sae_lora.workers import Alone, Workers
@@ -32,47 +32,59 @@ class Evaluation(NamedTuple):
     """Per hookpoint: residual variance / total variance, on what the student's SAE reads."""
     l0: dict[str, float]
     """Per hookpoint: mean number of active latents per token, likewise."""
+    dead: dict[str, float]
+    """Per hookpoint: share of the latents that no token made active, likewise."""
 
 
 class Reconstruction:
-    """Sums over tokens from which FVU and L0 of one SAE follow, exact for any batching.
+    """Sums over tokens from which FVU, L0 and dead latents of one SAE follow, exact for any batching.
 
     Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over all tokens measured.
 
     Args:
-        d_model: Width of what the SAE reads.
+        sae: The SAE.
+        d_model: Width of what it reads.
         device: Where that is.
     """
 
-    def __init__(self, d_model: int, device: torch.device) -> None:
-        self.sums = torch.zeros(4 + d_model, dtype=torch.float64, device=device)
-        """Tokens, active latents, ‖x − x̂‖², ‖x‖² and x, each summed."""
+    def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:
+        with torch.no_grad():
+            d_sae = sae.encode(torch.zeros(1, d_model, device=device)).shape[-1]
+        self.sums = torch.zeros(3 + d_model, dtype=torch.float64, device=device)
+        """Tokens, ‖x − x̂‖², ‖x‖² and x, each summed."""
+        self.active = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        """Tokens that each latent was active on."""
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """All sums."""
+        return [self.sums, self.active]
 
     def add(self, reading: Reading) -> None:
         """Takes in one batch of tokens."""
         resid, recon = reading.resid.double(), reading.recon.double()
         self.sums[0] += len(resid)
-        self.sums[1] += (reading.latents != 0).sum()
-        self.sums[2] += (resid - recon).square().sum()
-        self.sums[3] += resid.square().sum()
-        self.sums[4:] += resid.sum(0)
+        self.sums[1] += (resid - recon).square().sum()
+        self.sums[2] += resid.square().sum()
+        self.sums[3:] += resid.sum(0)
+        self.active += (reading.latents != 0).sum(0)
 
     @property
     def fvu(self) -> float:
         """Share of the variance that the reconstruction misses."""
-        tokens, _, squared_error, squared_norm = self.sums[:4].tolist()
-        variance = squared_norm - float(self.sums[4:].square().sum()) / tokens
+        tokens, squared_error, squared_norm = self.sums[:3].tolist()
+        variance = squared_norm - float(self.sums[3:].square().sum()) / tokens
         return squared_error / variance if variance > 0 else 0.0
 
     @property
     def l0(self) -> float:
         """Mean number of active latents per token."""
-        tokens, active = self.sums[:2].tolist()
-        return active / tokens
+        return float(self.active.sum()) / float(self.sums[0])
 
-
-def _reconstruction(model: LanguageModel) -> Reconstruction:
-    return Reconstruction(model.config.hidden_size, model.device)
+    @property
+    def dead(self) -> float:
+        """Share of the latents that were never active."""
+        return float((self.active == 0).double().mean())
 
 
 class Evaluator:
@@ -122,12 +134,10 @@ class Evaluator:
         wanted = cuts(students)
         trunks: dict[int, Trunk] = {}
         base = self._nothing()
-        spliced = {
-            one.splices: self._nothing() for one in students if one.splices not in self._spliced_ce
-        }
+        spliced = {one.before: self._nothing() for one in students if one.before not in self._spliced_ce}
         sums = [self._nothing(one.live) for one in students]
         self._new_frozen = {
-            row: _reconstruction(self._model)
+            row: _reconstruction(row[-1], self._model)
             for one in students
             for row in prefixes(one.frozen)
             if row not in self._frozen
@@ -135,7 +145,7 @@ class Evaluator:
 
         with ExitStack() as modes:
             for student in students:
-                modes.enter_context(evaluating(student.model))
+                modes.enter_context(evaluating(student.model.model, *student.modules.values()))
             for number, batch in enumerate(self._batches):
                 trunk = self._trunks.get(number)
                 if trunk is None or not trunk.cuts >= wanted:
@@ -147,14 +157,14 @@ class Evaluator:
                 ]
                 read_by_head += [trunk.hidden(splices) for splices in spliced]
                 self._compare(trunk, base, [*sums, *spliced.values()], read_by_head)
-                trunk.forget_all_but((one.frozen, one.first_adapted) for one in students)
+                trunk.forget_all_but((one.frozen, one.first) for one in students)
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
         self._trunks = trunks
         self._workers.add_up(
             [
                 *(total for own in (base, *spliced.values(), *sums) for total in own.totals),
-                *(found.sums for found in self._new_frozen.values()),
+                *(total for found in self._new_frozen.values() for total in found.totals),
             ]
         )
         self._spliced_ce |= {row: float(found.ce) / self._predictions for row, found in spliced.items()}
@@ -203,13 +213,18 @@ class Evaluator:
         }
         return Evaluation(
             base_ce=base_ce,
-            spliced_ce=self._spliced_ce[student.splices],
+            spliced_ce=self._spliced_ce[student.before],
             student_ce=float(own.ce) / self._predictions,
             kl=float(own.kl) / self._positions,
             top1_agreement=float(own.agreements) / self._positions,
             fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
             l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
+            dead={hookpoint: one.dead for hookpoint, one in saes.items()},
         )
+
+
+def _reconstruction(splice: Splice, model: LanguageModel) -> Reconstruction:
+    return Reconstruction(splice.sae, model.config.hidden_size, model.device)
 
 
 class _Sums:
@@ -217,13 +232,14 @@ class _Sums:
 
     def __init__(self, live: Splices, model: LanguageModel) -> None:
         self.ce, self.kl, self.agreements = torch.zeros(3, dtype=torch.float64, device=model.device)
-        self.live = {one.hookpoint: _reconstruction(model) for one in live}
+        self.live = {one.hookpoint: _reconstruction(one, model) for one in live}
         """Of the SAEs that read what its adapters have changed, by hookpoint."""
 
     @property
     def totals(self) -> list[Tensor]:
         """All of them."""
-        return [self.ce, self.kl, self.agreements, *(one.sums for one in self.live.values())]
+        saes = [total for one in self.live.values() for total in one.totals]
+        return [self.ce, self.kl, self.agreements, *saes]
 
     def observe(self, reading: Reading) -> None:
         self.live[reading.hookpoint].add(reading)
@@ -239,10 +255,11 @@ def next_tokens(tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """The model with dropout off; afterwards every module's mode is what it was."""
-    was_training = [module for module in model.model.modules() if module.training]
-    model.model.eval()
+def evaluating(*parts: nn.Module) -> Iterator[None]:
+    """The parts in evaluation mode; afterwards the mode of every module in them is what it was."""
+    was_training = [module for part in parts for module in part.modules() if module.training]
+    for part in parts:
+        part.eval()
     try:
         yield
     finally:

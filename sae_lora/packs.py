@@ -54,10 +54,10 @@ def _most_together(settings: LauncherConfig) -> int:
 
 
 def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
-    from sae_lora.estimate import first_adapted_block  # brings torch in
+    from sae_lora.estimate import first_own_block  # brings torch in
 
     def what_is_shared(run: Run) -> tuple[str, int]:
-        return repr(run.config.sae.used), first_adapted_block(run.config)
+        return repr(run.config.sae.used), first_own_block(run.config)
 
     ordered = sorted(group, key=what_is_shared)
     number = min(len(group), max(fewest, -(-len(group) // most)))

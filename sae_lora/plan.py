@@ -11,14 +11,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_alpha, canonical_blocks
-from sae_lora.config import Config, TextSource, as_list
+from sae_lora.choices import TextSource
+from sae_lora.config import Config, as_list
 from sae_lora.conversion import as_dict, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
-from sae_lora.identity import identity, readable_name
+from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.records import RunFolder
-from sae_lora.saes.registry import resolve
+from sae_lora.results import begun
+from sae_lora.saes.registry import Resolution, resolve
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def plan(points: Sequence[Config]) -> Plan:
             sizes[model] = read_dimensions(point.model)
         dimensions = sizes[model]
         try:
-            resolution = resolve(point, dimensions)
+            if point.init is not None:
+                point = begun(point, dimensions)
+            resolution = Resolution(point.sae.used, []) if point.sae.used else resolve(point, dimensions)
         except NoSuchCellError as error:
             if len(points) == 1 or point.launcher.strict:
                 raise
@@ -89,9 +93,9 @@ def plan(points: Sequence[Config]) -> Plan:
                 blocks=canonical_blocks(point.lora.blocks),
             ),
         )
-        adapted_blocks(
-            config.lora.blocks, min(one.block for one in resolution.choices), dimensions.n_blocks
-        )
+        if config.method.kind in ADAPTING:
+            first = min(one.block for one in resolution.choices)
+            adapted_blocks(config.lora.blocks, first, dimensions.n_blocks)
         _check_context(config, dimensions.max_context)
         if config.data.source is TextSource.text_files:
             files_matching(as_list(config.data.files))

@@ -49,7 +49,7 @@ class Reporter:
             self._write(training, training.loss, rate=None)
         weights = ", ".join(f"{member.trainable:,}" for member in members)
         runs = f" in {len(members)} runs" if len(members) > 1 else ""
-        self._show.stage(f"training {weights} LoRA weights{runs} on {self._train_tokens:,} tokens")
+        self._show.stage(f"training {weights} weights{runs} on {self._train_tokens:,} tokens")
 
     def step(self, trained: Sequence[Training]) -> None:
         """These have taken a step."""

@@ -5,7 +5,10 @@ outputs/<sweep>/<name>-<hash>/
     curve.jsonl     one line per evaluation, appended and fsynced
     summary.json    written last: its presence is what "finished" means
     failure.json    instead, where the run failed
-    adapter/        the trained adapters in peft's format
+    adapter/        the trained adapters in peft's format (method=lora, mezo)
+    sae/            the trained SAEs in sae-lens's format, by hookpoint (method=sae, e2e, sae_finetune);
+                    sae_at/<share>/ as they were after a share of the tokens (method.checkpoints)
+    output_adapter/ trained maps on what SAEs put back, by hookpoint (method=linear_adapter, mlp_adapter)
     checkpoints/    while it is under way: what it goes on from
     progress.json   while it is under way: where it stands; a view, replaced every second
     log.txt         what its attempts have printed
@@ -46,7 +49,8 @@ class CurvePoint:
     ce_gap: float
     """`student_ce − base_ce`; positive is worse."""
     gap_closed: float | None
-    """`1 − ce_gap / initial_gap`, where 1 is a closed gap; null where there was no gap to close."""
+    """`1 − ce_gap / initial_gap`, where 1 is a closed gap; null where there was no gap to close, and
+    where the SAE is new."""
     kl: float
     """KL(teacher ‖ student) over the whole vocabulary."""
     top1_agreement: float
@@ -56,7 +60,12 @@ class CurvePoint:
     l0: float
     """Mean number of active latents per token, likewise; mean over SAEs if there are several."""
     per_sae: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """`fvu` and `l0` of each SAE by hookpoint."""
+    """`fvu`, `l0` and `dead` of each SAE by hookpoint."""
+    dead_latents: float | None = None
+    """Share of latents that none of the held-out tokens makes active, likewise; mean over SAEs; null
+    where an older version wrote the point."""
+    train_flops: float | None = None
+    """Floating-point operations of its training so far, if it had trained alone (`estimate.py`)."""
     train_loss: float | None = None
     """Mean training KL since the last point, in nats per token; null before the first step."""
     lr: float | None = None
@@ -130,7 +139,7 @@ class Summary:
     ce_gap: float
     """`student_ce − base_ce`."""
     gap_closed: float | None
-    """Null where `initial_gap ≤ 0`: there was no gap to close."""
+    """Null where `initial_gap ≤ 0`: there was no gap to close; and where the SAE is new."""
     kl: float
     """KL(teacher ‖ student) after training."""
     initial_kl: float
@@ -157,7 +166,8 @@ class Summary:
     """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0 and FVU, and
     the repository's commit and the SHA-256 of its weights."""
     lora: dict[str, Any]
-    """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by."""
+    """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by; empty with a
+    method that trains no adapters."""
     seed: int
     """Of the adapters' initial values and dropout."""
     data: dict[str, Any]
@@ -174,6 +184,10 @@ class Summary:
     trained_together: int = 1
     """Runs that trained in one process and shared the frozen part of their work; of that process's
     time, `train_seconds` and `total_seconds` are this run's share."""
+    dead_latents: float | None = None
+    """Share of latents that none of the held-out tokens makes active; null in an older summary."""
+    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
+    """Kind, the rank of what it trains where that is no LoRA on the model, and `init`."""
     version: int = SUMMARY_VERSION
 
 
@@ -191,6 +205,9 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.failure = path / "failure.json"
         self.adapter = path / "adapter"
+        self.sae = path / "sae"
+        self.sae_at = path / "sae_at"
+        self.output_adapter = path / "output_adapter"
         self.checkpoints = path / "checkpoints"
         self.progress = path / "progress.json"
         self.log = path / "log.txt"
@@ -229,7 +246,9 @@ class RunFolder:
         Args:
             curve: Whether the next attempt begins anew, and with it the curve.
         """
-        self._set_aside(self.failure, self.adapter, *([self.curve] if curve else []))
+        results = self.adapter, self.sae, self.output_adapter
+        anew = (self.curve, self.sae_at) if curve else ()
+        self._set_aside(self.failure, *results, *anew)
 
     def _set_aside(self, *paths: Path) -> None:
         left = [path for path in paths if path.exists()]

@@ -29,6 +29,7 @@ from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.lease import HeldError, LostError, held
 from sae_lora.member import Claim, Member, concerns_all, write_failure
+from sae_lora.methods import Sample
 from sae_lora.progress import Reporter
 from sae_lora.provenance import environment
 from sae_lora.records import Progress, RunFolder, Summary
@@ -143,7 +144,10 @@ class _Execution:
             others = f" with {self._crew.size - 1} other processes" if self._crew.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {device}{others}")
             model = models.load_model(config.model, config.train.dtype, device)
-            self._each(lambda member: member.build(model, saes.of(member.config.sae), steps))
+            sample = Sample(
+                next(text.batches(config.train.batch_size, config.data.seed)), text.special_ids
+            )
+            self._each(lambda member: member.build(model, saes.of(member.config.sae), steps, sample))
             if self._left:
                 trainings = {there.index(member): member.training for member in self._left}
                 workers.tell(Beginning.of(trainings, text.special_ids, text.validation_tokens))
@@ -172,6 +176,9 @@ class _Execution:
 
         def after_step(trained: Sequence[Training]) -> None:
             report.step(trained)
+            for training in trained:
+                with self._own(members[training]):
+                    members[training].keep_if_due()
             self._save(
                 pack,
                 [

@@ -114,12 +114,30 @@ def reconstructed(
         keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
         observe: Called with what the SAE read and did.
     """
+    if keep is not None and getattr(sae, "training", False):
+        return _reconstructed_alone(hookpoint, sae, resid, keep, observe)
     latents = sae.encode(resid)
     recon = sae.decode(latents).to(resid.dtype)
     if observe is not None:
         applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
         observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
     return recon if keep is None else torch.where(keep[..., None], resid, recon)
+
+
+def _reconstructed_alone(
+    hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor, observe: Observer | None
+) -> Tensor:
+    """The same for an SAE in training, which is not to learn from positions where it does not apply.
+
+    BatchTopK's active latents are also shared out among all that it is given.
+    """
+    applied = ~keep
+    read = resid[applied]
+    latents = sae.encode(read)
+    recon = sae.decode(latents).to(resid.dtype)
+    if observe is not None:
+        observe(Reading(hookpoint, read, latents, recon))
+    return resid.masked_scatter(applied[..., None], recon)
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The student of one run: the frozen model with its SAEs, and adapters of its own."""
+"""What a run trains: a frozen model with SAEs in place, and the few weights that may move."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -8,14 +8,93 @@ from sae_lora import lora
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import LoRAConfig
 from sae_lora.models import LanguageModel
-from sae_lora.splice import Observer, spliced
+from sae_lora.splice import Observer, reconstructed, spliced
 from sae_lora.trunk import Splices, Trunk
 
 
 class Student:
-    """A model with adapters of its own and SAEs in place; the weights are those of the plain model.
+    """A model with SAEs in place, and the weights that are trained, in it or in the SAEs.
 
-    Its work on a batch begins at the first adapted block: what lies before is the trunk's.
+    Its work on a batch begins where something is trained: what lies before is the trunk's.
+
+    Args:
+        model: The model that computes its part; frozen but for `weights`.
+        splices: The SAEs, by block, as they are in training.
+        first: The first block that it computes itself. An SAE right before it is its own where `live`
+            says so.
+        live: How many of the SAEs, from the last on, see what is trained or are trained.
+        weights: By name; all that an optimiser may move.
+        before: The SAEs as they were before training: what `spliced_ce` is about. By default those in
+            place.
+        modules: What is trained beside the model, by name: SAEs, adapters on what they put back.
+        is_new: Whether the SAEs were untrained before, so that there was no gap yet to be closed.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        splices: Splices,
+        first: int,
+        live: int,
+        weights: Mapping[str, nn.Parameter],
+        before: Splices | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        *,
+        is_new: bool = False,
+    ) -> None:
+        self.model = model
+        self.splices = splices
+        self.before = splices if before is None else before
+        """The SAEs as they were before training."""
+        self.first = first
+        """The first block that it computes itself."""
+        self.frozen: Splices = splices[: len(splices) - live]
+        """The SAEs whose work nothing that is trained changes."""
+        self.live: Splices = splices[len(splices) - live :]
+        """The SAEs that are trained, or that read what training has changed."""
+        self.weights = dict(weights)
+        """The trained weights by name."""
+        self.modules = dict(modules or {})
+        """What is trained beside the model, by name."""
+        self.is_new = is_new
+        """Whether the SAEs were untrained before."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What else training changes, by name."""
+        return {
+            f"{name}/{own}": buffer
+            for name, module in self.modules.items()
+            for own, buffer in module.named_buffers()
+        }
+
+    @property
+    def cuts(self) -> set[int]:
+        """The blocks whose input it or its untrained twin asks a trunk for."""
+        return {self.first, *(splice.block + 1 for splice in self.before)}
+
+    def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
+        """What the head reads, `[batch, pos, d_model]`, as training has made it so far.
+
+        Args:
+            trunk: The batch.
+            observe: Called each time one of the `live` SAEs has been applied.
+        """
+        resid = trunk.resid_entering(self.first, self.frozen)
+        keep = trunk.kept_positions(self.live)
+        later = {}
+        for splice in self.live:
+            if splice.block == self.first - 1:
+                assert resid is not None  # no SAE lies before the first block
+                resid = reconstructed(splice.hookpoint, splice.sae, resid, keep, observe)
+            else:
+                later[splice.hookpoint] = splice.sae
+        with spliced(self.model, later, keep, observe):
+            return self.model.hidden(trunk.tokens, self.first, resid)
+
+
+class LoRAStudent(Student):
+    """A model with LoRA adapters of its own, fresh; its other weights are those of the plain model.
 
     Args:
         model: The plain model; it is not changed.
@@ -28,38 +107,13 @@ class Student:
 
     def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
         first_sae = splices[0].block
-        self.splices = splices
-        self.model = model.view()
-        self.adapters = lora.attach(self.model, config, first_sae)
-        """peft's view of it, for saving."""
-        self.first_adapted = min(adapted_blocks(config.blocks, first_sae, len(model.blocks)))
-        """The first block with an adapter."""
-        self.frozen: Splices = tuple(one for one in splices if one.block < self.first_adapted)
-        """The SAEs whose work no adapter changes."""
-        self.live: Splices = splices[len(self.frozen) :]
-        """The SAEs that read what adapters have changed."""
-
-    @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The adapters' weights by name: all that an optimiser may move."""
-        return lora.trainable_weights(self.model)
-
-    @property
-    def cuts(self) -> set[int]:
-        """The blocks whose input it or its untrained twin asks a trunk for."""
-        return {self.first_adapted, *(splice.block + 1 for splice in self.splices)}
-
-    def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
-        """What the head reads, `[batch, pos, d_model]`, with SAEs and adapters.
-
-        Args:
-            trunk: The batch.
-            observe: Called each time one of the `live` SAEs has been applied.
-        """
-        resid = trunk.resid_entering(self.first_adapted, self.frozen)
-        saes = {splice.hookpoint: splice.sae for splice in self.live}
-        with spliced(self.model, saes, trunk.kept_positions(self.live), observe):
-            return self.model.hidden(trunk.tokens, self.first_adapted, resid)
+        view = model.view()
+        self.adapters = lora.attach(view, config, first_sae)
+        """peft's view of the model, for saving."""
+        lora.set_adapter_dropout(view, True)
+        first = min(adapted_blocks(config.blocks, first_sae, len(model.blocks)))
+        live = sum(splice.block >= first for splice in splices)
+        super().__init__(view, splices, first, live, lora.trainable_weights(view))
 
 
 def cuts(students: Iterable[Student]) -> set[int]:

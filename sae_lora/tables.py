@@ -10,7 +10,7 @@ from sae_lora.records import RunFolder
 
 def percent(share: float | None) -> str:
     """A share as per cent; where it is undefined, says so."""
-    return "undefined (no gap)" if share is None else f"{share:.1%}"
+    return "undefined" if share is None else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:
@@ -39,7 +39,7 @@ def run_table(summary: dict[str, Any]) -> Table:
         ("student CE", f"{summary['student_ce']:.4f}", nats),
         ("gap before", f"{summary['initial_gap']:+.4f}", nats),
         ("gap after", f"{summary['ce_gap']:+.4f}", nats),
-        ("gap closed", percent(summary["gap_closed"]), ""),
+        ("gap closed", percent(summary["gap_closed"]), _why_undefined(summary)),
         ("KL before", f"{summary['initial_kl']:.4f}", nats),
         ("KL", f"{summary['kl']:.4f}", nats),
         ("top-1 agreement", f"{summary['top1_agreement']:.1%}", "with the base model"),
@@ -53,6 +53,12 @@ def run_table(summary: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _why_undefined(summary: dict[str, Any]) -> str:
+    if summary["gap_closed"] is not None:
+        return ""
+    return "there is no gap" if summary["initial_gap"] <= 0 else "the SAE is new"
 
 
 _NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {

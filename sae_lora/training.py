@@ -1,24 +1,21 @@
-"""The training of one student: its optimiser, its randomness, its curve, and what is kept of them."""
+"""The training of one student: its steps, its rate, its curve, and what is kept of them."""
 
-import hashlib
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lora.checkpoint import State
 from sae_lora.config import Reduction, Schedule, TrainConfig
 from sae_lora.errors import UserError
 from sae_lora.kl import SummedKL
-from sae_lora.lora import set_adapter_dropout
+from sae_lora.learning import Learner
 from sae_lora.metrics import Evaluation
 from sae_lora.records import CurvePoint, gap_closed
-from sae_lora.student import Student
 from sae_lora.trunk import Trunk
 
 
@@ -29,35 +26,24 @@ class Training:
     `restore()`, the rest of the curve and the adapters come out the same to the last bit.
 
     Args:
-        student: What is trained. Its dropout goes on from torch's global random state as it is now.
+        learner: What a step does to the student.
         config: The optimisation.
         steps: Number of steps in all.
     """
 
-    def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
-        set_adapter_dropout(student.model, True)
-        if config.activation_checkpointing:
-            student.model.recompute(student.first_adapted)
-        self.student = student
+    def __init__(self, learner: Learner, config: TrainConfig, steps: int) -> None:
+        self.student = learner.student
         self.step = 0
         """Optimiser steps taken."""
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
         """Whether `state()` is one to go on from: no error has left a step half taken."""
+        self._learner = learner
         self._config = config
         self._steps = steps
-        self._device = student.model.device
-        self._weights = student.weights
-        # In one kernel on a GPU. On a CPU as in the published loop, to the last bit.
-        self._optimizer = torch.optim.AdamW(
-            self._groups(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            fused=self._device.type == "cuda",
-        )
+        self._device = self.student.model.device
         self._rate_factor = rate_factor(config, steps)
-        self._randomness = _Randomness(self._device)
         self._interval = _Interval(self._device, _Read())
         self._train_seconds = 0.0
         self._points = 0
@@ -66,7 +52,6 @@ class Training:
         self._lr: float | None = None
         self._last_norm: Tensor | float | None = None
         self._last_loss: Tensor | None = None
-        self._kl_of_step = self._no_kl()
 
     @property
     def has_ended(self) -> bool:
@@ -78,56 +63,48 @@ class Training:
         """KL(teacher ‖ student) of the last batch in nats per token. Waits for the device."""
         return math.nan if self._last_loss is None else float(self._last_loss)
 
-    def hidden(self, trunk: Trunk) -> Tensor:
-        """What the head reads of the student in training, `[batch, pos, d_model]`."""
-        with self._randomness.own():
-            return self.student.hidden(trunk)
+    def hidden(self, trunk: Trunk) -> list[Tensor]:
+        """What the head reads of the student in each of its passes, `[batch, pos, d_model]`."""
+        return self._learner.hidden(trunk)
 
-    def kl_weight(self, tokens: Tensor) -> float:
-        """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
-        per_token = self._config.kl_reduction is Reduction.token_mean
-        return 1 / (tokens.numel() if per_token else len(tokens))
+    def gradient_weight(self, tokens: Tensor) -> float | None:
+        """What the gradient of the KL summed over `[batch, pos]` is multiplied by; `None` for none."""
+        return self._kl_weight(tokens) if self._learner.needs_gradient else None
 
-    def absorb(self, hidden: Tensor, kl: SummedKL) -> None:
-        """Adds what tokens of the step have to say to the gradient.
+    def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
+        """Takes in what a part of the step's batch says.
 
         Args:
-            hidden: What `hidden` gave, `[batch, pos, d_model]`.
-            kl: The KL there, with the gradient of the loss.
+            hidden: What `hidden` gave.
+            kl: The KL of each, with the gradient of the loss where that is wanted.
         """
-        hidden.backward(kl.gradient)
-        self._kl_of_step += kl.total
+        self._learner.absorb(hidden, kl)
 
     @property
     def sums(self) -> list[Tensor]:
-        """What has been absorbed in this step: KL in nats, and the gradient. They may be changed."""
-        for weight in self._weights.values():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        return [self._kl_of_step, *(weight.grad for weight in self._weights.values())]  # pyright: ignore
+        """What has been absorbed in this step, to be added up over processes. They may be changed."""
+        return self._learner.sums
 
-    def learn(self, tokens: int) -> None:
-        """Ends the step, which was on so many tokens: from the gradient to other weights."""
+    def learn(self, tokens: Tensor) -> None:
+        """Ends the step, which was on these, `[batch, pos]`: other weights.
+
+        Args:
+            tokens: Of all processes.
+        """
         lr = self._config.lr * self._rate_factor(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["times"]
-        norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._config.grad_clip or math.inf)
-        kl = self._kl_of_step
+        kl, number = self._learner.kl, tokens.numel()
         self.is_between_steps = False
-        self._optimizer.step()
-        self._randomness.advance()
+        norm = self._learner.learn(lr, self._kl_weight(tokens))
         self.step += 1
-        self.tokens += tokens
-        self._lr, self._last_norm, self._last_loss = lr, norm, kl / tokens
-        self._interval.add(kl, tokens)
+        self.tokens += number
+        self._lr, self._last_norm, self._last_loss = lr, norm, kl / number
+        self._interval.add(kl, number)
         self.forget_step()
         self.is_between_steps = True
 
     def forget_step(self) -> None:
         """Leaves no trace of a step that has ended, or that came to nothing."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._randomness.rewind()
-        self._kl_of_step = self._no_kl()
+        self._learner.forget_step()
 
     def draw_apart(self, rank: int) -> None:
         """Drops other inputs in the next step than the same training does in another process.
@@ -135,18 +112,12 @@ class Training:
         Args:
             rank: Which process this is. What is drawn depends on it, the seed and the step alone.
         """
-        self._randomness.begin_at(f"{self._config.seed} {self.step} {rank}")
+        self._learner.draw_apart(f"{self._config.seed} {self.step} {rank}")
 
-    def _no_kl(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self._device)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The weights, and what their rate is in terms of that of A."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, weight in self._weights.items():
-            times = self._config.loraplus_ratio if "lora_B" in name else 1.0
-            groups.setdefault(times, []).append(weight)
-        return [{"params": weights, "times": times} for times, weights in groups.items()]
+    def _kl_weight(self, tokens: Tensor) -> float:
+        """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
+        per_token = self._config.kl_reduction is Reduction.token_mean
+        return 1 / (tokens.numel() if per_token else len(tokens))
 
     def add_seconds(self, seconds: float) -> None:
         """Takes note of time spent training."""
@@ -166,6 +137,7 @@ class Training:
         """
         interval = self._interval.read()
         self._refuse_nonsense(interval.kl)
+        closed = gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce)
         return CurvePoint(
             step=self.step,
             tokens=self.tokens,
@@ -174,13 +146,18 @@ class Training:
             spliced_ce=measured.spliced_ce,
             student_ce=measured.student_ce,
             ce_gap=measured.student_ce - measured.base_ce,
-            gap_closed=gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce),
+            gap_closed=None if self.student.is_new else closed,
             kl=measured.kl,
             top1_agreement=measured.top1_agreement,
             fvu=sum(measured.fvu.values()) / len(measured.fvu),
             l0=sum(measured.l0.values()) / len(measured.l0),
+            dead_latents=sum(measured.dead.values()) / len(measured.dead),
             per_sae={
-                hookpoint: {"fvu": measured.fvu[hookpoint], "l0": measured.l0[hookpoint]}
+                hookpoint: {
+                    "fvu": measured.fvu[hookpoint],
+                    "l0": measured.l0[hookpoint],
+                    "dead": measured.dead[hookpoint],
+                }
                 for hookpoint in measured.l0
             },
             train_loss=interval.kl / interval.tokens if interval.tokens else None,
@@ -215,11 +192,6 @@ class Training:
         """
         interval = self._interval.read()
         self._refuse_nonsense(interval.kl)
-        tensors = {f"adapter/{name}": weight.detach() for name, weight in self._weights.items()}
-        for name, weight in self._weights.items():
-            for key, value in self._optimizer.state[weight].items():
-                tensors[f"optimizer/{key}/{name}"] = value
-        tensors |= {f"rng/{place}": kept for place, kept in self._randomness.kept.items()}
         values = {
             "step": self.step,
             "tokens": self.tokens,
@@ -231,15 +203,11 @@ class Training:
             "grad_norm": None if self._last_norm is None else float(self._last_norm),
             "interval": interval._asdict(),
         }
-        return State(tensors, values)
+        return State(self._learner.tensors(), values)
 
     def restore(self, state: State) -> None:
         """Puts back what `state()` gave, in this process or another."""
-        for name, weight in self._weights.items():
-            weight.data.copy_(state.tensors[f"adapter/{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (kept := state.tensors.get(f"optimizer/{key}/{name}")) is not None:
-                    self._optimizer.state[weight][key] = kept.to(weight.device)
+        self._learner.restore(state.tensors)
         values = state.values
         self.step = values["step"]
         self.tokens = values["tokens"]
@@ -250,12 +218,6 @@ class Training:
         self._lr = values["lr"]
         self._last_norm = values["grad_norm"]
         self._interval = _Interval(self._device, _Read(**values["interval"]))
-        self._randomness.kept |= {
-            place: state.tensors[f"rng/{place}"].cpu()
-            for place in self._randomness.kept
-            if f"rng/{place}" in state.tensors
-        }
-        self._randomness.rewind()
 
 
 def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
@@ -311,42 +273,3 @@ class _Interval:
     def read(self) -> _Read:
         """Everything; waits for the device."""
         return _Read(float(self._kl), self._tokens, self.seconds)
-
-
-class _Randomness:
-    """torch's random states as one training has them, whoever else draws meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.kept = self._now()
-        """By kind of device: what the next step draws from."""
-        self._after = self.kept
-
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """What is drawn inside the block is drawn from where this step has come to."""
-        torch.set_rng_state(self._after["cpu"])
-        if "cuda" in self._after:
-            torch.cuda.set_rng_state(self._after["cuda"], self._device)
-        yield
-        self._after = self._now()
-
-    def advance(self) -> None:
-        """What was drawn in this step is gone; until then it would be drawn once more."""
-        self.kept = self._after
-
-    def rewind(self) -> None:
-        """The step begins anew."""
-        self._after = self.kept
-
-    def begin_at(self, words: str) -> None:
-        """The next step draws from where these words say."""
-        with self.own():
-            torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
-        self.kept = self._after
-
-    def _now(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
-        return states

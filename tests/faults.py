@@ -258,7 +258,7 @@ if "sae_lora.run" in sys.orig_argv:
                 case "memory":
                     torch.empty(10**16)
                 case "nan":
-                    for weight in training._weights.values():
+                    for weight in training.student.weights.values():
                         weight.data.fill_(float("nan"))
                 case "hang":
                     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced
 from sae_lora.training import rate_factor
 from tests.coders import jumprelu_sae, topk_sae
-from tests.families import random_tokens, small_model
+from tests.families import D_MODEL, random_tokens, small_model
 from tests.trainings import (
     CONFIG,
     HELD_OUT,
@@ -155,14 +155,16 @@ def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
 
 def test_reconstruction_worked_by_hand() -> None:
     """Residuals (0,0), (2,0), (4,0): variance 8 about their mean. Errors 1 and 1: FVU 2/8."""
-    sums = Reconstruction(2, torch.device("cpu"))
-    resid = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
-    recon = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
+    sums = Reconstruction(topk_sae(width=3), D_MODEL, torch.device("cpu"))
+    resid, recon = torch.zeros(2, 3, D_MODEL)
+    resid[:, :2] = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    recon[:, :2] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
     latents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
     sums.add(Reading("x", resid[:1], latents[:1], recon[:1]))
     sums.add(Reading("x", resid[1:], latents[1:], recon[1:]))
     assert sums.fvu == pytest.approx(0.25)
     assert sums.l0 == pytest.approx(1.0)
+    assert sums.dead == pytest.approx(1 / 3)
 
 
 def test_the_step_is_the_plain_one() -> None:

@@ -26,7 +26,7 @@ from sae_lora.models import LanguageModel, load_model, load_tokenizer
 from sae_lora.saes import loading
 from sae_lora.saes.training import TopKRequest
 from sae_lora.splice import Splice
-from sae_lora.student import Student
+from sae_lora.student import LoRAStudent
 from tests.commands import launch
 
 TINY = ModelConfig(name="tiny")
@@ -50,7 +50,9 @@ def evaluation(model: LanguageModel, text: corpus.Corpus, name: str) -> Evaluati
     block = recipe.requests()[name].block
     loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
     assert loading.keeps_special_tokens(config, [loaded])
-    fresh = Student(model, (Splice(block, loaded.sae, keeps=True),), LoRAConfig(rank=1, blocks="all"))
+    fresh = LoRAStudent(
+        model, (Splice(block, loaded.sae, keeps=True),), LoRAConfig(rank=1, blocks="all")
+    )
     (found,) = Evaluator(
         model, text.validation_tokens, text.special_ids, 32, Comparison(Head.of(model), 1024)
     )([fresh])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora import models
+from sae_lora import methods, models
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
@@ -21,7 +21,6 @@ from sae_lora.metrics import Evaluator
 from sae_lora.plan import plan
 from sae_lora.saes import loading
 from sae_lora.splice import Splice
-from sae_lora.student import Student
 from sae_lora.training import Training
 from tests.families import FAMILIES, small_model
 from tests.points import points_in
@@ -78,8 +77,8 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
     trainings = []
     for config in configs:
         splices = [Splice(choice.block, saes[repr(choice)], False) for choice in config.sae.used]
-        student = Student(model, tuple(splices), config.lora)
-        trainings.append(Training(student, config.train, train_steps(config)))
+        learner, _ = methods.build(config, model, tuple(splices))
+        trainings.append(Training(learner, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
     evaluate = Evaluator(model, nothing, NO_IDS, 1, comparison)
@@ -125,7 +124,7 @@ def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path)
         *(
             value
             for one in measured.left
-            for state in one._optimizer.state.values()
+            for state in one._learner._optimizer.state.values()
             for value in state.values()
         ),
     ]

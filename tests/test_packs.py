@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.config import LauncherKind
-from sae_lora.estimate import estimate, first_adapted_block
+from sae_lora.estimate import estimate, first_own_block
 from sae_lora.identity import pack_key
 from sae_lora.packs import packed
 from sae_lora.plan import Pack, Run, plan
@@ -91,7 +91,7 @@ def test_those_that_share_most_stand_together(point: Point) -> None:
     ]
     for pack in packs(runs(point, *overrides, launcher="launcher.pack=2")):
         assert len({run.config.sae.used[0].id for run in pack}) == 1
-        assert len({first_adapted_block(run.config) for run in pack}) == 1
+        assert len({first_own_block(run.config) for run in pack}) == 1
 
 
 def test_what_does_not_fit_together_is_apart(point: Point) -> None:

@@ -9,9 +9,10 @@ from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.config import KLComputation, LoRAConfig, Reduction, Schedule
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
+from sae_lora.learning import Descent
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Splice
-from sae_lora.student import Student
+from sae_lora.student import LoRAStudent
 from sae_lora.training import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
@@ -60,7 +61,7 @@ def together(model: LanguageModel, how: KLComputation) -> list[dict[str, torch.T
     trainings = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
-        trainings.append(Training(Student(model, splices, adapters), config, STEPS))
+        trainings.append(Training(Descent(LoRAStudent(model, splices, adapters), config), config, STEPS))
     pack = Pack(model, trainings, evaluator(model), NO_IDS, kl(model, how))
     for tokens in BATCHES:
         pack._take_step(trainings, tokens)
@@ -90,7 +91,7 @@ def test_evaluation_is_that_of_whole_passes(eager: LanguageModel) -> None:
         references.append(Reference(eager, splices, adapters, config))
         fill(references[-1].weights, seed)
         torch.manual_seed(seed)
-        students.append(Student(eager, splices, adapters))
+        students.append(LoRAStudent(eager, splices, adapters))
         fill(students[-1].weights, seed)
     for found, expected in zip(evaluator(eager)(students), evaluate(references, HELD_OUT), strict=True):
         measured = found.base_ce, found.spliced_ce, found.student_ce, found.kl

@@ -9,11 +9,12 @@ from sae_lora.config import KLComputation, LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, kl_of
+from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
 from sae_lora.splice import Coder, Splice
-from sae_lora.student import Student
+from sae_lora.student import LoRAStudent, Student
 from sae_lora.training import Training
 from tests.families import random_tokens
 
@@ -31,7 +32,8 @@ def student(
     model: LanguageModel, sae: Coder, adapters: LoRAConfig | None = None, block: int = 1
 ) -> Student:
     """One student with one SAE, from torch's random state as it is."""
-    return Student(model, (Splice(block, sae, keeps=False),), adapters or LoRAConfig(rank=2))
+    splices = (Splice(block, sae, keeps=False),)
+    return LoRAStudent(model, splices, adapters or LoRAConfig(rank=2))
 
 
 def training(
@@ -45,7 +47,7 @@ def training(
     """As a run would build it: adapters and dropout from the config's seed."""
     torch.manual_seed(config.seed)
     adapters = adapters or LoRAConfig(rank=2, dropout=0.2)
-    return Training(student(model, sae, adapters, block), config, steps)
+    return Training(Descent(student(model, sae, adapters, block), config), config, steps)
 
 
 def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:

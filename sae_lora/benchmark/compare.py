@@ -34,12 +34,13 @@ from sae_lora.errors import UserError
 from sae_lora.files import as_json, check_writable, write_atomically
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import FusedKL, kl_of, whole_kl
+from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
 from sae_lora.provenance import environment
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Splice
-from sae_lora.student import Student
+from sae_lora.student import LoRAStudent
 from sae_lora.terminal import errors
 from sae_lora.training import Training
 
@@ -95,7 +96,8 @@ def adapters(rank: int) -> LoRAConfig:
 def training(model: LanguageModel, splice: Splice, rank: int) -> Training:
     """One run, as a pack trains it."""
     torch.manual_seed(rank)
-    return Training(Student(model, (splice,), adapters(rank)), TRAIN, 2**30)
+    student = LoRAStudent(model, (splice,), adapters(rank))
+    return Training(Descent(student, TRAIN), TRAIN, 2**30)
 
 
 def reference(

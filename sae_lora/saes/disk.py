@@ -1,6 +1,5 @@
 """An SAE in a folder of sae-lens's format: what it says of itself, before its weights are loaded."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from sae_lora.config import SAEChoice
 from sae_lora.dimensions import Dimensions, block_of
 from sae_lora.errors import ConfigError, UserError, nearest_name
+from sae_lora.files import sha256
 
 
 def read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
@@ -60,8 +60,7 @@ def weights_digest(folder: Path) -> str:
     """
     file = folder / "sae_weights.safetensors"
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256(file)
     except OSError as error:
         raise UserError(f"sae.path: {file} cannot be read: {error.strerror}") from error
 

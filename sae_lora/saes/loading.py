@@ -13,11 +13,14 @@ import torch
 from sae_lens import SAE
 from torch import Tensor, nn
 
-from sae_lora import hub
-from sae_lora.config import SAEChoice, SAEConfig, SAEFamily
+from sae_lora import hub, output_adapter, results
+from sae_lora.choices import SAEFamily
+from sae_lora.config import SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions, resid_post
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
+from sae_lora.output_adapter import AdaptedCoder
+from sae_lora.saes import new
 from sae_lora.saes.disk import check_fit, metadata_block, weights_digest
 from sae_lora.saes.registry import repository_of
 from sae_lora.saes.sparse import multiplied
@@ -80,21 +83,68 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     return LoadedSAE(
         hookpoint=resid_post(choice.block),
         excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
-        sae=multiplied(sae, config.sparse),  # pyright: ignore[reportArgumentType]
-        description={
-            "family": config.family.name,
-            "block": choice.block,
-            "hookpoint": resid_post(choice.block),
-            "release": choice.release,
-            "id": choice.id,
-            "commit": _commit(choice),
-            "path": choice.path,
-            "architecture": loaded.values.get("architecture", "identity"),
-            "width": loaded.values.get("d_sae"),
-            "stated_l0": choice.l0,
-            "dtype": config.dtype.name,
-            "sha256": digest,
-        },
+        sae=_with_adapter(multiplied(sae, config.sparse), choice, device),  # pyright: ignore[reportArgumentType]
+        description=_description(
+            config, choice, loaded.values.get("architecture", "identity"), loaded.values.get("d_sae")
+        )
+        | {"sha256": digest},
+    )
+
+
+def _with_adapter(sae: Coder, choice: SAEChoice, device: torch.device) -> Coder:
+    if choice.adapter is None:
+        return sae
+    folder = Path(choice.adapter.path)
+    return AdaptedCoder(sae, output_adapter.load(folder, device)).eval()
+
+
+def _description(
+    config: SAEConfig, choice: SAEChoice, architecture: str, width: int | None
+) -> dict[str, Any]:
+    return {
+        "family": config.family.name,
+        "block": choice.block,
+        "hookpoint": resid_post(choice.block),
+        "release": choice.release,
+        "id": choice.id,
+        "commit": _commit(choice),
+        "path": choice.path,
+        "adapter": choice.adapter and choice.adapter.path,
+        "architecture": architecture,
+        "width": width,
+        "stated_l0": choice.l0,
+        "dtype": config.dtype.name,
+    }
+
+
+def untrained(
+    config: SAEConfig, choice: SAEChoice, d_model: int, device: torch.device, metadata: dict[str, Any]
+) -> LoadedSAE:
+    """A new SAE in sae-lens's training class. Values come from torch's global random state.
+
+    Args:
+        config: What it is to be.
+        choice: Where, how wide and how sparse.
+        d_model: Width of what it reads.
+        device: Where it is to be.
+        metadata: What its own config is to say of model and data.
+    """
+    request = new.SAERequest(
+        resid_post(choice.block),
+        config.architecture.name,
+        d_model,
+        choice.width or 0,
+        choice.l0,
+        config.sparsity_coefficient,
+    )
+    keeps = keeps_special_tokens(config, [])
+    sae = new.new(request, device, metadata | {"exclude_special_tokens": keeps})
+    return LoadedSAE(
+        hookpoint=resid_post(choice.block),
+        sae=sae,
+        description=_description(config, choice, config.architecture.name, choice.width)
+        | {"sha256": None},
+        excludes_special_tokens=keeps,
     )
 
 
@@ -130,6 +180,8 @@ def _check_as_planned(choice: SAEChoice) -> None:
         raise UserError(
             f"sae.path = {choice.path!r}: another SAE is there than when this run was planned"
         )
+    if choice.adapter is not None:
+        results.check_as_planned(choice.adapter)
 
 
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
@@ -140,7 +192,9 @@ def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
     """
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
-    return config.family is SAEFamily.gemma_scope or any(one.excludes_special_tokens for one in saes)
+    # A new one is not either: residuals at BOS are so large that it would learn little else.
+    without = (SAEFamily.gemma_scope, SAEFamily.new)
+    return config.family in without or any(one.excludes_special_tokens for one in saes)
 
 
 def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from sae_lora.checks import latents
-from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, SAEFamily, as_list
+from sae_lora.choices import Architecture, SAEFamily
+from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.dimensions import EMBEDDED_NAME, Dimensions, block_of
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import ConfigError, NoSuchCellError, listed, nearest_name
@@ -50,6 +51,8 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
     match sae.family:
         case SAEFamily.identity:
             resolution = Resolution([SAEChoice(block=at) for at in _wanted_blocks(config)], [])
+        case SAEFamily.new:
+            resolution = _new(config)
         case SAEFamily.disk:
             resolution = Resolution(_on_disk(config, model), [])
         case SAEFamily.registry if sae.id is not None:
@@ -94,6 +97,20 @@ def _wanted_blocks(config: Config) -> list[int]:
     if index is None:
         return [config.model.middle_block]
     return sorted(as_list(index))
+
+
+def _new(config: Config) -> Resolution:
+    """SAEs that the run makes itself."""
+    sae = config.sae
+    assert sae.width is not None
+    l0, notes = sae.l0, []
+    if sae.architecture in (Architecture.standard, Architecture.gated) and l0 is not None:
+        name = sae.architecture.name
+        notes.append(f"sae.l0={l0:g} is not used: sae.sparsity_coefficient is what a {name} SAE has")
+        l0 = None
+    width = latents(sae.width)
+    choices = [SAEChoice(block=at, width=width, l0=l0) for at in _wanted_blocks(config)]
+    return Resolution(choices, notes)
 
 
 class _Candidate(NamedTuple):

@@ -1,0 +1,116 @@
+"""The words that a config may use, where only some are allowed."""
+
+import enum
+
+
+class DType(enum.Enum):
+    """Floating-point formats a model can be held in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(enum.Enum):
+    """Where a run computes; `auto` takes the GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Attention(enum.Enum):
+    """How attention is computed; `auto` is transformers' own choice, but where that is slow."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+    blockwise = "blockwise"
+
+
+class SAEFamily(enum.Enum):
+    """Where an SAE comes from, which also settles what is known about it."""
+
+    tiny = "tiny"
+    gemma_scope = "gemma_scope"
+    llama_scope = "llama_scope"
+    registry = "registry"
+    disk = "disk"
+    new = "new"
+    identity = "identity"
+
+
+class Architecture(enum.Enum):
+    """What kind of SAE a new one is; sae-lens's names."""
+
+    topk = "topk"
+    batchtopk = "batchtopk"
+    matryoshka = "matryoshka"
+    jumprelu = "jumprelu"
+    standard = "standard"
+    gated = "gated"
+
+
+class Method(enum.Enum):
+    """What is trained so that the model predicts better through its SAE."""
+
+    lora = "lora"
+    mezo = "mezo"
+    linear_adapter = "linear_adapter"
+    mlp_adapter = "mlp_adapter"
+    sae_finetune = "sae_finetune"
+    e2e = "e2e"
+    sae = "sae"
+
+
+class TextSource(enum.Enum):
+    """Where text comes from."""
+
+    stdlib = "stdlib"
+    text_files = "text_files"
+    hub = "hub"
+
+
+class Schedule(enum.Enum):
+    """How the learning rate moves after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+
+
+class Reduction(enum.Enum):
+    """How the KL of a step becomes its loss: mean over tokens, or their sum per sequence."""
+
+    token_mean = "token_mean"
+    sequence_sum = "sequence_sum"
+
+
+class Initialisation(enum.Enum):
+    """What an adapter's A begins with; B begins with zeros, so that nothing is changed yet."""
+
+    kaiming = "kaiming"
+    svd = "svd"
+
+
+class KLComputation(enum.Enum):
+    """How the KL is computed: a few tokens at a time, or with the logits of all tokens at once."""
+
+    fused = "fused"
+    full = "full"
+
+
+class LauncherKind(enum.Enum):
+    """What runs the plan."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+class TrackingMode(enum.Enum):
+    """How Weights & Biases is used."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"

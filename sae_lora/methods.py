@@ -1,0 +1,179 @@
+"""What each method trains: from a run's config to its student, and to what is kept of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sae_lora import lora, output_adapter
+from sae_lora.choices import Method, SAEFamily
+from sae_lora.config import Config
+from sae_lora.dimensions import source
+from sae_lora.identity import dead_after_steps
+from sae_lora.learning import Descent, Learner, MeZO
+from sae_lora.models import LanguageModel
+from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
+from sae_lora.saes.descent import SAEDescent
+from sae_lora.saes.loading import LoadedSAE, untrained
+from sae_lora.saes.trained import TrainedSAE, trainable
+from sae_lora.splice import Coder, special_positions
+from sae_lora.student import LoRAStudent, Student
+from sae_lora.trunk import Splices, Trunk
+
+
+class Sample(NamedTuple):
+    """Some of the text that a run is trained on.
+
+    Args:
+        tokens: `[batch, pos]`.
+        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+    """
+
+    tokens: Tensor
+    special_ids: Tensor
+
+
+class Kept(NamedTuple):
+    """What is kept of a training.
+
+    Args:
+        name: Of the folder among those of a run.
+        save: Writes it into such a folder, which is there and empty.
+    """
+
+    name: str
+    save: Callable[[Path], None]
+
+
+def build(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+    """What a run trains, before its first step. Initial values come from torch's global random state.
+
+    Args:
+        config: Of the run.
+        model: The plain model; it is not changed.
+        splices: The SAEs, by block, as they were loaded, or as new ones are before training.
+
+    Raises:
+        ConfigError: Where the method cannot train this model or these SAEs.
+    """
+    match config.method.kind:
+        case Method.lora | Method.mezo:
+            return _lora(config, model, splices)
+        case Method.linear_adapter | Method.mlp_adapter:
+            return _output_adapters(config, model, splices)
+        case Method.sae_finetune | Method.e2e:
+            return _saes(config, model, splices)
+        case _:
+            raise NotImplementedError(config.method.kind)
+
+
+def _lora(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+    student = LoRAStudent(model, splices, config.lora)
+    if config.lora.begun is not None:
+        lora.begin_with(student.adapters, Path(config.lora.begun.path))
+    if config.method.kind is Method.mezo:
+        learner = MeZO(student, config.train, config.method.epsilon)
+    else:
+        learner = Descent(student, config.train)
+    base = source(config.model)
+    return learner, Kept("adapter", lambda folder: lora.save(student.adapters, folder, base))
+
+
+def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+    d_model, device = model.config.hidden_size, model.device
+    made = {
+        splice.hookpoint: OutputAdapter(config.method.kind, d_model, config.method.rank).to(device)
+        for splice in splices
+    }
+    adapted = tuple(
+        splice._replace(sae=AdaptedCoder(splice.sae, made[splice.hookpoint])) for splice in splices
+    )
+    student = _around(model, adapted, splices, made)
+
+    def save(folder: Path) -> None:
+        for hookpoint, adapter in made.items():
+            (folder / hookpoint).mkdir()
+            output_adapter.save(adapter, folder / hookpoint)
+
+    return Descent(student, config.train), Kept("output_adapter", save)
+
+
+def _saes(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+    method = config.method
+    made = {splice.hookpoint: _in_training(config, splice.sae) for splice in splices}
+    own = tuple(splice._replace(sae=made[splice.hookpoint]) for splice in splices)
+    is_new = config.sae.family is SAEFamily.new
+    before = splices
+    if is_new:
+        before = tuple(splice._replace(sae=made[splice.hookpoint].frozen) for splice in splices)
+    student = _around(model, own, before, made, is_new=is_new)
+    mse = method.kind is Method.sae_finetune and method.mse
+
+    def save(folder: Path) -> None:
+        for hookpoint, sae in made.items():
+            sae.save(folder / hookpoint)
+
+    return SAEDescent(student, config.train, made, mse=mse), Kept("sae", save)
+
+
+def _in_training(config: Config, sae: Coder) -> TrainedSAE:
+    if isinstance(sae, TrainedSAE):
+        return sae
+    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
+    return TrainedSAE(trainable(sae, config.sae.sparsity_coefficient), dead_after_steps(config), rank)
+
+
+def _around(
+    model: LanguageModel,
+    splices: Splices,
+    before: Splices,
+    modules: Mapping[str, nn.Module],
+    *,
+    is_new: bool = False,
+) -> Student:
+    """A student of which nothing is trained but modules in the place of its SAEs."""
+    weights = {
+        f"{name}/{own}": weight
+        for name, module in modules.items()
+        for own, weight in module.named_parameters()
+        if weight.requires_grad
+    }
+    return Student(
+        model.view(),
+        splices,
+        first=splices[0].block + 1,
+        live=len(splices),
+        weights=weights,
+        before=before,
+        modules=modules,
+        is_new=is_new,
+    )
+
+
+def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[LoadedSAE]:
+    """The new SAEs of a run, untrained. Initial values come from torch's global random state.
+
+    Args:
+        config: Of the run.
+        model: The plain model.
+        sample: They will read residuals at the mean length of those there.
+    """
+    tokens, special_ids = (part.to(model.device) for part in sample)
+    about = {
+        "model_name": config.model.name,
+        "dataset_path": config.data.name or config.data.source.name,
+        "context_size": config.data.context_length,
+    }
+    trunk = Trunk(model, tokens, special_ids, [choice.block + 1 for choice in config.sae.used])
+    found = []
+    for choice in config.sae.used:
+        one = untrained(config.sae, choice, model.config.hidden_size, model.device, about)
+        sae = TrainedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
+        resid = trunk.resid_entering(choice.block + 1)
+        assert resid is not None
+        applied = ~special_positions(tokens, special_ids)
+        sae.fit_scale(resid[applied] if one.excludes_special_tokens else resid.flatten(0, 1))
+        found.append(replace(one, sae=sae))
+    return found

@@ -1,0 +1,95 @@
+"""A trained map on what an SAE puts back: linear, or with one hidden layer."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sae_lora.choices import Method
+from sae_lora.errors import UserError
+from sae_lora.splice import Coder
+
+_WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
+
+
+class OutputAdapter(nn.Module):
+    """A map that is added to reconstructions `[..., d_model]`; fresh, it adds nothing.
+
+    Source: the linear adapters of arXiv 2503.17272. With x the reconstruction, it gives
+    x + W₂ W₁ x + b (linear; of full rank x + W x + b) or x + W₂ gelu(W₁ x + b₁) + b₂ (mlp).
+
+    Args:
+        kind: `linear_adapter` or `mlp_adapter`.
+        d_model: Width of what it maps.
+        rank: Width in the middle; `None` for a linear map of full rank, or an MLP as wide as the model.
+    """
+
+    def __init__(self, kind: Method, d_model: int, rank: int | None) -> None:
+        super().__init__()
+        self.kind, self.d_model, self.rank = kind, d_model, rank
+        self.added: nn.Module
+        match kind:
+            case Method.linear_adapter if rank is not None:
+                last = nn.Linear(rank, d_model)
+                self.added = nn.Sequential(nn.Linear(d_model, rank, bias=False), last)
+            case Method.linear_adapter:
+                self.added = last = nn.Linear(d_model, d_model)
+            case Method.mlp_adapter:
+                last = nn.Linear(rank or d_model, d_model)
+                self.added = nn.Sequential(nn.Linear(d_model, rank or d_model), nn.GELU(), last)
+            case _:
+                raise NotImplementedError(kind)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, recon: Tensor) -> Tensor:
+        """What it makes of `[..., d_model]`, in float32 like its weights."""
+        return recon + self.added(recon.float())
+
+
+class AdaptedCoder(nn.Module):
+    """An SAE whose reconstruction goes through an adapter.
+
+    Args:
+        sae: The SAE.
+        adapter: The adapter.
+    """
+
+    def __init__(self, sae: Coder, adapter: OutputAdapter) -> None:
+        super().__init__()
+        self.sae = sae
+        self.adapter = adapter
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The SAE's latents `[..., d_sae]` of residuals `[..., d_model]`."""
+        return self.sae.encode(x)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The adapted reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
+        return self.adapter(self.sae.decode(feature_acts))
+
+
+def save(adapter: OutputAdapter, folder: Path) -> None:
+    """Writes it into a folder that is there."""
+    weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS)
+    shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
+    (folder / _SHAPE).write_text(json.dumps(shape, indent=1) + "\n")
+
+
+def load(folder: Path, device: torch.device) -> OutputAdapter:
+    """What `save` wrote, frozen.
+
+    Raises:
+        UserError: Where it is missing or damaged.
+    """
+    try:
+        shape = json.loads((folder / _SHAPE).read_text())
+        adapter = OutputAdapter(Method[shape["kind"]], shape["d_model"], shape["rank"])
+        adapter.load_state_dict(load_file(folder / _WEIGHTS))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be loaded: {error}") from error
+    return adapter.to(device).requires_grad_(False)

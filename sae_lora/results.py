@@ -1,0 +1,127 @@
+"""What a finished run has made, as another run begins with it. Imports no torch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sae_lora.checks import canonical_alpha, canonical_blocks
+from sae_lora.choices import Method, SAEFamily
+from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice
+from sae_lora.conversion import load
+from sae_lora.dimensions import Dimensions, resid_post
+from sae_lora.errors import ConfigError, UserError, nearest_name
+from sae_lora.files import sha256
+from sae_lora.identity import ADAPTING, TRAINING_SAES
+from sae_lora.records import RunFolder
+from sae_lora.saes.disk import read_folder
+
+_MAPS = (Method.linear_adapter, Method.mlp_adapter)
+
+
+def begun(config: Config, model: Dimensions) -> Config:
+    """The config with what `init` stands for: SAEs, maps on what they put back, or adapters.
+
+    Args:
+        config: With `init`.
+        model: The model that it is about.
+
+    Raises:
+        ConfigError: Where that is no finished run of this model, or its result does not fit.
+        UserError: Where its files cannot be read.
+    """
+    assert config.init is not None
+    folder = RunFolder(Path(config.init).expanduser())
+    if not folder.is_finished:
+        raise _no_result(config.init, folder)
+    before = load(folder.config.read_text())
+    same = before.model.name == config.model.name and before.model.revision == config.model.revision
+    if not same:
+        because = f"that one is of {before.model.name}"
+        raise ConfigError("init", config.init, f"a run of {config.model.name}", because=because)
+    _check_method(config, before)
+    if before.method.kind in ADAPTING:
+        return replace(config, lora=_with_adapters(config.lora, before, folder))
+    if before.method.kind in _MAPS:
+        used = [_with_map(choice, folder) for choice in before.sae.used]
+        return replace(config, sae=replace(before.sae, used=used))
+    used = [_trained(choice, folder, model) for choice in before.sae.used]
+    return replace(config, sae=replace(before.sae, family=SAEFamily.disk, used=used))
+
+
+def check_as_planned(adapters: Adapters) -> None:
+    """Refuses trained weights that are others than when the run was planned.
+
+    Raises:
+        UserError: Names them.
+    """
+    if _weights(Path(adapters.path)).sha256 != adapters.sha256:
+        raise UserError(f"init: {adapters.path} holds other weights than when this run was planned")
+
+
+def _no_result(init: str, folder: RunFolder) -> ConfigError:
+    """Why the folder is none to begin with."""
+    beside = folder.path.parent
+    others = (
+        [path.name for path in beside.iterdir() if (path / "summary.json").exists()]
+        if (beside.is_dir())
+        else []
+    )
+    near = nearest_name(folder.path.name, others)
+    state = "is not finished" if folder.config.exists() else "is no run"
+    return ConfigError(
+        "init",
+        init,
+        "the folder of a finished run, outputs/<sweep>/<run>",
+        nearest=beside / near if near else None,
+        because=f"it {state}",
+    )
+
+
+def _check_method(config: Config, before: Config) -> None:
+    """Refuses a result that the method cannot begin with."""
+    kind, earlier = config.method.kind, before.method.kind
+    if kind is Method.sae:
+        allowed = "null with method=sae, whose SAE is new"
+    elif earlier in ADAPTING and kind not in ADAPTING:
+        allowed = "a run that has trained an SAE, or a map on what it puts back"
+    elif earlier in _MAPS and kind in (*_MAPS, *TRAINING_SAES):
+        allowed = "a run that has trained an SAE"
+    else:
+        return
+    because = f"with method={kind.name} it cannot be one of method={earlier.name}"
+    raise ConfigError("init", config.init, allowed, because=because)
+
+
+def _with_adapters(lora: LoRAConfig, before: Config, folder: RunFolder) -> LoRAConfig:
+    """The adapters' config, with what they begin with.
+
+    Raises:
+        ConfigError: Where these are others.
+    """
+    wanted = replace(lora, alpha=canonical_alpha(lora), blocks=canonical_blocks(lora.blocks))
+    for name in ("rank", "alpha", "rank_stabilised", "dora", "targets", "blocks"):
+        value, needed = getattr(wanted, name), getattr(before.lora, name)
+        if value != needed:
+            raise ConfigError(f"lora.{name}", value, f"what {folder.path.name} has", nearest=needed)
+    return replace(lora, begun=_weights(folder.adapter))
+
+
+def _with_map(choice: SAEChoice, folder: RunFolder) -> SAEChoice:
+    return replace(choice, adapter=_weights(folder.output_adapter / resid_post(choice.block)))
+
+
+def _trained(choice: SAEChoice, folder: RunFolder, model: Dimensions) -> SAEChoice:
+    path = folder.sae / resid_post(choice.block)
+    return replace(read_folder(str(path), choice.block, model), l0=choice.l0)
+
+
+def _weights(folder: Path) -> Adapters:
+    """The one file of weights in a folder.
+
+    Raises:
+        UserError: Where it cannot be read.
+    """
+    try:
+        (file,) = folder.glob("*.safetensors")
+        return Adapters(str(folder.resolve()), sha256(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"init: {folder} holds no file of weights that can be read") from error
