@@ -3,21 +3,25 @@
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from sae_lora.choices import Device, SAEFamily
+from sae_lora.choices import Device, Method, SAEFamily
 from sae_lora.config import Config, SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
 from sae_lora.errors import ConfigError
 from sae_lora.head import Comparison, Head
+from sae_lora.identity import step_tokens
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
+from sae_lora.reconstruct import SAEPack
 from sae_lora.saes import loading
+from sae_lora.saes.buffer import ActivationBuffer
 from sae_lora.saes.loading import LoadedSAE
 from sae_lora.training import Training
 from sae_lora.workers import Workers
@@ -73,12 +77,12 @@ def device_of(config: Config) -> torch.device:
 def assemble(
     config: Config,
     model: LanguageModel,
-    trainings: Iterable[Training],
+    trainings: Iterable[Training[Any]],
     special_ids: Tensor,
     validation_tokens: Tensor,
     workers: Workers,
-    own: Callable[[Training], AbstractContextManager[None]] = lambda training: nullcontext(),
-) -> Pack:
+    own: Callable[[Training[Any]], AbstractContextManager[None]] = lambda training: nullcontext(),
+) -> Pack | SAEPack:
     """The pack of these trainings, as one of its processes has it.
 
     Args:
@@ -100,6 +104,8 @@ def assemble(
         1e9 * config.train.eval_cache_gb,
         workers,
     )
+    if config.method.kind is Method.sae:
+        return _reconstructing(config, model, trainings, special_ids, evaluate, own)
     return Pack(
         model,
         trainings,
@@ -110,3 +116,25 @@ def assemble(
         own,
         workers,
     )
+
+
+def _reconstructing(
+    config: Config,
+    model: LanguageModel,
+    trainings: Iterable[Training[Any]],
+    special_ids: Tensor,
+    evaluate: Evaluator,
+    own: Callable[[Training[Any]], AbstractContextManager[None]],
+) -> SAEPack:
+    """The pack of SAEs that learn to reconstruct."""
+    trainings = list(trainings)
+    splices = [splice for training in trainings for splice in training.student.splices]
+    buffer = ActivationBuffer(
+        model,
+        {splice.hookpoint: [splice.hookpoint] for splice in splices},
+        special_ids if splices[0].keeps else None,
+        config.data.seed,
+        max(1, config.method.buffer_tokens // step_tokens(config)),
+    )
+    batch = torch.Size([config.train.batch_size, config.data.context_length])
+    return SAEPack(buffer, batch, model.device, trainings, evaluate, own)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_lora.choices import Method, SAEFamily
+from sae_lora.choices import Architecture, Method, SAEFamily
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 
@@ -96,7 +96,10 @@ _OF_ONE_RUN = {
 
 def pack_key(config: Config) -> str:
     """Equal for runs that may train together: the same model goes through the same batches."""
-    return _canonical(_without(as_dict(config), _OF_ONE_RUN))
+    values = _without(as_dict(config), _OF_ONE_RUN)
+    if config.method.kind is Method.sae:  # they are served the same activations
+        values["keep_special_tokens"] = config.sae.keep_special_tokens
+    return _canonical(values)
 
 
 def _without(values: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def readable_name(config: Config) -> str:
             parts.append(f"l0_{config.sae.used[0].l0:g}")
     if config.method.kind is not Method.lora:
         parts.append(config.method.kind.name)
+    if config.sae.family is SAEFamily.new and config.sae.architecture is not Architecture.topk:
+        parts.append(config.sae.architecture.name)
     if config.method.kind in ADAPTING:
         parts += _adapters_in_words(config)
     elif config.method.rank is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sae_lora.checkpoint import State
 from sae_lora.config import TrainConfig
 from sae_lora.kl import SummedKL
 from sae_lora.student import Student
@@ -16,20 +17,52 @@ from sae_lora.trunk import Trunk
 
 
 class Learner(Protocol):
-    """What a step does to one student.
+    """What a step does to one student. In each step, all that it learns from comes before `learn`."""
+
+    student: Student
+    """What learns."""
+
+    @property
+    def total(self) -> Tensor:
+        """What this step is to make less, before it does so, summed over its tokens.
+
+        KL(teacher ‖ student) in nats; of SAEs that learn to reconstruct, the squared error.
+        """
+        ...
+
+    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+        """Moves the weights.
+
+        Args:
+            lr: The rate of this step.
+            weight: What the KL is multiplied by to be the loss; its gradient comes multiplied.
+
+        Returns:
+            The norm of the gradient before clipping, where that is known.
+        """
+        ...
+
+    def forget_step(self) -> None:
+        """Leaves no trace of a step that has ended, or that came to nothing."""
+        ...
+
+    def state(self) -> State:
+        """All that the rest of the training depends on."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Puts back what `state` gave, in this process or another."""
+        ...
+
+
+class Distiller(Learner, Protocol):
+    """A learner of the teacher's distribution.
 
     In each step `hidden` and `absorb` are called for every part of the batch, then `learn` once.
     """
 
-    student: Student
-    """What learns."""
     needs_gradient: bool
     """Whether `absorb` wants the gradient of the KL."""
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(teacher ‖ student) of what has been absorbed in this step, in nats, summed over tokens."""
-        ...
 
     @property
     def sums(self) -> list[Tensor]:
@@ -49,36 +82,13 @@ class Learner(Protocol):
         """
         ...
 
-    def learn(self, lr: float, kl_weight: float) -> Tensor | float:
-        """Moves the weights.
+    def draw_apart(self, step: int, rank: int) -> None:
+        """Drops other inputs in this step than the same training does in another process.
 
         Args:
-            lr: The rate of this step.
-            kl_weight: What the KL is multiplied by to be the loss; its gradient comes multiplied.
-
-        Returns:
-            The norm of the gradient, before clipping.
+            step: Its number.
+            rank: Which process this is. What is drawn depends on the two and the seed alone.
         """
-        ...
-
-    def forget_step(self) -> None:
-        """Leaves no trace of a step that has ended, or that came to nothing."""
-        ...
-
-    def draw_apart(self, words: str) -> None:
-        """Drops other inputs in the next step than the same training does in another process.
-
-        Args:
-            words: What is drawn depends on them alone.
-        """
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the rest of the training depends on, by name."""
-        ...
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` gave, in this process or another."""
         ...
 
 
@@ -106,11 +116,11 @@ class Descent:
             fused=self._device.type == "cuda",
         )
         self._randomness = _Randomness(self._device)
-        self.kl = _nothing(self._device)
+        self.total = _nothing(self._device)
 
     @property
     def sums(self) -> list[Tensor]:
-        return [self.kl, *self._gradients()]
+        return [self.total, *self._gradients()]
 
     def hidden(self, trunk: Trunk) -> list[Tensor]:
         with self._randomness.own():
@@ -119,9 +129,9 @@ class Descent:
     def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         (states,), (found,) = hidden, kl
         states.backward(found.gradient)
-        self.kl += found.total
+        self.total += found.total
 
-    def learn(self, lr: float, kl_weight: float) -> Tensor | float:
+    def learn(self, lr: float, weight: float) -> Tensor | float | None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["times"]
         weights = self.student.weights.values()
@@ -133,19 +143,21 @@ class Descent:
     def forget_step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._randomness.rewind()
-        self.kl = _nothing(self._device)
+        self.total = _nothing(self._device)
 
-    def draw_apart(self, words: str) -> None:
-        self._randomness.begin_at(words)
+    def draw_apart(self, step: int, rank: int) -> None:
+        self._randomness.begin_at(f"{self._config.seed} {step} {rank}")
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         found = {f"adapter/{name}": weight.detach() for name, weight in self.student.weights.items()}
         for name, weight in self.student.weights.items():
             for key, value in self._optimizer.state[weight].items():
                 found[f"optimizer/{key}/{name}"] = value
-        return found | {f"rng/{place}": kept for place, kept in self._randomness.kept.items()}
+        found |= {f"rng/{place}": kept for place, kept in self._randomness.kept.items()}
+        return State(found, {})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
+        tensors = state.tensors
         for name, weight in self.student.weights.items():
             weight.data.copy_(tensors[f"adapter/{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -196,7 +208,7 @@ class MeZO:
         self._below = _nothing(self._device)
 
     @property
-    def kl(self) -> Tensor:
+    def total(self) -> Tensor:
         return (self._above + self._below) / 2
 
     @property
@@ -217,13 +229,13 @@ class MeZO:
         self._below += below.total
 
     @torch.no_grad()
-    def learn(self, lr: float, kl_weight: float) -> Tensor | float:
-        slope = float(self._above - self._below) * kl_weight / (2 * self._epsilon)
+    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+        slope = float(self._above - self._below) * weight / (2 * self._epsilon)
         clip = self._config.grad_clip or math.inf
         kept = min(1.0, clip / abs(slope)) if slope else 1.0
-        for weight, direction in zip(self.student.weights.values(), self._direction(), strict=True):
-            weight.mul_(1 - lr * self._config.weight_decay)
-            weight.sub_(direction, alpha=lr * kept * slope)
+        for one, direction in zip(self.student.weights.values(), self._direction(), strict=True):
+            one.mul_(1 - lr * self._config.weight_decay)
+            one.sub_(direction, alpha=lr * kept * slope)
         self._step += 1
         return abs(slope)
 
@@ -231,17 +243,17 @@ class MeZO:
         self._above = _nothing(self._device)
         self._below = _nothing(self._device)
 
-    def draw_apart(self, words: str) -> None:
+    def draw_apart(self, step: int, rank: int) -> None:
         """Nothing in it is random but the direction, which is the same for all processes."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        found = {f"adapter/{name}": weight.detach() for name, weight in self.student.weights.items()}
-        return found | {"step": torch.tensor(self._step)}
+    def state(self) -> State:
+        weights = self.student.weights.items()
+        return State({f"adapter/{name}": one.detach() for name, one in weights}, {"steps": self._step})
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
         for name, weight in self.student.weights.items():
-            weight.data.copy_(tensors[f"adapter/{name}"])
-        self._step = int(tensors["step"])
+            weight.data.copy_(state.tensors[f"adapter/{name}"])
+        self._step = state.values["steps"]
 
     @contextmanager
     def _moved(self, distance: float) -> Iterator[None]:

@@ -109,7 +109,7 @@ class Member:
             saes = methods.new_saes(self.config, model, sample)
         self._saes = saes
         self._keeps = keeps_special_tokens(self.config.sae, saes)
-        learner, self._kept = methods.build(self.config, model, splices(self.config.sae, saes))
+        learner, self._kept = methods.build(self.config, model, splices(self.config.sae, saes), steps)
         self.trainable = sum(weight.numel() for weight in learner.student.weights.values())
         """Trainable parameters."""
         self.training = Training(learner, self.config.train, steps)

@@ -8,14 +8,16 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sae_lora import lora, output_adapter
-from sae_lora.choices import Method, SAEFamily
+from sae_lora.choices import Method, SAEFamily, Schedule
 from sae_lora.config import Config
 from sae_lora.dimensions import source
-from sae_lora.identity import dead_after_steps
+from sae_lora.identity import dead_after_steps, step_tokens
 from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
+from sae_lora.reconstruct import Reconstruction
 from sae_lora.saes.descent import SAEDescent
+from sae_lora.saes.learner import SAELearner
 from sae_lora.saes.loading import LoadedSAE, untrained
 from sae_lora.saes.trained import TrainedSAE, trainable
 from sae_lora.splice import Coder, special_positions
@@ -47,13 +49,14 @@ class Kept(NamedTuple):
     save: Callable[[Path], None]
 
 
-def build(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+def build(config: Config, model: LanguageModel, splices: Splices, steps: int) -> tuple[Learner, Kept]:
     """What a run trains, before its first step. Initial values come from torch's global random state.
 
     Args:
         config: Of the run.
         model: The plain model; it is not changed.
         splices: The SAEs, by block, as they were loaded, or as new ones are before training.
+        steps: Number of steps in all.
 
     Raises:
         ConfigError: Where the method cannot train this model or these SAEs.
@@ -64,7 +67,9 @@ def build(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learn
         case Method.linear_adapter | Method.mlp_adapter:
             return _output_adapters(config, model, splices)
         case Method.sae_finetune | Method.e2e:
-            return _saes(config, model, splices)
+            return _through_the_model(config, model, splices)
+        case Method.sae:
+            return _reconstructing(config, model, splices, steps)
         case _:
             raise NotImplementedError(config.method.kind)
 
@@ -100,22 +105,54 @@ def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> 
     return Descent(student, config.train), Kept("output_adapter", save)
 
 
-def _saes(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
-    method = config.method
+def _through_the_model(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+    student, made = _training_saes(config, model, splices)
+    mse = config.method.kind is Method.sae_finetune and config.method.mse
+    return SAEDescent(student, config.train, made, mse=mse), _kept(made)
+
+
+def _reconstructing(
+    config: Config, model: LanguageModel, splices: Splices, steps: int
+) -> tuple[Learner, Kept]:
+    student, made = _training_saes(config, model, splices)
+    warm_up = round(config.train.warmup_share * steps)
+    falls = config.train.schedule is Schedule.linear
+    learners = {}
+    for name, sae in made.items():
+        learners[name] = SAELearner(
+            sae.sae,
+            steps=steps,
+            batch_tokens=step_tokens(config),
+            lr=config.train.lr,
+            warm_up_steps=warm_up,
+            decay_steps=steps - warm_up if falls else 0,
+            dead_window_steps=dead_after_steps(config),
+            sampling_window_steps=max(2, steps // 4),
+            device=model.device,
+        )
+        learners[name].begin(float(sae.scale))
+    return Reconstruction(student, learners, made), _kept(made)
+
+
+def _training_saes(
+    config: Config, model: LanguageModel, splices: Splices
+) -> tuple[Student, dict[str, TrainedSAE]]:
+    """A student of which SAEs are trained, and these by hookpoint."""
     made = {splice.hookpoint: _in_training(config, splice.sae) for splice in splices}
     own = tuple(splice._replace(sae=made[splice.hookpoint]) for splice in splices)
     is_new = config.sae.family is SAEFamily.new
     before = splices
     if is_new:
         before = tuple(splice._replace(sae=made[splice.hookpoint].frozen) for splice in splices)
-    student = _around(model, own, before, made, is_new=is_new)
-    mse = method.kind is Method.sae_finetune and method.mse
+    return _around(model, own, before, made, is_new=is_new), made
 
+
+def _kept(saes: Mapping[str, TrainedSAE]) -> Kept:
     def save(folder: Path) -> None:
-        for hookpoint, sae in made.items():
+        for hookpoint, sae in saes.items():
             sae.save(folder / hookpoint)
 
-    return SAEDescent(student, config.train, made, mse=mse), Kept("sae", save)
+    return Kept("sae", save)
 
 
 def _in_training(config: Config, sae: Coder) -> TrainedSAE:

@@ -15,7 +15,6 @@ from sae_lora.assembly import SAEs, assemble, device_of, quieten
 from sae_lora.config import Config
 from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions
-from sae_lora.distill import Pack
 from sae_lora.errors import (
     EXIT_FAILED,
     EXIT_HELD,
@@ -28,6 +27,7 @@ from sae_lora.follower import Beginning
 from sae_lora.identity import pack_key, train_steps
 from sae_lora.interruption import Interrupted, Interruption
 from sae_lora.lease import HeldError, LostError, held
+from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.methods import Sample
 from sae_lora.progress import Reporter
@@ -84,7 +84,7 @@ class _Execution:
         self._interruption = interruption
         self._show = show
         self._started = time.perf_counter()
-        self._pack: Pack | None = None
+        self._pack: Loop[Any] | None = None
 
     @property
     def _left(self) -> list[Member]:
@@ -194,7 +194,7 @@ class _Execution:
             made_with = environment(model.device)
             self._each(lambda member: member.begin(made_with))
             report.begin()
-            batches = text.batches(config.train.batch_size, config.data.seed, pack.step)
+            batches = text.batches(config.train.batch_size, config.data.seed, pack.first_batch)
             found = {
                 "validation_tokens": text.validation.size,
                 "model": _describe_model(config, model),
@@ -224,7 +224,7 @@ class _Execution:
                     self._save(pack, whole)  # here a request to stop is heard that came before
                 raise
 
-    def _save(self, pack: Pack, members: Sequence[Member]) -> None:
+    def _save(self, pack: Loop[Any], members: Sequence[Member]) -> None:
         if not members:
             return
         with pack.paused(), self._interruption.held():

@@ -3,8 +3,8 @@
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from torch import Tensor
 from sae_lora.checkpoint import State
 from sae_lora.config import Reduction, Schedule, TrainConfig
 from sae_lora.errors import UserError
-from sae_lora.kl import SummedKL
 from sae_lora.learning import Learner
 from sae_lora.metrics import Evaluation
 from sae_lora.records import CurvePoint, gap_closed
-from sae_lora.trunk import Trunk
+
+L = TypeVar("L", bound=Learner)
 
 
-class Training:
+class Training(Generic[L]):
     """The training of one student: how far it is, and all that is its own.
 
     Between two steps `state()` is all there is to know: put back into a new object with
@@ -31,7 +31,7 @@ class Training:
         steps: Number of steps in all.
     """
 
-    def __init__(self, learner: Learner, config: TrainConfig, steps: int) -> None:
+    def __init__(self, learner: L, config: TrainConfig, steps: int) -> None:
         self.student = learner.student
         self.step = 0
         """Optimiser steps taken."""
@@ -39,7 +39,7 @@ class Training:
         """Tokens trained on."""
         self.is_between_steps = True
         """Whether `state()` is one to go on from: no error has left a step half taken."""
-        self._learner = learner
+        self.learner = learner
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
@@ -60,64 +60,30 @@ class Training:
 
     @property
     def loss(self) -> float:
-        """KL(teacher ‖ student) of the last batch in nats per token. Waits for the device."""
+        """What the last batch had to teach, per token, as `Learner.total`. Waits for the device."""
         return math.nan if self._last_loss is None else float(self._last_loss)
 
-    def hidden(self, trunk: Trunk) -> list[Tensor]:
-        """What the head reads of the student in each of its passes, `[batch, pos, d_model]`."""
-        return self._learner.hidden(trunk)
-
-    def gradient_weight(self, tokens: Tensor) -> float | None:
-        """What the gradient of the KL summed over `[batch, pos]` is multiplied by; `None` for none."""
-        return self._kl_weight(tokens) if self._learner.needs_gradient else None
-
-    def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
-        """Takes in what a part of the step's batch says.
-
-        Args:
-            hidden: What `hidden` gave.
-            kl: The KL of each, with the gradient of the loss where that is wanted.
-        """
-        self._learner.absorb(hidden, kl)
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """What has been absorbed in this step, to be added up over processes. They may be changed."""
-        return self._learner.sums
-
-    def learn(self, tokens: Tensor) -> None:
-        """Ends the step, which was on these, `[batch, pos]`: other weights.
-
-        Args:
-            tokens: Of all processes.
-        """
-        lr = self._config.lr * self._rate_factor(self.step)
-        kl, number = self._learner.kl, tokens.numel()
+    def learn(self, batch: torch.Size) -> None:
+        """Ends the step, which was on so many tokens, `[batch, pos]`, of all processes."""
+        lr, tokens = self._config.lr * self._rate_factor(self.step), batch.numel()
         self.is_between_steps = False
-        norm = self._learner.learn(lr, self._kl_weight(tokens))
+        norm = self.learner.learn(lr, self.weight(batch))
+        total = self.learner.total
         self.step += 1
-        self.tokens += number
-        self._lr, self._last_norm, self._last_loss = lr, norm, kl / number
-        self._interval.add(kl, number)
+        self.tokens += tokens
+        self._lr, self._last_norm, self._last_loss = lr, norm, total / tokens
+        self._interval.add(total, tokens)
         self.forget_step()
         self.is_between_steps = True
 
     def forget_step(self) -> None:
         """Leaves no trace of a step that has ended, or that came to nothing."""
-        self._learner.forget_step()
+        self.learner.forget_step()
 
-    def draw_apart(self, rank: int) -> None:
-        """Drops other inputs in the next step than the same training does in another process.
-
-        Args:
-            rank: Which process this is. What is drawn depends on it, the seed and the step alone.
-        """
-        self._learner.draw_apart(f"{self._config.seed} {self.step} {rank}")
-
-    def _kl_weight(self, tokens: Tensor) -> float:
+    def weight(self, batch: torch.Size) -> float:
         """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
         per_token = self._config.kl_reduction is Reduction.token_mean
-        return 1 / (tokens.numel() if per_token else len(tokens))
+        return 1 / (batch.numel() if per_token else batch[0])
 
     def add_seconds(self, seconds: float) -> None:
         """Takes note of time spent training."""
@@ -203,12 +169,13 @@ class Training:
             "grad_norm": None if self._last_norm is None else float(self._last_norm),
             "interval": interval._asdict(),
         }
-        return State(self._learner.tensors(), values)
+        kept = self.learner.state()
+        return State(kept.tensors, values | {"learner": kept.values})
 
     def restore(self, state: State) -> None:
         """Puts back what `state()` gave, in this process or another."""
-        self._learner.restore(state.tensors)
         values = state.values
+        self.learner.restore(State(state.tensors, values.get("learner", {})))
         self.step = values["step"]
         self.tokens = values["tokens"]
         self._train_seconds = values["train_seconds"]

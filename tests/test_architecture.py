@@ -43,7 +43,8 @@ ORDER = [
         "dropout",
         "lora",
     ),
-    *("trunk", "student", "learning", "workers", "metrics", "checkpoint", "training", "distill"),
+    *("trunk", "student", "checkpoint", "learning", "workers", "metrics", "training", "loop"),
+    "distill",
     *(
         "saes.disk",
         "results",
@@ -56,6 +57,7 @@ ORDER = [
         "saes.buffer",
         "saes.trained",
         "saes.descent",
+        "reconstruct",
         "saes.training",
         "methods",
         "grouping",

@@ -155,7 +155,7 @@ def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
 
 def test_reconstruction_worked_by_hand() -> None:
     """Residuals (0,0), (2,0), (4,0): variance 8 about their mean. Errors 1 and 1: FVU 2/8."""
-    sums = Reconstruction(topk_sae(width=3), D_MODEL, torch.device("cpu"))
+    sums = Reconstruction(topk_sae(k=2, width=3), D_MODEL, torch.device("cpu"))
     resid, recon = torch.zeros(2, 3, D_MODEL)
     resid[:, :2] = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
     recon[:, :2] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])

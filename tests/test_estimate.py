@@ -77,7 +77,7 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
     trainings = []
     for config in configs:
         splices = [Splice(choice.block, saes[repr(choice)], False) for choice in config.sae.used]
-        learner, _ = methods.build(config, model, tuple(splices))
+        learner, _ = methods.build(config, model, tuple(splices), train_steps(config))
         trainings.append(Training(learner, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)

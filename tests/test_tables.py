@@ -72,7 +72,6 @@ def test_one_run_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     show(run_table(finished(tmp_path, "run", 4, 3, None).read_summary()))
     printed = capsys.readouterr().out
     assert "undefined" in printed
-    assert "there is no gap" in printed
     assert "1 min 03 s" in printed
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sae_lora.checkpoint import State
 from sae_lora.config import TrainConfig
 from sae_lora.kl import SummedKL
 from sae_lora.learning import Descent
@@ -79,12 +80,12 @@ class SAEDescent(Descent):
         super().absorb([states], [found])
 
     @torch.no_grad()
-    def learn(self, lr: float, kl_weight: float) -> Tensor | float:
-        balance = (self._mse / self._tokens) / (self.kl * kl_weight).clamp(min=1e-12)
+    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+        balance = (self._mse / self._tokens) / (self.total * weight).clamp(min=1e-12)
         of_kl, of_others = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
         for gradient, other in zip(self._gradients(), self._others, strict=True):
             gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
-        norm = super().learn(lr, kl_weight)
+        norm = super().learn(lr, weight)
         for hookpoint, sae in self._saes.items():
             sae.moved(self._active[hookpoint] > 0)
         return norm
@@ -94,14 +95,17 @@ class SAEDescent(Descent):
         for total in (self._mse, self._tokens, *self._active.values(), *self._others):
             total.zero_()
 
-    def tensors(self) -> dict[str, Tensor]:
-        steps = {f"sae_steps/{name}": torch.tensor(sae.step) for name, sae in self._saes.items()}
+    def state(self) -> State:
+        tensors, values = super().state()
         buffers = {f"buffer/{name}": buffer for name, buffer in self.student.buffers.items()}
-        return super().tensors() | buffers | steps
+        return State(
+            tensors | buffers, values | {"steps": {n: sae.step for n, sae in self._saes.items()}}
+        )
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        super().restore(tensors)
+    def restore(self, state: State) -> None:
+        super().restore(state)
         for name, buffer in self.student.buffers.items():
-            buffer.copy_(tensors[f"buffer/{name}"])
+            buffer.copy_(state.tensors[f"buffer/{name}"])
         for name, sae in self._saes.items():
-            sae.step = int(tensors[f"sae_steps/{name}"])
+            sae.step = state.values["steps"][name]
+            sae.has_moved()

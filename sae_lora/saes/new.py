@@ -55,7 +55,8 @@ class SAERequest(NamedTuple):
         d_in: Width of what it reads.
         width: Number of latents.
         k: Latents active per token: a whole number for topk, the mean over a batch for batchtopk and
-            matryoshka. The others do not read it.
+            matryoshka. What the penalty of jumprelu pulls towards, quadratically, as in Gemma Scope 2;
+            `None` has it count active latents. The others do not read it.
         sparsity_coefficient: Weight of the sparsity penalty of jumprelu (L0), standard and gated (L1);
             `None` takes sae-lens's own. The others do not read it.
         warm_up_steps: Steps over which that weight rises from zero.
@@ -98,6 +99,8 @@ def new(request: SAERequest, device: torch.device, metadata: Mapping[str, Any]) 
             )
         case "jumprelu" | "standard" | "gated" as architecture:
             penalty = _penalty(architecture, request.sparsity_coefficient, request.warm_up_steps)
+            if architecture == "jumprelu" and request.k is not None:
+                penalty |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
             config = _TRAINABLE[architecture](**shape, **penalty)
         case other:
             near = nearest_name(other, ARCHITECTURES)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sae_lora.saes import new
+from sae_lora.saes.learner import mean_norm_scale
 from sae_lora.saes.sparse import SparseSAE
 from sae_lora.splice import Coder
 
@@ -54,7 +55,7 @@ class TrainedSAE(nn.Module):
         if not self.training:
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
-        read = x.flatten(0, -2) * float(self.scale)
+        read = x.flatten(0, -2).float() * float(self.scale)
         self.made = new.forward(self.sae, read, dead, self.step)
         return self.made.latents.reshape(*x.shape[:-1], -1)
 
@@ -85,6 +86,10 @@ class TrainedSAE(nn.Module):
         self.step += 1
         self.since_active += 1
         self.since_active[active] = 0
+        self.has_moved()
+
+    def has_moved(self) -> None:
+        """Its weights are others than before."""
         self._frozen = None
 
     def fit_scale(self, resid: Tensor) -> None:
@@ -93,8 +98,9 @@ class TrainedSAE(nn.Module):
         Args:
             resid: Some of those that it will read, `[token, d_model]`.
         """
-        self.scale.fill_(resid.shape[-1] ** 0.5 / float(resid.float().norm(dim=-1).double().mean()))
-        self._frozen = None
+        norms = resid.double().norm(dim=-1)
+        self.scale.fill_(mean_norm_scale(float(norms.sum()), len(norms), resid.shape[-1]))
+        self.has_moved()
 
     def _plain(self) -> TrainingSAE[Any]:
         """The training class with the weights as they are, LoRA merged; a copy where that was there."""

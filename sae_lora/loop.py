@@ -1,0 +1,186 @@
+"""The loop that trains several students together: steps, curves, and whose the time is."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lora.metrics import Evaluator
+from sae_lora.records import CurvePoint
+from sae_lora.training import L, Training
+from sae_lora.workers import Alone, Workers
+
+
+class Task(NamedTuple):
+    """What the process that leads tells the others to do with it.
+
+    Args:
+        numbers: Which trainings, as they were given.
+        tokens: `[batch, pos]` for a step, of which each takes its part; `None` for an evaluation.
+    """
+
+    numbers: list[int]
+    tokens: Tensor | None = None
+
+
+class Loop(ABC, Generic[L]):
+    """Trainings that go through the same batches together, each as if it were alone.
+
+    What is frozen is computed once for all. Where some are further than others, those wait.
+
+    Args:
+        device: Where they are.
+        trainings: Of students of the same model, with equal numbers of steps.
+        evaluate: Measures them on held-out tokens.
+        own: Entered around what concerns one training alone; it may keep an exception to itself,
+            and then has called `drop`.
+        workers: The processes that share the batches, each with a loop like this one.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        trainings: Iterable[Training[L]],
+        evaluate: Evaluator,
+        own: Callable[[Training[L]], AbstractContextManager[None]] = lambda training: nullcontext(),
+        workers: Workers | None = None,
+    ) -> None:
+        self._trainings = list(trainings)
+        self.left = self._trainings.copy()
+        """Those that have not been dropped."""
+        self._workers = workers or Alone()
+        self._device = device
+        self._evaluate = evaluate
+        self._own = own
+        self._clock = _Clock()
+        self._at_work: list[Training[L]] = []
+
+    @abstractmethod
+    def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[Training[L]]) -> None:
+        """Takes one step of each of these.
+
+        Args:
+            step: Its number.
+            batches: Training tokens `[batch, pos]`, from where the step before has left them.
+            trained: Those that are just so far; none where all that are left are further.
+        """
+
+    def follow(self, task: Task) -> None:
+        """Does this process's share of what the leader's loop does."""
+        raise NotImplementedError(f"{type(self).__name__} is one process's")
+
+    @property
+    def first_batch(self) -> int:
+        """Number of the batch of tokens that is read next."""
+        return self.step
+
+    def drop(self, training: Training[L]) -> None:
+        """Goes on without it."""
+        training.forget_step()
+        self.left.remove(training)
+
+    @property
+    def step(self) -> int:
+        """The step that comes next: that of the training that is least far."""
+        return min((training.step for training in self.left), default=0)
+
+    def points(
+        self,
+        batches: Iterable[Tensor],
+        after_step: Callable[[Sequence[Training[L]]], None] = lambda trained: None,
+        held: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Iterator[tuple[Training[L], CurvePoint]]:
+        """Trains to the end; yields each training's points before the first step, on the way, and
+        after the last.
+
+        Args:
+            batches: Training tokens `[batch, pos]`, one item a step, beginning with `first_batch`.
+            after_step: Called after every step with those that took it, when `state()` may be taken.
+            held: Entered around each step: what it keeps out cannot leave one half done.
+
+        Raises:
+            UserError: When a loss stops being a number, unless `own` keeps that to itself.
+        """
+        source = iter(batches)
+        step = self.step
+        yield from self._points_due()
+        while not all(training.has_ended for training in self.left):
+            self._clock.run()
+            with held():
+                trained = [training for training in self.left if training.step == step]
+                self._step(step, source, trained)
+                step += 1
+                if trained:
+                    self._at_work = list(trained)
+                    self._share_seconds()
+            after_step(self._of(trained))
+            yield from self._points_due()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the block is no training time."""
+        self._stop_clock()
+        yield
+        self._clock.run()
+
+    def _of(self, trained: Sequence[Training[L]]) -> list[Training[L]]:
+        """Those of them that have not been dropped."""
+        return [training for training in trained if training in self.left]
+
+    def _tell(self, trainings: Sequence[Training[L]], tokens: Tensor | None = None) -> None:
+        self._workers.tell(Task([self._trainings.index(training) for training in trainings], tokens))
+
+    def _points_due(self) -> Iterator[tuple[Training[L], CurvePoint]]:
+        due = [training for training in self.left if training.evaluation_is_due]
+        if not due:
+            return
+        self._stop_clock()
+        self._tell(due)
+        measured = self._evaluate([training.student for training in due])
+        for training, found in zip(due, measured, strict=True):
+            points: list[CurvePoint] = []
+            with self._own(training):
+                points.append(training.point(found))
+            for point in points:
+                yield training, point
+                # Only once the point has been taken over: stopped before, it is measured again.
+                training.note_evaluation()
+
+    def _stop_clock(self) -> None:
+        if self._device.type == "cuda":  # a GPU works on after a step has returned
+            torch.cuda.synchronize(self._device)
+        self._share_seconds()
+        self._clock.stop()
+
+    def _share_seconds(self) -> None:
+        """The time since it was last asked for belongs in equal parts to those that trained."""
+        seconds = self._clock.lap()
+        for training in self._at_work:
+            training.add_seconds(seconds / len(self._at_work))
+
+
+class _Clock:
+    """Tells how long it has run since it was last asked."""
+
+    def __init__(self) -> None:
+        self._asked: float | None = None
+
+    def run(self) -> None:
+        """Starts it, where it stands."""
+        if self._asked is None:
+            self._asked = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds that it has run since."""
+        if self._asked is None:
+            return 0.0
+        before, self._asked = self._asked, time.perf_counter()
+        return self._asked - before
+
+    def stop(self) -> None:
+        """Stops it; what it has run since is lost."""
+        self._asked = None
