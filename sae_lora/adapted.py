@@ -18,8 +18,10 @@ from sae_lora.conversion import load
 from sae_lora.data.packing import special_ids
 from sae_lora.dimensions import read_dimensions
 from sae_lora.errors import ConfigError, UserError, listed
+from sae_lora.identity import ADAPTING, TRAINING_SAES
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
+from sae_lora.results import trained_saes
 from sae_lora.saes.loading import LoadedSAE, splices
 from sae_lora.splice import Coder, Observer, special_positions, spliced
 from sae_lora.standing import finished
@@ -27,7 +29,7 @@ from sae_lora.trunk import Splices
 
 
 class Adapted:
-    """A language model with trained adapters, and the SAEs that they were trained around. Frozen.
+    """A language model and SAEs as a run has left them: with its adapters, or its SAEs trained. Frozen.
 
     Called with tokens `[batch, pos]` it gives the logits `[batch, pos, d_vocab]` that the run's
     `student_ce` is about: SAEs in place, adapters on. `logits` gives those of the other cells too,
@@ -37,7 +39,7 @@ class Adapted:
         config: Of the run.
         tokenizer: The model's.
         model: The plain model.
-        adapter: Folder of the trained adapters.
+        adapter: Folder of the trained adapters; `None` where something else was trained.
         splices: The SAEs at their places.
 
     Raises:
@@ -49,7 +51,7 @@ class Adapted:
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         model: LanguageModel,
-        adapter: Path,
+        adapter: Path | None,
         splices: Splices,
     ) -> None:
         self.config = config
@@ -60,8 +62,8 @@ class Adapted:
         """The SAEs at their places, by block."""
         self._base = model
         self._adapted = model.view()
-        self.peft = lora.load(self._adapted, adapter)
-        """peft's view of `model`."""
+        self.peft = None if adapter is None else lora.load(self._adapted, adapter)
+        """peft's view of `model`, where that has adapters."""
         self._special_ids = special_ids(tokenizer).to(model.device)
         self._is_spliced = False
 
@@ -166,14 +168,17 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
     if device is not None:
         config = replace(config, train=replace(config.train, device=_named(device)))
     where = device_of(config)
-    saes = SAEs(read_dimensions(config.model), where).of(config.sae)
-    _check_same(saes, folder)
+    dimensions = read_dimensions(config.model)
+    sae = trained_saes(config, folder, dimensions)
+    saes = SAEs(dimensions, where).of(sae)
+    if config.method.kind not in TRAINING_SAES:
+        _check_same(saes, folder)
     return Adapted(
         config,
         models.load_tokenizer(config.model),
         models.load_model(config.model, config.train.dtype, where),
-        folder.adapter,
-        splices(config.sae, saes),
+        folder.adapter if config.method.kind in ADAPTING else None,
+        splices(sae, saes),
     )
 
 

@@ -10,7 +10,7 @@ from sae_lora.conversion import as_dict, keys
 
 _NOT_ASKED_FOR = {
     *("launcher", "tracking", "output_dir", "data.cache_dir", "train.device"),
-    *("model.commit", "data.version", "sae.used"),
+    *("model.commit", "data.version", "sae.used", "lora.begun"),
 }
 """What says where a run is made, or what the planner writes."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")

@@ -87,7 +87,7 @@ def _through_transformers(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def resid_post(block: int) -> str:
+def resid_post(block: int | str) -> str:
     """The hookpoint of a block's output, in the field's words."""
     return f"blocks.{block}.hook_resid_post"
 

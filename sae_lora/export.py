@@ -15,6 +15,7 @@ from sae_lora.config import Config, DType, ModelConfig, as_list
 from sae_lora.conversion import as_dict, load
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, check_writable, new_folder, write_atomically
+from sae_lora.identity import ADAPTING
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
 from sae_lora.standing import finished
@@ -40,11 +41,18 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
             is missing, or the merged model is not the same as the model with the adapters.
     """
     folder, to = finished(run), to.expanduser().absolute()
+    config = load(folder.config.read_text())
+    if config.method.kind not in ADAPTING:
+        made = "in sae-lens's format" if folder.sae.exists() else "as safetensors"
+        result = folder.sae if folder.sae.exists() else folder.output_adapter
+        raise UserError(
+            f"{run} has trained no LoRA adapters; what it has trained lies {made} in {result}"
+        )
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")
     check_writable(to.parent, "--to")
     transformers_logging.disable_progress_bar()
-    config, summary = load(folder.config.read_text()), public_summary(folder.read_summary())
+    summary = public_summary(folder.read_summary())
     base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
     values = public_config(dataclasses.replace(config, model=base))
     try:

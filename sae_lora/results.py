@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sae_lora.checks import canonical_alpha, canonical_blocks
 from sae_lora.choices import Method, SAEFamily
-from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice
+from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig
 from sae_lora.conversion import load
 from sae_lora.dimensions import Dimensions, resid_post
 from sae_lora.errors import ConfigError, UserError, nearest_name
@@ -40,11 +40,29 @@ def begun(config: Config, model: Dimensions) -> Config:
     _check_method(config, before)
     if before.method.kind in ADAPTING:
         return replace(config, lora=_with_adapters(config.lora, before, folder))
-    if before.method.kind in _MAPS:
-        used = [_with_map(choice, folder) for choice in before.sae.used]
-        return replace(config, sae=replace(before.sae, used=used))
-    used = [_trained(choice, folder, model) for choice in before.sae.used]
-    return replace(config, sae=replace(before.sae, family=SAEFamily.disk, used=used))
+    return replace(config, sae=trained_saes(before, folder, model))
+
+
+def trained_saes(config: Config, folder: RunFolder, model: Dimensions) -> SAEConfig:
+    """The SAEs of a finished run as it has left them: its own, or with maps on what they put back.
+
+    Args:
+        config: Of the run.
+        folder: Its folder.
+        model: The model that it is about.
+
+    Raises:
+        UserError: Where its files cannot be read.
+    """
+    sae = config.sae
+    if config.method.kind in _MAPS:
+        return replace(sae, used=[_with_map(choice, folder) for choice in sae.used])
+    if config.method.kind in TRAINING_SAES:
+        used = [_trained(choice, folder, model) for choice in sae.used]
+        request = {"width": None, "l0": None, "release": None, "id": None}
+        path = str(folder.sae.resolve() / resid_post("{block}"))
+        return replace(sae, family=SAEFamily.disk, path=path, used=used, **request)
+    return sae
 
 
 def check_as_planned(adapters: Adapters) -> None:

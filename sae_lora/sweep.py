@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from sae_lora.choices import Method
 from sae_lora.command import command, flat
 from sae_lora.errors import UserError
-from sae_lora.identity import OF_NO_RESULT
+from sae_lora.identity import ADAPTING, OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.scaling import Frame
 from sae_lora.standing import standings
@@ -19,10 +20,21 @@ from sae_lora.tables import joined
 
 SEED = "seed"
 """The factor in which repetitions differ."""
-NAMED = ("model", "block", "width", "l0", "rank", "alpha", "targets", "blocks", "tokens", SEED)
+NAMED = ("model", "method", "block", "width", "l0", "rank", "alpha", "targets", "blocks", "tokens", SEED)
 """Factors with names of their own, in the order in which people look at them; others go by key."""
 _NAMED_KEYS = {
-    *("model.name", "layer.index", "sae.width", "sae.l0", "sae.release", "sae.id", "sae.path"),
+    *(
+        "model.name",
+        "method.kind",
+        "method.rank",
+        "init",
+        "layer.index",
+        "sae.width",
+        "sae.l0",
+        "sae.release",
+        "sae.id",
+        "sae.path",
+    ),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.blocks", "train.train_tokens", "train.seed"),
     "sweep",
 }
@@ -183,15 +195,19 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     used = config["sae"]["used"]
     stated = [one.get("l0") for one in used]
     l0 = measured.get("l0") if None in stated else None
+    method = config.get("method", {"kind": "lora", "rank": None})
+    kind = method["kind"]
+    lora = config["lora"] if Method[kind] in ADAPTING else None
     named = {
         "model": config["model"]["name"],
+        "method": kind,
         "block": _one_or_all([one["block"] for one in used]),
         "width": _one_or_all([one.get("width") for one in used]),
         "l0": float(f"{l0:.3g}") if l0 is not None else _one_or_all(stated),
-        "rank": config["lora"]["rank"],
-        "alpha": config["lora"]["alpha"],
-        "targets": joined(config["lora"]["targets"]),
-        "blocks": joined(config["lora"]["blocks"]),
+        "rank": lora["rank"] if lora else method["rank"],
+        "alpha": lora and lora["alpha"],
+        "targets": lora and joined(lora["targets"]),
+        "blocks": lora and joined(lora["blocks"]),
         "tokens": config["train"]["train_tokens"],
         SEED: config["train"]["seed"],
     }

@@ -77,14 +77,23 @@ FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
     "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
     "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
     "L0": lambda summary: f"{summary['l0']:.3g}",
-    "rank": lambda summary: str(summary["lora"]["rank"]),
-    "alpha": lambda summary: f"{summary['lora']['alpha']:g}",
-    "targets": lambda summary: joined(summary["lora"]["targets"]),
-    "blocks": lambda summary: joined(summary["lora"]["blocks"]),
+    "method": lambda summary: summary.get("method", {"kind": "lora"})["kind"],
+    "rank": lambda summary: _of_what_is_trained(summary, "rank"),
+    "alpha": lambda summary: _of_what_is_trained(summary, "alpha"),
+    "targets": lambda summary: _of_what_is_trained(summary, "targets"),
+    "blocks": lambda summary: _of_what_is_trained(summary, "blocks"),
     "tokens": lambda summary: f"{summary['train_tokens']:,}",
     "seed": lambda summary: str(summary["seed"]),
 }
 """What runs of a sweep may differ in, as a reader names it."""
+
+
+def _of_what_is_trained(summary: dict[str, Any], name: str) -> str:
+    """A property of LoRA adapters, or of what a method trains instead."""
+    value = (summary["lora"] or summary["method"]).get(name)
+    if value is None:
+        return "–"
+    return f"{value:g}" if isinstance(value, int | float) else joined(value)
 
 
 def joined(value: str | list[Any]) -> str:
