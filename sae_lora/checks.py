@@ -108,14 +108,17 @@ _SHARES = {
     "lora.dropout": (0, 0.9),
     "train.warmup_share": (0, 1.0),
     "data.validation_share": (0.001, 0.9),
+    "init_at": (0.001, 1.0),
 }
 _SHORTEST_CONTEXT = 8
 _LARGEST_SEED = 2**32 - 1
 
 
 def _value(config: Config, key: str) -> Any:
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _check_ranges(config: Config) -> None:

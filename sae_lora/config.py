@@ -361,7 +361,11 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: str | None = None
-    """Folder of a finished run whose result this one begins with: its SAE, or its adapters."""
+    """Folder of a finished run whose result this one begins with: its SAE, or its adapters. Or the
+    method of another run of the same command, of the same model, layer and seed: that comes first."""
+    init_at: float = 1.0
+    """Share of that run's training after which its SAE is taken, one of its `method.checkpoints`; 1 for
+    its end."""
     sweep: str = "main"
     """Name of the folder under `output_dir` that the runs of one sweep share."""
     output_dir: str = "outputs"

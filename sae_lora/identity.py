@@ -11,7 +11,7 @@ from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
-    "": ("launcher", "tracking", "sweep", "output_dir", "layer", "init"),
+    "": ("launcher", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
     "model": ("middle_block", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
@@ -81,7 +81,7 @@ def _leave_out_path(values: dict[str, Any], name: str) -> None:
 
 
 _OF_ONE_RUN = {
-    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir", "init"),
+    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir", "init", "init_at"),
     "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block",),
     "data": ("cache_dir",),
@@ -145,6 +145,8 @@ def readable_name(config: Config) -> str:
         parts += _adapters_in_words(config)
     elif config.method.rank is not None:
         parts.append(f"r{config.method.rank}")
+    if config.init is not None:
+        parts.append(f"init{config.init_at:g}" if config.init_at != 1 else "init")
     parts.append(f"s{config.train.seed}")
     return "-".join(parts)
 

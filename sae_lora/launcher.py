@@ -41,11 +41,21 @@ def launch(points: Sequence[Config]) -> int:
     if settings.kind is LauncherKind.slurm:
         slurm.check_partition(settings.partition)
     planned = plan(points)
-    for note in planned.notes:
-        say(f"note: {note}")
+    _say_notes(planned)
     if settings.dry_run:
         _show_plan(planned, settings)
         return 0
+    code = _carry_out(planned, settings)
+    while code == 0 and planned.waiting and (settings.kind is LauncherKind.local or settings.wait):
+        planned = plan(points)
+        code = _carry_out(planned, settings)
+    if code == 0 and planned.waiting:
+        say(f"{len(planned.waiting)} more begin with what these make; the same command submits them")
+    return code
+
+
+def _carry_out(planned: Plan, settings: LauncherConfig) -> int:
+    """Runs, or submits, what can be; returns the process's exit code."""
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
@@ -71,6 +81,13 @@ def launch(points: Sequence[Config]) -> int:
             raise NotImplementedError(settings.kind)
     _conclude(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def _say_notes(planned: Plan) -> None:
+    for note in planned.notes:
+        say(f"note: {note}")
+    if planned.waiting:
+        say(f"{len(planned.waiting)} more points begin with the result of one of these, and come after")
 
 
 def _common_settings(points: Sequence[Config]) -> LauncherConfig:
@@ -99,7 +116,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "state", "SAE"):
         table.add_column(name, no_wrap=True)
-    for name in ("pack", "adapter weights", "training FLOPs", "peak memory"):
+    for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
     found = _standings(planned)
     wanted = _wanted(settings)
@@ -117,7 +134,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         table.add_row(
             run.name,
             standing.state.value,
-            ", ".join(f"{one.id or one.path or 'identity'}" for one in run.config.sae.used),
+            ", ".join(one.id or one.path or run.config.sae.family.name for one in run.config.sae.used),
             str(number.get(run.name, "–")),
             f"{cost.adapter_weights:,}",
             f"{cost.flops:.2e}",

@@ -4,14 +4,16 @@ Each point is resolved to SAEs that exist, named, and given its folder; nothing 
 written.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from sae_lora.checks import adapted_blocks, canonical_alpha, canonical_blocks
-from sae_lora.choices import TextSource
+from sae_lora.choices import Method, TextSource
 from sae_lora.config import Config, as_list
 from sae_lora.conversion import as_dict, load
 from sae_lora.data.documents import files_matching
@@ -58,6 +60,8 @@ class Plan:
     runs: list[Run]
     notes: list[str]
     """What a person should know: the nearest SAE taken, the same point twice."""
+    waiting: list[Config]
+    """Points that begin with the result of a run of this plan that is not finished; planned after it."""
 
 
 def plan(points: Sequence[Config]) -> Plan:
@@ -67,47 +71,114 @@ def plan(points: Sequence[Config]) -> Plan:
         ConfigError: For a point that cannot work.
         UserError: Where a model's config cannot be had, and where no point has an SAE.
     """
-    sizes: dict[tuple[str, str | None], Dimensions] = {}
-    runs: dict[Path, Run] = {}
-    notes: list[str] = []
+    planner = _Planner(strict=len(points) == 1 or any(point.launcher.strict for point in points))
+    waiting: list[Config] = []
     for point in points:
-        model = (point.model.name, point.model.revision)
-        if model not in sizes:
-            sizes[model] = read_dimensions(point.model)
-        dimensions = sizes[model]
+        if point.init not in Method.__members__:
+            planner.add(point)
+    for point in points:
+        if point.init not in Method.__members__:
+            continue
+        before = planner.run_before(point)
+        if before.folder.is_finished:
+            planner.add(replace(point, init=str(before.folder.path)))
+        else:
+            waiting.append(point)
+    if not planner.runs:
+        raise UserError("\n  ".join(["no point of this sweep has an SAE", *planner.notes[:5]]))
+    return Plan(list(planner.runs.values()), planner.all_notes, waiting)
+
+
+_MOST_NAMED = 3
+"""Runs that are named one by one."""
+
+
+class _Planner:
+    """Takes in one point after another.
+
+    Args:
+        strict: Whether a point at which there is no SAE is refused, rather than left out.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        self.runs: dict[Path, Run] = {}
+        self.notes: list[str] = []
+        self._strict = strict
+        self._sizes: dict[tuple[str, str | None], Dimensions] = {}
+        self._named: Counter[Path] = Counter()
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What a person should know."""
+        again = {path: times for path, times in self._named.items() if times > 1}
+        if len(again) > _MOST_NAMED:
+            number = sum(again.values()) - len(again)
+            return [*self.notes, f"{number} points mean the same run as another, and run once with it"]
+        several = [
+            f"{path.name} is named {'twice' if times == 2 else f'{times} times'} and runs once"
+            for path, times in again.items()
+        ]
+        return self.notes + several
+
+    def add(self, point: Config) -> None:
+        """Adds the run that a point means, but for one at which there is no SAE."""
+        dimensions = self._dimensions(point)
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
             resolution = Resolution(point.sae.used, []) if point.sae.used else resolve(point, dimensions)
         except NoSuchCellError as error:
-            if len(points) == 1 or point.launcher.strict:
+            if self._strict:
                 raise
-            notes.append(f"dropped: {_asked_for(point)}, since {error.field} may be {error.allowed}")
-            continue
-        config = replace(
-            point,
-            sae=replace(point.sae, used=resolution.choices),
-            lora=replace(
-                point.lora,
-                alpha=canonical_alpha(point.lora),
-                blocks=canonical_blocks(point.lora.blocks),
-            ),
+            self.notes.append(
+                f"dropped: {_asked_for(point)}, since {error.field} may be {error.allowed}"
+            )
+            return
+        lora = replace(
+            point.lora, alpha=canonical_alpha(point.lora), blocks=canonical_blocks(point.lora.blocks)
         )
+        config = replace(point, sae=replace(point.sae, used=resolution.choices), lora=lora)
         if config.method.kind in ADAPTING:
             first = min(one.block for one in resolution.choices)
             adapted_blocks(config.lora.blocks, first, dimensions.n_blocks)
         _check_context(config, dimensions.max_context)
         if config.data.source is TextSource.text_files:
             files_matching(as_list(config.data.files))
-        notes += [note for note in resolution.notes if note not in notes]
+        self.notes += [note for note in resolution.notes if note not in self.notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
-        if path in runs:
-            notes.append(f"{path.name} is named twice and runs once")
+        self._named[path] += 1
         folder = RunFolder(path)
-        runs.setdefault(path, Run(_as_begun(config, folder), folder))
-    if not runs:
-        raise UserError("\n  ".join(["no point of this sweep has an SAE", *notes[:5]]))
-    return Plan(list(runs.values()), notes)
+        self.runs.setdefault(path, Run(_as_begun(config, folder), folder))
+
+    def run_before(self, point: Config) -> Run:
+        """The run of this plan that a point's `init` names by its method.
+
+        Raises:
+            ConfigError: Where there is none, or more than one.
+        """
+
+        def place(config: Config) -> tuple[Any, ...]:
+            model = config.model.name, config.model.revision
+            return model, config.layer, config.train.seed, config.data.seed
+
+        found = [
+            run
+            for run in self.runs.values()
+            if run.config.method.kind.name == point.init and place(run.config) == place(point)
+        ]
+        if len(found) != 1:
+            there = (
+                f"{len(found) or 'none'} of them have method={point.init}, this model, layer and seed"
+            )
+            allowed = "a finished run's folder, or the method of just one other run of this command"
+            raise ConfigError("init", point.init, allowed, because=there)
+        return found[0]
+
+    def _dimensions(self, point: Config) -> Dimensions:
+        model = (point.model.name, point.model.revision)
+        if model not in self._sizes:
+            self._sizes[model] = read_dimensions(point.model)
+        return self._sizes[model]
 
 
 def _asked_for(point: Config) -> str:

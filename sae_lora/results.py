@@ -8,7 +8,7 @@ from sae_lora.choices import Method, SAEFamily
 from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig
 from sae_lora.conversion import load
 from sae_lora.dimensions import Dimensions, resid_post
-from sae_lora.errors import ConfigError, UserError, nearest_name
+from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.files import sha256
 from sae_lora.identity import ADAPTING, TRAINING_SAES
 from sae_lora.records import RunFolder
@@ -40,27 +40,34 @@ def begun(config: Config, model: Dimensions) -> Config:
     _check_method(config, before)
     if before.method.kind in ADAPTING:
         return replace(config, lora=_with_adapters(config.lora, before, folder))
-    return replace(config, sae=trained_saes(before, folder, model))
+    return replace(config, sae=trained_saes(before, folder, model, config.init_at))
 
 
-def trained_saes(config: Config, folder: RunFolder, model: Dimensions) -> SAEConfig:
+def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float = 1.0) -> SAEConfig:
     """The SAEs of a finished run as it has left them: its own, or with maps on what they put back.
 
     Args:
         config: Of the run.
         folder: Its folder.
         model: The model that it is about.
+        at: Share of its training after which they are wanted.
 
     Raises:
+        ConfigError: Where the run has kept none there.
         UserError: Where its files cannot be read.
     """
     sae = config.sae
+    made = folder.sae if at == 1 else folder.sae_at / f"{at:g}"
+    if at != 1 and not made.is_dir():
+        kept = sorted(float(path.name) for path in folder.sae_at.glob("[0-9]*"))
+        allowed = f"one of {listed(kept)} or 1, what {folder.path.name} has kept"
+        raise ConfigError("init_at", at, allowed, min([*kept, 1.0], key=lambda one: abs(one - at)))
     if config.method.kind in _MAPS:
         return replace(sae, used=[_with_map(choice, folder) for choice in sae.used])
     if config.method.kind in TRAINING_SAES:
-        used = [_trained(choice, folder, model) for choice in sae.used]
+        used = [_trained(choice, made, model) for choice in sae.used]
         request = {"width": None, "l0": None, "release": None, "id": None}
-        path = str(folder.sae.resolve() / resid_post("{block}"))
+        path = str(made.resolve() / resid_post("{block}"))
         return replace(sae, family=SAEFamily.disk, path=path, used=used, **request)
     return sae
 
@@ -127,8 +134,8 @@ def _with_map(choice: SAEChoice, folder: RunFolder) -> SAEChoice:
     return replace(choice, adapter=_weights(folder.output_adapter / resid_post(choice.block)))
 
 
-def _trained(choice: SAEChoice, folder: RunFolder, model: Dimensions) -> SAEChoice:
-    path = folder.sae / resid_post(choice.block)
+def _trained(choice: SAEChoice, made: Path, model: Dimensions) -> SAEChoice:
+    path = made / resid_post(choice.block)
     return replace(read_folder(str(path), choice.block, model), l0=choice.l0)
 
 
