@@ -37,6 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     reach.add_argument("other", type=Path, help="outputs/<sweep> that sets the gap")
     reach.add_argument("sweep", type=Path, help="outputs/<sweep> that reaches it")
     reach.add_argument("--to", type=Path, help="file for the figures, .json")
+    time_to_ce = commands.add_parser(
+        "time_to_ce", help="how soon LoRA around an SAE reaches what an SAE trained end to end does"
+    )
+    time_to_ce.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=time_to_ce")
+    time_to_ce.add_argument("--to", type=Path, help="folder for the numbers and the figure")
     report = commands.add_parser(
         "report", help="a page with all that sweeps have found, and its figures"
     )
@@ -86,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
                 show(comparison_table(runs_of(chosen.sweep)))
             case "reach":
                 compare_sweeps(runs_of(chosen.other), runs_of(chosen.sweep), chosen.to)
+            case "time_to_ce":
+                compare_arms(runs_of(chosen.sweep), chosen.to)
             case "report":
                 write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
             case "export":
@@ -184,6 +191,22 @@ def compare_sweeps(others: list[RunFolder], folders: list[RunFolder], to: Path |
     if to is not None:
         to.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(to, as_json([dataclasses.asdict(one) for one in found]))
+
+
+def compare_arms(folders: list[RunFolder], to: Path | None) -> None:
+    """Shows how soon LoRA is where an SAE trained end to end ends up, and draws it.
+
+    Raises:
+        UserError: Where one of the two is missing.
+    """
+    from sae_lora import figures, time_to_ce  # plotly takes a while
+
+    found = time_to_ce.branches(folders)
+    show(time_to_ce.table(found))
+    if to is not None:
+        to.mkdir(parents=True, exist_ok=True)
+        write_atomically(to / "time_to_ce.json", as_json([dataclasses.asdict(one) for one in found]))
+        figures.write_pictures([(time_to_ce.figure(folders), to / "time_to_ce.svg")])
 
 
 def write_report(sweeps: list[Path], to: Path | None, *, pictures: bool) -> None:

@@ -256,6 +256,9 @@ class TrainConfig:
     at least 88. Changes memory, and of the result no more than rounding does."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
+    eval_each_sae: bool = True
+    """At the end, measure what each of several SAEs contributes: alone in the model, and left out. It
+    takes two evaluations for each. Does not change what is trained."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
     eval_cache_gb: float = 2.0

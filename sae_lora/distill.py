@@ -56,6 +56,10 @@ class Pack(Loop[Distiller]):
     def follow(self, task: Task) -> None:
         """Does this process's share of what the leader's pack does."""
         trainings = [self._trainings[number] for number in task.numbers]
+        if task.of_each:
+            for training in trainings:
+                self._evaluate.contributions(training.student)
+            return
         if task.tokens is None:
             self._evaluate([training.student for training in trainings])
             return

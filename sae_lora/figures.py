@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
@@ -139,7 +141,7 @@ def gap_curves(
         yaxis={"title": _GAP, "rangemode": "tozero"},
     )
     look.explain(figure)
-    return _finished(figure)
+    return finished(figure)
 
 
 def gap_closed_against(
@@ -193,7 +195,7 @@ def gap_closed_against(
         yaxis={"title": _CLOSED, "tickformat": ".0%"},
     )
     look.explain(figure)
-    return _finished(figure)
+    return finished(figure)
 
 
 def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
@@ -229,7 +231,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
         yaxis={"title": title(down)},
         coloraxis={"colorscale": "Cividis", "colorbar": {"title": _CLOSED, "tickformat": ".0%"}},
     )
-    return _finished(figure)
+    return finished(figure)
 
 
 def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
@@ -266,7 +268,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis={"title": _CLOSED, "tickformat": ".0%"})
     look.explain(figure)
-    return _finished(figure)
+    return finished(figure)
 
 
 def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
@@ -297,7 +299,7 @@ def _numbers(column: Any) -> list[float | None]:
     return [None if value is None or value != value else float(value) for value in column]
 
 
-def _finished(figure: go.Figure) -> go.Figure:
+def finished(figure: go.Figure) -> go.Figure:
     """In the look of all figures: wide enough for a column of a paper, the legend beside the data."""
     figure.update_layout(
         template="plotly_white",
@@ -309,3 +311,23 @@ def _finished(figure: go.Figure) -> go.Figure:
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     return figure
+
+
+def write_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> None:
+    """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
+
+    Args:
+        wanted: Figures, and files whose names end in .svg or .png.
+
+    Raises:
+        ValueError: And others, of plotly and kaleido, where that cannot be done here.
+    """
+    plotly.io.write_images(
+        [figure for figure, _ in wanted],
+        [path for _, path in wanted],
+        # Not asked for one by one, they are all of plotly's default size.
+        width=[figure.to_dict()["layout"].get("width") for figure, _ in wanted],
+        height=[figure.to_dict()["layout"].get("height") for figure, _ in wanted],
+        scale=2,
+        validate=False,
+    )

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from scipy.cluster import hierarchy
 
-from sae_lora.figures import COLOURS, _finished
+from sae_lora.figures import COLOURS, finished
 
 _DISTANCE = "angular distance"
 _GREY = "#888888"
@@ -59,7 +59,7 @@ def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Fi
         xaxis=blocks | {"constrain": "domain", "tickangle": 0},
         yaxis=blocks | {"autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
     )
-    return _finished(figure).update_layout(width=620, height=520)
+    return finished(figure).update_layout(width=620, height=520)
 
 
 def tree(linkage: ArrayLike, n_groups: int) -> go.Figure:
@@ -113,7 +113,7 @@ def tree(linkage: ArrayLike, n_groups: int) -> go.Figure:
         | ({"tickfont": {"size": 9}} if n > _MOST_LARGE_LEAVES else {}),
         yaxis={"title": f"largest {_DISTANCE} within", "rangemode": "tozero"},
     )
-    return _finished(figure)
+    return finished(figure)
 
 
 def amad_by_groups(
@@ -174,7 +174,7 @@ def amad_by_groups(
         | _ticks(counts, counts),
         yaxis={"title": "AMAD", "rangemode": "tozero"},
     )
-    return _finished(figure)
+    return finished(figure)
 
 
 def _frames(

@@ -20,6 +20,7 @@ _NOT_IDENTITY = {
         "kl",
         "kl_chunk_tokens",
         "activation_checkpointing",
+        "eval_each_sae",
         "eval_batch_tokens",
         "eval_cache_gb",
         "checkpoint_every_steps",

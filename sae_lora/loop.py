@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.metrics import Evaluator
+from sae_lora.metrics import Contribution, Evaluator
 from sae_lora.records import CurvePoint
 from sae_lora.training import L, Training
 from sae_lora.workers import Alone, Workers
@@ -21,10 +21,12 @@ class Task(NamedTuple):
     Args:
         numbers: Which trainings, as they were given.
         tokens: `[batch, pos]` for a step, of which each takes its part; `None` for an evaluation.
+        of_each: Whether the evaluation is of what each SAE contributes.
     """
 
     numbers: list[int]
     tokens: Tensor | None = None
+    of_each: bool = False
 
 
 class Loop(ABC, Generic[L]):
@@ -127,12 +129,25 @@ class Loop(ABC, Generic[L]):
         yield
         self._clock.run()
 
+    def contributions(self, training: Training[L]) -> dict[str, Contribution]:
+        """What each SAE of a student contributes, by hookpoint, with everything as it is now."""
+        self._stop_clock()
+        self._tell([training], of_each=True)
+        return self._evaluate.contributions(training.student)
+
     def _of(self, trained: Sequence[Training[L]]) -> list[Training[L]]:
         """Those of them that have not been dropped."""
         return [training for training in trained if training in self.left]
 
-    def _tell(self, trainings: Sequence[Training[L]], tokens: Tensor | None = None) -> None:
-        self._workers.tell(Task([self._trainings.index(training) for training in trainings], tokens))
+    def _tell(
+        self,
+        trainings: Sequence[Training[L]],
+        tokens: Tensor | None = None,
+        *,
+        of_each: bool = False,
+    ) -> None:
+        numbers = [self._trainings.index(training) for training in trainings]
+        self._workers.tell(Task(numbers, tokens, of_each))
 
     def _points_due(self) -> Iterator[tuple[Training[L], CurvePoint]]:
         due = [training for training in self.left if training.evaluation_is_due]

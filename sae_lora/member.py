@@ -4,7 +4,7 @@ import copy
 import math
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from sae_lora.files import new_folder
 from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.lease import LostError
 from sae_lora.methods import Sample
+from sae_lora.metrics import Contribution
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
@@ -159,11 +160,18 @@ class Member:
                 with new_folder(folder) as beside:
                     self._kept.save(beside)
 
-    def finish(self, total_seconds: float, data: dict[str, Any], **found: Any) -> None:
+    def finish(
+        self,
+        total_seconds: float,
+        contributions: Mapping[str, Contribution],
+        data: dict[str, Any],
+        **found: Any,
+    ) -> None:
         """Writes what it has found; from then on it is finished.
 
         Args:
             total_seconds: What it took.
+            contributions: What each of several SAEs contributes, by hookpoint.
             data: What identifies the text.
             found: What else the summary says that is the same for all that trained together.
         """
@@ -177,7 +185,12 @@ class Member:
             **_outcome(points),
             trainable_parameters=self.trainable,
             total_seconds=total_seconds,
-            sae=[one.description | points[-1].per_sae[one.hookpoint] for one in self._saes],
+            sae=[
+                one.description
+                | points[-1].per_sae[one.hookpoint]
+                | (contributions[one.hookpoint]._asdict() if one.hookpoint in contributions else {})
+                for one in self._saes
+            ],
             lora=_describe_lora(self.config.lora) if self.config.method.kind in ADAPTING else {},
             method={
                 "kind": self.config.method.kind.name,

@@ -36,6 +36,17 @@ class Evaluation(NamedTuple):
     """Per hookpoint: share of the latents that no token made active, likewise."""
 
 
+class Contribution(NamedTuple):
+    """What one of several SAEs costs. Cross-entropies in nats per token."""
+
+    alone_ce: float
+    """Cross-entropy of the plain model with this SAE alone."""
+    alone_fvu: float
+    """Residual variance / total variance there: on residuals that nothing else has changed."""
+    left_out_ce: float
+    """Cross-entropy of the student, all else as it is, without this SAE."""
+
+
 class Reconstruction:
     """Sums over tokens from which FVU, L0 and dead latents of one SAE follow, exact for any batching.
 
@@ -173,6 +184,17 @@ class Evaluator:
             self._evaluation(student, own, float(base.ce) / self._predictions)
             for student, own in zip(students, sums, strict=True)
         ]
+
+    def contributions(self, student: Student) -> dict[str, Contribution]:
+        """What each SAE of a student contributes, by hookpoint; of one that is all alone, nothing."""
+        if len(student.splices) < 2:
+            return {}
+        found = {}
+        for splice in student.splices:
+            name = splice.hookpoint
+            alone, left_out = self([student.alone(name, self._model), student.without(name)])
+            found[name] = Contribution(alone.student_ce, alone.fvu[name], left_out.student_ce)
+        return found
 
     def _nothing(self, live: Splices = ()) -> "_Sums":
         return _Sums(live, self._model)

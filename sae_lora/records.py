@@ -163,8 +163,10 @@ class Summary:
     model: dict[str, Any]
     """Name, commit, class, number of blocks, and the precisions of loading and computing."""
     sae: list[dict[str, Any]]
-    """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0 and FVU, and
-    the repository's commit and the SHA-256 of its weights."""
+    """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0, FVU and share of
+    dead latents, the repository's commit and the SHA-256 of its weights. Where there are several, also
+    `alone_ce` and `alone_fvu`, with this one alone in the plain model, and `left_out_ce`, of the student
+    without it."""
     lora: dict[str, Any]
     """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by; empty with a
     method that trains no adapters."""

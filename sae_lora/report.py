@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import plotly.io
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -224,9 +223,7 @@ def _write_pictures(views: Sequence[View], folder: Path) -> list[str]:
     """Writes the figures as SVG and PNG; says so where that cannot be done here."""
     wanted = [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in ("svg", "png")]
     try:
-        plotly.io.write_images(
-            [figure for figure, _ in wanted], [path for _, path in wanted], scale=2, validate=False
-        )
+        figures.write_pictures(wanted)
     except (ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [

@@ -203,7 +203,9 @@ class _Execution:
             }
 
             def finish(member: Member) -> None:
-                member.finish(self._total_seconds(member), text.description, **found)
+                several = len(member.config.sae.used) > 1 and member.config.train.eval_each_sae
+                contributions = pack.contributions(member.training) if several else {}
+                member.finish(self._total_seconds(member), contributions, text.description, **found)
 
             try:
                 for training, point in pack.points(batches, after_step, self._interruption.held):

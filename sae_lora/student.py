@@ -73,6 +73,17 @@ class Student:
         """The blocks whose input it or its untrained twin asks a trunk for."""
         return {self.first, *(splice.block + 1 for splice in self.before)}
 
+    def without(self, hookpoint: str) -> "Student":
+        """The same, without one of its SAEs; what it shares with this one moves with it."""
+        left = tuple(splice for splice in self.splices if splice.hookpoint != hookpoint)
+        live = sum(splice.hookpoint != hookpoint for splice in self.live)
+        return Student(self.model, left, self.first, live, self.weights, modules=self.modules)
+
+    def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
+        """One of its SAEs alone in a model; what it shares with this one moves with it."""
+        (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
+        return Student(model, (splice,), splice.block + 1, 1, {}, modules=self.modules)
+
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`, as training has made it so far.
 

@@ -83,6 +83,7 @@ ORDER = [
         "sweep",
         "figures",
         "grouping_figures",
+        "time_to_ce",
         "report",
         "upload",
         "dashboard",

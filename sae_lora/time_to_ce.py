@@ -1,0 +1,236 @@
+"""How soon LoRA around an SAE reaches what an SAE trained end to end reaches: a table and a figure."""
+
+import bisect
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from rich.table import Table
+
+from sae_lora.choices import Method
+from sae_lora.config import Config
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.figures import COLOURS, finished
+from sae_lora.records import CurvePoint, RunFolder
+
+COSTS = ("train_seconds", "train_flops")
+"""What a curve is read over."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """LoRA around what an SAE's training has kept, beside an SAE trained end to end.
+
+    Costs of LoRA hold those of the SAE until it was kept.
+    """
+
+    at: float
+    """Share of the SAE's training after which it was kept."""
+    seed: int
+    ce: float
+    """Held-out cross-entropy that both reach, in nats per token: the higher one of the two that they end
+    at."""
+    lora_ce: float
+    """What LoRA ends at."""
+    e2e_ce: float
+    """What the SAE trained end to end ends at."""
+    lora: dict[str, float]
+    """By name of `COSTS`: what LoRA takes to get there."""
+    e2e: dict[str, float]
+    """What the SAE trained end to end takes."""
+
+
+@dataclass(frozen=True)
+class _Arm:
+    config: Config
+    curve: list[CurvePoint]
+    path: Path
+
+
+def branches(folders: Sequence[RunFolder]) -> list[Branch]:
+    """Every finished LoRA run of a sweep beside the end-to-end run of the same seed.
+
+    Args:
+        folders: Runs of `experiment=time_to_ce`, or of one like it: method=sae, lora and e2e.
+
+    Raises:
+        UserError: Where one of the three is missing.
+    """
+    arms = [_arm(folder) for folder in folders if folder.is_finished]
+    found = []
+    for lora in _of(arms, Method.lora):
+        if lora.config.init is None:
+            continue
+        before = _before(lora)
+        for e2e in _of(arms, Method.e2e):
+            if _place(e2e) == _place(lora) and e2e.config.train.seed == lora.config.train.seed:
+                found.append(_branch(lora, before, e2e))
+    if not found:
+        raise UserError(
+            "no finished run of method=lora begins with an SAE (init=) beside a finished one of "
+            "method=e2e with the same model, block and seed"
+        )
+    return sorted(found, key=lambda one: (one.at, one.seed))
+
+
+def _arm(folder: RunFolder) -> _Arm:
+    return _Arm(load(folder.config.read_text()), folder.read_curve(), folder.path)
+
+
+def _before(arm: _Arm) -> _Arm:
+    """The run whose result this one begins with."""
+    assert arm.config.init is not None
+    return _arm(RunFolder(Path(arm.config.init)))
+
+
+def _of(arms: Sequence[_Arm], kind: Method) -> list[_Arm]:
+    return [arm for arm in arms if arm.config.method.kind is kind]
+
+
+def _place(arm: _Arm) -> tuple[Any, ...]:
+    return arm.config.model.name, tuple(choice.block for choice in arm.config.sae.used)
+
+
+def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
+    lora_ce, e2e_ce = lora.curve[-1].student_ce, e2e.curve[-1].student_ce
+    ce = max(lora_ce, e2e_ce)
+    before = {cost: _at_share(sae.curve, lora.config.init_at, cost) for cost in COSTS}
+    return Branch(
+        at=lora.config.init_at,
+        seed=lora.config.train.seed,
+        ce=ce,
+        lora_ce=lora_ce,
+        e2e_ce=e2e_ce,
+        lora={cost: before[cost] + reaching(lora.curve, ce, cost) for cost in COSTS},
+        e2e={cost: reaching(e2e.curve, ce, cost) for cost in COSTS},
+    )
+
+
+def _at_share(curve: Sequence[CurvePoint], share: float, cost: str) -> float:
+    """What a training had taken after a share of its tokens, on straight lines between evaluations."""
+    tokens = share * curve[-1].tokens
+    after = min(bisect.bisect_left([point.tokens for point in curve], tokens), len(curve) - 1)
+    first, second = curve[max(0, after - 1)], curve[after]
+    return _between(first, second, lambda point: point.tokens, tokens, cost)
+
+
+def reaching(curve: Sequence[CurvePoint], ce: float, cost: str) -> float:
+    """What a training had taken when its student first got down to a cross-entropy.
+
+    Args:
+        curve: Its points, of which the last is as low.
+        ce: In nats per token.
+        cost: A name of `COSTS`.
+    """
+    if curve[0].student_ce <= ce:
+        return _cost(curve[0], cost)
+    for first, second in itertools.pairwise(curve):
+        if second.student_ce <= ce:
+            return _between(first, second, lambda point: point.student_ce, ce, cost)
+    raise ValueError(f"the curve ends at {curve[-1].student_ce}, above {ce}")
+
+
+def _between(
+    first: CurvePoint,
+    second: CurvePoint,
+    measure: Callable[[CurvePoint], float],
+    value: float,
+    cost: str,
+) -> float:
+    """The cost at a value of a measure, on the straight line between two points."""
+    span = measure(second) - measure(first)
+    share = (value - measure(first)) / span if span else 1.0
+    return _cost(first, cost) + share * (_cost(second, cost) - _cost(first, cost))
+
+
+def _cost(point: CurvePoint, cost: str) -> float:
+    return getattr(point, cost) or 0.0
+
+
+def table(found: Sequence[Branch]) -> Table:
+    """A row for each share of the SAE's training; medians, in brackets the least and most over seeds."""
+    made = Table(title="until both are at the same cross-entropy", title_justify="left")
+    for name in (
+        *("SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e"),
+        *("times sooner", "times fewer FLOPs", "seeds"),
+    ):
+        made.add_column(name, justify="right")
+    for at in sorted({one.at for one in found}):
+        those = [one for one in found if one.at == at]
+        seconds, flops = COSTS
+        made.add_row(
+            f"{at:.0%}",
+            f"{statistics.median(one.lora_ce for one in those):.3f}",
+            f"{statistics.median(one.e2e_ce for one in those):.3f}",
+            f"{statistics.median(one.lora[seconds] for one in those):.0f} s",
+            f"{statistics.median(one.e2e[seconds] for one in those):.0f} s",
+            _spread([one.e2e[seconds] / one.lora[seconds] for one in those]),
+            _spread([one.e2e[flops] / one.lora[flops] for one in those]),
+            str(len(those)),
+        )
+    return made
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
+
+
+def figure(folders: Sequence[RunFolder]) -> go.Figure:
+    """Cross-entropy over seconds and FLOPs: the SAE's training, LoRA that branches off it, and e2e.
+
+    Args:
+        folders: As for `branches`. One seed is drawn, the first.
+    """
+    arms = [_arm(folder) for folder in folders if folder.is_finished]
+    seed = min(arm.config.train.seed for arm in arms)
+    arms = [arm for arm in arms if arm.config.train.seed == seed]
+    loras = [arm for arm in _of(arms, Method.lora) if arm.config.init is not None]
+    drawn = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
+    for column, cost in enumerate(COSTS, 1):
+        for arm in _of(arms, Method.sae):
+            _draw(drawn, column, arm.curve, cost, 0, "reconstruction", COLOURS[6], named=column == 1)
+        for arm in _of(arms, Method.e2e):
+            _draw(drawn, column, arm.curve, cost, 0, "end to end", COLOURS[5], named=column == 1)
+        for number, arm in enumerate(loras):
+            begins = _at_share(_before(arm).curve, arm.config.init_at, cost)
+            named = column == 1 and number == 0
+            _draw(drawn, column, arm.curve, cost, begins, "LoRA", COLOURS[0], named=named)
+        name = {"train_seconds": "seconds of training", "train_flops": "training FLOPs"}[cost]
+        drawn.update_xaxes(title=name, type="log", row=1, col=column)
+    base = arms[0].curve[-1].base_ce
+    drawn.add_hline(base, line={"color": "#999999", "dash": "dot", "width": 1})
+    drawn.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
+    ends = [arm.curve[-1].student_ce for arm in arms]
+    drawn.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
+    return finished(drawn)
+
+
+def _draw(
+    drawn: go.Figure,
+    column: int,
+    curve: Sequence[CurvePoint],
+    cost: str,
+    begins: float,
+    name: str,
+    colour: str,
+    *,
+    named: bool,
+) -> None:
+    points = [point for point in curve if begins + _cost(point, cost) > 0]
+    drawn.add_scatter(
+        x=[begins + _cost(point, cost) for point in points],
+        y=[point.student_ce for point in points],
+        mode="lines",
+        line={"color": colour, "width": 2},
+        name=name,
+        legendgroup=name,
+        showlegend=named,
+        row=1,
+        col=column,
+    )
