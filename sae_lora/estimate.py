@@ -46,6 +46,7 @@ from torch import nn
 
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import Config, Device, DType, KLComputation, ModelConfig, TrainConfig
+from sae_lora.dimensions import Place
 from sae_lora.distill import turns
 from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps
@@ -115,7 +116,9 @@ def estimate(configs: Sequence[Config]) -> Estimate:
 
 def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: int) -> float:
     """Bytes of hidden states that are kept from one evaluation to the next; states of a token."""
-    entering = {(run.first, tuple(sae for sae in run.saes if sae.block < run.first)) for run in runs}
+    entering = {
+        (run.first, tuple(sae for sae in run.saes if sae.place.block < run.first)) for run in runs
+    }
     needed = (1 + len(entering)) * config.data.validation_tokens * state_bytes
     return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
 
@@ -140,14 +143,15 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     coded = set()
     total = head
     for run in runs:
-        frozen = [sae for sae in run.saes if sae.block < run.first]
+        frozen = [sae for sae in run.saes if sae.place.block < run.first]
         trunk |= {
-            (block, tuple(sae for sae in frozen if sae.block < block)) for block in range(run.first)
+            (block, tuple(sae for sae in frozen if sae.place < Place(block)))  # with those inside of it
+            for block in range(run.first)
         }
         coded |= {tuple(frozen[: place + 1]) for place in range(len(frozen))}
         if run.recomputes:
             total += sum(forward[run.first :])
-        live_saes = [sae for sae in run.saes if sae.block >= run.first]
+        live_saes = [sae for sae in run.saes if sae.place.block >= run.first]
         total += sum(2 * flops + attention for flops in forward[run.first :])
         total += sum((2 if sae.sparse else 8) * sizes.d_model * sae.width for sae in live_saes)
         total += 6 * run.weights + 2 * head
@@ -161,7 +165,7 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
 class _SAE:
     """What an SAE costs, and what tells it from another."""
 
-    block: int
+    place: Place
     name: str
     width: int
     bytes: int
@@ -193,7 +197,7 @@ class _Run:
             adapted=[_inputs_and_outputs(model.model.get_submodule(name)) for name in names],
             saes=tuple(
                 _SAE(
-                    block=one.block,
+                    place=Place.of(one),
                     name=f"{one.release} {one.id} {one.path}",
                     width=one.width or 0,
                     bytes=size,

@@ -1,12 +1,13 @@
 """What names a run, what makes two the same, and what lets them train together."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_lora.config import Config
+from sae_lora.config import Config, Hook, SAEChoice
 from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
@@ -38,6 +39,8 @@ def identity(config: Config) -> str:
     values = _without(as_dict(config), _NOT_IDENTITY)
     for choice in values["sae"]["used"]:
         del choice["commit"]
+        if choice["hook"] == Hook.resid_post.name:  # as it was before there were others
+            del choice["hook"]
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
 
 
@@ -79,7 +82,7 @@ def train_steps(config: Config) -> int:
 def readable_name(config: Config) -> str:
     """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
     model = config.model.name.rstrip("/").split("/")[-1]
-    parts = [model, "l" + "+".join(str(choice.block) for choice in config.sae.used)]
+    parts = [model, "l" + _places_in_words(config.sae.used)]
     if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
         parts.append(f"w{config.sae.used[0].width}")
         if config.sae.used[0].l0 is not None:
@@ -91,3 +94,21 @@ def readable_name(config: Config) -> str:
         parts.append(targets if isinstance(targets, str) else "+".join(targets))
     parts.append(f"s{config.train.seed}")
     return "-".join(parts)
+
+
+_MOST_BLOCKS = 8
+"""Blocks of a name that are listed one by one."""
+
+
+def _places_in_words(used: Sequence[SAEChoice]) -> str:
+    """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, or `0to30by2` for many at equal steps."""
+    blocks, hooks = [one.block for one in used], {one.hook for one in used}
+    if len(hooks) > 1 and len(used) > _MOST_BLOCKS:
+        return f"{blocks[0]}to{blocks[-1]}mixed"
+    if len(hooks) > 1:
+        return "+".join(f"{one.block}{one.hook.name}" for one in used)
+    steps = {after - before for before, after in itertools.pairwise(blocks)}
+    named = "+".join(map(str, blocks))
+    if len(blocks) > _MOST_BLOCKS and len(steps) == 1:
+        named = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
+    return named + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)

@@ -9,7 +9,7 @@ from sae_lora.checks import adapted_blocks
 from sae_lora.config import LoRAConfig
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Observer, spliced
-from sae_lora.trunk import Splices, Trunk
+from sae_lora.trunk import Splices, Trunk, cuts_around
 
 
 class Student:
@@ -19,14 +19,16 @@ class Student:
 
     Args:
         model: The plain model; it is not changed.
-        splices: The SAEs, by block.
+        splices: The SAEs, in the order of their places.
         config: The adapters. Their initial values come from torch's global random state.
 
     Raises:
         ConfigError: Where the model has no such blocks or matrices.
+        UserError: Where an SAE sits inside a block of an architecture for which that is not known.
     """
 
     def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
+        model.check_additions(splice.block for splice in splices if splice.place.is_inside)
         first_sae = splices[0].block
         self.splices = splices
         self.model = model.view()
@@ -47,7 +49,7 @@ class Student:
     @property
     def cuts(self) -> set[int]:
         """The blocks whose input it or its untrained twin asks a trunk for."""
-        return {self.first_adapted, *(splice.block + 1 for splice in self.splices)}
+        return {self.first_adapted, *cuts_around(self.splices)}
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`, with SAEs and adapters.

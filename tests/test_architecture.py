@@ -45,6 +45,7 @@ ORDER = [
     *("trunk", "student", "workers", "metrics", "checkpoint", "training", "distill"),
     *(
         "saes.disk",
+        "saes.table",
         "saes.registry",
         "saes.sparse",
         "saes.loading",
