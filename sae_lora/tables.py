@@ -68,7 +68,7 @@ _NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda summary: summary["model"]["name"],
-    "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
+    "SAE at block": lambda summary: _places(summary["sae"]),
     "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
     "L0": lambda summary: f"{summary['l0']:.3g}",
     "rank": lambda summary: str(summary["lora"]["rank"]),
@@ -79,6 +79,13 @@ FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
     "seed": lambda summary: str(summary["seed"]),
 }
 """What runs of a sweep may differ in, as a reader names it."""
+
+
+def _places(saes: Sequence[dict[str, Any]]) -> str:
+    """Their blocks, and what of them they replace where that is not the output."""
+    hooks = dict.fromkeys(sae["hookpoint"].rpartition("hook_")[2] for sae in saes)
+    named = "" if list(hooks) == ["resid_post"] else f" ({'+'.join(hooks)})"
+    return "+".join(str(sae["block"]) for sae in saes) + named
 
 
 def joined(value: str | list[Any]) -> str:
@@ -119,7 +126,7 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
         name: read(summaries[0])
         for name, read in (FACTORS | _NUMBERS).items()
         if name
-        in ("model", "SAE after block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
+        in ("model", "SAE at block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
         and len({read(one) for one in summaries}) == 1
     }
     table = Table(
