@@ -16,7 +16,7 @@ def card(
     Args:
         config: Of the run, as plain values that may be published.
         summary: Likewise.
-        modules: Where the SAEs sit in the transformers model, as dotted paths, by block.
+        modules: The modules in the transformers model whose output the SAEs replace, as dotted paths.
         merged: Whether the folder holds the whole model, with the adapters in its weights.
     """
     parts = [
@@ -55,12 +55,22 @@ def _introduction(summary: dict[str, Any], merged: bool) -> str:
     what = "A model in float32 with LoRA adapters merged into its weights" if merged else "LoRA adapters"
     saes = "sparse autoencoders (SAEs)" if len(summary["sae"]) > 1 else "a sparse autoencoder (SAE)"
     return (
-        f"{what}, trained so that {_model_in_words(summary['model'])} with {saes} spliced into its "
-        "residual stream predicts what the plain model does. Model and SAE were frozen; the loss was "
-        "KL(plain model ‖ spliced model with adapters) "
+        f"{what}, trained so that {_model_in_words(summary['model'])} with {saes} spliced into "
+        f"{_spliced_into(summary['sae'])} predicts what the plain model does. Model and SAE were "
+        "frozen; the loss was KL(plain model ‖ spliced model with adapters) "
         "([arXiv 2501.19406](https://arxiv.org/abs/2501.19406)). The adapters belong to the spliced "
         "model: without the SAE they are out of place."
     )
+
+
+def _spliced_into(saes: Sequence[dict[str, Any]]) -> str:
+    words = {
+        "hook_resid_post": "its residual stream",
+        "hook_attn_out": "its attention's output",
+        "hook_mlp_out": "its MLPs' output",
+    }
+    hooks = {sae["hookpoint"].rpartition(".")[2] for sae in saes}
+    return " and ".join(words[hook] for hook in words if hook in hooks)
 
 
 def _model_in_words(model: dict[str, Any]) -> str:

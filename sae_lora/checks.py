@@ -12,6 +12,7 @@ from sae_lora.config import (
     Config,
     DataConfig,
     LauncherConfig,
+    LayerConfig,
     LoRAConfig,
     MethodConfig,
     SAEConfig,
@@ -43,7 +44,7 @@ def check(config: Config) -> None:
     _check_secrets(config)  # first: other refusals show the value
     _check_ranges(config)
     _check_names(config)
-    _check_indices("layer.index", config.layer.index, optional=True)
+    _check_layer(config.layer)
     _check_sae_request(config.sae)
     _check_method(config.method, config.sae, config.lora)
     _check_data_request(config.data)
@@ -180,6 +181,26 @@ def _check_indices(key: str, value: Any, *, optional: bool) -> None:
             raise ConfigError(key, value, allowed, nearest=0 if isinstance(entry, int) else None)
     if len(set(entries)) < len(entries):
         raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
+
+
+def _check_layer(layer: LayerConfig) -> None:
+    _check_indices("layer.index", layer.index, optional=True)
+    if layer.every is None:
+        if layer.first is not None:
+            raise ConfigError("layer.first", layer.first, "null without layer.every", nearest="null")
+        return
+    if layer.index is not None:
+        raise ConfigError(
+            "layer.every",
+            layer.every,
+            "null with layer.index, which names the blocks; or layer.index=null",
+            nearest="null",
+            because=f"layer.index is {layer.index}",
+        )
+    if layer.every < 1:
+        raise ConfigError("layer.every", layer.every, "a whole number above 0", nearest=1)
+    if layer.first is not None and layer.first < 0:
+        raise ConfigError("layer.first", layer.first, "a block's index, or null", nearest=0)
 
 
 def _check_blocks(value: object) -> None:

@@ -64,6 +64,17 @@ class Method(enum.Enum):
     sae = "sae"
 
 
+class Hook(enum.Enum):
+    """What of a block an SAE replaces: the residual stream before or after it, or what attention or MLP
+    add to it.
+    """
+
+    resid_pre = "resid_pre"
+    attn_out = "attn_out"
+    mlp_out = "mlp_out"
+    resid_post = "resid_post"
+
+
 class TextSource(enum.Enum):
     """Where text comes from."""
 

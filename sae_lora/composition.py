@@ -3,6 +3,7 @@
 import os
 import re
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,10 +121,12 @@ def _explain_type(key: str, text: str) -> str:
     match = re.search(r"[Vv]alue '(.*?)'", text)
     got = match[1] if match else "?"
     kind = keys().get(key)
-    if members := getattr(kind, "__members__", None):
-        return str(ConfigError(key, got, f"one of {listed(members)}", nearest_name(got, members)))
+    optional = " or null" if "None" in str(kind) else ""
+    for one in (kind, *typing.get_args(kind)):
+        if members := getattr(one, "__members__", None):
+            allowed = f"one of {listed(members)}{optional}"
+            return str(ConfigError(key, got, allowed, nearest_name(got, members)))
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     names = [word for name, word in words.items() if name in str(kind)]
-    optional = " or null" if "None" in str(kind) else ""
     nearest = round(float(got)) if kind is int and re.fullmatch(r"-?\d+(\.\d+)?", got) else None
     return str(ConfigError(key, got, (names[0] if names else str(kind)) + optional, nearest))

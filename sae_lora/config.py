@@ -15,6 +15,7 @@ from sae_lora.choices import (
     Attention,
     Device,
     DType,
+    Hook,
     Initialisation,
     KLComputation,
     LauncherKind,
@@ -44,7 +45,7 @@ class ModelConfig:
     own, which auto takes for soft-capped scores (Gemma-2) on a CPU. Changes time and memory, and of the
     result no more than rounding does."""
     middle_block: int = 0
-    """The block an SAE is put after when `layer.index` is null and the SAE does not say."""
+    """The block an SAE is put at when `layer.index` is null and the SAE does not say."""
 
     @property
     def pinned_revision(self) -> str | None:
@@ -67,7 +68,9 @@ class SAEChoice:
     """One SAE that exists. The planner writes these; they are not for the command line."""
 
     block: int = MISSING
-    """Block whose output (`resid_post`) the SAE replaces."""
+    """Block of which the SAE replaces something."""
+    hook: Hook = Hook.resid_post
+    """What of it: attn_out, mlp_out, or its output, resid_post."""
     release: str | None = None
     """Registry release."""
     id: str | None = None
@@ -127,8 +130,16 @@ class LayerConfig:
     """Where the SAE sits."""
 
     index: Any = None
-    """A block's index or a list of them: the SAE replaces that block's output. Null is where the
-    SAE's own metadata says, or the model's `middle_block`."""
+    """A block's index or a list of them: the SAE sits at that block. Null is where the SAE's own
+    metadata says, or the model's `middle_block`."""
+    hook: Hook | None = None
+    """What of the block the SAE replaces: resid_pre or resid_post, the residual stream before or after
+    it; attn_out or mlp_out, what its attention or its MLP adds to that. Null is where the SAE's own
+    metadata says, or resid_post."""
+    every: int | None = None
+    """An SAE at every n-th block, all at once, as far as there are such SAEs; instead of `index`."""
+    first: int | None = None
+    """The first block of `every`; null: the first that has such an SAE."""
 
 
 @dataclass

@@ -53,6 +53,7 @@ from torch import nn
 from sae_lora.checks import adapted_blocks
 from sae_lora.choices import Device, DType, KLComputation, Method
 from sae_lora.config import Config, ModelConfig, TrainConfig
+from sae_lora.dimensions import Place
 from sae_lora.distill import turns
 from sae_lora.head import room_bytes
 from sae_lora.identity import ADAPTING, TRAINING_SAES, train_steps
@@ -143,7 +144,7 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     forward = [2 * sizes.weights(block) + attention for block in model.blocks]
     head = 2 * sizes.d_model * sizes.d_vocab
     if runs[0].kind is Method.sae:
-        last = max(sae.block for run in runs for sae in run.saes)
+        last = max(sae.place.block for run in runs for sae in run.saes)
         of_saes = sum(12 * sizes.d_model * sae.width for run in runs for sae in run.saes)
         return sum(forward[: last + 1]) + of_saes
 
@@ -152,7 +153,11 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     total = head
     for run in runs:
         trunk |= {
-            (block, tuple(sae for sae in run.frozen if sae.block < block)) for block in range(run.first)
+            (
+                block,
+                tuple(sae for sae in run.frozen if sae.place < Place(block)),
+            )  # with those inside of it
+            for block in range(run.first)
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
         live = forward[run.first :]
@@ -177,7 +182,7 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
 class _SAE:
     """What an SAE costs, and what tells it from another."""
 
-    block: int
+    place: Place
     name: str
     width: int
     bytes: int
@@ -209,7 +214,7 @@ class _Run:
         size = _BYTES[config.sae.dtype]
         saes = tuple(
             _SAE(
-                block=one.block,
+                place=Place.of(one),
                 name=f"{one.release} {one.id} {one.path}",
                 width=one.width or 0,
                 bytes=size,
@@ -251,7 +256,9 @@ class _Run:
     @property
     def live(self) -> tuple[_SAE, ...]:
         """The other SAEs."""
-        return tuple(sae for sae in self.saes if self.kind not in ADAPTING or sae.block >= self.first)
+        return tuple(
+            sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
+        )
 
     def times(self, sae: _SAE, *, is_first: bool) -> int:
         """Of what a live SAE costs per token, what d_model · d_sae is multiplied by."""
@@ -297,7 +304,7 @@ def _own_weights(config: Config, d_model: int, width: int) -> int:
 def first_own_block(config: Config) -> int:
     """The first block that a run computes itself, its SAEs being resolved."""
     if config.method.kind not in ADAPTING:
-        return min(choice.block for choice in config.sae.used) + 1
+        return min(Place.of(choice).begins for choice in config.sae.used)
     model = _shapes(config.model.name, config.model.pinned_revision)
     return min(_adapted_blocks(config, len(model.blocks)))
 

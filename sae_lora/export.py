@@ -67,8 +67,8 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
             write_atomically(beside / "config.yaml", OmegaConf.to_yaml(values))
             write_atomically(beside / "summary.json", as_json(summary))
             shutil.copyfile(folder.curve, beside / "curve.jsonl")
-            blocks = models.load_shapes(base).block_names
-            modules = [blocks[sae["block"]] for sae in summary["sae"]]
+            shapes = models.load_shapes(base)
+            modules = [shapes.name_at(sae["hookpoint"]) for sae in summary["sae"]]
             write_atomically(beside / "README.md", card(values, summary, modules, merged=merge))
     except OSError as error:
         raise UserError(f"{run} cannot be exported to {to}: {error}") from error

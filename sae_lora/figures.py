@@ -25,7 +25,8 @@ _AXES = {
     "rank": "LoRA rank",
     "width": "latents of the SAE",
     "l0": "L0 (active latents per token)",
-    "block": "SAE after block",
+    "block": "block of the SAE",
+    "hook": "what the SAE replaces",
     "trainable_parameters": "trained parameters",
     "train_flops": "training FLOPs",
 }

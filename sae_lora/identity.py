@@ -1,13 +1,14 @@
 """What names a run, what makes two the same, and what lets them train together."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_lora.choices import Architecture, Method, SAEFamily
-from sae_lora.config import Config
+from sae_lora.choices import Architecture, Hook, Method, SAEFamily
+from sae_lora.config import Config, SAEChoice
 from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
@@ -55,6 +56,8 @@ def identity(config: Config) -> str:
     for choice in values["sae"]["used"]:
         del choice["commit"]
         _leave_out_path(choice, "adapter")
+        if choice["hook"] == Hook.resid_post.name:  # as it was before there were others
+            del choice["hook"]
     if config.sae.family is not SAEFamily.new:
         del values["sae"]["architecture"]
     if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
@@ -133,7 +136,7 @@ def dead_after_steps(config: Config) -> int:
 def readable_name(config: Config) -> str:
     """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
     model = config.model.name.rstrip("/").split("/")[-1]
-    parts = [model, "l" + "+".join(str(choice.block) for choice in config.sae.used)]
+    parts = [model, "l" + _places_in_words(config.sae.used)]
     if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
         parts.append(f"w{config.sae.used[0].width}")
         if config.sae.used[0].l0 is not None:
@@ -159,3 +162,21 @@ def _adapters_in_words(config: Config) -> list[str]:
     if targets != "all":
         parts.append(targets if isinstance(targets, str) else "+".join(targets))
     return parts
+
+
+_MOST_BLOCKS = 8
+"""Blocks of a name that are listed one by one."""
+
+
+def _places_in_words(used: Sequence[SAEChoice]) -> str:
+    """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, or `0to30by2` for many at equal steps."""
+    blocks, hooks = [one.block for one in used], {one.hook for one in used}
+    if len(hooks) > 1 and len(used) > _MOST_BLOCKS:
+        return f"{blocks[0]}to{blocks[-1]}mixed"
+    if len(hooks) > 1:
+        return "+".join(f"{one.block}{one.hook.name}" for one in used)
+    steps = {after - before for before, after in itertools.pairwise(blocks)}
+    named = "+".join(map(str, blocks))
+    if len(blocks) > _MOST_BLOCKS and len(steps) == 1:
+        named = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
+    return named + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sae_lora import lora, output_adapter
 from sae_lora.choices import Method, SAEFamily, Schedule
 from sae_lora.config import Config
-from sae_lora.dimensions import source
+from sae_lora.dimensions import Place, source
 from sae_lora.identity import dead_after_steps, step_tokens
 from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import LanguageModel
@@ -18,11 +19,11 @@ from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.reconstruct import Reconstruction
 from sae_lora.saes.descent import SAEDescent
 from sae_lora.saes.learner import SAELearner
-from sae_lora.saes.loading import LoadedSAE, untrained
+from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens, untrained
 from sae_lora.saes.trained import TrainedSAE, trainable
-from sae_lora.splice import Coder, special_positions
+from sae_lora.splice import Coder, special_positions, spliced
 from sae_lora.student import LoRAStudent, Student
-from sae_lora.trunk import Splices, Trunk
+from sae_lora.trunk import Splices
 
 
 class Sample(NamedTuple):
@@ -171,6 +172,7 @@ def _around(
     is_new: bool = False,
 ) -> Student:
     """A student of which nothing is trained but modules in the place of its SAEs."""
+    model.check_additions(splice.block for splice in splices if splice.place.is_inside)
     weights = {
         f"{name}/{own}": weight
         for name, module in modules.items()
@@ -180,7 +182,7 @@ def _around(
     return Student(
         model.view(),
         splices,
-        first=splices[0].block + 1,
+        first=splices[0].place.begins,
         live=len(splices),
         weights=weights,
         before=before,
@@ -197,20 +199,25 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
         model: The plain model.
         sample: They will read residuals at the mean length of those there.
     """
-    tokens, special_ids = (part.to(model.device) for part in sample)
     about = {
         "model_name": config.model.name,
         "dataset_path": config.data.name or config.data.source.name,
         "context_size": config.data.context_length,
     }
-    trunk = Trunk(model, tokens, special_ids, [choice.block + 1 for choice in config.sae.used])
+    tokens, special_ids = (part.to(model.device) for part in sample)
+    keeps = keeps_special_tokens(config.sae, [])
+    read: dict[str, Tensor] = {}
+    controls = {str(Place.of(choice)): IdentitySAE() for choice in config.sae.used}
+    kept = special_positions(tokens, special_ids) if keeps else None
+    with (
+        torch.no_grad(),
+        spliced(model, controls, kept, lambda reading: read.update({reading.hookpoint: reading.resid})),
+    ):
+        model.hidden(tokens)
     found = []
     for choice in config.sae.used:
         one = untrained(config.sae, choice, model.config.hidden_size, model.device, about)
         sae = TrainedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
-        resid = trunk.resid_entering(choice.block + 1)
-        assert resid is not None
-        applied = ~special_positions(tokens, special_ids)
-        sae.fit_scale(resid[applied] if one.excludes_special_tokens else resid.flatten(0, 1))
+        sae.fit_scale(read[one.hookpoint])
         found.append(replace(one, sae=sae))
     return found

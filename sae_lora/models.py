@@ -1,8 +1,8 @@
 """Language models through transformers: loaded, and taken apart into backbone, blocks and head."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import attention, hub
-from sae_lora.config import Attention, DType, ModelConfig
-from sae_lora.dimensions import block_of, resid_post, source
+from sae_lora.config import Attention, DType, Hook, ModelConfig
+from sae_lora.dimensions import PLACES, Place, resid_post, source
 from sae_lora.errors import ConfigError, UserError, nearest_name
 
 
@@ -136,17 +136,12 @@ class LanguageModel:
         self._blocks_at = self._find_blocks()
         holder, name = self._blocks_at
         self.blocks: nn.ModuleList = getattr(holder, name)
+        self._known_additions: set[int] = set()
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
-
-    @property
-    def block_names(self) -> list[str]:
-        """Each block's dotted path in the transformers model."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        return [names[id(block)] for block in self.blocks]
 
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`.
@@ -213,10 +208,10 @@ class LanguageModel:
     def recompute(self, first: int) -> None:
         """From this block on, keeps for the backward pass no more than what each block reads.
 
-        What hooks inside of a block do must be there in the backward pass too.
+        Hooks inside of a block do once more there what they did in the forward pass.
         """
         for block in self.blocks[first:]:
-            block.forward = partial(_recomputed, block.forward)
+            block.forward = partial(_recomputed, block, block.forward)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., d_vocab]` of hidden states `[..., d_model]`.
@@ -234,32 +229,99 @@ class LanguageModel:
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def module_at(self, hookpoint: str) -> nn.Module:
-        """The module whose output the hookpoint names.
+        """The module whose output, or the first of whose outputs, the hookpoint names.
 
         Args:
             hookpoint: `blocks.{l}.hook_resid_post`, `blocks.{l}.hook_resid_pre` (the output of the
-                block before), or a dotted module path.
+                block before), `blocks.{l}.hook_attn_out` or `blocks.{l}.hook_mlp_out` (what attention
+                or MLP add to the residual stream), or a dotted module path.
 
         Raises:
             ConfigError: For a hookpoint that this model does not have; names near ones.
+            UserError: For an architecture in which what the block adds cannot be told apart.
         """
-        block = block_of(hookpoint)
-        if block is not None:
-            if 0 <= block < len(self.blocks):
-                return self.blocks[block]
-            last = len(self.blocks) - 1
-            raise ConfigError(
-                "layer.index", block, f"a block from 0 to {last}", nearest=max(0, min(block, last))
-            )
+        place = Place.named(hookpoint)
+        if place is not None:
+            if place.block >= len(self.blocks):
+                last = len(self.blocks) - 1
+                raise ConfigError(
+                    "layer.index",
+                    place.block,
+                    f"a block from 0 to {last}",
+                    nearest=min(place.block, last),
+                )
+            block = self.blocks[place.block]
+            return self._adding(block, place.hook) if place.is_inside else block
         modules = dict(self.model.named_modules())
         if hookpoint in modules:
             return modules[hookpoint]
         raise ConfigError(
             "hookpoint",
             hookpoint,
-            "blocks.{l}.hook_resid_post, or a module's dotted path",
+            f"blocks.{{l}}.{PLACES}, or a module's dotted path",
             nearest_name(hookpoint, [resid_post(len(self.blocks) - 1), *modules]),
         )
+
+    def name_at(self, hookpoint: str) -> str:
+        """The dotted path, in the transformers model, of the module that `module_at` finds."""
+        wanted = self.module_at(hookpoint)
+        return next(name for name, module in self.model.named_modules() if module is wanted)
+
+    def _adding(self, block: nn.Module, hook: Hook) -> nn.Module:
+        """The module of a block whose output is added to the residual stream, by its usual name."""
+        names = _ADDING[hook]
+        if hasattr(block, _NORM_BEFORE_ADDING[Hook.mlp_out]):
+            names = (_NORM_BEFORE_ADDING[hook],)
+        for name in names:
+            if isinstance(found := getattr(block, name, None), nn.Module):
+                return found
+        raise UserError(
+            f"{type(self.model).__name__}: no SAE can sit at {hook.name} of a {type(block).__name__}, "
+            f"which has no {' or '.join(names)}"
+        )
+
+    @torch.no_grad()
+    def check_additions(self, blocks: Iterable[int]) -> None:
+        """Makes sure that what these blocks add to the residual stream is `attn_out` + `mlp_out`.
+
+        Raises:
+            UserError: For an architecture of which that is not so, as far as rounding lets one see.
+        """
+        wanted = set(blocks) - self._known_additions
+        if not wanted:
+            return
+        with ExitStack() as hooks:
+            seen = {block: self._observed(block, hooks) for block in wanted}
+            self.hidden(torch.arange(4, device=self.device)[None])
+        for block, values in seen.items():
+            # No sum of three, in whatever order, is rounded by more than this.
+            rounding = torch.finfo(self.model.dtype).eps * sum(value.abs() for value in values.values())
+            added = values["attn_out"] + values["mlp_out"]
+            if not ((values["resid_post"] - values["resid_pre"] - added).abs() <= rounding).all():
+                raise UserError(
+                    f"{type(self.model).__name__}: SAEs can sit at resid_post alone: what block {block} "
+                    "adds to the residual stream is something else than what its attention and its MLP "
+                    "put out"
+                )
+        self._known_additions |= wanted
+
+    def _observed(self, block: int, hooks: ExitStack) -> dict[str, Tensor]:
+        """What is seen of a block in the next forward pass, by name of the hook."""
+        seen: dict[str, Tensor] = {}
+
+        def take(name: str, value: Any) -> None:
+            seen[name] = (value[0] if isinstance(value, tuple) else value).double()
+
+        def take_input(module: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            take("resid_pre", given[0] if given else named["hidden_states"])
+
+        module = self.blocks[block]
+        hooks.callback(module.register_forward_pre_hook(take_input, with_kwargs=True).remove)
+        for hook in (Hook.attn_out, Hook.mlp_out, Hook.resid_post):
+            part = self.module_at(str(Place(block, hook)))
+            handle = part.register_forward_hook(lambda *given, name=hook.name: take(name, given[2]))
+            hooks.callback(handle.remove)
+        return seen
 
     @property
     def _backbone(self) -> nn.Module:
@@ -293,10 +355,40 @@ class LanguageModel:
             )
 
 
-def _recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+_ADDING = {Hook.attn_out: ("self_attn", "attn", "attention"), Hook.mlp_out: ("mlp",)}
+"""What transformers calls the modules whose output a block adds to the residual stream."""
+_NORM_BEFORE_ADDING = {
+    Hook.attn_out: "post_attention_layernorm",
+    Hook.mlp_out: "post_feedforward_layernorm",
+}
+"""The norms in between, where there are such (Gemma 2 and 3). Elsewhere the first of the two, alone, is
+what the MLP's input goes through."""
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **keywords)
-    return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+    hooks = {module: module._forward_hooks.copy() for module in block.modules() if module is not block}
+    return checkpoint(
+        forward,
+        *arguments,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _hooked(hooks)),
+        **keywords,
+    )
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside the block of code, these modules have the hooks that they had before."""
+    now = {module: module._forward_hooks for module in hooks}
+    try:
+        for module, before in hooks.items():
+            module._forward_hooks = before
+        yield
+    finally:
+        for module, present in now.items():
+            module._forward_hooks = present
 
 
 class _Passing(nn.Module):

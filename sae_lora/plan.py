@@ -185,6 +185,9 @@ def _asked_for(point: Config) -> str:
     """The cell of the grid that a point asks for."""
     parts = {
         "layer.index": point.layer.index,
+        "layer.every": point.layer.every,
+        "layer.first": point.layer.first,
+        "layer.hook": point.layer.hook and point.layer.hook.name,
         "sae.width": point.sae.width,
         "sae.l0": point.sae.l0 and f"{point.sae.l0:g}",
     }

@@ -7,7 +7,7 @@ from sae_lora.checks import canonical_alpha, canonical_blocks
 from sae_lora.choices import Method, SAEFamily
 from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig
 from sae_lora.conversion import load
-from sae_lora.dimensions import Dimensions, resid_post
+from sae_lora.dimensions import Dimensions, Place
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.files import sha256
 from sae_lora.identity import ADAPTING, TRAINING_SAES
@@ -67,7 +67,9 @@ def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float
     if config.method.kind in TRAINING_SAES:
         used = [_trained(choice, made, model) for choice in sae.used]
         request = {"width": None, "l0": None, "release": None, "id": None}
-        path = str(made.resolve() / resid_post("{block}"))
+        path = str(
+            made.resolve() / str(Place.of(sae.used[0])).replace(str(sae.used[0].block), "{block}", 1)
+        )
         return replace(sae, family=SAEFamily.disk, path=path, used=used, **request)
     return sae
 
@@ -131,12 +133,12 @@ def _with_adapters(lora: LoRAConfig, before: Config, folder: RunFolder) -> LoRAC
 
 
 def _with_map(choice: SAEChoice, folder: RunFolder) -> SAEChoice:
-    return replace(choice, adapter=_weights(folder.output_adapter / resid_post(choice.block)))
+    return replace(choice, adapter=_weights(folder.output_adapter / str(Place.of(choice))))
 
 
 def _trained(choice: SAEChoice, made: Path, model: Dimensions) -> SAEChoice:
-    path = made / resid_post(choice.block)
-    return replace(read_folder(str(path), choice.block, model), l0=choice.l0)
+    path = made / str(Place.of(choice))
+    return replace(read_folder(str(path), choice.block, choice.hook, model), l0=choice.l0)
 
 
 def _weights(folder: Path) -> Adapters:

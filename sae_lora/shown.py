@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lora.config import Config
+from sae_lora.config import Config, Hook
 from sae_lora.conversion import as_dict
 from sae_lora.identity import identity, readable_name
 from sae_lora.records import CurvePoint, RunFolder
@@ -54,11 +54,13 @@ class Shown:
 
     @property
     def tags(self) -> list[str]:
-        """Model, layer, width, L0 and rank."""
+        """Model, layer, what of it the SAE replaces where that is not its output, width, L0 and rank."""
         values = self.values
+        hook = values["layer"]["hook"]
         facts = {
             "model": self.config.model.name.rstrip("/").split("/")[-1],
             "layer": values["layer"]["index"],
+            "hook": None if hook == Hook.resid_post.name else hook,
             "width": values["sae"]["width"],
             "l0": values["sae"]["l0"],
             "rank": self.config.lora.rank,
@@ -71,10 +73,11 @@ class Shown:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The whole config, nested; layer, width and L0 are what the request resolved to."""
+        """The whole config, nested; layer, hook, width and L0 are what the request resolved to."""
         values = as_dict(self.config)
         used = self.config.sae.used
         values["layer"]["index"] = _one([choice.block for choice in used])
+        values["layer"]["hook"] = _one([choice.hook.name for choice in used])
         values["sae"]["width"] = _one([choice.width for choice in used])
         values["sae"]["l0"] = _one([choice.l0 for choice in used])
         return without_secrets(values | ({"environment": self.environment} if self.environment else {}))

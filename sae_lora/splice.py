@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae_lora.dimensions import resid_post
+from sae_lora.config import Hook
+from sae_lora.dimensions import Place
 from sae_lora.models import LanguageModel
 
 
@@ -49,19 +50,26 @@ class Splice(NamedTuple):
     """An SAE at its place. Two are the same where the SAE is the same object.
 
     Args:
-        block: The block whose output it replaces.
+        block: The block of which it replaces something.
         sae: The SAE.
         keeps: Whether positions that hold special tokens keep their activation.
+        hook: What it replaces: by default the block's output.
     """
 
     block: int
     sae: Coder
     keeps: bool
+    hook: Hook = Hook.resid_post
+
+    @property
+    def place(self) -> Place:
+        """Where it sits."""
+        return Place(self.block, self.hook)
 
     @property
     def hookpoint(self) -> str:
-        """Where it sits, in the field's words."""
-        return resid_post(self.block)
+        """The same in the field's words."""
+        return str(self.place)
 
 
 @contextmanager
@@ -83,6 +91,7 @@ def spliced(
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
+        UserError: For one inside of blocks in which what they add cannot be told apart.
     """
     with ExitStack() as hooks:
         for hookpoint, sae in saes.items():
@@ -94,7 +103,7 @@ def spliced(
 
 def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observer | None) -> Any:
     def hook(module: object, arguments: object, output: Any) -> Any:
-        # A block returns its residual stream, alone or as the first of a tuple.
+        # Blocks and attentions return what is meant alone, or as the first of a tuple.
         resid: Tensor = output[0] if isinstance(output, tuple) else output
         recon = reconstructed(hookpoint, sae, resid, keep, observe)
         return (recon, *output[1:]) if isinstance(output, tuple) else recon

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from sae_lora import lora
 from sae_lora.checks import adapted_blocks
 from sae_lora.config import LoRAConfig
+from sae_lora.dimensions import Place
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Observer, reconstructed, spliced
-from sae_lora.trunk import Splices, Trunk
+from sae_lora.trunk import Splices, Trunk, cuts_around
 
 
 class Student:
@@ -71,7 +72,7 @@ class Student:
     @property
     def cuts(self) -> set[int]:
         """The blocks whose input it or its untrained twin asks a trunk for."""
-        return {self.first, *(splice.block + 1 for splice in self.before)}
+        return {self.first, *cuts_around(self.before)}
 
     def without(self, hookpoint: str) -> "Student":
         """The same, without one of its SAEs; what it shares with this one moves with it."""
@@ -82,7 +83,7 @@ class Student:
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
         """One of its SAEs alone in a model; what it shares with this one moves with it."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
-        return Student(model, (splice,), splice.block + 1, 1, {}, modules=self.modules)
+        return Student(model, (splice,), splice.place.begins, 1, {}, modules=self.modules)
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`, as training has made it so far.
@@ -95,7 +96,7 @@ class Student:
         keep = trunk.kept_positions(self.live)
         later = {}
         for splice in self.live:
-            if splice.block == self.first - 1:
+            if splice.place == Place(self.first - 1):
                 assert resid is not None  # no SAE lies before the first block
                 resid = reconstructed(splice.hookpoint, splice.sae, resid, keep, observe)
             else:
@@ -109,14 +110,16 @@ class LoRAStudent(Student):
 
     Args:
         model: The plain model; it is not changed.
-        splices: The SAEs, by block.
+        splices: The SAEs, in the order of their places.
         config: The adapters. Their initial values come from torch's global random state.
 
     Raises:
         ConfigError: Where the model has no such blocks or matrices.
+        UserError: Where an SAE sits inside a block of an architecture for which that is not known.
     """
 
     def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
+        model.check_additions(splice.block for splice in splices if splice.place.is_inside)
         first_sae = splices[0].block
         view = model.view()
         self.adapters = lora.attach(view, config, first_sae)

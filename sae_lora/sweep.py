@@ -20,21 +20,15 @@ from sae_lora.tables import joined
 
 SEED = "seed"
 """The factor in which repetitions differ."""
-NAMED = ("model", "method", "block", "width", "l0", "rank", "alpha", "targets", "blocks", "tokens", SEED)
+NAMED = (
+    *("model", "method", "block", "hook", "width", "l0", "rank", "alpha", "targets", "blocks"),
+    *("tokens", SEED),
+)
 """Factors with names of their own, in the order in which people look at them; others go by key."""
 _NAMED_KEYS = {
-    *(
-        "model.name",
-        "method.kind",
-        "method.rank",
-        "init",
-        "layer.index",
-        "sae.width",
-        "sae.l0",
-        "sae.release",
-        "sae.id",
-        "sae.path",
-    ),
+    *("model.name", "method.kind", "method.rank", "init"),
+    *("layer.index", "layer.hook", "layer.every", "layer.first"),
+    *("sae.width", "sae.l0", "sae.release", "sae.id", "sae.path"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.blocks", "train.train_tokens", "train.seed"),
     "sweep",
 }
@@ -202,6 +196,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         "model": config["model"]["name"],
         "method": kind,
         "block": _one_or_all([one["block"] for one in used]),
+        "hook": _one_or_all([one.get("hook", "resid_post") for one in used]),
         "width": _one_or_all([one.get("width") for one in used]),
         "l0": float(f"{l0:.3g}") if l0 is not None else _one_or_all(stated),
         "rank": lora["rank"] if lora else method["rank"],

@@ -74,7 +74,7 @@ _NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FACTORS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda summary: summary["model"]["name"],
-    "SAE after block": lambda summary: "+".join(str(sae["block"]) for sae in summary["sae"]),
+    "SAE at block": lambda summary: _places(summary["sae"]),
     "latents": lambda summary: "+".join(sorted({str(sae["width"]) for sae in summary["sae"]})),
     "L0": lambda summary: f"{summary['l0']:.3g}",
     "method": lambda summary: summary.get("method", {"kind": "lora"})["kind"],
@@ -94,6 +94,13 @@ def _of_what_is_trained(summary: dict[str, Any], name: str) -> str:
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, int | float) else joined(value)
+
+
+def _places(saes: Sequence[dict[str, Any]]) -> str:
+    """Their blocks, and what of them they replace where that is not the output."""
+    hooks = dict.fromkeys(sae["hookpoint"].rpartition("hook_")[2] for sae in saes)
+    named = "" if list(hooks) == ["resid_post"] else f" ({'+'.join(hooks)})"
+    return "+".join(str(sae["block"]) for sae in saes) + named
 
 
 def joined(value: str | list[Any]) -> str:
@@ -134,7 +141,7 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
         name: read(summaries[0])
         for name, read in (FACTORS | _NUMBERS).items()
         if name
-        in ("model", "SAE after block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
+        in ("model", "SAE at block", "latents", "L0", "rank", "base CE", "spliced CE", "gap before")
         and len({read(one) for one in summaries}) == 1
     }
     table = Table(

@@ -1,20 +1,28 @@
 """What is frozen in the work on one batch: every hidden state that runs share, computed once."""
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from sae_lora.models import LanguageModel
-from sae_lora.splice import Reading, Splice, reconstructed, special_positions
+from sae_lora.splice import Observer, Reading, Splice, reconstructed, special_positions, spliced
 
 Splices = tuple[Splice, ...]
-"""SAEs in the model, by block; each reads what the ones before it have changed."""
+"""SAEs in the model, in the order of their places; each reads what the ones before it have changed."""
 
 
 def prefixes(splices: Splices) -> list[Splices]:
     """Each SAE with all before it: what it puts back depends on those."""
     return [splices[: place + 1] for place in range(len(splices))]
+
+
+def cuts_around(splices: Splices) -> set[int]:
+    """The blocks whose input a trunk is asked for where these SAEs are in place."""
+    after = {splice.block + 1 for splice in splices}
+    # A block with an SAE inside runs once for each row; what it reads is found once for all.
+    return after | {splice.block for splice in splices if splice.place.is_inside}
 
 
 class Trunk:
@@ -26,7 +34,7 @@ class Trunk:
         special_ids: Ids `[n]` whose positions some splices keep.
         cuts: Blocks whose input may be asked for. The states that lie there are kept, so that what
             several runs need is computed for one of them.
-        observe: Called each time an SAE has been applied, with all SAEs up to it.
+        observe: Called with what each SAE has done, once for it and all SAEs before it.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Trunk:
         self._observe = observe
         self._entering: dict[tuple[Splices, int], Tensor] = {}
         self._read_by_head: dict[Splices, Tensor] = {}
+        self._observed: set[Splices] = set()
 
     def kept_positions(self, splices: Splices) -> Tensor | None:
         """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
@@ -92,24 +101,37 @@ class Trunk:
         kept = set(entering)
         self._entering = {key: resid for key, resid in self._entering.items() if key in kept}
         self._read_by_head = {key: hidden for key, hidden in self._read_by_head.items() if not key}
+        self._observed.clear()
 
     def _find(self, block: int, splices: Splices) -> Tensor:
-        if splices and splices[-1].block == block - 1:
+        near = [row for row in prefixes(splices) if row[-1].block == block - 1]
+        if near and not splices[-1].place.is_inside:
             return self._spliced(self.resid_entering(block, splices[:-1]), splices)
+        before = splices[: len(splices) - len(near)]
         cut = self._cut_before(block)
-        return self._model.resid_entering(block, self.tokens, cut, self.resid_entering(cut, splices))
+        resid = self.resid_entering(cut, before)
+        with ExitStack() as inside:
+            for row in near:
+                saes, keep = {row[-1].hookpoint: row[-1].sae}, self.kept_positions(row[-1:])
+                inside.enter_context(spliced(self._model, saes, keep, self._observer(row)))
+            return self._model.resid_entering(block, self.tokens, cut, resid)
 
     def _spliced(self, resid: Tensor | None, splices: Splices) -> Tensor:
         """The residuals with the last of the SAEs applied."""
         assert resid is not None  # no SAE lies before the first block
-        observe, last = self._observe, splices[-1]
-        return reconstructed(
-            last.hookpoint,
-            last.sae,
-            resid,
-            self.kept_positions((last,)),
-            None if observe is None else lambda reading: observe(splices, reading),
-        )
+        last = splices[-1]
+        keep = self.kept_positions((last,))
+        return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
+
+    def _observer(self, splices: Splices) -> Observer | None:
+        """Is told what the last of the SAEs does, the first time: one inside of a block is applied
+        once more where the block runs for another row.
+        """
+        observe = self._observe
+        if observe is None or splices in self._observed:
+            return None
+        self._observed.add(splices)
+        return lambda reading: observe(splices, reading)
 
     def _cut_before(self, block: int) -> int:
         return max(cut for cut in self.cuts if cut < block)

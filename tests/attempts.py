@@ -57,8 +57,8 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
                 raise torch.OutOfMemoryError("no room")
             case "optimizer":
                 assert training is not None
-                take_step = training._learner._optimizer.step
-                training._learner._optimizer.step = lambda: (take_step(), torch.empty(10**16))  # pyright: ignore
+                take_step = training.learner._optimizer.step
+                training.learner._optimizer.step = lambda: (take_step(), torch.empty(10**16))  # pyright: ignore
             case "delete":
                 shutil.rmtree(paths[0])
             case _:

@@ -63,7 +63,16 @@ WRONG: list[tuple[str, list[str]]] = [
     ),
     ("sae=disk", ["sae.path = null"]),
     ("sae=disk sae.path={home}/another_width", ["sae.path", "of width 64"]),
-    ("sae=disk sae.path={home}/of_an_mlp", ["blocks.3.hook_mlp_out", "an SAE of the residual stream"]),
+    (
+        "sae=disk sae.path={home}/of_an_mlp layer.hook=resid_post",
+        ["layer.hook = 'resid_post'", "blocks.3.hook_mlp_out", "nearest valid: layer.hook=mlp_out"],
+    ),
+    ("sae=disk sae.path={home}/of_an_mlp layer.index=2", ["nearest valid: layer.index=3"]),
+    ("sae=disk sae.path={home}/of_heads", ["blocks.3.attn.hook_z", "hook_attn_out"]),
+    ("layer.hook=mlp", ["layer.hook = 'mlp'", "nearest valid: layer.hook=mlp_out"]),
+    ("layer.hook=mlp_out", ["layer.hook = 'mlp_out'", "nearest valid: layer.hook=resid_post"]),
+    ("layer.hook=resid_pre layer.index=0", ["layer.index = 0", "nearest valid: layer.index=1"]),
+    ("layer.every=2 layer.index=3", ["layer.every = 2", "layer.index is 3"]),
     ("sae=disk sae.path={home}/another_widht", ["another_width"]),
     (
         "sae=disk sae.path={home}/sound layer.index=2",
@@ -89,6 +98,7 @@ def prepare(home: Path) -> None:
     for name, d_in, hook in (
         ("another_width", 64, "blocks.3.hook_resid_post"),
         ("of_an_mlp", 128, "blocks.3.hook_mlp_out"),
+        ("of_heads", 128, "blocks.3.attn.hook_z"),
         ("sound", 128, "blocks.3.hook_resid_post"),
     ):
         (home / name).mkdir()

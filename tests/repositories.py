@@ -98,7 +98,10 @@ def write_all(root: Path) -> None:
     )
     _write_older_format(root / "models/jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs/v5_32k_layer_6.pt")
     _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
-    _write_llama_scope(root / "models/fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L16R-8x")
+    _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-mlp/layer_12/width_16k/average_l0_108")
+    for sublayer, hook in (("R", "resid_post"), ("A", "attn_out"), ("M", "mlp_out")):
+        folder = f"models/fnlp/Llama3_1-8B-Base-LX{sublayer}-8x/Llama3_1-8B-Base-L16{sublayer}-8x"
+        _write_llama_scope(root / folder, f"blocks.16.hook_{hook}")
     _write_pile(root / "datasets/monology/pile-uncopyrighted")
     _write_redpajama(root / "datasets/togethercomputer")
 
@@ -129,14 +132,14 @@ def _write_gemma_scope(folder: Path) -> None:
     )
 
 
-def _write_llama_scope(folder: Path) -> None:
+def _write_llama_scope(folder: Path, hookpoint: str) -> None:
     """`hyperparams.json` and `checkpoints/final.safetensors` as published."""
     torch.manual_seed(2)
     (folder / "checkpoints").mkdir(parents=True)
     hyperparams = {
         "d_model": LLAMA_D_MODEL,
         "d_sae": LLAMA_WIDTH,
-        "hook_point_in": "blocks.16.hook_resid_post",
+        "hook_point_in": hookpoint,
         "jump_relu_threshold": 0.05,
         "dataset_average_activation_norm": {"in": 1.0},
     }

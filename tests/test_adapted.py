@@ -21,6 +21,7 @@ from sae_lora.errors import UserError
 from sae_lora.identity import train_steps
 from sae_lora.records import Progress, RunFolder
 from sae_lora.splice import Reading
+from tests.coders import write_topk_sae
 from tests.points import points_in, run_here
 
 OVERRIDES = {
@@ -29,13 +30,24 @@ OVERRIDES = {
         *("layer.index=[2,4]", "lora.blocks=all", "lora.dropout=0.1"),
         *("lora.rank_stabilised=true", "lora.targets=attn"),
     ],
+    "around an MLP's": ["sae=disk", "sae.path={home}/at_3", "layer.hook=mlp_out"],
+    "around what the folders say": [
+        *("sae=disk", "sae.path='{home}/at_{{block}}'", "layer=every_nth", "layer.every=2"),
+        "lora.blocks=all",
+    ],
 }
+PLACES = ("blocks.1.hook_attn_out", "blocks.3.hook_mlp_out", "blocks.5.hook_resid_post")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    point = points_in(tmp_path_factory.mktemp("outputs"))
-    folders = run_here(*(point(*overrides) for overrides in OVERRIDES.values()))
+    home = tmp_path_factory.mktemp("outputs")
+    for hookpoint in PLACES:
+        write_topk_sae(home / f"at_{hookpoint.split('.')[1]}", hookpoint)
+    point = points_in(home)
+    folders = run_here(
+        *(point(*(one.format(home=home) for one in overrides)) for overrides in OVERRIDES.values())
+    )
     return dict(zip(OVERRIDES, folders, strict=True))
 
 
@@ -67,7 +79,20 @@ def test_it_is_the_model_that_the_run_measured(name: str, runs: dict[str, RunFol
     assert ce(sae=True, adapters=False) == pytest.approx(summary["spliced_ce"], rel=1e-6)
     assert ce(sae=True, adapters=True) == pytest.approx(summary["student_ce"], rel=1e-6)
     assert abs(ce(sae=False, adapters=True) - summary["base_ce"]) > 1e-4
-    assert len(adapted.saes) == len(summary["sae"])
+    assert list(adapted.saes) == [sae["hookpoint"] for sae in summary["sae"]]
+
+
+def test_saes_sit_where_their_own_metadata_says(runs: dict[str, RunFolder]) -> None:
+    summaries = {name: runs[name].read_summary() for name in OVERRIDES}
+    found = {name: [sae["hookpoint"] for sae in one["sae"]] for name, one in summaries.items()}
+    assert found["around an MLP's"] == [PLACES[1]]
+    assert found["around what the folders say"] == list(PLACES)
+    assert found["the default"] == ["blocks.3.hook_resid_post"]
+    assert summaries["around an MLP's"]["name"] == "tiny-l3mlp_out-w256-l0_32-r2-after-s0"
+    for name, one in summaries.items():
+        assert all(sae["l0"] > 0 and sae["fvu"] > 0 for sae in one["sae"])
+        assert one["initial_gap"] > 0.01, name
+        assert one["student_ce"] != one["spliced_ce"]
 
 
 def test_three_lines(runs: dict[str, RunFolder]) -> None:

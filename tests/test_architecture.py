@@ -48,6 +48,7 @@ ORDER = [
     *(
         "saes.disk",
         "results",
+        "saes.table",
         "saes.registry",
         "saes.sparse",
         "output_adapter",

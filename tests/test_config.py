@@ -79,6 +79,10 @@ def test_every_point_of_every_experiment_composes(file: Path) -> None:
         ("layer.index=[1,1]", "layer.index", [1]),
         ("layer.index=first", "layer.index", None),
         ("layer.index=1.5", "layer.index", None),
+        ("layer.every=0", "layer.every", 1),
+        ("layer.every=2 layer.index=3", "layer.every", "null"),
+        ("layer.every=2 layer.first=-1", "layer.first", 0),
+        ("layer.first=2", "layer.first", "null"),
         ("sae.width=16kk", "sae.width", None),
         ("sae.width=-5", "sae.width", None),
         ("sae.l0=0", "sae.l0", None),
@@ -116,7 +120,7 @@ def test_every_point_of_every_experiment_composes(file: Path) -> None:
 )
 def test_impossible_values(override: str, field: str, nearest: object) -> None:
     with pytest.raises(ConfigError) as error:
-        composed(override)
+        composed(*override.split())
     assert error.value.field == field
     assert error.value.nearest == nearest
     assert str(error.value).startswith(f"{field} = ")
@@ -133,6 +137,8 @@ def test_impossible_values(override: str, field: str, nearest: object) -> None:
         ("data.repeat=maybe", ["data.repeat = 'maybe'", "true or false"]),
         ("train.schedule=lineer", ["train.schedule = 'lineer'", "nearest valid: train.schedule=linear"]),
         ("train.dtype=float16", ["train.dtype = 'float16'", "float32, bfloat16"]),
+        ("layer.hook=mlp", ["layer.hook = 'mlp'", "or null", "nearest valid: layer.hook=mlp_out"]),
+        ("layer.every=often", ["layer.every = 'often'", "a whole number or null"]),
         ("sae=gema_scope", ["sae = 'gema_scope'", "nearest valid: sae=gemma_scope"]),
         ("model=gpt_2", ["model = 'gpt_2'", "nearest valid: model=gpt2"]),
         ("lora=[", ["lora=[", "cannot be read"]),

@@ -22,6 +22,7 @@ from sae_lora.plan import plan
 from sae_lora.saes import loading
 from sae_lora.splice import Splice
 from sae_lora.training import Training
+from tests.coders import write_topk_sae
 from tests.families import FAMILIES, small_model
 from tests.points import points_in
 from tests.trainings import NO_IDS
@@ -42,6 +43,8 @@ CASES = [
     ("sae.width=4k sae.l0=8 lora.blocks=all",),
     ("sae.width=4k sae.l0=8 lora.blocks=all sae.sparse=true",),
     ("layer.index=[2,5]",),
+    ("sae=disk sae.path={home}/of_an_mlp",),
+    ("sae=disk sae.path={home}/of_an_mlp lora.blocks=all",),
     ("train.dtype=bfloat16",),
     ("train.micro_batch_size=2",),
     ("train.activation_checkpointing=true",),
@@ -51,6 +54,7 @@ CASES = [
         for those in (
             ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
             ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
+            (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
             tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
         )
     ),
@@ -61,7 +65,9 @@ CASES = [
 def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
     defaults = ["train.train_tokens=8192", "train.batch_size=8", "lora.rank=16"]
     points = points_in(home)
-    return [run.config for run in plan([points(*defaults, *one.split()) for one in overrides]).runs]
+    write_topk_sae(home / "of_an_mlp", "blocks.3.hook_mlp_out", width=4096)
+    asked = [one.format(home=home).split() for one in overrides]
+    return [run.config for run in plan([points(*defaults, *one) for one in asked]).runs]
 
 
 def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
@@ -76,7 +82,9 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
     }
     trainings = []
     for config in configs:
-        splices = [Splice(choice.block, saes[repr(choice)], False) for choice in config.sae.used]
+        splices = [
+            Splice(choice.block, saes[repr(choice)], False, choice.hook) for choice in config.sae.used
+        ]
         learner, _ = methods.build(config, model, tuple(splices), train_steps(config))
         trainings.append(Training(learner, config.train, train_steps(config)))
     nothing = torch.zeros(1, 2, dtype=torch.long)
@@ -124,7 +132,7 @@ def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path)
         *(
             value
             for one in measured.left
-            for state in one._learner._optimizer.state.values()
+            for state in one.learner._optimizer.state.values()
             for value in state.values()
         ),
     ]

@@ -29,6 +29,7 @@ from sae_lora.errors import UserError
 from sae_lora.export import TOLERANCE, export, write_merged
 from sae_lora.push import push
 from sae_lora.records import RunFolder
+from tests.coders import write_topk_sae
 from tests.commands import REPOSITORY
 from tests.families import FAMILIES, random_tokens, small_model
 from tests.hub import COMMIT, Hub, serving
@@ -50,20 +51,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(MODEL, home / "model")
     for block in (2, 4):
         shutil.copytree(SAES / f"block_{block}-width_1024-l0_4", home / f"sae_{block}")
+    write_topk_sae(home / "inside_2", "blocks.2.hook_attn_out")
+    write_topk_sae(home / "inside_4", "blocks.4.hook_mlp_out")
     return home
 
 
 @pytest.fixture(scope="module")
 def runs(home: Path) -> list[RunFolder]:
-    """One of what ships with the package, one of a model and two SAEs in folders of the user's."""
+    """One of what ships with the package, two of a model and two SAEs in folders of the user's, in the
+    residual stream and inside of blocks."""
     point = points_in(home)
     text = ["data=text_files", f"data.files={home}/books/*.txt", "data.context_length=128"]
     own = [*text, f"tracking.entity={OWNER}"]
     two = ["sae=disk", f"sae.path='{home}/sae_{{block}}'", "layer.index=[2,4]", "lora.blocks=all"]
     local = [f"model.name={home}/model", *two]
+    inside = [*local, f"sae.path='{home}/inside_{{block}}'"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: OWNER)
-        return [*run_here(point(*own)), *run_here(point(*own, *local))]
+        return [*run_here(point(*own)), *run_here(point(*own, *local), point(*own, *inside))]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +149,15 @@ def test_the_card_holds_what_the_run_has_found(runs: list[RunFolder], exported: 
         assert "keep their activation" in text
         assert load((folder / "config.yaml").read_text()).lora.rank == 2
         assert (folder / "curve.jsonl").read_bytes() == run.curve.read_bytes()
+
+
+def test_the_card_says_what_the_saes_replace(exported: list[Path]) -> None:
+    into = "spliced into its residual stream predicts"
+    texts = [(folder / "README.md").read_text() for folder in exported]
+    assert [into in text for text in texts] == [True, True, False]
+    assert "spliced into its attention's output and its MLPs' output predicts" in texts[2]
+    assert '"model.layers.2.self_attn": SAE' in texts[2]
+    assert '"model.layers.4.mlp": SAE' in texts[2]
 
 
 def test_nothing_is_published_that_is_the_users_own(exported: list[Path], merged: Path) -> None:
@@ -253,7 +267,7 @@ def test_what_is_pushed_is_what_others_load(
     command = [sys.executable, "-c", _LOADING, str(MODEL), str(tmp_path / "found")]
     subprocess.run(command, env=os.environ | changed, check=True, timeout=120)
     found = load_file(tmp_path / "found")
-    for run, revision in zip(runs, ("main", "two"), strict=True):
+    for run, revision in zip(runs[:2], ("main", "two"), strict=True):
         expected = sae_lora.load_adapted(run).logits(torch.tensor([[0, 345, 779]]), sae=False)
         assert torch.equal(found[revision], expected)
 

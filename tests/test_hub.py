@@ -68,6 +68,27 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert new.returncode == 0, new.stderr
 
 
+def test_gemma_scope_of_an_mlp_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    """Where its own metadata says; asked for elsewhere it is refused before anything runs."""
+    finished = launch_from(hub.address, tmp_path, *GEMMA, *SMALL, "layer.hook=mlp_out")
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108")
+    assert (sae["hookpoint"], sae["block"]) == ("blocks.12.hook_mlp_out", 12)
+    assert "l12mlp_out" in summary["name"]
+    assert summary["initial_gap"] != 0
+    named = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
+    refused = launch_from(
+        hub.address, tmp_path, "model=gemma2_2b", *named, *SMALL, "data=pile", "sweep=guessed"
+    )
+    assert refused.returncode == 1
+    assert "was trained at blocks.12.hook_mlp_out" in refused.stderr
+    assert "nearest valid: layer.hook=mlp_out" in refused.stderr
+    assert not list(tmp_path.glob("outputs/guessed/*/summary.json"))
+    assert "training" not in refused.stdout
+
+
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     """With the data set downloaded whole, not streamed."""
     finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
@@ -77,6 +98,15 @@ def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert (sae["release"], sae["id"], sae["block"]) == ("llama_scope_lxr_8x", "l16r_8x", 16)
     assert summary["data"]["special_tokens_kept"] is False
     assert summary["model"]["class"] == "LlamaForCausalLM"
+    hooks = launch_from(
+        *(hub.address, tmp_path, "-m", *LLAMA, *SMALL, "layer.hook=attn_out,mlp_out", "sweep=hooks")
+    )
+    assert hooks.returncode == 0, hooks.stderr
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/hooks/*/summary.json")]
+    assert {(one["sae"][0]["id"], one["sae"][0]["hookpoint"]) for one in found} == {
+        ("l16a_8x", "blocks.16.hook_attn_out"),
+        ("l16m_8x", "blocks.16.hook_mlp_out"),
+    }
 
 
 def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -> None:

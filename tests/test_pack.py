@@ -257,7 +257,7 @@ def test_a_step_cut_short_is_no_state_to_go_on_from(monkeypatch: pytest.MonkeyPa
     def fails(optimizer: torch.optim.Optimizer) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(one._learner._optimizer, "step", lambda: fails(one._learner._optimizer))
+    monkeypatch.setattr(one.learner._optimizer, "step", lambda: fails(one.learner._optimizer))
     assert one.is_between_steps
     with pytest.raises(torch.OutOfMemoryError):
         list(pack(MODELS["llama"], one).points(batches(STEPS)))
@@ -305,7 +305,7 @@ def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Redu
     for micro_batch in (None, 1):
         one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
         weights = one.student.weights
-        one._learner._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
+        one.learner._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
             {name: weight.grad.clone() for name, weight in weights.items()}
         )
         pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
@@ -323,8 +323,8 @@ def test_micro_batches_go_on_with_what_dropout_draws() -> None:
     one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
     fill(one.student.weights)
     trunk = Trunk(model, tokens, NO_IDS, one.student.cuts)
-    (first,), (second,) = one.hidden(trunk), one.hidden(trunk)
+    (first,), (second,) = one.learner.hidden(trunk), one.learner.hidden(trunk)
     assert not torch.equal(first, second)
     one.forget_step()
-    assert torch.equal(one.hidden(trunk)[0], first)
-    assert torch.equal(one.hidden(trunk)[0], second)
+    assert torch.equal(one.learner.hidden(trunk)[0], first)
+    assert torch.equal(one.learner.hidden(trunk)[0], second)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from sae_lora.config import DType, SAEChoice, SAEConfig, SAEFamily
-from sae_lora.dimensions import Dimensions, block_of
+from sae_lora.config import DType, Hook, SAEChoice, SAEConfig, SAEFamily
+from sae_lora.dimensions import Dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError
 from sae_lora.saes import registry
 from tests.composing import composed
@@ -208,23 +208,11 @@ def test_disk_with_a_misspelt_path_names_the_neighbour(tmp_path: Path) -> None:
     assert error.value.nearest == tmp_path / "my_sae"
 
 
-def test_disk_outside_the_residual_stream_is_refused(tmp_path: Path) -> None:
-    folder = write_cfg(tmp_path / "sae", d_in=128, hook_name="blocks.5.hook_mlp_out")
-    with pytest.raises(ConfigError, match="residual stream"):
-        resolve(TINY, "sae=disk", f"sae.path={folder}")
-
-
 def test_disk_pattern_for_several_blocks(tmp_path: Path) -> None:
     for block in (1, 4):
         write_cfg(tmp_path / f"at_{block}", d_in=128, hook_name=f"blocks.{block}.hook_resid_post")
     choices, _ = resolve(TINY, "sae=disk", f"sae.path='{tmp_path}/at_{{block}}'", "layer.index=[1,4]")
     assert [choice.block for choice in choices] == [1, 4]
-
-
-def test_hookpoints() -> None:
-    assert block_of("blocks.7.hook_resid_post") == 7
-    assert block_of("blocks.7.hook_resid_pre") == 6
-    assert block_of("blocks.7.hook_mlp_out") is None
 
 
 @pytest.mark.parametrize(
@@ -266,5 +254,9 @@ def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> N
     assert not any(weight.requires_grad for weight in loaded.sae.parameters())
     with pytest.raises(ConfigError, match=r"layer\.index = 3"):
         load(config, SAEChoice(block=3, path=str(tmp_path / "sae")), fits, torch.device("cpu"))
+    for hook in (Hook.attn_out, Hook.mlp_out):
+        elsewhere = SAEChoice(block=2, hook=hook, path=str(tmp_path / "sae"))
+        with pytest.raises(ConfigError, match=r"trained at blocks\.2\.hook_resid_post"):
+            load(config, elsewhere, fits, torch.device("cpu"))
     with pytest.raises(ConfigError, match="width 16"):
         load(config, choice, Dimensions(99, 4, 1, None), torch.device("cpu"))

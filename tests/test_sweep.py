@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import sae_lora
 from sae_lora.command import command
@@ -53,6 +54,28 @@ def test_what_follows_another_factor_is_not_named_beside_it(tmp_path: Path) -> N
     assert list(frame["train.lr"]) == pytest.approx([0.1, 0.4])
     made.finished(rank=4, seed=2, lr=0.1)
     assert factors(load_sweep(tmp_path / "sweep").frame()) == ["rank", "train.lr", "seed"]
+
+
+def test_what_saes_replace_is_a_factor(tmp_path: Path) -> None:
+    """Also where some runs are of a version that knew the output alone."""
+    made = MadeUp(tmp_path / "hooks")
+    for rank, hook in ((1, "mlp_out"), (2, "resid_post"), (4, None)):
+        folder = made.finished(rank=rank)
+        config = yaml.safe_load(folder.config.read_text())
+        config["layer"] |= {"hook": hook}
+        (used,) = config["sae"]["used"]
+        del used["hook"]
+        if hook is not None:
+            used["hook"] = hook
+        folder.write_config(yaml.safe_dump(config))
+    frame = load_sweep(tmp_path / "hooks").frame()
+    assert dict(zip(frame["rank"], frame["hook"], strict=True)) == {
+        1: "mlp_out",
+        2: "resid_post",
+        4: "resid_post",
+    }
+    assert factors(frame) == ["hook", "rank"]
+    assert "layer.hook" not in frame
 
 
 def test_curves_are_what_the_folders_hold(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_lora.dimensions import resid_post
 from sae_lora.records import CurveWriter, RunFolder
 from sae_lora.tables import comparison_table, duration, percent, run_table
 from sae_lora.terminal import show
@@ -29,7 +30,7 @@ def finished(tmp_path: Path, name: str, rank: int, block: int, closed: float | N
         "total_seconds": 80.0,
         "seed": 0,
         "model": {"name": "tiny"},
-        "sae": [{"block": block, "width": 1024}],
+        "sae": [{"block": block, "hookpoint": resid_post(block), "width": 1024}],
         "lora": {"rank": rank, "alpha": 32.0, "targets": "all", "blocks": [4, 5]},
     }
     folder.summary.write_text(json.dumps(summary))
@@ -45,9 +46,7 @@ def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.Capture
     headers = [str(column.header) for column in table.columns]
     assert headers[0] == "rank"
     assert "alpha" not in headers and "base CE" not in headers
-    same = (
-        "model tiny, SAE after block 3, latents 1024, L0 8, base CE 1.000, spliced CE 1.000, gap before"
-    )
+    same = "model tiny, SAE at block 3, latents 1024, L0 8, base CE 1.000, spliced CE 1.000, gap before"
     assert table.title == f"{same} +1.000"
     assert table.row_count == 2
     show(table)
@@ -61,7 +60,18 @@ def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
     assert comparison_table([one]).columns[0].header == "run"
     other = finished(tmp_path, "other", 4, 5, 0.5)
     headers = [str(column.header) for column in comparison_table([one, other]).columns]
-    assert headers[:2] == ["SAE after block", "rank"]
+    assert headers[:2] == ["SAE at block", "rank"]
+
+
+def test_what_saes_replace_is_named_where_it_is_not_the_output(tmp_path: Path) -> None:
+    folders = [finished(tmp_path, f"run{block}", 4, block, 0.5) for block in (3, 5)]
+    summary = folders[1].read_summary()
+    summary["sae"] += [{"block": 6, "hookpoint": "blocks.6.hook_mlp_out", "width": 1024}]
+    folders[1].summary.write_text(json.dumps(summary))
+    (column,) = [
+        column for column in comparison_table(folders).columns if column.header == "SAE at block"
+    ]
+    assert list(column.cells) == ["3", "5+6 (resid_post+mlp_out)"]
 
 
 def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:

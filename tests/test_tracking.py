@@ -140,6 +140,10 @@ class TestWhatIsShown:
         assert several.values["layer"]["index"] == [1, 2]
         assert several.values["sae"]["width"] == 1024
         assert "layer:1+2" in several.tags
+        assert several.values["layer"]["hook"] == "resid_post"
+        inside = shown(run_in(tmp_path, "sae=identity", "layer.hook=mlp_out", "sweep=inside"))
+        assert inside.values["layer"]["hook"] == "mlp_out"
+        assert inside.tags[1:3] == ["layer:3", "hook:mlp_out"]
 
     def test_there_are_all_curves(self) -> None:
         promised = (

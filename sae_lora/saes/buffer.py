@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lora.dimensions import block_of
+from sae_lora.dimensions import Place
 from sae_lora.errors import UserError
 from sae_lora.models import LanguageModel
 from sae_lora.splice import special_positions
@@ -68,9 +68,9 @@ class ActivationBuffer:
         self._groups = {name: tuple(hookpoints) for name, hookpoints in sources.items()}
         hookpoints = sorted({hookpoint for group in self._groups.values() for hookpoint in group})
         self._modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
-        blocks = [block_of(hookpoint) for hookpoint in hookpoints]
-        # Of a module that is no block it is not known which block it lies in.
-        self._end = max(len(model.blocks) if block is None else block + 1 for block in blocks)
+        places = [Place.named(hookpoint) for hookpoint in hookpoints]
+        # Of another module it is not known which block it lies in.
+        self._end = max(len(model.blocks) if place is None else place.block + 1 for place in places)
         self._special_ids = None if special_ids is None else special_ids.to(model.device)
         self._seed = seed
         self._held: dict[_Group, Tensor] = {}

@@ -4,18 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_lora.config import SAEChoice
-from sae_lora.dimensions import Dimensions, block_of
+from sae_lora.config import Hook, SAEChoice
+from sae_lora.dimensions import PLACES, Dimensions, Place, canonical_hook
 from sae_lora.errors import ConfigError, UserError, nearest_name
 from sae_lora.files import sha256
 
 
-def read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
+def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
     """The SAE in a folder of sae-lens's format, checked against what its own cfg.json says.
 
     Args:
         path: The folder.
-        block: Where it is wanted; `None` for where it says.
+        index: The block it is wanted at; `None` for where it says.
+        hook: What it is to replace there; likewise.
         model: The model it is for.
 
     Raises:
@@ -37,14 +38,14 @@ def read_folder(path: str, block: int | None, model: Dimensions) -> SAEChoice:
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"sae.path = {path!r} cannot be used: {file} is no JSON ({error})") from error
-    says = metadata_block(values)
-    check_fit(says, values.get("d_in"), block, model, field="sae.path", name=path)
-    at = says if block is None else block
-    if at is None:
+    place = settled(trained_at(values), index, hook, path)
+    check_width(values.get("d_in"), model, field="sae.path", name=path)
+    if place is None:
         raise ConfigError("layer.index", None, f"a block's index: {file} names no hook point")
     metadata = values.get("metadata") or {}
     return SAEChoice(
-        block=at,
+        block=place.block,
+        hook=place.hook,
         path=str(folder.resolve()),
         sha256=weights_digest(folder),
         width=values.get("d_sae"),
@@ -69,38 +70,77 @@ def _siblings(folder: Path) -> list[Path]:
     return list(folder.parent.iterdir()) if folder.parent.is_dir() else []
 
 
-def metadata_block(values: dict[str, Any]) -> int | None:
-    """The block that an SAE's own config says it was trained at; `None` where it does not say.
+def trained_at(values: dict[str, Any]) -> Place | None:
+    """The place that an SAE's own config says it was trained at; `None` where it does not say.
 
     Args:
         values: The config of sae-lens's format, of version 6 or before.
 
     Raises:
-        ConfigError: For an SAE of another place than the residual stream.
+        ConfigError: For an SAE of a place that is not known here, and for a transcoder.
     """
-    hook = (values.get("metadata") or {}).get("hook_name") or values.get("hook_name")
-    if hook is None:
-        return None
-    block = block_of(hook)
-    if block is None:
+    said = values | (values.get("metadata") or {})
+    hook, writes = said.get("hook_name"), said.get("hook_name_out")
+    if writes not in (None, hook) or "transcoder" in str(said.get("architecture")):
         raise ConfigError(
-            "sae", hook, "an SAE of the residual stream (hook_resid_post or hook_resid_pre)"
+            "sae", writes or hook, "an SAE", because=f"it is a transcoder, and reads {hook}"
         )
-    return block
+    return None if hook is None else known_place(hook)
 
 
-def check_fit(
-    says: int | None, d_in: int | None, block: int | None, model: Dimensions, *, field: str, name: str
-) -> None:
-    """Refuses an SAE that was trained at another block or on another width than it would be used.
+def known_place(hookpoint: str) -> Place:
+    """The place that a hookpoint of an SAE names.
+
+    Raises:
+        ConfigError: Where it is another than an SAE can be spliced in at.
+    """
+    place = Place.named(hookpoint)
+    if place is None:
+        raise ConfigError("sae", hookpoint, f"an SAE at {PLACES}")
+    return place
+
+
+def settled(says: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
+    """Where an SAE is to sit: where it says, if nothing else is asked for.
+
+    Args:
+        says: Where it was trained; `None` where it does not say.
+        index: The block that is asked for; `None` for any.
+        hook: What of it is asked for; likewise.
+        name: Of the SAE, for messages.
+
+    Returns:
+        Its place; `None` where nobody says the block.
+
+    Raises:
+        ConfigError: Where it was trained elsewhere than is asked for; names both.
+    """
+    asked = None if index is None else Place.asked(index, hook)
+    if says is None:
+        return asked
+    if hook is not None and says.hook is not canonical_hook(hook):
+        raise ConfigError(
+            "layer.hook",
+            hook.name,
+            f"{says.hook.name}: {name} was trained at {says}",
+            nearest=says.hook.name,
+        )
+    if asked is not None and says.block != asked.block:
+        raise ConfigError(
+            "layer.index",
+            index,
+            f"the block that {name} was trained on, or null",
+            nearest=says.index(hook),
+        )
+    return says
+
+
+def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
+    """Refuses an SAE of another width than the model's: all places in it are as wide.
 
     Raises:
         ConfigError: Names both.
     """
-    if says is not None and block is not None and says != block:
-        raise ConfigError(
-            "layer.index", block, f"the block that {name} was trained on, or null", nearest=says
-        )
     if d_in is not None and d_in != model.d_model:
         raise ConfigError(
             field,

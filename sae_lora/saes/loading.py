@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from sae_lora import hub, output_adapter, results
 from sae_lora.choices import SAEFamily
 from sae_lora.config import SAEChoice, SAEConfig
-from sae_lora.dimensions import Dimensions, resid_post
+from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import UserError
 from sae_lora.output_adapter import AdaptedCoder
 from sae_lora.saes import new
-from sae_lora.saes.disk import check_fit, metadata_block, weights_digest
-from sae_lora.saes.registry import repository_of
+from sae_lora.saes.disk import check_width, settled, trained_at, weights_digest
 from sae_lora.saes.sparse import multiplied
+from sae_lora.saes.table import repository_of
 from sae_lora.splice import Coder, Splice
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     """The chosen SAE on the device, frozen, checked against its own metadata.
 
     Raises:
-        ConfigError: Where it was made for another block or another width.
+        ConfigError: Where it was made for another place or another width.
         UserError: Where its files are missing, damaged, or others than when the run was planned.
     """
     _check_as_planned(choice)
@@ -68,10 +68,10 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
         if config.family is SAEFamily.identity
         else _through_sae_lens(config, choice, str(device))
     )
-    name = choice.id or choice.path or "identity"
+    name = _name(choice)
+    _check_place(loaded, choice)
     field = "sae.path" if choice.path else "sae.id"
-    says = metadata_block(loaded.values)
-    check_fit(says, loaded.values.get("d_in"), choice.block, model, field=field, name=name)
+    check_width(loaded.values.get("d_in"), model, field=field, name=name)
     sae = loaded.sae.to(device).requires_grad_(False).eval()
     digest = _digest(sae)
     metadata = loaded.values.get("metadata") or {}
@@ -81,7 +81,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
             "%s was trained on a model loaded with %s; here the model is as it is", name, processing
         )
     return LoadedSAE(
-        hookpoint=resid_post(choice.block),
+        hookpoint=str(Place.of(choice)),
         excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
         sae=_with_adapter(multiplied(sae, config.sparse), choice, device),  # pyright: ignore[reportArgumentType]
         description=_description(
@@ -104,7 +104,7 @@ def _description(
     return {
         "family": config.family.name,
         "block": choice.block,
-        "hookpoint": resid_post(choice.block),
+        "hookpoint": str(Place.of(choice)),
         "release": choice.release,
         "id": choice.id,
         "commit": _commit(choice),
@@ -130,7 +130,7 @@ def untrained(
         metadata: What its own config is to say of model and data.
     """
     request = new.SAERequest(
-        resid_post(choice.block),
+        str(Place.of(choice)),
         config.architecture.name,
         d_model,
         choice.width or 0,
@@ -140,7 +140,7 @@ def untrained(
     keeps = keeps_special_tokens(config, [])
     sae = new.new(request, device, metadata | {"exclude_special_tokens": keeps})
     return LoadedSAE(
-        hookpoint=resid_post(choice.block),
+        hookpoint=str(Place.of(choice)),
         sae=sae,
         description=_description(config, choice, config.architecture.name, choice.width)
         | {"sha256": None},
@@ -155,10 +155,19 @@ def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
         The commit of its repository that was fetched.
 
     Raises:
+        ConfigError: Where it was made for another place.
         UserError: Where it cannot be found or fetched.
     """
-    _through_sae_lens(config, choice, "cpu")
+    _check_place(_through_sae_lens(config, choice, "cpu"), choice)
     return _commit(choice)
+
+
+def _check_place(loaded: "_Loaded", choice: SAEChoice) -> None:
+    settled(trained_at(loaded.values), choice.block, choice.hook, _name(choice))
+
+
+def _name(choice: SAEChoice) -> str:
+    return choice.id or choice.path or "identity"
 
 
 def _commit(choice: SAEChoice) -> str | None:
@@ -198,10 +207,11 @@ def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
 
 
 def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
-    """The SAEs of a run at their places, by block."""
+    """The SAEs of a run, in the order of their places."""
     keeps = keeps_special_tokens(config, saes)
     return tuple(
-        Splice(choice.block, loaded.sae, keeps) for choice, loaded in zip(config.used, saes, strict=True)
+        Splice(choice.block, loaded.sae, keeps, choice.hook)
+        for choice, loaded in zip(config.used, saes, strict=True)
     )
 
 

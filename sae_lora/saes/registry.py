@@ -1,33 +1,27 @@
-"""Which SAE a request means, settled from tables and small config files before anything is loaded.
+"""Which SAE a request means, settled from tables and small config files before anything is loaded."""
 
-Reads sae-lens's own table of pretrained SAEs as data: importing sae-lens takes seconds, and a sweep's
-plan should not.
-"""
-
-import functools
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from sae_lora.checks import latents
-from sae_lora.choices import Architecture, SAEFamily
+from sae_lora.choices import Architecture, Hook, SAEFamily
 from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, as_list
-from sae_lora.dimensions import EMBEDDED_NAME, Dimensions, block_of
+from sae_lora.dimensions import EMBEDDED_NAME, PLACES, Dimensions, Place, canonical_hook
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.errors import ConfigError, NoSuchCellError, listed, nearest_name
-from sae_lora.saes.disk import read_folder
+from sae_lora.saes.disk import known_place, read_folder, settled
+from sae_lora.saes.table import SUBLAYERS, place_in, release_named, table, width_in
 
 
 class Resolution(NamedTuple):
     """What a request means.
 
     Args:
-        choices: One SAE per block.
+        choices: One SAE per block, in the order of their places.
         notes: A line for each point where what exists is not what was asked for.
     """
 
@@ -50,9 +44,9 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
             _check_block(block, config.model, model)
     match sae.family:
         case SAEFamily.identity:
-            resolution = Resolution([SAEChoice(block=at) for at in _wanted_blocks(config)], [])
+            resolution = Resolution(_anywhere(config, model), [])
         case SAEFamily.new:
-            resolution = _new(config)
+            resolution = _new(config, model)
         case SAEFamily.disk:
             resolution = Resolution(_on_disk(config, model), [])
         case SAEFamily.registry if sae.id is not None:
@@ -67,13 +61,13 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
                 )
             resolution = _nearest_at_each_block(config, _embedded_candidates())
         case SAEFamily.gemma_scope:
-            release = _gemma_scope_release(config.model)
-            resolution = _nearest_at_each_block(config, _release_candidates(release))
+            release = _gemma_scope_release(config)
+            resolution = _nearest_at_each_block(config, _release_candidates(release, config))
         case SAEFamily.llama_scope:
-            resolution = _nearest_at_each_block(config, _llama_scope_candidates(config.model))
+            resolution = _nearest_at_each_block(config, _llama_scope_candidates(config))
         case SAEFamily.registry:
             assert sae.release is not None
-            resolution = _nearest_at_each_block(config, _release_candidates(sae.release))
+            resolution = _nearest_at_each_block(config, _release_candidates(sae.release, config))
         case _:
             raise NotImplementedError(sae.family)
     for choice in resolution.choices:
@@ -92,14 +86,49 @@ def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:
         )
 
 
-def _wanted_blocks(config: Config) -> list[int]:
-    index = config.layer.index
-    if index is None:
-        return [config.model.middle_block]
-    return sorted(as_list(index))
+def _wanted(config: Config, there: Iterable[int]) -> list[int]:
+    """The blocks that `layer` asks for, in its own terms.
+
+    Args:
+        config: Of the run.
+        there: Those at which there are such SAEs, for `layer.every`.
+
+    Raises:
+        NoSuchCellError: Where every n-th block is asked for, and one of them has no such SAE.
+    """
+    layer = config.layer
+    if layer.every is not None:
+        return _every_nth(layer.every, layer.first, there)
+    return sorted(as_list(config.model.middle_block if layer.index is None else layer.index))
 
 
-def _new(config: Config) -> Resolution:
+def _every_nth(every: int, first: int | None, there: Iterable[int]) -> list[int]:
+    """Every n-th block, from the first to the last that has such an SAE."""
+    blocks = sorted(set(there))
+    if first is not None and first not in blocks:
+        nearest = min(blocks, key=lambda at: abs(at - first), default=None)
+        allowed = f"a block that has such an SAE: {listed(blocks, 50)}"
+        raise NoSuchCellError("layer.first", first, allowed, nearest)
+    wanted = list(range(blocks[0] if first is None else first, blocks[-1] + 1, every))
+    if missing := [block for block in wanted if block not in blocks]:
+        raise NoSuchCellError(
+            "layer.every",
+            every,
+            f"a step that meets no other blocks than {listed(blocks, 50)}, which have such an SAE",
+            because=f"from block {wanted[0]} on it meets {listed(missing)} too",
+        )
+    return wanted
+
+
+def _anywhere(config: Config, model: Dimensions) -> list[SAEChoice]:
+    """Where SAEs are wanted that can be anywhere."""
+    hook = config.layer.hook
+    there = range(hook is Hook.resid_pre, model.n_blocks)  # what block 0 reads, no block puts out
+    places = [Place.asked(index, hook) for index in _wanted(config, there)]
+    return [SAEChoice(block=place.block, hook=place.hook) for place in places]
+
+
+def _new(config: Config, model: Dimensions) -> Resolution:
     """SAEs that the run makes itself."""
     sae = config.sae
     assert sae.width is not None
@@ -109,8 +138,7 @@ def _new(config: Config) -> Resolution:
         notes.append(f"sae.l0={l0:g} is not used: sae.sparsity_coefficient is what a {name} SAE has")
         l0 = None
     width = latents(sae.width)
-    choices = [SAEChoice(block=at, width=width, l0=l0) for at in _wanted_blocks(config)]
-    return Resolution(choices, notes)
+    return Resolution([replace(one, width=width, l0=l0) for one in _anywhere(config, model)], notes)
 
 
 class _Candidate(NamedTuple):
@@ -121,17 +149,20 @@ class _Candidate(NamedTuple):
     l0: float
 
 
-def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> Resolution:
+def _nearest_at_each_block(config: Config, everywhere: Sequence[_Candidate]) -> Resolution:
     choices, notes = [], []
-    for block in _wanted_blocks(config):
+    hook = config.layer.hook
+    candidates = _at_hook(hook, everywhere)
+    blocks = sorted({Place.of(candidate.choice).index(hook) for candidate in candidates})
+    for index in _wanted(config, blocks):
+        block = Place.asked(index, hook).block
         there = [candidate for candidate in candidates if candidate.choice.block == block]
         if not there:
-            blocks = sorted({candidate.choice.block for candidate in candidates})
             raise NoSuchCellError(
                 "layer.index",
-                block,
+                index,
                 f"a block that has such an SAE: {listed(blocks, 50)}",
-                nearest=min(blocks, key=lambda at: abs(at - block)) if blocks else None,
+                nearest=min(blocks, key=lambda at: abs(at - index)),
             )
         if config.sae.width is not None and any(candidate.width for candidate in there):
             there = _of_width(config.sae.width, there, candidates, config.launcher.strict)
@@ -159,6 +190,18 @@ def _nearest_at_each_block(config: Config, candidates: Sequence[_Candidate]) -> 
             unknown = f"the table does not state {name} of {found.choice.id}; {want:g} was not used"
             notes.append(f"block {block}: {nearest if got else unknown}")
     return Resolution(choices, notes)
+
+
+def _at_hook(hook: Hook | None, candidates: Sequence[_Candidate]) -> Sequence[_Candidate]:
+    """Those that replace what is asked for; all of them where nothing is."""
+    if hook is None:
+        return candidates
+    found = [one for one in candidates if one.choice.hook is canonical_hook(hook)]
+    if not found:
+        hooks = sorted({one.choice.hook.name for one in candidates})
+        allowed = f"{listed(hooks)}: such SAEs were trained there"
+        raise NoSuchCellError("layer.hook", hook.name, allowed, nearest=hooks[0])
+    return found
 
 
 def _of_width(
@@ -216,66 +259,47 @@ def _embedded_candidates() -> list[_Candidate]:
     return found
 
 
-@functools.cache
-def table() -> dict[str, dict[str, Any]]:
-    """sae-lens's table of pretrained SAEs: release → repo_id, model, saes."""
-    found = importlib.util.find_spec("sae_lens")
-    assert found is not None and found.submodule_search_locations is not None
-    path = Path(found.submodule_search_locations[0]) / "pretrained_saes.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(), Loader=loader)
-
-
-def repository_of(release: str) -> str:
-    """The hub's repository that holds a release; an unlisted release is itself a repository."""
-    return table()[release]["repo_id"] if release in table() else release
-
-
-def _release(name: str) -> dict[str, Any]:
-    if name not in table():
-        raise ConfigError(
-            "sae.release",
-            name,
-            f"a release of sae-lens's table, of {len(table())}",
-            nearest=nearest_name(name, table()),
-        )
-    return table()[name]
-
-
-def _release_candidates(release: str) -> list[_Candidate]:
+def _release_candidates(release: str, config: Config) -> list[_Candidate]:
     found = []
-    for entry in _release(release)["saes"]:
-        block, width = _block_in(entry["id"]), _width_in(entry["id"])
+    entries = release_named(release)["saes"]
+    for entry in entries:
+        place, width = place_in(entry["id"], config.layer.hook), width_in(entry["id"])
         l0 = float(entry.get("l0") or 0)
-        if block is not None:
-            choice = SAEChoice(block=block, release=release, id=entry["id"], width=width, l0=l0 or None)
+        if place is not None:
+            choice = SAEChoice(
+                block=place.block,
+                hook=place.hook,
+                release=release,
+                id=entry["id"],
+                width=width,
+                l0=l0 or None,
+            )
             found.append(_Candidate(choice, width or 0, l0))
+    if not found:
+        allowed = f"a release of SAEs at {PLACES}"
+        raise ConfigError("sae.release", release, allowed, because=f"it holds {entries[0]['id']}")
     return found
 
 
-def _block_in(sae_id: str) -> int | None:
-    """The block that an id such as `layer_12/…`, `l12r_8x` or `blocks.12.hook_resid_post` names."""
-    hookpoint = re.match(r"blocks\.\d+\.hook_\w+?(?=__|$)", sae_id)
-    if hookpoint:
-        return block_of(hookpoint[0])
-    match = re.match(r"(?:resid_post_)?(?:layer_?|l)(\d+)", sae_id)
-    return int(match[1]) if match else None
-
-
-def _width_in(sae_id: str) -> int | None:
-    match = re.search(r"width_(\d+[km]?)", sae_id)
-    return latents(match[1]) if match else None
-
-
-def _gemma_scope_release(model: ModelConfig) -> str:
+def _gemma_scope_release(config: Config) -> str:
+    model, hook = config.model, config.layer.hook
+    if hook is Hook.attn_out:
+        raise ConfigError(
+            "layer.hook",
+            hook.name,
+            "mlp_out, resid_pre or resid_post with sae=gemma_scope",
+            because="its SAEs of attention read hook_z, what the heads put out before it is mixed and "
+            "added to the residual stream",
+        )
+    kind = "mlp" if hook is Hook.mlp_out else "res"
     name = model.name.rstrip("/").split("/")[-1]
     if match := re.fullmatch(r"gemma-2-(2b|9b|27b)(-it)?", name):
-        release = f"gemma-scope-{match[1]}-{'it' if match[2] else 'pt'}-res"
+        release = f"gemma-scope-{match[1]}-{'it' if match[2] else 'pt'}-{{}}"
     elif match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
-        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-res-all"
+        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-{{}}-all"
     else:
         release = ""
-    if release not in table():
+    if release.format("res") not in table():
         raise ConfigError(
             "sae.family",
             "gemma_scope",
@@ -283,35 +307,40 @@ def _gemma_scope_release(model: ModelConfig) -> str:
             "gemma-3-270m, gemma-3-1b-pt, gemma-3-4b-pt, gemma-3-12b-pt, gemma-3-27b-pt (or their -it)",
             because=f"model.name is {model.name!r}",
         )
-    return release
+    if release.format(kind) not in table():
+        raise ConfigError(
+            "layer.hook", "mlp_out", f"resid_pre or resid_post with {name}", nearest="resid_post"
+        )
+    return release.format(kind)
 
 
-_LLAMA_SCOPE = {"llama_scope_lxr_8x": 32_768, "llama_scope_lxr_32x": 131_072}
+_LLAMA_SCOPE = {"8x": 32_768, "32x": 131_072}
 
 
-def _llama_scope_candidates(model: ModelConfig) -> list[_Candidate]:
-    expected = _release("llama_scope_lxr_8x")["model"].split("/")[-1]
-    if model.name.rstrip("/").split("/")[-1] != expected:
+def _llama_scope_candidates(config: Config) -> list[_Candidate]:
+    expected = release_named("llama_scope_lxr_8x")["model"].split("/")[-1]
+    if config.model.name.rstrip("/").split("/")[-1] != expected:
         raise ConfigError(
             "sae.family",
             "llama_scope",
             f"with the model it was made for, {expected}",
-            because=f"model.name is {model.name!r}",
+            because=f"model.name is {config.model.name!r}",
         )
+    asked = canonical_hook(config.layer.hook)
+    sublayer = next(letter for letter, hook in SUBLAYERS.items() if hook is asked)
     found = []
-    for release, width in _LLAMA_SCOPE.items():
-        for candidate in _release_candidates(release):
+    for times, width in _LLAMA_SCOPE.items():
+        for candidate in _release_candidates(f"llama_scope_lx{sublayer}_{times}", config):
             candidate.choice.width = width
             found.append(candidate._replace(width=width))
     return found
 
 
 def _by_id(config: Config) -> SAEChoice:
-    """The one SAE that release and id name; its block is the id's, or the user's where it has none."""
-    sae, index = config.sae, config.layer.index
+    """The one SAE that release and id name; its place is the id's, or the user's where it has none."""
+    sae, layer = config.sae, config.layer
     assert sae.release is not None and sae.id is not None
-    block = _block_in(sae.id)
-    width, l0 = _width_in(sae.id), None
+    width, l0 = width_in(sae.id), None
     if sae.release in table():
         entries = {entry["id"]: entry for entry in table()[sae.release]["saes"]}
         if sae.id not in entries:
@@ -323,29 +352,37 @@ def _by_id(config: Config) -> SAEChoice:
             )
         l0 = entries[sae.id].get("l0")
     elif "/" not in sae.release:
-        _release(sae.release)
-    if isinstance(index, list):
-        raise ConfigError("layer.index", index, "one block, where sae.id names one SAE", nearest=block)
-    if block is not None and index is not None and index != block:
-        raise ConfigError(
-            "layer.index", index, "the block that the SAE was trained on, or null", nearest=block
-        )
-    at = index if block is None else block
-    if at is None:
+        release_named(sae.release)
+    says = place_in(sae.id, layer.hook)
+    if says is None and sae.id.startswith("blocks."):
+        known_place(sae.id)
+    if layer.every is not None:
+        raise ConfigError("layer.every", layer.every, "null, where sae.id names one SAE", "null")
+    if isinstance(layer.index, list):
+        nearest = None if says is None else says.index(layer.hook)
+        raise ConfigError("layer.index", layer.index, "one block, where sae.id names one SAE", nearest)
+    place = settled(says, layer.index, layer.hook, sae.id)
+    if place is None:
         raise ConfigError(
             "layer.index", None, f"the block of {sae.id!r}, whose id does not say it (loading checks it)"
         )
-    return SAEChoice(block=at, release=sae.release, id=sae.id, width=width, l0=l0)
+    return SAEChoice(
+        block=place.block, hook=place.hook, release=sae.release, id=sae.id, width=width, l0=l0
+    )
 
 
 def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
-    path = config.sae.path
+    path, layer = config.sae.path, config.layer
     assert path is not None
-    if config.layer.index is None and "{block}" not in path:
-        return [read_folder(path, None, model)]
-    blocks = _wanted_blocks(config)
-    if len(blocks) > 1 and "{block}" not in path:
-        raise ConfigError(
-            "sae.path", path, "a path with {block} in it, where layer.index names several blocks"
-        )
-    return [read_folder(path.replace("{block}", str(block)), block, model) for block in blocks]
+    if "{block}" not in path:
+        for key, several in {"every": layer.every, "index": as_list(layer.index)[1:]}.items():
+            if several:
+                allowed = f"a path with {{block}} in it, where layer.{key} names several blocks"
+                raise ConfigError("sae.path", path, allowed)
+        (index,) = as_list(layer.index)
+        return [read_folder(path, index, layer.hook, model)]
+    paths = {index: path.replace("{block}", str(index)) for index in range(model.n_blocks)}
+    there = [index for index in paths if Path(paths[index]).expanduser().is_dir()]
+    if layer.every is not None and not there:
+        raise ConfigError("sae.path", path, f"a path that names a folder for one of {len(paths)} blocks")
+    return [read_folder(paths[at], at, layer.hook, model) for at in _wanted(config, there)]
