@@ -14,6 +14,7 @@ from sae_lora.config import LoRAConfig, Reduction, Schedule
 from sae_lora.distill import Pack
 from sae_lora.errors import UserError
 from sae_lora.interruption import Interrupted
+from sae_lora.learning import Descent
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint
 from sae_lora.training import Training
@@ -187,14 +188,15 @@ class TestOneThatFails:
         expected, (first, _, third), _ = self.together(0, 1, 2)
         whole = curves(expected, STEPS)
         found, (one, failing, other), errors = self.together(0, 1, 2)
-        method = getattr(Training, at)
+        of = Descent if at == "hidden" else Training
+        method = getattr(of, at)
 
-        def fails(training: Training, *arguments: object) -> object:
-            if training is failing and training.step == 3:
+        def fails(one: Descent | Training, *arguments: object) -> object:
+            if one in (failing, failing.learner) and failing.step == 3:
                 raise ZeroDivisionError("befallen")
-            return method(training, *arguments)
+            return method(one, *arguments)
 
-        monkeypatch.setattr(Training, at, fails)
+        monkeypatch.setattr(of, at, fails)
         curve = curves(found, STEPS)
         assert list(errors) == [failing]
         assert curve[one] == whole[first]

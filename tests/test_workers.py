@@ -265,8 +265,9 @@ def test_processes_drop_inputs_of_their_own() -> None:
     trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), NO_IDS, one.student.cuts)
 
     def found(training: Training, rank: int) -> Tensor:
-        training.draw_apart(rank)
-        return training.hidden(trunk).detach()
+        training.learner.draw_apart(0, rank)
+        (states,) = training.learner.hidden(trunk)
+        return states.detach()
 
     assert torch.equal(found(one, 1), found(other, 1))
     assert not torch.equal(found(one, 1), found(one, 2))
