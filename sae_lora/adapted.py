@@ -13,7 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import lora, models
 from sae_lora.assembly import SAEs, device_of
-from sae_lora.config import Config, Device
+from sae_lora.choices import Device
+from sae_lora.config import Config
 from sae_lora.conversion import load
 from sae_lora.data.packing import special_ids
 from sae_lora.dimensions import read_dimensions

@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from sae_lora import hub
-from sae_lora.config import Hook, ModelConfig, SAEChoice
+from sae_lora.choices import Hook
+from sae_lora.config import ModelConfig, SAEChoice
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
 from sae_lora.errors import ConfigError, UserError
 

@@ -50,7 +50,6 @@ from functools import cache
 import torch
 from torch import nn
 
-from sae_lora.checks import adapted_blocks
 from sae_lora.choices import Device, DType, KLComputation, Method
 from sae_lora.config import Config, ModelConfig, TrainConfig
 from sae_lora.dimensions import Place
@@ -58,6 +57,7 @@ from sae_lora.distill import turns
 from sae_lora.head import room_bytes
 from sae_lora.identity import ADAPTING, TRAINING_SAES, train_steps
 from sae_lora.lora import target_modules
+from sae_lora.lora_request import adapted_blocks
 from sae_lora.models import LanguageModel, load_shapes
 from sae_lora.saes.sparse import is_wide
 

@@ -11,7 +11,8 @@ from transformers import logging as transformers_logging
 
 from sae_lora import lora, models
 from sae_lora.card import card
-from sae_lora.config import Config, DType, ModelConfig, as_list
+from sae_lora.choices import DType
+from sae_lora.config import Config, ModelConfig, as_list
 from sae_lora.conversion import as_dict, load
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, check_writable, new_folder, write_atomically

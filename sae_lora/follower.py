@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_lora import models
 from sae_lora.assembly import SAEs, assemble, device_of, quieten
-from sae_lora.config import Device
+from sae_lora.choices import Device
 from sae_lora.dimensions import read_dimensions
 from sae_lora.identity import train_steps
 from sae_lora.interruption import SIGNALS

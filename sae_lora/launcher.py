@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from sae_lora import slurm
-from sae_lora.config import Config, LauncherConfig, LauncherKind
+from sae_lora.choices import LauncherKind
+from sae_lora.config import Config, LauncherConfig
 from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.errors import ConfigError
 from sae_lora.files import check_writable

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import attention, hub
-from sae_lora.config import Attention, DType, Hook, ModelConfig
+from sae_lora.choices import Attention, DType, Hook
+from sae_lora.config import ModelConfig
 from sae_lora.dimensions import PLACES, Place, resid_post, source
 from sae_lora.errors import ConfigError, UserError, nearest_name
 

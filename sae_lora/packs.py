@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import psutil
 
-from sae_lora.config import LauncherConfig, LauncherKind
+from sae_lora.choices import LauncherKind
+from sae_lora.config import LauncherConfig
 from sae_lora.identity import pack_key
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run

@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sae_lora.checks import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.choices import Method, TextSource
 from sae_lora.config import Config, as_list
 from sae_lora.conversion import as_dict, load
@@ -20,6 +19,7 @@ from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.identity import ADAPTING, identity, readable_name
+from sae_lora.lora_request import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.results import begun
 from sae_lora.saes.registry import Resolution, resolve

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sae_lora.checks import canonical_alpha, canonical_blocks
 from sae_lora.choices import Method, SAEFamily
 from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig
 from sae_lora.conversion import load
@@ -11,6 +10,7 @@ from sae_lora.dimensions import Dimensions, Place
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.files import sha256
 from sae_lora.identity import ADAPTING, TRAINING_SAES
+from sae_lora.lora_request import canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.saes.disk import read_folder
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lora.config import Config, Hook
+from sae_lora.choices import Hook
+from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 from sae_lora.identity import identity, readable_name
 from sae_lora.records import CurvePoint, RunFolder

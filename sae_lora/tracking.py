@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from sae_lora import wandb_run
-from sae_lora.config import Config, TrackingConfig, TrackingMode
+from sae_lora.choices import TrackingMode
+from sae_lora.config import Config, TrackingConfig
 from sae_lora.records import RunFolder, Summary
 from sae_lora.redaction import redacted
 from sae_lora.shown import Shown

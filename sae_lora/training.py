@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sae_lora.checkpoint import State
-from sae_lora.config import Reduction, Schedule, TrainConfig
+from sae_lora.choices import Reduction, Schedule
+from sae_lora.config import TrainConfig
 from sae_lora.errors import UserError
 from sae_lora.learning import Learner
 from sae_lora.metrics import Evaluation

@@ -16,6 +16,7 @@ ORDER = [
         "config",
         "conversion",
         "identity",
+        "lora_request",
         "checks",
         "files",
         "records",

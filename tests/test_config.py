@@ -8,11 +8,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lora import composition
-from sae_lora.checks import check, latents, target_matrices
+from sae_lora.checks import check, latents
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict, keys, load, typed
 from sae_lora.errors import ConfigError, UnknownKeyError
 from sae_lora.identity import identity, readable_name
+from sae_lora.lora_request import target_matrices
 from tests.composing import CONF, composed
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -29,13 +30,13 @@ NEEDS = {
 
 def test_the_groups_are_the_interface() -> None:
     wanted = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "tracking"}
-    assert set(GROUPS) == wanted | {"experiment"}
+    assert set(GROUPS) == wanted | {"experiment", "arm"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent != Path()], ids=str)
 def test_every_file_composes(file: Path) -> None:
     choice = file.with_suffix("").as_posix()
-    group, name = choice.split("/")
+    group, _, name = choice.partition("/")
     config = composed(f"{group}={name}", *NEEDS.get(choice, []))
     assert isinstance(config, Config)
 
@@ -46,7 +47,8 @@ def test_every_file_begins_with_the_command_that_uses_it(file: Path) -> None:
     first = lines[1] if lines[0] == "# @package _global_" else lines[0]
     assert first.startswith("# python launch.py")
     if file.parent != Path():
-        assert f"{file.parent.name}={file.stem}" in first or f"{file.parent.name}.index" in first
+        group, _, name = file.with_suffix("").as_posix().partition("/")
+        assert f"{group}={name}" in first or f"{group}.index" in first
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from sae_lora import lora
-from sae_lora.config import LoRAConfig, Reduction, Schedule, TrainConfig
+from sae_lora.choices import Reduction, Schedule
+from sae_lora.config import LoRAConfig, TrainConfig
 from sae_lora.dimensions import resid_post
 from sae_lora.errors import UserError
 from sae_lora.metrics import Reconstruction

@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sae_lora.config import Hook, LoRAConfig
+from sae_lora.choices import Hook
+from sae_lora.config import LoRAConfig
 from sae_lora.dimensions import Place
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.models import LanguageModel

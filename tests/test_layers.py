@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.config import Config, Hook, LayerConfig
+from sae_lora.choices import Hook
+from sae_lora.config import Config, LayerConfig
 from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES
 from sae_lora.errors import ConfigError, NoSuchCellError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sae_lora.config import Attention, DType, ModelConfig
+from sae_lora.choices import Attention, DType
+from sae_lora.config import ModelConfig
 from sae_lora.dimensions import read_dimensions
 from sae_lora.errors import ConfigError
 from sae_lora.models import load_model

@@ -10,7 +10,8 @@ import torch
 from sae_lora import distill
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.checkpoint import State
-from sae_lora.config import LoRAConfig, Reduction, Schedule
+from sae_lora.choices import Reduction, Schedule
+from sae_lora.config import LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.errors import UserError
 from sae_lora.interruption import Interrupted

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.config import LauncherKind
+from sae_lora.choices import LauncherKind
 from sae_lora.estimate import estimate, first_own_block
 from sae_lora.identity import pack_key
 from sae_lora.packs import packed

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import hub
-from sae_lora.config import DataConfig, TextSource, as_list
+from sae_lora.choices import TextSource
+from sae_lora.config import DataConfig, as_list
 from sae_lora.data.documents import (
     Document,
     file_documents,

@@ -13,7 +13,8 @@ import torch
 from transformers import set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora.config import DType, ModelConfig
+from sae_lora.choices import DType
+from sae_lora.config import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.embedded import language_model

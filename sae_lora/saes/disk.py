@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_lora.config import Hook, SAEChoice
+from sae_lora.choices import Hook
+from sae_lora.config import SAEChoice
 from sae_lora.dimensions import PLACES, Dimensions, Place, canonical_hook
 from sae_lora.errors import ConfigError, UserError, nearest_name
 from sae_lora.files import sha256

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sae_lora.checks import latents
-from sae_lora.config import Hook
+from sae_lora.choices import Hook
 from sae_lora.dimensions import Place, canonical_hook
 from sae_lora.errors import ConfigError, nearest_name
 
