@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sae_lora.identity import step_tokens
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
-from sae_lora.reconstruct import SAEPack
+from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.saes import loading
 from sae_lora.saes.buffer import ActivationBuffer
 from sae_lora.saes.loading import LoadedSAE
@@ -47,10 +48,11 @@ class SAEs:
         return [self._one(config, choice) for choice in config.used]
 
     def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
-        key = repr((config.family, config.dtype, config.sparse, choice))
+        first = replace(choice, block=min([choice.block, *choice.group]))  # one SAE for a whole group
+        key = repr((config.family, config.dtype, config.sparse, first))
         if key not in self._loaded:
-            self._loaded[key] = loading.load(config, choice, self._model, self._device)
-        return self._loaded[key]
+            self._loaded[key] = loading.load(config, first, self._model, self._device)
+        return self._loaded[key].at(choice)
 
 
 def quieten() -> None:
@@ -128,11 +130,11 @@ def _reconstructing(
 ) -> SAEPack:
     """The pack of SAEs that learn to reconstruct."""
     trainings = list(trainings)
-    splices = [splice for training in trainings for splice in training.student.splices]
+    students = [training.student for training in trainings]
     buffer = ActivationBuffer(
         model,
-        {splice.hookpoint: [splice.hookpoint] for splice in splices},
-        special_ids if splices[0].keeps else None,
+        {name: one.hookpoints for student in students for name, one in sources_of(student).items()},
+        special_ids if students[0].splices[0].keeps else None,
         config.data.seed,
         max(1, config.method.buffer_tokens // step_tokens(config)),
     )

@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     _check_secrets(config)  # first: other refusals show the value
     _check_ranges(config)
     _check_names(config)
-    _check_layer(config.layer)
+    _check_layer(config.layer, config.method.kind)
     _check_sae_request(config.sae)
     _check_method(config.method, config.sae, config.lora)
     _check_data_request(config.data)
@@ -172,8 +172,9 @@ def _check_indices(key: str, value: Any, *, optional: bool) -> None:
         raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
 
 
-def _check_layer(layer: LayerConfig) -> None:
+def _check_layer(layer: LayerConfig, method: Method) -> None:
     _check_indices("layer.index", layer.index, optional=True)
+    _check_groups(layer, method)
     if layer.every is None:
         if layer.first is not None:
             raise ConfigError("layer.first", layer.first, "null without layer.every", nearest="null")
@@ -190,6 +191,34 @@ def _check_layer(layer: LayerConfig) -> None:
         raise ConfigError("layer.every", layer.every, "a whole number above 0", nearest=1)
     if layer.first is not None and layer.first < 0:
         raise ConfigError("layer.first", layer.first, "a block's index, or null", nearest=0)
+
+
+def _check_groups(layer: LayerConfig, method: Method) -> None:
+    """Whether blocks are asked for by groups, and in one way."""
+    asked = {"layer.amad_max": layer.amad_max, "layer.n_groups": layer.n_groups}
+    given = [key for key, value in asked.items() if value is not None]
+    if layer.evenly and layer.n_groups is None:
+        raise ConfigError("layer.evenly", True, "false without layer.n_groups", nearest="false")
+    if not given:
+        return
+    if len(given) > 1:
+        raise ConfigError(given[0], layer.amad_max, "null with layer.n_groups", nearest="null")
+    if layer.amad_max is not None and not 0 < layer.amad_max <= 1:
+        raise ConfigError("layer.amad_max", layer.amad_max, "a distance above 0 and up to 1", 0.2)
+    if layer.n_groups is not None and layer.n_groups < 1:
+        raise ConfigError("layer.n_groups", layer.n_groups, "a whole number above 0", nearest=1)
+    if method is not Method.sae:
+        raise ConfigError(
+            given[0],
+            asked[given[0]],
+            "null, but with method=sae, which trains an SAE for each group; init=<that run> uses them",
+            nearest="null",
+        )
+    for name in ("index", "every", "hook"):
+        value = getattr(layer, name)
+        if value is not None:
+            shown = getattr(value, "name", value)
+            raise ConfigError(f"layer.{name}", shown, f"null with {given[0]}", nearest="null")
 
 
 def _check_blocks(value: object) -> None:

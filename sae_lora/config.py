@@ -87,6 +87,8 @@ class SAEChoice:
     """Mean active latents per token that the SAE's makers state."""
     adapter: Adapters | None = None
     """A trained map on what it puts back."""
+    group: list[int] = field(default_factory=list)
+    """The blocks that share it, where it is one SAE for several."""
 
 
 @dataclass
@@ -140,6 +142,13 @@ class LayerConfig:
     """An SAE at every n-th block, all at once, as far as there are such SAEs; instead of `index`."""
     first: int | None = None
     """The first block of `every`; null: the first that has such an SAE."""
+    amad_max: float | None = None
+    """method=sae: one SAE for each group of blocks that lie close, in as few groups as keep the mean of
+    their widest angular distances below this (arXiv 2410.21508). Every block but the last has one."""
+    n_groups: int | None = None
+    """The same in so many groups."""
+    evenly: bool = False
+    """With `n_groups`: groups of neighbouring blocks of equal size, whatever their distances."""
 
 
 @dataclass

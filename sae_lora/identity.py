@@ -58,6 +58,8 @@ def identity(config: Config) -> str:
         _leave_out_path(choice, "adapter")
         if choice["hook"] == Hook.resid_post.name:  # as it was before there were others
             del choice["hook"]
+        if not choice["group"]:
+            del choice["group"]
     if config.sae.family is not SAEFamily.new:
         del values["sae"]["architecture"]
     if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
@@ -169,8 +171,12 @@ _MOST_BLOCKS = 8
 
 
 def _places_in_words(used: Sequence[SAEChoice]) -> str:
-    """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, or `0to30by2` for many at equal steps."""
+    """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, `0to30by2` for many at equal steps, or `0to6in3` for
+    three of which each serves a group of blocks.
+    """
     blocks, hooks = [one.block for one in used], {one.hook for one in used}
+    if used[0].group:
+        return f"{blocks[0]}to{blocks[-1]}in{len({tuple(one.group) for one in used})}"
     if len(hooks) > 1 and len(used) > _MOST_BLOCKS:
         return f"{blocks[0]}to{blocks[-1]}mixed"
     if len(hooks) > 1:

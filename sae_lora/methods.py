@@ -16,7 +16,7 @@ from sae_lora.identity import dead_after_steps, step_tokens
 from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
-from sae_lora.reconstruct import Reconstruction
+from sae_lora.reconstruct import Reconstruction, sources_of
 from sae_lora.saes.descent import SAEDescent
 from sae_lora.saes.learner import SAELearner
 from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens, untrained
@@ -109,17 +109,18 @@ def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> 
 def _through_the_model(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
     student, made = _training_saes(config, model, splices)
     mse = config.method.kind is Method.sae_finetune and config.method.mse
-    return SAEDescent(student, config.train, made, mse=mse), _kept(made)
+    return SAEDescent(student, config.train, mse=mse), _kept(made)
 
 
 def _reconstructing(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[Learner, Kept]:
     student, made = _training_saes(config, model, splices)
+    sources = sources_of(student)
     warm_up = round(config.train.warmup_share * steps)
     falls = config.train.schedule is Schedule.linear
     learners = {}
-    for name, sae in made.items():
+    for name, (sae, _) in sources.items():
         learners[name] = SAELearner(
             sae.sae,
             steps=steps,
@@ -132,19 +133,24 @@ def _reconstructing(
             device=model.device,
         )
         learners[name].begin(float(sae.scale))
-    return Reconstruction(student, learners, made), _kept(made)
+    return Reconstruction(student, learners), _kept(made)
 
 
 def _training_saes(
     config: Config, model: LanguageModel, splices: Splices
 ) -> tuple[Student, dict[str, TrainedSAE]]:
-    """A student of which SAEs are trained, and these by hookpoint."""
-    made = {splice.hookpoint: _in_training(config, splice.sae) for splice in splices}
-    own = tuple(splice._replace(sae=made[splice.hookpoint]) for splice in splices)
+    """A student of which SAEs are trained, and these by hookpoint; of several for one, by the first."""
+    made: dict[str, TrainedSAE] = {}
+    by_given: dict[int, TrainedSAE] = {}
+    for splice in splices:
+        if id(splice.sae) not in by_given:
+            by_given[id(splice.sae)] = made[splice.hookpoint] = _in_training(config, splice.sae)
+    own = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
     is_new = config.sae.family is SAEFamily.new
     before = splices
     if is_new:
-        before = tuple(splice._replace(sae=made[splice.hookpoint].frozen) for splice in splices)
+        frozen = {given: sae.frozen for given, sae in by_given.items()}
+        before = tuple(splice._replace(sae=frozen[id(splice.sae)]) for splice in splices)
     return _around(model, own, before, made, is_new=is_new), made
 
 
@@ -214,10 +220,14 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
         spliced(model, controls, kept, lambda reading: read.update({reading.hookpoint: reading.resid})),
     ):
         model.hidden(tokens)
-    found = []
+    found: list[LoadedSAE] = []
+    shared: dict[int, TrainedSAE] = {}
     for choice in config.sae.used:
         one = untrained(config.sae, choice, model.config.hidden_size, model.device, about)
-        sae = TrainedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
-        sae.fit_scale(read[one.hookpoint])
-        found.append(replace(one, sae=sae))
+        group = choice.group or [choice.block]
+        if group[0] not in shared:
+            sae = TrainedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
+            sae.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
+            shared[group[0]] = sae
+        found.append(replace(one, sae=shared[group[0]]))
     return found

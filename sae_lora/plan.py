@@ -6,7 +6,7 @@ written.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from sae_lora.conversion import as_dict, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
+from sae_lora.files import as_json, write_atomically
 from sae_lora.identity import ADAPTING, identity, readable_name
+from sae_lora.layer_groups import LayerGroups, are_wanted, measured
 from sae_lora.lora_request import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.results import begun
@@ -31,6 +33,8 @@ class Run:
 
     config: Config
     folder: RunFolder
+    groups: LayerGroups | None = None
+    """Where its SAEs are one for several blocks each: which, and how they were found."""
 
     @property
     def name(self) -> str:
@@ -46,6 +50,8 @@ class Run:
             UserError: Where the folder cannot be written.
         """
         self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
+        if self.groups is not None:
+            write_atomically(self.folder.groups, as_json(asdict(self.groups)))
         self.folder.clear_failure()
 
 
@@ -126,7 +132,12 @@ class _Planner:
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
-            resolution = Resolution(point.sae.used, []) if point.sae.used else resolve(point, dimensions)
+            groups = measured(point, dimensions) if are_wanted(point) else None
+            resolution = (
+                Resolution(point.sae.used, [])
+                if point.sae.used
+                else resolve(point, dimensions, groups and groups.groups)
+            )
         except NoSuchCellError as error:
             if self._strict:
                 raise
@@ -148,7 +159,7 @@ class _Planner:
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
         self._named[path] += 1
         folder = RunFolder(path)
-        self.runs.setdefault(path, Run(_as_begun(config, folder), folder))
+        self.runs.setdefault(path, Run(_as_begun(config, folder), folder, groups))
 
     def run_before(self, point: Config) -> Run:
         """The run of this plan that a point's `init` names by its method.

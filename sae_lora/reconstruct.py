@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,24 +17,39 @@ from sae_lora.student import Student
 from sae_lora.training import Training
 
 
+class Source(NamedTuple):
+    """Where an SAE in training takes its activations from.
+
+    Args:
+        sae: The SAE.
+        hookpoints: Of several, each token takes one at random.
+    """
+
+    sae: TrainedSAE
+    hookpoints: list[str]
+
+
+def sources_of(student: Student) -> dict[str, Source]:
+    """Where each SAE of a student takes its activations from, by a name that says it."""
+    by_sae: dict[int, Source] = {}
+    for splice in student.splices:
+        assert isinstance(splice.sae, TrainedSAE)
+        by_sae.setdefault(id(splice.sae), Source(splice.sae, [])).hookpoints.append(splice.hookpoint)
+    return {"+".join(source.hookpoints): source for source in by_sae.values()}
+
+
 class Reconstruction:
     """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
 
     Args:
         student: The model with the SAEs in place.
-        learners: By the name under which activations are served.
-        saes: What each of them trains, by the same names.
+        learners: By the names of `sources_of`.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        learners: Mapping[str, SAELearner],
-        saes: Mapping[str, TrainedSAE],
-    ) -> None:
+    def __init__(self, student: Student, learners: Mapping[str, SAELearner]) -> None:
         self.student = student
         self._learners = learners
-        self._saes = saes
+        self._saes = {name: source.sae for name, source in sources_of(student).items()}
         self._given: Mapping[str, Tensor] = {}
         self._tokens = 0
         self._device = student.model.device

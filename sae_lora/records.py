@@ -8,6 +8,7 @@ outputs/<sweep>/<name>-<hash>/
     adapter/        the trained adapters in peft's format (method=lora, mezo)
     sae/            the trained SAEs in sae-lens's format, by hookpoint (method=sae, e2e, sae_finetune);
                     sae_at/<share>/ as they were after a share of the tokens (method.checkpoints)
+    groups.json     with layer=groups: the blocks that share an SAE, and how they were found
     output_adapter/ trained maps on what SAEs put back, by hookpoint (method=linear_adapter, mlp_adapter)
     checkpoints/    while it is under way: what it goes on from
     progress.json   while it is under way: where it stands; a view, replaced every second
@@ -209,6 +210,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.sae = path / "sae"
         self.sae_at = path / "sae_at"
+        self.groups = path / "groups.json"
         self.output_adapter = path / "output_adapter"
         self.checkpoints = path / "checkpoints"
         self.progress = path / "progress.json"

@@ -137,8 +137,10 @@ def _with_map(choice: SAEChoice, folder: RunFolder) -> SAEChoice:
 
 
 def _trained(choice: SAEChoice, made: Path, model: Dimensions) -> SAEChoice:
-    path = made / str(Place.of(choice))
-    return replace(read_folder(str(path), choice.block, choice.hook, model), l0=choice.l0)
+    path = made / str(Place(min([*choice.group, choice.block]), choice.hook))
+    return replace(
+        read_folder(str(path), choice.block, choice.hook, model), l0=choice.l0, group=choice.group
+    )
 
 
 def _weights(folder: Path) -> Adapters:

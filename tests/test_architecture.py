@@ -71,6 +71,7 @@ ORDER = [
         "follower",
         "run",
         "slurm",
+        "layer_groups",
         "plan",
         "prefetch",
         "places",

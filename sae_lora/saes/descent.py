@@ -1,6 +1,6 @@
 """The gradient step of methods that train SAEs through the model: KL, beside sae-lens's own losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,44 +27,48 @@ class SAEDescent(Descent):
     Args:
         student: What is trained.
         config: The optimisation.
-        saes: The SAEs in training, by hookpoint.
         mse: Whether MSE is part of the loss.
     """
 
-    def __init__(
-        self, student: Student, config: TrainConfig, saes: Mapping[str, TrainedSAE], *, mse: bool
-    ) -> None:
+    def __init__(self, student: Student, config: TrainConfig, *, mse: bool) -> None:
         super().__init__(student, config)
-        self._saes = saes
+        self._by_hookpoint = {splice.hookpoint: splice.sae for splice in student.splices}
         self._with_mse = mse
         self._loss: Tensor | None = None
         self._mse, self._tokens = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self._active = {name: torch.zeros_like(sae.since_active) for name, sae in saes.items()}
+        self._active = {id(sae): torch.zeros_like(sae.since_active) for sae in self._trained()}
         self._others = [torch.zeros_like(weight) for weight in student.weights.values()]
         """Of each weight, the gradient of all but the KL, summed over tokens."""
+
+    def _trained(self) -> Iterator[TrainedSAE]:
+        """The SAEs in training, each once."""
+        for sae in self.student.modules.values():
+            assert isinstance(sae, TrainedSAE)
+            yield sae
 
     @property
     def sums(self) -> list[Tensor]:
         return [*super().sums, self._mse, self._tokens, *self._active.values(), *self._others]
 
     def hidden(self, trunk: Trunk) -> list[Tensor]:
-        read: dict[str, int] = {}
+        losses: list[Tensor] = []
+        tokens = 0
 
         def observe(reading: Reading) -> None:
-            read[reading.hookpoint] = len(reading.latents)
-            self._active[reading.hookpoint] += (reading.latents != 0).sum(0)
+            nonlocal tokens
+            sae = self._by_hookpoint[reading.hookpoint]
+            assert isinstance(sae, TrainedSAE) and sae.made is not None
+            made, number = sae.made, len(reading.latents)
+            losses.append(number * (made.aux + (0.5 * made.mse if self._with_mse else 0)))
+            self._mse += number * made.mse.detach()
+            self._active[id(sae)] += (reading.latents != 0).sum(0)
+            tokens += number
+            sae.made = None
 
         with self._randomness.own():
             states = self.student.hidden(trunk, observe)
-        loss = torch.zeros((), device=self._device)
-        for hookpoint, tokens in read.items():
-            made = self._saes[hookpoint].made
-            assert made is not None
-            loss = loss + tokens * (made.aux + (0.5 * made.mse if self._with_mse else 0))
-            self._mse += tokens * made.mse.detach()
-            self._saes[hookpoint].made = None
-        self._tokens += sum(read.values()) / len(read)
-        self._loss = loss
+        self._tokens += tokens / len(losses)
+        self._loss = torch.stack(losses).sum()
         return [states]
 
     def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
@@ -86,8 +90,8 @@ class SAEDescent(Descent):
         for gradient, other in zip(self._gradients(), self._others, strict=True):
             gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
         norm = super().learn(lr, weight)
-        for hookpoint, sae in self._saes.items():
-            sae.moved(self._active[hookpoint] > 0)
+        for sae in self._trained():
+            sae.moved(self._active[id(sae)] > 0)
         return norm
 
     def forget_step(self) -> None:
@@ -98,14 +102,13 @@ class SAEDescent(Descent):
     def state(self) -> State:
         tensors, values = super().state()
         buffers = {f"buffer/{name}": buffer for name, buffer in self.student.buffers.items()}
-        return State(
-            tensors | buffers, values | {"steps": {n: sae.step for n, sae in self._saes.items()}}
-        )
+        steps = [sae.step for sae in self._trained()]
+        return State(tensors | buffers, values | {"steps": steps})
 
     def restore(self, state: State) -> None:
         super().restore(state)
         for name, buffer in self.student.buffers.items():
             buffer.copy_(state.tensors[f"buffer/{name}"])
-        for name, sae in self._saes.items():
-            sae.step = state.values["steps"][name]
+        for sae, steps in zip(self._trained(), state.values["steps"], strict=True):
+            sae.step = steps
             sae.has_moved()

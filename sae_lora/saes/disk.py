@@ -39,7 +39,7 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"sae.path = {path!r} cannot be used: {file} is no JSON ({error})") from error
-    place = settled(trained_at(values), index, hook, path)
+    place = settled(trained_at(values, index), index, hook, path)
     check_width(values.get("d_in"), model, field="sae.path", name=path)
     if place is None:
         raise ConfigError("layer.index", None, f"a block's index: {file} names no hook point")
@@ -71,11 +71,12 @@ def _siblings(folder: Path) -> list[Path]:
     return list(folder.parent.iterdir()) if folder.parent.is_dir() else []
 
 
-def trained_at(values: dict[str, Any]) -> Place | None:
+def trained_at(values: dict[str, Any], block: int | None = None) -> Place | None:
     """The place that an SAE's own config says it was trained at; `None` where it does not say.
 
     Args:
         values: The config of sae-lens's format, of version 6 or before.
+        block: Where it is wanted: one SAE may have been trained at several blocks.
 
     Raises:
         ConfigError: For an SAE of a place that is not known here, and for a transcoder.
@@ -86,7 +87,10 @@ def trained_at(values: dict[str, Any]) -> Place | None:
         raise ConfigError(
             "sae", writes or hook, "an SAE", because=f"it is a transcoder, and reads {hook}"
         )
-    return None if hook is None else known_place(hook)
+    place = None if hook is None else known_place(hook)
+    if place is not None and block is not None and block in said.get("group_blocks", ()):
+        return Place(block, place.hook)
+    return place
 
 
 def known_place(hookpoint: str) -> Place:

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class LoadedSAE:
     """What identifies it, for the record."""
     excludes_special_tokens: bool
     """Whether its own config says that it was not trained on positions holding BOS or EOS."""
+
+    def at(self, choice: SAEChoice) -> "LoadedSAE":
+        """The same SAE at another block of those that share it."""
+        hookpoint = str(Place.of(choice))
+        described = self.description | {"block": choice.block, "hookpoint": hookpoint}
+        return replace(self, hookpoint=hookpoint, description=described)
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
@@ -109,6 +115,7 @@ def _description(
         "id": choice.id,
         "commit": _commit(choice),
         "path": choice.path,
+        "group": choice.group,
         "adapter": choice.adapter and choice.adapter.path,
         "architecture": architecture,
         "width": width,
@@ -138,7 +145,8 @@ def untrained(
         config.sparsity_coefficient,
     )
     keeps = keeps_special_tokens(config, [])
-    sae = new.new(request, device, metadata | {"exclude_special_tokens": keeps})
+    shared = {"group_blocks": choice.group} if choice.group else {}
+    sae = new.new(request, device, metadata | {"exclude_special_tokens": keeps} | shared)
     return LoadedSAE(
         hookpoint=str(Place.of(choice)),
         sae=sae,
@@ -163,7 +171,7 @@ def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
 
 
 def _check_place(loaded: "_Loaded", choice: SAEChoice) -> None:
-    settled(trained_at(loaded.values), choice.block, choice.hook, _name(choice))
+    settled(trained_at(loaded.values, choice.block), choice.block, choice.hook, _name(choice))
 
 
 def _name(choice: SAEChoice) -> str:

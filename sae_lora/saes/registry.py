@@ -29,8 +29,13 @@ class Resolution(NamedTuple):
     notes: list[str]
 
 
-def resolve(config: Config, model: Dimensions) -> Resolution:
+def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | None = None) -> Resolution:
     """The SAEs that the config asks for, the nearest that exist.
+
+    Args:
+        config: Of the run.
+        model: What they are for.
+        groups: The blocks that share one, where new ones are asked for by groups.
 
     Raises:
         NoSuchCellError: Where no SAE was made for that block and width, or with `launcher.strict` none
@@ -46,7 +51,7 @@ def resolve(config: Config, model: Dimensions) -> Resolution:
         case SAEFamily.identity:
             resolution = Resolution(_anywhere(config, model), [])
         case SAEFamily.new:
-            resolution = _new(config, model)
+            resolution = _new(config, model, groups)
         case SAEFamily.disk:
             resolution = Resolution(_on_disk(config, model), [])
         case SAEFamily.registry if sae.id is not None:
@@ -128,7 +133,7 @@ def _anywhere(config: Config, model: Dimensions) -> list[SAEChoice]:
     return [SAEChoice(block=place.block, hook=place.hook) for place in places]
 
 
-def _new(config: Config, model: Dimensions) -> Resolution:
+def _new(config: Config, model: Dimensions, groups: Sequence[list[int]] | None) -> Resolution:
     """SAEs that the run makes itself."""
     sae = config.sae
     assert sae.width is not None
@@ -138,7 +143,12 @@ def _new(config: Config, model: Dimensions) -> Resolution:
         notes.append(f"sae.l0={l0:g} is not used: sae.sparsity_coefficient is what a {name} SAE has")
         l0 = None
     width = latents(sae.width)
-    return Resolution([replace(one, width=width, l0=l0) for one in _anywhere(config, model)], notes)
+    if groups is None:
+        places = _anywhere(config, model)
+    else:
+        places = [SAEChoice(block=block, group=group) for group in groups for block in group]
+    choices = [replace(one, width=width, l0=l0) for one in places]
+    return Resolution(sorted(choices, key=lambda one: one.block), notes)
 
 
 class _Candidate(NamedTuple):

@@ -1,0 +1,108 @@
+"""Which blocks share an SAE: measured on text once for a model, and kept. Imports torch only then."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lora.config import Config
+from sae_lora.dimensions import Dimensions
+from sae_lora.errors import ConfigError
+from sae_lora.files import as_json, write_atomically
+from sae_lora.terminal import Display
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Groups of blocks that share an SAE, and how they were found."""
+
+    groups: list[list[int]]
+    """Blocks of each, all but the model's last."""
+    amad: float
+    """Mean over groups of the widest angular distance in each."""
+    amad_by_count: list[float]
+    """The same for the best groups of each number, from one on."""
+    distances: list[list[float]]
+    """Angular distance between residual streams after two blocks, a share of a half turn."""
+    evenly: bool
+    """Whether they are neighbours in equal numbers, rather than blocks that lie close."""
+    sae_flops_saved: float
+    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block."""
+
+
+def are_wanted(config: Config) -> bool:
+    """Whether SAEs are asked for by groups of blocks."""
+    return config.layer.amad_max is not None or config.layer.n_groups is not None
+
+
+def measured(config: Config, model: Dimensions) -> LayerGroups:
+    """The groups that `layer` asks for. The model is loaded where its distances are not known yet.
+
+    Raises:
+        ConfigError: For more groups than there are blocks without the last.
+        UserError: Where the model or the text cannot be had.
+    """
+    layer, most = config.layer, model.n_blocks - 1
+    if layer.n_groups is not None and layer.n_groups > most:
+        allowed = f"groups from 1 to {most}, the blocks of {config.model.name} without the last"
+        raise ConfigError("layer.n_groups", layer.n_groups, allowed, nearest=most)
+    import torch
+
+    from sae_lora import grouping  # brings torch in
+
+    distances = torch.tensor(_distances(config), dtype=torch.float64)
+    found = grouping.group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
+    groups, amad = found.groups, found.amad
+    if layer.evenly:
+        groups = grouping.evenly_spaced(most, len(groups))
+        amad = grouping.amad(distances, groups)
+    return LayerGroups(
+        groups=groups,
+        amad=amad,
+        amad_by_count=list(found.amad_by_count),
+        distances=distances.tolist(),
+        evenly=layer.evenly,
+        sae_flops_saved=grouping.sae_flops_saved(len(groups), most),
+    )
+
+
+def _distances(config: Config) -> Sequence[Sequence[float]]:
+    """Angular distances between blocks on the held-out text, from the cache where they are there."""
+    asked = {
+        "model": [config.model.name, config.model.revision, config.model.commit],
+        "text": [
+            *(config.data.source.name, config.data.name, config.data.subset, config.data.files),
+            *(config.data.context_length, config.data.validation_tokens, config.data.seed),
+            config.data.validation_share,
+        ],
+        "dtype": config.train.dtype.name,
+    }
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.data.cache_dir).expanduser() / "distances"
+    file = folder / f"{key}.json"
+    if file.exists():
+        return json.loads(file.read_text())["distances"]
+    found = _measure(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, as_json(asked | {"distances": found}))
+    return found
+
+
+def _measure(config: Config) -> list[list[float]]:
+    from sae_lora import grouping, models  # bring torch in
+    from sae_lora.assembly import device_of
+    from sae_lora.data import corpus
+
+    with Display() as show:
+        show.stage(f"measuring distances between the blocks of {config.model.name}")
+        text = corpus.load(config.data, models.load_tokenizer(config.model), 1)
+        model = models.load_model(config.model, config.train.dtype, device_of(config))
+        at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
+        batches = text.validation_tokens.split(at_once)
+        count, total = show.counter("measuring", "tokens"), text.validation.size
+        found = grouping.angular_distances(
+            model, batches, text.special_ids, lambda tokens: count(tokens, total)
+        )
+        show.end()
+    return found.tolist()
