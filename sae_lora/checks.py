@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     _check_secrets(config)  # first: other refusals show the value
     _check_ranges(config)
     _check_names(config)
-    _check_layer(config.layer, config.method.kind)
+    _check_layer(config.layer, config.method.kind, begins=config.init is not None)
     _check_sae_request(config.sae)
     _check_method(config.method, config.sae, config.lora)
     _check_data_request(config.data)
@@ -172,9 +172,9 @@ def _check_indices(key: str, value: Any, *, optional: bool) -> None:
         raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
 
 
-def _check_layer(layer: LayerConfig, method: Method) -> None:
+def _check_layer(layer: LayerConfig, method: Method, *, begins: bool) -> None:
     _check_indices("layer.index", layer.index, optional=True)
-    _check_groups(layer, method)
+    _check_groups(layer, method, begins=begins)
     if layer.every is None:
         if layer.first is not None:
             raise ConfigError("layer.first", layer.first, "null without layer.every", nearest="null")
@@ -193,7 +193,7 @@ def _check_layer(layer: LayerConfig, method: Method) -> None:
         raise ConfigError("layer.first", layer.first, "a block's index, or null", nearest=0)
 
 
-def _check_groups(layer: LayerConfig, method: Method) -> None:
+def _check_groups(layer: LayerConfig, method: Method, *, begins: bool) -> None:
     """Whether blocks are asked for by groups, and in one way."""
     asked = {"layer.amad_max": layer.amad_max, "layer.n_groups": layer.n_groups}
     given = [key for key, value in asked.items() if value is not None]
@@ -207,7 +207,7 @@ def _check_groups(layer: LayerConfig, method: Method) -> None:
         raise ConfigError("layer.amad_max", layer.amad_max, "a distance above 0 and up to 1", 0.2)
     if layer.n_groups is not None and layer.n_groups < 1:
         raise ConfigError("layer.n_groups", layer.n_groups, "a whole number above 0", nearest=1)
-    if method is not Method.sae:
+    if method is not Method.sae and not begins:
         raise ConfigError(
             given[0],
             asked[given[0]],

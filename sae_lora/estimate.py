@@ -145,7 +145,7 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     head = 2 * sizes.d_model * sizes.d_vocab
     if runs[0].kind is Method.sae:
         last = max(sae.place.block for run in runs for sae in run.saes)
-        of_saes = sum(12 * sizes.d_model * sae.width for run in runs for sae in run.saes)
+        of_saes = sum(12 * sizes.d_model * sae.width for run in runs for sae in _each_once(run.saes))
         return sum(forward[: last + 1]) + of_saes
 
     trunk = {(block, ()) for block in range(len(forward))}
@@ -188,6 +188,13 @@ class _SAE:
     bytes: int
     """Of a number."""
     sparse: bool
+    group: tuple[int, ...]
+    """The blocks that share it; none where it has one to itself."""
+
+
+def _each_once(saes: Sequence[_SAE]) -> list[_SAE]:
+    """Without those that are the same SAE at another block."""
+    return list({sae.group or (sae.place, sae.name): sae for sae in saes}.values())
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,7 @@ class _Run:
                 width=one.width or 0,
                 bytes=size,
                 sparse=is_wide(one.width or 0) if config.sae.sparse is None else config.sae.sparse,
+                group=tuple(one.group),
             )
             for one in config.sae.used
         )
@@ -230,7 +238,8 @@ class _Run:
             weights = sum(config.lora.rank * sum(shape) for shape in adapted)
             weights += sum(outputs for _, outputs in adapted) if config.lora.dora else 0
         else:
-            weights = sum(_own_weights(config, model.config.hidden_size, sae.width) for sae in saes)
+            d_model = model.config.hidden_size
+            weights = sum(_own_weights(config, d_model, sae.width) for sae in _each_once(saes))
         return cls(
             kind=config.method.kind,
             first=first_own_block(config),

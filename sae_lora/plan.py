@@ -112,6 +112,8 @@ class _Planner:
         self._strict = strict
         self._sizes: dict[tuple[str, str | None], Dimensions] = {}
         self._named: Counter[Path] = Counter()
+        self._meant: list[tuple[Config, Path]] = []
+        """Points, and the runs that they mean."""
 
     @property
     def all_notes(self) -> list[str]:
@@ -128,11 +130,12 @@ class _Planner:
 
     def add(self, point: Config) -> None:
         """Adds the run that a point means, but for one at which there is no SAE."""
+        asked = point
         dimensions = self._dimensions(point)
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
-            groups = measured(point, dimensions) if are_wanted(point) else None
+            groups = measured(point, dimensions) if are_wanted(point) and not point.init else None
             resolution = (
                 Resolution(point.sae.used, [])
                 if point.sae.used
@@ -158,6 +161,7 @@ class _Planner:
         self.notes += [note for note in resolution.notes if note not in self.notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
         self._named[path] += 1
+        self._meant.append((asked, path))
         folder = RunFolder(path)
         self.runs.setdefault(path, Run(_as_begun(config, folder), folder, groups))
 
@@ -172,18 +176,18 @@ class _Planner:
             model = config.model.name, config.model.revision
             return model, config.layer, config.train.seed, config.data.seed
 
-        found = [
-            run
-            for run in self.runs.values()
-            if run.config.method.kind.name == point.init and place(run.config) == place(point)
-        ]
+        found = {
+            path
+            for asked, path in self._meant
+            if asked.method.kind.name == point.init and place(asked) == place(point)
+        }
         if len(found) != 1:
             there = (
                 f"{len(found) or 'none'} of them have method={point.init}, this model, layer and seed"
             )
             allowed = "a finished run's folder, or the method of just one other run of this command"
             raise ConfigError("init", point.init, allowed, because=there)
-        return found[0]
+        return self.runs[found.pop()]
 
     def _dimensions(self, point: Config) -> Dimensions:
         model = (point.model.name, point.model.revision)
