@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sae_lora import slurm
 from sae_lora.errors import UserError
@@ -42,6 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     time_to_ce.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=time_to_ce")
     time_to_ce.add_argument("--to", type=Path, help="folder for the numbers and the figure")
+    budget = commands.add_parser(
+        "budget", help="methods side by side, after the same tokens and after the same seconds"
+    )
+    budget.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=methods, or one like it")
+    budget.add_argument("--to", type=Path, help="folder for the numbers and the figures")
+    saes = commands.add_parser("saes", help="what each SAE costs, of runs that have several")
+    saes.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
+    groups = commands.add_parser("groups", help="SAEs that serve groups of blocks, side by side")
+    groups.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=groups, or one like it")
+    groups.add_argument("--to", type=Path, help="folder for the numbers and the figures")
     report = commands.add_parser(
         "report", help="a page with all that sweeps have found, and its figures"
     )
@@ -93,6 +105,14 @@ def main(arguments: list[str] | None = None) -> int:
                 compare_sweeps(runs_of(chosen.other), runs_of(chosen.sweep), chosen.to)
             case "time_to_ce":
                 compare_arms(runs_of(chosen.sweep), chosen.to)
+            case "budget":
+                compare_methods(chosen.sweep, chosen.to)
+            case "saes":
+                from sae_lora import per_block  # plotly takes a while
+
+                show(per_block.table(runs_of(chosen.sweep)))
+            case "groups":
+                compare_groups(runs_of(chosen.sweep), chosen.to)
             case "report":
                 write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
             case "export":
@@ -199,14 +219,56 @@ def compare_arms(folders: list[RunFolder], to: Path | None) -> None:
     Raises:
         UserError: Where one of the two is missing.
     """
-    from sae_lora import figures, time_to_ce  # plotly takes a while
+    from sae_lora import time_to_ce  # plotly takes a while
 
     found = time_to_ce.branches(folders)
     show(time_to_ce.table(found))
     if to is not None:
-        to.mkdir(parents=True, exist_ok=True)
-        write_atomically(to / "time_to_ce.json", as_json([dataclasses.asdict(one) for one in found]))
-        figures.write_pictures([(time_to_ce.figure(folders), to / "time_to_ce.svg")])
+        _write_comparison(to, "time_to_ce", found, {"time_to_ce": time_to_ce.figure(folders)})
+
+
+def compare_methods(sweep: Path, to: Path | None) -> None:
+    """Shows what each method comes to, and draws their curves.
+
+    Raises:
+        UserError: Where no run is finished.
+    """
+    from sae_lora import budget, figures  # plotly and pandas take a while
+
+    runs = load_sweep(sweep)
+    found = budget.outcomes(runs.folders)
+    show(budget.table(found))
+    if to is not None:
+        frame, curves = runs.frame(), runs.curves()
+        frame["method"] = [budget.method_of(RunFolder(Path(path))) for path in frame["folder"]]
+        drawn = {
+            f"methods_{over}": figures.gap_curves(frame, curves, over, ["method"])
+            for over in ("tokens", "train_seconds")
+        }
+        _write_comparison(to, "methods", found, drawn)
+
+
+def compare_groups(folders: list[RunFolder], to: Path | None) -> None:
+    """Shows what each way of sharing blocks out comes to, and draws it.
+
+    Raises:
+        UserError: Where no run has SAEs that serve groups.
+    """
+    from sae_lora import group_table  # plotly and scipy take a while
+
+    found = group_table.shared(folders)
+    show(group_table.table(found))
+    if to is not None:
+        _write_comparison(to, "groups", found, group_table.figures(folders))
+
+
+def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:
+    """Writes numbers as JSON and figures as SVG into a folder."""
+    from sae_lora import figures
+
+    to.mkdir(parents=True, exist_ok=True)
+    write_atomically(to / f"{name}.json", as_json([dataclasses.asdict(one) for one in found]))
+    figures.write_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()])
 
 
 def write_report(sweeps: list[Path], to: Path | None, *, pictures: bool) -> None:

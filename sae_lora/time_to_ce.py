@@ -1,9 +1,7 @@
 """How soon LoRA around an SAE reaches what an SAE trained end to end reaches: a table and a figure."""
 
-import bisect
-import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rich.table import Table
 from sae_lora.choices import Method
 from sae_lora.config import Config
 from sae_lora.conversion import load
+from sae_lora.curves import reaching, value_at
 from sae_lora.errors import UserError
 from sae_lora.figures import COLOURS, finished
 from sae_lora.records import CurvePoint, RunFolder
@@ -100,7 +99,7 @@ def _place(arm: _Arm) -> tuple[Any, ...]:
 def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
     lora_ce, e2e_ce = lora.curve[-1].student_ce, e2e.curve[-1].student_ce
     ce = max(lora_ce, e2e_ce)
-    before = {cost: _at_share(sae.curve, lora.config.init_at, cost) for cost in COSTS}
+    before = {cost: _kept_at(sae, lora.config.init_at, cost) for cost in COSTS}
     return Branch(
         at=lora.config.init_at,
         seed=lora.config.train.seed,
@@ -112,45 +111,9 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
     )
 
 
-def _at_share(curve: Sequence[CurvePoint], share: float, cost: str) -> float:
-    """What a training had taken after a share of its tokens, on straight lines between evaluations."""
-    tokens = share * curve[-1].tokens
-    after = min(bisect.bisect_left([point.tokens for point in curve], tokens), len(curve) - 1)
-    first, second = curve[max(0, after - 1)], curve[after]
-    return _between(first, second, lambda point: point.tokens, tokens, cost)
-
-
-def reaching(curve: Sequence[CurvePoint], ce: float, cost: str) -> float:
-    """What a training had taken when its student first got down to a cross-entropy.
-
-    Args:
-        curve: Its points, of which the last is as low.
-        ce: In nats per token.
-        cost: A name of `COSTS`.
-    """
-    if curve[0].student_ce <= ce:
-        return _cost(curve[0], cost)
-    for first, second in itertools.pairwise(curve):
-        if second.student_ce <= ce:
-            return _between(first, second, lambda point: point.student_ce, ce, cost)
-    raise ValueError(f"the curve ends at {curve[-1].student_ce}, above {ce}")
-
-
-def _between(
-    first: CurvePoint,
-    second: CurvePoint,
-    measure: Callable[[CurvePoint], float],
-    value: float,
-    cost: str,
-) -> float:
-    """The cost at a value of a measure, on the straight line between two points."""
-    span = measure(second) - measure(first)
-    share = (value - measure(first)) / span if span else 1.0
-    return _cost(first, cost) + share * (_cost(second, cost) - _cost(first, cost))
-
-
-def _cost(point: CurvePoint, cost: str) -> float:
-    return getattr(point, cost) or 0.0
+def _kept_at(arm: _Arm, share: float, cost: str) -> float:
+    """What an SAE's training had taken after a share of its tokens."""
+    return value_at(arm.curve, "tokens", share * arm.curve[-1].tokens, cost)
 
 
 def table(found: Sequence[Branch]) -> Table:
@@ -198,7 +161,7 @@ def figure(folders: Sequence[RunFolder]) -> go.Figure:
         for arm in _of(arms, Method.e2e):
             _draw(drawn, column, arm.curve, cost, 0, "end to end", COLOURS[5], named=column == 1)
         for number, arm in enumerate(loras):
-            begins = _at_share(_before(arm).curve, arm.config.init_at, cost)
+            begins = _kept_at(_before(arm), arm.config.init_at, cost)
             named = column == 1 and number == 0
             _draw(drawn, column, arm.curve, cost, begins, "LoRA", COLOURS[0], named=named)
         name = {"train_seconds": "seconds of training", "train_flops": "training FLOPs"}[cost]
@@ -222,10 +185,10 @@ def _draw(
     *,
     named: bool,
 ) -> None:
-    points = [point for point in curve if begins + _cost(point, cost) > 0]
     drawn.add_scatter(
-        x=[begins + _cost(point, cost) for point in points],
-        y=[point.student_ce for point in points],
+        # The very first point is at nothing, which a logarithmic axis has no place for.
+        x=[begins + (getattr(point, cost) or 0.0) or None for point in curve],
+        y=[point.student_ce for point in curve],
         mode="lines",
         line={"color": colour, "width": 2},
         name=name,

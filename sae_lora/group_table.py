@@ -1,0 +1,144 @@
+"""SAEs that serve groups of blocks, against other ways of sharing blocks out: a table and figures."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from rich.table import Table
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from sae_lora import grouping_figures, per_block
+from sae_lora.choices import Method
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.records import RunFolder
+
+
+@dataclass(frozen=True)
+class Shared:
+    """SAEs that share the blocks of a model, and LoRA around all of them. CE in nats per token."""
+
+    groups: list[list[int]]
+    evenly: bool
+    """Whether they are neighbours in equal numbers."""
+    amad: float
+    """Mean over groups of the widest angular distance in each."""
+    sae_flops_saved: float
+    """Share of the SAEs' own training FLOPs over one SAE for each block."""
+    fvu_alone: float
+    """Mean over blocks, each SAE alone in the plain model."""
+    ce_alone: float
+    """CE over the plain model's, likewise."""
+    gap: float
+    """CE gap with all of them in place."""
+    gap_with_lora: float | None
+    """The same after LoRA; `None` where there is no such run."""
+
+
+def shared(folders: Sequence[RunFolder]) -> list[Shared]:
+    """What each way of sharing blocks out comes to, by number of groups.
+
+    Args:
+        folders: Runs of method=sae with `layer.n_groups` or `layer.amad_max`, and of LoRA around them.
+
+    Raises:
+        UserError: Where there is none of the first.
+    """
+    finished = [folder for folder in folders if folder.is_finished]
+    configs = {folder.path: load(folder.config.read_text()) for folder in finished}
+    around = {
+        Path(config.init).resolve(): folder
+        for folder in finished
+        for config in [configs[folder.path]]
+        if config.init is not None and config.method.kind is Method.lora
+    }
+    found = []
+    for folder in finished:
+        if not folder.groups.exists():
+            continue
+        how, summary = json.loads(folder.groups.read_text()), folder.read_summary()
+        lora = around.get(folder.path.resolve())
+        found.append(
+            Shared(
+                groups=how["groups"],
+                evenly=how["evenly"],
+                amad=how["amad"],
+                sae_flops_saved=how["sae_flops_saved"],
+                fvu_alone=statistics.mean(sae["alone_fvu"] for sae in summary["sae"]),
+                ce_alone=statistics.mean(_costs(summary)),
+                gap=summary["ce_gap"],
+                gap_with_lora=None if lora is None else lora.read_summary()["ce_gap"],
+            )
+        )
+    if not found:
+        raise UserError("no finished run here has SAEs that serve groups of blocks (layer=groups)")
+    return sorted(found, key=lambda one: (len(one.groups), one.evenly))
+
+
+def _costs(summary: dict[str, Any]) -> list[float]:
+    return [sae["alone_ce"] - summary["base_ce"] for sae in summary["sae"]]
+
+
+def _linkage(distances: Sequence[Sequence[float]]) -> Any:
+    """The tree of the blocks without the last, by complete linkage."""
+    blocks = np.array(distances)[:-1, :-1]
+    return hierarchy.linkage(squareform(blocks), method="complete")
+
+
+def table(found: Sequence[Shared]) -> Table:
+    """A row for each."""
+    made = Table(title="SAEs that share blocks", title_justify="left")
+    for name in (
+        *("groups", "blocks", "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
+        *("gap with all", "with LoRA"),
+    ):
+        made.add_column(name, justify="right")
+    for one in found:
+        how = " (evenly)" if one.evenly else ""
+        made.add_row(
+            f"{len(one.groups)}{how}",
+            " ".join(_in_words(group) for group in one.groups),
+            f"{one.amad:.3f}",
+            f"{one.sae_flops_saved:.0%}",
+            f"{one.fvu_alone:.3f}",
+            f"{one.ce_alone:+.3f}",
+            f"{one.gap:+.3f}",
+            "–" if one.gap_with_lora is None else f"{one.gap_with_lora:+.3f}",
+        )
+    return made
+
+
+def _in_words(group: Sequence[int]) -> str:
+    """`2–4` for neighbours, `2,4` for others."""
+    if len(group) > 1 and list(group) == list(range(group[0], group[-1] + 1)):
+        return f"{group[0]}–{group[-1]}"
+    return ",".join(map(str, group))
+
+
+def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[str, go.Figure]:
+    """Distances, tree, AMAD and the blocks' FVU and CE, by name.
+
+    Args:
+        folders: As for `shared`.
+        n_groups: Groups that are marked; by default the fewest that are there, but more than one.
+    """
+    grouped = [folder for folder in folders if folder.is_finished and folder.groups.exists()]
+    ways = {folder.path: json.loads(folder.groups.read_text()) for folder in grouped}
+    close = [folder for folder in grouped if not ways[folder.path]["evenly"]]
+    counts = sorted({len(ways[folder.path]["groups"]) for folder in close})
+    wanted = n_groups or min([count for count in counts if count > 1], default=counts[0])
+    marked = next(way for way in ways.values() if len(way["groups"]) == wanted and not way["evenly"])
+    by_count = sorted(close, key=lambda folder: len(ways[folder.path]["groups"]))
+    names = [f"{len(ways[folder.path]['groups'])} groups" for folder in by_count]
+    return {
+        "distances": grouping_figures.distance_map(marked["distances"], marked["groups"]),
+        "tree": grouping_figures.tree(_linkage(marked["distances"]), wanted),
+        "amad": grouping_figures.amad_by_groups(marked["amad_by_count"], wanted),
+        "blocks": per_block.figure([folder.read_summary() for folder in by_count], names),
+    }
