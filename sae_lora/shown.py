@@ -9,7 +9,7 @@ from typing import Any
 from sae_lora.choices import Hook
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict
-from sae_lora.identity import identity, readable_name
+from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.redaction import redacted
 
@@ -55,7 +55,7 @@ class Shown:
 
     @property
     def tags(self) -> list[str]:
-        """Model, layer, what of it the SAE replaces where that is not its output, width, L0 and rank."""
+        """Model, layer, what of it the SAE replaces where that is not its output, width, L0, method, rank."""
         values = self.values
         hook = values["layer"]["hook"]
         facts = {
@@ -64,7 +64,8 @@ class Shown:
             "hook": None if hook == Hook.resid_post.name else hook,
             "width": values["sae"]["width"],
             "l0": values["sae"]["l0"],
-            "rank": self.config.lora.rank,
+            "method": self.config.method.kind.name,
+            "rank": self.config.lora.rank if self.config.method.kind in ADAPTING else None,
         }
         return [
             f"{name}:{_joined(value)}"[:_LONGEST_TAG]

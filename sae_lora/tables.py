@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from sae_lora.records import RunFolder
@@ -134,7 +135,8 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     Args:
         folders: Runs; those that are not finished are left out.
     """
-    summaries = [summary for _, summary in finished_summaries(folders)]
+    pairs = finished_summaries(folders)
+    summaries = [summary for _, summary in pairs]
     varying = varying_factors(summaries)
     readers = {name: FACTORS[name] for name in varying} | _NUMBERS
     same = {
@@ -147,12 +149,37 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     table = Table(
         title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
     )
-    if not varying:
+    named = [tuple(FACTORS[name](summary) for name in varying) for summary in summaries]
+    other = _other_differences([folder for folder, _ in pairs]) if len(set(named)) < len(named) else {}
+    if not varying and not other:
         table.add_column("run")
     columns = [name for name in readers if name not in same]
-    for name in columns:
+    for name in (*other, *columns):
         table.add_column(name, justify="right", no_wrap=True)
-    for summary in summaries:
-        first = [] if varying else [summary["name"]]
-        table.add_row(*first, *(readers[name](summary) for name in columns))
+    for number, summary in enumerate(summaries):
+        first = [] if varying or other else [summary["name"]]
+        told_apart = [values[number] for values in other.values()]
+        table.add_row(*first, *told_apart, *(readers[name](summary) for name in columns))
     return table
+
+
+_TOLD_BY_FACTORS = {"model", "sae", "layer", "lora", "launcher", "tracking"}
+"""Groups of the config that say nothing of a result that the factors do not say."""
+
+
+def _other_differences(folders: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """By its key, what else the configs of runs differ in, where factors do not tell them apart."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    flat = []
+    for folder in folders:
+        config = yaml.load(folder.config.read_text(), loader)
+        flat.append(
+            {
+                f"{group}.{name}": str(value)
+                for group, values in config.items()
+                if isinstance(values, dict) and group not in _TOLD_BY_FACTORS
+                for name, value in values.items()
+            }
+        )
+    keys = [key for key in flat[0] if len({values.get(key) for values in flat}) > 1]
+    return {key: [values.get(key, "–") for values in flat] for key in keys if key != "train.seed"}
