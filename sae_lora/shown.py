@@ -55,7 +55,7 @@ class Shown:
 
     @property
     def tags(self) -> list[str]:
-        """Model, layer, what of it the SAE replaces where that is not its output, width, L0, method, rank."""
+        """Model, layer, what of it the SAE replaces if not its output, width, L0, method and rank."""
         values = self.values
         hook = values["layer"]["hook"]
         facts = {

@@ -150,7 +150,7 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
         title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
     )
     named = [tuple(FACTORS[name](summary) for name in varying) for summary in summaries]
-    other = _other_differences([folder for folder, _ in pairs]) if len(set(named)) < len(named) else {}
+    other = _other_differences([folder for folder, _ in pairs], named)
     if not varying and not other:
         table.add_column("run")
     columns = [name for name in readers if name not in same]
@@ -167,19 +167,27 @@ _TOLD_BY_FACTORS = {"model", "sae", "layer", "lora", "launcher", "tracking"}
 """Groups of the config that say nothing of a result that the factors do not say."""
 
 
-def _other_differences(folders: Sequence[RunFolder]) -> dict[str, list[str]]:
-    """By its key, what else the configs of runs differ in, where factors do not tell them apart."""
+def _other_differences(
+    folders: Sequence[RunFolder], named: Sequence[tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """By its key, what else the configs of runs say that the factors `named` do not tell apart."""
+    if len(set(named)) == len(named):
+        return {}
+    values = [_settings(folder) for folder in folders]
+    alike = [
+        [one for one, name in zip(values, named, strict=True) if name == which] for which in set(named)
+    ]
+    there = dict.fromkeys(key for one in values for key in one)
+    keys = [key for key in there if any(len({one.get(key) for one in those}) > 1 for those in alike)]
+    return {key: [one.get(key, "–") for one in values] for key in keys}
+
+
+def _settings(folder: RunFolder) -> dict[str, str]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    flat = []
-    for folder in folders:
-        config = yaml.load(folder.config.read_text(), loader)
-        flat.append(
-            {
-                f"{group}.{name}": str(value)
-                for group, values in config.items()
-                if isinstance(values, dict) and group not in _TOLD_BY_FACTORS
-                for name, value in values.items()
-            }
-        )
-    keys = [key for key in flat[0] if len({values.get(key) for values in flat}) > 1]
-    return {key: [values.get(key, "–") for values in flat] for key in keys if key != "train.seed"}
+    config = yaml.load(folder.config.read_text(), loader)
+    begins = config.get("init") is not None
+    found = {"init_at": str(config["init_at"])} if begins else {}
+    for group, values in config.items():
+        if isinstance(values, dict) and group not in _TOLD_BY_FACTORS:
+            found |= {f"{group}.{name}": str(value) for name, value in values.items()}
+    return found

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sae_lora.conversion import as_dict
+from sae_lora.dimensions import resid_post
 from sae_lora.plan import plan
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder
 from tests.composing import composed
@@ -53,23 +54,44 @@ class MadeUp:
     def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
         """One that has ended well; it closes so much, or what the factors say."""
         folder = self.begun(points, **factors)
-        last = folder.read_curve()[-1]
-        summary = {name: getattr(last, name) for name in _NAMES} | {
-            "name": folder.path.name,
-            "initial_gap": last.spliced_ce - last.base_ce,
-            "initial_kl": 0.8,
-            "best_gap_closed": last.gap_closed,
-            "trainable_parameters": 10_240 * factors.get("rank", 16),
-            "train_tokens": last.tokens,
-            "train_flops": 1e13,
-            "total_seconds": 80.0,
-            "trained_together": 1,
-            "tracked_at": None,
-        }
+        told: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
         if closed is None or not math.isnan(closed):
-            summary["gap_closed"] = closed
-        folder.summary.write_text(json.dumps(summary))
-        return folder
+            told["gap_closed"] = closed
+        return _summed_up(folder, told)
+
+    def told(
+        self, name: str, curve: Sequence[CurvePoint], config: Mapping[str, Any], **summary: Any
+    ) -> RunFolder:
+        """One that has ended well, of which all is told.
+
+        Args:
+            name: Of its folder.
+            curve: Its points; without any, it is not finished.
+            config: By dotted key, where it differs from the embedded default's.
+            summary: What its summary says beyond the last point.
+        """
+        values = copy.deepcopy(self._config)
+        for key, value in config.items():
+            group, _, own = key.rpartition(".")
+            (values[group] if group else values)[own] = value
+        folder = RunFolder(self.home / name)
+        folder.write_config(yaml.safe_dump(values))
+        with CurveWriter(folder.curve) as written:
+            for point in curve:
+                written.append(point)
+        return _summed_up(folder, summary) if curve else folder
+
+    def saes_at(
+        self, *blocks: int, group: Mapping[int, list[int]] | None = None
+    ) -> list[dict[str, Any]]:
+        """What `sae.used` says of SAEs at these blocks.
+
+        Args:
+            blocks: The blocks.
+            group: By block, those that share its SAE.
+        """
+        (one,) = self._config["sae"]["used"]
+        return [one | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
 
     def grid(self, ranks: Sequence[int], blocks: Sequence[int], l0s: Sequence[float] = (4.0,)) -> None:
         """A finished run for every combination."""
@@ -106,3 +128,31 @@ class MadeUp:
                 )
             )
         return found
+
+
+def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
+    """The run with its summary: what its config and its last point say, and what is told."""
+    last, config = folder.read_curve()[-1], yaml.safe_load(folder.config.read_text())
+    kind = config["method"]["kind"]
+    summary = {name: getattr(last, name) for name in _NAMES} | {
+        "name": folder.path.name,
+        "initial_gap": last.spliced_ce - last.base_ce,
+        "initial_kl": 0.8,
+        "best_gap_closed": last.gap_closed,
+        "trainable_parameters": 10_240,
+        "train_tokens": last.tokens,
+        "train_flops": 1e13,
+        "total_seconds": 80.0,
+        "trained_together": 1,
+        "tracked_at": None,
+        "model": {"name": config["model"]["name"]},
+        "sae": [
+            {"block": one["block"], "hookpoint": resid_post(one["block"]), "width": one["width"]}
+            for one in config["sae"]["used"]
+        ],
+        "lora": config["lora"] if kind == "lora" else {},
+        "method": {"kind": kind, "rank": config["method"]["rank"], "init": config["init"]},
+        "seed": config["train"]["seed"],
+    }
+    folder.summary.write_text(json.dumps(summary | dict(told)))
+    return folder

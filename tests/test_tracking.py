@@ -135,7 +135,8 @@ class TestWhatIsShown:
         assert one.values["sae"]["l0"] == 4.0
         assert one.values["layer"]["index"] == 3
         assert one.values["lora"]["rank"] == 2
-        assert one.tags == ["model:tiny", "layer:3", "width:1024", "l0:4", "rank:2"]
+        facts = ["model:tiny", "layer:3", "width:1024", "l0:4", "method:lora", "rank:2"]
+        assert one.tags == facts
         several = shown(run_in(tmp_path, "layer.index=[1,2]"))
         assert several.values["layer"]["index"] == [1, 2]
         assert several.values["sae"]["width"] == 1024
