@@ -5,12 +5,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_lora.config import Config
 from sae_lora.dimensions import Dimensions
 from sae_lora.errors import ConfigError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.terminal import Display
+
+if TYPE_CHECKING:
+    from sae_lora.data.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -69,40 +73,40 @@ def measured(config: Config, model: Dimensions) -> LayerGroups:
 
 def _distances(config: Config) -> Sequence[Sequence[float]]:
     """Angular distances between blocks on the held-out text, from the cache where they are there."""
-    asked = {
-        "model": [config.model.name, config.model.revision, config.model.commit],
-        "text": [
-            *(config.data.source.name, config.data.name, config.data.subset, config.data.files),
-            *(config.data.context_length, config.data.validation_tokens, config.data.seed),
-            config.data.validation_share,
-        ],
-        "dtype": config.train.dtype.name,
-    }
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.data.cache_dir).expanduser() / "distances"
-    file = folder / f"{key}.json"
-    if file.exists():
-        return json.loads(file.read_text())["distances"]
-    found = _measure(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, as_json(asked | {"distances": found}))
-    return found
-
-
-def _measure(config: Config) -> list[list[float]]:
-    from sae_lora import grouping, models  # bring torch in
-    from sae_lora.assembly import device_of
+    from sae_lora import hub, models  # bring torch in
     from sae_lora.data import corpus
 
     with Display() as show:
-        show.stage(f"measuring distances between the blocks of {config.model.name}")
         text = corpus.load(config.data, models.load_tokenizer(config.model), 1)
-        model = models.load_model(config.model, config.train.dtype, device_of(config))
-        at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
-        batches = text.validation_tokens.split(at_once)
-        count, total = show.counter("measuring", "tokens"), text.validation.size
-        found = grouping.angular_distances(
-            model, batches, text.special_ids, lambda tokens: count(tokens, total)
-        )
-        show.end()
+
+        def file() -> Path:
+            name, revision = config.model.name, config.model.revision
+            commit = config.model.commit or hub.cached_commit(name, revision)
+            measured_on = [name, revision, commit, text.description["corpus"], config.train.dtype.name]
+            key = hashlib.sha256(json.dumps(measured_on).encode()).hexdigest()[:16]
+            return Path(config.data.cache_dir).expanduser() / "distances" / f"{key}.json"
+
+        if file().exists():
+            return json.loads(file().read_text())
+        found = _measure(config, text, show)
+        file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file(), as_json(found))  # by now the model's commit is known
+        return found
+
+
+def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]:
+    from sae_lora import grouping, models  # bring torch in
+    from sae_lora.assembly import device_of
+
+    show.stage(f"measuring distances between the blocks of {config.model.name}")
+    model = models.load_model(config.model, config.train.dtype, device_of(config))
+    at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
+    count, total = show.counter("measuring", "tokens"), text.validation.size
+    found = grouping.angular_distances(
+        model,
+        text.validation_tokens.split(at_once),
+        text.special_ids,
+        lambda tokens: count(tokens, total),
+    )
+    show.end()
     return found.tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from sae_lora import methods
-from sae_lora.choices import Method, SAEFamily
+from sae_lora.choices import Hook, Method, SAEFamily
 from sae_lora.config import (
     Config,
     DataConfig,
@@ -61,6 +61,7 @@ def made(
     lora: LoRAConfig | None = None,
     block: int = 1,
     keeps: bool = False,
+    hook: Hook = Hook.resid_post,
     steps: int = STEPS,
     **method: Any,
 ) -> Made:
@@ -75,7 +76,7 @@ def made(
         train=train,
     )
     torch.manual_seed(train.seed)
-    splices = tuple(Splice(block + place, sae, keeps) for place, sae in enumerate(saes))
+    splices = tuple(Splice(block + place, sae, keeps, hook) for place, sae in enumerate(saes))
     learner, kept = methods.build(config, model, splices, steps)
     return Made(Training(learner, train, steps), kept)
 

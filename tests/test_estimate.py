@@ -1,11 +1,13 @@
 """What a run is said to cost is what a step of it costs."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lora import methods, models
@@ -17,9 +19,11 @@ from sae_lora.estimate import estimate
 from sae_lora.head import Comparison, Head
 from sae_lora.identity import train_steps
 from sae_lora.kl import kl_of
+from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
 from sae_lora.plan import plan
 from sae_lora.saes import loading
+from sae_lora.saes.descent import SAEDescent
 from sae_lora.splice import Splice
 from sae_lora.training import Training
 from tests.coders import write_topk_sae
@@ -49,6 +53,14 @@ CASES = [
     ("train.micro_batch_size=2",),
     ("train.activation_checkpointing=true",),
     ("", "lora.rank=4"),
+    ("method=mezo",),
+    ("method=mezo", "method=mezo lora.rank=4"),
+    ("method=linear_adapter",),
+    ("method=mlp_adapter method.rank=16",),
+    ("method=e2e sae=tiny",),
+    ("method=sae_finetune",),
+    ("method=sae_finetune method.mse=false",),
+    ("layer.index=[2,5] method=e2e sae=tiny",),
     *(
         pytest.param(those, marks=pytest.mark.slow)
         for those in (
@@ -118,23 +130,30 @@ def test_flops_and_weights_are_those_of_a_step(overrides: tuple[str, ...], tmp_p
     )
 
 
+def held_between_steps(one: Training) -> Iterator[Tensor]:
+    student, learner = one.student, one.learner
+    coders: list[Any] = [splice.sae for splice in (*student.splices, *student.before)]
+    for module in (student.model.model, *coders):
+        yield from module.parameters()
+    yield from student.buffers.values()
+    if isinstance(learner, SAEDescent):
+        yield from learner._others
+    if isinstance(learner, Descent):
+        for state in learner._optimizer.state.values():
+            yield from state.values()
+
+
 @pytest.mark.parametrize("overrides", CASES)
 def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path) -> None:
     configs = resolved(tmp_path, tuple(f"train.eval_batch_tokens=128 {one}" for one in overrides))
     measured = pack_of(configs)
     take_step(measured, configs[0])
-    saes = {splice.sae for one in measured.left for splice in one.student.splices}
+    # What SAEs in training are evaluated as is still there in the next step.
+    measured._evaluate([one.student for one in measured.left])
     comparison = measured._evaluate._comparison
     tensors = [
         *(comparison._room + comparison._spare),
-        *(weight for one in measured.left for weight in one.student.model.model.parameters()),
-        *(weight for sae in saes for weight in sae.parameters()),  # pyright: ignore
-        *(
-            value
-            for one in measured.left
-            for state in one.learner._optimizer.state.values()
-            for value in state.values()
-        ),
+        *(tensor for one in measured.left for tensor in held_between_steps(one)),
     ]
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     gc.collect()

@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lora.choices import Method, Reduction
+from sae_lora.choices import Hook, Method, Reduction
 from sae_lora.dimensions import resid_post
 from sae_lora.models import LanguageModel
 from sae_lora.saes import new
@@ -35,6 +35,7 @@ from tests.trainings import CONFIG, NO_IDS, evaluator
 
 MODEL = small_model("gpt2")
 """Of a family whose every part computes in float64 where it is told to."""
+LLAMA = small_model("llama")
 HOOKPOINT = resid_post(1)
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
 SCALE = 0.4
@@ -358,6 +359,23 @@ def test_dead_latents_are_taught() -> None:
         found.append(gradients(MODEL, one.training)[f"{HOOKPOINT}/sae.W_dec"])
     assert (found[0][:5] != 0).any()
     assert (found[1][:5] == 0).all()
+
+
+@pytest.mark.parametrize("hook", [Hook.resid_post, Hook.mlp_out])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
+def test_what_is_computed_once_more_changes_no_bit(architecture: str, hook: Hook) -> None:
+    """Also for two passes back through the blocks, and where an SAE in training is in a block."""
+    found = []
+    for recomputes in (False, True):
+        config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
+        saes = [trained(architecture, seed=seed, dead_after=0) for seed in (3, 4)]
+        one = made(LLAMA, Method.sae_finetune, *saes, train=config, hook=hook, keeps=True)
+        for _ in range(3):
+            step(LLAMA, one.training, special_ids=SPECIAL, micro_batch=2)
+        found.append(one.training.state().tensors)
+        assert all(sae.made is None for sae in saes)
+    plain, again = found
+    assert [name for name, value in plain.items() if not torch.equal(again[name], value)] == []
 
 
 @pytest.mark.parametrize("architecture", new.ARCHITECTURES)
