@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from sae_lora import lora
 from sae_lora.choices import Initialisation
 from sae_lora.config import LoRAConfig
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, UserError
 from sae_lora.lora_request import adapted_blocks
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
@@ -142,3 +142,35 @@ def test_where_it_begins_is_the_seeds_choice_alone(model: LanguageModel) -> None
         lora.attach(view, LoRAConfig(rank=2, init=Initialisation.svd), first_sae=1)
         weights.append({name: one.detach() for name, one in lora.trainable_weights(view).items()})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_dora_learns_lengths_apart_from_directions(family: str, tmp_path: Path) -> None:
+    """W' = m · (W + s·B·A) / ‖W + s·B·A‖ by output; fresh, that is W. peft alone loads it."""
+    model, tokens = small_model(family), random_tokens()
+    plain = model.model(tokens).logits
+    adapters = lora.attach(model, LoRAConfig(rank=2, targets="all", dora=True), first_sae=0)
+    torch.testing.assert_close(model.model(tokens).logits, plain, rtol=1e-4, atol=1e-4)
+    lengths = [name for name in lora.trainable_weights(model) if "magnitude" in name]
+    assert len(lengths) == sum(isinstance(one, LoraLayer) for one in model.model.modules())
+    fill(lora.trainable_weights(model))
+    changed = model.model(tokens).logits
+    assert not torch.allclose(changed, plain)
+    lora.save(adapters, tmp_path, "org/base")
+    loaded = PeftModel.from_pretrained(small_model(family).model, str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+
+
+def test_adapters_begin_with_saved_ones(tmp_path: Path) -> None:
+    model, tokens = small_model("llama"), random_tokens()
+    adapters = lora.attach(model, LoRAConfig(rank=2), first_sae=0)
+    fill(lora.trainable_weights(model))
+    lora.save(adapters, tmp_path, "org/base")
+    other = small_model("llama")
+    lora.begin_with(lora.attach(other, LoRAConfig(rank=2), first_sae=0), tmp_path)
+    assert torch.equal(other.model(tokens).logits, model.model(tokens).logits)
+    fewer = lora.attach(small_model("llama"), LoRAConfig(rank=2, targets="qv"), first_sae=0)
+    with pytest.raises(UserError, match="other matrices"):
+        lora.begin_with(fewer, tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        lora.begin_with(fewer, tmp_path / "nowhere")
