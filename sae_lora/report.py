@@ -99,7 +99,7 @@ class Report:
         ]
         no_gap = int(self.done["gap_closed"].isna().sum())
         if no_gap:
-            found.append(f"gap closed is undefined in {no_gap} runs, whose SAE opens no gap")
+            found.append(f"gap closed is undefined in {no_gap} runs, whose SAE opens no gap or is new")
         no_flops = int(self.done["train_flops"].isna().sum())
         if no_flops:
             found.append(f"training FLOPs are not known of {no_flops} runs, made by an older version")

@@ -21,7 +21,7 @@ from sae_lora.tables import joined
 SEED = "seed"
 """The factor in which repetitions differ."""
 NAMED = (
-    *("model", "method", "block", "hook", "width", "l0", "rank", "alpha", "targets", "blocks"),
+    *("model", "method", "init_at", "block", "hook", "width", "l0", "rank", "alpha", "targets", "blocks"),
     *("tokens", SEED),
 )
 """Factors with names of their own, in the order in which people look at them; others go by key."""
@@ -195,6 +195,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     named = {
         "model": config["model"]["name"],
         "method": kind,
+        "init_at": config["init_at"] if config.get("init") is not None else None,
         "block": _one_or_all([one["block"] for one in used]),
         "hook": _one_or_all([one.get("hook", "resid_post") for one in used]),
         "width": _one_or_all([one.get("width") for one in used]),

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-from dataclasses import replace
-from functools import cache as cache_of_calls
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from sae_lora.data import corpus
 from sae_lora.dimensions import source
 from sae_lora.errors import EXIT_INTERRUPTED, ConfigError
 from sae_lora.estimate import estimate
-from sae_lora.identity import identity, train_steps
+from sae_lora.identity import train_steps
 from sae_lora.models import load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.records import CurvePoint, RunFolder
@@ -205,6 +203,16 @@ def test_adapters_go_on_from_adapters(
     assert moved != begun["lora"].read_curve()[-1].student_ce != last.student_ce
 
 
+def test_adapters_go_on_around_what_they_were_trained_around(
+    begun: dict[str, RunFolder], point: Point
+) -> None:
+    """Here an SAE with a map on what it puts back, which no key of the config names."""
+    (folder,) = run_here(point(f"init={begun['linear_adapter'].path}"))
+    first, last = folder.read_curve()[0], begun["linear_adapter"].read_curve()[-1]
+    assert first.spliced_ce == last.spliced_ce
+    assert first.student_ce == last.student_ce
+
+
 class TestRefusedBeginnings:
     """What `init` cannot stand for, known before anything is loaded."""
 
@@ -381,82 +389,3 @@ def test_at_the_end_a_threshold_is_what_it_was_after_the_last_step(point: Point)
     batchtopk = ("sae.architecture=batchtopk", "sae.width=256", "method.checkpoints=[1]")
     (folder,) = run_here(point("method=e2e", *batchtopk))
     assert of_share(folder, "1") == at_the_end(folder)
-
-
-@cache_of_calls
-def known(*overrides: str) -> Config:
-    """A config that is read alone."""
-    return composed(*overrides)
-
-
-UNHEEDED: dict[str, list[str]] = {
-    "lora": ["method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"],
-    "mezo": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],
-    "linear_adapter": ["lora.rank=3", "method.epsilon=1", "method.mse=false"],
-    "mlp_adapter": ["lora.alpha=1", "lora.blocks=all", "method.buffer_tokens=512"],
-    "sae_finetune": ["lora.rank=3", "method.epsilon=1", "method.buffer_tokens=512"],
-    "e2e": ["lora.rank=3", "lora.targets=qv", "method.rank=3", "method.mse=false"],
-    "sae": ["lora.rank=3", "method.rank=3", "method.mse=false", "method.epsilon=1"],
-}
-HEEDED: dict[str, list[str]] = {
-    "lora": ["lora.rank=3"],
-    "mezo": ["lora.rank=3", "method.epsilon=1"],
-    "linear_adapter": ["method.rank=3"],
-    "mlp_adapter": ["method.rank=3"],
-    "sae_finetune": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],
-    "e2e": ["method.dead_after_tokens=5", "method.checkpoints=[0.5]"],
-    "sae": ["method.dead_after_tokens=5", "method.buffer_tokens=512", "sae.architecture=gated"],
-}
-
-
-def name_of(*overrides: str) -> str:
-    return plan([known(*overrides)]).runs[0].name
-
-
-class TestIdentity:
-    """Equal results hash equally, and names tell methods apart."""
-
-    @pytest.mark.parametrize("kind", RESULTS)
-    def test_what_a_method_does_not_heed_changes_no_hash(self, kind: str) -> None:
-        plain = identity(known(f"method={kind}"))
-        for override in UNHEEDED[kind]:
-            assert identity(known(f"method={kind}", override)) == plain, override
-
-    @pytest.mark.parametrize("kind", RESULTS)
-    def test_what_it_heeds_does(self, kind: str) -> None:
-        hashes = {identity(known(f"method={kind}", one)) for one in HEEDED[kind]}
-        hashes.add(identity(known(f"method={kind}")))
-        assert len(hashes) == 1 + len(HEEDED[kind])
-
-    @pytest.mark.parametrize("kind", RESULTS)
-    def test_where_a_run_belongs_follows_from_what_it_heeds(self, kind: str) -> None:
-        """Its folder's name, too: else the same run would be run twice."""
-        names = {
-            name_of(f"method={kind}", *one) for one in ([], *([override] for override in UNHEEDED[kind]))
-        }
-        assert len(names) == 1
-
-    def test_lora_hashes_as_before_there_were_methods(self) -> None:
-        """As if its config had no group `method`, and no key that came with it."""
-        plain = known()
-        other = replace(known("method=e2e", "method.rank=3").method, kind=plain.method.kind, mse=False)
-        assert other != plain.method
-        assert identity(replace(plain, method=other)) == identity(plain)
-        assert identity(replace(plain, init="elsewhere")) == identity(plain)
-
-    def test_methods_are_told_apart(self) -> None:
-        same = ["sae=new", "train.lr=1e-3", "train.batch_size=4"]
-        assert identity(known("method=e2e", *same)) != identity(known("method=sae", *same))
-
-    @pytest.mark.parametrize("kind", [kind for kind in RESULTS if kind != "lora"])
-    def test_names_show_method_and_architecture(self, kind: str) -> None:
-        assert f"-{kind}-" in name_of(f"method={kind}")
-        if kind in ("e2e", "sae"):
-            name = name_of(f"method={kind}", "sae.architecture=gated")
-            assert f"-{kind}-gated-" in name
-            assert "topk" not in name_of(f"method={kind}")
-
-    def test_names_show_a_rank_where_there_is_one(self) -> None:
-        assert "-mezo-r3-after-" in name_of("method=mezo", "lora.rank=3")
-        assert "-linear_adapter-r3-" in name_of("method=linear_adapter", "method.rank=3")
-        assert "-r16" not in name_of("method=linear_adapter")
