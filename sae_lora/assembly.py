@@ -16,7 +16,7 @@ from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
 from sae_lora.errors import ConfigError
 from sae_lora.head import Comparison, Head
-from sae_lora.identity import step_tokens
+from sae_lora.identity import step_tokens, train_steps
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
@@ -136,7 +136,7 @@ def _reconstructing(
         {name: one.hookpoints for student in students for name, one in sources_of(student).items()},
         special_ids if students[0].splices[0].keeps else None,
         config.data.seed,
-        max(1, config.method.buffer_tokens // step_tokens(config)),
+        max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
     )
     batch = torch.Size([config.train.batch_size, config.data.context_length])
     return SAEPack(buffer, batch, model.device, trainings, evaluate, own)

@@ -298,6 +298,9 @@ def _check_method(method: MethodConfig, sae: SAEConfig, lora: LoRAConfig) -> Non
         raise ConfigError("sae.family", sae.family.name, "new with method=sae, which makes one", "new")
     if method.kind in TRAINING_SAES and sae.family is SAEFamily.identity:
         raise ConfigError("sae.family", "identity", f"an SAE that can be trained, with method={kind}")
+    if method.checkpoints and method.kind not in TRAINING_SAES:
+        allowed = f"none with method={kind}, which trains no SAE"
+        raise ConfigError("method.checkpoints", method.checkpoints, allowed, nearest="[]")
     for share in method.checkpoints:
         if not 0 < share <= 1:
             raise ConfigError("method.checkpoints", method.checkpoints, "shares above 0 and up to 1")

@@ -197,7 +197,8 @@ class MethodConfig:
     buffer_tokens: int = 65_536
     """sae: tokens whose activations are shuffled among each other, and held."""
     checkpoints: list[float] = field(default_factory=list)
-    """sae, e2e: shares of the training tokens after which the SAE is kept as it is: [0.1,0.5]."""
+    """sae, e2e, sae_finetune: shares of the training tokens after which the SAE is kept as it is then:
+    [0.1,0.5]."""
 
 
 @dataclass

@@ -161,8 +161,11 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
         live = forward[run.first :]
-        if run.recomputes:
+        if run.recomputes and run.kind is not Method.mezo:
             total += sum(live)
+        if run.mse:  # what a later SAE reads is changed by those before: its error goes back to them
+            last = run.live[-1].place.block
+            total += sum(flops + attention for flops in forward[run.first : last + 1])
         if run.kind is Method.mezo:
             total += 2 * sum(live) + 4 * run.weights
         else:
@@ -215,6 +218,8 @@ class _Run:
     """Trainable parameters."""
     mse: bool
     """Whether the SAEs' own error is part of the loss."""
+    is_low_rank: bool
+    """Whether LoRA on SAEs is what is trained."""
 
     @classmethod
     def of(cls, model: LanguageModel, config: Config) -> "_Run":
@@ -250,6 +255,7 @@ class _Run:
             recomputes=config.train.activation_checkpointing,
             weights=weights,
             mse=config.method.kind is Method.sae_finetune and config.method.mse,
+            is_low_rank=config.method.kind is Method.sae_finetune and bool(config.method.rank),
         )
 
     @property
@@ -276,7 +282,9 @@ class _Run:
             case Method.mezo:
                 return 2 * once
             case Method.sae_finetune | Method.e2e:
-                return 18 if self.mse else 12
+                # LoRA on it moves no b_dec, to which a gradient would go through the encoder.
+                back = 6 if self.is_low_rank and is_first else 8
+                return 4 + (2 * back if self.mse else back)
             case Method.linear_adapter | Method.mlp_adapter if is_first:
                 return once
             case _:

@@ -98,7 +98,7 @@ def table(found: Sequence[Shared]) -> Table:
         *("groups", "blocks", "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
         *("gap with all", "with LoRA"),
     ):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", overflow="fold")
     for one in found:
         how = " (evenly)" if one.evenly else ""
         made.add_row(

@@ -33,7 +33,7 @@ _OF_METHODS: dict[Method, tuple[str, ...]] = {
     Method.mezo: ("kind", "epsilon"),
     Method.linear_adapter: ("kind", "rank"),
     Method.mlp_adapter: ("kind", "rank"),
-    Method.sae_finetune: ("kind", "rank", "mse", "dead_after_tokens"),
+    Method.sae_finetune: ("kind", "rank", "mse", "dead_after_tokens", "checkpoints"),
     Method.e2e: ("kind", "dead_after_tokens", "checkpoints"),
     Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
 }
@@ -149,7 +149,7 @@ def readable_name(config: Config) -> str:
         parts.append(config.sae.architecture.name)
     if config.method.kind in ADAPTING:
         parts += _adapters_in_words(config)
-    elif config.method.rank is not None:
+    elif config.method.rank is not None and "rank" in _OF_METHODS[config.method.kind]:
         parts.append(f"r{config.method.rank}")
     if config.init is not None:
         parts.append(f"init{config.init_at:g}" if config.init_at != 1 else "init")
@@ -175,7 +175,7 @@ def _places_in_words(used: Sequence[SAEChoice]) -> str:
     three of which each serves a group of blocks.
     """
     blocks, hooks = [one.block for one in used], {one.hook for one in used}
-    if used[0].group:
+    if used and used[0].group:
         return f"{blocks[0]}to{blocks[-1]}in{len({tuple(one.group) for one in used})}"
     if len(hooks) > 1 and len(used) > _MOST_BLOCKS:
         return f"{blocks[0]}to{blocks[-1]}mixed"

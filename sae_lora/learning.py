@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from sae_lora.config import TrainConfig
 from sae_lora.kl import SummedKL
 from sae_lora.student import Student
 from sae_lora.trunk import Trunk
+
+
+class Moved(NamedTuple):
+    """How a step has moved weights.
+
+    Args:
+        lr: At this rate.
+        norm: Of the gradient before clipping; `None` where that is not known.
+    """
+
+    lr: float
+    norm: Tensor | float | None
 
 
 class Learner(Protocol):
@@ -30,15 +42,12 @@ class Learner(Protocol):
         """
         ...
 
-    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+    def learn(self, lr: float, weight: float) -> Moved:
         """Moves the weights.
 
         Args:
             lr: The rate of this step.
             weight: What the KL is multiplied by to be the loss; its gradient comes multiplied.
-
-        Returns:
-            The norm of the gradient before clipping, where that is known.
         """
         ...
 
@@ -131,14 +140,14 @@ class Descent:
         states.backward(found.gradient)
         self.total += found.total
 
-    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+    def learn(self, lr: float, weight: float) -> Moved:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["times"]
         weights = self.student.weights.values()
         norm = torch.nn.utils.clip_grad_norm_(weights, self._config.grad_clip or math.inf)
         self._optimizer.step()
         self._randomness.advance()
-        return norm
+        return Moved(lr, norm)
 
     def forget_step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -229,7 +238,7 @@ class MeZO:
         self._below += below.total
 
     @torch.no_grad()
-    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+    def learn(self, lr: float, weight: float) -> Moved:
         slope = float(self._above - self._below) * weight / (2 * self._epsilon)
         clip = self._config.grad_clip or math.inf
         kept = min(1.0, clip / abs(slope)) if slope else 1.0
@@ -237,7 +246,7 @@ class MeZO:
             one.mul_(1 - lr * self._config.weight_decay)
             one.sub_(direction, alpha=lr * kept * slope)
         self._step += 1
-        return abs(slope)
+        return Moved(lr, abs(slope))
 
     def forget_step(self) -> None:
         self._above = _nothing(self._device)

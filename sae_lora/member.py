@@ -145,6 +145,7 @@ class Member:
     def save(self, total_seconds: float) -> None:
         """Writes a checkpoint. The points in it are final, and W&B may show them."""
         self._make_sure()
+        self.keep_if_due()  # asked to stop in just that step, it goes on from the next
         state = self.training.state()
         state.values["total_seconds"] = total_seconds
         checkpoint.save(self.folder.checkpoints, self._hash, state)

@@ -146,17 +146,18 @@ class Evaluator:
         trunks: dict[int, Trunk] = {}
         base = self._nothing()
         spliced = {one.before: self._nothing() for one in students if one.before not in self._spliced_ce}
-        sums = [self._nothing(one.live) for one in students]
-        self._new_frozen = {
-            row: _reconstruction(row[-1], self._model)
-            for one in students
-            for row in prefixes(one.frozen)
-            if row not in self._frozen
-        }
 
         with ExitStack() as modes:
             for student in students:
                 modes.enter_context(evaluating(student.model.model, *student.modules.values()))
+            # In these modes: an SAE in training learns from what it reads, were it zeros.
+            sums = [self._nothing(one.live) for one in students]
+            self._new_frozen = {
+                row: _reconstruction(row[-1], self._model)
+                for one in students
+                for row in prefixes(one.frozen)
+                if row not in self._frozen
+            }
             for number, batch in enumerate(self._batches):
                 trunk = self._trunks.get(number)
                 if trunk is None or not trunk.cuts >= wanted:

@@ -374,22 +374,27 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, 
         forward,
         *arguments,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _hooked(hooks)),
+        context_fn=lambda: (nullcontext(), _Hooked(hooks)),
         **keywords,
     )
 
 
-@contextmanager
-def _hooked(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Inside the block of code, these modules have the hooks that they had before."""
-    now = {module: module._forward_hooks for module in hooks}
-    try:
-        for module, before in hooks.items():
-            module._forward_hooks = before
-        yield
-    finally:
-        for module, present in now.items():
-            module._forward_hooks = present
+class _Hooked:
+    """Inside the block of code, these modules have the hooks that they had before; entered as often as
+    a step goes back through the block."""
+
+    def __init__(self, before: Mapping[nn.Module, Any]) -> None:
+        self._before = before
+        self._now: dict[nn.Module, Any] = {}
+
+    def __enter__(self) -> None:
+        self._now = {module: module._forward_hooks for module in self._before}
+        for module, hooks in self._before.items():
+            module._forward_hooks = hooks
+
+    def __exit__(self, *_: object) -> None:
+        for module, hooks in self._now.items():
+            module._forward_hooks = hooks
 
 
 class _Passing(nn.Module):

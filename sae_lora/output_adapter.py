@@ -90,6 +90,6 @@ def load(folder: Path, device: torch.device) -> OutputAdapter:
         shape = json.loads((folder / _SHAPE).read_text())
         adapter = OutputAdapter(Method[shape["kind"]], shape["d_model"], shape["rank"])
         adapter.load_state_dict(load_file(folder / _WEIGHTS))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be loaded: {error}") from error
     return adapter.to(device).requires_grad_(False)

@@ -24,7 +24,7 @@ def table(folders: Sequence[RunFolder]) -> Table:
     """
     made = Table(title="each SAE of the runs with several", title_justify="left")
     for name in ("SAEs", "gap before", "gap after", "closed", "hook point", "FVU alone", "FVU with all"):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", overflow="fold")
     made.add_column("CE alone", justify="right")
     made.add_column("CE of the student without it", justify="right")
     for summary in _with_several(folders):

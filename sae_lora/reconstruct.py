@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.checkpoint import State
+from sae_lora.learning import Moved
 from sae_lora.loop import Loop
 from sae_lora.metrics import Evaluator
 from sae_lora.saes.buffer import ActivationBuffer
@@ -65,14 +66,16 @@ class Reconstruction:
         self._given = activations
         self._tokens = tokens
 
-    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+    def learn(self, lr: float, weight: float) -> Moved:
+        # sae-lens's schedule rises a little otherwise than ours.
+        lr = next(iter(self._learners.values())).lr
         for name, learner in self._learners.items():
             found = learner.step(self._given[name])
             # In the residuals' own units; a mean over SAEs.
             mse = found.mse.double() / learner.scale**2
             self.total += self._tokens * mse / len(self._learners)
             self._saes[name].has_moved()
-        return None
+        return Moved(lr, None)
 
     def forget_step(self) -> None:
         self._given = {}

@@ -68,7 +68,8 @@ class CurvePoint:
     train_flops: float | None = None
     """Floating-point operations of its training so far, if it had trained alone (`estimate.py`)."""
     train_loss: float | None = None
-    """Mean training KL since the last point, in nats per token; null before the first step."""
+    """Mean training KL since the last point, in nats per token; with method=sae the squared error of a
+    residual, summed over d_model. Null before the first step."""
     lr: float | None = None
     """Learning rate of the last step."""
     grad_norm: float | None = None

@@ -38,8 +38,12 @@ def begun(config: Config, model: Dimensions) -> Config:
         because = f"that one is of {before.model.name}"
         raise ConfigError("init", config.init, f"a run of {config.model.name}", because=because)
     _check_method(config, before)
+    if config.init_at != 1 and before.method.kind not in TRAINING_SAES:
+        allowed = f"1: a run of method={before.method.kind.name} keeps nothing on its way"
+        raise ConfigError("init_at", config.init_at, allowed, nearest=1)
     if before.method.kind in ADAPTING:
-        return replace(config, lora=_with_adapters(config.lora, before, folder))
+        lora = _with_adapters(config.lora, before, folder)
+        return replace(config, lora=lora, sae=trained_saes(before, folder, model))
     return replace(config, sae=trained_saes(before, folder, model, config.init_at))
 
 

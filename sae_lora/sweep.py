@@ -21,7 +21,19 @@ from sae_lora.tables import joined
 SEED = "seed"
 """The factor in which repetitions differ."""
 NAMED = (
-    *("model", "method", "init_at", "block", "hook", "width", "l0", "rank", "alpha", "targets", "blocks"),
+    *(
+        "model",
+        "method",
+        "init_at",
+        "block",
+        "hook",
+        "width",
+        "l0",
+        "rank",
+        "alpha",
+        "targets",
+        "blocks",
+    ),
     *("tokens", SEED),
 )
 """Factors with names of their own, in the order in which people look at them; others go by key."""

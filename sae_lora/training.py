@@ -68,11 +68,11 @@ class Training(Generic[L]):
         """Ends the step, which was on so many tokens, `[batch, pos]`, of all processes."""
         lr, tokens = self._config.lr * self._rate_factor(self.step), batch.numel()
         self.is_between_steps = False
-        norm = self.learner.learn(lr, self.weight(batch))
+        moved = self.learner.learn(lr, self.weight(batch))
         total = self.learner.total
         self.step += 1
         self.tokens += tokens
-        self._lr, self._last_norm, self._last_loss = lr, norm, total / tokens
+        self._lr, self._last_norm, self._last_loss = moved.lr, moved.norm, total / tokens
         self._interval.add(total, tokens)
         self.forget_step()
         self.is_between_steps = True

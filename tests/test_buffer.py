@@ -218,7 +218,7 @@ def test_what_a_group_takes_does_not_depend_on_what_else_is_served() -> None:
 
 def test_a_modules_own_name_and_what_a_block_reads_are_hookpoints_too() -> None:
     model = small_model("gpt_neox")
-    module = f"{model.block_names[2]}.mlp"
+    module = f"{model.name_at(POST[2])}.mlp"
     one = buffer(model, {"sae": [module], "before": ["blocks.2.hook_resid_pre"]})
     parts = [one.serve(step, text)["before"] for text in [batches()] for step in range(PER_FILL)]
     assert bag(torch.cat(parts)) == bag(direct(model, 1, 0))

@@ -154,7 +154,9 @@ class Arms:
         self.folders.append(folder)
         return folder
 
-    def seed(self, seed: int, lora: Sequence[CurvePoint] = LORA, e2e: Sequence[CurvePoint] = E2E) -> None:
+    def seed(
+        self, seed: int, lora: Sequence[CurvePoint] = LORA, e2e: Sequence[CurvePoint] = E2E
+    ) -> None:
         """The SAE, e2e and LoRA from half of the SAE's training on."""
         sae = self.add("sae", SAE, seed)
         self.add("e2e", e2e, seed)

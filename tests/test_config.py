@@ -22,6 +22,7 @@ NEEDS = {
     "sae/disk": ["sae.path=x"],
     "sae/registry": ["sae.release=x"],
     "sae/new": ["method=sae"],
+    "layer/groups": ["method=sae"],
     "data/hf": ["data.name=org/name"],
     "data/text_files": ["data.files=x"],
 }
@@ -55,9 +56,11 @@ def test_every_file_begins_with_the_command_that_uses_it(file: Path) -> None:
 def test_every_point_of_every_experiment_composes(file: Path) -> None:
     params = yaml.safe_load(file.read_text()).get("hydra", {}).get("sweeper", {}).get("params", {})
     assert params
+    first = {key: str(values).split(",")[0] for key, values in params.items()}
     for key, values in params.items():
         for value in str(values).split(","):
-            composed(f"experiment={file.stem}", f"{key}={value}")
+            point = first | {key: value}
+            composed(f"experiment={file.stem}", *(f"{name}={one}" for name, one in point.items()))
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,9 @@ def test_of_maps_on_what_saes_put_back() -> None:
     step(model, one)
     with torch.no_grad():
         for weight in one.student.weights.values():
-            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL)))
+            weight.add_(
+                0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
+            )
     check(model, one.student, evaluator(model))
     plain = naive(model, {resid_post(0): frozen[Place(0)]})
     found = evaluator(model).contributions(one.student)
@@ -254,7 +256,9 @@ def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
     first, second = runs.each.read_summary()["sae"]
     names = first["hookpoint"], second["hookpoint"]
     assert names == (resid_post(2), resid_post(5))
-    assert runs.each.read_summary()["student_ce"] == pytest.approx(ce(adapted._adapted, *names), rel=1e-6)
+    assert runs.each.read_summary()["student_ce"] == pytest.approx(
+        ce(adapted._adapted, *names), rel=1e-6
+    )
     for one, other in ((first, second), (second, first)):
         assert one["alone_ce"] == pytest.approx(ce(adapted._base, one["hookpoint"]), rel=1e-6)
         assert one["left_out_ce"] == pytest.approx(ce(adapted._adapted, other["hookpoint"]), rel=1e-6)

@@ -21,10 +21,11 @@ from sae_lora.choices import Hook
 from sae_lora.config import LoRAConfig
 from sae_lora.dimensions import Place
 from sae_lora.errors import ConfigError, UserError
+from sae_lora.learning import Descent
 from sae_lora.models import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Reading, Splice, spliced
-from sae_lora.student import Student
+from sae_lora.student import LoRAStudent
 from sae_lora.training import Training
 from sae_lora.trunk import Splices, Trunk, cuts_around, prefixes
 from tests.coders import jumprelu_sae, topk_sae
@@ -237,14 +238,14 @@ def test_a_student_is_the_whole_model_with_saes_and_adapters(
     model: LanguageModel, blocks: object, recomputes: bool
 ) -> None:
     special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
-    one = Student(model, MIXED, LoRAConfig(rank=2, blocks=blocks))
+    one = LoRAStudent(model, MIXED, LoRAConfig(rank=2, blocks=blocks))
     fill(one.weights)
     weights = list(one.weights.values())
     whole = with_splices(one.model, MIXED, keep)
     expected = torch.autograd.grad(whole.square().sum(), weights)
     before = hooks(one.model)
     if recomputes:
-        one.model.recompute(one.first_adapted)
+        one.model.recompute(one.first)
     found = one.hidden(Trunk(model, TOKENS, special, one.cuts))
     assert torch.equal(found, whole)
     assert hooks(one.model) == before
@@ -257,8 +258,8 @@ def test_a_student_is_the_whole_model_with_saes_and_adapters(
 
 def test_adapters_after_an_sae_inside_of_a_block_begin_behind_that_block() -> None:
     for hook in (ATTENTION, MLP, OUTPUT):
-        one = Student(small_model("llama"), (Splice(1, SAES[0], False, hook),), LoRAConfig(rank=2))
-        assert one.first_adapted == 2
+        one = LoRAStudent(small_model("llama"), (Splice(1, SAES[0], False, hook),), LoRAConfig(rank=2))
+        assert one.first == 2
         assert (len(one.frozen), len(one.live)) == (1, 0)
         assert one.cuts == ({2} if hook is OUTPUT else {1, 2})
 
@@ -271,7 +272,8 @@ def test_a_pack_of_hooks_is_each_run_alone(blocks: str) -> None:
 
     def made(model: LanguageModel, row: Splices) -> Training:
         torch.manual_seed(0)
-        return Training(Student(model, row, LoRAConfig(rank=2, blocks=blocks)), CONFIG, steps)
+        student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
+        return Training(Descent(student, CONFIG), CONFIG, steps)
 
     model = small_model("gemma2")
     together = [made(model, row) for row in rows]
@@ -286,7 +288,7 @@ def test_what_is_measured_is_that_of_whole_passes(model: LanguageModel) -> None:
     """FVU and L0 of every SAE in a row, from sums over batches, are those of all tokens at once."""
     row: Splices = tuple(splice._replace(keeps=False) for splice in MIXED[:3])
     evaluate = evaluator(model, cache_bytes=1e9)
-    shared = Student(model, row[:1], LoRAConfig(rank=2)), Student(model, row, LoRAConfig(rank=2))
+    shared = LoRAStudent(model, row[:1], LoRAConfig(rank=2)), LoRAStudent(model, row, LoRAConfig(rank=2))
     for _ in range(2):  # the second time from what was kept
         found = evaluate(shared)[1]
         readings: list[Reading] = []
@@ -312,7 +314,7 @@ def test_an_sae_may_freeze_later_than_it_was_first_applied(hook: Hook) -> None:
     model = small_model("llama")
     row: Splices = (Splice(1, SAES[0], False, hook),)
     reads_changed, reads_same = (
-        Student(model, row, LoRAConfig(rank=2, blocks=blocks)) for blocks in ("all", "after")
+        LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks)) for blocks in ("all", "after")
     )
     evaluate = evaluator(model, cache_bytes=1e9)
     evaluate([reads_changed])
@@ -366,7 +368,7 @@ def test_an_architecture_that_adds_something_else_is_refused(family: str, hook: 
     model = LanguageModel(OTHERS[family]())
     before = hooks(model)
     with pytest.raises(UserError, match=type(model.model).__name__):
-        Student(model, (Splice(0, topk_sae(), False, hook),), LoRAConfig(rank=2))
+        LoRAStudent(model, (Splice(0, topk_sae(), False, hook),), LoRAConfig(rank=2))
     assert hooks(model) == before
 
 

@@ -27,10 +27,10 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from safetensors.torch import load_file
 
-from sae_lora.dimensions import block_of
+from sae_lora.dimensions import Place
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.saes import new
-from sae_lora.saes.disk import metadata_block
+from sae_lora.saes.disk import trained_at
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL
 from tests.learners import CPU, HOOKPOINT, WIDTH, K, in_training, learner, request, residuals
@@ -83,7 +83,7 @@ def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
     )
     assert ours == theirs
     assert ours["metadata"]["model_name"] == "small"
-    assert metadata_block(ours) == block_of(HOOKPOINT)
+    assert trained_at(ours) == Place.named(HOOKPOINT)
 
 
 def test_a_file_of_another_precision_says_so(architecture: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_lora.checkpoint import State
 from sae_lora.config import TrainConfig
 from sae_lora.kl import SummedKL
-from sae_lora.learning import Descent
+from sae_lora.learning import Descent, Moved
 from sae_lora.saes.trained import TrainedSAE
 from sae_lora.splice import Reading
 from sae_lora.student import Student
@@ -52,12 +52,15 @@ class SAEDescent(Descent):
 
     def hidden(self, trunk: Trunk) -> list[Tensor]:
         losses: list[Tensor] = []
-        tokens = 0
+        tokens, is_over = 0, False
 
         def observe(reading: Reading) -> None:
             nonlocal tokens
             sae = self._by_hookpoint[reading.hookpoint]
             assert isinstance(sae, TrainedSAE) and sae.made is not None
+            if is_over:  # in a block that is computed once more
+                sae.made = None
+                return
             made, number = sae.made, len(reading.latents)
             losses.append(number * (made.aux + (0.5 * made.mse if self._with_mse else 0)))
             self._mse += number * made.mse.detach()
@@ -67,6 +70,7 @@ class SAEDescent(Descent):
 
         with self._randomness.own():
             states = self.student.hidden(trunk, observe)
+        is_over = True
         self._tokens += tokens / len(losses)
         self._loss = torch.stack(losses).sum()
         return [states]
@@ -74,6 +78,7 @@ class SAEDescent(Descent):
     def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         (states,), (found,) = hidden, kl
         assert self._loss is not None
+        before = {name: buffer.clone() for name, buffer in self.student.buffers.items()}
         if self._loss.requires_grad:
             weights = list(self.student.weights.values())
             gradients = torch.autograd.grad(self._loss, weights, retain_graph=True, allow_unused=True)
@@ -82,17 +87,20 @@ class SAEDescent(Descent):
                     other += gradient
         self._loss = None
         super().absorb([states], [found])
+        # An SAE in a block that is computed once more has read the batch once more.
+        for name, buffer in self.student.buffers.items():
+            buffer.copy_(before[name])
 
     @torch.no_grad()
-    def learn(self, lr: float, weight: float) -> Tensor | float | None:
+    def learn(self, lr: float, weight: float) -> Moved:
         balance = (self._mse / self._tokens) / (self.total * weight).clamp(min=1e-12)
         of_kl, of_others = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
         for gradient, other in zip(self._gradients(), self._others, strict=True):
             gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
-        norm = super().learn(lr, weight)
+        moved = super().learn(lr, weight)
         for sae in self._trained():
             sae.moved(self._active[id(sae)] > 0)
-        return norm
+        return moved
 
     def forget_step(self) -> None:
         super().forget_step()

@@ -28,6 +28,7 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput
 from sae_lens.training.optim import CoefficientScheduler
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 
@@ -259,6 +260,14 @@ def save(
         dtype: Of the weights in the file.
     """
     inference(sae, scale).to("cpu", dtype).save_model(folder)
+
+
+def rebuilt(sae: TrainingSAE[Any], weights: Mapping[str, Tensor]) -> TrainingSAE[Any]:
+    """The same SAE in training once more, with copies of these weights and no parametrisation."""
+    config = copy.deepcopy(sae.cfg)
+    config.device = "meta"
+    own = {name: weight.detach().clone() for name, weight in weights.items()}
+    return _holding(parametrize.type_before_parametrizations(sae), config, own, sae.device)
 
 
 def _holding(kind: Any, config: Any, weights: dict[str, Tensor], device: torch.device) -> Any:

@@ -1,6 +1,5 @@
 """An SAE in training as a splice sees it, whatever its loss: sae-lens's training class inside."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class TrainedSAE(nn.Module):
         """Steps taken."""
         self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=sae.device))
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
-        self._frozen: SAE[Any] | None = None
+        self._frozen: list[SAE[Any]] = []  # in a list, so that it counts as no part of this module
         self.made: new.Forward | None = None
         """What the last pass in training mode made."""
         if rank is not None:
@@ -69,9 +68,9 @@ class TrainedSAE(nn.Module):
     @property
     def frozen(self) -> SAE[Any]:
         """What it would be now once saved and loaded by sae-lens."""
-        if self._frozen is None:
-            self._frozen = new.inference(self._plain(), float(self.scale))
-        return self._frozen
+        if not self._frozen:
+            self._frozen.append(new.inference(self._plain(), float(self.scale)))
+        return self._frozen[0]
 
     def save(self, folder: Path) -> None:
         """Writes what it is now in sae-lens's format."""
@@ -90,7 +89,7 @@ class TrainedSAE(nn.Module):
 
     def has_moved(self) -> None:
         """Its weights are others than before."""
-        self._frozen = None
+        self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:
         """Has it read residuals at the length that sae-lens trains on, √d_model on average.
@@ -106,10 +105,8 @@ class TrainedSAE(nn.Module):
         """The training class with the weights as they are, LoRA merged; a copy where that was there."""
         if not parametrize.is_parametrized(self.sae):
             return self.sae
-        plain = copy.deepcopy(self.sae)
-        for name in ADAPTED:
-            parametrize.remove_parametrizations(plain, name)
-        return plain
+        weights = {name: one for name, one in self.sae.state_dict().items() if "." not in name}
+        return new.rebuilt(self.sae, weights | {name: getattr(self.sae, name) for name in ADAPTED})
 
 
 def trainable(sae: Coder, sparsity_coefficient: float | None) -> TrainingSAE[Any]:
