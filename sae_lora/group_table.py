@@ -94,16 +94,20 @@ def _linkage(distances: Sequence[Sequence[float]]) -> Any:
 def table(found: Sequence[Shared]) -> Table:
     """A row for each."""
     made = Table(title="SAEs that share blocks", title_justify="left")
+    blocks = [" ".join(_in_words(group) for group in one.groups) for one in found]
+    made.add_column("groups", justify="right")
+    longest = max(len(group) for words in blocks for group in words.split())
+    made.add_column("blocks", min_width=longest)
     for name in (
-        *("groups", "blocks", "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
+        *("AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
         *("gap with all", "with LoRA"),
     ):
-        made.add_column(name, justify="right", overflow="fold")
-    for one in found:
+        made.add_column(name, justify="right")
+    for one, shown in zip(found, blocks, strict=True):
         how = " (evenly)" if one.evenly else ""
         made.add_row(
             f"{len(one.groups)}{how}",
-            " ".join(_in_words(group) for group in one.groups),
+            shown,
             f"{one.amad:.3f}",
             f"{one.sae_flops_saved:.0%}",
             f"{one.fvu_alone:.3f}",

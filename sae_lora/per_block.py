@@ -14,7 +14,7 @@ from sae_lora.tables import finished_summaries, percent
 
 
 def table(folders: Sequence[RunFolder]) -> Table:
-    """A row for each SAE of each run; CE in nats per token.
+    """A row for each SAE of each run; CE in nats per token, over the plain model and over the student.
 
     Args:
         folders: Runs; those that are not finished, or have one SAE, are left out.
@@ -23,11 +23,14 @@ def table(folders: Sequence[RunFolder]) -> Table:
         UserError: Where none is left.
     """
     made = Table(title="each SAE of the runs with several", title_justify="left")
-    for name in ("SAEs", "gap before", "gap after", "closed", "hook point", "FVU alone", "FVU with all"):
-        made.add_column(name, justify="right", overflow="fold")
-    made.add_column("CE alone", justify="right")
-    made.add_column("CE of the student without it", justify="right")
-    for summary in _with_several(folders):
+    summaries = _with_several(folders)
+    longest = max(len(sae["hookpoint"]) for summary in summaries for sae in summary["sae"])
+    for name in ("SAEs", "gap before", "gap after", "closed"):
+        made.add_column(name, justify="right")
+    made.add_column("hook point", no_wrap=True, min_width=longest)
+    for name in ("FVU alone", "FVU with all", "CE alone", "CE without it"):
+        made.add_column(name, justify="right")
+    for summary in summaries:
         first = [
             str(len(summary["sae"])),
             f"{summary['initial_gap']:+.3f}",

@@ -1,6 +1,7 @@
 """Sweeps that nobody has trained: run folders as a finished run leaves them, with made-up numbers."""
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,13 @@ from tests.composing import composed
 _NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu l0 train_seconds".split()
 
 
+@functools.cache
+def _default() -> dict[str, Any]:
+    """The config of the embedded default's one run."""
+    (planned,) = plan([composed()]).runs
+    return as_dict(planned.config)
+
+
 class MadeUp:
     """Makes runs of the embedded default.
 
@@ -27,8 +35,7 @@ class MadeUp:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        (planned,) = plan([composed(f"output_dir={home}")]).runs
-        self._config = as_dict(planned.config)
+        self._config = copy.deepcopy(_default()) | {"output_dir": str(home)}
 
     def folder(
         self, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **train: Any
