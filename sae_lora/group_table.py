@@ -96,13 +96,12 @@ def table(found: Sequence[Shared]) -> Table:
     made = Table(title="SAEs that share blocks", title_justify="left")
     blocks = [" ".join(_in_words(group) for group in one.groups) for one in found]
     made.add_column("groups", justify="right")
-    longest = max(len(group) for words in blocks for group in words.split())
-    made.add_column("blocks", min_width=longest)
+    made.add_column("blocks", overflow="fold")
     for name in (
         *("AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
         *("gap with all", "with LoRA"),
     ):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", min_width=6)
     for one, shown in zip(found, blocks, strict=True):
         how = " (evenly)" if one.evenly else ""
         made.add_row(
