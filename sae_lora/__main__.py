@@ -263,12 +263,13 @@ def compare_groups(folders: list[RunFolder], to: Path | None) -> None:
 
 
 def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:
-    """Writes numbers as JSON and figures as SVG into a folder."""
+    """Writes numbers as JSON and, where there is a browser for it, figures as SVG into a folder."""
     from sae_lora import figures
 
     to.mkdir(parents=True, exist_ok=True)
     write_atomically(to / f"{name}.json", as_json([dataclasses.asdict(one) for one in found]))
-    figures.write_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()])
+    for note in figures.try_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()]):
+        complain("left out", note)
 
 
 def write_report(sweeps: list[Path], to: Path | None, *, pictures: bool) -> None:

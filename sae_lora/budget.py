@@ -4,7 +4,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
@@ -41,7 +40,7 @@ def outcomes(folders: Sequence[RunFolder]) -> list[Outcome]:
         folders: Runs on the same text, on their own each (`launcher.pack=off`), or seconds are shares.
 
     Raises:
-        UserError: Where none of them is finished.
+        UserError: Where none of them is finished, or a run that one has begun with is gone.
     """
     finished = [folder for folder in folders if folder.is_finished]
     if not finished:
@@ -76,12 +75,16 @@ def _gaps(curves: Sequence[Sequence[CurvePoint]], over: str, amount: float) -> l
 
 
 def method_of(folder: RunFolder) -> str:
-    """The method of a run; where it begins with another's result, both."""
+    """The method of a run; where it begins with another's result, both.
+
+    Raises:
+        UserError: Where that other run is gone.
+    """
     config = load(folder.config.read_text())
     name = config.method.kind.name
     if config.init is None:
         return name
-    before = load(RunFolder(Path(config.init)).config.read_text())
+    before = load(folder.before(config.init).config.read_text())
     return f"{name} after {before.method.kind.name}"
 
 

@@ -314,6 +314,25 @@ def finished(figure: go.Figure) -> go.Figure:
     return figure
 
 
+def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
+    """Does what `write_pictures` does; says so where that cannot be done here.
+
+    Args:
+        wanted: As there.
+
+    Returns:
+        What is missing, for people; nothing where the pictures are there.
+    """
+    try:
+        write_pictures(wanted)
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [
+            f"no pictures ({reason}): they need `pip install -e '.[figures]'` and Chrome or Chromium"
+        ]
+    return []
+
+
 def write_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> None:
     """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
 

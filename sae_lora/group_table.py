@@ -53,17 +53,17 @@ def shared(folders: Sequence[RunFolder]) -> list[Shared]:
     finished = [folder for folder in folders if folder.is_finished]
     configs = {folder.path: load(folder.config.read_text()) for folder in finished}
     around = {
-        Path(config.init).resolve(): folder
+        Path(config.init).name: folder  # which it keeps wherever the sweep is moved
         for folder in finished
         for config in [configs[folder.path]]
         if config.init is not None and config.method.kind is Method.lora
     }
     found = []
     for folder in finished:
-        if not folder.groups.exists():
+        if not _is_measured(folder):
             continue
         how, summary = json.loads(folder.groups.read_text()), folder.read_summary()
-        lora = around.get(folder.path.resolve())
+        lora = around.get(folder.path.name)
         found.append(
             Shared(
                 groups=how["groups"],
@@ -77,8 +77,16 @@ def shared(folders: Sequence[RunFolder]) -> list[Shared]:
             )
         )
     if not found:
-        raise UserError("no finished run here has SAEs that serve groups of blocks (layer=groups)")
+        raise UserError(
+            "no finished run here has SAEs that serve groups of blocks (layer=groups) and has measured "
+            "what each contributes (train.eval_each_sae)"
+        )
     return sorted(found, key=lambda one: (len(one.groups), one.evenly))
+
+
+def _is_measured(folder: RunFolder) -> bool:
+    """Whether SAEs serve groups in it, and what each contributes was measured."""
+    return folder.groups.exists() and all("alone_ce" in sae for sae in folder.read_summary()["sae"])
 
 
 def _costs(summary: dict[str, Any]) -> list[float]:
@@ -131,13 +139,14 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
         folders: As for `shared`.
         n_groups: Groups that are marked; by default the fewest that are there, but more than one.
     """
-    grouped = [folder for folder in folders if folder.is_finished and folder.groups.exists()]
+    grouped = [folder for folder in folders if folder.is_finished and _is_measured(folder)]
     ways = {folder.path: json.loads(folder.groups.read_text()) for folder in grouped}
-    close = [folder for folder in grouped if not ways[folder.path]["evenly"]]
-    counts = sorted({len(ways[folder.path]["groups"]) for folder in close})
-    wanted = n_groups or min([count for count in counts if count > 1], default=counts[0])
-    marked = next(way for way in ways.values() if len(way["groups"]) == wanted and not way["evenly"])
+    # Those of equal size are what distances are compared with, and drawn where there are no others.
+    close = [folder for folder in grouped if not ways[folder.path]["evenly"]] or grouped
     by_count = sorted(close, key=lambda folder: len(ways[folder.path]["groups"]))
+    several = [one for one in by_count if len(ways[one.path]["groups"]) > 1] or by_count
+    wanted = n_groups or len(ways[several[0].path]["groups"])
+    marked = next(ways[one.path] for one in by_count if len(ways[one.path]["groups"]) == wanted)
     names = [f"{len(ways[folder.path]['groups'])} groups" for folder in by_count]
     return {
         "distances": grouping_figures.distance_map(marked["distances"], marked["groups"]),

@@ -23,7 +23,7 @@ from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.layer_groups import LayerGroups, are_wanted, measured
 from sae_lora.lora_request import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
-from sae_lora.results import begun
+from sae_lora.results import begun, check_goes_on
 from sae_lora.saes.registry import Resolution, resolve
 
 
@@ -89,6 +89,7 @@ def plan(points: Sequence[Config]) -> Plan:
         if before.folder.is_finished:
             planner.add(replace(point, init=str(before.folder.path)))
         else:
+            planner.check_waiting(point, before)
             waiting.append(point)
     if not planner.runs:
         raise UserError("\n  ".join(["no point of this sweep has an SAE", *planner.notes[:5]]))
@@ -188,6 +189,19 @@ class _Planner:
             allowed = "a finished run's folder, or the method of just one other run of this command"
             raise ConfigError("init", point.init, allowed, because=there)
         return self.runs[found.pop()]
+
+    def check_waiting(self, point: Config, before: Run) -> None:
+        """Refuses now what would be refused once the run before is finished, which may be hours later.
+
+        Raises:
+            ConfigError: For a point that cannot work.
+        """
+        check_goes_on(point, before.config)
+        dimensions = self._dimensions(point)
+        if point.method.kind in ADAPTING:
+            first = min(one.block for one in before.config.sae.used)
+            adapted_blocks(canonical_blocks(point.lora.blocks), first, dimensions.n_blocks)
+        _check_context(point, dimensions.max_context)
 
     def _dimensions(self, point: Config) -> Dimensions:
         model = (point.model.name, point.model.revision)

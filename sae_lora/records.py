@@ -218,6 +218,21 @@ class RunFolder:
         self.log = path / "log.txt"
         self.job_file = path / "job.json"
 
+    def before(self, init: str) -> "RunFolder":
+        """The run that this one has begun with: where that was or, where a sweep was moved, beside it.
+
+        Args:
+            init: Its folder, as the config has it.
+
+        Raises:
+            UserError: Where it is gone.
+        """
+        said = Path(init).expanduser()
+        for path in (said, self.path.parent / said.name):
+            if (folder := RunFolder(path)).config.exists():
+                return folder
+        raise UserError(f"{self.path}: the run that it has begun with is gone: {init}")
+
     @property
     def is_finished(self) -> bool:
         """Whether the run has ended well."""

@@ -221,16 +221,10 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
 
 def _write_pictures(views: Sequence[View], folder: Path) -> list[str]:
     """Writes the figures as SVG and PNG; says so where that cannot be done here."""
-    wanted = [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in ("svg", "png")]
-    try:
-        figures.write_pictures(wanted)
-    except (ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [
-            f"no pictures beside the page ({reason}): they need `pip install -e '.[figures]'` and "
-            "Chrome or Chromium"
-        ]
-    return []
+    kinds = ("svg", "png")
+    return figures.try_pictures(
+        [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in kinds]
+    )
 
 
 def _check_free(to: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sae_lora.choices import Method, SAEFamily
-from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig
+from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.conversion import load
 from sae_lora.dimensions import Dimensions, Place
 from sae_lora.errors import ConfigError, UserError, listed, nearest_name
@@ -37,10 +37,11 @@ def begun(config: Config, model: Dimensions) -> Config:
     if not same:
         because = f"that one is of {before.model.name}"
         raise ConfigError("init", config.init, f"a run of {config.model.name}", because=because)
-    _check_method(config, before)
-    if config.init_at != 1 and before.method.kind not in TRAINING_SAES:
-        allowed = f"1: a run of method={before.method.kind.name} keeps nothing on its way"
-        raise ConfigError("init_at", config.init_at, allowed, nearest=1)
+    check_goes_on(config, before)
+    blocks = [choice.block for choice in before.sae.used]
+    if config.layer.index is not None and sorted(as_list(config.layer.index)) != blocks:
+        allowed = "null with init, whose SAEs stay where they are"
+        raise ConfigError("layer.index", config.layer.index, allowed, nearest="null")
     if before.method.kind in ADAPTING:
         lora = _with_adapters(config.lora, before, folder)
         return replace(config, lora=lora, sae=trained_saes(before, folder, model))
@@ -105,6 +106,29 @@ def _no_result(init: str, folder: RunFolder) -> ConfigError:
         nearest=beside / near if near else None,
         because=f"it {state}",
     )
+
+
+def check_goes_on(config: Config, before: Config) -> None:
+    """Refuses a result that the method cannot begin with, whether or not it is there yet.
+
+    Args:
+        config: Of the run that would begin with it.
+        before: Of the run whose result it is.
+
+    Raises:
+        ConfigError: Names `init`, or `init_at` where nothing is kept then.
+    """
+    _check_method(config, before)
+    if config.init_at == 1:
+        return
+    if before.method.kind not in TRAINING_SAES:
+        allowed = f"1: a run of method={before.method.kind.name} keeps nothing on its way"
+        raise ConfigError("init_at", config.init_at, allowed, nearest=1)
+    kept = sorted({*before.method.checkpoints, 1.0})
+    if config.init_at not in kept:
+        nearest = min(kept, key=lambda one: abs(one - config.init_at))
+        allowed = f"one of {listed(f'{one:g}' for one in kept)}: method.checkpoints of that run, or 1"
+        raise ConfigError("init_at", config.init_at, allowed, nearest=f"{nearest:g}")
 
 
 def _check_method(config: Config, before: Config) -> None:

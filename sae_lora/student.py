@@ -72,18 +72,19 @@ class Student:
     @property
     def cuts(self) -> set[int]:
         """The blocks whose input it or its untrained twin asks a trunk for."""
-        return {self.first, *cuts_around(self.before)}
+        return {self.first, *cuts_around(self.before), *cuts_around(self.frozen)}
 
     def without(self, hookpoint: str) -> "Student":
         """The same, without one of its SAEs; what it shares with this one moves with it."""
         left = tuple(splice for splice in self.splices if splice.hookpoint != hookpoint)
         live = sum(splice.hookpoint != hookpoint for splice in self.live)
-        return Student(self.model, left, self.first, live, self.weights, modules=self.modules)
+        # What all of them cost before training is not asked for: of none it is known already.
+        return Student(self.model, left, self.first, live, self.weights, (), self.modules)
 
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
         """One of its SAEs alone in a model; what it shares with this one moves with it."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
-        return Student(model, (splice,), splice.place.begins, 1, {}, modules=self.modules)
+        return Student(model, (splice,), splice.place.begins, 1, {}, (), self.modules)
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
         """What the head reads, `[batch, pos, d_model]`, as training has made it so far.

@@ -85,7 +85,7 @@ def _arm(folder: RunFolder) -> _Arm:
 def _before(arm: _Arm) -> _Arm:
     """The run whose result this one begins with."""
     assert arm.config.init is not None
-    return _arm(RunFolder(Path(arm.config.init)))
+    return _arm(RunFolder(arm.path).before(arm.config.init))
 
 
 def _of(arms: Sequence[_Arm], kind: Method) -> list[_Arm]:

@@ -35,7 +35,7 @@ class MadeUp:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self._config = copy.deepcopy(_default()) | {"output_dir": str(home)}
+        self._config: dict[str, Any] = copy.deepcopy(_default()) | {"output_dir": str(home)}
 
     def folder(
         self, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **train: Any

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,22 @@ def test_an_arm_that_is_missing_is_said(there: tuple[str, ...], arms: Arms) -> N
         time_to_ce.branches(arms.folders)
 
 
+def test_a_sweep_that_was_moved_finds_its_saes_beside_it(arms: Arms, tmp_path: Path) -> None:
+    arms.seed(0)
+    moved = arms.made.home.rename(tmp_path / "elsewhere")
+    (found,) = time_to_ce.branches([RunFolder(moved / one.path.name) for one in arms.folders])
+    assert found.lora["train_seconds"] == pytest.approx(65)
+    assert budget.method_of(RunFolder(moved / arms.folders[2].path.name)) == "lora after sae"
+
+
+def test_an_sae_that_was_deleted_is_said(arms: Arms, capsys: pytest.CaptureFixture[str]) -> None:
+    arms.seed(0)
+    shutil.rmtree(arms.folders[0].path)
+    for command in ("time_to_ce", "budget"):
+        assert main([command, str(arms.made.home)]) == 1
+        assert "the run that it has begun with is gone" in capsys.readouterr().err
+
+
 def test_branches_begin_in_the_figure_where_the_sae_was_kept(arms: Arms) -> None:
     arms.seed(0)
     arms.seed(1)
@@ -462,6 +479,26 @@ def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> No
     assert [one.sae_flops_saved for one in found] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
 
 
+def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
+    groups.home = groups.home.rename(tmp_path / "elsewhere")
+    found = [one.gap_with_lora for one in group_table.shared(folders(groups))]
+    assert found == [None, *map(pytest.approx, (0.75, 1.0, 0.5))]
+
+
+def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
+    """As with `train.eval_each_sae=false`."""
+    for number, name in enumerate(WAYS):
+        run = RunFolder(groups.home / f"sae-{name}")
+        summary = run.read_summary()
+        for sae in summary["sae"]:
+            del sae["alone_ce"], sae["alone_fvu"]
+        run.summary.write_text(json.dumps(summary))
+        if number < len(WAYS) - 1:
+            assert len(group_table.shared(folders(groups))) == len(WAYS) - 1 - number
+    with pytest.raises(UserError, match=r"train\.eval_each_sae"):
+        group_table.shared(folders(groups))
+
+
 def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
     table = group_table.table(group_table.shared(folders(groups)))
     assert cells(table) == [
@@ -498,6 +535,12 @@ def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
     names = [trace.name for trace in drawn["blocks"].data]
     assert names == [name for count in (1, 2, 3) for name in [f"{count} groups"] * 2]
     assert list(drawn["blocks"].data[2].y) == [0.125, 0.25, 0.375]
+
+
+def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
+    drawn = group_table.figures([RunFolder(groups.home / "sae-two-evenly")])
+    assert list(drawn["amad"].data[1].x) == [2]
+    assert [trace.name for trace in drawn["blocks"].data] == ["2 groups"] * 2
 
 
 def test_another_number_of_groups_is_marked_where_it_is_asked_for(groups: MadeUp) -> None:
@@ -576,6 +619,19 @@ def test_a_sweep_without_the_runs_is_one_message(
     MadeUp(tmp_path / "sweep").told("begun", [], {})
     assert main([command, str(tmp_path / "sweep")]) == 1
     assert capsys.readouterr().err.startswith("error: no")
+
+
+def test_without_a_browser_the_numbers_are_there(
+    arms: Arms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(wanted: object) -> None:
+        raise ValueError("Image export needs the kaleido package\nand more words")
+
+    monkeypatch.setattr("sae_lora.figures.write_pictures", fail)
+    arms.seed(0)
+    assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path / "to")]) == 0
+    assert "left out: no pictures (Image export needs the kaleido package)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["time_to_ce.json"]
 
 
 @in_a_browser

@@ -74,7 +74,7 @@ def stdlib_documents(*, tests: bool = False) -> list[Document]:
         if not 200 < path.stat().st_size < _STDLIB_MAX_BYTES:
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if sum(ord(character) > 127 for character in text) > _STDLIB_MAX_NON_ASCII * len(text):
+        if len(text) - len(text.encode("ascii", "ignore")) > _STDLIB_MAX_NON_ASCII * len(text):
             continue
         documents.append(Document(name, text))
     return documents
