@@ -5,7 +5,7 @@ written.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ def plan(points: Sequence[Config]) -> Plan:
     for point in points:
         if point.init not in Method.__members__:
             planner.add(point)
-    for point in points:
-        if point.init not in Method.__members__:
+    for point in _in_order([one for one in points if one.init in Method.__members__]):
+        if any(_is_named(one, point) for one in waiting):
+            waiting.append(point)
             continue
         before = planner.run_before(point)
         if before.folder.is_finished:
@@ -94,6 +95,26 @@ def plan(points: Sequence[Config]) -> Plan:
     if not planner.runs:
         raise UserError("\n  ".join(["no point of this sweep has an SAE", *planner.notes[:5]]))
     return Plan(list(planner.runs.values()), planner.all_notes, waiting)
+
+
+def _in_order(points: Sequence[Config]) -> Iterator[Config]:
+    """Points whose `init` names others, each after those of them that it names."""
+    left = list(points)
+    while left:
+        ready = [one for one in left if not any(_is_named(other, one) for other in left)] or left
+        yield from ready
+        taken = {id(one) for one in ready}
+        left = [one for one in left if id(one) not in taken]
+
+
+def _is_named(one: Config, by: Config) -> bool:
+    """Whether a point is of the method that another begins with, and otherwise at the same place."""
+    return one is not by and one.method.kind.name == by.init and _place(one) == _place(by)
+
+
+def _place(config: Config) -> tuple[Any, ...]:
+    model = config.model.name, config.model.revision
+    return model, config.layer, config.train.seed, config.data.seed
 
 
 _MOST_NAMED = 3
@@ -172,16 +193,7 @@ class _Planner:
         Raises:
             ConfigError: Where there is none, or more than one.
         """
-
-        def place(config: Config) -> tuple[Any, ...]:
-            model = config.model.name, config.model.revision
-            return model, config.layer, config.train.seed, config.data.seed
-
-        found = {
-            path
-            for asked, path in self._meant
-            if asked.method.kind.name == point.init and place(asked) == place(point)
-        }
+        found = {path for asked, path in self._meant if _is_named(asked, point)}
         if len(found) != 1:
             there = (
                 f"{len(found) or 'none'} of them have method={point.init}, this model, layer and seed"

@@ -254,3 +254,12 @@ def test_every_point_of_an_experiment_plans(
     if name == "groups":
         groups = [run.groups.groups for run in planned.runs if run.groups is not None]
         assert sorted(map(len, groups)) == [1, 2, 2, 3, 3, 4, 4, 7]
+
+
+def test_a_chain_waits_for_its_first_link(tmp_path: Path) -> None:
+    """In whatever order the points stand: an SAE, the same finetuned, LoRA around that."""
+    point = points_in(tmp_path)
+    links = "method=lora init=sae_finetune", "method=sae_finetune init=sae", "method=sae"
+    planned = plan([point(*link.split()) for link in links])
+    assert [run.config.method.kind.name for run in planned.runs] == ["sae"]
+    assert [one.method.kind.name for one in planned.waiting] == ["sae_finetune", "lora"]
