@@ -264,3 +264,31 @@ def test_missing_values_are_reported() -> None:
     with pytest.raises(Exception) as error:
         check(typed(config))
     assert "model.name" in composition.explanation(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "words"),
+    [
+        ("layer.every=2 layer.index=3", "layer.every", "layer.index is 3"),
+        ("method=e2e sae=identity", "sae.family", "can be trained"),
+        ("method=sae sae.width=256 sae.l0=300", "sae.l0", "nearest valid: sae.l0=256"),
+        ("method=sae sae.l0=2.5", "sae.l0", "nearest valid: sae.l0=2"),
+        ("method=sae method.checkpoints=[1,1]", "method.checkpoints", "each share once"),
+        ("method=sae method.checkpoints=[0,2]", "method.checkpoints", "above 0 and up to 1"),
+        ("method=lora method.checkpoints=[0.5]", "method.checkpoints", "trains no SAE"),
+        ("method=linear_adapter method.rank=0", "method.rank", "nearest valid: method.rank=1"),
+        ("method=mezo lora.dropout=0.1", "lora.dropout", "nearest valid: lora.dropout=0"),
+        ("method=e2e sae.sparsity_coefficient=2", "sae.sparsity_coefficient", "is sae.l0"),
+        ("method=sae launcher.gpus_per_node=2", "launcher.gpus_per_node", "one process makes it"),
+        (
+            "method=e2e launcher.processes_per_node=2 train.device=cpu",
+            "launcher.processes_per_node",
+            "one process makes it",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: str, field: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed(*overrides.split())
+    assert error.value.field == field
+    assert words in str(error.value)

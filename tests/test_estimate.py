@@ -48,18 +48,15 @@ CASES = [
     ("sae.width=4k sae.l0=8 lora.blocks=all sae.sparse=true",),
     ("layer.index=[2,5]",),
     ("sae=disk sae.path={home}/of_an_mlp",),
-    ("sae=disk sae.path={home}/of_an_mlp lora.blocks=all",),
     ("train.dtype=bfloat16",),
     ("train.micro_batch_size=2",),
     ("train.activation_checkpointing=true",),
     ("", "lora.rank=4"),
     ("method=mezo",),
-    ("method=mezo", "method=mezo lora.rank=4"),
     ("method=linear_adapter",),
     ("method=mlp_adapter method.rank=16",),
     ("method=e2e sae=tiny",),
     ("method=sae_finetune",),
-    ("method=sae_finetune method.mse=false",),
     ("layer.index=[2,5] method=e2e sae=tiny",),
     *(
         pytest.param(those, marks=pytest.mark.slow)
