@@ -1,7 +1,7 @@
 """The plan: what every point of a sweep means, and where it belongs.
 
-Each point is resolved to SAEs that exist, named, and given its folder; nothing is loaded, nothing is
-written.
+Each point is resolved to SAEs that exist, named, and given its folder. Nothing is written, and no model
+is loaded but to measure the distances between its blocks, once, for layer=groups.
 """
 
 from collections import Counter
