@@ -14,7 +14,7 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
 
     other methods     mezo: blocks and SAEs of the live part twice, no backward, 4 · adapters' weights
                       linear_adapter, mlp_adapter: the first SAE once; the others as above
-                      sae_finetune, e2e: an SAE three times, with `method.mse` four and a half times
+                      sae_finetune, e2e: an SAE three times, with `method.mse` five times
                       sae: blocks up to the last SAE, SAEs three times; no head
 
 A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
@@ -153,10 +153,8 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     total = head
     for run in runs:
         trunk |= {
-            (
-                block,
-                tuple(sae for sae in run.frozen if sae.place < Place(block)),
-            )  # with those inside of it
+            # With those inside of it.
+            (block, tuple(sae for sae in run.frozen if sae.place < Place(block)))
             for block in range(run.first)
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}

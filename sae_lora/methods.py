@@ -19,9 +19,10 @@ from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.reconstruct import Reconstruction, sources_of
 from sae_lora.saes.descent import SAEDescent
 from sae_lora.saes.learner import SAELearner
-from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens, untrained
+from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, untrained
 from sae_lora.saes.trained import TrainedSAE, trainable
-from sae_lora.splice import Coder, special_positions, spliced
+from sae_lora.saes.training import activations
+from sae_lora.splice import Coder
 from sae_lora.student import LoRAStudent, Student
 from sae_lora.trunk import Splices
 
@@ -212,14 +213,8 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     }
     tokens, special_ids = (part.to(model.device) for part in sample)
     keeps = keeps_special_tokens(config.sae, [])
-    read: dict[str, Tensor] = {}
-    controls = {str(Place.of(choice)): IdentitySAE() for choice in config.sae.used}
-    kept = special_positions(tokens, special_ids) if keeps else None
-    with (
-        torch.no_grad(),
-        spliced(model, controls, kept, lambda reading: read.update({reading.hookpoint: reading.resid})),
-    ):
-        model.hidden(tokens)
+    hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
+    read = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
     found: list[LoadedSAE] = []
     shared: dict[int, TrainedSAE] = {}
     for choice in config.sae.used:

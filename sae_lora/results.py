@@ -58,23 +58,16 @@ def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float
         at: Share of its training after which they are wanted.
 
     Raises:
-        ConfigError: Where the run has kept none there.
         UserError: Where its files cannot be read.
     """
     sae = config.sae
     made = folder.sae if at == 1 else folder.sae_at / f"{at:g}"
-    if at != 1 and not made.is_dir():
-        kept = sorted(float(path.name) for path in folder.sae_at.glob("[0-9]*"))
-        allowed = f"one of {listed(kept)} or 1, what {folder.path.name} has kept"
-        raise ConfigError("init_at", at, allowed, min([*kept, 1.0], key=lambda one: abs(one - at)))
     if config.method.kind in _MAPS:
         return replace(sae, used=[_with_map(choice, folder) for choice in sae.used])
     if config.method.kind in TRAINING_SAES:
         used = [_trained(choice, made, model) for choice in sae.used]
         request = {"width": None, "l0": None, "release": None, "id": None}
-        path = str(
-            made.resolve() / str(Place.of(sae.used[0])).replace(str(sae.used[0].block), "{block}", 1)
-        )
+        path = str(made.resolve() / f"blocks.{{block}}.hook_{sae.used[0].hook.name}")
         return replace(sae, family=SAEFamily.disk, path=path, used=used, **request)
     return sae
 
@@ -92,11 +85,7 @@ def check_as_planned(adapters: Adapters) -> None:
 def _no_result(init: str, folder: RunFolder) -> ConfigError:
     """Why the folder is none to begin with."""
     beside = folder.path.parent
-    others = (
-        [path.name for path in beside.iterdir() if (path / "summary.json").exists()]
-        if (beside.is_dir())
-        else []
-    )
+    others = [path.parent.name for path in beside.glob("*/summary.json")]
     near = nearest_name(folder.path.name, others)
     state = "is not finished" if folder.config.exists() else "is no run"
     return ConfigError(
