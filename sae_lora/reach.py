@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sae_lora.errors import UserError
 from sae_lora.records import CurvePoint, RunFolder
-from sae_lora.tables import FACTORS, finished_summaries, percent
+from sae_lora.tables import FACTORS, finished_summaries, percent, spread
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]
 """Factors in which runs that are compared do not differ; the others are recipe and seed."""
@@ -134,4 +134,4 @@ def _point(summary: dict[str, Any]) -> tuple[tuple[str, ...], str]:
 def _spread(ratios: Sequence[float]) -> str:
     if not ratios:
         return "never"
-    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
+    return spread(ratios)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.redaction import redacted
@@ -284,6 +286,10 @@ class RunFolder:
     def write_summary(self, summary: Summary) -> None:
         """Writes the summary; from then on the run is finished."""
         write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config as plain values."""
+        return yaml.load(self.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
     def read_summary(self) -> dict[str, Any]:
         """The summary as plain values."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sae_lora.choices import Method
 from sae_lora.command import command, flat
 from sae_lora.errors import UserError
@@ -186,8 +184,7 @@ def _sweep_of(folder: RunFolder) -> str:
 
 def _row(folder: RunFolder) -> dict[str, Any]:
     """What a folder says of its run."""
-    text = folder.config.read_text()
-    config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    config = folder.read_config()
     measured: dict[str, Any] = {}
     if folder.is_finished:
         measured = folder.read_summary()

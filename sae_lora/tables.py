@@ -1,9 +1,9 @@
 """What people look at: tables made from the run folders alone. Imports no torch."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from sae_lora.records import RunFolder
@@ -104,6 +104,11 @@ def _places(saes: Sequence[dict[str, Any]]) -> str:
     return "+".join(str(sae["block"]) for sae in saes) + named
 
 
+def spread(ratios: Sequence[float]) -> str:
+    """Their median, and in brackets the least and the most."""
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
+
+
 def joined(value: str | list[Any]) -> str:
     """One word, or several as one."""
     return value if isinstance(value, str) else "+".join(map(str, value))
@@ -183,8 +188,7 @@ def _other_differences(
 
 
 def _settings(folder: RunFolder) -> dict[str, str]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    config = yaml.load(folder.config.read_text(), loader)
+    config = folder.read_config()
     begins = config.get("init") is not None
     found = {"init_at": str(config["init_at"])} if begins else {}
     for group, values in config.items():

@@ -17,6 +17,7 @@ from sae_lora.curves import reaching, value_at
 from sae_lora.errors import UserError
 from sae_lora.figures import COLOURS, finished
 from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.tables import spread
 
 COSTS = ("train_seconds", "train_flops")
 """What a curve is read over."""
@@ -133,15 +134,11 @@ def table(found: Sequence[Branch]) -> Table:
             f"{statistics.median(one.e2e_ce for one in those):.3f}",
             f"{statistics.median(one.lora[seconds] for one in those):.0f} s",
             f"{statistics.median(one.e2e[seconds] for one in those):.0f} s",
-            _spread([one.e2e[seconds] / one.lora[seconds] for one in those]),
-            _spread([one.e2e[flops] / one.lora[flops] for one in those]),
+            spread([one.e2e[seconds] / one.lora[seconds] for one in those]),
+            spread([one.e2e[flops] / one.lora[flops] for one in those]),
             str(len(those)),
         )
     return made
-
-
-def _spread(ratios: Sequence[float]) -> str:
-    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
 
 
 def figure(folders: Sequence[RunFolder]) -> go.Figure:
