@@ -233,18 +233,14 @@ def compare_methods(sweep: Path, to: Path | None) -> None:
     Raises:
         UserError: Where no run is finished.
     """
-    from sae_lora import budget, figures  # plotly and pandas take a while
+    from sae_lora import budget  # plotly and pandas take a while
 
     runs = load_sweep(sweep)
     found = budget.outcomes(runs.folders)
     show(budget.table(found))
     if to is not None:
-        frame, curves = runs.frame(), runs.curves()
-        frame["method"] = [budget.method_of(RunFolder(Path(path))) for path in frame["folder"]]
-        drawn = {
-            f"methods_{over}": figures.gap_curves(frame, curves, over, ["method"])
-            for over in ("tokens", "train_seconds")
-        }
+        over = "tokens", "train_seconds", "train_flops"
+        drawn = {f"methods_{one}": budget.figure(runs, one) for one in over}
         _write_comparison(to, "methods", found, drawn)
 
 

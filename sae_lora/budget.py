@@ -1,16 +1,22 @@
 """Methods side by side, after the same tokens and after the same seconds."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import plotly.graph_objects as go
 from rich.table import Table
 
 from sae_lora.conversion import load
 from sae_lora.curves import value_at
 from sae_lora.errors import UserError
+from sae_lora.figures import gap_curves
 from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.sweep import Sweep
+from sae_lora.tables import in_whole_words
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,24 @@ def _gaps(curves: Sequence[Sequence[CurvePoint]], over: str, amount: float) -> l
     return [value_at(curve, over, amount, "ce_gap") for curve in curves]
 
 
+def figure(runs: Sweep, over: str) -> go.Figure:
+    """The CE gap of each method on its way, on a logarithmic axis that ends where the worst one does.
+
+    Args:
+        runs: As for `outcomes`.
+        over: `tokens`, `train_seconds` or `train_flops`.
+    """
+    frame, curves = runs.frame(), runs.curves()
+    frame["method"] = [method_of(RunFolder(Path(path))) for path in frame["folder"]]
+    drawn = gap_curves(frame, curves, over, ["method"])
+    # A new SAE begins far above what the others differ by.
+    gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]
+    if gaps:
+        bounds = [math.log10(0.9 * min(gaps)), math.log10(1.3 * max(gaps))]
+        drawn.update_yaxes(type="log", range=bounds, dtick="D1", rangemode="normal")
+    return drawn
+
+
 def method_of(folder: RunFolder) -> str:
     """The method of a run; where it begins with another's result, both.
 
@@ -107,7 +131,7 @@ def table(found: Sequence[Outcome]) -> Table:
             f"{statistics.mean(one.seconds):.0f}",
             f"{statistics.mean(one.flops):.1e}",
         )
-    return made
+    return in_whole_words(made)
 
 
 def _spread(values: Sequence[float]) -> str:

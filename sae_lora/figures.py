@@ -113,7 +113,7 @@ def gap_curves(
     Args:
         frame: Runs, as `Sweep.frame` gives them.
         curves: Their points, as `Sweep.curves` gives them.
-        over: `tokens` or `train_seconds`.
+        over: `tokens`, `train_seconds` or `train_flops`.
         by: The factors that tell them apart; by default those in which they differ.
     """
     by = by_prominence(factors(frame)) if by is None else by

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from sae_lora.choices import Method
 from sae_lora.conversion import load
 from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
+from sae_lora.tables import in_whole_words
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Shared:
     """CE over the plain model's, likewise."""
     gap: float
     """CE gap with all of them in place."""
-    gap_with_lora: float | None
-    """The same after LoRA; `None` where there is no such run."""
+    gaps_with_lora: list[float]
+    """The same after LoRA, for each run of it around them; there may be none."""
 
 
 def shared(folders: Sequence[RunFolder]) -> list[Shared]:
@@ -52,18 +54,16 @@ def shared(folders: Sequence[RunFolder]) -> list[Shared]:
     """
     finished = [folder for folder in folders if folder.is_finished]
     configs = {folder.path: load(folder.config.read_text()) for folder in finished}
-    around = {
-        Path(config.init).name: folder  # which it keeps wherever the sweep is moved
-        for folder in finished
-        for config in [configs[folder.path]]
-        if config.init is not None and config.method.kind is Method.lora
-    }
+    around: dict[str, list[RunFolder]] = defaultdict(list)
+    for folder in finished:
+        config = configs[folder.path]
+        if config.init is not None and config.method.kind is Method.lora:
+            around[Path(config.init).name].append(folder)  # a name it keeps wherever the sweep is moved
     found = []
     for folder in finished:
         if not _is_measured(folder):
             continue
         how, summary = json.loads(folder.groups.read_text()), folder.read_summary()
-        lora = around.get(folder.path.name)
         found.append(
             Shared(
                 groups=how["groups"],
@@ -73,7 +73,7 @@ def shared(folders: Sequence[RunFolder]) -> list[Shared]:
                 fvu_alone=statistics.mean(sae["alone_fvu"] for sae in summary["sae"]),
                 ce_alone=statistics.mean(_costs(summary)),
                 gap=summary["ce_gap"],
-                gap_with_lora=None if lora is None else lora.read_summary()["ce_gap"],
+                gaps_with_lora=[lora.read_summary()["ce_gap"] for lora in around[folder.path.name]],
             )
         )
     if not found:
@@ -100,7 +100,7 @@ def _linkage(distances: Sequence[Sequence[float]]) -> Any:
 
 
 def table(found: Sequence[Shared]) -> Table:
-    """A row for each."""
+    """A row for each; of several LoRA runs the mean."""
     made = Table(title="SAEs that share blocks", title_justify="left")
     blocks = [" ".join(_in_words(group) for group in one.groups) for one in found]
     made.add_column("groups", justify="right")
@@ -109,7 +109,7 @@ def table(found: Sequence[Shared]) -> Table:
         *("AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
         *("gap with all", "with LoRA"),
     ):
-        made.add_column(name, justify="right", min_width=6)
+        made.add_column(name, justify="right")
     for one, shown in zip(found, blocks, strict=True):
         how = " (evenly)" if one.evenly else ""
         made.add_row(
@@ -120,9 +120,9 @@ def table(found: Sequence[Shared]) -> Table:
             f"{one.fvu_alone:.3f}",
             f"{one.ce_alone:+.3f}",
             f"{one.gap:+.3f}",
-            "–" if one.gap_with_lora is None else f"{one.gap_with_lora:+.3f}",
+            f"{statistics.mean(one.gaps_with_lora):+.3f}" if one.gaps_with_lora else "–",
         )
-    return made
+    return in_whole_words(made, but="blocks")
 
 
 def _in_words(group: Sequence[int]) -> str:

@@ -38,6 +38,8 @@ _OF_METHODS: dict[Method, tuple[str, ...]] = {
     Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
 }
 """The keys of `method` that each of them heeds."""
+_UNHEEDED_BY_SAE = ("grad_clip", "weight_decay", "kl_reduction", "micro_batch_size")
+"""The keys of `train` that method=sae does not heed: its steps are sae-lens's own."""
 ADAPTING = (Method.lora, Method.mezo)
 """Methods that train LoRA adapters."""
 TRAINING_SAES = (Method.sae_finetune, Method.e2e, Method.sae)
@@ -75,6 +77,10 @@ def identity(config: Config) -> str:
             del values["lora"]["dora"]
     else:
         del values["lora"]
+    if config.method.kind is not Method.lora:
+        del values["train"]["loraplus_ratio"]
+    if config.method.kind is Method.sae:
+        values = _without(values, {"train": _UNHEEDED_BY_SAE})
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
 
 

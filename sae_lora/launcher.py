@@ -49,26 +49,32 @@ def launch(points: Sequence[Config]) -> int:
     code = _carry_out(planned, settings)
     while code == 0 and planned.waiting and (settings.kind is LauncherKind.local or settings.wait):
         planned = plan(points)
-        code = _carry_out(planned, settings)
+        code = _carry_out(planned, settings, again=True)
     if code == 0 and planned.waiting:
         say(f"{len(planned.waiting)} more begin with what these make; the same command submits them")
     return code
 
 
-def _carry_out(planned: Plan, settings: LauncherConfig) -> int:
-    """Runs, or submits, what can be; returns the process's exit code."""
+def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
+    """Runs, or submits, what can be; returns the process's exit code.
+
+    Args:
+        planned: What is wanted.
+        settings: How.
+        again: Whether this command has carried out a part of it before.
+    """
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
     match settings.kind:
         case LauncherKind.local:
             with _alone_in(sweeps):
-                to_do = _to_do(planned, settings)
+                to_do = _to_do(planned, settings, again=again)
             if to_do:
                 run_here(packed(to_do, settings), settings)
         case LauncherKind.slurm:
             with _alone_in(sweeps):
-                to_do = _to_do(planned, settings)
+                to_do = _to_do(planned, settings, again=again)
                 if to_do:
                     submit(packed(to_do, settings), settings)
             if not settings.wait:
@@ -157,14 +163,14 @@ def _wanted(settings: LauncherConfig) -> set[State]:
     return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
 
 
-def _to_do(planned: Plan, settings: LauncherConfig) -> list[Run]:
+def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
     """The runs that are to be run now, frozen, with all that they read fetched.
 
-    Says what becomes of the others.
+    Says what becomes of the others; `again`, of those that are done nothing more.
     """
     before = _standings(planned)
     count = Counter(standing.state for standing in before)
-    if count[State.done]:
+    if count[State.done] and not again:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
     if count[State.failed]:
         again = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"

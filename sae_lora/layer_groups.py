@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lora.config import Config
+from sae_lora.conversion import as_dict
 from sae_lora.dimensions import Dimensions
 from sae_lora.errors import ConfigError
 from sae_lora.files import as_json, write_atomically
@@ -40,8 +41,32 @@ def are_wanted(config: Config) -> bool:
     return config.layer.amad_max is not None or config.layer.n_groups is not None
 
 
-def measured(config: Config, model: Dimensions) -> LayerGroups:
+class Distances:
+    """Angular distances between the blocks of models, each read or measured once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Sequence[Sequence[float]]] = {}
+
+    def of(self, config: Config) -> Sequence[Sequence[float]]:
+        """Those of a config's model on its held-out text.
+
+        Raises:
+            UserError: Where the model or the text cannot be had.
+        """
+        values = as_dict(config)
+        asked = json.dumps([values["model"], values["data"], values["train"]["dtype"]], sort_keys=True)
+        if asked not in self._known:
+            self._known[asked] = _distances(config)
+        return self._known[asked]
+
+
+def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
     """The groups that `layer` asks for. The model is loaded where its distances are not known yet.
+
+    Args:
+        config: Of a point.
+        model: Its model's.
+        known: What was measured before.
 
     Raises:
         ConfigError: For more groups than there are blocks without the last.
@@ -55,19 +80,19 @@ def measured(config: Config, model: Dimensions) -> LayerGroups:
 
     from sae_lora import grouping  # brings torch in
 
-    distances = torch.tensor(_distances(config), dtype=torch.float64)
+    distances = torch.tensor(known.of(config), dtype=torch.float64)
     found = grouping.group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
-    groups, amad = found.groups, found.amad
+    blocks, amad = found.groups, found.amad
     if layer.evenly:
-        groups = grouping.evenly_spaced(most, len(groups))
-        amad = grouping.amad(distances, groups)
+        blocks = grouping.evenly_spaced(most, len(blocks))
+        amad = grouping.amad(distances, blocks)
     return LayerGroups(
-        groups=groups,
+        groups=blocks,
         amad=amad,
         amad_by_count=list(found.amad_by_count),
         distances=distances.tolist(),
         evenly=layer.evenly,
-        sae_flops_saved=grouping.sae_flops_saved(len(groups), most),
+        sae_flops_saved=grouping.sae_flops_saved(len(blocks), most),
     )
 
 

@@ -20,7 +20,7 @@ from sae_lora.dimensions import Dimensions, read_dimensions
 from sae_lora.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.identity import ADAPTING, identity, readable_name
-from sae_lora.layer_groups import LayerGroups, are_wanted, measured
+from sae_lora.layer_groups import Distances, LayerGroups, are_wanted, groups
 from sae_lora.lora_request import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.results import begun, check_goes_on
@@ -133,6 +133,7 @@ class _Planner:
         self.notes: list[str] = []
         self._strict = strict
         self._sizes: dict[tuple[str, str | None], Dimensions] = {}
+        self._distances = Distances()
         self._named: Counter[Path] = Counter()
         self._meant: list[tuple[Config, Path]] = []
         """Points, and the runs that they mean."""
@@ -157,11 +158,12 @@ class _Planner:
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
-            groups = measured(point, dimensions) if are_wanted(point) and not point.init else None
+            grouped = are_wanted(point) and not point.init
+            shared = groups(point, dimensions, self._distances) if grouped else None
             resolution = (
                 Resolution(point.sae.used, [])
                 if point.sae.used
-                else resolve(point, dimensions, groups and groups.groups)
+                else resolve(point, dimensions, shared and shared.groups)
             )
         except NoSuchCellError as error:
             if self._strict:
@@ -185,7 +187,7 @@ class _Planner:
         self._named[path] += 1
         self._meant.append((asked, path))
         folder = RunFolder(path)
-        self.runs.setdefault(path, Run(_as_begun(config, folder), folder, groups))
+        self.runs.setdefault(path, Run(_as_begun(config, folder), folder, shared))
 
     def run_before(self, point: Config) -> Run:
         """The run of this plan that a point's `init` names by its method.

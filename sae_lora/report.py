@@ -33,6 +33,14 @@ from sae_lora.tables import duration, percent
 VERSION = 1
 _KIND = "sae_lora report"
 _FITTED = ("rank", "l0", "width")
+_CURVES = "gap_over_"
+"""How the names of the curves' figures begin."""
+_OVER = {
+    "tokens": "training tokens",
+    "train_seconds": "seconds of training",
+    "train_flops": "training FLOPs",
+}
+"""What the curves are drawn over."""
 _MOST_MAPPED = 3
 """Factors that a heat map shows."""
 
@@ -84,6 +92,11 @@ class Report:
         return dict(Counter(self.frame["state"]))
 
     @property
+    def methods(self) -> list[str]:
+        """What is trained in them."""
+        return [{"lora": "LoRA"}.get(name, name) for name in dict.fromkeys(self.frame["method"])]
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The run that closes the most."""
         closed = self.done["gap_closed"].astype(float)
@@ -106,11 +119,12 @@ class Report:
         return found + [str(one) for one in self.fits if isinstance(one, NoFit)]
 
     def views(self) -> list[View]:
-        """Its figures. The curves come twice, first over tokens, then over seconds."""
+        """Its figures. The curves come first, over each of what they are drawn over."""
         found = [
-            View(f"gap_over_{over}", f"CE gap over {words}", curves)
-            for over, words in (("tokens", "training tokens"), ("train_seconds", "seconds of training"))
-            if (curves := figures.gap_curves(self.frame, self.curves, over)).data
+            View(f"{_CURVES}{over}", f"CE gap over {words}", curves)
+            for over, words in _OVER.items()
+            if self.curves[over].notna().any()
+            and (curves := figures.gap_curves(self.frame, self.curves, over)).data
         ]
         done = self.done[self.done["gap_closed"].notna()]
         if done.empty:
@@ -193,10 +207,14 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         loader=PackageLoader("sae_lora", "."), autoescape=select_autoescape(), trim_blocks=True
     )
     templates.filters |= {"cell": _cell, "script": _for_script}
-    curves = [view for view in views if view.name.startswith("gap_over_")]
+    curves = [view for view in views if view.name.startswith(_CURVES)]
     drawn = [view for view in views if view not in curves[1:]]
     axes = [
-        {"x": [trace.x for trace in view.figure.data], "title": view.figure.layout.xaxis.title.text}
+        {
+            "name": _OVER[view.name.removeprefix(_CURVES)],
+            "x": [trace.x for trace in view.figure.data],
+            "title": view.figure.layout.xaxis.title.text,
+        }
         for view in curves
     ]
     runs = [

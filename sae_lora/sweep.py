@@ -19,20 +19,8 @@ from sae_lora.tables import joined
 SEED = "seed"
 """The factor in which repetitions differ."""
 NAMED = (
-    *(
-        "model",
-        "method",
-        "init_at",
-        "block",
-        "hook",
-        "width",
-        "l0",
-        "rank",
-        "alpha",
-        "targets",
-        "blocks",
-    ),
-    *("tokens", SEED),
+    *("model", "method", "init_at", "block", "hook", "width", "l0", "rank", "alpha"),
+    *("targets", "blocks", "tokens", SEED),
 )
 """Factors with names of their own, in the order in which people look at them; others go by key."""
 _NAMED_KEYS = {
@@ -44,16 +32,9 @@ _NAMED_KEYS = {
 }
 _MEASURED = [
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "best_gap_closed"),
-    *(
-        "initial_kl",
-        "kl",
-        "top1_agreement",
-        "fvu",
-        "trainable_parameters",
-        "train_tokens",
-        "train_seconds",
-    ),
-    *("total_seconds", "train_flops", "trained_together", "tracked_at"),
+    *("initial_kl", "kl", "top1_agreement", "fvu"),
+    *("trainable_parameters", "train_tokens", "train_seconds", "total_seconds", "train_flops"),
+    *("trained_together", "tracked_at"),
 ]
 """Of a summary; what of them a curve has too, unfinished runs have from there."""
 

@@ -109,6 +109,20 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
 
 
+def in_whole_words(table: Table, but: str | None = None) -> Table:
+    """The table, made so that a narrow terminal breaks its cells between words alone.
+
+    Args:
+        table: Complete.
+        but: Heading of a column that may be broken anywhere.
+    """
+    for column in table.columns:
+        if column.header != but:
+            words = " ".join([str(column.header), *map(str, column.cells)]).split()
+            column.min_width = max(map(len, words))
+    return table
+
+
 def joined(value: str | list[Any]) -> str:
     """One word, or several as one."""
     return value if isinstance(value, str) else "+".join(map(str, value))

@@ -1,5 +1,6 @@
 """How soon LoRA around an SAE reaches what an SAE trained end to end reaches: a table and a figure."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sae_lora.curves import reaching, value_at
 from sae_lora.errors import UserError
 from sae_lora.figures import COLOURS, finished
 from sae_lora.records import CurvePoint, RunFolder
-from sae_lora.tables import spread
+from sae_lora.tables import in_whole_words, spread
 
 COSTS = ("train_seconds", "train_flops")
 """What a curve is read over."""
@@ -42,6 +43,8 @@ class Branch:
     """What the SAE trained end to end ends at."""
     lora: dict[str, float]
     """By name of `COSTS`: what LoRA takes to get there."""
+    sae: dict[str, float]
+    """What of that is the SAE's training, which an SAE that is there already does not cost."""
     e2e: dict[str, float]
     """What the SAE trained end to end takes."""
 
@@ -108,6 +111,7 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
         lora_ce=lora_ce,
         e2e_ce=e2e_ce,
         lora={cost: before[cost] + reaching(lora.curve, ce, cost) for cost in COSTS},
+        sae=before,
         e2e={cost: reaching(e2e.curve, ce, cost) for cost in COSTS},
     )
 
@@ -118,11 +122,14 @@ def _kept_at(arm: _Arm, share: float, cost: str) -> float:
 
 
 def table(found: Sequence[Branch]) -> Table:
-    """A row for each share of the SAE's training; medians, in brackets the least and most over seeds."""
+    """A row for each share of the SAE's training; medians, in brackets the least and most over seeds.
+
+    `LoRA alone` is how many times sooner it is where the SAE is there already.
+    """
     made = Table(title="until both are at the same cross-entropy", title_justify="left")
     for name in (
         *("SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e"),
-        *("times sooner", "times fewer FLOPs", "seeds"),
+        *("times sooner", "times fewer FLOPs", "LoRA alone", "seeds"),
     ):
         made.add_column(name, justify="right")
     for at in sorted({one.at for one in found}):
@@ -135,10 +142,17 @@ def table(found: Sequence[Branch]) -> Table:
             f"{statistics.median(one.lora[seconds] for one in those):.0f} s",
             f"{statistics.median(one.e2e[seconds] for one in those):.0f} s",
             spread([one.e2e[seconds] / one.lora[seconds] for one in those]),
-            spread([one.e2e[flops] / one.lora[flops] for one in those]),
+            f"{statistics.median(one.e2e[flops] / one.lora[flops] for one in those):.1f}",
+            f"{statistics.median(_sooner_alone(one, seconds) for one in those):.1f}",
             str(len(those)),
         )
-    return made
+    return in_whole_words(made)
+
+
+def _sooner_alone(branch: Branch, cost: str) -> float:
+    """How many times less LoRA takes where the SAE is there already."""
+    alone = branch.lora[cost] - branch.sae[cost]
+    return branch.e2e[cost] / alone if alone else math.inf
 
 
 def figure(folders: Sequence[RunFolder]) -> go.Figure:

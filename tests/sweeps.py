@@ -132,6 +132,7 @@ class MadeUp:
                     top1_agreement=0.6,
                     fvu=0.3,
                     l0=l0,
+                    train_flops=2.5e12 * step,
                 )
             )
         return found

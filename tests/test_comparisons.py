@@ -205,8 +205,28 @@ def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
     assert [(one.at, one.seed) for one in found] == [(0.5, 0), (0.5, 1), (1.0, 0)]
     table = time_to_ce.table(found)
     assert cells(table) == [
-        ["50%", "2.500", "3.000", "65 s", "300 s", "4.6 (3.1–6.2)", "5.0 (5.0–5.0)", "2"],
-        ["100%", "2.500", "3.000", "115 s", "200 s", "1.7 (1.7–1.7)", "3.1 (3.1–3.1)", "1"],
+        [
+            "50%",
+            "2.500",
+            "3.000",
+            "65 s",
+            "300 s",
+            "4.6 (3.1–6.2)",
+            "5.0",
+            "20.0",
+            "2",
+        ],
+        [
+            "100%",
+            "2.500",
+            "3.000",
+            "115 s",
+            "200 s",
+            "1.7 (1.7–1.7)",
+            "3.1",
+            "13.3",
+            "1",
+        ],
     ]
     assert_fits(table)
 
@@ -472,8 +492,10 @@ def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> No
         WAYS[name] for name in ("one", "two", "two-evenly", "three")
     ]
     assert [one.gap for one in found] == pytest.approx([1.75, 1.25, 1.5, 1.0])
-    assert found[0].gap_with_lora is None
-    assert [one.gap_with_lora for one in found[1:]] == pytest.approx([0.75, 1.0, 0.5])
+    assert found[0].gaps_with_lora == []
+    assert [one.gaps_with_lora for one in found[1:]] == [
+        [pytest.approx(gap)] for gap in (0.75, 1.0, 0.5)
+    ]
     assert [one.fvu_alone for one in found] == pytest.approx([0.5, 0.25, 0.375, 0.125])
     assert [one.ce_alone for one in found] == pytest.approx([0.25] * 4)
     assert [one.sae_flops_saved for one in found] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
@@ -481,8 +503,16 @@ def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> No
 
 def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
     groups.home = groups.home.rename(tmp_path / "elsewhere")
-    found = [one.gap_with_lora for one in group_table.shared(folders(groups))]
-    assert found == [None, *map(pytest.approx, (0.75, 1.0, 0.5))]
+    found = [one.gaps_with_lora for one in group_table.shared(folders(groups))]
+    assert found == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
+
+
+def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> None:
+    saes = groups.home / "sae-three"
+    groups.told("again", curve((0, 0, 0, 3.0), (100, 9, 1e3, 2.9)), {"init": str(saes)})
+    *_, three = group_table.shared(folders(groups))
+    assert sorted(three.gaps_with_lora) == pytest.approx([0.5, 0.9])
+    assert cells(group_table.table([three]))[0][-1] == "+0.700"
 
 
 def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
@@ -513,7 +543,7 @@ def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
 def test_many_blocks_with_gaps_fit_too() -> None:
     """A model of 26 blocks, of which every second is in one group."""
     halves = [list(range(0, 25, 2)), list(range(1, 25, 2))]
-    table = group_table.table([group_table.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, 0.5)])
+    table = group_table.table([group_table.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, [0.5])])
     assert_fits(table, folded="blocks")
 
 
@@ -585,7 +615,8 @@ def test_the_command_for_methods(
     names = [one["method"] for one in json.loads((tmp_path / "to/methods.json").read_text())]
     assert names == ["lora after sae_finetune", "lora", "sae_finetune"]
     drawn = {path.name: figure for figure, path in pictures}
-    assert set(drawn) == {"methods_tokens.svg", "methods_train_seconds.svg"}
+    over = "tokens", "train_seconds", "train_flops"
+    assert set(drawn) == {f"methods_{one}.svg" for one in over}
     tokens = drawn["methods_tokens.svg"].data
     named = [trace.name for trace in tokens if trace.showlegend]
     assert sorted(named) == ["lora", "lora after sae_finetune", "sae_finetune"]

@@ -14,16 +14,20 @@ from tests.composing import composed
 KINDS = [kind.name for kind in Method]
 UNHEEDED: dict[str, list[str]] = {
     "lora": ["method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"],
-    "mezo": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],
-    "linear_adapter": ["lora.rank=3", "method.epsilon=1", "method.mse=false"],
+    "mezo": ["method.rank=3", "train.loraplus_ratio=4", "method.dead_after_tokens=5"],
+    "linear_adapter": ["lora.rank=3", "method.epsilon=1", "train.loraplus_ratio=4"],
     "mlp_adapter": ["lora.alpha=1", "lora.blocks=all", "method.buffer_tokens=512"],
     "sae_finetune": ["lora.rank=3", "method.epsilon=1", "method.buffer_tokens=512"],
     "e2e": ["lora.rank=3", "lora.targets=qv", "method.rank=3", "method.mse=false"],
-    "sae": ["lora.rank=3", "method.rank=3", "method.mse=false", "method.epsilon=1"],
+    "sae": [
+        *("lora.rank=3", "method.rank=3", "method.mse=false", "method.epsilon=1"),
+        *("train.grad_clip=3", "train.weight_decay=0.1", "train.micro_batch_size=1"),
+        *("train.kl_reduction=sequence_sum", "train.loraplus_ratio=4"),
+    ],
 }
 HEEDED: dict[str, list[str]] = {
-    "lora": ["lora.rank=3"],
-    "mezo": ["lora.rank=3", "method.epsilon=1"],
+    "lora": ["lora.rank=3", "train.loraplus_ratio=4"],
+    "mezo": ["lora.rank=3", "method.epsilon=1", "train.micro_batch_size=1"],
     "linear_adapter": ["method.rank=3"],
     "mlp_adapter": ["method.rank=3"],
     "sae_finetune": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],

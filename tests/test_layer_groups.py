@@ -142,6 +142,13 @@ def test_distances_are_measured_once(home: Home, monkeypatch: pytest.MonkeyPatch
     assert groups_of(home.point("method=sae", "layer.amad_max=1")) == [list(range(LAST))]
 
 
+def test_the_points_of_a_sweep_read_the_text_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, load = [], corpus.load
+    monkeypatch.setattr(corpus, "load", lambda *given: read.append(given) or load(*given))
+    plan([home.point("method=sae", f"layer.n_groups={number}") for number in (1, 2, 3)])
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("override", ["data.validation_tokens=512", "train.dtype=bfloat16"])
 def test_on_other_text_or_in_another_precision_they_are_others(
     override: str, home: Home, monkeypatch: pytest.MonkeyPatch

@@ -81,7 +81,8 @@ def test_no_gap_to_close(tmp_path: Path) -> None:
     made.finished(rank=4, closed=None)
     report = Report.of(load_sweep(tmp_path / "sweep"))
     assert "gap closed is undefined in 2 runs, whose SAE opens no gap or is new" in report.missing
-    assert [view.name for view in report.views()] == ["gap_over_tokens", "gap_over_train_seconds"]
+    over = ("tokens", "train_seconds", "train_flops")
+    assert [view.name for view in report.views()] == [f"gap_over_{one}" for one in over]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def browser(tmp_path: Path) -> Iterator[Page]:
 def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
     report = Report.of(load_sweep(tmp_path / "grid"))
     for view in report.views():
-        if view.name == "gap_over_train_seconds":
+        if view.name in ("gap_over_train_seconds", "gap_over_train_flops"):
             continue
         drawn = browser.evaluate("name => document.getElementById(name).data.length", view.name)
         assert drawn == len(view.figure.data)
@@ -142,13 +143,15 @@ def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
         title = browser.evaluate(f"{of}.layout.xaxis.title.text")
         return title, browser.evaluate(f"{of}.data[0].x.at(-1)")
 
-    seconds, tokens = (
+    seconds, tokens, flops = (
         report.curves.groupby("run")[over].max()[report.frame["run"][0]]
-        for over in ("train_seconds", "tokens")
+        for over in ("train_seconds", "tokens", "train_flops")
     )
     assert axis() == ("training tokens", tokens)
     browser.get_by_role("button", name="seconds").click()
     assert axis() == ("seconds of training", pytest.approx(seconds))
+    browser.get_by_role("button", name="training FLOPs").click()
+    assert axis() == ("training FLOPs", pytest.approx(flops))
     browser.get_by_role("button", name="tokens").click()
     assert axis() == ("training tokens", tokens)
 

@@ -136,6 +136,27 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path:
     assert not jobs(cluster)
 
 
+def test_what_begins_with_another_is_submitted_once_that_is_done(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    arms = "arm=time_to_ce/sae,time_to_ce/lora", "init_at=0.5,1", "train.seed=0"
+    sweep = "experiment=time_to_ce", *arms, "sae.width=64", "method.buffer_tokens=512"
+    started = submitted(tmp_path, *sweep)
+    assert started.returncode == 0, started.stderr
+    assert "2 more begin with what these make; the same command submits them" in started.stdout
+    sae = the_run(tmp_path)
+    until(lambda: sae.is_finished, "the SAE")
+    again = submitted(tmp_path, *sweep, "launcher.wait=true")
+    assert again.returncode == 0, again.stderr
+    assert "2 submitted to SLURM" in again.stdout
+    around = [folder for folder in folders_in(tmp_path) if folder.path != sae.path]
+    assert len(around) == 2
+    at_its_end = [f for f in around if load(f.config.read_text()).init_at == 1]
+    assert [folder.read_summary()["spliced_ce"] for folder in at_its_end] == [
+        pytest.approx(sae.read_summary()["student_ce"], abs=1e-6)
+    ]
+
+
 def test_preempted_it_goes_on_and_ends_the_same(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
 ) -> None:

@@ -78,7 +78,9 @@ class SAEDescent(Descent):
     def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         (states,), (found,) = hidden, kl
         assert self._loss is not None
-        before = {name: buffer.clone() for name, buffer in self.student.buffers.items()}
+        # An SAE in a block that is computed once more reads the batch once more.
+        again = self.student.buffers if self._config.activation_checkpointing else {}
+        before = {name: buffer.clone() for name, buffer in again.items()}
         if self._loss.requires_grad:
             weights = list(self.student.weights.values())
             gradients = torch.autograd.grad(self._loss, weights, retain_graph=True, allow_unused=True)
@@ -87,8 +89,7 @@ class SAEDescent(Descent):
                     other += gradient
         self._loss = None
         super().absorb([states], [found])
-        # An SAE in a block that is computed once more has read the batch once more.
-        for name, buffer in self.student.buffers.items():
+        for name, buffer in again.items():
             buffer.copy_(before[name])
 
     @torch.no_grad()
