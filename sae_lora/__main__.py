@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     budget.add_argument("--to", type=Path, help="folder for the numbers and the figures")
     saes = commands.add_parser("saes", help="what each SAE costs, of runs that have several")
     saes.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
+    saes.add_argument("--to", type=Path, help="folder for the numbers and the figure")
     groups = commands.add_parser("groups", help="SAEs that serve groups of blocks, side by side")
     groups.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=groups, or one like it")
     groups.add_argument("--to", type=Path, help="folder for the numbers and the figures")
@@ -108,9 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "budget":
                 compare_methods(chosen.sweep, chosen.to)
             case "saes":
-                from sae_lora import per_block  # plotly takes a while
-
-                show(per_block.table(runs_of(chosen.sweep)))
+                compare_saes(runs_of(chosen.sweep), chosen.to)
             case "groups":
                 compare_groups(runs_of(chosen.sweep), chosen.to)
             case "report":
@@ -242,6 +241,20 @@ def compare_methods(sweep: Path, to: Path | None) -> None:
         over = "tokens", "train_seconds", "train_flops"
         drawn = {f"methods_{one}": budget.figure(runs, one) for one in over}
         _write_comparison(to, "methods", found, drawn)
+
+
+def compare_saes(folders: list[RunFolder], to: Path | None) -> None:
+    """Shows what each of several SAEs costs, and draws what they cost together.
+
+    Raises:
+        UserError: Where no run has several.
+    """
+    from sae_lora import per_block  # plotly takes a while
+
+    found = per_block.several(folders)
+    show(per_block.table(found))
+    if to is not None:
+        _write_comparison(to, "multi_sae", found, {"multi_sae": per_block.compounded(found)})
 
 
 def compare_groups(folders: list[RunFolder], to: Path | None) -> None:

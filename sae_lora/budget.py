@@ -1,6 +1,5 @@
 """Methods side by side, after the same tokens and after the same seconds."""
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.table import Table
 from sae_lora.conversion import load
 from sae_lora.curves import value_at
 from sae_lora.errors import UserError
-from sae_lora.figures import gap_curves
+from sae_lora.figures import gap_curves, logarithmic
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.sweep import Sweep
 from sae_lora.tables import in_whole_words
@@ -93,8 +92,7 @@ def figure(runs: Sweep, over: str) -> go.Figure:
     # A new SAE begins far above what the others differ by.
     gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]
     if gaps:
-        bounds = [math.log10(0.9 * min(gaps)), math.log10(1.3 * max(gaps))]
-        drawn.update_yaxes(type="log", range=bounds, dtick="D1", rangemode="normal")
+        drawn.update_yaxes(logarithmic(gaps))
     return drawn
 
 

@@ -16,6 +16,8 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
                       linear_adapter, mlp_adapter: the first SAE once; the others as above
                       sae_finetune, e2e: an SAE three times, with `method.mse` five times
                       sae: blocks up to the last SAE, SAEs three times; no head
+                      a new SAE that is standard, gated or matryoshka: what its own losses take beside
+                      (`_OWN_LOSSES`)
 
 A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
 the teacher and what lies before the live parts, each block once for every row of SAEs before it, however
@@ -28,6 +30,7 @@ come on top.
            + max(what the backward passes need, the SAEs' latents)
            + room for logits: 3 float32 copies of those of a chunk, 2 of those of a few tokens
            + hidden states kept for evaluations (`train.eval_cache_gb`)
+           + with method=sae, the buffer of activations; no backward pass goes through the model
 
     what a backward pass needs, per token and live block = input and output of every matrix, in the
         precision of computing; for an adapted one rank · 4 bytes, and with dropout or a precision other
@@ -43,25 +46,48 @@ batch.
 CUDA itself takes another half a gigabyte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from sae_lora.choices import Device, DType, KLComputation, Method
-from sae_lora.config import Config, ModelConfig, TrainConfig
+from sae_lora.choices import Architecture, Device, DType, KLComputation, Method, SAEFamily
+from sae_lora.config import Config, ModelConfig, SAEConfig, TrainConfig
 from sae_lora.dimensions import Place
 from sae_lora.distill import turns
 from sae_lora.head import room_bytes
-from sae_lora.identity import ADAPTING, TRAINING_SAES, train_steps
+from sae_lora.identity import ADAPTING, TRAINING_SAES, step_tokens, train_steps
 from sae_lora.lora import target_modules
 from sae_lora.lora_request import adapted_blocks
 from sae_lora.models import LanguageModel, load_shapes
 from sae_lora.saes.sparse import is_wide
 
 _BYTES = {DType.float32: 4, DType.bfloat16: 2}
+
+
+class _OwnLosses(NamedTuple):
+    """What sae-lens's losses of an SAE cost a step, in d_model · d_sae operations per token.
+
+    Args:
+        forward: A pass with all of them.
+        with_mse: Their gradient and that of the squared error, together.
+        without: Theirs alone.
+    """
+
+    forward: int = 4
+    with_mse: int = 8
+    without: int = 0
+
+
+_OWN_LOSSES = {
+    Architecture.standard: _OwnLosses(without=4),  # of the penalty, through the encoder
+    Architecture.gated: _OwnLosses(10, 16, 8),  # three encoders and two decoders
+    Architecture.matryoshka: _OwnLosses(5, 10, 6),  # half of the decoder once more
+}
+"""Where they are more than the squared error. Dead latents that are taught come on top."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,6 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     model = _shapes(common.model.name, common.model.pinned_revision)
     sizes = _Sizes.of(model)
     runs = [_Run.of(model, config) for config in configs]
-    step_tokens = common.train.batch_size * common.data.context_length
     micro_batch = common.train.micro_batch_size or common.train.batch_size
     crew = common.launcher.nodes * common.launcher.crew_per_node
     share = -(-common.train.batch_size // crew)
@@ -113,9 +138,10 @@ def estimate(configs: Sequence[Config]) -> Estimate:
         + sum(((24 if run.trains_saes else 16) + (4 if crew > 1 else 0)) * run.weights for run in runs)
         + _kept_for_logits(model, at_once, common.train)
         + _kept_for_evaluation(common, runs, sizes.d_model * computed)
+        + _buffered(common, saes, sizes.d_model * computed)
     )
     return Estimate(
-        flops=per_token * step_tokens * train_steps(common),
+        flops=per_token * step_tokens(common) * train_steps(common),
         peak_bytes=held + max(at_once * graphs, latents),
         adapter_weights=weights,
     )
@@ -145,8 +171,12 @@ def _flops(model: LanguageModel, sizes: "_Sizes", runs: Sequence["_Run"], contex
     head = 2 * sizes.d_model * sizes.d_vocab
     if runs[0].kind is Method.sae:
         last = max(sae.place.block for run in runs for sae in run.saes)
-        of_saes = sum(12 * sizes.d_model * sae.width for run in runs for sae in _each_once(run.saes))
-        return sum(forward[: last + 1]) + of_saes
+        of_saes = sum(
+            (run.own_losses.forward + run.own_losses.with_mse) * sae.width
+            for run in runs
+            for sae in _each_once(run.saes)
+        )
+        return sum(forward[: last + 1]) + sizes.d_model * of_saes
 
     trunk = {(block, ()) for block in range(len(forward))}
     coded = set()
@@ -218,6 +248,8 @@ class _Run:
     """Whether the SAEs' own error is part of the loss."""
     is_low_rank: bool
     """Whether LoRA on SAEs is what is trained."""
+    own_losses: _OwnLosses
+    """Of its SAEs, where they are trained."""
 
     @classmethod
     def of(cls, model: LanguageModel, config: Config) -> "_Run":
@@ -254,6 +286,7 @@ class _Run:
             weights=weights,
             mse=config.method.kind is Method.sae_finetune and config.method.mse,
             is_low_rank=config.method.kind is Method.sae_finetune and bool(config.method.rank),
+            own_losses=_own_losses(config.sae),
         )
 
     @property
@@ -281,8 +314,9 @@ class _Run:
                 return 2 * once
             case Method.sae_finetune | Method.e2e:
                 # LoRA on it moves no b_dec, to which a gradient would go through the encoder.
-                back = 6 if self.is_low_rank and is_first else 8
-                return 4 + (2 * back if self.mse else back)
+                own, back = self.own_losses, 6 if self.is_low_rank and is_first else 8
+                of_own = back + own.with_mse - 8 if self.mse else own.without
+                return own.forward + back + of_own
             case Method.linear_adapter | Method.mlp_adapter if is_first:
                 return once
             case _:
@@ -293,13 +327,28 @@ class _Run:
         if self.kind is Method.mezo:
             return 0
         copies = self.dropout > 0 or dtype is not DType.float32
-        live = model.blocks[self.first :]
+        live = [] if self.kind is Method.sae else model.blocks[self.first :]
         whole = _BYTES[dtype] * sum(
             inputs + outputs for block in live for inputs, outputs in sizes.matrices(block)
         ) + sum(4 * self.rank + (4 * inputs if copies else 0) for inputs, _ in self.adapted)
         if self.recomputes and len(live):
             whole = len(live) * sizes.d_model * _BYTES[dtype] + whole // len(live)
         return whole + (sum(4 * 4 * sae.width for sae in self.saes) if self.trains_saes else 0)
+
+
+def _own_losses(sae: SAEConfig) -> _OwnLosses:
+    """Of a new SAE; of one that is there, what it is like is not known before it is loaded."""
+    is_new = sae.family is SAEFamily.new
+    return _OWN_LOSSES.get(sae.architecture, _OwnLosses()) if is_new else _OwnLosses()
+
+
+def _buffered(config: Config, saes: Collection[_SAE], state_bytes: int) -> int:
+    """Bytes of activations that are shuffled among each other; states of a token."""
+    if config.method.kind is not Method.sae:
+        return 0
+    step = step_tokens(config)
+    steps = max(1, min(train_steps(config), config.method.buffer_tokens // step))
+    return steps * step * state_bytes * len({sae.group or sae.place for sae in saes})
 
 
 def _own_weights(config: Config, d_model: int, width: int) -> int:

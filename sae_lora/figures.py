@@ -295,6 +295,26 @@ def _ticks(values: Sequence[float]) -> dict[str, Any]:
     return {"tickvals": there, "ticktext": [f"{value:,.6g}" for value in there]}
 
 
+def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
+    """A logarithmic axis around these values, with whole numbers at its ticks: 1, 2, 5, 10 …
+
+    Args:
+        values: Above zero.
+        tickformat: As plotly takes it.
+    """
+    low, high = 0.9 * min(values), 1.1 * max(values)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    ticks = [digit * 10.0**power for power in powers for digit in digits]
+    return {
+        "type": "log",
+        "rangemode": "normal",
+        "range": [math.log10(low), math.log10(high)],
+        "tickvals": [tick for tick in ticks if low <= tick <= high],
+        "tickformat": tickformat,
+    }
+
+
 def _numbers(column: Any) -> list[float | None]:
     """Without what is not there."""
     return [None if value is None or value != value else float(value) for value in column]

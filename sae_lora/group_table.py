@@ -152,5 +152,5 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
         "distances": grouping_figures.distance_map(marked["distances"], marked["groups"]),
         "tree": grouping_figures.tree(_linkage(marked["distances"]), wanted),
         "amad": grouping_figures.amad_by_groups(marked["amad_by_count"], wanted),
-        "blocks": per_block.figure([folder.read_summary() for folder in by_count], names),
+        "blocks": per_block.figure([per_block.several([folder])[0] for folder in by_count], names),
     }

@@ -173,8 +173,8 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
     if count[State.done] and not again:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
     if count[State.failed]:
-        again = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
-        complain(f"{count[State.failed]} failed before", again)
+        advice = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
+        complain(f"{count[State.failed]} failed before", advice)
     elsewhere = [
         f"{run.name} is {standing.state.value}, {standing.note}"
         for run, standing in zip(planned.runs, before, strict=True)

@@ -94,7 +94,7 @@ class Report:
     @property
     def methods(self) -> list[str]:
         """What is trained in them."""
-        return [{"lora": "LoRA"}.get(name, name) for name in dict.fromkeys(self.frame["method"])]
+        return ["LoRA" if name == "lora" else name for name in dict.fromkeys(self.frame["method"])]
 
     @property
     def best(self) -> dict[str, Any] | None:

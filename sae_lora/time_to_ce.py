@@ -16,7 +16,7 @@ from sae_lora.config import Config
 from sae_lora.conversion import load
 from sae_lora.curves import reaching, value_at
 from sae_lora.errors import UserError
-from sae_lora.figures import COLOURS, finished
+from sae_lora.figures import COLOURS, finished, logarithmic
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.tables import in_whole_words, spread
 
@@ -164,47 +164,37 @@ def figure(folders: Sequence[RunFolder]) -> go.Figure:
     arms = [_arm(folder) for folder in folders if folder.is_finished]
     seed = min(arm.config.train.seed for arm in arms)
     arms = [arm for arm in arms if arm.config.train.seed == seed]
-    loras = [arm for arm in _of(arms, Method.lora) if arm.config.init is not None]
+    lines = [
+        *(("reconstruction", COLOURS[6], arm) for arm in _of(arms, Method.sae)),
+        *(("end to end", COLOURS[5], arm) for arm in _of(arms, Method.e2e)),
+        *(("LoRA", COLOURS[0], arm) for arm in _of(arms, Method.lora) if arm.config.init is not None),
+    ]
     drawn = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
-    for column, cost in enumerate(COSTS, 1):
-        for arm in _of(arms, Method.sae):
-            _draw(drawn, column, arm.curve, cost, 0, "reconstruction", COLOURS[6], named=column == 1)
-        for arm in _of(arms, Method.e2e):
-            _draw(drawn, column, arm.curve, cost, 0, "end to end", COLOURS[5], named=column == 1)
-        for number, arm in enumerate(loras):
-            begins = _kept_at(_before(arm), arm.config.init_at, cost)
-            named = column == 1 and number == 0
-            _draw(drawn, column, arm.curve, cost, begins, "LoRA", COLOURS[0], named=named)
-        name = {"train_seconds": "seconds of training", "train_flops": "training FLOPs"}[cost]
-        drawn.update_xaxes(title=name, type="log", row=1, col=column)
+    axes = ("seconds of training", ".3~g"), ("training FLOPs", ".2~s")
+    for column, (cost, (title, tickformat)) in enumerate(zip(COSTS, axes, strict=True), 1):
+        amounts: list[float] = []
+        named: set[str] = set()
+        for name, colour, arm in lines:
+            begins = _kept_at(_before(arm), arm.config.init_at, cost) if name == "LoRA" else 0.0
+            # The very first point is at nothing, which a logarithmic axis has no place for.
+            taken = [begins + (getattr(point, cost) or 0.0) or None for point in arm.curve]
+            amounts += [amount for amount in taken if amount]
+            drawn.add_scatter(
+                x=taken,
+                y=[point.student_ce for point in arm.curve],
+                mode="lines",
+                line={"color": colour, "width": 2},
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1 and name not in named,
+                row=1,
+                col=column,
+            )
+            named.add(name)
+        drawn.update_xaxes(title=title, row=1, col=column, **logarithmic(amounts, tickformat))
     base = arms[0].curve[-1].base_ce
     drawn.add_hline(base, line={"color": "#999999", "dash": "dot", "width": 1})
     drawn.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
     ends = [arm.curve[-1].student_ce for arm in arms]
     drawn.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
     return finished(drawn)
-
-
-def _draw(
-    drawn: go.Figure,
-    column: int,
-    curve: Sequence[CurvePoint],
-    cost: str,
-    begins: float,
-    name: str,
-    colour: str,
-    *,
-    named: bool,
-) -> None:
-    drawn.add_scatter(
-        # The very first point is at nothing, which a logarithmic axis has no place for.
-        x=[begins + (getattr(point, cost) or 0.0) or None for point in curve],
-        y=[point.student_ce for point in curve],
-        mode="lines",
-        line={"color": colour, "width": 2},
-        name=name,
-        legendgroup=name,
-        showlegend=named,
-        row=1,
-        col=column,
-    )

@@ -142,5 +142,11 @@ def results(folder: RunFolder) -> dict[str, object]:
         }
         for point in folder.read_curve()
     ]
-    adapter = load_file(folder.adapter / "adapter_model.safetensors")
-    return {"curve": curve} | {name: value.tolist() for name, value in adapter.items()}
+    made = {
+        f"{path.parent.relative_to(folder.path)}/{name}": value.tolist()
+        for made in (folder.adapter, folder.sae, folder.output_adapter)
+        for path in sorted(made.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+    assert made
+    return {"curve": curve} | made

@@ -362,7 +362,7 @@ def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
 def test_no_run_is_finished(tmp_path: Path) -> None:
     made = MadeUp(tmp_path / "none")
     made.told("begun", [], {})
-    for compare in (budget.outcomes, group_table.shared, per_block.table, time_to_ce.branches):
+    for compare in (budget.outcomes, group_table.shared, per_block.several, time_to_ce.branches):
         with pytest.raises(UserError):
             compare(folders(made))
 
@@ -403,7 +403,7 @@ def several(tmp_path: Path) -> MadeUp:
 
 def test_a_row_for_each_sae(several: MadeUp) -> None:
     """CE alone is over the plain model's; left out, over the student's, which ends at 2.5."""
-    table = per_block.table(folders(several))
+    table = per_block.table(per_block.several(folders(several)))
     found = cells(table)
     assert {tuple(row[:5]) for row in found if row[0] == "2"} == {
         ("2", "+2.000", "+0.500", "75.0%", resid_post(2))
@@ -421,18 +421,26 @@ def test_a_row_for_each_sae(several: MadeUp) -> None:
 
 def test_no_run_has_several_saes(several: MadeUp) -> None:
     with pytest.raises(UserError, match="has several SAEs whose contributions were measured"):
-        per_block.table([RunFolder(several.home / "r16")])
+        per_block.several([RunFolder(several.home / "r16")])
 
 
 def test_each_sae_in_the_figure(several: MadeUp) -> None:
-    summaries = [RunFolder(several.home / f"r{rank}").read_summary() for rank in (4, 8)]
-    drawn = per_block.figure(summaries, ["two", "three"])
-    assert [trace.name for trace in drawn.data] == ["two", "two", "three", "three"]
-    assert [trace.name for trace in drawn.data if trace.showlegend] == ["two", "three"]
-    assert [list(trace.x) for trace in drawn.data] == [[2, 5], [2, 5], [1, 3, 5], [1, 3, 5]]
-    assert list(drawn.data[0].y) == [0.25, 0.625]
-    assert list(drawn.data[3].y) == pytest.approx([0.1, 0.3, 0.5])
+    drawn = per_block.figure(per_block.several(folders(several)), ["three", "two"])
+    assert [trace.name for trace in drawn.data] == ["three", "three", "two", "two"]
+    assert [trace.name for trace in drawn.data if trace.showlegend] == ["three", "two"]
+    assert [list(trace.x) for trace in drawn.data] == [[1, 3, 5], [1, 3, 5], [2, 5], [2, 5]]
+    assert list(drawn.data[2].y) == [0.25, 0.625]
+    assert list(drawn.data[1].y) == pytest.approx([0.1, 0.3, 0.5])
     assert len({trace.line.color for trace in drawn.data}) == 2
+
+
+def test_what_they_cost_together_stands_beside_what_each_costs(several: MadeUp) -> None:
+    drawn = per_block.compounded(per_block.several(folders(several)))
+    alone, before, after = drawn.data
+    assert list(alone.x) == ["2+5", "1+3+5"]
+    assert list(alone.y) == pytest.approx([0.7, 0.9])
+    assert list(before.y) == pytest.approx([2.0, 2.0])
+    assert list(after.y) == pytest.approx([0.5, 0.5])
 
 
 # ---- groups ---------------------------------------------------------------------------------------
@@ -464,7 +472,13 @@ def groups(tmp_path: Path) -> MadeUp:
             "sae.used": made.saes_at(0, 1, 2, group=shared_by),
         }
         saes = [
-            measured(block, fvu=0.5, alone_fvu=0.125 * (block + number), alone_ce=2 + 0.25 * block)
+            measured(
+                block,
+                fvu=0.5,
+                alone_fvu=0.125 * (block + number),
+                alone_ce=2 + 0.25 * block,
+                left_out_ce=2.0,
+            )
             for block in range(3)
         ]
         ce = 3.0 + number / 4
@@ -623,9 +637,16 @@ def test_the_command_for_methods(
     assert sorted(tuple(trace.y) for trace in tokens)[0] == pytest.approx((0.8, 0.0))
 
 
-def test_the_command_for_several_saes(several: MadeUp, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["saes", str(several.home)]) == 0
+def test_the_command_for_several_saes(
+    several: MadeUp,
+    pictures: list[tuple[Any, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["saes", str(several.home), "--to", str(tmp_path / "to")]) == 0
     assert resid_post(2) in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "to/multi_sae.json").read_text())) == 2
+    assert [path for _, path in pictures] == [tmp_path / "to/multi_sae.svg"]
     assert main(["saes", str(several.home / "r16")]) == 1
     assert "several SAEs" in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
 """What a run is said to cost is what a step of it costs."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lora import methods, models
+from sae_lora.assembly import assemble
 from sae_lora.benchmark.memory import PeakMemory
+from sae_lora.choices import Architecture
 from sae_lora.config import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
 from sae_lora.head import Comparison, Head
-from sae_lora.identity import train_steps
+from sae_lora.identity import step_tokens, train_steps
 from sae_lora.kl import kl_of
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
+from sae_lora.models import LanguageModel
 from sae_lora.plan import plan
 from sae_lora.saes import loading
 from sae_lora.saes.descent import SAEDescent
 from sae_lora.splice import Splice
 from sae_lora.training import Training
+from sae_lora.workers import Alone
 from tests.coders import write_topk_sae
 from tests.families import FAMILIES, small_model
 from tests.points import points_in
@@ -108,16 +112,20 @@ def take_step(pack: Pack, config: Config) -> None:
     pack._take_step(pack.left, pack._on_device(tokens))
 
 
-def use_attention(pack: Pack, name: str) -> None:
-    for model in (pack._model, *(training.student.model for training in pack.left)):
+def use_attention(models: Iterable[LanguageModel], name: str) -> None:
+    for model in models:
         model.model.set_attn_implementation(name)
+
+
+def models_of(pack: Pack) -> list[LanguageModel]:
+    return [pack._model, *(training.student.model for training in pack.left)]
 
 
 @pytest.mark.parametrize("overrides", CASES)
 def test_flops_and_weights_are_those_of_a_step(overrides: tuple[str, ...], tmp_path: Path) -> None:
     configs = resolved(tmp_path, overrides)
     counted = pack_of(configs)
-    use_attention(counted, "eager")  # the counter knows no other on a CPU
+    use_attention(models_of(counted), "eager")  # the counter knows no other on a CPU
     with FlopCounterMode(display=False) as counter:
         take_step(counted, configs[0])
     said = estimate(configs)
@@ -125,6 +133,42 @@ def test_flops_and_weights_are_those_of_a_step(overrides: tuple[str, ...], tmp_p
     assert said.adapter_weights == sum(
         weight.numel() for one in counted.left for weight in one.student.weights.values()
     )
+
+
+@pytest.mark.parametrize("architecture", [one.name for one in Architecture])
+@pytest.mark.parametrize("method", ["sae", "e2e"])
+def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, tmp_path: Path) -> None:
+    """sae-lens's own losses among them, and the pass that fills the buffer of activations."""
+    l0 = () if architecture in ("standard", "gated") else ("sae.l0=8",)
+    asked = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
+    (config,) = resolved(
+        tmp_path, (" ".join((*asked, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)
+    )
+    model = models.load_model(config.model, config.train.dtype, CPU)
+    tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
+    saes = methods.new_saes(config, model, methods.Sample(tokens, NO_IDS))
+    steps = train_steps(config)
+    learner, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
+    training = Training(learner, config.train, steps)
+    pack = assemble(config, model, [training], NO_IDS, tokens, Alone())
+    use_attention([model, learner.student.model], "eager")
+    with FlopCounterMode(display=False) as counter:
+        pack._step(0, iter([tokens]), [training])
+    assert estimate([config]).flops / steps == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_buffer_of_activations_takes_memory(tmp_path: Path) -> None:
+    """It is counted once for SAEs that read the same."""
+    asked = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"
+    more = f"{asked} method.buffer_tokens=90000"  # a fill holds whole steps
+    small, large, both = (
+        estimate(resolved(tmp_path, those)).peak_bytes
+        for those in ((f"{asked} method.buffer_tokens=1024",), (more,), (more, f"{more} train.seed=1"))
+    )
+    (config,) = resolved(tmp_path, (more,))
+    step = step_tokens(config)
+    assert large - small == (90_000 // step - 1) * step * 128 * 4
+    assert both - large < large - small
 
 
 def held_between_steps(one: Training) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.records import RunFolder
 from sae_lora.splice import special_positions
 from sae_lora.workers import Alone
+from tests.attempts import attempt, frozen, killed, results
 from tests.composing import composed
-from tests.points import Point, points_in, run_here
+from tests.points import SMALL, Point, points_in, run_here
 
 CPU = torch.device("cpu")
 LAST = 7
@@ -223,6 +225,16 @@ def test_what_the_summary_says_of_each_block(home: Home) -> None:
     assert [sae["block"] for sae in saes] == list(range(LAST))
     assert [sae["hookpoint"] for sae in saes] == [resid_post(block) for block in range(LAST)]
     assert all(sae["block"] in sae["group"] and sae["alone_ce"] > 0 for sae in saes)
+
+
+@pytest.mark.slow
+def test_killed_amid_a_buffer_they_go_on_and_end_the_same(home: Home, tmp_path: Path) -> None:
+    """Which block each token's activation is of is drawn anew, and is the same."""
+    cached = f"data.cache_dir={home.point(*TWO).data.cache_dir}"
+    stopped = frozen(tmp_path, *SMALL, *TWO, cached, "train.checkpoint_every_steps=1")
+    assert killed(attempt(stopped, step=2, what=signal.SIGKILL))
+    assert attempt(stopped).returncode == 0
+    assert results(stopped) == results(home.run)
 
 
 def text_of(config: Config) -> corpus.Corpus:
