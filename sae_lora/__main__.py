@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora import slurm
+from sae_lora.choices import Suite
 from sae_lora.errors import UserError
 from sae_lora.files import as_json, write_atomically
 from sae_lora.reach import savings, savings_table
@@ -63,6 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument(
         "--no-pictures", action="store_true", help="no SVG and PNG beside the page, which take a browser"
     )
+    evaluate = commands.add_parser(
+        "evaluate", help="what finished runs are worth: suites of measures, kept in their folders"
+    )
+    evaluate.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
+    evaluate.add_argument(
+        "--suite", nargs="+", choices=[*(suite.name for suite in Suite), "all"], default=["core"]
+    )
+    evaluate.add_argument("--again", action="store_true", help="also what was measured before")
+    evaluate.add_argument("--device", help="auto, cpu or cuda; by default the run's own")
+    evaluate.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of `evaluation`, as for launch.py",
+    )
     export = commands.add_parser("export", help="a run's adapters as a folder for others, with a card")
     export.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
     export.add_argument("--to", type=Path, required=True, help="the folder: a new or an empty one")
@@ -114,6 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
                 compare_groups(runs_of(chosen.sweep), chosen.to)
             case "report":
                 write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
+            case "evaluate":
+                suites = list(Suite) if "all" in chosen.suite else [Suite[one] for one in chosen.suite]
+                return measure(runs_of(chosen.sweep), suites, chosen)
             case "export":
                 from sae_lora.export import export as export_run  # brings torch in
 
@@ -269,6 +289,32 @@ def compare_groups(folders: list[RunFolder], to: Path | None) -> None:
     show(group_table.table(found))
     if to is not None:
         _write_comparison(to, "groups", found, group_table.figures(folders))
+
+
+def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Namespace) -> int:
+    """Takes suites of measures of the finished runs; returns 1 where one could not be taken.
+
+    Raises:
+        UserError: Where no run is finished.
+    """
+    from sae_lora.evaluation import suites  # brings torch in
+
+    done = [folder for folder in folders if folder.is_finished]
+    if not done:
+        raise UserError("none of these runs is finished")
+    failed = [
+        suite
+        for folder in done
+        for suite in suites.evaluate(
+            folder,
+            wanted,
+            suites.settings(folder, chosen.set),
+            again=chosen.again,
+            device=chosen.device,
+        )
+    ]
+    say(f"{len(done)} runs measured: evaluation/*.json in their folders")
+    return int(bool(failed))
 
 
 def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:

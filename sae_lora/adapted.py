@@ -79,6 +79,11 @@ class Adapted:
         return self._base.model
 
     @property
+    def parts(self) -> tuple[LanguageModel, LanguageModel]:
+        """The plain model and the one with adapters, taken apart; the same where nothing adapts it."""
+        return self._base, self._base if self.peft is None else self._adapted
+
+    @property
     def saes(self) -> dict[str, Coder]:
         """The SAEs by hookpoint."""
         return {splice.hookpoint: splice.sae for splice in self.splices}

@@ -52,6 +52,15 @@ class Architecture(enum.Enum):
     gated = "gated"
 
 
+class Suite(enum.Enum):
+    """What is measured of a finished run."""
+
+    core = "core"
+    mechanism = "mechanism"
+    lora = "lora"
+    downstream = "downstream"
+
+
 class Method(enum.Enum):
     """What is trained so that the model predicts better through its SAE."""
 

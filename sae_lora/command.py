@@ -9,7 +9,7 @@ from sae_lora.composition import CONF, default
 from sae_lora.conversion import as_dict, keys
 
 _NOT_ASKED_FOR = {
-    *("launcher", "tracking", "output_dir", "data.cache_dir", "train.device"),
+    *("launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"),
     *("model.commit", "data.version", "sae.used", "lora.begun"),
 }
 """What says where a run is made, or what the planner writes."""

@@ -23,6 +23,7 @@ from sae_lora.choices import (
     Reduction,
     SAEFamily,
     Schedule,
+    Suite,
     TextSource,
     TrackingMode,
 )
@@ -358,6 +359,19 @@ class LauncherConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What is measured of a run that has ended. Does not change its result."""
+
+    suites: list[Suite] = field(default_factory=list)
+    """core, mechanism, lora, downstream: at the end of every run; `python -m sae_lora evaluate` does so
+    at any time."""
+    resamples: int = 1000
+    """Of the held-out sequences, for the intervals around means."""
+    sequences: int = 500
+    """Held-out sequences that the suite mechanism reads, at most."""
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases. Does not change a result."""
 
@@ -383,6 +397,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: str | None = None
     """Folder of a finished run whose result this one begins with: its SAE, or its adapters. Or the

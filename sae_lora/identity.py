@@ -12,7 +12,7 @@ from sae_lora.config import Config, SAEChoice
 from sae_lora.conversion import as_dict
 
 _NOT_IDENTITY = {
-    "": ("launcher", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
+    "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
     "model": ("middle_block", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
@@ -93,7 +93,10 @@ def _leave_out_path(values: dict[str, Any], name: str) -> None:
 
 
 _OF_ONE_RUN = {
-    "": ("sae", "layer", "lora", "launcher", "tracking", "sweep", "output_dir", "init", "init_at"),
+    "": (
+        *("sae", "layer", "lora", "launcher", "evaluation", "tracking", "sweep", "output_dir"),
+        *("init", "init_at"),
+    ),
     "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block",),
     "data": ("cache_dir",),

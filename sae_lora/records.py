@@ -14,6 +14,7 @@ outputs/<sweep>/<name>-<hash>/
     progress.json   while it is under way: where it stands; a view, replaced every second
     log.txt         what its attempts have printed
     job.json        the SLURM job that it was last submitted with
+    evaluation/     <suite>.json: what `python -m sae_lora evaluate` has found (`evaluation/record.py`)
 """
 
 import dataclasses
@@ -219,6 +220,7 @@ class RunFolder:
         self.progress = path / "progress.json"
         self.log = path / "log.txt"
         self.job_file = path / "job.json"
+        self.evaluation = path / "evaluation"
 
     def before(self, init: str) -> "RunFolder":
         """The run that this one has begun with: where that was or, where a sweep was moved, beside it.

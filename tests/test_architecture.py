@@ -79,6 +79,8 @@ ORDER = [
         "packs",
         "standing",
         "adapted",
+        *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
+        "evaluation.suites",
         "card",
         "export",
         "push",

@@ -1,0 +1,1 @@
+"""What a finished run is worth: suites of measures, each a file in its `evaluation/`."""

@@ -1,0 +1,48 @@
+"""`evaluation/<suite>.json` in a run folder: what a suite has found, and with what. Imports no torch."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sae_lora.choices import Suite
+from sae_lora.files import as_json, write_atomically
+from sae_lora.records import RunFolder
+
+VERSION = 1
+"""Of the schema; fields are only ever added within a version."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one suite has found of one run: the schema of `evaluation/<suite>.json`."""
+
+    suite: str
+    settings: dict[str, Any]
+    """What of `evaluation` the suite heeds, as it was asked for."""
+    results: dict[str, Any]
+    """The suite's own: `Core`, `Mechanism`, `Weights`, `Downstream`, field by field."""
+    environment: dict[str, Any]
+    """Versions, device, host, git commit."""
+    seconds: float
+    """That it took, loading left out."""
+    version: int = VERSION
+
+
+def write(folder: RunFolder, record: Record) -> None:
+    """Puts a record into the run's folder, in the place of an older one."""
+    folder.evaluation.mkdir(exist_ok=True)
+    write_atomically(_file(folder, Suite[record.suite]), as_json(dataclasses.asdict(record)))
+
+
+def read(folder: RunFolder, suite: Suite) -> Record | None:
+    """The record of a suite; `None` where there is none, or one of another version."""
+    path = _file(folder, suite)
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    return Record(**values) if values.get("version") == VERSION else None
+
+
+def _file(folder: RunFolder, suite: Suite) -> Path:
+    return folder.evaluation / f"{suite.name}.json"

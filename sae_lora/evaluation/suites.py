@@ -1,0 +1,122 @@
+"""Suites of measures, taken of finished runs one after another; each is kept as soon as it is there."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_lora.assembly import quieten
+from sae_lora.checks import check
+from sae_lora.choices import Suite
+from sae_lora.composition import explanation
+from sae_lora.config import EvaluationConfig
+from sae_lora.conversion import load, typed
+from sae_lora.errors import UserError
+from sae_lora.evaluation import core, record
+from sae_lora.evaluation.record import Record
+from sae_lora.evaluation.subject import Subject
+from sae_lora.provenance import environment
+from sae_lora.records import RunFolder
+from sae_lora.terminal import complain, say
+
+
+class _Suite(NamedTuple):
+    """How a suite is taken.
+
+    Args:
+        measure: Takes it; its result is a dataclass of plain values.
+        heeds: The keys of `evaluation` that it depends on.
+    """
+
+    measure: Callable[[Subject, EvaluationConfig], Any]
+    heeds: tuple[str, ...]
+
+
+_SUITES: dict[Suite, _Suite] = {Suite.core: _Suite(core.evaluate, ("resamples",))}
+
+
+def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
+    """How a run is to be evaluated: as its own config says, but for some keys.
+
+    Args:
+        folder: The run.
+        assignments: `key=value`, keys of `evaluation`, values as on the command line.
+
+    Raises:
+        UserError: For a key or a value that there is not.
+    """
+    own = OmegaConf.structured(load(folder.config.read_text()))
+    keys = [f"evaluation.{one.removeprefix('evaluation.')}" for one in assignments]
+    try:
+        merged = OmegaConf.merge(own, OmegaConf.from_dotlist(keys))
+        assert isinstance(merged, DictConfig)
+        config = typed(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(explanation(error)) from error
+    check(config)
+    return config.evaluation
+
+
+def evaluate(
+    folder: RunFolder,
+    wanted: Sequence[Suite],
+    config: EvaluationConfig,
+    *,
+    again: bool = False,
+    device: str | None = None,
+) -> list[Suite]:
+    """Takes those of the suites that are not there yet.
+
+    What one of them lacks, a download or a package, is said, and the others go on.
+
+    Args:
+        folder: A finished run.
+        wanted: The suites.
+        config: How.
+        again: Whether those that are there are taken once more.
+        device: auto, cpu or cuda; by default what the run's `train.device` says.
+
+    Returns:
+        Those that could not be taken.
+
+    Raises:
+        UserError: Where the run is not finished, or something of it is missing.
+    """
+    left = [suite for suite in wanted if again or not _is_there(folder, suite, config)]
+    if not left:
+        return []
+    quieten()
+    say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in left)}")
+    subject = Subject(folder, device)
+    failed = []
+    for suite in left:
+        began = time.perf_counter()
+        try:
+            results = _SUITES[suite].measure(subject, config)
+        except UserError as error:
+            complain(f"{suite.name} of {folder.path.name} left out", str(error))
+            failed.append(suite)
+            continue
+        record.write(
+            folder,
+            Record(
+                suite=suite.name,
+                settings=_settings(suite, config),
+                results=dataclasses.asdict(results),
+                environment=environment(subject.device),
+                seconds=time.perf_counter() - began,
+            ),
+        )
+    return failed
+
+
+def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
+    there = record.read(folder, suite)
+    return there is not None and there.settings == _settings(suite, config)
+
+
+def _settings(suite: Suite, config: EvaluationConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _SUITES[suite].heeds}
