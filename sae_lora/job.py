@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from submitit.helpers import DelayedSubmission
 
 from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
+from sae_lora.evaluation.record import pending
 from sae_lora.interruption import SIGNALS
 from sae_lora.records import RunFolder
 
@@ -103,6 +104,7 @@ class Job:
             if code == EXIT_INTERRUPTED:
                 self._stopped += [folder.path for folder in unsettled]
             del self._parts[0]
+        self._evaluate()
         causes = [
             f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
             for folder in self._folders
@@ -110,6 +112,24 @@ class Job:
         ]
         if causes:
             raise RunFailedError("; ".join(causes))
+
+    def _evaluate(self) -> None:
+        """Measures the finished runs as their configs ask; what cannot be measured fails no run."""
+        left = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
+        if not left:
+            return
+        with left[0].log.open("ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "sae_lora.evaluation", *(str(folder.path) for folder in left)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._environment,
+            )
+            try:
+                self._child.wait()
+            except KeyboardInterrupt:
+                self._child.kill()  # each suite that it has ended is kept
+                raise
 
     def _split(self, why: str) -> None:
         """Puts the halves of what is left of the first part in its place."""

@@ -14,6 +14,7 @@ from sae_lora.choices import LauncherKind
 from sae_lora.config import Config, LauncherConfig
 from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.errors import ConfigError
+from sae_lora.evaluation.record import pending
 from sae_lora.files import check_writable
 from sae_lora.lease import HeldError, held
 from sae_lora.packs import packed
@@ -250,6 +251,10 @@ def run_now(point: Config) -> float:
                     raise
                 if isinstance(outcome, Exception):
                     raise outcome
+                if left := pending(run.folder):
+                    from sae_lora.evaluation import suites
+
+                    suites.evaluate(run.folder, left, run.config.evaluation)
     return run.folder.read_summary()["ce_gap"]
 
 
@@ -271,6 +276,12 @@ def _conclude(planned: Plan) -> None:
         elif standing.state is not State.done:
             note = f" ({standing.note})" if standing.note else ""
             complain("not finished", f"{run.name} is {standing.state.value}{note}")
+    for run in finished:
+        if left := pending(run.folder):
+            names = ", ".join(suite.name for suite in left)
+            complain(
+                "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"
+            )
     failed = sum(standing.state is State.failed for standing in ended)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

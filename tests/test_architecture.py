@@ -80,7 +80,7 @@ ORDER = [
         "standing",
         "adapted",
         *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
-        "evaluation.suites",
+        *("evaluation.suites", "evaluation.__main__"),
         "card",
         "export",
         "push",

@@ -44,5 +44,13 @@ def read(folder: RunFolder, suite: Suite) -> Record | None:
     return Record(**values) if values.get("version") == VERSION else None
 
 
+def pending(folder: RunFolder) -> list[Suite]:
+    """The suites that a run's own config asks for at its end, and that are not there yet."""
+    if not folder.is_finished:
+        return []
+    asked = folder.read_config().get("evaluation", {}).get("suites", [])
+    return [Suite[name] for name in asked if read(folder, Suite[name]) is None]
+
+
 def _file(folder: RunFolder, suite: Suite) -> Path:
     return folder.evaluation / f"{suite.name}.json"

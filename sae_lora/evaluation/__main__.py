@@ -1,0 +1,32 @@
+"""Evaluates runs that have ended as their configs say: `python -m sae_lora.evaluation outputs/<sweep>/<run> …`.
+
+What a job does after training; `python -m sae_lora evaluate` is for people.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae_lora.conversion import load
+from sae_lora.errors import UserError
+from sae_lora.evaluation import suites
+from sae_lora.records import RunFolder
+from sae_lora.terminal import complain
+
+
+def main(paths: Sequence[str]) -> int:
+    """Takes what is not there yet of each run's suites; returns 1 where something could not be taken."""
+    code = 0
+    for path in paths:
+        folder = RunFolder(Path(path))
+        config = load(folder.config.read_text()).evaluation
+        try:
+            code |= bool(suites.evaluate(folder, config.suites, config))
+        except UserError as error:
+            complain(f"{folder.path.name} not evaluated", str(error))
+            code = 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
