@@ -40,9 +40,11 @@ def test_a_sweep_runs_each_point_once_and_compares(point: Point, tmp_path: Path,
     assert "2 of 2 done before" in capsys.readouterr().out
 
 
-def test_one_run_ends_with_its_table(point: Point, capsys) -> None:
-    assert launcher.launch([point()]) == 0
+def test_one_run_ends_with_its_table_and_is_evaluated(point: Point, tmp_path: Path, capsys) -> None:
+    assert launcher.launch([point("evaluation=core", "evaluation.resamples=10")]) == 0
     printed = capsys.readouterr().out
+    (folder,) = folders_in(tmp_path)
+    assert (folder.evaluation / "core.json").exists()
     for words in ("base CE", "spliced CE", "student CE", "gap closed", "run folder"):
         assert words in printed
 
