@@ -24,9 +24,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_lora import figures
+from sae_lora.choices import Suite
 from sae_lora.errors import UserError
+from sae_lora.evaluation import drawn, record
 from sae_lora.files import as_json, write_atomically
-from sae_lora.scaling import Fit, Frame, NoFit, fit, label
+from sae_lora.records import RunFolder
+from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
 from sae_lora.sweep import SEED, Sweep, factors
 from sae_lora.tables import duration, percent
 
@@ -126,6 +129,7 @@ class Report:
             if self.curves[over].notna().any()
             and (curves := figures.gap_curves(self.frame, self.curves, over)).data
         ]
+        found += self._evaluated()
         done = self.done[self.done["gap_closed"].notna()]
         if done.empty:
             return found
@@ -143,6 +147,32 @@ class Report:
         found.append(
             View("efficiency", "Gap closed against what it cost", figures.efficiency(done, self.varying))
         )
+        return found
+
+    def _evaluated(self) -> list[View]:
+        """Figures of what suites have found of the runs, as far as they are few enough to tell apart."""
+        found = []
+        groups = group_of(self.done, self.varying)
+        named = {
+            ", ".join(group) or "run": Path(path)
+            for group, path in zip(groups, self.done["folder"], strict=True)
+        }
+        results: dict[str, Any] = {}
+        for name, path in named.items():
+            there = record.read(RunFolder(path), Suite.core)
+            if there is not None and len(results) < drawn.MOST_RUNS:
+                results[name] = there.results
+        if results:
+            note = "Of tokens held out; left of zero those that are predicted better."
+            found.append(
+                View(
+                    "loss_change",
+                    "What training does to single tokens",
+                    drawn.loss_change(results),
+                    note,
+                )
+            )
+            found.append(View("by_position", "CE gap over the position", drawn.by_position(results)))
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -208,7 +238,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     )
     templates.filters |= {"cell": _cell, "script": _for_script}
     curves = [view for view in views if view.name.startswith(_CURVES)]
-    drawn = [view for view in views if view not in curves[1:]]
+    shown = [view for view in views if view not in curves[1:]]
     axes = [
         {
             "name": _OVER[view.name.removeprefix(_CURVES)],
@@ -230,8 +260,8 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         runs=runs,
         best=report.best,
         fits=[str(one) for one in report.fits if isinstance(one, Fit)],
-        views=drawn,
-        figures={view.name: json.loads(str(view.figure.to_json())) for view in drawn},
+        views=shown,
+        figures={view.name: json.loads(str(view.figure.to_json())) for view in shown},
         axes=axes,
         plotly=get_plotlyjs(),
     )
@@ -266,6 +296,7 @@ def _columns(report: Report) -> list[tuple[str, str]]:
     names = [(name, label(name)) for name in factors(report.frame)]
     if len(set(report.frame["sweep"])) > 1:
         names = [("sweep", "sweep"), *names]
+    measured = [(name, name.partition("/")[2]) for name in report.frame.columns if "/" in name]
     return [
         *names,
         ("base_ce", "base CE"),
@@ -283,6 +314,7 @@ def _columns(report: Report) -> list[tuple[str, str]]:
         ("closed_per_million_parameters", "closed per million parameters"),
         ("closed_per_petaflop", "closed per petaFLOP"),
         ("closed_per_minute", "closed per minute"),
+        *measured,
     ]
 
 
@@ -303,7 +335,8 @@ def _cell(value: Any, column: str) -> str:
     if column == "train_flops":
         return f"{value:.2e}"
     if isinstance(value, float):
-        return f"{value:.3f}" if column.endswith(("_ce", "_gap", "kl", "fvu")) else f"{value:,.6g}"
+        small = column.endswith(("_ce", "_gap", "kl", "fvu")) or "/" in column
+        return f"{value:.3f}" if small else f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sae_lora.choices import Method
 from sae_lora.command import command, flat
 from sae_lora.errors import UserError
+from sae_lora.evaluation.headlines import headlines
 from sae_lora.identity import ADAPTING, OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.scaling import Frame
@@ -64,7 +65,8 @@ class Sweep:
         Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); the factors of `NAMED`, and
         by its key whatever else differs; what was measured, of a run that is not finished the last
         point of its curve (cross-entropies and KL in nats per token); `closed_per_million_parameters`,
-        `closed_per_petaflop` and `closed_per_minute` of training; `command` and `folder`.
+        `closed_per_petaflop` and `closed_per_minute` of training; `command` and `folder`; and where runs
+        were evaluated, headlines by `suite/name`.
         """
         import pandas  # takes a while, which looking at a sweep's state need not
 
@@ -204,6 +206,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         | other
         | {name: measured.get(name) for name in _MEASURED}
         | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}
+        | headlines(folder)
     )
 
 

@@ -1,0 +1,84 @@
+"""Figures of what suites have found, for several runs side by side. Imports no torch."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from sae_lora.figures import COLOURS, finished
+
+MOST_RUNS = len(COLOURS)
+"""Runs that a figure can tell apart."""
+
+
+def loss_change(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """How the loss of single tokens changes by what was trained: their shares, by nats.
+
+    Args:
+        results: Of the suite core, by the run's name; those without an SAE before are left out.
+    """
+    drawn = go.Figure()
+    for number, (name, found) in enumerate(results.items()):
+        change = found["loss_change"].get("student over spliced")
+        if change is None:
+            continue
+        edges, tokens = found["change_edges"], change["tokens"]
+        width = edges[1] - edges[0]
+        drawn.add_scatter(
+            x=[edges[0] - width / 2, *(edge + width / 2 for edge in edges)],
+            y=[count / sum(tokens) for count in tokens],
+            mode="lines",
+            line={"color": COLOURS[number % MOST_RUNS], "width": 2, "shape": "hvh"},
+            name=name,
+        )
+    drawn.add_vline(0, line={"color": "#999999", "dash": "dot", "width": 1})
+    drawn.update_layout(
+        xaxis={"title": "change of a token's loss by training (nats)"},
+        yaxis={"title": "share of tokens", "type": "log", "exponentformat": "power"},
+    )
+    return finished(drawn)
+
+
+def by_position(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """The CE gap over the position in the sequence, before training (dashed) and after.
+
+    Args:
+        results: Of the suite core, by the run's name.
+    """
+    drawn = go.Figure()
+    for number, (name, found) in enumerate(results.items()):
+        by_cell = found["ce_by_position"]
+        colour = COLOURS[number % MOST_RUNS]
+        for cell, dash in (("spliced", "dot"), ("student", "solid")):
+            if cell not in by_cell:
+                continue
+            pairs = zip(by_cell[cell], by_cell["base"], strict=True)
+            at, gaps = _in_octaves([ce - base for ce, base in pairs])
+            drawn.add_scatter(
+                x=at,
+                y=gaps,
+                mode="lines+markers",
+                line={"color": colour, "width": 2, "dash": dash},
+                name=name,
+                legendgroup=name,
+                showlegend=cell == "student",
+            )
+    drawn.update_layout(
+        xaxis={"title": "position in the sequence", "type": "log", "dtick": math.log10(2)},
+        yaxis={"title": "CE gap (nats per token)", "rangemode": "tozero"},
+    )
+    return finished(drawn)
+
+
+def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means over positions 1, 2–3, 4–7 …, and the middles of these."""
+    middles, means = [], []
+    start = 1
+    while start <= len(values):
+        part = values[start - 1 : 2 * start - 1]
+        middles.append(math.sqrt(start * (start + len(part) - 1)))
+        means.append(statistics.mean(part))
+        start *= 2
+    return middles, means

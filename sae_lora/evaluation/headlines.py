@@ -1,0 +1,45 @@
+"""The few numbers of each suite that tables, the report and W&B show. Imports no torch."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sae_lora.choices import Suite
+from sae_lora.evaluation import record
+from sae_lora.records import RunFolder
+
+Results = Mapping[str, Any]
+"""Of a suite, as its record holds them."""
+
+
+def headlines(folder: RunFolder) -> dict[str, float]:
+    """What there is of a run, by `suite/name`.
+
+    Args:
+        folder: The run; of one that was not evaluated there is nothing.
+    """
+    found = {}
+    for suite, of in _OF.items():
+        if (there := record.read(folder, suite)) is not None:
+            values = of(there.results)
+            found |= {f"{suite.name}/{name}": one for name, one in values.items() if one is not None}
+    return found
+
+
+def _core(results: Results) -> dict[str, float | None]:
+    after = [read["after"] for read in results["saes"].values()]
+    return {
+        "harm": _value(results["harm"]),
+        "CE recovered": _value(results["recovered"]["zero"]["student"]),
+        "reverse KL": _value(results["distance"]["student"]["reverse_kl"]),
+        "tokens worse": results["loss_change"].get("student over spliced", {}).get("worse"),
+        "cosine": statistics.mean(read["cosine"] for read in after),
+        "dead latents": statistics.mean(read["dead"] for read in after),
+    }
+
+
+_OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {Suite.core: _core}
+
+
+def _value(interval: Mapping[str, float | None] | None) -> float | None:
+    return None if interval is None else interval["value"]
