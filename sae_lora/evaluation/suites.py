@@ -13,7 +13,7 @@ from sae_lora.checks import check
 from sae_lora.choices import Suite
 from sae_lora.composition import explanation
 from sae_lora.config import EvaluationConfig
-from sae_lora.conversion import load, typed
+from sae_lora.conversion import keys, load, typed, unknown_key
 from sae_lora.errors import UserError
 from sae_lora.evaluation import core, record
 from sae_lora.evaluation.record import Record
@@ -49,9 +49,12 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
         UserError: For a key or a value that there is not.
     """
     own = OmegaConf.structured(load(folder.config.read_text()))
-    keys = [f"evaluation.{one.removeprefix('evaluation.')}" for one in assignments]
+    wanted = [f"evaluation.{one.removeprefix('evaluation.')}" for one in assignments]
+    for key, _, _ in (one.partition("=") for one in wanted):
+        if key not in keys():
+            raise unknown_key(key)
     try:
-        merged = OmegaConf.merge(own, OmegaConf.from_dotlist(keys))
+        merged = OmegaConf.merge(own, OmegaConf.from_dotlist(wanted))
         assert isinstance(merged, DictConfig)
         config = typed(merged)
     except OmegaConfBaseException as error:
