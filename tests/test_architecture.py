@@ -80,6 +80,7 @@ ORDER = [
         "standing",
         "adapted",
         *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
+        "evaluation.mechanism",
         "evaluation.suites",
         "card",
         "export",
