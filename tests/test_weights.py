@@ -76,16 +76,17 @@ def test_delta_is_what_the_adapter_adds(model: LanguageModel, dora: bool, stabil
     assert all(matrix.weight.shape[1] == D_MODEL for matrix in reading)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_singular_vectors_are_those_of_delta(dora: bool) -> None:
+@pytest.mark.parametrize(("rank", "dora"), [(3, False), (3, True), (40, False)])
+def test_singular_vectors_are_those_of_delta(rank: int, dora: bool) -> None:
+    """Of a rank beyond the matrix's own there are as many as that has."""
     model = small_model("llama")
-    lora.attach(model, LoRAConfig(rank=3, blocks=[1], dora=dora), first_sae=0)
+    lora.attach(model, LoRAConfig(rank=rank, blocks=[1], dora=dora), first_sae=0)
     fill(lora.trainable_weights(model))
     for matrix in adapted_matrices(model):
         outputs, values, inputs = weights.decomposed(matrix)
         torch.testing.assert_close((outputs * values @ inputs.T).float(), matrix.delta)
         n = len(values)
-        assert n == (min(matrix.delta.shape) if dora else 3)
+        assert n == min(matrix.delta.shape if dora else (rank, *matrix.delta.shape))
         torch.testing.assert_close(values, torch.linalg.svdvals(matrix.delta.double())[:n])
         eye = torch.eye(n, dtype=torch.float64)
         torch.testing.assert_close(outputs.T @ outputs, eye)

@@ -56,8 +56,8 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
     """Measures a run on the first of its held-out sequences.
 
     Positions that hold special tokens are left out where those keep their activation: no SAE applies
-    there, so that they would only dilute what it does, and the residual stream of BOS, some hundred
-    times as long as others, would be most of the mean of a cell without SAEs. They are left out of
+    there, so that they would only dilute what it does, and where the residual stream of BOS is far
+    longer than others, they would be most of an L2 distance that adapters make. They are left out of
     all cells, which are so measured on the same tokens.
 
     Args:
