@@ -314,7 +314,30 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
         )
     ]
     say(f"{len(done)} runs measured: evaluation/*.json in their folders")
+    if Suite.lora in wanted:
+        compare_adapters(done)
     return int(bool(failed))
+
+
+def compare_adapters(folders: list[RunFolder]) -> None:
+    """Writes and draws what adapters have in common, in the folder of each sweep that has several alike.
+
+    Raises:
+        UserError: Where adapters are missing or damaged.
+    """
+    from sae_lora import figures  # plotly takes a while
+    from sae_lora.evaluation import pairs, similarity, similarity_figures
+
+    for sweep in dict.fromkeys(folder.path.parent for folder in folders):
+        found = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
+        if not found:
+            continue
+        pairs.write(sweep, found)
+        say(f"{len(found)} pairs of adapters compared: {pairs.path_in(sweep)}")
+        drawn = similarity_figures.figures(found)
+        to = pairs.path_in(sweep).parent
+        for note in figures.try_pictures([(one, to / f"{name}.svg") for name, one in drawn.items()]):
+            complain("left out", note)
 
 
 def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ _POSITIVE = (
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
     "train.loraplus_ratio",
     *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
-    *("evaluation.resamples", "evaluation.sequences"),
+    *("evaluation.resamples", "evaluation.sequences", "evaluation.directions"),
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "launcher.nodes",
     "tracking.finish_timeout_s",

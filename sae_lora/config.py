@@ -368,7 +368,10 @@ class EvaluationConfig:
     resamples: int = 1000
     """Of the held-out sequences, for the intervals around means."""
     sequences: int = 500
-    """Held-out sequences that the suite mechanism reads, at most."""
+    """Held-out sequences that the suites mechanism and lora read, at most."""
+    directions: int = 16
+    """Of an SAE's error and of its decoder: as many, at most, the suite lora compares with what
+    adapters read."""
 
 
 @dataclass

@@ -4,9 +4,8 @@ Source: Group-SAE, arXiv 2410.21508.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.models import LanguageModel
-from sae_lora.splice import special_positions
+from sae_lora.splice import residual_streams, special_positions
 
 PAPERS_AMAD_MAX = 0.2
 """The largest AMAD that the paper takes, as a share of half a turn."""
@@ -73,7 +72,7 @@ def angular_distances(
     """
     n_blocks, count = len(model.blocks), 0
     sums = torch.zeros(n_blocks, n_blocks, dtype=torch.float64, device=model.device)
-    with _resid_post(model) as streams:
+    with residual_streams(model) as streams:
         for tokens in batches:
             tokens = tokens.to(model.device)
             streams.clear()
@@ -162,20 +161,6 @@ def sae_flops_saved(groups: int, n_blocks: int) -> float:
         n_blocks: Blocks that they serve.
     """
     return 1 - groups / n_blocks
-
-
-@contextmanager
-def _resid_post(model: LanguageModel) -> Iterator[list[Tensor]]:
-    """A list to which a forward pass adds the residual streams after blocks, `[batch, pos, d_model]`."""
-    found: list[Tensor] = []
-
-    def take(module: object, arguments: object, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    with ExitStack() as hooks:
-        for block in model.blocks:
-            hooks.callback(block.register_forward_hook(take).remove)
-        yield found
 
 
 def _angles(streams: Sequence[Tensor], places: Tensor) -> Iterator[Tensor]:

@@ -2,17 +2,18 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_lora.choices import Initialisation
@@ -243,6 +244,134 @@ def begin_with(adapters: PeftModel, folder: Path) -> None:
             f"init: the adapters in {folder} belong to other matrices than lora.targets and lora.blocks "
             f"name, such as {[*missing, *result.unexpected_keys][0]}"
         )
+
+
+class AdaptedMatrix(NamedTuple):
+    """A matrix of the model, and what its adapter makes of it.
+
+    Args:
+        name: Its dotted path in the transformers model.
+        block: The block that it is in.
+        kind: Its path inside of the block, such as `self_attn.q_proj`.
+        reads_stream: Whether it reads the residual stream (through a norm), rather than what attention
+            or MLP have made of it.
+        weight: W, `[output, input]`, without the adapter.
+        delta: ΔW, the same shape: what it has become less W.
+        a: A, `[rank, input]`.
+        b: B, `[output, rank]`.
+        scale: Of B · A, which is ΔW where there is no magnitude.
+        magnitude: DoRA's lengths of its outputs, `[output]`; `None` for plain LoRA.
+    """
+
+    name: str
+    block: int
+    kind: str
+    reads_stream: bool
+    weight: Tensor
+    delta: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the adapter has."""
+        magnitude = 0 if self.magnitude is None else self.magnitude.numel()
+        return self.a.numel() + self.b.numel() + magnitude
+
+
+def adapted_matrices(model: LanguageModel) -> Iterator[AdaptedMatrix]:
+    """The matrices that have adapters, block by block; one at a time, as they may be large.
+
+    Args:
+        model: The model, adapters in place.
+    """
+    names = {id(module): name for name, module in model.model.named_modules()}
+    for block, inside in enumerate(model.blocks):
+        for kind, module in inside.named_modules():
+            if isinstance(module, LoraLayer):
+                yield _adapted_matrix(module, names[id(module)], block, kind)
+
+
+@torch.no_grad()
+def _adapted_matrix(module: Any, name: str, block: int, kind: str) -> AdaptedMatrix:
+    (adapter,) = module.active_adapters
+    base = module.get_base_layer()
+    weight, delta = base.weight.float(), module.get_delta_weight(adapter).float()
+    if not isinstance(base, nn.Linear):  # GPT-2's matrices lie the other way round
+        weight, delta = weight.T, delta.T
+    magnitude = None
+    if adapter in module.lora_magnitude_vector:
+        magnitude = module.lora_magnitude_vector[adapter].weight.detach()
+        directed = weight + delta
+        delta = (magnitude.float() / directed.norm(dim=1))[:, None] * directed - weight
+    return AdaptedMatrix(
+        name=name,
+        block=block,
+        kind=kind,
+        reads_stream=not _roles_of(name) & {"o", "down"},
+        weight=weight,
+        delta=delta,
+        a=module.lora_A[adapter].weight.detach(),
+        b=module.lora_B[adapter].weight.detach(),
+        scale=float(module.scaling[adapter]),
+        magnitude=magnitude,
+    )
+
+
+_A_IN_FILE = ".lora_A.weight"
+
+
+def saved_inputs(folder: Path) -> list[tuple[str, int]]:
+    """The matrices of saved adapters, by name, and how many inputs each has; no weights are read.
+
+    Args:
+        folder: Where `save` wrote them.
+
+    Raises:
+        UserError: Where they are missing or damaged.
+    """
+    with _opened(folder) as file:
+        keys = _keys_of_a(file)
+        return sorted((name, int(file.get_slice(key).get_shape()[1])) for name, key in keys.items())
+
+
+def saved_a(folder: Path, name: str) -> Tensor:
+    """A of one matrix of saved adapters, `[rank, input]`.
+
+    Args:
+        folder: Where `save` wrote them.
+        name: The matrix, as `saved_inputs` has it.
+
+    Raises:
+        UserError: Where they are missing or damaged.
+    """
+    with _opened(folder) as file:
+        return file.get_tensor(_keys_of_a(file)[name])
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    path = weights_file(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
+
+
+def _keys_of_a(file: Any) -> dict[str, str]:
+    """A's keys in a file by the dotted path of the matrix in the transformers model.
+
+    peft's own view of that lies around it.
+    """
+    keys: list[str] = file.keys()
+    return {
+        key.removeprefix("base_model.model.").removesuffix(_A_IN_FILE): key
+        for key in keys
+        if key.endswith(_A_IN_FILE)
+    }
 
 
 def weights_file(folder: Path) -> Path:

@@ -149,6 +149,23 @@ def _reconstructed_alone(
     return resid.masked_scatter(applied[..., None], recon)
 
 
+@contextmanager
+def residual_streams(model: LanguageModel) -> Iterator[list[Tensor]]:
+    """A list to which a forward pass adds the residual stream after each block, `[batch, pos, d_model]`.
+
+    Inside of `spliced` that is what the next block reads: after the SAE, where one replaces it.
+    """
+    found: list[Tensor] = []
+
+    def take(module: object, arguments: object, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.callback(block.register_forward_hook(take).remove)
+        yield found
+
+
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
     """Positions `[batch, pos]` (true) whose token is one of the special ids `[n]`."""
     return torch.isin(tokens, special_ids)

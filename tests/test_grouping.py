@@ -21,7 +21,7 @@ from sae_lora.grouping import (
 )
 from sae_lora.grouping_figures import amad_by_groups, distance_map, tree
 from sae_lora.models import LanguageModel
-from sae_lora.splice import special_positions
+from sae_lora.splice import residual_streams, special_positions
 from tests import families
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
@@ -181,7 +181,7 @@ def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
     model = small_model("llama")
     model.blocks = torch.nn.ModuleList([torch.nn.Identity(), Tupled()])
     resid = torch.randn(3, 5, D_MODEL)
-    with grouping._resid_post(model) as streams:
+    with residual_streams(model) as streams:
         for block in model.blocks:
             block(resid)
     assert len(streams) == 2 and all(torch.equal(stream, resid) for stream in streams)

@@ -17,7 +17,7 @@ from sae_lora.identity import ADAPTING
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
 from sae_lora.saes.loading import splices
-from sae_lora.splice import Observer, special_positions, spliced
+from sae_lora.splice import Observer, residual_streams, special_positions, spliced
 from sae_lora.trunk import Splices
 
 
@@ -122,6 +122,21 @@ class Subject:
         saes = {splice.hookpoint: splice.sae for splice in there}
         with spliced(model, saes, self.kept_positions(tokens, there), observe):
             return model.hidden(tokens)
+
+    @torch.no_grad()
+    def streams(self, cell: Cell, tokens: Tensor) -> list[Tensor]:
+        """The residual stream after each block, `[batch, pos, d_model]`, as the next one reads it.
+
+        Args:
+            cell: Of which model.
+            tokens: `[batch, pos]`.
+        """
+        model, there = self.model_of(cell), self.splices_of(cell)
+        saes = {splice.hookpoint: splice.sae for splice in there}
+        keep = self.kept_positions(tokens, there)
+        with spliced(model, saes, keep), residual_streams(model) as found:
+            model.hidden(tokens)
+        return found
 
     def kept_positions(self, tokens: Tensor, there: Splices) -> Tensor | None:
         """Positions `[batch, pos]` (true) that keep their activation; `None` where all are replaced."""

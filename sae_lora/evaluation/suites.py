@@ -15,7 +15,7 @@ from sae_lora.composition import explanation
 from sae_lora.config import EvaluationConfig
 from sae_lora.conversion import keys, load, typed, unknown_key
 from sae_lora.errors import UserError
-from sae_lora.evaluation import core, record
+from sae_lora.evaluation import core, mechanism, record, weights
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.subject import Subject
 from sae_lora.provenance import environment
@@ -35,7 +35,11 @@ class _Suite(NamedTuple):
     heeds: tuple[str, ...]
 
 
-_SUITES: dict[Suite, _Suite] = {Suite.core: _Suite(core.evaluate, ("resamples",))}
+_SUITES: dict[Suite, _Suite] = {
+    Suite.core: _Suite(core.evaluate, ("resamples",)),
+    Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
+    Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
+}
 
 
 def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
