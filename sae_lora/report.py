@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 from sae_lora import figures
 from sae_lora.choices import Suite
 from sae_lora.errors import UserError
-from sae_lora.evaluation import drawn, record
+from sae_lora.evaluation import drawn, pairs, record, similarity_figures
 from sae_lora.files import as_json, write_atomically
 from sae_lora.records import RunFolder
 from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
@@ -151,29 +151,36 @@ class Report:
 
     def _evaluated(self) -> list[View]:
         """Figures of what suites have found of the runs, as far as they are few enough to tell apart."""
-        found = []
         groups = group_of(self.done, self.varying)
-        named = {
-            ", ".join(group) or "run": Path(path)
-            for group, path in zip(groups, self.done["folder"], strict=True)
-        }
-        results: dict[str, Any] = {}
-        for name, path in named.items():
-            there = record.read(RunFolder(path), Suite.core)
-            if there is not None and len(results) < drawn.MOST_RUNS:
-                results[name] = there.results
-        if results:
-            note = "Of tokens held out; left of zero those that are predicted better."
-            found.append(
-                View(
-                    "loss_change",
-                    "What training does to single tokens",
-                    drawn.loss_change(results),
-                    note,
-                )
+        named = dict(
+            zip((", ".join(group) or "run" for group in groups), self.done["folder"], strict=True)
+        )
+
+        def found(suite: Suite) -> dict[str, Any]:
+            there = {name: record.read(RunFolder(Path(path)), suite) for name, path in named.items()}
+            results = {name: one.results for name, one in there.items() if one is not None}
+            return dict(list(results.items())[: drawn.MOST_RUNS])
+
+        views = []
+        if core := found(Suite.core):
+            note = "Held-out tokens; left of zero are those that training makes likelier."
+            heading = "What training does to single tokens"
+            views.append(View("loss_change", heading, drawn.loss_change(core), note))
+            note = "Dotted: before training."
+            views.append(View("by_position", "CE gap over the position", drawn.by_position(core), note))
+        if mechanism := found(Suite.mechanism):
+            heading = "Distance of the residual stream to the plain model's"
+            note = "Dotted: before training. Bars: 90% intervals."
+            views.append(View("distances", heading, drawn.distances(mechanism), note))
+        sweeps = dict.fromkeys(Path(path).parent for path in self.done["folder"])
+        alike = [pair for sweep in sweeps for pair in pairs.read(sweep)][: similarity_figures.MOST_PAIRS]
+        for number, pair in enumerate(alike, 1):
+            heading = "Directions that adapters have in common"
+            note = f"{pair.first} and {pair.second}."
+            views.append(
+                View(f"similarity_{number}", heading, similarity_figures.similarity_map(pair), note)
             )
-            found.append(View("by_position", "CE gap over the position", drawn.by_position(results)))
-        return found
+        return views
 
     def summary(self) -> dict[str, Any]:
         """What it says, for programs: the schema of the report's `summary.json`."""

@@ -72,6 +72,41 @@ def by_position(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     return finished(drawn)
 
 
+def distances(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """How far the residual stream is from the plain model's after each block, before (dotted) and after.
+
+    Args:
+        results: Of the suite mechanism, by the run's name.
+    """
+    drawn = go.Figure()
+    for number, (name, found) in enumerate(results.items()):
+        colour = COLOURS[number % MOST_RUNS]
+        for cell, dash in (("spliced", "dot"), ("student", "solid")):
+            if cell not in found["distance"]:
+                continue
+            moved = found["distance"][cell]["l2"]
+            drawn.add_scatter(
+                x=list(range(len(moved))),
+                y=[one["value"] for one in moved],
+                error_y={
+                    "array": [one["high"] - one["value"] for one in moved],
+                    "arrayminus": [one["value"] - one["low"] for one in moved],
+                    "thickness": 1,
+                },
+                mode="lines+markers",
+                line={"color": colour, "width": 2, "dash": dash},
+                marker={"size": 5},
+                name=name,
+                legendgroup=name,
+                showlegend=cell == "student",
+            )
+    drawn.update_layout(
+        xaxis={"title": "after block", "dtick": 1},
+        yaxis={"title": "L2 distance to the plain model", "rangemode": "tozero"},
+    )
+    return finished(drawn)
+
+
 def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
     """Means over positions 1, 2–3, 4–7 …, and the middles of these."""
     middles, means = [], []

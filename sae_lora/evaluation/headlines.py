@@ -38,7 +38,31 @@ def _core(results: Results) -> dict[str, float | None]:
     }
 
 
-_OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {Suite.core: _core}
+def _mechanism(results: Results) -> dict[str, float | None]:
+    shortened = results["shortened"]
+    return {
+        "L2 at the end": results["distance"]["student"]["l2"][-1]["value"],
+        "L2 shortened": shortened and _value(shortened["l2"]),
+        "cosine shortened": shortened and _value(shortened["cosine"]),
+    }
+
+
+def _lora(results: Results) -> dict[str, float | None]:
+    matrices = results["matrices"]
+    ranks = [one["effective_rank"] for one in matrices if one["effective_rank"] is not None]
+    amplified = [one["amplification"] for one in matrices if one["amplification"] is not None]
+    return {
+        "‖ΔW‖ / ‖W‖": statistics.mean(one["delta_norm"] / one["weight_norm"] for one in matrices),
+        "effective rank": statistics.mean(ranks) if ranks else None,
+        "amplification": statistics.median(amplified) if amplified else None,
+    }
+
+
+_OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
+    Suite.core: _core,
+    Suite.mechanism: _mechanism,
+    Suite.lora: _lora,
+}
 
 
 def _value(interval: Mapping[str, float | None] | None) -> float | None:

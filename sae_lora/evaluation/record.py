@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Suite
+from sae_lora.choices import Method, Suite
 from sae_lora.files import as_json, write_atomically
+from sae_lora.identity import ADAPTING
 from sae_lora.records import RunFolder
 
 VERSION = 1
@@ -48,8 +49,14 @@ def pending(folder: RunFolder) -> list[Suite]:
     """The suites that a run's own config asks for at its end, and that are not there yet."""
     if not folder.is_finished:
         return []
-    asked = folder.read_config().get("evaluation", {}).get("suites", [])
-    return [Suite[name] for name in asked if read(folder, Suite[name]) is None]
+    asked = [Suite[name] for name in folder.read_config().get("evaluation", {}).get("suites", [])]
+    return [suite for suite in asked if applies(suite, folder) and read(folder, suite) is None]
+
+
+def applies(suite: Suite, folder: RunFolder) -> bool:
+    """Whether there is anything for a suite to measure in a run: for `lora`, adapters."""
+    method = folder.read_config().get("method", {"kind": Method.lora.name})
+    return suite is not Suite.lora or Method[method["kind"]] in ADAPTING
 
 
 def _file(folder: RunFolder, suite: Suite) -> Path:

@@ -75,7 +75,7 @@ def evaluate(
     again: bool = False,
     device: str | None = None,
 ) -> list[Suite]:
-    """Takes those of the suites that are not there yet.
+    """Takes those of the suites that are not there yet, as far as they apply to the run.
 
     What one of them lacks, a download or a package, is said, and the others go on.
 
@@ -92,7 +92,11 @@ def evaluate(
     Raises:
         UserError: Where the run is not finished, or something of it is missing.
     """
-    left = [suite for suite in wanted if again or not _is_there(folder, suite, config)]
+    left = [
+        suite
+        for suite in wanted
+        if record.applies(suite, folder) and (again or not _is_there(folder, suite, config))
+    ]
     if not left:
         return []
     quieten()
