@@ -16,14 +16,16 @@ from rich.table import Table
 from sae_lora import estimate, launcher, models
 from sae_lora.choices import LauncherKind, Suite
 from sae_lora.config import Config, LauncherConfig
+from sae_lora.dimensions import Place
 from sae_lora.errors import NoSuchCellError
 from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps
+from sae_lora.lora_request import adapted_blocks
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.table import table
 from tests.commands import launch
-from tests.composing import combinations, each_composed
+from tests.composing import combinations, composed, each_composed
 from tests.hub import COMMIT, serving
 from tests.repositories import published_configs, write_configs
 
@@ -248,6 +250,21 @@ def test_then_come_ten_around_each(around_own: Plan) -> None:
         assert [one.init_at for one in around] == TENTHS
         assert len({one.sae.used[0].sha256 for one in around}) == 10
         assert {one.sae.used[0].width for one in around} == {8 * d_model}
+
+
+def test_steering_goes_around_an_own_sae_too(around_own: Plan) -> None:
+    """With `init`, as the experiment's file says it; rank 1 on the blocks after it, 13 to 25."""
+    (before,) = [
+        run
+        for run in around_own.runs
+        if run.config.method.kind.name == "sae" and run.config.model.name == GEMMA
+    ]
+    asked = "experiment=paper_downstream", "arm=paper_downstream/steering"
+    (run,) = plan([composed(*asked, f"init={before.folder.path}", "output_dir=/nowhere")]).runs
+    (sae,) = run.config.sae.used
+    assert (sae.block, sae.width, sae.path) == (12, 18_432, str(before.folder.sae / str(Place.of(sae))))
+    assert run.config.lora.rank == 1
+    assert adapted_blocks(run.config.lora.blocks, sae.block, 26) == list(range(13, 26))
 
 
 PARAMETERS = {
