@@ -23,6 +23,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -104,6 +105,49 @@ def write_all(root: Path) -> None:
         _write_llama_scope(root / folder, f"blocks.16.hook_{hook}")
     _write_pile(root / "datasets/monology/pile-uncopyrighted")
     _write_redpajama(root / "datasets/togethercomputer")
+
+
+def _gemma(width: int, inner: int, blocks: int, heads: int, of_a_head: int) -> PreTrainedConfig:
+    return Gemma2Config(
+        vocab_size=256_000,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=of_a_head,
+    )
+
+
+def _llama(width: int, inner: int, blocks: int, of_a_head: int, *, tied: bool) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=of_a_head,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=tied,
+    )
+
+
+def published_configs() -> dict[str, PreTrainedConfig]:
+    """The paper's models in their own dimensions, by repository. Without weights, they can be priced."""
+    return {
+        "google/gemma-2-2b": _gemma(2304, 9216, 26, 8, 256),
+        "google/gemma-2-9b": _gemma(3584, 14_336, 42, 16, 256),
+        "google/gemma-2-27b": _gemma(4608, 36_864, 46, 32, 128),
+        "meta-llama/Llama-3.2-1B": _llama(2048, 8192, 16, 64, tied=True),
+        "meta-llama/Llama-3.1-8B": _llama(4096, 14_336, 32, 128, tied=False),
+    }
+
+
+def write_configs(root: Path) -> None:
+    """Writes these below the hub's root, and nothing else of their repositories."""
+    for name, config in published_configs().items():
+        config.save_pretrained(root / "models" / name)
 
 
 def _write_model(folder: Path, model: PreTrainedModel, *, begins_with_bos: bool = True) -> None:
