@@ -132,6 +132,10 @@ def _in_words(group: Sequence[int]) -> str:
     return ",".join(map(str, group))
 
 
+def _counted(groups: int) -> str:
+    return "1 group" if groups == 1 else f"{groups} groups"
+
+
 def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[str, go.Figure]:
     """Distances, tree, AMAD and the blocks' FVU and CE, by name.
 
@@ -147,7 +151,7 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
     several = [one for one in by_count if len(ways[one.path]["groups"]) > 1] or by_count
     wanted = n_groups or len(ways[several[0].path]["groups"])
     marked = next(ways[one.path] for one in by_count if len(ways[one.path]["groups"]) == wanted)
-    names = [f"{len(ways[folder.path]['groups'])} groups" for folder in by_count]
+    names = [_counted(len(ways[folder.path]["groups"])) for folder in by_count]
     return {
         "distances": grouping_figures.distance_map(marked["distances"], marked["groups"]),
         "tree": grouping_figures.tree(_linkage(marked["distances"]), wanted),

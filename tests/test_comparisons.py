@@ -577,7 +577,7 @@ def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
     assert sorted(leaves.customdata) == [0, 1, 2]
     # By distance alone, a line of FVU and one of CE each.
     names = [trace.name for trace in drawn["blocks"].data]
-    assert names == [name for count in (1, 2, 3) for name in [f"{count} groups"] * 2]
+    assert names == [name for name in ("1 group", "2 groups", "3 groups") for _ in range(2)]
     assert list(drawn["blocks"].data[2].y) == [0.125, 0.25, 0.375]
 
 

@@ -126,10 +126,10 @@ def test_packed_or_not_the_runs_are_the_same(point: Point, tmp_path: Path) -> No
 
 def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
     """For real: a process may hold enough for two of the runs, and not for four."""
-    small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
+    small = [*SMALL, "lora.blocks=all", "train.batch_size=32", "train.train_tokens=4096"]
     here = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
     command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(4)", *here]
-    limit = 4_500_000_000
+    limit = 3_200_000_000
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
