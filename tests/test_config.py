@@ -30,8 +30,8 @@ NEEDS = {
 
 
 def test_the_groups_are_the_interface() -> None:
-    wanted = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "tracking"}
-    assert set(GROUPS) == wanted | {"experiment", "arm"}
+    wanted = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "evaluation"}
+    assert set(GROUPS) == wanted | {"tracking", "experiment", "arm"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent != Path()], ids=str)
