@@ -28,6 +28,9 @@ def check_steering(config: EvaluationConfig) -> None:
     if len(set(strengths)) < len(strengths):
         nearest = sorted(set(strengths))
         raise ConfigError("evaluation.steering_strengths", strengths, "each strength once", nearest)
+    harm = config.steering_max_harm
+    if harm is not None and not 0 <= harm < math.inf:
+        raise ConfigError("evaluation.steering_max_harm", harm, "nats that are not negative, or null", 0)
     if config.steering_text_tokens < SHORTEST_TEXT:
         raise ConfigError(
             "evaluation.steering_text_tokens",

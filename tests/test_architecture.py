@@ -81,7 +81,7 @@ ORDER = [
         "standing",
         "adapted",
         *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
-        *("evaluation.steering_texts", "evaluation.steering"),
+        *("evaluation.steering_texts", "evaluation.steered_models", "evaluation.steering"),
         "evaluation.suites",
         "card",
         "export",

@@ -15,16 +15,23 @@ from torch.nn.functional import cross_entropy
 from sae_lora.checks import check
 from sae_lora.config import Config, EvaluationConfig
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.evaluation.steering import HEEDS, SteeredModels, Steering, steer, text_log_probability
+from sae_lora.evaluation.steered_models import SteeredModels, text_log_probability
+from sae_lora.evaluation.steering import HEEDS, Steering, _Curves, steer
 from sae_lora.evaluation.steering_texts import Halves, Texts, residuals, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.files import as_json
 from sae_lora.head import Head
 from sae_lora.splice import Splice
+from tests.coders import write_topk_sae
 from tests.composing import composed
 from tests.points import points_in, run_here
 
-QUICK = {"resamples": 50, "steering_latents": 3, "steering_strengths": [0.5, 1.0]}
+QUICK: dict[str, Any] = {
+    "resamples": 50,
+    "steering_latents": 2,
+    "steering_strengths": [0.5, 1.0],
+    "steering_examples": 4,
+}
 
 
 class Line:
@@ -34,8 +41,11 @@ class Line:
         self.embedding, self.factor, self.block = embedding, factor, nn.Identity()
         self.config = type("Sizes", (), {"hidden_size": embedding.shape[1]})
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        return self.factor * self.block(self.embedding[tokens])
+    def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
+        return self.factor * (self.resid_entering(1, tokens) if resid is None else resid)
+
+    def resid_entering(self, block: int, tokens: Tensor) -> Tensor:
+        return self.block(self.embedding[tokens])
 
     def module_at(self, hookpoint: str) -> nn.Module:
         assert hookpoint == "blocks.0.hook_resid_post"
@@ -110,8 +120,9 @@ def test_effects_are_those_worked_out_by_hand(cell: Cell, keeps: bool) -> None:
         # All texts of a label are alike.
         assert dataclasses.astuple(effect) == pytest.approx((expected,) * 3, rel=1e-5)
     assert tuned.effect.positive.value > 0 > tuned.effect.negative.value
-    assert tuned.validation[1] == pytest.approx(tuned.effect.difference.value, rel=1e-6)
-    assert tuned.validation[2] < 0 < tuned.validation[0] < tuned.validation[1]
+    assert tuned.positive[1] == pytest.approx(tuned.effect.positive.value, rel=1e-6)
+    assert tuned.negative[1] == pytest.approx(tuned.effect.negative.value, rel=1e-6)
+    assert tuned.positive[2] < 0 < tuned.positive[0] < tuned.positive[1]
 
 
 def test_steering_tells_models_apart() -> None:
@@ -133,12 +144,23 @@ def test_text_is_steered_towards_by_the_latent_that_it_shows() -> None:
     halves = texts_of(subject, subject.after[0], EvaluationConfig(steering_latents=[0]))
     steered = SteeredModels(subject, subject.after[0], halves)
     texts = halves.test
-    strengths = torch.full((len(texts.tokens),), 0.5)
-    effects = steered.log_probability(Cell.base, texts, strengths)
-    effects -= steered.log_probability(Cell.base, texts)
+    (effects,) = steered.effects(Cell.base, texts, torch.full((1, len(texts)), 0.5))
     assert (effects[texts.positive] > 0.1).all() and (effects[~texts.positive] < -0.1).all()
     assert (texts.tokens[texts.positive, 1:] == 1).all()
     assert (texts.tokens[~texts.positive, 1:] == 0).all()
+
+
+def test_the_strength_is_the_best_of_those_that_do_not_harm() -> None:
+    """Negative text loses the more the stronger a latent is; here, positive text does so too."""
+    curves = _Curves(
+        positive=torch.tensor([[0.1, -0.1], [0.0, -0.3], [-2.0, -0.2]]),
+        negative=torch.tensor([[0.0, 0.0], [-0.5, 0.0], [-4.0, 0.1]]),
+    )
+    assert curves.best(None) == [2, 0]
+    assert curves.best(0.0) == [1, 0]
+    assert curves.best(0.25) == [1, 0]
+    equal = _Curves(positive=torch.zeros(3, 1), negative=torch.zeros(3, 1))
+    assert equal.best(None) == [0]
 
 
 def test_a_latent_without_texts_of_both_kinds_is_refused() -> None:
@@ -181,11 +203,15 @@ def test_log_probabilities_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
-    point = points_in(tmp_path_factory.mktemp("outputs"))
+    home = tmp_path_factory.mktemp("outputs")
+    point = points_in(home)
+    inside = write_topk_sae(home / "inside", "blocks.3.hook_mlp_out", k=8)
     text = ("data.context_length=32", "data.validation_tokens=2048")
+    text += ("train.train_tokens=256", "train.eval_each_sae=false")
     runs = {
         "lora": point(*text),
         "two": point(*text, "layer.index=[2,4]", "lora.blocks=all"),
+        "inside": point(*text, "sae=disk", f"sae.path={inside}", "layer.hook=mlp_out"),
         "sae_finetune": point(*text, "method=sae_finetune"),
     }
     return {name: Subject(run_here(run)[0]) for name, run in runs.items()}
@@ -212,11 +238,60 @@ def test_strength_zero_does_nothing_at_all(lora: Subject, halves: Halves) -> Non
     steered = SteeredModels(lora, lora.after[0], halves)
     assert lora.cells == [Cell.base, Cell.spliced, Cell.student, Cell.adapted]
     for cell in lora.cells:
-        plain = steered.log_probability(cell, halves.test)
-        nothing = steered.log_probability(cell, halves.test, torch.zeros(len(plain)))
-        assert torch.equal(nothing, plain)
-        some = steered.log_probability(cell, halves.test, torch.ones(len(plain)))
-        assert (some != plain).all()
+        strengths = torch.tensor([0.0, 1.0])[:, None].expand(-1, len(halves.test))
+        nothing, something = steered.effects(cell, halves.test, strengths)
+        assert (nothing == 0).all()
+        assert (something != 0).all()
+
+
+@pytest.mark.parametrize("name", ["lora", "two", "inside", "sae_finetune"])
+def test_what_comes_before_the_sae_is_shared_and_nothing_else(
+    name: str, subjects: dict[str, Subject]
+) -> None:
+    """The effects of whole passes with hooks that the test sets itself, one strength after another."""
+    subject = subjects[name]
+    splice = subject.after[-1 if name == "two" else 0]
+    halves = texts_of(subject, splice, EvaluationConfig(steering_latents=2, steering_examples=4))
+    steered = SteeredModels(subject, splice, halves)
+    texts = halves.test
+    strength = 0.7
+    kept = torch.isin(texts.tokens, subject.special_ids)[..., None]
+    latents = torch.tensor(halves.latents)[texts.which]
+
+    def pushing(module: object, arguments: object, output: Any) -> Any:
+        resid = output[0] if isinstance(output, tuple) else output
+        pushed = resid + (strength * steered.pushes[texts.which][:, None]).masked_fill(kept, 0)
+        return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
+
+    def raising(sae: Any) -> Any:
+        def encode(x: Tensor) -> Tensor:
+            code = sae.encode(x)
+            for place, latent in enumerate(latents):
+                code[place, :, latent] += strength * steered.activations[texts.which[place]]
+            return code
+
+        return type("Raising", (), {"encode": staticmethod(encode), "decode": sae.decode})
+
+    for cell in subject.cells:
+        there = subject.splices_of(cell)
+        plain = subject.hidden(cell, texts.tokens)
+        if there:
+            instead = tuple(
+                one._replace(sae=raising(one.sae)) if one.place == splice.place else one for one in there
+            )
+            moved = subject.hidden(cell, texts.tokens, instead=instead)
+        else:
+            hooked = subject.model_of(cell).module_at(splice.hookpoint)
+            handle = hooked.register_forward_hook(pushing)
+            moved = subject.hidden(cell, texts.tokens)
+            handle.remove()
+        before, after = (
+            text_log_probability(subject.head, hidden, texts.tokens, texts.lengths)
+            for hidden in (plain, moved)
+        )
+        (found,) = steered.effects(cell, texts, torch.full((1, len(texts)), strength))
+        assert torch.allclose(found, after - before, atol=2e-3), cell
+        assert found.abs().max() > 0.01
 
 
 def test_what_is_added_is_the_decoders_direction(lora: Subject, halves: Halves) -> None:
@@ -240,7 +315,7 @@ def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject,
                 assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
         for place in range(3):
             numbers = [int(texts.of(place, positive=label).sum()) for label in (True, False)]
-            assert all(4 <= number <= 16 for number in numbers)
+            assert all(4 <= number <= 8 for number in numbers)
     assert rows(halves.validation).isdisjoint(rows(halves.test))
 
 
@@ -260,10 +335,10 @@ def test_what_is_padded_does_not_count(lora: Subject, halves: Halves) -> None:
     lengths = torch.full_like(texts.lengths, 9)
     padded = Texts(shorter, lengths, texts.which, texts.positive)
     alone = Texts(texts.tokens[:, :9], lengths, texts.which, texts.positive)
-    ones = torch.ones(len(lengths))
+    ones = torch.ones(1, len(lengths))
     for cell in lora.cells:
-        found, expected = (steered.log_probability(cell, one, ones) for one in (padded, alone))
-        assert torch.allclose(found, expected, rtol=1e-4)
+        found, expected = (steered.effects(cell, one, ones) for one in (padded, alone))
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_as_a_whole(lora: Subject) -> None:
@@ -278,8 +353,9 @@ def _check_consistent(found: Steering) -> None:
     assert found.source == "held out"
     for one in found.latents:
         for cell, tuned in one.cells.items():
-            best = max(tuned.validation)
-            assert tuned.strength == found.strengths[tuned.validation.index(best)], cell
+            both = zip(tuned.positive, tuned.negative, strict=True)
+            differences = [positive - negative for positive, negative in both]
+            assert tuned.strength == found.strengths[differences.index(max(differences))], cell
             positive, negative, difference = dataclasses.astuple(tuned.effect)
             assert difference[0] == pytest.approx(positive[0] - negative[0])
             assert difference[1] <= difference[0] <= difference[2]
@@ -303,9 +379,8 @@ def test_a_run_without_adapters_says_what_there_is_not(subjects: dict[str, Subje
 
 def test_a_block_is_named(subjects: dict[str, Subject]) -> None:
     two = subjects["two"]
-    default, second = (
-        steer(two, EvaluationConfig(**QUICK, steering_block=block)) for block in (None, 4)
-    )
+    once = QUICK | {"steering_strengths": [0.5]}
+    default, second = (steer(two, EvaluationConfig(**once, steering_block=block)) for block in (None, 4))
     assert default.hookpoint == "blocks.2.hook_resid_post"
     assert second.hookpoint == "blocks.4.hook_resid_post"
     with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=4"):
@@ -410,6 +485,7 @@ def test_what_is_not_there_is_refused_before_anything_is_computed(
         *("steering_latents=most", "steering_latents=[1.5]", "steering_strengths=[]"),
         *("steering_strengths=[1,1]", "steering_strengths=[inf]", "steering_block=-1"),
         *("steering_examples=0", "steering_text_tokens=1"),
+        "steering_max_harm=-0.1",
     ],
 )
 def test_settings_that_cannot_work(wrong: str) -> None:

@@ -1,11 +1,7 @@
 """Steering with a latent: whether adding its direction makes text likelier that has what it stands for.
 
-A latent is added in two ways. Without the SAE, in the plain and in the adapted model, the residual
-stream gets what the latent adds to the reconstruction on its positive texts, on average, times the
-strength: its decoder's direction in the length of its typical activation. With the SAE in place, in
-the spliced model and in the student, the latent's typical activation times the strength is added to
-the code, which is the same amount where the run has trained the SAE. Both happen at every position but
-those whose activation the SAE keeps. All else is as it is in that model.
+How a latent is added, `steered_models` says. How strongly is settled on one half of the texts, for each
+latent and in each model; the other half is measured.
 """
 
 from collections.abc import Sequence
@@ -16,22 +12,19 @@ import torch
 from torch import Tensor
 
 from sae_lora.config import EvaluationConfig
-from sae_lora.errors import ConfigError, UserError
+from sae_lora.errors import ConfigError
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
-from sae_lora.evaluation.steering_texts import Halves, Texts, batches, residuals, texts_of
+from sae_lora.evaluation.steered_models import SteeredModels
+from sae_lora.evaluation.steering_texts import Halves, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.head import Head
-from sae_lora.kl import log_probabilities
-from sae_lora.metrics import NO_LABEL, next_tokens
-from sae_lora.splice import Coder, Splice
+from sae_lora.splice import Splice
 from sae_lora.trunk import Splices
 
 HEEDS = (
     *("resamples", "sequences", "steering_latents", "steering_block", "steering_strengths"),
-    *("steering_texts", "steering_examples", "steering_text_tokens"),
+    *("steering_max_harm", "steering_texts", "steering_examples", "steering_text_tokens"),
 )
 """The keys of `evaluation` that steering depends on."""
-_LOGITS_AT_ONCE = 2**22
 _ABSENT = {
     Cell.spliced: "the run has made its SAEs: before it there were none",
     Cell.adapted: "the run has trained no adapters: without an SAE, its model is the plain one",
@@ -61,8 +54,10 @@ class Tuned:
 
     strength: float
     """In units of the latent's typical activation."""
-    validation: list[float]
-    """The difference on the validation texts, in nats per token, at each of `strengths`."""
+    positive: list[float]
+    """The effect on positive validation texts, in nats per token, at each of `strengths`."""
+    negative: list[float]
+    """The same on negative ones."""
     effect: Effect
     """On the test texts."""
 
@@ -125,9 +120,11 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
     halves = texts_of(subject, splice, config)
     steered = SteeredModels(subject, splice, halves)
     strengths = sorted(config.steering_strengths, key=abs)
-    curves = {cell: _curves(steered, cell, halves, strengths) for cell in subject.cells}
-    # The first of equals is the weakest.
-    best = {cell: [strengths[one] for one in curve.argmax(0)] for cell, curve in curves.items()}
+    curves = {cell: _Curves.of(steered, cell, halves, strengths) for cell in subject.cells}
+    best = {
+        cell: [strengths[one] for one in curve.best(config.steering_max_harm)]
+        for cell, curve in curves.items()
+    }
     measured = {cell: _on_test(steered, cell, halves, best[cell], config) for cell in subject.cells}
 
     def of_latent(place: int) -> SteeredLatent:
@@ -140,7 +137,12 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
             negative_texts=int(halves.test.of(place, positive=False).sum()),
             validation_texts=int((halves.validation.which == place).sum()),
             cells={
-                cell.value: Tuned(best[cell][place], curves[cell][:, place].tolist(), one.effect)
+                cell.value: Tuned(
+                    strength=best[cell][place],
+                    positive=curves[cell].positive[:, place].tolist(),
+                    negative=curves[cell].negative[:, place].tolist(),
+                    effect=one.effect,
+                )
                 for cell, one in effects.items()
             },
             changes=_changes(effects),
@@ -172,182 +174,42 @@ def _splice_at(splices: Splices, block: int | None) -> Splice:
     )
 
 
-class _Pushed:
-    """An SAE in form alone, that adds to what it reads.
+@dataclass(frozen=True)
+class _Curves:
+    """Effects on the validation texts of each latent at each strength, in nats per token.
 
     Args:
-        added: To the residuals `[batch, pos, d_model]`, `[batch, 1, d_model]`.
+        positive: On texts that have what the latent stands for, `[strength, latent]`.
+        negative: On the others, `[strength, latent]`.
     """
 
-    def __init__(self, added: Tensor) -> None:
-        self._added = added
+    positive: Tensor
+    negative: Tensor
 
-    def encode(self, x: Tensor) -> Tensor:
-        return x
+    @classmethod
+    def of(
+        cls, steered: SteeredModels, cell: Cell, halves: Halves, strengths: Sequence[float]
+    ) -> "_Curves":
+        """In one of the models."""
+        texts = halves.validation
+        effects = steered.effects(cell, texts, torch.tensor(strengths)[:, None].expand(-1, len(texts)))
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts + self._added
+        def means(*, positive: bool) -> Tensor:
+            own = [texts.of(place, positive=positive) for place in range(len(halves.latents))]
+            return torch.stack([effects[:, one].sum(1) / texts.scored[one].sum() for one in own], dim=1)
 
+        return cls(means(positive=True), means(positive=False))
 
-class _Raised:
-    """An SAE with one latent raised in each text.
-
-    Args:
-        sae: The SAE.
-        latents: Which latent, `[batch]`.
-        by: How much, `[batch]`.
-    """
-
-    def __init__(self, sae: Coder, latents: Tensor, by: Tensor) -> None:
-        self._sae, self._latents, self._by = sae, latents, by
-
-    def encode(self, x: Tensor) -> Tensor:
-        code = self._sae.encode(x)
-        shape = (*code.shape[:-1], 1)
-        latents, by = (one[:, None, None].expand(shape) for one in (self._latents, self._by))
-        return code.scatter_add(-1, latents, by.to(code.dtype))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._sae.decode(feature_acts)
-
-
-class SteeredModels:
-    """A run's models, with a latent added to each text.
-
-    Args:
-        subject: The run.
-        splice: The SAE whose latents are added.
-        halves: The latents, and the texts; validation tells how active a latent is.
-
-    Raises:
-        UserError: For a latent that is active nowhere on its positive validation texts.
-    """
-
-    def __init__(self, subject: Subject, splice: Splice, halves: Halves) -> None:
-        self._subject = subject
-        self._splice = splice
-        self._latents = torch.tensor(halves.latents, device=subject.device)
-        self.activations, self.pushes = _typical(subject, splice, halves)
-        """Typical activation of each latent, `[latent]`, and what that adds to the residual stream,
-        `[latent, d_model]`."""
-
-    def log_probability(self, cell: Cell, texts: Texts, strengths: Tensor | None = None) -> Tensor:
-        """The log-probability of each text in nats, given its first token, `[text]` in float64.
+    def best(self, max_harm: float | None) -> list[int]:
+        """Which strength tells positive from negative texts best, for each latent, the first of equals.
 
         Args:
-            cell: In which model.
-            texts: The texts.
-            strengths: Of the latent of each, `[text]`; `None` for the model as it is.
+            max_harm: What positive texts may lose by it; where they lose more by all, it is the one by
+                which they lose least.
         """
-        found = []
-        for rows in batches(self._subject, texts.tokens):
-            tokens = texts.tokens[rows].to(self._subject.device)
-            instead = None
-            if strengths is not None:
-                instead = self._steered(cell, texts.which[rows], strengths[rows])
-            hidden = self._subject.hidden(cell, tokens, instead=instead)
-            found.append(text_log_probability(self._subject.head, hidden, tokens, texts.lengths[rows]))
-        return torch.cat(found)
-
-    def _steered(self, cell: Cell, which: Tensor, strengths: Tensor) -> Splices:
-        """What is in place of the cell's SAEs, for texts whose latents and strengths are these."""
-        which = which.to(self._subject.device)
-        strengths = strengths.to(self._subject.device)
-        there = self._subject.splices_of(cell)
-        if not there:
-            return (
-                self._splice._replace(sae=_Pushed((strengths[:, None] * self.pushes[which])[:, None])),
-            )
-        by = strengths * self.activations[which]
-        return tuple(
-            one._replace(sae=_Raised(one.sae, self._latents[which], by))
-            if one.place == self._splice.place
-            else one
-            for one in there
-        )
-
-
-@torch.no_grad()
-def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
-    """The mean activation of each latent on its positive validation texts, where it is active, and the
-    mean of what it adds to the reconstruction there: `[latent]` and `[latent, d_model]`.
-
-    That is found by leaving the latent out, which is the same for every kind of decoder.
-    """
-    texts = halves.validation
-    number, d_model = len(halves.latents), subject.model.config.hidden_size
-    tokens = torch.zeros(number, device=subject.device)
-    activations = torch.zeros(number, device=subject.device)
-    pushes = torch.zeros(number, d_model, device=subject.device)
-    positions = torch.arange(texts.tokens.shape[1])
-    for rows, resid, kept in residuals(subject, splice, texts.tokens):
-        own = (positions < texts.lengths[rows, None]) & texts.positive[rows, None]
-        read = own.to(subject.device) & ~kept
-        if not read.any():
-            continue
-        which = texts.which[rows].to(subject.device)[:, None].expand_as(read)[read]
-        latents = torch.tensor(halves.latents, device=subject.device)[which]
-        code = splice.sae.encode(resid[read])
-        values = code.gather(-1, latents[:, None])
-        without = code.scatter(-1, latents[:, None], 0)
-        added = (splice.sae.decode(code) - splice.sae.decode(without)).float()
-        active = values[:, 0] > 0
-        tokens.index_add_(0, which[active], torch.ones_like(tokens[which[active]]))
-        activations.index_add_(0, which[active], values[active, 0].float())
-        pushes.index_add_(0, which[active], added[active])
-    for latent, count in zip(halves.latents, tokens.tolist(), strict=True):
-        if count == 0:
-            raise UserError(
-                f"latent {latent} at {splice.hookpoint} is active on no token of its positive texts for "
-                "validation, so that there is no strength to add it with"
-            )
-    return activations / tokens, pushes / tokens[:, None]
-
-
-def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
-
-    What the head says at a position is about the token after it.
-
-    Args:
-        head: Of the model.
-        hidden: What it reads, `[text, pos, d_model]`.
-        tokens: `[text, pos]`.
-        lengths: Tokens of each text; what comes after them is not scored, `[text]`.
-    """
-    labels = next_tokens(tokens)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    beyond = positions >= lengths.to(tokens.device)[:, None] - 1
-    labels = labels.masked_fill(beyond, NO_LABEL).flatten()
-    flat = hidden.flatten(0, 1)
-    found = []
-    at_once = max(1, _LOGITS_AT_ONCE // head.d_vocab)
-    for start in range(0, len(labels), at_once):
-        chunk = slice(start, start + at_once)
-        log_p = log_probabilities(head.logits(flat[chunk]))
-        found.append(log_p.gather(-1, labels[chunk].clamp(min=0)[:, None])[:, 0])
-    scores = torch.cat(found).double().masked_fill(labels == NO_LABEL, 0)
-    return scores.reshape(tokens.shape).sum(1).cpu()
-
-
-def _curves(steered: SteeredModels, cell: Cell, halves: Halves, strengths: Sequence[float]) -> Tensor:
-    """The difference of the effects on validation texts, `[strength, latent]`, in nats per token."""
-    texts = halves.validation
-    plain = steered.log_probability(cell, texts)
-    curves = []
-    for strength in strengths:
-        same = torch.full_like(plain, strength, dtype=torch.float32)
-        effects = steered.log_probability(cell, texts, same) - plain
-        curves.append([_difference(effects, texts, place) for place in range(len(halves.latents))])
-    return torch.tensor(curves, dtype=torch.float64)
-
-
-def _difference(effects: Tensor, texts: Texts, place: int) -> float:
-    positive, negative = (
-        float(effects[own].sum() / texts.scored[own].sum())
-        for own in (texts.of(place, positive=True), texts.of(place, positive=False))
-    )
-    return positive - negative
+        allowed = self.positive >= (-torch.inf if max_harm is None else -max_harm)
+        difference = (self.positive - self.negative).where(allowed, -torch.inf)
+        return difference.argmax(0).where(allowed.any(0), self.positive.argmax(0)).tolist()
 
 
 @dataclass(frozen=True)
@@ -390,8 +252,7 @@ def _on_test(
         config: How many resamples there are.
     """
     texts = halves.test
-    strengths = torch.tensor(best)[texts.which]
-    effects = steered.log_probability(cell, texts, strengths) - steered.log_probability(cell, texts)
+    (effects,) = steered.effects(cell, texts, torch.tensor(best)[None, texts.which])
 
     def resampled(place: int, *, positive: bool) -> tuple[Bootstrap, Resampled]:
         own = texts.of(place, positive=positive)

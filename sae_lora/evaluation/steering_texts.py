@@ -39,6 +39,9 @@ class Texts:
     which: Tensor
     positive: Tensor
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     def of(self, place: int, *, positive: bool) -> Tensor:
         """Which texts `[text]` (true) are those of one latent with this label."""
         return (self.which == place) & (self.positive == positive)
