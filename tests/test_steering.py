@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,18 +202,28 @@ def test_log_probabilities_by_hand() -> None:
     assert float(found) == pytest.approx(math.log(e / (1 + e)) + math.log(1 / (1 + e * e)), rel=1e-6)
 
 
+PLACES = ("blocks.1.hook_attn_out", "blocks.3.hook_mlp_out", "blocks.5.hook_resid_post")
+
+
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     home = tmp_path_factory.mktemp("outputs")
+    for hookpoint in PLACES:
+        write_topk_sae(home / f"at_{hookpoint.split('.')[1]}", hookpoint, k=8)
+    text = home / "text"
+    text.mkdir()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
+        (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    small = (
+        *("data=text_files", f"data.files={text}/*.txt", "data.validation_share=0.5"),
+        *("data.context_length=32", "data.validation_tokens=2048", "train.train_tokens=256"),
+    )
+    several = ("sae=disk", f"sae.path='{home}/at_{{block}}'", "layer=every_nth", "layer.every=2")
     point = points_in(home)
-    inside = write_topk_sae(home / "inside", "blocks.3.hook_mlp_out", k=8)
-    text = ("data.context_length=32", "data.validation_tokens=2048")
-    text += ("train.train_tokens=256", "train.eval_each_sae=false")
     runs = {
-        "lora": point(*text),
-        "two": point(*text, "layer.index=[2,4]", "lora.blocks=all"),
-        "inside": point(*text, "sae=disk", f"sae.path={inside}", "layer.hook=mlp_out"),
-        "sae_finetune": point(*text, "method=sae_finetune"),
+        "lora": point(*small),
+        "several": point(*small, *several, "lora.blocks=all", "train.eval_each_sae=false"),
+        "sae_finetune": point(*small, "method=sae_finetune"),
     }
     return {name: Subject(run_here(run)[0]) for name, run in runs.items()}
 
@@ -224,7 +235,7 @@ def lora(subjects: dict[str, Subject]) -> Subject:
 
 @pytest.fixture(scope="module")
 def halves(lora: Subject) -> Halves:
-    return texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=3))
+    return texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=3, steering_examples=4))
 
 
 def rows(texts: Texts) -> set[tuple[int, ...]]:
@@ -244,13 +255,15 @@ def test_strength_zero_does_nothing_at_all(lora: Subject, halves: Halves) -> Non
         assert (something != 0).all()
 
 
-@pytest.mark.parametrize("name", ["lora", "two", "inside", "sae_finetune"])
+@pytest.mark.parametrize(
+    ("name", "sae"), [("lora", 0), ("several", 0), ("several", 1), ("several", 2), ("sae_finetune", 0)]
+)
 def test_what_comes_before_the_sae_is_shared_and_nothing_else(
-    name: str, subjects: dict[str, Subject]
+    name: str, sae: int, subjects: dict[str, Subject]
 ) -> None:
     """The effects of whole passes with hooks that the test sets itself, one strength after another."""
     subject = subjects[name]
-    splice = subject.after[-1 if name == "two" else 0]
+    splice = subject.after[sae]
     halves = texts_of(subject, splice, EvaluationConfig(steering_latents=2, steering_examples=4))
     steered = SteeredModels(subject, splice, halves)
     texts = halves.test
@@ -315,14 +328,16 @@ def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject,
                 assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
         for place in range(3):
             numbers = [int(texts.of(place, positive=label).sum()) for label in (True, False)]
-            assert all(4 <= number <= 8 for number in numbers)
+            assert numbers == [4, 4]
     assert rows(halves.validation).isdisjoint(rows(halves.test))
 
 
 def test_the_sharpest_latents_come_first_and_the_same_each_time(lora: Subject, halves: Halves) -> None:
     again = texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=1))
     assert again.latents == halves.latents[:1]
-    named = texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=halves.latents[::-1]))
+    named = texts_of(
+        lora, lora.after[0], EvaluationConfig(steering_latents=halves.latents[::-1], steering_examples=4)
+    )
     assert named.latents == halves.latents[::-1]
     assert rows(named.test) == rows(halves.test)
 
@@ -378,13 +393,12 @@ def test_a_run_without_adapters_says_what_there_is_not(subjects: dict[str, Subje
 
 
 def test_a_block_is_named(subjects: dict[str, Subject]) -> None:
-    two = subjects["two"]
+    several = subjects["several"]
     once = QUICK | {"steering_strengths": [0.5]}
-    default, second = (steer(two, EvaluationConfig(**once, steering_block=block)) for block in (None, 4))
-    assert default.hookpoint == "blocks.2.hook_resid_post"
-    assert second.hookpoint == "blocks.4.hook_resid_post"
-    with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=4"):
-        steer(two, EvaluationConfig(steering_block=7))
+    first, named = (steer(several, EvaluationConfig(**once, steering_block=one)) for one in (None, 3))
+    assert (first.hookpoint, named.hookpoint) == PLACES[:2]
+    with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=5"):
+        steer(several, EvaluationConfig(steering_block=7))
 
 
 def write(path: Path, lines: Sequence[Any]) -> str:
@@ -403,19 +417,19 @@ def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -
     lines = [
         row(latent, tokenizer.decode(texts.tokens[place], skip_special_tokens=True), label)
         for label, positive in (("positive", True), ("negative", False))
-        for place in texts.of(0, positive=positive).nonzero()[:5, 0]
+        for place in texts.of(0, positive=positive).nonzero()[:3, 0]
     ]
     file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # what stands twice counts once
     config = EvaluationConfig(**(QUICK | {"steering_texts": file}))
     read = texts_of(lora, lora.after[0], config)
     assert read.latents == [latent]
     assert rows(read.validation).isdisjoint(rows(read.test))
-    assert [len(half.tokens) for half in (read.validation, read.test)] == [5 + 1, 4]
+    assert [len(half.tokens) for half in (read.validation, read.test)] == [4, 2]
     assert (read.test.tokens[:, 0] == tokenizer.bos_token_id).all()
     found = steer(lora, config)
     assert found.source == file
     assert [(one.latent, one.positive_texts, one.negative_texts) for one in found.latents] == [
-        (latent, 2, 2)
+        (latent, 1, 1)
     ]
 
 
@@ -473,25 +487,25 @@ def test_what_is_not_there_is_refused_before_anything_is_computed(
         steer(lora, EvaluationConfig(steering_texts=file, steering_latents=[4]))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        *(
-            "steering_latents=0",
-            "steering_latents=[]",
-            "steering_latents=[3,3]",
-            "steering_latents=[-1]",
-        ),
-        *("steering_latents=most", "steering_latents=[1.5]", "steering_strengths=[]"),
-        *("steering_strengths=[1,1]", "steering_strengths=[inf]", "steering_block=-1"),
-        *("steering_examples=0", "steering_text_tokens=1"),
-        "steering_max_harm=-0.1",
-    ],
-)
-def test_settings_that_cannot_work(wrong: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        composed(f"evaluation.{wrong}")
-    assert refused.value.field == f"evaluation.{wrong.split('=')[0]}"
+WRONG: dict[str, list[Any]] = {
+    "steering_latents": [0, [], [3, 3], [-1], "most", [1.5], True],
+    "steering_strengths": [[], [1.0, 1.0], [math.inf]],
+    "steering_block": [-1],
+    "steering_max_harm": [-0.1, math.nan],
+    "steering_examples": [0],
+    "steering_text_tokens": [1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_settings_that_cannot_work(name: str) -> None:
+    config = composed()
+    check(config)
+    for value in WRONG[name]:
+        changed = dataclasses.replace(config.evaluation, **{name: value})
+        with pytest.raises(ConfigError) as refused:
+            check(dataclasses.replace(config, evaluation=changed))
+        assert refused.value.field == f"evaluation.{name}"
 
 
 def test_settings_that_can() -> None:
