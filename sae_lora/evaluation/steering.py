@@ -114,7 +114,7 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
 
     Raises:
         ConfigError: For a block or a latent that there is not, or one that no text shows.
-        UserError: Where the file of texts cannot be used.
+        UserError: Where the file of texts cannot be used, or a latent is active on none of its own.
     """
     splice = _splice_at(subject.after, config.steering_block)
     halves = texts_of(subject, splice, config)
