@@ -22,6 +22,7 @@ from sae_lora.errors import ConfigError, nearest_name
 from sae_lora.identity import TRAINING_SAES
 from sae_lora.lora_request import canonical_alpha, target_matrices
 from sae_lora.redaction import secret_in
+from sae_lora.steering_request import check_steering
 
 
 def check(config: Config) -> None:
@@ -43,6 +44,7 @@ def check(config: Config) -> None:
     target_matrices(config.lora.targets)
     canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
+    check_steering(config.evaluation)
 
 
 def _check_secrets(config: Config) -> None:
@@ -78,6 +80,7 @@ _POSITIVE = (
     "train.loraplus_ratio",
     *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
     *("evaluation.resamples", "evaluation.sequences", "evaluation.directions"),
+    "evaluation.steering_examples",
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "launcher.nodes",
     "tracking.finish_timeout_s",

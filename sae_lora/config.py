@@ -372,6 +372,25 @@ class EvaluationConfig:
     directions: int = 16
     """Of an SAE's error and of its decoder: as many, at most, the suite lora compares with what
     adapters read."""
+    steering_latents: Any = 8
+    """downstream: the latents to steer with, a list of them; or how many, which are then those whose
+    activations tell texts apart most sharply."""
+    steering_block: int | None = None
+    """The block whose SAE these latents are of; null: the first SAE's."""
+    steering_strengths: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5, 1.0])
+    """How much of a latent is added, in units of its mean activation where it is active. Each latent
+    gets, in each model, the strength that is best on half of the texts; the other half is measured."""
+    steering_max_harm: float | None = 0.0
+    """Nats per token that positive texts may lose by a strength that is chosen: 0 asks that they become
+    likelier. Null: any number, also by a strength that makes negative texts yet more unlikely."""
+    steering_texts: str | None = None
+    """A file of labelled text to steer on: .jsonl with `latent` (its index), `text`, and `label`, which
+    is positive where the text has what the latent stands for, else negative. Null: held-out text, told
+    apart by activation."""
+    steering_examples: int = 8
+    """Of held-out text: a latent's positive texts in each half, at most, and as many negative ones."""
+    steering_text_tokens: int = 64
+    """Of held-out text: tokens of each, from the beginning of a sequence; of `sequences` at most."""
 
 
 @dataclass
