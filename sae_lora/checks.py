@@ -77,7 +77,7 @@ _POSITIVE = (
     *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
     "train.loraplus_ratio",
     *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
-    *("evaluation.resamples", "evaluation.sequences"),
+    *("evaluation.resamples", "evaluation.sequences", "evaluation.task_batch_size"),
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "launcher.nodes",
     "tracking.finish_timeout_s",
@@ -86,6 +86,7 @@ _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
     *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
     *("launcher.processes_per_node", "method.rank", "sae.sparsity_coefficient"),
+    "evaluation.task_limit",
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
@@ -94,6 +95,7 @@ _NOT_NEGATIVE = (
     "train.eval_cache_gb",
     "train.seed",
     "data.seed",
+    "evaluation.few_shot",
 )
 _SHARES = {
     "lora.dropout": (0, 0.9),
@@ -122,7 +124,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(key, value, allowed, nearest=1 if whole else None)
     for key in _NOT_NEGATIVE:
         value = _value(config, key)
-        if not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(key, value, "a number that is not negative", nearest=0)
     for key, (least, most) in _SHARES.items():
         value = _value(config, key)

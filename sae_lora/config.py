@@ -369,6 +369,16 @@ class EvaluationConfig:
     """Of the held-out sequences, for the intervals around means."""
     sequences: int = 500
     """Held-out sequences that the suite mechanism reads, at most."""
+    tasks: list[str] = field(default_factory=lambda: ["mmlu", "hellaswag", "truthfulqa_mc2"])
+    """Tasks or groups of lm-evaluation-harness for the suite downstream; tiny_continuation and
+    tiny_generation ship with this package."""
+    task_limit: int | None = None
+    """Documents of each of them, from the first on; null: all."""
+    few_shot: int | None = None
+    """Examples before each document; null: as many as the task says. A task that says none gets none."""
+    task_batch_size: int = 8
+    """Texts in a forward pass of a task. Changes memory and time, and of the result no more than
+    rounding does."""
 
 
 @dataclass

@@ -80,6 +80,8 @@ ORDER = [
         "standing",
         "adapted",
         *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
+        *("evaluation.tasks.reading", "evaluation.tasks.cutting", "evaluation.tasks.__main__"),
+        *("evaluation.harness", "evaluation.downstream"),
         "evaluation.suites",
         "card",
         "export",
@@ -112,6 +114,7 @@ ROOMS = {
     "wandb_workspaces": {"dashboard"},
     "submitit": {"job", "dispatch"},
     "hydra": {"composition"},
+    "lm_eval": {"evaluation.harness"},
 }
 """The modules that may import a library."""
 SAE_LENS = {
