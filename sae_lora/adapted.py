@@ -109,21 +109,24 @@ class Adapted:
             return model(input_ids=tokens.to(model.device), use_cache=False).logits
 
     @contextmanager
-    def spliced(self, observe: Observer | None = None) -> Iterator[None]:
+    def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
         """Inside the block, `model` and `base` have the SAEs in place, in whatever is done with them.
 
-        Positions whose token is special keep their activation where the run's did.
+        Positions whose token is special keep their activation where the run's did. So it is too in
+        generation, a token at a time with a cache of those before.
 
         Args:
             observe: Called each time an SAE has been applied, with what it read and did.
+            instead: What is in place, rather than the SAEs as the run has left them.
 
         Raises:
             UserError: Inside of another such block.
         """
         self._check_plain()
+        there = self.splices if instead is None else instead
         with ExitStack() as scope:
             for model in (self._base, self._adapted):
-                scope.enter_context(self._in_every_pass(model, observe))
+                scope.enter_context(self._in_every_pass(model, there, observe))
             self._is_spliced = True
             try:
                 yield
@@ -131,13 +134,16 @@ class Adapted:
                 self._is_spliced = False
 
     @contextmanager
-    def _in_every_pass(self, model: LanguageModel, observe: Observer | None) -> Iterator[None]:
+    def _in_every_pass(
+        self, model: LanguageModel, there: Splices, observe: Observer | None
+    ) -> Iterator[None]:
         """Which positions hold special tokens is found anew in each pass: `generate` makes many."""
         forward = model.model.forward
+        saes = {splice.hookpoint: splice.sae for splice in there}
 
         @functools.wraps(forward)
         def with_saes(input_ids: Tensor | None = None, *arguments: Any, **keywords: Any) -> Any:
-            with spliced(model, self.saes, self._kept_positions(input_ids), observe):
+            with spliced(model, saes, self._kept_positions(input_ids, there), observe):
                 return forward(input_ids, *arguments, **keywords)
 
         model.model.forward = with_saes
@@ -146,9 +152,9 @@ class Adapted:
         finally:
             del model.model.forward
 
-    def _kept_positions(self, tokens: Tensor | None) -> Tensor | None:
+    def _kept_positions(self, tokens: Tensor | None, there: Splices) -> Tensor | None:
         """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
-        if not any(splice.keeps for splice in self.splices):
+        if not any(splice.keeps for splice in there):
             return None
         if tokens is None:
             raise UserError("around this SAE special tokens keep their activation: give input_ids")

@@ -80,7 +80,7 @@ _POSITIVE = (
     "train.loraplus_ratio",
     *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
     *("evaluation.resamples", "evaluation.sequences", "evaluation.directions"),
-    "evaluation.steering_examples",
+    *("evaluation.task_batch_size", "evaluation.steering_examples"),
     *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
     "launcher.nodes",
     "tracking.finish_timeout_s",
@@ -89,6 +89,7 @@ _POSITIVE_IF_GIVEN = (
     *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
     *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
     *("launcher.processes_per_node", "method.rank", "sae.sparsity_coefficient"),
+    "evaluation.task_limit",
 )
 _NOT_NEGATIVE = (
     "launcher.gpus_per_node",
@@ -97,6 +98,7 @@ _NOT_NEGATIVE = (
     "train.eval_cache_gb",
     "train.seed",
     "data.seed",
+    "evaluation.few_shot",
 )
 _SHARES = {
     "lora.dropout": (0, 0.9),
@@ -125,7 +127,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(key, value, allowed, nearest=1 if whole else None)
     for key in _NOT_NEGATIVE:
         value = _value(config, key)
-        if not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(key, value, "a number that is not negative", nearest=0)
     for key, (least, most) in _SHARES.items():
         value = _value(config, key)

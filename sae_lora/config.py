@@ -391,6 +391,16 @@ class EvaluationConfig:
     """Of held-out text: a latent's positive texts in each half, at most, and as many negative ones."""
     steering_text_tokens: int = 64
     """Of held-out text: tokens of each, from the beginning of a sequence; of `sequences` at most."""
+    tasks: list[str] = field(default_factory=lambda: ["mmlu", "hellaswag", "truthfulqa_mc2"])
+    """Tasks or groups of lm-evaluation-harness for the suite downstream; tiny_continuation and
+    tiny_generation ship with this package."""
+    task_limit: int | None = None
+    """Documents of each of them, from the first on; null: all."""
+    few_shot: int | None = None
+    """Examples before each document; null: as many as the task says. A task that says none gets none."""
+    task_batch_size: int = 8
+    """Texts in a forward pass of a task. Changes memory and time, and of the result no more than
+    rounding does."""
 
 
 @dataclass

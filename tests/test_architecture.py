@@ -83,7 +83,9 @@ ORDER = [
         *("evaluation.bootstrap", "evaluation.record", "evaluation.subject", "evaluation.core"),
         *("evaluation.mechanism", "evaluation.pairs", "evaluation.similarity", "evaluation.overlap"),
         *("evaluation.weights", "evaluation.steering_texts", "evaluation.steered_models"),
-        *("evaluation.steering", "evaluation.headlines", "evaluation.suites", "evaluation.__main__"),
+        *("evaluation.tasks.reading", "evaluation.tasks.cutting", "evaluation.tasks.__main__"),
+        *("evaluation.steering", "evaluation.harness", "evaluation.downstream"),
+        *("evaluation.headlines", "evaluation.suites", "evaluation.__main__"),
         "card",
         "export",
         "push",
@@ -116,6 +118,7 @@ ROOMS = {
     "wandb_workspaces": {"dashboard"},
     "submitit": {"job", "dispatch"},
     "hydra": {"composition"},
+    "lm_eval": {"evaluation.harness"},
 }
 """The modules that may import a library."""
 SAE_LENS = {

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from sae_lora import composition
 from sae_lora.checks import check, latents
-from sae_lora.config import Config
+from sae_lora.config import Config, EvaluationConfig
 from sae_lora.conversion import as_dict, keys, load, typed
 from sae_lora.errors import ConfigError, UnknownKeyError
 from sae_lora.identity import identity, readable_name
@@ -117,6 +117,9 @@ def test_every_point_of_every_experiment_composes(file: Path) -> None:
         ("train.grad_clip=0", "train.grad_clip", "null"),
         ("train.eval_every_tokens=0", "train.eval_every_tokens", 1),
         ("train.seed=-3", "train.seed", 0),
+        ("evaluation.task_limit=0", "evaluation.task_limit", 1),
+        ("evaluation.few_shot=-1", "evaluation.few_shot", 0),
+        ("evaluation.task_batch_size=0", "evaluation.task_batch_size", 1),
         ("tracking.finish_timeout_s=0", "tracking.finish_timeout_s", None),
         ("model.name=''", "model.name", "tiny"),
         ("sweep=''", "sweep", "main"),
@@ -217,6 +220,14 @@ def test_defaults_of_schema_and_files_agree() -> None:
     for group in ("lora", "train"):
         schema, values = getattr(Config(), group), getattr(config, group)
         assert schema == values
+
+
+def test_a_model_settles_which_tasks_it_is_asked() -> None:
+    """Whatever else is chosen, but for the command line."""
+    own, most = ["tiny_continuation", "tiny_generation"], EvaluationConfig().tasks
+    assert composed("evaluation=all").evaluation.tasks == own
+    assert composed("model=gpt2", "sae=identity", "evaluation=all").evaluation.tasks == most
+    assert composed("evaluation.tasks=[piqa]").evaluation.tasks == ["piqa"]
 
 
 def test_paper_recipe() -> None:

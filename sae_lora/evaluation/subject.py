@@ -2,10 +2,12 @@
 
 import enum
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sae_lora.adapted import Adapted, load_adapted
 from sae_lora.assembly import SAEs
@@ -90,6 +92,18 @@ class Subject:
     def splices_of(self, cell: Cell) -> Splices:
         """The SAEs of a cell, at their places."""
         return {Cell.spliced: self.before, Cell.student: self.after}.get(cell, ())
+
+    @contextmanager
+    def in_place(self, cell: Cell) -> Iterator[PreTrainedModel]:
+        """The transformers model of a cell: inside the block its SAEs are in it, whatever is done.
+
+        Args:
+            cell: Which.
+        """
+        model = self.model_of(cell).model
+        there = self.splices_of(cell)
+        with self.adapted.spliced(instead=there) if there else nullcontext():
+            yield model
 
     def batches(self, sequences: int | None = None) -> Iterator[Tensor]:
         """The held-out text, `[batch, pos]`, on the device.

@@ -15,7 +15,7 @@ from sae_lora.composition import explanation
 from sae_lora.config import EvaluationConfig
 from sae_lora.conversion import keys, load, typed, unknown_key
 from sae_lora.errors import UserError
-from sae_lora.evaluation import core, mechanism, record, weights
+from sae_lora.evaluation import core, downstream, mechanism, record, weights
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.subject import Subject
 from sae_lora.provenance import environment
@@ -29,16 +29,21 @@ class _Suite(NamedTuple):
     Args:
         measure: Takes it; its result is a dataclass of plain values.
         heeds: The keys of `evaluation` that it depends on.
+        check: Refuses, before anything is loaded, what it cannot be taken of.
     """
 
     measure: Callable[[Subject, EvaluationConfig], Any]
     heeds: tuple[str, ...]
+    check: Callable[[EvaluationConfig], None] = lambda config: None
 
 
 _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
+    Suite.downstream: _Suite(
+        downstream.evaluate, ("resamples", "tasks", "task_limit", "few_shot"), downstream.check
+    ),
 }
 
 
@@ -101,15 +106,26 @@ def evaluate(
         return []
     quieten()
     say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in left)}")
-    subject = Subject(folder, device)
-    failed = []
+    failed: list[Suite] = []
+
+    def leave_out(suite: Suite, error: UserError) -> None:
+        complain(f"{suite.name} of {folder.path.name} left out", str(error))
+        failed.append(suite)
+
     for suite in left:
+        try:
+            _SUITES[suite].check(config)
+        except UserError as error:
+            leave_out(suite, error)
+    if len(failed) == len(left):
+        return failed
+    subject = Subject(folder, device)
+    for suite in [one for one in left if one not in failed]:
         began = time.perf_counter()
         try:
             results = _SUITES[suite].measure(subject, config)
         except UserError as error:
-            complain(f"{suite.name} of {folder.path.name} left out", str(error))
-            failed.append(suite)
+            leave_out(suite, error)
             continue
         record.write(
             folder,
@@ -125,8 +141,12 @@ def evaluate(
 
 
 def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
+    """Whether all of it is; what a part of it has lacked may have come meanwhile."""
     there = record.read(folder, suite)
-    return there is not None and there.settings == _settings(suite, config)
+    if there is None or there.settings != _settings(suite, config):
+        return False
+    parts = [part for part in there.results.values() if isinstance(part, dict)]
+    return all(part.get("missing") is None for part in parts)
 
 
 def _settings(suite: Suite, config: EvaluationConfig) -> dict[str, Any]:
