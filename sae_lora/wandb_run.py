@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from sae_lora.evaluation.headlines import headlines
 from sae_lora.shown import AXES, METRICS, Shown, without_secrets
 
 INIT_TIMEOUT_S = 20
@@ -103,7 +104,10 @@ class WandbRun:
         """
         if summary is not None:
             # Under a key of its own: `student_ce` and others are curves, with a summary of theirs.
-            self._run.summary.update({"result": without_secrets(summary)})
+            found = {"result": without_secrets(summary)}
+            if measured := headlines(self._folder):
+                found["evaluation"] = measured
+            self._run.summary.update(found)
         elif goes_on:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if summary is not None else 1)

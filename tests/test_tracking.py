@@ -18,6 +18,7 @@ from sae_lora import checkpoint, tracking, wandb_run
 from sae_lora.__main__ import main
 from sae_lora.conversion import load
 from sae_lora.errors import UserError
+from sae_lora.evaluation import record
 from sae_lora.identity import identity
 from sae_lora.lease import held
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
@@ -467,6 +468,19 @@ class TestSync:
             assert found.exit_code == 0
             assert found.summary["result"]["gap_closed"] == 0.25
             assert found.config["environment"] == ENVIRONMENT
+
+    def test_what_was_measured_later_stands_beside_its_result(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50)
+        finish(folder)
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert "evaluation" not in found.summary
+        results = {"distance": {"student": {"l2": [{"value": 2.0}]}}, "shortened": None}
+        record.write(folder, record.Record("mechanism", {}, results, {}, seconds=1.0))
+        upload([folder])
+        assert found.summary["evaluation"] == {"mechanism/L2 at the end": 2.0}
 
     def test_of_a_run_that_goes_on_only_what_its_checkpoint_holds(
         self, folder: RunFolder, server: Server

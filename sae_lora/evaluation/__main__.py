@@ -12,6 +12,7 @@ from sae_lora.errors import UserError
 from sae_lora.evaluation import suites
 from sae_lora.records import RunFolder
 from sae_lora.terminal import complain
+from sae_lora.upload import upload
 
 
 def main(paths: Sequence[str]) -> int:
@@ -22,8 +23,10 @@ def main(paths: Sequence[str]) -> int:
         config = load(folder.config.read_text()).evaluation
         try:
             code |= bool(suites.evaluate(folder, config.suites, config))
+            if "://" in (folder.read_summary()["tracked_at"] or ""):
+                upload([folder])  # the W&B run ended before there was this to show
         except UserError as error:
-            complain(f"{folder.path.name} not evaluated", str(error))
+            complain(f"{folder.path.name}, its evaluation", str(error))
             code = 1
     return code
 
