@@ -26,7 +26,7 @@ def test_it_composes_the_same_config(overrides: str) -> None:
     words = shlex.split(command(as_dict(config)) or "")
     assert words[:2] == ["python", "launch.py"]
     again, expected = as_dict(composed(*words[2:])), as_dict(config)
-    for where in ("launcher", "tracking"):
+    for where in ("launcher", "evaluation", "tracking"):
         del again[where], expected[where]
     assert again == expected
 

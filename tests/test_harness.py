@@ -34,7 +34,7 @@ from sae_lora.saes.loading import IdentitySAE
 from tests.points import points_in, run_here
 
 OWN = ["tiny_continuation", "tiny_generation"]
-LIMIT = 6
+LIMIT = 8
 CONFIG = EvaluationConfig(tasks=OWN, task_limit=LIMIT, task_batch_size=4, resamples=50)
 
 
@@ -108,7 +108,7 @@ _Loader.add_constructor("!function", lambda loader, node: loader.construct_scala
 @pytest.mark.parametrize("cell", list(Cell))
 @torch.no_grad()
 def test_scores_are_those_of_our_own_model(cell: Cell, subject: Subject, scores: Tasks) -> None:
-    """Log-likelihoods of whole texts, and tokens picked one after another, with nothing kept."""
+    """Log-likelihoods of whole texts, one after another."""
     found = scores.scores["tiny_continuation"].cells[cell]
     right, right_by_length = [], []
     for row in asked("tiny_continuation"):
@@ -119,9 +119,20 @@ def test_scores_are_those_of_our_own_model(cell: Cell, subject: Subject, scores:
     assert found["acc"].value == pytest.approx(sum(right) / LIMIT)
     assert found["acc_norm"].value == pytest.approx(sum(right_by_length) / LIMIT)
 
-    same = [greedy(subject, cell, row) == row["answer"] for row in asked("tiny_generation")]
-    found = scores.scores["tiny_generation"].cells[cell]
-    assert found["exact_match"].value == pytest.approx(sum(same) / LIMIT)
+
+@pytest.mark.parametrize("cell", [Cell.base, Cell.student])
+@torch.no_grad()
+def test_texts_are_those_that_our_own_model_writes(cell: Cell, subject: Subject, scores: Tasks) -> None:
+    """Token after token with nothing kept, where the harness has a cache and batches of prompts."""
+    config = dataclasses.replace(CONFIG, tasks=OWN[1:])
+    with subject.in_place(cell) as model:
+        results = harness._taken(model, subject.adapted.tokenizer, config)
+    written = [sample["filtered_resps"][0] for sample in results["samples"][OWN[1]]]
+    expected = [greedy(subject, cell, row) for row in asked(OWN[1])]
+    assert written == expected
+    right = [text == row["answer"] for text, row in zip(expected, asked(OWN[1]), strict=True)]
+    found = scores.scores[OWN[1]].cells[cell]["exact_match"]
+    assert found.value == pytest.approx(sum(right) / LIMIT)
 
 
 def test_scores_say_what_they_are_of(scores: Tasks) -> None:
