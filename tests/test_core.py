@@ -25,6 +25,8 @@ from sae_lora.evaluation.bootstrap import Bootstrap
 from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
 from sae_lora.records import RunFolder
+from sae_lora.report import Report, page
+from sae_lora.sweep import Sweep
 from tests.points import points_in, run_here
 
 FEW = EvaluationConfig(resamples=20)
@@ -288,6 +290,18 @@ class TestCommand:
         (tmp_path / "run" / "config.yaml").write_text(runs["lora"].config.read_text())
         assert main(["evaluate", str(tmp_path)]) == 1
         assert "finished" in capsys.readouterr().err
+
+
+def test_the_report_shows_it(
+    runs: dict[str, RunFolder], measured: dict[str, Core], tmp_path: Path
+) -> None:
+    run = runs["lora"]
+    assert suites.evaluate(run, [Suite.core, Suite.mechanism, Suite.lora], FEW) == []
+    report = Report.of(Sweep([run]))
+    harm = measured["lora"].harm
+    assert harm is not None and report.frame["core/harm"][0] == pytest.approx(harm.value)
+    assert {"loss_change", "by_position", "distances"} <= {view.name for view in report.views()}
+    assert "effective rank" in page(report, report.views(), tmp_path)
 
 
 def test_text_that_is_another_now_is_refused(runs: dict[str, RunFolder], tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def no_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steering has tests of its own."""
+    monkeypatch.setattr(downstream, "_PARTS", {"tasks": downstream._PARTS["tasks"]})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     (made,) = run_here(points_in(tmp_path_factory.mktemp("outputs"))("train.lr=0.05"))
@@ -136,7 +142,6 @@ def test_texts_are_those_that_our_own_model_writes(cell: Cell, subject: Subject,
 
 
 def test_scores_say_what_they_are_of(scores: Tasks) -> None:
-    assert scores.missing is None
     assert list(scores.scores) == OWN
     for name, task in scores.scores.items():
         assert (task.documents, task.few_shot, task.version) == (LIMIT, 0, "1.0"), name
@@ -177,9 +182,9 @@ def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tas
     kept = record.read(folder, Suite.downstream)
     assert kept is not None
     found = kept.results["tasks"]
-    assert found["missing"] is None
     assert found["scores"] == {OWN[0]: json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))}
-    assert kept.settings == {"resamples": 50, "tasks": OWN[:1], "task_limit": LIMIT, "few_shot": None}
+    assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
+    assert not kept.results["missing"] and kept.results["steering"] is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load_model", lambda *_: pytest.fail("a model is loaded"))
         assert suites.evaluate(folder, [Suite.downstream], config) == []
@@ -273,10 +278,9 @@ def test_a_part_that_lacks_something_leaves_the_others(
     monkeypatch.setattr(downstream, "Downstream", dict)
     monkeypatch.setattr(downstream, "_PARTS", {"tasks": lame, "other": sound})
     downstream.check(CONFIG)
+    assert "tasks left out: no such data set" in " ".join(capsys.readouterr().err.split())
     found: Any = downstream.evaluate(subject, CONFIG)
-    assert found == {"tasks": Tasks(missing="no such data set"), "other": Tasks(harness="sound")}
-    said = " ".join(capsys.readouterr().err.split())
-    assert said == f"tasks of {subject.folder.path.name} left out: no such data set"
+    assert found == {"missing": {"tasks": "no such data set"}, "other": Tasks(harness="sound")}
 
     monkeypatch.setattr(downstream, "_PARTS", {"tasks": lame})
     for take in (downstream.check, lambda config: downstream.evaluate(subject, config)):
@@ -311,8 +315,9 @@ def test_what_was_missing_is_asked_for_again(
 ) -> None:
     copy = RunFolder(tmp_path / "run")
     shutil.copytree(folder.path, copy.path, ignore=shutil.ignore_patterns("evaluation"))
-    settings = {"resamples": 50, "tasks": ["piqa"], "task_limit": LIMIT, "few_shot": None}
-    results = dataclasses.asdict(downstream.Downstream(Tasks(missing="a data set")))
+    config = dataclasses.replace(CONFIG, tasks=["piqa"])
+    settings = suites._settings(Suite.downstream, config)
+    results = dataclasses.asdict(downstream.Downstream(missing={"tasks": "a data set"}))
     record.write(copy, Record("downstream", settings, results, {}, 1.0))
 
     def lacking(config: EvaluationConfig) -> None:
@@ -320,7 +325,6 @@ def test_what_was_missing_is_asked_for_again(
 
     part = downstream._PARTS["tasks"]._replace(check=lacking)
     monkeypatch.setitem(downstream._PARTS, "tasks", part)
-    config = dataclasses.replace(CONFIG, tasks=["piqa"])
     assert suites.evaluate(copy, [Suite.downstream], config) == [Suite.downstream]
 
 

@@ -1,61 +1,69 @@
-"""What a run is worth downstream: to benchmarks, with its SAEs in the model and without them."""
+"""What a run is worth downstream: to benchmarks, with and without its SAEs, and to steering."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sae_lora.config import EvaluationConfig
 from sae_lora.errors import UserError
-from sae_lora.evaluation import harness
+from sae_lora.evaluation import harness, steering
 from sae_lora.evaluation.harness import Tasks
+from sae_lora.evaluation.steering import Steering
 from sae_lora.evaluation.subject import Subject
 from sae_lora.terminal import complain
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """The suite `downstream`. A part that lacks something says so, and holds nothing else."""
+    """The suite `downstream`."""
 
-    tasks: Tasks
+    tasks: Tasks | None = None
     """Tasks of lm-evaluation-harness."""
-    # `steering: Steering` belongs here, and its line into `_PARTS`.
+    steering: Steering | None = None
+    """With single latents."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """By part, what it lacks: it is asked for again."""
+
+
+HEEDS = ("resamples", "tasks", "task_limit", "few_shot", *steering.HEEDS)
+"""The keys of `evaluation` that it depends on."""
 
 
 class _Part(NamedTuple):
     """How a part is taken.
 
     Args:
-        kind: What holds it; with nothing but `missing` where it could not be taken.
         take: Takes it.
         check: Refuses, before anything is loaded, what it cannot be taken of.
     """
 
-    kind: Callable[..., Any]
     take: Callable[[Subject, EvaluationConfig], Any]
     check: Callable[[EvaluationConfig], None] = lambda config: None
 
 
-_PARTS = {"tasks": _Part(Tasks, harness.score, harness.check)}
+_PARTS = {"tasks": _Part(harness.score, harness.check), "steering": _Part(steering.steer)}
 """By field of `Downstream`."""
 
 
 def check(config: EvaluationConfig) -> None:
-    """Refuses, before a model is loaded, what no part can be taken of.
+    """Says, before a model is loaded, what parts lack.
 
     Args:
-        config: Which tasks there are to be.
+        config: What is asked for.
 
     Raises:
-        UserError: Names what is missing.
+        UserError: Where no part can be taken.
     """
-    lacking = []
-    for part in _PARTS.values():
+    lacking: dict[str, str] = {}
+    for name, part in _PARTS.items():
         try:
             part.check(config)
         except UserError as error:
-            lacking.append(error)
+            lacking[name] = str(error)
     if len(lacking) == len(_PARTS):
-        raise UserError("\n".join(map(str, lacking)))
+        raise UserError("\n".join(lacking.values()))
+    for name, text in lacking.items():
+        complain(f"{name} left out", text)
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Downstream:
@@ -75,9 +83,6 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Downstream:
             found[name] = part.take(subject, config)
         except UserError as error:
             lacking[name] = str(error)
-            found[name] = part.kind(missing=str(error))
     if len(lacking) == len(_PARTS):
         raise UserError("\n".join(lacking.values()))
-    for name, text in lacking.items():
-        complain(f"{name} of {subject.folder.path.name} left out", text)
-    return Downstream(**found)
+    return Downstream(**found, missing=lacking)

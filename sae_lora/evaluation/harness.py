@@ -62,8 +62,6 @@ class TaskScores:
 class Tasks:
     """What the run's models reach in tasks of lm-evaluation-harness."""
 
-    missing: str | None = None
-    """What could not be had; there are no scores then."""
     harness: str | None = None
     """Version of lm-evaluation-harness."""
     scores: dict[str, TaskScores] = field(default_factory=dict)

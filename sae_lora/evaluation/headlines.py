@@ -58,10 +58,23 @@ def _lora(results: Results) -> dict[str, float | None]:
     }
 
 
+def _downstream(results: Results) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, task in (results["tasks"] or {"scores": {}})["scores"].items():
+        metric = next(iter(task["higher_is_better"]))
+        for cell, scores in task["cells"].items():
+            found[f"{name} {metric}, {cell}"] = scores[metric]["value"] if metric in scores else None
+    if results["steering"] is not None:
+        for cell, effect in results["steering"]["cells"].items():
+            found[f"steering, {cell}"] = _value(effect["difference"])
+    return found
+
+
 _OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
     Suite.core: _core,
     Suite.mechanism: _mechanism,
     Suite.lora: _lora,
+    Suite.downstream: _downstream,
 }
 
 

@@ -41,9 +41,7 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
-    Suite.downstream: _Suite(
-        downstream.evaluate, ("resamples", "tasks", "task_limit", "few_shot"), downstream.check
-    ),
+    Suite.downstream: _Suite(downstream.evaluate, downstream.HEEDS, downstream.check),
 }
 
 
@@ -145,8 +143,7 @@ def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool
     there = record.read(folder, suite)
     if there is None or there.settings != _settings(suite, config):
         return False
-    parts = [part for part in there.results.values() if isinstance(part, dict)]
-    return all(part.get("missing") is None for part in parts)
+    return not there.results.get("missing")
 
 
 def _settings(suite: Suite, config: EvaluationConfig) -> dict[str, Any]:
