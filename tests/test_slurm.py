@@ -140,7 +140,7 @@ def test_what_begins_with_another_is_submitted_once_that_is_done(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     arms = "arm=time_to_ce/sae,time_to_ce/lora", "init_at=0.5,1", "train.seed=0"
-    sweep = "experiment=time_to_ce", *arms, "sae.width=64", "method.buffer_tokens=512"
+    sweep = "experiment=time_to_ce", "sweep=main", *arms, "sae.width=64", "train.train_tokens=5120"
     started = submitted(tmp_path, *sweep)
     assert started.returncode == 0, started.stderr
     assert "2 more begin with what these make; the same command submits them" in started.stdout
