@@ -47,7 +47,7 @@ def read(folder: RunFolder, suite: Suite) -> Record | None:
 
 def pending(folder: RunFolder) -> list[Suite]:
     """The suites that a run's own config asks for at its end, and that are not there yet."""
-    if not folder.is_finished:
+    if not (folder.is_finished and folder.config.exists()):
         return []
     asked = [Suite[name] for name in folder.read_config().get("evaluation", {}).get("suites", [])]
     return [suite for suite in asked if applies(suite, folder) and read(folder, suite) is None]

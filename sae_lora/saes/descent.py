@@ -79,8 +79,8 @@ class SAEDescent(Descent):
         (states,), (found,) = hidden, kl
         assert self._loss is not None
         # An SAE in a block that is computed once more reads the batch once more.
-        again = self.student.buffers if self._config.activation_checkpointing else {}
-        before = {name: buffer.clone() for name, buffer in again.items()}
+        reads_again = self._config.activation_checkpointing
+        before = {name: buffer.clone() for name, buffer in self.student.buffers.items() if reads_again}
         if self._loss.requires_grad:
             weights = list(self.student.weights.values())
             gradients = torch.autograd.grad(self._loss, weights, retain_graph=True, allow_unused=True)
@@ -89,8 +89,8 @@ class SAEDescent(Descent):
                     other += gradient
         self._loss = None
         super().absorb([states], [found])
-        for name, buffer in again.items():
-            buffer.copy_(before[name])
+        for name, kept in before.items():
+            self.student.buffers[name].copy_(kept)  # sae-lens puts other tensors in their place
 
     @torch.no_grad()
     def learn(self, lr: float, weight: float) -> Moved:
