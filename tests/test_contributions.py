@@ -254,7 +254,9 @@ def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
         config.data, adapted.tokenizer, train_steps(config) * config.train.batch_size, 4
     ).validation_tokens
 
-    keep = adapted._kept_positions(tokens, adapted.splices)  # the SAEs were not trained on special tokens
+    keep = adapted._kept_positions(
+        tokens, adapted.splices
+    )  # the SAEs were not trained on special tokens
     assert keep is not None
 
     def ce(model: LanguageModel, *hookpoints: str) -> float:

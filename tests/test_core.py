@@ -29,6 +29,8 @@ from sae_lora.report import Report, page
 from sae_lora.sweep import Sweep
 from tests.points import points_in, run_here
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 FEW = EvaluationConfig(resamples=20)
 CE = 1e-5
 

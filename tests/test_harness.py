@@ -33,6 +33,8 @@ from sae_lora.records import RunFolder
 from sae_lora.saes.loading import IdentitySAE
 from tests.points import points_in, run_here
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 OWN = ["tiny_continuation", "tiny_generation"]
 LIMIT = 8
 CONFIG = EvaluationConfig(tasks=OWN, task_limit=LIMIT, task_batch_size=4, resamples=50)

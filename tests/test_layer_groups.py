@@ -37,6 +37,8 @@ from tests.attempts import attempt, frozen, killed, results
 from tests.composing import composed
 from tests.points import SMALL, Point, points_in, run_here
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 CPU = torch.device("cpu")
 LAST = 7
 """Of the embedded model's blocks."""

@@ -28,6 +28,8 @@ from tests.composing import composed
 from tests.points import SMALL, Point, run_here
 from tests.trainings import comparable
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 HOOKPOINT = "blocks.3.hook_resid_post"
 RESULTS = {
     "lora": "adapter/adapter_model.safetensors",

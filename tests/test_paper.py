@@ -29,6 +29,8 @@ from tests.composing import combinations, composed, each_composed
 from tests.hub import COMMIT, serving
 from tests.repositories import published_configs, write_configs
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 RANKS = (1, 4, 16, 64, 256)
 GEMMA = "google/gemma-2-2b"
 Cell = tuple[str, str, int, object]

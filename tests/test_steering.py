@@ -27,6 +27,8 @@ from tests.coders import write_topk_sae
 from tests.composing import composed
 from tests.points import points_in, run_here
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 QUICK: dict[str, Any] = {
     "steering_max_harm": None,
     "resamples": 50,

@@ -19,6 +19,8 @@ from tests.composing import CONF, composed
 from tests.points import Point, folders_in, points_in, run_here
 from tests.test_grouping import random_distances
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 SAE = (
     "method=sae",
     "sae.width=256",
