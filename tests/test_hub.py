@@ -61,7 +61,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["data"]["special_tokens_kept"] is True
     assert summary["data"]["bos"] is True
     # The same command again finds it, also with the hub gone; and a new point needs no hub either.
-    both = *GEMMA, *SMALL, "-m", "lora.rank=2,1"
+    both = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
     again = launch_from("http://127.0.0.1:9", tmp_path, *both, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 2 done before" in again.stdout
