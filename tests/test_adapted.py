@@ -24,6 +24,8 @@ from sae_lora.splice import Reading
 from tests.coders import write_topk_sae
 from tests.points import points_in, run_here
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 OVERRIDES = {
     "the default": [],
     "around two SAEs": [

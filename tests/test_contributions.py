@@ -30,6 +30,8 @@ from tests.points import points_in, run_here
 from tests.stepping import SPECIAL, step, trained
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, fill
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 PLACES: dict[str, tuple[Place, ...]] = {
     "outputs, also of the last block": (Place(1), Place(2), Place(N_BLOCKS - 1)),
     "within one block and behind it": (Place(1, Hook.attn_out), Place(1, Hook.mlp_out), Place(1)),

@@ -35,6 +35,8 @@ from tests.families import FAMILIES, small_model
 from tests.points import points_in
 from tests.trainings import NO_IDS
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 CPU = torch.device("cpu")
 CASES = [
     ("",),

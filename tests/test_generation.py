@@ -27,6 +27,8 @@ from tests.composing import composed
 from tests.families import random_tokens, small_model
 from tests.trainings import fill
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 BOS, EOS = 0, 1
 PADDING = (0, 3, 5)
 """Positions at the left of each of three sequences that hold nothing."""

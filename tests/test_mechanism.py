@@ -19,6 +19,8 @@ from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 from tests.points import run_here
 from tests.subjects import Made, quick_points_in
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 QUICK = EvaluationConfig(resamples=50)
 ADAPTERS = LoRAConfig(rank=2, blocks="all")
 

@@ -35,6 +35,8 @@ from tests.trainings import (
     training,
 )
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 STEPS = 7
 MODELS = {family: small_model(family) for family in ("gemma2", "llama")}
 SAES = [topk_sae(), jumprelu_sae()]
