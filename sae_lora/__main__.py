@@ -325,8 +325,7 @@ def compare_adapters(folders: list[RunFolder]) -> None:
     Raises:
         UserError: Where adapters are missing or damaged.
     """
-    from sae_lora import figures  # plotly takes a while
-    from sae_lora.evaluation import pairs, similarity, similarity_figures
+    from sae_lora.evaluation import pairs, similarity, similarity_figures  # plotly takes a while
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
         found = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
@@ -334,18 +333,20 @@ def compare_adapters(folders: list[RunFolder]) -> None:
             continue
         pairs.write(sweep, found)
         say(f"{len(found)} pairs of adapters compared: {pairs.path_in(sweep)}")
-        drawn = similarity_figures.figures(found)
-        to = pairs.path_in(sweep).parent
-        for note in figures.try_pictures([(one, to / f"{name}.svg") for name, one in drawn.items()]):
-            complain("left out", note)
+        _draw(pairs.path_in(sweep).parent, similarity_figures.figures(found))
 
 
 def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:
     """Writes numbers as JSON and, where there is a browser for it, figures as SVG into a folder."""
-    from sae_lora import figures
-
     to.mkdir(parents=True, exist_ok=True)
     write_atomically(to / f"{name}.json", as_json([dataclasses.asdict(one) for one in found]))
+    _draw(to, drawn)
+
+
+def _draw(to: Path, drawn: dict[str, Any]) -> None:
+    """Writes figures as SVG into a folder, where there is a browser for it."""
+    from sae_lora import figures
+
     for note in figures.try_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()]):
         complain("left out", note)
 

@@ -48,6 +48,15 @@ OF_NO_RESULT = frozenset(f"{group}.{name}" for group, names in _NOT_IDENTITY.ite
 """The same as dotted keys."""
 
 
+def trains_adapters(config: Mapping[str, Any]) -> bool:
+    """Whether a run trains LoRA adapters.
+
+    Args:
+        config: As `config.yaml` holds it; one from before there were methods does.
+    """
+    return Method[config.get("method", {"kind": Method.lora.name})["kind"]] in ADAPTING
+
+
 def identity(config: Config) -> str:
     """Eight hexadecimal digits that name what the run computes.
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from submitit.helpers import DelayedSubmission
 
@@ -119,17 +119,23 @@ class Job:
         if not left:
             return
         with left[0].log.open("ab") as log:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "sae_lora.evaluation", *(str(folder.path) for folder in left)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self._environment,
-            )
+            self._child = self._begun(log, "sae_lora.evaluation", left)
             try:
                 self._child.wait()
             except KeyboardInterrupt:
                 self._child.kill()  # each suite that it has ended is kept
                 raise
+
+    def _begun(
+        self, log: IO[bytes], module: str, folders: Sequence[RunFolder], *options: str
+    ) -> subprocess.Popen[bytes]:
+        """A child process that does what a module does with these runs, and prints into a log."""
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *options, *(str(folder.path) for folder in folders)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | self._environment,
+        )
 
     def _split(self, why: str) -> None:
         """Puts the halves of what is left of the first part in its place."""
@@ -148,15 +154,7 @@ class Job:
             with folder.log.open("a") as log:
                 log.write(f"trains together with {first.path.name}, whose log says how\n")
         with first.log.open("ab") as log:
-            self._child = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "sae_lora.run", *self._options),
-                    *(str(folder.path) for folder in pack),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self._environment,
-            )
+            self._child = self._begun(log, "sae_lora.run", pack, *self._options)
             try:
                 code = self._child.wait()
                 if -code in SIGNALS:  # asked to stop before it could listen: nothing was begun

@@ -276,8 +276,8 @@ def _conclude(planned: Plan) -> None:
         elif standing.state is not State.done:
             note = f" ({standing.note})" if standing.note else ""
             complain("not finished", f"{run.name} is {standing.state.value}{note}")
-    for run in finished:
-        if left := pending(run.folder):
+    for run in finished:  # most ask for none, whose configs need not be read once more
+        if run.config.evaluation.suites and (left := pending(run.folder)):
             names = ", ".join(suite.name for suite in left)
             complain(
                 "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"

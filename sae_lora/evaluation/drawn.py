@@ -11,6 +11,8 @@ from sae_lora.figures import COLOURS, finished
 
 MOST_RUNS = len(COLOURS)
 """Runs that a figure can tell apart."""
+_BEFORE_AND_AFTER = {"spliced": "dot", "student": "solid"}
+"""Cells that are drawn of each run, and how."""
 
 
 def loss_change(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
@@ -42,29 +44,18 @@ def loss_change(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
 
 
 def by_position(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """The CE gap over the position in the sequence, before training (dashed) and after.
+    """The CE gap over the position in the sequence, before training (dotted) and after.
 
     Args:
         results: Of the suite core, by the run's name.
     """
     drawn = go.Figure()
     for number, (name, found) in enumerate(results.items()):
-        by_cell = found["ce_by_position"]
-        colour = COLOURS[number % MOST_RUNS]
-        for cell, dash in (("spliced", "dot"), ("student", "solid")):
-            if cell not in by_cell:
-                continue
-            pairs = zip(by_cell[cell], by_cell["base"], strict=True)
+        losses = found["ce_by_position"]
+        for cell in _there(losses):
+            pairs = zip(losses[cell], losses["base"], strict=True)
             at, gaps = _in_octaves([ce - base for ce, base in pairs])
-            drawn.add_scatter(
-                x=at,
-                y=gaps,
-                mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": dash},
-                name=name,
-                legendgroup=name,
-                showlegend=cell == "student",
-            )
+            drawn.add_scatter(x=at, y=gaps, **_line(number, name, cell))
     drawn.update_layout(
         xaxis={"title": "position in the sequence", "type": "log", "dtick": math.log10(2)},
         yaxis={"title": "CE gap (nats per token)", "rangemode": "tozero"},
@@ -80,10 +71,7 @@ def distances(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     """
     drawn = go.Figure()
     for number, (name, found) in enumerate(results.items()):
-        colour = COLOURS[number % MOST_RUNS]
-        for cell, dash in (("spliced", "dot"), ("student", "solid")):
-            if cell not in found["distance"]:
-                continue
+        for cell in _there(found["distance"]):
             moved = found["distance"][cell]["l2"]
             drawn.add_scatter(
                 x=list(range(len(moved))),
@@ -93,18 +81,36 @@ def distances(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
                     "arrayminus": [one["value"] - one["low"] for one in moved],
                     "thickness": 1,
                 },
-                mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": dash},
-                marker={"size": 5},
-                name=name,
-                legendgroup=name,
-                showlegend=cell == "student",
+                **_line(number, name, cell),
             )
     drawn.update_layout(
         xaxis={"title": "after block", "dtick": 1},
         yaxis={"title": "L2 distance to the plain model", "rangemode": "tozero"},
     )
     return finished(drawn)
+
+
+def _there(by_cell: Mapping[str, Any]) -> list[str]:
+    """Those of `_BEFORE_AND_AFTER` that a run has."""
+    return [cell for cell in _BEFORE_AND_AFTER if cell in by_cell]
+
+
+def _line(number: int, name: str, cell: str) -> dict[str, Any]:
+    """What the line of a run's cell looks like; the legend names the run once.
+
+    Args:
+        number: Of the run in the figure.
+        name: Of the run.
+        cell: One of `_BEFORE_AND_AFTER`.
+    """
+    return {
+        "mode": "lines+markers",
+        "line": {"color": COLOURS[number % MOST_RUNS], "width": 2, "dash": _BEFORE_AND_AFTER[cell]},
+        "marker": {"size": 5},
+        "name": name,
+        "legendgroup": name,
+        "showlegend": cell == "student",
+    }
 
 
 def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Method, Suite
+from sae_lora.choices import Suite
 from sae_lora.files import as_json, write_atomically
-from sae_lora.identity import ADAPTING
+from sae_lora.identity import trains_adapters
 from sae_lora.records import RunFolder
 
 VERSION = 1
@@ -49,14 +50,19 @@ def pending(folder: RunFolder) -> list[Suite]:
     """The suites that a run's own config asks for at its end, and that are not there yet."""
     if not (folder.is_finished and folder.config.exists()):
         return []
-    asked = [Suite[name] for name in folder.read_config().get("evaluation", {}).get("suites", [])]
-    return [suite for suite in asked if applies(suite, folder) and read(folder, suite) is None]
+    config = folder.read_config()
+    asked = [Suite[name] for name in config.get("evaluation", {}).get("suites", [])]
+    return [suite for suite in applicable(asked, config) if read(folder, suite) is None]
 
 
-def applies(suite: Suite, folder: RunFolder) -> bool:
-    """Whether there is anything for a suite to measure in a run: for `lora`, adapters."""
-    method = folder.read_config().get("method", {"kind": Method.lora.name})
-    return suite is not Suite.lora or Method[method["kind"]] in ADAPTING
+def applicable(suites: Sequence[Suite], config: Mapping[str, Any]) -> list[Suite]:
+    """Those that have anything to measure in a run: `lora` is about adapters.
+
+    Args:
+        suites: Some.
+        config: The run's, as `config.yaml` holds it.
+    """
+    return [suite for suite in suites if suite is not Suite.lora or trains_adapters(config)]
 
 
 def _file(folder: RunFolder, suite: Suite) -> Path:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_lora import lora
-from sae_lora.choices import Method
 from sae_lora.errors import UserError
 from sae_lora.evaluation.pairs import Grid, Pair
-from sae_lora.identity import ADAPTING
+from sae_lora.identity import trains_adapters
 from sae_lora.records import RunFolder
 
 _EACH_UP_TO = 8
@@ -85,7 +84,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
     alike: dict[str, list[RunFolder]] = defaultdict(list)
     for folder in folders:
         config = folder.read_config()
-        if Method[config.get("method", {"kind": "lora"})["kind"]] in ADAPTING:
+        if trains_adapters(config):
             model = [config["model"][key] for key in ("name", "revision")]
             alike[repr((model, lora.saved_inputs(folder.adapter)))].append(folder)
     return [pair for runs in alike.values() if len(runs) > 1 for pair in _pairs(runs)]

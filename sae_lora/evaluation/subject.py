@@ -131,10 +131,8 @@ class Subject:
             observe: Called each time an SAE has been applied.
             instead: What is in place, rather than the cell's SAEs.
         """
-        model = self.model_of(cell)
         there = self.splices_of(cell) if instead is None else instead
-        saes = {splice.hookpoint: splice.sae for splice in there}
-        with spliced(model, saes, self.kept_positions(tokens, there), observe):
+        with self._spliced(cell, tokens, there, observe) as model:
             return model.hidden(tokens)
 
     @torch.no_grad()
@@ -145,12 +143,22 @@ class Subject:
             cell: Of which model.
             tokens: `[batch, pos]`.
         """
-        model, there = self.model_of(cell), self.splices_of(cell)
-        saes = {splice.hookpoint: splice.sae for splice in there}
-        keep = self.kept_positions(tokens, there)
-        with spliced(model, saes, keep), residual_streams(model) as found:
+        with (
+            self._spliced(cell, tokens, self.splices_of(cell)) as model,
+            residual_streams(model) as found,
+        ):
             model.hidden(tokens)
         return found
+
+    @contextmanager
+    def _spliced(
+        self, cell: Cell, tokens: Tensor, there: Splices, observe: Observer | None = None
+    ) -> Iterator[LanguageModel]:
+        """The language model of a cell with SAEs in it, inside the block, for these tokens."""
+        model = self.model_of(cell)
+        saes = {splice.hookpoint: splice.sae for splice in there}
+        with spliced(model, saes, self.kept_positions(tokens, there), observe):
+            yield model
 
     def kept_positions(self, tokens: Tensor, there: Splices) -> Tensor | None:
         """Positions `[batch, pos]` (true) that keep their activation; `None` where all are replaced."""

@@ -97,8 +97,8 @@ def evaluate(
     """
     left = [
         suite
-        for suite in wanted
-        if record.applies(suite, folder) and (again or not _is_there(folder, suite, config))
+        for suite in record.applicable(wanted, folder.read_config())
+        if again or not _is_there(folder, suite, config)
     ]
     if not left:
         return []
