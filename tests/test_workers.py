@@ -1,5 +1,6 @@
 """Several processes train what one would, and go down and come back together."""
 
+import contextlib
 import os
 import re
 import signal
@@ -58,8 +59,13 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def followers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "sae_lora.follower" in " ".join(child.cmdline())]
+    """The followers of a job, as `psutil` names processes; a child that ends meanwhile is none."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "sae_lora.follower" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def until(found: Callable[[], bool]) -> None:
@@ -205,7 +211,8 @@ def test_stopped_they_go_on_as_if_they_had_not(folder: RunFolder, tmp_path: Path
     until(lambda: step_of(folder) >= 5)
     process.send_signal(signal.SIGUSR2)
     for one in followers(process):  # a terminal, or SLURM, would tell them too
-        one.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has gone already, told by the first
+            one.send_signal(signal.SIGTERM)
     code, output = ended(process)
     assert code == EXIT_INTERRUPTED, output
     code, output = ended(begun([folder], 2))
