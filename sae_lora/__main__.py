@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="keys of `evaluation`, as for launch.py",
     )
+    setup = commands.add_parser("setup", help="what a suite needs that cannot be installed beside it")
+    setup.add_argument("what", choices=["saebench"], help="SAEBench, in an environment of its own")
     export = commands.add_parser("export", help="a run's adapters as a folder for others, with a card")
     export.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
     export.add_argument("--to", type=Path, required=True, help="the folder: a new or an empty one")
@@ -134,6 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             case "evaluate":
                 suites = list(Suite) if "all" in chosen.suite else [Suite[one] for one in chosen.suite]
                 return measure(runs_of(chosen.sweep), suites, chosen)
+            case "setup":
+                from sae_lora import saebench_environment
+
+                say(f"ready: {saebench_environment.make()}")
             case "export":
                 from sae_lora.export import export as export_run  # brings torch in
 

@@ -19,10 +19,10 @@ from sae_lora.config import (
 )
 from sae_lora.conversion import as_dict
 from sae_lora.errors import ConfigError, nearest_name
+from sae_lora.evaluation_request import check_evaluation
 from sae_lora.identity import TRAINING_SAES
 from sae_lora.lora_request import canonical_alpha, target_matrices
 from sae_lora.redaction import secret_in
-from sae_lora.steering_request import check_steering
 
 
 def check(config: Config) -> None:
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
     target_matrices(config.lora.targets)
     canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
-    check_steering(config.evaluation)
+    check_evaluation(config.evaluation)
 
 
 def _check_secrets(config: Config) -> None:

@@ -58,7 +58,11 @@ class Suite(enum.Enum):
     core = "core"
     mechanism = "mechanism"
     lora = "lora"
+    tasks = "tasks"
+    steering = "steering"
+    saebench = "saebench"
     downstream = "downstream"
+    """tasks, steering and saebench together, as far as tasks and benchmarks are asked for."""
 
 
 class Method(enum.Enum):

@@ -265,13 +265,13 @@ class TestCommand:
             raise UserError("the data set org/name is not there")
 
         known = suites._SUITES
-        monkeypatch.setitem(known, Suite.downstream, suites._Suite(lacking, ()))
+        monkeypatch.setitem(known, Suite.tasks, suites._Suite(lacking, ()))
         run = runs["e2e"]
-        wanted = [Suite.downstream, Suite.core]
-        assert suites.evaluate(run, wanted, FEW) == [Suite.downstream]
+        wanted = [Suite.tasks, Suite.core]
+        assert suites.evaluate(run, wanted, FEW) == [Suite.tasks]
         assert "org/name is not there" in capsys.readouterr().err
         assert record.read(run, Suite.core) is not None
-        assert record.read(run, Suite.downstream) is None
+        assert record.read(run, Suite.tasks) is None
 
     @pytest.mark.parametrize(
         ("setting", "said"),

@@ -22,9 +22,8 @@ from sae_lora.choices import Suite
 from sae_lora.config import DataConfig, EvaluationConfig
 from sae_lora.data.documents import in_validation
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.evaluation import downstream, harness, record, suites
+from sae_lora.evaluation import harness, record, suites
 from sae_lora.evaluation.harness import Tasks, paired_error
-from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER, cutting
 from sae_lora.evaluation.tasks.__main__ import make
@@ -46,12 +45,6 @@ def no_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
         yield
-
-
-@pytest.fixture(autouse=True)
-def tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steering has tests of its own."""
-    monkeypatch.setattr(downstream, "_PARTS", {"tasks": downstream._PARTS["tasks"]})
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +173,15 @@ def test_an_sae_that_changes_nothing_changes_no_score(
 def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tasks) -> None:
     """By another subject; what is there is not taken again."""
     config = dataclasses.replace(CONFIG, tasks=OWN[:1])
-    assert suites.evaluate(folder, [Suite.downstream], config) == []
-    kept = record.read(folder, Suite.downstream)
+    assert suites.evaluate(folder, [Suite.tasks], config) == []
+    kept = record.read(folder, Suite.tasks)
     assert kept is not None
-    found = kept.results["tasks"]
-    assert found["scores"] == {OWN[0]: json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))}
+    before = json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))
+    assert kept.results["scores"] == {OWN[0]: before}
     assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
-    assert not kept.results["missing"] and kept.results["steering"] is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load_model", lambda *_: pytest.fail("a model is loaded"))
-        assert suites.evaluate(folder, [Suite.downstream], config) == []
+        assert suites.evaluate(folder, [Suite.tasks], config) == []
 
 
 @pytest.fixture
@@ -215,7 +207,7 @@ def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(folder: RunFolder, tasks: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What is said where the suite is asked for with these tasks."""
     config = EvaluationConfig(tasks=tasks)
-    assert suites.evaluate(folder, [Suite.downstream], config) == [Suite.downstream]
+    assert suites.evaluate(folder, [Suite.tasks], config) == [Suite.tasks]
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -225,7 +217,7 @@ def test_a_data_set_that_is_not_here_is_named(
     name: str, folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(folder, [OWN[0], name], capsys)
-    assert said.startswith(f"downstream of {folder.path.name} left out")
+    assert said.startswith(f"tasks of {folder.path.name} left out")
     assert f"evaluation.tasks = '{name}' cannot be loaded: the hub cannot be reached" in said
     assert "data sets: org/nothing where" in said
     assert f"TaskManager().load(['{name}'])" in said
@@ -269,27 +261,6 @@ def test_the_harness_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.
         harness.check(EvaluationConfig(tasks=["piqa"]))
 
 
-def test_a_part_that_lacks_something_leaves_the_others(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def lacking(*_: object) -> Tasks:
-        raise UserError("no such data set")
-
-    lame = downstream._PARTS["tasks"]._replace(take=lacking, check=lacking)
-    sound = lame._replace(take=lambda *_: Tasks(harness="sound"), check=lambda config: None)
-    monkeypatch.setattr(downstream, "Downstream", dict)
-    monkeypatch.setattr(downstream, "_PARTS", {"tasks": lame, "other": sound})
-    downstream.check(CONFIG)
-    assert "tasks left out: no such data set" in " ".join(capsys.readouterr().err.split())
-    found: Any = downstream.evaluate(subject, CONFIG)
-    assert found == {"missing": {"tasks": "no such data set"}, "other": Tasks(harness="sound")}
-
-    monkeypatch.setattr(downstream, "_PARTS", {"tasks": lame})
-    for take in (downstream.check, lambda config: downstream.evaluate(subject, config)):
-        with pytest.raises(UserError, match="no such data set"):
-            take(CONFIG)
-
-
 @pytest.mark.parametrize("cell", list(Cell))
 @torch.no_grad()
 def test_a_cell_is_the_one_that_other_suites_measure(
@@ -310,24 +281,6 @@ class _Halved(IdentitySAE):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         return feature_acts / 2
-
-
-def test_what_was_missing_is_asked_for_again(
-    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = RunFolder(tmp_path / "run")
-    shutil.copytree(folder.path, copy.path, ignore=shutil.ignore_patterns("evaluation"))
-    config = dataclasses.replace(CONFIG, tasks=["piqa"])
-    settings = suites._settings(Suite.downstream, config)
-    results = dataclasses.asdict(downstream.Downstream(missing={"tasks": "a data set"}))
-    record.write(copy, Record("downstream", settings, results, {}, 1.0))
-
-    def lacking(config: EvaluationConfig) -> None:
-        raise UserError("still missing")
-
-    part = downstream._PARTS["tasks"]._replace(check=lacking)
-    monkeypatch.setitem(downstream._PARTS, "tasks", part)
-    assert suites.evaluate(copy, [Suite.downstream], config) == [Suite.downstream]
 
 
 def test_groups_are_compared_document_by_document(

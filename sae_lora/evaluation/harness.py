@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +25,10 @@ from sae_lora.evaluation.tasks import FOLDER
 from sae_lora.terminal import say
 
 _FIELD = "evaluation.tasks"
+
+
+HEEDS = ("resamples", "tasks", "task_limit", "few_shot")
+"""The keys of `evaluation` that it depends on."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class TaskScores:
 class Tasks:
     """What the run's models reach in tasks of lm-evaluation-harness."""
 
-    harness: str | None = None
+    harness: str
     """Version of lm-evaluation-harness."""
-    scores: dict[str, TaskScores] = field(default_factory=dict)
+    scores: dict[str, TaskScores]
     """By task."""
 
 
@@ -78,6 +82,8 @@ def check(config: EvaluationConfig) -> None:
         ConfigError: For one that there is not, or that runs code or needs more than text.
         UserError: Where the harness, or the data set of a task, is missing.
     """
+    if not config.tasks:
+        raise ConfigError(_FIELD, [], "at least one task", "[tiny_continuation]")
     _check(tuple(config.tasks))
 
 
@@ -122,8 +128,6 @@ def score(subject: Subject, config: EvaluationConfig) -> Tasks:
         UserError: As `check` does, before a model has read anything.
     """
     check(config)
-    if not config.tasks:
-        return Tasks()
     found = {}
     for cell in subject.cells:
         say(f"  {listed(config.tasks)}: {cell}")

@@ -58,23 +58,47 @@ def _lora(results: Results) -> dict[str, float | None]:
     }
 
 
-def _downstream(results: Results) -> dict[str, float | None]:
+def _tasks(results: Results) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for name, task in (results["tasks"] or {"scores": {}})["scores"].items():
+    for name, task in results["scores"].items():
         metric = next(iter(task["higher_is_better"]))
         for cell, scores in task["cells"].items():
             found[f"{name} {metric}, {cell}"] = scores[metric]["value"] if metric in scores else None
-    if results["steering"] is not None:
-        for cell, effect in results["steering"]["cells"].items():
-            found[f"steering, {cell}"] = _value(effect["difference"])
     return found
+
+
+def _steering(results: Results) -> dict[str, float | None]:
+    return {cell: _value(effect["difference"]) for cell, effect in results["cells"].items()}
+
+
+def _saebench(results: Results) -> dict[str, float | None]:
+    """Of several SAEs the mean."""
+    found: dict[str, list[float]] = {}
+    for benchmarks in results["scores"].values():
+        for benchmark, cells in benchmarks.items():
+            for cell, metrics in cells.items():
+                if (value := metrics.get(_OF_BENCHMARK[benchmark])) is not None:
+                    found.setdefault(f"{benchmark}, {cell}", []).append(value)
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+_OF_BENCHMARK = {
+    "core": "ce_loss_score",
+    "sparse_probing": "sae_top_1_test_accuracy",
+    "scr": "scr_metric_threshold_20",
+    "tpp": "tpp_threshold_20_total_metric",
+    "absorption": "mean_absorption_fraction_score",
+}
+"""The metric that SAEBench itself shows first."""
 
 
 _OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
     Suite.core: _core,
     Suite.mechanism: _mechanism,
     Suite.lora: _lora,
-    Suite.downstream: _downstream,
+    Suite.tasks: _tasks,
+    Suite.steering: _steering,
+    Suite.saebench: _saebench,
 }
 
 

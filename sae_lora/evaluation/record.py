@@ -23,7 +23,7 @@ class Record:
     settings: dict[str, Any]
     """What of `evaluation` the suite heeds, as it was asked for."""
     results: dict[str, Any]
-    """The suite's own: `Core`, `Mechanism`, `Weights`, `Downstream`, field by field."""
+    """The suite's own: `Core`, `Mechanism`, `Weights`, `Tasks`, `Steering` or `SAEBench`, by field."""
     environment: dict[str, Any]
     """Versions, device, host, git commit."""
     seconds: float
@@ -51,18 +51,28 @@ def pending(folder: RunFolder) -> list[Suite]:
     if not (folder.is_finished and folder.config.exists()):
         return []
     config = folder.read_config()
-    asked = [Suite[name] for name in config.get("evaluation", {}).get("suites", [])]
-    return [suite for suite in applicable(asked, config) if read(folder, suite) is None]
+    evaluation = config.get("evaluation", {})
+    asked = [Suite[name] for name in evaluation.get("suites", [])]
+    return [suite for suite in applicable(asked, config, evaluation) if read(folder, suite) is None]
 
 
-def applicable(suites: Sequence[Suite], config: Mapping[str, Any]) -> list[Suite]:
-    """Those that have anything to measure in a run: `lora` is about adapters.
+def applicable(
+    suites: Sequence[Suite], config: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> list[Suite]:
+    """Those that have anything to measure in a run, each once: `lora` is about adapters.
 
     Args:
-        suites: Some.
+        suites: Some; `downstream` stands for several.
         config: The run's, as `config.yaml` holds it.
+        evaluation: How they are to be taken.
     """
-    return [suite for suite in suites if suite is not Suite.lora or trains_adapters(config)]
+    downstream = [
+        *([Suite.tasks] if evaluation.get("tasks") else []),
+        Suite.steering,
+        *([Suite.saebench] if evaluation.get("saebench") else []),
+    ]
+    every = [one for suite in suites for one in (downstream if suite is Suite.downstream else [suite])]
+    return [one for one in dict.fromkeys(every) if one is not Suite.lora or trains_adapters(config)]
 
 
 def _file(folder: RunFolder, suite: Suite) -> Path:

@@ -14,8 +14,8 @@ from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.errors import ConfigError, UserError, listed
 from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation_request import SHORTEST_TEXT
 from sae_lora.splice import Splice
-from sae_lora.steering_request import SHORTEST_TEXT
 
 FEWEST = 4
 """Texts of a latent in each half, positive and as many negative, without which it is not chosen."""

@@ -15,7 +15,7 @@ from sae_lora.composition import explanation
 from sae_lora.config import EvaluationConfig
 from sae_lora.conversion import keys, load, typed, unknown_key
 from sae_lora.errors import UserError
-from sae_lora.evaluation import core, downstream, mechanism, record, weights
+from sae_lora.evaluation import core, harness, mechanism, record, saebench, steering, weights
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.subject import Subject
 from sae_lora.provenance import environment
@@ -41,7 +41,9 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
-    Suite.downstream: _Suite(downstream.evaluate, downstream.HEEDS, downstream.check),
+    Suite.tasks: _Suite(harness.score, harness.HEEDS, harness.check),
+    Suite.steering: _Suite(steering.steer, steering.HEEDS),
+    Suite.saebench: _Suite(saebench.score, saebench.HEEDS, saebench.check),
 }
 
 
@@ -97,7 +99,7 @@ def evaluate(
     """
     left = [
         suite
-        for suite in record.applicable(wanted, folder.read_config())
+        for suite in record.applicable(wanted, folder.read_config(), vars(config))
         if again or not _is_there(folder, suite, config)
     ]
     if not left:
@@ -135,7 +137,9 @@ def evaluate(
                 seconds=time.perf_counter() - began,
             ),
         )
-    return failed
+        for part, why in getattr(results, "missing", {}).items():
+            leave_out(suite, UserError(f"{part}: {why}"))
+    return list(dict.fromkeys(failed))
 
 
 def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:

@@ -1,21 +1,48 @@
-"""What `evaluation` asks for of steering: with which latents, and how strongly."""
+"""What `evaluation` may ask for: of steering, with which latents and how strongly; of SAEBench, what."""
 
 import math
 from typing import Any
 
-from sae_lora.config import EvaluationConfig
-from sae_lora.errors import ConfigError
+from sae_lora.errors import ConfigError, listed, nearest_name
+from sae_lora.evaluation_config import EvaluationConfig
 
 SHORTEST_TEXT = 2
 """Tokens: the first is context alone."""
 
 
-def check_steering(config: EvaluationConfig) -> None:
-    """Refuses what cannot be asked for of any SAE.
+BENCHMARKS = ("core", "sparse_probing", "scr", "tpp", "absorption")
+"""Those of SAEBench that a model of anyone's can take, with no account anywhere and no judge."""
+
+
+def check_evaluation(config: EvaluationConfig) -> None:
+    """Refuses what cannot be asked for of any run.
 
     Raises:
         ConfigError: Names the field, what it got, and what it may be.
     """
+    _check_steering(config)
+    _check_saebench(config)
+
+
+def _check_saebench(config: EvaluationConfig) -> None:
+    allowed = f"of SAEBench: {listed(BENCHMARKS)}"
+    for field, names in (
+        ("evaluation.saebench", config.saebench),
+        ("evaluation.saebench_options", config.saebench_options),
+    ):
+        for name in names:
+            if name not in BENCHMARKS:
+                raise ConfigError(field, name, allowed, nearest_name(name, BENCHMARKS))
+    if len(set(config.saebench)) < len(config.saebench):
+        nearest = list(dict.fromkeys(config.saebench))
+        raise ConfigError("evaluation.saebench", config.saebench, "each benchmark once", nearest)
+    for name, options in config.saebench_options.items():
+        if not isinstance(options, dict):
+            allowed = "fields of the benchmark's own config, and their values"
+            raise ConfigError(f"evaluation.saebench_options.{name}", options, allowed)
+
+
+def _check_steering(config: EvaluationConfig) -> None:
     _check_latents(config.steering_latents)
     block = config.steering_block
     if block is not None and block < 0:

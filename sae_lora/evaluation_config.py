@@ -1,0 +1,61 @@
+"""The schema of `evaluation`: what is measured of a run that has ended, and how."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae_lora.choices import Suite
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured of a run that has ended. Does not change its result."""
+
+    suites: list[Suite] = field(default_factory=list)
+    """core, mechanism, lora, tasks, steering, saebench, or downstream for the last three: at the end of
+    every run; `python -m sae_lora evaluate` does so at any time."""
+    resamples: int = 1000
+    """Of the held-out sequences, for the intervals around means."""
+    sequences: int = 500
+    """Held-out sequences that the suites mechanism and lora read, at most."""
+    directions: int = 16
+    """Of an SAE's error and of its decoder: as many, at most, the suite lora compares with what
+    adapters read."""
+    steering_latents: Any = 8
+    """The latents to steer with, a list of them; or how many, which are then those whose
+    activations tell texts apart most sharply."""
+    steering_block: int | None = None
+    """The block whose SAE these latents are of; null: the first SAE's."""
+    steering_strengths: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5, 1.0])
+    """How much of a latent is added, in units of its mean activation where it is active. Each latent
+    gets, in each model, the strength that is best on half of the texts; the other half is measured."""
+    steering_max_harm: float | None = 0.0
+    """Nats per token that positive texts may lose by a strength that is chosen: 0 asks that they become
+    likelier. Null: any number, also by a strength that makes negative texts yet more unlikely."""
+    steering_texts: str | None = None
+    """A file of labelled text to steer on: .jsonl with `latent` (its index), `text`, and `label`, which
+    is positive where the text has what the latent stands for, else negative. Null: held-out text, told
+    apart by activation."""
+    steering_examples: int = 8
+    """Of held-out text: a latent's positive texts in each half, at most, and as many negative ones."""
+    steering_text_tokens: int = 64
+    """Of held-out text: tokens of each, from the beginning of a sequence; of `sequences` at most."""
+    tasks: list[str] = field(default_factory=lambda: ["mmlu", "hellaswag", "truthfulqa_mc2"])
+    """Tasks or groups of lm-evaluation-harness for the suite tasks; tiny_continuation and
+    tiny_generation ship with this package."""
+    task_limit: int | None = None
+    """Documents of each of them, from the first on; null: all."""
+    few_shot: int | None = None
+    """Examples before each document; null: as many as the task says. A task that says none gets none."""
+    task_batch_size: int = 8
+    """Texts in a forward pass of a task. Changes memory and time, and of the result no more than
+    rounding does."""
+    saebench: list[str] = field(
+        default_factory=lambda: ["core", "sparse_probing", "scr", "tpp", "absorption"]
+    )
+    """Benchmarks of SAEBench for the suite saebench, which runs in an environment of its own:
+    `python -m sae_lora setup saebench` makes it."""
+    saebench_options: dict[str, Any] = field(default_factory=dict)
+    """By benchmark, fields of its own config (SAEBench's `EvalConfig` classes) and their values, such as
+    `{sparse_probing: {probe_train_set_size: 400}}`."""
+    saebench_python: str | None = None
+    """The Python of an environment that has SAEBench; null: of the one that `setup` has made."""
