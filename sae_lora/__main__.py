@@ -137,9 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
                 suites = list(Suite) if "all" in chosen.suite else [Suite[one] for one in chosen.suite]
                 return measure(runs_of(chosen.sweep), suites, chosen)
             case "setup":
-                from sae_lora import saebench_environment
+                from sae_lora.evaluation.saebench import environment
 
-                say(f"ready: {saebench_environment.make()}")
+                say(f"ready: {environment.make()}")
             case "export":
                 from sae_lora.export import export as export_run  # brings torch in
 

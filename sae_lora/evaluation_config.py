@@ -5,6 +5,9 @@ from typing import Any
 
 from sae_lora.choices import Suite
 
+BENCHMARKS = ("core", "sparse_probing", "scr", "tpp", "absorption")
+"""Those of SAEBench that a model of anyone's can take, with no account anywhere and no judge."""
+
 
 @dataclass
 class EvaluationConfig:
@@ -49,13 +52,11 @@ class EvaluationConfig:
     task_batch_size: int = 8
     """Texts in a forward pass of a task. Changes memory and time, and of the result no more than
     rounding does."""
-    saebench: list[str] = field(
-        default_factory=lambda: ["core", "sparse_probing", "scr", "tpp", "absorption"]
-    )
+    saebench: list[str] = field(default_factory=lambda: list(BENCHMARKS))
     """Benchmarks of SAEBench for the suite saebench, which runs in an environment of its own:
     `python -m sae_lora setup saebench` makes it."""
-    saebench_options: dict[str, Any] = field(default_factory=dict)
+    saebench_options: Any = None
     """By benchmark, fields of its own config (SAEBench's `EvalConfig` classes) and their values, such as
-    `{sparse_probing: {probe_train_set_size: 400}}`."""
+    `{sparse_probing: {probe_train_set_size: 400}}`; null: all as SAEBench has them."""
     saebench_python: str | None = None
     """The Python of an environment that has SAEBench; null: of the one that `setup` has made."""

@@ -4,14 +4,10 @@ import math
 from typing import Any
 
 from sae_lora.errors import ConfigError, listed, nearest_name
-from sae_lora.evaluation_config import EvaluationConfig
+from sae_lora.evaluation_config import BENCHMARKS, EvaluationConfig
 
 SHORTEST_TEXT = 2
 """Tokens: the first is context alone."""
-
-
-BENCHMARKS = ("core", "sparse_probing", "scr", "tpp", "absorption")
-"""Those of SAEBench that a model of anyone's can take, with no account anywhere and no judge."""
 
 
 def check_evaluation(config: EvaluationConfig) -> None:
@@ -26,9 +22,13 @@ def check_evaluation(config: EvaluationConfig) -> None:
 
 def _check_saebench(config: EvaluationConfig) -> None:
     allowed = f"of SAEBench: {listed(BENCHMARKS)}"
+    options = {} if config.saebench_options is None else config.saebench_options
+    if not isinstance(options, dict):
+        shape = "{benchmark: {setting: value}}, or null"
+        raise ConfigError("evaluation.saebench_options", options, shape, "null")
     for field, names in (
         ("evaluation.saebench", config.saebench),
-        ("evaluation.saebench_options", config.saebench_options),
+        ("evaluation.saebench_options", options),
     ):
         for name in names:
             if name not in BENCHMARKS:
@@ -36,10 +36,10 @@ def _check_saebench(config: EvaluationConfig) -> None:
     if len(set(config.saebench)) < len(config.saebench):
         nearest = list(dict.fromkeys(config.saebench))
         raise ConfigError("evaluation.saebench", config.saebench, "each benchmark once", nearest)
-    for name, options in config.saebench_options.items():
-        if not isinstance(options, dict):
+    for name, values in options.items():
+        if not isinstance(values, dict):
             allowed = "fields of the benchmark's own config, and their values"
-            raise ConfigError(f"evaluation.saebench_options.{name}", options, allowed)
+            raise ConfigError(f"evaluation.saebench_options.{name}", values, allowed)
 
 
 def _check_steering(config: EvaluationConfig) -> None:

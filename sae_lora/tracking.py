@@ -146,7 +146,7 @@ class _Background:
 
     def _warn(self, text: str, error: Exception) -> None:
         if not self._is_cut_off:
-            log.warning(text, _first_line(error))
+            log.warning(text, _beginning(error))
 
 
 def _asked_mode(mode: TrackingMode) -> TrackingMode:
@@ -172,7 +172,7 @@ def settled(config: TrackingConfig) -> dict[str, str]:
     try:
         return {"WANDB_MODE": _settled_mode(TrackingMode.auto)}
     except Exception as error:  # W&B must never stop a run, whatever it raises
-        log.warning("W&B: %s", _first_line(error))
+        log.warning("W&B: %s", _beginning(error))
         return {}
     finally:
         wandb_run.cut_off()  # each run has a service of its own
@@ -191,5 +191,6 @@ def _settled_mode(mode: TrackingMode) -> str:
     return "offline"
 
 
-def _first_line(error: Exception) -> str:
-    return redacted((str(error).splitlines() or [type(error).__name__])[0])
+def _beginning(error: Exception) -> str:
+    lines = str(error).splitlines()[:3] or [type(error).__name__]
+    return redacted(" ".join(line.strip() for line in lines))

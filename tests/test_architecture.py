@@ -88,7 +88,8 @@ ORDER = [
         *("evaluation.steering", "evaluation.harness"),
         "card",
         "export",
-        "evaluation.saebench",
+        *("evaluation.saebench.model", "evaluation.saebench.benchmarks", "evaluation.saebench.__main__"),
+        *("evaluation.saebench.environment", "evaluation.saebench.suite"),
         "evaluation.suites",
         "push",
         "command",
@@ -121,6 +122,7 @@ ROOMS = {
     "submitit": {"job", "dispatch"},
     "hydra": {"composition"},
     "lm_eval": {"evaluation.harness"},
+    "sae_bench": {"evaluation.saebench.benchmarks"},
 }
 """The modules that may import a library."""
 SAE_LENS = {
@@ -130,6 +132,8 @@ SAE_LENS = {
     "saes.trained",
     "saes.training",
     "benchmark.shapes",
+    "evaluation.saebench.model",
+    "evaluation.saebench.benchmarks",
 }
 
 

@@ -18,13 +18,14 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sae_lora import saebench_environment
 from sae_lora.__main__ import main
 from sae_lora.choices import Suite
 from sae_lora.config import Config, EvaluationConfig
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.errors import ConfigError, UserError
-from sae_lora.evaluation import headlines, record, saebench, suites
+from sae_lora.evaluation import headlines, record, suites
+from sae_lora.evaluation.saebench import environment as layer
+from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.kl import kl_divergence
 from sae_lora.records import RunFolder
@@ -69,7 +70,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HOME", str(home / "hf"))
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         yield
-    shutil.rmtree(home)
 
 
 def _write_bios(repository: Path) -> None:
@@ -141,7 +141,7 @@ def measured(run: RunFolder) -> dict[str, Any]:
     """All benchmarks, by benchmark and cell."""
     assert suites.evaluate(run, [Suite.saebench], EVERY) == []
     kept = record.read(run, Suite.saebench)
-    assert kept is not None and kept.results["version"] == saebench_environment.VERSION
+    assert kept is not None and kept.results["version"] == layer.VERSION
     (scores,) = kept.results["scores"].values()
     return scores
 
@@ -159,7 +159,8 @@ def test_every_benchmark_has_scores_of_both_models(measured: dict[str, Any], run
         assert 0 <= measured["absorption"][cell]["mean_absorption_fraction_score"] <= 1
     shown = headlines.headlines(run)
     assert shown["saebench/core, student"] == measured["core"]["student"]["ce_loss_score"]
-    assert {name.split(",")[0] for name in shown} == {f"saebench/{name}" for name in measured}
+    without = {"scr"}  # whose score is of the harder of two directions, and here they are as hard
+    assert {name.split(",")[0] for name in shown} >= {f"saebench/{one}" for one in {*measured} - without}
 
 
 class _Zeros(IdentitySAE):
@@ -234,16 +235,16 @@ def test_what_it_lacks_is_named_and_the_rest_is_kept(
     assert "tpp, spliced" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"tpp": {"n_value": [2]}}, "ScrAndTppEvalConfig has no setting n_value"),
-        ({"tpp": {"dataset_names": ["org/none"]}}, "org/none cannot be loaded"),
-    ],
-)
-def test_what_cannot_be_asked_for_is_said_at_once(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        saebench.check(EvaluationConfig(saebench=["tpp"], saebench_options=options))
+def test_what_cannot_be_asked_for_is_said_at_once() -> None:
+    options = {"tpp": {"n_value": [2]}, "scr": {"dataset_names": ["org/none"]}, "core": {"context": 3}}
+    with pytest.raises(UserError) as error:
+        saebench.check(EvaluationConfig(saebench=list(options), saebench_options=options))
+    for said in (
+        "ScrAndTppEvalConfig has no setting n_value",
+        "data set org/none cannot be loaded",
+        "core has no setting context",
+    ):
+        assert said in str(error.value)
 
 
 def test_without_a_benchmark_there_is_no_suite() -> None:
@@ -252,9 +253,9 @@ def test_without_a_benchmark_there_is_no_suite() -> None:
 
 
 def test_an_environment_of_other_versions_is_to_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = saebench_environment._shared()
-    monkeypatch.setattr(saebench_environment, "_shared", lambda: there | {"torch": "9"})
+    there = layer._shared()
+    monkeypatch.setattr(layer, "_shared", lambda: there | {"torch": "9"})
     with pytest.raises(UserError, match="make it anew: python -m sae_lora setup saebench"):
-        saebench_environment.python(None)
+        layer.python(None)
     with pytest.raises(UserError, match="no such file"):
-        saebench_environment.python("/no/python")
+        layer.python("/no/python")

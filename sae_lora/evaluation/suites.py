@@ -15,8 +15,9 @@ from sae_lora.composition import explanation
 from sae_lora.config import EvaluationConfig
 from sae_lora.conversion import keys, load, typed, unknown_key
 from sae_lora.errors import UserError
-from sae_lora.evaluation import core, harness, mechanism, record, saebench, steering, weights
+from sae_lora.evaluation import core, harness, mechanism, record, steering, weights
 from sae_lora.evaluation.record import Record
+from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Subject
 from sae_lora.provenance import environment
 from sae_lora.records import RunFolder

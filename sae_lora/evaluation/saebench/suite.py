@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lora import saebench_environment
 from sae_lora.choices import Suite
 from sae_lora.config import EvaluationConfig
 from sae_lora.errors import ConfigError, UserError
 from sae_lora.evaluation import record
+from sae_lora.evaluation.saebench import environment
 from sae_lora.evaluation.subject import Subject
-from sae_lora.evaluation_request import BENCHMARKS
+from sae_lora.evaluation_config import BENCHMARKS
 from sae_lora.files import as_json, write_atomically
 from sae_lora.output_adapter import AdaptedCoder
 from sae_lora.saes.loading import IdentitySAE
@@ -24,7 +24,7 @@ from sae_lora.terminal import complain, say
 
 HEEDS = ("saebench", "saebench_options")
 """The keys of `evaluation` that it depends on."""
-_CHILD = "sae_lora.evaluation.saebench_child"
+_CHILD = "sae_lora.evaluation.saebench"
 _NO_NUMBER = -1
 """What SAEBench writes where it has none."""
 
@@ -54,7 +54,7 @@ def check(config: EvaluationConfig) -> None:
     """
     if not config.saebench:
         raise ConfigError("evaluation.saebench", [], "at least one benchmark", list(BENCHMARKS[:1]))
-    python = saebench_environment.python(config.saebench_python)
+    python = environment.python(config.saebench_python)
     lacking = _lacking(python, _request(config))
     if len(lacking) == len(config.saebench):
         raise UserError("\n".join(f"{name}: {why}" for name, why in lacking.items()))
@@ -83,7 +83,7 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
                 f"{splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
-    python = saebench_environment.python(config.saebench_python)
+    python = environment.python(config.saebench_python)
     lacking = _lacking(python, _request(config))
     _begin(subject, folder, config)
     say(f"  SAEBench, which says more in {folder / 'saebench.log'}")
@@ -96,7 +96,7 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
     }
     _run(python, request, folder)
     failed = json.loads((folder / "failed.json").read_text())
-    return SAEBench(saebench_environment.VERSION, _scores(folder), lacking | failed)
+    return SAEBench(environment.VERSION, _scores(folder), lacking | failed)
 
 
 def _request(config: EvaluationConfig) -> str:
@@ -104,7 +104,7 @@ def _request(config: EvaluationConfig) -> str:
 
 
 def _options(config: EvaluationConfig) -> dict[str, Any]:
-    return {name: dict(values) for name, values in config.saebench_options.items()}
+    return config.saebench_options or {}
 
 
 @functools.lru_cache(maxsize=2)
@@ -117,14 +117,14 @@ def _lacking(python: Path, request: str) -> dict[str, str]:
             [str(python), "-m", _CHILD, file.name],
             capture_output=True,
             text=True,
-            env=saebench_environment.environment(),
+            env=environment.environment(),
             check=False,
         )
     if found.returncode != 0:
         end = "\n".join(found.stderr.strip().splitlines()[-5:])
         raise UserError(
             f"{python} cannot run SAEBench; what makes an environment that can is "
-            f"{saebench_environment.COMMAND}:\n{end}"
+            f"{environment.COMMAND}:\n{end}"
         )
     return json.loads(found.stdout.splitlines()[-1])
 
@@ -156,7 +156,7 @@ def _run(python: Path, request: Mapping[str, Any], folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=printed,
             text=True,
-            env=saebench_environment.environment(),
+            env=environment.environment(),
         ) as child,
     ):
         try:

@@ -78,7 +78,7 @@ def make() -> Path:
     say("  what it needs, some 300 MB")
     _do([*install, _UNSAID, *_requirements(packages)], log)
     say("  whether it works")
-    _do([str(_python(folder)), "-m", "sae_lora.evaluation.saebench_child"], log, environment())
+    _do([str(_python(folder)), "-m", "sae_lora.evaluation.saebench"], log, environment())
     write_atomically(_marker(folder), json.dumps(_shared()))
     return folder
 
@@ -88,7 +88,7 @@ def environment() -> dict[str, str]:
 
     And SAEBench takes models that are no HookedTransformer, which nothing but its annotations asks for.
     """
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[3])
     others = os.environ.get("PYTHONPATH")
     path = package if not others else f"{package}{os.pathsep}{others}"
     return os.environ | {"PYTHONPATH": path, "JAXTYPING_DISABLE": "1"}

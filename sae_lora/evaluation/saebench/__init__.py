@@ -1,0 +1,1 @@
+"""SAEBench, whose pins clash with this package's: `suite` here, `__main__` in its own environment."""

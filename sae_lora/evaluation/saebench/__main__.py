@@ -1,0 +1,119 @@
+"""SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request.json>`.
+
+Runs in the environment that has SAEBench (`environment.py`). Without a request it only makes sure that
+all can be imported.
+"""
+
+import contextlib
+import json
+import random
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_lora.evaluation.saebench import benchmarks
+from sae_lora.evaluation.saebench.model import Pair, pairs, read_the_same
+from sae_lora.evaluation.subject import Subject
+from sae_lora.files import write_atomically
+from sae_lora.records import RunFolder
+
+
+def evaluate(request: Mapping[str, Any]) -> None:
+    """Takes what is not there yet, and says on standard output what it is at.
+
+    What of a benchmark fails is told in `failed.json`, and the others go on.
+
+    Args:
+        request: `run`, `device`, `benchmarks`, `options`, and `to`, the folder for SAEBench's own
+            results, `<benchmark> <cell> <hookpoint>.json`.
+    """
+    to = Path(request["to"])
+    subject = Subject(RunFolder(Path(request["run"])), request["device"])
+    failed: dict[str, str] = {}
+    for hookpoint in [splice.hookpoint for splice in subject.after]:
+        found = pairs(subject, hookpoint)
+        same = read_the_same(found)
+        for benchmark in request["benchmarks"]:
+            files = {cell: to / f"{benchmark} {cell} {hookpoint}.json" for cell in found}
+            once = same and benchmark in benchmarks.READ_THE_STREAM_ALONE
+            for cell in list(found)[: 1 if once else None]:
+                if files[cell].exists():
+                    continue
+                print(f"  {benchmark}, {cell}, {hookpoint}", flush=True)
+                options = request["options"].get(benchmark, {})
+                try:
+                    write_atomically(files[cell], _result(benchmark, found[cell], options, to))
+                except Exception as error:  # whatever goes wrong inside of it
+                    failed[f"{benchmark}, {cell}, {hookpoint}"] = _said(error)
+            first, *others = files.values()
+            for file in others if once and first.exists() else ():
+                write_atomically(file, first.read_text())
+    write_atomically(to / "failed.json", json.dumps(failed))
+
+
+def check(request: Mapping[str, Any]) -> dict[str, str]:
+    """What stands against benchmarks, by name: settings that they do not have, or data that is not here.
+
+    Args:
+        request: `benchmarks` and `options`.
+    """
+    lacking = {}
+    for name in request["benchmarks"]:
+        try:
+            benchmarks.check(name, request["options"].get(name, {}))
+        except Exception as error:  # of the hub, of a data set, of a setting
+            lacking[name] = _said(error)
+    return lacking
+
+
+def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) -> str:
+    """SAEBench's own file of results, as text."""
+    with _emptied(to / "scratch") as folder, (to / "saebench.log").open("a") as log:
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 what SAEBench draws from
+        torch.manual_seed(0)
+        torch.set_grad_enabled(True)
+        log.write(f"\n{benchmark}, {pair.name}, {pair.splice.hookpoint}\n")
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            benchmarks.take(benchmark, pair, options, folder)
+        results = list(folder.rglob("*_eval_results.json"))
+        if len(results) != 1:
+            raise RuntimeError(f"SAEBench gives no result, and says why in {log.name}")
+        return results[0].read_text()
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """The folder, empty before and gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _said(error: Exception) -> str:
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def main(arguments: list[str]) -> None:
+    """Does what the request says; without one, nothing."""
+    if not arguments:
+        return
+    request = json.loads(Path(arguments[0]).read_text())
+    if "run" in request:
+        evaluate(request)
+    else:
+        print(json.dumps(check(request)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
