@@ -70,7 +70,7 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     free, waiting = deque(places(runs, settings)), deque(packs)
     at_work: list[_AtWork] = []
     asked = handling((signal.SIGTERM, signal.SIGHUP), _stop_asked)
-    with asked, Watch([run.folder for run in runs]) as watch:
+    with _hearing_interrupts(), asked, Watch([run.folder for run in runs]) as watch:
         try:
             while waiting or at_work:
                 while waiting and free:
@@ -88,6 +88,25 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             say("stopping: what runs saves where it stands")
             _stop(at_work, settings.signal_delay_s, watch)
             raise
+
+
+@contextmanager
+def _hearing_interrupts() -> Iterator[None]:
+    """Inside the block, what is started hears Ctrl-C's signal, by which submitit stops it.
+
+    A script makes what it puts in the background deaf to it, and with that all that is started there. So
+    that the script's Ctrl-C still stops none of it, it is in a process group of its own from then on.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -44,6 +44,12 @@ _OVER = {
     "train_flops": "training FLOPs",
 }
 """What the curves are drawn over."""
+_DOWNSTREAM = {
+    Suite.tasks: ("What the models can do", drawn.tasks, "Bars: 1.96 standard errors."),
+    Suite.steering: ("How well latents steer", drawn.steering, "Bars: 95% intervals."),
+    Suite.saebench: ("SAEBench", drawn.saebench, "Of the plain model and of the adapted one."),
+}
+"""Suites of what a run is worth downstream: a heading, the figure, and what it says."""
 _MOST_MAPPED = 3
 """Factors that a heat map shows."""
 
@@ -172,6 +178,9 @@ class Report:
             heading = "Distance of the residual stream to the plain model's"
             note = "Dotted: before training. Bars: 90% intervals."
             views.append(View("distances", heading, drawn.distances(mechanism), note))
+        for suite, (heading, draw, note) in _DOWNSTREAM.items():
+            if results := found(suite):
+                views.append(View(suite.name, heading, draw(results), note))
         sweeps = dict.fromkeys(Path(path).parent for path in self.done["folder"])
         alike = [pair for sweep in sweeps for pair in pairs.read(sweep)][: similarity_figures.MOST_PAIRS]
         for number, pair in enumerate(alike, 1):

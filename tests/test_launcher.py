@@ -147,8 +147,10 @@ def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
     assert "going on with 2 together" in logs
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "the launcher alone is told"])
-def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, to_all: bool) -> None:
+@pytest.mark.parametrize("at_hand", [True, False], ids=["Ctrl-C", "in a script's background, killed"])
+def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, at_hand: bool) -> None:
+    """In the background of a script it is deaf to Ctrl-C."""
+    hears = signal.default_int_handler if at_hand else signal.SIG_IGN
     small = [*SMALL, "train.train_tokens=100000", f"output_dir={tmp_path}"]
     command = [sys.executable, "launch.py", *small, f"data.cache_dir={tmp_path}/cache"]
     process = subprocess.Popen(
@@ -156,13 +158,15 @@ def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, to_all: bool) -> N
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        # Started in the background, the tests themselves are deaf to it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, hears),
     )
     deadline = time.monotonic() + 120
     while not any(f.read_curve() for f in folders_in(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    if at_hand:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     assert process.wait(60) == 130
     (folder,) = folders_in(tmp_path)
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])

@@ -3,16 +3,20 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
+from sae_lora.evaluation.headlines import SHOWN_FIRST
 from sae_lora.figures import COLOURS, finished
 
 MOST_RUNS = len(COLOURS)
 """Runs that a figure can tell apart."""
 _BEFORE_AND_AFTER = {"spliced": "dot", "student": "solid"}
 """Cells that are drawn of each run, and how."""
+_CELLS = ["base", "spliced", "student", "adapted"]
+"""From left to right."""
 
 
 def loss_change(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
@@ -88,6 +92,101 @@ def distances(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         yaxis={"title": "L2 distance to the plain model", "rangemode": "tozero"},
     )
     return finished(drawn)
+
+
+class _Panel(NamedTuple):
+    """What is measured of several runs' cells, on one axis.
+
+    Args:
+        title: Of the axis.
+        runs: By run and cell a value, and how far it may be off, downwards and upwards.
+    """
+
+    title: str
+    runs: dict[str, dict[str, tuple[float, float, float]]]
+
+
+def tasks(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """What each model reaches in each task, with and without SAEs: its first metric.
+
+    Args:
+        results: Of the suite tasks, by the run's name.
+    """
+    panels: dict[str, _Panel] = {}
+    for name, found in results.items():
+        for task, scores in found["scores"].items():
+            metric = next(iter(scores["higher_is_better"]))
+            values = {
+                cell: (one["value"], 1.96 * (one["stderr"] or 0), 1.96 * (one["stderr"] or 0))
+                for cell, metrics in scores["cells"].items()
+                if (one := metrics.get(metric)) is not None
+            }
+            panels.setdefault(task, _Panel(f"{task}, {metric}", {})).runs[name] = values
+    return _by_cell(list(panels.values()))
+
+
+def steering(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """How well latents steer each model.
+
+    Args:
+        results: Of the suite steering, by the run's name.
+    """
+    panel = _Panel("difference (nats per token)", {})
+    for name, found in results.items():
+        effects = {cell: effect["difference"] for cell, effect in found["cells"].items()}
+        panel.runs[name] = {
+            cell: (one["value"], one["value"] - one["low"], one["high"] - one["value"])
+            for cell, one in effects.items()
+            if None not in one.values()
+        }
+    return _by_cell([panel])
+
+
+def saebench(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """What SAEs are worth to SAEBench before and after: of each benchmark the metric it shows first.
+
+    Args:
+        results: Of the suite saebench, by the run's name; of several SAEs the first is drawn.
+    """
+    panels: dict[str, _Panel] = {}
+    for name, found in results.items():
+        for benchmark, cells in next(iter(found["scores"].values()), {}).items():
+            metric = SHOWN_FIRST[benchmark]
+            values = {
+                cell: (metrics[metric], 0.0, 0.0) for cell, metrics in cells.items() if metric in metrics
+            }
+            title = f"{benchmark.replace('_', ' ')}, {metric.replace('_', ' ')}"
+            panels.setdefault(benchmark, _Panel(title, {})).runs[name] = values
+    return _by_cell(list(panels.values()))
+
+
+def _by_cell(panels: Sequence[_Panel]) -> go.Figure:
+    """Panels side by side and below each other, in each the cells from left to right, by run."""
+    across = min(2, len(panels)) or 1
+    down = math.ceil(len(panels) / across) or 1
+    drawn = make_subplots(down, across, horizontal_spacing=0.16, vertical_spacing=0.24 / down)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.runs))
+    for at, panel in enumerate(panels):
+        row, column = at // across + 1, at % across + 1
+        for name, cells in panel.runs.items():
+            values, below, above = zip(*cells.values(), strict=True) if cells else ((), (), ())
+            drawn.add_scatter(
+                x=list(cells),
+                y=list(values),
+                error_y={"array": list(above), "arrayminus": list(below), "thickness": 1},
+                mode="markers",
+                marker={"color": COLOURS[names.index(name) % MOST_RUNS], "size": 8},
+                name=name,
+                offsetgroup=name,
+                legendgroup=name,
+                showlegend=at == 0,
+                row=row,
+                col=column,
+            )
+        drawn.update_xaxes(categoryorder="array", categoryarray=_CELLS, row=row, col=column)
+        drawn.update_yaxes(title=panel.title, title_font={"size": 12}, row=row, col=column)
+    finished(drawn)
+    return drawn.update_layout(scattermode="group", scattergap=0.5, height=max(420, 300 * down))
 
 
 def _there(by_cell: Mapping[str, Any]) -> list[str]:

@@ -77,19 +77,19 @@ def _saebench(results: Results) -> dict[str, float | None]:
     for benchmarks in results["scores"].values():
         for benchmark, cells in benchmarks.items():
             for cell, metrics in cells.items():
-                if (value := metrics.get(_OF_BENCHMARK[benchmark])) is not None:
+                if (value := metrics.get(SHOWN_FIRST[benchmark])) is not None:
                     found.setdefault(f"{benchmark}, {cell}", []).append(value)
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
-_OF_BENCHMARK = {
+SHOWN_FIRST = {
     "core": "ce_loss_score",
     "sparse_probing": "sae_top_1_test_accuracy",
     "scr": "scr_metric_threshold_20",
     "tpp": "tpp_threshold_20_total_metric",
     "absorption": "mean_absorption_fraction_score",
 }
-"""The metric that SAEBench itself shows first."""
+"""Of each of SAEBench's benchmarks the metric that it shows first itself."""
 
 
 _OF: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
