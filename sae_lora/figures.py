@@ -162,6 +162,8 @@ def gap_closed_against(
     look = _Look(frame, others)
     figure = go.Figure()
     groups = group_of(frame, others)
+    numeric = [value for value in frame[factor] if isinstance(value, int | float)]
+    has_order = len(numeric) == len(frame)
     for group in dict.fromkeys(groups):
         means = _over_seeds(frame[groups == group], factor)
         has_seeds = any(margin is not None for margin in means["margin"])
@@ -169,7 +171,7 @@ def gap_closed_against(
             x=means["value"],
             y=means["mean"],
             error_y={"array": means["margin"], "thickness": 1.5} if has_seeds else None,
-            mode="lines+markers",
+            mode="lines+markers" if has_order else "markers",
             customdata=means["runs"],
             hovertemplate=f"{title(factor)} %{{x}}: %{{y:.1%}}<br>%{{customdata}} runs<extra></extra>",
             **look.of(group),
@@ -184,8 +186,7 @@ def gap_closed_against(
                 showlegend=False,
                 legendgroup=", ".join(group),
             )
-    numeric = [value for value in frame[factor] if isinstance(value, int | float)]
-    if len(numeric) < len(frame):
+    if not has_order:
         axis: dict[str, Any] = {"type": "category"}
     elif factor in _LOGARITHMIC and min(numeric, default=0) > 0:
         axis = {"type": "log"} | _ticks(numeric)
@@ -193,7 +194,7 @@ def gap_closed_against(
         axis = _ticks(numeric)
     figure.update_layout(
         xaxis={"title": title(factor)} | axis,
-        yaxis={"title": _CLOSED, "tickformat": ".0%"},
+        yaxis={"title": _CLOSED, "tickformat": ".2~%"},
     )
     look.explain(figure)
     return finished(figure)
@@ -230,7 +231,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     figure.update_yaxes(type="category")
     figure.update_layout(
         yaxis={"title": title(down)},
-        coloraxis={"colorscale": "Cividis", "colorbar": {"title": _CLOSED, "tickformat": ".0%"}},
+        coloraxis={"colorscale": "Cividis", "colorbar": {"title": _CLOSED, "tickformat": ".2~%"}},
     )
     return finished(figure)
 
@@ -267,7 +268,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
         kind: dict[str, Any] = {"type": "log"} if spread else {"rangemode": "tozero"}
         figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
-    figure.update_layout(yaxis={"title": _CLOSED, "tickformat": ".0%"})
+    figure.update_layout(yaxis={"title": _CLOSED, "tickformat": ".2~%"})
     look.explain(figure)
     return finished(figure)
 

@@ -157,10 +157,12 @@ class Report:
 
     def _evaluated(self) -> list[View]:
         """Figures of what suites have found of the runs, as far as they are few enough to tell apart."""
-        groups = group_of(self.done, self.varying)
-        named = dict(
-            zip((", ".join(group) or "run" for group in groups), self.done["folder"], strict=True)
-        )
+        names = [", ".join(group) or "run" for group in group_of(self.done, self.varying)]
+        runs = zip(names, self.done["seed"], self.done["folder"], strict=True)
+        named = {
+            name if names.count(name) == 1 else f"{name}, seed {seed}": folder
+            for name, seed, folder in runs
+        }
 
         def found(suite: Suite) -> dict[str, Any]:
             there = {name: record.read(RunFolder(Path(path)), suite) for name, path in named.items()}

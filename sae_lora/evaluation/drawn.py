@@ -80,11 +80,10 @@ def distances(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
             drawn.add_scatter(
                 x=list(range(len(moved))),
                 y=[one["value"] for one in moved],
-                error_y={
-                    "array": [one["high"] - one["value"] for one in moved],
-                    "arrayminus": [one["value"] - one["low"] for one in moved],
-                    "thickness": 1,
-                },
+                error_y=_bars(
+                    [one["value"] - one["low"] for one in moved],
+                    [one["high"] - one["value"] for one in moved],
+                ),
                 **_line(number, name, cell),
             )
     drawn.update_layout(
@@ -173,7 +172,7 @@ def _by_cell(panels: Sequence[_Panel]) -> go.Figure:
             drawn.add_scatter(
                 x=list(cells),
                 y=list(values),
-                error_y={"array": list(above), "arrayminus": list(below), "thickness": 1},
+                error_y=_bars(below, above) if any(above) else None,
                 mode="markers",
                 marker={"color": COLOURS[names.index(name) % MOST_RUNS], "size": 8},
                 name=name,
@@ -187,6 +186,10 @@ def _by_cell(panels: Sequence[_Panel]) -> go.Figure:
         drawn.update_yaxes(title=panel.title, title_font={"size": 12}, row=row, col=column)
     finished(drawn)
     return drawn.update_layout(scattermode="group", scattergap=0.5, height=max(420, 300 * down))
+
+
+def _bars(below: Sequence[float], above: Sequence[float]) -> dict[str, Any]:
+    return {"array": list(above), "arrayminus": list(below), "thickness": 1}
 
 
 def _there(by_cell: Mapping[str, Any]) -> list[str]:
