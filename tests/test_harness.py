@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import datasets
 import lm_eval.evaluator
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -30,6 +34,7 @@ from sae_lora.evaluation.tasks.__main__ import make
 from sae_lora.evaluation.tasks.reading import rows
 from sae_lora.records import RunFolder
 from sae_lora.saes.loading import IdentitySAE
+from tests.hub import Hub, serving
 from tests.points import points_in, run_here
 
 pytestmark = pytest.mark.slow  # many seconds in all
@@ -351,3 +356,84 @@ def test_rows_are_cut_the_same_each_time(tmp_path: Path) -> None:
             is_choice = task == "tiny_continuation"
             end = f" {row['choices'][row['answer']]}" if is_choice else row["answer"]
             assert row["text"] + end in texts[row["document"]]
+
+
+def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path) -> None:
+    """As they lie on the hub, some documents of each: the harness's own tasks read and score them."""
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(folder.path, copy.path, ignore=shutil.ignore_patterns("evaluation"))
+    tasks = "hellaswag,truthfulqa_mc2,mmlu_anatomy"
+    command = ["evaluate", str(copy.path), "--suite", "tasks", "--set", f"tasks=[{tasks}]"]
+    asked = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sae_lora",
+            "evaluate",
+            str(copy.path),
+            "--suite",
+            "tasks",
+            "--set",
+            tasks,
+        ],
+        env=os.environ
+        | {"HF_HOME": str(published.root / "home"), "HF_HUB_OFFLINE": str(int(not reached))}
+        | {"HF_ENDPOINT": published.address if reached else "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode == 0, asked.stderr
+    kept = record.read(copy, Suite.tasks)
+    assert kept is not None
+    scores = kept.results["scores"]
+    assert {name: task["documents"] for name, task in scores.items()} == dict.fromkeys(scores, 3)
+    assert list(scores) == tasks.split(",")
+    for task in scores.values():
+        assert set(task["cells"]) == set(Cell)
+        assert all(0 <= cell["acc"]["value"] <= 1 for cell in task["cells"].values())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with the beginnings of three data sets, in their published layouts."""
+    root = tmp_path_factory.mktemp("hub")
+    sets = root / "datasets"
+    for split in ("train", "validation"):
+        _write(sets / f"Rowan/hellaswag/data/{split}-00000-of-00001.parquet", [HELLASWAG] * 3)
+    questions = sets / "truthfulqa/truthful_qa"
+    _write(questions / "multiple_choice/validation-00000-of-00001.parquet", [TRUTHFULQA] * 3)
+    _describe(questions, "multiple_choice", "validation")
+    subjects = sets / "cais/mmlu"
+    for split in ("test", "dev"):
+        _write(subjects / f"anatomy/{split}-00000-of-00001.parquet", [MMLU] * 3)
+    _describe(subjects, "anatomy", "test", "dev")
+    with serving(root) as hub:
+        yield hub
+
+
+HELLASWAG = {
+    "activity_label": "Sorting",
+    "ctx_a": "A list is read.",
+    "ctx_b": "it",
+    "ctx": "A list is read. it",
+    "endings": ["is sorted.", "is a tree [title] of names.", "sings.", "is lost."],
+    "label": "0",
+}
+TRUTHFULQA = {
+    "question": "What does len return?",
+    "mc1_targets": {"choices": ["a number", "a list"], "labels": [1, 0]},
+    "mc2_targets": {"choices": ["a number", "an int", "a list"], "labels": [1, 1, 0]},
+}
+MMLU = {"question": "Which is a bone?", "choices": ["femur", "list", "tuple", "dict"], "answer": 0}
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def _describe(repository: Path, config: str, *splits: str) -> None:
+    files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+    about = {"configs": [{"config_name": config, "data_files": files}]}
+    (repository / "README.md").write_text(f"---\n{yaml.dump(about)}---\n")
