@@ -19,6 +19,9 @@ from sae_lora.tables import comparison_table
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import status_table, statuses_of
 
+_ALL = {"all": ["core", "mechanism", "lora", "downstream"]}
+"""A word for every suite."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and does what it says; returns the exit code."""
@@ -69,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     evaluate.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
     evaluate.add_argument(
-        "--suite", nargs="+", choices=[*(suite.name for suite in Suite), "all"], default=["core"]
+        "--suite", nargs="+", choices=[*(suite.name for suite in Suite), *_ALL], default=["core"]
     )
     evaluate.add_argument("--again", action="store_true", help="also what was measured before")
     evaluate.add_argument("--device", help="auto, cpu or cuda; by default the run's own")
@@ -134,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "report":
                 write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
             case "evaluate":
-                suites = list(Suite) if "all" in chosen.suite else [Suite[one] for one in chosen.suite]
+                suites = [Suite[one] for name in chosen.suite for one in _ALL.get(name, [name])]
                 return measure(runs_of(chosen.sweep), suites, chosen)
             case "setup":
                 from sae_lora.evaluation.saebench import environment
