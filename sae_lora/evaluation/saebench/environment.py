@@ -20,7 +20,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from sae_lora.errors import UserError
-from sae_lora.files import write_atomically
+from sae_lora.files import check_writable, write_atomically
 from sae_lora.terminal import say
 
 VERSION = "0.6.0"
@@ -64,9 +64,10 @@ def make() -> Path:
         Its folder.
 
     Raises:
-        UserError: Where packages cannot be fetched or do not work together.
+        UserError: Where there is no room, or packages cannot be fetched or do not work together.
     """
     folder = _folder()
+    check_writable(folder.parent, "XDG_CACHE_HOME")
     log = folder / "setup.log"
     say(f"SAEBench {VERSION} in {folder}, on top of {sys.prefix}")
     shutil.rmtree(folder, ignore_errors=True)
