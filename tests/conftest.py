@@ -14,7 +14,15 @@ import pytest
 from tests.families import FAMILIES, small_model
 
 LONGEST = [
-    *("test_slurm", "test_launcher", "test_hub", "test_workers", "test_attempts", "test_embedded"),
+    *(
+        "test_slurm",
+        "test_saebench",
+        "test_launcher",
+        "test_hub",
+        "test_workers",
+        "test_attempts",
+        "test_embedded",
+    ),
     *("test_tracking", "test_benchmark", "test_export", "test_cli", "test_methods", "test_waiting"),
     *("test_layer_groups", "test_report", "test_estimate", "test_sae_descent", "test_learning"),
     *("test_paper", "test_core", "test_harness", "test_steering", "test_generation"),

@@ -48,10 +48,17 @@ def summary_in(home: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def summaries_in(home: Path) -> list[dict]:
+    """Of several, that of the block's output first."""
+    found = [json.loads(path.read_text()) for path in home.glob("outputs/main/*/summary.json")]
+    return sorted(found, key=lambda one: "mlp" in one["name"])
+
+
 def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    finished = launch_from(hub.address, tmp_path, *GEMMA, *SMALL)
+    two = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
+    finished = launch_from(hub.address, tmp_path, *two)
     assert finished.returncode == 0, finished.stderr
-    summary = summary_in(tmp_path)
+    summary, of_mlp = summaries_in(tmp_path)
     (sae,) = summary["sae"]
     assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
     assert (sae["width"], sae["block"], sae["stated_l0"]) == (GEMMA_WIDTH, 12, 82)
@@ -65,19 +72,13 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     again = launch_from("http://127.0.0.1:9", tmp_path, *both, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 2 done before" in again.stdout
-    assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 2
-
-
-def test_gemma_scope_of_an_mlp_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    """Where its own metadata says; asked for elsewhere it is refused before anything runs."""
-    finished = launch_from(hub.address, tmp_path, *GEMMA, *SMALL, "layer.hook=mlp_out")
-    assert finished.returncode == 0, finished.stderr
-    summary = summary_in(tmp_path)
-    (sae,) = summary["sae"]
+    assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
+    # An MLP's sits where its own metadata says; asked for elsewhere it is refused before anything runs.
+    (sae,) = of_mlp["sae"]
     assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108")
     assert (sae["hookpoint"], sae["block"]) == ("blocks.12.hook_mlp_out", 12)
-    assert "l12mlp_out" in summary["name"]
-    assert summary["initial_gap"] != 0
+    assert "l12mlp_out" in of_mlp["name"]
+    assert of_mlp["initial_gap"] != 0
     named = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
     refused = launch_from(
         hub.address, tmp_path, "model=gemma2_2b", *named, *SMALL, "data=pile", "sweep=guessed"
