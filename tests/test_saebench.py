@@ -105,7 +105,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Point:
     shutil.copytree(MODEL, home / "model")
     draw = random.Random(0)
     letters = string.ascii_lowercase
-    words = sorted({one + "".join(draw.sample(letters, 4)) for one in letters for _ in range(40)})
+    words = sorted({one + "".join(draw.sample(letters, 4)) for one in letters for _ in range(12)})
     phrases = " ".join(_bio(draw, name, who) for name in PROFESSIONS.values() for who in ("he", "she"))
     known = [*phrases.split(), *"has the first letter: york leeds bath derby ely".split()]
     every = dict.fromkeys(["<|bos|>", "<|eos|>", "?", *letters.upper(), *known, *words])
