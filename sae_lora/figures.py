@@ -32,7 +32,7 @@ _AXES = {
 }
 """What stands at an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
-_CLOSED = "CE gap closed"
+_CLOSED_AXIS = {"title": "CE gap closed", "tickformat": ".2~%"}
 _GAP = "CE gap (nats per token)"
 _LOGARITHMIC = {"rank", "width", "l0", "tokens", "train_flops", "trainable_parameters"}
 
@@ -194,7 +194,7 @@ def gap_closed_against(
         axis = _ticks(numeric)
     figure.update_layout(
         xaxis={"title": title(factor)} | axis,
-        yaxis={"title": _CLOSED, "tickformat": ".2~%"},
+        yaxis=_CLOSED_AXIS,
     )
     look.explain(figure)
     return finished(figure)
@@ -231,7 +231,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     figure.update_yaxes(type="category")
     figure.update_layout(
         yaxis={"title": title(down)},
-        coloraxis={"colorscale": "Cividis", "colorbar": {"title": _CLOSED, "tickformat": ".2~%"}},
+        coloraxis={"colorscale": "Cividis", "colorbar": _CLOSED_AXIS},
     )
     return finished(figure)
 
@@ -268,7 +268,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
         kind: dict[str, Any] = {"type": "log"} if spread else {"rangemode": "tozero"}
         figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
-    figure.update_layout(yaxis={"title": _CLOSED, "tickformat": ".2~%"})
+    figure.update_layout(yaxis=_CLOSED_AXIS)
     look.explain(figure)
     return finished(figure)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lora.evaluation.headlines import SHOWN_FIRST
+from sae_lora.evaluation.headlines import SHOWN_FIRST, first_metric
 from sae_lora.figures import COLOURS, finished
 
 MOST_RUNS = len(COLOURS)
@@ -114,7 +114,7 @@ def tasks(results: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     panels: dict[str, _Panel] = {}
     for name, found in results.items():
         for task, scores in found["scores"].items():
-            metric = next(iter(scores["higher_is_better"]))
+            metric = first_metric(scores)
             values = {
                 cell: (one["value"], 1.96 * (one["stderr"] or 0), 1.96 * (one["stderr"] or 0))
                 for cell, metrics in scores["cells"].items()

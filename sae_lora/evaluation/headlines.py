@@ -26,6 +26,15 @@ def headlines(folder: RunFolder) -> dict[str, float]:
     return found
 
 
+def first_metric(task: Mapping[str, Any]) -> str:
+    """The metric of a task that stands for it: the first that the task names.
+
+    Args:
+        task: `TaskScores`, as its record holds them.
+    """
+    return next(iter(task["higher_is_better"]))
+
+
 def _core(results: Results) -> dict[str, float | None]:
     after = [read["after"] for read in results["saes"].values()]
     return {
@@ -61,7 +70,7 @@ def _lora(results: Results) -> dict[str, float | None]:
 def _tasks(results: Results) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, task in results["scores"].items():
-        metric = next(iter(task["higher_is_better"]))
+        metric = first_metric(task)
         for cell, scores in task["cells"].items():
             found[f"{name} {metric}, {cell}"] = scores[metric]["value"] if metric in scores else None
     return found

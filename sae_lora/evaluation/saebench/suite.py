@@ -54,8 +54,7 @@ def check(config: EvaluationConfig) -> None:
     """
     if not config.saebench:
         raise ConfigError("evaluation.saebench", [], "at least one benchmark", list(BENCHMARKS[:1]))
-    python = environment.python(config.saebench_python)
-    lacking = _lacking(python, _request(config))
+    _, lacking = _asked(config)
     if len(lacking) == len(config.saebench):
         raise UserError("\n".join(f"{name}: {why}" for name, why in lacking.items()))
     for name, why in lacking.items():
@@ -73,9 +72,8 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
         config: Which benchmarks, and their settings.
 
     Raises:
-        UserError: As `check` does; or for SAEs that are not SAELens's alone.
+        UserError: Where there is no environment with SAEBench; or for SAEs that are not SAELens's alone.
     """
-    check(config)
     for splice in subject.after:
         if isinstance(splice.sae, AdaptedCoder | IdentitySAE):
             raise UserError(
@@ -83,8 +81,7 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
                 f"{splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
-    python = environment.python(config.saebench_python)
-    lacking = _lacking(python, _request(config))
+    python, lacking = _asked(config)
     _begin(subject, folder, config)
     say(f"  SAEBench, which says more in {folder / 'saebench.log'}")
     request = {
@@ -99,8 +96,12 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
     return SAEBench(environment.VERSION, _scores(folder), lacking | failed)
 
 
-def _request(config: EvaluationConfig) -> str:
-    return json.dumps({"benchmarks": config.saebench, "options": _options(config)})
+def _asked(config: EvaluationConfig) -> tuple[Path, dict[str, str]]:
+    """The Python that has SAEBench, and what stands against the benchmarks, by name."""
+    python = environment.python(config.saebench_python)
+    return python, _lacking(
+        python, json.dumps({"benchmarks": config.saebench, "options": _options(config)})
+    )
 
 
 def _options(config: EvaluationConfig) -> dict[str, Any]:
