@@ -14,6 +14,7 @@ from sae_lora.files import as_json, write_atomically
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, counts, standings
+from sae_lora.start import quick_imports
 from sae_lora.sweep import load_sweep, runs_of
 from sae_lora.tables import comparison_table
 from sae_lora.terminal import complain, say, show
@@ -144,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
 
                 say(f"ready: {environment.make()}")
             case "export":
-                from sae_lora.export import export as export_run  # brings torch in
+                with quick_imports():
+                    from sae_lora.export import export as export_run  # brings torch in
 
                 say(f"exported: {export_run(chosen.run, chosen.to, merge=chosen.merge)}")
             case "push":
@@ -156,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
                     )
                 )
             case "sync":
-                from sae_lora.upload import upload  # brings torch in
+                with quick_imports():
+                    from sae_lora.upload import upload  # brings torch in
 
                 show(upload(runs_of(chosen.sweep)))
             case "dashboard":
@@ -165,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
                 make = workspace.specification if chosen.dry_run else workspace.save
                 say(make(runs_of(chosen.sweep)))
             case "benchmark":
-                from sae_lora.benchmark import compare, shapes  # brings torch in
+                with quick_imports():
+                    from sae_lora.benchmark import compare, shapes  # brings torch in
 
                 styles = [shapes.Style[name] for name in chosen.style]
                 show(
@@ -306,7 +310,8 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
     Raises:
         UserError: Where no run is finished.
     """
-    from sae_lora.evaluation import suites  # brings torch in
+    with quick_imports():
+        from sae_lora.evaluation import suites  # brings torch in
 
     done = [folder for folder in folders if folder.is_finished]
     if not done:

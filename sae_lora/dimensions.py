@@ -14,6 +14,7 @@ from sae_lora.choices import Hook
 from sae_lora.config import ModelConfig, SAEChoice
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
 from sae_lora.errors import ConfigError, UserError
+from sae_lora.start import quick_imports
 
 EMBEDDED_NAME = "tiny"
 
@@ -76,7 +77,8 @@ def _config_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def _through_transformers(config: ModelConfig) -> dict[str, Any]:
-    from transformers import AutoConfig  # brings torch in
+    with quick_imports():
+        from transformers import AutoConfig  # brings torch in
 
     text = AutoConfig.from_pretrained(
         source(config), revision=config.pinned_revision, trust_remote_code=False

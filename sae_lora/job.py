@@ -119,7 +119,7 @@ class Job:
         if not left:
             return
         with left[0].log.open("ab") as log:
-            self._child = self._begun(log, "sae_lora.evaluation", left)
+            self._child = self._begun(log, "sae_lora.evaluation.__main__", left)
             try:
                 self._child.wait()
             except KeyboardInterrupt:
@@ -130,8 +130,9 @@ class Job:
         self, log: IO[bytes], module: str, folders: Sequence[RunFolder], *options: str
     ) -> subprocess.Popen[bytes]:
         """A child process that does what a module does with these runs, and prints into a log."""
+        paths = [str(folder.path) for folder in folders]
         return subprocess.Popen(
-            [sys.executable, "-m", module, *options, *(str(folder.path) for folder in folders)],
+            [sys.executable, "-m", "sae_lora.start", module, *options, *paths],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | self._environment,
@@ -142,7 +143,9 @@ class Job:
         part = self._parts[0]
         parts = [_Part(half, part.furthest_step) for half in halves(part.unsettled)]
         for one in parts:
-            note = f"with others: {why}; going on with {len(one.folders)} together\n"
+            number = len(one.folders)
+            company = f"with {number} together" if number > 1 else "alone"
+            note = f"with others: {why}; going on {company}\n"
             with one.folders[0].log.open("a") as log:
                 log.write(note)
         self._parts[:1] = parts

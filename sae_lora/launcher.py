@@ -20,6 +20,7 @@ from sae_lora.lease import HeldError, held
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
 from sae_lora.standing import Standing, State, counts, standings
+from sae_lora.start import quick_imports
 from sae_lora.tables import comparison_table, run_table
 from sae_lora.terminal import complain, say, show
 
@@ -119,7 +120,8 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
 
     A name on the hub is taken to stand for what it stood for when a run was begun.
     """
-    from sae_lora.estimate import estimate  # brings torch in
+    with quick_imports():
+        from sae_lora.estimate import estimate  # brings torch in
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "state", "SAE"):
@@ -190,7 +192,8 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
     found = [run for run, standing in zip(planned.runs, before, strict=True) if standing.state in wanted]
     if not found:
         return []
-    from sae_lora.prefetch import prefetched  # brings torch in
+    with quick_imports():
+        from sae_lora.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in found])
     # That may have taken an hour, in which another launch's runs have gone on.
@@ -236,8 +239,9 @@ def run_now(point: Config) -> float:
     Raises:
         UserError: Where the point cannot work.
     """
-    from sae_lora.member import Claim, write_failure
-    from sae_lora.run import execute
+    with quick_imports():
+        from sae_lora.member import Claim, write_failure
+        from sae_lora.run import execute
 
     (run,) = plan([point]).runs
     if not run.folder.is_finished:

@@ -12,6 +12,7 @@ from sae_lora.conversion import as_dict
 from sae_lora.dimensions import Dimensions
 from sae_lora.errors import ConfigError
 from sae_lora.files import as_json, write_atomically
+from sae_lora.start import quick_imports
 from sae_lora.terminal import Display
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
     if layer.n_groups is not None and layer.n_groups > most:
         allowed = f"groups from 1 to {most}, the blocks of {config.model.name} without the last"
         raise ConfigError("layer.n_groups", layer.n_groups, allowed, nearest=most)
-    import torch
+    with quick_imports():
+        import torch
 
-    from sae_lora import grouping  # brings torch in
+        from sae_lora import grouping  # brings torch in
 
     distances = torch.tensor(known.of(config), dtype=torch.float64)
     found = grouping.group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)

@@ -11,6 +11,7 @@ from sae_lora.config import LauncherConfig
 from sae_lora.identity import pack_key
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
+from sae_lora.start import quick_imports
 
 _MOST = 8
 """Runs in a pack of `launcher.pack=auto`. What more of them would still save is little."""
@@ -55,7 +56,8 @@ def _most_together(settings: LauncherConfig) -> int:
 
 
 def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
-    from sae_lora.estimate import first_own_block  # brings torch in
+    with quick_imports():
+        from sae_lora.estimate import first_own_block  # brings torch in
 
     def what_is_shared(run: Run) -> tuple[str, int]:
         return repr(run.config.sae.used), first_own_block(run.config)
@@ -79,7 +81,8 @@ def _equal_parts(runs: Pack, number: int) -> list[Pack]:
 
 
 def _fits(pack: Pack, settings: LauncherConfig) -> bool:
-    from sae_lora.estimate import estimate  # brings torch in
+    with quick_imports():
+        from sae_lora.estimate import estimate  # brings torch in
 
     needed = estimate([run.config for run in pack]).peak_bytes
     return needed <= _FILLED * _room(pack, settings)

@@ -9,12 +9,17 @@ os.environ["WANDB_MODE"] = "offline"
 # Test processes share the cores: with more threads than those, torch's wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.cluster import Cluster, running
 from tests.families import FAMILIES, small_model
+from tests.submission import jobs, until
 
 LONGEST = [
     *(
+        "test_slurm_interruptions",
         "test_slurm",
         "test_saebench",
         "test_launcher",
@@ -49,3 +54,21 @@ def family(request: pytest.FixtureRequest) -> str:
 def model(family: str):
     """A small random model of each family in turn."""
     return small_model(family)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A SLURM of the module's own."""
+    with running() as started:
+        yield started
+
+
+@pytest.fixture
+def empty_queue(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SLURM's commands talk to the cluster, and what the test leaves there is cancelled at its end."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield
+    cluster.command("scancel", "--signal=KILL", "--full", *jobs(cluster), check=False)
+    cluster.command("scancel", *jobs(cluster), check=False)
+    until(lambda: not jobs(cluster), "the queue is empty")

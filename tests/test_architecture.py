@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sae_lora"
 ORDER = [
     *(
-        "errors",
+        *("errors", "start"),
         "redaction",
         "choices",
         "evaluation_config",

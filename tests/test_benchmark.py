@@ -1,6 +1,7 @@
 """The benchmark counts what there is to count, and its command writes the record that it shows."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def test_the_command(
     monkeypatch.setattr(compare, "SIZES", (1,))
     for shape in ("SMALL", "WIDE"):
         monkeypatch.setattr(compare, shape, TINY)
+    little = partial(compare.head_memory, tokens=64, d_vocab=4096, d_model=32)
+    monkeypatch.setattr(compare, "head_memory", little)
     record = tmp_path / "here" / "record.json"
     assert main([*"benchmark --style llama --context 32 --rounds 1 --to".split(), str(record)]) == 0
     printed = capsys.readouterr().out

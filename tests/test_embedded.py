@@ -91,7 +91,7 @@ def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     monkeypatch.setattr(recipe, "requests", lambda: requests)
 
-    monkeypatch.setattr(recipe, "stdlib_documents", lambda **which: stdlib_documents(**which)[::10])
+    monkeypatch.setattr(recipe, "stdlib_documents", lambda **which: stdlib_documents(**which)[::40])
     budget = language_model.Budget(tokens=8192)
     sae_budget = recipe.SAEBudget(tokens=4096, batch_tokens=512, buffer_tokens=2048)
 

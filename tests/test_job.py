@@ -1,6 +1,7 @@
 """A job: its runs end each for itself, and it can be stopped and go on."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_lora import start
 from sae_lora.job import Job, RunFailedError, how_it_ended
 from sae_lora.records import Progress, RunFolder
 
@@ -58,6 +60,8 @@ def runs_are_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "stand_in/sae_lora"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
+    shutil.copy(start.__file__, package)
+    # What is started is a script, which ends its process as it is imported.
     (package / "run.py").write_text(RUN)
 
 

@@ -125,11 +125,11 @@ def test_packed_or_not_the_runs_are_the_same(point: Point, tmp_path: Path) -> No
 
 
 def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
-    """For real: a process may hold enough for two of the runs, and not for four."""
-    small = [*SMALL, "lora.blocks=all", "train.batch_size=32", "train.train_tokens=4096"]
+    """For real: a process may hold 4 GB, where one of the runs needs 3.3 and two of them 4.8."""
+    small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
     here = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
-    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(4)", *here]
-    limit = 3_200_000_000
+    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(2)", *here]
+    limit = 4_000_000_000
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -139,12 +139,12 @@ def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     folders = folders_in(tmp_path)
-    assert len(folders) == 4
+    assert len(folders) == 2
     assert not any(folder.has_failed for folder in folders)
-    assert all(folder.read_summary()["trained_together"] in (1, 2) for folder in folders)
+    assert all(folder.read_summary()["trained_together"] == 1 for folder in folders)
     logs = "".join(folder.log.read_text() for folder in folders)
     assert "can't allocate memory" in logs
-    assert "going on with 2 together" in logs
+    assert "going on alone" in logs
 
 
 @pytest.mark.parametrize("at_hand", [True, False], ids=["Ctrl-C", "in a script's background, killed"])

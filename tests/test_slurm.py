@@ -1,95 +1,38 @@
-"""The launcher on a real SLURM: array jobs, preemption, time limits, dead nodes, cancellation."""
+"""The launcher on a real SLURM: array jobs, packs, failures, cancellation."""
 
-import contextlib
 import getpass
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sae_lora.__main__ import main
 from sae_lora.conversion import load
 from sae_lora.lease import holder
-from sae_lora.records import RunFolder
 from sae_lora.standing import State, standings
 from tests.attempts import results
-from tests.cluster import Cluster, missing_programs, running
+from tests.cluster import Cluster
 from tests.commands import REPOSITORY, launch
 from tests.hub import COMMIT, serving
 from tests.points import SMALL, folders_in
 from tests.repositories import write_all
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing_programs()), reason=f"SLURM is not installed: {missing_programs()}"),
-]
-
-LONG = ("train.train_tokens=60000", "train.eval_every_tokens=20000", "train.checkpoint_every_steps=10")
-ON_CLUSTER = (
-    "launcher=slurm",
-    "launcher.timeout_min=30",
-    "launcher.gpus_per_node=0",
-    "launcher.cpus_per_task=1",
+from tests.submission import (
+    LONG,
+    NEEDS_SLURM,
+    ON_CLUSTER,
+    go_on,
+    halt,
+    jobs,
+    occupy,
+    submitted,
+    the_run,
+    until,
 )
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with running() as started:
-        yield started
-
-
-@pytest.fixture(autouse=True)
-def empty_queue(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    yield
-    cluster.command("scancel", "--signal=KILL", "--full", *jobs(cluster), check=False)
-    cluster.command("scancel", *jobs(cluster), check=False)
-    until(lambda: not jobs(cluster), "the queue is empty")
-
-
-def jobs(cluster: Cluster) -> list[str]:
-    return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
-
-
-def occupy(cluster: Cluster, seconds: int) -> None:
-    """A job of higher rank takes both nodes."""
-    whole = "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"
-    cluster.command("sbatch", *whole, f"--wrap=sleep {seconds}")
-
-
-def until(there: Callable[[], object], what: str, limit_s: float = 180) -> None:
-    deadline = time.monotonic() + limit_s
-    while not there():
-        assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
-        time.sleep(0.2)
-
-
-def submitted(
-    home: Path, *arguments: str, **environment: str | None
-) -> subprocess.CompletedProcess[str]:
-    options = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if argument not in options]
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides, **environment)
-
-
-def the_run(home: Path) -> RunFolder:
-    (folder,) = folders_in(home)
-    return folder
-
-
-def at_step(folder: RunFolder, step: int) -> bool:
-    progress = folder.read_progress()
-    return progress is not None and progress.step >= step
+pytestmark = NEEDS_SLURM
 
 
 def ended(cluster: Cluster, job: str) -> str:
@@ -100,15 +43,6 @@ def ended(cluster: Cluster, job: str) -> str:
     state = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job]
     until(lambda: cluster.command(*state) not in ("", "RUNNING", "PENDING"), f"{job} is in the accounts")
     return cluster.command(*state)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the long run finds on this machine when nothing befalls it."""
-    home = tmp_path_factory.mktemp("uninterrupted")
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache", "launcher.cpus_per_task=1"
-    assert launch(*SMALL, *LONG, *here).returncode == 0
-    return results(the_run(home))
 
 
 def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
@@ -122,8 +56,7 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path:
     assert len(set(ids)) == 2  # packs of 2
     assert len({job.split("_")[0] for job in ids}) == 2  # in arrays of one
     places = f"output_dir={here}", f"data.cache_dir={there}/cache"
-    cores = "launcher.cpus_per_task=1", "launcher.max_parallel=2", "launcher.pack=off"
-    assert launch("-m", *SMALL, *points[1:], *places, *cores).returncode == 0
+    assert launch("-m", *SMALL, *points[1:], *places, "launcher.cpus_per_task=1").returncode == 0
     until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
     assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
     for one, other in zip(folders_in(there), folders_in(here), strict=True):
@@ -158,90 +91,6 @@ def test_what_begins_with_another_is_submitted_once_that_is_done(
     ]
 
 
-def test_preempted_it_goes_on_and_ends_the_same(
-    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
-) -> None:
-    """The run, and another that trains with it."""
-    two = "-m", "lora.rank=2,4", "launcher.partition=low"
-    assert submitted(tmp_path, *LONG, *two).returncode == 0
-    folders = folders_in(tmp_path)
-    until(lambda: all(at_step(one, 15) for one in folders), "the runs are at work")
-    occupy(cluster, 3)
-    queued = [State.queued, State.queued]
-    until(lambda: [one.state for one in standings(folders)] == queued, "the runs wait again")
-    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the runs")
-    assert [one.failure_message for one in folders] == [None, None]
-    (folder,) = [one for one in folders if load(one.config.read_text()).lora.rank == 2]
-    assert sum(one.log.read_text().count("going on from step") for one in folders) == 2
-    assert results(folder) == uninterrupted
-
-
-def test_preempted_with_sigterm_alone_it_goes_on(
-    tmp_path: Path, uninterrupted: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As SLURM does by default. The run has saved long before its time of grace is over."""
-    with running(signal_on_preemption=False, grace_s=15) as other:
-        for name, value in other.environment.items():
-            monkeypatch.setenv(name, value)
-        assert submitted(tmp_path, *LONG, "launcher.signal_delay_s=5").returncode == 0
-        folder = the_run(tmp_path)
-        until(lambda: at_step(folder, 15), "the run is at work")
-        occupy(other, 3)
-        until(lambda: folder.is_finished or folder.has_failed, "the run")
-    assert folder.is_finished, folder.failure_message
-    assert "going on from step" in folder.log.read_text()
-    assert results(folder) == uninterrupted
-
-
-def test_a_time_limit_is_survived(
-    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
-) -> None:
-    limits = "launcher.timeout_min=1", "launcher.signal_delay_s=45"
-    assert submitted(tmp_path, *LONG, *limits).returncode == 0
-    folder = the_run(tmp_path)
-    until(lambda: at_step(folder, 15), "the run is at work")
-    at_work = holder(folder.path)
-    assert at_work is not None
-    os.kill(at_work.pid, signal.SIGSTOP)  # SLURM's clock ticks in minutes, and the run is quicker
-    until(lambda: is_pending(signal.SIGUSR2, at_work.pid), "the warning")
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(at_work.pid, signal.SIGCONT)
-    until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
-    assert folder.is_finished, folder.failure_message
-    assert "going on from step" in folder.log.read_text()
-    assert results(folder) == uninterrupted
-
-
-def is_pending(number: signal.Signals, pid: int) -> bool:
-    """Whether the signal has been sent to the stopped process, or whatever stopped it has let it go."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return True
-    (pending,) = [line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd")]
-    return bool(int(pending, 16) >> (number - 1) & 1)
-
-
-def test_a_dead_node_costs_what_came_after_the_checkpoint(
-    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, object]
-) -> None:
-    assert submitted(tmp_path, *LONG).returncode == 0
-    folder = the_run(tmp_path)
-    until(lambda: at_step(folder, 25), "the run is at work")
-    node = cluster.command("squeue", "--noheader", "--format=%N")
-    reached = folder.read_progress()
-    assert reached is not None
-    cluster.kill_node(node)
-    try:
-        until(lambda: folder.is_finished or folder.has_failed, "the run", 300)
-    finally:
-        cluster.start_node(node)
-    assert folder.is_finished, folder.failure_message
-    (line,) = [line for line in folder.log.read_text().splitlines() if "going on from step" in line]
-    assert int(line.split()[4]) >= reached.step - 10
-    assert results(folder) == uninterrupted
-
-
 def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
     apart = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
     assert submitted(tmp_path, "-m", "lora.rank=1,2", *apart).returncode == 0
@@ -249,39 +98,6 @@ def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
     until(lambda: all(one.is_finished for one in folders), "the sweep")
     gpus = {one.read_summary()["environment"]["visible_gpus"] for one in folders}
     assert gpus == {"0", "1"}
-
-
-def test_nodes_share_the_batches_of_a_pack(
-    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, Any]
-) -> None:
-    """Four processes on two nodes find what one does; stopped, they go on."""
-    two = "launcher.nodes=2", "launcher.processes_per_node=2"
-    assert submitted(tmp_path / "two", *LONG, *two).returncode == 0
-    folder = the_run(tmp_path / "two")
-    until(lambda: at_step(folder, 25), "the run is at work")
-    assert len(cluster.command("squeue", "--noheader", "--steps", "--format=%i").splitlines()) >= 2
-    occupy(cluster, 5)  # asked to stop, they save, and begin again when the nodes are free
-    until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
-    assert folder.is_finished, folder.failure_message
-    assert "going on from step" in folder.log.read_text()
-    for one, other in zip(folder.read_curve(), uninterrupted["curve"], strict=True):
-        assert one.student_ce == pytest.approx(other["student_ce"], rel=2e-3)
-        assert one.base_ce == pytest.approx(other["base_ce"], rel=1e-6)
-
-
-def test_several_nodes_with_sigterm_alone_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM tells the processes of all nodes, and those that the leader has started do not live on."""
-    with running(signal_on_preemption=False, grace_s=15) as other:
-        for name, value in other.environment.items():
-            monkeypatch.setenv(name, value)
-        two = "launcher.nodes=2", "launcher.processes_per_node=1", "launcher.signal_delay_s=5"
-        assert submitted(tmp_path, *LONG, *two).returncode == 0
-        folder = the_run(tmp_path)
-        until(lambda: at_step(folder, 15), "the run is at work")
-        occupy(other, 3)
-        until(lambda: folder.is_finished or folder.has_failed, "the run", 400)
-    assert folder.is_finished, folder.failure_message
-    assert "going on from step" in folder.log.read_text()
 
 
 def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
@@ -366,8 +182,9 @@ def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> Non
     """A run whose job is cancelled, and with it another that trains there."""
     assert submitted(tmp_path, "-m", "lora.rank=1,2", *LONG).returncode == 0
     folders = folders_in(tmp_path)
-    until(lambda: all(at_step(one, 15) for one in folders), "the runs are at work")
+    pid = halt(*folders, step=15)
     assert main(["cancel", str(folders[0].path)]) == 0
+    go_on(pid)
     printed = capsys.readouterr().out
     assert "1 jobs cancelled" in printed
     assert f"{folders[1].path.name} trains there too, and stops" in printed

@@ -4,7 +4,6 @@ What a job does after training; `python -m sae_lora evaluate` is for people.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from sae_lora.conversion import load
@@ -15,10 +14,10 @@ from sae_lora.terminal import complain
 from sae_lora.upload import upload
 
 
-def main(paths: Sequence[str]) -> int:
+def main() -> int:
     """Takes what is not there yet of each run's suites; returns 1 where something could not be taken."""
     code = 0
-    for path in paths:
+    for path in sys.argv[1:]:
         folder = RunFolder(Path(path))
         config = load(folder.config.read_text()).evaluation
         try:
@@ -32,4 +31,4 @@ def main(paths: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
