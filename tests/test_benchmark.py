@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from sae_lora.__main__ import main
-from sae_lora.benchmark import compare
+from sae_lora.benchmark import compare, profile
 from sae_lora.benchmark.compare import compare_evaluations, compare_saes, compare_steps
 from sae_lora.benchmark.profile import work_of
 from sae_lora.benchmark.shapes import Shape, Style
@@ -87,6 +87,7 @@ def test_the_command(
         monkeypatch.setattr(compare, shape, TINY)
     little = partial(compare.head_memory, tokens=64, d_vocab=4096, d_model=32)
     monkeypatch.setattr(compare, "head_memory", little)
+    monkeypatch.setitem(profile._SIDE, "cpu", 256)
     record = tmp_path / "here" / "record.json"
     assert main([*"benchmark --style llama --context 32 --rounds 1 --to".split(), str(record)]) == 0
     printed = capsys.readouterr().out

@@ -1,7 +1,6 @@
 """A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -222,21 +221,21 @@ class TestInterruption:
     @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
     def test_at_once_where_nothing_is_held(self, interruption: Interruption, number: int) -> None:
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def test_held_back_to_the_end_of_the_block(self, interruption: Interruption) -> None:
         ended = []
         with pytest.raises(Interrupted), interruption.held():
             with interruption.held():
-                os.kill(os.getpid(), signal.SIGUSR2)
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGUSR2)
+                signal.raise_signal(signal.SIGTERM)
             ended.append(True)
         assert ended == [True]
 
     def test_only_once(self, interruption: Interruption) -> None:
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signal.SIGUSR2)
-        os.kill(os.getpid(), signal.SIGTERM)  # the way out is not cut short
+            signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGTERM)  # the way out is not cut short
 
     def test_handlers_are_put_back(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
