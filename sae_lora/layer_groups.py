@@ -100,8 +100,9 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
 
 def _distances(config: Config) -> Sequence[Sequence[float]]:
     """Angular distances between blocks on the held-out text, from the cache where they are there."""
-    from sae_lora import hub, models  # bring torch in
-    from sae_lora.data import corpus
+    with quick_imports():
+        from sae_lora import hub, models  # bring torch in
+        from sae_lora.data import corpus
 
     with Display() as show:
         text = corpus.load(config.data, models.load_tokenizer(config.model), 1)

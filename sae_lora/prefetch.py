@@ -14,6 +14,7 @@ from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
 from sae_lora.dimensions import EMBEDDED_NAME
 from sae_lora.identity import train_steps
+from sae_lora.start import quick_imports
 from sae_lora.terminal import Display
 
 
@@ -59,7 +60,8 @@ class _Fetcher:
             return None
         key = (choice.release, choice.id)
         if key not in self._saes:
-            from sae_lora.saes import loading  # sae-lens takes seconds to import
+            with quick_imports():
+                from sae_lora.saes import loading  # sae-lens takes seconds to import
 
             self._show.stage(f"fetching SAE {choice.release} {choice.id}")
             self._saes[key] = loading.fetch(config, choice)

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import gc
 import os
 
 # Nothing in the tests may reach the network: what needs a hub gets one of its own on loopback.
@@ -32,6 +33,16 @@ LONGEST = [
     *("test_layer_groups", "test_report", "test_estimate", "test_sae_descent", "test_learning"),
     *("test_paper", "test_core", "test_harness", "test_steering", "test_generation"),
 ]
+
+
+def pytest_collection() -> None:
+    """What is imported stays, and is not searched for garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -214,9 +214,11 @@ class TestInterruption:
 
     @pytest.fixture
     def interruption(self) -> Iterator[Interruption]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background
         interruption = Interruption()
         with interruption.watching():
             yield interruption
+        signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
     def test_at_once_where_nothing_is_held(self, interruption: Interruption, number: int) -> None:

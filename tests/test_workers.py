@@ -45,7 +45,7 @@ def begun(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]
     """An attempt that is under way."""
     options = [*(str(folder.path) for folder in folders), f"--processes-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "sae_lora.run", *options],
+        [sys.executable, "-m", "sae_lora.start", "sae_lora.run", *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -75,7 +75,6 @@ def make() -> Path:
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
     (packages / "beneath.pth").write_text("\n".join(_site_packages()) + "\n")
     install = [str(_python(folder)), *("-m", "pip", "install", "--disable-pip-version-check")]
-    install.append("--no-compile")  # most of it is never imported
     _do([*install, "--no-deps", f"sae-bench=={VERSION}"], log)
     say("  what it needs, some 300 MB")
     _do([*install, _UNSAID, *_requirements(packages)], log)
