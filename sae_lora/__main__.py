@@ -10,13 +10,14 @@ from typing import Any
 from sae_lora import slurm
 from sae_lora.choices import Suite
 from sae_lora.errors import UserError
+from sae_lora.evaluation import record
 from sae_lora.files import as_json, write_atomically
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, counts, standings
 from sae_lora.start import quick_imports
 from sae_lora.sweep import load_sweep, runs_of
-from sae_lora.tables import comparison_table
+from sae_lora.tables import comparison_table, evaluation_table
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import status_table, statuses_of
 
@@ -316,18 +317,16 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
     done = [folder for folder in folders if folder.is_finished]
     if not done:
         raise UserError("none of these runs is finished")
-    failed = [
-        suite
-        for folder in done
-        for suite in suites.evaluate(
-            folder,
-            wanted,
-            suites.settings(folder, chosen.set),
-            again=chosen.again,
-            device=chosen.device,
-        )
-    ]
-    say(f"{len(done)} runs measured: evaluation/*.json in their folders")
+    failed: list[Suite] = []
+    asked: list[Suite] = []
+    for folder in done:
+        config = suites.settings(folder, chosen.set)
+        asked += record.applicable(wanted, folder.read_config(), vars(config))
+        failed += suites.evaluate(folder, wanted, config, again=chosen.again, device=chosen.device)
+    for suite in dict.fromkeys(asked):
+        if any(record.read(folder, suite) for folder in done):
+            show(evaluation_table(done, suite))
+    say(f"evaluation/*.json in the folders of {len(done)} runs")
     if Suite.lora in wanted:
         compare_adapters(done)
     return int(bool(failed))

@@ -1,12 +1,18 @@
 """What people look at: tables made from the run folders alone. Imports no torch."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from rich.table import Table
 
+from sae_lora.choices import Suite
+from sae_lora.evaluation.headlines import headlines
 from sae_lora.records import RunFolder
+
+_RUN = "run"
+"""Heads the column of runs that nothing but their names sets apart."""
 
 
 def percent(share: float | None) -> str:
@@ -156,8 +162,6 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     """
     pairs = finished_summaries(folders)
     summaries = [summary for _, summary in pairs]
-    varying = varying_factors(summaries)
-    readers = {name: FACTORS[name] for name in varying} | _NUMBERS
     same = {
         name: read(summaries[0])
         for name, read in (FACTORS | _NUMBERS).items()
@@ -168,18 +172,49 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     table = Table(
         title=", ".join(f"{name} {value}" for name, value in same.items()), title_justify="left"
     )
-    named = [tuple(FACTORS[name](summary) for name in varying) for summary in summaries]
-    other = _other_differences([folder for folder, _ in pairs], named)
-    if not varying and not other:
-        table.add_column("run")
-    columns = [name for name in readers if name not in same]
-    for name in (*other, *columns):
-        table.add_column(name, justify="right", no_wrap=True)
-    for number, summary in enumerate(summaries):
-        first = [] if varying or other else [summary["name"]]
-        told_apart = [values[number] for values in other.values()]
-        table.add_row(*first, *told_apart, *(readers[name](summary) for name in columns))
+    numbers = {name: read for name, read in _NUMBERS.items() if name not in same}
+    _fill(
+        table, _told_apart(pairs) | {name: list(map(read, summaries)) for name, read in numbers.items()}
+    )
     return table
+
+
+def evaluation_table(folders: Sequence[RunFolder], suite: Suite) -> Table:
+    """What a suite has found of finished runs, a row each: the few numbers that stand for it.
+
+    Args:
+        folders: Runs; those that are not finished are left out.
+        suite: The suite; of a run that was not measured by it there are dashes.
+    """
+    pairs = finished_summaries(folders)
+    found = [headlines(folder) for folder, _ in pairs]
+    names = [name for name in dict.fromkeys(chain(*found)) if name.startswith(f"{suite.name}/")]
+    table = Table(title=suite.name, title_justify="left")
+    values = {
+        name.partition("/")[2].replace(", ", "\n"): [
+            f"{one[name]:.3g}" if name in one else "–" for one in found
+        ]
+        for name in names
+    }
+    _fill(table, _told_apart(pairs) | values)
+    return in_whole_words(table)
+
+
+def _told_apart(pairs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> dict[str, list[str]]:
+    """By column, what sets finished runs apart; their names where nothing does."""
+    summaries = [summary for _, summary in pairs]
+    varying = varying_factors(summaries)
+    named = [tuple(FACTORS[name](summary) for name in varying) for summary in summaries]
+    found = _other_differences([folder for folder, _ in pairs], named)
+    found |= {name: [FACTORS[name](summary) for summary in summaries] for name in varying}
+    return found or {_RUN: [summary["name"] for summary in summaries]}
+
+
+def _fill(table: Table, columns: Mapping[str, Sequence[str]]) -> None:
+    for name in columns:
+        table.add_column(name, justify="left" if name == _RUN else "right", no_wrap=name != _RUN)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
 
 
 _TOLD_BY_FACTORS = {"model", "sae", "layer", "lora", "launcher", "tracking"}
