@@ -266,7 +266,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
     figure.add_traces(traces, rows=[1] * len(traces), cols=columns)
     for number, cost in enumerate(costs, 1):
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
-        kind: dict[str, Any] = {"type": "log"} if spread else {"rangemode": "tozero"}
+        kind: dict[str, Any] = {"type": "log", "nticks": 4} if spread else {"rangemode": "tozero"}
         figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis=_CLOSED_AXIS)
     look.explain(figure)

@@ -183,6 +183,8 @@ class Report:
         for suite, (heading, draw, note) in _DOWNSTREAM.items():
             if results := found(suite):
                 views.append(View(suite.name, heading, draw(results), note))
+        for view in views:
+            view.figure.update_layout(legend_title_text=", ".join(map(label, self.varying)))
         sweeps = dict.fromkeys(Path(path).parent for path in self.done["folder"])
         alike = [pair for sweep in sweeps for pair in pairs.read(sweep)][: similarity_figures.MOST_PAIRS]
         for number, pair in enumerate(alike, 1):
