@@ -17,7 +17,7 @@ from sae_lora.records import RunFolder
 from sae_lora.standing import State, counts, standings
 from sae_lora.start import quick_imports
 from sae_lora.sweep import load_sweep, runs_of
-from sae_lora.tables import comparison_table, evaluation_table
+from sae_lora.tables import comparison_table, evaluation_tables
 from sae_lora.terminal import complain, say, show
 from sae_lora.watch import status_table, statuses_of
 
@@ -323,9 +323,8 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
         config = suites.settings(folder, chosen.set)
         asked += record.applicable(wanted, folder.read_config(), vars(config))
         failed += suites.evaluate(folder, wanted, config, again=chosen.again, device=chosen.device)
-    for suite in dict.fromkeys(asked):
-        if any(record.read(folder, suite) for folder in done):
-            show(evaluation_table(done, suite))
+    for table in evaluation_tables(done, dict.fromkeys(asked)):
+        show(table)
     say(f"evaluation/*.json in the folders of {len(done)} runs")
     if Suite.lora in wanted:
         compare_adapters(done)

@@ -81,8 +81,7 @@ def _equal_parts(runs: Pack, number: int) -> list[Pack]:
 
 
 def _fits(pack: Pack, settings: LauncherConfig) -> bool:
-    with quick_imports():
-        from sae_lora.estimate import estimate  # brings torch in
+    from sae_lora.estimate import estimate  # brings torch in
 
     needed = estimate([run.config for run in pack]).peak_bytes
     return needed <= _FILLED * _room(pack, settings)

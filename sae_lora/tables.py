@@ -1,7 +1,7 @@
 """What people look at: tables made from the run folders alone. Imports no torch."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -179,25 +179,30 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     return table
 
 
-def evaluation_table(folders: Sequence[RunFolder], suite: Suite) -> Table:
-    """What a suite has found of finished runs, a row each: the few numbers that stand for it.
+def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> Iterator[Table]:
+    """What suites have found of finished runs, a row each: the few numbers that stand for a suite.
 
     Args:
         folders: Runs; those that are not finished are left out.
-        suite: The suite; of a run that was not measured by it there are dashes.
+        suites: The suites, each for a table; where one has found nothing there is none. Of a run that it
+            has not measured there are dashes.
     """
     pairs = finished_summaries(folders)
+    apart = _told_apart(pairs)
     found = [headlines(folder) for folder, _ in pairs]
-    names = [name for name in dict.fromkeys(chain(*found)) if name.startswith(f"{suite.name}/")]
-    table = Table(title=suite.name, title_justify="left")
-    values = {
-        name.partition("/")[2].replace(", ", "\n"): [
-            f"{one[name]:.3g}" if name in one else "–" for one in found
-        ]
-        for name in names
-    }
-    _fill(table, _told_apart(pairs) | values)
-    return in_whole_words(table)
+    names = dict.fromkeys(chain(*found))
+    for suite in suites:
+        values = {
+            name.partition("/")[2].replace(", ", "\n"): [
+                f"{one[name]:.3g}" if name in one else "–" for one in found
+            ]
+            for name in names
+            if name.startswith(f"{suite.name}/")
+        }
+        if values:
+            table = Table(title=suite.name, title_justify="left")
+            _fill(table, apart | values)
+            yield in_whole_words(table)
 
 
 def _told_apart(pairs: Sequence[tuple[RunFolder, dict[str, Any]]]) -> dict[str, list[str]]:
