@@ -1,0 +1,260 @@
+"""Checks that two versions of this package compute the same, to the last bit.
+
+python scripts/same_results.py record CHECKOUT --to FOLDER   run everything with the code in CHECKOUT
+python scripts/same_results.py compare FOLDER FOLDER         list what differs between two recordings
+
+A recording takes about 20 minutes on one core. It holds a default run, a pack of nine mixed runs, a run of
+every other method, all evaluation suites, the report's tables, the comparisons, an export, and the plan
+(names, hashes, SAEs, costs) of every experiment. Only the command line is used, so the two versions may be
+laid out in any way. To check a change:
+
+    git worktree add /tmp/before main
+    python scripts/same_results.py record /tmp/before --to /tmp/recording-before
+    python scripts/same_results.py record . --to /tmp/recording-after
+    python scripts/same_results.py compare /tmp/recording-before /tmp/recording-after
+
+Bits depend on the processor, on torch and on the number of threads: record both on the same machine. Seconds,
+memory, hosts, commits and absolute paths are not compared.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SMALL = ("train.train_tokens=20480", "train.eval_every_tokens=10240", "data.validation_tokens=8192")
+SWEEPS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "mixed": (
+        *("-m", *SMALL, "launcher.pack=9", "lora.dropout=0.1"),
+        *("lora.rank=1,16,64", "layer.index=1,3,[2,5]"),
+    ),
+    "e2e": ("method=e2e", *SMALL, "sae.width=256", "sae.l0=8"),
+    "sae": ("-m", "method=sae", *SMALL, "sae.architecture=topk,jumprelu", "sae.width=256", "sae.l0=8"),
+    "groups": ("method=sae", "layer=groups", *SMALL, "sae.width=256", "sae.l0=8"),
+    "methods": (
+        *("-m", *SMALL, "sae.l0=8"),
+        "method=mezo,linear_adapter,mlp_adapter,sae_finetune",
+    ),
+    "dora": (*SMALL, "lora.dora=true", "lora.init=kaiming", "train.micro_batch_size=2"),
+    "checkpointed": ("method=sae", *SMALL, "sae.width=256", "sae.l0=8", "method.checkpoints=[0.5]"),
+}
+AFTERWARDS = (
+    "evaluate default --suite all --set task_limit=20 sequences=64",
+    "evaluate mixed --suite core mechanism lora --set sequences=64 resamples=200",
+    "report default mixed methods --no-pictures --to report",
+    "budget methods --to budget",
+    "saes mixed --to saes",
+    "groups groups --to groups_comparison",
+    "table mixed",
+    "status mixed",
+)
+_NOT_COMPARED = {
+    *("train_seconds", "total_seconds", "seconds", "tokens_per_second", "peak_memory_gb", "environment"),
+    *("tracked_at", "host", "git_commit", "seconds_per_run"),
+}
+_NUMBERS_OF_TIME = re.compile(r"\d[\d,.]*( ?(s|min|h|tokens/s|GB))\b")
+
+
+def main() -> int:
+    """Reads the command line; returns 1 where two recordings differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("checkout", type=Path)
+    recording.add_argument("--to", type=Path, required=True)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("folders", type=Path, nargs=2)
+    chosen = parser.parse_args()
+    if chosen.command == "record":
+        record(chosen.checkout.resolve(), chosen.to.resolve())
+        return 0
+    before, after = (json.loads((folder / "recording.json").read_text()) for folder in chosen.folders)
+    differences = list(differing(before, after))
+    for line in differences:
+        print(line)
+    print(f"{len(before)} and {len(after)} recorded parts, {len(differences)} differences")
+    return int(bool(differences))
+
+
+def record(checkout: Path, to: Path) -> None:
+    """Runs everything with the code of a checkout and writes `recording.json`."""
+    shutil.rmtree(to, ignore_errors=True)
+    outputs = to / "outputs"
+    outputs.mkdir(parents=True)
+    recorder = Recorder(checkout, to)
+    parts: dict[str, Any] = {}
+    for experiment in sorted((checkout / "conf/experiment").glob("*.yaml")):
+        name = experiment.stem
+        parts[f"plan of {name}"] = recorder.run("launch.py", f"experiment={name}", "launcher.dry_run=true")
+    for sweep, overrides in SWEEPS.items():
+        recorder.run("launch.py", *overrides, f"sweep={sweep}", must_succeed=True)
+    (finished,) = (outputs / "default").iterdir()
+    recorder.run("-m", "sae_lora", "export", str(finished), "--to", str(to / "export"), must_succeed=True)
+    for line in AFTERWARDS:
+        words = [str(outputs / word) if (outputs / word).is_dir() else word for word in line.split()]
+        words = [str(to / word) if before == "--to" else word for before, word in zip(["", *words], words, strict=False)]
+        parts[f"output of {line}"] = recorder.run("-m", "sae_lora", *words, must_succeed=True)
+    parts |= {str(path.relative_to(to)): content(path, to) for path in files(to)}
+    (to / "recording.json").write_text(json.dumps(parts, indent=1, sort_keys=True))
+    print(f"{len(parts)} parts: {to / 'recording.json'}")
+
+
+class Recorder:
+    """Runs commands with the code of one checkout.
+
+    Args:
+        checkout: The folder with launch.py.
+        to: Folder for everything that the commands write.
+    """
+
+    def __init__(self, checkout: Path, to: Path) -> None:
+        self._checkout, self._to = checkout, to
+        write_hub_cache(to / "hub")
+        self._variables = os.environ | {
+            "PYTHONPATH": str(checkout),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            "HF_HUB_CACHE": str(to / "hub"),
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+        }
+
+    def run(self, *arguments: str, must_succeed: bool = False) -> dict[str, Any]:
+        """What a command prints and its exit code, times left out."""
+        settings: tuple[str, ...] = ()
+        if arguments[0] == "launch.py":
+            settings = ("tracking=disabled", f"output_dir={self._to / 'outputs'}")
+        print("python", *arguments, flush=True)
+        ended = subprocess.run(
+            [sys.executable, *arguments, *settings],
+            cwd=self._checkout,
+            env=self._variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if must_succeed and ended.returncode != 0:
+            raise SystemExit(f"exit code {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
+        return {
+            "exit code": ended.returncode,
+            "printed": [without_times(line, self._to) for line in ended.stdout.splitlines()],
+            "complained": [without_times(line, self._to) for line in ended.stderr.splitlines()],
+        }
+
+
+def write_hub_cache(folder: Path) -> None:
+    """Writes the configs of the models that experiments name, as the hub's cache holds them."""
+    from transformers import Gemma2Config, LlamaConfig
+
+    gemma = {
+        "google/gemma-2-2b": (2304, 9216, 26, 8, 4, 256),
+        "google/gemma-2-9b": (3584, 14_336, 42, 16, 8, 256),
+        "google/gemma-2-27b": (4608, 36_864, 46, 32, 16, 128),
+    }
+    llama = {
+        "meta-llama/Llama-3.2-1B": (2048, 8192, 16, 32, 64),
+        "meta-llama/Llama-3.1-8B": (4096, 14_336, 32, 32, 128),
+    }
+    configs: dict[str, Any] = {
+        name: Gemma2Config(
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head,
+            vocab_size=256_000,
+        )
+        for name, (width, hidden, blocks, heads, kv_heads, head) in gemma.items()
+    }
+    for name, (width, hidden, blocks, heads, head) in llama.items():
+        configs[name] = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=head,
+            vocab_size=128_256,
+            max_position_embeddings=131_072,
+        )
+    commit = "0" * 40
+    for name, config in configs.items():
+        repository = folder / f"models--{name.replace('/', '--')}"
+        config.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(commit)
+
+
+def without_times(line: str, root: Path) -> str:
+    """A printed line without what differs from one run of the same code to the next."""
+    return _NUMBERS_OF_TIME.sub("#", line.replace(str(root), "")).rstrip()
+
+
+def files(to: Path) -> Iterator[Path]:
+    """The recorded files: results and what was made from them."""
+    for path in sorted(to.rglob("*")):
+        inside = path.relative_to(to).parts
+        if path.is_file() and inside[0] != "hub" and not set(inside) & {".lease", ".submitit", "jobs"}:
+            if path.suffix in {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors", ".md"}:
+                yield path
+
+
+def content(path: Path, root: Path) -> Any:
+    """What of a file is compared."""
+    match path.suffix:
+        case ".safetensors":
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        case ".parquet" | ".csv":
+            import pandas
+
+            frame = (pandas.read_parquet if path.suffix == ".parquet" else pandas.read_csv)(path)
+            return cleaned(json.loads(frame.to_json(orient="records", double_precision=15)), root)
+        case ".jsonl":
+            return cleaned([json.loads(line) for line in path.read_text().splitlines()], root)
+        case ".json":
+            return cleaned(json.loads(path.read_text()), root)
+        case _:
+            return [without_times(line, root) for line in path.read_text().splitlines()]
+
+
+def cleaned(value: Any, root: Path) -> Any:
+    """Nested values without what is not compared."""
+    match value:
+        case dict():
+            return {key: cleaned(one, root) for key, one in value.items() if key not in _NOT_COMPARED}
+        case list():
+            return [cleaned(one, root) for one in value]
+        case str():
+            return value.replace(str(root), "")
+        case _:
+            return value
+
+
+def differing(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    """A line for every place at which two nested values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            if key not in after:
+                yield f"{at}/{key}: only in the first"
+            elif key not in before:
+                yield f"{at}/{key}: only in the second"
+            else:
+                yield from differing(before[key], after[key], f"{at}/{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from differing(one, other, f"{at}[{number}]")
+    elif before != after or type(before) is not type(after):
+        yield f"{at}: {str(before)[:200]} != {str(after)[:200]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
