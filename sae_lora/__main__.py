@@ -9,16 +9,16 @@ from typing import Any
 
 from sae_lora import slurm
 from sae_lora.choices import Suite
-from sae_lora.errors import UserError
+from sae_lora.common.console import complain, say, show
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.evaluation import record
-from sae_lora.files import as_json, write_atomically
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder
 from sae_lora.standing import State, counts, standings
-from sae_lora.start import quick_imports
 from sae_lora.sweep import load_sweep, runs_of
 from sae_lora.tables import comparison_table, evaluation_tables
-from sae_lora.terminal import complain, say, show
 from sae_lora.watch import status_table, statuses_of
 
 _ALL = {"all": ["core", "mechanism", "lora", "downstream"]}
@@ -357,9 +357,9 @@ def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str
 
 def _draw(to: Path, drawn: dict[str, Any]) -> None:
     """Writes figures as SVG into a folder, where there is a browser for it."""
-    from sae_lora import figures
+    from sae_lora.common import plots
 
-    for note in figures.try_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()]):
+    for note in plots.try_pictures([(figure, to / f"{name}.svg") for name, figure in drawn.items()]):
         complain("left out", note)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import logging as transformers_logging
 
 from sae_lora.choices import Device, Method, SAEFamily
+from sae_lora.common.errors import ConfigError
 from sae_lora.config import Config, SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
-from sae_lora.errors import ConfigError
 from sae_lora.head import Comparison, Head
 from sae_lora.identity import step_tokens, train_steps
 from sae_lora.kl import kl_of

@@ -9,10 +9,11 @@ from pathlib import Path
 import plotly.graph_objects as go
 from rich.table import Table
 
+from sae_lora.common.errors import UserError
+from sae_lora.common.plots import logarithmic
 from sae_lora.conversion import load
 from sae_lora.curves import value_at
-from sae_lora.errors import UserError
-from sae_lora.figures import gap_curves, logarithmic
+from sae_lora.figures import gap_curves
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.sweep import Sweep
 from sae_lora.tables import in_whole_words

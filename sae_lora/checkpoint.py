@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_lora.errors import UserError
-from sae_lora.files import as_json, new_folder, write_atomically
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, new_folder, write_atomically
 
 VERSION = 1
 KEPT = 2

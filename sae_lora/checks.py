@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sae_lora.choices import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
+from sae_lora.common.errors import ConfigError, nearest_name
+from sae_lora.common.secrets import secret_in
 from sae_lora.config import (
     Config,
     DataConfig,
@@ -18,11 +20,9 @@ from sae_lora.config import (
     as_list,
 )
 from sae_lora.conversion import as_dict
-from sae_lora.errors import ConfigError, nearest_name
 from sae_lora.evaluation_request import check_evaluation
 from sae_lora.identity import TRAINING_SAES
 from sae_lora.lora_request import canonical_alpha, target_matrices
-from sae_lora.redaction import secret_in
 
 
 def check(config: Config) -> None:

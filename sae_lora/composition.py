@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sae_lora.checks import check
+from sae_lora.common.console import complain
+from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
 from sae_lora.config import Config
 from sae_lora.conversion import keys, typed, unknown_key
-from sae_lora.errors import ConfigError, UserError, causes, listed, nearest_name
-from sae_lora.terminal import complain
 
 ConfigStore.instance().store(name="schema", node=Config)
 

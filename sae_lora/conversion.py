@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lora.common.errors import UnknownKeyError, nearest_name
 from sae_lora.config import Config
-from sae_lora.errors import UnknownKeyError, nearest_name
 
 
 def typed(composed: DictConfig) -> Config:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sae_lora.common.errors import UserError
+from sae_lora.common.secrets import redacted
 from sae_lora.conversion import load
-from sae_lora.errors import UserError
 from sae_lora.records import RunFolder
-from sae_lora.redaction import redacted
 from sae_lora.wandb_run import obstacle
 
 _CLOSED = "result.gap_closed"

@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from sae_lora import hub
 from sae_lora.choices import Hook
+from sae_lora.common import hub
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config import ModelConfig, SAEChoice
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
-from sae_lora.errors import ConfigError, UserError
-from sae_lora.start import quick_imports
 
 EMBEDDED_NAME = "tiny"
 

@@ -20,16 +20,16 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
 from sae_lora import slurm, tracking
+from sae_lora.common.console import complain, say
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import holder
+from sae_lora.common.signals import handling
 from sae_lora.config import LauncherConfig
-from sae_lora.errors import UserError
-from sae_lora.interruption import handling
 from sae_lora.job import Job, halves
-from sae_lora.lease import holder
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
 from sae_lora.records import RunFolder, SubmittedJob
 from sae_lora.standing import standings
-from sae_lora.terminal import complain, say
 from sae_lora.watch import Watch
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from sae_lora.errors import ConfigError, listed, nearest_name
+from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.evaluation_config import BENCHMARKS, EvaluationConfig
 
 SHORTEST_TEXT = 2

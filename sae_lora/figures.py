@@ -2,21 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished
 from sae_lora.scaling import CONFIDENCE, Fit, Frame, group_of, in_words, label
 from sae_lora.sweep import SEED, factors
 
-# Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 _MOST_IN_LEGEND = 10
 """Combinations of factors that a legend names one by one."""
 _AXES = {
@@ -296,79 +291,6 @@ def _ticks(values: Sequence[float]) -> dict[str, Any]:
     return {"tickvals": there, "ticktext": [f"{value:,.6g}" for value in there]}
 
 
-def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
-    """A logarithmic axis around these values, with whole numbers at its ticks: 1, 2, 5, 10 …
-
-    Args:
-        values: Above zero.
-        tickformat: As plotly takes it.
-    """
-    low, high = 0.9 * min(values), 1.1 * max(values)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    ticks = [digit * 10.0**power for power in powers for digit in digits]
-    return {
-        "type": "log",
-        "rangemode": "normal",
-        "range": [math.log10(low), math.log10(high)],
-        "tickvals": [tick for tick in ticks if low <= tick <= high],
-        "tickformat": tickformat,
-    }
-
-
 def _numbers(column: Any) -> list[float | None]:
     """Without what is not there."""
     return [None if value is None or value != value else float(value) for value in column]
-
-
-def finished(figure: go.Figure) -> go.Figure:
-    """In the look of all figures: wide enough for a column of a paper, the legend beside the data."""
-    figure.update_layout(
-        template="plotly_white",
-        width=760,
-        height=420,
-        font={"size": 14},
-        margin={"l": 70, "r": 20, "t": 40, "b": 60},
-    )
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
-
-
-def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
-    """Does what `write_pictures` does; says so where that cannot be done here.
-
-    Args:
-        wanted: As there.
-
-    Returns:
-        What is missing, for people; nothing where the pictures are there.
-    """
-    try:
-        write_pictures(wanted)
-    except (ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [
-            f"no pictures ({reason}): they need `pip install -e '.[figures]'` and Chrome or Chromium"
-        ]
-    return []
-
-
-def write_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> None:
-    """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
-
-    Args:
-        wanted: Figures, and files whose names end in .svg or .png.
-
-    Raises:
-        ValueError: And others, of plotly and kaleido, where that cannot be done here.
-    """
-    plotly.io.write_images(
-        [figure for figure, _ in wanted],
-        [path for _, path in wanted],
-        # Not asked for one by one, they are all of plotly's default size.
-        width=[figure.to_dict()["layout"].get("width") for figure, _ in wanted],
-        height=[figure.to_dict()["layout"].get("height") for figure, _ in wanted],
-        scale=2,
-        validate=False,
-    )

@@ -14,7 +14,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn import functional as F
 
-from sae_lora.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models import LanguageModel
 from sae_lora.splice import residual_streams, special_positions
 

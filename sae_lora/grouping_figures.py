@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from scipy.cluster import hierarchy
 
-from sae_lora.figures import COLOURS, finished
+from sae_lora.common.plots import COLOURS, finished
 
 _DISTANCE = "angular distance"
 _GREY = "#888888"

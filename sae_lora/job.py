@@ -18,9 +18,9 @@ from typing import IO, Any, TypeVar
 
 from submitit.helpers import DelayedSubmission
 
-from sae_lora.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
+from sae_lora.common.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
+from sae_lora.common.signals import SIGNALS
 from sae_lora.evaluation.record import pending
-from sae_lora.interruption import SIGNALS
 from sae_lora.records import RunFolder
 
 STOP = signal.SIGUSR2
@@ -132,7 +132,7 @@ class Job:
         """A child process that does what a module does with these runs, and prints into a log."""
         paths = [str(folder.path) for folder in folders]
         return subprocess.Popen(
-            [sys.executable, "-m", "sae_lora.start", module, *options, *paths],
+            [sys.executable, "-m", "sae_lora.common.lazy_imports", module, *options, *paths],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | self._environment,

@@ -11,18 +11,18 @@ from rich.table import Table
 
 from sae_lora import slurm
 from sae_lora.choices import LauncherKind
+from sae_lora.common.console import complain, say, show
+from sae_lora.common.errors import ConfigError
+from sae_lora.common.files import check_writable
+from sae_lora.common.lazy_imports import quick_imports
+from sae_lora.common.locks import HeldError, held
 from sae_lora.config import Config, LauncherConfig
 from sae_lora.dispatch import run_here, submit, wait_for
-from sae_lora.errors import ConfigError
 from sae_lora.evaluation.record import pending
-from sae_lora.files import check_writable
-from sae_lora.lease import HeldError, held
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
 from sae_lora.standing import Standing, State, counts, standings
-from sae_lora.start import quick_imports
 from sae_lora.tables import comparison_table, run_table
-from sae_lora.terminal import complain, say, show
 
 _LOOK_EVERY_S = 0.5
 _MOST_LINES = 5

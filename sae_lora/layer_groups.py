@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_lora.common.console import Display
+from sae_lora.common.errors import ConfigError
+from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 from sae_lora.dimensions import Dimensions
-from sae_lora.errors import ConfigError
-from sae_lora.files import as_json, write_atomically
-from sae_lora.start import quick_imports
-from sae_lora.terminal import Display
 
 if TYPE_CHECKING:
     from sae_lora.data.corpus import Corpus
@@ -101,7 +101,8 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
 def _distances(config: Config) -> Sequence[Sequence[float]]:
     """Angular distances between blocks on the held-out text, from the cache where they are there."""
     with quick_imports():
-        from sae_lora import hub, models  # bring torch in
+        from sae_lora import models  # bring torch in
+        from sae_lora.common import hub
         from sae_lora.data import corpus
 
     with Display() as show:

@@ -13,19 +13,19 @@ from transformers import set_seed
 
 from sae_lora import checkpoint, methods, tracking
 from sae_lora.checkpoint import State
+from sae_lora.common.console import complain
+from sae_lora.common.errors import UserError, is_out_of_memory
+from sae_lora.common.files import new_folder
+from sae_lora.common.locks import LostError
 from sae_lora.config import Config, LoRAConfig
 from sae_lora.conversion import load
-from sae_lora.errors import UserError, is_out_of_memory
 from sae_lora.estimate import estimate
-from sae_lora.files import new_folder
 from sae_lora.identity import ADAPTING, identity, readable_name
-from sae_lora.lease import LostError
 from sae_lora.methods import Sample
 from sae_lora.metrics import Contribution
 from sae_lora.models import LanguageModel
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
-from sae_lora.terminal import complain
 from sae_lora.training import Training
 
 

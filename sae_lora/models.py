@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import attention, hub
+from sae_lora import attention
 from sae_lora.choices import Attention, DType, Hook
+from sae_lora.common import hub
+from sae_lora.common.errors import ConfigError, UserError, nearest_name
 from sae_lora.config import ModelConfig
 from sae_lora.dimensions import PLACES, Place, resid_post, source
-from sae_lora.errors import ConfigError, UserError, nearest_name
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -7,11 +7,11 @@ from itertools import pairwise
 import psutil
 
 from sae_lora.choices import LauncherKind
+from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config import LauncherConfig
 from sae_lora.identity import pack_key
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
-from sae_lora.start import quick_imports
 
 _MOST = 8
 """Runs in a pack of `launcher.pack=auto`. What more of them would still save is little."""

@@ -8,10 +8,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from rich.table import Table
 
-from sae_lora.errors import UserError
-from sae_lora.figures import COLOURS, SYMBOLS, finished
+from sae_lora.common.console import percent
+from sae_lora.common.errors import UserError
+from sae_lora.common.plots import COLOURS, SYMBOLS, finished
 from sae_lora.records import RunFolder
-from sae_lora.tables import finished_summaries, percent
+from sae_lora.tables import finished_summaries
 
 
 @dataclass(frozen=True)

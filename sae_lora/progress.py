@@ -5,12 +5,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+from sae_lora.common.console import Display, percent, say
 from sae_lora.member import Member
-from sae_lora.records import Progress
-from sae_lora.terminal import Display
+from sae_lora.records import CurvePoint, Progress
 from sae_lora.training import Training
 
 _SHOW_EVERY_S = 1.0
+
+
+def say_point(point: CurvePoint, name: str | None = None) -> None:
+    """Prints one evaluation as a line that stays.
+
+    Args:
+        point: What was measured.
+        name: Of the run, where there are several.
+    """
+    rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+    which = "" if name is None else f"  {name}"
+    say(
+        f"{which}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+        f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
+    )
 
 
 class Reporter:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from sae_lora import hub
-from sae_lora.errors import UserError
+from sae_lora.common import hub
+from sae_lora.common.errors import UserError
 
 _OF_EVERY_EXPORT = ("README.md", "config.yaml", "curve.jsonl", "summary.json")
 _WEIGHTS = ("adapter_config.json", "config.json")

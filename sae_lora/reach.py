@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from sae_lora.errors import UserError
+from sae_lora.common.console import percent
+from sae_lora.common.errors import UserError
 from sae_lora.records import CurvePoint, RunFolder
-from sae_lora.tables import FACTORS, finished_summaries, percent, spread
+from sae_lora.tables import FACTORS, finished_summaries, spread
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]
 """Factors in which runs that are compared do not differ; the others are recipe and seed."""

@@ -27,9 +27,9 @@ from typing import Any
 
 import yaml
 
-from sae_lora.errors import UserError
-from sae_lora.files import as_json, write_atomically
-from sae_lora.redaction import redacted
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.secrets import redacted
 
 SUMMARY_VERSION = 1
 

@@ -25,13 +25,14 @@ from plotly.offline import get_plotlyjs
 
 from sae_lora import figures
 from sae_lora.choices import Suite
-from sae_lora.errors import UserError
+from sae_lora.common import plots
+from sae_lora.common.console import duration, percent
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import drawn, pairs, record, similarity_figures
-from sae_lora.files import as_json, write_atomically
 from sae_lora.records import RunFolder
 from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
 from sae_lora.sweep import SEED, Sweep, factors
-from sae_lora.tables import duration, percent
 
 VERSION = 1
 _KIND = "sae_lora report"
@@ -290,7 +291,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
 def _write_pictures(views: Sequence[View], folder: Path) -> list[str]:
     """Writes the figures as SVG and PNG; says so where that cannot be done here."""
     kinds = ("svg", "png")
-    return figures.try_pictures(
+    return plots.try_pictures(
         [(view.figure, folder / f"{view.name}.{kind}") for view in views for kind in kinds]
     )
 

@@ -10,12 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lora import hub, models
+from sae_lora import models
 from sae_lora.assembly import SAEs, assemble, device_of, quieten
-from sae_lora.config import Config
-from sae_lora.data import corpus
-from sae_lora.dimensions import read_dimensions
-from sae_lora.errors import (
+from sae_lora.common import hub
+from sae_lora.common.console import Display, complain
+from sae_lora.common.errors import (
     EXIT_FAILED,
     EXIT_HELD,
     EXIT_INTERRUPTED,
@@ -23,18 +22,20 @@ from sae_lora.errors import (
     UserError,
     is_out_of_memory,
 )
+from sae_lora.common.locks import HeldError, LostError, held
+from sae_lora.common.provenance import environment
+from sae_lora.common.secrets import redacted
+from sae_lora.common.signals import Interrupted, Interruption
+from sae_lora.config import Config
+from sae_lora.data import corpus
+from sae_lora.dimensions import read_dimensions
 from sae_lora.follower import Beginning
 from sae_lora.identity import pack_key, train_steps
-from sae_lora.interruption import Interrupted, Interruption
-from sae_lora.lease import HeldError, LostError, held
 from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.methods import Sample
-from sae_lora.progress import Reporter
-from sae_lora.provenance import environment
+from sae_lora.progress import Reporter, say_point
 from sae_lora.records import Progress, RunFolder, Summary
-from sae_lora.redaction import redacted
-from sae_lora.terminal import Display, complain
 from sae_lora.training import Training
 from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
 
@@ -211,7 +212,7 @@ class _Execution:
                 for training, point in pack.points(batches, after_step, self._interruption.held):
                     with self._own(members[training]):
                         members[training].take(point)
-                        self._show.point(point, members[training].name if len(members) > 1 else None)
+                        say_point(point, members[training].name if len(members) > 1 else None)
                 with self._interruption.held():
                     self._each(finish)
             except Interrupted:
@@ -273,7 +274,7 @@ def attempt(folders: Sequence[RunFolder], crew: Crew = ONE_PROCESS) -> int:
         crew: How many processes share the batches.
 
     Returns:
-        The exit code: 0 where all are finished, or one of `sae_lora.errors`.
+        The exit code: 0 where all are finished, or one of `sae_lora.common.errors`.
     """
     interruption = Interruption()
     held_elsewhere = False

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lora.choices import Hook
+from sae_lora.common.secrets import redacted
 from sae_lora.config import Config
 from sae_lora.conversion import as_dict
 from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.records import CurvePoint, RunFolder
-from sae_lora.redaction import redacted
 
 AXES = ("tokens", "train_seconds")
 """What curves are drawn over."""

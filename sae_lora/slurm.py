@@ -4,7 +4,7 @@ import getpass
 import subprocess
 from collections.abc import Collection, Sequence
 
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 
 JOB_NAME = "sae_lora-"
 """What the names of our jobs begin with."""

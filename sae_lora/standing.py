@@ -7,8 +7,8 @@ from enum import Enum
 from pathlib import Path
 
 from sae_lora import slurm
-from sae_lora.errors import UserError
-from sae_lora.lease import holder
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import holder
 from sae_lora.records import RunFolder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_lora.choices import Method
 from sae_lora.command import command, flat
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.identity import ADAPTING, OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder

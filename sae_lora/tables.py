@@ -8,25 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from sae_lora.choices import Suite
+from sae_lora.common.console import duration, percent
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records import RunFolder
 
 _RUN = "run"
 """Heads the column of runs that nothing but their names sets apart."""
-
-
-def percent(share: float | None) -> str:
-    """A share as per cent; where it is undefined, says so."""
-    return "undefined" if share is None else f"{share:.1%}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people write them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def run_table(summary: dict[str, Any]) -> Table:

@@ -12,11 +12,11 @@ from plotly.subplots import make_subplots
 from rich.table import Table
 
 from sae_lora.choices import Method
+from sae_lora.common.errors import UserError
+from sae_lora.common.plots import COLOURS, finished, logarithmic
 from sae_lora.config import Config
 from sae_lora.conversion import load
 from sae_lora.curves import reaching, value_at
-from sae_lora.errors import UserError
-from sae_lora.figures import COLOURS, finished, logarithmic
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.tables import in_whole_words, spread
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from sae_lora import wandb_run
 from sae_lora.choices import TrackingMode
+from sae_lora.common.console import say
+from sae_lora.common.secrets import redacted
 from sae_lora.config import Config, TrackingConfig
 from sae_lora.records import RunFolder, Summary
-from sae_lora.redaction import redacted
 from sae_lora.shown import Shown
-from sae_lora.terminal import say
 from sae_lora.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)

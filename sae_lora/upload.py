@@ -7,15 +7,15 @@ from typing import NamedTuple
 from rich.table import Table
 
 from sae_lora import checkpoint, wandb_run
+from sae_lora.common.console import complain
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import holder
+from sae_lora.common.secrets import redacted
 from sae_lora.config import Config
 from sae_lora.conversion import load
-from sae_lora.errors import UserError
 from sae_lora.identity import identity
-from sae_lora.lease import holder
 from sae_lora.records import RunFolder
-from sae_lora.redaction import redacted
 from sae_lora.shown import Shown
-from sae_lora.terminal import complain
 from sae_lora.wandb_run import WandbRun
 
 _TIMEOUT_S = 120.0

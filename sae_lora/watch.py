@@ -13,10 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sae_lora.common.console import console, duration, percent, say
 from sae_lora.records import CurvePoint, Progress, RunFolder
 from sae_lora.standing import State, counts, standings
-from sae_lora.tables import duration, percent
-from sae_lora.terminal import console, say
 
 _COLOURS = {
     State.new: "dim",

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sae_lora.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, is_out_of_memory
-from sae_lora.interruption import unheard
-from sae_lora.terminal import complain
+from sae_lora.common.console import complain
+from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, is_out_of_memory
+from sae_lora.common.signals import unheard
 
 _LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
 """Variables by which a follower finds the others; SLURM says itself which one it has started."""
@@ -185,7 +185,7 @@ def leading(
     host = "127.0.0.1" if crew.nodes == 1 else socket.gethostname()
     patience = timedelta(seconds=_START_S)
     store = TCPStore(host, 0, crew.size, True, patience, wait_for_workers=False)
-    command = [sys.executable, "-m", "sae_lora.start", "sae_lora.follower", *arguments]
+    command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.follower", *arguments]
     found = {_LEADER: f"{host}:{store.port}", _SIZE: str(crew.size)}
     with _Followers(_started(crew, command, found), asked_to_stop) as followers:
         try:

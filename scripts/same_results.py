@@ -3,18 +3,18 @@
 python scripts/same_results.py record CHECKOUT --to FOLDER   run everything with the code in CHECKOUT
 python scripts/same_results.py compare FOLDER FOLDER         list what differs between two recordings
 
-A recording takes about 20 minutes on one core. It holds a default run, a pack of nine mixed runs, a run of
-every other method, all evaluation suites, the report's tables, the comparisons, an export, and the plan
-(names, hashes, SAEs, costs) of every experiment. Only the command line is used, so the two versions may be
-laid out in any way. To check a change:
+A recording takes about ten minutes on one core. It holds a default run, a pack of nine mixed runs, a run
+of every other method, all evaluation suites, the report's tables, the comparisons, an export, and the
+plan (names, hashes, SAEs, costs) of every experiment. Only the command line is used, so the two versions
+may be laid out in any way. To check a change:
 
     git worktree add /tmp/before main
     python scripts/same_results.py record /tmp/before --to /tmp/recording-before
     python scripts/same_results.py record . --to /tmp/recording-after
     python scripts/same_results.py compare /tmp/recording-before /tmp/recording-after
 
-Bits depend on the processor, on torch and on the number of threads: record both on the same machine. Seconds,
-memory, hosts, commits and absolute paths are not compared.
+Bits depend on the processor, on torch and on the number of threads: record both on the same machine.
+Seconds, memory, hosts, commits and absolute paths are not compared.
 """
 
 import argparse
@@ -93,14 +93,17 @@ def record(checkout: Path, to: Path) -> None:
     parts: dict[str, Any] = {}
     for experiment in sorted((checkout / "conf/experiment").glob("*.yaml")):
         name = experiment.stem
-        parts[f"plan of {name}"] = recorder.run("launch.py", f"experiment={name}", "launcher.dry_run=true")
+        plan = recorder.run("launch.py", f"experiment={name}", "launcher.dry_run=true")
+        parts[f"plan of {name}"] = plan
     for sweep, overrides in SWEEPS.items():
         recorder.run("launch.py", *overrides, f"sweep={sweep}", must_succeed=True)
-    (finished,) = (outputs / "default").iterdir()
-    recorder.run("-m", "sae_lora", "export", str(finished), "--to", str(to / "export"), must_succeed=True)
+    (summary,) = (outputs / "default").glob("*/summary.json")
+    export = ["export", str(summary.parent), "--to", str(to / "export")]
+    recorder.run("-m", "sae_lora", *export, must_succeed=True)
     for line in AFTERWARDS:
-        words = [str(outputs / word) if (outputs / word).is_dir() else word for word in line.split()]
-        words = [str(to / word) if before == "--to" else word for before, word in zip(["", *words], words, strict=False)]
+        words = [str(outputs / word) if word in SWEEPS else word for word in line.split()]
+        if "--to" in words:
+            words[-1] = str(to / words[-1])
         parts[f"output of {line}"] = recorder.run("-m", "sae_lora", *words, must_succeed=True)
     parts |= {str(path.relative_to(to)): content(path, to) for path in files(to)}
     (to / "recording.json").write_text(json.dumps(parts, indent=1, sort_keys=True))
@@ -201,11 +204,11 @@ def without_times(line: str, root: Path) -> str:
 
 def files(to: Path) -> Iterator[Path]:
     """The recorded files: results and what was made from them."""
+    kinds = {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors", ".md"}
     for path in sorted(to.rglob("*")):
         inside = path.relative_to(to).parts
-        if path.is_file() and inside[0] != "hub" and not set(inside) & {".lease", ".submitit", "jobs"}:
-            if path.suffix in {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors", ".md"}:
-                yield path
+        if path.is_file() and path.suffix in kinds and not {"hub", ".lease", ".submitit"} & {*inside}:
+            yield path
 
 
 def content(path: Path, root: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.lease import holder
+from sae_lora.common.locks import holder
 from sae_lora.records import RunFolder
 from tests.cluster import Cluster, missing_programs
 from tests.commands import launch

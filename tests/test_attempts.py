@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
-from sae_lora.lease import held
+from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
+from sae_lora.common.locks import held
 from sae_lora.records import RunFolder
 from tests.attempts import attempt, frozen, killed, results
 

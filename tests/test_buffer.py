@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lora.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models import LanguageModel
 from sae_lora.saes.buffer import ActivationBuffer
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model

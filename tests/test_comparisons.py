@@ -14,9 +14,9 @@ from rich.table import Table
 
 from sae_lora import budget, group_table, per_block, time_to_ce
 from sae_lora.__main__ import main
+from sae_lora.common.errors import UserError
 from sae_lora.curves import reaching, value_at
 from sae_lora.dimensions import resid_post
-from sae_lora.errors import UserError
 from sae_lora.records import CurvePoint, RunFolder, gap_closed
 from tests.sweeps import MadeUp
 from tests.test_report import in_a_browser
@@ -600,7 +600,7 @@ def test_another_number_of_groups_is_marked_where_it_is_asked_for(groups: MadeUp
 def pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
     """Figures and files that would be written."""
     written: list[tuple[Any, Path]] = []
-    monkeypatch.setattr("sae_lora.figures.write_pictures", written.extend)
+    monkeypatch.setattr("sae_lora.common.plots.write_pictures", written.extend)
     return written
 
 
@@ -679,7 +679,7 @@ def test_without_a_browser_the_numbers_are_there(
     def fail(wanted: object) -> None:
         raise ValueError("Image export needs the kaleido package\nand more words")
 
-    monkeypatch.setattr("sae_lora.figures.write_pictures", fail)
+    monkeypatch.setattr("sae_lora.common.plots.write_pictures", fail)
     arms.seed(0)
     assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path / "to")]) == 0
     assert "left out: no pictures (Image export needs the kaleido package)" in capsys.readouterr().err

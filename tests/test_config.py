@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from sae_lora import composition
 from sae_lora.checks import check, latents
+from sae_lora.common.errors import ConfigError, UnknownKeyError
 from sae_lora.config import Config, EvaluationConfig
 from sae_lora.conversion import as_dict, keys, load, typed
-from sae_lora.errors import ConfigError, UnknownKeyError
 from sae_lora.identity import identity, readable_name
 from sae_lora.lora_request import target_matrices
 from tests.composing import CONF, composed

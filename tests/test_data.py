@@ -13,12 +13,12 @@ import zstandard
 from transformers import PreTrainedTokenizerFast
 
 from sae_lora.choices import TextSource
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config import DataConfig
 from sae_lora.data import corpus
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
 from sae_lora.embedded.language_model import BOS, EOS, train_tokenizer
-from sae_lora.errors import ConfigError, UserError
 
 TEXTS = [f"document {number} speaks of {number * 7} things and of nothing else" for number in range(200)]
 

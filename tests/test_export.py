@@ -21,11 +21,11 @@ import sae_lora
 from sae_lora import lora
 from sae_lora.__main__ import main
 from sae_lora.adapted import Adapted
+from sae_lora.common.errors import UserError
 from sae_lora.config import LoRAConfig
 from sae_lora.conversion import load
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.errors import UserError
 from sae_lora.export import TOLERANCE, export, write_merged
 from sae_lora.push import push
 from sae_lora.records import RunFolder

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from sae_lora.figures import (
-    COLOURS,
-    by_prominence,
-    efficiency,
-    gap_closed_against,
-    gap_curves,
-    heat_map,
-)
+from sae_lora.common.plots import COLOURS
+from sae_lora.figures import by_prominence, efficiency, gap_closed_against, gap_curves, heat_map
 from sae_lora.scaling import Fit, fit
 from sae_lora.sweep import Sweep, load_sweep
 from tests.sweeps import MadeUp

@@ -11,7 +11,7 @@ import torch
 from scipy.cluster import hierarchy
 
 from sae_lora import grouping
-from sae_lora.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.grouping import (
     amad,
     angular_distances,

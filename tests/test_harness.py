@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sae_lora import models
 from sae_lora.choices import Suite
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config import DataConfig, EvaluationConfig
 from sae_lora.data.documents import in_validation
-from sae_lora.errors import ConfigError, UserError
 from sae_lora.evaluation import harness, record, suites
 from sae_lora.evaluation.harness import Tasks, paired_error
 from sae_lora.evaluation.subject import Cell, Subject

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import start
+from sae_lora.common import lazy_imports
 from sae_lora.job import Job, RunFailedError, how_it_ended
 from sae_lora.records import Progress, RunFolder
 
@@ -60,7 +60,7 @@ def runs_are_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "stand_in/sae_lora"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    shutil.copy(start.__file__, package)
+    shutil.copy(lazy_imports.__file__, package)
     # What is started is a script, which ends its process as it is imported.
     (package / "run.py").write_text(RUN)
 

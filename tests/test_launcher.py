@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora import launcher
-from sae_lora.lease import held
+from sae_lora.common.locks import held
 from sae_lora.plan import plan
 from sae_lora.standing import State, standings
 from tests.attempts import results

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sae_lora.choices import Hook
+from sae_lora.common.errors import ConfigError, NoSuchCellError
 from sae_lora.config import Config, LayerConfig
 from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES
-from sae_lora.errors import ConfigError, NoSuchCellError
 from sae_lora.identity import identity, readable_name
 from sae_lora.saes import registry
 from sae_lora.saes.disk import read_folder

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import lease
-from sae_lora.lease import HeldError, Holder, LostError, held, holder
+from sae_lora.common import locks
+from sae_lora.common.locks import HeldError, Holder, LostError, held, holder
 
 ELSEWHERE = Holder("elsewhere", 1, "another machine", "0")
 
@@ -48,10 +48,10 @@ def test_it_ends_with_an_exception_too(tmp_path: Path) -> None:
     ("of", "age_s", "is_held"),
     [
         (ELSEWHERE, 0, True),
-        (ELSEWHERE, lease.STALE_S + 5, False),
+        (ELSEWHERE, locks.STALE_S + 5, False),
         (dataclasses.replace(Holder.here(), started="1"), 0, False),  # the number was given out anew
         (dataclasses.replace(Holder.here(), pid=2**22 + 1), 0, False),
-        (Holder.here(), lease.STALE_S + 5, True),  # slow, but seen to be alive
+        (Holder.here(), locks.STALE_S + 5, True),  # slow, but seen to be alive
         (None, 0, False),
     ],
 )
@@ -102,7 +102,7 @@ def test_it_is_renewed(tmp_path: Path) -> None:
 
 def test_a_killed_holder_leaves_it_free(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from sae_lora.lease import held\n"
+        "import sys, time, pathlib; from sae_lora.common.locks import held\n"
         "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -136,6 +136,6 @@ def test_of_many_at_once_one_has_it(tmp_path: Path, after: str) -> None:
         folder = tmp_path / str(round_)
         folder.mkdir()
         if after != "nobody":
-            write(folder, 3, ELSEWHERE if after == "a dead one" else None, age_s=lease.STALE_S + 60)
+            write(folder, 3, ELSEWHERE if after == "a dead one" else None, age_s=locks.STALE_S + 60)
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(attempt, range(8))) >= 1

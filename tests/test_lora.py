@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 
 from sae_lora import lora
 from sae_lora.choices import Initialisation
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config import LoRAConfig
-from sae_lora.errors import ConfigError, UserError
 from sae_lora.lora_request import adapted_blocks
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model

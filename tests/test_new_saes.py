@@ -27,8 +27,8 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from safetensors.torch import load_file
 
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.dimensions import Place
-from sae_lora.errors import ConfigError, UserError
 from sae_lora.saes import new
 from sae_lora.saes.disk import trained_at
 from tests.coders import jumprelu_sae, topk_sae

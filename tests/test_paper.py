@@ -15,9 +15,9 @@ from rich.table import Table
 
 from sae_lora import estimate, launcher, models
 from sae_lora.choices import LauncherKind, Suite
+from sae_lora.common.errors import NoSuchCellError
 from sae_lora.config import Config, LauncherConfig
 from sae_lora.dimensions import Place
-from sae_lora.errors import NoSuchCellError
 from sae_lora.evaluation import record
 from sae_lora.head import room_bytes
 from sae_lora.identity import train_steps

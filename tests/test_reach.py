@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.__main__ import main
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.reach import Reached, reached, savings
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder
 from tests.test_records import point

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.errors import UserError
-from sae_lora.files import new_folder, write_atomically
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import new_folder, write_atomically
 from sae_lora.records import (
     CurvePoint,
     CurveWriter,

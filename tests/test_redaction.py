@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import terminal
-from sae_lora.errors import ConfigError
+from sae_lora.common import console
+from sae_lora.common.errors import ConfigError
+from sae_lora.common.secrets import redacted, secret_in
 from sae_lora.records import RunFolder
-from sae_lora.redaction import redacted, secret_in
 from tests.composing import composed
 
 FAKE = "a1B2c3D4e5F6g7H8i9J0"
@@ -78,8 +78,8 @@ def test_nor_does_what_is_printed_or_written(
 ) -> None:
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse")
     text = f"no access with hf_{FAKE} or correct horse"
-    terminal.say(text)
-    terminal.complain("error", text)
+    console.say(text)
+    console.complain("error", text)
     folder = RunFolder(tmp_path)
     folder.write_failure(text, f"Traceback\n{text}")
     told = capsys.readouterr()

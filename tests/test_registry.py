@@ -7,9 +7,9 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_lora.choices import DType, Hook, SAEFamily
+from sae_lora.common.errors import ConfigError, NoSuchCellError
 from sae_lora.config import SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions
-from sae_lora.errors import ConfigError, NoSuchCellError
 from sae_lora.saes import registry
 from tests.composing import composed
 

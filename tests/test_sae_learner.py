@@ -13,7 +13,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.saes import new
 from sae_lora.saes.buffer import ActivationBuffer
 from sae_lora.saes.learner import SAELearner, mean_norm_scale

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lora.__main__ import main
 from sae_lora.choices import Suite
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config import Config, EvaluationConfig
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.errors import ConfigError, UserError
 from sae_lora.evaluation import headlines, record, suites
 from sae_lora.evaluation.saebench import environment as layer
 from sae_lora.evaluation.saebench import suite as saebench

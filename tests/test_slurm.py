@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sae_lora.__main__ import main
+from sae_lora.common.locks import holder
 from sae_lora.conversion import load
-from sae_lora.lease import holder
 from sae_lora.standing import State, standings
 from tests.attempts import results
 from tests.cluster import Cluster

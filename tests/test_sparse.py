@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lora.benchmark.memory import PeakMemory
-from sae_lora.errors import ConfigError
+from sae_lora.common.errors import ConfigError
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.sparse import SparseSAE, multiplied
 from tests.coders import topk_sae

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sae_lora.common.errors import ConfigError
 from sae_lora.dimensions import resid_post
-from sae_lora.errors import ConfigError
 from sae_lora.models import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced

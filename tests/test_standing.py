@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora import slurm
-from sae_lora.lease import held
+from sae_lora.common.locks import held
 from sae_lora.plan import plan
 from sae_lora.records import SubmittedJob
 from sae_lora.standing import State, standings

@@ -16,11 +16,11 @@ import wandb
 
 from sae_lora import checkpoint, tracking, wandb_run
 from sae_lora.__main__ import main
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import held
 from sae_lora.conversion import load
-from sae_lora.errors import UserError
 from sae_lora.evaluation import record
 from sae_lora.identity import identity
-from sae_lora.lease import held
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.shown import METRICS, Shown
 from sae_lora.tracking import Tracker

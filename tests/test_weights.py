@@ -14,8 +14,8 @@ from torch import Tensor
 from sae_lora import lora
 from sae_lora.__main__ import main
 from sae_lora.choices import Suite
+from sae_lora.common.errors import UserError
 from sae_lora.config import EvaluationConfig, LoRAConfig
-from sae_lora.errors import UserError
 from sae_lora.evaluation import pairs, record, similarity, weights
 from sae_lora.evaluation.overlap import Overlap, overlap, shared
 from sae_lora.evaluation.similarity import directions, expected, phi, similarities
@@ -422,7 +422,7 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
         drawn.extend(path for _, path in wanted)
         return ["no pictures (that takes a browser)"]
 
-    monkeypatch.setattr("sae_lora.figures.try_pictures", no_browser)
+    monkeypatch.setattr("sae_lora.common.plots.try_pictures", no_browser)
     point = quick_points_in(tmp_path)
     folders = run_here(*(point(f"train.seed={seed}") for seed in (0, 1)))
     sweep = folders[0].path.parent

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lora.choices import LauncherKind
+from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.config import LoRAConfig
 from sae_lora.distill import Pack
-from sae_lora.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
 from sae_lora.places import places
@@ -45,7 +45,7 @@ def begun(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]
     """An attempt that is under way."""
     options = [*(str(folder.path) for folder in folders), f"--processes-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "sae_lora.start", "sae_lora.run", *options],
+        [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run", *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

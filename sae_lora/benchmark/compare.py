@@ -28,21 +28,21 @@ from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 from sae_lora.choices import Attention, Initialisation, KLComputation, Schedule
+from sae_lora.common.console import errors
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, check_writable, write_atomically
+from sae_lora.common.provenance import environment
 from sae_lora.config import LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
-from sae_lora.errors import UserError
-from sae_lora.files import as_json, check_writable, write_atomically
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel, choose_attention
-from sae_lora.provenance import environment
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Splice
 from sae_lora.student import LoRAStudent
-from sae_lora.terminal import errors
 from sae_lora.training import Training
 
 RANKS = (1, 4, 16, 64, 256)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import hub
 from sae_lora.choices import TextSource
+from sae_lora.common import hub
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config import DataConfig, as_list
 from sae_lora.data.documents import (
     Document,
@@ -35,8 +37,6 @@ from sae_lora.data.packing import (
     special_ids,
     tokenised,
 )
-from sae_lora.errors import ConfigError, UserError
-from sae_lora.files import as_json, write_atomically
 
 _FORMAT = 1
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lora import hub
+from sae_lora.common import hub
+from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.config import DataConfig
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 
 
 class Document(NamedTuple):

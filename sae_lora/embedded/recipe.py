@@ -14,13 +14,13 @@ from transformers import set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.choices import DType
+from sae_lora.common.console import console
 from sae_lora.config import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.embedded import language_model
 from sae_lora.models import load_model, load_tokenizer
 from sae_lora.saes.training import TopKRequest, save, train_topk
-from sae_lora.terminal import console
 
 VOCABULARY = 2048
 CONTEXT_LENGTH = 128

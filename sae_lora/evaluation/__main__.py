@@ -6,11 +6,11 @@ What a job does after training; `python -m sae_lora evaluate` is for people.
 import sys
 from pathlib import Path
 
+from sae_lora.common.console import complain
+from sae_lora.common.errors import UserError
 from sae_lora.conversion import load
-from sae_lora.errors import UserError
 from sae_lora.evaluation import suites
 from sae_lora.records import RunFolder
-from sae_lora.terminal import complain
 from sae_lora.upload import upload
 
 

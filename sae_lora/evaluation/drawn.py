@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_lora.common.plots import COLOURS, finished
 from sae_lora.evaluation.headlines import SHOWN_FIRST, first_metric
-from sae_lora.figures import COLOURS, finished
 
 MOST_RUNS = len(COLOURS)
 """Runs that a figure can tell apart."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sae_lora import hub
+from sae_lora.common import hub
+from sae_lora.common.console import say
+from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.config import EvaluationConfig
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER
-from sae_lora.terminal import say
 
 _FIELD = "evaluation.tasks"
 

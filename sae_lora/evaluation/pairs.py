@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_lora.files import as_json, write_atomically
+from sae_lora.common.files import as_json, write_atomically
 
 VERSION = 1
 """Of the schema; fields are only ever added within a version."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora.choices import Suite
-from sae_lora.files import as_json, write_atomically
+from sae_lora.common.files import as_json, write_atomically
 from sae_lora.identity import trains_adapters
 from sae_lora.records import RunFolder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_lora import lora
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.evaluation.pairs import Grid, Pair
 from sae_lora.identity import trains_adapters
 from sae_lora.records import RunFolder

@@ -9,8 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_lora.common.plots import finished
 from sae_lora.evaluation.pairs import Grid, Pair
-from sae_lora.figures import finished
 
 MOST_PAIRS = 6
 """Of a sweep that are drawn."""

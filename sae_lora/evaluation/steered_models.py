@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.evaluation.steering_texts import Halves, Texts, Through, batches, residuals
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.head import Head

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config import EvaluationConfig
 from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
-from sae_lora.errors import ConfigError, UserError, listed
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation_request import SHORTEST_TEXT
 from sae_lora.splice import Splice

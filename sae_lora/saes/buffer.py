@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lora.common.errors import UserError
 from sae_lora.dimensions import Place
-from sae_lora.errors import UserError
 from sae_lora.models import LanguageModel
 from sae_lora.splice import special_positions
 

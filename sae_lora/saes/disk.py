@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora.choices import Hook
+from sae_lora.common.errors import ConfigError, UserError, nearest_name
+from sae_lora.common.files import sha256
 from sae_lora.config import SAEChoice
 from sae_lora.dimensions import PLACES, Dimensions, Place, canonical_hook
-from sae_lora.errors import ConfigError, UserError, nearest_name
-from sae_lora.files import sha256
 
 
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:

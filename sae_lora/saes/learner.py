@@ -10,7 +10,7 @@ from sae_lens import SAE, SAETrainer, TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 from sae_lora.saes import new
 
 _FIRING = ("act_freq_scores", "n_forward_passes_since_fired")

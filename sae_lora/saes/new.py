@@ -30,7 +30,7 @@ from sae_lens.training.optim import CoefficientScheduler
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from sae_lora.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
 """What a new SAE can be."""

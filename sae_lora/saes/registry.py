@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from sae_lora.checks import latents
 from sae_lora.choices import Architecture, Hook, SAEFamily
+from sae_lora.common.errors import ConfigError, NoSuchCellError, listed, nearest_name
 from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.dimensions import EMBEDDED_NAME, PLACES, Dimensions, Place, canonical_hook
 from sae_lora.embedded import SAES as EMBEDDED_SAES
-from sae_lora.errors import ConfigError, NoSuchCellError, listed, nearest_name
 from sae_lora.saes.disk import known_place, read_folder, settled
 from sae_lora.saes.table import SUBLAYERS, place_in, release_named, table, width_in
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from sae_lora.errors import ConfigError, listed
+from sae_lora.common.errors import ConfigError, listed
 
 _WIDE = 16_384
 """Latents from which on it is quicker."""

@@ -13,8 +13,8 @@ import yaml
 
 from sae_lora.checks import latents
 from sae_lora.choices import Hook
+from sae_lora.common.errors import ConfigError, nearest_name
 from sae_lora.dimensions import Place, canonical_hook
-from sae_lora.errors import ConfigError, nearest_name
 
 
 @functools.cache

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_lora.common.files import write_atomically
 from sae_lora.evaluation.saebench import benchmarks
 from sae_lora.evaluation.saebench.model import Pair, pairs, read_the_same
 from sae_lora.evaluation.subject import Subject
-from sae_lora.files import write_atomically
 from sae_lora.records import RunFolder
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from sae_lora.errors import UserError
-from sae_lora.files import check_writable, write_atomically
-from sae_lora.terminal import say
+from sae_lora.common.console import say
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import check_writable, write_atomically
 
 VERSION = "0.6.0"
 """Of SAEBench: later ones may name their benchmarks' settings and results otherwise."""

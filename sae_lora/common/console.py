@@ -19,9 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from sae_lora.records import CurvePoint
-from sae_lora.redaction import redacted
-from sae_lora.tables import percent
+from sae_lora.common.secrets import redacted
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -93,20 +91,6 @@ class Display:
             self._progress.remove_task(self._task)
             self._task = None
 
-    def point(self, point: CurvePoint, name: str | None = None) -> None:
-        """Shows one evaluation as a line that stays.
-
-        Args:
-            point: What was measured.
-            name: Of the run, where there are several.
-        """
-        rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
-        which = "" if name is None else f"  {name}"
-        say(
-            f"{which}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
-            f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
-        )
-
     def __enter__(self) -> "Display":
         self._progress.start()
         return self
@@ -115,3 +99,17 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent; where it is undefined, says so."""
+    return "undefined" if share is None else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

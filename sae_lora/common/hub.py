@@ -10,7 +10,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
-from sae_lora.errors import UserError, causes
+from sae_lora.common.errors import UserError, causes
 
 
 class UnreachableError(UserError):

@@ -1,4 +1,4 @@
-"""Starts what needs torch sooner: `python -m sae_lora.start MODULE …` does `MODULE.main`.
+"""Starts what needs torch sooner: `python -m sae_lora.common.lazy_imports MODULE …` does `MODULE.main`.
 
 What torch, transformers and SAELens bring into memory stays there. Python would search it for garbage
 again and again while it comes in, for nothing.

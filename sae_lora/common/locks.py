@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sae_lora.errors import UserError
-from sae_lora.files import write_atomically
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import write_atomically
 
 RENEW_S = 10.0
 """Seconds between two touches."""

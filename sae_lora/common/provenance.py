@@ -29,14 +29,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit that this code is at, marked where files differ from it; `None` outside git."""
-    folder = Path(__file__).parent
+    here = Path(__file__)
+    package = here.parents[1]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is some other project's commit
+        # Where this file is not tracked, the commit is some other project's.
+        git("ls-files", "--error-unmatch", str(here.relative_to(package)))
         commit = git("rev-parse", "HEAD").strip()
         return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.SubprocessError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lora.errors import UserError
+from sae_lora.common.errors import UserError
 
 
 def check_writable(folder: Path, asked_by: str) -> None:
