@@ -10,19 +10,20 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from sae_lora import composition, launcher
+from sae_lora import launcher
+from sae_lora.config.compose import Points, checked, is_dispatched_by_hydra, main
 
-points = composition.Points()
+points = Points()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(composed: DictConfig) -> float | None:
     """Collects the point; runs it on the spot only for another Hydra launcher or sweeper."""
-    if composition.is_dispatched_by_hydra():
-        return launcher.run_now(composition.checked(composed))
+    if is_dispatched_by_hydra():
+        return launcher.run_now(checked(composed))
     points.add(composed)
     return None
 
 
 if __name__ == "__main__":
-    sys.exit(composition.main(compose, lambda: launcher.launch(points.checked())))
+    sys.exit(main(compose, lambda: launcher.launch(points.checked())))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora import slurm
-from sae_lora.choices import Suite
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import quick_imports
+from sae_lora.config.enums import Suite
 from sae_lora.evaluation import record
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import RunFolder

@@ -13,13 +13,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import lora, models
 from sae_lora.assembly import SAEs, device_of
-from sae_lora.choices import Device
 from sae_lora.common.errors import ConfigError, UserError, listed
-from sae_lora.config import Config
-from sae_lora.conversion import load
+from sae_lora.config.enums import Device
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
 from sae_lora.data.packing import special_ids
 from sae_lora.dimensions import read_dimensions
-from sae_lora.identity import ADAPTING, TRAINING_SAES
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
 from sae_lora.results import trained_saes

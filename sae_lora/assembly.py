@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from sae_lora.choices import Device, Method, SAEFamily
 from sae_lora.common.errors import ConfigError
-from sae_lora.config import Config, SAEChoice, SAEConfig
+from sae_lora.config.enums import Device, Method, SAEFamily
+from sae_lora.config.identity import step_tokens, train_steps
+from sae_lora.config.schema import Config, SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
 from sae_lora.head import Comparison, Head
-from sae_lora.identity import step_tokens, train_steps
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel

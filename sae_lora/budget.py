@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import logarithmic
-from sae_lora.conversion import load
+from sae_lora.config.serialize import load
 from sae_lora.curves import value_at
 from sae_lora.figures import gap_curves
 from sae_lora.records import CurvePoint, RunFolder

@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from sae_lora.choices import Hook
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.lazy_imports import quick_imports
-from sae_lora.config import ModelConfig, SAEChoice
+from sae_lora.config.enums import Hook
+from sae_lora.config.schema import ModelConfig, SAEChoice
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
 
 EMBEDDED_NAME = "tiny"

@@ -24,7 +24,7 @@ from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.common.signals import handling
-from sae_lora.config import LauncherConfig
+from sae_lora.config.schema import LauncherConfig
 from sae_lora.job import Job, halves
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run

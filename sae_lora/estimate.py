@@ -54,14 +54,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sae_lora.choices import Architecture, Device, DType, KLComputation, Method, SAEFamily
-from sae_lora.config import Config, ModelConfig, SAEConfig, TrainConfig
+from sae_lora.config.enums import Architecture, Device, DType, KLComputation, Method, SAEFamily
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES, step_tokens, train_steps
+from sae_lora.config.lora_targets import adapted_blocks
+from sae_lora.config.schema import Config, ModelConfig, SAEConfig, TrainConfig
 from sae_lora.dimensions import Place
 from sae_lora.distill import turns
 from sae_lora.head import room_bytes
-from sae_lora.identity import ADAPTING, TRAINING_SAES, step_tokens, train_steps
 from sae_lora.lora import target_modules
-from sae_lora.lora_request import adapted_blocks
 from sae_lora.models import LanguageModel, load_shapes
 from sae_lora.saes.sparse import is_wide
 

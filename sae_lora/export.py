@@ -11,12 +11,12 @@ from transformers import logging as transformers_logging
 
 from sae_lora import lora, models
 from sae_lora.card import card
-from sae_lora.choices import DType
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, new_folder, write_atomically
-from sae_lora.config import Config, ModelConfig, as_list
-from sae_lora.conversion import as_dict, load
-from sae_lora.identity import ADAPTING
+from sae_lora.config.enums import DType
+from sae_lora.config.identity import ADAPTING
+from sae_lora.config.schema import Config, ModelConfig, as_list
+from sae_lora.config.serialize import as_dict, load
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
 from sae_lora.standing import finished

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sae_lora import models
 from sae_lora.assembly import SAEs, assemble, device_of, quieten
-from sae_lora.choices import Device
 from sae_lora.common.console import complain
 from sae_lora.common.signals import SIGNALS
+from sae_lora.config.enums import Device
+from sae_lora.config.identity import train_steps
 from sae_lora.dimensions import read_dimensions
-from sae_lora.identity import train_steps
 from sae_lora.member import Claim, Member
 from sae_lora.records import RunFolder
 from sae_lora.training import Training

@@ -15,9 +15,9 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from sae_lora import grouping_figures, per_block
-from sae_lora.choices import Method
 from sae_lora.common.errors import UserError
-from sae_lora.conversion import load
+from sae_lora.config.enums import Method
+from sae_lora.config.serialize import load
 from sae_lora.records import RunFolder
 from sae_lora.tables import in_whole_words
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae_lora.choices import KLComputation
+from sae_lora.config.enums import KLComputation
 from sae_lora.head import Comparison
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.table import Table
 
 from sae_lora import slurm
-from sae_lora.choices import LauncherKind
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.common.locks import HeldError, held
-from sae_lora.config import Config, LauncherConfig
+from sae_lora.config.enums import LauncherKind
+from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.evaluation.record import pending
 from sae_lora.packs import packed

@@ -11,8 +11,8 @@ from sae_lora.common.console import Display
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import quick_imports
-from sae_lora.config import Config
-from sae_lora.conversion import as_dict
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import as_dict
 from sae_lora.dimensions import Dimensions
 
 if TYPE_CHECKING:

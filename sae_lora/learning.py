@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lora.checkpoint import State
-from sae_lora.config import TrainConfig
+from sae_lora.config.schema import TrainConfig
 from sae_lora.kl import SummedKL
 from sae_lora.student import Student
 from sae_lora.trunk import Trunk

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sae_lora.choices import Initialisation
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import LoRAConfig
+from sae_lora.config.enums import Initialisation
+from sae_lora.config.lora_targets import adapted_blocks, listed_matrices, target_matrices
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.dropout import Dropout
-from sae_lora.lora_request import adapted_blocks, listed_matrices, target_matrices
 from sae_lora.models import LanguageModel
 
 _ROLES: dict[str, frozenset[str]] = {

@@ -17,10 +17,10 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
 from sae_lora.common.locks import LostError
-from sae_lora.config import Config, LoRAConfig
-from sae_lora.conversion import load
+from sae_lora.config.identity import ADAPTING, identity, readable_name
+from sae_lora.config.schema import Config, LoRAConfig
+from sae_lora.config.serialize import load
 from sae_lora.estimate import estimate
-from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.methods import Sample
 from sae_lora.metrics import Contribution
 from sae_lora.models import LanguageModel

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sae_lora import lora, output_adapter
-from sae_lora.choices import Method, SAEFamily, Schedule
-from sae_lora.config import Config
+from sae_lora.config.enums import Method, SAEFamily, Schedule
+from sae_lora.config.identity import dead_after_steps, step_tokens
+from sae_lora.config.schema import Config
 from sae_lora.dimensions import Place, source
-from sae_lora.identity import dead_after_steps, step_tokens
 from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter

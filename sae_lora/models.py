@@ -14,10 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora import attention
-from sae_lora.choices import Attention, DType, Hook
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError, nearest_name
-from sae_lora.config import ModelConfig
+from sae_lora.config.enums import Attention, DType, Hook
+from sae_lora.config.schema import ModelConfig
 from sae_lora.dimensions import PLACES, Place, resid_post, source
 
 

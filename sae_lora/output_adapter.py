@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sae_lora.choices import Method
 from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Method
 from sae_lora.splice import Coder
 
 _WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"

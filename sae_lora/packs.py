@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import psutil
 
-from sae_lora.choices import LauncherKind
 from sae_lora.common.lazy_imports import quick_imports
-from sae_lora.config import LauncherConfig
-from sae_lora.identity import pack_key
+from sae_lora.config.enums import LauncherKind
+from sae_lora.config.identity import pack_key
+from sae_lora.config.schema import LauncherConfig
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
 

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 
-from sae_lora.checks import check_processes
 from sae_lora.common.errors import ConfigError
-from sae_lora.config import LauncherConfig
+from sae_lora.config.schema import LauncherConfig
+from sae_lora.config.validate import check_processes
 from sae_lora.plan import Run
 
 

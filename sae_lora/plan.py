@@ -12,16 +12,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sae_lora.choices import Method, TextSource
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.config import Config, as_list
-from sae_lora.conversion import as_dict, load
+from sae_lora.config.enums import Method, TextSource
+from sae_lora.config.identity import ADAPTING, identity, readable_name
+from sae_lora.config.lora_targets import adapted_blocks, canonical_alpha, canonical_blocks
+from sae_lora.config.schema import Config, as_list
+from sae_lora.config.serialize import as_dict, load
 from sae_lora.data.documents import files_matching
 from sae_lora.dimensions import Dimensions, read_dimensions
-from sae_lora.identity import ADAPTING, identity, readable_name
 from sae_lora.layer_groups import Distances, LayerGroups, are_wanted, groups
-from sae_lora.lora_request import adapted_blocks, canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.results import begun, check_goes_on
 from sae_lora.saes.registry import Resolution, resolve

@@ -12,10 +12,10 @@ from transformers import logging as transformers_logging
 from sae_lora import models
 from sae_lora.common.console import Display
 from sae_lora.common.lazy_imports import quick_imports
-from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
 from sae_lora.dimensions import EMBEDDED_NAME
-from sae_lora.identity import train_steps
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:

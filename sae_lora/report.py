@@ -24,11 +24,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_lora import figures
-from sae_lora.choices import Suite
 from sae_lora.common import plots
 from sae_lora.common.console import duration, percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
+from sae_lora.config.enums import Suite
 from sae_lora.evaluation import drawn, pairs, record, similarity_figures
 from sae_lora.records import RunFolder
 from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label

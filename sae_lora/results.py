@@ -3,14 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sae_lora.choices import Method, SAEFamily
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.common.files import sha256
-from sae_lora.config import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
-from sae_lora.conversion import load
+from sae_lora.config.enums import Method, SAEFamily
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES
+from sae_lora.config.lora_targets import canonical_alpha, canonical_blocks
+from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
+from sae_lora.config.serialize import load
 from sae_lora.dimensions import Dimensions, Place
-from sae_lora.identity import ADAPTING, TRAINING_SAES
-from sae_lora.lora_request import canonical_alpha, canonical_blocks
 from sae_lora.records import RunFolder
 from sae_lora.saes.disk import read_folder
 

@@ -26,11 +26,11 @@ from sae_lora.common.locks import HeldError, LostError, held
 from sae_lora.common.provenance import environment
 from sae_lora.common.secrets import redacted
 from sae_lora.common.signals import Interrupted, Interruption
-from sae_lora.config import Config
+from sae_lora.config.identity import pack_key, train_steps
+from sae_lora.config.schema import Config
 from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions
 from sae_lora.follower import Beginning
-from sae_lora.identity import pack_key, train_steps
 from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.methods import Sample

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lora.choices import Hook
 from sae_lora.common.secrets import redacted
-from sae_lora.config import Config
-from sae_lora.conversion import as_dict
-from sae_lora.identity import ADAPTING, identity, readable_name
+from sae_lora.config.enums import Hook
+from sae_lora.config.identity import ADAPTING, identity, readable_name
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import as_dict
 from sae_lora.records import CurvePoint, RunFolder
 
 AXES = ("tokens", "train_seconds")

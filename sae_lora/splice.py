@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sae_lora.choices import Hook
+from sae_lora.config.enums import Hook
 from sae_lora.dimensions import Place
 from sae_lora.models import LanguageModel
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Method
-from sae_lora.command import command, flat
 from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Method
+from sae_lora.config.identity import ADAPTING, OF_NO_RESULT
+from sae_lora.config.overrides import command, flat
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.identity import ADAPTING, OF_NO_RESULT
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.scaling import Frame
 from sae_lora.standing import standings

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sae_lora.choices import Suite
 from sae_lora.common.console import duration, percent
+from sae_lora.config.enums import Suite
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records import RunFolder
 

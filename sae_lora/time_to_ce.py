@@ -11,11 +11,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from rich.table import Table
 
-from sae_lora.choices import Method
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, logarithmic
-from sae_lora.config import Config
-from sae_lora.conversion import load
+from sae_lora.config.enums import Method
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
 from sae_lora.curves import reaching, value_at
 from sae_lora.records import CurvePoint, RunFolder
 from sae_lora.tables import in_whole_words, spread

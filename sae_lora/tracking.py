@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from sae_lora import wandb_run
-from sae_lora.choices import TrackingMode
 from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
-from sae_lora.config import Config, TrackingConfig
+from sae_lora.config.enums import TrackingMode
+from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.records import RunFolder, Summary
 from sae_lora.shown import Shown
 from sae_lora.wandb_run import WandbRun

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_lora.checkpoint import State
-from sae_lora.choices import Reduction, Schedule
 from sae_lora.common.errors import UserError
-from sae_lora.config import TrainConfig
+from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.schema import TrainConfig
 from sae_lora.learning import Learner
 from sae_lora.metrics import Evaluation
 from sae_lora.records import CurvePoint, gap_closed

@@ -11,9 +11,9 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.common.secrets import redacted
-from sae_lora.config import Config
-from sae_lora.conversion import load
-from sae_lora.identity import identity
+from sae_lora.config.identity import identity
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
 from sae_lora.records import RunFolder
 from sae_lora.shown import Shown
 from sae_lora.wandb_run import WandbRun

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from hydra import compose, initialize_config_dir
 
-from sae_lora.composition import checked
-from sae_lora.config import Config
+from sae_lora.config.compose import checked
+from sae_lora.config.schema import Config
 
 CONF = Path(__file__).parent.parent / "conf"
 

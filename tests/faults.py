@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 from rich.progress import Progress
 
-from sae_lora.conversion import load
+from sae_lora.config.serialize import load
 from sae_lora.launcher import launch
 from sae_lora.plan import plan
 from sae_lora.records import RunFolder

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sae_lora import run
-from sae_lora.config import Config
+from sae_lora.config.schema import Config
 from sae_lora.plan import plan
 from sae_lora.records import RunFolder
 from tests.composing import composed

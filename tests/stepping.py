@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from sae_lora import methods
-from sae_lora.choices import Hook, Method, SAEFamily
-from sae_lora.config import (
+from sae_lora.config.enums import Hook, Method, SAEFamily
+from sae_lora.config.schema import (
     Config,
     DataConfig,
     LoRAConfig,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sae_lora import lora
-from sae_lora.config import Config, LoRAConfig
+from sae_lora.config.schema import Config, LoRAConfig
 from sae_lora.evaluation.subject import Subject
 from sae_lora.models import LanguageModel
 from sae_lora.trunk import Splices

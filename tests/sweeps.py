@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sae_lora.conversion import as_dict
+from sae_lora.config.serialize import as_dict
 from sae_lora.dimensions import resid_post
 from sae_lora.plan import plan
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder

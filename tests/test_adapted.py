@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import sae_lora
 from sae_lora.adapted import Adapted
 from sae_lora.common.errors import UserError
+from sae_lora.config.identity import train_steps
 from sae_lora.data import corpus
 from sae_lora.embedded import MODEL
-from sae_lora.identity import train_steps
 from sae_lora.records import Progress, RunFolder
 from sae_lora.splice import Reading
 from tests.coders import write_topk_sae

@@ -5,8 +5,8 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sae_lora.command import command, written
-from sae_lora.conversion import as_dict
+from sae_lora.config.overrides import command, written
+from sae_lora.config.serialize import as_dict
 from tests.composing import composed
 
 

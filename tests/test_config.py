@@ -7,13 +7,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sae_lora import composition
-from sae_lora.checks import check, latents
 from sae_lora.common.errors import ConfigError, UnknownKeyError
-from sae_lora.config import Config, EvaluationConfig
-from sae_lora.conversion import as_dict, keys, load, typed
-from sae_lora.identity import identity, readable_name
-from sae_lora.lora_request import target_matrices
+from sae_lora.config.compose import explanation
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.identity import identity, readable_name
+from sae_lora.config.lora_targets import target_matrices
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import as_dict, keys, load, typed
+from sae_lora.config.validate import check, latents
 from tests.composing import CONF, composed
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -155,7 +156,7 @@ def test_impossible_values(override: str, field: str, nearest: object) -> None:
 def test_what_hydra_notices_is_explained(override: str, words: list[str]) -> None:
     with pytest.raises(Exception) as error:
         composed(override)
-    explained = composition.explanation(error.value)
+    explained = explanation(error.value)
     assert all(word in explained for word in words), explained
     assert "HYDRA_FULL_ERROR" not in explained
 
@@ -164,9 +165,7 @@ def test_what_hydra_notices_is_explained(override: str, words: list[str]) -> Non
 def test_added_keys_are_refused(override: str) -> None:
     with pytest.raises((UnknownKeyError, Exception)) as error:
         composed(override)
-    assert "foo" in composition.explanation(error.value) or "deep" in composition.explanation(
-        error.value
-    )
+    assert "foo" in explanation(error.value) or "deep" in explanation(error.value)
 
 
 def test_every_field_is_documented() -> None:
@@ -275,7 +274,7 @@ def test_missing_values_are_reported() -> None:
         config = compose("config", overrides=["model.name=???"])
     with pytest.raises(Exception) as error:
         check(typed(config))
-    assert "model.name" in composition.explanation(error.value)
+    assert "model.name" in explanation(error.value)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from torch.nn.functional import cross_entropy
 
 import sae_lora
 from sae_lora import methods
-from sae_lora.choices import Hook, Method, SAEFamily
-from sae_lora.config import Config, LoRAConfig, MethodConfig, SAEConfig
+from sae_lora.config.enums import Hook, Method, SAEFamily
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, SAEConfig
 from sae_lora.data import corpus
 from sae_lora.dimensions import Place, resid_post
 from sae_lora.head import Comparison, Head
-from sae_lora.identity import train_steps
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder

@@ -17,9 +17,9 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch.nn.functional import cross_entropy
 
 from sae_lora.__main__ import main
-from sae_lora.choices import Suite
 from sae_lora.common.errors import UserError
-from sae_lora.config import EvaluationConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation import core, record, suites
 from sae_lora.evaluation.bootstrap import Bootstrap
 from sae_lora.evaluation.core import Core

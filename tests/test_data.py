@@ -12,9 +12,9 @@ import pytest
 import zstandard
 from transformers import PreTrainedTokenizerFast
 
-from sae_lora.choices import TextSource
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import DataConfig
+from sae_lora.config.enums import TextSource
+from sae_lora.config.schema import DataConfig
 from sae_lora.data import corpus
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Convention, Packer, convention_of, tokenised

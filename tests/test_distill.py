@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from sae_lora import lora
-from sae_lora.choices import Reduction, Schedule
 from sae_lora.common.errors import UserError
-from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.dimensions import resid_post
 from sae_lora.metrics import Reconstruction
 from sae_lora.models import LanguageModel

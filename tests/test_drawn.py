@@ -5,9 +5,9 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from sae_lora.config.evaluation import BENCHMARKS
 from sae_lora.evaluation import drawn
 from sae_lora.evaluation.headlines import SHOWN_FIRST
-from sae_lora.evaluation_config import BENCHMARKS
 
 
 def points(figure: go.Figure, name: str) -> list[tuple[str, float]]:

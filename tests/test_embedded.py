@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lora.choices import SAEFamily, TextSource
-from sae_lora.config import Config, DataConfig, LoRAConfig, ModelConfig, SAEChoice, SAEConfig
+from sae_lora.config.enums import SAEFamily, TextSource
+from sae_lora.config.schema import Config, DataConfig, LoRAConfig, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.dimensions import read_dimensions

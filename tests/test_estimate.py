@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from sae_lora import methods, models
 from sae_lora.assembly import assemble
 from sae_lora.benchmark.memory import PeakMemory
-from sae_lora.choices import Architecture
-from sae_lora.config import Config
+from sae_lora.config.enums import Architecture
+from sae_lora.config.identity import step_tokens, train_steps
+from sae_lora.config.schema import Config
 from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
 from sae_lora.head import Comparison, Head
-from sae_lora.identity import step_tokens, train_steps
 from sae_lora.kl import kl_of
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator

@@ -22,8 +22,8 @@ from sae_lora import lora
 from sae_lora.__main__ import main
 from sae_lora.adapted import Adapted
 from sae_lora.common.errors import UserError
-from sae_lora.config import LoRAConfig
-from sae_lora.conversion import load
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.config.serialize import load
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.export import TOLERANCE, export, write_merged

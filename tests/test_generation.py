@@ -14,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sae_lora import lora
 from sae_lora.adapted import Adapted
 from sae_lora.assembly import SAEs
-from sae_lora.choices import Attention
-from sae_lora.config import Config, LoRAConfig, ModelConfig
+from sae_lora.config.enums import Attention
+from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
 from sae_lora.dimensions import read_dimensions
 from sae_lora.models import LanguageModel, choose_attention, load_model, load_tokenizer
 from sae_lora.plan import plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lora.config import LoRAConfig
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.estimate import estimate
 from sae_lora.models import LanguageModel
 from tests.coders import jumprelu_sae, topk_sae

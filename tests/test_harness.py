@@ -22,9 +22,10 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from sae_lora import models
-from sae_lora.choices import Suite
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import DataConfig, EvaluationConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import DataConfig
 from sae_lora.data.documents import in_validation
 from sae_lora.evaluation import harness, record, suites
 from sae_lora.evaluation.harness import Tasks, paired_error

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sae_lora.choices import Hook
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import LoRAConfig
+from sae_lora.config.enums import Hook
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.dimensions import Place
 from sae_lora.learning import Descent
 from sae_lora.models import LanguageModel

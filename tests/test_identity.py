@@ -5,9 +5,9 @@ from functools import cache
 
 import pytest
 
-from sae_lora.choices import Method
-from sae_lora.config import Config
-from sae_lora.identity import identity
+from sae_lora.config.enums import Method
+from sae_lora.config.identity import identity
+from sae_lora.config.schema import Config
 from sae_lora.plan import plan
 from tests.composing import composed
 

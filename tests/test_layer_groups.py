@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 import sae_lora
 from sae_lora import grouping, models
 from sae_lora.assembly import SAEs, assemble
-from sae_lora.checks import check
-from sae_lora.choices import DType, Hook
 from sae_lora.common.errors import ConfigError
-from sae_lora.config import Config
-from sae_lora.conversion import load
+from sae_lora.config.enums import DType, Hook
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
+from sae_lora.config.validate import check
 from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions, resid_post
-from sae_lora.identity import train_steps
 from sae_lora.member import Claim, Member
 from sae_lora.methods import Sample
 from sae_lora.plan import plan

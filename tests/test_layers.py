@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.choices import Hook
 from sae_lora.common.errors import ConfigError, NoSuchCellError
-from sae_lora.config import Config, LayerConfig
+from sae_lora.config.enums import Hook
+from sae_lora.config.identity import identity, readable_name
+from sae_lora.config.schema import Config, LayerConfig
 from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES
-from sae_lora.identity import identity, readable_name
 from sae_lora.saes import registry
 from sae_lora.saes.disk import read_folder
 from sae_lora.saes.table import place_in
@@ -311,7 +311,7 @@ def test_another_hook_is_another_run_and_shows_in_its_name(monkeypatch: pytest.M
     ]
     assert len(set(map(identity, configs))) == len(configs)
     hashed: list[dict] = []
-    monkeypatch.setattr("sae_lora.identity._canonical", lambda values: str(hashed.append(values)))
+    monkeypatch.setattr("sae_lora.config.identity._canonical", lambda values: str(hashed.append(values)))
     for config in configs[:2]:
         identity(config)
     assert ["hook" in values["sae"]["used"][0] for values in hashed] == [False, True]

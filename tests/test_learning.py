@@ -12,10 +12,10 @@ from torch.nn.functional import softplus
 
 from sae_lora import checkpoint, output_adapter
 from sae_lora.benchmark.memory import PeakMemory
-from sae_lora.choices import Method
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
-from sae_lora.config import Config, LoRAConfig, MethodConfig, TrainConfig
+from sae_lora.config.enums import Method
+from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
 from sae_lora.estimate import _own_weights
 from sae_lora.learning import MeZO
 from sae_lora.models import LanguageModel

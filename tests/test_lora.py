@@ -8,10 +8,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from sae_lora import lora
-from sae_lora.choices import Initialisation
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import LoRAConfig
-from sae_lora.lora_request import adapted_blocks
+from sae_lora.config.enums import Initialisation
+from sae_lora.config.lora_targets import adapted_blocks
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.trainings import fill

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lora.choices import Suite
-from sae_lora.config import EvaluationConfig, LoRAConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.evaluation import record, suites
 from sae_lora.evaluation.bootstrap import Interval
 from sae_lora.evaluation.mechanism import evaluate

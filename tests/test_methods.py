@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from sae_lora import run
 from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError
-from sae_lora.config import Config
-from sae_lora.conversion import load
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
 from sae_lora.data import corpus
 from sae_lora.dimensions import source
 from sae_lora.estimate import estimate
-from sae_lora.identity import train_steps
 from sae_lora.models import load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.records import CurvePoint, RunFolder

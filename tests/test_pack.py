@@ -10,10 +10,10 @@ import torch
 from sae_lora import distill
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.checkpoint import State
-from sae_lora.choices import Reduction, Schedule
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
-from sae_lora.config import LoRAConfig
+from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.learning import Descent
 from sae_lora.models import LanguageModel

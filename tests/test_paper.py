@@ -14,14 +14,14 @@ from huggingface_hub import constants
 from rich.table import Table
 
 from sae_lora import estimate, launcher, models
-from sae_lora.choices import LauncherKind, Suite
 from sae_lora.common.errors import NoSuchCellError
-from sae_lora.config import Config, LauncherConfig
+from sae_lora.config.enums import LauncherKind, Suite
+from sae_lora.config.identity import train_steps
+from sae_lora.config.lora_targets import adapted_blocks
+from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.dimensions import Place
 from sae_lora.evaluation import record
 from sae_lora.head import room_bytes
-from sae_lora.identity import train_steps
-from sae_lora.lora_request import adapted_blocks
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.table import table

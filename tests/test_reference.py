@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sae_lora.benchmark.reference import Reference, evaluate
-from sae_lora.choices import KLComputation, Reduction, Schedule
-from sae_lora.config import LoRAConfig
+from sae_lora.config.enums import KLComputation, Reduction, Schedule
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
 from sae_lora.learning import Descent

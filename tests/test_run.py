@@ -11,8 +11,8 @@ from sae_lora import run
 from sae_lora.__main__ import main
 from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.common.locks import held
-from sae_lora.config import ModelConfig
-from sae_lora.conversion import load
+from sae_lora.config.schema import ModelConfig
+from sae_lora.config.serialize import load
 from sae_lora.launcher import run_now
 from sae_lora.models import load_model
 from sae_lora.plan import plan

@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lora.choices import Hook, Method, Reduction
+from sae_lora.config.enums import Hook, Method, Reduction
 from sae_lora.dimensions import resid_post
 from sae_lora.models import LanguageModel
 from sae_lora.saes import new

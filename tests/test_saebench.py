@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sae_lora.__main__ import main
-from sae_lora.choices import Suite
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config import Config, EvaluationConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import Config
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.evaluation import headlines, record, suites
 from sae_lora.evaluation.saebench import environment as layer

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sae_lora.checks import check
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json
-from sae_lora.config import Config, EvaluationConfig
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import Config
+from sae_lora.config.validate import check
 from sae_lora.evaluation.steered_models import SteeredModels, text_log_probability
 from sae_lora.evaluation.steering import HEEDS, Steering, _Curves, steer
 from sae_lora.evaluation.steering_texts import Halves, Texts, residuals, texts_of

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import sae_lora
-from sae_lora.command import command
 from sae_lora.common.errors import UserError
-from sae_lora.conversion import as_dict
+from sae_lora.config.overrides import command
+from sae_lora.config.serialize import as_dict
 from sae_lora.sweep import factors, load_sweep
 from tests.points import folders_in, points_in, run_here
 from tests.sweeps import MadeUp

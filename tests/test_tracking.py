@@ -18,9 +18,9 @@ from sae_lora import checkpoint, tracking, wandb_run
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
-from sae_lora.conversion import load
+from sae_lora.config.identity import identity
+from sae_lora.config.serialize import load
 from sae_lora.evaluation import record
-from sae_lora.identity import identity
 from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
 from sae_lora.shown import METRICS, Shown
 from sae_lora.tracking import Tracker
@@ -422,7 +422,7 @@ class TestWhateverGoesWrong:
         measure(folder, 0)
         code = (
             "import sys; from pathlib import Path; from sae_lora import tracking;"
-            "from sae_lora.conversion import load; from sae_lora.records import RunFolder;"
+            "from sae_lora.config.serialize import load; from sae_lora.records import RunFolder;"
             "folder = RunFolder(Path(sys.argv[1]));"
             "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
             "print(tracker.place, flush=True); input(); tracker.show(1);"

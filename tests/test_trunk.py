@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lora import lora
-from sae_lora.config import LoRAConfig
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.dimensions import resid_post
 from sae_lora.models import LanguageModel
 from sae_lora.splice import Reading, Splice, spliced

@@ -11,8 +11,8 @@ import yaml
 
 from sae_lora import launcher, layer_groups, prefetch
 from sae_lora.common.errors import ConfigError
-from sae_lora.config import Config, LauncherConfig
-from sae_lora.conversion import load
+from sae_lora.config.schema import Config, LauncherConfig
+from sae_lora.config.serialize import load
 from sae_lora.plan import Pack, Run, plan
 from sae_lora.records import RunFolder
 from tests.composing import CONF, composed

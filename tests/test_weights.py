@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sae_lora import lora
 from sae_lora.__main__ import main
-from sae_lora.choices import Suite
 from sae_lora.common.errors import UserError
-from sae_lora.config import EvaluationConfig, LoRAConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.evaluation import pairs, record, similarity, weights
 from sae_lora.evaluation.overlap import Overlap, overlap, shared
 from sae_lora.evaluation.similarity import directions, expected, phi, similarities

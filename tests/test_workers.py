@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lora.choices import LauncherKind
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
-from sae_lora.config import LoRAConfig
+from sae_lora.config.enums import LauncherKind
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from sae_lora.choices import KLComputation
-from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.config.enums import KLComputation
+from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, kl_of

@@ -27,12 +27,12 @@ from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
-from sae_lora.choices import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.common.console import errors
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.provenance import environment
-from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
+from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
 from sae_lora.dropout import Dropout
 from sae_lora.head import Comparison, Head

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_lora import lora
-from sae_lora.choices import Reduction
-from sae_lora.config import LoRAConfig, TrainConfig
+from sae_lora.config.enums import Reduction
+from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.kl import kl_divergence
 from sae_lora.metrics import NO_LABEL, next_tokens
 from sae_lora.models import LanguageModel

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora.choices import TextSource
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.config import DataConfig, as_list
+from sae_lora.config.enums import TextSource
+from sae_lora.config.schema import DataConfig, as_list
 from sae_lora.data.documents import (
     Document,
     file_documents,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
-from sae_lora.config import DataConfig
+from sae_lora.config.schema import DataConfig
 
 
 class Document(NamedTuple):

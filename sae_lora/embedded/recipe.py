@@ -13,9 +13,9 @@ import torch
 from transformers import set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora.choices import DType
 from sae_lora.common.console import console
-from sae_lora.config import ModelConfig
+from sae_lora.config.enums import DType
+from sae_lora.config.schema import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.embedded import language_model

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sae_lora.choices import Suite
+from sae_lora.config.enums import Suite
 from sae_lora.evaluation import record
 from sae_lora.records import RunFolder
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Suite
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.identity import trains_adapters
+from sae_lora.config.enums import Suite
+from sae_lora.config.identity import trains_adapters
 from sae_lora.records import RunFolder
 
 VERSION = 1

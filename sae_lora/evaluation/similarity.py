@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_lora import lora
 from sae_lora.common.errors import UserError
+from sae_lora.config.identity import trains_adapters
 from sae_lora.evaluation.pairs import Grid, Pair
-from sae_lora.identity import trains_adapters
 from sae_lora.records import RunFolder
 
 _EACH_UP_TO = 8

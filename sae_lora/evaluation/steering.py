@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config import EvaluationConfig
+from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
 from sae_lora.evaluation.steered_models import SteeredModels
 from sae_lora.evaluation.steering_texts import Halves, texts_of

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError, listed
-from sae_lora.config import EvaluationConfig
+from sae_lora.config.evaluation import SHORTEST_TEXT, EvaluationConfig
 from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.evaluation_request import SHORTEST_TEXT
 from sae_lora.splice import Splice
 
 FEWEST = 4

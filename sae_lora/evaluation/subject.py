@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from sae_lora.adapted import Adapted, load_adapted
 from sae_lora.assembly import SAEs
-from sae_lora.choices import SAEFamily
+from sae_lora.config.enums import SAEFamily
+from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions
 from sae_lora.head import Head
-from sae_lora.identity import ADAPTING
 from sae_lora.models import LanguageModel
 from sae_lora.records import RunFolder
 from sae_lora.saes.loading import splices

@@ -9,14 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_lora.assembly import quieten
-from sae_lora.checks import check
-from sae_lora.choices import Suite
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
-from sae_lora.composition import explanation
-from sae_lora.config import EvaluationConfig
-from sae_lora.conversion import keys, load, typed, unknown_key
+from sae_lora.config.compose import explanation
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.serialize import keys, load, typed, unknown_key
+from sae_lora.config.validate import check
 from sae_lora.evaluation import core, harness, mechanism, record, steering, weights
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.saebench import suite as saebench

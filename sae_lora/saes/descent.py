@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.checkpoint import State
-from sae_lora.config import TrainConfig
+from sae_lora.config.schema import TrainConfig
 from sae_lora.kl import SummedKL
 from sae_lora.learning import Descent, Moved
 from sae_lora.saes.trained import TrainedSAE

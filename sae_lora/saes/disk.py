@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Hook
 from sae_lora.common.errors import ConfigError, UserError, nearest_name
 from sae_lora.common.files import sha256
-from sae_lora.config import SAEChoice
+from sae_lora.config.enums import Hook
+from sae_lora.config.schema import SAEChoice
 from sae_lora.dimensions import PLACES, Dimensions, Place, canonical_hook
 
 

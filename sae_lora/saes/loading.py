@@ -14,10 +14,10 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from sae_lora import output_adapter, results
-from sae_lora.choices import SAEFamily
 from sae_lora.common import hub
 from sae_lora.common.errors import UserError
-from sae_lora.config import SAEChoice, SAEConfig
+from sae_lora.config.enums import SAEFamily
+from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.output_adapter import AdaptedCoder

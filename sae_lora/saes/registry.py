@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lora.checks import latents
-from sae_lora.choices import Architecture, Hook, SAEFamily
 from sae_lora.common.errors import ConfigError, NoSuchCellError, listed, nearest_name
-from sae_lora.config import Config, ModelConfig, SAEChoice, SAEConfig, as_list
+from sae_lora.config.enums import Architecture, Hook, SAEFamily
+from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig, as_list
+from sae_lora.config.validate import latents
 from sae_lora.dimensions import EMBEDDED_NAME, PLACES, Dimensions, Place, canonical_hook
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.saes.disk import known_place, read_folder, settled

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from sae_lora.checks import latents
-from sae_lora.choices import Hook
 from sae_lora.common.errors import ConfigError, nearest_name
+from sae_lora.config.enums import Hook
+from sae_lora.config.validate import latents
 from sae_lora.dimensions import Place, canonical_hook
 
 

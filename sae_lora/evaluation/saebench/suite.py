@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lora.choices import Suite
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.config import EvaluationConfig
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import BENCHMARKS, EvaluationConfig
 from sae_lora.evaluation import record
 from sae_lora.evaluation.saebench import environment
 from sae_lora.evaluation.subject import Subject
-from sae_lora.evaluation_config import BENCHMARKS
 from sae_lora.output_adapter import AdaptedCoder
 from sae_lora.saes.loading import IdentitySAE
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from sae_lora.config import DataConfig
+from sae_lora.config.schema import DataConfig
 from sae_lora.data.documents import Document, in_validation, stdlib_documents
 
 CHOICES = 4

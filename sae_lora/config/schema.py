@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sae_lora.choices import (
+from sae_lora.config.enums import (
     Architecture,
     Attention,
     Device,
@@ -26,7 +26,7 @@ from sae_lora.choices import (
     TextSource,
     TrackingMode,
 )
-from sae_lora.evaluation_config import EvaluationConfig
+from sae_lora.config.evaluation import EvaluationConfig
 
 
 @dataclass

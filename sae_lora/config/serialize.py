@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lora.common.errors import UnknownKeyError, nearest_name
-from sae_lora.config import Config
+from sae_lora.config.schema import Config
 
 
 def typed(composed: DictConfig) -> Config:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
-from sae_lora.config import LoRAConfig, as_list
+from sae_lora.config.schema import LoRAConfig, as_list
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 

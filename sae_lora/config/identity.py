@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_lora.choices import Architecture, Hook, Method, SAEFamily
-from sae_lora.config import Config, SAEChoice
-from sae_lora.conversion import as_dict
+from sae_lora.config.enums import Architecture, Hook, Method, SAEFamily
+from sae_lora.config.schema import Config, SAEChoice
+from sae_lora.config.serialize import as_dict
 
 _NOT_IDENTITY = {
     "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),

@@ -5,8 +5,8 @@ import shlex
 from functools import cache
 from typing import Any
 
-from sae_lora.composition import CONF, default
-from sae_lora.conversion import as_dict, keys
+from sae_lora.config.compose import CONF, default
+from sae_lora.config.serialize import as_dict, keys
 
 _NOT_ASKED_FOR = {
     *("launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"),

@@ -14,15 +14,15 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from sae_lora.checks import check
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
-from sae_lora.config import Config
-from sae_lora.conversion import keys, typed, unknown_key
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import keys, typed, unknown_key
+from sae_lora.config.validate import check
 
 ConfigStore.instance().store(name="schema", node=Config)
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 """The values, where the package lies beside them."""
 TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 """Hydra's own name for "show me the traceback", which users know."""

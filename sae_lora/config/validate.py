@@ -6,10 +6,13 @@ From the values alone: nothing is read or loaded.
 from collections.abc import Iterator
 from typing import Any
 
-from sae_lora.choices import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
 from sae_lora.common.errors import ConfigError, nearest_name
 from sae_lora.common.secrets import secret_in
-from sae_lora.config import (
+from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
+from sae_lora.config.evaluation import check_evaluation
+from sae_lora.config.identity import TRAINING_SAES
+from sae_lora.config.lora_targets import canonical_alpha, target_matrices
+from sae_lora.config.schema import (
     Config,
     DataConfig,
     LauncherConfig,
@@ -19,10 +22,7 @@ from sae_lora.config import (
     SAEConfig,
     as_list,
 )
-from sae_lora.conversion import as_dict
-from sae_lora.evaluation_request import check_evaluation
-from sae_lora.identity import TRAINING_SAES
-from sae_lora.lora_request import canonical_alpha, target_matrices
+from sae_lora.config.serialize import as_dict
 
 
 def check(config: Config) -> None:
