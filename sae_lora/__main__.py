@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora import slurm
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
@@ -15,9 +14,10 @@ from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import record
 from sae_lora.reach import savings, savings_table
-from sae_lora.records import RunFolder
-from sae_lora.standing import State, counts, standings
-from sae_lora.sweep import load_sweep, runs_of
+from sae_lora.records import slurm
+from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.status import State, counts, standings
+from sae_lora.sweep import load_sweep
 from sae_lora.tables import comparison_table, evaluation_tables
 from sae_lora.watch import status_table, statuses_of
 

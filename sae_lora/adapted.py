@@ -21,11 +21,11 @@ from sae_lora.config.serialize import load
 from sae_lora.data.packing import special_ids
 from sae_lora.dimensions import read_dimensions
 from sae_lora.models import LanguageModel
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import finished
 from sae_lora.results import trained_saes
 from sae_lora.saes.loading import LoadedSAE, splices
 from sae_lora.splice import Coder, Observer, special_positions, spliced
-from sae_lora.standing import finished
 from sae_lora.trunk import Splices
 
 

@@ -4,7 +4,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
-from sae_lora.records import CurvePoint
+from sae_lora.records.schema import CurvePoint
 
 
 def value_at(curve: Sequence[CurvePoint], over: str, amount: float, wanted: str) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from sae_lora.common.errors import UserError
 from sae_lora.common.secrets import redacted
 from sae_lora.config.serialize import load
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.wandb_run import obstacle
 
 _CLOSED = "result.gap_closed"

@@ -19,7 +19,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from sae_lora import slurm, tracking
+from sae_lora import tracking
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
@@ -28,8 +28,10 @@ from sae_lora.config.schema import LauncherConfig
 from sae_lora.job import Job, halves
 from sae_lora.places import places
 from sae_lora.plan import Pack, Run
-from sae_lora.records import RunFolder, SubmittedJob
-from sae_lora.standing import standings
+from sae_lora.records import slurm
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import SubmittedJob
+from sae_lora.records.status import standings
 from sae_lora.watch import Watch
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60

@@ -18,8 +18,8 @@ from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, ModelConfig, as_list
 from sae_lora.config.serialize import as_dict, load
 from sae_lora.models import LanguageModel
-from sae_lora.records import RunFolder
-from sae_lora.standing import finished
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import finished
 
 TOLERANCE = 1e-4
 """Of the largest logit: what merging may change in one. Rounding in float32 changes far less."""

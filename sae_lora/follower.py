@@ -21,7 +21,7 @@ from sae_lora.config.enums import Device
 from sae_lora.config.identity import train_steps
 from sae_lora.dimensions import read_dimensions
 from sae_lora.member import Claim, Member
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.training import Training
 from sae_lora.workers import GoneError, Several, following
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sae_lora import slurm
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.files import check_writable
@@ -21,7 +20,8 @@ from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.evaluation.record import pending
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
-from sae_lora.standing import Standing, State, counts, standings
+from sae_lora.records import slurm
+from sae_lora.records.status import Standing, State, counts, standings
 from sae_lora.tables import comparison_table, run_table
 
 _LOOK_EVERY_S = 0.5

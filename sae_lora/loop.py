@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.metrics import Contribution, Evaluator
-from sae_lora.records import CurvePoint
+from sae_lora.records.schema import CurvePoint
 from sae_lora.training import L, Training
 from sae_lora.workers import Alone, Workers
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.tables import finished_summaries
 
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
-from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint
 from sae_lora.tables import FACTORS, finished_summaries, spread
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]

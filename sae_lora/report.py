@@ -30,7 +30,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import drawn, pairs, record, similarity_figures
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
 from sae_lora.sweep import SEED, Sweep, factors
 

@@ -11,7 +11,7 @@ from sae_lora.config.lora_targets import canonical_alpha, canonical_blocks
 from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.config.serialize import load
 from sae_lora.dimensions import Dimensions, Place
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.saes.disk import read_folder
 
 _MAPS = (Method.linear_adapter, Method.mlp_adapter)

@@ -35,7 +35,8 @@ from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.methods import Sample
 from sae_lora.progress import Reporter, say_point
-from sae_lora.records import Progress, RunFolder, Summary
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Progress, Summary
 from sae_lora.training import Training
 from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
 

@@ -11,7 +11,8 @@ from sae_lora.config.enums import Hook
 from sae_lora.config.identity import ADAPTING, identity, readable_name
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
-from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint
 
 AXES = ("tokens", "train_seconds")
 """What curves are drawn over."""

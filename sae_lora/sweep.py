@@ -2,19 +2,18 @@
 
 import dataclasses
 import operator
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import ADAPTING, OF_NO_RESULT
 from sae_lora.config.overrides import command, flat
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.schema import CurvePoint
+from sae_lora.records.status import standings
 from sae_lora.scaling import Frame
-from sae_lora.standing import standings
 from sae_lora.tables import joined
 
 SEED = "seed"
@@ -124,24 +123,6 @@ def load_sweep(*paths: Path | str) -> Sweep:
     return Sweep([folder for path in paths for folder in runs_of(Path(path))])
 
 
-def runs_of(sweep: Path) -> list[RunFolder]:
-    """The runs of a sweep, by name; a run's own folder stands for itself.
-
-    Raises:
-        UserError: Where there are none.
-    """
-    configs = (
-        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
-    )
-    found = [
-        RunFolder(path.parent)
-        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
-    ]
-    if not found:
-        raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
-    return found
-
-
 def factors(frame: Frame) -> list[str]:
     """The factors in which runs differ, in their usual order, the seed last.
 
@@ -220,8 +201,3 @@ def _by_value(column: Any) -> Any:
     return column.map(
         lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
     )
-
-
-def _by_numbers(name: str) -> list[str | int]:
-    """Sorts s2 before s10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

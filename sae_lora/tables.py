@@ -10,7 +10,7 @@ from rich.table import Table
 from sae_lora.common.console import duration, percent
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 _RUN = "run"
 """Heads the column of runs that nothing but their names sets apart."""

@@ -17,7 +17,8 @@ from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.curves import reaching, value_at
-from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint
 from sae_lora.tables import in_whole_words, spread
 
 COSTS = ("train_seconds", "train_flops")

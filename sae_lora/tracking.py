@@ -18,7 +18,8 @@ from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import TrackingMode
 from sae_lora.config.schema import Config, TrackingConfig
-from sae_lora.records import RunFolder, Summary
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Summary
 from sae_lora.shown import Shown
 from sae_lora.wandb_run import WandbRun
 

@@ -15,7 +15,7 @@ from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import TrainConfig
 from sae_lora.learning import Learner
 from sae_lora.metrics import Evaluation
-from sae_lora.records import CurvePoint, gap_closed
+from sae_lora.records.schema import CurvePoint, gap_closed
 
 L = TypeVar("L", bound=Learner)
 

@@ -14,7 +14,7 @@ from sae_lora.common.secrets import redacted
 from sae_lora.config.identity import identity
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.shown import Shown
 from sae_lora.wandb_run import WandbRun
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.common.console import console, duration, percent, say
-from sae_lora.records import CurvePoint, Progress, RunFolder
-from sae_lora.standing import State, counts, standings
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint, Progress
+from sae_lora.records.status import State, counts, standings
 
 _COLOURS = {
     State.new: "dim",

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from sae_lora.plan import plan
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -29,8 +29,8 @@ from rich.progress import Progress
 from sae_lora.config.serialize import load
 from sae_lora.launcher import launch
 from sae_lora.plan import plan
-from sae_lora.records import RunFolder
-from sae_lora.standing import State, standings
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import State, standings
 from tests.attempts import FORKS, attempt, frozen, results
 from tests.commands import REPOSITORY
 from tests.points import folders_in, points_in

@@ -6,7 +6,7 @@ from pathlib import Path
 from sae_lora import run
 from sae_lora.config.schema import Config
 from sae_lora.plan import plan
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.composing import composed
 
 SMALL = (

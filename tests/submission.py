@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common.locks import holder
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.cluster import Cluster, missing_programs
 from tests.commands import launch
 from tests.points import SMALL, folders_in

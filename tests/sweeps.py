@@ -13,7 +13,8 @@ import yaml
 from sae_lora.config.serialize import as_dict
 from sae_lora.dimensions import resid_post
 from sae_lora.plan import plan
-from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint
 from tests.composing import composed
 
 _NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu l0 train_seconds".split()

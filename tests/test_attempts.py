@@ -8,7 +8,7 @@ import pytest
 
 from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
 from sae_lora.common.locks import held
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.attempts import attempt, frozen, killed, results
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.commands import launch
 from tests.points import SMALL
 from tests.refusals import WRONG, fault_of, prepare

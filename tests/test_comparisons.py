@@ -17,7 +17,8 @@ from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.curves import reaching, value_at
 from sae_lora.dimensions import resid_post
-from sae_lora.records import CurvePoint, RunFolder, gap_closed
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint, gap_closed
 from tests.sweeps import MadeUp
 from tests.test_report import in_a_browser
 

@@ -171,7 +171,7 @@ def test_added_keys_are_refused(override: str) -> None:
 def test_every_field_is_documented() -> None:
     """Each dataclass field has a docstring under it, where a reader looks for it."""
     package = CONF.parent / "sae_lora"
-    files = package / "config.py", package / "evaluation_config.py"
+    files = package / "config" / "schema.py", package / "config" / "evaluation.py"
     lines = [line for file in files for line in file.read_text().splitlines()]
     for name in {key.rsplit(".", 1)[-1] for key in keys() if "." in key}:
         at = [n for n, line in enumerate(lines) if line.startswith(f"    {name}: ")]

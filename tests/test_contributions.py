@@ -18,7 +18,7 @@ from sae_lora.dimensions import Place, resid_post
 from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
 from sae_lora.models import LanguageModel
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.saes.trained import TrainedSAE
 from sae_lora.splice import Coder, Reading, Splice, special_positions, spliced
 from sae_lora.student import LoRAStudent, Student

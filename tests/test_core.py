@@ -24,7 +24,7 @@ from sae_lora.evaluation import core, record, suites
 from sae_lora.evaluation.bootstrap import Bootstrap
 from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.report import Report, page
 from sae_lora.sweep import Sweep
 from tests.points import points_in, run_here

@@ -13,7 +13,7 @@ from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.dimensions import resid_post
 from sae_lora.metrics import Reconstruction
 from sae_lora.models import LanguageModel
-from sae_lora.records import CurvePoint
+from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced
 from sae_lora.training import rate_factor

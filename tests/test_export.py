@@ -28,7 +28,7 @@ from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.export import TOLERANCE, export, write_merged
 from sae_lora.push import push
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.coders import write_topk_sae
 from tests.commands import REPOSITORY
 from tests.families import FAMILIES, random_tokens, small_model

@@ -33,7 +33,7 @@ from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER, cutting
 from sae_lora.evaluation.tasks.__main__ import make
 from sae_lora.evaluation.tasks.reading import rows
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import IdentitySAE
 from tests.hub import Hub, serving
 from tests.points import points_in, run_here

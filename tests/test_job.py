@@ -11,7 +11,8 @@ import pytest
 
 from sae_lora.common import lazy_imports
 from sae_lora.job import Job, RunFailedError, how_it_ended
-from sae_lora.records import Progress, RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Progress
 
 RUN = """
 import json, os, pathlib, signal, sys, time

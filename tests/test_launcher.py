@@ -13,7 +13,7 @@ import pytest
 from sae_lora import launcher
 from sae_lora.common.locks import held
 from sae_lora.plan import plan
-from sae_lora.standing import State, standings
+from sae_lora.records.status import State, standings
 from tests.attempts import results
 from tests.commands import REPOSITORY
 from tests.points import SMALL, Point, folders_in, points_in

@@ -30,7 +30,7 @@ from sae_lora.member import Claim, Member
 from sae_lora.methods import Sample
 from sae_lora.plan import plan
 from sae_lora.reconstruct import SAEPack, sources_of
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.splice import special_positions
 from sae_lora.workers import Alone
 from tests.attempts import attempt, frozen, killed, results

@@ -22,7 +22,8 @@ from sae_lora.dimensions import source
 from sae_lora.estimate import estimate
 from sae_lora.models import load_tokenizer
 from sae_lora.plan import plan
-from sae_lora.records import CurvePoint, RunFolder
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint
 from sae_lora.training import Training
 from tests.composing import composed
 from tests.points import SMALL, Point, run_here

@@ -9,13 +9,8 @@ import pytest
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder, write_atomically
-from sae_lora.records import (
-    CurvePoint,
-    CurveWriter,
-    RunFolder,
-    Summary,
-    gap_closed,
-)
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint, Summary, gap_closed
 
 
 def point(step: int) -> CurvePoint:

@@ -8,7 +8,7 @@ import pytest
 from sae_lora.common import console
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.secrets import redacted, secret_in
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from tests.composing import composed
 
 FAKE = "a1B2c3D4e5F6g7H8i9J0"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sae_lora import checkpoint
 from sae_lora.checkpoint import DamagedCheckpointError, State
 from sae_lora.common.signals import Interrupted, Interruption
-from sae_lora.records import CurvePoint, CurveWriter, RunFolder
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint
 from sae_lora.training import Training
 from tests.coders import topk_sae
 from tests.families import small_model

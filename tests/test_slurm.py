@@ -12,7 +12,7 @@ import pytest
 from sae_lora.__main__ import main
 from sae_lora.common.locks import holder
 from sae_lora.config.serialize import load
-from sae_lora.standing import State, standings
+from sae_lora.records.status import State, standings
 from tests.attempts import results
 from tests.cluster import Cluster
 from tests.commands import REPOSITORY, launch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sae_lora.config.serialize import load
-from sae_lora.standing import State, standings
+from sae_lora.records.status import State, standings
 from tests.attempts import results
 from tests.cluster import Cluster, running
 from tests.commands import launch

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import slurm
 from sae_lora.common.locks import held
 from sae_lora.plan import plan
-from sae_lora.records import SubmittedJob
-from sae_lora.standing import State, standings
+from sae_lora.records import slurm
+from sae_lora.records.schema import SubmittedJob
+from sae_lora.records.status import State, standings
 from tests.points import Point, points_in
 
 

@@ -21,7 +21,8 @@ from sae_lora.common.locks import held
 from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import record
-from sae_lora.records import CurvePoint, CurveWriter, RunFolder, Summary
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.shown import METRICS, Shown
 from sae_lora.tracking import Tracker
 from sae_lora.upload import upload
@@ -422,7 +423,7 @@ class TestWhateverGoesWrong:
         measure(folder, 0)
         code = (
             "import sys; from pathlib import Path; from sae_lora import tracking;"
-            "from sae_lora.config.serialize import load; from sae_lora.records import RunFolder;"
+            "from sae_lora.config.serialize import load; from sae_lora.records.folder import RunFolder;"
             "folder = RunFolder(Path(sys.argv[1]));"
             "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
             "print(tracker.place, flush=True); input(); tracker.show(1);"

@@ -23,9 +23,9 @@ from sae_lora.evaluation.similarity import directions, expected, phi, similariti
 from sae_lora.evaluation.similarity_figures import figures, kinds_map, similarity_map
 from sae_lora.lora import AdaptedMatrix, adapted_matrices
 from sae_lora.models import LanguageModel
+from sae_lora.records.folder import runs_of
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Splice
-from sae_lora.sweep import runs_of
 from tests.coders import topk_sae
 from tests.families import D_MODEL, small_model
 from tests.points import run_here

@@ -26,7 +26,7 @@ from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
 from sae_lora.places import places
 from sae_lora.plan import plan
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.training import Training
 from sae_lora.trunk import Trunk
 from sae_lora.workers import Alone, Workers

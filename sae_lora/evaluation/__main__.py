@@ -10,7 +10,7 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import suites
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.upload import upload
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import record
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 Results = Mapping[str, Any]
 """Of a suite, as its record holds them."""

@@ -9,7 +9,7 @@ from typing import Any
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
 from sae_lora.config.identity import trains_adapters
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 VERSION = 1
 """Of the schema; fields are only ever added within a version."""

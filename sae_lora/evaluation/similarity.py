@@ -15,7 +15,7 @@ from sae_lora import lora
 from sae_lora.common.errors import UserError
 from sae_lora.config.identity import trains_adapters
 from sae_lora.evaluation.pairs import Grid, Pair
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 _EACH_UP_TO = 8
 """Sizes of a grid are all up to this, and then twice as large each time."""

@@ -17,7 +17,7 @@ from sae_lora.data import corpus
 from sae_lora.dimensions import read_dimensions
 from sae_lora.head import Head
 from sae_lora.models import LanguageModel
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import splices
 from sae_lora.splice import Observer, residual_streams, special_positions, spliced
 from sae_lora.trunk import Splices

@@ -21,7 +21,7 @@ from sae_lora.evaluation import core, harness, mechanism, record, steering, weig
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Subject
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 
 class _Suite(NamedTuple):

@@ -21,7 +21,7 @@ from sae_lora.common.files import write_atomically
 from sae_lora.evaluation.saebench import benchmarks
 from sae_lora.evaluation.saebench.model import Pair, pairs, read_the_same
 from sae_lora.evaluation.subject import Subject
-from sae_lora.records import RunFolder
+from sae_lora.records.folder import RunFolder
 
 
 def evaluate(request: Mapping[str, Any]) -> None:

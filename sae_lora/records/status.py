@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from sae_lora import slurm
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
-from sae_lora.records import RunFolder
+from sae_lora.records import slurm
+from sae_lora.records.folder import RunFolder
 
 
 class State(Enum):

@@ -20,8 +20,8 @@ outputs/<sweep>/<name>-<hash>/
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,172 +30,7 @@ import yaml
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.secrets import redacted
-
-SUMMARY_VERSION = 1
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One evaluation on the held-out tokens. Cross-entropies and KL in nats per token."""
-
-    step: int
-    """Optimiser steps taken."""
-    tokens: int
-    """Tokens trained on."""
-    train_seconds: float
-    """Seconds spent training, evaluations left out; where runs train together, this run's share."""
-    base_ce: float
-    """Cross-entropy of the plain model, the teacher."""
-    spliced_ce: float
-    """Cross-entropy with the SAE in place and no adapters."""
-    student_ce: float
-    """Cross-entropy with the SAE in place and the adapters on."""
-    ce_gap: float
-    """`student_ce − base_ce`; positive is worse."""
-    gap_closed: float | None
-    """`1 − ce_gap / initial_gap`, where 1 is a closed gap; null where there was no gap to close, and
-    where the SAE is new."""
-    kl: float
-    """KL(teacher ‖ student) over the whole vocabulary."""
-    top1_agreement: float
-    """Share of positions where teacher and student put the same token first."""
-    fvu: float
-    """Residual variance / total variance of the reconstruction, as the student's SAEs see it."""
-    l0: float
-    """Mean number of active latents per token, likewise; mean over SAEs if there are several."""
-    per_sae: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """`fvu`, `l0` and `dead` of each SAE by hookpoint."""
-    dead_latents: float | None = None
-    """Share of latents that none of the held-out tokens makes active, likewise; mean over SAEs; null
-    where an older version wrote the point."""
-    train_flops: float | None = None
-    """Floating-point operations of its training so far, if it had trained alone (`estimate.py`)."""
-    train_loss: float | None = None
-    """Mean training KL since the last point, in nats per token; with method=sae the squared error of a
-    residual, summed over d_model. Null before the first step."""
-    lr: float | None = None
-    """Learning rate of the last step."""
-    grad_norm: float | None = None
-    """Norm of the adapters' gradient in the last step, before clipping."""
-    tokens_per_second: float | None = None
-    """Training tokens per second since the last point."""
-    peak_memory_gb: float | None = None
-    """The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes on
-    one, else of the machine."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands while a process is at work on it."""
-
-    stage: str
-    """What it is doing, in a few words."""
-    step: int = 0
-    steps: int = 0
-    tokens: int = 0
-    """Tokens trained on."""
-    train_tokens: int = 0
-    """Tokens it will have been trained on."""
-    loss: float | None = None
-    """Training KL of the last batch, in nats per token."""
-    tokens_per_second: float | None = None
-    """Over the last few seconds."""
-    checkpoint_step: int | None = None
-    """Step of the newest checkpoint; null before the first."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run ended early."""
-
-    message: str
-    """In a line or a few."""
-    details: str
-    """The whole story: the traceback, or the end of what it printed."""
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """The SLURM job that a run was last submitted with."""
-
-    id: str
-    """Its number: `12`, or `12_3` in an array."""
-
-
-def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
-    """`1 − (student − base) / (spliced − base)`, or `None` where the SAE opens no gap."""
-    initial_gap = spliced_ce - base_ce
-    return 1 - (student_ce - base_ce) / initial_gap if initial_gap > 0 else None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run found and how: the schema of `summary.json`, version 1.
-
-    Fields are only ever added within a version. Cross-entropies and KL in nats per token, over the
-    same held-out tokens; definitions as in `CurvePoint`.
-    """
-
-    base_ce: float
-    spliced_ce: float
-    student_ce: float
-    initial_gap: float
-    """`spliced_ce − base_ce`."""
-    ce_gap: float
-    """`student_ce − base_ce`."""
-    gap_closed: float | None
-    """Null where `initial_gap ≤ 0`: there was no gap to close; and where the SAE is new."""
-    kl: float
-    """KL(teacher ‖ student) after training."""
-    initial_kl: float
-    """The same before training: KL(teacher ‖ spliced)."""
-    top1_agreement: float
-    fvu: float
-    l0: float
-    """Measured on the held-out tokens; what the SAE's makers state is in `sae`."""
-    trainable_parameters: int
-    train_tokens: int
-    train_steps: int
-    train_seconds: float
-    """Seconds in training steps."""
-    total_seconds: float
-    """Seconds that the run took, summed over its attempts as far as their checkpoints went on;
-    loading and evaluations included."""
-    validation_tokens: int
-    """Held-out tokens read by every evaluation."""
-    best_gap_closed: float | None
-    """The largest on the curve."""
-    model: dict[str, Any]
-    """Name, commit, class, number of blocks, and the precisions of loading and computing."""
-    sae: list[dict[str, Any]]
-    """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0, FVU and share of
-    dead latents, the repository's commit and the SHA-256 of its weights. Where there are several, also
-    `alone_ce` and `alone_fvu`, with this one alone in the plain model, and `left_out_ce`, of the student
-    without it."""
-    lora: dict[str, Any]
-    """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by; empty with a
-    method that trains no adapters."""
-    seed: int
-    """Of the adapters' initial values and dropout."""
-    data: dict[str, Any]
-    """Source, revision or content hash, and how often the training text was gone through."""
-    environment: dict[str, Any]
-    """Python, package versions, device, threads, host, git commit."""
-    tracked_at: str | None
-    """Where W&B shows the run: an address, or the folder of an offline run."""
-    name: str
-    hash: str
-    train_flops: float | None = None
-    """Floating-point operations of its training steps, if it had trained alone (`estimate.py`); null
-    where an older version wrote the summary."""
-    trained_together: int = 1
-    """Runs that trained in one process and shared the frozen part of their work; of that process's
-    time, `train_seconds` and `total_seconds` are this run's share."""
-    dead_latents: float | None = None
-    """Share of latents that none of the held-out tokens makes active; null in an older summary."""
-    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
-    """Kind, the rank of what it trains where that is no LoRA on the model, and `init`."""
-    version: int = SUMMARY_VERSION
+from sae_lora.records.schema import CurvePoint, Failure, Progress, SubmittedJob, Summary
 
 
 class RunFolder:
@@ -394,3 +229,26 @@ class CurveWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def runs_of(sweep: Path) -> list[RunFolder]:
+    """The runs of a sweep, by name; a run's own folder stands for itself.
+
+    Raises:
+        UserError: Where there are none.
+    """
+    configs = (
+        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
+    )
+    found = [
+        RunFolder(path.parent)
+        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
+    ]
+    if not found:
+        raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
+    return found
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """Sorts s2 before s10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
