@@ -11,16 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import lora, models
-from sae_lora.assembly import SAEs, device_of
+from sae_lora.assembly import SAEs
 from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Device
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.data.packing import special_ids
-from sae_lora.dimensions import read_dimensions
-from sae_lora.models import LanguageModel
+from sae_lora.models import adapter_files, loading
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import device_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 from sae_lora.results import trained_saes
@@ -63,7 +64,7 @@ class Adapted:
         """The SAEs at their places, by block."""
         self._base = model
         self._adapted = model.view()
-        self.peft = None if adapter is None else lora.load(self._adapted, adapter)
+        self.peft = None if adapter is None else adapter_files.load(self._adapted, adapter)
         """peft's view of `model`, where that has adapters."""
         self._special_ids = special_ids(tokenizer).to(model.device)
         self._is_spliced = False
@@ -187,8 +188,8 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
         _check_same(saes, folder)
     return Adapted(
         config,
-        models.load_tokenizer(config.model),
-        models.load_model(config.model, config.train.dtype, where),
+        loading.load_tokenizer(config.model),
+        loading.load_model(config.model, config.train.dtype, where),
         folder.adapter if config.method.kind in ADAPTING else None,
         splices(sae, saes),
     )

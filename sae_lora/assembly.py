@@ -1,6 +1,5 @@
 """What the processes that train a pack have in common: device, SAEs, and the pack itself."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -8,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import logging as transformers_logging
 
-from sae_lora.common.errors import ConfigError
-from sae_lora.config.enums import Device, Method, SAEFamily
+from sae_lora.config.enums import Method, SAEFamily
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config, SAEChoice, SAEConfig
-from sae_lora.dimensions import Dimensions
 from sae_lora.distill import Pack
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.saes import loading
 from sae_lora.saes.buffer import ActivationBuffer
@@ -53,27 +50,6 @@ class SAEs:
         if key not in self._loaded:
             self._loaded[key] = loading.load(config, first, self._model, self._device)
         return self._loaded[key].at(choice)
-
-
-def quieten() -> None:
-    """Keeps transformers from saying what nobody has asked."""
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def device_of(config: Config) -> torch.device:
-    """Where a run computes; sets what torch is to do there.
-
-    Raises:
-        ConfigError: Where a GPU is wanted and there is none.
-    """
-    wanted = config.train.device
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
-    if wanted is Device.cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def assemble(

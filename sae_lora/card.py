@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from sae_lora.dimensions import EMBEDDED_NAME
+from sae_lora.models.dimensions import EMBEDDED_NAME
 
 
 def card(

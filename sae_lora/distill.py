@@ -10,7 +10,7 @@ from sae_lora.kl import KL
 from sae_lora.learning import Distiller
 from sae_lora.loop import Loop, Task
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.student import cuts
 from sae_lora.training import Training
 from sae_lora.trunk import Trunk

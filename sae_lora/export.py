@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import logging as transformers_logging
 
-from sae_lora import lora, models
 from sae_lora.card import card
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, new_folder, write_atomically
@@ -17,7 +16,8 @@ from sae_lora.config.enums import DType
 from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, ModelConfig, as_list
 from sae_lora.config.serialize import as_dict, load
-from sae_lora.models import LanguageModel
+from sae_lora.models import adapter_files, loading
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 
@@ -63,12 +63,12 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
                 told = f"the merged model; no logit differs by more than {difference:.1e} of the largest"
             else:
                 name = None if base.commit is None else base.name
-                lora.republish(folder.adapter, beside, name, base.commit)
+                adapter_files.republish(folder.adapter, beside, name, base.commit)
                 told = "the adapters"
             write_atomically(beside / "config.yaml", OmegaConf.to_yaml(values))
             write_atomically(beside / "summary.json", as_json(summary))
             shutil.copyfile(folder.curve, beside / "curve.jsonl")
-            shapes = models.load_shapes(base)
+            shapes = loading.load_shapes(base)
             modules = [shapes.name_at(sae["hookpoint"]) for sae in summary["sae"]]
             write_atomically(beside / "README.md", card(values, summary, modules, merged=merge))
     except OSError as error:
@@ -78,9 +78,9 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
 
 def _write_model(config: ModelConfig, run: RunFolder, to: Path) -> float:
     """Writes the whole model with its tokenizer; returns what `write_merged` does."""
-    model = models.load_model(config, DType.float32, _CPU)
+    model = loading.load_model(config, DType.float32, _CPU)
     difference = write_merged(model, run.adapter, to)
-    models.load_tokenizer(config).save_pretrained(to)
+    loading.load_tokenizer(config).save_pretrained(to)
     return difference
 
 
@@ -102,11 +102,11 @@ def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
     length = min(64, getattr(model.config, "max_position_embeddings", 64))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
-    adapters = lora.load(model, adapter)
+    adapters = adapter_files.load(model, adapter)
     with torch.no_grad():
         beside = adapters(input_ids=tokens, use_cache=False).logits
-        lora.merged(adapters).save_pretrained(to)
-        written = models.load_model(ModelConfig(name=str(to)), DType.float32, _CPU)
+        adapter_files.merged(adapters).save_pretrained(to)
+        written = loading.load_model(ModelConfig(name=str(to)), DType.float32, _CPU)
         inside = written.model(input_ids=tokens, use_cache=False).logits
     difference = float((inside - beside).abs().max() / beside.abs().max())
     if not difference <= TOLERANCE:

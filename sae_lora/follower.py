@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora import models
-from sae_lora.assembly import SAEs, assemble, device_of, quieten
+from sae_lora.assembly import SAEs, assemble
 from sae_lora.common.console import complain
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
 from sae_lora.config.identity import train_steps
-from sae_lora.dimensions import read_dimensions
 from sae_lora.member import Claim, Member
+from sae_lora.models import loading
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.loading import device_of, quieten
 from sae_lora.records.folder import RunFolder
 from sae_lora.training import Training
 from sae_lora.workers import GoneError, Several, following
@@ -58,7 +59,7 @@ def follow(workers: Several, members: Sequence[Member]) -> None:
     config = members[0].config
     device = device_of(config)
     saes = SAEs(read_dimensions(config.model), device)
-    model = models.load_model(config.model, config.train.dtype, device)
+    model = loading.load_model(config.model, config.train.dtype, device)
     beginning: Beginning | None = workers.hear()
     if beginning is None:
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import residual_streams, special_positions
 
 PAPERS_AMAD_MAX = 0.2

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora.attention import LARGEST_EXPONENT
-from sae_lora.models import LanguageModel
+from sae_lora.models.blockwise_attention import LARGEST_EXPONENT
+from sae_lora.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

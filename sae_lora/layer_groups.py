@@ -13,7 +13,7 @@ from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
-from sae_lora.dimensions import Dimensions
+from sae_lora.models.dimensions import Dimensions
 
 if TYPE_CHECKING:
     from sae_lora.data.corpus import Corpus
@@ -101,12 +101,12 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
 def _distances(config: Config) -> Sequence[Sequence[float]]:
     """Angular distances between blocks on the held-out text, from the cache where they are there."""
     with quick_imports():
-        from sae_lora import models  # bring torch in
         from sae_lora.common import hub
         from sae_lora.data import corpus
+        from sae_lora.models import loading  # bring torch in
 
     with Display() as show:
-        text = corpus.load(config.data, models.load_tokenizer(config.model), 1)
+        text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
 
         def file() -> Path:
             name, revision = config.model.name, config.model.revision
@@ -124,11 +124,12 @@ def _distances(config: Config) -> Sequence[Sequence[float]]:
 
 
 def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]:
-    from sae_lora import grouping, models  # bring torch in
-    from sae_lora.assembly import device_of
+    from sae_lora import grouping  # bring torch in
+    from sae_lora.models import loading
+    from sae_lora.models.loading import device_of
 
     show.stage(f"measuring distances between the blocks of {config.model.name}")
-    model = models.load_model(config.model, config.train.dtype, device_of(config))
+    model = loading.load_model(config.model, config.train.dtype, device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
     count, total = show.counter("measuring", "tokens"), text.validation.size
     found = grouping.angular_distances(

@@ -23,7 +23,7 @@ from sae_lora.config.serialize import load
 from sae_lora.estimate import estimate
 from sae_lora.methods import Sample
 from sae_lora.metrics import Contribution
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices

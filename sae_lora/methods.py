@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora import lora, output_adapter
+from sae_lora import output_adapter
 from sae_lora.config.enums import Method, SAEFamily, Schedule
 from sae_lora.config.identity import dead_after_steps, step_tokens
 from sae_lora.config.schema import Config
-from sae_lora.dimensions import Place, source
 from sae_lora.learning import Descent, Learner, MeZO
-from sae_lora.models import LanguageModel
+from sae_lora.models import adapter_files
+from sae_lora.models.dimensions import source
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.reconstruct import Reconstruction, sources_of
 from sae_lora.saes.descent import SAEDescent
@@ -79,13 +81,13 @@ def build(config: Config, model: LanguageModel, splices: Splices, steps: int) ->
 def _lora(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
     student = LoRAStudent(model, splices, config.lora)
     if config.lora.begun is not None:
-        lora.begin_with(student.adapters, Path(config.lora.begun.path))
+        adapter_files.begin_with(student.adapters, Path(config.lora.begun.path))
     if config.method.kind is Method.mezo:
         learner = MeZO(student, config.train, config.method.epsilon)
     else:
         learner = Descent(student, config.train)
     base = source(config.model)
-    return learner, Kept("adapter", lambda folder: lora.save(student.adapters, folder, base))
+    return learner, Kept("adapter", lambda folder: adapter_files.save(student.adapters, folder, base))
 
 
 def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:

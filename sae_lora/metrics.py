@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lora.head import Comparison
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Coder, Reading, Splice
 from sae_lora.student import Student, cuts
 from sae_lora.trunk import Splices, Trunk, prefixes

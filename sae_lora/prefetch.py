@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 
 from transformers import logging as transformers_logging
 
-from sae_lora import models
 from sae_lora.common.console import Display
 from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
-from sae_lora.dimensions import EMBEDDED_NAME
+from sae_lora.models.dimensions import EMBEDDED_NAME
+from sae_lora.models.loading import fetch_model, load_tokenizer
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:
@@ -73,7 +73,7 @@ class _Fetcher:
             if config.name == EMBEDDED_NAME:
                 return None
             self._show.stage(f"fetching model {config.name}")
-            self._commits[key] = models.fetch(config)
+            self._commits[key] = fetch_model(config)
         return self._commits[key]
 
     def _text(self, config: Config, model: ModelConfig) -> str:
@@ -82,7 +82,7 @@ class _Fetcher:
         if key not in self._versions:
             text = corpus.load(
                 config.data,
-                models.load_tokenizer(model),
+                load_tokenizer(model),
                 sequences,
                 config.train.batch_size,
                 self._show.counter("tokenising", "sequences"),

@@ -10,7 +10,8 @@ from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.lora_targets import canonical_alpha, canonical_blocks
 from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.config.serialize import load
-from sae_lora.dimensions import Dimensions, Place
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import Place
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.disk import read_folder
 

@@ -10,8 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lora import models
-from sae_lora.assembly import SAEs, assemble, device_of, quieten
+from sae_lora.assembly import SAEs, assemble
 from sae_lora.common import hub
 from sae_lora.common.console import Display, complain
 from sae_lora.common.errors import (
@@ -29,11 +28,13 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
-from sae_lora.dimensions import read_dimensions
 from sae_lora.follower import Beginning
 from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.methods import Sample
+from sae_lora.models import language_model, loading
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.loading import device_of, quieten
 from sae_lora.progress import Reporter, say_point
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
@@ -128,7 +129,7 @@ class _Execution:
         self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
         text = corpus.load(
             config.data,
-            models.load_tokenizer(config.model),
+            loading.load_tokenizer(config.model),
             steps * config.train.batch_size,
             config.train.batch_size,
             self._show.counter("tokenising", "sequences"),
@@ -145,7 +146,7 @@ class _Execution:
         with leading(self._crew, paths, on_gpus, lambda: self._interruption.asked) as workers:
             others = f" with {self._crew.size - 1} other processes" if self._crew.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {device}{others}")
-            model = models.load_model(config.model, config.train.dtype, device)
+            model = loading.load_model(config.model, config.train.dtype, device)
             sample = Sample(
                 next(text.batches(config.train.batch_size, config.data.seed)), text.special_ids
             )
@@ -158,7 +159,7 @@ class _Execution:
     def _train(
         self,
         config: Config,
-        model: models.LanguageModel,
+        model: language_model.LanguageModel,
         text: corpus.Corpus,
         steps: int,
         workers: Workers,
@@ -253,7 +254,7 @@ def _end(members: Sequence[Member]) -> None:
         list(threads.map(Member.end, members))
 
 
-def _describe_model(config: Config, model: models.LanguageModel) -> dict[str, Any]:
+def _describe_model(config: Config, model: language_model.LanguageModel) -> dict[str, Any]:
     return {
         "name": config.model.name,
         "revision": config.model.revision,

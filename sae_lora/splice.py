@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_lora.config.enums import Hook
-from sae_lora.dimensions import Place
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
 
 
 class Coder(Protocol):

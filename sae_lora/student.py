@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from sae_lora import lora
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.dimensions import Place
-from sae_lora.models import LanguageModel
+from sae_lora.models import lora
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Observer, reconstructed, spliced
 from sae_lora.trunk import Splices, Trunk, cuts_around
 

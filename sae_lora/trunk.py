@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Observer, Reading, Splice, reconstructed, special_positions, spliced
 
 Splices = tuple[Splice, ...]

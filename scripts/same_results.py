@@ -47,15 +47,16 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     "checkpointed": ("method=sae", *SMALL, "sae.width=256", "sae.l0=8", "method.checkpoints=[0.5]"),
 }
 AFTERWARDS = (
-    "evaluate default --suite all --set task_limit=20 sequences=64",
-    "evaluate mixed --suite core mechanism lora --set sequences=64 resamples=200",
-    "report default mixed methods --no-pictures --to report",
-    "budget methods --to budget",
-    "saes mixed --to saes",
-    "groups groups --to groups_comparison",
-    "table mixed",
-    "status mixed",
+    "evaluate @default --suite all --set task_limit=20 sequences=64",
+    "evaluate @mixed --suite core mechanism lora --set sequences=64 resamples=200",
+    "report @default @mixed @methods --no-pictures --to report",
+    "budget @methods --to budget",
+    "saes @mixed --to saes",
+    "groups @groups --to groups",
+    "table @mixed",
+    "status @mixed",
 )
+"""Commands of `python -m sae_lora`; `@` stands before the name of a sweep."""
 _NOT_COMPARED = {
     *("train_seconds", "total_seconds", "seconds", "tokens_per_second", "peak_memory_gb", "environment"),
     *("tracked_at", "host", "git_commit", "seconds_per_run"),
@@ -85,10 +86,13 @@ def main() -> int:
 
 
 def record(checkout: Path, to: Path) -> None:
-    """Runs everything with the code of a checkout and writes `recording.json`."""
-    shutil.rmtree(to, ignore_errors=True)
+    """Runs everything with the code of a checkout and writes `recording.json`.
+
+    Runs that are finished in the folder are not run again, so a recording that was cut off can go on.
+    """
     outputs = to / "outputs"
-    outputs.mkdir(parents=True)
+    outputs.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(to / "export", ignore_errors=True)
     recorder = Recorder(checkout, to)
     parts: dict[str, Any] = {}
     for experiment in sorted((checkout / "conf/experiment").glob("*.yaml")):
@@ -101,7 +105,7 @@ def record(checkout: Path, to: Path) -> None:
     export = ["export", str(summary.parent), "--to", str(to / "export")]
     recorder.run("-m", "sae_lora", *export, must_succeed=True)
     for line in AFTERWARDS:
-        words = [str(outputs / word) if word in SWEEPS else word for word in line.split()]
+        words = [str(outputs / word[1:]) if word[0] == "@" else word for word in line.split()]
         if "--to" in words:
             words[-1] = str(to / words[-1])
         parts[f"output of {line}"] = recorder.run("-m", "sae_lora", *words, must_succeed=True)
@@ -193,7 +197,7 @@ def write_hub_cache(folder: Path) -> None:
     for name, config in configs.items():
         repository = folder / f"models--{name.replace('/', '--')}"
         config.save_pretrained(repository / "snapshots" / commit)
-        (repository / "refs").mkdir()
+        (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs/main").write_text(commit)
 
 

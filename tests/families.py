@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 
 D_MODEL, D_VOCAB, N_BLOCKS = 32, 96, 4
 

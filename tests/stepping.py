@@ -21,7 +21,7 @@ from sae_lora.config.schema import (
 )
 from sae_lora.distill import Pack
 from sae_lora.methods import Kept
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import new
 from sae_lora.saes.trained import TrainedSAE
 from sae_lora.splice import Coder, Splice, special_positions, spliced

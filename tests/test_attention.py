@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from sae_lora import attention
-from sae_lora.attention import blockwise_attention
-from sae_lora.models import LanguageModel
+from sae_lora.models import blockwise_attention as attention
+from sae_lora.models.blockwise_attention import blockwise_attention
+from sae_lora.models.language_model import LanguageModel
 from tests.families import random_tokens
 
 

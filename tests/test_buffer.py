@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.buffer import ActivationBuffer
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 

@@ -16,7 +16,7 @@ from sae_lora import budget, group_table, per_block, time_to_ce
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.curves import reaching, value_at
-from sae_lora.dimensions import resid_post
+from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, gap_closed
 from tests.sweeps import MadeUp

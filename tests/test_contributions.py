@@ -14,10 +14,10 @@ from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, SAEConfig
 from sae_lora.data import corpus
-from sae_lora.dimensions import Place, resid_post
 from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import Place, resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.trained import TrainedSAE
 from sae_lora.splice import Coder, Reading, Splice, special_positions, spliced

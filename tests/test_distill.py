@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from sae_lora import lora
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
-from sae_lora.dimensions import resid_post
 from sae_lora.metrics import Reconstruction
-from sae_lora.models import LanguageModel
+from sae_lora.models import lora
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced

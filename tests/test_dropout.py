@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lora.dropout import Dropout
+from sae_lora.models.lora import Dropout
 
 
 def masks(p: float, shape: tuple[int, ...] = (400, 1003), seed: int = 0) -> torch.Tensor:

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora import methods, models
+from sae_lora import methods
 from sae_lora.assembly import assemble
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
-from sae_lora.dimensions import read_dimensions
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import kl_of
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import load_model, load_shapes
 from sae_lora.plan import plan
 from sae_lora.saes import loading
 from sae_lora.saes.descent import SAEDescent
@@ -88,7 +89,7 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
 def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
     """As a process would build it, without what it would evaluate on."""
     common = configs[0]
-    model = models.load_model(common.model, common.train.dtype, device)
+    model = load_model(common.model, common.train.dtype, device)
     dimensions = read_dimensions(common.model)
     saes = {
         repr(choice): loading.load(config.sae, choice, dimensions, device).sae
@@ -146,7 +147,7 @@ def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, t
     (config,) = resolved(
         tmp_path, (" ".join((*asked, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)
     )
-    model = models.load_model(config.model, config.train.dtype, CPU)
+    model = load_model(config.model, config.train.dtype, CPU)
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
     saes = methods.new_saes(config, model, methods.Sample(tokens, NO_IDS))
     steps = train_steps(config)
@@ -213,7 +214,7 @@ def test_every_family_has_shapes(family: str, tmp_path: Path) -> None:
     config.model.name = str(tmp_path / family)
     config.sae.used[0].block = 0
     config.lora.targets = "mlp"
-    shapes = models.load_shapes(config.model)
+    shapes = load_shapes(config.model)
     counted = sum(weight.numel() for weight in small.model.parameters())
     assert sum(weight.numel() for weight in shapes.model.parameters()) == counted
     assert estimate([config]).flops > 0

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_lora
-from sae_lora import lora
 from sae_lora.__main__ import main
 from sae_lora.adapted import Adapted
 from sae_lora.common.errors import UserError
@@ -27,6 +26,7 @@ from sae_lora.config.serialize import load
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.export import TOLERANCE, export, write_merged
+from sae_lora.models import adapter_files, lora
 from sae_lora.push import push
 from sae_lora.records.folder import RunFolder
 from tests.coders import write_topk_sae
@@ -189,7 +189,7 @@ def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
     model, tokens = small_model(family), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
     fill(lora.trainable_weights(model))
-    lora.save(adapters, tmp_path / "adapter", "org/base")
+    adapter_files.save(adapters, tmp_path / "adapter", "org/base")
     (tmp_path / "merged").mkdir()
     share = write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
     assert share < 1e-5
@@ -202,7 +202,7 @@ def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
 def test_a_merge_that_went_wrong_leaves_nothing(
     runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "merged", lambda adapters: adapters.base_model.unload())
+    monkeypatch.setattr(adapter_files, "merged", lambda adapters: adapters.base_model.unload())
     with pytest.raises(UserError, match=r"differs by .* of the largest"):
         export(runs[0].path, tmp_path / "to", merge=True)
     assert not list(tmp_path.iterdir())

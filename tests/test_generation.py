@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import lora
 from sae_lora.adapted import Adapted
 from sae_lora.assembly import SAEs
 from sae_lora.config.enums import Attention
 from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
-from sae_lora.dimensions import read_dimensions
-from sae_lora.models import LanguageModel, choose_attention, load_model, load_tokenizer
+from sae_lora.models import adapter_files, lora
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.saes.loading import splices
 from sae_lora.splice import Reading, Splice
@@ -82,7 +83,7 @@ def with_adapters(
     with torch.no_grad():
         for weight in lora.trainable_weights(adapted).values():
             weight *= size / 0.3
-    lora.save(attached, folder / "adapter", "small")
+    adapter_files.save(attached, folder / "adapter", "small")
     found = Adapted(config, tokenizer, model, folder / "adapter", there)
     found.model.generation_config.eos_token_id = None  # so that all are equally long
     return found

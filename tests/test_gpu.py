@@ -10,7 +10,7 @@ import torch
 
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.estimate import estimate
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.test_estimate import pack_of, resolved, take_step

@@ -21,7 +21,6 @@ import yaml
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from sae_lora import models
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
@@ -33,6 +32,7 @@ from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER, cutting
 from sae_lora.evaluation.tasks.__main__ import make
 from sae_lora.evaluation.tasks.reading import rows
+from sae_lora.models import loading
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import IdentitySAE
 from tests.hub import Hub, serving
@@ -186,14 +186,14 @@ def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tas
     assert kept.results["scores"] == {OWN[0]: before}
     assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load_model", lambda *_: pytest.fail("a model is loaded"))
+        patch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
         assert suites.evaluate(folder, [Suite.tasks], config) == []
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is loaded, and no data set is on this machine."""
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     harness._check.cache_clear()
 

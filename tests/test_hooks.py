@@ -20,9 +20,9 @@ from transformers import (
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.dimensions import Place
 from sae_lora.learning import Descent
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Reading, Splice, spliced
 from sae_lora.student import LoRAStudent

@@ -8,7 +8,7 @@ import torch
 
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, FusedKL, kl_divergence, whole_kl
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from tests.families import D_MODEL, random_tokens
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import sae_lora
-from sae_lora import grouping, models
+from sae_lora import grouping
 from sae_lora.assembly import SAEs, assemble
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import DType, Hook
@@ -25,9 +25,11 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.config.validate import check
 from sae_lora.data import corpus
-from sae_lora.dimensions import read_dimensions, resid_post
 from sae_lora.member import Claim, Member
 from sae_lora.methods import Sample
+from sae_lora.models import language_model, loading
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.hookpoints import resid_post
 from sae_lora.plan import plan
 from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.records.folder import RunFolder
@@ -101,7 +103,7 @@ def refuse(*_: object, **__: object) -> object:
 @pytest.fixture
 def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(models, name, refuse)
+        monkeypatch.setattr(loading, name, refuse)
     monkeypatch.setattr(corpus, "load", refuse)
 
 
@@ -140,7 +142,7 @@ def groups_of(point: Config) -> list[list[int]]:
 
 
 def test_distances_are_measured_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_model", refuse)
     assert groups_of(home.point(*TWO)) == home.groups
     assert len(groups_of(home.point("method=sae", "layer.n_groups=3"))) == 3
     assert groups_of(home.point("method=sae", "layer.amad_max=1")) == [list(range(LAST))]
@@ -160,10 +162,10 @@ def test_on_other_text_or_in_another_precision_they_are_others(
     class MeasuredError(Exception):
         pass
 
-    def load_model(*_: object) -> models.LanguageModel:
+    def load_model(*_: object) -> language_model.LanguageModel:
         raise MeasuredError
 
-    monkeypatch.setattr(models, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     with pytest.raises(MeasuredError):
         plan([home.point(*TWO, override)])
 
@@ -242,7 +244,7 @@ def test_killed_amid_a_buffer_they_go_on_and_end_the_same(home: Home, tmp_path: 
 def text_of(config: Config) -> corpus.Corpus:
     size = config.train.batch_size
     return corpus.load(
-        config.data, models.load_tokenizer(config.model), train_steps(config) * size, size
+        config.data, loading.load_tokenizer(config.model), train_steps(config) * size, size
     )
 
 
@@ -251,7 +253,7 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     tokens, and none of its blocks is left out."""
     member = Member(Claim(home.run))
     member.read()
-    text, model = text_of(member.config), models.load_model(member.config.model, DType.float32, CPU)
+    text, model = text_of(member.config), loading.load_model(member.config.model, DType.float32, CPU)
     tokens = next(text.batches(member.config.train.batch_size, member.config.data.seed))
     member.build(model, [], train_steps(member.config), Sample(tokens, text.special_ids))
     student = member.training.student
@@ -283,7 +285,7 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
 
 
 def _resid(
-    model: models.LanguageModel, block: int, tokens: torch.Tensor, special_ids: torch.Tensor
+    model: language_model.LanguageModel, block: int, tokens: torch.Tensor, special_ids: torch.Tensor
 ) -> torch.Tensor:
     """What leaves a block at tokens that are not special, `[token, d_model]`."""
     resid = model.resid_entering(block + 1, tokens)

@@ -11,8 +11,9 @@ from sae_lora.common.errors import ConfigError, NoSuchCellError
 from sae_lora.config.enums import Hook
 from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.schema import Config, LayerConfig
-from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import Place
 from sae_lora.saes import registry
 from sae_lora.saes.disk import read_folder
 from sae_lora.saes.table import place_in

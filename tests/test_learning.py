@@ -18,7 +18,7 @@ from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
 from sae_lora.estimate import _own_weights
 from sae_lora.learning import MeZO
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice import Coder
 from sae_lora.training import Training

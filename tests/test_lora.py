@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from sae_lora import lora
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Initialisation
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.models import LanguageModel
+from sae_lora.models import adapter_files, lora
+from sae_lora.models.language_model import LanguageModel
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.trainings import fill
 
@@ -96,7 +96,7 @@ def test_saved_adapters_load_with_peft_alone(family: str, tmp_path: Path) -> Non
     model, tokens = small_model(family), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
     fill(lora.trainable_weights(model))
-    lora.save(adapters, tmp_path, "org/base")
+    adapter_files.save(adapters, tmp_path, "org/base")
     loaded = PeftModel.from_pretrained(small_model(family).model, str(tmp_path)).eval()
     torch.testing.assert_close(loaded(tokens).logits, model.model(tokens).logits)
 
@@ -156,7 +156,7 @@ def test_dora_learns_lengths_apart_from_directions(family: str, tmp_path: Path) 
     fill(lora.trainable_weights(model))
     changed = model.model(tokens).logits
     assert not torch.allclose(changed, plain)
-    lora.save(adapters, tmp_path, "org/base")
+    adapter_files.save(adapters, tmp_path, "org/base")
     loaded = PeftModel.from_pretrained(small_model(family).model, str(tmp_path)).eval()
     torch.testing.assert_close(loaded(tokens).logits, changed)
 
@@ -165,12 +165,12 @@ def test_adapters_begin_with_saved_ones(tmp_path: Path) -> None:
     model, tokens = small_model("llama"), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2), first_sae=0)
     fill(lora.trainable_weights(model))
-    lora.save(adapters, tmp_path, "org/base")
+    adapter_files.save(adapters, tmp_path, "org/base")
     other = small_model("llama")
-    lora.begin_with(lora.attach(other, LoRAConfig(rank=2), first_sae=0), tmp_path)
+    adapter_files.begin_with(lora.attach(other, LoRAConfig(rank=2), first_sae=0), tmp_path)
     assert torch.equal(other.model(tokens).logits, model.model(tokens).logits)
     fewer = lora.attach(small_model("llama"), LoRAConfig(rank=2, targets="qv"), first_sae=0)
     with pytest.raises(UserError, match="other matrices"):
-        lora.begin_with(fewer, tmp_path)
+        adapter_files.begin_with(fewer, tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
-        lora.begin_with(fewer, tmp_path / "nowhere")
+        adapter_files.begin_with(fewer, tmp_path / "nowhere")

@@ -12,7 +12,7 @@ from sae_lora.evaluation import record, suites
 from sae_lora.evaluation.bootstrap import Interval
 from sae_lora.evaluation.mechanism import evaluate
 from sae_lora.evaluation.subject import Cell
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Reading, Splice
 from tests.coders import topk_sae

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import ModelConfig
-from sae_lora.dimensions import read_dimensions
-from sae_lora.models import load_model
+from sae_lora.models.dimensions import read_dimensions
+from sae_lora.models.loading import load_model
 from tests.families import D_MODEL, FAMILIES, N_BLOCKS, random_tokens, small_model
 
 

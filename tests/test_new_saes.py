@@ -28,7 +28,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from safetensors.torch import load_file
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.dimensions import Place
+from sae_lora.models.hookpoints import Place
 from sae_lora.saes import new
 from sae_lora.saes.disk import trained_at
 from tests.coders import jumprelu_sae, topk_sae

@@ -16,7 +16,7 @@ from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
 from sae_lora.learning import Descent
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.training import Training
 from sae_lora.trunk import Trunk

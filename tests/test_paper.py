@@ -13,15 +13,16 @@ import torch
 from huggingface_hub import constants
 from rich.table import Table
 
-from sae_lora import estimate, launcher, models
+from sae_lora import estimate, launcher
 from sae_lora.common.errors import NoSuchCellError
 from sae_lora.config.enums import LauncherKind, Suite
 from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, LauncherConfig
-from sae_lora.dimensions import Place
 from sae_lora.evaluation import record
 from sae_lora.head import room_bytes
+from sae_lora.models import loading
+from sae_lora.models.hookpoints import Place
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.table import table
@@ -87,7 +88,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(models, "load_model", refuse)
+        patch.setattr(loading, "load_model", refuse)
         yield
     estimate._shapes.cache_clear()
 

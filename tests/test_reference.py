@@ -9,9 +9,9 @@ from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.config.enums import KLComputation, Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
-from sae_lora.dropout import Dropout
 from sae_lora.learning import Descent
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.lora import Dropout
 from sae_lora.splice import Splice
 from sae_lora.student import LoRAStudent
 from sae_lora.training import Training

@@ -9,7 +9,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lora.common.errors import ConfigError, NoSuchCellError
 from sae_lora.config.enums import DType, Hook, SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
-from sae_lora.dimensions import Dimensions
+from sae_lora.models.dimensions import Dimensions
 from sae_lora.saes import registry
 from tests.composing import composed
 

@@ -12,8 +12,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lora.config.enums import Hook, Method, Reduction
-from sae_lora.dimensions import resid_post
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import new
 from sae_lora.splice import Splice, reconstructed, special_positions
 from sae_lora.student import Student

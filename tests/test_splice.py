@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.dimensions import resid_post
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Coder, Reading, spliced
 from tests.coders import jumprelu_sae, topk_sae

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sae_lora import lora
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.dimensions import resid_post
-from sae_lora.models import LanguageModel
+from sae_lora.models import lora
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Reading, Splice, spliced
 from sae_lora.student import cuts
 from sae_lora.trunk import Splices, Trunk

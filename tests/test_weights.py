@@ -11,7 +11,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from sae_lora import lora
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
@@ -21,8 +20,9 @@ from sae_lora.evaluation import pairs, record, similarity, weights
 from sae_lora.evaluation.overlap import Overlap, overlap, shared
 from sae_lora.evaluation.similarity import directions, expected, phi, similarities
 from sae_lora.evaluation.similarity_figures import figures, kinds_map, similarity_map
-from sae_lora.lora import AdaptedMatrix, adapted_matrices
-from sae_lora.models import LanguageModel
+from sae_lora.models import adapter_files, lora
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
 from sae_lora.records.folder import runs_of
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Splice
@@ -342,7 +342,7 @@ def make_run(home: Path, model: LanguageModel, config: LoRAConfig, seed: int) ->
     view = model.view()
     torch.manual_seed(seed)
     adapters = lora.attach(view, config, first_sae=1)
-    lora.save(adapters, MadeUp(home).finished(rank=config.rank, seed=seed).adapter, "org/base")
+    adapter_files.save(adapters, MadeUp(home).finished(rank=config.rank, seed=seed).adapter, "org/base")
 
 
 def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:
@@ -358,13 +358,12 @@ def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:
     assert pair.matrices == 7 * 2 and len(pair.of_kinds) == 7
     by_name = {folder.path.name: folder for folder in folders}
     one, other = (by_name[name].adapter for name in (pair.first, pair.second))
-    names = lora.saved_inputs(one)
+    names = adapter_files.saved_inputs(one)
+    read = adapter_files.saved_a
     assert {inputs for _, inputs in names} == {D_MODEL, 48}
     for row, i in enumerate(pair.first_sizes):
         for column, j in enumerate(pair.second_sizes):
-            each = {
-                name: phi(lora.saved_a(one, name), lora.saved_a(other, name), i, j) for name, _ in names
-            }
+            each = {name: phi(read(one, name), read(other, name), i, j) for name, _ in names}
             mean = sum(each.values()) / len(each)
             assert pair.of_all.similarity[row][column] == pytest.approx(mean)
             of_q = [value for name, value in each.items() if name.endswith("q_proj")]
@@ -392,7 +391,7 @@ def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Pa
 def test_damaged_adapters_are_named(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path, small_model("llama"), LoRAConfig(rank=2), seed)
-    file = lora.weights_file(runs_of(tmp_path)[0].adapter)
+    file = adapter_files.weights_file(runs_of(tmp_path)[0].adapter)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"adapters in .* cannot be read"):
         similarity.compare(runs_of(tmp_path))

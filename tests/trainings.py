@@ -12,7 +12,7 @@ from sae_lora.head import Comparison, Head
 from sae_lora.kl import KL, kl_of
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice import Coder, Splice
 from sae_lora.student import LoRAStudent, Student

@@ -21,7 +21,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lora.assembly import quieten
 from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
@@ -34,12 +33,13 @@ from sae_lora.common.provenance import environment
 from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.distill import Pack
-from sae_lora.dropout import Dropout
 from sae_lora.head import Comparison, Head
 from sae_lora.kl import FusedKL, kl_of, whole_kl
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
-from sae_lora.models import LanguageModel, choose_attention
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import choose_attention, quieten
+from sae_lora.models.lora import Dropout
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import Splice
 from sae_lora.student import LoRAStudent

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora import lora
 from sae_lora.config.enums import Reduction
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.kl import kl_divergence
 from sae_lora.metrics import NO_LABEL, next_tokens
-from sae_lora.models import LanguageModel
+from sae_lora.models import lora
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import spliced
 from sae_lora.trunk import Splices
 

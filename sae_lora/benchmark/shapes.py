@@ -8,7 +8,7 @@ import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Splice
 
 

@@ -19,7 +19,7 @@ from sae_lora.config.schema import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.embedded import language_model
-from sae_lora.models import load_model, load_tokenizer
+from sae_lora.models.loading import load_model, load_tokenizer
 from sae_lora.saes.training import TopKRequest, save, train_topk
 
 VOCABULARY = 2048

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lora import lora
 from sae_lora.evaluation.similarity import directions, expected, similarities
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.lora import AdaptedMatrix
+from sae_lora.models import lora
+from sae_lora.models.lora import AdaptedMatrix
 from sae_lora.splice import Coder, Reading, Splice
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_lora import lora
 from sae_lora.common.errors import UserError
 from sae_lora.config.identity import trains_adapters
 from sae_lora.evaluation.pairs import Grid, Pair
+from sae_lora.models import adapter_files
 from sae_lora.records.folder import RunFolder
 
 _EACH_UP_TO = 8
@@ -86,15 +86,15 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
         config = folder.read_config()
         if trains_adapters(config):
             model = [config["model"][key] for key in ("name", "revision")]
-            alike[repr((model, lora.saved_inputs(folder.adapter)))].append(folder)
+            alike[repr((model, adapter_files.saved_inputs(folder.adapter)))].append(folder)
     return [pair for runs in alike.values() if len(runs) > 1 for pair in _pairs(runs)]
 
 
 def _pairs(runs: Sequence[RunFolder]) -> list[Pair]:
     """All pairs of runs that adapt the same matrices. Of all runs one matrix is held at a time."""
     found = {pair: _Compared() for pair in itertools.combinations(range(len(runs)), 2)}
-    for name, inputs in lora.saved_inputs(runs[0].adapter):
-        read = [directions(lora.saved_a(run.adapter, name)) for run in runs]
+    for name, inputs in adapter_files.saved_inputs(runs[0].adapter):
+        read = [directions(adapter_files.saved_a(run.adapter, name)) for run in runs]
         for (one, other), compared in found.items():
             compared.add(_kind(name), similarities(read[one], read[other]), inputs)
     return [

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_lora.assembly import quieten
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
@@ -21,6 +20,7 @@ from sae_lora.evaluation import core, harness, mechanism, record, steering, weig
 from sae_lora.evaluation.record import Record
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Subject
+from sae_lora.models.loading import quieten
 from sae_lora.records.folder import RunFolder
 
 

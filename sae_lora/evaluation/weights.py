@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lora import lora
 from sae_lora.common.errors import UserError
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.overlap import Overlap, overlap
 from sae_lora.evaluation.subject import Subject
-from sae_lora.lora import AdaptedMatrix
+from sae_lora.models import lora
+from sae_lora.models.lora import AdaptedMatrix
 
 _FIRST = (1, 4, 16, 64, 256)
 """Directions whose share of the energy is told, where there are so many."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.dimensions import Place
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import special_positions
 
 _Group = tuple[str, ...]

@@ -8,7 +8,8 @@ from sae_lora.common.errors import ConfigError, UserError, nearest_name
 from sae_lora.common.files import sha256
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import SAEChoice
-from sae_lora.dimensions import PLACES, Dimensions, Place, canonical_hook
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
 
 
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:

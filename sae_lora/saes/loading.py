@@ -18,8 +18,9 @@ from sae_lora.common import hub
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
-from sae_lora.dimensions import Dimensions, Place
 from sae_lora.embedded import SAES as EMBEDDED_SAES
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import Place
 from sae_lora.output_adapter import AdaptedCoder
 from sae_lora.saes import new
 from sae_lora.saes.disk import check_width, settled, trained_at, weights_digest

@@ -11,8 +11,9 @@ from sae_lora.common.errors import ConfigError, NoSuchCellError, listed, nearest
 from sae_lora.config.enums import Architecture, Hook, SAEFamily
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig, as_list
 from sae_lora.config.validate import latents
-from sae_lora.dimensions import EMBEDDED_NAME, PLACES, Dimensions, Place, canonical_hook
 from sae_lora.embedded import SAES as EMBEDDED_SAES
+from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
+from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
 from sae_lora.saes.disk import known_place, read_folder, settled
 from sae_lora.saes.table import SUBLAYERS, place_in, release_named, table, width_in
 

@@ -14,7 +14,7 @@ import yaml
 from sae_lora.common.errors import ConfigError, nearest_name
 from sae_lora.config.enums import Hook
 from sae_lora.config.validate import latents
-from sae_lora.dimensions import Place, canonical_hook
+from sae_lora.models.hookpoints import Place, canonical_hook
 
 
 @functools.cache

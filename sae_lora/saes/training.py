@@ -15,8 +15,8 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
-from sae_lora.dimensions import resid_post
-from sae_lora.models import LanguageModel
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice import Reading, special_positions, spliced
 

@@ -11,7 +11,7 @@ from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import Splice
 
 

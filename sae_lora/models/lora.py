@@ -1,27 +1,18 @@
 """The adapters, through peft: which matrices of which blocks, fresh, saved, loaded and merged."""
 
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import Initialisation
 from sae_lora.config.lora_targets import adapted_blocks, listed_matrices, target_matrices
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.dropout import Dropout
-from sae_lora.models import LanguageModel
+from sae_lora.models.language_model import LanguageModel
 
 _ROLES: dict[str, frozenset[str]] = {
     name: frozenset(roles.split())
@@ -184,68 +175,6 @@ def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
 
 
-def save(adapters: PeftModel, folder: Path, base_model: str) -> None:
-    """Writes the adapters in peft's format, for `PeftModel.from_pretrained`.
-
-    Args:
-        adapters: What `attach` returned.
-        folder: Where.
-        base_model: Repository or folder of the model they belong to.
-    """
-    adapters.peft_config["default"].base_model_name_or_path = base_model
-    # No embedding is adapted; asked to find that out itself, peft would look the base model up online.
-    adapters.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def load(model: LanguageModel, folder: Path) -> PeftModel:
-    """Puts saved adapters into the model, frozen and without dropout.
-
-    Args:
-        model: The language model they belong to; changed in place.
-        folder: Where `save` wrote them.
-
-    Returns:
-        peft's view of the same model.
-
-    Raises:
-        UserError: Where they are missing, damaged, or another model's.
-    """
-    try:
-        with warnings.catch_warnings():
-            # peft goes on without weights that the file lacks, and only warns of it.
-            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            adapters = PeftModel.from_pretrained(
-                model.model, str(folder), torch_device=str(model.device)
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-        raise UserError(f"the adapters in {folder} cannot be loaded: {error}") from error
-    return adapters.eval()
-
-
-def begin_with(adapters: PeftModel, folder: Path) -> None:
-    """Gives fresh adapters the values of saved ones.
-
-    Args:
-        adapters: What `attach` returned.
-        folder: Where `save` wrote adapters of the same shape.
-
-    Raises:
-        UserError: Where they are missing, damaged or of another shape.
-    """
-    try:
-        given = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-        result = set_peft_model_state_dict(adapters, given)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"init: the adapters in {folder} cannot be loaded: {error}") from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"init: the adapters in {folder} belong to other matrices than lora.targets and lora.blocks "
-            f"name, such as {[*missing, *result.unexpected_keys][0]}"
-        )
-
-
 class AdaptedMatrix(NamedTuple):
     """A matrix of the model, and what its adapter makes of it.
 
@@ -320,89 +249,28 @@ def _adapted_matrix(module: Any, name: str, block: int, kind: str) -> AdaptedMat
     )
 
 
-_A_IN_FILE = ".lora_A.weight"
+_LEVELS = 2**16
 
 
-def saved_inputs(folder: Path) -> list[tuple[str, int]]:
-    """The matrices of saved adapters, by name, and how many inputs each has; no weights are read.
+class Dropout(nn.Module):
+    """`nn.Dropout`, with the share rounded to 1 / 65,536 and masks drawn four at a time.
 
-    Args:
-        folder: Where `save` wrote them.
-
-    Raises:
-        UserError: Where they are missing or damaged.
-    """
-    with _opened(folder) as file:
-        keys = _keys_of_a(file)
-        return sorted((name, int(file.get_slice(key).get_shape()[1])) for name, key in keys.items())
-
-
-def saved_a(folder: Path, name: str) -> Tensor:
-    """A of one matrix of saved adapters, `[rank, input]`.
+    What is expected of the output is the input, exactly: the scale follows the rounded share. Masks come
+    from torch's global random state.
 
     Args:
-        folder: Where `save` wrote them.
-        name: The matrix, as `saved_inputs` has it.
-
-    Raises:
-        UserError: Where they are missing or damaged.
+        p: Share of the elements that become zero while training.
     """
-    with _opened(folder) as file:
-        return file.get_tensor(_keys_of_a(file)[name])
 
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = round(p * _LEVELS) / _LEVELS
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    path = weights_file(folder)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
-
-
-def _keys_of_a(file: Any) -> dict[str, str]:
-    """A's keys in a file by the dotted path of the matrix in the transformers model.
-
-    peft's own view of that lies around it.
-    """
-    keys: list[str] = file.keys()
-    return {
-        key.removeprefix("base_model.model.").removesuffix(_A_IN_FILE): key
-        for key in keys
-        if key.endswith(_A_IN_FILE)
-    }
-
-
-def weights_file(folder: Path) -> Path:
-    """The file in a folder of saved adapters that holds their weights."""
-    return folder / SAFETENSORS_WEIGHTS_NAME
-
-
-def merged(adapters: PeftModel) -> PreTrainedModel:
-    """The model with the adapters added to its weights, which are changed in place."""
-    return adapters.merge_and_unload()  # pyright: ignore[reportReturnType]
-
-
-def republish(folder: Path, to: Path, base_model: str | None, revision: str | None) -> None:
-    """Writes saved adapters once more, with another word on which model they belong to.
-
-    Args:
-        folder: Where `save` wrote them.
-        to: A folder that is there.
-        base_model: Repository of that model; `None` where it is in none.
-        revision: Its commit.
-
-    Raises:
-        UserError: Where they are missing or damaged.
-    """
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    try:
-        load_file(weights)  # a file that is cut short is found here
-        config = PeftConfig.from_pretrained(str(folder))
-        shutil.copyfile(weights, to / weights.name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
-    config.base_model_name_or_path = base_model
-    config.revision = revision
-    config.save_pretrained(str(to))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Of any shape."""
+        if not self.training or self.p == 0:
+            return inputs
+        words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        levels = words.view(torch.int16)[: inputs.numel()].view(inputs.shape)
+        kept = levels >= round(self.p * _LEVELS) - _LEVELS // 2
+        return inputs * kept.to(inputs.dtype).mul_(1 / (1 - self.p))

@@ -9,117 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora import attention
-from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError, nearest_name
-from sae_lora.config.enums import Attention, DType, Hook
-from sae_lora.config.schema import ModelConfig
-from sae_lora.dimensions import PLACES, Place, resid_post, source
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
-
-    Raises:
-        UserError: Where it cannot be found or fetched.
-    """
-    with hub.explained("model.name", config.name):
-        return AutoTokenizer.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
-
-
-def fetch(config: ModelConfig) -> str | None:
-    """Downloads all of the model that a run reads; its weights are not held in memory.
-
-    Returns:
-        The commit that was fetched; `None` for a model that is not from the hub.
-
-    Raises:
-        UserError: Where it cannot be found or fetched.
-    """
-    with hub.explained("model.name", config.name):
-        AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            device_map="meta",
-            trust_remote_code=False,
-        )
-    return config.commit or hub.cached_commit(config.name, config.revision)
-
-
-def load_shapes(config: ModelConfig) -> "LanguageModel":
-    """The model without its weights (on torch's meta device): what can be counted before loading.
-
-    Raises:
-        UserError: Where its config cannot be found or fetched.
-    """
-    with hub.explained("model.name", config.name), torch.device("meta"):
-        found = AutoConfig.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
-        return LanguageModel(AutoModelForCausalLM.from_config(found, trust_remote_code=False))
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a config's dtype."""
-    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[dtype]
-
-
-def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "LanguageModel":
-    """The frozen model on the device, in evaluation mode.
-
-    Args:
-        config: Which model, and the precision its weights are rounded to.
-        compute: Precision the weights are then held in and computed with.
-        device: Where.
-
-    Raises:
-        UserError: Where it cannot be found, fetched or used.
-    """
-    with hub.explained("model.name", config.name):
-        model = AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            dtype=torch_dtype(config.dtype),
-            trust_remote_code=False,
-        )
-    # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
-    for weight in model.parameters():
-        weight.data = weight.data.to(torch_dtype(compute))
-    model = model.to(device)  # pyright: ignore[reportArgumentType]
-    choose_attention(model, config.attention, device)
-    found = LanguageModel(model)
-    found.check_parts()
-    return found
-
-
-def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.device) -> None:
-    """Sets how the model's attention is computed.
-
-    Raises:
-        ConfigError: Where this model or this machine does not have it.
-    """
-    soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if wanted is Attention.auto:
-        if not (soft_capped and device.type == "cpu"):
-            return
-        wanted = Attention.blockwise
-    attention.register()
-    try:
-        model.set_attn_implementation(wanted.name)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            "model.attention",
-            wanted.name,
-            f"one that {type(model).__name__} has here",
-            nearest="auto",
-            because=str(error).splitlines()[0],
-        ) from error
+from sae_lora.config.enums import Hook
+from sae_lora.models.hookpoints import PLACES, Place, resid_post
 
 
 class LanguageModel:
