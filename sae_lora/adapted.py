@@ -26,8 +26,8 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 from sae_lora.results import trained_saes
 from sae_lora.saes.loading import LoadedSAE, splices
-from sae_lora.splice import Coder, Observer, special_positions, spliced
-from sae_lora.trunk import Splices
+from sae_lora.splice.hooks import Coder, Observer, special_positions, spliced
+from sae_lora.splice.trunk import Splices
 
 
 class Adapted:

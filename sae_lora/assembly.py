@@ -12,8 +12,6 @@ from sae_lora.config.enums import Method, SAEFamily
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config, SAEChoice, SAEConfig
 from sae_lora.distill import Pack
-from sae_lora.head import Comparison, Head
-from sae_lora.kl import kl_of
 from sae_lora.metrics import Evaluator
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.language_model import LanguageModel
@@ -21,6 +19,8 @@ from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.saes import loading
 from sae_lora.saes.buffer import ActivationBuffer
 from sae_lora.saes.loading import LoadedSAE
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.kl import kl_of
 from sae_lora.training import Training
 from sae_lora.workers import Workers
 

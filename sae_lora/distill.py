@@ -6,14 +6,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sae_lora.kl import KL
 from sae_lora.learning import Distiller
 from sae_lora.loop import Loop, Task
 from sae_lora.metrics import Evaluator
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.student import cuts
+from sae_lora.splice.kl import KL
+from sae_lora.splice.student import cuts
+from sae_lora.splice.trunk import Trunk
 from sae_lora.training import Training
-from sae_lora.trunk import Trunk
 from sae_lora.workers import Workers
 
 Run = TypeVar("Run")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import residual_streams, special_positions
+from sae_lora.splice.hooks import residual_streams, special_positions
 
 PAPERS_AMAD_MAX = 0.2
 """The largest AMAD that the paper takes, as a share of half a turn."""

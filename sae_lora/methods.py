@@ -24,9 +24,9 @@ from sae_lora.saes.learner import SAELearner
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, untrained
 from sae_lora.saes.trained import TrainedSAE, trainable
 from sae_lora.saes.training import activations
-from sae_lora.splice import Coder
-from sae_lora.student import LoRAStudent, Student
-from sae_lora.trunk import Splices
+from sae_lora.splice.hooks import Coder
+from sae_lora.splice.student import LoRAStudent, Student
+from sae_lora.splice.trunk import Splices
 
 
 class Sample(NamedTuple):

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora.head import Comparison
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Coder, Reading, Splice
-from sae_lora.student import Student, cuts
-from sae_lora.trunk import Splices, Trunk, prefixes
+from sae_lora.splice.head import Comparison
+from sae_lora.splice.hooks import Coder, Reading, Splice
+from sae_lora.splice.student import Student, cuts
+from sae_lora.splice.trunk import Splices, Trunk, prefixes
 from sae_lora.workers import Alone, Workers
 
 

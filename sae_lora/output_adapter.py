@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Method
-from sae_lora.splice import Coder
+from sae_lora.splice.hooks import Coder
 
 _WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
 

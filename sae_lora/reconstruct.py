@@ -14,7 +14,7 @@ from sae_lora.metrics import Evaluator
 from sae_lora.saes.buffer import ActivationBuffer
 from sae_lora.saes.learner import SAELearner
 from sae_lora.saes.trained import TrainedSAE
-from sae_lora.student import Student
+from sae_lora.splice.student import Student
 from sae_lora.training import Training
 
 

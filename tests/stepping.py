@@ -24,7 +24,7 @@ from sae_lora.methods import Kept
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import new
 from sae_lora.saes.trained import TrainedSAE
-from sae_lora.splice import Coder, Splice, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
 from sae_lora.training import Training
 from tests.families import random_tokens
 from tests.learners import in_training

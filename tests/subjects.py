@@ -12,7 +12,7 @@ from sae_lora.config.schema import Config, LoRAConfig
 from sae_lora.evaluation.subject import Subject
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.trunk import Splices
+from sae_lora.splice.trunk import Splices
 from tests.families import random_tokens
 from tests.points import Point, points_in
 from tests.trainings import NO_IDS, fill

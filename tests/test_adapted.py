@@ -21,7 +21,7 @@ from sae_lora.data import corpus
 from sae_lora.embedded import MODEL
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
-from sae_lora.splice import Reading
+from sae_lora.splice.hooks import Reading
 from tests.coders import write_topk_sae
 from tests.points import points_in, run_here
 

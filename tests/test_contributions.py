@@ -14,16 +14,16 @@ from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, SAEConfig
 from sae_lora.data import corpus
-from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
 from sae_lora.models.hookpoints import Place, resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.trained import TrainedSAE
-from sae_lora.splice import Coder, Reading, Splice, special_positions, spliced
-from sae_lora.student import LoRAStudent, Student
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
+from sae_lora.splice.student import LoRAStudent, Student
+from sae_lora.splice.trunk import Splices
 from sae_lora.training import Training
-from sae_lora.trunk import Splices
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, N_BLOCKS, small_model
 from tests.points import points_in, run_here

@@ -15,7 +15,7 @@ from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Coder, Reading, spliced
+from sae_lora.splice.hooks import Coder, Reading, spliced
 from sae_lora.training import rate_factor
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model

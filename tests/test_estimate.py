@@ -18,8 +18,6 @@ from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.distill import Pack
 from sae_lora.estimate import estimate
-from sae_lora.head import Comparison, Head
-from sae_lora.kl import kl_of
 from sae_lora.learning import Descent
 from sae_lora.metrics import Evaluator
 from sae_lora.models.dimensions import read_dimensions
@@ -28,7 +26,9 @@ from sae_lora.models.loading import load_model, load_shapes
 from sae_lora.plan import plan
 from sae_lora.saes import loading
 from sae_lora.saes.descent import SAEDescent
-from sae_lora.splice import Splice
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.hooks import Splice
+from sae_lora.splice.kl import kl_of
 from sae_lora.training import Training
 from sae_lora.workers import Alone
 from tests.coders import write_topk_sae

@@ -21,8 +21,8 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.saes.loading import splices
-from sae_lora.splice import Reading, Splice
-from sae_lora.trunk import Splices
+from sae_lora.splice.hooks import Reading, Splice
+from sae_lora.splice.trunk import Splices
 from tests.coders import jumprelu_sae, topk_sae
 from tests.composing import composed
 from tests.families import random_tokens, small_model

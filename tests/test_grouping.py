@@ -21,7 +21,7 @@ from sae_lora.grouping import (
 )
 from sae_lora.grouping_figures import amad_by_groups, distance_map, tree
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import residual_streams, special_positions
+from sae_lora.splice.hooks import residual_streams, special_positions
 from tests import families
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 

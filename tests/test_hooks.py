@@ -24,10 +24,10 @@ from sae_lora.learning import Descent
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Reading, Splice, spliced
-from sae_lora.student import LoRAStudent
+from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.student import LoRAStudent
+from sae_lora.splice.trunk import Splices, Trunk, cuts_around, prefixes
 from sae_lora.training import Training
-from sae_lora.trunk import Splices, Trunk, cuts_around, prefixes
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from sae_lora.head import Comparison, Head
-from sae_lora.kl import KL, FusedKL, kl_divergence, whole_kl
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.kl import KL, FusedKL, kl_divergence, whole_kl
 from tests.families import D_MODEL, random_tokens
 
 

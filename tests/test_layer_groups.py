@@ -33,7 +33,7 @@ from sae_lora.models.hookpoints import resid_post
 from sae_lora.plan import plan
 from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.records.folder import RunFolder
-from sae_lora.splice import special_positions
+from sae_lora.splice.hooks import special_positions
 from sae_lora.workers import Alone
 from tests.attempts import attempt, frozen, killed, results
 from tests.composing import composed

@@ -20,9 +20,9 @@ from sae_lora.estimate import _own_weights
 from sae_lora.learning import MeZO
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
-from sae_lora.splice import Coder
+from sae_lora.splice.hooks import Coder
+from sae_lora.splice.trunk import Trunk
 from sae_lora.training import Training
-from sae_lora.trunk import Trunk
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
 from tests.learners import WIDTH

@@ -14,7 +14,7 @@ from sae_lora.evaluation.mechanism import evaluate
 from sae_lora.evaluation.subject import Cell
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Reading, Splice
+from sae_lora.splice.hooks import Reading, Splice
 from tests.coders import topk_sae
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 from tests.points import run_here

@@ -18,8 +18,8 @@ from sae_lora.distill import Pack
 from sae_lora.learning import Descent
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
+from sae_lora.splice.trunk import Trunk
 from sae_lora.training import Training
-from sae_lora.trunk import Trunk
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.trainings import (

@@ -20,12 +20,12 @@ from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.evaluation import record
-from sae_lora.head import room_bytes
 from sae_lora.models import loading
 from sae_lora.models.hookpoints import Place
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.table import table
+from sae_lora.splice.head import room_bytes
 from tests.commands import launch
 from tests.composing import combinations, composed, each_composed
 from tests.hub import COMMIT, serving

@@ -12,8 +12,8 @@ from sae_lora.distill import Pack
 from sae_lora.learning import Descent
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import Dropout
-from sae_lora.splice import Splice
-from sae_lora.student import LoRAStudent
+from sae_lora.splice.hooks import Splice
+from sae_lora.splice.student import LoRAStudent
 from sae_lora.training import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model

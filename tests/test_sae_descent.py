@@ -15,9 +15,9 @@ from sae_lora.config.enums import Hook, Method, Reduction
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import new
-from sae_lora.splice import Splice, reconstructed, special_positions
-from sae_lora.student import Student
-from sae_lora.trunk import Trunk
+from sae_lora.splice.hooks import Splice, reconstructed, special_positions
+from sae_lora.splice.student import Student
+from sae_lora.splice.trunk import Trunk
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
 from tests.learners import WIDTH, K, residuals

@@ -28,9 +28,9 @@ from sae_lora.evaluation import headlines, record, suites
 from sae_lora.evaluation.saebench import environment as layer
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.kl import kl_divergence
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.kl import kl_divergence
 from tests.hub import serving
 from tests.points import Point, points_in, run_here
 

@@ -7,7 +7,7 @@ from sae_lora.common.errors import ConfigError
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Coder, Reading, spliced
+from sae_lora.splice.hooks import Coder, Reading, spliced
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 

@@ -22,8 +22,8 @@ from sae_lora.evaluation.steered_models import SteeredModels, text_log_probabili
 from sae_lora.evaluation.steering import HEEDS, Steering, _Curves, steer
 from sae_lora.evaluation.steering_texts import Halves, Texts, residuals, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.head import Head
-from sae_lora.splice import Splice
+from sae_lora.splice.head import Head
+from sae_lora.splice.hooks import Splice
 from tests.coders import write_topk_sae
 from tests.composing import composed
 from tests.points import points_in, run_here

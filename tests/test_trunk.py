@@ -7,9 +7,9 @@ from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Reading, Splice, spliced
-from sae_lora.student import cuts
-from sae_lora.trunk import Splices, Trunk
+from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.student import cuts
+from sae_lora.splice.trunk import Splices, Trunk
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import N_BLOCKS, random_tokens, small_model
 from tests.trainings import NO_IDS, fill, student

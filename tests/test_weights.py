@@ -25,7 +25,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
 from sae_lora.records.folder import runs_of
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Splice
+from sae_lora.splice.hooks import Splice
 from tests.coders import topk_sae
 from tests.families import D_MODEL, small_model
 from tests.points import run_here

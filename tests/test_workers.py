@@ -22,13 +22,13 @@ from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigEr
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.distill import Pack
-from sae_lora.head import Comparison, Head
 from sae_lora.metrics import Evaluator
 from sae_lora.places import places
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.trunk import Trunk
 from sae_lora.training import Training
-from sae_lora.trunk import Trunk
 from sae_lora.workers import Alone, Workers
 from tests.attempts import attempt, frozen, results
 from tests.coders import jumprelu_sae, topk_sae

@@ -9,7 +9,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Splice
+from sae_lora.splice.hooks import Splice
 
 
 class Style(enum.Enum):

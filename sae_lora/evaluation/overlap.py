@@ -9,7 +9,7 @@ from sae_lora.evaluation.similarity import directions, expected, similarities
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.models import lora
 from sae_lora.models.lora import AdaptedMatrix
-from sae_lora.splice import Coder, Reading, Splice
+from sae_lora.splice.hooks import Coder, Reading, Splice
 
 
 @dataclass(frozen=True)

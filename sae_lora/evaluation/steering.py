@@ -17,8 +17,8 @@ from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
 from sae_lora.evaluation.steered_models import SteeredModels
 from sae_lora.evaluation.steering_texts import Halves, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.splice import Splice
-from sae_lora.trunk import Splices
+from sae_lora.splice.hooks import Splice
+from sae_lora.splice.trunk import Splices
 
 HEEDS = (
     *("resamples", "sequences", "steering_latents", "steering_block", "steering_strengths"),

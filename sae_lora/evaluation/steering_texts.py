@@ -14,7 +14,7 @@ from sae_lora.config.evaluation import SHORTEST_TEXT, EvaluationConfig
 from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.splice import Splice
+from sae_lora.splice.hooks import Splice
 
 FEWEST = 4
 """Texts of a latent in each half, positive and as many negative, without which it is not chosen."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import special_positions
+from sae_lora.splice.hooks import special_positions
 
 _Group = tuple[str, ...]
 """Hookpoints of which each token takes one."""

@@ -26,7 +26,7 @@ from sae_lora.saes import new
 from sae_lora.saes.disk import check_width, settled, trained_at, weights_digest
 from sae_lora.saes.sparse import multiplied
 from sae_lora.saes.table import repository_of
-from sae_lora.splice import Coder, Splice
+from sae_lora.splice.hooks import Coder, Splice
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from sae_lora.saes import new
 from sae_lora.saes.learner import mean_norm_scale
 from sae_lora.saes.sparse import SparseSAE
-from sae_lora.splice import Coder
+from sae_lora.splice.hooks import Coder
 
 ADAPTED = ("W_enc", "W_dec")
 """The matrices that LoRA on an SAE changes."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice import Reading, special_positions, spliced
+from sae_lora.splice.hooks import Reading, special_positions, spliced
 
 
 class TopKRequest(NamedTuple):

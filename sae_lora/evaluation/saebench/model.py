@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Splice
+from sae_lora.splice.hooks import Splice
 
 
 class Model(HookedProxyLM):

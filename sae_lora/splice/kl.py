@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.config.enums import KLComputation
-from sae_lora.head import Comparison
+from sae_lora.splice.head import Comparison
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

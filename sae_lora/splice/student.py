@@ -9,8 +9,8 @@ from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Observer, reconstructed, spliced
-from sae_lora.trunk import Splices, Trunk, cuts_around
+from sae_lora.splice.hooks import Observer, reconstructed, spliced
+from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 
 
 class Student:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice import Observer, Reading, Splice, reconstructed, special_positions, spliced
+from sae_lora.splice.hooks import Observer, Reading, Splice, reconstructed, special_positions, spliced
 
 Splices = tuple[Splice, ...]
 """SAEs in the model, in the order of their places; each reads what the ones before it have changed."""

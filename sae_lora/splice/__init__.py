@@ -1,0 +1,1 @@
+"""An SAE in a model, and what is computed with it."""
