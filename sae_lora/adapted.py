@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora.assembly import SAEs
 from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Device
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
@@ -24,8 +23,8 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
-from sae_lora.results import trained_saes
-from sae_lora.saes.loading import LoadedSAE, splices
+from sae_lora.saes.from_run import trained_saes
+from sae_lora.saes.loading import LoadedSAE, SAEs, splices
 from sae_lora.splice.hooks import Coder, Observer, special_positions, spliced
 from sae_lora.splice.trunk import Splices
 

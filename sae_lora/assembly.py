@@ -2,54 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_lora.config.enums import Method, SAEFamily
+from sae_lora.config.enums import Method
 from sae_lora.config.identity import step_tokens, train_steps
-from sae_lora.config.schema import Config, SAEChoice, SAEConfig
+from sae_lora.config.schema import Config
 from sae_lora.distill import Pack
 from sae_lora.metrics import Evaluator
-from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.reconstruct import SAEPack, sources_of
-from sae_lora.saes import loading
-from sae_lora.saes.buffer import ActivationBuffer
-from sae_lora.saes.loading import LoadedSAE
+from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.kl import kl_of
 from sae_lora.training import Training
 from sae_lora.workers import Workers
-
-
-class SAEs:
-    """SAEs that are loaded, each once for all runs that use it.
-
-    Args:
-        model: What they must fit.
-        device: Where they are to be.
-    """
-
-    def __init__(self, model: Dimensions, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._loaded: dict[str, LoadedSAE] = {}
-
-    def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """Those that a run uses, by block; none where it makes new ones."""
-        if config.family is SAEFamily.new:
-            return []
-        return [self._one(config, choice) for choice in config.used]
-
-    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
-        first = replace(choice, block=min([choice.block, *choice.group]))  # one SAE for a whole group
-        key = repr((config.family, config.dtype, config.sparse, first))
-        if key not in self._loaded:
-            self._loaded[key] = loading.load(config, first, self._model, self._device)
-        return self._loaded[key].at(choice)
 
 
 def assemble(

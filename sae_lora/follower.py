@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.assembly import SAEs, assemble
+from sae_lora.assembly import assemble
 from sae_lora.common.console import complain
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
@@ -23,6 +23,7 @@ from sae_lora.models import loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import device_of, quieten
 from sae_lora.records.folder import RunFolder
+from sae_lora.saes.loading import SAEs
 from sae_lora.training import Training
 from sae_lora.workers import GoneError, Several, following
 

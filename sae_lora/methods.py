@@ -3,27 +3,28 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sae_lora import output_adapter
 from sae_lora.config.enums import Method, SAEFamily, Schedule
 from sae_lora.config.identity import dead_after_steps, step_tokens
-from sae_lora.config.schema import Config
+from sae_lora.config.schema import Config, SAEChoice, SAEConfig
 from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import adapter_files
 from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.reconstruct import Reconstruction, sources_of
+from sae_lora.saes import output_adapter
 from sae_lora.saes.descent import SAEDescent
-from sae_lora.saes.learner import SAELearner
-from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, untrained
-from sae_lora.saes.trained import TrainedSAE, trainable
-from sae_lora.saes.training import activations
+from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
+from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.activation_buffer import activations
+from sae_lora.saes.training.sae_trainer import SAELearner
+from sae_lora.saes.training.spliced_sae import TrainedSAE, trainable
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
@@ -228,3 +229,34 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
             shared[group[0]] = sae
         found.append(replace(one, sae=shared[group[0]]))
     return found
+
+
+def untrained(
+    config: SAEConfig, choice: SAEChoice, d_model: int, device: torch.device, metadata: dict[str, Any]
+) -> LoadedSAE:
+    """A new SAE in sae-lens's training class. Values come from torch's global random state.
+
+    Args:
+        config: What it is to be.
+        choice: Where, how wide and how sparse.
+        d_model: Width of what it reads.
+        device: Where it is to be.
+        metadata: What its own config is to say of model and data.
+    """
+    request = training_sae.SAERequest(
+        str(Place.of(choice)),
+        config.architecture.name,
+        d_model,
+        choice.width or 0,
+        choice.l0,
+        config.sparsity_coefficient,
+    )
+    keeps = keeps_special_tokens(config, [])
+    shared = {"group_blocks": choice.group} if choice.group else {}
+    sae = training_sae.new(request, device, metadata | {"exclude_special_tokens": keeps} | shared)
+    return LoadedSAE(
+        hookpoint=str(Place.of(choice)),
+        sae=sae,
+        description=describe(config, choice, config.architecture.name, choice.width) | {"sha256": None},
+        excludes_special_tokens=keeps,
+    )

@@ -20,11 +20,11 @@ from sae_lora.config.lora_targets import adapted_blocks, canonical_alpha, canoni
 from sae_lora.config.schema import Config, as_list
 from sae_lora.config.serialize import as_dict, load
 from sae_lora.data.documents import files_matching
-from sae_lora.layer_groups import Distances, LayerGroups, are_wanted, groups
 from sae_lora.models.dimensions import Dimensions, read_dimensions
 from sae_lora.records.folder import RunFolder
-from sae_lora.results import begun, check_goes_on
-from sae_lora.saes.registry import Resolution, resolve
+from sae_lora.saes.from_run import begun, check_goes_on
+from sae_lora.saes.layer_groups import Distances, LayerGroups, are_wanted, groups
+from sae_lora.saes.resolve import Resolution, resolve
 
 
 @dataclass(frozen=True)

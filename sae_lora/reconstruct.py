@@ -11,9 +11,9 @@ from sae_lora.checkpoint import State
 from sae_lora.learning import Moved
 from sae_lora.loop import Loop
 from sae_lora.metrics import Evaluator
-from sae_lora.saes.buffer import ActivationBuffer
-from sae_lora.saes.learner import SAELearner
-from sae_lora.saes.trained import TrainedSAE
+from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.saes.training.sae_trainer import SAELearner
+from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.student import Student
 from sae_lora.training import Training
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lora.assembly import SAEs, assemble
+from sae_lora.assembly import assemble
 from sae_lora.common import hub
 from sae_lora.common.console import Display, complain
 from sae_lora.common.errors import (
@@ -38,6 +38,7 @@ from sae_lora.models.loading import device_of, quieten
 from sae_lora.progress import Reporter, say_point
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
+from sae_lora.saes.loading import SAEs
 from sae_lora.training import Training
 from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
 

@@ -224,7 +224,7 @@ def content(path: Path, root: Path) -> Any:
             import pandas
 
             frame = (pandas.read_parquet if path.suffix == ".parquet" else pandas.read_csv)(path)
-            return cleaned(json.loads(frame.to_json(orient="records", double_precision=15)), root)
+            return cleaned(json.loads(str(frame.to_json(orient="records", double_precision=15))), root)
         case ".jsonl":
             return cleaned([json.loads(line) for line in path.read_text().splitlines()], root)
         case ".json":

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
-from sae_lora.saes import new
-from sae_lora.saes.learner import SAELearner
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.sae_trainer import SAELearner
 from tests.families import D_MODEL
 
 CPU = torch.device("cpu")
@@ -23,19 +23,19 @@ def residuals(seed: int, tokens: int = TOKENS) -> torch.Tensor:
     return torch.where(amounts > 0.8, 4 * amounts, 0) @ directions + directions[0]
 
 
-def request(architecture: str, **changes: Any) -> new.SAERequest:
+def request(architecture: str, **changes: Any) -> training_sae.SAERequest:
     """A small one."""
-    return new.SAERequest(HOOKPOINT, architecture, D_MODEL, WIDTH, K)._replace(**changes)
+    return training_sae.SAERequest(HOOKPOINT, architecture, D_MODEL, WIDTH, K)._replace(**changes)
 
 
 def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE[Any]:
     """An SAE after a few steps, of which no weight is zero any more, with some latents dead."""
     torch.manual_seed(seed)
-    sae = new.new(request(architecture, **changes), CPU, {"model_name": "small"})
+    sae = training_sae.new(request(architecture, **changes), CPU, {"model_name": "small"})
     dead = torch.arange(WIDTH) > WIDTH // 2
     optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
     for step in range(5):
-        found = new.forward(sae, residuals(step), dead, step)
+        found = training_sae.forward(sae, residuals(step), dead, step)
         (found.mse + found.aux).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -48,7 +48,9 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
 def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SAELearner:
     """One whose rate rises over a quarter of the steps and falls over a third; some latents are dead."""
     torch.manual_seed(5)
-    sae = new.new(request(architecture, warm_up_steps=8, **changes), CPU, {"model_name": "small"})
+    sae = training_sae.new(
+        request(architecture, warm_up_steps=8, **changes), CPU, {"model_name": "small"}
+    )
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "gated" else "b_enc")[:6] = -50
     return SAELearner(

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sae_lora.embedded.language_model import train_tokenizer
+from scripts.embedded.language_model import train_tokenizer
 
 GEMMA_D_MODEL, GEMMA_WIDTH = 2304, 16_384
 """sae-lens knows these of Gemma Scope without looking, so the small model must have them too."""

@@ -22,8 +22,8 @@ from sae_lora.config.schema import (
 from sae_lora.distill import Pack
 from sae_lora.methods import Kept
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes import new
-from sae_lora.saes.trained import TrainedSAE
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
 from sae_lora.training import Training
 from tests.families import random_tokens
@@ -92,7 +92,7 @@ def trained(
 
 def frozen_standard(seed: int = 3) -> StandardSAE:
     """A trained SAE whose latents are ReLUs."""
-    sae = new.inference(in_training("standard", seed))
+    sae = training_sae.inference(in_training("standard", seed))
     assert isinstance(sae, StandardSAE)
     return sae
 

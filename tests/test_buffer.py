@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes.buffer import ActivationBuffer
+from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
 BATCH, LENGTH, PER_FILL = 3, 16, 5

@@ -18,7 +18,7 @@ from sae_lora.metrics import Evaluator
 from sae_lora.models.hookpoints import Place, resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
-from sae_lora.saes.trained import TrainedSAE
+from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
 from sae_lora.splice.student import LoRAStudent, Student

@@ -18,7 +18,7 @@ from sae_lora.config.schema import DataConfig
 from sae_lora.data import corpus
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
-from sae_lora.embedded.language_model import BOS, EOS, train_tokenizer
+from scripts.embedded.language_model import BOS, EOS, train_tokenizer
 
 TEXTS = [f"document {number} speaks of {number * 7} things and of nothing else" for number in range(200)]
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.adapted import Adapted
-from sae_lora.assembly import SAEs
 from sae_lora.config.enums import Attention
 from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
 from sae_lora.models import adapter_files, lora
@@ -20,7 +19,7 @@ from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
 from sae_lora.plan import plan
-from sae_lora.saes.loading import splices
+from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.hooks import Reading, Splice
 from sae_lora.splice.trunk import Splices
 from tests.coders import jumprelu_sae, topk_sae

@@ -10,17 +10,17 @@ import pytest
 import torch
 from scipy.cluster import hierarchy
 
-from sae_lora import grouping
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.grouping import (
+from sae_lora.grouping_figures import amad_by_groups, distance_map, tree
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes import block_distances
+from sae_lora.saes.block_distances import (
     amad,
     angular_distances,
     evenly_spaced,
     group_blocks,
     sae_flops_saved,
 )
-from sae_lora.grouping_figures import amad_by_groups, distance_map, tree
-from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import residual_streams, special_positions
 from tests import families
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
@@ -151,9 +151,9 @@ def test_every_token_weighs_the_same_however_batched(model: LanguageModel) -> No
 def test_few_tokens_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     model = small_model("qwen3")
     whole = angular_distances(model, [TOKENS], SPECIAL)
-    monkeypatch.setattr(grouping, "_NUMBERS_AT_ONCE", tokens * N_BLOCKS * (N_BLOCKS + D_MODEL))
+    monkeypatch.setattr(block_distances, "_NUMBERS_AT_ONCE", tokens * N_BLOCKS * (N_BLOCKS + D_MODEL))
     resid = [torch.randn(2, 6, D_MODEL) for _ in range(N_BLOCKS)]
-    sizes = [len(angles) for angles in grouping._angles(resid, torch.arange(12))]
+    sizes = [len(angles) for angles in block_distances._angles(resid, torch.arange(12))]
     assert max(sizes) == tokens and sum(sizes) == 12
     torch.testing.assert_close(angular_distances(model, [TOKENS], SPECIAL), whole, rtol=0, atol=1e-13)
 

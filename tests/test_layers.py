@@ -14,9 +14,9 @@ from sae_lora.config.schema import Config, LayerConfig
 from sae_lora.embedded import SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import registry
-from sae_lora.saes.disk import read_folder
-from sae_lora.saes.table import place_in
+from sae_lora.saes import resolve
+from sae_lora.saes.metadata import read_folder
+from sae_lora.saes.pretrained_table import place_in
 from tests.composing import composed
 
 GEMMA_2B = Dimensions(d_model=2304, n_blocks=26, d_vocab=256_000, max_context=8192)
@@ -37,7 +37,7 @@ def places(
     dimensions: Dimensions, overrides: str, hook: str | None = None, **layer: object
 ) -> list[Place]:
     """Where the SAEs sit that this means."""
-    resolution = registry.resolve(asking(overrides, hook, **layer), dimensions)
+    resolution = resolve.resolve(asking(overrides, hook, **layer), dimensions)
     return [Place.of(choice) for choice in resolution.choices]
 
 
@@ -150,15 +150,15 @@ def test_a_hook_for_which_there_is_no_sae_is_no_cell_of_the_grid() -> None:
 
 def test_gemma_scope_of_mlps() -> None:
     gemma = "model=gemma2_2b sae=gemma_scope"
-    (choice,), _ = registry.resolve(asking(gemma, "mlp_out", index=5), GEMMA_2B)
+    (choice,), _ = resolve.resolve(asking(gemma, "mlp_out", index=5), GEMMA_2B)
     assert (choice.release, Place.of(choice)) == ("gemma-scope-2b-pt-mlp", Place(5, Hook.mlp_out))
     assert str(choice.id).startswith("layer_5/width_16k/average_l0_")
     third = "model.name=google/gemma-3-1b-pt sae=gemma_scope"
-    (choice,), _ = registry.resolve(asking(third, "mlp_out", index=5), GEMMA_2B)
+    (choice,), _ = resolve.resolve(asking(third, "mlp_out", index=5), GEMMA_2B)
     assert (choice.release, Place.of(choice)) == ("gemma-scope-2-1b-pt-mlp-all", Place(5, Hook.mlp_out))
-    behind = registry.resolve(asking(gemma, "resid_post", index=12), GEMMA_2B)
-    assert registry.resolve(asking(gemma, "resid_pre", index=13), GEMMA_2B) == behind
-    assert registry.resolve(asking(gemma, index=12), GEMMA_2B) == behind
+    behind = resolve.resolve(asking(gemma, "resid_post", index=12), GEMMA_2B)
+    assert resolve.resolve(asking(gemma, "resid_pre", index=13), GEMMA_2B) == behind
+    assert resolve.resolve(asking(gemma, index=12), GEMMA_2B) == behind
     assert behind.choices[0].release == "gemma-scope-2b-pt-res"
 
 
@@ -176,7 +176,7 @@ def test_llama_scope_at_every_hook(hook: str, letter: str) -> None:
     for times, width in (("8x", "32k"), ("32x", "131k")):
         config = asking("model=llama31_8b sae=llama_scope", hook, index=3)
         config = replace(config, sae=replace(config.sae, width=width))
-        (choice,), _ = registry.resolve(config, LLAMA_8B)
+        (choice,), _ = resolve.resolve(config, LLAMA_8B)
         assert choice.release == f"llama_scope_lx{letter}_{times}"
         assert choice.id == f"l3{letter}_{times}"
         assert choice.hook is Hook[hook]
@@ -220,14 +220,14 @@ def test_registry_at_other_places_is_refused(release: str, identifier: str) -> N
 
 def test_no_release_mixes_hooks() -> None:
     """So that one SAE at each block is left where no hook is asked for."""
-    for name, release in registry.table().items():
+    for name, release in resolve.table().items():
         there = [place_in(entry["id"], None) for entry in release["saes"]]
         assert len({place.hook for place in there if place is not None}) <= 1, name
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 3, 5]), (3, [1, 4])])
 def test_every_nth_block_of_the_embedded_saes(every: int, expected: list[int]) -> None:
-    found = registry.resolve(composed("layer=every_nth", f"layer.every={every}"), TINY)
+    found = resolve.resolve(composed("layer=every_nth", f"layer.every={every}"), TINY)
     assert [Place.of(choice) for choice in found.choices] == after(*expected)
     assert {choice.id for choice in found.choices} <= {path.name for path in SAES.iterdir()}
     assert places(TINY, "", every=every, first=2) == after(*range(2, 7, every))
@@ -287,7 +287,7 @@ def test_every_nth_block_that_cannot_be(
 def named(*at: Place) -> Config:
     """A config with identities there, as the planner leaves it."""
     (first, *_), config = at, composed_once("sae=identity")
-    resolved = registry.resolve(asking("sae=identity", first.hook.name, index=first.block), TINY)
+    resolved = resolve.resolve(asking("sae=identity", first.hook.name, index=first.block), TINY)
     used = [replace(resolved.choices[0], block=place.block, hook=place.hook) for place in at]
     return replace(config, sae=replace(config.sae, used=used))
 

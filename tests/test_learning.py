@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sae_lora import checkpoint, output_adapter
+from sae_lora import checkpoint
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
@@ -19,7 +19,8 @@ from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
 from sae_lora.estimate import _own_weights
 from sae_lora.learning import MeZO
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.output_adapter import AdaptedCoder, OutputAdapter
+from sae_lora.saes import output_adapter
+from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.trunk import Trunk
 from sae_lora.training import Training

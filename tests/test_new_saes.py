@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import new
-from sae_lora.saes.disk import trained_at
+from sae_lora.saes.metadata import trained_at
+from sae_lora.saes.training import training_sae
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL
 from tests.learners import CPU, HOOKPOINT, WIDTH, K, in_training, learner, request, residuals
@@ -39,7 +39,7 @@ SCALE = 0.37
 SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
 
 
-@pytest.fixture(params=new.ARCHITECTURES)
+@pytest.fixture(params=training_sae.ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -55,8 +55,8 @@ def test_reloaded_by_sae_lens_alone_it_is_the_same(
     architecture: str, scale: float, tmp_path: Path
 ) -> None:
     sae = in_training(architecture)
-    new.save(sae, tmp_path, scale)
-    found, expected = SAE.load_from_disk(tmp_path), new.inference(sae, scale)
+    training_sae.save(sae, tmp_path, scale)
+    found, expected = SAE.load_from_disk(tmp_path), training_sae.inference(sae, scale)
     assert same(found, expected)
     assert found.cfg == expected.cfg
     assert found.cfg.architecture() == SAVED_AS.get(architecture, architecture)
@@ -70,7 +70,7 @@ def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
     architecture: str, tmp_path: Path
 ) -> None:
     sae = in_training(architecture)
-    new.save(sae, tmp_path / "ours", SCALE)
+    training_sae.save(sae, tmp_path / "ours", SCALE)
     sae.fold_activation_norm_scaling_factor(SCALE)
     sae.save_inference_model(tmp_path / "theirs")
     ours, theirs = (
@@ -88,18 +88,18 @@ def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
 
 def test_a_file_of_another_precision_says_so(architecture: str, tmp_path: Path) -> None:
     sae = in_training(architecture)
-    new.save(sae, tmp_path, SCALE, torch.float16)
+    training_sae.save(sae, tmp_path, SCALE, torch.float16)
     found = SAE.load_from_disk(tmp_path)
     assert {weight.dtype for weight in found.state_dict().values()} == {torch.float16}
-    assert same(found, new.inference(sae, SCALE).to(torch.float16))
+    assert same(found, training_sae.inference(sae, SCALE).to(torch.float16))
 
 
 def test_the_scale_is_folded_in(architecture: str) -> None:
     """Reading residuals as they are, it gives what it gave of scaled ones, scaled back."""
     sae = in_training(architecture)
     resid = residuals(9)
-    expected = new.inference(sae)(SCALE * resid) / SCALE
-    torch.testing.assert_close(new.inference(sae, SCALE)(resid), expected, rtol=1e-4, atol=1e-4)
+    expected = training_sae.inference(sae)(SCALE * resid) / SCALE
+    torch.testing.assert_close(training_sae.inference(sae, SCALE)(resid), expected, rtol=1e-4, atol=1e-4)
     if architecture not in SAVED_AS:
         torch.testing.assert_close(sae(SCALE * resid) / SCALE, expected, rtol=1e-4, atol=1e-4)
 
@@ -110,15 +110,15 @@ def test_making_it_leaves_the_sae_and_the_random_state_as_they_are(
     sae = in_training(architecture)
     sae.cfg.metadata.seen = {"layers": [1, 2]}
     before, random = copy.deepcopy(sae), torch.get_rng_state()
-    found = new.inference(sae, SCALE)
-    new.save(sae, tmp_path, SCALE)
+    found = training_sae.inference(sae, SCALE)
+    training_sae.save(sae, tmp_path, SCALE)
     assert same(sae, before)
     assert sae.cfg == before.cfg
     assert torch.equal(torch.get_rng_state(), random)
     assert not found.training
     assert not any(weight.requires_grad for weight in found.parameters())
-    before = {name: weight.clone() for name, weight in new.inference(sae).state_dict().items()}
-    held = new.inference(sae)
+    before = {name: weight.clone() for name, weight in training_sae.inference(sae).state_dict().items()}
+    held = training_sae.inference(sae)
     held.cfg.metadata.seen["layers"].append(3)
     assert sae.cfg.metadata.seen == {"layers": [1, 2]}
     with torch.no_grad():
@@ -147,8 +147,8 @@ PRETRAINED = {
         StandardSAE(StandardSAEConfig(D_MODEL, WIDTH, normalize_activations="layer_norm"))
     ),
     "gated": lambda: random_weights(GatedSAE(GatedSAEConfig(D_MODEL, WIDTH))),
-    "batchtopk, saved": lambda: new.inference(in_training("batchtopk"), SCALE),
-    "matryoshka, saved": lambda: new.inference(in_training("matryoshka"), SCALE),
+    "batchtopk, saved": lambda: training_sae.inference(in_training("batchtopk"), SCALE),
+    "matryoshka, saved": lambda: training_sae.inference(in_training("matryoshka"), SCALE),
 }
 
 
@@ -156,15 +156,15 @@ PRETRAINED = {
 def test_a_trained_sae_in_training_gives_what_it_gave(name: str) -> None:
     original = PRETRAINED[name]()
     before, random = copy.deepcopy(original.state_dict()), torch.get_rng_state()
-    sae = new.trainable(original)
+    sae = training_sae.trainable(original)
     assert torch.equal(torch.get_rng_state(), random)
     resid = residuals(9)
     expected = original(resid)
     assert (original.encode(resid) != 0).any()
-    for found in (sae, new.inference(sae)):
+    for found in (sae, training_sae.inference(sae)):
         assert torch.equal(found.encode(resid), original.encode(resid))
         assert torch.equal(found(resid), expected)
-    forward = new.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
+    forward = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
     assert torch.equal(forward.recon, expected)
     (forward.mse + forward.aux).backward()
     for weight in sae.parameters():
@@ -175,15 +175,15 @@ def test_a_trained_sae_in_training_gives_what_it_gave(name: str) -> None:
 
 def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
     """Its rows, of norm 1 but for rounding, are divided by their norms once more."""
-    original = new.inference(in_training("topk"), SCALE)
+    original = training_sae.inference(in_training("topk"), SCALE)
     assert original.cfg.rescale_acts_by_decoder_norm
-    sae = new.trainable(original)
+    sae = training_sae.trainable(original)
     assert sae.cfg.rescale_acts_by_decoder_norm
     assert sae.cfg.k == K
     resid = residuals(9)
     assert torch.equal(sae(resid), original(resid))
-    torch.testing.assert_close(new.inference(sae)(resid), original(resid), rtol=1e-5, atol=1e-5)
-    kept = new.trainable(topk_sae(k=3))
+    torch.testing.assert_close(training_sae.inference(sae)(resid), original(resid), rtol=1e-5, atol=1e-5)
+    kept = training_sae.trainable(topk_sae(k=3))
     assert not kept.cfg.rescale_acts_by_decoder_norm
     assert kept.cfg.k == 3
 
@@ -191,7 +191,7 @@ def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
 def test_a_trained_sae_of_less_precision_is_trained_in_float32() -> None:
     original = jumprelu_sae().to(torch.bfloat16)
     original.W_enc.data = original.W_enc.data.T.contiguous().T  # as `SparseSAE` lays it out
-    sae = new.trainable(original)
+    sae = training_sae.trainable(original)
     assert sae.cfg.dtype == "float32"
     for name, weight in sae.state_dict().items():
         assert weight.dtype == torch.float32
@@ -202,11 +202,11 @@ def test_a_trained_sae_of_less_precision_is_trained_in_float32() -> None:
 def test_what_a_finetuned_sae_says_of_itself_is_kept(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    original = new.inference(in_training("standard"), SCALE)
+    original = training_sae.inference(in_training("standard"), SCALE)
     original.cfg.metadata.model_from_pretrained_kwargs = {"fold_ln": True}
-    sae = new.trainable(original, sparsity_coefficient=0.3)
-    assert new.coefficients(sae, 0) == {"l1": 0.3}
-    new.save(sae, tmp_path)
+    sae = training_sae.trainable(original, sparsity_coefficient=0.3)
+    assert training_sae.coefficients(sae, 0) == {"l1": 0.3}
+    training_sae.save(sae, tmp_path)
     metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert metadata["hook_name"] == HOOKPOINT
     assert metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
@@ -220,14 +220,14 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
         SkipTranscoderConfig(D_MODEL, WIDTH, d_out=D_MODEL, apply_b_dec_to_input=False)
     )
     with pytest.raises(ConfigError, match=r"skip_transcoder.*\n.*topk, jumprelu, standard, gated"):
-        new.trainable(transcoder)
+        training_sae.trainable(transcoder)
     normalising = {"normalize_activations": "layer_norm"}
     topk, gated = TopKSAEConfig(D_MODEL, WIDTH, k=K), GatedSAEConfig(D_MODEL, WIDTH)
     for refused in (TopKSAE(replace(topk, **normalising)), GatedSAE(replace(gated, **normalising))):
         with pytest.raises(ConfigError, match="normalises what it reads"):
-            new.trainable(refused)
+            training_sae.trainable(refused)
     with pytest.raises(UserError, match="cannot be scaled"):
-        new.inference(new.trainable(PRETRAINED["standard that normalises"]()), SCALE)
+        training_sae.inference(training_sae.trainable(PRETRAINED["standard that normalises"]()), SCALE)
 
 
 def test_a_forward_pass_is_that_of_sae_lens_in_two_parts(architecture: str) -> None:
@@ -238,7 +238,7 @@ def test_a_forward_pass_is_that_of_sae_lens_in_two_parts(architecture: str) -> N
         for one in (sae, reference):
             if isinstance(one, JumpReLUTrainingSAE):
                 one.threshold[:5] = -0.1
-    found = new.forward(sae, resid, dead, 5)
+    found = training_sae.forward(sae, resid, dead, 5)
     names = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
     coefficients = {names[architecture]: 0.5} if architecture in names else {}
     expected = reference.training_forward_pass(TrainStepInput(resid, coefficients, dead, 5, False))
@@ -261,7 +261,7 @@ def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> N
     for resid in (rounded, rounded.float()):
         resid.requires_grad_()
         sae = in_training(architecture)
-        forward = new.forward(sae, resid, dead, 0)
+        forward = training_sae.forward(sae, resid, dead, 0)
         (forward.mse + forward.aux).backward()
         assert resid.grad is not None
         assert resid.grad.dtype == resid.dtype
@@ -275,7 +275,7 @@ def test_a_matryoshka_sae_has_the_errors_of_its_inner_groups_too() -> None:
     assert isinstance(sae, MatryoshkaBatchTopKTrainingSAE)
     assert sae.cfg.matryoshka_widths == [8, 16, 32, 64]
     resid = residuals(9)
-    found = new.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
+    found = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
     inner = torch.zeros(())
     for width in (8, 16, 32):
         latents = torch.where(torch.arange(WIDTH) < width, found.latents, 0)
@@ -288,7 +288,7 @@ def test_penalties_rise_as_they_do_in_sae_lens(architecture: str) -> None:
     one = learner(architecture, sparsity_coefficient=0.7)
     for step in range(12):
         expected = one._trainer.get_coefficients()
-        assert new.coefficients(one.sae, step) == expected
+        assert training_sae.coefficients(one.sae, step) == expected
         assert list(expected.values()) == pytest.approx([0.7 * min(step / 8, 1)])
         one.step(residuals(step))
 
@@ -296,7 +296,7 @@ def test_penalties_rise_as_they_do_in_sae_lens(architecture: str) -> None:
 def test_a_new_sae_is_as_sae_lens_has_it_by_default() -> None:
     about = {"model_name": "small", "exclude_special_tokens": True}
     torch.manual_seed(1)
-    found = new.new(request("matryoshka"), CPU, about)
+    found = training_sae.new(request("matryoshka"), CPU, about)
     torch.manual_seed(1)
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=D_MODEL, d_sae=WIDTH, k=K, matryoshka_widths=[8, 16, 32, 64]
@@ -316,7 +316,9 @@ def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
     architecture: str, name: str
 ) -> None:
     def coefficient(**changes: Any) -> dict[str, float]:
-        return new.coefficients(new.new(request(architecture, **changes), CPU, {}), 100)
+        return training_sae.coefficients(
+            training_sae.new(request(architecture, **changes), CPU, {}), 100
+        )
 
     assert coefficient() == {name: 1.0}
     assert coefficient(sparsity_coefficient=0.2) == {name: 0.2}
@@ -324,10 +326,10 @@ def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
 
 
 def test_what_sae_lens_calls_them() -> None:
-    kinds = {one: type(new.new(request(one), CPU, {})) for one in new.ARCHITECTURES}
+    kinds = {one: type(training_sae.new(request(one), CPU, {})) for one in training_sae.ARCHITECTURES}
     assert kinds["topk"] is TopKTrainingSAE
     assert kinds["standard"] is StandardTrainingSAE
-    assert len(set(kinds.values())) == len(new.ARCHITECTURES)
+    assert len(set(kinds.values())) == len(training_sae.ARCHITECTURES)
     assert all(issubclass(kind, TrainingSAE) for kind in kinds.values())
 
 
@@ -337,9 +339,9 @@ def test_what_sae_lens_calls_them() -> None:
 )
 def test_a_k_that_cannot_be_is_refused(architecture: str, k: float | None) -> None:
     with pytest.raises(ConfigError, match=r"sae\.l0.*\n.*64"):
-        new.new(request(architecture, k=k), CPU, {})
+        training_sae.new(request(architecture, k=k), CPU, {})
 
 
 def test_an_architecture_that_there_is_not_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sae\.architecture=batchtopk"):
-        new.new(request("batch_topk"), CPU, {})
+        training_sae.new(request("batch_topk"), CPU, {})

@@ -24,7 +24,7 @@ from sae_lora.models import loading
 from sae_lora.models.hookpoints import Place
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
-from sae_lora.saes.table import table
+from sae_lora.saes.pretrained_table import table
 from sae_lora.splice.head import room_bytes
 from tests.commands import launch
 from tests.composing import combinations, composed, each_composed

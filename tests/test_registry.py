@@ -10,7 +10,7 @@ from sae_lora.common.errors import ConfigError, NoSuchCellError
 from sae_lora.config.enums import DType, Hook, SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.saes import registry
+from sae_lora.saes import resolve as registry
 from tests.composing import composed
 
 GEMMA_2B = Dimensions(d_model=2304, n_blocks=26, d_vocab=256_000, max_context=8192)

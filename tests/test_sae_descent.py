@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lora.config.enums import Hook, Method, Reduction
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes import new
+from sae_lora.saes.training import training_sae
 from sae_lora.splice.hooks import Splice, reconstructed, special_positions
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
@@ -272,7 +272,7 @@ class TestLowRank:
 class TestSpecialPositions:
     """Where an SAE does not apply, it neither reads nor changes anything."""
 
-    @pytest.mark.parametrize("architecture", new.ARCHITECTURES)
+    @pytest.mark.parametrize("architecture", training_sae.ARCHITECTURES)
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
         keep = special_positions(TOKENS, SPECIAL)
         assert 0 < keep.sum() < keep.numel() / 2
@@ -326,15 +326,15 @@ def test_latents_count_as_dead_by_the_stated_rule(
     sae = trained("topk", dead_after=dead_after)
     one = made(MODEL, Method.e2e, sae, keeps=True, steps=8)
     taken: list[tuple[Tensor, Tensor]] = []
-    plain = new.forward
+    plain = training_sae.forward
 
-    def watched(own: Any, resid: Tensor, dead: Tensor, number: int) -> new.Forward:
+    def watched(own: Any, resid: Tensor, dead: Tensor, number: int) -> training_sae.Forward:
         found = plain(own, resid, dead, number)
         taken.append((dead.clone(), (found.latents != 0).any(0)))
         assert number == one.training.step
         return found
 
-    monkeypatch.setattr(new, "forward", watched)
+    monkeypatch.setattr(training_sae, "forward", watched)
     silent = torch.zeros(WIDTH)
     for number in range(8):
         taken.clear()
@@ -378,7 +378,7 @@ def test_what_is_computed_once_more_changes_no_bit(architecture: str, hook: Hook
     assert [name for name, value in plain.items() if not torch.equal(again[name], value)] == []
 
 
-@pytest.mark.parametrize("architecture", new.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", training_sae.ARCHITECTURES)
 @pytest.mark.parametrize("kind", [Method.e2e, Method.sae_finetune])
 def test_an_evaluation_leaves_all_as_it_was(kind: Method, architecture: str) -> None:
     """However often: thresholds too, which sae-lens moves outside of the optimiser."""

@@ -14,16 +14,16 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 
 from sae_lora.common.errors import UserError
-from sae_lora.saes import new
-from sae_lora.saes.buffer import ActivationBuffer
-from sae_lora.saes.learner import SAELearner, mean_norm_scale
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.saes.training.sae_trainer import SAELearner, mean_norm_scale
 from tests.families import random_tokens, small_model
 from tests.learners import CPU, HOOKPOINT, TOKENS, WIDTH, K, in_training, learner, request, residuals
 
 STEPS, SCALE = 24, 0.37
 
 
-@pytest.fixture(params=new.ARCHITECTURES)
+@pytest.fixture(params=training_sae.ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -123,7 +123,7 @@ def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
     )
     theirs.activation_scaler.scaling_factor = SCALE
     taken(ours, 0, STEPS)
-    found, expected = ours.inference(), new.inference(theirs.fit())
+    found, expected = ours.inference(), training_sae.inference(theirs.fit())
     assert all(torch.equal(found.state_dict()[name], one) for name, one in expected.state_dict().items())
     assert found.cfg == expected.cfg
     assert found.cfg.metadata.l0 > 0
@@ -206,7 +206,7 @@ def test_more_warm_up_and_decay_than_steps_are_refused() -> None:
 
 def scheduled(warm_up_steps: int, decay_steps: int) -> SAELearner:
     return SAELearner(
-        new.new(request("topk"), CPU, {}),
+        training_sae.new(request("topk"), CPU, {}),
         steps=10,
         batch_tokens=TOKENS,
         lr=1e-2,
@@ -265,9 +265,9 @@ def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
 
 
 def test_a_trained_sae_goes_on_to_learn() -> None:
-    original = new.inference(in_training("batchtopk"), SCALE)
+    original = training_sae.inference(in_training("batchtopk"), SCALE)
     one = SAELearner(
-        new.trainable(original),
+        training_sae.trainable(original),
         steps=STEPS,
         batch_tokens=TOKENS,
         lr=1e-2,
@@ -294,7 +294,7 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     torch.manual_seed(0)
     one = SAELearner(
-        new.new(request(architecture, sparsity_coefficient=0.02, warm_up_steps=30), CPU, {}),
+        training_sae.new(request(architecture, sparsity_coefficient=0.02, warm_up_steps=30), CPU, {}),
         steps=steps,
         batch_tokens=96,
         lr=4e-3,

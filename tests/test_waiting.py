@@ -9,12 +9,13 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from sae_lora import launcher, layer_groups, prefetch
+from sae_lora import launcher, prefetch
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.config.serialize import load
 from sae_lora.plan import Pack, Run, plan
 from sae_lora.records.folder import RunFolder
+from sae_lora.saes import layer_groups
 from tests.composing import CONF, composed
 from tests.points import Point, folders_in, points_in, run_here
 from tests.test_grouping import random_distances

@@ -1,6 +1,6 @@
 """The embedded default: a small trained language model with SAEs, so that everything runs offline.
 
-`python -m sae_lora.embedded` made what lies in `artefacts/` and can make it again.
+`python -m scripts.embedded` made what lies in `artefacts/` and can make it again.
 """
 
 from pathlib import Path

@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sae_lora.adapted import Adapted, load_adapted
-from sae_lora.assembly import SAEs
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
-from sae_lora.saes.loading import splices
+from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Observer, residual_streams, special_positions, spliced
 from sae_lora.splice.trunk import Splices

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_lora.checkpoint import State
 from sae_lora.config.schema import TrainConfig
 from sae_lora.learning import Descent, Moved
-from sae_lora.saes.trained import TrainedSAE
+from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.hooks import Reading
 from sae_lora.splice.kl import SummedKL
 from sae_lora.splice.student import Student

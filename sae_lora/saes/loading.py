@@ -13,7 +13,6 @@ import torch
 from sae_lens import SAE
 from torch import Tensor, nn
 
-from sae_lora import output_adapter, results
 from sae_lora.common import hub
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import SAEFamily
@@ -21,11 +20,11 @@ from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.output_adapter import AdaptedCoder
-from sae_lora.saes import new
-from sae_lora.saes.disk import check_width, settled, trained_at, weights_digest
+from sae_lora.saes import from_run, output_adapter
+from sae_lora.saes.metadata import check_width, settled, trained_at, weights_digest
+from sae_lora.saes.output_adapter import AdaptedCoder
+from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
-from sae_lora.saes.table import repository_of
 from sae_lora.splice.hooks import Coder, Splice
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
         hookpoint=str(Place.of(choice)),
         excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
         sae=_with_adapter(multiplied(sae, config.sparse), choice, device),  # pyright: ignore[reportArgumentType]
-        description=_description(
+        description=describe(
             config, choice, loaded.values.get("architecture", "identity"), loaded.values.get("d_sae")
         )
         | {"sha256": digest},
@@ -106,9 +105,10 @@ def _with_adapter(sae: Coder, choice: SAEChoice, device: torch.device) -> Coder:
     return AdaptedCoder(sae, output_adapter.load(folder, device)).eval()
 
 
-def _description(
+def describe(
     config: SAEConfig, choice: SAEChoice, architecture: str, width: int | None
 ) -> dict[str, Any]:
+    """What identifies an SAE, for the record; its weights' hash comes on top."""
     return {
         "family": config.family.name,
         "block": choice.block,
@@ -124,38 +124,6 @@ def _description(
         "stated_l0": choice.l0,
         "dtype": config.dtype.name,
     }
-
-
-def untrained(
-    config: SAEConfig, choice: SAEChoice, d_model: int, device: torch.device, metadata: dict[str, Any]
-) -> LoadedSAE:
-    """A new SAE in sae-lens's training class. Values come from torch's global random state.
-
-    Args:
-        config: What it is to be.
-        choice: Where, how wide and how sparse.
-        d_model: Width of what it reads.
-        device: Where it is to be.
-        metadata: What its own config is to say of model and data.
-    """
-    request = new.SAERequest(
-        str(Place.of(choice)),
-        config.architecture.name,
-        d_model,
-        choice.width or 0,
-        choice.l0,
-        config.sparsity_coefficient,
-    )
-    keeps = keeps_special_tokens(config, [])
-    shared = {"group_blocks": choice.group} if choice.group else {}
-    sae = new.new(request, device, metadata | {"exclude_special_tokens": keeps} | shared)
-    return LoadedSAE(
-        hookpoint=str(Place.of(choice)),
-        sae=sae,
-        description=_description(config, choice, config.architecture.name, choice.width)
-        | {"sha256": None},
-        excludes_special_tokens=keeps,
-    )
 
 
 def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
@@ -200,7 +168,7 @@ def _check_as_planned(choice: SAEChoice) -> None:
             f"sae.path = {choice.path!r}: another SAE is there than when this run was planned"
         )
     if choice.adapter is not None:
-        results.check_as_planned(choice.adapter)
+        from_run.check_as_planned(choice.adapter)
 
 
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
@@ -262,3 +230,30 @@ def _digest(sae: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class SAEs:
+    """SAEs that are loaded, each once for all runs that use it.
+
+    Args:
+        model: What they must fit.
+        device: Where they are to be.
+    """
+
+    def __init__(self, model: Dimensions, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._loaded: dict[str, LoadedSAE] = {}
+
+    def of(self, config: SAEConfig) -> list[LoadedSAE]:
+        """Those that a run uses, by block; none where it makes new ones."""
+        if config.family is SAEFamily.new:
+            return []
+        return [self._one(config, choice) for choice in config.used]
+
+    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
+        first = replace(choice, block=min([choice.block, *choice.group]))  # one SAE for a whole group
+        key = repr((config.family, config.dtype, config.sparse, first))
+        if key not in self._loaded:
+            self._loaded[key] = load(config, first, self._model, self._device)
+        return self._loaded[key].at(choice)

@@ -18,8 +18,8 @@ from sae_lora.config.evaluation import BENCHMARKS, EvaluationConfig
 from sae_lora.evaluation import record
 from sae_lora.evaluation.saebench import environment
 from sae_lora.evaluation.subject import Subject
-from sae_lora.output_adapter import AdaptedCoder
 from sae_lora.saes.loading import IdentitySAE
+from sae_lora.saes.output_adapter import AdaptedCoder
 
 HEEDS = ("saebench", "saebench_options")
 """The keys of `evaluation` that it depends on."""

@@ -80,21 +80,21 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
     with quick_imports():
         import torch
 
-        from sae_lora import grouping  # brings torch in
+        from sae_lora.saes import block_distances  # brings torch in
 
     distances = torch.tensor(known.of(config), dtype=torch.float64)
-    found = grouping.group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
+    found = block_distances.group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
     blocks, amad = found.groups, found.amad
     if layer.evenly:
-        blocks = grouping.evenly_spaced(most, len(blocks))
-        amad = grouping.amad(distances, blocks)
+        blocks = block_distances.evenly_spaced(most, len(blocks))
+        amad = block_distances.amad(distances, blocks)
     return LayerGroups(
         groups=blocks,
         amad=amad,
         amad_by_count=list(found.amad_by_count),
         distances=distances.tolist(),
         evenly=layer.evenly,
-        sae_flops_saved=grouping.sae_flops_saved(len(blocks), most),
+        sae_flops_saved=block_distances.sae_flops_saved(len(blocks), most),
     )
 
 
@@ -124,15 +124,15 @@ def _distances(config: Config) -> Sequence[Sequence[float]]:
 
 
 def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]:
-    from sae_lora import grouping  # bring torch in
     from sae_lora.models import loading
     from sae_lora.models.loading import device_of
+    from sae_lora.saes import block_distances  # bring torch in
 
     show.stage(f"measuring distances between the blocks of {config.model.name}")
     model = loading.load_model(config.model, config.train.dtype, device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
     count, total = show.counter("measuring", "tokens"), text.validation.size
-    found = grouping.angular_distances(
+    found = block_distances.angular_distances(
         model,
         text.validation_tokens.split(at_once),
         text.special_ids,

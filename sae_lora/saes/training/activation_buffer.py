@@ -1,6 +1,6 @@
 """Activations for SAEs in training: streamed, shuffled, with a place that a run can resume from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import special_positions
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.hooks import Reading, special_positions, spliced
 
 _Group = tuple[str, ...]
 """Hookpoints of which each token takes one."""
@@ -180,3 +181,32 @@ class ActivationBuffer:
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
         """What one fill draws from, for one purpose."""
         return np.random.default_rng([self._seed, fill, *" ".join(purpose).encode()])
+
+
+@torch.no_grad()
+def activations(
+    model: LanguageModel,
+    hookpoints: Iterable[str],
+    batches: Iterable[Tensor],
+    special_ids: Tensor | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
+
+    Args:
+        model: The language model.
+        hookpoints: Where to read.
+        batches: Tokens.
+        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
+    """
+    controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
+    for tokens in batches:
+        seen: dict[str, Tensor] = {}
+
+        def keep(reading: Reading, seen: dict[str, Tensor] = seen) -> None:
+            seen[reading.hookpoint] = reading.resid
+
+        tokens = tokens.to(model.device)
+        left_out = None if special_ids is None else special_positions(tokens, special_ids)
+        with spliced(model, controls, left_out, observe=keep):
+            model.hidden(tokens)
+        yield seen

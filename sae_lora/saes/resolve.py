@@ -14,8 +14,8 @@ from sae_lora.config.validate import latents
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
-from sae_lora.saes.disk import known_place, read_folder, settled
-from sae_lora.saes.table import SUBLAYERS, place_in, release_named, table, width_in
+from sae_lora.saes.metadata import known_place, read_folder, settled
+from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, table, width_in
 
 
 class Resolution(NamedTuple):

@@ -11,7 +11,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.saes import new
+from sae_lora.saes.training import training_sae
 
 _FIRING = ("act_freq_scores", "n_forward_passes_since_fired")
 """What sae-lens's trainer counts by latent."""
@@ -160,7 +160,7 @@ class SAELearner:
 
     def inference(self) -> SAE[Any]:
         """What the SAE would be once saved and loaded, reading residuals as the model has them."""
-        return new.inference(self._described(), self.scale)
+        return training_sae.inference(self._described(), self.scale)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes what `inference` gives, in sae-lens's format; the training goes on as it would have.
@@ -169,7 +169,7 @@ class SAELearner:
             folder: Where.
             dtype: Of the weights in the file.
         """
-        new.save(self._described(), folder, self.scale, dtype)
+        training_sae.save(self._described(), folder, self.scale, dtype)
 
     def _described(self) -> TrainingSAE[Any]:
         """The SAE, whose own config says its L0 and how many of its latents are dead."""

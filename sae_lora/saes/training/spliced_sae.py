@@ -8,9 +8,9 @@ from sae_lens import SAE, TrainingSAE
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sae_lora.saes import new
-from sae_lora.saes.learner import mean_norm_scale
 from sae_lora.saes.sparse import SparseSAE
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.sae_trainer import mean_norm_scale
 from sae_lora.splice.hooks import Coder
 
 ADAPTED = ("W_enc", "W_dec")
@@ -41,7 +41,7 @@ class TrainedSAE(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=sae.device))
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
         self._frozen: list[SAE[Any]] = []  # in a list, so that it counts as no part of this module
-        self.made: new.Forward | None = None
+        self.made: training_sae.Forward | None = None
         """What the last pass in training mode made."""
         if rank is not None:
             sae.requires_grad_(False)
@@ -55,7 +55,7 @@ class TrainedSAE(nn.Module):
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
         read = x.flatten(0, -2).float() * float(self.scale)
-        self.made = new.forward(self.sae, read, dead, self.step)
+        self.made = training_sae.forward(self.sae, read, dead, self.step)
         return self.made.latents.reshape(*x.shape[:-1], -1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ class TrainedSAE(nn.Module):
     def frozen(self) -> SAE[Any]:
         """What it would be now once saved and loaded by sae-lens."""
         if not self._frozen:
-            self._frozen.append(new.inference(self._plain(), float(self.scale)))
+            self._frozen.append(training_sae.inference(self._plain(), float(self.scale)))
         return self._frozen[0]
 
     def save(self, folder: Path) -> None:
         """Writes what it is now in sae-lens's format."""
-        new.save(self._plain(), folder, float(self.scale))
+        training_sae.save(self._plain(), folder, float(self.scale))
 
     def moved(self, active: Tensor) -> None:
         """Takes note of a step.
@@ -106,7 +106,9 @@ class TrainedSAE(nn.Module):
         if not parametrize.is_parametrized(self.sae):
             return self.sae
         weights = {name: one for name, one in self.sae.state_dict().items() if "." not in name}
-        return new.rebuilt(self.sae, weights | {name: getattr(self.sae, name) for name in ADAPTED})
+        return training_sae.rebuilt(
+            self.sae, weights | {name: getattr(self.sae, name) for name in ADAPTED}
+        )
 
 
 def trainable(sae: Coder, sparsity_coefficient: float | None) -> TrainingSAE[Any]:
@@ -116,7 +118,7 @@ def trainable(sae: Coder, sparsity_coefficient: float | None) -> TrainingSAE[Any
         ConfigError: For one that cannot.
     """
     plain = sae.sae if isinstance(sae, SparseSAE) else sae
-    return new.trainable(plain, sparsity_coefficient)  # pyright: ignore[reportArgumentType]
+    return training_sae.trainable(plain, sparsity_coefficient)  # pyright: ignore[reportArgumentType]
 
 
 class _LowRank(nn.Module):

@@ -18,9 +18,9 @@ from sae_lora.config.enums import DType
 from sae_lora.config.schema import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
-from sae_lora.embedded import language_model
 from sae_lora.models.loading import load_model, load_tokenizer
-from sae_lora.saes.training import TopKRequest, save, train_topk
+from scripts.embedded import language_model
+from scripts.embedded.saes import TopKRequest, save, train_topk
 
 VOCABULARY = 2048
 CONTEXT_LENGTH = 128

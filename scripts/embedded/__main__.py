@@ -1,17 +1,18 @@
-"""Makes the embedded default: `python -m sae_lora.embedded`, an hour and a half on two cores."""
+"""Makes the embedded default: `python -m scripts.embedded`, an hour and a half on two cores."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from sae_lora.embedded import ARTEFACTS, recipe
-from sae_lora.embedded.language_model import Budget
+from sae_lora.embedded import ARTEFACTS
+from scripts.embedded import recipe
+from scripts.embedded.language_model import Budget
 
 
 def main() -> None:
     """Parses the command line and makes what it asks for."""
-    parser = argparse.ArgumentParser(prog="python -m sae_lora.embedded", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.embedded", description=__doc__)
     parser.add_argument("--to", type=Path, default=ARTEFACTS, help="folder to make")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="results depend on it in the last bits")

@@ -3,7 +3,7 @@
 Several SAEs train in lockstep on one pass of the model, whatever their blocks, widths and k.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.hooks import Reading, special_positions, spliced
+from sae_lora.saes.training.activation_buffer import activations
 
 
 class TopKRequest(NamedTuple):
@@ -33,35 +32,6 @@ class TopKRequest(NamedTuple):
     block: int
     width: int
     k: int
-
-
-@torch.no_grad()
-def activations(
-    model: LanguageModel,
-    hookpoints: Iterable[str],
-    batches: Iterable[Tensor],
-    special_ids: Tensor | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
-
-    Args:
-        model: The language model.
-        hookpoints: Where to read.
-        batches: Tokens.
-        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
-    """
-    controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
-    for tokens in batches:
-        seen: dict[str, Tensor] = {}
-
-        def keep(reading: Reading, seen: dict[str, Tensor] = seen) -> None:
-            seen[reading.hookpoint] = reading.resid
-
-        tokens = tokens.to(model.device)
-        left_out = None if special_ids is None else special_positions(tokens, special_ids)
-        with spliced(model, controls, left_out, observe=keep):
-            model.hidden(tokens)
-        yield seen
 
 
 def train_topk(

@@ -13,7 +13,7 @@ from sae_lora.config.serialize import load
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.records.folder import RunFolder
-from sae_lora.saes.disk import read_folder
+from sae_lora.saes.metadata import read_folder
 
 _MAPS = (Method.linear_adapter, Method.mlp_adapter)
 

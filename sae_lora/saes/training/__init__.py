@@ -1,0 +1,1 @@
+"""SAEs in training, by sae-lens's own classes."""
