@@ -10,15 +10,15 @@ from torch import Tensor
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
-from sae_lora.distill import Pack
-from sae_lora.metrics import Evaluator
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.kl import kl_of
-from sae_lora.training import Training
-from sae_lora.workers import Workers
+from sae_lora.train.distill import Pack
+from sae_lora.train.distributed import Workers
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.reconstruct import SAEPack, sources_of
+from sae_lora.train.train_state import Training
 
 
 def assemble(

@@ -191,7 +191,7 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
         slurm_array_parallelism=settings.array_parallelism,
         slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
         slurm_srun_args=[
-            # One process on the first node alone: it starts the others (`sae_lora.workers`).
+            # One process on the first node alone: it starts the others (`sae_lora.train.distributed`).
             *(["--nodes=1", "--ntasks=1"] if settings.nodes > 1 else []),
             # Since SLURM 22.05 srun does not take it over from sbatch.
             *([f"--cpus-per-task={cores}"] if cores else []),

@@ -24,8 +24,8 @@ from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import device_of, quieten
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import SAEs
-from sae_lora.training import Training
-from sae_lora.workers import GoneError, Several, following
+from sae_lora.train.distributed import GoneError, Several, following
+from sae_lora.train.train_state import Training
 
 
 class Beginning(NamedTuple):

@@ -121,7 +121,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     A name on the hub is taken to stand for what it stood for when a run was begun.
     """
     with quick_imports():
-        from sae_lora.estimate import estimate  # brings torch in
+        from sae_lora.train.cost import estimate  # brings torch in
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "state", "SAE"):

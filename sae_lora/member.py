@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from sae_lora import checkpoint, methods, tracking
-from sae_lora.checkpoint import State
+from sae_lora import tracking
 from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
@@ -20,14 +19,16 @@ from sae_lora.common.locks import LostError
 from sae_lora.config.identity import ADAPTING, identity, readable_name
 from sae_lora.config.schema import Config, LoRAConfig
 from sae_lora.config.serialize import load
-from sae_lora.estimate import estimate
-from sae_lora.methods import Sample
-from sae_lora.metrics import Contribution
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
-from sae_lora.training import Training
+from sae_lora.train import checkpoint, methods
+from sae_lora.train.checkpoint import State
+from sae_lora.train.cost import estimate
+from sae_lora.train.evaluator import Contribution
+from sae_lora.train.methods import Sample
+from sae_lora.train.train_state import Training
 
 
 @dataclass(frozen=True)

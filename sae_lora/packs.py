@@ -57,7 +57,7 @@ def _most_together(settings: LauncherConfig) -> int:
 
 def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
     with quick_imports():
-        from sae_lora.estimate import first_own_block  # brings torch in
+        from sae_lora.train.cost import first_own_block  # brings torch in
 
     def what_is_shared(run: Run) -> tuple[str, int]:
         return repr(run.config.sae.used), first_own_block(run.config)
@@ -81,7 +81,7 @@ def _equal_parts(runs: Pack, number: int) -> list[Pack]:
 
 
 def _fits(pack: Pack, settings: LauncherConfig) -> bool:
-    from sae_lora.estimate import estimate  # brings torch in
+    from sae_lora.train.cost import estimate  # brings torch in
 
     needed = estimate([run.config for run in pack]).peak_bytes
     return needed <= _FILLED * _room(pack, settings)

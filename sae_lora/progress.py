@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from sae_lora.common.console import Display, percent, say
 from sae_lora.member import Member
 from sae_lora.records.schema import CurvePoint, Progress
-from sae_lora.training import Training
+from sae_lora.train.train_state import Training
 
 _SHOW_EVERY_S = 1.0
 

@@ -29,9 +29,7 @@ from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
 from sae_lora.follower import Beginning
-from sae_lora.loop import Loop
 from sae_lora.member import Claim, Member, concerns_all, write_failure
-from sae_lora.methods import Sample
 from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import device_of, quieten
@@ -39,8 +37,10 @@ from sae_lora.progress import Reporter, say_point
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
 from sae_lora.saes.loading import SAEs
-from sae_lora.training import Training
-from sae_lora.workers import ONE_PROCESS, Crew, GoneError, Workers, leading
+from sae_lora.train.distributed import ONE_PROCESS, Crew, GoneError, Workers, leading
+from sae_lora.train.methods import Sample
+from sae_lora.train.train_state import Training
+from sae_lora.train.trainer import Loop
 
 
 class NotTogetherError(Exception):

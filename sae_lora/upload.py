@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from sae_lora import checkpoint, wandb_run
+from sae_lora import wandb_run
 from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
@@ -16,6 +16,7 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.shown import Shown
+from sae_lora.train import checkpoint
 from sae_lora.wandb_run import WandbRun
 
 _TIMEOUT_S = 120.0

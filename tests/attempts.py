@@ -36,8 +36,9 @@ class Ended:
 def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
     import torch
 
-    from sae_lora import checkpoint, run
-    from sae_lora.training import Training
+    from sae_lora import run
+    from sae_lora.train import checkpoint
+    from sae_lora.train.train_state import Training
 
     torch.set_num_threads(1)
     for number, file in enumerate(output, 1):

@@ -8,7 +8,6 @@ from sae_lens import StandardSAE
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from sae_lora import methods
 from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.schema import (
     Config,
@@ -19,13 +18,14 @@ from sae_lora.config.schema import (
     SAEConfig,
     TrainConfig,
 )
-from sae_lora.distill import Pack
-from sae_lora.methods import Kept
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
-from sae_lora.training import Training
+from sae_lora.train import methods
+from sae_lora.train.distill import Pack
+from sae_lora.train.methods import Kept
+from sae_lora.train.train_state import Training
 from tests.families import random_tokens
 from tests.learners import in_training
 from tests.trainings import CONFIG, NO_IDS, evaluator, kl

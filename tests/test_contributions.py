@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import sae_lora
-from sae_lora import methods
 from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, SAEConfig
 from sae_lora.data import corpus
-from sae_lora.metrics import Evaluator
 from sae_lora.models.hookpoints import Place, resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
@@ -23,7 +21,9 @@ from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
-from sae_lora.training import Training
+from sae_lora.train import methods
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.train_state import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, N_BLOCKS, small_model
 from tests.points import points_in, run_here

@@ -9,14 +9,14 @@ from torch.nn.functional import cross_entropy, log_softmax
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
-from sae_lora.metrics import Reconstruction
 from sae_lora.models import lora
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Coder, Reading, spliced
-from sae_lora.training import rate_factor
+from sae_lora.train.evaluator import Reconstruction
+from sae_lora.train.lr_schedule import rate_factor
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
 from tests.trainings import (

@@ -11,7 +11,6 @@ from sae_lora.config.schema import Config, DataConfig, LoRAConfig, ModelConfig, 
 from sae_lora.data import corpus
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.metrics import Evaluation, Evaluator
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_tokenizer
@@ -19,6 +18,7 @@ from sae_lora.saes import loading
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.student import LoRAStudent
+from sae_lora.train.evaluator import Evaluation, Evaluator
 from scripts.embedded import language_model, recipe
 from scripts.embedded.saes import TopKRequest
 from tests.commands import launch

@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora import methods
 from sae_lora.assembly import assemble
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
-from sae_lora.distill import Pack
-from sae_lora.estimate import estimate
-from sae_lora.learning import Descent
-from sae_lora.metrics import Evaluator
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_shapes
 from sae_lora.plan import plan
 from sae_lora.saes import loading
-from sae_lora.saes.descent import SAEDescent
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import kl_of
-from sae_lora.training import Training
-from sae_lora.workers import Alone
+from sae_lora.train import methods
+from sae_lora.train.cost import estimate
+from sae_lora.train.distill import Pack
+from sae_lora.train.distributed import Alone
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import Descent
+from sae_lora.train.sae_optim import SAEDescent
+from sae_lora.train.train_state import Training
 from tests.coders import write_topk_sae
 from tests.families import FAMILIES, small_model
 from tests.points import points_in

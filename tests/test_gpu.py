@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.estimate import estimate
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.train.cost import estimate
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.test_estimate import pack_of, resolved, take_step

@@ -20,14 +20,14 @@ from transformers import (
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.learning import Descent
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice, spliced
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.splice.trunk import Splices, Trunk, cuts_around, prefixes
-from sae_lora.training import Training
+from sae_lora.train.optim import Descent
+from sae_lora.train.train_state import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack

@@ -25,17 +25,17 @@ from sae_lora.config.serialize import load
 from sae_lora.config.validate import check
 from sae_lora.data import corpus
 from sae_lora.member import Claim, Member
-from sae_lora.methods import Sample
 from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.plan import plan
-from sae_lora.reconstruct import SAEPack, sources_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import block_distances
 from sae_lora.saes.loading import SAEs
 from sae_lora.splice.hooks import special_positions
-from sae_lora.workers import Alone
+from sae_lora.train.distributed import Alone
+from sae_lora.train.methods import Sample
+from sae_lora.train.reconstruct import SAEPack, sources_of
 from tests.attempts import attempt, frozen, killed, results
 from tests.composing import composed
 from tests.points import SMALL, Point, points_in, run_here

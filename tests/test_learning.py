@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sae_lora import checkpoint
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
-from sae_lora.estimate import _own_weights
-from sae_lora.learning import MeZO
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import output_adapter
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.trunk import Trunk
-from sae_lora.training import Training
+from sae_lora.train import checkpoint
+from sae_lora.train.cost import _own_weights
+from sae_lora.train.optim import MeZO
+from sae_lora.train.train_state import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
 from tests.learners import WIDTH

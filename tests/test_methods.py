@@ -18,13 +18,13 @@ from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.data import corpus
-from sae_lora.estimate import estimate
 from sae_lora.models.dimensions import source
 from sae_lora.models.loading import load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.training import Training
+from sae_lora.train.cost import estimate
+from sae_lora.train.train_state import Training
 from tests.composing import composed
 from tests.points import SMALL, Point, run_here
 from tests.trainings import comparable

@@ -7,19 +7,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sae_lora import distill
 from sae_lora.benchmark.memory import PeakMemory
-from sae_lora.checkpoint import State
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.distill import Pack
-from sae_lora.learning import Descent
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.trunk import Trunk
-from sae_lora.training import Training
+from sae_lora.train import distill
+from sae_lora.train.checkpoint import State
+from sae_lora.train.distill import Pack
+from sae_lora.train.optim import Descent
+from sae_lora.train.train_state import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.trainings import (

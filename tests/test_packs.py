@@ -7,9 +7,9 @@ import pytest
 
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
-from sae_lora.estimate import estimate, first_own_block
 from sae_lora.packs import packed
 from sae_lora.plan import Pack, Run, plan
+from sae_lora.train.cost import estimate, first_own_block
 from tests.points import Point, points_in
 
 

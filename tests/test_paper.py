@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from rich.table import Table
 
-from sae_lora import estimate, launcher
+from sae_lora import launcher
 from sae_lora.common.errors import NoSuchCellError
 from sae_lora.config.enums import LauncherKind, Suite
 from sae_lora.config.identity import train_steps
@@ -26,6 +26,7 @@ from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.pretrained_table import table
 from sae_lora.splice.head import room_bytes
+from sae_lora.train import cost
 from tests.commands import launch
 from tests.composing import combinations, composed, each_composed
 from tests.hub import COMMIT, serving
@@ -90,7 +91,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(loading, "load_model", refuse)
         yield
-    estimate._shapes.cache_clear()
+    cost._shapes.cache_clear()
 
 
 @functools.cache
@@ -286,7 +287,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_models_are_priced_in_their_own_size_and_hold_nothing(name: str) -> None:
-    weights = list(estimate._shapes(name, None).model.parameters())
+    weights = list(cost._shapes(name, None).model.parameters())
     assert sum(weight.numel() for weight in weights) == PARAMETERS[name]
     assert all(weight.is_meta for weight in weights)
 
@@ -295,7 +296,7 @@ def test_the_price_of_a_point_by_hand() -> None:
     """Gemma-2-2B, 16k latents after block 12, rank 1: the formulas of estimate.py, number by number."""
     asked = GEMMA, "layer_12/width_16k/average_l0_82", 1, "after"
     (config,) = [run.config for run in planned("paper_sparsity").runs if cell(run) == asked]
-    found = estimate.estimate([config])
+    found = cost.estimate([config])
     d_model, heads, keys, inner, d_vocab = 2304, 2048, 1024, 9216, 256_000
     latents, context = 16_384, 1024
 
@@ -359,8 +360,8 @@ def test_all_fit_80_gb_but_an_sae_at_every_block_of_8b(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # logits have more room on a GPU
     runs = planned(experiment).runs
     packs = packed(runs, replace(OF_80_GB, pack=runs[0].config.launcher.pack))
-    prices = [estimate.estimate([run.config for run in pack]) for pack in packs]
-    alone = [estimate.estimate([run.config]) for run in runs]
+    prices = [cost.estimate([run.config for run in pack]) for pack in packs]
+    alone = [cost.estimate([run.config]) for run in runs]
     assert sum(map(len, packs)) == len(runs)
     saved = sum(price.flops for price in alone) - sum(price.flops for price in prices)
     assert saved > 0 if len(packs) < len(runs) else saved == 0

@@ -8,13 +8,13 @@ import torch
 from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.config.enums import KLComputation, Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.distill import Pack
-from sae_lora.learning import Descent
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import Dropout
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.student import LoRAStudent
-from sae_lora.training import Training
+from sae_lora.train.distill import Pack
+from sae_lora.train.optim import Descent
+from sae_lora.train.train_state import Training
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, evaluator, fill, kl

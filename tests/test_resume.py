@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lora import checkpoint
-from sae_lora.checkpoint import DamagedCheckpointError, State
 from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.training import Training
+from sae_lora.train import checkpoint
+from sae_lora.train.checkpoint import DamagedCheckpointError, State
+from sae_lora.train.train_state import Training
 from tests.coders import topk_sae
 from tests.families import small_model
 from tests.trainings import batches, comparable, pack, training

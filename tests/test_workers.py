@@ -21,15 +21,15 @@ from torch import Tensor
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.distill import Pack
-from sae_lora.metrics import Evaluator
 from sae_lora.places import places
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.trunk import Trunk
-from sae_lora.training import Training
-from sae_lora.workers import Alone, Workers
+from sae_lora.train.distill import Pack
+from sae_lora.train.distributed import Alone, Workers
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.train_state import Training
 from tests.attempts import attempt, frozen, results
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model

@@ -7,16 +7,16 @@ import torch
 
 from sae_lora.config.enums import KLComputation
 from sae_lora.config.schema import LoRAConfig, TrainConfig
-from sae_lora.distill import Pack
-from sae_lora.learning import Descent
-from sae_lora.metrics import Evaluator
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Coder, Splice
 from sae_lora.splice.kl import KL, kl_of
 from sae_lora.splice.student import LoRAStudent, Student
-from sae_lora.training import Training
+from sae_lora.train.distill import Pack
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import Descent
+from sae_lora.train.train_state import Training
 from tests.families import random_tokens
 
 HELD_OUT = random_tokens(batch=10, length=16, seed=11)

@@ -32,9 +32,6 @@ from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.provenance import environment
 from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
-from sae_lora.distill import Pack
-from sae_lora.learning import Descent
-from sae_lora.metrics import Evaluator
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, quieten
 from sae_lora.models.lora import Dropout
@@ -43,7 +40,10 @@ from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import FusedKL, kl_of, whole_kl
 from sae_lora.splice.student import LoRAStudent
-from sae_lora.training import Training
+from sae_lora.train.distill import Pack
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import Descent
+from sae_lora.train.train_state import Training
 
 RANKS = (1, 4, 16, 64, 256)
 """Of a pack of five; one of 25 has each of them around five SAEs."""

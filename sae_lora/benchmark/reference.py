@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sae_lora.config.enums import Reduction
 from sae_lora.config.schema import LoRAConfig, TrainConfig
-from sae_lora.metrics import NO_LABEL, next_tokens
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import spliced
 from sae_lora.splice.kl import kl_divergence
 from sae_lora.splice.trunk import Splices
+from sae_lora.train.evaluator import NO_LABEL, next_tokens
 
 
 class Reference:

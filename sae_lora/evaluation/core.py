@@ -12,10 +12,10 @@ from torch.nn.functional import cosine_similarity
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.metrics import NO_LABEL, Reconstruction, next_tokens
 from sae_lora.splice.hooks import Coder, Reading
 from sae_lora.splice.kl import log_probabilities
 from sae_lora.splice.trunk import Splices
+from sae_lora.train.evaluator import NO_LABEL, Reconstruction, next_tokens
 
 _LOGITS_AT_ONCE = 2**22
 DENSITY_EDGES = np.arange(-5, 0.25, 0.25).tolist()

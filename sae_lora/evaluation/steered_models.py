@@ -16,10 +16,10 @@ from torch import Tensor
 from sae_lora.common.errors import UserError
 from sae_lora.evaluation.steering_texts import Halves, Texts, Through, batches, residuals
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.metrics import NO_LABEL, next_tokens
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced
 from sae_lora.splice.kl import log_probabilities
+from sae_lora.train.evaluator import NO_LABEL, next_tokens
 
 _LOGITS_AT_ONCE = 2**22
 

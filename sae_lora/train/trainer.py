@@ -9,10 +9,10 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.metrics import Contribution, Evaluator
 from sae_lora.records.schema import CurvePoint
-from sae_lora.training import L, Training
-from sae_lora.workers import Alone, Workers
+from sae_lora.train.distributed import Alone, Workers
+from sae_lora.train.evaluator import Contribution, Evaluator
+from sae_lora.train.train_state import L, Training
 
 
 class Task(NamedTuple):

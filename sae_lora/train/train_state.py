@@ -3,19 +3,19 @@
 import math
 import resource
 import sys
-from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sae_lora.checkpoint import State
 from sae_lora.common.errors import UserError
-from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.enums import Reduction
 from sae_lora.config.schema import TrainConfig
-from sae_lora.learning import Learner
-from sae_lora.metrics import Evaluation
 from sae_lora.records.schema import CurvePoint, gap_closed
+from sae_lora.train.checkpoint import State
+from sae_lora.train.evaluator import Evaluation
+from sae_lora.train.lr_schedule import rate_factor
+from sae_lora.train.optim import Learner
 
 L = TypeVar("L", bound=Learner)
 
@@ -186,28 +186,6 @@ class Training(Generic[L]):
         self._lr = values["lr"]
         self._last_norm = values["grad_norm"]
         self._interval = _Interval(self._device, _Read(**values["interval"]))
-
-
-def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step, as a share of the peak.
-
-    Rises over the warm-up, then stays (constant) or falls to reach zero one step after the last
-    (linear).
-    """
-    warmup = round(config.warmup_share * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        match config.schedule:
-            case Schedule.constant:
-                return 1.0
-            case Schedule.linear:
-                return max(0.0, (steps - step) / max(1, steps - warmup))
-            case _:
-                raise NotImplementedError(config.schedule)
-
-    return factor
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sae_lora.checkpoint import State
 from sae_lora.config.schema import TrainConfig
 from sae_lora.splice.kl import SummedKL
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
+from sae_lora.train.checkpoint import State
 
 
 class Moved(NamedTuple):

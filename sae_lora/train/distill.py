@@ -6,15 +6,15 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sae_lora.learning import Distiller
-from sae_lora.loop import Loop, Task
-from sae_lora.metrics import Evaluator
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Trunk
-from sae_lora.training import Training
-from sae_lora.workers import Workers
+from sae_lora.train.distributed import Workers
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import Distiller
+from sae_lora.train.train_state import Training
+from sae_lora.train.trainer import Loop, Task
 
 Run = TypeVar("Run")
 AT_ONCE = 8

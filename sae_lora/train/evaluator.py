@@ -12,7 +12,7 @@ from sae_lora.splice.head import Comparison
 from sae_lora.splice.hooks import Coder, Reading, Splice
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
-from sae_lora.workers import Alone, Workers
+from sae_lora.train.distributed import Alone, Workers
 
 
 class Evaluation(NamedTuple):

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sae_lora.checkpoint import State
 from sae_lora.config.schema import TrainConfig
-from sae_lora.learning import Descent, Moved
 from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.hooks import Reading
 from sae_lora.splice.kl import SummedKL
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
+from sae_lora.train.checkpoint import State
+from sae_lora.train.optim import Descent, Moved
 
 
 class SAEDescent(Descent):

@@ -58,13 +58,13 @@ from sae_lora.config.enums import Architecture, Device, DType, KLComputation, Me
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES, step_tokens, train_steps
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, ModelConfig, SAEConfig, TrainConfig
-from sae_lora.distill import turns
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes
 from sae_lora.models.lora import target_modules
 from sae_lora.saes.sparse import is_wide
 from sae_lora.splice.head import room_bytes
+from sae_lora.train.distill import turns
 
 _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 

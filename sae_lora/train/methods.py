@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from sae_lora.config.enums import Method, SAEFamily, Schedule
 from sae_lora.config.identity import dead_after_steps, step_tokens
 from sae_lora.config.schema import Config, SAEChoice, SAEConfig
-from sae_lora.learning import Descent, Learner, MeZO
 from sae_lora.models import adapter_files
 from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.reconstruct import Reconstruction, sources_of
 from sae_lora.saes import output_adapter
-from sae_lora.saes.descent import SAEDescent
 from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
@@ -28,6 +25,9 @@ from sae_lora.saes.training.spliced_sae import TrainedSAE, trainable
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
+from sae_lora.train.optim import Descent, Learner, MeZO
+from sae_lora.train.reconstruct import Reconstruction, sources_of
+from sae_lora.train.sae_optim import SAEDescent
 
 
 class Sample(NamedTuple):

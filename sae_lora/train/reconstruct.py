@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.checkpoint import State
-from sae_lora.learning import Moved
-from sae_lora.loop import Loop
-from sae_lora.metrics import Evaluator
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SAELearner
 from sae_lora.saes.training.spliced_sae import TrainedSAE
 from sae_lora.splice.student import Student
-from sae_lora.training import Training
+from sae_lora.train.checkpoint import State
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import Moved
+from sae_lora.train.train_state import Training
+from sae_lora.train.trainer import Loop
 
 
 class Source(NamedTuple):

@@ -1,0 +1,1 @@
+"""The training loop, its steps and its optimisers; knows nothing of run folders."""
