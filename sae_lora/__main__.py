@@ -147,11 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
                 say(f"ready: {environment.make()}")
             case "export":
                 with quick_imports():
-                    from sae_lora.export import export as export_run  # brings torch in
+                    from sae_lora.export.export import export as export_run  # brings torch in
 
                 say(f"exported: {export_run(chosen.run, chosen.to, merge=chosen.merge)}")
             case "push":
-                from sae_lora.push import push as push_folder  # brings the hub's library in
+                from sae_lora.export.push import push as push_folder  # brings the hub's library in
 
                 say(
                     push_folder(

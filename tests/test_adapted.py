@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import sae_lora
-from sae_lora.adapted import Adapted
 from sae_lora.common.errors import UserError
 from sae_lora.config.identity import train_steps
 from sae_lora.data import corpus
 from sae_lora.embedded import MODEL
+from sae_lora.export.adapted_model import Adapted
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
 from sae_lora.splice.hooks import Reading

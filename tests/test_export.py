@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_lora
 from sae_lora.__main__ import main
-from sae_lora.adapted import Adapted
 from sae_lora.common.errors import UserError
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.config.serialize import load
 from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.export import TOLERANCE, export, write_merged
+from sae_lora.export.adapted_model import Adapted
+from sae_lora.export.export import TOLERANCE, export, write_merged
+from sae_lora.export.push import push
 from sae_lora.models import adapter_files, lora
-from sae_lora.push import push
 from sae_lora.records.folder import RunFolder
 from tests.coders import write_topk_sae
 from tests.commands import REPOSITORY

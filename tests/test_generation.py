@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from sae_lora.adapted import Adapted
 from sae_lora.config.enums import Attention
 from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
+from sae_lora.export.adapted_model import Adapted
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sae_lora.adapted import Adapted, load_adapted
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
+from sae_lora.export.adapted_model import Adapted, load_adapted
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder

@@ -9,13 +9,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import logging as transformers_logging
 
-from sae_lora.card import card
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, new_folder, write_atomically
 from sae_lora.config.enums import DType
 from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, ModelConfig, as_list
 from sae_lora.config.serialize import as_dict, load
+from sae_lora.export.model_card import card
 from sae_lora.models import adapter_files, loading
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder

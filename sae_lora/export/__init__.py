@@ -1,0 +1,1 @@
+"""A finished run's model: loaded once more, and as a folder for others."""
