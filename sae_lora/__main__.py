@@ -12,7 +12,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.enums import Suite
-from sae_lora.evaluation import record
+from sae_lora.evaluation import suite_records
 from sae_lora.reach import savings, savings_table
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
@@ -139,8 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
             case "report":
                 write_report(chosen.sweep, chosen.to, pictures=not chosen.no_pictures)
             case "evaluate":
-                suites = [Suite[one] for name in chosen.suite for one in _ALL.get(name, [name])]
-                return measure(runs_of(chosen.sweep), suites, chosen)
+                wanted = [Suite[one] for name in chosen.suite for one in _ALL.get(name, [name])]
+                return measure(runs_of(chosen.sweep), wanted, chosen)
             case "setup":
                 from sae_lora.evaluation.saebench import environment
 
@@ -312,7 +312,7 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
         UserError: Where no run is finished.
     """
     with quick_imports():
-        from sae_lora.evaluation import suites  # brings torch in
+        from sae_lora.evaluation import run_suites  # brings torch in
 
     done = [folder for folder in folders if folder.is_finished]
     if not done:
@@ -320,9 +320,9 @@ def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Name
     failed: list[Suite] = []
     asked: list[Suite] = []
     for folder in done:
-        config = suites.settings(folder, chosen.set)
-        asked += record.applicable(wanted, folder.read_config(), vars(config))
-        failed += suites.evaluate(folder, wanted, config, again=chosen.again, device=chosen.device)
+        config = run_suites.settings(folder, chosen.set)
+        asked += suite_records.applicable(wanted, folder.read_config(), vars(config))
+        failed += run_suites.evaluate(folder, wanted, config, again=chosen.again, device=chosen.device)
     for table in evaluation_tables(done, dict.fromkeys(asked)):
         show(table)
     say(f"evaluation/*.json in the folders of {len(done)} runs")
@@ -337,15 +337,19 @@ def compare_adapters(folders: list[RunFolder]) -> None:
     Raises:
         UserError: Where adapters are missing or damaged.
     """
-    from sae_lora.evaluation import pairs, similarity, similarity_figures  # plotly takes a while
+    from sae_lora.evaluation.lora import (
+        similarity,
+        similarity_figures,
+        similarity_results,  # plotly takes a while
+    )
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
         found = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
         if not found:
             continue
-        pairs.write(sweep, found)
-        say(f"{len(found)} pairs of adapters compared: {pairs.path_in(sweep)}")
-        _draw(pairs.path_in(sweep).parent, similarity_figures.figures(found))
+        similarity_results.write(sweep, found)
+        say(f"{len(found)} pairs of adapters compared: {similarity_results.path_in(sweep)}")
+        _draw(similarity_results.path_in(sweep).parent, similarity_figures.figures(found))
 
 
 def _write_comparison(to: Path, name: str, found: Sequence[Any], drawn: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from submitit.helpers import DelayedSubmission
 
 from sae_lora.common.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
 from sae_lora.common.signals import SIGNALS
-from sae_lora.evaluation.record import pending
+from sae_lora.evaluation.suite_records import pending
 from sae_lora.records.folder import RunFolder
 
 STOP = signal.SIGUSR2

@@ -17,7 +17,7 @@ from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.dispatch import run_here, submit, wait_for
-from sae_lora.evaluation.record import pending
+from sae_lora.evaluation.suite_records import pending
 from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
 from sae_lora.records import slurm
@@ -256,9 +256,9 @@ def run_now(point: Config) -> float:
                 if isinstance(outcome, Exception):
                     raise outcome
                 if left := pending(run.folder):
-                    from sae_lora.evaluation import suites
+                    from sae_lora.evaluation import run_suites
 
-                    suites.evaluate(run.folder, left, run.config.evaluation)
+                    run_suites.evaluate(run.folder, left, run.config.evaluation)
     return run.folder.read_summary()["ce_gap"]
 
 

@@ -29,7 +29,8 @@ from sae_lora.common.console import duration, percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
-from sae_lora.evaluation import drawn, pairs, record, similarity_figures
+from sae_lora.evaluation import suite_figures, suite_records
+from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.folder import RunFolder
 from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
 from sae_lora.sweep import SEED, Sweep, factors
@@ -46,9 +47,9 @@ _OVER = {
 }
 """What the curves are drawn over."""
 _DOWNSTREAM = {
-    Suite.tasks: ("What the models can do", drawn.tasks, "Bars: 1.96 standard errors."),
-    Suite.steering: ("How well latents steer", drawn.steering, "Bars: 95% intervals."),
-    Suite.saebench: ("SAEBench", drawn.saebench, "Of the plain model and of the adapted one."),
+    Suite.tasks: ("What the models can do", suite_figures.tasks, "Bars: 1.96 standard errors."),
+    Suite.steering: ("How well latents steer", suite_figures.steering, "Bars: 95% intervals."),
+    Suite.saebench: ("SAEBench", suite_figures.saebench, "Of the plain model and of the adapted one."),
 }
 """Suites of what a run is worth downstream: a heading, the figure, and what it says."""
 _MOST_MAPPED = 3
@@ -166,28 +167,34 @@ class Report:
         }
 
         def found(suite: Suite) -> dict[str, Any]:
-            there = {name: record.read(RunFolder(Path(path)), suite) for name, path in named.items()}
+            there = {
+                name: suite_records.read(RunFolder(Path(path)), suite) for name, path in named.items()
+            }
             results = {name: one.results for name, one in there.items() if one is not None}
-            return dict(list(results.items())[: drawn.MOST_RUNS])
+            return dict(list(results.items())[: suite_figures.MOST_RUNS])
 
         views = []
         if core := found(Suite.core):
             note = "Held-out tokens; left of zero are those that training makes likelier."
             heading = "What training does to single tokens"
-            views.append(View("loss_change", heading, drawn.loss_change(core), note))
+            views.append(View("loss_change", heading, suite_figures.loss_change(core), note))
             note = "Dotted: before training."
-            views.append(View("by_position", "CE gap over the position", drawn.by_position(core), note))
+            views.append(
+                View("by_position", "CE gap over the position", suite_figures.by_position(core), note)
+            )
         if mechanism := found(Suite.mechanism):
             heading = "Distance of the residual stream to the plain model's"
             note = "Dotted: before training. Bars: 90% intervals."
-            views.append(View("distances", heading, drawn.distances(mechanism), note))
+            views.append(View("distances", heading, suite_figures.distances(mechanism), note))
         for suite, (heading, draw, note) in _DOWNSTREAM.items():
             if results := found(suite):
                 views.append(View(suite.name, heading, draw(results), note))
         for view in views:
             view.figure.update_layout(legend_title_text=", ".join(map(label, self.varying)))
         sweeps = dict.fromkeys(Path(path).parent for path in self.done["folder"])
-        alike = [pair for sweep in sweeps for pair in pairs.read(sweep)][: similarity_figures.MOST_PAIRS]
+        alike = [pair for sweep in sweeps for pair in similarity_results.read(sweep)][
+            : similarity_figures.MOST_PAIRS
+        ]
         for number, pair in enumerate(alike, 1):
             heading = "Directions that adapters have in common"
             note = f"{pair.first} and {pair.second}."

@@ -20,7 +20,7 @@ from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation import core, record, suites
+from sae_lora.evaluation import core, run_suites, suite_records
 from sae_lora.evaluation.bootstrap import Bootstrap
 from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
@@ -239,12 +239,12 @@ class TestCommand:
         run = runs["lora"]
         arguments = ["evaluate", str(run.path), "--suite", "core", "--set"]
         assert main([*arguments, "resamples=10"]) == 0
-        there = record.read(run, Suite.core)
+        there = suite_records.read(run, Suite.core)
         assert there is not None and there.settings == {"resamples": 10}
         assert there.results["ce"]["base"]["value"] == pytest.approx(
             run.read_summary()["base_ce"], abs=CE
         )
-        monkeypatch.setattr(suites, "Subject", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(run_suites, "Subject", lambda *_: pytest.fail("loaded"))
         assert main([*arguments, "evaluation.resamples=10"]) == 0
         with pytest.raises(pytest.fail.Exception):
             main([*arguments, "resamples=11"])
@@ -253,10 +253,10 @@ class TestCommand:
 
     def test_of_another_version_it_is_measured_again(self, runs: dict[str, RunFolder]) -> None:
         run = runs["perfect"]
-        assert suites.evaluate(run, [Suite.core], FEW) == []
+        assert run_suites.evaluate(run, [Suite.core], FEW) == []
         file = run.evaluation / "core.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 0}))
-        assert record.read(run, Suite.core) is None
+        assert suite_records.read(run, Suite.core) is None
 
     def test_what_one_suite_lacks_does_not_keep_the_others(
         self, runs: dict[str, RunFolder], monkeypatch: pytest.MonkeyPatch, capsys
@@ -264,14 +264,14 @@ class TestCommand:
         def lacking(*_: object) -> None:
             raise UserError("the data set org/name is not there")
 
-        known = suites._SUITES
-        monkeypatch.setitem(known, Suite.tasks, suites._Suite(lacking, ()))
+        known = run_suites._SUITES
+        monkeypatch.setitem(known, Suite.tasks, run_suites._Suite(lacking, ()))
         run = runs["e2e"]
         wanted = [Suite.tasks, Suite.core]
-        assert suites.evaluate(run, wanted, FEW) == [Suite.tasks]
+        assert run_suites.evaluate(run, wanted, FEW) == [Suite.tasks]
         assert "org/name is not there" in capsys.readouterr().err
-        assert record.read(run, Suite.core) is not None
-        assert record.read(run, Suite.tasks) is None
+        assert suite_records.read(run, Suite.core) is not None
+        assert suite_records.read(run, Suite.tasks) is None
 
     @pytest.mark.parametrize(
         ("setting", "said"),
@@ -298,7 +298,7 @@ def test_the_report_shows_it(
     runs: dict[str, RunFolder], measured: dict[str, Core], tmp_path: Path
 ) -> None:
     run = runs["lora"]
-    assert suites.evaluate(run, [Suite.core, Suite.mechanism, Suite.lora], FEW) == []
+    assert run_suites.evaluate(run, [Suite.core, Suite.mechanism, Suite.lora], FEW) == []
     report = Report.of(Sweep([run]))
     harm = measured["lora"].harm
     assert harm is not None and report.frame["core/harm"][0] == pytest.approx(harm.value)

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import pytest
 
 from sae_lora.config.evaluation import BENCHMARKS
-from sae_lora.evaluation import drawn
+from sae_lora.evaluation import suite_figures
 from sae_lora.evaluation.headlines import SHOWN_FIRST
 
 
@@ -24,7 +24,9 @@ def test_tasks_show_their_first_metric() -> None:
     both = {"acc": True, "acc_norm": True}
     one = {"higher_is_better": both, "cells": {"base": scored(0.7, 0.02), "student": scored(0.6, 0.01)}}
     other = {"higher_is_better": both, "cells": {"base": scored(0.5, None)}}
-    figure = drawn.tasks({"a": {"scores": {"mmlu": one, "piqa": other}}, "b": {"scores": {"mmlu": one}}})
+    figure = suite_figures.tasks(
+        {"a": {"scores": {"mmlu": one, "piqa": other}}, "b": {"scores": {"mmlu": one}}}
+    )
     assert points(figure, "a") == [("base", 0.7), ("student", 0.6), ("base", 0.5)]
     assert points(figure, "b") == [("base", 0.7), ("student", 0.6)]
     first, second = figure.data[0], figure.data[2]
@@ -40,7 +42,7 @@ def test_steering_shows_its_interval() -> None:
         "base": {"difference": {"value": 0.3, "low": 0.1, "high": 0.6}},
         "student": {"difference": {"value": 0.2, "low": None, "high": None}},
     }
-    (trace,) = drawn.steering({"a": {"cells": cells}}).data
+    (trace,) = suite_figures.steering({"a": {"cells": cells}}).data
     assert (list(trace.x), list(trace.y)) == (["base"], [0.3])
     assert list(trace.error_y.array) == pytest.approx([0.3])
     assert list(trace.error_y.arrayminus) == pytest.approx([0.2])
@@ -51,6 +53,6 @@ def test_saebench_shows_the_metric_that_it_shows_first() -> None:
     cells = {"spliced": {"ce_loss_score": 0.9, "l0": 8.0}, "student": {"ce_loss_score": 0.95}}
     lacking = {"spliced": {"scr_dir1_threshold_2": 0.1}}
     scores = {"blocks.3.hook_resid_post": {"core": cells, "scr": lacking}}
-    figure = drawn.saebench({"a": {"scores": scores}})
+    figure = suite_figures.saebench({"a": {"scores": scores}})
     assert points(figure, "a") == [("spliced", 0.9), ("student", 0.95)]
-    assert not drawn.saebench({"a": {"scores": {}}}).data
+    assert not suite_figures.saebench({"a": {"scores": {}}}).data

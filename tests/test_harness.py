@@ -26,8 +26,9 @@ from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import DataConfig
 from sae_lora.data.documents import in_validation
-from sae_lora.evaluation import harness, record, suites
-from sae_lora.evaluation.harness import Tasks, paired_error
+from sae_lora.evaluation import lm_eval as harness
+from sae_lora.evaluation import run_suites, suite_records
+from sae_lora.evaluation.lm_eval import Tasks, paired_error
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER, cutting
 from sae_lora.evaluation.tasks.__main__ import make
@@ -179,15 +180,15 @@ def test_an_sae_that_changes_nothing_changes_no_score(
 def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tasks) -> None:
     """By another subject; what is there is not taken again."""
     config = dataclasses.replace(CONFIG, tasks=OWN[:1])
-    assert suites.evaluate(folder, [Suite.tasks], config) == []
-    kept = record.read(folder, Suite.tasks)
+    assert run_suites.evaluate(folder, [Suite.tasks], config) == []
+    kept = suite_records.read(folder, Suite.tasks)
     assert kept is not None
     before = json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))
     assert kept.results["scores"] == {OWN[0]: before}
     assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
-        assert suites.evaluate(folder, [Suite.tasks], config) == []
+        assert run_suites.evaluate(folder, [Suite.tasks], config) == []
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(folder: RunFolder, tasks: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What is said where the suite is asked for with these tasks."""
     config = EvaluationConfig(tasks=tasks)
-    assert suites.evaluate(folder, [Suite.tasks], config) == [Suite.tasks]
+    assert run_suites.evaluate(folder, [Suite.tasks], config) == [Suite.tasks]
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -375,7 +376,7 @@ def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path)
         check=False,
     )
     assert asked.returncode == 0, asked.stderr
-    kept = record.read(copy, Suite.tasks)
+    kept = suite_records.read(copy, Suite.tasks)
     assert kept is not None
     scores = kept.results["scores"]
     assert {name: task["documents"] for name, task in scores.items()} == dict.fromkeys(scores, 3)

@@ -8,7 +8,7 @@ import torch
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.evaluation import record, suites
+from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.bootstrap import Interval
 from sae_lora.evaluation.mechanism import evaluate
 from sae_lora.evaluation.subject import Cell
@@ -153,8 +153,8 @@ def test_each_cell_that_a_run_has_is_kept_in_its_folder(
 ) -> None:
     (folder,) = run_here(quick_points_in(tmp_path)(f"method={method}"))
     config = EvaluationConfig(resamples=20, sequences=3)
-    assert suites.evaluate(folder, [Suite.mechanism], config) == []
-    there = record.read(folder, Suite.mechanism)
+    assert run_suites.evaluate(folder, [Suite.mechanism], config) == []
+    there = suite_records.read(folder, Suite.mechanism)
     assert there is not None
     assert there.settings == {"resamples": 20, "sequences": 3}
     results = there.results

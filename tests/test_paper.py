@@ -19,7 +19,7 @@ from sae_lora.config.enums import LauncherKind, Suite
 from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, LauncherConfig
-from sae_lora.evaluation import record
+from sae_lora.evaluation import suite_records
 from sae_lora.models import loading
 from sae_lora.models.hookpoints import Place
 from sae_lora.packs import packed
@@ -190,7 +190,7 @@ def test_downstream_runs_are_measured_in_every_way() -> None:
     assert len(found) == 3
     for run in found:
         asked = vars(run.config.evaluation)
-        every = record.applicable(asked["suites"], {"method": {"kind": "lora"}}, asked)
+        every = suite_records.applicable(asked["suites"], {"method": {"kind": "lora"}}, asked)
         assert set(every) == set(Suite) - {Suite.downstream}
     # They are runs of the other experiments, but for what is measured of them.
     others = {run.name for name in ("paper_sparsity", "paper_size") for run in planned(name).runs}

@@ -24,7 +24,7 @@ from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.evaluation import headlines, record, suites
+from sae_lora.evaluation import headlines, run_suites, suite_records
 from sae_lora.evaluation.saebench import environment as layer
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Cell, Subject
@@ -140,8 +140,8 @@ def run(small: Point) -> RunFolder:
 @pytest.fixture(scope="module")
 def measured(run: RunFolder) -> dict[str, Any]:
     """All benchmarks, by benchmark and cell."""
-    assert suites.evaluate(run, [Suite.saebench], EVERY) == []
-    kept = record.read(run, Suite.saebench)
+    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
+    kept = suite_records.read(run, Suite.saebench)
     assert kept is not None and kept.results["version"] == layer.VERSION
     (scores,) = kept.results["scores"].values()
     return scores
@@ -210,7 +210,7 @@ def test_what_is_there_is_not_taken_again(
     measured: dict[str, Any], run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process is begun"))
-    assert suites.evaluate(run, [Suite.saebench], EVERY) == []
+    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
 
 
 def test_what_it_lacks_is_named_and_the_rest_is_kept(
@@ -223,18 +223,18 @@ def test_what_it_lacks_is_named_and_the_rest_is_kept(
         saebench=["tpp", "sparse_probing"],
         saebench_options={"tpp": OPTIONS["tpp"], "sparse_probing": lacking},
     )
-    assert suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
+    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
     told = capsys.readouterr()
     assert "fancyzhx/ag_news cannot be loaded" in " ".join(told.err.split())
     assert "tpp, spliced" in told.out and "tpp, student" not in told.out
-    kept = record.read(made, Suite.saebench)
+    kept = suite_records.read(made, Suite.saebench)
     assert kept is not None and list(kept.results["missing"]) == ["sparse_probing"]
     (scores,) = kept.results["scores"].values()
     assert scores["tpp"]["student"] == scores["tpp"]["spliced"]
     # It is asked for again, and what was taken is not.
     monkeypatch.setattr(saebench, "_run", lambda python, request, folder: None)
-    assert suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
-    again = record.read(made, Suite.saebench)
+    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
+    again = suite_records.read(made, Suite.saebench)
     assert again is not None and again.results == kept.results
 
 

@@ -18,9 +18,9 @@ from sae_lora.common.files import as_json
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.config.validate import check
-from sae_lora.evaluation.steered_models import SteeredModels, text_log_probability
-from sae_lora.evaluation.steering import HEEDS, Steering, _Curves, steer
-from sae_lora.evaluation.steering_texts import Halves, Texts, residuals, texts_of
+from sae_lora.evaluation.steering.effects import HEEDS, Steering, _Curves, steer
+from sae_lora.evaluation.steering.models import SteeredModels, text_log_probability
+from sae_lora.evaluation.steering.texts import Halves, Texts, residuals, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice

@@ -20,7 +20,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
 from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
-from sae_lora.evaluation import record
+from sae_lora.evaluation import suite_records
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.shown import METRICS, Shown
@@ -480,7 +480,7 @@ class TestSync:
         found = server.runs[shown(folder).id]
         assert "evaluation" not in found.summary
         results = {"distance": {"student": {"l2": [{"value": 2.0}]}}, "shortened": None}
-        record.write(folder, record.Record("mechanism", {}, results, {}, seconds=1.0))
+        suite_records.write(folder, suite_records.Record("mechanism", {}, results, {}, seconds=1.0))
         upload([folder])
         assert found.summary["evaluation"] == {"mechanism/L2 at the end": 2.0}
 

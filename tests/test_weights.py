@@ -16,10 +16,11 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.evaluation import pairs, record, similarity, weights
-from sae_lora.evaluation.overlap import Overlap, overlap, shared
-from sae_lora.evaluation.similarity import directions, expected, phi, similarities
-from sae_lora.evaluation.similarity_figures import figures, kinds_map, similarity_map
+from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.lora import similarity, similarity_results, weights
+from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap, shared
+from sae_lora.evaluation.lora.similarity import directions, expected, phi, similarities
+from sae_lora.evaluation.lora.similarity_figures import figures, kinds_map, similarity_map
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
@@ -383,9 +384,9 @@ def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Pa
     (pair,) = found = similarity.compare([one, other])
     assert [pair.of_all.similarity[n][n] for n in range(3)] == pytest.approx([1] * 3)
     assert set(pair.of_kinds) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
-    assert pairs.read(tmp_path) == []
-    pairs.write(tmp_path, found)
-    assert pairs.read(tmp_path) == found
+    assert similarity_results.read(tmp_path) == []
+    similarity_results.write(tmp_path, found)
+    assert similarity_results.read(tmp_path) == found
 
 
 def test_damaged_adapters_are_named(tmp_path: Path) -> None:
@@ -429,7 +430,7 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
     arguments = ["evaluate", str(sweep), "--suite", "lora", "--set", "directions=4"]
     assert main(arguments) == 0
     for folder in folders:
-        there = record.read(folder, Suite.lora)
+        there = suite_records.read(folder, Suite.lora)
         assert there is not None
         assert there.settings == {"sequences": 500, "directions": 4}
         summary = folder.read_summary()
@@ -438,7 +439,7 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
         assert there.results["overlap"]["hookpoint"] == "blocks.3.hook_resid_post"
         error = there.results["overlap"]["matrices"]["self_attn.q_proj"]["error"]
         assert error["other_directions"] == 4
-    (pair,) = pairs.read(sweep)
+    (pair,) = similarity_results.read(sweep)
     assert {pair.first, pair.second} == {folder.path.name for folder in folders}
     said = capsys.readouterr()
     rows = [line.split("│")[1:-1] for line in said.out.splitlines() if line.startswith("│")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import load
-from sae_lora.evaluation import suites
+from sae_lora.evaluation import run_suites
 from sae_lora.records.folder import RunFolder
 from sae_lora.upload import upload
 
@@ -21,7 +21,7 @@ def main() -> int:
         folder = RunFolder(Path(path))
         config = load(folder.config.read_text()).evaluation
         try:
-            code |= bool(suites.evaluate(folder, config.suites, config))
+            code |= bool(run_suites.evaluate(folder, config.suites, config))
             if "://" in (folder.read_summary()["tracked_at"] or ""):
                 upload([folder])  # the W&B run ended before there was this to show
         except UserError as error:

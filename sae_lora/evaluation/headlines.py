@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sae_lora.config.enums import Suite
-from sae_lora.evaluation import record
+from sae_lora.evaluation import suite_records
 from sae_lora.records.folder import RunFolder
 
 Results = Mapping[str, Any]
@@ -20,7 +20,7 @@ def headlines(folder: RunFolder) -> dict[str, float]:
     """
     found = {}
     for suite, of in _OF.items():
-        if (there := record.read(folder, suite)) is not None:
+        if (there := suite_records.read(folder, suite)) is not None:
             values = of(there.results)
             found |= {f"{suite.name}/{name}": one for name, one in values.items() if one is not None}
     return found

@@ -15,7 +15,7 @@ from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import BENCHMARKS, EvaluationConfig
-from sae_lora.evaluation import record
+from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.saebench import environment
 from sae_lora.evaluation.subject import Subject
 from sae_lora.saes.loading import IdentitySAE
@@ -133,7 +133,7 @@ def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
     """Makes the folder, or leaves what is in it where that is part of what is asked for now."""
     wanted = {name: getattr(config, name) for name in HEEDS}
     settings = folder / "settings.json"
-    there = record.read(subject.folder, Suite.saebench)
+    there = suite_records.read(subject.folder, Suite.saebench)
     ended = there is not None and not there.results["missing"]
     if ended or not settings.exists() or json.loads(settings.read_text()) != wanted:
         shutil.rmtree(folder, ignore_errors=True)

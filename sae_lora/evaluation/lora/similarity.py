@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.identity import trains_adapters
-from sae_lora.evaluation.pairs import Grid, Pair
+from sae_lora.evaluation.lora.similarity_results import Grid, Pair
 from sae_lora.models import adapter_files
 from sae_lora.records.folder import RunFolder
 

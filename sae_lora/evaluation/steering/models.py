@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.evaluation.steering_texts import Halves, Texts, Through, batches, residuals
+from sae_lora.evaluation.steering.texts import Halves, Texts, Through, batches, residuals
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lora.evaluation.similarity import directions, expected, similarities
+from sae_lora.evaluation.lora.similarity import directions, expected, similarities
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.models import lora
 from sae_lora.models.lora import AdaptedMatrix

@@ -16,10 +16,12 @@ from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.serialize import keys, load, typed, unknown_key
 from sae_lora.config.validate import check
-from sae_lora.evaluation import core, harness, mechanism, record, steering, weights
-from sae_lora.evaluation.record import Record
+from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
+from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench
+from sae_lora.evaluation.steering import effects
 from sae_lora.evaluation.subject import Subject
+from sae_lora.evaluation.suite_records import Record
 from sae_lora.models.loading import quieten
 from sae_lora.records.folder import RunFolder
 
@@ -42,8 +44,8 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
-    Suite.tasks: _Suite(harness.score, harness.HEEDS, harness.check),
-    Suite.steering: _Suite(steering.steer, steering.HEEDS),
+    Suite.tasks: _Suite(lm_eval.score, lm_eval.HEEDS, lm_eval.check),
+    Suite.steering: _Suite(effects.steer, effects.HEEDS),
     Suite.saebench: _Suite(saebench.score, saebench.HEEDS, saebench.check),
 }
 
@@ -100,7 +102,7 @@ def evaluate(
     """
     left = [
         suite
-        for suite in record.applicable(wanted, folder.read_config(), vars(config))
+        for suite in suite_records.applicable(wanted, folder.read_config(), vars(config))
         if again or not _is_there(folder, suite, config)
     ]
     if not left:
@@ -128,7 +130,7 @@ def evaluate(
         except UserError as error:
             leave_out(suite, error)
             continue
-        record.write(
+        suite_records.write(
             folder,
             Record(
                 suite=suite.name,
@@ -145,7 +147,7 @@ def evaluate(
 
 def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
     """Whether all of it is; what a part of it has lacked may have come meanwhile."""
-    there = record.read(folder, suite)
+    there = suite_records.read(folder, suite)
     if there is None or there.settings != _settings(suite, config):
         return False
     return not there.results.get("missing")

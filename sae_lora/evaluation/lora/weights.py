@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.overlap import Overlap, overlap
+from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap
 from sae_lora.evaluation.subject import Subject
 from sae_lora.models import lora
 from sae_lora.models.lora import AdaptedMatrix

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lora.common.plots import finished
-from sae_lora.evaluation.pairs import Grid, Pair
+from sae_lora.evaluation.lora.similarity_results import Grid, Pair
 
 MOST_PAIRS = 6
 """Of a sweep that are drawn."""

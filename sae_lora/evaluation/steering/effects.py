@@ -14,8 +14,8 @@ from torch import Tensor
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
-from sae_lora.evaluation.steered_models import SteeredModels
-from sae_lora.evaluation.steering_texts import Halves, texts_of
+from sae_lora.evaluation.steering.models import SteeredModels
+from sae_lora.evaluation.steering.texts import Halves, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.trunk import Splices

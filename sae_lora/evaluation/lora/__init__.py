@@ -1,0 +1,1 @@
+"""The suite `lora`: what adapters have done to the model's matrices."""

@@ -1,0 +1,1 @@
+"""The suite `steering`: text that a latent makes likelier."""
