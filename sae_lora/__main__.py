@@ -160,11 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             case "sync":
                 with quick_imports():
-                    from sae_lora.upload import upload  # brings torch in
+                    from sae_lora.tracking.sync import upload  # brings torch in
 
                 show(upload(runs_of(chosen.sweep)))
             case "dashboard":
-                from sae_lora import dashboard as workspace  # brings wandb in
+                from sae_lora.tracking import dashboard as workspace  # brings wandb in
 
                 make = workspace.specification if chosen.dry_run else workspace.save
                 say(make(runs_of(chosen.sweep)))

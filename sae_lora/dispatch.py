@@ -19,7 +19,6 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from sae_lora import tracking
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
@@ -32,6 +31,7 @@ from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import SubmittedJob
 from sae_lora.records.status import standings
+from sae_lora.tracking import tracker
 from sae_lora.watch import Watch
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
@@ -68,7 +68,7 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
-    variables = _OFFLINE | tracking.settled(runs[0].config.tracking)
+    variables = _OFFLINE | tracker.settled(runs[0].config.tracking)
     free, waiting = deque(places(runs, settings)), deque(packs)
     at_work: list[_AtWork] = []
     asked = handling((signal.SIGTERM, signal.SIGHUP), _stop_asked)

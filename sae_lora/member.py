@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from sae_lora import tracking
 from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
@@ -23,6 +22,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
+from sae_lora.tracking import tracker
 from sae_lora.train import checkpoint, methods
 from sae_lora.train.checkpoint import State
 from sae_lora.train.cost import estimate
@@ -66,7 +66,7 @@ class Member:
         self._saved: State | None = None
         self._saes: list[LoadedSAE] = []
         self._curve: CurveWriter | None = None
-        self._tracker: tracking.Tracker = tracking.Untracked()
+        self._tracker: tracker.Tracker = tracker.Untracked()
 
     @property
     def is_left(self) -> bool:
@@ -136,7 +136,7 @@ class Member:
         """
         points = self._saved.values["points"] if self._saved else 0
         self._curve = CurveWriter(self.folder.curve, points)
-        self._tracker = tracking.start(self.config, self.folder, environment)
+        self._tracker = tracker.start(self.config, self.folder, environment)
         self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 import wandb
 
-from sae_lora import tracking, wandb_run
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
@@ -23,10 +22,12 @@ from sae_lora.config.serialize import load
 from sae_lora.evaluation import suite_records
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
-from sae_lora.shown import METRICS, Shown
-from sae_lora.tracking import Tracker
+from sae_lora.tracking import tracker as tracking
+from sae_lora.tracking import wandb_run
+from sae_lora.tracking.sync import upload
+from sae_lora.tracking.tracker import Tracker
+from sae_lora.tracking.wandb_config import METRICS, Shown
 from sae_lora.train import checkpoint
-from sae_lora.upload import upload
 from tests.attempts import frozen
 from tests.test_records import point
 from tests.wandb_server import Server, serving

@@ -11,7 +11,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import run_suites
 from sae_lora.records.folder import RunFolder
-from sae_lora.upload import upload
+from sae_lora.tracking.sync import upload
 
 
 def main() -> int:

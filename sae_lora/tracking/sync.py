@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from sae_lora import wandb_run
 from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
@@ -15,9 +14,10 @@ from sae_lora.config.identity import identity
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
-from sae_lora.shown import Shown
+from sae_lora.tracking import wandb_run
+from sae_lora.tracking.wandb_config import Shown
+from sae_lora.tracking.wandb_run import WandbRun
 from sae_lora.train import checkpoint
-from sae_lora.wandb_run import WandbRun
 
 _TIMEOUT_S = 120.0
 """For one run; its rows are a few hundred at most."""

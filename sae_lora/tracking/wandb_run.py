@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.shown import AXES, METRICS, Shown, without_secrets
+from sae_lora.tracking.wandb_config import AXES, METRICS, Shown, without_secrets
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3

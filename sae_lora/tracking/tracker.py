@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from sae_lora import wandb_run
 from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import TrackingMode
 from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary
-from sae_lora.shown import Shown
-from sae_lora.wandb_run import WandbRun
+from sae_lora.tracking import wandb_run
+from sae_lora.tracking.wandb_config import Shown
+from sae_lora.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.secrets import redacted
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
-from sae_lora.wandb_run import obstacle
+from sae_lora.tracking.wandb_run import obstacle
 
 _CLOSED = "result.gap_closed"
 _FACTORS = {"rank": "lora.rank", "width": "sae.width", "L0": "sae.l0", "layer": "layer.index"}
