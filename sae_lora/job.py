@@ -61,7 +61,7 @@ class Job:
         environment: Variables for the runs, beside those of the job.
         time_s: Seconds that the job is given before it is asked to stop.
         answer_s: Seconds that a run may take to save where it stands, once asked to stop.
-        options: Further ones of `python -m sae_lora.run`.
+        options: Further ones of `python -m sae_lora.run.execute`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Job:
         if not left:
             return
         with left[0].log.open("ab") as log:
-            self._child = self._begun(log, "sae_lora.evaluation.__main__", left)
+            self._child = self._begun(log, "sae_lora.run.evaluate", left)
             try:
                 self._child.wait()
             except KeyboardInterrupt:
@@ -157,7 +157,7 @@ class Job:
             with folder.log.open("a") as log:
                 log.write(f"trains together with {first.path.name}, whose log says how\n")
         with first.log.open("ab") as log:
-            self._child = self._begun(log, "sae_lora.run", pack, *self._options)
+            self._child = self._begun(log, "sae_lora.run.execute", pack, *self._options)
             try:
                 code = self._child.wait()
                 if -code in SIGNALS:  # asked to stop before it could listen: nothing was begun

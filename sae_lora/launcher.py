@@ -240,8 +240,8 @@ def run_now(point: Config) -> float:
         UserError: Where the point cannot work.
     """
     with quick_imports():
-        from sae_lora.member import Claim, write_failure
-        from sae_lora.run import execute
+        from sae_lora.run.active_run import Claim, write_failure
+        from sae_lora.run.execute import execute
 
     (run,) = plan([point]).runs
     if not run.folder.is_finished:

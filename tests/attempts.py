@@ -20,7 +20,7 @@ from sae_lora.records.folder import RunFolder
 from tests.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lora.run", "sae_lora.launcher"])
+FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launcher"])
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Ended:
 def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
     import torch
 
-    from sae_lora import run
+    from sae_lora.run import execute
     from sae_lora.train import checkpoint
     from sae_lora.train.train_state import Training
 
@@ -77,8 +77,8 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
             befall(None)
 
     Training.learn, checkpoint.save_file = learning, saving
-    sys.argv = ["sae_lora.run", *map(str, paths)]
-    code = run.main()
+    sys.argv = ["sae_lora.run.execute", *map(str, paths)]
+    code = execute.main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -91,7 +91,7 @@ def attempt(
     after_s: float | None = None,
     largest_file: int | None = None,
 ) -> Ended:
-    """Does what `python -m sae_lora.run` does, to its end, whatever that is.
+    """Does what `python -m sae_lora.run.execute` does, to its end, whatever that is.
 
     Args:
         folders: The run folders.

@@ -238,7 +238,7 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
 
 _FAULTY = """
 import sys
-if "sae_lora.run" in sys.orig_argv:
+if "sae_lora.run.execute" in sys.orig_argv:
     import os, signal, time
     import torch
     from sae_lora.training import Training

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from sae_lora import run
 from sae_lora.config.schema import Config
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
+from sae_lora.run import execute
 from tests.composing import composed
 
 SMALL = (
@@ -37,7 +37,7 @@ def run_here(*points: Config) -> list[RunFolder]:
     for planned in runs:
         planned.freeze()
     folders = [planned.folder for planned in runs]
-    assert run.attempt(folders) == 0
+    assert execute.attempt(folders) == 0
     return folders
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora.assembly import assemble
 from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
@@ -19,6 +18,7 @@ from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_shapes
 from sae_lora.plan import plan
+from sae_lora.run.build import assemble
 from sae_lora.saes import loading
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice

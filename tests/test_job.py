@@ -57,7 +57,7 @@ sys.exit(code)
 
 @pytest.fixture(autouse=True)
 def runs_are_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m sae_lora.run` is a script that does what the folder is named for."""
+    """`python -m sae_lora.run.execute` is a script that does what the folder is named for."""
     package = tmp_path / "stand_in/sae_lora"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

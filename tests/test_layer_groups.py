@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import sae_lora
-from sae_lora.assembly import assemble
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import DType, Hook
 from sae_lora.config.identity import train_steps
@@ -24,12 +23,13 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.config.validate import check
 from sae_lora.data import corpus
-from sae_lora.member import Claim, Member
 from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
+from sae_lora.run.active_run import Claim, Member
+from sae_lora.run.build import assemble
 from sae_lora.saes import block_distances
 from sae_lora.saes.loading import SAEs
 from sae_lora.splice.hooks import special_positions

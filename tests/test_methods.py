@@ -12,7 +12,6 @@ from sae_lens import SAE
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sae_lora import run
 from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
@@ -23,6 +22,7 @@ from sae_lora.models.loading import load_tokenizer
 from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
+from sae_lora.run import execute
 from sae_lora.train.cost import estimate
 from sae_lora.train.train_state import Training
 from tests.composing import composed
@@ -319,7 +319,7 @@ def test_stopped_and_taken_up_it_makes_the_same(
     assert train_steps(whole.config) == STEPS
     for one in (whole, stopped):
         one.freeze()
-    assert run.attempt([whole.folder]) == 0
+    assert execute.attempt([whole.folder]) == 0
     learn = Training.learn
 
     def learning(training: Training, batch: torch.Size) -> None:
@@ -329,10 +329,10 @@ def test_stopped_and_taken_up_it_makes_the_same(
 
     with monkeypatch.context() as patched:
         patched.setattr(Training, "learn", learning)
-        assert run.attempt([stopped.folder]) == EXIT_INTERRUPTED
+        assert execute.attempt([stopped.folder]) == EXIT_INTERRUPTED
     assert not stopped.folder.is_finished
     assert [path.name for path in stopped.folder.checkpoints.iterdir()] == [f"step-{STEPS // 2:08d}"]
-    assert run.attempt([stopped.folder]) == 0
+    assert execute.attempt([stopped.folder]) == 0
     assert [one.step for one in curve(stopped.folder)] == [0, 3, 6, 8]
     assert curve(stopped.folder) == curve(whole.folder)
     assert made(stopped.folder) == made(whole.folder)

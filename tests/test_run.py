@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from sae_lora import run
 from sae_lora.__main__ import main
 from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.common.locks import held
@@ -16,6 +15,7 @@ from sae_lora.config.serialize import load
 from sae_lora.launcher import run_now
 from sae_lora.models.loading import load_model
 from sae_lora.plan import plan
+from sae_lora.run import execute
 from tests.points import Point, folders_in, points_in, run_here
 
 
@@ -75,7 +75,7 @@ def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (planned,) = plan([point(f"data.cache_dir={tmp_path}/file/cache")]).runs
     planned.freeze()
-    assert run.attempt([planned.folder]) == EXIT_FAILED
+    assert execute.attempt([planned.folder]) == EXIT_FAILED
     failure = json.loads(planned.folder.failure.read_text())
     assert failure["message"].startswith("data.cache_dir = ")
     assert "Traceback" in failure["details"]
@@ -85,7 +85,7 @@ def test_what_another_process_runs_is_left_alone(point: Point) -> None:
     (planned,) = plan([point()]).runs
     planned.freeze()
     with held(planned.folder.path):
-        assert run.attempt([planned.folder]) == EXIT_HELD
+        assert execute.attempt([planned.folder]) == EXIT_HELD
     assert not planned.folder.failure.exists()
     assert not planned.folder.curve.exists()
 

@@ -45,7 +45,7 @@ def begun(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]
     """An attempt that is under way."""
     options = [*(str(folder.path) for folder in folders), f"--processes-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run", *options],
+        [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.execute", *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,7 +63,7 @@ def followers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "sae_lora.follower" in " ".join(child.cmdline()):
+            if "sae_lora.run.worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 

@@ -171,7 +171,7 @@ def leading(
 
     Args:
         crew: How many.
-        arguments: Of `python -m sae_lora.follower`.
+        arguments: Of `python -m sae_lora.run.worker`.
         on_gpus: Whether each computes on a GPU.
         asked_to_stop: Whether this process has been; then what ends with it has not failed.
 
@@ -185,7 +185,7 @@ def leading(
     host = "127.0.0.1" if crew.nodes == 1 else socket.gethostname()
     patience = timedelta(seconds=_START_S)
     store = TCPStore(host, 0, crew.size, True, patience, wait_for_workers=False)
-    command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.follower", *arguments]
+    command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.worker", *arguments]
     found = {_LEADER: f"{host}:{store.port}", _SIZE: str(crew.size)}
     with _Followers(_started(crew, command, found), asked_to_stop) as followers:
         try:

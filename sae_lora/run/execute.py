@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_lora.assembly import assemble
 from sae_lora.common import hub
 from sae_lora.common.console import Display, complain
 from sae_lora.common.errors import (
@@ -28,14 +27,15 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
-from sae_lora.follower import Beginning
-from sae_lora.member import Claim, Member, concerns_all, write_failure
 from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import device_of, quieten
-from sae_lora.progress import Reporter, say_point
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
+from sae_lora.run.active_run import Claim, Member, concerns_all, write_failure
+from sae_lora.run.build import assemble
+from sae_lora.run.progress import Reporter, say_point
+from sae_lora.run.worker import Beginning
 from sae_lora.saes.loading import SAEs
 from sae_lora.train.distributed import ONE_PROCESS, Crew, GoneError, Workers, leading
 from sae_lora.train.methods import Sample
@@ -328,8 +328,8 @@ def _outcomes(
 
 
 def main() -> int:
-    """One attempt in a process of its own: `python -m sae_lora.run outputs/<sweep>/<run> …`."""
-    parser = argparse.ArgumentParser(prog="python -m sae_lora.run", description=main.__doc__)
+    """One attempt in a process of its own: `python -m sae_lora.run.execute outputs/<sweep>/<run> …`."""
+    parser = argparse.ArgumentParser(prog="python -m sae_lora.run.execute", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="of the SLURM job that this is in")
     parser.add_argument("--processes-per-node", type=int, default=1, help="that share the batches")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from sae_lora.common.console import Display, percent, say
-from sae_lora.member import Member
 from sae_lora.records.schema import CurvePoint, Progress
+from sae_lora.run.active_run import Member
 from sae_lora.train.train_state import Training
 
 _SHOW_EVERY_S = 1.0

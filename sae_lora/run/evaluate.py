@@ -1,4 +1,4 @@
-"""Evaluates runs as their configs say: `python -m sae_lora.evaluation outputs/<sweep>/<run> …`.
+"""Evaluates runs as their configs say: `python -m sae_lora.run.evaluate outputs/<sweep>/<run> …`.
 
 What a job does after training; `python -m sae_lora evaluate` is for people.
 """

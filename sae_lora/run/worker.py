@@ -1,4 +1,4 @@
-"""A process that does its share of what another leads: `python -m sae_lora.follower <run> …`.
+"""A process that does its share of what another leads: `python -m sae_lora.run.worker <run> …`.
 
 It reads the run folders and writes nothing.
 """
@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.assembly import assemble
 from sae_lora.common.console import complain
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
 from sae_lora.config.identity import train_steps
-from sae_lora.member import Claim, Member
 from sae_lora.models import loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import device_of, quieten
 from sae_lora.records.folder import RunFolder
+from sae_lora.run.active_run import Claim, Member
+from sae_lora.run.build import assemble
 from sae_lora.saes.loading import SAEs
 from sae_lora.train.distributed import GoneError, Several, following
 from sae_lora.train.train_state import Training

@@ -1,0 +1,1 @@
+"""One process: runs that train together, from their folders to their summaries."""
