@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_lora.export.adapted_model import load_adapted
-    from sae_lora.sweep import load_sweep
+    from sae_lora.report.frames import load_sweep
 
 __all__ = ["load_adapted", "load_sweep"]
 
-_MODULES = {"load_adapted": "export.adapted_model", "load_sweep": "sweep"}
+_MODULES = {"load_adapted": "export.adapted_model", "load_sweep": "report.frames"}
 """Where each name comes from, imported when it is asked for: torch takes seconds."""
 
 

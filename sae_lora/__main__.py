@@ -17,8 +17,8 @@ from sae_lora.reach import savings, savings_table
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts, standings
-from sae_lora.sweep import load_sweep
-from sae_lora.tables import comparison_table, evaluation_tables
+from sae_lora.report.frames import load_sweep
+from sae_lora.report.tables import comparison_table, evaluation_tables
 from sae_lora.watch import status_table, statuses_of
 
 _ALL = {"all": ["core", "mechanism", "lora", "downstream"]}
@@ -61,12 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     groups = commands.add_parser("groups", help="SAEs that serve groups of blocks, side by side")
     groups.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=groups, or one like it")
     groups.add_argument("--to", type=Path, help="folder for the numbers and the figures")
-    report = commands.add_parser(
-        "report", help="a page with all that sweeps have found, and its figures"
-    )
-    report.add_argument("sweep", type=Path, nargs="+", help="outputs/<sweep>, one or more")
-    report.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
-    report.add_argument(
+    page = commands.add_parser("report", help="a page with all that sweeps have found, and its figures")
+    page.add_argument("sweep", type=Path, nargs="+", help="outputs/<sweep>, one or more")
+    page.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
+    page.add_argument(
         "--no-pictures", action="store_true", help="no SVG and PNG beside the page, which take a browser"
     )
     evaluate = commands.add_parser(
@@ -373,11 +371,11 @@ def write_report(sweeps: list[Path], to: Path | None, *, pictures: bool) -> None
     Raises:
         UserError: Where one holds no runs, or the folder something else.
     """
-    from sae_lora import report  # plotly and pandas take a while
+    from sae_lora.report import page  # plotly and pandas take a while
 
     found = load_sweep(*sweeps)
     folder = to or sweeps[0] / "report"
-    for note in report.write(found, folder, pictures=pictures):
+    for note in page.write(found, folder, pictures=pictures):
         complain("left out", note)
     say(f"report of {len(found)} runs: {folder / 'index.html'}")
 

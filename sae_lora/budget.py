@@ -13,11 +13,11 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.plots import logarithmic
 from sae_lora.config.serialize import load
 from sae_lora.curves import value_at
-from sae_lora.figures import gap_curves
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.sweep import Sweep
-from sae_lora.tables import in_whole_words
+from sae_lora.report.figures import gap_curves
+from sae_lora.report.frames import Sweep
+from sae_lora.report.tables import in_whole_words
 
 
 @dataclass(frozen=True)

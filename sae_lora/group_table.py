@@ -19,7 +19,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
-from sae_lora.tables import in_whole_words
+from sae_lora.report.tables import in_whole_words
 
 
 @dataclass(frozen=True)

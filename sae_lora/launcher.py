@@ -22,7 +22,7 @@ from sae_lora.packs import packed
 from sae_lora.plan import Plan, Run, plan, unpinned
 from sae_lora.records import slurm
 from sae_lora.records.status import Standing, State, counts, standings
-from sae_lora.tables import comparison_table, run_table
+from sae_lora.report.tables import comparison_table, run_table
 
 _LOOK_EVERY_S = 0.5
 _MOST_LINES = 5

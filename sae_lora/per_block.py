@@ -12,7 +12,7 @@ from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
 from sae_lora.records.folder import RunFolder
-from sae_lora.tables import finished_summaries
+from sae_lora.report.tables import finished_summaries
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.tables import FACTORS, finished_summaries, spread
+from sae_lora.report.tables import FACTORS, finished_summaries, spread
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", "seed")]
 """Factors in which runs that are compared do not differ; the others are recipe and seed."""

@@ -19,7 +19,7 @@ from sae_lora.config.serialize import load
 from sae_lora.curves import reaching, value_at
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.tables import in_whole_words, spread
+from sae_lora.report.tables import in_whole_words, spread
 
 COSTS = ("train_seconds", "train_flops")
 """What a curve is read over."""

@@ -14,8 +14,8 @@ from playwright.sync_api import Page, sync_playwright
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import as_dict
-from sae_lora.report import Report, page, write
-from sae_lora.sweep import load_sweep
+from sae_lora.report.frames import load_sweep
+from sae_lora.report.page import Report, page, write
 from tests.composing import composed
 from tests.sweeps import MadeUp
 

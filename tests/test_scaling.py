@@ -4,7 +4,7 @@ import pandas
 import pytest
 from scipy import stats
 
-from sae_lora.scaling import Fit, NoFit, fit
+from sae_lora.report.fits import Fit, NoFit, fit
 
 
 def frame(rows: list[tuple[float, int, float | None]]) -> pandas.DataFrame:

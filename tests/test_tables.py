@@ -8,7 +8,7 @@ import pytest
 from sae_lora.common.console import duration, percent, show
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import CurveWriter, RunFolder
-from sae_lora.tables import comparison_table, run_table
+from sae_lora.report.tables import comparison_table, run_table
 from tests.test_records import point
 
 

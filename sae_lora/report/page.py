@@ -23,7 +23,6 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sae_lora import figures
 from sae_lora.common import plots
 from sae_lora.common.console import duration, percent
 from sae_lora.common.errors import UserError
@@ -32,8 +31,9 @@ from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.folder import RunFolder
-from sae_lora.scaling import Fit, Frame, NoFit, fit, group_of, label
-from sae_lora.sweep import SEED, Sweep, factors
+from sae_lora.report import figures
+from sae_lora.report.fits import Fit, Frame, NoFit, fit, group_of, label
+from sae_lora.report.frames import SEED, Sweep, factors
 
 VERSION = 1
 _KIND = "sae_lora report"
@@ -262,7 +262,9 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         to: The folder it will lie in, which links to run folders begin at.
     """
     templates = Environment(
-        loader=PackageLoader("sae_lora", "."), autoescape=select_autoescape(), trim_blocks=True
+        loader=PackageLoader("sae_lora.report.page", "."),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
     )
     templates.filters |= {"cell": _cell, "script": _for_script}
     curves = [view for view in views if view.name.startswith(_CURVES)]

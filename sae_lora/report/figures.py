@@ -9,8 +9,8 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished
-from sae_lora.scaling import CONFIDENCE, Fit, Frame, group_of, in_words, label
-from sae_lora.sweep import SEED, factors
+from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of, in_words, label
+from sae_lora.report.frames import SEED, factors
 
 _MOST_IN_LEGEND = 10
 """Combinations of factors that a legend names one by one."""

@@ -13,8 +13,8 @@ from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.schema import CurvePoint
 from sae_lora.records.status import standings
-from sae_lora.scaling import Frame
-from sae_lora.tables import joined
+from sae_lora.report.fits import Frame
+from sae_lora.report.tables import joined
 
 SEED = "seed"
 """The factor in which repetitions differ."""
