@@ -11,9 +11,9 @@ from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import quick_imports
+from sae_lora.comparisons.recipes import savings, savings_table
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_records
-from sae_lora.reach import savings, savings_table
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts, standings
@@ -50,11 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     time_to_ce.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=time_to_ce")
     time_to_ce.add_argument("--to", type=Path, help="folder for the numbers and the figure")
-    budget = commands.add_parser(
+    methods = commands.add_parser(
         "budget", help="methods side by side, after the same tokens and after the same seconds"
     )
-    budget.add_argument("sweep", type=Path, help="outputs/<sweep> of experiment=methods, or one like it")
-    budget.add_argument("--to", type=Path, help="folder for the numbers and the figures")
+    methods.add_argument(
+        "sweep", type=Path, help="outputs/<sweep> of experiment=methods, or one like it"
+    )
+    methods.add_argument("--to", type=Path, help="folder for the numbers and the figures")
     saes = commands.add_parser("saes", help="what each SAE costs, of runs that have several")
     saes.add_argument("sweep", type=Path, help="outputs/<sweep>, or one run in it")
     saes.add_argument("--to", type=Path, help="folder for the numbers and the figure")
@@ -250,7 +252,7 @@ def compare_arms(folders: list[RunFolder], to: Path | None) -> None:
     Raises:
         UserError: Where one of the two is missing.
     """
-    from sae_lora import time_to_ce  # plotly takes a while
+    from sae_lora.comparisons import time_to_ce  # plotly takes a while
 
     found = time_to_ce.branches(folders)
     show(time_to_ce.table(found))
@@ -264,14 +266,14 @@ def compare_methods(sweep: Path, to: Path | None) -> None:
     Raises:
         UserError: Where no run is finished.
     """
-    from sae_lora import budget  # plotly and pandas take a while
+    from sae_lora.comparisons import methods  # plotly and pandas take a while
 
     runs = load_sweep(sweep)
-    found = budget.outcomes(runs.folders)
-    show(budget.table(found))
+    found = methods.outcomes(runs.folders)
+    show(methods.table(found))
     if to is not None:
         over = "tokens", "train_seconds", "train_flops"
-        drawn = {f"methods_{one}": budget.figure(runs, one) for one in over}
+        drawn = {f"methods_{one}": methods.figure(runs, one) for one in over}
         _write_comparison(to, "methods", found, drawn)
 
 
@@ -281,7 +283,7 @@ def compare_saes(folders: list[RunFolder], to: Path | None) -> None:
     Raises:
         UserError: Where no run has several.
     """
-    from sae_lora import per_block  # plotly takes a while
+    from sae_lora.comparisons import saes as per_block  # plotly takes a while
 
     found = per_block.several(folders)
     show(per_block.table(found))
@@ -295,12 +297,12 @@ def compare_groups(folders: list[RunFolder], to: Path | None) -> None:
     Raises:
         UserError: Where no run has SAEs that serve groups.
     """
-    from sae_lora import group_table  # plotly and scipy take a while
+    from sae_lora.comparisons import layer_groups  # plotly and scipy take a while
 
-    found = group_table.shared(folders)
-    show(group_table.table(found))
+    found = layer_groups.shared(folders)
+    show(layer_groups.table(found))
     if to is not None:
-        _write_comparison(to, "groups", found, group_table.figures(folders))
+        _write_comparison(to, "groups", found, layer_groups.figures(folders))
 
 
 def measure(folders: list[RunFolder], wanted: list[Suite], chosen: argparse.Namespace) -> int:

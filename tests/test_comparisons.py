@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from sae_lora import budget, group_table, per_block, time_to_ce
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
-from sae_lora.curves import reaching, value_at
+from sae_lora.comparisons import layer_groups, time_to_ce
+from sae_lora.comparisons import methods as budget
+from sae_lora.comparisons import saes as per_block
+from sae_lora.comparisons.interpolate import reaching, value_at
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, gap_closed
@@ -363,7 +365,7 @@ def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
 def test_no_run_is_finished(tmp_path: Path) -> None:
     made = MadeUp(tmp_path / "none")
     made.told("begun", [], {})
-    for compare in (budget.outcomes, group_table.shared, per_block.several, time_to_ce.branches):
+    for compare in (budget.outcomes, layer_groups.shared, per_block.several, time_to_ce.branches):
         with pytest.raises(UserError):
             compare(folders(made))
 
@@ -502,7 +504,7 @@ def groups(tmp_path: Path) -> MadeUp:
 
 
 def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> None:
-    found = group_table.shared(folders(groups))
+    found = layer_groups.shared(folders(groups))
     assert [(one.groups, one.evenly, one.amad) for one in found] == [
         WAYS[name] for name in ("one", "two", "two-evenly", "three")
     ]
@@ -518,16 +520,16 @@ def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> No
 
 def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
     groups.home = groups.home.rename(tmp_path / "elsewhere")
-    found = [one.gaps_with_lora for one in group_table.shared(folders(groups))]
+    found = [one.gaps_with_lora for one in layer_groups.shared(folders(groups))]
     assert found == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
 
 
 def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> None:
     saes = groups.home / "sae-three"
     groups.told("again", curve((0, 0, 0, 3.0), (100, 9, 1e3, 2.9)), {"init": str(saes)})
-    *_, three = group_table.shared(folders(groups))
+    *_, three = layer_groups.shared(folders(groups))
     assert sorted(three.gaps_with_lora) == pytest.approx([0.5, 0.9])
-    assert cells(group_table.table([three]))[0][-1] == "+0.700"
+    assert cells(layer_groups.table([three]))[0][-1] == "+0.700"
 
 
 def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
@@ -539,13 +541,13 @@ def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
             del sae["alone_ce"], sae["alone_fvu"]
         run.summary.write_text(json.dumps(summary))
         if number < len(WAYS) - 1:
-            assert len(group_table.shared(folders(groups))) == len(WAYS) - 1 - number
+            assert len(layer_groups.shared(folders(groups))) == len(WAYS) - 1 - number
     with pytest.raises(UserError, match=r"train\.eval_each_sae"):
-        group_table.shared(folders(groups))
+        layer_groups.shared(folders(groups))
 
 
 def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
-    table = group_table.table(group_table.shared(folders(groups)))
+    table = layer_groups.table(layer_groups.shared(folders(groups)))
     assert cells(table) == [
         ["1", "0–2", "0.300", "67%", "0.500", "+0.250", "+1.750", "–"],
         ["2", "0–1 2", "0.050", "33%", "0.250", "+0.250", "+1.250", "+0.750"],
@@ -558,12 +560,12 @@ def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
 def test_many_blocks_with_gaps_fit_too() -> None:
     """A model of 26 blocks, of which every second is in one group."""
     halves = [list(range(0, 25, 2)), list(range(1, 25, 2))]
-    table = group_table.table([group_table.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, [0.5])])
+    table = layer_groups.table([layer_groups.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, [0.5])])
     assert_fits(table, folded="blocks")
 
 
 def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
-    drawn = group_table.figures(folders(groups))
+    drawn = layer_groups.figures(folders(groups))
     assert set(drawn) == {"distances", "tree", "amad", "blocks"}
     (shown,) = drawn["distances"].data
     assert [list(row) for row in shown.z] == DISTANCES
@@ -583,13 +585,13 @@ def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
 
 
 def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
-    drawn = group_table.figures([RunFolder(groups.home / "sae-two-evenly")])
+    drawn = layer_groups.figures([RunFolder(groups.home / "sae-two-evenly")])
     assert list(drawn["amad"].data[1].x) == [2]
     assert [trace.name for trace in drawn["blocks"].data] == ["2 groups"] * 2
 
 
 def test_another_number_of_groups_is_marked_where_it_is_asked_for(groups: MadeUp) -> None:
-    drawn = group_table.figures(folders(groups), n_groups=3)
+    drawn = layer_groups.figures(folders(groups), n_groups=3)
     assert list(drawn["amad"].data[1].x) == [3]
     assert len(drawn["distances"].layout.shapes) == 3
 

@@ -11,7 +11,7 @@ import torch
 from scipy.cluster import hierarchy
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.grouping_figures import amad_by_groups, distance_map, tree
+from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import block_distances
 from sae_lora.saes.block_distances import (

@@ -8,7 +8,7 @@ import pytest
 
 from sae_lora.__main__ import main
 from sae_lora.common.errors import UserError
-from sae_lora.reach import Reached, reached, savings
+from sae_lora.comparisons.recipes import Reached, reached, savings
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from tests.test_records import point

@@ -14,8 +14,8 @@ from rich.table import Table
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from sae_lora import grouping_figures, per_block
 from sae_lora.common.errors import UserError
+from sae_lora.comparisons import layer_group_figures, saes
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
@@ -153,8 +153,8 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
     marked = next(ways[one.path] for one in by_count if len(ways[one.path]["groups"]) == wanted)
     names = [_counted(len(ways[folder.path]["groups"])) for folder in by_count]
     return {
-        "distances": grouping_figures.distance_map(marked["distances"], marked["groups"]),
-        "tree": grouping_figures.tree(_linkage(marked["distances"]), wanted),
-        "amad": grouping_figures.amad_by_groups(marked["amad_by_count"], wanted),
-        "blocks": per_block.figure([per_block.several([folder])[0] for folder in by_count], names),
+        "distances": layer_group_figures.distance_map(marked["distances"], marked["groups"]),
+        "tree": layer_group_figures.tree(_linkage(marked["distances"]), wanted),
+        "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], wanted),
+        "blocks": saes.figure([saes.several([folder])[0] for folder in by_count], names),
     }

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import logarithmic
+from sae_lora.comparisons.interpolate import value_at
 from sae_lora.config.serialize import load
-from sae_lora.curves import value_at
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves

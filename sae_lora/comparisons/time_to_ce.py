@@ -13,10 +13,10 @@ from rich.table import Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, logarithmic
+from sae_lora.comparisons.interpolate import reaching, value_at
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
-from sae_lora.curves import reaching, value_at
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.tables import in_whole_words, spread

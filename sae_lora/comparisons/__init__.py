@@ -1,0 +1,1 @@
+"""What experiments compare: methods, recipes, several SAEs. Imports no torch."""
