@@ -10,8 +10,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from sae_lora import launcher
 from sae_lora.config.compose import Points, checked, is_dispatched_by_hydra, main
+from sae_lora.launch import launcher
 
 points = Points()
 

@@ -14,12 +14,12 @@ from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.comparisons.recipes import savings, savings_table
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_records
+from sae_lora.launch.live_view import status_table, statuses_of
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts, standings
 from sae_lora.report.frames import load_sweep
 from sae_lora.report.tables import comparison_table, evaluation_tables
-from sae_lora.watch import status_table, statuses_of
 
 _ALL = {"all": ["core", "mechanism", "lora", "downstream"]}
 """A word for every suite."""

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from sae_lora.plan import plan
+from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
 from tests.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launcher"])
+FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launch.launcher"])
 
 
 @dataclass(frozen=True)

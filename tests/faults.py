@@ -27,8 +27,8 @@ from tempfile import TemporaryDirectory
 from rich.progress import Progress
 
 from sae_lora.config.serialize import load
-from sae_lora.launcher import launch
-from sae_lora.plan import plan
+from sae_lora.launch.launcher import launch
+from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import State, standings
 from tests.attempts import FORKS, attempt, frozen, results

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from sae_lora.config.serialize import as_dict
+from sae_lora.launch.plan import plan
 from sae_lora.models.hookpoints import resid_post
-from sae_lora.plan import plan
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from tests.composing import composed

@@ -14,10 +14,10 @@ from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
+from sae_lora.launch.plan import plan
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_shapes
-from sae_lora.plan import plan
 from sae_lora.run.build import assemble
 from sae_lora.saes import loading
 from sae_lora.splice.head import Comparison, Head

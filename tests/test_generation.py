@@ -14,11 +14,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sae_lora.config.enums import Attention
 from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
 from sae_lora.export.adapted_model import Adapted
+from sae_lora.launch.plan import plan
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
-from sae_lora.plan import plan
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.hooks import Reading, Splice
 from sae_lora.splice.trunk import Splices

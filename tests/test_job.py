@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common import lazy_imports
-from sae_lora.job import Job, RunFailedError, how_it_ended
+from sae_lora.launch.job import Job, RunFailedError, how_it_ended
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
 

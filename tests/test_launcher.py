@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import launcher
 from sae_lora.common.locks import held
-from sae_lora.plan import plan
+from sae_lora.launch import launcher
+from sae_lora.launch.plan import plan
 from sae_lora.records.status import State, standings
 from tests.attempts import results
 from tests.commands import REPOSITORY

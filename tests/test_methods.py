@@ -17,9 +17,9 @@ from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.data import corpus
+from sae_lora.launch.plan import plan
 from sae_lora.models.dimensions import source
 from sae_lora.models.loading import load_tokenizer
-from sae_lora.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.run import execute

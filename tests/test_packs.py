@@ -7,8 +7,8 @@ import pytest
 
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
-from sae_lora.packs import packed
-from sae_lora.plan import Pack, Run, plan
+from sae_lora.launch.packs import packed
+from sae_lora.launch.plan import Pack, Run, plan
 from sae_lora.train.cost import estimate, first_own_block
 from tests.points import Point, points_in
 

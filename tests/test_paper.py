@@ -13,17 +13,17 @@ import torch
 from huggingface_hub import constants
 from rich.table import Table
 
-from sae_lora import launcher
 from sae_lora.common.errors import NoSuchCellError
 from sae_lora.config.enums import LauncherKind, Suite
 from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.evaluation import suite_records
+from sae_lora.launch import launcher
+from sae_lora.launch.packs import packed
+from sae_lora.launch.plan import Plan, Run, plan
 from sae_lora.models import loading
 from sae_lora.models.hookpoints import Place
-from sae_lora.packs import packed
-from sae_lora.plan import Plan, Run, plan
 from sae_lora.saes.pretrained_table import table
 from sae_lora.splice.head import room_bytes
 from sae_lora.train import cost

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora import places as room
-from sae_lora.plan import Run, plan
+from sae_lora.launch import packs as room
+from sae_lora.launch.plan import Run, plan
 from tests.points import points_in
 
 

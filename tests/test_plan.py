@@ -7,7 +7,7 @@ import pytest
 
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.config.serialize import load
-from sae_lora.plan import plan
+from sae_lora.launch.plan import plan
 from tests.points import Point, folders_in, points_in
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common.locks import held
-from sae_lora.plan import plan
+from sae_lora.launch.plan import plan
 from sae_lora.records import slurm
 from sae_lora.records.schema import SubmittedJob
 from sae_lora.records.status import State, standings

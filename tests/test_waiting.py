@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from sae_lora import launcher, prefetch
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.config.serialize import load
-from sae_lora.plan import Pack, Run, plan
+from sae_lora.launch import launcher, prefetch
+from sae_lora.launch.plan import Pack, Run, plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import layer_groups
 from tests.composing import CONF, composed

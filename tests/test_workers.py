@@ -21,8 +21,8 @@ from torch import Tensor
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.places import places
-from sae_lora.plan import plan
+from sae_lora.launch.packs import places
+from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.trunk import Trunk

@@ -16,10 +16,10 @@ from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import Config, LauncherConfig
-from sae_lora.dispatch import run_here, submit, wait_for
 from sae_lora.evaluation.suite_records import pending
-from sae_lora.packs import packed
-from sae_lora.plan import Plan, Run, plan, unpinned
+from sae_lora.launch.packs import packed
+from sae_lora.launch.plan import Plan, Run, plan, unpinned
+from sae_lora.launch.submit import run_here, submit, wait_for
 from sae_lora.records import slurm
 from sae_lora.records.status import Standing, State, counts, standings
 from sae_lora.report.tables import comparison_table, run_table
@@ -193,7 +193,7 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
     if not found:
         return []
     with quick_imports():
-        from sae_lora.prefetch import prefetched  # brings torch in
+        from sae_lora.launch.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in found])
     # That may have taken an hour, in which another launch's runs have gone on.

@@ -24,15 +24,15 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.common.signals import handling
 from sae_lora.config.schema import LauncherConfig
-from sae_lora.job import Job, halves
-from sae_lora.places import places
-from sae_lora.plan import Pack, Run
+from sae_lora.launch.job import Job, halves
+from sae_lora.launch.live_view import Watch
+from sae_lora.launch.packs import places
+from sae_lora.launch.plan import Pack, Run
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import SubmittedJob
 from sae_lora.records.status import standings
 from sae_lora.tracking import tracker
-from sae_lora.watch import Watch
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
