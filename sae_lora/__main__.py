@@ -170,7 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
                 say(make(runs_of(chosen.sweep)))
             case "benchmark":
                 with quick_imports():
-                    from sae_lora.benchmark import compare, shapes  # brings torch in
+                    from scripts.benchmark import (
+                        compare,  # brings torch in
+                        shapes,
+                    )
 
                 styles = [shapes.Style[name] for name in chosen.style]
                 show(

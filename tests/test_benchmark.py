@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from sae_lora.__main__ import main
-from sae_lora.benchmark import compare, profile
-from sae_lora.benchmark.compare import compare_evaluations, compare_saes, compare_steps
-from sae_lora.benchmark.profile import work_of
-from sae_lora.benchmark.shapes import Shape, Style
+from scripts.benchmark import compare, profile
+from scripts.benchmark.compare import compare_evaluations, compare_saes, compare_steps
+from scripts.benchmark.profile import work_of
+from scripts.benchmark.shapes import Shape, Style
 
 CPU = torch.device("cpu")
 TINY = Shape(

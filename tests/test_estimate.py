@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
@@ -31,6 +30,7 @@ from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import Descent
 from sae_lora.train.sae_optim import SAEDescent
 from sae_lora.train.train_state import Training
+from scripts.benchmark.memory import PeakMemory
 from tests.coders import write_topk_sae
 from tests.families import FAMILIES, small_model
 from tests.points import points_in

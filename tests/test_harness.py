@@ -30,12 +30,12 @@ from sae_lora.evaluation import lm_eval as harness
 from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.lm_eval import Tasks, paired_error
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.evaluation.tasks import FOLDER, cutting
-from sae_lora.evaluation.tasks.__main__ import make
+from sae_lora.evaluation.tasks import FOLDER
 from sae_lora.evaluation.tasks.reading import rows
 from sae_lora.models import loading
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import IdentitySAE
+from scripts import cut_tasks
 from tests.hub import Hub, serving
 from tests.points import points_in, run_here
 
@@ -336,10 +336,10 @@ def test_tasks_that_ship_are_of_held_out_files(task: str) -> None:
     assert len({row["document"] for row in found[:20]}) > 8
     for row in found:
         assert in_validation(row["document"], DataConfig().validation_share)
-        assert len(row["text"]) <= cutting.LONGEST_TEXT
+        assert len(row["text"]) <= cut_tasks.LONGEST_TEXT
         if task == "tiny_continuation":
-            assert len(set(row["choices"])) == cutting.CHOICES
-            assert 0 <= row["answer"] < cutting.CHOICES
+            assert len(set(row["choices"])) == cut_tasks.CHOICES
+            assert 0 <= row["answer"] < cut_tasks.CHOICES
         else:
             assert re.search(rf"\b{row['answer']}\b", row["text"])
 
@@ -348,8 +348,8 @@ def test_rows_are_cut_the_same_each_time(tmp_path: Path) -> None:
     """Of lines that there are."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        make(tmp_path / name)
-    texts = {document.key: document.text for document in cutting.held_out()}
+        cut_tasks.make(tmp_path / name)
+    texts = {document.key: document.text for document in cut_tasks.held_out()}
     for task in OWN:
         file = f"{task}.jsonl"
         assert (tmp_path / "first" / file).read_text() == (tmp_path / "second" / file).read_text()

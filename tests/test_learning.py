@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Method
@@ -24,6 +23,7 @@ from sae_lora.train import checkpoint
 from sae_lora.train.cost import _own_weights
 from sae_lora.train.optim import MeZO
 from sae_lora.train.train_state import Training
+from scripts.benchmark.memory import PeakMemory
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
 from tests.learners import WIDTH

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Reduction, Schedule
@@ -20,6 +19,7 @@ from sae_lora.train.checkpoint import State
 from sae_lora.train.distill import Pack
 from sae_lora.train.optim import Descent
 from sae_lora.train.train_state import Training
+from scripts.benchmark.memory import PeakMemory
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.trainings import (

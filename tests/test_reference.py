@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from sae_lora.benchmark.reference import Reference, evaluate
 from sae_lora.config.enums import KLComputation, Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.language_model import LanguageModel
@@ -15,6 +14,7 @@ from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.distill import Pack
 from sae_lora.train.optim import Descent
 from sae_lora.train.train_state import Training
+from scripts.benchmark.reference import Reference, evaluate
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, evaluator, fill, kl

@@ -18,10 +18,10 @@ from sae_lens import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lora.benchmark.memory import PeakMemory
 from sae_lora.common.errors import ConfigError
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.sparse import SparseSAE, multiplied
+from scripts.benchmark.memory import PeakMemory
 from tests.coders import topk_sae
 from tests.families import D_MODEL
 

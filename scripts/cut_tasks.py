@@ -1,15 +1,18 @@
-"""Rows of the tasks that ship, cut from held-out files of the Python standard library.
+"""Makes the rows of the tasks that ship: `python -m scripts.cut_tasks`, in a moment.
 
-The same for the same Python: what is drawn of a file depends on its name alone.
+They are cut from held-out files of the Python standard library. The same for the same Python: what is drawn of a file depends on its name alone.
 """
 
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from sae_lora.config.schema import DataConfig
 from sae_lora.data.documents import Document, in_validation, stdlib_documents
+from sae_lora.evaluation.tasks import FOLDER
 
 CHOICES = 4
 """Ends of a line to choose from."""
@@ -111,3 +114,24 @@ def _shortened(text: str) -> str:
         return text
     cut = text[-LONGEST_TEXT:]
     return cut[cut.find("\n") + 1 :]
+
+
+def make(folder: Path) -> None:
+    """Writes the rows, a file for each task.
+
+    Args:
+        folder: Where.
+    """
+    documents = held_out()
+    _write(folder / "tiny_continuation.jsonl", continuations(documents))
+    _write(folder / "tiny_generation.jsonl", generations(documents))
+
+
+def _write(file: Path, rows: Iterable[Continuation | Generation]) -> None:
+    lines = [json.dumps(row._asdict(), ensure_ascii=False) for row in rows]
+    random.Random(0).shuffle(lines)  # so that the first ones are of many files
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make(FOLDER)

@@ -21,11 +21,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lora.benchmark.measure import Ratio, ratio, taking_turns
-from sae_lora.benchmark.memory import PeakMemory
-from sae_lora.benchmark.profile import Work, peak_flops_per_second, work_of
-from sae_lora.benchmark.reference import Reference, evaluate
-from sae_lora.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 from sae_lora.common.console import errors
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
@@ -44,6 +39,11 @@ from sae_lora.train.distill import Pack
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import Descent
 from sae_lora.train.train_state import Training
+from scripts.benchmark.measure import Ratio, ratio, taking_turns
+from scripts.benchmark.memory import PeakMemory
+from scripts.benchmark.profile import Work, peak_flops_per_second, work_of
+from scripts.benchmark.reference import Reference, evaluate
+from scripts.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 
 RANKS = (1, 4, 16, 64, 256)
 """Of a pack of five; one of 25 has each of them around five SAEs."""
