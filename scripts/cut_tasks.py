@@ -1,6 +1,7 @@
 """Makes the rows of the tasks that ship: `python -m scripts.cut_tasks`, in a moment.
 
-They are cut from held-out files of the Python standard library. The same for the same Python: what is drawn of a file depends on its name alone.
+They are cut from held-out files of the Python standard library. The same for the same Python: what is
+drawn of a file depends on its name alone.
 """
 
 import json

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from scripts.benchmark import compare, profile
 from scripts.benchmark.compare import compare_evaluations, compare_saes, compare_steps
 from scripts.benchmark.profile import work_of

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons import layer_groups, time_to_ce
 from sae_lora.comparisons import methods as budget
@@ -174,7 +174,7 @@ def arms(tmp_path: Path) -> Arms:
 
 def test_lora_costs_what_its_sae_cost_until_it_was_kept(arms: Arms) -> None:
     arms.seed(0)
-    (found,) = time_to_ce.branches(arms.folders)
+    (found,) = time_to_ce.compare(arms.folders)
     assert (found.at, found.seed) == (0.5, 0)
     assert (found.ce, found.lora_ce, found.e2e_ce) == (3.0, 2.5, 3.0)
     assert found.lora == pytest.approx({"train_seconds": 50 + 15, "train_flops": 5e3 + 3e3})
@@ -184,7 +184,7 @@ def test_lora_costs_what_its_sae_cost_until_it_was_kept(arms: Arms) -> None:
 def test_the_target_is_the_higher_of_the_two_ends(arms: Arms) -> None:
     """LoRA ends at 3.5, which e2e passes three quarters through its training."""
     arms.seed(0, lora=LORA[:2])
-    (found,) = time_to_ce.branches(arms.folders)
+    (found,) = time_to_ce.compare(arms.folders)
     assert (found.ce, found.lora_ce, found.e2e_ce) == (3.5, 3.5, 3.0)
     assert found.lora == pytest.approx({"train_seconds": 50 + 10, "train_flops": 5e3 + 2e3})
     assert found.e2e == pytest.approx({"train_seconds": 150, "train_flops": 3e4})
@@ -192,7 +192,7 @@ def test_the_target_is_the_higher_of_the_two_ends(arms: Arms) -> None:
 
 def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(arms: Arms) -> None:
     arms.seed(0, e2e=E2E[:1])
-    (found,) = time_to_ce.branches(arms.folders)
+    (found,) = time_to_ce.compare(arms.folders)
     assert found.ce == 8.0
     assert found.lora == pytest.approx({"train_seconds": 50, "train_flops": 5e3})
     assert found.e2e == {"train_seconds": 0, "train_flops": 0}
@@ -204,7 +204,7 @@ def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
     arms.seed(0)
     arms.seed(1, e2e=twice)
     arms.add("lora", LORA, init=str(arms.folders[0].path))  # around the whole SAE: 100 + 15 s
-    found = time_to_ce.branches(arms.folders)
+    found = time_to_ce.compare(arms.folders)
     assert [(one.at, one.seed) for one in found] == [(0.5, 0), (0.5, 1), (1.0, 0)]
     table = time_to_ce.table(found)
     assert cells(table) == [
@@ -242,7 +242,7 @@ def test_only_runs_of_the_same_seed_and_place_are_paired(arms: Arms) -> None:
     arms.add("lora", LORA, seed=2)  # around an SAE that is there, rather than one of the sweep
     arms.add("e2e", [], seed=1)  # not finished
     arms.add("e2e", E2E, seed=0, block=4)
-    assert [(one.at, one.seed) for one in time_to_ce.branches(arms.folders)] == [(0.5, 0)]
+    assert [(one.at, one.seed) for one in time_to_ce.compare(arms.folders)] == [(0.5, 0)]
 
 
 @pytest.mark.parametrize("there", [(), ("sae",), ("sae", "lora"), ("sae", "e2e"), ("lora alone", "e2e")])
@@ -257,13 +257,13 @@ def test_an_arm_that_is_missing_is_said(there: tuple[str, ...], arms: Arms) -> N
     if "sae" not in there:
         arms.folders.remove(sae)
     with pytest.raises(UserError, match="no finished run of method=lora begins with an SAE"):
-        time_to_ce.branches(arms.folders)
+        time_to_ce.compare(arms.folders)
 
 
 def test_a_sweep_that_was_moved_finds_its_saes_beside_it(arms: Arms, tmp_path: Path) -> None:
     arms.seed(0)
     moved = arms.made.home.rename(tmp_path / "elsewhere")
-    (found,) = time_to_ce.branches([RunFolder(moved / one.path.name) for one in arms.folders])
+    (found,) = time_to_ce.compare([RunFolder(moved / one.path.name) for one in arms.folders])
     assert found.lora["train_seconds"] == pytest.approx(65)
     assert budget.method_of(RunFolder(moved / arms.folders[2].path.name)) == "lora after sae"
 
@@ -280,7 +280,7 @@ def test_branches_begin_in_the_figure_where_the_sae_was_kept(arms: Arms) -> None
     arms.seed(0)
     arms.seed(1)
     arms.add("lora", LORA, init=str(arms.folders[0].path))
-    drawn = time_to_ce.figure(arms.folders)
+    drawn = time_to_ce.figures(arms.folders)["time_to_ce"]
     seconds = [trace for trace in drawn.data if trace.xaxis in (None, "x")]
     assert [trace.name for trace in seconds] == ["reconstruction", "end to end", "LoRA", "LoRA"]
     assert [trace.name for trace in drawn.data if trace.showlegend] == [
@@ -335,7 +335,7 @@ def folders(made: MadeUp) -> list[RunFolder]:
 
 def test_methods_after_the_same_tokens_and_after_the_same_seconds(methods: MadeUp) -> None:
     """After 200 tokens of each, and after the 10 seconds that the quickest took for them."""
-    found = {one.method: one for one in budget.outcomes(folders(methods))}
+    found = {one.method: one for one in budget.compare(folders(methods))}
     assert list(found) == ["lora after sae_finetune", "lora", "sae_finetune"]
     after, lora, sae = found.values()
     assert after.gap_after_tokens == pytest.approx([0.4])
@@ -353,7 +353,7 @@ def test_methods_after_the_same_tokens_and_after_the_same_seconds(methods: MadeU
 
 
 def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
-    table = budget.table(budget.outcomes(folders(methods)))
+    table = budget.table(budget.compare(folders(methods)))
     assert cells(table)[1] == [
         *("lora", "+2.000", "+0.500 (+0.500 to +0.500)", "+1.750 (+1.500 to +2.000)"),
         *("0.250", "1,310,720", "25", "4.0e+03"),
@@ -365,7 +365,7 @@ def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
 def test_no_run_is_finished(tmp_path: Path) -> None:
     made = MadeUp(tmp_path / "none")
     made.told("begun", [], {})
-    for compare in (budget.outcomes, layer_groups.shared, per_block.several, time_to_ce.branches):
+    for compare in (budget.compare, layer_groups.compare, per_block.compare, time_to_ce.compare):
         with pytest.raises(UserError):
             compare(folders(made))
 
@@ -406,7 +406,7 @@ def several(tmp_path: Path) -> MadeUp:
 
 def test_a_row_for_each_sae(several: MadeUp) -> None:
     """CE alone is over the plain model's; left out, over the student's, which ends at 2.5."""
-    table = per_block.table(per_block.several(folders(several)))
+    table = per_block.table(per_block.compare(folders(several)))
     found = cells(table)
     assert {tuple(row[:5]) for row in found if row[0] == "2"} == {
         ("2", "+2.000", "+0.500", "75.0%", resid_post(2))
@@ -424,11 +424,11 @@ def test_a_row_for_each_sae(several: MadeUp) -> None:
 
 def test_no_run_has_several_saes(several: MadeUp) -> None:
     with pytest.raises(UserError, match="has several SAEs whose contributions were measured"):
-        per_block.several([RunFolder(several.home / "r16")])
+        per_block.compare([RunFolder(several.home / "r16")])
 
 
 def test_each_sae_in_the_figure(several: MadeUp) -> None:
-    drawn = per_block.figure(per_block.several(folders(several)), ["three", "two"])
+    drawn = per_block.by_block(per_block.compare(folders(several)), ["three", "two"])
     assert [trace.name for trace in drawn.data] == ["three", "three", "two", "two"]
     assert [trace.name for trace in drawn.data if trace.showlegend] == ["three", "two"]
     assert [list(trace.x) for trace in drawn.data] == [[1, 3, 5], [1, 3, 5], [2, 5], [2, 5]]
@@ -438,7 +438,7 @@ def test_each_sae_in_the_figure(several: MadeUp) -> None:
 
 
 def test_what_they_cost_together_stands_beside_what_each_costs(several: MadeUp) -> None:
-    drawn = per_block.compounded(per_block.several(folders(several)))
+    drawn = per_block.figures(folders(several))["multi_sae"]
     alone, before, after = drawn.data
     assert list(alone.x) == ["2+5", "1+3+5"]
     assert list(alone.y) == pytest.approx([0.7, 0.9])
@@ -504,7 +504,7 @@ def groups(tmp_path: Path) -> MadeUp:
 
 
 def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> None:
-    found = layer_groups.shared(folders(groups))
+    found = layer_groups.compare(folders(groups))
     assert [(one.groups, one.evenly, one.amad) for one in found] == [
         WAYS[name] for name in ("one", "two", "two-evenly", "three")
     ]
@@ -520,14 +520,14 @@ def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> No
 
 def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
     groups.home = groups.home.rename(tmp_path / "elsewhere")
-    found = [one.gaps_with_lora for one in layer_groups.shared(folders(groups))]
+    found = [one.gaps_with_lora for one in layer_groups.compare(folders(groups))]
     assert found == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
 
 
 def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> None:
     saes = groups.home / "sae-three"
     groups.told("again", curve((0, 0, 0, 3.0), (100, 9, 1e3, 2.9)), {"init": str(saes)})
-    *_, three = layer_groups.shared(folders(groups))
+    *_, three = layer_groups.compare(folders(groups))
     assert sorted(three.gaps_with_lora) == pytest.approx([0.5, 0.9])
     assert cells(layer_groups.table([three]))[0][-1] == "+0.700"
 
@@ -541,13 +541,13 @@ def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
             del sae["alone_ce"], sae["alone_fvu"]
         run.summary.write_text(json.dumps(summary))
         if number < len(WAYS) - 1:
-            assert len(layer_groups.shared(folders(groups))) == len(WAYS) - 1 - number
+            assert len(layer_groups.compare(folders(groups))) == len(WAYS) - 1 - number
     with pytest.raises(UserError, match=r"train\.eval_each_sae"):
-        layer_groups.shared(folders(groups))
+        layer_groups.compare(folders(groups))
 
 
 def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
-    table = layer_groups.table(layer_groups.shared(folders(groups)))
+    table = layer_groups.table(layer_groups.compare(folders(groups)))
     assert cells(table) == [
         ["1", "0–2", "0.300", "67%", "0.500", "+0.250", "+1.750", "–"],
         ["2", "0–1 2", "0.050", "33%", "0.250", "+0.250", "+1.250", "+0.750"],

@@ -16,7 +16,7 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch.nn.functional import cross_entropy
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig

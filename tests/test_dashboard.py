@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from tests.attempts import frozen
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_lora
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.config.serialize import load
@@ -306,7 +306,7 @@ _FROM_THE_HUB = """
 import re, sys
 from pathlib import Path
 from peft import AutoPeftModelForCausalLM
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from tests.points import points_in, run_here
 (run,) = run_here(points_in(Path.cwd())(*sys.argv[1:]))
 assert main(["export", str(run.path), "--to", "adapters"]) == 0

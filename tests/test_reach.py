@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons.recipes import Reached, reached, savings
 from sae_lora.records.folder import CurveWriter, RunFolder

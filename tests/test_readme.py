@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from tests.composing import composed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_launch_commands_compose(command: str) -> None:
 def test_other_commands_are_known(command: str) -> None:
     """What is no launch is an install, the tests, or a module with a help page of its own."""
     if module := re.match(r"python -m (sae_lora[.\w]*)", command):
-        path = REPOSITORY / module[1].replace(".", "/") / "__main__.py"
+        path = REPOSITORY / module[1].replace(".", "/")
         assert path.exists()
         if module[1] == "sae_lora":
             with pytest.raises(SystemExit) as ended:
@@ -60,9 +60,8 @@ def test_links_lead_somewhere() -> None:
         assert (REPOSITORY / link).exists(), link
 
 
-def test_the_map_names_every_module() -> None:
-    for path in (REPOSITORY / "sae_lora").glob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in README, path.name
+def test_the_map_names_every_room_and_config_group() -> None:
+    for path in (REPOSITORY / "sae_lora").glob("*/__init__.py"):
+        assert f"{path.parent.name}/" in README, path
     for path in (REPOSITORY / "conf").iterdir():
         assert path.name.removesuffix(".yaml") in README, path.name

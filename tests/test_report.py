@@ -11,7 +11,7 @@ import pandas
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import as_dict
 from sae_lora.report.frames import load_sweep

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.common.locks import held
 from sae_lora.config.schema import ModelConfig

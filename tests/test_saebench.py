@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig

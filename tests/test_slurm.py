@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.locks import holder
 from sae_lora.config.serialize import load
 from sae_lora.records.status import State, standings

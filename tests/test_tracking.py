@@ -14,7 +14,7 @@ import pytest
 import torch
 import wandb
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
 from sae_lora.config.identity import identity

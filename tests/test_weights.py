@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from sae_lora.__main__ import main
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig

@@ -43,7 +43,7 @@ class Shared:
     """The same after LoRA, for each run of it around them; there may be none."""
 
 
-def shared(folders: Sequence[RunFolder]) -> list[Shared]:
+def compare(folders: Sequence[RunFolder]) -> list[Shared]:
     """What each way of sharing blocks out comes to, by number of groups.
 
     Args:
@@ -140,7 +140,7 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
     """Distances, tree, AMAD and the blocks' FVU and CE, by name.
 
     Args:
-        folders: As for `shared`.
+        folders: As for `compare`.
         n_groups: Groups that are marked; by default the fewest that are there, but more than one.
     """
     grouped = [folder for folder in folders if folder.is_finished and _is_measured(folder)]
@@ -156,5 +156,5 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
         "distances": layer_group_figures.distance_map(marked["distances"], marked["groups"]),
         "tree": layer_group_figures.tree(_linkage(marked["distances"]), wanted),
         "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], wanted),
-        "blocks": saes.figure([saes.several([folder])[0] for folder in by_count], names),
+        "blocks": saes.by_block([saes.compare([folder])[0] for folder in by_count], names),
     }

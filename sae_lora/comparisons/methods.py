@@ -16,6 +16,7 @@ from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves
+from sae_lora.report.fits import Frame
 from sae_lora.report.frames import Sweep
 from sae_lora.report.tables import in_whole_words
 
@@ -40,7 +41,7 @@ class Outcome:
     """At the end."""
 
 
-def outcomes(folders: Sequence[RunFolder]) -> list[Outcome]:
+def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
     """What each method of a sweep comes to, the smallest gap after the same tokens first.
 
     Args:
@@ -81,15 +82,21 @@ def _gaps(curves: Sequence[Sequence[CurvePoint]], over: str, amount: float) -> l
     return [value_at(curve, over, amount, "ce_gap") for curve in curves]
 
 
-def figure(runs: Sweep, over: str) -> go.Figure:
-    """The CE gap of each method on its way, on a logarithmic axis that ends where the worst one does.
+def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
+    """The CE gap of each method on its way, over tokens, seconds and FLOPs, by name of the file.
 
     Args:
-        runs: As for `outcomes`.
-        over: `tokens`, `train_seconds` or `train_flops`.
+        folders: As for `compare`.
     """
+    runs = Sweep(folders)
     frame, curves = runs.frame(), runs.curves()
     frame["method"] = [method_of(RunFolder(Path(path))) for path in frame["folder"]]
+    over = "tokens", "train_seconds", "train_flops"
+    return {f"methods_{name}": _figure(frame, curves, name) for name in over}
+
+
+def _figure(frame: Frame, curves: Frame, over: str) -> go.Figure:
+    """The CE gap of each method, on a logarithmic axis that ends where the worst one does."""
     drawn = gap_curves(frame, curves, over, ["method"])
     # A new SAE begins far above what the others differ by.
     gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]

@@ -49,7 +49,7 @@ class Several:
         return sum(sae.alone for sae in self.saes)
 
 
-def several(folders: Sequence[RunFolder]) -> list[Several]:
+def compare(folders: Sequence[RunFolder]) -> list[Several]:
     """The runs with several SAEs whose contributions were measured, by what they differ in.
 
     Args:
@@ -117,9 +117,13 @@ def table(found: Sequence[Several]) -> Table:
     return made
 
 
-def compounded(found: Sequence[Several]) -> go.Figure:
-    """The gap of all SAEs together, before and after, beside the sum of what each costs alone."""
-    by_number = sorted(found, key=lambda run: len(run.saes))
+def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
+    """The gap of all SAEs together, before and after, beside the sum of what each costs alone.
+
+    Args:
+        folders: As for `compare`.
+    """
+    by_number = sorted(compare(folders), key=lambda run: len(run.saes))
     blocks = ["+".join(str(sae.block) for sae in run.saes) for run in by_number]
     drawn = go.Figure()
     for name, colour, values in (
@@ -132,10 +136,10 @@ def compounded(found: Sequence[Several]) -> go.Figure:
         xaxis={"title": "blocks with an SAE", "type": "category"},
         yaxis={"title": "CE gap (nats per token)"},
     )
-    return finished(drawn)
+    return {"multi_sae": finished(drawn)}
 
 
-def figure(runs: Sequence[Several], names: Sequence[str]) -> go.Figure:
+def by_block(runs: Sequence[Several], names: Sequence[str]) -> go.Figure:
     """FVU and CE of each SAE alone in the plain model, over its block.
 
     Args:

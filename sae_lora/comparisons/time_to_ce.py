@@ -57,7 +57,7 @@ class _Arm:
     path: Path
 
 
-def branches(folders: Sequence[RunFolder]) -> list[Branch]:
+def compare(folders: Sequence[RunFolder]) -> list[Branch]:
     """Every finished LoRA run of a sweep beside the end-to-end run of the same seed.
 
     Args:
@@ -156,11 +156,11 @@ def _sooner_alone(branch: Branch, cost: str) -> float:
     return branch.e2e[cost] / alone if alone else math.inf
 
 
-def figure(folders: Sequence[RunFolder]) -> go.Figure:
+def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     """Cross-entropy over seconds and FLOPs: the SAE's training, LoRA that branches off it, and e2e.
 
     Args:
-        folders: As for `branches`. One seed is drawn, the first.
+        folders: As for `compare`. One seed is drawn, the first.
     """
     arms = [_arm(folder) for folder in folders if folder.is_finished]
     seed = min(arm.config.train.seed for arm in arms)
@@ -198,4 +198,4 @@ def figure(folders: Sequence[RunFolder]) -> go.Figure:
     drawn.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
     ends = [arm.curve[-1].student_ce for arm in arms]
     drawn.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
-    return finished(drawn)
+    return {"time_to_ce": finished(drawn)}

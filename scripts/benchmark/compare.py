@@ -14,14 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-from sae_lora.common.console import errors
+from sae_lora.common.console import Display, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.provenance import environment
@@ -51,11 +49,14 @@ SINGLE = 16
 """The rank of a run alone."""
 SIZES = (1, 5, 25)
 """Of the packs."""
+CONTEXTS = (256, 1024)
+"""Tokens per sequence."""
 TRAIN = TrainConfig(
     train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
 )
 WIDE = dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
 """Of the row about the SAE: Gemma-2-2B's width, and one of Gemma Scope's."""
+Result = TypeVar("Result")
 _STEPS = 4
 """After which adapters are compared."""
 
@@ -275,9 +276,28 @@ def raise_allocator_thresholds() -> bool:
 
 
 def run(
-    styles: Sequence[Style], contexts: Sequence[int], rounds: int, *, tuned: bool, to: Path | None
-) -> Table:
-    """Runs the comparisons that are named, and writes the record."""
+    styles: Sequence[str] | None = None,
+    contexts: Sequence[int] | None = None,
+    packs: Sequence[int] | None = None,
+    rounds: int = 5,
+    *,
+    tuned: bool = False,
+    to: Path | None = None,
+) -> None:
+    """Measures what is asked for, prints each row as soon as it is measured, and writes the record.
+
+    Args:
+        styles: Names of `Style`; `None` for all.
+        contexts: Tokens per sequence; `None` for `CONTEXTS`.
+        packs: Sizes of packs; `None` for `SIZES`, and for the rows that are about no pack: evaluations
+            and, where nothing at all is asked for, the SAE and the memory of the KL.
+        rounds: Pairs of times for each row.
+        tuned: Whether the C allocator's thresholds are raised, for both sides.
+        to: File for the record; it is written after each row.
+
+    Raises:
+        UserError: Where the record cannot be written, or a comparison is killed.
+    """
     if to is not None:  # what cannot be written is better known before all the measuring
         if to.is_dir():
             raise UserError(f"--to: {to} is a folder, not a file")
@@ -285,12 +305,6 @@ def run(
     quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    equalities = [row for style in styles for row in compare_results(style, SMALL, device)]
-    whole, fused = head_memory()
-    comparisons: list[tuple[Any, ...]] = [(compare_saes, WIDE)]
-    for shape in [(style, SMALL, context) for style in styles for context in contexts]:
-        comparisons += [(compare_steps, *shape, size) for size in SIZES]
-        comparisons.append((compare_evaluations, *shape))
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(device),
@@ -299,18 +313,52 @@ def run(
         "shape": dataclasses.asdict(SMALL),
         "rounds": rounds,
         "rows": [],
-        "equalities": [dataclasses.asdict(one) for one in equalities],
-        "kl_bytes": {"whole": whole, "fused": fused},
+        "equalities": [],
+        "kl_bytes": None,
     }
-    for compare, *of in track(comparisons, "comparing", console=errors, transient=True):
-        row = _alone(tuned, compare, *of, rounds, device, dtype)
-        record["rows"].append(dataclasses.asdict(row))
-        if to is not None:  # after each: the next may be too large for the machine
-            write_atomically(to, as_json(record))
-    return as_table(record)
+    wanted = [Style[name] for name in styles] if styles else list(Style)
+    rows: list[tuple[Any, ...]] = []
+    for style in wanted:
+        for context in contexts or CONTEXTS:
+            rows += [(compare_steps, style, SMALL, context, size) for size in packs or SIZES]
+            if not packs:
+                rows.append((compare_evaluations, style, SMALL, context))
+    if not (styles or contexts or packs):
+        rows.insert(0, (compare_saes, WIDE))
+    whole = len(rows) + len(wanted) + (not packs)
+    table = _Table(record["peak_flops_per_second"])
+    with Display() as display:
+        count = display.counter("comparing", "rows")
+
+        def keep(lines: Sequence[Sequence[str]]) -> None:
+            for line in lines:
+                table.add(line)
+            if to is not None:  # after each: the next may be too large for the machine
+                write_atomically(to, as_json(record))
+            count(count_done(record), whole)
+
+        count(0, whole)
+        for compare, *of in rows:
+            row = _alone(tuned, compare, *of, rounds, device, dtype)
+            record["rows"].append(dataclasses.asdict(row))
+            keep([table.row(row)])
+        for style in wanted:
+            equalities = _alone(tuned, compare_results, style, SMALL, device)
+            record["equalities"] += [dataclasses.asdict(one) for one in equalities]
+            keep([table.equality(one) for one in equalities])
+        if not packs:
+            whole_bytes, fused_bytes = head_memory()
+            record["kl_bytes"] = {"whole": whole_bytes, "fused": fused_bytes}
+            keep([table.memory(whole_bytes, fused_bytes)])
 
 
-def _alone(tuned: bool, compare: Callable[..., Row], *arguments: object) -> Row:
+def count_done(record: dict[str, Any]) -> int:
+    """How many of the parts of a record are there; the equalities of a style are one."""
+    styles = {one["style"] for one in record["equalities"]}
+    return len(record["rows"]) + len(styles) + (record["kl_bytes"] is not None)
+
+
+def _alone(tuned: bool, compare: Callable[..., Result], *arguments: object) -> Result:
     """Compares in a process of its own: memory that another comparison has freed is memory that a
     naive loop need not ask the system for.
     """
@@ -325,37 +373,46 @@ def _alone(tuned: bool, compare: Callable[..., Row], *arguments: object) -> Row:
             raise UserError(f"killed, perhaps for want of memory: {what}") from error
 
 
-def as_table(record: dict[str, Any]) -> Table:
-    """What a record says, for people."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("what", "style", "tokens"):
-        table.add_column(name)
-    for name in ("times quicker per run", "least–most", "seconds here", "in products", "at", "memory"):
-        table.add_column(name, justify="right")
-    for row in record["rows"]:
-        times, work = row["times"], row["work"]
-        table.add_row(
-            row["what"],
-            row["style"],
-            f"{row['context']:,}",
-            f"{times['median']:.2f}",
-            f"{times['least']:.2f}–{times['most']:.2f}",
-            f"{row['seconds']:.2f}",
-            f"{work['in_products']:.0%}",
-            f"{work['flops_per_second'] / record['peak_flops_per_second']:.0%} of peak",
-            f"{work['peak_bytes'] / 1e9:.1f} GB",
-        )
-    for one in record["equalities"]:
-        table.add_row(
-            f"adapters apart, {one['what']}", one["style"], "256", "", "", f"{one['error']:.1e}"
-        )
-    memory = record["kl_bytes"]
-    table.add_row(
-        "memory of the KL, 1,024 tokens of 65,536",
-        "",
-        "1,024",
-        f"{memory['whole'] / memory['fused']:.1f}",
-        "",
-        f"{memory['fused'] / 1e6:.0f} MB",
+class _Table:
+    """Rows that are printed one by one, in columns of fixed width.
+
+    Args:
+        peak: Floating-point operations per second that products reach on this device.
+    """
+
+    COLUMNS = (
+        *(("what", -46), ("style", -8), ("tokens", 6), ("times quicker per run", 22)),
+        *(("least–most", 11), ("seconds here", 12), ("in products", 11), ("at", 11), ("memory", 8)),
     )
-    return table
+    """Headings and widths; a negative one stands for a column that is set to the left."""
+
+    def __init__(self, peak: float) -> None:
+        self._peak = peak
+        self.add([name for name, _ in self.COLUMNS])
+
+    def add(self, cells: Sequence[str]) -> None:
+        """Prints a row."""
+        padded = zip(cells, self.COLUMNS, strict=False)
+        say(
+            "  ".join(
+                f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}" for cell, (_, width) in padded
+            )
+        )
+
+    def row(self, row: Row) -> list[str]:
+        """The cells of a comparison."""
+        times, work = row.times, row.work
+        return [
+            *(row.what, row.style, f"{row.context:,}", f"{times.median:.2f}"),
+            *(f"{times.least:.2f}–{times.most:.2f}", f"{row.seconds:.2f}", f"{work.in_products:.0%}"),
+            *(f"{work.flops_per_second / self._peak:.0%} of peak", f"{work.peak_bytes / 1e9:.1f} GB"),
+        ]
+
+    def equality(self, one: Equality) -> list[str]:
+        """The cells of what proves that both find the same."""
+        return [f"adapters apart by {one.error:.1e} with {one.what}", one.style, "256"]
+
+    def memory(self, whole: float, fused: float) -> list[str]:
+        """The cells of what the KL needs."""
+        what = f"memory of the KL, 65,536 words: {fused / 1e6:.0f} MB"
+        return [what, "", "1,024", f"{whole / fused:.1f} times less"]

@@ -1,0 +1,8 @@
+"""Where jobs that were pickled before version 0.2 find their class; gone with the version after that.
+
+A job that waits in SLURM's queue is a pickle, which names its classes by module.
+"""
+
+from sae_lora.launch.job import Job, _Part
+
+__all__ = ["Job", "_Part"]

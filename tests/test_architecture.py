@@ -1,0 +1,147 @@
+"""The rooms of docs/architecture.md: imports go one way between them, each library has its rooms."""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sae_lora"
+ARCHITECTURE = (PACKAGE.parent / "docs/architecture.md").read_text()
+FLOORS: list[set[str]] = [
+    {"common"},
+    {"config"},
+    {"records", "data", "models"},
+    {"splice"},
+    {"saes"},
+    {"saes.training"},
+    {"train"},
+    {"export"},
+    {"evaluation"},
+    {"tracking"},
+    {"run"},
+    {"report"},
+    {"comparisons", "launch"},
+]
+"""Rooms, from the ground up. A room imports only rooms of floors below; those of one floor are apart."""
+ARTEFACTS = "embedded"
+"""The folder of the embedded model and SAEs; it imports nothing."""
+MOST_MODULES = 12
+LIBRARIES = {
+    "peft": {"models"},
+    "wandb": {"tracking"},
+    "wandb_workspaces": {"tracking"},
+    "submitit": {"launch"},
+    "hydra": {"config"},
+    "lm_eval": {"evaluation"},
+    "sae_bench": {"evaluation"},
+    "sae_lens": {"saes", "saes.training", "evaluation"},
+}
+"""The rooms that may import a library."""
+NO_TORCH = ("common", "config", "records", "report", "comparisons")
+"""Rooms that import no torch; `launch` imports it when it must, and is tested as a whole."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name in it."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def room_of(module: str) -> str | None:
+    """The innermost room that a module is in; `None` for what lies beside the rooms."""
+    rooms = [room for floor in FLOORS for room in floor]
+    inside = [room for room in rooms if module == room or module.startswith(f"{room}.")]
+    return max(inside, key=len, default=None)
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """All that a file imports, also inside functions; `from a import b` counts as `a` and `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of this package that a file imports, packages themselves left out."""
+    inside = {name.removeprefix("sae_lora.") for name in imports(path) if name.startswith("sae_lora.")}
+    return {name for name in inside if name in modules() and modules()[name].stem != "__init__"}
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)), ids=lambda floor: "+".join(sorted(FLOORS[floor])))
+def test_imports_go_one_way_between_rooms(floor: int) -> None:
+    below = set().union(*FLOORS[:floor])
+    for name, path in modules().items():
+        if (room := room_of(name)) in FLOORS[floor]:
+            for other in imported_modules(path):
+                assert room_of(other) in {room, *below} or other.startswith(ARTEFACTS), (name, other)
+
+
+def test_the_picture_shows_what_rooms_import() -> None:
+    """An arrow for every import between rooms, but for those that other arrows lead to as well."""
+    edges: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        if (room := room_of(name)) is not None:
+            others = {room_of(other) for other in imported_modules(path)}
+            edges.setdefault(room, set()).update(other for other in others - {room} if other)
+
+    def reached(room: str) -> set[str]:
+        return edges.get(room, set()).union(*map(reached, edges.get(room, set())))
+
+    needed = {
+        (room, other)
+        for room, others in edges.items()
+        for other in others
+        if not any(other in reached(between) for between in others)
+    }
+    drawn = re.findall(r"^  ([a-z.]+) --> ([a-z.]+)$", ARCHITECTURE, re.MULTILINE)
+    assert len(drawn) == len(set(drawn)) and set(drawn) == needed
+
+
+def test_the_page_names_every_module() -> None:
+    for name, path in modules().items():
+        if path.stem not in ("__init__", "__main__") and (room := room_of(name)) is not None:
+            part = ARCHITECTURE.split(f"### `{room.split('.')[0]}/`")[1].split("\n### ")[0]
+            assert f"{path.name}`" in part, name
+
+
+def test_no_folder_holds_more_than_a_dozen_modules() -> None:
+    for folder in {path.parent for path in modules().values()}:
+        here = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(here) <= MOST_MODULES or folder == PACKAGE, (folder, sorted(here))
+
+
+def test_each_library_has_its_rooms() -> None:
+    for name, path in modules().items():
+        if (room := room_of(name)) is not None:
+            roots = {imported.split(".")[0] for imported in imports(path)}
+            for library, rooms in LIBRARIES.items():
+                assert library not in roots or room in rooms, (name, library)
+
+
+def test_planning_and_looking_need_no_torch() -> None:
+    here = [
+        f"sae_lora.{name}"
+        for name in sorted(modules())
+        if (room_of(name) in NO_TORCH or name.startswith("launch.")) and "__main__" not in name
+    ]
+    without = [name for name in here if not name.endswith(("launch.prefetch", "common.provenance"))]
+    code = f"import sys, {', '.join(without)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_module_is_too_large_for_one_room() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert max(lengths.values()) < 450, lengths
