@@ -25,7 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ AFTERWARDS = (
 """Commands of `python -m sae_lora`; `@` stands before the name of a sweep."""
 _NOT_COMPARED = {
     *("train_seconds", "total_seconds", "seconds", "tokens_per_second", "peak_memory_gb", "environment"),
-    *("tracked_at", "host", "git_commit", "seconds_per_run"),
+    *("tracked_at", "host", "git_commit", "closed_per_minute", "made", "gap_after_seconds"),
 }
 _NUMBERS_OF_TIME = re.compile(r"\d[\d,.]*( ?(s|min|h|tokens/s|GB))\b")
 
@@ -97,7 +97,9 @@ def record(checkout: Path, to: Path) -> None:
     parts: dict[str, Any] = {}
     for experiment in sorted((checkout / "conf/experiment").glob("*.yaml")):
         name = experiment.stem
-        plan = recorder.run("launch.py", f"experiment={name}", "launcher.dry_run=true")
+        # How many fit into a pack depends on the memory that is free just then.
+        asked = f"experiment={name}", "launcher.dry_run=true", "launcher.pack=off"
+        plan = recorder.run("launch.py", *asked)
         parts[f"plan of {name}"] = plan
     for sweep, overrides in SWEEPS.items():
         recorder.run("launch.py", *overrides, f"sweep={sweep}", must_succeed=True)
@@ -108,8 +110,9 @@ def record(checkout: Path, to: Path) -> None:
         words = [str(outputs / word[1:]) if word[0] == "@" else word for word in line.split()]
         if "--to" in words:
             words[-1] = str(to / words[-1])
-        parts[f"output of {line}"] = recorder.run("-m", "sae_lora", *words, must_succeed=True)
-    parts |= {str(path.relative_to(to)): content(path, to) for path in files(to)}
+        recorder.run("-m", "sae_lora", *words, must_succeed=True)
+    roots = to, checkout
+    parts |= {str(path.relative_to(to)): content(path, roots) for path in files(to)}
     (to / "recording.json").write_text(json.dumps(parts, indent=1, sort_keys=True))
     print(f"{len(parts)} parts: {to / 'recording.json'}")
 
@@ -152,8 +155,8 @@ class Recorder:
             raise SystemExit(f"exit code {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
         return {
             "exit code": ended.returncode,
-            "printed": [without_times(line, self._to) for line in ended.stdout.splitlines()],
-            "complained": [without_times(line, self._to) for line in ended.stderr.splitlines()],
+            "printed": [without_times(line, (self._to,)) for line in ended.stdout.splitlines()],
+            "complained": [without_times(line, (self._to,)) for line in ended.stderr.splitlines()],
         }
 
 
@@ -201,21 +204,28 @@ def write_hub_cache(folder: Path) -> None:
         (repository / "refs/main").write_text(commit)
 
 
-def without_times(line: str, root: Path) -> str:
+def without_times(line: str, roots: Sequence[Path]) -> str:
     """A printed line without what differs from one run of the same code to the next."""
-    return _NUMBERS_OF_TIME.sub("#", line.replace(str(root), "")).rstrip()
+    return _NUMBERS_OF_TIME.sub("#", without_roots(line, roots)).rstrip()
+
+
+def without_roots(text: str, roots: Sequence[Path]) -> str:
+    """A text without the folders that a recording lies in and was made from."""
+    for root in roots:
+        text = text.replace(str(root), "")
+    return text
 
 
 def files(to: Path) -> Iterator[Path]:
     """The recorded files: results and what was made from them."""
-    kinds = {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors", ".md"}
+    kinds = {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors"}
     for path in sorted(to.rglob("*")):
         inside = path.relative_to(to).parts
         if path.is_file() and path.suffix in kinds and not {"hub", ".lease", ".submitit"} & {*inside}:
             yield path
 
 
-def content(path: Path, root: Path) -> Any:
+def content(path: Path, roots: Sequence[Path]) -> Any:
     """What of a file is compared."""
     match path.suffix:
         case ".safetensors":
@@ -224,24 +234,26 @@ def content(path: Path, root: Path) -> Any:
             import pandas
 
             frame = (pandas.read_parquet if path.suffix == ".parquet" else pandas.read_csv)(path)
-            return cleaned(json.loads(str(frame.to_json(orient="records", double_precision=15))), root)
+            return cleaned(json.loads(str(frame.to_json(orient="records", double_precision=15))), roots)
         case ".jsonl":
-            return cleaned([json.loads(line) for line in path.read_text().splitlines()], root)
+            return cleaned([json.loads(line) for line in path.read_text().splitlines()], roots)
         case ".json":
-            return cleaned(json.loads(path.read_text()), root)
+            return cleaned(json.loads(path.read_text()), roots)
         case _:
-            return [without_times(line, root) for line in path.read_text().splitlines()]
+            return [without_times(line, roots) for line in path.read_text().splitlines()]
 
 
-def cleaned(value: Any, root: Path) -> Any:
+def cleaned(value: Any, roots: Sequence[Path]) -> Any:
     """Nested values without what is not compared."""
     match value:
+        case {"target_modules": list(modules), **rest}:  # peft writes a set, in any order
+            return {"target_modules": sorted(modules)} | cleaned(rest, roots)
         case dict():
-            return {key: cleaned(one, root) for key, one in value.items() if key not in _NOT_COMPARED}
+            return {key: cleaned(one, roots) for key, one in value.items() if key not in _NOT_COMPARED}
         case list():
-            return [cleaned(one, root) for one in value]
+            return [cleaned(one, roots) for one in value]
         case str():
-            return value.replace(str(root), "")
+            return without_roots(value, roots)
         case _:
             return value
 

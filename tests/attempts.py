@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
+from sae_lora.train.train_state import TrainState
 from tests.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -38,17 +39,16 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
 
     from sae_lora.run import execute
     from sae_lora.train import checkpoint
-    from sae_lora.train.train_state import Training
 
     torch.set_num_threads(1)
     for number, file in enumerate(output, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    learn, save_file = Training.learn, checkpoint.save_file
+    take_step, save_file = TrainState.take_step, checkpoint.save_file
     befallen = []
 
-    def befall(training: Training | None) -> None:
+    def befall(training: TrainState | None) -> None:
         match what:
             case "exit":
                 os._exit(17)
@@ -58,25 +58,25 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
                 raise torch.OutOfMemoryError("no room")
             case "optimizer":
                 assert training is not None
-                take_step = training.learner._optimizer.step
-                training.learner._optimizer.step = lambda: (take_step(), torch.empty(10**16))  # pyright: ignore
+                move = training._optimizer.step  # pyright: ignore
+                training._optimizer.step = lambda: (move(), torch.empty(10**16))  # pyright: ignore
             case "delete":
                 shutil.rmtree(paths[0])
             case _:
                 os.kill(os.getpid(), int(what))
 
-    def learning(training: Training, tokens: int) -> None:
+    def stepping(training: TrainState, batch: torch.Size) -> None:
         if training.step == step - 1 and not befallen:
             befallen.append(training)
             befall(training)
-        learn(training, tokens)
+        take_step(training, batch)
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
         if f"step-{-step:08d}" in str(path):
             befall(None)
 
-    Training.learn, checkpoint.save_file = learning, saving
+    TrainState.take_step, checkpoint.save_file = stepping, saving
     sys.argv = ["sae_lora.run.execute", *map(str, paths)]
     code = execute.main()
     sys.stdout.flush()

@@ -241,11 +241,11 @@ import sys
 if "sae_lora.run.execute" in sys.orig_argv:
     import os, signal, time
     import torch
-    from sae_lora.training import Training
+    from sae_lora.train.train_state import TrainState
     KINDS = ["exception", "exit", "kill", "memory", "nan", "hang"]
-    learn = Training.learn
+    take_step = TrainState.take_step
 
-    def learning(training, hidden, kl):
+    def stepping(training, batch):
         seed = training._config.seed
         if training.step == 3 and seed < 12:
             match KINDS[seed // 2]:
@@ -263,9 +263,9 @@ if "sae_lora.run.execute" in sys.orig_argv:
                 case "hang":
                     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
                     time.sleep(3600)
-        learn(training, hidden, kl)
+        take_step(training, batch)
 
-    Training.learn = learning
+    TrainState.take_step = stepping
 """
 _CAUSES = ("ZeroDivisionError: befallen", "exit code 17", "SIGKILL", "memory", "is nan", "hangs")
 

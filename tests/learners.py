@@ -6,7 +6,7 @@ import torch
 from sae_lens import TrainingSAE
 
 from sae_lora.saes.training import training_sae
-from sae_lora.saes.training.sae_trainer import SAELearner
+from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from tests.families import D_MODEL
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
     return sae
 
 
-def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SAELearner:
+def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SteppedSAETrainer:
     """One whose rate rises over a quarter of the steps and falls over a third; some latents are dead."""
     torch.manual_seed(5)
     sae = training_sae.new(
@@ -53,7 +53,7 @@ def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SAELearner
     )
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "gated" else "b_enc")[:6] = -50
-    return SAELearner(
+    return SteppedSAETrainer(
         sae,
         steps=steps,
         batch_tokens=TOKENS,

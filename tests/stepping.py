@@ -8,6 +8,7 @@ from sae_lens import StandardSAE
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.schema import (
     Config,
@@ -20,12 +21,12 @@ from sae_lora.config.schema import (
 )
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
-from sae_lora.saes.training.spliced_sae import TrainedSAE
+from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
 from sae_lora.train import methods
-from sae_lora.train.distill import Pack
-from sae_lora.train.methods import Kept
-from sae_lora.train.train_state import Training
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.methods import Artifact
+from sae_lora.train.train_state import TrainState
 from tests.families import random_tokens
 from tests.learners import in_training
 from tests.trainings import CONFIG, NO_IDS, evaluator, kl
@@ -44,8 +45,8 @@ class Made(NamedTuple):
         kept: What is kept of it.
     """
 
-    training: Training[Any]
-    kept: Kept
+    training: TrainState
+    kept: Artifact
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ def made(
     **method: Any,
 ) -> Made:
     """A training by this method with SAEs from a block on, from the config's seed."""
-    is_new = isinstance(saes[0], TrainedSAE)
+    is_new = isinstance(saes[0], SplicedSAE)
     config = Config(
         model=ModelConfig(name="small"),
         sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),
@@ -77,15 +78,14 @@ def made(
     )
     torch.manual_seed(train.seed)
     splices = tuple(Splice(block + place, sae, keeps, hook) for place, sae in enumerate(saes))
-    learner, kept = methods.build(config, model, splices, steps)
-    return Made(Training(learner, train, steps), kept)
+    return Made(*methods.build(config, model, splices, steps))
 
 
 def trained(
     architecture: str, *, scale: float = 1.0, dead_after: int = 100, **changes: Any
-) -> TrainedSAE:
+) -> SplicedSAE:
     """An SAE in training none of whose weights is zero, as methods that make new ones have it."""
-    sae = TrainedSAE(in_training(architecture, **changes), dead_after)
+    sae = SplicedSAE(in_training(architecture, **changes), dead_after)
     sae.scale.fill_(scale)
     return sae
 
@@ -99,17 +99,19 @@ def frozen_standard(seed: int = 3) -> StandardSAE:
 
 def together(
     model: LanguageModel,
-    *trainings: Training[Any],
+    *trainings: TrainState,
     special_ids: Tensor = NO_IDS,
     micro_batch: int | None = None,
-) -> Pack:
+) -> DistillTrainer:
     """The trainings in one pack."""
-    return Pack(model, trainings, evaluator(model), special_ids, kl(model), micro_batch)
+    return DistillTrainer(
+        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
+    )
 
 
 def step(
     model: LanguageModel,
-    *trainings: Training[Any],
+    *trainings: TrainState,
     tokens: Tensor = TOKENS,
     special_ids: Tensor = NO_IDS,
     micro_batch: int | None = None,
@@ -119,13 +121,11 @@ def step(
     pack._take_step(trainings, tokens)
 
 
-def gradients(model: LanguageModel, one: Training[Any], **how: Any) -> dict[str, Tensor]:
+def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
     """What the optimiser is given in one step, which moves nothing."""
     found: dict[str, Tensor] = {}
     weights = one.student.weights.items()
-    one.learner._optimizer.step = lambda: found.update(
-        {name: weight.grad.clone() for name, weight in weights}
-    )
+    one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})
     step(model, one, **how)
     return found
 

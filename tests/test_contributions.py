@@ -16,14 +16,14 @@ from sae_lora.data import corpus
 from sae_lora.models.hookpoints import Place, resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
-from sae_lora.saes.training.spliced_sae import TrainedSAE
+from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
 from sae_lora.train import methods
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.train_state import Training
+from sae_lora.train.train_state import TrainState
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, N_BLOCKS, small_model
 from tests.points import points_in, run_here
@@ -83,7 +83,7 @@ def check(
 ) -> None:
     """All that is said of a student's SAEs is what the plain way finds."""
     saes = {
-        one.hookpoint: one.sae.frozen if isinstance(one.sae, TrainedSAE) else one.sae
+        one.hookpoint: one.sae.frozen if isinstance(one.sae, SplicedSAE) else one.sae
         for one in student.splices
     }
     (whole,) = evaluate([student])
@@ -136,9 +136,9 @@ def test_where_special_tokens_keep_their_activation(blocks: Any) -> None:
 
 def training_of(
     model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], keeps: bool = False
-) -> Training[Any]:
+) -> TrainState:
     """Of SAEs at these places, or of what is put on them."""
-    is_new = any(isinstance(sae, TrainedSAE) for sae in saes.values())
+    is_new = any(isinstance(sae, SplicedSAE) for sae in saes.values())
     config = Config(
         sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),
         method=MethodConfig(kind=kind),
@@ -146,7 +146,7 @@ def training_of(
     )
     splices = tuple(Splice(place.block, sae, keeps, place.hook) for place, sae in saes.items())
     torch.manual_seed(0)
-    return Training(methods.build(config, model, splices, 6)[0], CONFIG, 6)
+    return methods.build(config, model, splices, 6)[0]
 
 
 @pytest.mark.parametrize("keeps", [False, True])

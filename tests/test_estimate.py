@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Architecture
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config
@@ -17,19 +18,19 @@ from sae_lora.launch.plan import plan
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_shapes
-from sae_lora.run.build import assemble
+from sae_lora.run.build import Builder
 from sae_lora.saes import loading
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import kl_of
 from sae_lora.train import methods
 from sae_lora.train.cost import estimate
-from sae_lora.train.distill import Pack
-from sae_lora.train.distributed import Alone
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.distributed import SingleProcess
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.optim import Descent
-from sae_lora.train.sae_optim import SAEDescent
-from sae_lora.train.train_state import Training
+from sae_lora.train.optim import GradientState
+from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.coders import write_topk_sae
 from tests.families import FAMILIES, small_model
@@ -86,7 +87,7 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
     return [run.config for run in plan([points(*defaults, *one) for one in asked]).runs]
 
 
-def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
+def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTrainer:
     """As a process would build it, without what it would evaluate on."""
     common = configs[0]
     model = load_model(common.model, common.train.dtype, device)
@@ -101,16 +102,17 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> Pack:
         splices = [
             Splice(choice.block, saes[repr(choice)], False, choice.hook) for choice in config.sae.used
         ]
-        learner, _ = methods.build(config, model, tuple(splices), train_steps(config))
-        trainings.append(Training(learner, config.train, train_steps(config)))
+        trainings.append(methods.build(config, model, tuple(splices), train_steps(config))[0])
     nothing = torch.zeros(1, 2, dtype=torch.long)
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
     evaluate = Evaluator(model, nothing, NO_IDS, 1, comparison)
     kl = kl_of(comparison, common.train.kl)
-    return Pack(model, trainings, evaluate, NO_IDS, kl, common.train.micro_batch_size)
+    return DistillTrainer(
+        model, Isolation(trainings), evaluate, NO_IDS, kl, common.train.micro_batch_size
+    )
 
 
-def take_step(pack: Pack, config: Config) -> None:
+def take_step(pack: DistillTrainer, config: Config) -> None:
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
     pack._take_step(pack.left, pack._on_device(tokens))
 
@@ -120,7 +122,7 @@ def use_attention(models: Iterable[LanguageModel], name: str) -> None:
         model.model.set_attn_implementation(name)
 
 
-def models_of(pack: Pack) -> list[LanguageModel]:
+def models_of(pack: DistillTrainer) -> list[LanguageModel]:
     return [pack._model, *(training.student.model for training in pack.left)]
 
 
@@ -151,10 +153,11 @@ def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, t
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
     saes = methods.new_saes(config, model, methods.Sample(tokens, NO_IDS))
     steps = train_steps(config)
-    learner, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
-    training = Training(learner, config.train, steps)
-    pack = assemble(config, model, [training], NO_IDS, tokens, Alone())
-    use_attention([model, learner.student.model], "eager")
+    training, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
+    builder = Builder(config)
+    builder._model = model
+    pack = builder.trainer(Isolation([training]), NO_IDS, tokens, SingleProcess())
+    use_attention([model, training.student.model], "eager")
     with FlopCounterMode(display=False) as counter:
         pack._step(0, iter([tokens]), [training])
     assert estimate([config]).flops / steps == pytest.approx(counter.get_total_flops(), rel=0.05)
@@ -174,16 +177,16 @@ def test_the_buffer_of_activations_takes_memory(tmp_path: Path) -> None:
     assert both - large < large - small
 
 
-def held_between_steps(one: Training) -> Iterator[Tensor]:
-    student, learner = one.student, one.learner
+def held_between_steps(one: TrainState) -> Iterator[Tensor]:
+    student = one.student
     coders: list[Any] = [splice.sae for splice in (*student.splices, *student.before)]
     for module in (student.model.model, *coders):
         yield from module.parameters()
     yield from student.buffers.values()
-    if isinstance(learner, SAEDescent):
-        yield from learner._others
-    if isinstance(learner, Descent):
-        for state in learner._optimizer.state.values():
+    if isinstance(one, SAEGradientState):
+        yield from one._others
+    if isinstance(one, GradientState):
+        for state in one._optimizer.state.values():
             yield from state.values()
 
 

@@ -26,8 +26,8 @@ from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice, spliced
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.splice.trunk import Splices, Trunk, cuts_around, prefixes
-from sae_lora.train.optim import Descent
-from sae_lora.train.train_state import Training
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack
@@ -270,10 +270,10 @@ def test_a_pack_of_hooks_is_each_run_alone(blocks: str) -> None:
     rows: list[Splices] = [MIXED[:1], MIXED[:2], (Splice(1, SAES[1], True, MLP),), MIXED[2:3]]
     steps = 4
 
-    def made(model: LanguageModel, row: Splices) -> Training:
+    def made(model: LanguageModel, row: Splices) -> TrainState:
         torch.manual_seed(0)
         student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
-        return Training(Descent(student, CONFIG), CONFIG, steps)
+        return GradientState(student, CONFIG, steps)
 
     model = small_model("gemma2")
     together = [made(model, row) for row in rows]

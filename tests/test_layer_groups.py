@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import sae_lora
 from sae_lora.common.errors import ConfigError
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import DType, Hook
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
@@ -28,14 +29,14 @@ from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
-from sae_lora.run.active_run import Claim, Member
-from sae_lora.run.build import assemble
+from sae_lora.run.active_run import ActiveRun
+from sae_lora.run.build import Builder
 from sae_lora.saes import block_distances
 from sae_lora.saes.loading import SAEs
 from sae_lora.splice.hooks import special_positions
-from sae_lora.train.distributed import Alone
+from sae_lora.train.distributed import SingleProcess
 from sae_lora.train.methods import Sample
-from sae_lora.train.reconstruct import SAEPack, sources_of
+from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from tests.attempts import attempt, frozen, killed, results
 from tests.composing import composed
 from tests.points import SMALL, Point, points_in, run_here
@@ -252,7 +253,7 @@ def text_of(config: Config) -> corpus.Corpus:
 def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     """As a run builds it: each that an SAE is given is one of a block of its group, at one of the
     tokens, and none of its blocks is left out."""
-    member = Member(Claim(home.run))
+    member = ActiveRun(home.run)
     member.read()
     text, model = text_of(member.config), loading.load_model(member.config.model, DType.float32, CPU)
     tokens = next(text.batches(member.config.train.batch_size, member.config.data.seed))
@@ -263,10 +264,10 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     assert {name: one.hookpoints for name, one in sources_of(student).items()} == {
         name: list(map(resid_post, group)) for name, group in names.items()
     }
-    pack = assemble(
-        member.config, model, [member.training], text.special_ids, text.validation_tokens, Alone()
+    pack = Builder(member.config).trainer(
+        Isolation([member.training]), text.special_ids, text.validation_tokens, SingleProcess()
     )
-    assert isinstance(pack, SAEPack)
+    assert isinstance(pack, ReconstructTrainer)
     batches = text.batches(member.config.train.batch_size, member.config.data.seed)
     read = list(itertools.islice(batches, pack._buffer.batches_per_fill))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""MeZO, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
+"""MeZOState, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from sae_lora.splice.hooks import Coder
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import _own_weights
-from sae_lora.train.optim import MeZO
-from sae_lora.train.train_state import Training
+from sae_lora.train.optim import MeZOState
+from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import D_MODEL, random_tokens, small_model
@@ -74,9 +74,8 @@ def mezo(train: TrainConfig = PLAIN, **settings: Any) -> Made:
 
 
 def direction(one: Made) -> dict[str, Tensor]:
-    learner = one.training.learner
-    assert isinstance(learner, MeZO)
-    return dict(zip(one.weights, learner._direction(), strict=True))
+    assert isinstance(one.training, MeZOState)
+    return dict(zip(one.weights, one.training._direction(), strict=True))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -118,16 +117,16 @@ class TestMeZO:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("a gradient was asked for")
 
-        plain = MeZO.hidden
+        plain = MeZOState.hidden
 
-        def watched(learner: MeZO, trunk: Trunk) -> list[Tensor]:
+        def watched(learner: MeZOState, trunk: Trunk) -> list[Tensor]:
             hidden.extend(plain(learner, trunk))
             return hidden[-2:]
 
         monkeypatch.setattr(torch.autograd, "grad", refuse)
         monkeypatch.setattr(torch.autograd, "backward", refuse)
         monkeypatch.setattr(torch.Tensor, "backward", refuse)
-        monkeypatch.setattr(MeZO, "hidden", watched)
+        monkeypatch.setattr(MeZOState, "hidden", watched)
         before = one.weights
         step(MODEL, one.training, micro_batch=2)
         assert len(hidden) == 4
@@ -238,7 +237,7 @@ class TestMeZO:
             curve = [comparable(p) for _, p in together(MODEL, one.training).points(batches(STEPS))]
             expected.append((curve, one.weights))
         found = variants()
-        curves: dict[Training, list] = {one.training: [] for one in found}
+        curves: dict[TrainState, list] = {one.training: [] for one in found}
         for training, point in together(MODEL, *curves).points(batches(STEPS)):
             curves[training].append(comparable(point))
         for one, (curve, weights) in zip(found, expected, strict=True):
@@ -248,10 +247,9 @@ class TestMeZO:
 
 def direction_before(one: Made) -> list[tuple[str, Tensor]]:
     """That of the step that was taken last."""
-    learner = one.training.learner
-    learner._step -= 1
+    one.training.step -= 1
     found = list(direction(one).items())
-    learner._step += 1
+    one.training.step += 1
     return found
 
 

@@ -24,7 +24,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.run import execute
 from sae_lora.train.cost import estimate
-from sae_lora.train.train_state import Training
+from sae_lora.train.train_state import TrainState
 from tests.composing import composed
 from tests.points import SMALL, Point, run_here
 from tests.trainings import comparable
@@ -320,15 +320,15 @@ def test_stopped_and_taken_up_it_makes_the_same(
     for one in (whole, stopped):
         one.freeze()
     assert execute.attempt([whole.folder]) == 0
-    learn = Training.learn
+    take_step = TrainState.take_step
 
-    def learning(training: Training, batch: torch.Size) -> None:
-        learn(training, batch)
+    def stepping(training: TrainState, batch: torch.Size) -> None:
+        take_step(training, batch)
         if training.step == STEPS // 2:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Training, "learn", learning)
+        patched.setattr(TrainState, "take_step", stepping)
         assert execute.attempt([stopped.folder]) == EXIT_INTERRUPTED
     assert not stopped.folder.is_finished
     assert [path.name for path in stopped.folder.checkpoints.iterdir()] == [f"step-{STEPS // 2:08d}"]

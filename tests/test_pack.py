@@ -1,13 +1,13 @@
 """Runs that train together: each is to the last bit what it is alone."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from sae_lora.common.errors import UserError
+from sae_lora.common.isolation import Isolation
 from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
@@ -15,10 +15,10 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import distill
-from sae_lora.train.checkpoint import State
-from sae_lora.train.distill import Pack
-from sae_lora.train.optim import Descent
-from sae_lora.train.train_state import Training
+from sae_lora.train.checkpoint import Snapshot
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
@@ -42,11 +42,11 @@ MODELS = {family: small_model(family) for family in ("gemma2", "llama")}
 SAES = [topk_sae(), jumprelu_sae()]
 
 
-def variants(family: str) -> list[Callable[[], Training]]:
+def variants(family: str) -> list[Callable[[], TrainState]]:
     """Runs that differ in everything that runs of a pack may differ in."""
     model = MODELS[family]
 
-    def made(rank: int, sae: int = 0, block: int = 1, **settings: object) -> Callable[[], Training]:
+    def made(rank: int, sae: int = 0, block: int = 1, **settings: object) -> Callable[[], TrainState]:
         adapters = {
             name: settings.pop(name)
             for name in ("alpha", "dropout", "targets", "blocks", "rank_stabilised")
@@ -69,7 +69,7 @@ def variants(family: str) -> list[Callable[[], Training]]:
     ]
 
 
-def ended(one: Training) -> dict[str, torch.Tensor]:
+def ended(one: TrainState) -> dict[str, torch.Tensor]:
     return one.state().tensors
 
 
@@ -77,7 +77,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-Alone = list[tuple[list[CurvePoint], State]]
+Alone = list[tuple[list[CurvePoint], Snapshot]]
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -129,11 +129,11 @@ def test_company_does_not_matter(alone: tuple[str, Alone], order: tuple[int, ...
         assert same(ended(one), expected[number][1].tensors)
 
 
-def stopped_at(step: int, family: str, number: int) -> tuple[list[CurvePoint], State]:
+def stopped_at(step: int, family: str, number: int) -> tuple[list[CurvePoint], Snapshot]:
     """A run's points and state where it was stopped, alone, after a step."""
     one, points = variants(family)[number](), []
 
-    def stop(trained: Sequence[Training]) -> None:
+    def stop(trained: Sequence[TrainState]) -> None:
         if one.step == step:
             raise Interrupted
 
@@ -165,37 +165,36 @@ class TestOneThatFails:
 
     FAMILY = "llama"
 
-    def together(self, *numbers: int) -> tuple[Pack, list[Training], dict[Training, Exception]]:
+    def together(
+        self, *numbers: int
+    ) -> tuple[DistillTrainer, list[TrainState], dict[TrainState, Exception]]:
         trainings = [variants(self.FAMILY)[number]() for number in numbers]
-        errors: dict[Training, Exception] = {}
+        errors: dict[TrainState, Exception] = {}
 
-        @contextmanager
-        def own(one: Training) -> Iterator[None]:
-            try:
-                yield
-            except Exception as error:
-                errors[one] = error
-                found.drop(one)
+        def fail(one: TrainState, error: Exception) -> None:
+            errors[one] = error
+            one.reset()
 
         model = MODELS[self.FAMILY]
-        found = Pack(model, trainings, evaluator(model), NO_IDS, kl(model), own=own)
-        return found, trainings, errors
+        isolation = Isolation(trainings, fail)
+        trainer = DistillTrainer(model, isolation, evaluator(model), NO_IDS, kl(model))
+        return trainer, trainings, errors
 
-    def check_the_others(self, found: dict[Training, list[CurvePoint]], *left: Training) -> None:
+    def check_the_others(self, found: dict[TrainState, list[CurvePoint]], *left: TrainState) -> None:
         for one in left:
             assert len(found[one]) == 4
             assert one.has_ended
 
-    @pytest.mark.parametrize("at", ["hidden", "learn", "point"])
+    @pytest.mark.parametrize("at", ["hidden", "take_step", "point"])
     def test_at_any_moment(self, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
         expected, (first, _, third), _ = self.together(0, 1, 2)
         whole = curves(expected, STEPS)
         found, (one, failing, other), errors = self.together(0, 1, 2)
-        of = Descent if at == "hidden" else Training
+        of = GradientState if at == "hidden" else TrainState
         method = getattr(of, at)
 
-        def fails(one: Descent | Training, *arguments: object) -> object:
-            if one in (failing, failing.learner) and failing.step == 3:
+        def fails(one: GradientState | TrainState, *arguments: object) -> object:
+            if one is failing and failing.step == 3:
                 raise ZeroDivisionError("befallen")
             return method(one, *arguments)
 
@@ -212,7 +211,7 @@ class TestOneThatFails:
         absurd = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
         found, (one, two), errors = self.together(0, 1)
         failing = training(model, SAES[0], absurd, STEPS)
-        for trainings in (found.left, found._trainings):
+        for trainings in (found.left, found._trainings.runs):
             trainings.append(failing)
         curve = curves(found, STEPS)
         assert isinstance(errors[failing], UserError)
@@ -221,10 +220,10 @@ class TestOneThatFails:
     def test_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found, trainings, errors = self.together(0, 1)
 
-        def fails(training: Training, *arguments: object) -> None:
+        def fails(training: TrainState, *arguments: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(Training, "learn", fails)
+        monkeypatch.setattr(TrainState, "take_step", fails)
         curves(found, STEPS)
         assert errors.keys() == set(trainings)
         assert found.left == []
@@ -236,15 +235,15 @@ def test_a_step_that_comes_to_nothing_can_be_taken_again(monkeypatch: pytest.Mon
     expected = variants("llama")[0]()
     whole = curves(pack(model, expected), STEPS)[expected]
     one = variants("llama")[0]()
-    learn = Training.learn
+    take_step = TrainState.take_step
 
-    def fails_once(training: Training, *arguments: object) -> None:
+    def fails_once(training: TrainState, *arguments: object) -> None:
         if training.step == 3:
             monkeypatch.undo()
             raise torch.OutOfMemoryError("no room")
-        learn(training, *arguments)  # pyright: ignore[reportArgumentType]
+        take_step(training, *arguments)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(Training, "learn", fails_once)
+    monkeypatch.setattr(TrainState, "take_step", fails_once)
     points = []
     with pytest.raises(torch.OutOfMemoryError):
         points += [comparable(point) for _, point in pack(model, one).points(batches(STEPS))]
@@ -262,7 +261,7 @@ def test_a_step_cut_short_is_no_state_to_go_on_from(monkeypatch: pytest.MonkeyPa
     def fails(optimizer: torch.optim.Optimizer) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(one.learner._optimizer, "step", lambda: fails(one.learner._optimizer))
+    monkeypatch.setattr(one._optimizer, "step", lambda: fails(one._optimizer))
     assert one.is_between_steps
     with pytest.raises(torch.OutOfMemoryError):
         list(pack(MODELS["llama"], one).points(batches(STEPS)))
@@ -310,7 +309,7 @@ def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Redu
     for micro_batch in (None, 1):
         one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
         weights = one.student.weights
-        one.learner._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
+        one._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
             {name: weight.grad.clone() for name, weight in weights.items()}
         )
         pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
@@ -328,8 +327,8 @@ def test_micro_batches_go_on_with_what_dropout_draws() -> None:
     one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
     fill(one.student.weights)
     trunk = Trunk(model, tokens, NO_IDS, one.student.cuts)
-    (first,), (second,) = one.learner.hidden(trunk), one.learner.hidden(trunk)
+    (first,), (second,) = one.hidden(trunk), one.hidden(trunk)
     assert not torch.equal(first, second)
-    one.forget_step()
-    assert torch.equal(one.learner.hidden(trunk)[0], first)
-    assert torch.equal(one.learner.hidden(trunk)[0], second)
+    one.reset()
+    assert torch.equal(one.hidden(trunk)[0], first)
+    assert torch.equal(one.hidden(trunk)[0], second)

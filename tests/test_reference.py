@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import KLComputation, Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import Dropout
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.student import LoRAStudent
-from sae_lora.train.distill import Pack
-from sae_lora.train.optim import Descent
-from sae_lora.train.train_state import Training
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.optim import GradientState
 from scripts.benchmark.reference import Reference, evaluate
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
@@ -62,8 +62,8 @@ def together(model: LanguageModel, how: KLComputation) -> list[dict[str, torch.T
     trainings = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
-        trainings.append(Training(Descent(LoRAStudent(model, splices, adapters), config), config, STEPS))
-    pack = Pack(model, trainings, evaluator(model), NO_IDS, kl(model, how))
+        trainings.append(GradientState(LoRAStudent(model, splices, adapters), config, STEPS))
+    pack = DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model, how))
     for tokens in BATCHES:
         pack._take_step(trainings, tokens)
     return [{name: weight.detach() for name, weight in one.student.weights.items()} for one in trainings]

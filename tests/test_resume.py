@@ -14,8 +14,8 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
-from sae_lora.train.checkpoint import DamagedCheckpointError, State
-from sae_lora.train.train_state import Training
+from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
+from sae_lora.train.train_state import TrainState
 from tests.coders import topk_sae
 from tests.families import small_model
 from tests.trainings import batches, comparable, pack, training
@@ -25,17 +25,19 @@ BATCHES = batches(STEPS)
 MODEL = small_model("llama")
 
 
-def new_training() -> Training:
+def new_training() -> TrainState:
     """As a new process would build it, from the seed alone; dropout is on."""
     return training(MODEL, topk_sae(), steps=STEPS)
 
 
 def points(
-    one: Training, from_batches: list[torch.Tensor], after_step: Callable[[Training], None] | None = None
+    one: TrainState,
+    from_batches: list[torch.Tensor],
+    after_step: Callable[[TrainState], None] | None = None,
 ) -> Iterator[CurvePoint]:
     """The training's points, without times."""
 
-    def told(trained: Sequence[Training]) -> None:
+    def told(trained: Sequence[TrainState]) -> None:
         if after_step is not None:
             after_step(*trained)
 
@@ -43,7 +45,7 @@ def points(
         yield comparable(point)
 
 
-def same(one: State, other: State) -> bool:
+def same(one: Snapshot, other: Snapshot) -> bool:
     assert one.tensors.keys() == other.tensors.keys()
     timeless = [
         {key: value for key, value in state.values.items() if key not in ("train_seconds", "interval")}
@@ -55,7 +57,7 @@ def same(one: State, other: State) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[list[CurvePoint], State]:
+def whole() -> tuple[list[CurvePoint], Snapshot]:
     """The curve and the last state of a training that nothing stopped."""
     one = new_training()
     return list(points(one, BATCHES)), one.state()
@@ -66,7 +68,7 @@ def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) 
     """Saved after a step, before the evaluation that follows it; restored from the disk."""
     first = new_training()
 
-    def stop_there(trained: Training) -> None:
+    def stop_there(trained: TrainState) -> None:
         if trained.step == stop:
             checkpoint.save(tmp_path, "hash", first.state())
             raise Interrupted
@@ -188,10 +190,10 @@ class TestCheckpoints:
         assert found is not None
 
 
-def state_at(step: int) -> State:
+def state_at(step: int) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     tensors = {"adapter/a": torch.randn(4, 3, generator=generator), "rng/cpu": torch.get_rng_state()}
-    return State(tensors, {"step": step, "points": 1, "grad_norm": 0.1 + step})
+    return Snapshot(tensors, {"step": step, "points": 1, "grad_norm": 0.1 + step})
 
 
 def flip(file: Path, position: int) -> None:

@@ -92,7 +92,7 @@ def written_out(
 
 
 def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
-    """As `SAEDescent` states it, with a = `balance` held."""
+    """As `SAEGradientState` states it, with a = `balance` held."""
     if mse:
         return 0.5 * (balance * parts.kl + parts.mse) + parts.penalty
     return parts.kl + parts.penalty / balance
@@ -309,12 +309,11 @@ class TestSpecialPositions:
         sae = trained("topk")
         one = made(MODEL, Method.sae_finetune, sae, train=PLAIN, keeps=True)
         trunk = Trunk(MODEL, TOKENS, SPECIAL, one.training.student.cuts)
-        one.training.learner.hidden(trunk)
+        one.training.hidden(trunk)
         read = MODEL.resid_entering(2, TOKENS)[~special_positions(TOKENS, SPECIAL)]
         error = (sae.sae(read) - read).square().sum(-1).mean()
-        learner = one.training.learner
-        assert float(learner._mse / learner._tokens) == pytest.approx(error.item(), rel=1e-5)
-        assert int(learner._tokens) == len(read)
+        assert float(one.training._mse / one.training._tokens) == pytest.approx(error.item(), rel=1e-5)
+        assert int(one.training._tokens) == len(read)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sae_lora.common.errors import UserError
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
-from sae_lora.saes.training.sae_trainer import SAELearner, mean_norm_scale
+from sae_lora.saes.training.sae_trainer import SteppedSAETrainer, mean_norm_scale
 from tests.families import random_tokens, small_model
 from tests.learners import CPU, HOOKPOINT, TOKENS, WIDTH, K, in_training, learner, request, residuals
 
@@ -28,12 +28,12 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def taken(one: SAELearner, first: int, last: int) -> list[list[float]]:
+def taken(one: SteppedSAETrainer, first: int, last: int) -> list[list[float]]:
     """What the steps from one to before another find."""
     return [[float(value) for value in one.step(residuals(step))] for step in range(first, last)]
 
 
-def is_same(one: SAELearner, other: SAELearner) -> bool:
+def is_same(one: SteppedSAETrainer, other: SteppedSAETrainer) -> bool:
     """Whether all of two trainings is the same, to the bit."""
     (ours, values), (theirs, others) = one.state(), other.state()
     assert set(ours) == set(theirs)
@@ -204,8 +204,8 @@ def test_more_warm_up_and_decay_than_steps_are_refused() -> None:
         scheduled(5, 6)
 
 
-def scheduled(warm_up_steps: int, decay_steps: int) -> SAELearner:
-    return SAELearner(
+def scheduled(warm_up_steps: int, decay_steps: int) -> SteppedSAETrainer:
+    return SteppedSAETrainer(
         training_sae.new(request("topk"), CPU, {}),
         steps=10,
         batch_tokens=TOKENS,
@@ -266,7 +266,7 @@ def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
 
 def test_a_trained_sae_goes_on_to_learn() -> None:
     original = training_sae.inference(in_training("batchtopk"), SCALE)
-    one = SAELearner(
+    one = SteppedSAETrainer(
         training_sae.trainable(original),
         steps=STEPS,
         batch_tokens=TOKENS,
@@ -293,7 +293,7 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, None, seed=0, batches_per_fill=4)
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     torch.manual_seed(0)
-    one = SAELearner(
+    one = SteppedSAETrainer(
         training_sae.new(request(architecture, sparsity_coefficient=0.02, warm_up_steps=30), CPU, {}),
         steps=steps,
         batch_tokens=96,

@@ -113,7 +113,7 @@ def finish(folder: RunFolder) -> Summary:
 
 def save(folder: RunFolder, step: int, points: int) -> None:
     """A checkpoint that was made after so many points."""
-    state = checkpoint.State({"adapter": torch.zeros(2)}, {"step": step, "points": points})
+    state = checkpoint.Snapshot({"adapter": torch.zeros(2)}, {"step": step, "points": points})
     checkpoint.save(folder.checkpoints, identity(load(folder.config.read_text())), state)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.launch.packs import places
@@ -26,10 +27,10 @@ from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.trunk import Trunk
-from sae_lora.train.distill import Pack
-from sae_lora.train.distributed import Alone, Workers
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.distributed import ProcessGroup, SingleProcess
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.train_state import Training
+from sae_lora.train.train_state import TrainState
 from tests.attempts import attempt, frozen, results
 from tests.coders import jumprelu_sae, topk_sae
 from tests.families import random_tokens, small_model
@@ -96,21 +97,21 @@ class Threads:
         self._brought = brought
         """By rank."""
 
-    def part(self, rows: Any) -> Any:
+    def shard(self, rows: Any) -> Any:
         return rows[self.rank :: self._size]
 
-    def tell(self, what: object) -> None:
+    def broadcast(self, what: object) -> None:
         self._exchange(what)
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         return self._exchange(None)[0]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         all_of_them = self._exchange([tensor.clone() for tensor in tensors])
         for tensor, *parts in zip(tensors, *all_of_them, strict=True):
             tensor.copy_(torch.stack(parts).sum(0))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         pass
 
     def _exchange(self, what: object) -> list[Any]:
@@ -126,18 +127,20 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
     """SAEs that adapters change the input of, parts that are unequal."""
     steps, size = 4, 2
 
-    def packed(workers: Workers) -> Pack:
+    def packed(processes: ProcessGroup) -> DistillTrainer:
         model = small_model("gemma2")
         adapters = LoRAConfig(rank=2), LoRAConfig(rank=3, blocks="all")
         those = [
             training(model, sae, CONFIG, steps, one) for one, sae in zip(adapters, SAES, strict=True)
         ]
         comparison = Comparison(Head.of(model))  # of 10 sequences by 3: the last batch is one alone
-        evaluate = Evaluator(model, HELD_OUT, NO_IDS, 3, comparison, workers=workers)
-        return Pack(model, those, evaluate, NO_IDS, kl(model), micro_batch, workers=workers)
+        evaluate = Evaluator(model, HELD_OUT, NO_IDS, 3, comparison, processes=processes)
+        return DistillTrainer(
+            model, Isolation(those), evaluate, NO_IDS, kl(model), micro_batch, processes=processes
+        )
 
     wide = [random_tokens(batch=3, length=16, seed=seed) for seed in range(steps)]
-    alone = packed(Alone())
+    alone = packed(SingleProcess())
     expected = [point for _, point in alone.points(wide)]
 
     meeting, brought = threading.Barrier(size), [None] * size
@@ -145,13 +148,13 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
     led, follows = packed(leader), packed(follower)
 
     def follow() -> None:
-        while (task := follower.hear()) is not None:
+        while (task := follower.receive()) is not None:
             follows.follow(task)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     found = [point for _, point in led.points(wide)]
-    leader.tell(None)
+    leader.broadcast(None)
     thread.join(60)
     # Rounding switches a latent at its threshold, and which of two equally likely tokens is first.
     a_few = 3 / HELD_OUT.numel()
@@ -272,9 +275,9 @@ def test_processes_drop_inputs_of_their_own() -> None:
         fill(each.student.weights)
     trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), NO_IDS, one.student.cuts)
 
-    def found(training: Training, rank: int) -> Tensor:
-        training.learner.draw_apart(0, rank)
-        (states,) = training.learner.hidden(trunk)
+    def found(training: TrainState, rank: int) -> Tensor:
+        training.seed_rank(0, rank)
+        (states,) = training.hidden(trunk)
         return states.detach()
 
     assert torch.equal(found(one, 1), found(other, 1))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import KLComputation
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
@@ -13,10 +14,10 @@ from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Coder, Splice
 from sae_lora.splice.kl import KL, kl_of
 from sae_lora.splice.student import LoRAStudent, Student
-from sae_lora.train.distill import Pack
+from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.optim import Descent
-from sae_lora.train.train_state import Training
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
 from tests.families import random_tokens
 
 HELD_OUT = random_tokens(batch=10, length=16, seed=11)
@@ -44,11 +45,11 @@ def training(
     steps: int = 6,
     adapters: LoRAConfig | None = None,
     block: int = 1,
-) -> Training:
+) -> TrainState:
     """As a run would build it: adapters and dropout from the config's seed."""
     torch.manual_seed(config.seed)
     adapters = adapters or LoRAConfig(rank=2, dropout=0.2)
-    return Training(Descent(student(model, sae, adapters, block), config), config, steps)
+    return GradientState(student(model, sae, adapters, block), config, steps)
 
 
 def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:
@@ -72,9 +73,9 @@ def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
     return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
 
 
-def pack(model: LanguageModel, *trainings: Training, micro_batch: int | None = None) -> Pack:
+def pack(model: LanguageModel, *trainings: TrainState, micro_batch: int | None = None) -> DistillTrainer:
     """The trainings together."""
-    return Pack(model, trainings, evaluator(model), NO_IDS, kl(model), micro_batch)
+    return DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model), micro_batch)
 
 
 def comparable(point: CurvePoint) -> CurvePoint:
@@ -82,9 +83,9 @@ def comparable(point: CurvePoint) -> CurvePoint:
     return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
 
 
-def curves(together: Pack, steps: int) -> dict[Training, list[CurvePoint]]:
+def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:
     """Trains to the end; the curve of each, without times."""
-    found: dict[Training, list[CurvePoint]] = {one: [] for one in together.left}
+    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.left}
     for one, point in together.points(batches(steps)[together.step :]):
         found[one].append(comparable(point))
     return found

@@ -353,7 +353,7 @@ class LauncherConfig:
     """slurm: stay and show the runs until they have ended."""
 
     @property
-    def crew_per_node(self) -> int:
+    def node_processes(self) -> int:
         """Processes on each node that share the batches of a pack."""
         return self.processes_per_node or self.gpus_per_node or 1
 

@@ -40,7 +40,7 @@ def check(config: Config) -> None:
     _check_data_request(config.data)
     _check_budget(config)
     _check_launcher(config.launcher)
-    _check_crew(config)
+    _check_shared_batches(config)
     target_matrices(config.lora.targets)
     canonical_alpha(config.lora)
     _check_blocks(config.lora.blocks)
@@ -385,10 +385,10 @@ def _check_launcher(launcher: LauncherConfig) -> None:
         )
 
 
-def _check_crew(config: Config) -> None:
+def _check_shared_batches(config: Config) -> None:
     """Every process that shares a batch needs a sequence of it."""
     launcher = config.launcher
-    if config.sae.family is SAEFamily.new and launcher.nodes * launcher.crew_per_node > 1:
+    if config.sae.family is SAEFamily.new and launcher.nodes * launcher.node_processes > 1:
         for key in ("nodes", "gpus_per_node", "processes_per_node"):
             value = getattr(launcher, key)
             if value is not None and value > 1:
@@ -397,13 +397,13 @@ def _check_crew(config: Config) -> None:
         raise ConfigError("launcher.nodes", launcher.nodes, "1, but with launcher=slurm", nearest=1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
         check_processes(launcher)
-    if config.train.batch_size < launcher.nodes * launcher.crew_per_node:
+    if config.train.batch_size < launcher.nodes * launcher.node_processes:
         raise ConfigError(
             "train.batch_size",
             config.train.batch_size,
-            f"at least a sequence for each of {launcher.nodes * launcher.crew_per_node} processes "
+            f"at least a sequence for each of {launcher.nodes * launcher.node_processes} processes "
             "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)",
-            nearest=launcher.nodes * launcher.crew_per_node,
+            nearest=launcher.nodes * launcher.node_processes,
         )
 
 
@@ -413,10 +413,10 @@ def check_processes(launcher: LauncherConfig) -> None:
     Raises:
         ConfigError: Where there are more of them.
     """
-    if launcher.crew_per_node > launcher.gpus_per_node > 0:
+    if launcher.node_processes > launcher.gpus_per_node > 0:
         raise ConfigError(
             "launcher.processes_per_node",
-            launcher.crew_per_node,
+            launcher.node_processes,
             f"at most {launcher.gpus_per_node}, one to a GPU (launcher.gpus_per_node), but with "
             "train.device=cpu",
             nearest=launcher.gpus_per_node,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sae_lora.common.console import complain, say, show
-from sae_lora.common.errors import ConfigError
+from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.common.locks import HeldError, held
@@ -237,28 +237,23 @@ def run_now(point: Config) -> float:
         The objective to minimise: the CE gap that is left, in nats per token.
 
     Raises:
-        UserError: Where the point cannot work.
+        UserError: Where the point cannot work, or its run fails.
+        KeyboardInterrupt: When asked to stop; where training stands is saved.
     """
     with quick_imports():
-        from sae_lora.run.active_run import Claim, write_failure
-        from sae_lora.run.execute import execute
+        from sae_lora.run.evaluate import evaluate_pending
+        from sae_lora.run.execute import attempt
 
     (run,) = plan([point]).runs
     if not run.folder.is_finished:
-        with held(run.folder.path) as lease:
+        with held(run.folder.path):
             if not run.folder.is_finished:  # another process may have ended it meanwhile
                 run.freeze()
-                try:
-                    (outcome,) = execute([Claim(run.folder, lease.check)])
-                except Exception as error:
-                    write_failure(run.folder, error)
-                    raise
-                if isinstance(outcome, Exception):
-                    raise outcome
-                if left := pending(run.folder):
-                    from sae_lora.evaluation import run_suites
-
-                    run_suites.evaluate(run.folder, left, run.config.evaluation)
+        if attempt([run.folder]) == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if not run.folder.is_finished:
+            raise UserError(run.folder.failure_message or f"{run.name} was not finished")
+        evaluate_pending([run.folder])
     return run.folder.read_summary()["ce_gap"]
 
 

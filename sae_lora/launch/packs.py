@@ -95,7 +95,7 @@ def _room(pack: Pack, settings: LauncherConfig) -> float:
     if settings.kind is LauncherKind.slurm:
         if wants_gpu:
             return 1e9 * (settings.gpu_mem_gb or _ON_A_NODE_GB["gpu"])
-        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"]) / settings.crew_per_node
+        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"]) / settings.node_processes
     import torch
 
     # Packs at work at the same time share what they are at: a GPU, or the main memory.
@@ -104,7 +104,7 @@ def _room(pack: Pack, settings: LauncherConfig) -> float:
         found = torch.cuda.get_device_properties(0).total_memory
         room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else found
     else:
-        room = psutil.virtual_memory().available / settings.crew_per_node
+        room = psutil.virtual_memory().available / settings.node_processes
     return room / max(at.values())
 
 
@@ -127,9 +127,9 @@ def places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]
     groups = [",".join(gpus[first : first + together]) for first in firsts if gpus]
     number = settings.max_parallel or len(groups) or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    whole = number * settings.crew_per_node == 1 and not settings.cpus_per_task
+    whole = number * settings.node_processes == 1 and not settings.cpus_per_task
     of_a_place = settings.cpus_per_task or cores // number
-    threads = max(1, of_a_place // settings.crew_per_node)
+    threads = max(1, of_a_place // settings.node_processes)
     shared = {} if whole else {"OMP_NUM_THREADS": str(threads)}
     if together == 0:
         shared["CUDA_VISIBLE_DEVICES"] = ""

@@ -197,7 +197,7 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             *([f"--cpus-per-task={cores}"] if cores else []),
         ],
     )
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // settings.crew_per_node))} if cores else {}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // settings.node_processes))} if cores else {}
     variables = _OFFLINE | threads
     for start in range(0, len(packs), settings.max_array_size):
         part = packs[start : start + settings.max_array_size]
@@ -253,7 +253,7 @@ def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job
         variables,
         time_s=60 * (settings.timeout_min or _NO_LIMIT_MIN) - settings.signal_delay_s,
         answer_s=0.8 * settings.signal_delay_s,
-        options=[f"--nodes={settings.nodes}", f"--processes-per-node={settings.crew_per_node}"],
+        options=[f"--nodes={settings.nodes}", f"--processes-per-node={settings.node_processes}"],
     )
 
 

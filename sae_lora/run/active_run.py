@@ -5,10 +5,9 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from sae_lora.common.console import complain
@@ -24,54 +23,44 @@ from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
 from sae_lora.tracking import tracker
 from sae_lora.train import checkpoint, methods
-from sae_lora.train.checkpoint import State
+from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.cost import estimate
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.methods import Sample
-from sae_lora.train.train_state import Training
+from sae_lora.train.train_state import TrainState
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A run folder that this process may write to."""
-
-    folder: RunFolder
-    """Its config is checked, with its SAEs resolved; nothing else is read."""
-    make_sure: Callable[[], None] = lambda: None
-    """Called before anything that counts is written; raises where it must not be."""
-    release: Callable[[], None] = lambda: None
-    """Called when nothing more will be written."""
-
-
-class Member:
+class ActiveRun:
     """One run, from its folder to its summary.
 
     Its methods are called in the order in which they stand here.
 
     Args:
-        claim: Its folder.
+        folder: Its folder, with a config that is checked and whose SAEs are resolved.
+        check: Called before anything that counts is written; raises where it must not be.
+        release: Called when nothing more will be written.
     """
 
     config: Config
-    training: Training
+    training: TrainState
 
-    def __init__(self, claim: Claim) -> None:
-        self.folder = claim.folder
+    def __init__(
+        self,
+        folder: RunFolder,
+        check: Callable[[], None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
         self.outcome: Summary | Exception | None = None
         """What it has found, or why it has found nothing; `None` while there is something to do."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
-        self._make_sure = claim.make_sure
-        self._release = claim.release
-        self._saved: State | None = None
+        self._check = check
+        self._release = release
+        self._saved: Snapshot | None = None
         self._saes: list[LoadedSAE] = []
         self._curve: CurveWriter | None = None
         self._tracker: tracker.Tracker = tracker.Untracked()
-
-    @property
-    def is_left(self) -> bool:
-        """Whether there is anything to do for it yet."""
-        return self.outcome is None
 
     def read(self) -> None:
         """Reads its config and its newest checkpoint; writes nothing.
@@ -112,10 +101,11 @@ class Member:
             saes = methods.new_saes(self.config, model, sample)
         self._saes = saes
         self._keeps = keeps_special_tokens(self.config.sae, saes)
-        learner, self._kept = methods.build(self.config, model, splices(self.config.sae, saes), steps)
-        self.trainable = sum(weight.numel() for weight in learner.student.weights.values())
+        self.training, self._artifact = methods.build(
+            self.config, model, splices(self.config.sae, saes), steps
+        )
+        self.trainable = sum(weight.numel() for weight in self.training.student.weights.values())
         """Trainable parameters."""
-        self.training = Training(learner, self.config.train, steps)
         as_loaded = copy.deepcopy(self.config)
         for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
             choice.width = loaded.description["width"]
@@ -146,7 +136,7 @@ class Member:
 
     def save(self, total_seconds: float) -> None:
         """Writes a checkpoint. The points in it are final, and W&B may show them."""
-        self._make_sure()
+        self._check()
         self.keep_if_due()  # asked to stop in just that step, it goes on from the next
         state = self.training.state()
         state.values["total_seconds"] = total_seconds
@@ -161,7 +151,7 @@ class Member:
             if self.training.step == max(1, round(share * self._steps)) and not folder.exists():
                 self.folder.sae_at.mkdir(exist_ok=True)
                 with new_folder(folder) as beside:
-                    self._kept.save(beside)
+                    self._artifact.save(beside)
 
     def finish(
         self,
@@ -178,9 +168,9 @@ class Member:
             data: What identifies the text.
             found: What else the summary says that is the same for all that trained together.
         """
-        self._make_sure()
-        with new_folder(self.folder.path / self._kept.name) as beside:
-            self._kept.save(beside)
+        self._check()
+        with new_folder(self.folder.path / self._artifact.name) as beside:
+            self._artifact.save(beside)
         points = self.folder.read_curve()
         summary = Summary(
             name=self.name,
@@ -243,11 +233,6 @@ def write_failure(folder: RunFolder, error: Exception) -> None:
         if not folder.path.exists():
             told = "the folder of this run has been deleted; it stops here"
         complain("failed", f"{folder.path.name}: {told}")
-
-
-def concerns_all(error: BaseException) -> bool:
-    """Whether an error in one run is not its own: too little memory, or a GPU that answers no more."""
-    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
 
 
 def _cause(error: Exception) -> str:

@@ -1,87 +1,115 @@
-"""What the processes that train a pack have in common: device, SAEs, and the pack itself."""
-
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+"""What the processes of a pack build alike: SAEs, the model, the trainer."""
 
 import torch
 from torch import Tensor
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import step_tokens, train_steps
-from sae_lora.config.schema import Config
+from sae_lora.config.schema import Config, SAEConfig
+from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import device_of, load_model
+from sae_lora.run.active_run import ActiveRun
+from sae_lora.saes.loading import SAEs
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.kl import kl_of
-from sae_lora.train.distill import Pack
-from sae_lora.train.distributed import Workers
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.reconstruct import SAEPack, sources_of
-from sae_lora.train.train_state import Training
+from sae_lora.train.methods import Sample
+from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
+from sae_lora.train.trainer import Trainer
 
 
-def assemble(
-    config: Config,
-    model: LanguageModel,
-    trainings: Iterable[Training[Any]],
-    special_ids: Tensor,
-    validation_tokens: Tensor,
-    workers: Workers,
-    own: Callable[[Training[Any]], AbstractContextManager[None]] = lambda training: nullcontext(),
-) -> Pack | SAEPack:
-    """The pack of these trainings, as one of its processes has it.
+class Builder:
+    """Builds a pack, in the process that leads it as in those that follow.
 
     Args:
-        config: Of any of its runs.
-        model: The plain model of them all.
-        trainings: Of students of this model.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-        validation_tokens: Held-out tokens `[sequence, pos]`.
-        workers: The processes.
-        own: As `Pack` takes it.
+        config: Of any of its runs; model, data and batches are the same for all.
+
+    Raises:
+        ConfigError: Where a GPU is wanted and there is none.
     """
-    comparison = Comparison(Head.of(model), config.train.kl_chunk_tokens)
-    evaluate = Evaluator(
-        model,
-        validation_tokens,
-        special_ids,
-        max(1, config.train.eval_batch_tokens // config.data.context_length),
-        comparison,
-        1e9 * config.train.eval_cache_gb,
-        workers,
-    )
-    if config.method.kind is Method.sae:
-        return _reconstructing(config, model, trainings, special_ids, evaluate, own)
-    return Pack(
-        model,
-        trainings,
-        evaluate,
-        special_ids,
-        kl_of(comparison, config.train.kl),
-        config.train.micro_batch_size,
-        own,
-        workers,
-    )
 
+    def __init__(self, config: Config) -> None:
+        self.device = device_of(config)
+        self._config = config
+        self._saes = SAEs(read_dimensions(config.model), self.device)
+        self._model: LanguageModel | None = None
 
-def _reconstructing(
-    config: Config,
-    model: LanguageModel,
-    trainings: Iterable[Training[Any]],
-    special_ids: Tensor,
-    evaluate: Evaluator,
-    own: Callable[[Training[Any]], AbstractContextManager[None]],
-) -> SAEPack:
-    """The pack of SAEs that learn to reconstruct."""
-    trainings = list(trainings)
-    students = [training.student for training in trainings]
-    buffer = ActivationBuffer(
-        model,
-        {name: one.hookpoints for student in students for name, one in sources_of(student).items()},
-        special_ids if students[0].splices[0].keeps else None,
-        config.data.seed,
-        max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
-    )
-    batch = torch.Size([config.train.batch_size, config.data.context_length])
-    return SAEPack(buffer, batch, model.device, trainings, evaluate, own)
+    @property
+    def model(self) -> LanguageModel:
+        """The plain model, loaded when it is first asked for."""
+        if self._model is None:
+            self._model = load_model(self._config.model, self._config.train.dtype, self.device)
+        return self._model
+
+    def load_saes(self, config: SAEConfig) -> None:
+        """Loads the SAEs of a run, each once for all runs that use it.
+
+        Raises:
+            UserError: Where they are missing, damaged, or do not fit.
+        """
+        self._saes.of(config)
+
+    def build(self, run: ActiveRun, sample: Sample | None = None) -> None:
+        """Makes the training of a run, new or as it was left.
+
+        Args:
+            run: Whose config is read.
+            sample: Text that new SAEs will be trained on, where the run makes some.
+
+        Raises:
+            ConfigError: Where what is trained does not fit the model.
+        """
+        saes = self._saes.of(run.config.sae)
+        run.build(self.model, saes, train_steps(self._config), sample)
+
+    def trainer(
+        self,
+        trainings: Isolation,
+        special_ids: Tensor,
+        validation_tokens: Tensor,
+        processes: ProcessGroup,
+    ) -> Trainer:
+        """The trainer of a pack, as one of its processes has it.
+
+        Args:
+            trainings: Of students of the model.
+            special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+            validation_tokens: Held-out tokens `[sequence, pos]`.
+            processes: The processes.
+        """
+        config, train = self._config, self._config.train
+        comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
+        evaluate = Evaluator(
+            self.model,
+            validation_tokens,
+            special_ids,
+            max(1, train.eval_batch_tokens // config.data.context_length),
+            comparison,
+            1e9 * train.eval_cache_gb,
+            processes,
+        )
+        if config.method.kind is Method.sae:
+            return self._reconstructing(trainings, special_ids, evaluate)
+        kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
+        return DistillTrainer(self.model, trainings, evaluate, special_ids, kl, micro_batch, processes)
+
+    def _reconstructing(
+        self, trainings: Isolation, special_ids: Tensor, evaluate: Evaluator
+    ) -> ReconstructTrainer:
+        """The trainer of SAEs that learn to reconstruct."""
+        config = self._config
+        students = [training.student for training in trainings.left]
+        buffer = ActivationBuffer(
+            self.model,
+            {name: one.hookpoints for student in students for name, one in sources_of(student).items()},
+            special_ids if students[0].splices[0].keeps else None,
+            config.data.seed,
+            max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
+        )
+        batch = torch.Size([config.train.batch_size, config.data.context_length])
+        return ReconstructTrainer(buffer, batch, self.device, trainings, evaluate)

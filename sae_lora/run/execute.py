@@ -4,9 +4,9 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sae_lora.common.errors import (
     UserError,
     is_out_of_memory,
 )
+from sae_lora.common.isolation import Isolation
 from sae_lora.common.locks import HeldError, LostError, held
 from sae_lora.common.provenance import environment
 from sae_lora.common.secrets import redacted
@@ -27,20 +28,18 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
-from sae_lora.models import language_model, loading
-from sae_lora.models.dimensions import read_dimensions
-from sae_lora.models.loading import device_of, quieten
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import load_tokenizer, quieten
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
-from sae_lora.run.active_run import Claim, Member, concerns_all, write_failure
-from sae_lora.run.build import assemble
+from sae_lora.run.active_run import ActiveRun, write_failure
+from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter, say_point
 from sae_lora.run.worker import Beginning
-from sae_lora.saes.loading import SAEs
-from sae_lora.train.distributed import ONE_PROCESS, Crew, GoneError, Workers, leading
+from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
 from sae_lora.train.methods import Sample
-from sae_lora.train.train_state import Training
-from sae_lora.train.trainer import Loop
+from sae_lora.train.train_state import TrainState
+from sae_lora.train.trainer import Trainer
 
 
 class NotTogetherError(Exception):
@@ -48,7 +47,9 @@ class NotTogetherError(Exception):
 
 
 def execute(
-    claims: Sequence[Claim], interruption: Interruption | None = None, crew: Crew = ONE_PROCESS
+    runs: Sequence[ActiveRun],
+    interruption: Interruption | None = None,
+    layout: ProcessLayout = ONE_PROCESS,
 ) -> list[Summary | Exception]:
     """Trains and evaluates together what the folders' configs describe, and writes it into them.
 
@@ -56,9 +57,9 @@ def execute(
     written into its folder, and the others go on.
 
     Args:
-        claims: The folders, of runs that may train together.
+        runs: Runs that may train together, new objects.
         interruption: What may ask the runs to stop; by default nothing does.
-        crew: How many processes share the batches.
+        layout: How many processes share the batches.
 
     Returns:
         What each has found, or why it has found nothing.
@@ -71,191 +72,184 @@ def execute(
             from its checkpoint.
         Interrupted: When asked to stop; where training stands is saved.
     """
-    members = [Member(claim) for claim in claims]
-    with Display() as show:
-        _Execution(members, interruption or Interruption(), show, crew).run()
-    return [member.outcome for member in members if member.outcome is not None]
+    with Display() as display:
+        _Execution(runs, interruption or Interruption(), display, layout).run()
+    return [run.outcome for run in runs if run.outcome is not None]
 
 
 class _Execution:
     """Runs that train together, from their folders to their summaries."""
 
     def __init__(
-        self, members: Sequence[Member], interruption: Interruption, show: Display, crew: Crew
+        self,
+        runs: Sequence[ActiveRun],
+        interruption: Interruption,
+        display: Display,
+        layout: ProcessLayout,
     ) -> None:
-        self._members = members
-        self._crew = crew
+        self._runs = Isolation(runs, ActiveRun.fail)
+        self._layout = layout
         self._interruption = interruption
-        self._show = show
+        self._display = display
         self._started = time.perf_counter()
-        self._pack: Loop[Any] | None = None
-
-    @property
-    def _left(self) -> list[Member]:
-        return [member for member in self._members if member.is_left]
-
-    @contextmanager
-    def _own(self, member: Member) -> Iterator[None]:
-        """What goes wrong in the block is this run's alone; the others go on without it."""
-        try:
-            yield
-        except Exception as error:
-            if concerns_all(error) and len(self._left) > 1:
-                raise
-            if self._pack is not None and member.training in self._pack.left:
-                self._pack.drop(member.training)
-            member.fail(error)
-
-    def _each(self, action: Callable[[Member], object]) -> None:
-        """Does it for each that is left."""
-        for member in self._left:
-            with self._own(member):
-                action(member)
 
     def run(self) -> None:
         """Builds them, trains them, and writes what they find."""
         quieten()
-        self._each(Member.read)
-        self._each(Member.make_way)
-        if not self._left:
+        runs = self._runs
+        runs.each(ActiveRun.read)
+        runs.each(ActiveRun.make_way)
+        if not runs.left:
             return
-        config = self._left[0].config  # for what they have in common
-        if len({pack_key(member.config) for member in self._left}) > 1:
+        config = runs.left[0].config  # for what they have in common
+        if len({pack_key(run.config) for run in runs.left}) > 1:
             raise NotTogetherError("model, data or batches of these runs differ")
-        device = device_of(config)
-        steps = train_steps(config)
+        builder = Builder(config)
 
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
-        families = ", ".join(sorted({member.config.sae.family.name for member in self._left}))
+        families = ", ".join(sorted({run.config.sae.family.name for run in runs.left}))
         self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
         text = corpus.load(
             config.data,
-            loading.load_tokenizer(config.model),
-            steps * config.train.batch_size,
+            load_tokenizer(config.model),
+            train_steps(config) * config.train.batch_size,
             config.train.batch_size,
-            self._show.counter("tokenising", "sequences"),
+            self._display.counter("tokenising", "sequences"),
         )
-        self._show.end()
-        saes = SAEs(read_dimensions(config.model), device)
-        self._each(lambda member: saes.of(member.config.sae))
-        if not self._left:
+        self._display.end()
+        runs.each(lambda run: builder.load_saes(run.config.sae))
+        if not runs.left:
             return
 
-        there = self._left
-        paths = [str(member.folder.path) for member in there]
-        on_gpus = device.type == "cuda"
-        with leading(self._crew, paths, on_gpus, lambda: self._interruption.asked) as workers:
-            others = f" with {self._crew.size - 1} other processes" if self._crew.size > 1 else ""
-            self._stage(f"loading model ({config.model.name}) on {device}{others}")
-            model = loading.load_model(config.model, config.train.dtype, device)
-            sample = Sample(
-                next(text.batches(config.train.batch_size, config.data.seed)), text.special_ids
-            )
-            self._each(lambda member: member.build(model, saes.of(member.config.sae), steps, sample))
-            if self._left:
-                trainings = {there.index(member): member.training for member in self._left}
-                workers.tell(Beginning.of(trainings, text.special_ids, text.validation_tokens))
-                self._train(config, model, text, steps, workers)
+        sent = runs.left.copy()
+        paths = [str(run.folder.path) for run in sent]
+        on_gpus = builder.device.type == "cuda"
+        with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
+            others = f" with {self._layout.size - 1} other processes" if self._layout.size > 1 else ""
+            self._stage(f"loading model ({config.model.name}) on {builder.device}{others}")
+            first = next(text.batches(config.train.batch_size, config.data.seed))
+            sample = Sample(first, text.special_ids)
+            _ = builder.model  # what is wrong with it concerns all
+            runs.each(lambda run: builder.build(run, sample))
+            if runs.left:
+                trainings = {sent.index(run): run.training for run in runs.left}
+                processes.broadcast(Beginning.of(trainings, text.special_ids, text.validation_tokens))
+                self._train(builder, config, text, processes)
 
     def _train(
-        self,
-        config: Config,
-        model: language_model.LanguageModel,
-        text: corpus.Corpus,
-        steps: int,
-        workers: Workers,
+        self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
     ) -> None:
         """Trains all that are left to the end, and writes what they have found."""
-        members = {member.training: member for member in self._left}
-        pack = self._pack = assemble(
-            config,
-            model,
-            members,
-            text.special_ids.to(model.device),
-            text.validation_tokens,
-            workers,
-            lambda training: self._own(members[training]),
-        )
-        report = Reporter(self._show, members, steps, self._own)
+        model, steps = builder.model, train_steps(config)
+        runs = {run.training: run for run in self._runs.left}
 
-        def after_step(trained: Sequence[Training]) -> None:
+        def fail(training: TrainState, error: Exception) -> None:
+            training.reset()
+            runs[training].fail(error)
+
+        trainings = Isolation(runs, fail)
+        special_ids = text.special_ids.to(model.device)
+        trainer = builder.trainer(trainings, special_ids, text.validation_tokens, processes)
+        report = Reporter(self._display, runs, steps, trainings)
+        save = _Saver(trainer, trainings, runs, self._interruption, self._total_seconds)
+
+        def after_step(trained: Sequence[TrainState]) -> None:
             report.step(trained)
             for training in trained:
-                with self._own(members[training]):
-                    members[training].keep_if_due()
-            self._save(
-                pack,
+                with trainings.only(training):
+                    runs[training].keep_if_due()
+            save(
                 [
-                    member
+                    training
                     for training in trained
-                    if (member := members[training]).is_left
-                    and training.step % member.config.train.checkpoint_every_steps == 0
-                ],
+                    if training in trainings.left
+                    and training.step % runs[training].config.train.checkpoint_every_steps == 0
+                ]
             )
 
         with ExitStack() as begun:
-            begun.callback(_end, list(members.values()))
+            begun.callback(_end, list(runs.values()))
             made_with = environment(model.device)
-            self._each(lambda member: member.begin(made_with))
+            trainings.each(lambda training: runs[training].begin(made_with))
             report.begin()
-            batches = text.batches(config.train.batch_size, config.data.seed, pack.first_batch)
-            found = {
+            batches = text.batches(config.train.batch_size, config.data.seed, trainer.first_batch)
+            common = {
                 "validation_tokens": text.validation.size,
                 "model": _describe_model(config, model),
                 "environment": made_with,
-                "trained_together": len(self._members),
+                "trained_together": len(self._runs.runs),
             }
 
-            def finish(member: Member) -> None:
-                several = len(member.config.sae.used) > 1 and member.config.train.eval_each_sae
-                contributions = pack.contributions(member.training) if several else {}
-                member.finish(self._total_seconds(member), contributions, text.description, **found)
+            def finish(training: TrainState) -> None:
+                run = runs[training]
+                several = len(run.config.sae.used) > 1 and run.config.train.eval_each_sae
+                contributions = trainer.contributions(training) if several else {}
+                run.finish(self._total_seconds(run), contributions, text.description, **common)
 
             try:
-                for training, point in pack.points(batches, after_step, self._interruption.held):
-                    with self._own(members[training]):
-                        members[training].take(point)
-                        say_point(point, members[training].name if len(members) > 1 else None)
+                for training, point in trainer.points(batches, after_step, self._interruption.held):
+                    with trainings.only(training):
+                        runs[training].take(point)
+                        say_point(point, runs[training].name if len(runs) > 1 else None)
                 with self._interruption.held():
-                    self._each(finish)
+                    trainings.each(finish)
             except Interrupted:
-                workers.let_go()
-                self._save(pack, self._left)
+                processes.release()
+                save(trainings.left.copy())
                 raise
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
-                    workers.let_go()
+                    processes.release()
                     traceback.clear_frames(error.__traceback__)  # what filled it
-                    whole = [member for member in self._left if member.training.is_between_steps]
-                    self._save(pack, whole)  # here a request to stop is heard that came before
+                    # Here a request to stop is heard that came before.
+                    save([training for training in trainings.left if training.is_between_steps])
                 raise
 
-    def _save(self, pack: Loop[Any], members: Sequence[Member]) -> None:
-        if not members:
-            return
-        with pack.paused(), self._interruption.held():
-            for member in members:
-                with self._own(member):
-                    member.save(self._total_seconds(member))
-
-    def _total_seconds(self, member: Member) -> float:
+    def _total_seconds(self, run: ActiveRun) -> float:
         """What the run has taken: of this process, its share."""
-        share = (time.perf_counter() - self._started) / len(self._members)
-        return member.seconds_before + share
+        share = (time.perf_counter() - self._started) / len(self._runs.runs)
+        return run.seconds_before + share
 
     def _stage(self, text: str) -> None:
         """Says what is done next, to who watches this process and in the folders to who does not."""
-        self._show.stage(text)
-        self._each(lambda member: member.folder.write_progress(Progress(text)))
+        self._display.stage(text)
+        self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
 
 
-def _end(members: Sequence[Member]) -> None:
+class _Saver:
+    """Writes checkpoints of some runs, while training stands still and cannot be interrupted."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        trainings: Isolation[TrainState],
+        runs: dict[TrainState, ActiveRun],
+        interruption: Interruption,
+        total_seconds: Callable[[ActiveRun], float],
+    ) -> None:
+        self._trainer = trainer
+        self._trainings = trainings
+        self._runs = runs
+        self._interruption = interruption
+        self._total_seconds = total_seconds
+
+    def __call__(self, wanted: Sequence[TrainState]) -> None:
+        if not wanted:
+            return
+        with self._trainer.paused(), self._interruption.held():
+            for training in wanted:
+                with self._trainings.only(training):
+                    run = self._runs[training]
+                    run.save(self._total_seconds(run))
+
+
+def _end(runs: Sequence[ActiveRun]) -> None:
     """Ends their W&B runs side by side: where the server is slow, all wait at the same time."""
-    with ThreadPoolExecutor(len(members)) as threads:
-        list(threads.map(Member.end, members))
+    with ThreadPoolExecutor(len(runs)) as threads:
+        list(threads.map(ActiveRun.end, runs))
 
 
-def _describe_model(config: Config, model: language_model.LanguageModel) -> dict[str, Any]:
+def _describe_model(config: Config, model: LanguageModel) -> dict[str, Any]:
     return {
         "name": config.model.name,
         "revision": config.model.revision,
@@ -267,34 +261,34 @@ def _describe_model(config: Config, model: language_model.LanguageModel) -> dict
     }
 
 
-def attempt(folders: Sequence[RunFolder], crew: Crew = ONE_PROCESS) -> int:
+def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -> int:
     """One attempt at runs that train together, but for those that are finished or held elsewhere.
 
     What goes wrong is written into the folders and said.
 
     Args:
         folders: The runs.
-        crew: How many processes share the batches.
+        layout: How many processes share the batches.
 
     Returns:
         The exit code: 0 where all are finished, or one of `sae_lora.common.errors`.
     """
     interruption = Interruption()
     held_elsewhere = False
-    claims: list[Claim] = []
+    runs: list[ActiveRun] = []
     try:
         with interruption.watching(), ExitStack() as leases:
             for folder in folders:
-                own = leases.enter_context(ExitStack())
+                lock = leases.enter_context(ExitStack())
                 try:
-                    lease = own.enter_context(held(folder.path))
+                    lease = lock.enter_context(held(folder.path))
                 except HeldError as error:
                     complain("left alone", str(error))
                     held_elsewhere = True
                 else:
                     if not folder.is_finished:
-                        claims.append(Claim(folder, lease.check, own.close))
-            outcomes = _outcomes(claims, interruption, crew)
+                        runs.append(ActiveRun(folder, lease.check, lock.close))
+            outcomes = _outcomes(runs, interruption, layout)
     except Interrupted:
         return EXIT_INTERRUPTED
     if outcomes is None:
@@ -305,19 +299,17 @@ def attempt(folders: Sequence[RunFolder], crew: Crew = ONE_PROCESS) -> int:
 
 
 def _outcomes(
-    claims: Sequence[Claim], interruption: Interruption, crew: Crew
+    runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
 ) -> list[Summary | Exception] | None:
     """What becomes of each; `None` where nothing does together that may yet do alone."""
     try:
-        return execute(claims, interruption, crew)
+        return execute(runs, interruption, layout)
     except GoneError as error:
         complain("ended", str(error))
         return None
     except Exception as error:
         unsettled = [
-            claim.folder
-            for claim in claims
-            if not claim.folder.is_finished and not claim.folder.has_failed
+            run.folder for run in runs if not run.folder.is_finished and not run.folder.has_failed
         ]
         if len(unsettled) > 1 and not isinstance(error, UserError):
             sys.stderr.write(redacted("".join(traceback.format_exception(error))))
@@ -335,7 +327,7 @@ def main() -> int:
     parser.add_argument("--processes-per-node", type=int, default=1, help="that share the batches")
     given = parser.parse_args()
     folders = [RunFolder(path) for path in given.folders]
-    code = attempt(folders, Crew(given.nodes, given.processes_per_node))
+    code = attempt(folders, ProcessLayout(given.nodes, given.processes_per_node))
     if code == EXIT_INTERRUPTED:
         if all(folder.is_finished for folder in folders):
             return 0

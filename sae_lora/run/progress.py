@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 
 from sae_lora.common.console import Display, percent, say
+from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint, Progress
-from sae_lora.run.active_run import Member
-from sae_lora.train.train_state import Training
+from sae_lora.run.active_run import ActiveRun
+from sae_lora.train.train_state import TrainState
 
 _SHOW_EVERY_S = 1.0
 
@@ -32,41 +32,41 @@ class Reporter:
     """Shows how training goes on, about once a second: reading a loss from a GPU is not free.
 
     Args:
-        show: Shows it to who watches this process.
-        members: The runs by their trainings.
+        display: Shows it to who watches this process.
+        runs: By their trainings.
         steps: Number of steps in all.
-        own: Entered around what is written into one run's folder.
+        isolation: Of the trainings; a folder that cannot be written fails one run alone.
     """
 
     def __init__(
         self,
-        show: Display,
-        members: Mapping[Training, Member],
+        display: Display,
+        runs: Mapping[TrainState, ActiveRun],
         steps: int,
-        own: Callable[[Member], AbstractContextManager[None]],
+        isolation: Isolation[TrainState],
     ) -> None:
-        self._show = show
-        self._members = members
+        self._display = display
+        self._runs = runs
         self._steps = steps
-        self._own = own
-        self._train_tokens = next(iter(members.values())).config.train.train_tokens
-        self._count = show.counter("training", "tokens")
+        self._isolation = isolation
+        self._train_tokens = next(iter(runs.values())).config.train.train_tokens
+        self._count = display.counter("training", "tokens")
         self._last_time = time.monotonic()
-        self._last_tokens: dict[Training, int] = {}
+        self._last_tokens: dict[TrainState, int] = {}
 
     def begin(self) -> None:
         """Says what is trained, and from where on."""
-        members = list(self._members.values())
-        for training, member in self._members.items():
+        runs = list(self._runs.values())
+        for training, run in self._runs.items():
             if step := training.step:
-                which = f"{member.name}: " if len(members) > 1 else ""
-                self._show.stage(f"{which}going on from step {step:,} of {self._steps:,}")
+                which = f"{run.name}: " if len(runs) > 1 else ""
+                self._display.stage(f"{which}going on from step {step:,} of {self._steps:,}")
             self._write(training, training.loss, rate=None)
-        weights = ", ".join(f"{member.trainable:,}" for member in members)
-        runs = f" in {len(members)} runs" if len(members) > 1 else ""
-        self._show.stage(f"training {weights} weights{runs} on {self._train_tokens:,} tokens")
+        weights = ", ".join(f"{run.trainable:,}" for run in runs)
+        together = f" in {len(runs)} runs" if len(runs) > 1 else ""
+        self._display.stage(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
 
-    def step(self, trained: Sequence[Training]) -> None:
+    def step(self, trained: Sequence[TrainState]) -> None:
         """These have taken a step."""
         now = time.monotonic()
         seconds = now - self._last_time
@@ -81,8 +81,8 @@ class Reporter:
         self._last_time = now
         self._last_tokens = {training: training.tokens for training in trained}
 
-    def _write(self, training: Training, loss: float, rate: float | None) -> None:
-        member = self._members[training]
+    def _write(self, training: TrainState, loss: float, rate: float | None) -> None:
+        run = self._runs[training]
         progress = Progress(
             stage="training",
             step=training.step,
@@ -91,7 +91,7 @@ class Reporter:
             train_tokens=self._train_tokens,
             loss=loss if math.isfinite(loss) else None,
             tokens_per_second=rate,
-            checkpoint_step=member.checkpoint_step,
+            checkpoint_step=run.checkpoint_step,
         )
-        with self._own(member):
-            member.folder.write_progress(progress)
+        with self._isolation.only(training):
+            run.folder.write_progress(progress)

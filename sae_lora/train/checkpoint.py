@@ -28,7 +28,7 @@ KEPT = 2
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
-class State(NamedTuple):
+class Snapshot(NamedTuple):
     """Everything that training needs to go on as if it had never stopped.
 
     Args:
@@ -44,7 +44,7 @@ class DamagedCheckpointError(UserError):
     """Checkpoints are there, and none of them can be used."""
 
 
-def save(folder: Path, run_hash: str, state: State) -> None:
+def save(folder: Path, run_hash: str, state: Snapshot) -> None:
     """Writes a checkpoint and removes all but the newest `KEPT`.
 
     Args:
@@ -75,7 +75,7 @@ def save(folder: Path, run_hash: str, state: State) -> None:
         shutil.rmtree(old)
 
 
-def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> State | None:
+def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snapshot | None:
     """The newest checkpoint that is sound, or `None` where none was ever written.
 
     Args:
@@ -92,7 +92,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Stat
         fault = _fault(path, run_hash)
         if fault is None:
             try:
-                return State(load_file(path / _TENSORS), json.loads((path / _VALUES).read_text()))
+                return Snapshot(load_file(path / _TENSORS), json.loads((path / _VALUES).read_text()))
             except (OSError, SafetensorError, ValueError) as error:
                 fault = str(error)
         faults.append(f"{path.name}: {fault}")

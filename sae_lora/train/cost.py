@@ -118,8 +118,8 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     sizes = _Sizes.of(model)
     runs = [_Run.of(model, config) for config in configs]
     micro_batch = common.train.micro_batch_size or common.train.batch_size
-    crew = common.launcher.nodes * common.launcher.crew_per_node
-    share = -(-common.train.batch_size // crew)
+    processes = common.launcher.nodes * common.launcher.node_processes
+    share = -(-common.train.batch_size // processes)
     at_once = min(share, micro_batch) * common.data.context_length
     per_token = _flops(model, sizes, runs, common.data.context_length)
     weights = sum(run.weights for run in runs)
@@ -136,7 +136,9 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     held = (
         sum(weight.numel() for weight in model.model.parameters()) * computed
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
-        + sum(((24 if run.trains_saes else 16) + (4 if crew > 1 else 0)) * run.weights for run in runs)
+        + sum(
+            ((24 if run.trains_saes else 16) + (4 if processes > 1 else 0)) * run.weights for run in runs
+        )
         + _kept_for_logits(model, at_once, common.train)
         + _kept_for_evaluation(common, runs, sizes.d_model * computed)
         + _buffered(common, saes, sizes.d_model * computed)

@@ -1,20 +1,19 @@
 """Distillation: students learn the teacher's distribution from the same batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Trunk
-from sae_lora.train.distributed import Workers
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.optim import Distiller
-from sae_lora.train.train_state import Training
-from sae_lora.train.trainer import Loop, Task
+from sae_lora.train.train_state import DistillState
+from sae_lora.train.trainer import Task, Trainer
 
 Run = TypeVar("Run")
 AT_ONCE = 8
@@ -22,7 +21,7 @@ AT_ONCE = 8
 more: a third of what those of one student and their gradient take."""
 
 
-class Pack(Loop[Distiller]):
+class DistillTrainer(Trainer[DistillState]):
     """Students that learn the teacher's distribution together, each as if it were alone.
 
     Args:
@@ -32,30 +31,28 @@ class Pack(Loop[Distiller]):
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         kl: Finds the KL of several students.
         micro_batch: Sequences per forward and backward pass; all of a step if `None`.
-        own: As `Loop` takes it.
-        workers: The processes that share the batches, each with a pack like this one.
+        processes: The processes that share the batches, each with a trainer like this one.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        trainings: Iterable[Training[Distiller]],
+        trainings: Isolation[DistillState],
         evaluate: Evaluator,
         special_ids: Tensor,
         kl: KL,
         micro_batch: int | None = None,
-        own: Callable[[Training[Distiller]], AbstractContextManager[None]] = lambda one: nullcontext(),
-        workers: Workers | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(model.device, trainings, evaluate, own, workers)
+        super().__init__(model.device, trainings, evaluate, processes)
         self._model = model
         self._special_ids = special_ids
         self._kl = kl
         self._micro_batch = micro_batch
 
     def follow(self, task: Task) -> None:
-        """Does this process's share of what the leader's pack does."""
-        trainings = [self._trainings[number] for number in task.numbers]
+        """Does this process's share of what the leader's trainer does."""
+        trainings = [self._trainings.runs[number] for number in task.numbers]
         if task.of_each:
             for training in trainings:
                 self._evaluate.contributions(training.student)
@@ -64,15 +61,13 @@ class Pack(Loop[Distiller]):
             self._evaluate([training.student for training in trainings])
             return
         for training in trainings:
-            training.learner.draw_apart(training.step, self._workers.rank)
+            training.seed_rank(training.step, self._processes.rank)
         self._take_step(trainings, self._on_device(task.tokens))
 
-    def _step(
-        self, step: int, batches: Iterator[Tensor], trained: Sequence[Training[Distiller]]
-    ) -> None:
+    def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[DistillState]) -> None:
         tokens = next(batches)
         if trained:
-            self._tell(trained, tokens)
+            self._broadcast(trained, tokens)
             self._take_step(trained, self._on_device(tokens))
 
     def _on_device(self, tokens: Tensor) -> Tensor:
@@ -80,22 +75,22 @@ class Pack(Loop[Distiller]):
         device = self._model.device
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
-    def _take_step(self, trained: Sequence[Training[Distiller]], tokens: Tensor) -> None:
+    def _take_step(self, trained: Sequence[DistillState], tokens: Tensor) -> None:
         """One step of each on the tokens `[batch, pos]`."""
-        own = self._workers.part(tokens)
+        shard = self._processes.shard(tokens)
 
         # ---- the step -------------------------------------------------------------------------
-        for part in own.split(self._micro_batch or len(own)):
+        for part in shard.split(self._micro_batch or len(shard)):
             trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
             teacher = trunk.hidden()
-            for turn in turns(self._of(trained)):
-                hidden: dict[Training[Distiller], list[Tensor]] = {}
+            for turn in turns(self._still_left(trained)):
+                hidden: dict[DistillState, list[Tensor]] = {}
                 for training in turn:
-                    with self._own(training):
-                        hidden[training] = training.learner.hidden(trunk)
+                    with self._trainings.only(training):
+                        hidden[training] = training.hidden(trunk)
                 passes = [states for several in hidden.values() for states in several]
                 weights = [
-                    training.weight(tokens.shape) if training.learner.needs_gradient else None
+                    training.weight(tokens.shape) if training.needs_gradient else None
                     for training, several in hidden.items()
                     for _ in several
                 ]
@@ -104,12 +99,12 @@ class Pack(Loop[Distiller]):
                 for training in list(hidden):
                     states = hidden.pop(training)
                     kl = [next(found) for _ in states]
-                    with self._own(training):
-                        training.learner.absorb(states, kl)
-        self._workers.add_up([part for training in trained for part in training.learner.sums])
-        for training in self._of(trained):
-            with self._own(training):
-                training.learn(tokens.shape)
+                    with self._trainings.only(training):
+                        training.backward(states, kl)
+        self._processes.all_reduce([part for training in trained for part in training.sums])
+        for training in self._still_left(trained):
+            with self._trainings.only(training):
+                training.take_step(tokens.shape)
         # ---------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ class GoneError(Exception):
     """Another of the processes has ended, and with it what they have in common."""
 
 
-class Workers(Protocol):
+class ProcessGroup(Protocol):
     """The processes that train a pack, seen from one of them."""
 
     @property
@@ -52,73 +52,73 @@ class Workers(Protocol):
         """Which one it is; the leader is the first, 0."""
         ...
 
-    def part(self, rows: Rows) -> Rows:
+    def shard(self, rows: Rows) -> Rows:
         """Of what is shared, what this process is to do."""
         ...
 
-    def tell(self, what: object) -> None:
-        """Lets the others `hear` it. For the leader."""
+    def broadcast(self, what: object) -> None:
+        """Sends it to the others, who `receive` it. For the leader."""
         ...
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over all processes, who call it at the same time."""
         ...
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """From now on it makes no difference whether the others end. For the leader."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process that does everything."""
 
     rank = 0
 
-    def part(self, rows: Rows) -> Rows:
+    def shard(self, rows: Rows) -> Rows:
         """All of it."""
         return rows
 
-    def tell(self, what: object) -> None:
+    def broadcast(self, what: object) -> None:
         """There is nobody to tell."""
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """They are the sum."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """There is nobody to let go."""
 
 
-class Several:
+class Distributed:
     """One of several processes, which have found each other through torch.distributed.
 
     Args:
         rank: Which.
         size: How many there are.
-        let_go: What the leader is to do when it needs the others no more.
+        release: What the leader is to do when it needs the others no more.
     """
 
-    def __init__(self, rank: int, size: int, let_go: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, rank: int, size: int, release: Callable[[], None] = lambda: None) -> None:
         self.rank = rank
         self._size = size
-        self._let_go = let_go
+        self._release = release
 
-    def part(self, rows: Rows) -> Rows:
+    def shard(self, rows: Rows) -> Rows:
         """Every so many-th."""
         return rows[self.rank :: self._size]
 
-    def tell(self, what: object) -> None:
+    def broadcast(self, what: object) -> None:
         """Sends it to all others."""
         with self._in_touch():
             dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """What the leader tells next; waits for it."""
         told = [None]
         with self._in_touch():
             dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         return told[0]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Adds up all tensors of a precision in one go."""
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -129,9 +129,9 @@ class Several:
             for tensor, found in zip(alike, sums, strict=True):
                 tensor.copy_(found.view_as(tensor))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """From now on it makes no difference whether the others end."""
-        self._let_go()
+        self._release()
 
     @contextmanager
     def _in_touch(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Crew:
+class ProcessLayout:
     """How many processes there are to be."""
 
     nodes: int = 1
@@ -157,20 +157,20 @@ class Crew:
         return self.nodes * self.per_node
 
 
-ONE_PROCESS = Crew()
+ONE_PROCESS = ProcessLayout()
 
 
 @contextmanager
 def leading(
-    crew: Crew,
+    layout: ProcessLayout,
     arguments: Sequence[str],
     on_gpus: bool = False,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Workers]:
+) -> Iterator[ProcessGroup]:
     """Has the others there inside the block, this process being the first.
 
     Args:
-        crew: How many.
+        layout: How many.
         arguments: Of `python -m sae_lora.run.worker`.
         on_gpus: Whether each computes on a GPU.
         asked_to_stop: Whether this process has been; then what ends with it has not failed.
@@ -179,29 +179,29 @@ def leading(
         GoneError: Where one of them ends too early. Where this process does not notice, because it
             waits for ever, it ends.
     """
-    if crew.size == 1:
-        yield Alone()
+    if layout.size == 1:
+        yield SingleProcess()
         return
-    host = "127.0.0.1" if crew.nodes == 1 else socket.gethostname()
+    host = "127.0.0.1" if layout.nodes == 1 else socket.gethostname()
     patience = timedelta(seconds=_START_S)
-    store = TCPStore(host, 0, crew.size, True, patience, wait_for_workers=False)
+    store = TCPStore(host, 0, layout.size, True, patience, wait_for_workers=False)
     command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.worker", *arguments]
-    found = {_LEADER: f"{host}:{store.port}", _SIZE: str(crew.size)}
-    with _Followers(_started(crew, command, found), asked_to_stop) as followers:
+    found = {_LEADER: f"{host}:{store.port}", _SIZE: str(layout.size)}
+    with _Followers(_started(layout, command, found), asked_to_stop) as followers:
         try:
-            followers.meet(store, crew.size)
-            _join(store, 0, crew.size, on_gpus)
-            workers = Several(0, crew.size, followers.may_end)
-            yield workers
-            workers.let_go()
-            workers.tell(None)
+            followers.meet(store, layout.size)
+            _join(store, 0, layout.size, on_gpus)
+            processes = Distributed(0, layout.size, followers.may_end)
+            yield processes
+            processes.release()
+            processes.broadcast(None)
             dist.destroy_process_group()
         except GoneError as error:
             raise GoneError(followers.what_is_wrong()) from error
 
 
 @contextmanager
-def following(on_gpus: bool) -> Iterator[Several | None]:
+def following(on_gpus: bool) -> Iterator[Distributed | None]:
     """Finds the leader who has started this process; `None` where it is not needed after all.
 
     Beside a leader on the first node of a job, SLURM starts as many processes there as elsewhere.
@@ -228,7 +228,7 @@ def following(on_gpus: bool) -> Iterator[Several | None]:
     except RuntimeError as error:
         raise GoneError(f"nobody leads at {host}:{port}") from error
     _join(store, int(rank), size, on_gpus)
-    yield Several(int(rank), size)
+    yield Distributed(int(rank), size)
     dist.destroy_process_group()
 
 
@@ -243,18 +243,18 @@ def _join(store: TCPStore, rank: int, size: int, on_gpus: bool) -> None:
 
 
 def _started(
-    crew: Crew, command: Sequence[str], found: Mapping[str, str]
+    layout: ProcessLayout, command: Sequence[str], found: Mapping[str, str]
 ) -> list[subprocess.Popen[bytes]]:
-    if crew.nodes == 1:
+    if layout.nodes == 1:
         with unheard():  # the leader heeds signals, and needs the others to end a step
             return [
                 subprocess.Popen(command, env={**os.environ, **found, _RANK: str(rank)})
-                for rank in range(1, crew.size)
+                for rank in range(1, layout.size)
             ]
     step = [
         *("--overlap", "--overcommit", "--cpu-bind=none", "--mem=0"),
         *("--kill-on-bad-exit=1", "--wait=0"),
-        *(f"--nodes={crew.nodes}", f"--ntasks-per-node={crew.per_node}", f"--ntasks={crew.size}"),
+        *(f"--nodes={layout.nodes}", f"--ntasks-per-node={layout.per_node}", f"--ntasks={layout.size}"),
     ]
     return [subprocess.Popen([shutil.which("srun") or "srun", *step, *command], env=os.environ | found)]
 

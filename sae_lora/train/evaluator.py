@@ -12,7 +12,7 @@ from sae_lora.splice.head import Comparison
 from sae_lora.splice.hooks import Coder, Reading, Splice
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
-from sae_lora.train.distributed import Alone, Workers
+from sae_lora.train.distributed import ProcessGroup, SingleProcess
 
 
 class Evaluation(NamedTuple):
@@ -111,7 +111,7 @@ class Evaluator:
         batch_size: Sequences per forward pass.
         comparison: Sets students beside the model.
         cache_bytes: Room for hidden states that are kept from one evaluation to the next.
-        workers: The processes that share the batches.
+        processes: The processes that share the batches.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class Evaluator:
         batch_size: int,
         comparison: Comparison,
         cache_bytes: float = 0,
-        workers: Workers | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self._model = model
-        self._workers = workers or Alone()
-        self._batches = self._workers.part(tokens.split(batch_size))
+        self._processes = processes or SingleProcess()
+        self._batches = self._processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
@@ -173,7 +173,7 @@ class Evaluator:
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
         self._trunks = trunks
-        self._workers.add_up(
+        self._processes.all_reduce(
             [
                 *(total for own in (base, *spliced.values(), *sums) for total in own.totals),
                 *(total for found in self._new_frozen.values() for total in found.totals),

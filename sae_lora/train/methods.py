@@ -20,14 +20,15 @@ from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
-from sae_lora.saes.training.sae_trainer import SAELearner
-from sae_lora.saes.training.spliced_sae import TrainedSAE, trainable
+from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
+from sae_lora.saes.training.spliced_sae import SplicedSAE, trainable
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
-from sae_lora.train.optim import Descent, Learner, MeZO
-from sae_lora.train.reconstruct import Reconstruction, sources_of
-from sae_lora.train.sae_optim import SAEDescent
+from sae_lora.train.optim import GradientState, MeZOState
+from sae_lora.train.reconstruct import ReconstructState, sources_of
+from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.train_state import TrainState
 
 
 class Sample(NamedTuple):
@@ -42,7 +43,7 @@ class Sample(NamedTuple):
     special_ids: Tensor
 
 
-class Kept(NamedTuple):
+class Artifact(NamedTuple):
     """What is kept of a training.
 
     Args:
@@ -54,7 +55,9 @@ class Kept(NamedTuple):
     save: Callable[[Path], None]
 
 
-def build(config: Config, model: LanguageModel, splices: Splices, steps: int) -> tuple[Learner, Kept]:
+def build(
+    config: Config, model: LanguageModel, splices: Splices, steps: int
+) -> tuple[TrainState, Artifact]:
     """What a run trains, before its first step. Initial values come from torch's global random state.
 
     Args:
@@ -68,30 +71,36 @@ def build(config: Config, model: LanguageModel, splices: Splices, steps: int) ->
     """
     match config.method.kind:
         case Method.lora | Method.mezo:
-            return _lora(config, model, splices)
+            return _lora(config, model, splices, steps)
         case Method.linear_adapter | Method.mlp_adapter:
-            return _output_adapters(config, model, splices)
+            return _output_adapters(config, model, splices, steps)
         case Method.sae_finetune | Method.e2e:
-            return _through_the_model(config, model, splices)
+            return _through_the_model(config, model, splices, steps)
         case Method.sae:
             return _reconstructing(config, model, splices, steps)
         case _:
             raise NotImplementedError(config.method.kind)
 
 
-def _lora(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+def _lora(
+    config: Config, model: LanguageModel, splices: Splices, steps: int
+) -> tuple[TrainState, Artifact]:
     student = LoRAStudent(model, splices, config.lora)
     if config.lora.begun is not None:
         adapter_files.begin_with(student.adapters, Path(config.lora.begun.path))
     if config.method.kind is Method.mezo:
-        learner = MeZO(student, config.train, config.method.epsilon)
+        training = MeZOState(student, config.train, steps, config.method.epsilon)
     else:
-        learner = Descent(student, config.train)
+        training = GradientState(student, config.train, steps)
     base = source(config.model)
-    return learner, Kept("adapter", lambda folder: adapter_files.save(student.adapters, folder, base))
+    return training, Artifact(
+        "adapter", lambda folder: adapter_files.save(student.adapters, folder, base)
+    )
 
 
-def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+def _output_adapters(
+    config: Config, model: LanguageModel, splices: Splices, steps: int
+) -> tuple[TrainState, Artifact]:
     d_model, device = model.config.hidden_size, model.device
     made = {
         splice.hookpoint: OutputAdapter(config.method.kind, d_model, config.method.rank).to(device)
@@ -107,25 +116,27 @@ def _output_adapters(config: Config, model: LanguageModel, splices: Splices) -> 
             (folder / hookpoint).mkdir()
             output_adapter.save(adapter, folder / hookpoint)
 
-    return Descent(student, config.train), Kept("output_adapter", save)
+    return GradientState(student, config.train, steps), Artifact("output_adapter", save)
 
 
-def _through_the_model(config: Config, model: LanguageModel, splices: Splices) -> tuple[Learner, Kept]:
+def _through_the_model(
+    config: Config, model: LanguageModel, splices: Splices, steps: int
+) -> tuple[TrainState, Artifact]:
     student, made = _training_saes(config, model, splices)
     mse = config.method.kind is Method.sae_finetune and config.method.mse
-    return SAEDescent(student, config.train, mse=mse), _kept(made)
+    return SAEGradientState(student, config.train, steps, mse=mse), _artifact(made)
 
 
 def _reconstructing(
     config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[Learner, Kept]:
+) -> tuple[TrainState, Artifact]:
     student, made = _training_saes(config, model, splices)
     sources = sources_of(student)
     warm_up = round(config.train.warmup_share * steps)
     falls = config.train.schedule is Schedule.linear
-    learners = {}
+    trainers = {}
     for name, (sae, _) in sources.items():
-        learners[name] = SAELearner(
+        trainers[name] = SteppedSAETrainer(
             sae.sae,
             steps=steps,
             batch_tokens=step_tokens(config),
@@ -136,16 +147,16 @@ def _reconstructing(
             sampling_window_steps=max(2, steps // 4),
             device=model.device,
         )
-        learners[name].begin(float(sae.scale))
-    return Reconstruction(student, learners), _kept(made)
+        trainers[name].begin(float(sae.scale))
+    return ReconstructState(student, config.train, steps, trainers), _artifact(made)
 
 
 def _training_saes(
     config: Config, model: LanguageModel, splices: Splices
-) -> tuple[Student, dict[str, TrainedSAE]]:
+) -> tuple[Student, dict[str, SplicedSAE]]:
     """A student of which SAEs are trained, and these by hookpoint; of several for one, by the first."""
-    made: dict[str, TrainedSAE] = {}
-    by_given: dict[int, TrainedSAE] = {}
+    made: dict[str, SplicedSAE] = {}
+    by_given: dict[int, SplicedSAE] = {}
     for splice in splices:
         if id(splice.sae) not in by_given:
             by_given[id(splice.sae)] = made[splice.hookpoint] = _in_training(config, splice.sae)
@@ -158,19 +169,19 @@ def _training_saes(
     return _around(model, own, before, made, is_new=is_new), made
 
 
-def _kept(saes: Mapping[str, TrainedSAE]) -> Kept:
+def _artifact(saes: Mapping[str, SplicedSAE]) -> Artifact:
     def save(folder: Path) -> None:
         for hookpoint, sae in saes.items():
             sae.save(folder / hookpoint)
 
-    return Kept("sae", save)
+    return Artifact("sae", save)
 
 
-def _in_training(config: Config, sae: Coder) -> TrainedSAE:
-    if isinstance(sae, TrainedSAE):
+def _in_training(config: Config, sae: Coder) -> SplicedSAE:
+    if isinstance(sae, SplicedSAE):
         return sae
     rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    return TrainedSAE(trainable(sae, config.sae.sparsity_coefficient), dead_after_steps(config), rank)
+    return SplicedSAE(trainable(sae, config.sae.sparsity_coefficient), dead_after_steps(config), rank)
 
 
 def _around(
@@ -219,12 +230,12 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
     read = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
     found: list[LoadedSAE] = []
-    shared: dict[int, TrainedSAE] = {}
+    shared: dict[int, SplicedSAE] = {}
     for choice in config.sae.used:
         one = untrained(config.sae, choice, model.config.hidden_size, model.device, about)
         group = choice.group or [choice.block]
         if group[0] not in shared:
-            sae = TrainedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
+            sae = SplicedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
             sae.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
             shared[group[0]] = sae
         found.append(replace(one, sae=shared[group[0]]))

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from sae_lora.config.schema import TrainConfig
-from sae_lora.saes.training.spliced_sae import TrainedSAE
+from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Reading
 from sae_lora.splice.kl import SummedKL
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
-from sae_lora.train.checkpoint import State
-from sae_lora.train.optim import Descent, Moved
+from sae_lora.train.checkpoint import Snapshot
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import StepInfo
 
 
-class SAEDescent(Descent):
-    """AdamW on the KL together with the losses of SAEs in training.
+class SAEGradientState(GradientState):
+    """A student of which SAEs are trained: AdamW on the KL together with the SAEs' own losses.
 
     With MSE the SAEs' squared error, P what sae-lens adds to it (sparsity penalties, dead latents), and
     a = MSE / KL without a gradient, which brings KL to the scale of MSE, so that P need not be tuned
@@ -27,11 +28,12 @@ class SAEDescent(Descent):
     Args:
         student: What is trained.
         config: The optimisation.
+        steps: Number of steps in all.
         mse: Whether MSE is part of the loss.
     """
 
-    def __init__(self, student: Student, config: TrainConfig, *, mse: bool) -> None:
-        super().__init__(student, config)
+    def __init__(self, student: Student, config: TrainConfig, steps: int, *, mse: bool) -> None:
+        super().__init__(student, config, steps)
         self._by_hookpoint = {splice.hookpoint: splice.sae for splice in student.splices}
         self._with_mse = mse
         self._loss: Tensor | None = None
@@ -40,10 +42,10 @@ class SAEDescent(Descent):
         self._others = [torch.zeros_like(weight) for weight in student.weights.values()]
         """Of each weight, the gradient of all but the KL, summed over tokens."""
 
-    def _trained(self) -> Iterator[TrainedSAE]:
+    def _trained(self) -> Iterator[SplicedSAE]:
         """The SAEs in training, each once."""
         for sae in self.student.modules.values():
-            assert isinstance(sae, TrainedSAE)
+            assert isinstance(sae, SplicedSAE)
             yield sae
 
     @property
@@ -57,7 +59,7 @@ class SAEDescent(Descent):
         def observe(reading: Reading) -> None:
             nonlocal tokens
             sae = self._by_hookpoint[reading.hookpoint]
-            assert isinstance(sae, TrainedSAE) and sae.made is not None
+            assert isinstance(sae, SplicedSAE) and sae.made is not None
             if is_over:  # in a block that is computed once more
                 sae.made = None
                 return
@@ -75,7 +77,7 @@ class SAEDescent(Descent):
         self._loss = torch.stack(losses).sum()
         return [states]
 
-    def absorb(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
+    def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         (states,), (found,) = hidden, kl
         assert self._loss is not None
         # An SAE in a block that is computed once more reads the batch once more.
@@ -88,36 +90,36 @@ class SAEDescent(Descent):
                 if gradient is not None:
                     other += gradient
         self._loss = None
-        super().absorb([states], [found])
-        for name, kept in before.items():
-            self.student.buffers[name].copy_(kept)  # sae-lens puts other tensors in their place
+        super().backward([states], [found])
+        for name, buffer in before.items():
+            self.student.buffers[name].copy_(buffer)  # sae-lens puts other tensors in their place
 
     @torch.no_grad()
-    def learn(self, lr: float, weight: float) -> Moved:
+    def _update(self, lr: float, weight: float) -> StepInfo:
         balance = (self._mse / self._tokens) / (self.total * weight).clamp(min=1e-12)
         of_kl, of_others = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
         for gradient, other in zip(self._gradients(), self._others, strict=True):
             gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
-        moved = super().learn(lr, weight)
+        info = super()._update(lr, weight)
         for sae in self._trained():
             sae.moved(self._active[id(sae)] > 0)
-        return moved
+        return info
 
-    def forget_step(self) -> None:
-        super().forget_step()
+    def reset(self) -> None:
+        super().reset()
         for total in (self._mse, self._tokens, *self._active.values(), *self._others):
             total.zero_()
 
-    def state(self) -> State:
-        tensors, values = super().state()
+    def _own_state(self) -> Snapshot:
+        tensors, values = super()._own_state()
         buffers = {f"buffer/{name}": buffer for name, buffer in self.student.buffers.items()}
         steps = [sae.step for sae in self._trained()]
-        return State(tensors | buffers, values | {"steps": steps})
+        return Snapshot(tensors | buffers, values | {"steps": steps})
 
-    def restore(self, state: State) -> None:
-        super().restore(state)
+    def _restore_own(self, kept: Snapshot) -> None:
+        super()._restore_own(kept)
         for name, buffer in self.student.buffers.items():
-            buffer.copy_(state.tensors[f"buffer/{name}"])
-        for sae, steps in zip(self._trained(), state.values["steps"], strict=True):
+            buffer.copy_(kept.tensors[f"buffer/{name}"])
+        for sae, steps in zip(self._trained(), kept.values["steps"], strict=True):
             sae.step = steps
             sae.has_moved()

@@ -1,9 +1,11 @@
-"""The training of one student: its steps, its rate, its curve, and what is kept of them."""
+"""The training of one student: its steps, its rate, its curve, and what a checkpoint keeps of them."""
 
 import math
 import resource
 import sys
-from typing import Generic, NamedTuple, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,35 +14,48 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Reduction
 from sae_lora.config.schema import TrainConfig
 from sae_lora.records.schema import CurvePoint, gap_closed
-from sae_lora.train.checkpoint import State
+from sae_lora.splice.kl import SummedKL
+from sae_lora.splice.student import Student
+from sae_lora.splice.trunk import Trunk
+from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluation
 from sae_lora.train.lr_schedule import rate_factor
-from sae_lora.train.optim import Learner
 
-L = TypeVar("L", bound=Learner)
+State = TypeVar("State", bound="TrainState")
 
 
-class Training(Generic[L]):
+class StepInfo(NamedTuple):
+    """How a step has moved weights.
+
+    Args:
+        lr: At this rate.
+        norm: Of the gradient before clipping; `None` where that is not known.
+    """
+
+    lr: float
+    norm: Tensor | float | None
+
+
+class TrainState(ABC):
     """The training of one student: how far it is, and all that is its own.
 
     Between two steps `state()` is all there is to know: put back into a new object with
     `restore()`, the rest of the curve and the adapters come out the same to the last bit.
 
     Args:
-        learner: What a step does to the student.
+        student: What is trained.
         config: The optimisation.
         steps: Number of steps in all.
     """
 
-    def __init__(self, learner: L, config: TrainConfig, steps: int) -> None:
-        self.student = learner.student
+    def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
+        self.student = student
         self.step = 0
         """Optimiser steps taken."""
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
         """Whether `state()` is one to go on from: no error has left a step half taken."""
-        self.learner = learner
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
@@ -55,31 +70,56 @@ class Training(Generic[L]):
         self._last_loss: Tensor | None = None
 
     @property
+    @abstractmethod
+    def total(self) -> Tensor:
+        """What this step is to make less, before it does so, summed over its tokens.
+
+        KL(teacher ‖ student) in nats; of SAEs that learn to reconstruct, the squared error.
+        """
+
+    @abstractmethod
+    def _update(self, lr: float, weight: float) -> StepInfo:
+        """Moves the weights, at the end of a step.
+
+        Args:
+            lr: The rate of this step.
+            weight: What the KL is multiplied by to be the loss; its gradient comes multiplied.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Leaves no trace of a step that has ended, or that came to nothing."""
+
+    @abstractmethod
+    def _own_state(self) -> Snapshot:
+        """What the rest of the training depends on besides steps, tokens and the curve."""
+
+    @abstractmethod
+    def _restore_own(self, kept: Snapshot) -> None:
+        """Puts back what `_own_state` gave, in this process or another."""
+
+    @property
     def has_ended(self) -> bool:
         """Whether all its steps are taken."""
         return self.step == self._steps
 
     @property
     def loss(self) -> float:
-        """What the last batch had to teach, per token, as `Learner.total`. Waits for the device."""
+        """What the last batch had to teach, per token, as `total`. Waits for the device."""
         return math.nan if self._last_loss is None else float(self._last_loss)
 
-    def learn(self, batch: torch.Size) -> None:
+    def take_step(self, batch: torch.Size) -> None:
         """Ends the step, which was on so many tokens, `[batch, pos]`, of all processes."""
         lr, tokens = self._config.lr * self._rate_factor(self.step), batch.numel()
         self.is_between_steps = False
-        moved = self.learner.learn(lr, self.weight(batch))
-        total = self.learner.total
+        info = self._update(lr, self.weight(batch))
+        total = self.total
         self.step += 1
         self.tokens += tokens
-        self._lr, self._last_norm, self._last_loss = moved.lr, moved.norm, total / tokens
+        self._lr, self._last_norm, self._last_loss = info.lr, info.norm, total / tokens
         self._interval.add(total, tokens)
-        self.forget_step()
+        self.reset()
         self.is_between_steps = True
-
-    def forget_step(self) -> None:
-        """Leaves no trace of a step that has ended, or that came to nothing."""
-        self.learner.forget_step()
 
     def weight(self, batch: torch.Size) -> float:
         """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
@@ -149,7 +189,7 @@ class Training(Generic[L]):
                 f"train.lr={self._config.lr:g} may be too high"
             )
 
-    def state(self) -> State:
+    def state(self) -> Snapshot:
         """Everything that the rest of the training depends on, besides model, SAEs and text.
 
         Its values `step` and `points` say how many steps were taken and points taken over.
@@ -170,13 +210,13 @@ class Training(Generic[L]):
             "grad_norm": None if self._last_norm is None else float(self._last_norm),
             "interval": interval._asdict(),
         }
-        kept = self.learner.state()
-        return State(kept.tensors, values | {"learner": kept.values})
+        own = self._own_state()
+        return Snapshot(own.tensors, values | {"learner": own.values})
 
-    def restore(self, state: State) -> None:
+    def restore(self, kept: Snapshot) -> None:
         """Puts back what `state()` gave, in this process or another."""
-        values = state.values
-        self.learner.restore(State(state.tensors, values.get("learner", {})))
+        values = kept.values
+        self._restore_own(Snapshot(kept.tensors, values.get("learner", {})))
         self.step = values["step"]
         self.tokens = values["tokens"]
         self._train_seconds = values["train_seconds"]
@@ -186,6 +226,43 @@ class Training(Generic[L]):
         self._lr = values["lr"]
         self._last_norm = values["grad_norm"]
         self._interval = _Interval(self._device, _Read(**values["interval"]))
+
+
+class DistillState(TrainState):
+    """The training of a student on the teacher's distribution.
+
+    In each step `hidden` and `backward` are called for every part of the batch, then `take_step` once.
+    """
+
+    needs_gradient: bool
+    """Whether `backward` wants the gradient of the KL."""
+
+    @property
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """What `backward` has summed in this step, to be added up over processes. May be changed."""
+
+    @abstractmethod
+    def hidden(self, trunk: Trunk) -> list[Tensor]:
+        """What the head reads of the student in each of its passes, `[batch, pos, d_model]`."""
+
+    @abstractmethod
+    def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
+        """Takes in what a part of the batch says.
+
+        Args:
+            hidden: What `hidden` gave.
+            kl: The KL of each, with its gradient where that is needed.
+        """
+
+    @abstractmethod
+    def seed_rank(self, step: int, rank: int) -> None:
+        """Drops other inputs in this step than the same training does in another process.
+
+        Args:
+            step: Its number.
+            rank: Which process this is. What is drawn depends on the two and the seed alone.
+        """
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -9,10 +9,11 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint
-from sae_lora.train.distributed import Alone, Workers
+from sae_lora.train.distributed import ProcessGroup, SingleProcess
 from sae_lora.train.evaluator import Contribution, Evaluator
-from sae_lora.train.train_state import L, Training
+from sae_lora.train.train_state import State
 
 
 class Task(NamedTuple):
@@ -29,8 +30,8 @@ class Task(NamedTuple):
     of_each: bool = False
 
 
-class Loop(ABC, Generic[L]):
-    """Trainings that go through the same batches together, each as if it were alone.
+class Trainer(ABC, Generic[State]):
+    """Students that go through the same batches together, each as if it were alone.
 
     What is frozen is computed once for all. Where some are further than others, those wait.
 
@@ -38,31 +39,30 @@ class Loop(ABC, Generic[L]):
         device: Where they are.
         trainings: Of students of the same model, with equal numbers of steps.
         evaluate: Measures them on held-out tokens.
-        own: Entered around what concerns one training alone; it may keep an exception to itself,
-            and then has called `drop`.
-        workers: The processes that share the batches, each with a loop like this one.
+        processes: The processes that share the batches, each with a trainer like this one.
     """
 
     def __init__(
         self,
         device: torch.device,
-        trainings: Iterable[Training[L]],
+        trainings: Isolation[State],
         evaluate: Evaluator,
-        own: Callable[[Training[L]], AbstractContextManager[None]] = lambda training: nullcontext(),
-        workers: Workers | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
-        self._trainings = list(trainings)
-        self.left = self._trainings.copy()
-        """Those that have not been dropped."""
-        self._workers = workers or Alone()
+        self._trainings = trainings
+        self._processes = processes or SingleProcess()
         self._device = device
         self._evaluate = evaluate
-        self._own = own
         self._clock = _Clock()
-        self._at_work: list[Training[L]] = []
+        self._at_work: list[State] = []
+
+    @property
+    def left(self) -> list[State]:
+        """Those that have not failed."""
+        return self._trainings.left
 
     @abstractmethod
-    def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[Training[L]]) -> None:
+    def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[State]) -> None:
         """Takes one step of each of these.
 
         Args:
@@ -72,18 +72,13 @@ class Loop(ABC, Generic[L]):
         """
 
     def follow(self, task: Task) -> None:
-        """Does this process's share of what the leader's loop does."""
-        raise NotImplementedError(f"{type(self).__name__} is one process's")
+        """Does this process's share of what the leader's trainer does."""
+        raise NotImplementedError(f"{type(self).__name__} runs in one process")
 
     @property
     def first_batch(self) -> int:
         """Number of the batch of tokens that is read next."""
         return self.step
-
-    def drop(self, training: Training[L]) -> None:
-        """Goes on without it."""
-        training.forget_step()
-        self.left.remove(training)
 
     @property
     def step(self) -> int:
@@ -93,9 +88,9 @@ class Loop(ABC, Generic[L]):
     def points(
         self,
         batches: Iterable[Tensor],
-        after_step: Callable[[Sequence[Training[L]]], None] = lambda trained: None,
+        after_step: Callable[[Sequence[State]], None] = lambda trained: None,
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Iterator[tuple[Training[L], CurvePoint]]:
+    ) -> Iterator[tuple[State, CurvePoint]]:
         """Trains to the end; yields each training's points before the first step, on the way, and
         after the last.
 
@@ -105,7 +100,7 @@ class Loop(ABC, Generic[L]):
             held: Entered around each step: what it keeps out cannot leave one half done.
 
         Raises:
-            UserError: When a loss stops being a number, unless `own` keeps that to itself.
+            UserError: When a loss stops being a number, unless the isolation takes the error.
         """
         source = iter(batches)
         step = self.step
@@ -119,7 +114,7 @@ class Loop(ABC, Generic[L]):
                 if trained:
                     self._at_work = list(trained)
                     self._share_seconds()
-            after_step(self._of(trained))
+            after_step(self._still_left(trained))
             yield from self._points_due()
 
     @contextmanager
@@ -129,36 +124,32 @@ class Loop(ABC, Generic[L]):
         yield
         self._clock.run()
 
-    def contributions(self, training: Training[L]) -> dict[str, Contribution]:
+    def contributions(self, training: State) -> dict[str, Contribution]:
         """What each SAE of a student contributes, by hookpoint, with everything as it is now."""
         self._stop_clock()
-        self._tell([training], of_each=True)
+        self._broadcast([training], of_each=True)
         return self._evaluate.contributions(training.student)
 
-    def _of(self, trained: Sequence[Training[L]]) -> list[Training[L]]:
-        """Those of them that have not been dropped."""
+    def _still_left(self, trained: Sequence[State]) -> list[State]:
+        """Those of them that have not failed."""
         return [training for training in trained if training in self.left]
 
-    def _tell(
-        self,
-        trainings: Sequence[Training[L]],
-        tokens: Tensor | None = None,
-        *,
-        of_each: bool = False,
+    def _broadcast(
+        self, trainings: Sequence[State], tokens: Tensor | None = None, *, of_each: bool = False
     ) -> None:
-        numbers = [self._trainings.index(training) for training in trainings]
-        self._workers.tell(Task(numbers, tokens, of_each))
+        numbers = [self._trainings.runs.index(training) for training in trainings]
+        self._processes.broadcast(Task(numbers, tokens, of_each))
 
-    def _points_due(self) -> Iterator[tuple[Training[L], CurvePoint]]:
+    def _points_due(self) -> Iterator[tuple[State, CurvePoint]]:
         due = [training for training in self.left if training.evaluation_is_due]
         if not due:
             return
         self._stop_clock()
-        self._tell(due)
+        self._broadcast(due)
         measured = self._evaluate([training.student for training in due])
         for training, found in zip(due, measured, strict=True):
             points: list[CurvePoint] = []
-            with self._own(training):
+            with self._trainings.only(training):
                 points.append(training.point(found))
             for point in points:
                 yield training, point

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sae_lora.common.console import Display, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
+from sae_lora.common.isolation import Isolation
 from sae_lora.common.provenance import environment
 from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
@@ -33,10 +34,9 @@ from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import FusedKL, kl_of, whole_kl
 from sae_lora.splice.student import LoRAStudent
-from sae_lora.train.distill import Pack
+from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.optim import Descent
-from sae_lora.train.train_state import Training
+from sae_lora.train.optim import GradientState
 from scripts.benchmark.measure import Ratio, ratio, taking_turns
 from scripts.benchmark.memory import PeakMemory
 from scripts.benchmark.profile import Work, peak_flops_per_second, work_of
@@ -95,11 +95,11 @@ def adapters(rank: int) -> LoRAConfig:
     )
 
 
-def training(model: LanguageModel, splice: Splice, rank: int) -> Training:
+def training(model: LanguageModel, splice: Splice, rank: int) -> GradientState:
     """One run, as a pack trains it."""
     torch.manual_seed(rank)
     student = LoRAStudent(model, (splice,), adapters(rank))
-    return Training(Descent(student, TRAIN), TRAIN, 2**30)
+    return GradientState(student, TRAIN, 2**30)
 
 
 def reference(
@@ -110,12 +110,12 @@ def reference(
     return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
-def pack(model: LanguageModel, trainings: Sequence[Training], how: KLComputation) -> Pack:
+def pack(model: LanguageModel, trainings: Sequence[GradientState], how: KLComputation) -> DistillTrainer:
     """Trainings together."""
     no_ids = torch.empty(0, dtype=torch.long, device=model.device)
     beside = Comparison(Head.of(model))
     nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, beside)
-    return Pack(model, trainings, nothing, no_ids, kl_of(beside, how))
+    return DistillTrainer(model, Isolation(trainings), nothing, no_ids, kl_of(beside, how))
 
 
 def compare_steps(

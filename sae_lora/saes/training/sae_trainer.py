@@ -49,7 +49,7 @@ def mean_norm_scale(sum_of_norms: float, tokens: int, d_in: int) -> float:
     return math.sqrt(d_in) * tokens / sum_of_norms
 
 
-class SAELearner:
+class SteppedSAETrainer:
     """An SAE, its Adam and all that sae-lens's trainer knows of its training.
 
     The rate rises linearly over the warm-up, stays, and falls linearly to reach zero one step after the

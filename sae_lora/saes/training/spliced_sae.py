@@ -17,7 +17,7 @@ ADAPTED = ("W_enc", "W_dec")
 """The matrices that LoRA on an SAE changes."""
 
 
-class TrainedSAE(nn.Module):
+class SplicedSAE(nn.Module):
     """An SAE in training. Evaluated, it is what it would be once saved and loaded by sae-lens.
 
     In training mode it is sae-lens's training class, which reads activations times `scale`, and whose
