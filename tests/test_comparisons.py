@@ -17,7 +17,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.comparisons import layer_groups, time_to_ce
 from sae_lora.comparisons import methods as budget
 from sae_lora.comparisons import saes as per_block
-from sae_lora.comparisons.interpolate import reaching, value_at
+from sae_lora.comparisons.interpolate import first_reached, value_at
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, gap_closed
@@ -97,16 +97,19 @@ def test_what_was_not_counted_before_the_first_step_is_nothing() -> None:
     ],
 )
 def test_when_a_cross_entropy_was_first_reached(ce: float, cost: str, expected: float) -> None:
-    assert reaching(BENT, ce, cost) == pytest.approx(expected)
+    reading = first_reached(BENT, "student_ce", ce)
+    assert reading is not None
+    assert reading.read(cost) == pytest.approx(expected)
 
 
 def test_a_curve_that_starts_below_takes_what_its_first_point_took() -> None:
-    assert reaching(BENT[1:], 3.2, "train_seconds") == 10
+    reading = first_reached(BENT[1:], "student_ce", 3.2)
+    assert reading is not None
+    assert reading.read("train_seconds") == 10
 
 
 def test_a_cross_entropy_that_is_never_reached() -> None:
-    with pytest.raises(ValueError, match=r"never gets down to 2\.4"):
-        reaching(BENT, 2.4, "tokens")
+    assert first_reached(BENT, "student_ce", 2.4) is None
 
 
 def cells(table: Table) -> list[list[str]]:

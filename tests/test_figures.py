@@ -21,7 +21,7 @@ def grid(tmp_path: Path) -> Sweep:
 def test_a_line_per_run_factors_as_colour_and_dash(grid: Sweep) -> None:
     figure = gap_curves(grid.frame(), grid.curves())
     assert [trace.name for trace in figure.data] == ["1, 1", "4, 1", "16, 1", "1, 3", "4, 3", "16, 3"]
-    assert figure.layout.legend.title.text == "rank, block"
+    assert figure.layout.legend.title.text == "rank, SAE at block"
     colours, dashes = ([trace.line[key] for trace in figure.data] for key in ("color", "dash"))
     assert colours[:3] == colours[3:] and len(set(colours)) == 3
     assert len(set(dashes[:3])) == len(set(dashes[3:])) == 1 and dashes[0] != dashes[3]
@@ -43,7 +43,7 @@ def test_a_large_legend_names_the_values_of_both_factors(tmp_path: Path) -> None
     sweep = load_sweep(tmp_path / "grid")
     figure = gap_curves(sweep.frame(), sweep.curves())
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert shown == ["1", "2", "4", "8", "block 1", "block 2", "block 3"]
+    assert shown == ["1", "2", "4", "8", "SAE at block 1", "SAE at block 2", "SAE at block 3"]
 
 
 def test_many_values_have_colours_of_their_own(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
-from sae_lora.comparisons.recipes import Reached, reached, savings
+from sae_lora.comparisons.interpolate import first_reached
+from sae_lora.comparisons.recipes import savings
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from tests.test_records import point
@@ -25,9 +27,11 @@ def curve(*closed: float) -> list[CurvePoint]:
 
 def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolder:
     folder = finished(home, f"r{rank}-s{seed}", rank, 3, closed[-1])
+    config = folder.read_config()
+    config["train"]["seed"] = seed
+    folder.config.write_text(yaml.safe_dump(config))
     points = curve(*closed)
     summary = folder.read_summary() | {
-        "seed": seed,
         "train_tokens": points[-1].tokens,
         "train_seconds": points[-1].train_seconds,
     }
@@ -40,10 +44,14 @@ def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolde
 
 
 def test_the_first_time_counts_and_lies_between_evaluations() -> None:
-    assert reached(curve(0.0, 0.5, 0.25, 0.75), 0.25) == Reached(50, 1.0)
-    assert reached(curve(0.0, 0.5, 0.25, 0.75), 0.625) == Reached(275, 5.5)
-    assert reached(curve(0.0, 0.2), 0.2) == Reached(100, 2.0)
-    assert reached(curve(0.0, 0.2), 0.3) is None
+    def at(value: float, *closed: float) -> tuple[float, float] | None:
+        reading = first_reached(curve(*closed), "gap_closed", value)
+        return None if reading is None else (reading.read("tokens"), reading.read("train_seconds"))
+
+    assert at(0.25, 0.0, 0.5, 0.25, 0.75) == (50, 1.0)
+    assert at(0.625, 0.0, 0.5, 0.25, 0.75) == (275, 5.5)
+    assert at(0.2, 0.0, 0.2) == (100, 2.0)
+    assert at(0.3, 0.0, 0.2) is None
 
 
 def test_each_run_is_compared_with_its_like(tmp_path: Path) -> None:

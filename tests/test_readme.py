@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.cli import main
+from scripts import metrics_page
 from tests.composing import composed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -58,6 +59,10 @@ def test_links_lead_somewhere() -> None:
     assert links
     for link in links:
         assert (REPOSITORY / link).exists(), link
+
+
+def test_the_page_of_metrics_is_written_from_their_table() -> None:
+    assert metrics_page.FILE.read_text() == metrics_page.page()
 
 
 def test_the_map_names_every_room_and_config_group() -> None:

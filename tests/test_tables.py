@@ -4,39 +4,24 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sae_lora.common.console import duration, percent, show
-from sae_lora.models.hookpoints import resid_post
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import comparison_table, run_table
-from tests.test_records import point
+from tests.sweeps import MadeUp
 
 
-def finished(tmp_path: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
-    folder = RunFolder(tmp_path / name)
-    folder.write_config("{}\n")
+def finished(home: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
+    """A finished run under a name of its own, of which every cross-entropy is 1."""
+    folder = MadeUp(home).finished(rank=rank, block=block, l0=8.0, closed=closed)
+    folder.path.rename(home / name)
+    folder = RunFolder(home / name)
     numbers = dict.fromkeys(
         ("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "kl", "fvu"), 1.0
     )
-    summary = numbers | {
-        "name": name,
-        "gap_closed": closed,
-        "initial_kl": 2.0,
-        "top1_agreement": 0.5,
-        "l0": 8.0,
-        "trainable_parameters": 10_240 * rank,
-        "train_tokens": 1000,
-        "train_seconds": 63.0,
-        "total_seconds": 80.0,
-        "seed": 0,
-        "model": {"name": "tiny"},
-        "sae": [{"block": block, "hookpoint": resid_post(block), "width": 1024}],
-        "lora": {"rank": rank, "alpha": 32.0, "targets": "all", "blocks": [4, 5]},
-    }
+    summary = folder.read_summary() | numbers | {"name": name, "train_seconds": 63.0}
     folder.summary.write_text(json.dumps(summary))
-    with CurveWriter(folder.curve) as curve:
-        curve.append(point(0))
-        curve.append(point(rank))
     return folder
 
 
@@ -63,15 +48,15 @@ def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
     assert headers[:2] == ["SAE at block", "rank"]
 
 
-def test_what_saes_replace_is_named_where_it_is_not_the_output(tmp_path: Path) -> None:
+def test_what_saes_replace_is_named_where_runs_differ_in_it(tmp_path: Path) -> None:
     folders = [finished(tmp_path, f"run{block}", 4, block, 0.5) for block in (3, 5)]
-    summary = folders[1].read_summary()
-    summary["sae"] += [{"block": 6, "hookpoint": "blocks.6.hook_mlp_out", "width": 1024}]
-    folders[1].summary.write_text(json.dumps(summary))
-    (column,) = [
-        column for column in comparison_table(folders).columns if column.header == "SAE at block"
-    ]
-    assert list(column.cells) == ["3", "5+6 (resid_post+mlp_out)"]
+    config = folders[1].read_config()
+    (used,) = config["sae"]["used"]
+    config["sae"]["used"] = [used, used | {"block": 6, "hook": "mlp_out"}]
+    folders[1].config.write_text(yaml.safe_dump(config))
+    columns = {str(column.header): list(column.cells) for column in comparison_table(folders).columns}
+    assert columns["SAE at block"] == ["3", "5+6"]
+    assert columns["hook"] == ["resid_post", "resid_post+mlp_out"]
 
 
 def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:

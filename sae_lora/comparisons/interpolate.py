@@ -3,8 +3,29 @@
 import bisect
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from sae_lora.records.metrics import METRICS, Better
 from sae_lora.records.schema import CurvePoint
+
+
+class Reading(NamedTuple):
+    """A place between two points of a curve.
+
+    Args:
+        before: The point before it.
+        after: The point after it.
+        share: Of the way from the one to the other, from 0 to 1.
+    """
+
+    before: CurvePoint
+    after: CurvePoint
+    share: float
+
+    def read(self, name: str) -> float:
+        """A field of `CurvePoint` at this place; zero where a point does not know it."""
+        first, second = _value(self.before, name), _value(self.after, name)
+        return first + self.share * (second - first)
 
 
 def value_at(curve: Sequence[CurvePoint], over: str, amount: float, wanted: str) -> float:
@@ -16,32 +37,37 @@ def value_at(curve: Sequence[CurvePoint], over: str, amount: float, wanted: str)
         amount: Of it; beyond the last point, that of the last.
         wanted: The measure, another field of a point.
     """
-    after = bisect.bisect_left([_read(point, over) for point in curve], amount)
+    after = bisect.bisect_left([_value(point, over) for point in curve], amount)
     first, second = curve[max(0, after - 1)], curve[min(after, len(curve) - 1)]
-    return _between(first, second, over, amount, wanted)
+    return _between(first, second, over, amount).read(wanted)
 
 
-def reaching(curve: Sequence[CurvePoint], ce: float, cost: str) -> float:
-    """What a training had taken when its student first got down to a cross-entropy.
+def first_reached(curve: Sequence[CurvePoint], measure: str, value: float) -> Reading | None:
+    """Where a measure is first as good as a value.
 
     Args:
-        curve: Its points, of which one is as low.
-        ce: In nats per token.
-        cost: `tokens`, `train_seconds` or `train_flops`.
+        curve: Points by tokens.
+        measure: A metric that has a better direction; points at which it is undefined are left out.
+        value: Of it.
+
+    Returns:
+        `None` where it never is.
     """
-    if curve[0].student_ce <= ce:
-        return _read(curve[0], cost)
-    for first, second in itertools.pairwise(curve):
-        if second.student_ce <= ce:
-            return _between(first, second, "student_ce", ce, cost)
-    raise ValueError(f"the curve never gets down to {ce}")
+    sign = 1 if METRICS[measure].better is Better.higher else -1
+    known = [point for point in curve if getattr(point, measure) is not None]
+    if known and sign * _value(known[0], measure) >= sign * value:
+        return Reading(known[0], known[0], 0.0)
+    for before, after in itertools.pairwise(known):
+        if sign * _value(after, measure) >= sign * value:
+            return _between(before, after, measure, value)
+    return None
 
 
-def _between(first: CurvePoint, second: CurvePoint, over: str, value: float, wanted: str) -> float:
-    span = _read(second, over) - _read(first, over)
-    share = min(1.0, max(0.0, (value - _read(first, over)) / span)) if span else 1.0
-    return _read(first, wanted) + share * (_read(second, wanted) - _read(first, wanted))
+def _between(before: CurvePoint, after: CurvePoint, over: str, amount: float) -> Reading:
+    span = _value(after, over) - _value(before, over)
+    share = min(1.0, max(0.0, (amount - _value(before, over)) / span)) if span else 1.0
+    return Reading(before, after, share)
 
 
-def _read(point: CurvePoint, name: str) -> float:
+def _value(point: CurvePoint, name: str) -> float:
     return getattr(point, name) or 0.0

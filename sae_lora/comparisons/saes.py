@@ -11,8 +11,8 @@ from rich.table import Table
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
+from sae_lora.records.factors import finished_runs
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import finished_summaries
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def compare(folders: Sequence[RunFolder]) -> list[Several]:
         UserError: Where none is left.
     """
     found = [
-        _several(summary)
-        for _, summary in finished_summaries(folders)
-        if all("alone_ce" in sae for sae in summary["sae"])
+        _several(run.summary)
+        for run in finished_runs(folders)
+        if all("alone_ce" in sae for sae in run.summary["sae"])
     ]
     if not found:
         raise UserError("no finished run here has several SAEs whose contributions were measured")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, logarithmic
-from sae_lora.comparisons.interpolate import reaching, value_at
+from sae_lora.comparisons.interpolate import first_reached, value_at
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
@@ -111,10 +111,17 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
         ce=ce,
         lora_ce=lora_ce,
         e2e_ce=e2e_ce,
-        lora={cost: before[cost] + reaching(lora.curve, ce, cost) for cost in COSTS},
+        lora={cost: before[cost] + _cost_of(lora, ce, cost) for cost in COSTS},
         sae=before,
-        e2e={cost: reaching(e2e.curve, ce, cost) for cost in COSTS},
+        e2e={cost: _cost_of(e2e, ce, cost) for cost in COSTS},
     )
+
+
+def _cost_of(arm: _Arm, ce: float, cost: str) -> float:
+    """What a training had taken when its student first got down to a cross-entropy."""
+    reading = first_reached(arm.curve, "student_ce", ce)
+    assert reading is not None  # one of its points is as low
+    return reading.read(cost)
 
 
 def _kept_at(arm: _Arm, share: float, cost: str) -> float:

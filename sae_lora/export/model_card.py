@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from sae_lora.models.dimensions import EMBEDDED_NAME
+from sae_lora.records.metrics import METRICS
 
 
 def card(
@@ -80,25 +81,20 @@ def _model_in_words(model: dict[str, Any]) -> str:
     return f"`{model['name']}`{at}"
 
 
+_NUMBERS = (
+    *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "initial_kl", "kl"),
+    *("top1_agreement", "fvu", "l0", "trainable_parameters", "train_tokens"),
+)
+
+
 def _numbers(summary: dict[str, Any]) -> str:
-    closed = summary["gap_closed"]
-    rows = [
-        ("base CE: the plain model", f"{summary['base_ce']:.4f} nats/token"),
-        ("spliced CE: with the SAE", f"{summary['spliced_ce']:.4f} nats/token"),
-        ("student CE: with the SAE and the adapters", f"{summary['student_ce']:.4f} nats/token"),
-        ("gap before", f"{summary['initial_gap']:+.4f} nats/token"),
-        ("gap after", f"{summary['ce_gap']:+.4f} nats/token"),
-        ("gap closed", "undefined: the SAE opens none" if closed is None else f"{closed:.1%}"),
-        ("KL(plain ‖ spliced), before", f"{summary['initial_kl']:.4f} nats/token"),
-        ("KL(plain ‖ student), after", f"{summary['kl']:.4f} nats/token"),
-        ("top-1 agreement with the plain model", f"{summary['top1_agreement']:.1%}"),
-        ("FVU: variance that the SAE misses", f"{summary['fvu']:.4f}"),
-        ("L0: active latents", f"{summary['l0']:.1f} per token"),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        ("training tokens", f"{summary['train_tokens']:,}"),
-        ("held-out tokens", f"{summary['validation_tokens']:,}"),
-    ]
-    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)])
+    rows = ["| | | |", "|---|---:|---|"]
+    for key in _NUMBERS:
+        metric = METRICS[key]
+        value = metric.written(summary[key], digits=4)
+        rows.append(f"| {metric.name} | {value} {metric.unit} | {metric.text} |")
+    rows.append(f"| held-out tokens | {summary['validation_tokens']:,} | Tokens measured on. |")
+    return "\n".join(rows)
 
 
 def _ingredients(config: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -9,32 +9,15 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished
-from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of, in_words, label
-from sae_lora.report.frames import SEED, factors
+from sae_lora.records.factors import FACTORS, SEED, label, text, title
+from sae_lora.records.metrics import METRICS
+from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
+from sae_lora.report.frames import factors
 
 _MOST_IN_LEGEND = 10
 """Combinations of factors that a legend names one by one."""
-_AXES = {
-    "tokens": "training tokens",
-    "train_seconds": "seconds of training",
-    "rank": "LoRA rank",
-    "width": "latents of the SAE",
-    "l0": "L0 (active latents per token)",
-    "block": "block of the SAE",
-    "hook": "what the SAE replaces",
-    "trainable_parameters": "trained parameters",
-    "train_flops": "training FLOPs",
-}
-"""What stands at an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
-_CLOSED_AXIS = {"title": "CE gap closed", "tickformat": ".2~%"}
-_GAP = "CE gap (nats per token)"
-_LOGARITHMIC = {"rank", "width", "l0", "tokens", "train_flops", "trainable_parameters"}
-
-
-def title(factor: str) -> str:
-    """A factor as an axis or a legend names it."""
-    return _AXES.get(factor, factor)
+_CLOSED_AXIS = {"title": METRICS["gap_closed"].title, "tickformat": ".2~%"}
 
 
 def by_prominence(factors: Sequence[str]) -> list[str]:
@@ -51,7 +34,7 @@ class _Look:
 
     def __init__(self, frame: Frame, by: Sequence[str]) -> None:
         self._by = list(by)
-        self._values = [list(dict.fromkeys(map(in_words, frame[name]))) for name in by]
+        self._values = [list(dict.fromkeys(map(text, frame[name]))) for name in by]
         first = len(self._values[0]) if by else 1
         self._colours: Sequence[Any] = (
             COLOURS
@@ -133,8 +116,8 @@ def gap_curves(
         )
     figure = go.Figure(traces)
     figure.update_layout(
-        xaxis={"title": title(over), "rangemode": "tozero"},
-        yaxis={"title": _GAP, "rangemode": "tozero"},
+        xaxis={"title": METRICS[over].title, "rangemode": "tozero"},
+        yaxis={"title": METRICS["ce_gap"].title, "rangemode": "tozero"},
     )
     look.explain(figure)
     return finished(figure)
@@ -183,7 +166,7 @@ def gap_closed_against(
             )
     if not has_order:
         axis: dict[str, Any] = {"type": "category"}
-    elif factor in _LOGARITHMIC and min(numeric, default=0) > 0:
+    elif factor in FACTORS and FACTORS[factor].is_logarithmic and min(numeric, default=0) > 0:
         axis = {"type": "log"} | _ticks(numeric)
     else:
         axis = _ticks(numeric)
@@ -205,7 +188,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     frame = frame[frame["gap_closed"].notna()]
     across, down, *third = by
     parts = list(frame.groupby(third[0])) if third else [("", frame)]
-    titles = [f"{title(third[0])}: {in_words(value)}" for value, _ in parts] if third else None
+    titles = [f"{title(third[0])}: {text(value)}" for value, _ in parts] if third else None
     figure = make_subplots(
         1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03
     )
@@ -213,8 +196,8 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     for number, (_, part) in enumerate(parts, 1):
         means = part.pivot_table("gap_closed", down, across, "mean").reindex(index=rows, columns=columns)
         figure.add_heatmap(
-            x=list(map(in_words, columns)),
-            y=list(map(in_words, rows)),
+            x=list(map(text, columns)),
+            y=list(map(text, rows)),
             z=[_numbers(row) for _, row in means.iterrows()],
             coloraxis="coloraxis",
             texttemplate="%{z:.0%}",
@@ -262,7 +245,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
     for number, cost in enumerate(costs, 1):
         spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
         kind: dict[str, Any] = {"type": "log", "nticks": 4} if spread else {"rangemode": "tozero"}
-        figure.update_xaxes(title=title(cost), exponentformat="power", row=1, col=number, **kind)
+        figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis=_CLOSED_AXIS)
     look.explain(figure)
     return finished(figure)

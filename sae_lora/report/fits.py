@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae_lora.records.factors import label, text
+
 Frame = Any
 """A `pandas.DataFrame`: its own types leave open what most operations on one give."""
 
@@ -113,14 +115,4 @@ def group_of(frame: Frame, others: Sequence[str]) -> Any:
     import pandas
 
     rows = frame[list(others)].itertuples(index=False, name=None)
-    return pandas.Series([tuple(map(in_words, row)) for row in rows], index=frame.index, dtype=object)
-
-
-def label(factor: str) -> str:
-    """A factor as running text and legends name it."""
-    return {"l0": "L0"}.get(factor, factor)
-
-
-def in_words(value: object) -> str:
-    """A factor's value as people read it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return pandas.Series([tuple(map(text, row)) for row in rows], index=frame.index, dtype=object)

@@ -6,30 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.config.enums import Method
-from sae_lora.config.identity import ADAPTING, OF_NO_RESULT
-from sae_lora.config.overrides import command, flat
+from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
+from sae_lora.records.factors import FACTORS, values_of, varying
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.schema import CurvePoint
 from sae_lora.records.status import standings
 from sae_lora.report.fits import Frame
-from sae_lora.report.tables import joined
 
-SEED = "seed"
-"""The factor in which repetitions differ."""
-NAMED = (
-    *("model", "method", "init_at", "block", "hook", "width", "l0", "rank", "alpha"),
-    *("targets", "blocks", "tokens", SEED),
-)
-"""Factors with names of their own, in the order in which people look at them; others go by key."""
-_NAMED_KEYS = {
-    *("model.name", "method.kind", "method.rank", "init"),
-    *("layer.index", "layer.hook", "layer.every", "layer.first"),
-    *("sae.width", "sae.l0", "sae.release", "sae.id", "sae.path"),
-    *("lora.rank", "lora.alpha", "lora.targets", "lora.blocks", "train.train_tokens", "train.seed"),
-    "sweep",
-}
 _MEASURED = [
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "best_gap_closed"),
     *("initial_kl", "kl", "top1_agreement", "fvu"),
@@ -61,8 +45,8 @@ class Sweep:
     def frame(self) -> Frame:
         """A row per run, whatever its state, ordered by what the runs differ in.
 
-        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); the factors of `NAMED`, and
-        by its key whatever else differs; what was measured, of a run that is not finished the last
+        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and by its
+        key whatever else differs; what was measured, of a run that is not finished the last
         point of its curve (cross-entropies and KL in nats per token); `closed_per_million_parameters`,
         `closed_per_petaflop` and `closed_per_minute` of training; `command` and `folder`; and where runs
         were evaluated, headlines by `suite/name`.
@@ -91,7 +75,7 @@ class Sweep:
         ):
             amount = found[of].astype(float)
             found[name] = closed / (amount / unit).where(amount > 0)
-        order = ["sweep", "run", "state", "note", *NAMED, *(set(other) - set(same))]
+        order = ["sweep", "run", "state", "note", *FACTORS, *(set(other) - set(same))]
         order += [name for name in found.columns if name not in order]
         by = factors(found)
         return found[order].sort_values(["sweep", *by], ignore_index=True, key=_by_value)
@@ -128,18 +112,8 @@ def factors(frame: Frame) -> list[str]:
 
     One that only follows another (alpha, where it is twice the rank) is not named beside it.
     """
-    candidates = [
-        *(name for name in NAMED if name != SEED),
-        *(name for name in frame if "." in name),
-        SEED,
-    ]
-    found: list[str] = []
-    for name in candidates:
-        values = frame[name].map(repr)
-        follows = any(values.groupby(frame[one].map(repr)).nunique().max() == 1 for one in found)
-        if values.nunique() > 1 and (name == SEED or not follows):
-            found.append(name)
-    return found
+    names = [*FACTORS, *(name for name in frame if "." in name)]
+    return varying(frame[names].to_dict("records"))
 
 
 def _sweep_of(folder: RunFolder) -> str:
@@ -159,41 +133,12 @@ def _row(folder: RunFolder) -> dict[str, Any]:
             "initial_kl": first.kl,
             "train_tokens": last.tokens,
         }
-    used = config["sae"]["used"]
-    stated = [one.get("l0") for one in used]
-    l0 = measured.get("l0") if None in stated else None
-    method = config.get("method", {"kind": "lora", "rank": None})
-    kind = method["kind"]
-    lora = config["lora"] if Method[kind] in ADAPTING else None
-    named = {
-        "model": config["model"]["name"],
-        "method": kind,
-        "init_at": config["init_at"] if config.get("init") is not None else None,
-        "block": _one_or_all([one["block"] for one in used]),
-        "hook": _one_or_all([one.get("hook", "resid_post") for one in used]),
-        "width": _one_or_all([one.get("width") for one in used]),
-        "l0": float(f"{l0:.3g}") if l0 is not None else _one_or_all(stated),
-        "rank": lora["rank"] if lora else method["rank"],
-        "alpha": lora and lora["alpha"],
-        "targets": lora and joined(lora["targets"]),
-        "blocks": lora and joined(lora["blocks"]),
-        "tokens": config["train"]["train_tokens"],
-        SEED: config["train"]["seed"],
-    }
-    values = flat(config)
-    other = {key: values[key] for key in values if key not in _NAMED_KEYS and key not in OF_NO_RESULT}
     return (
-        named
-        | other
+        values_of(config, measured)
         | {name: measured.get(name) for name in _MEASURED}
         | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}
         | headlines(folder)
     )
-
-
-def _one_or_all(values: list[Any]) -> Any:
-    """The value that all have, or all of them in words."""
-    return values[0] if len(set(values)) == 1 else joined(values)
 
 
 def _by_value(column: Any) -> Any:

@@ -24,27 +24,24 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_lora.common import plots
-from sae_lora.common.console import duration, percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_figures, similarity_results
+from sae_lora.records.factors import SEED, label
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.metrics import METRICS
 from sae_lora.report import figures
-from sae_lora.report.fits import Fit, Frame, NoFit, fit, group_of, label
-from sae_lora.report.frames import SEED, Sweep, factors
+from sae_lora.report.fits import Fit, Frame, NoFit, fit, group_of
+from sae_lora.report.frames import Sweep, factors
 
 VERSION = 1
 _KIND = "sae_lora report"
 _FITTED = ("rank", "l0", "width")
 _CURVES = "gap_over_"
 """How the names of the curves' figures begin."""
-_OVER = {
-    "tokens": "training tokens",
-    "train_seconds": "seconds of training",
-    "train_flops": "training FLOPs",
-}
+_OVER = ("tokens", "train_seconds", "train_flops")
 """What the curves are drawn over."""
 _DOWNSTREAM = {
     Suite.tasks: ("What the models can do", suite_figures.tasks, "Bars: 1.96 standard errors."),
@@ -132,8 +129,8 @@ class Report:
     def views(self) -> list[View]:
         """Its figures. The curves come first, over each of what they are drawn over."""
         found = [
-            View(f"{_CURVES}{over}", f"CE gap over {words}", curves)
-            for over, words in _OVER.items()
+            View(f"{_CURVES}{over}", f"CE gap over {METRICS[over].title}", curves)
+            for over in _OVER
             if self.curves[over].notna().any()
             and (curves := figures.gap_curves(self.frame, self.curves, over)).data
         ]
@@ -271,7 +268,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     shown = [view for view in views if view not in curves[1:]]
     axes = [
         {
-            "name": _OVER[view.name.removeprefix(_CURVES)],
+            "name": METRICS[view.name.removeprefix(_CURVES)].title,
             "x": [trace.x for trace in view.figure.data],
             "title": view.figure.layout.xaxis.title.text,
         }
@@ -327,46 +324,28 @@ def _columns(report: Report) -> list[tuple[str, str]]:
     if len(set(report.frame["sweep"])) > 1:
         names = [("sweep", "sweep"), *names]
     measured = [(name, name.partition("/")[2]) for name in report.frame.columns if "/" in name]
-    return [
-        *names,
-        ("base_ce", "base CE"),
-        ("student_ce", "student CE"),
-        ("initial_gap", "gap before"),
-        ("ce_gap", "gap after"),
-        ("gap_closed", "gap closed"),
-        ("kl", "KL"),
-        ("top1_agreement", "top-1"),
-        ("fvu", "FVU"),
-        ("measured_l0", "L0 measured"),
-        ("trainable_parameters", "parameters"),
-        ("train_flops", "FLOPs"),
-        ("train_seconds", "training"),
-        ("closed_per_million_parameters", "closed per million parameters"),
-        ("closed_per_petaflop", "closed per petaFLOP"),
-        ("closed_per_minute", "closed per minute"),
-        *measured,
-    ]
+    found = [(key, METRICS[key].column) for key in _SHOWN]
+    at = [key for key, _ in found].index("trainable_parameters")
+    found.insert(at, ("measured_l0", "L0 measured"))
+    return [*names, *found, *measured]
 
 
-_SHARES = {
-    *("gap_closed", "top1_agreement", "closed_per_million_parameters", "closed_per_petaflop"),
-    "closed_per_minute",
-}
+_SHOWN = (
+    *("base_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement", "fvu"),
+    *("trainable_parameters", "train_flops", "train_seconds"),
+    *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
+)
+"""Metrics in the page's table."""
 
 
 def _cell(value: Any, column: str) -> str:
     """A value as the table shows it."""
     if value is None:
         return "–"
-    if column in _SHARES:
-        return percent(value)
-    if column == "train_seconds":
-        return duration(value)
-    if column == "train_flops":
-        return f"{value:.2e}"
+    if column in METRICS:
+        return METRICS[column].written(value)
     if isinstance(value, float):
-        small = column.endswith(("_ce", "_gap", "kl", "fvu")) or "/" in column
-        return f"{value:.3f}" if small else f"{value:,.6g}"
+        return f"{value:.3f}" if "/" in column else f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -5,7 +5,7 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import set_seed
@@ -193,7 +193,6 @@ class ActiveRun:
             seed=self.config.train.seed,
             data=data | {"special_tokens_kept": self._keeps},
             tracked_at=self._tracker.place,
-            train_flops=self._flops_per_step * self._steps,
             **found,
         )
         self.folder.write_summary(summary)
@@ -248,11 +247,11 @@ def _cause(error: Exception) -> str:
 
 
 def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
+    """What a curve says of the run as a whole; the fields that both have are those of the last point."""
     first, last = points[0], points[-1]
     closed = [point.gap_closed for point in points if point.gap_closed is not None]
-    same = ("base_ce", "spliced_ce", "student_ce", "ce_gap", "gap_closed", "kl", "top1_agreement")
-    same = (*same, "fvu", "l0", "dead_latents", "train_seconds")
-    return {name: getattr(last, name) for name in same} | {
+    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
+    return {name: getattr(last, name) for name in both} | {
         "initial_gap": last.spliced_ce - last.base_ce,
         "initial_kl": first.kl,
         "best_gap_closed": max(closed, default=None),

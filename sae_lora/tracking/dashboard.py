@@ -6,12 +6,13 @@ from typing import Any
 from sae_lora.common.errors import UserError
 from sae_lora.common.secrets import redacted
 from sae_lora.config.serialize import load
+from sae_lora.records.factors import FACTORS
 from sae_lora.records.folder import RunFolder
 from sae_lora.tracking.wandb_run import obstacle
 
 _CLOSED = "result.gap_closed"
-_FACTORS = {"rank": "lora.rank", "width": "sae.width", "L0": "sae.l0", "layer": "layer.index"}
-"""What gap closed is shown against, and where a W&B run's config has it."""
+_SHOWN = [FACTORS[name] for name in ("rank", "width", "l0", "block")]
+"""What gap closed is shown against."""
 
 
 def specification(folders: Sequence[RunFolder]) -> str:
@@ -72,7 +73,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         )
 
     closed = panels.SummaryMetric(_CLOSED)
-    columns = {name: panels.Config(key) for name, key in _FACTORS.items()} | {"gap closed": closed}
+    columns = {factor.tag: panels.Config(factor.wandb) for factor in _SHOWN} | {"gap closed": closed}
     return workspaces.Workspace(
         entity=entity or "",
         project=project,
@@ -93,12 +94,12 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
                 panels=[
                     *(
                         panels.ScatterPlot(
-                            title=f"gap closed against {name}",
-                            x=panels.Config(key),
+                            title=f"gap closed against {factor.tag}",
+                            x=panels.Config(factor.wandb),
                             y=closed,
-                            log_x=name != "layer",
+                            log_x=factor.is_logarithmic,
                         )
-                        for name, key in _FACTORS.items()
+                        for factor in _SHOWN
                     ),
                     panels.ParallelCoordinatesPlot(
                         title="all of it at once",
@@ -124,7 +125,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
             order=[expr.Ordering(expr.Summary(_CLOSED), ascending=False)],
             pinned_columns=[
                 *(f"summary:result.{name}" for name in ("gap_closed", "ce_gap", "kl")),
-                *(f"config:{key}" for key in _FACTORS.values()),
+                *(f"config:{factor.wandb}" for factor in _SHOWN),
             ],
         ),
     )

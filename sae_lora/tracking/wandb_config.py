@@ -2,21 +2,21 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import Hook
-from sae_lora.config.identity import ADAPTING, identity, readable_name
+from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
+from sae_lora.records.factors import FACTORS, Factor, text, values_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 
 AXES = ("tokens", "train_seconds")
 """What curves are drawn over."""
-METRICS = tuple(
+CURVES = tuple(
     field.name
     for field in dataclasses.fields(CurvePoint)
     if field.name not in (*AXES, "step", "per_sae")
@@ -56,34 +56,31 @@ class Shown:
 
     @property
     def tags(self) -> list[str]:
-        """Model, layer, what of it the SAE replaces if not its output, width, L0, method and rank."""
-        values = self.values
-        hook = values["layer"]["hook"]
-        facts = {
-            "model": self.config.model.name.rstrip("/").split("/")[-1],
-            "layer": values["layer"]["index"],
-            "hook": None if hook == Hook.resid_post.name else hook,
-            "width": values["sae"]["width"],
-            "l0": values["sae"]["l0"],
-            "method": self.config.method.kind.name,
-            "rank": self.config.lora.rank if self.config.method.kind in ADAPTING else None,
-        }
+        """Factors that people filter runs by: model, layer, hook, width, L0, method and rank."""
+        found = {factor.tag: value for factor, value in self._factors if factor.tag}
+        found["model"] = self.config.model.name.rstrip("/").split("/")[-1]
+        if found["hook"] == Hook.resid_post.name:
+            del found["hook"]
         return [
-            f"{name}:{_joined(value)}"[:_LONGEST_TAG]
-            for name, value in facts.items()
-            if value is not None
+            f"{tag}:{text(value)}"[:_LONGEST_TAG] for tag, value in found.items() if value is not None
         ]
 
     @property
     def values(self) -> dict[str, Any]:
         """The whole config, nested; layer, hook, width and L0 are what the request resolved to."""
         values = as_dict(self.config)
-        used = self.config.sae.used
-        values["layer"]["index"] = _one([choice.block for choice in used])
-        values["layer"]["hook"] = _one([choice.hook.name for choice in used])
-        values["sae"]["width"] = _one([choice.width for choice in used])
-        values["sae"]["l0"] = _one([choice.l0 for choice in used])
+        used = values["sae"]["used"]
+        resolved = {"block": ("layer", "index"), "hook": ("layer", "hook")}
+        resolved |= {"width": ("sae", "width"), "l0": ("sae", "l0")}
+        for name, (group, key) in resolved.items():
+            of_saes = [choice[name] for choice in used]
+            values[group][key] = of_saes[0] if len(set(of_saes)) == 1 else of_saes
         return without_secrets(values | ({"environment": self.environment} if self.environment else {}))
+
+    @property
+    def _factors(self) -> list[tuple[Factor, Any]]:
+        values = values_of(as_dict(self.config), {})
+        return [(factor, values[name]) for name, factor in FACTORS.items()]
 
 
 def without_secrets(values: Any) -> Any:
@@ -97,16 +94,3 @@ def without_secrets(values: Any) -> Any:
             return redacted(values)
         case _:
             return values
-
-
-def _one(values: Sequence[Any]) -> Any:
-    """What all of them are, or all of them."""
-    return values[0] if len(set(values)) == 1 else list(values)
-
-
-def _joined(value: Any) -> str:
-    return "+".join(f"{one:g}" if isinstance(one, float) else str(one) for one in _listed(value))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.tracking.wandb_config import AXES, METRICS, Shown, without_secrets
+from sae_lora.records.metrics import METRICS, Better
+from sae_lora.tracking.wandb_config import AXES, CURVES, Shown, without_secrets
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3
@@ -76,8 +77,10 @@ class WandbRun:
         )
         for axis in AXES:
             self._run.define_metric(axis)
-        for metric in METRICS:
-            self._run.define_metric(metric, step_metric=AXES[0], summary="min,last")
+        for name in CURVES:
+            better = METRICS[name].better
+            best = {Better.lower: "min,", Better.higher: "max,", None: ""}[better]
+            self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
         self.next_step: int = self._run.starting_step
         """Rows of earlier steps are there."""
 

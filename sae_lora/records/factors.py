@@ -1,0 +1,250 @@
+"""What runs of a sweep may differ in, once: how a factor is read, named and drawn.
+
+Tables, data frames, figures, comparisons and W&B read this table. A new factor is one entry.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lora.config.enums import Method
+from sae_lora.config.identity import ADAPTING, OF_NO_RESULT
+from sae_lora.config.overrides import flat
+from sae_lora.records.folder import RunFolder
+
+Values = Mapping[str, Any]
+"""A config as `config.yaml` holds it, or what was measured, as `summary.json` does."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One thing that runs may differ in."""
+
+    name: str
+    """Its column in a data frame."""
+    read: Callable[[Values, Values], Any]
+    """Its value, from a run's config and what was measured of it; `None` where it has none."""
+    label: str = ""
+    """What people call it, where that is not its name."""
+    axis: str = ""
+    """What stands at an axis of a figure."""
+    keys: tuple[str, ...] = ()
+    """Keys of the config that say no more than it does."""
+    wandb: str = ""
+    """Where the config of a W&B run has it."""
+    tag: str = ""
+    """What a W&B tag with its value begins with."""
+    is_logarithmic: bool = False
+    """Whether an axis of it is."""
+
+    @property
+    def title(self) -> str:
+        """What stands at an axis."""
+        return self.axis or self.label or self.name
+
+
+def text(value: object) -> str:
+    """A factor's value as people read it; a dash where a run has none."""
+    if value is None:
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def joined(value: str | list[Any]) -> str:
+    """One word, or several as one."""
+    return value if isinstance(value, str) else "+".join(map(str, value))
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """The value that all have, or all of them in words."""
+    return values[0] if len(set(values)) == 1 else joined(list(values))
+
+
+def _of_saes(config: Values, name: str, default: Any = None) -> list[Any]:
+    return [choice.get(name, default) for choice in config["sae"]["used"]]
+
+
+def _method(config: Values) -> Values:
+    """The method; a config from before there were others has none."""
+    return config.get("method", {"kind": Method.lora.name, "rank": None})
+
+
+def _lora(config: Values) -> Values | None:
+    """The adapters' config; `None` with a method that trains none."""
+    return config["lora"] if Method[_method(config)["kind"]] in ADAPTING else None
+
+
+def _of_lora(config: Values, name: str) -> Any:
+    lora = _lora(config)
+    value = None if lora is None else lora[name]
+    return joined(value) if isinstance(value, list) else value
+
+
+def _l0(config: Values, measured: Values) -> Any:
+    """What the SAEs' makers state; where they state nothing, what was measured."""
+    stated, found = _of_saes(config, "l0"), measured.get("l0")
+    if None in stated and found is not None:
+        return float(f"{found:.3g}")
+    return _one_or_all(stated)
+
+
+SEED = "seed"
+"""The factor in which repetitions differ."""
+_ALL = (
+    Factor(
+        "model",
+        lambda config, _: config["model"]["name"],
+        keys=("model.name",),
+        wandb="model.name",
+        tag="model",
+    ),
+    Factor(
+        "method",
+        lambda config, _: _method(config)["kind"],
+        keys=("method.kind", "init"),
+        wandb="method.kind",
+        tag="method",
+    ),
+    Factor(
+        "init_at",
+        lambda config, _: config["init_at"] if config.get("init") is not None else None,
+    ),
+    Factor(
+        "block",
+        lambda config, _: _one_or_all(_of_saes(config, "block")),
+        label="SAE at block",
+        axis="block of the SAE",
+        keys=("layer.index", "layer.every", "layer.first"),
+        wandb="layer.index",
+        tag="layer",
+    ),
+    Factor(
+        "hook",
+        lambda config, _: _one_or_all(_of_saes(config, "hook", "resid_post")),
+        axis="what the SAE replaces",
+        keys=("layer.hook",),
+        wandb="layer.hook",
+        tag="hook",
+    ),
+    Factor(
+        "width",
+        lambda config, _: _one_or_all(_of_saes(config, "width")),
+        label="latents",
+        axis="latents of the SAE",
+        keys=("sae.width", "sae.release", "sae.id", "sae.path"),
+        wandb="sae.width",
+        tag="width",
+        is_logarithmic=True,
+    ),
+    Factor(
+        "l0",
+        _l0,
+        label="L0",
+        axis="L0 (active latents per token)",
+        keys=("sae.l0",),
+        wandb="sae.l0",
+        tag="l0",
+        is_logarithmic=True,
+    ),
+    Factor(
+        "rank",
+        lambda config, _: _of_lora(config, "rank") if _lora(config) else _method(config)["rank"],
+        axis="LoRA rank",
+        keys=("lora.rank", "method.rank"),
+        wandb="lora.rank",
+        tag="rank",
+        is_logarithmic=True,
+    ),
+    Factor("alpha", lambda config, _: _of_lora(config, "alpha"), keys=("lora.alpha",)),
+    Factor("targets", lambda config, _: _of_lora(config, "targets"), keys=("lora.targets",)),
+    Factor("blocks", lambda config, _: _of_lora(config, "blocks"), keys=("lora.blocks",)),
+    Factor(
+        "tokens",
+        lambda config, _: config["train"]["train_tokens"],
+        axis="training tokens",
+        keys=("train.train_tokens",),
+        is_logarithmic=True,
+    ),
+    Factor(SEED, lambda config, _: config["train"]["seed"], keys=("train.seed",)),
+)
+FACTORS: dict[str, Factor] = {factor.name: factor for factor in _ALL}
+"""By name, in the order in which people look at them."""
+_NAMED_KEYS = {"sweep", *(key for factor in _ALL for key in factor.keys)}
+
+
+def label(name: str) -> str:
+    """What people call a factor; another key of the config goes by its own name."""
+    factor = FACTORS.get(name)
+    return name if factor is None else factor.label or name
+
+
+def title(name: str) -> str:
+    """What stands at an axis of a factor."""
+    return FACTORS[name].title if name in FACTORS else name
+
+
+def values_of(config: Values, measured: Values) -> dict[str, Any]:
+    """The factors of a run by name, and after them by dotted key all else that may change a result.
+
+    Args:
+        config: Of the run.
+        measured: What its summary or its curve says; may be empty.
+    """
+    named = {factor.name: factor.read(config, measured) for factor in FACTORS.values()}
+    settings = flat(dict(config))
+    return named | {
+        key: value
+        for key, value in settings.items()
+        if key not in _NAMED_KEYS and key not in OF_NO_RESULT
+    }
+
+
+def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
+    """The factors in which runs differ, in their usual order, the seed last.
+
+    One that only follows another (alpha, where it is twice the rank) is not named beside it.
+
+    Args:
+        rows: What `values_of` gives for each run.
+        with_followers: Whether one of `FACTORS` is named also where it only follows another.
+    """
+    other = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
+    found: dict[str, list[str]] = {}
+    for name in (*(name for name in FACTORS if name != SEED), *other, SEED):
+        values = [repr(row.get(name)) for row in rows]
+        follows = any(
+            len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in found.values()
+        )
+        stays = name == SEED or (with_followers and name in FACTORS)
+        if len(set(values)) > 1 and (stays or not follows):
+            found[name] = values
+    return list(found)
+
+
+def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:
+    """The finished runs, ordered by the factors in which they differ."""
+    found = [
+        FinishedRun(folder, summary, values_of(folder.read_config(), summary))
+        for folder in folders
+        if folder.is_finished
+        for summary in [folder.read_summary()]
+    ]
+    names = varying([run.factors for run in found], with_followers=True)
+    return sorted(found, key=lambda run: [_by_value(run.factors.get(name)) for name in names])
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, its summary and its factors."""
+
+    folder: RunFolder
+    summary: dict[str, Any]
+    factors: dict[str, Any]
+    """As `values_of` gives them."""
+
+
+def _by_value(value: Any) -> tuple[int, float, str]:
+    """Sorts numbers by their value, before words by their letters."""
+    if isinstance(value, int | float):
+        return 0, value, ""
+    return 1, 0, str(value)

@@ -1,0 +1,230 @@
+"""Every measure of a run, once: its name, unit and format, which direction is better, and what it is.
+
+Tables, data frames, figures, W&B, the report, the model card and docs/metrics.md read this table. A new
+measure of training is one entry here, a field of `CurvePoint` or `Summary` in `schema.py`, and the line
+that computes it, in `train/evaluator.py` or `train/train_state.py`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sae_lora.common.console import duration, percent
+
+
+class Better(Enum):
+    """Which direction of a measure is better."""
+
+    lower = "lower"
+    higher = "higher"
+
+
+class Kind(Enum):
+    """How a value is written."""
+
+    nats = "nats"
+    gap = "gap"
+    """Nats, with a sign."""
+    share = "share"
+    ratio = "ratio"
+    latents = "latents"
+    count = "count"
+    seconds = "seconds"
+    flops = "flops"
+    number = "number"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure."""
+
+    key: str
+    """Its field in `curve.jsonl` and `summary.json`, and its column in a data frame."""
+    name: str
+    """What people call it."""
+    kind: Kind
+    text: str
+    """What it is, in a sentence."""
+    unit: str = ""
+    better: Better | None = None
+    heading: str = ""
+    """A shorter name, for the head of a column."""
+    axis: str = ""
+    """What stands at an axis of a figure."""
+
+    @property
+    def column(self) -> str:
+        """The head of a column."""
+        return self.heading or self.name
+
+    @property
+    def title(self) -> str:
+        """What stands at an axis."""
+        return self.axis or (f"{self.name} ({self.unit})" if self.unit else self.name)
+
+    def written(self, value: float | None, digits: int = 3) -> str:
+        """The value as people read it.
+
+        Args:
+            value: Of this measure; `None` where it is undefined, or not known.
+            digits: Behind the point, of nats and ratios.
+        """
+        if value is None:
+            return percent(None) if self.kind is Kind.share else "–"
+        match self.kind:
+            case Kind.nats | Kind.ratio:
+                return f"{value:.{digits}f}"
+            case Kind.gap:
+                return f"{value:+.{digits}f}"
+            case Kind.share:
+                return percent(value)
+            case Kind.latents:
+                return f"{value:.1f}"
+            case Kind.count:
+                return f"{round(value):,}"
+            case Kind.seconds:
+                return duration(value)
+            case Kind.flops:
+                return f"{value:.2e}"
+            case Kind.number:
+                return f"{value:,.6g}"
+            case _:
+                raise NotImplementedError(self.kind)
+
+
+_NATS = "nats/token"
+_LOW, _HIGH = Better.lower, Better.higher
+_ALL = (
+    Metric("base_ce", "base CE", Kind.nats, "Cross-entropy of the plain model, the teacher.", _NATS),
+    Metric(
+        *("spliced_ce", "spliced CE", Kind.nats),
+        "Cross-entropy with the SAE in place and nothing trained.",
+        _NATS,
+    ),
+    Metric(
+        *("student_ce", "student CE", Kind.nats),
+        "Cross-entropy with the SAE in place and with what was trained.",
+        *(_NATS, _LOW),
+    ),
+    Metric(
+        *("initial_gap", "gap before", Kind.gap),
+        "spliced CE − base CE: what the SAE costs before training.",
+        _NATS,
+    ),
+    Metric(
+        *("ce_gap", "gap after", Kind.gap),
+        "student CE − base CE: what the SAE costs after training; positive is worse.",
+        *(_NATS, _LOW),
+        axis="CE gap (nats per token)",
+    ),
+    Metric(
+        *("gap_closed", "gap closed", Kind.share),
+        "1 − gap after / gap before, where 1 is a closed gap. Undefined where the SAE opens no gap, and "
+        "where it is new.",
+        better=_HIGH,
+        axis="CE gap closed",
+    ),
+    Metric(
+        *("best_gap_closed", "best gap closed", Kind.share),
+        "The largest share of the gap that was closed at any evaluation.",
+        better=_HIGH,
+    ),
+    Metric(
+        *("initial_kl", "KL before", Kind.nats),
+        "KL(plain model ‖ spliced model) before training.",
+        _NATS,
+    ),
+    Metric(
+        *("kl", "KL", Kind.nats),
+        "KL(plain model ‖ student) over the whole vocabulary: the training loss, on held-out text.",
+        *(_NATS, _LOW),
+    ),
+    Metric(
+        *("top1_agreement", "top-1 agreement", Kind.share),
+        "Share of positions at which plain model and student put the same token first.",
+        *("with the base model", _HIGH),
+        heading="top-1",
+    ),
+    Metric(
+        *("fvu", "FVU", Kind.ratio),
+        "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
+        " over SAEs.",
+        *("of the SAE's input", _LOW),
+    ),
+    Metric(
+        *("l0", "L0", Kind.latents),
+        "Mean number of active latents per token, likewise.",
+        "latents/token",
+    ),
+    Metric(
+        *("dead_latents", "dead latents", Kind.share),
+        "Share of latents that none of the held-out tokens makes active; mean over SAEs.",
+        better=_LOW,
+    ),
+    Metric(
+        *("trainable_parameters", "trainable parameters", Kind.count),
+        "Weights that were trained.",
+        heading="parameters",
+        axis="trained parameters",
+    ),
+    Metric(*("tokens", "tokens", Kind.count), "Tokens trained on so far.", axis="training tokens"),
+    Metric("train_tokens", "training tokens", Kind.count, "Tokens trained on."),
+    Metric("train_steps", "training steps", Kind.count, "Optimiser steps taken."),
+    Metric(
+        *("train_flops", "training FLOPs", Kind.flops),
+        "Floating-point operations of the training, if the run had trained alone.",
+        better=_LOW,
+        heading="FLOPs",
+        axis="training FLOPs",
+    ),
+    Metric(
+        *("train_seconds", "time training", Kind.seconds),
+        "Seconds spent in training steps; where runs train together, this run's share.",
+        better=_LOW,
+        heading="training",
+        axis="seconds of training",
+    ),
+    Metric(
+        *("total_seconds", "time in all", Kind.seconds),
+        "Seconds that the run took, loading and evaluations included.",
+        better=_LOW,
+    ),
+    Metric(
+        *("closed_per_million_parameters", "closed per million parameters", Kind.share),
+        "Gap closed over trained parameters.",
+        better=_HIGH,
+    ),
+    Metric(
+        *("closed_per_petaflop", "closed per petaFLOP", Kind.share),
+        "Gap closed over 10^15 operations of training.",
+        better=_HIGH,
+    ),
+    Metric(
+        *("closed_per_minute", "closed per minute", Kind.share),
+        "Gap closed over minutes of training.",
+        better=_HIGH,
+    ),
+    Metric(
+        *("train_loss", "training loss", Kind.nats),
+        "Mean training KL since the last evaluation; with method=sae the squared error of a residual, "
+        "summed over d_model.",
+        *(_NATS, _LOW),
+    ),
+    Metric("lr", "learning rate", Kind.number, "Learning rate of the last step."),
+    Metric(
+        *("grad_norm", "gradient norm", Kind.number),
+        "Norm of the gradient in the last step, before clipping.",
+    ),
+    Metric(
+        *("tokens_per_second", "tokens/s", Kind.count),
+        "Training tokens per second since the last evaluation.",
+        better=_HIGH,
+    ),
+    Metric(
+        *("peak_memory_gb", "peak memory", Kind.number),
+        "The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes "
+        "on one, else of the machine.",
+        *("GB", _LOW),
+    ),
+)
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
+"""By key."""
