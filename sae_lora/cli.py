@@ -15,7 +15,7 @@ from typing import Any
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.common.lazy_imports import quick_imports
+from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.config.enums import Suite
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts
@@ -36,6 +36,7 @@ _COMPARISONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and does what it says; returns the exit code."""
+    import_quickly()
     parser = argparse.ArgumentParser(
         prog="python -m sae_lora", description="What can be done with runs that are there."
     )
@@ -195,8 +196,7 @@ def _report(chosen: Namespace) -> None:
 
 
 def _evaluate(chosen: Namespace) -> int:
-    with quick_imports():
-        from sae_lora.evaluation import run_suites, suite_records
+    from sae_lora.evaluation import run_suites, suite_records
 
     folders = [folder for folder in runs_of(chosen.sweep) if folder.is_finished]
     if not folders:
@@ -237,8 +237,7 @@ def _setup(chosen: Namespace) -> None:
 
 
 def _export(chosen: Namespace) -> None:
-    with quick_imports():
-        from sae_lora.export.export import export
+    from sae_lora.export.export import export
 
     say(f"exported: {export(chosen.run, chosen.to, merge=chosen.merge)}")
 
@@ -250,8 +249,7 @@ def _push(chosen: Namespace) -> None:
 
 
 def _sync(chosen: Namespace) -> None:
-    with quick_imports():
-        from sae_lora.tracking.sync import upload
+    from sae_lora.tracking.sync import upload
 
     show(upload(runs_of(chosen.sweep)))
 
@@ -268,8 +266,7 @@ def _benchmark(chosen: Namespace) -> None:
     if not (repository / "scripts" / "benchmark").is_dir():
         raise UserError("the benchmark is no part of the installed package: run it in a clone")
     sys.path.insert(0, str(repository))
-    with quick_imports():
-        from scripts.benchmark import compare
+    from scripts.benchmark import compare
 
     compare.run(
         styles=chosen.style,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
+from sae_lora.config.enums import Architecture
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from tests.families import D_MODEL
@@ -25,7 +26,9 @@ def residuals(seed: int, tokens: int = TOKENS) -> torch.Tensor:
 
 def request(architecture: str, **changes: Any) -> training_sae.SAERequest:
     """A small one."""
-    return training_sae.SAERequest(HOOKPOINT, architecture, D_MODEL, WIDTH, K)._replace(**changes)
+    return training_sae.SAERequest(HOOKPOINT, Architecture[architecture], D_MODEL, WIDTH, K)._replace(
+        **changes
+    )
 
 
 def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE[Any]:

@@ -14,13 +14,8 @@ from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import block_distances
-from sae_lora.saes.block_distances import (
-    amad,
-    angular_distances,
-    evenly_spaced,
-    group_blocks,
-    sae_flops_saved,
-)
+from sae_lora.saes.block_distances import angular_distances
+from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, sae_flops_saved
 from sae_lora.splice.hooks import residual_streams, special_positions
 from tests import families
 from tests.families import D_MODEL, N_BLOCKS, random_tokens, small_model
@@ -334,27 +329,11 @@ def test_two_blocks_leave_one_group_and_one_block_none() -> None:
         group_blocks(torch.zeros(1, 1), amad_max=0.2)
 
 
-@pytest.mark.parametrize(
-    ("asked", "field", "nearest"),
-    [
-        ({"n_groups": 5}, "layer.n_groups", 4),
-        ({"n_groups": 0}, "layer.n_groups", 1),
-        ({"n_groups": -3}, "layer.n_groups", 1),
-        ({"amad_max": 1.5}, "layer.amad_max", 1),
-        ({"amad_max": 0.0}, "layer.amad_max", None),
-        ({"amad_max": -0.1}, "layer.amad_max", None),
-        ({"amad_max": math.nan}, "layer.amad_max", None),
-        ({"amad_max": 0.2, "n_groups": 2}, "layer.amad_max", "null"),
-        ({}, "layer.amad_max", 0.2),
-    ],
-)
-def test_refusals_name_the_field_and_what_is_near(asked, field: str, nearest: object) -> None:
-    with pytest.raises(ConfigError) as refused:
-        group_blocks(BY_HAND, **asked)
-    assert refused.value.field == field
-    assert refused.value.nearest == nearest
-    if nearest is not None:
-        assert f"nearest valid: {field}={nearest}" in str(refused.value)
+@pytest.mark.parametrize(("n_groups", "nearest"), [(5, 4), (0, 1), (-3, 1)])
+def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: int) -> None:
+    with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={nearest}\b") as refused:
+        group_blocks(BY_HAND, n_groups=n_groups)
+    assert (refused.value.field, refused.value.nearest) == ("layer.n_groups", nearest)
 
 
 def test_evenly_spaced_groups_hold_every_block_once() -> None:

@@ -31,7 +31,7 @@ from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
-from sae_lora.saes import block_distances
+from sae_lora.saes import layer_groups
 from sae_lora.saes.loading import SAEs
 from sae_lora.splice.hooks import special_positions
 from sae_lora.train.distributed import SingleProcess
@@ -95,7 +95,7 @@ def test_one_way_to_ask_is_taken() -> None:
     ask("sae", {"n_groups": 3, "evenly": True})
     for method in ("lora", "sae_finetune"):
         ask(method, {"n_groups": 3}, init="sae")
-    assert composed("method=sae", "layer=groups").layer.amad_max == block_distances.PAPERS_AMAD_MAX
+    assert composed("method=sae", "layer=groups").layer.amad_max == layer_groups.PAPERS_AMAD_MAX
 
 
 def refuse(*_: object, **__: object) -> object:
@@ -188,7 +188,7 @@ def test_evenly_they_are_neighbours(home: Home) -> None:
     assert planned.groups is not None and planned.groups.evenly
     assert planned.groups.groups == [[0, 1, 2], [3, 4], [5, 6]]
     distances = torch.tensor(planned.groups.distances)
-    assert planned.groups.amad == pytest.approx(block_distances.amad(distances, planned.groups.groups))
+    assert planned.groups.amad == pytest.approx(layer_groups.amad(distances, planned.groups.groups))
 
 
 def test_the_same_groups_are_the_same_run_however_they_are_asked_for(home: Home) -> None:
@@ -205,7 +205,7 @@ def test_the_run_says_how_its_groups_were_found(home: Home) -> None:
     distances = torch.tensor(told["distances"], dtype=torch.float64)
     assert distances.shape == (LAST + 1, LAST + 1)
     assert torch.equal(distances, distances.T) and (distances.diagonal() == 0).all()
-    expected = block_distances.group_blocks(distances, n_groups=2)
+    expected = layer_groups.group_blocks(distances, n_groups=2)
     assert told["groups"] == expected.groups
     assert sorted(block for group in told["groups"] for block in group) == list(range(LAST))
     assert told["amad"] == pytest.approx(expected.amad)

@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lora.config.enums import Hook, Method, Reduction
+from sae_lora.config.enums import Architecture, Hook, Method, Reduction
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
@@ -272,7 +272,7 @@ class TestLowRank:
 class TestSpecialPositions:
     """Where an SAE does not apply, it neither reads nor changes anything."""
 
-    @pytest.mark.parametrize("architecture", training_sae.ARCHITECTURES)
+    @pytest.mark.parametrize("architecture", [*Architecture.__members__])
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
         keep = special_positions(TOKENS, SPECIAL)
         assert 0 < keep.sum() < keep.numel() / 2
@@ -377,7 +377,7 @@ def test_what_is_computed_once_more_changes_no_bit(architecture: str, hook: Hook
     assert [name for name, value in plain.items() if not torch.equal(again[name], value)] == []
 
 
-@pytest.mark.parametrize("architecture", training_sae.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*Architecture.__members__])
 @pytest.mark.parametrize("kind", [Method.e2e, Method.sae_finetune])
 def test_an_evaluation_leaves_all_as_it_was(kind: Method, architecture: str) -> None:
     """However often: thresholds too, which sae-lens moves outside of the optimiser."""

@@ -14,6 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 
 from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Architecture
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer, mean_norm_scale
@@ -23,7 +24,7 @@ from tests.learners import CPU, HOOKPOINT, TOKENS, WIDTH, K, in_training, learne
 STEPS, SCALE = 24, 0.37
 
 
-@pytest.fixture(params=training_sae.ARCHITECTURES)
+@pytest.fixture(params=[*Architecture.__members__])
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

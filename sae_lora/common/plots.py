@@ -18,6 +18,19 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
+def ticks(values: Sequence[float], most: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """An axis with a tick at each value, or at every second or third where they are many.
+
+    Args:
+        values: In order.
+        most: Ticks that an axis has room for.
+        names: What stands at them; by default the values.
+    """
+    named = names or [f"{value:,.6g}" for value in values]
+    step = max(1, -(-len(values) // most))
+    return {"tickvals": list(values)[::step], "ticktext": list(named)[::step]}
+
+
 def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
     """A logarithmic axis around these values, with whole numbers at its ticks: 1, 2, 5, 10 …
 

@@ -4,14 +4,13 @@ Imports no torch: what is drawn may come from a file.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from scipy.cluster import hierarchy
 
-from sae_lora.common.plots import COLOURS, finished
+from sae_lora.common.plots import COLOURS, finished, ticks
 
 _DISTANCE = "angular distance"
 _GREY = "#888888"
@@ -54,7 +53,7 @@ def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Fi
             y1=down[1] + 0.5,
             line={"color": COLOURS[5], "width": 3},
         )
-    blocks = {"title": "block", "showgrid": False, "zeroline": False} | _ticks(names, names)
+    blocks = {"title": "block", "showgrid": False, "zeroline": False} | ticks(names, _MOST_TICKS)
     figure.update_layout(
         xaxis=blocks | {"constrain": "domain", "tickangle": 0},
         yaxis=blocks | {"autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
@@ -171,7 +170,7 @@ def amad_by_groups(
         _threshold(figure, amad_max, f"AMAD {amad_max:g}")
     figure.update_layout(
         xaxis={"title": "groups", "range": [0.5, len(amads) + 0.5], "tickangle": 0}
-        | _ticks(counts, counts),
+        | ticks(counts, _MOST_TICKS),
         yaxis={"title": "AMAD", "rangemode": "tozero"},
     )
     return finished(figure)
@@ -235,9 +234,3 @@ def _threshold(figure: go.Figure, y: float, text: str) -> None:
         annotation={"text": text, "font": {"color": "#555555"}},
         annotation_position="top right",
     )
-
-
-def _ticks(places: Sequence[float], names: Sequence[int]) -> dict[str, Any]:
-    """A tick at each block or count, or at every second or third where they are many."""
-    step = -(-len(places) // _MOST_TICKS)
-    return {"tickvals": list(places)[::step], "ticktext": [str(name) for name in names][::step]}

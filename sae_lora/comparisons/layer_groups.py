@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 from rich.table import Table
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons import layer_group_figures, saes
@@ -20,6 +17,7 @@ from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import in_whole_words
+from sae_lora.saes.layer_groups import linkage
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,6 @@ def _costs(summary: dict[str, Any]) -> list[float]:
     return [sae["alone_ce"] - summary["base_ce"] for sae in summary["sae"]]
 
 
-def _linkage(distances: Sequence[Sequence[float]]) -> Any:
-    """The tree of the blocks without the last, by complete linkage."""
-    blocks = np.array(distances)[:-1, :-1]
-    return hierarchy.linkage(squareform(blocks), method="complete")
-
-
 def table(found: Sequence[Shared]) -> Table:
     """A row for each; of several LoRA runs the mean."""
     made = Table(title="SAEs that share blocks", title_justify="left")
@@ -154,7 +146,7 @@ def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[s
     names = [_counted(len(ways[folder.path]["groups"])) for folder in by_count]
     return {
         "distances": layer_group_figures.distance_map(marked["distances"], marked["groups"]),
-        "tree": layer_group_figures.tree(_linkage(marked["distances"]), wanted),
+        "tree": layer_group_figures.tree(linkage(marked["distances"]), wanted),
         "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], wanted),
         "blocks": saes.by_block([saes.compare([folder])[0] for folder in by_count], names),
     }

@@ -18,7 +18,7 @@ from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves
 from sae_lora.report.fits import Frame
 from sae_lora.report.frames import Sweep
-from sae_lora.report.tables import in_whole_words
+from sae_lora.report.tables import in_whole_words, mean_and_range
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,11 @@ def table(found: Sequence[Outcome]) -> Table:
         made.add_row(
             one.method,
             f"{one.initial_gap:+.3f}",
-            _spread(one.gap_after_tokens),
-            _spread(one.gap_after_seconds),
+            mean_and_range(one.gap_after_tokens),
+            mean_and_range(one.gap_after_seconds),
             f"{statistics.mean(one.fvu):.3f}",
             f"{one.trained_weights:,}",
             f"{statistics.mean(one.seconds):.0f}",
             f"{statistics.mean(one.flops):.1e}",
         )
     return in_whole_words(made)
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):+.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):+.3f} to {max(values):+.3f})"

@@ -89,8 +89,8 @@ def savings_table(found: Sequence[Saving]) -> Table:
             *(one.factors[name] for name in differ),
             percent(one.gap_closed),
             percent(one.gap_closed_here),
-            _spread(one.tokens),
-            _spread(one.seconds),
+            spread(one.tokens),
+            spread(one.seconds),
             f"{len(one.tokens)} of {one.seeds} got there",
         )
     return table
@@ -99,9 +99,3 @@ def savings_table(found: Sequence[Saving]) -> Table:
 def _point(run: FinishedRun) -> tuple[tuple[str, ...], str]:
     """What a run has in common with those it is compared with, and its seed."""
     return tuple(text(run.factors[name]) for name in _ALIKE), text(run.factors[SEED])
-
-
-def _spread(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return "never"
-    return spread(ratios)

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
+from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import keys, typed, unknown_key
 from sae_lora.config.validate import check
@@ -76,6 +77,7 @@ def is_dispatched_by_hydra() -> bool:
 
 def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
     """Composes, launches, and returns the exit code; what a user can mend is one message."""
+    import_quickly()
     full = os.environ.get(TRACEBACK_VARIABLE) == "1"
     os.environ[TRACEBACK_VARIABLE] = "1"  # or Hydra prints errors itself and exits
     try:

@@ -18,7 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Observer, residual_streams, special_positions, spliced
+from sae_lora.splice.hooks import Observer, kept_positions, residual_streams, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -161,6 +161,4 @@ class Subject:
 
     def kept_positions(self, tokens: Tensor, there: Splices) -> Tensor | None:
         """Positions `[batch, pos]` (true) that keep their activation; `None` where all are replaced."""
-        if not any(splice.keeps for splice in there):
-            return None
-        return special_positions(tokens, self.special_ids)
+        return kept_positions(tokens, self.special_ids, there)

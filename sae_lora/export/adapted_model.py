@@ -25,7 +25,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 from sae_lora.saes.from_run import trained_saes
 from sae_lora.saes.loading import LoadedSAE, SAEs, splices
-from sae_lora.splice.hooks import Coder, Observer, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Observer, kept_positions, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -154,11 +154,11 @@ class Adapted:
 
     def _kept_positions(self, tokens: Tensor | None, there: Splices) -> Tensor | None:
         """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
-        if not any(splice.keeps for splice in there):
-            return None
-        if tokens is None:
+        if tokens is not None:
+            return kept_positions(tokens, self._special_ids, there)
+        if any(splice.keeps for splice in there):
             raise UserError("around this SAE special tokens keep their activation: give input_ids")
-        return special_positions(tokens, self._special_ids)
+        return None
 
     def _check_plain(self) -> None:
         if self._is_spliced:

@@ -12,7 +12,6 @@ from rich.table import Table
 from sae_lora.common.console import complain, say, show
 from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.common.files import check_writable
-from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import Config, LauncherConfig
@@ -120,8 +119,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
 
     A name on the hub is taken to stand for what it stood for when a run was begun.
     """
-    with quick_imports():
-        from sae_lora.train.cost import estimate  # brings torch in
+    from sae_lora.train.cost import estimate  # brings torch in
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("run", "state", "SAE"):
@@ -192,8 +190,7 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
     found = [run for run, standing in zip(planned.runs, before, strict=True) if standing.state in wanted]
     if not found:
         return []
-    with quick_imports():
-        from sae_lora.launch.prefetch import prefetched  # brings torch in
+    from sae_lora.launch.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in found])
     # That may have taken an hour, in which another launch's runs have gone on.
@@ -240,9 +237,8 @@ def run_now(point: Config) -> float:
         UserError: Where the point cannot work, or its run fails.
         KeyboardInterrupt: When asked to stop; where training stands is saved.
     """
-    with quick_imports():
-        from sae_lora.run.evaluate import evaluate_pending
-        from sae_lora.run.execute import attempt
+    from sae_lora.run.evaluate import evaluate_pending
+    from sae_lora.run.execute import attempt
 
     (run,) = plan([point]).runs
     if not run.folder.is_finished:

@@ -8,7 +8,6 @@ from itertools import pairwise
 import psutil
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
 from sae_lora.config.schema import LauncherConfig
@@ -58,8 +57,7 @@ def _most_together(settings: LauncherConfig) -> int:
 
 
 def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
-    with quick_imports():
-        from sae_lora.train.cost import first_own_block  # brings torch in
+    from sae_lora.train.cost import first_own_block  # brings torch in
 
     def what_is_shared(run: Run) -> tuple[str, int]:
         return repr(run.config.sae.used), first_own_block(run.config)

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from transformers import logging as transformers_logging
 
 from sae_lora.common.console import Display
-from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
@@ -60,8 +59,7 @@ class _Fetcher:
             return None
         key = (choice.release, choice.id)
         if key not in self._saes:
-            with quick_imports():
-                from sae_lora.saes import loading  # sae-lens takes seconds to import
+            from sae_lora.saes import loading  # sae-lens takes seconds to import
 
             self._show.stage(f"fetching SAE {choice.release} {choice.id}")
             self._saes[key] = loading.fetch(config, choice)

@@ -9,7 +9,6 @@ from huggingface_hub import hf_hub_download
 
 from sae_lora.common import hub
 from sae_lora.common.errors import UserError
-from sae_lora.common.lazy_imports import quick_imports
 from sae_lora.config.schema import ModelConfig
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
 
@@ -74,8 +73,7 @@ def _config_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def _through_transformers(config: ModelConfig) -> dict[str, Any]:
-    with quick_imports():
-        from transformers import AutoConfig  # brings torch in
+    from transformers import AutoConfig  # brings torch in
 
     text = AutoConfig.from_pretrained(
         source(config), revision=config.pinned_revision, trust_remote_code=False

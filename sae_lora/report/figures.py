@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished
+from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, ticks
 from sae_lora.records.factors import FACTORS, SEED, label, text, title
 from sae_lora.records.metrics import METRICS
 from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
@@ -268,10 +268,9 @@ def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
 
 def _ticks(values: Sequence[float]) -> dict[str, Any]:
     """A tick at each value that there is, where they are few."""
-    there = sorted(set(values))
-    if not 1 <= len(there) <= _MOST_IN_LEGEND:
-        return {}
-    return {"tickvals": there, "ticktext": [f"{value:,.6g}" for value in there]}
+    different = sorted(set(values))
+    few = 1 <= len(different) <= _MOST_IN_LEGEND
+    return ticks(different, _MOST_IN_LEGEND) if few else {}
 
 
 def _numbers(column: Any) -> list[float | None]:

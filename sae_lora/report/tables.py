@@ -52,8 +52,16 @@ def _why_undefined(summary: dict[str, Any]) -> str:
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """Their median, and in brackets the least and the most."""
+    """The median of ratios, and in brackets the least and the most."""
+    if not ratios:
+        return "never"
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """The mean of values over seeds, and in brackets the least and the most."""
+    mean = f"{statistics.mean(values):+.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 def in_whole_words(table: Table, but: str | None = None) -> Table:

@@ -201,7 +201,7 @@ class _Loaded:
 
 def _through_sae_lens(config: SAEConfig, choice: SAEChoice, device: str) -> _Loaded:
     dtype = config.dtype.name
-    with _quiet():
+    with quiet():
         if choice.release is not None and choice.id is not None:
             with hub.explained("sae.release", choice.release):
                 sae = SAE.from_pretrained(choice.release, choice.id, device=device, dtype=dtype)
@@ -216,7 +216,7 @@ def _through_sae_lens(config: SAEConfig, choice: SAEChoice, device: str) -> _Loa
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without warnings about how the SAE's model was loaded; `load` says that itself, once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*model_from_pretrained_kwargs.*")

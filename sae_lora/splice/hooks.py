@@ -1,6 +1,6 @@
 """An SAE in a model, exactly inside a `with` block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -164,6 +164,18 @@ def residual_streams(model: LanguageModel) -> Iterator[list[Tensor]]:
         for block in model.blocks:
             hooks.callback(block.register_forward_hook(take).remove)
         yield found
+
+
+def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:
+    """Positions that keep their activation, `[batch, pos]` (true); `None` where all are replaced.
+
+    Args:
+        tokens: `[batch, pos]`.
+        special_ids: Ids `[n]` whose positions some splices keep.
+        splices: The SAEs in place.
+    """
+    keeps = any(splice.keeps for splice in splices)
+    return special_positions(tokens, special_ids) if keeps else None
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import Observer, Reading, Splice, reconstructed, special_positions, spliced
+from sae_lora.splice.hooks import Observer, Reading, Splice, kept_positions, reconstructed, spliced
 
 Splices = tuple[Splice, ...]
 """SAEs in the model, in the order of their places; each reads what the ones before it have changed."""
@@ -57,8 +57,7 @@ class Trunk:
 
     def kept_positions(self, splices: Splices) -> Tensor | None:
         """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
-        keeps = any(splice.keeps for splice in splices)
-        return special_positions(self.tokens, self._special_ids) if keeps else None
+        return kept_positions(self.tokens, self._special_ids, splices)
 
     @torch.no_grad()
     def resid_entering(self, block: int, splices: Splices = ()) -> Tensor | None:

@@ -256,7 +256,7 @@ def untrained(
     """
     request = training_sae.SAERequest(
         str(Place.of(choice)),
-        config.architecture.name,
+        config.architecture,
         d_model,
         choice.width or 0,
         choice.l0,

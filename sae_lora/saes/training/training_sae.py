@@ -5,9 +5,7 @@ model has them.
 """
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +28,10 @@ from sae_lens.training.optim import CoefficientScheduler
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, listed
+from sae_lora.config.enums import Architecture
+from sae_lora.saes.loading import quiet
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
-"""What a new SAE can be."""
 _TRAINABLE: dict[str, type[TrainingSAEConfig]] = {
     "topk": TopKTrainingSAEConfig,
     "jumprelu": JumpReLUTrainingSAEConfig,
@@ -52,7 +50,7 @@ class SAERequest(NamedTuple):
 
     Args:
         hookpoint: What it reconstructs, as its own config will say.
-        architecture: One of `ARCHITECTURES`.
+        architecture: What kind of SAE.
         d_in: Width of what it reads.
         width: Number of latents.
         k: Latents active per token: a whole number for topk, the mean over a batch for batchtopk and
@@ -64,7 +62,7 @@ class SAERequest(NamedTuple):
     """
 
     hookpoint: str
-    architecture: str
+    architecture: Architecture
     d_in: int
     width: int
     k: float | None = None
@@ -84,38 +82,39 @@ def new(request: SAERequest, device: torch.device, metadata: Mapping[str, Any]) 
             `exclude_special_tokens` says whether it will never see them.
 
     Raises:
-        ConfigError: For an architecture that there is not, or a k that it cannot have.
+        ConfigError: For a k that it cannot have.
     """
     about = SAEMetadata(hook_name=request.hookpoint, **metadata)
     shape: dict[str, Any] = {"d_in": request.d_in, "d_sae": request.width, "metadata": about}
     match request.architecture:
-        case "topk":
+        case Architecture.topk:
             config = TopKTrainingSAEConfig(**shape, k=int(_active(request)))
-        case "batchtopk":
+        case Architecture.batchtopk:
             config = BatchTopKTrainingSAEConfig(**shape, k=_active(request))
-        case "matryoshka":
+        case Architecture.matryoshka:
             widths = [request.width // part for part in _LEVELS if part <= request.width]
             config = MatryoshkaBatchTopKTrainingSAEConfig(
                 **shape, k=_active(request), matryoshka_widths=widths
             )
-        case "jumprelu" | "standard" | "gated" as architecture:
-            penalty = _penalty(architecture, request.sparsity_coefficient, request.warm_up_steps)
-            if architecture == "jumprelu" and request.k is not None:
+        case Architecture.jumprelu | Architecture.standard | Architecture.gated as kind:
+            penalty = _penalty(kind.name, request.sparsity_coefficient, request.warm_up_steps)
+            if kind is Architecture.jumprelu and request.k is not None:
                 penalty |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
-            config = _TRAINABLE[architecture](**shape, **penalty)
-        case other:
-            near = nearest_name(other, ARCHITECTURES)
-            raise ConfigError("sae.architecture", other, listed(ARCHITECTURES), near)
-    kind: Any = TrainingSAE.get_sae_class_for_architecture(config.architecture())
-    with _quiet():
-        return kind(config).to(device)
+            config = _TRAINABLE[kind.name](**shape, **penalty)
+        case _:
+            raise NotImplementedError(request.architecture)
+    made_by: Any = TrainingSAE.get_sae_class_for_architecture(config.architecture())
+    with quiet():
+        return made_by(config).to(device)
 
 
 def _active(request: SAERequest) -> float:
-    k, whole = request.k, request.architecture == "topk"
+    k, whole = request.k, request.architecture is Architecture.topk
     if k is None or not 0 < k <= request.width or (whole and k != int(k)):
         kind = "a whole number from 1" if whole else "a number above 0"
-        raise ConfigError("sae.l0", k, f"{kind} to {request.width}, for the {request.architecture} SAE")
+        raise ConfigError(
+            "sae.l0", k, f"{kind} to {request.width}, for the {request.architecture.name} SAE"
+        )
     return k
 
 
@@ -272,7 +271,7 @@ def rebuilt(sae: TrainingSAE[Any], weights: Mapping[str, Tensor]) -> TrainingSAE
 
 def _holding(kind: Any, config: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
     """An SAE that has these weights, made as sae-lens makes those it loads: none are drawn before."""
-    with _quiet():
+    with quiet():
         sae = kind(config)
     sae.load_state_dict(weights, assign=True)
     return sae.to(device)
@@ -280,11 +279,3 @@ def _holding(kind: Any, config: Any, weights: dict[str, Tensor], device: torch.d
 
 def _normalises(sae: SAE[Any]) -> bool:
     return sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings about how the SAE's model was loaded, which `loading.load` gives once."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*model_from_pretrained_kwargs.*")
-        yield
