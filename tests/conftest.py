@@ -14,25 +14,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import Cluster, running
-from tests.families import FAMILIES, small_model
-from tests.submission import jobs, until
-
-LONGEST = [
-    *(
-        "test_slurm_interruptions",
-        "test_slurm",
-        "test_saebench",
-        "test_launcher",
-        "test_hub",
-        "test_workers",
-        "test_attempts",
-        "test_embedded",
-    ),
-    *("test_tracking", "test_benchmark", "test_export", "test_cli", "test_methods", "test_waiting"),
-    *("test_layer_groups", "test_report", "test_estimate", "test_sae_descent", "test_learning"),
-    *("test_paper", "test_core", "test_harness", "test_steering", "test_generation"),
-]
+from tests.support.cluster import Cluster, running
+from tests.support.families import FAMILIES, small_model
+from tests.support.submission import jobs, until
 
 
 def pytest_collection() -> None:
@@ -43,16 +27,6 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left alone with one of them at the end."""
-
-    def place(item: pytest.Item) -> int:
-        name = item.path.stem
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
-
-    items.sort(key=place)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

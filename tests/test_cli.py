@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from sae_lora.records.folder import RunFolder
-from tests.commands import launch
-from tests.points import SMALL
-from tests.refusals import WRONG, fault_of, prepare
+from tests.support.commands import launch
+from tests.support.points import SMALL
+from tests.support.refusals import WRONG, fault_of, prepare
 
 
 @pytest.mark.slow

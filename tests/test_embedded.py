@@ -21,7 +21,7 @@ from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.evaluator import Evaluation, Evaluator
 from scripts.embedded import language_model, recipe
 from scripts.embedded.saes import TopKRequest
-from tests.commands import launch
+from tests.support.commands import launch
 
 TINY = ModelConfig(name="tiny")
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from sae_lora.cli import main
 from scripts import metrics_page
-from tests.composing import composed
+from tests.support.composing import composed
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

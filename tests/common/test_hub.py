@@ -1,0 +1,213 @@
+"""The researcher's commands against a hub on loopback, through transformers, sae-lens and datasets."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+
+from tests.support.commands import launch
+from tests.support.hub import COMMIT, Hub, commit_of, serving
+from tests.support.repositories import GEMMA_WIDTH, GPT2_WIDTH, PYTHIA_D_MODEL, documents, write_all
+
+pytestmark = pytest.mark.slow
+
+GEMMA = "model=gemma2_2b sae=gemma_scope sae.width=16k sae.l0=82 layer.index=12 data=pile".split()
+LLAMA = "model=llama31_8b sae=llama_scope sae.width=32k layer.index=16 data=pile".split()
+SMALL = (
+    "data.context_length=32 data.validation_tokens=128 train.train_tokens=128 train.batch_size=2 "
+    "train.eval_every_tokens=64 tracking=disabled lora.rank=2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    write_all(root)
+    return root
+
+
+@pytest.fixture
+def hub(root: Path) -> Iterator[Hub]:
+    with serving(root) as hub:
+        yield hub
+
+
+def launch_from(address: str, home: Path, *overrides: str, **more: str) -> CompletedProcess[str]:
+    """The command with the hub in place of the real one, and nothing cached."""
+    places = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"]
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": None} | more
+    return launch(*overrides, *places, **environment)
+
+
+def summary_in(home: Path) -> dict:
+    (path,) = home.glob("outputs/main/*/summary.json")
+    return json.loads(path.read_text())
+
+
+def summaries_in(home: Path) -> list[dict]:
+    """Of several, that of the block's output first."""
+    found = [json.loads(path.read_text()) for path in home.glob("outputs/main/*/summary.json")]
+    return sorted(found, key=lambda one: "mlp" in one["name"])
+
+
+def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    two = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
+    finished = launch_from(hub.address, tmp_path, *two)
+    assert finished.returncode == 0, finished.stderr
+    summary, of_mlp = summaries_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+    assert (sae["width"], sae["block"], sae["stated_l0"]) == (GEMMA_WIDTH, 12, 82)
+    assert summary["model"]["commit"] == sae["commit"] == COMMIT
+    assert summary["model"]["class"] == "Gemma2ForCausalLM"
+    assert summary["data"]["revision"] == COMMIT
+    assert summary["data"]["special_tokens_kept"] is True
+    assert summary["data"]["bos"] is True
+    # The same command again finds it, also with the hub gone; and a new point needs no hub either.
+    both = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
+    again = launch_from("http://127.0.0.1:9", tmp_path, *both, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert "1 of 2 done before" in again.stdout
+    assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
+    # An MLP's sits where its own metadata says; asked for elsewhere it is refused before anything runs.
+    (sae,) = of_mlp["sae"]
+    assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108")
+    assert (sae["hookpoint"], sae["block"]) == ("blocks.12.hook_mlp_out", 12)
+    assert "l12mlp_out" in of_mlp["name"]
+    assert of_mlp["initial_gap"] != 0
+    named = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
+    refused = launch_from(
+        hub.address, tmp_path, "model=gemma2_2b", *named, *SMALL, "data=pile", "sweep=guessed"
+    )
+    assert refused.returncode == 1
+    assert "was trained at blocks.12.hook_mlp_out" in refused.stderr
+    assert "nearest valid: layer.hook=mlp_out" in refused.stderr
+    assert not list(tmp_path.glob("outputs/guessed/*/summary.json"))
+    assert "training" not in refused.stdout
+
+
+def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    """With the data set downloaded whole, not streamed."""
+    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"], sae["block"]) == ("llama_scope_lxr_8x", "l16r_8x", 16)
+    assert summary["data"]["special_tokens_kept"] is False
+    assert summary["model"]["class"] == "LlamaForCausalLM"
+
+
+def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    """GPT-2, whose tokenizer puts no BOS, and an SAE that normalises what it reads."""
+    release, name = "gpt2-small-resid-post-v5-32k", "blocks.6.hook_resid_post"
+    sae = [f"sae.release={release}", f"sae.id={name}"]
+    finished = launch_from(hub.address, tmp_path, "model=gpt2", "sae=registry", *sae, *SMALL)
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"], sae["block"]) == (release, name, 6)
+    assert (sae["width"], sae["commit"]) == (GPT2_WIDTH, COMMIT)
+    assert summary["model"]["class"] == "GPT2LMHeadModel"
+    assert summary["data"]["bos"] is False
+    assert summary["l0"] == pytest.approx(8, abs=0.5)
+    # Of the hub's repository itself, which no table lists.
+    repository = ["sae.release=jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "sae.id=v5_32k_layer_6.pt"]
+    again = launch_from(
+        *(hub.address, tmp_path, "model=gpt2", "sae=registry", *repository, *SMALL),
+        *("layer.index=6", "sweep=unlisted"),
+    )
+    assert again.returncode == 0, again.stderr
+    (path,) = tmp_path.glob("outputs/unlisted/*/summary.json")
+    same = json.loads(path.read_text())
+    assert same["spliced_ce"] == summary["spliced_ce"]
+
+
+def test_own_sae_and_own_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
+    sae = TopKSAE(
+        TopKSAEConfig(
+            d_in=PYTHIA_D_MODEL,
+            d_sae=64,
+            k=4,
+            metadata=SAEMetadata(hook_name="blocks.3.hook_resid_post"),
+        )
+    )
+    sae.save_model(tmp_path / "my_sae")
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(documents(100)):
+        (tmp_path / "books" / f"{number}.txt").write_text(text)
+    finished = launch_from(
+        *(hub.address, tmp_path, "model=pythia_70m", "sae=disk", f"sae.path={tmp_path}/my_sae"),
+        *("data=text_files", f"data.files={tmp_path}/books/*.txt", *SMALL),
+    )
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (described,) = summary["sae"]
+    assert (described["block"], described["width"], described["stated_l0"]) == (3, 64, 4)
+    assert summary["model"]["class"] == "GPTNeoXForCausalLM"
+    assert summary["model"]["commit"] == COMMIT
+
+
+def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
+    """RedPajama is read from the hub's parquet conversion, and nothing else of it is."""
+    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama")
+    assert finished.returncode == 0, finished.stderr
+    assert summary_in(tmp_path)["data"]["revision"] == commit_of("refs/convert/parquet")
+    message = refusal(
+        launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama", "data.revision=main")
+    )
+    assert "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded" in message
+    assert "data.revision=refs/convert/parquet" in message
+
+
+def refusal(finished: CompletedProcess[str]) -> str:
+    """The one message of a command that must fail without a traceback."""
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr + finished.stdout
+    return finished.stderr
+
+
+def test_gated(hub: Hub, tmp_path: Path) -> None:
+    hub.gated.add("google/gemma-2-2b")
+    message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL))
+    assert "model.name = 'google/gemma-2-2b'" in message
+    assert "gated" in message
+    assert "hf auth login" in message
+
+
+def test_missing_model(hub: Hub, tmp_path: Path) -> None:
+    message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL, "model.name=google/gemma-2-9b"))
+    assert "model.name = 'google/gemma-2-9b' cannot be loaded" in message
+    assert "no such repository" in message
+
+
+def test_missing_data_set(hub: Hub, tmp_path: Path) -> None:
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=hf", "data.name=no/such"))
+    assert "data.name = 'no/such' cannot be loaded" in message
+
+
+def test_missing_column(hub: Hub, tmp_path: Path) -> None:
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.column=txt"))
+    assert "data.column = 'txt'" in message
+    assert "nearest valid: data.column=text" in message
+
+
+def test_no_network(tmp_path: Path) -> None:
+    message = refusal(launch_from("http://127.0.0.1:9", tmp_path, *GEMMA, *SMALL))
+    assert "model.name = 'google/gemma-2-2b' cannot be loaded" in message
+    assert "cannot be reached" in message
+
+
+def test_broken_download(hub: Hub, tmp_path: Path) -> None:
+    hub.truncated.add("model.safetensors")
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL))
+    assert "model.name = 'meta-llama/Llama-3.1-8B' cannot be loaded" in message
+
+
+def test_too_little_text(hub: Hub, tmp_path: Path) -> None:
+    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "train.train_tokens=10000000"))
+    assert "train.train_tokens" in message
+    assert "data.repeat=true" in message

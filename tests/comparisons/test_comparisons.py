@@ -1,0 +1,699 @@
+"""Arms of an experiment side by side: readings between points, tables and figures of made-up runs."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.comparisons import layer_groups, time_to_ce
+from sae_lora.comparisons import methods as budget
+from sae_lora.comparisons import saes as per_block
+from sae_lora.comparisons.interpolate import first_reached, value_at
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint, gap_closed
+from tests.support.browser import in_a_browser
+from tests.support.sweeps import MadeUp
+
+BASE_CE = 2.0
+
+
+def curve(*points: tuple[int, float, float, float], spliced_ce: float = 4.0) -> list[CurvePoint]:
+    """Points after so many tokens, seconds and FLOPs, at a student's CE."""
+    return [
+        CurvePoint(
+            step=tokens // 10,
+            tokens=tokens,
+            train_seconds=seconds,
+            train_flops=flops,
+            base_ce=BASE_CE,
+            spliced_ce=spliced_ce,
+            student_ce=ce,
+            ce_gap=ce - BASE_CE,
+            gap_closed=gap_closed(BASE_CE, spliced_ce, ce),
+            kl=ce - BASE_CE,
+            top1_agreement=0.5,
+            fvu=ce / 10,
+            l0=8.0,
+        )
+        for tokens, seconds, flops, ce in points
+    ]
+
+
+BENT = curve((0, 0, 0, 4.0), (100, 10, 1e3, 3.0), (300, 20, 3e3, 2.5), (400, 40, 4e3, 2.75))
+"""Quick at first, and worse at the end than before."""
+
+
+@pytest.mark.parametrize(
+    ("over", "amount", "wanted", "expected"),
+    [
+        ("tokens", 100, "train_seconds", 10),  # at points
+        ("tokens", 400, "student_ce", 2.75),
+        ("tokens", 0, "student_ce", 4.0),
+        ("tokens", 50, "student_ce", 3.5),  # between
+        ("tokens", 250, "train_seconds", 17.5),
+        ("train_seconds", 30, "ce_gap", 0.625),
+        ("train_flops", 1.5e3, "tokens", 150),
+        ("tokens", 1000, "train_seconds", 40),  # beyond the end
+        ("train_seconds", 99, "student_ce", 2.75),
+    ],
+)
+def test_a_measure_where_another_has_come_to_an_amount(
+    over: str, amount: float, wanted: str, expected: float
+) -> None:
+    assert value_at(BENT, over, amount, wanted) == pytest.approx(expected)
+
+
+def test_before_the_first_point_there_is_the_first() -> None:
+    assert value_at(BENT[1:], "tokens", 20, "train_seconds") == 10
+    assert value_at(BENT[:1], "tokens", 20, "student_ce") == 4.0
+
+
+def test_what_was_not_counted_before_the_first_step_is_nothing() -> None:
+    (first,) = curve((0, 0, 0, 4.0))
+    begun = [CurvePoint(**vars(first) | {"train_flops": None}), *BENT[1:]]
+    assert value_at(begun, "tokens", 50, "train_flops") == pytest.approx(500)
+
+
+@pytest.mark.parametrize(
+    ("ce", "cost", "expected"),
+    [
+        (3.0, "train_seconds", 10),  # at a point
+        (3.5, "tokens", 50),  # between
+        (2.6, "train_flops", 2.6e3),
+        (2.75, "train_seconds", 15),  # the first time, though it ends there again
+        (2.5, "tokens", 300),
+        (4.0, "train_seconds", 0),  # from the start
+        (9.0, "tokens", 0),
+    ],
+)
+def test_when_a_cross_entropy_was_first_reached(ce: float, cost: str, expected: float) -> None:
+    reading = first_reached(BENT, "student_ce", ce)
+    assert reading is not None
+    assert reading.read(cost) == pytest.approx(expected)
+
+
+def test_a_curve_that_starts_below_takes_what_its_first_point_took() -> None:
+    reading = first_reached(BENT[1:], "student_ce", 3.2)
+    assert reading is not None
+    assert reading.read("train_seconds") == 10
+
+
+def test_a_cross_entropy_that_is_never_reached() -> None:
+    assert first_reached(BENT, "student_ce", 2.4) is None
+
+
+def cells(table: Table) -> list[list[str]]:
+    """Row by row, without columns' names."""
+    return [list(row) for row in zip(*(map(str, one.cells) for one in table.columns), strict=True)]
+
+
+def assert_fits(table: Table, width: int = 100, folded: str | None = None) -> None:
+    """Nothing is cut off, however its cells are broken into lines: between words, but in one column."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    for column in table.columns:
+        for word in " ".join(map(str, column.cells)).split() if column.header != folded else ():
+            assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", printed), word
+
+
+# ---- time_to_ce -----------------------------------------------------------------------------------
+
+SAE = curve((0, 0, 0, 8.0), (400, 40, 4e3, 5.0), (1000, 100, 1e4, 4.0), spliced_ce=8.0)
+"""After half of its tokens, between two points: 50 seconds, 5e3 FLOPs."""
+E2E = curve((0, 0, 0, 8.0), (500, 100, 2e4, 4.0), (1000, 200, 4e4, 3.0), spliced_ce=8.0)
+LORA = curve((0, 0, 0, 5.0), (100, 10, 2e3, 3.5), (200, 20, 4e3, 2.5))
+"""At E2E's end between two points: after 15 seconds, 3e3 FLOPs."""
+
+
+class Arms:
+    """The three methods of `experiment=time_to_ce`, seed by seed.
+
+    Args:
+        home: The sweep's folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.made = MadeUp(home)
+        self.folders: list[RunFolder] = []
+
+    def add(
+        self, kind: str, points: Sequence[CurvePoint], seed: int = 0, block: int = 3, **other: Any
+    ) -> RunFolder:
+        """One run; without points, an unfinished one."""
+        used = self.made.saes_at(block)
+        config = {"method.kind": kind, "train.seed": seed, "sae.used": used} | other
+        name = f"{kind}-b{block}-s{seed}-at{other.get('init_at', 1)}"
+        folder = self.made.told(name, points, config)
+        self.folders.append(folder)
+        return folder
+
+    def seed(
+        self, seed: int, lora: Sequence[CurvePoint] = LORA, e2e: Sequence[CurvePoint] = E2E
+    ) -> None:
+        """The SAE, e2e and LoRA from half of the SAE's training on."""
+        sae = self.add("sae", SAE, seed)
+        self.add("e2e", e2e, seed)
+        self.add("lora", lora, seed, init=str(sae.path), init_at=0.5)
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> Arms:
+    return Arms(tmp_path / "arms")
+
+
+def test_lora_costs_what_its_sae_cost_until_it_was_kept(arms: Arms) -> None:
+    arms.seed(0)
+    (found,) = time_to_ce.compare(arms.folders)
+    assert (found.at, found.seed) == (0.5, 0)
+    assert (found.ce, found.lora_ce, found.e2e_ce) == (3.0, 2.5, 3.0)
+    assert found.lora == pytest.approx({"train_seconds": 50 + 15, "train_flops": 5e3 + 3e3})
+    assert found.e2e == pytest.approx({"train_seconds": 200, "train_flops": 4e4})
+
+
+def test_the_target_is_the_higher_of_the_two_ends(arms: Arms) -> None:
+    """LoRA ends at 3.5, which e2e passes three quarters through its training."""
+    arms.seed(0, lora=LORA[:2])
+    (found,) = time_to_ce.compare(arms.folders)
+    assert (found.ce, found.lora_ce, found.e2e_ce) == (3.5, 3.5, 3.0)
+    assert found.lora == pytest.approx({"train_seconds": 50 + 10, "train_flops": 5e3 + 2e3})
+    assert found.e2e == pytest.approx({"train_seconds": 150, "train_flops": 3e4})
+
+
+def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(arms: Arms) -> None:
+    arms.seed(0, e2e=E2E[:1])
+    (found,) = time_to_ce.compare(arms.folders)
+    assert found.ce == 8.0
+    assert found.lora == pytest.approx({"train_seconds": 50, "train_flops": 5e3})
+    assert found.e2e == {"train_seconds": 0, "train_flops": 0}
+
+
+def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
+    """Of two seeds the second's e2e is twice as slow: 200/65 and 400/65 times sooner, median 4.6."""
+    twice = [CurvePoint(**vars(one) | {"train_seconds": 2 * one.train_seconds}) for one in E2E]
+    arms.seed(0)
+    arms.seed(1, e2e=twice)
+    arms.add("lora", LORA, init=str(arms.folders[0].path))  # around the whole SAE: 100 + 15 s
+    found = time_to_ce.compare(arms.folders)
+    assert [(one.at, one.seed) for one in found] == [(0.5, 0), (0.5, 1), (1.0, 0)]
+    table = time_to_ce.table(found)
+    assert cells(table) == [
+        [
+            "50%",
+            "2.500",
+            "3.000",
+            "65 s",
+            "300 s",
+            "4.6 (3.1–6.2)",
+            "5.0",
+            "20.0",
+            "2",
+        ],
+        [
+            "100%",
+            "2.500",
+            "3.000",
+            "115 s",
+            "200 s",
+            "1.7 (1.7–1.7)",
+            "3.1",
+            "13.3",
+            "1",
+        ],
+    ]
+    assert_fits(table)
+
+
+def test_only_runs_of_the_same_seed_and_place_are_paired(arms: Arms) -> None:
+    arms.seed(0)
+    sae = arms.folders[0].path
+    arms.add("lora", LORA, seed=1, init=str(sae), init_at=0.5)  # no e2e of this seed
+    arms.add("lora", LORA, block=5, init=str(sae), init_at=0.5)  # nor at this block
+    arms.add("lora", LORA, seed=2)  # around an SAE that is there, rather than one of the sweep
+    arms.add("e2e", [], seed=1)  # not finished
+    arms.add("e2e", E2E, seed=0, block=4)
+    assert [(one.at, one.seed) for one in time_to_ce.compare(arms.folders)] == [(0.5, 0)]
+
+
+@pytest.mark.parametrize("there", [(), ("sae",), ("sae", "lora"), ("sae", "e2e"), ("lora alone", "e2e")])
+def test_an_arm_that_is_missing_is_said(there: tuple[str, ...], arms: Arms) -> None:
+    sae = arms.add("sae", SAE)
+    if "lora" in there:
+        arms.add("lora", LORA, init=str(sae.path))
+    if "lora alone" in there:
+        arms.add("lora", LORA)
+    if "e2e" in there:
+        arms.add("e2e", E2E)
+    if "sae" not in there:
+        arms.folders.remove(sae)
+    with pytest.raises(UserError, match="no finished run of method=lora begins with an SAE"):
+        time_to_ce.compare(arms.folders)
+
+
+def test_a_sweep_that_was_moved_finds_its_saes_beside_it(arms: Arms, tmp_path: Path) -> None:
+    arms.seed(0)
+    moved = arms.made.home.rename(tmp_path / "elsewhere")
+    (found,) = time_to_ce.compare([RunFolder(moved / one.path.name) for one in arms.folders])
+    assert found.lora["train_seconds"] == pytest.approx(65)
+    assert budget.method_of(RunFolder(moved / arms.folders[2].path.name)) == "lora after sae"
+
+
+def test_an_sae_that_was_deleted_is_said(arms: Arms, capsys: pytest.CaptureFixture[str]) -> None:
+    arms.seed(0)
+    shutil.rmtree(arms.folders[0].path)
+    for command in ("time_to_ce", "budget"):
+        assert main([command, str(arms.made.home)]) == 1
+        assert "the run that it has begun with is gone" in capsys.readouterr().err
+
+
+def test_branches_begin_in_the_figure_where_the_sae_was_kept(arms: Arms) -> None:
+    arms.seed(0)
+    arms.seed(1)
+    arms.add("lora", LORA, init=str(arms.folders[0].path))
+    drawn = time_to_ce.figures(arms.folders)["time_to_ce"]
+    seconds = [trace for trace in drawn.data if trace.xaxis in (None, "x")]
+    assert [trace.name for trace in seconds] == ["reconstruction", "end to end", "LoRA", "LoRA"]
+    assert [trace.name for trace in drawn.data if trace.showlegend] == [
+        *("reconstruction", "end to end", "LoRA"),
+    ]
+    # Of the first seed alone; a logarithmic axis has no place for nothing.
+    assert [list(trace.x) for trace in seconds] == [
+        [None, 40, 100],
+        [None, 100, 200],
+        [50, 60, 70],
+        [100, 110, 120],
+    ]
+    assert list(seconds[2].y) == [5.0, 3.5, 2.5]
+    flops = [trace for trace in drawn.data if trace.xaxis == "x2"]
+    assert [list(trace.x) for trace in flops[1:3]] == [[None, 2e4, 4e4], [5e3, 7e3, 9e3]]
+    (line,) = {(shape.y0, shape.y1) for shape in drawn.layout.shapes}
+    assert line == (BASE_CE, BASE_CE)
+
+
+# ---- budget ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def methods(tmp_path: Path) -> MadeUp:
+    """Three methods, of which the last is quick and was trained longer.
+
+    All have 200 tokens, which took LoRA 20 and 30 seconds, the SAE 40, and LoRA after it 10.
+    """
+    made = MadeUp(tmp_path / "methods")
+    slow = [CurvePoint(**vars(one) | {"train_seconds": 1.5 * one.train_seconds}) for one in LORA]
+    made.told("lora-s0", LORA, {"train.seed": 0}, trainable_parameters=1_310_720)
+    made.told("lora-s1", slow, {"train.seed": 1}, trainable_parameters=1_310_720)
+    sae = made.told(
+        "sae_finetune-s0",
+        curve((0, 0, 0, 4.0), (100, 20, 1e4, 3.0), (200, 40, 2e4, 2.75)),
+        {"method.kind": "sae_finetune"},
+        trainable_parameters=263_296,
+    )
+    made.told(
+        "after-s0",
+        curve((0, 0, 0, 2.8), (400, 20, 8e3, 2.0), spliced_ce=2.8),
+        {"init": str(sae.path)},
+        trainable_parameters=1_310_720,
+    )
+    made.told("mezo-s0", [], {"method.kind": "mezo"})
+    return made
+
+
+def folders(made: MadeUp) -> list[RunFolder]:
+    return [RunFolder(path.parent) for path in sorted(made.home.glob("*/config.yaml"))]
+
+
+def test_methods_after_the_same_tokens_and_after_the_same_seconds(methods: MadeUp) -> None:
+    """After 200 tokens of each, and after the 10 seconds that the quickest took for them."""
+    found = {one.method: one for one in budget.compare(folders(methods))}
+    assert list(found) == ["lora after sae_finetune", "lora", "sae_finetune"]
+    after, lora, sae = found.values()
+    assert after.gap_after_tokens == pytest.approx([0.4])
+    assert lora.gap_after_tokens == pytest.approx([0.5, 0.5])
+    assert sae.gap_after_tokens == pytest.approx([0.75])
+    assert after.gap_after_seconds == pytest.approx([0.4])
+    # 10 of 20 seconds is a point; 10 of 30, two thirds of the way to it; 10 of 40, half of the way.
+    assert lora.gap_after_seconds == pytest.approx([1.5, 3.0 - 2 / 3 * 1.5])
+    assert sae.gap_after_seconds == pytest.approx([1.5])
+    assert after.seconds == pytest.approx([10]) and after.flops == pytest.approx([4e3])
+    assert lora.seconds == pytest.approx([20, 30]) and sae.flops == pytest.approx([2e4])
+    assert [one.initial_gap for one in found.values()] == pytest.approx([0.8, 2.0, 2.0])
+    assert [one.trained_weights for one in found.values()] == [1_310_720, 1_310_720, 263_296]
+    assert after.fvu == [0.2] and lora.fvu == [0.25, 0.25]
+
+
+def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
+    table = budget.table(budget.compare(folders(methods)))
+    assert cells(table)[1] == [
+        *("lora", "+2.000", "+0.500 (+0.500 to +0.500)", "+1.750 (+1.500 to +2.000)"),
+        *("0.250", "1,310,720", "25", "4.0e+03"),
+    ]
+    assert cells(table)[2][2] == "+0.750"
+    assert_fits(table)
+
+
+def test_no_run_is_finished(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "none")
+    made.told("begun", [], {})
+    for compare in (budget.compare, layer_groups.compare, per_block.compare, time_to_ce.compare):
+        with pytest.raises(UserError):
+            compare(folders(made))
+
+
+# ---- several SAEs ---------------------------------------------------------------------------------
+
+
+def measured(block: int, **costs: float) -> dict[str, Any]:
+    """What a summary says of one SAE."""
+    return {"block": block, "hookpoint": resid_post(block), "width": 1024} | costs
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> MadeUp:
+    """A run with two SAEs, one with three, and one with a single one."""
+    made = MadeUp(tmp_path / "several")
+    for rank, blocks in ((4, (2, 5)), (8, (1, 3, 5)), (16, (3,))):
+        saes = [
+            measured(
+                block,
+                fvu=0.25 + block / 100,
+                **(
+                    {
+                        "alone_ce": BASE_CE + block / 10,
+                        "alone_fvu": 0.125 * block,
+                        "left_out_ce": 2.5 - block / 10,
+                    }
+                    if len(blocks) > 1
+                    else {}
+                ),
+            )
+            for block in blocks
+        ]
+        config = {"lora.rank": rank, "sae.used": made.saes_at(*blocks)}
+        made.told(f"r{rank}", LORA, config, sae=saes)
+    return made
+
+
+def test_a_row_for_each_sae(several: MadeUp) -> None:
+    """CE alone is over the plain model's; left out, over the student's, which ends at 2.5."""
+    table = per_block.table(per_block.compare(folders(several)))
+    found = cells(table)
+    assert {tuple(row[:5]) for row in found if row[0] == "2"} == {
+        ("2", "+2.000", "+0.500", "75.0%", resid_post(2))
+    }
+    assert sorted(row[5:] for row in found) == [
+        ["0.125", "0.260", "+0.100", "-0.100"],
+        ["0.250", "0.270", "+0.200", "-0.200"],
+        ["0.375", "0.280", "+0.300", "-0.300"],
+        ["0.625", "0.300", "+0.500", "-0.500"],
+        ["0.625", "0.300", "+0.500", "-0.500"],
+    ]
+    assert [row[0] for row in found if row[0]] in (["2", "3"], ["3", "2"])
+    assert_fits(table, folded="hook point")
+
+
+def test_no_run_has_several_saes(several: MadeUp) -> None:
+    with pytest.raises(UserError, match="has several SAEs whose contributions were measured"):
+        per_block.compare([RunFolder(several.home / "r16")])
+
+
+def test_each_sae_in_the_figure(several: MadeUp) -> None:
+    drawn = per_block.by_block(per_block.compare(folders(several)), ["three", "two"])
+    assert [trace.name for trace in drawn.data] == ["three", "three", "two", "two"]
+    assert [trace.name for trace in drawn.data if trace.showlegend] == ["three", "two"]
+    assert [list(trace.x) for trace in drawn.data] == [[1, 3, 5], [1, 3, 5], [2, 5], [2, 5]]
+    assert list(drawn.data[2].y) == [0.25, 0.625]
+    assert list(drawn.data[1].y) == pytest.approx([0.1, 0.3, 0.5])
+    assert len({trace.line.color for trace in drawn.data}) == 2
+
+
+def test_what_they_cost_together_stands_beside_what_each_costs(several: MadeUp) -> None:
+    drawn = per_block.figures(folders(several))["multi_sae"]
+    alone, before, after = drawn.data
+    assert list(alone.x) == ["2+5", "1+3+5"]
+    assert list(alone.y) == pytest.approx([0.7, 0.9])
+    assert list(before.y) == pytest.approx([2.0, 2.0])
+    assert list(after.y) == pytest.approx([0.5, 0.5])
+
+
+# ---- groups ---------------------------------------------------------------------------------------
+
+DISTANCES = [
+    [0.0, 0.1, 0.3, 0.5],
+    [0.1, 0.0, 0.2, 0.4],
+    [0.3, 0.2, 0.0, 0.3],
+    [0.5, 0.4, 0.3, 0.0],
+]
+"""Between four blocks; the last is in no group."""
+WAYS: dict[str, tuple[list[list[int]], bool, float]] = {
+    "three": ([[0], [1], [2]], False, 0.0),
+    "two": ([[0, 1], [2]], False, 0.05),
+    "two-evenly": ([[0, 2], [1]], True, 0.15),
+    "one": ([[0, 1, 2]], False, 0.3),
+}
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> MadeUp:
+    """SAEs that share blocks in four ways, and LoRA around those of three."""
+    made = MadeUp(tmp_path / "groups")
+    made.told("another", LORA, {})  # LoRA around an SAE that is there
+    for number, (name, (found, evenly, amad)) in enumerate(WAYS.items()):
+        shared_by = {block: group for group in found for block in group}
+        config = {
+            "method.kind": "sae",
+            "sae.used": made.saes_at(0, 1, 2, group=shared_by),
+        }
+        saes = [
+            measured(
+                block,
+                fvu=0.5,
+                alone_fvu=0.125 * (block + number),
+                alone_ce=2 + 0.25 * block,
+                left_out_ce=2.0,
+            )
+            for block in range(3)
+        ]
+        ce = 3.0 + number / 4
+        run = made.told(f"sae-{name}", curve((0, 0, 0, 9.0), (1000, 9, 1e4, ce)), config, sae=saes)
+        told = {
+            "groups": found,
+            "amad": amad,
+            "amad_by_count": [0.3, 0.05, 0.0],
+            "distances": DISTANCES,
+            "evenly": evenly,
+            "sae_flops_saved": 1 - len(found) / 3,
+        }
+        run.groups.write_text(json.dumps(told))
+        if name == "one":  # of which LoRA is not finished
+            made.told(f"lora-{name}", [], {"init": str(run.path)})
+        else:
+            lora = curve((0, 0, 0, ce), (100, 9, 1e3, ce - 0.5))
+            made.told(f"lora-{name}", lora, {"init": str(run.path), "sae.used": config["sae.used"]})
+    return made
+
+
+def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> None:
+    found = layer_groups.compare(folders(groups))
+    assert [(one.groups, one.evenly, one.amad) for one in found] == [
+        WAYS[name] for name in ("one", "two", "two-evenly", "three")
+    ]
+    assert [one.gap for one in found] == pytest.approx([1.75, 1.25, 1.5, 1.0])
+    assert found[0].gaps_with_lora == []
+    assert [one.gaps_with_lora for one in found[1:]] == [
+        [pytest.approx(gap)] for gap in (0.75, 1.0, 0.5)
+    ]
+    assert [one.fvu_alone for one in found] == pytest.approx([0.5, 0.25, 0.375, 0.125])
+    assert [one.ce_alone for one in found] == pytest.approx([0.25] * 4)
+    assert [one.sae_flops_saved for one in found] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
+    groups.home = groups.home.rename(tmp_path / "elsewhere")
+    found = [one.gaps_with_lora for one in layer_groups.compare(folders(groups))]
+    assert found == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
+
+
+def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> None:
+    saes = groups.home / "sae-three"
+    groups.told("again", curve((0, 0, 0, 3.0), (100, 9, 1e3, 2.9)), {"init": str(saes)})
+    *_, three = layer_groups.compare(folders(groups))
+    assert sorted(three.gaps_with_lora) == pytest.approx([0.5, 0.9])
+    assert cells(layer_groups.table([three]))[0][-1] == "+0.700"
+
+
+def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
+    """As with `train.eval_each_sae=false`."""
+    for number, name in enumerate(WAYS):
+        run = RunFolder(groups.home / f"sae-{name}")
+        summary = run.read_summary()
+        for sae in summary["sae"]:
+            del sae["alone_ce"], sae["alone_fvu"]
+        run.summary.write_text(json.dumps(summary))
+        if number < len(WAYS) - 1:
+            assert len(layer_groups.compare(folders(groups))) == len(WAYS) - 1 - number
+    with pytest.raises(UserError, match=r"train\.eval_each_sae"):
+        layer_groups.compare(folders(groups))
+
+
+def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
+    table = layer_groups.table(layer_groups.compare(folders(groups)))
+    assert cells(table) == [
+        ["1", "0–2", "0.300", "67%", "0.500", "+0.250", "+1.750", "–"],
+        ["2", "0–1 2", "0.050", "33%", "0.250", "+0.250", "+1.250", "+0.750"],
+        ["2 (evenly)", "0,2 1", "0.150", "33%", "0.375", "+0.250", "+1.500", "+1.000"],
+        ["3", "0 1 2", "0.000", "0%", "0.125", "+0.250", "+1.000", "+0.500"],
+    ]
+    assert_fits(table)
+
+
+def test_many_blocks_with_gaps_fit_too() -> None:
+    """A model of 26 blocks, of which every second is in one group."""
+    halves = [list(range(0, 25, 2)), list(range(1, 25, 2))]
+    table = layer_groups.table([layer_groups.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, [0.5])])
+    assert_fits(table, folded="blocks")
+
+
+def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
+    drawn = layer_groups.figures(folders(groups))
+    assert set(drawn) == {"distances", "tree", "amad", "blocks"}
+    (shown,) = drawn["distances"].data
+    assert [list(row) for row in shown.z] == DISTANCES
+    # Framed and marked: the fewest groups that are there, but for all in one.
+    assert len(drawn["distances"].layout.shapes) == 2
+    by_distance, chosen = drawn["amad"].data
+    assert list(by_distance.y) == [0.3, 0.05, 0.0]
+    assert (list(chosen.x), list(chosen.y)) == ([2], [0.05])
+    # Two merges of three blocks, at their widest distances, and the blocks below.
+    *merges, leaves = drawn["tree"].data
+    assert sorted(max(merge.y) for merge in merges) == pytest.approx([0.1, 0.3])
+    assert sorted(leaves.customdata) == [0, 1, 2]
+    # By distance alone, a line of FVU and one of CE each.
+    names = [trace.name for trace in drawn["blocks"].data]
+    assert names == [name for name in ("1 group", "2 groups", "3 groups") for _ in range(2)]
+    assert list(drawn["blocks"].data[2].y) == [0.125, 0.25, 0.375]
+
+
+def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
+    drawn = layer_groups.figures([RunFolder(groups.home / "sae-two-evenly")])
+    assert list(drawn["amad"].data[1].x) == [2]
+    assert [trace.name for trace in drawn["blocks"].data] == ["2 groups"] * 2
+
+
+def test_another_number_of_groups_is_marked_where_it_is_asked_for(groups: MadeUp) -> None:
+    drawn = layer_groups.figures(folders(groups), n_groups=3)
+    assert list(drawn["amad"].data[1].x) == [3]
+    assert len(drawn["distances"].layout.shapes) == 3
+
+
+# ---- commands -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
+    """Figures and files that would be written."""
+    written: list[tuple[Any, Path]] = []
+    monkeypatch.setattr("sae_lora.common.plots.write_pictures", written.extend)
+    return written
+
+
+def test_the_command_for_time_to_ce(
+    arms: Arms, pictures: list[tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms.seed(0)
+    to = tmp_path / "docs" / "arms"
+    assert main(["time_to_ce", str(arms.made.home)]) == 0
+    assert not to.exists()
+    assert main(["time_to_ce", str(arms.made.home), "--to", str(to)]) == 0
+    assert "3.1 (3.1–3.1)" in capsys.readouterr().out
+    (found,) = json.loads((to / "time_to_ce.json").read_text())
+    assert found["lora"]["train_seconds"] == pytest.approx(65)
+    assert [path for _, path in pictures] == [to / "time_to_ce.svg"]
+
+
+def test_the_command_for_methods(
+    methods: MadeUp,
+    pictures: list[tuple[Any, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["budget", str(methods.home), "--to", str(tmp_path / "to")]) == 0
+    assert "lora after sae_finetune" in capsys.readouterr().out
+    names = [one["method"] for one in json.loads((tmp_path / "to/methods.json").read_text())]
+    assert names == ["lora after sae_finetune", "lora", "sae_finetune"]
+    drawn = {path.name: figure for figure, path in pictures}
+    over = "tokens", "train_seconds", "train_flops"
+    assert set(drawn) == {f"methods_{one}.svg" for one in over}
+    tokens = drawn["methods_tokens.svg"].data
+    named = [trace.name for trace in tokens if trace.showlegend]
+    assert sorted(named) == ["lora", "lora after sae_finetune", "sae_finetune"]
+    assert sorted(tuple(trace.y) for trace in tokens)[0] == pytest.approx((0.8, 0.0))
+
+
+def test_the_command_for_several_saes(
+    several: MadeUp,
+    pictures: list[tuple[Any, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["saes", str(several.home), "--to", str(tmp_path / "to")]) == 0
+    assert resid_post(2) in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "to/multi_sae.json").read_text())) == 2
+    assert [path for _, path in pictures] == [tmp_path / "to/multi_sae.svg"]
+    assert main(["saes", str(several.home / "r16")]) == 1
+    assert "several SAEs" in capsys.readouterr().err
+
+
+def test_the_command_for_groups(
+    groups: MadeUp,
+    pictures: list[tuple[Any, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["groups", str(groups.home), "--to", str(tmp_path / "to")]) == 0
+    assert "2 (evenly)" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "to/groups.json").read_text())) == 4
+    names = {path.name for _, path in pictures}
+    assert names == {f"{name}.svg" for name in ("distances", "tree", "amad", "blocks")}
+
+
+@pytest.mark.parametrize("command", ["budget", "saes", "groups", "time_to_ce"])
+def test_a_sweep_without_the_runs_is_one_message(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MadeUp(tmp_path / "sweep").told("begun", [], {})
+    assert main([command, str(tmp_path / "sweep")]) == 1
+    assert capsys.readouterr().err.startswith("error: no")
+
+
+def test_without_a_browser_the_numbers_are_there(
+    arms: Arms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(wanted: object) -> None:
+        raise ValueError("Image export needs the kaleido package\nand more words")
+
+    monkeypatch.setattr("sae_lora.common.plots.write_pictures", fail)
+    arms.seed(0)
+    assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path / "to")]) == 0
+    assert "left out: no pictures (Image export needs the kaleido package)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["time_to_ce.json"]
+
+
+@in_a_browser
+def test_pictures_for_papers(arms: Arms, tmp_path: Path) -> None:
+    arms.seed(0)
+    assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path)]) == 0
+    assert (tmp_path / "time_to_ce.svg").read_bytes().startswith(b"<svg")

@@ -1,0 +1,84 @@
+"""When a gap was reached, worked by hand, and two sweeps compared run by run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.comparisons.interpolate import first_reached
+from sae_lora.comparisons.recipes import savings
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint
+from tests.support.sweeps import curve_point, finished
+
+
+def curve(*closed: float) -> list[CurvePoint]:
+    """Points a hundred tokens and two seconds apart."""
+    return [
+        dataclasses.replace(
+            curve_point(step), tokens=100 * step, train_seconds=2.0 * step, gap_closed=share
+        )
+        for step, share in enumerate(closed)
+    ]
+
+
+def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolder:
+    folder = finished(home, f"r{rank}-s{seed}", rank, 3, closed[-1])
+    config = folder.read_config()
+    config["train"]["seed"] = seed
+    folder.config.write_text(yaml.safe_dump(config))
+    points = curve(*closed)
+    summary = folder.read_summary() | {
+        "train_tokens": points[-1].tokens,
+        "train_seconds": points[-1].train_seconds,
+    }
+    folder.summary.write_text(json.dumps(summary))
+    folder.curve.unlink()
+    with CurveWriter(folder.curve) as written:
+        for one in points:
+            written.append(one)
+    return folder
+
+
+def test_the_first_time_counts_and_lies_between_evaluations() -> None:
+    def at(value: float, *closed: float) -> tuple[float, float] | None:
+        reading = first_reached(curve(*closed), "gap_closed", value)
+        return None if reading is None else (reading.read("tokens"), reading.read("train_seconds"))
+
+    assert at(0.25, 0.0, 0.5, 0.25, 0.75) == (50, 1.0)
+    assert at(0.625, 0.0, 0.5, 0.25, 0.75) == (275, 5.5)
+    assert at(0.2, 0.0, 0.2) == (100, 2.0)
+    assert at(0.3, 0.0, 0.2) is None
+
+
+def test_each_run_is_compared_with_its_like(tmp_path: Path) -> None:
+    slow = [run(tmp_path / "slow", 4, seed, (0.0, 0.1, 0.2)) for seed in (0, 1, 2)]
+    slow.append(run(tmp_path / "slow", 16, 0, (0.0, 0.5)))
+    quick = [
+        run(tmp_path / "quick", 4, 0, (0.0, 0.4)),  # half way: 50 tokens rather than 200
+        run(tmp_path / "quick", 4, 1, (0.0, 0.2, 0.3)),
+        run(tmp_path / "quick", 4, 2, (0.0, 0.1)),  # never
+        run(tmp_path / "quick", 4, 3, (0.0, 0.9)),  # without its like
+    ]
+    (found,) = savings(slow, quick)
+    assert found.factors["rank"] == "4"
+    assert (found.tokens, found.seconds, found.seeds) == ([4.0, 2.0], [4.0, 2.0], 3)
+    assert found.gap_closed == pytest.approx(0.2)
+    assert found.gap_closed_here == pytest.approx((0.4 + 0.3 + 0.1) / 3)
+    with pytest.raises(UserError, match="has its like"):
+        savings(slow[3:], quick)
+
+
+def test_the_command_shows_it_and_writes_it_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "slow", 4, 0, (0.0, 0.1, 0.2))
+    run(tmp_path / "quick", 4, 0, (0.0, 0.4))
+    record = tmp_path / "docs" / "reach.json"
+    assert main(["reach", str(tmp_path / "slow"), str(tmp_path / "quick"), "--to", str(record)]) == 0
+    assert "4.0 (4.0–4.0)" in capsys.readouterr().out
+    assert json.loads(record.read_text())[0]["tokens"] == [4.0]

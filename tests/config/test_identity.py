@@ -1,0 +1,98 @@
+"""Equal results hash equally whatever the method, and names tell methods apart."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from sae_lora.config.enums import Method
+from sae_lora.config.identity import identity
+from sae_lora.config.schema import Config
+from sae_lora.launch.plan import plan
+from tests.support.composing import composed
+
+KINDS = [kind.name for kind in Method]
+UNHEEDED: dict[str, list[str]] = {
+    "lora": ["method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"],
+    "mezo": ["method.rank=3", "train.loraplus_ratio=4", "method.dead_after_tokens=5"],
+    "linear_adapter": ["lora.rank=3", "method.epsilon=1", "train.loraplus_ratio=4"],
+    "mlp_adapter": ["lora.alpha=1", "lora.blocks=all", "method.buffer_tokens=512"],
+    "sae_finetune": ["lora.rank=3", "method.epsilon=1", "method.buffer_tokens=512"],
+    "e2e": ["lora.rank=3", "lora.targets=qv", "method.rank=3", "method.mse=false"],
+    "sae": [
+        *("lora.rank=3", "method.rank=3", "method.mse=false", "method.epsilon=1"),
+        *("train.grad_clip=3", "train.weight_decay=0.1", "train.micro_batch_size=1"),
+        *("train.kl_reduction=sequence_sum", "train.loraplus_ratio=4"),
+    ],
+}
+HEEDED: dict[str, list[str]] = {
+    "lora": ["lora.rank=3", "train.loraplus_ratio=4"],
+    "mezo": ["lora.rank=3", "method.epsilon=1", "train.micro_batch_size=1"],
+    "linear_adapter": ["method.rank=3"],
+    "mlp_adapter": ["method.rank=3"],
+    "sae_finetune": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],
+    "e2e": ["method.dead_after_tokens=5", "method.checkpoints=[0.5]"],
+    "sae": ["method.dead_after_tokens=5", "method.buffer_tokens=512", "sae.architecture=gated"],
+}
+
+
+@cache
+def known(*overrides: str) -> Config:
+    """A config that is read alone."""
+    return composed(*overrides)
+
+
+def name_of(*overrides: str) -> str:
+    return plan([known(*overrides)]).runs[0].name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_method_does_not_heed_changes_no_hash(kind: str) -> None:
+    plain = identity(known(f"method={kind}"))
+    for override in UNHEEDED[kind]:
+        assert identity(known(f"method={kind}", override)) == plain, override
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_heeds_does(kind: str) -> None:
+    hashes = {identity(known(f"method={kind}", one)) for one in HEEDED[kind]}
+    hashes.add(identity(known(f"method={kind}")))
+    assert len(hashes) == 1 + len(HEEDED[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_run_belongs_follows_from_what_it_heeds(kind: str) -> None:
+    """Its folder's name, too: else the same run would be run twice."""
+    names = {
+        name_of(f"method={kind}", *one) for one in ([], *([override] for override in UNHEEDED[kind]))
+    }
+    assert len(names) == 1
+
+
+def test_lora_hashes_as_before_there_were_methods() -> None:
+    """As if its config had no group `method`, and no key that came with it."""
+    plain = known()
+    other = replace(known("method=e2e", "method.rank=3").method, kind=plain.method.kind, mse=False)
+    assert other != plain.method
+    assert identity(replace(plain, method=other)) == identity(plain)
+    assert identity(replace(plain, init="elsewhere")) == identity(plain)
+
+
+def test_methods_are_told_apart() -> None:
+    same = ["sae=new", "train.lr=1e-3", "train.batch_size=4"]
+    assert identity(known("method=e2e", *same)) != identity(known("method=sae", *same))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_names_show_method_and_architecture(kind: str) -> None:
+    assert f"-{kind}-" in name_of(f"method={kind}")
+    if kind in ("e2e", "sae"):
+        name = name_of(f"method={kind}", "sae.architecture=gated")
+        assert f"-{kind}-gated-" in name
+        assert "topk" not in name_of(f"method={kind}")
+
+
+def test_names_show_a_rank_where_there_is_one() -> None:
+    assert "-mezo-r3-after-" in name_of("method=mezo", "lora.rank=3")
+    assert "-linear_adapter-r3-" in name_of("method=linear_adapter", "method.rank=3")
+    assert "-r16" not in name_of("method=linear_adapter")

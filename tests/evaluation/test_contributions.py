@@ -1,0 +1,289 @@
+"""What each of several SAEs contributes: alone in the plain model, and left out of the student."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import sae_lora
+from sae_lora.config.enums import Hook, Method, SAEFamily
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, SAEConfig
+from sae_lora.data import corpus
+from sae_lora.models.hookpoints import Place, resid_post
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.folder import RunFolder
+from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
+from sae_lora.splice.student import LoRAStudent, Student
+from sae_lora.splice.trunk import Splices
+from sae_lora.train import methods
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.train_state import TrainState
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import D_MODEL, N_BLOCKS, small_model
+from tests.support.points import points_in, run_here
+from tests.support.stepping import SPECIAL, step, trained
+from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+PLACES: dict[str, tuple[Place, ...]] = {
+    "outputs, also of the last block": (Place(1), Place(2), Place(N_BLOCKS - 1)),
+    "within one block and behind it": (Place(1, Hook.attn_out), Place(1, Hook.mlp_out), Place(1)),
+    "everywhere": (Place(0, Hook.mlp_out), Place(1), Place(2, Hook.attn_out), Place(2)),
+}
+SAES = (topk_sae(seed=1), jumprelu_sae(), topk_sae(k=2, seed=2), topk_sae(k=8, seed=3))
+
+
+def splices_at(places: tuple[Place, ...], keeps: bool = False) -> Splices:
+    return tuple(
+        Splice(place.block, sae, keeps, place.hook)
+        for place, sae in zip(places, SAES[: len(places)], strict=True)
+    )
+
+
+def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: float = 0) -> Evaluator:
+    return Evaluator(
+        model, HELD_OUT, special_ids, 4, Comparison(Head.of(model), chunk_tokens=30), cache_bytes
+    )
+
+
+class Naive(NamedTuple):
+    """What one pass with whole logits finds.
+
+    Args:
+        ce: Cross-entropy.
+        fvu: By hookpoint.
+    """
+
+    ce: float
+    fvu: dict[str, float]
+
+
+def naive(model: LanguageModel, saes: Mapping[str, Coder], keep: Tensor | None = None) -> Naive:
+    """The plain way."""
+    readings: list[Reading] = []
+    with torch.no_grad(), spliced(model, saes, keep, readings.append):
+        logits = model.model(HELD_OUT, use_cache=False).logits[:, :-1].double()
+    fvu = {}
+    for one in readings:
+        resid, recon = one.resid.double(), one.recon.double()
+        variance = (resid - resid.mean(0)).square().sum()
+        fvu[one.hookpoint] = float((resid - recon).square().sum() / variance)
+    return Naive(float(cross_entropy(logits.flatten(0, 1), HELD_OUT[:, 1:].flatten())), fvu)
+
+
+def check(
+    model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
+) -> None:
+    """All that is said of a student's SAEs is what the plain way finds."""
+    saes = {
+        one.hookpoint: one.sae.frozen if isinstance(one.sae, SplicedSAE) else one.sae
+        for one in student.splices
+    }
+    (whole,) = evaluate([student])
+    full = naive(student.model, saes, keep)
+    assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
+    assert whole.fvu == pytest.approx(full.fvu, rel=1e-4)
+    found = evaluate.contributions(student)
+    assert list(found) == list(saes)
+    for name, one in found.items():
+        alone = naive(model, {name: saes[name]}, keep)
+        assert one.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
+        assert one.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
+        others = {other: sae for other, sae in saes.items() if other != name}
+        left_out = naive(student.model, others, keep).ce
+        assert one.left_out_ce == pytest.approx(left_out, abs=1e-5), name
+        assert abs(left_out - full.ce) > 1e-4
+        assert abs(alone.ce - whole.base_ce) > 1e-4
+    assert len({one.left_out_ce for one in found.values()}) == len(found)
+    # What was found on the way does not come back in what is evaluated later.
+    assert evaluate([student])[0].student_ce == whole.student_ce
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+@pytest.mark.parametrize("places", PLACES)
+def test_of_a_lora_student(places: str, blocks: str) -> None:
+    model = small_model("llama")
+    student = LoRAStudent(model, splices_at(PLACES[places]), LoRAConfig(rank=2, blocks=blocks))
+    fill(student.weights)
+    check(model, student, evaluator(model, cache_bytes=1e9))
+
+
+def test_in_every_family(model: LanguageModel) -> None:
+    student = LoRAStudent(model, splices_at(PLACES["everywhere"]), LoRAConfig(rank=2))
+    fill(student.weights)
+    check(model, student, evaluator(model))
+
+
+@pytest.mark.parametrize("blocks", ["after", [0], [3]])
+def test_where_special_tokens_keep_their_activation(blocks: Any) -> None:
+    """And where adapters begin before, behind and after SAEs."""
+    model = small_model("gemma2")
+    student = LoRAStudent(
+        model, splices_at(PLACES["everywhere"], keeps=True), LoRAConfig(rank=2, blocks=blocks)
+    )
+    fill(student.weights)
+    keep = special_positions(HELD_OUT, SPECIAL)
+    assert 0 < keep.sum() < keep.numel() / 2
+    check(model, student, evaluator(model, SPECIAL), keep)
+
+
+def training_of(
+    model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], keeps: bool = False
+) -> TrainState:
+    """Of SAEs at these places, or of what is put on them."""
+    is_new = any(isinstance(sae, SplicedSAE) for sae in saes.values())
+    config = Config(
+        sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),
+        method=MethodConfig(kind=kind),
+        train=CONFIG,
+    )
+    splices = tuple(Splice(place.block, sae, keeps, place.hook) for place, sae in saes.items())
+    torch.manual_seed(0)
+    return methods.build(config, model, splices, 6)[0]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_of_saes_in_training_as_they_are_in_use(keeps: bool) -> None:
+    """Also once they have moved, by an evaluator that knew them before; modes stay as they were."""
+    model = small_model("llama")
+    one = training_of(
+        model,
+        Method.e2e,
+        {
+            Place(1): trained("topk", scale=0.4),
+            Place(2, Hook.mlp_out): trained("standard", seed=4),
+            Place(3): trained("topk", seed=5),
+        },
+        keeps,
+    )
+    ids = SPECIAL if keeps else NO_IDS
+    keep = special_positions(HELD_OUT, SPECIAL) if keeps else None
+    evaluate = evaluator(model, ids, cache_bytes=1e9)
+    before = evaluate.contributions(one.student)
+    for _ in range(2):
+        step(model, one, special_ids=ids)
+    modes = [module.training for module in one.student.modules.values()]
+    assert modes == [True] * 3
+    check(model, one.student, evaluate, keep)
+    assert [module.training for module in one.student.modules.values()] == modes
+    after = evaluate.contributions(one.student)
+    assert all(after[name].alone_ce != before[name].alone_ce for name in before)
+
+
+def test_of_one_sae_that_serves_several_blocks() -> None:
+    """At each of them it is alone there, and left out there."""
+    model, shared = small_model("llama"), trained("topk", scale=0.4)
+    saes = {Place(0): shared, Place(1): trained("topk", seed=5), Place(2): shared}
+    one = training_of(model, Method.e2e, saes)
+    assert len(one.student.modules) == 2
+    step(model, one)
+    check(model, one.student, evaluator(model))
+
+
+def test_of_maps_on_what_saes_put_back() -> None:
+    """An SAE goes with its map, alone and left out."""
+    model = small_model("gpt2")
+    frozen: dict[Place, Coder] = {Place(0): topk_sae(seed=1), Place(2): jumprelu_sae()}
+    one = training_of(model, Method.linear_adapter, frozen)
+    step(model, one)
+    with torch.no_grad():
+        for weight in one.student.weights.values():
+            weight.add_(
+                0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
+            )
+    check(model, one.student, evaluator(model))
+    plain = naive(model, {resid_post(0): frozen[Place(0)]})
+    found = evaluator(model).contributions(one.student)
+    assert abs(found[resid_post(0)].alone_ce - plain.ce) > 1e-4
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_without_and_alone_share_what_is_trained(blocks: str) -> None:
+    model = small_model("llama")
+    student = LoRAStudent(model, splices_at((Place(1), Place(2))), LoRAConfig(rank=2, blocks=blocks))
+    one, other = student.without(resid_post(1)), student.alone(resid_post(2), model)
+    assert [splice.hookpoint for splice in one.splices] == [resid_post(2)]
+    assert [splice.hookpoint for splice in other.splices] == [resid_post(2)]
+    assert student.without("blocks.0.hook_resid_post").splices == student.splices
+    evaluate = evaluator(model)
+    fill(student.weights, seed=1)
+    first = evaluate([one, other])
+    fill(student.weights, seed=2)
+    second = evaluate([one, other])
+    assert first[0].student_ce != second[0].student_ce
+    assert first[1] == second[1]  # the plain model has no adapters
+
+
+def test_an_sae_that_is_all_alone_contributes_nothing_to_say() -> None:
+    model = small_model("llama")
+    student = LoRAStudent(model, splices_at((Place(1),)), LoRAConfig(rank=2))
+    assert evaluator(model).contributions(student) == {}
+
+
+class Measured(NamedTuple):
+    """Two runs of two SAEs.
+
+    Args:
+        each: One that has measured what each contributes.
+        whole: The same, which has not.
+    """
+
+    each: RunFolder
+    whole: RunFolder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    home = tmp_path_factory.mktemp("outputs")
+    overrides = "layer.index=[2,5]", "lora.blocks=all"
+    point = points_in(home)
+    (each,) = run_here(point(*overrides))
+    (whole,) = run_here(point(*overrides, "train.eval_each_sae=false", "sweep=whole"))
+    return Measured(each, whole)
+
+
+def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
+    adapted = sae_lora.load_adapted(runs.each)
+    config = adapted.config
+    tokens = corpus.load(
+        config.data, adapted.tokenizer, train_steps(config) * config.train.batch_size, 4
+    ).validation_tokens
+
+    keep = adapted._kept_positions(
+        tokens, adapted.splices
+    )  # the SAEs were not trained on special tokens
+    assert keep is not None
+
+    def ce(model: LanguageModel, *hookpoints: str) -> float:
+        with torch.no_grad(), spliced(model, {name: adapted.saes[name] for name in hookpoints}, keep):
+            logits = model.model(tokens, use_cache=False).logits[:, :-1].double()
+        return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    first, second = runs.each.read_summary()["sae"]
+    names = first["hookpoint"], second["hookpoint"]
+    assert names == (resid_post(2), resid_post(5))
+    assert runs.each.read_summary()["student_ce"] == pytest.approx(
+        ce(adapted._adapted, *names), rel=1e-6
+    )
+    for one, other in ((first, second), (second, first)):
+        assert one["alone_ce"] == pytest.approx(ce(adapted._base, one["hookpoint"]), rel=1e-6)
+        assert one["left_out_ce"] == pytest.approx(ce(adapted._adapted, other["hookpoint"]), rel=1e-6)
+        assert 0 < one["alone_fvu"] < 2
+
+
+def test_a_run_may_leave_that_out_and_is_the_same(runs: Measured) -> None:
+    each, whole = (folder.read_summary() for folder in runs)
+    measured = {"alone_ce", "alone_fvu", "left_out_ce"}
+    assert all(measured <= set(sae) for sae in each["sae"])
+    assert not any(measured & set(sae) for sae in whole["sae"])
+    assert each["hash"] == whole["hash"]
+    assert runs.each.path.name == runs.whole.path.name
+    curves = [[point.student_ce for point in folder.read_curve()] for folder in runs]
+    assert curves[0] == curves[1] and len(curves[0]) == 3

@@ -1,0 +1,431 @@
+"""Benchmarks: what lm-evaluation-harness reports is what our own model does, SAEs in place."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.evaluator
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import DataConfig
+from sae_lora.data.documents import in_validation
+from sae_lora.evaluation import lm_eval as harness
+from sae_lora.evaluation import run_suites, suite_records
+from sae_lora.evaluation.lm_eval import Tasks, paired_error
+from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.tasks import FOLDER
+from sae_lora.evaluation.tasks.reading import rows
+from sae_lora.models import loading
+from sae_lora.records.folder import RunFolder
+from sae_lora.saes.loading import IdentitySAE
+from scripts import cut_tasks
+from tests.support.hub import Hub, serving
+from tests.support.points import points_in, run_here
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+OWN = ["tiny_continuation", "tiny_generation"]
+LIMIT = 8
+CONFIG = EvaluationConfig(tasks=OWN, task_limit=LIMIT, task_batch_size=4, resamples=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_environment() -> Iterator[None]:
+    """The harness asks pip each time what is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    (made,) = run_here(points_in(tmp_path_factory.mktemp("outputs"))("train.lr=0.05"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def subject(folder: RunFolder) -> Subject:
+    return Subject(folder)
+
+
+@pytest.fixture(scope="module")
+def scores(subject: Subject) -> Tasks:
+    return harness.score(subject, CONFIG)
+
+
+def asked(task: str) -> list[dict[str, Any]]:
+    """The first rows of a task."""
+    return list(rows(f"{task}.jsonl")["test"])[:LIMIT]
+
+
+def logits(subject: Subject, cell: Cell, tokens: Tensor) -> Tensor:
+    """Of a text `[pos]`, `[pos, d_vocab]`."""
+    sae, adapters = cell in (Cell.spliced, Cell.student), cell in (Cell.adapted, Cell.student)
+    return subject.adapted.logits(tokens[None], sae=sae, adapters=adapters)[0]
+
+
+def log_likelihoods(subject: Subject, cell: Cell, row: dict[str, Any]) -> list[float]:
+    """Of each choice, after the text."""
+    found = []
+    for choice in row["choices"]:
+        text, whole = (
+            subject.adapted.tokenizer(one, return_tensors="pt").input_ids[0]
+            for one in (row["text"], f"{row['text']} {choice}")
+        )
+        assert torch.equal(whole[: len(text)], text)
+        after = logits(subject, cell, whole)[len(text) - 1 : -1].log_softmax(-1)
+        found.append(float(after.gather(-1, whole[len(text) :, None]).sum()))
+    return found
+
+
+def greedy(subject: Subject, cell: Cell, row: dict[str, Any]) -> str:
+    """What comes next, up to the end of the name, without a cache."""
+    task = yaml.load((FOLDER / "tiny_generation.yaml").read_text(), _Loader)
+    tokens = subject.adapted.tokenizer(row["text"], return_tensors="pt").input_ids[0]
+    start = len(tokens)
+    for _ in range(task["generation_kwargs"]["max_gen_toks"]):
+        tokens = torch.cat([tokens, logits(subject, cell, tokens)[-1:].argmax(-1)])
+    stop = "|".join(map(re.escape, task["generation_kwargs"]["until"]))
+    return re.split(stop, subject.adapted.tokenizer.decode(tokens[start:]))[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's file, functions as their names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+@pytest.mark.parametrize("cell", list(Cell))
+@torch.no_grad()
+def test_scores_are_those_of_our_own_model(cell: Cell, subject: Subject, scores: Tasks) -> None:
+    """Log-likelihoods of whole texts, one after another."""
+    found = scores.scores["tiny_continuation"].cells[cell]
+    right, right_by_length = [], []
+    for row in asked("tiny_continuation"):
+        sums = log_likelihoods(subject, cell, row)
+        means = [one / len(choice) for one, choice in zip(sums, row["choices"], strict=True)]
+        right.append(sums.index(max(sums)) == row["answer"])
+        right_by_length.append(means.index(max(means)) == row["answer"])
+    assert found["acc"].value == pytest.approx(sum(right) / LIMIT)
+    assert found["acc_norm"].value == pytest.approx(sum(right_by_length) / LIMIT)
+
+
+@pytest.mark.parametrize("cell", [Cell.base, Cell.student])
+@torch.no_grad()
+def test_texts_are_those_that_our_own_model_writes(cell: Cell, subject: Subject, scores: Tasks) -> None:
+    """Token after token with nothing kept, where the harness has a cache and batches of prompts."""
+    config = dataclasses.replace(CONFIG, tasks=OWN[1:])
+    with subject.in_place(cell) as model:
+        results = harness._taken(model, subject.adapted.tokenizer, config)
+    written = [sample["filtered_resps"][0] for sample in results["samples"][OWN[1]]]
+    expected = [greedy(subject, cell, row) for row in asked(OWN[1])]
+    assert written == expected
+    right = [text == row["answer"] for text, row in zip(expected, asked(OWN[1]), strict=True)]
+    found = scores.scores[OWN[1]].cells[cell]["exact_match"]
+    assert found.value == pytest.approx(sum(right) / LIMIT)
+
+
+def test_scores_say_what_they_are_of(scores: Tasks) -> None:
+    assert list(scores.scores) == OWN
+    for name, task in scores.scores.items():
+        assert (task.documents, task.few_shot, task.version) == (LIMIT, 0, "1.0"), name
+        assert list(task.cells) == ["base", "spliced", "student", "adapted"]
+        assert all(task.higher_is_better[metric] for metric in task.cells["base"])
+        for cell, metrics in task.cells.items():
+            for metric, score in metrics.items():
+                base = task.cells["base"][metric]
+                if cell == "base":
+                    assert score.over_base is None
+                    continue
+                assert score.over_base == pytest.approx(score.value - base.value)
+                assert score.over_base_stderr is not None
+    # What is measured tells the models apart.
+    values = {cell: str(scores.scores[OWN[0]].cells[cell]) for cell in Cell}
+    assert len(set(values.values())) > 1
+
+
+def test_an_sae_that_changes_nothing_changes_no_score(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = tuple(splice._replace(sae=IdentitySAE()) for splice in subject.after)
+    monkeypatch.setattr(subject, "before", same)
+    monkeypatch.setattr(subject, "after", same)
+    found = harness.score(subject, dataclasses.replace(CONFIG, task_limit=4))
+    for task in found.scores.values():
+        for metric, base in task.cells["base"].items():
+            spliced = task.cells["spliced"][metric]
+            assert (spliced.value, spliced.stderr) == (base.value, base.stderr)
+            assert (spliced.over_base, spliced.over_base_stderr) == (0, 0)
+        assert task.cells["student"] == task.cells["adapted"]
+
+
+def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tasks) -> None:
+    """By another subject; what is there is not taken again."""
+    config = dataclasses.replace(CONFIG, tasks=OWN[:1])
+    assert run_suites.evaluate(folder, [Suite.tasks], config) == []
+    kept = suite_records.read(folder, Suite.tasks)
+    assert kept is not None
+    before = json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))
+    assert kept.results["scores"] == {OWN[0]: before}
+    assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
+        assert run_suites.evaluate(folder, [Suite.tasks], config) == []
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is loaded, and no data set is on this machine."""
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    harness._check.cache_clear()
+
+
+@pytest.fixture
+def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that ship, one whose data set is not here, and a group of it and another."""
+    shutil.copytree(FOLDER, tmp_path / "tasks")
+    elsewhere = {"task": "elsewhere", "dataset_path": "org/nothing", "test_split": "test"}
+    group = {"group": "several", "task": ["elsewhere", OWN[0]]}
+    for one in (elsewhere, group):
+        (tmp_path / "tasks" / f"{len(one)}.yaml").write_text(yaml.dump(one))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr(harness, "_manager_of", lambda all_tasks: manager)
+
+
+def refused(folder: RunFolder, tasks: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said where the suite is asked for with these tasks."""
+    config = EvaluationConfig(tasks=tasks)
+    assert run_suites.evaluate(folder, [Suite.tasks], config) == [Suite.tasks]
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("no_model", "few_tasks")
+@pytest.mark.parametrize("name", ["elsewhere", "several"])
+def test_a_data_set_that_is_not_here_is_named(
+    name: str, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(folder, [OWN[0], name], capsys)
+    assert said.startswith(f"tasks of {folder.path.name} left out")
+    assert f"evaluation.tasks = '{name}' cannot be loaded: the hub cannot be reached" in said
+    assert "data sets: org/nothing where" in said
+    assert f"TaskManager().load(['{name}'])" in said
+
+
+@pytest.mark.usefixtures("no_model", "few_tasks")
+@pytest.mark.parametrize(
+    ("tasks", "got", "nearest"),
+    [(["tiny_continuations"], "tiny_continuations", OWN[0]), ([*OWN, OWN[0]], OWN[0], None)],
+)
+def test_tasks_that_cannot_be_taken_are_refused(
+    tasks: list[str],
+    got: str,
+    nearest: str | None,
+    folder: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        harness.check(EvaluationConfig(tasks=tasks))
+    assert (error.value.field, error.value.got) == ("evaluation.tasks", got)
+    assert error.value.nearest == nearest
+    assert f"evaluation.tasks = '{got}' cannot be used" in refused(folder, tasks, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_model")
+def test_the_real_benchmarks_are_known_and_what_they_lack_is_named(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(folder, EvaluationConfig().tasks, capsys)
+    assert "data sets: Rowan/hellaswag, cais/mmlu, truthfulqa/truthful_qa" in said
+    assert "TaskManager().load(['mmlu', 'hellaswag', 'truthfulqa_mc2'])" in said
+    assert "nearest valid: evaluation.tasks=hellaswag" in refused(folder, [*OWN, "helaswag"], capsys)
+
+
+def test_the_harness_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setattr(harness, "_manager_of", harness._manager_of.__wrapped__)
+    harness._check.cache_clear()
+    with pytest.raises(UserError, match=r"pip install 'sae_lora\[downstream\]'"):
+        harness.check(EvaluationConfig(tasks=["piqa"]))
+
+
+@pytest.mark.parametrize("cell", list(Cell))
+@torch.no_grad()
+def test_a_cell_is_the_one_that_other_suites_measure(
+    cell: Cell, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the SAEs were others before the run; special tokens keep their activation."""
+    others = tuple(splice._replace(sae=_Halved()) for splice in subject.after)
+    monkeypatch.setattr(subject, "before", others)
+    tokens = subject.tokens[:2]
+    expected = subject.head.logits(subject.hidden(cell, tokens).flatten(0, 1))
+    with subject.in_place(cell) as model:
+        found = model(tokens).logits.flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Halved(IdentitySAE):
+    """Puts back half of what it reads."""
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return feature_acts / 2
+
+
+def test_groups_are_compared_document_by_document(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the harness's own aggregation, over tasks that it gives other names."""
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "tiny_continuation.yaml").read_text()
+    (tmp_path / "more.yaml").write_text(text.replace("task: tiny_continuation", "task: more"))
+    group = {
+        "group": "both",
+        "task": ["tiny_continuation", "more"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tmp_path / "both.yaml").write_text(yaml.dump(group))
+    monkeypatch.setattr(harness, "FOLDER", tmp_path)
+    monkeypatch.setattr(harness, "_manager_of", harness._manager_of.__wrapped__)
+    monkeypatch.setattr(harness, "_check", harness._check.__wrapped__)
+    monkeypatch.setattr(Subject, "cells", [Cell.base, Cell.spliced])
+    found = harness.score(subject, dataclasses.replace(CONFIG, tasks=["both"], task_limit=6)).scores
+
+    together, one = found["both"], found[found["both"].subtasks[0]]
+    assert len(together.subtasks) == 2
+    assert (together.documents, one.documents, together.few_shot) == (12, 6, 0)
+    ours, theirs = together.cells["spliced"]["acc"], one.cells["spliced"]["acc"]
+    assert ours.value == pytest.approx(theirs.value)
+    assert ours.over_base == pytest.approx(theirs.over_base)
+    assert ours.over_base_stderr is not None
+    assert theirs.over_base_stderr is not None
+    # The same six documents twice: sums of squares double, degrees of freedom are 11 and 5.
+    expected = theirs.over_base_stderr * (5 / 11) ** 0.5
+    assert ours.over_base_stderr == pytest.approx(expected)
+
+
+def test_paired_errors() -> None:
+    # Differences 1, 0, 0, 1 about 0.5: variance 1/3, and 1/12 of their mean.
+    assert paired_error([1, 1, 0, 1], [0, 1, 0, 0]) == pytest.approx((1 / 12) ** 0.5)
+    assert paired_error([0.2, 0.4], [0.2, 0.4]) == 0
+    assert paired_error([1], [0]) is None
+
+
+@pytest.mark.parametrize("task", OWN)
+def test_tasks_that_ship_are_of_held_out_files(task: str) -> None:
+    found = list(rows(f"{task}.jsonl")["test"])
+    assert len(found) > 100
+    assert len({row["document"] for row in found[:20]}) > 8
+    for row in found:
+        assert in_validation(row["document"], DataConfig().validation_share)
+        assert len(row["text"]) <= cut_tasks.LONGEST_TEXT
+        if task == "tiny_continuation":
+            assert len(set(row["choices"])) == cut_tasks.CHOICES
+            assert 0 <= row["answer"] < cut_tasks.CHOICES
+        else:
+            assert re.search(rf"\b{row['answer']}\b", row["text"])
+
+
+def test_rows_are_cut_the_same_each_time(tmp_path: Path) -> None:
+    """Of lines that there are."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        cut_tasks.make(tmp_path / name)
+    texts = {document.key: document.text for document in cut_tasks.held_out()}
+    for task in OWN:
+        file = f"{task}.jsonl"
+        assert (tmp_path / "first" / file).read_text() == (tmp_path / "second" / file).read_text()
+        for line in (tmp_path / "first" / file).read_text().splitlines():
+            row = json.loads(line)
+            is_choice = task == "tiny_continuation"
+            end = f" {row['choices'][row['answer']]}" if is_choice else row["answer"]
+            assert row["text"] + end in texts[row["document"]]
+
+
+def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path) -> None:
+    """As they lie on the hub, some documents of each: the harness's own tasks read and score them."""
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(folder.path, copy.path, ignore=shutil.ignore_patterns("evaluation"))
+    tasks = "hellaswag,truthfulqa_mc2,mmlu_anatomy"
+    command = ["evaluate", str(copy.path), "--suite", "tasks", "--set", f"tasks=[{tasks}]"]
+    asked = subprocess.run(
+        [sys.executable, "-m", "sae_lora", *command],
+        env=os.environ
+        | {"HF_HOME": str(published.root / "home"), "HF_HUB_OFFLINE": "0"}
+        | {"HF_ENDPOINT": published.address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode == 0, asked.stderr
+    kept = suite_records.read(copy, Suite.tasks)
+    assert kept is not None
+    scores = kept.results["scores"]
+    assert {name: task["documents"] for name, task in scores.items()} == dict.fromkeys(scores, 3)
+    assert list(scores) == tasks.split(",")
+    for task in scores.values():
+        assert set(task["cells"]) == set(Cell)
+        assert all(0 <= cell["acc"]["value"] <= 1 for cell in task["cells"].values())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with the beginnings of three data sets, in their published layouts."""
+    root = tmp_path_factory.mktemp("hub")
+    sets = root / "datasets"
+    for split in ("train", "validation"):
+        _write(sets / f"Rowan/hellaswag/data/{split}-00000-of-00001.parquet", [HELLASWAG] * 3)
+    questions = sets / "truthfulqa/truthful_qa"
+    _write(questions / "multiple_choice/validation-00000-of-00001.parquet", [TRUTHFULQA] * 3)
+    _describe(questions, "multiple_choice", "validation")
+    subjects = sets / "cais/mmlu"
+    for split in ("test", "dev"):
+        _write(subjects / f"anatomy/{split}-00000-of-00001.parquet", [MMLU] * 3)
+    _describe(subjects, "anatomy", "test", "dev")
+    with serving(root) as hub:
+        yield hub
+
+
+HELLASWAG = {
+    "activity_label": "Sorting",
+    "ctx_a": "A list is read.",
+    "ctx_b": "it",
+    "ctx": "A list is read. it",
+    "endings": ["is sorted.", "is a tree [title] of names.", "sings.", "is lost."],
+    "label": "0",
+}
+TRUTHFULQA = {
+    "question": "What does len return?",
+    "mc1_targets": {"choices": ["a number", "a list"], "labels": [1, 0]},
+    "mc2_targets": {"choices": ["a number", "an int", "a list"], "labels": [1, 1, 0]},
+}
+MMLU = {"question": "Which is a bone?", "choices": ["femur", "list", "tuple", "dict"], "answer": 0}
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def _describe(repository: Path, config: str, *splits: str) -> None:
+    files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+    about = {"configs": [{"config_name": config, "data_files": files}]}
+    (repository / "README.md").write_text(f"---\n{yaml.dump(about)}---\n")

@@ -1,0 +1,451 @@
+"""What LoRA has done to matrices: worked by hand where that can be, else held against torch's own."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.lora import similarity, similarity_results, weights
+from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap, shared
+from sae_lora.evaluation.lora.similarity import directions, expected, phi, similarities
+from sae_lora.evaluation.lora.similarity_figures import figures, kinds_map, similarity_map
+from sae_lora.models import adapter_files, lora
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
+from sae_lora.records.folder import runs_of
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.hooks import Splice
+from tests.support.coders import topk_sae
+from tests.support.families import D_MODEL, small_model
+from tests.support.points import run_here
+from tests.support.subjects import Made, quick_points_in
+from tests.support.sweeps import MadeUp
+from tests.support.trainings import fill
+
+CONFIG = EvaluationConfig()
+
+
+def at_block_1(sae: object = None, block: int = 1) -> tuple[Splice, ...]:
+    return (Splice(block, sae or topk_sae(), keeps=False),)  # pyright: ignore[reportArgumentType]
+
+
+def plain(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1.0) -> AdaptedMatrix:
+    delta = scale * b @ a
+    return AdaptedMatrix("blocks.0.q", 0, "q", True, weight, delta, a, b, scale, None)
+
+
+def measured(matrix: AdaptedMatrix) -> weights.Matrix:
+    return weights.measured(matrix, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_delta_is_what_the_adapter_adds(model: LanguageModel, dora: bool, stabilised: bool) -> None:
+    """To the output of each layer, as peft computes it; names are those of the model's modules."""
+    config = LoRAConfig(rank=3, alpha=5.0, blocks=[1, 3], dora=dora, rank_stabilised=stabilised)
+    lora.attach(model, config, first_sae=0)
+    fill(lora.trainable_weights(model))
+    layers: dict[str, Any] = {
+        name: module for name, module in model.model.named_modules() if isinstance(module, LoraLayer)
+    }
+    found = {matrix.name: matrix for matrix in adapted_matrices(model)}
+    assert found.keys() == layers.keys()
+    for name, matrix in found.items():
+        layer = layers[name]
+        x = torch.randn(5, matrix.weight.shape[1])
+        with torch.no_grad():
+            added = layer(x) - layer.get_base_layer()(x)
+        torch.testing.assert_close(x @ matrix.delta.T, added, rtol=1e-4, atol=1e-4)
+        assert matrix.block in (1, 3) and name.endswith(f".{matrix.block}.{matrix.kind}")
+        assert (matrix.magnitude is not None) == dora
+        if not dora:
+            torch.testing.assert_close(matrix.delta, matrix.scale * matrix.b @ matrix.a)
+    # Some of a block's matrices read the residual stream, others do not; the former are as wide.
+    reading = [matrix for matrix in found.values() if matrix.reads_stream]
+    assert 0 < len(reading) < len(found)
+    assert all(matrix.weight.shape[1] == D_MODEL for matrix in reading)
+
+
+@pytest.mark.parametrize(("rank", "dora"), [(3, False), (3, True), (40, False)])
+def test_singular_vectors_are_those_of_delta(rank: int, dora: bool) -> None:
+    """Of a rank beyond the matrix's own there are as many as that has."""
+    model = small_model("llama")
+    lora.attach(model, LoRAConfig(rank=rank, blocks=[1], dora=dora), first_sae=0)
+    fill(lora.trainable_weights(model))
+    for matrix in adapted_matrices(model):
+        outputs, values, inputs = weights.decomposed(matrix)
+        torch.testing.assert_close((outputs * values @ inputs.T).float(), matrix.delta)
+        n = len(values)
+        assert n == min(matrix.delta.shape if dora else (rank, *matrix.delta.shape))
+        torch.testing.assert_close(values, torch.linalg.svdvals(matrix.delta.double())[:n])
+        eye = torch.eye(n, dtype=torch.float64)
+        torch.testing.assert_close(outputs.T @ outputs, eye)
+        torch.testing.assert_close(inputs.T @ inputs, eye)
+
+
+def test_one_direction_by_hand() -> None:
+    """ΔW = 2 · 5 · e₀ e₁ᵀ, where W has 0.5; W's own largest direction has 3 of its √13.25."""
+    weight = torch.tensor([[0.0, 0.5, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    b, a = torch.tensor([[5.0], [0.0], [0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    found = measured(plain(weight, b, a, scale=2.0))
+    assert found.delta_norm == pytest.approx(10)
+    assert found.weight_norm == pytest.approx(13.25**0.5)
+    assert found.singular_values == pytest.approx([10])
+    assert found.effective_rank == pytest.approx(1)
+    assert found.energy == {"1": pytest.approx(1)}
+    assert found.projection.delta == pytest.approx(0.5)
+    assert found.projection.weight == pytest.approx(3)
+    assert 0 < found.projection.random < 3
+    assert found.amplification == pytest.approx(20)
+    assert dataclasses.astuple(found.cost) == (6, 9, 36, 18)
+
+
+def test_two_directions_by_hand() -> None:
+    """ΔW = diag(3, 1, 0) around W = diag(1, 2, 4): 9 of 10 of its energy in the first direction."""
+    weight = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    b = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    found = measured(plain(weight, b, torch.eye(3)[:2]))
+    assert found.singular_values == pytest.approx([3, 1])
+    assert found.energy == {"1": pytest.approx(0.9)}
+    assert found.projection.delta == pytest.approx(5**0.5)
+    assert found.projection.weight == pytest.approx(20**0.5)
+    assert found.amplification == pytest.approx(2**0.5)
+    # Shares 3/4 and 1/4 of the singular values, and exp of their entropy.
+    assert found.effective_rank == pytest.approx((4 / 3) ** 0.75 * 4**0.25)
+
+
+def test_random_directions_have_their_share_of_a_matrix() -> None:
+    """E ‖UᵀWV‖² = r² ‖W‖² / (outputs · inputs), of which many draws come within a tenth."""
+    weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
+    random = torch.Generator().manual_seed(0)
+    b, a = torch.ones(12, 3), torch.ones(3, 20)
+    found = [weights.measured(plain(weight, b, a), random).projection.random ** 2 for _ in range(20)]
+    share = 9 / (12 * 20) * float(weight.square().sum())
+    assert sum(found) / len(found) == pytest.approx(share, rel=0.1)
+
+
+def test_effective_rank() -> None:
+    assert weights.effective_rank(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert weights.effective_rank(torch.tensor([2.0, 0.0, 0.0])) == pytest.approx(1)
+    assert weights.effective_rank(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(2)
+    assert weights.effective_rank(torch.zeros(3)) is None
+
+
+def test_energy_is_told_where_there_are_so_many_directions() -> None:
+    assert weights.energy(torch.ones(5)) == {"1": pytest.approx(1 / 5), "4": pytest.approx(4 / 5)}
+    assert weights.energy(torch.zeros(5)) == {}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_fresh_adapters_have_done_nothing(model: LanguageModel, dora: bool) -> None:
+    subject = Made(model, at_block_1(), LoRAConfig(rank=2, dora=dora), filled=False)
+    found = weights.evaluate(subject, CONFIG)
+    for one in found.matrices:
+        assert one.delta_norm == pytest.approx(0, abs=1e-5 * one.weight_norm)
+        if not dora:
+            assert one.delta_norm == 0 and one.singular_values == [0.0, 0.0]
+            assert one.effective_rank is one.amplification is one.projection.delta is None
+            assert one.energy == {}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_parameters_are_counted_as_the_tensors_are(model: LanguageModel, dora: bool) -> None:
+    subject = Made(model, at_block_1(), LoRAConfig(rank=3, dora=dora))
+    found = weights.evaluate(subject, CONFIG)
+    there = lora.trainable_weights(subject.with_adapters).values()
+    assert found.cost.parameters == sum(one.cost.parameters for one in found.matrices)
+    assert found.cost.parameters == sum(weight.numel() for weight in there)
+    of_blocks = [
+        weight.numel()
+        for block in model.blocks[2:]
+        for name, weight in block.named_parameters()
+        if weight.ndim == 2 and "norm" not in name
+    ]
+    assert found.cost.whole_parameters == sum(of_blocks)
+    assert found.cost.whole_flops == 2 * sum(of_blocks)
+    if not dora:
+        assert found.cost.flops == 6 * found.cost.parameters
+
+
+def test_no_direction_of_a_matrix_has_more_than_its_own(model: LanguageModel) -> None:
+    for one in weights.evaluate(Made(model, at_block_1(), LoRAConfig(rank=4)), CONFIG).matrices:
+        assert one.projection.delta is not None and one.amplification is not None
+        assert one.projection.delta < one.projection.weight < one.weight_norm
+        assert one.projection.random < one.projection.weight
+        assert one.amplification == pytest.approx(one.delta_norm / one.projection.delta)
+        assert one.singular_values == sorted(one.singular_values, reverse=True)
+        assert sum(one**2 for one in one.singular_values) == pytest.approx(one.delta_norm**2, rel=1e-4)
+
+
+def test_a_run_without_adapters_is_told_so() -> None:
+    with pytest.raises(UserError, match="trains no LoRA adapters"):
+        weights.evaluate(Made(small_model("llama"), at_block_1()), CONFIG)
+
+
+def test_subspaces() -> None:
+    random = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 6, 40, generator=random)
+    for i in range(1, 7):
+        assert phi(one, one, i, i) == pytest.approx(1)
+        assert phi(one, one, i, 6) == pytest.approx(1)  # the smaller lies in the larger
+        assert phi(one, other, i, 3) == pytest.approx(phi(other, one, 3, i))
+    # Along axes: {e₀, e₁} and {e₁, e₂, e₃} share one of two directions, {e₄} none.
+    axes = torch.eye(8)
+    assert phi(axes[:2], axes[1:4], 2, 3) == pytest.approx(0.5)
+    assert phi(axes[:2], axes[4:5], 2, 1) == 0
+    # At 60 degrees.
+    slanted = torch.tensor([[0.5, 0.75**0.5]])
+    assert phi(torch.tensor([[1.0, 0.0]]), slanted, 1, 1) == pytest.approx(0.25)
+
+
+def test_all_sizes_at_once_are_each_of_them() -> None:
+    one, other = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1))
+    grid = similarities(directions(one), directions(other)[:, :3])
+    assert grid.shape == (5, 3)
+    for i in range(1, 6):
+        for j in range(1, 4):
+            u, v = torch.linalg.svd(one)[2][:i], torch.linalg.svd(other)[2][:j]
+            assert float(grid[i - 1, j - 1]) == pytest.approx(
+                float((u @ v.T).square().sum()) / min(i, j), rel=1e-4
+            )
+
+
+@pytest.mark.parametrize(("i", "j"), [(1, 1), (4, 4), (3, 8)])
+def test_random_subspaces_have_what_is_expected(i: int, j: int) -> None:
+    random = torch.Generator().manual_seed(2)
+    draws = [
+        phi(torch.randn(i, 32, generator=random), torch.randn(j, 32, generator=random), i, j)
+        for _ in range(400)
+    ]
+    assert sum(draws) / len(draws) == pytest.approx(expected(i, j, 32), rel=0.2)
+
+
+def test_directions_that_are_not_there_are_left_out() -> None:
+    rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    assert directions(torch.cat([rows, rows[:2] + rows[1:]])).shape == (20, 3)
+    assert directions(torch.zeros(2, 20)).shape == (20, 0)
+    assert directions(torch.zeros(0, 20)).shape == (20, 0)
+
+
+class Cut:
+    """An SAE in form alone: each latent is a coordinate, and the first few are lost."""
+
+    def __init__(self, lost: int) -> None:
+        self._lost = lost
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(x[..., : self._lost]), x[..., self._lost :]], dim=-1)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return feature_acts
+
+
+class Rarer(Cut):
+    """Of which the second latent is active on every second token, the third on every third …"""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        token = torch.arange(x[..., 0].numel()).view(x.shape[:-1])
+        return torch.where(token[..., None] % torch.arange(1, 1 + x.shape[-1]) == 0, x, 0.0)
+
+
+def test_overlap_with_what_an_sae_loses_and_what_it_puts_back() -> None:
+    """The SAE loses e₀ … e₃ whole; adapters that read them alone, those alone, read its error."""
+
+    subject = Made(small_model("llama"), at_block_1(Cut(4)), LoRAConfig(rank=2, targets="all"))
+    axes = torch.eye(D_MODEL)
+    rows = {"self_attn.q_proj": axes[:2], "self_attn.v_proj": axes[[3, 9]], "mlp.up_proj": axes[5:7]}
+    for kind, values in rows.items():
+        layer = subject.with_adapters.blocks[2].get_submodule(kind)
+        assert isinstance(layer, LoraLayer)
+        layer.lora_A["default"].weight.data = values.clone()
+    found = overlap(subject, 500, 16)
+    assert isinstance(found, Overlap)
+    assert (found.block, found.hookpoint) == (2, "blocks.1.hook_resid_post")
+    assert found.tokens == subject.tokens.numel()
+    assert found.error_share == pytest.approx(1)
+    assert {kind.split(".")[1] for kind in found.matrices} == {
+        *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    }
+    for kind, share in (("self_attn.q_proj", 1), ("self_attn.v_proj", 0.5), ("mlp.up_proj", 0)):
+        error = found.matrices[kind].error
+        assert (error.adapter_directions, error.other_directions) == (2, 4)  # it loses no more
+        assert error.similarity == pytest.approx(share, abs=1e-6)
+        assert error.expected == 4 / D_MODEL
+    reads_error, reads_else = found.matrices["self_attn.q_proj"], found.matrices["mlp.up_proj"]
+    assert reads_error.error.energy == pytest.approx(1, rel=1e-5)
+    assert reads_else.error.energy == pytest.approx(0, abs=1e-9)
+    assert reads_error.decoder.similarity == pytest.approx(0, abs=1e-9)
+    assert reads_error.decoder.other_directions == 16
+    assert reads_error.decoder.expected == 16 / D_MODEL
+    assert reads_else.error.expected_energy == 4 / D_MODEL
+
+
+def test_the_decoder_directions_are_of_the_latents_that_are_active_most() -> None:
+    subject = Made(small_model("llama"), at_block_1(Rarer()), LoRAConfig(rank=2, targets="q"))
+    layer = subject.with_adapters.blocks[2].get_submodule("self_attn.q_proj")
+    assert isinstance(layer, LoraLayer)
+    for latents, share in (([0, 1], 1), ([2, 7], 0.5), ([4, 5], 0)):
+        layer.lora_A["default"].weight.data = torch.eye(D_MODEL)[latents]
+        found = overlap(subject, 500, 3)
+        assert isinstance(found, Overlap)
+        assert found.matrices["self_attn.q_proj"].decoder.similarity == pytest.approx(share, abs=1e-6)
+
+
+def test_energy_is_what_delta_reads() -> None:
+    """3² of 3² + 4² lie along the first axis, whatever A looks like."""
+    b, a = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.eye(5)[:2]
+    found = shared(plain(torch.eye(2, 5), b, a), torch.eye(5, dtype=torch.float64)[:, :1])
+    assert found.energy == pytest.approx(9 / 25)
+    assert (found.similarity, found.expected) == (pytest.approx(1), 2 / 5)
+    untouched = shared(plain(torch.eye(2, 5), 0 * b, a), torch.eye(5, dtype=torch.float64)[:, :1])
+    assert untouched.energy is None
+
+
+@pytest.mark.parametrize(
+    ("sae", "adapters", "reason"),
+    [
+        (topk_sae(), LoRAConfig(rank=2, blocks="all"), "no SAE sits before block 0"),
+        (topk_sae(), LoRAConfig(rank=2, targets="o"), "reads the residual stream"),
+        (IdentitySAE(), LoRAConfig(rank=2), "makes no error"),
+        (Cut(D_MODEL), LoRAConfig(rank=2), "no latent that is active"),
+    ],
+)
+def test_where_there_is_no_overlap_the_reason_is_said(sae, adapters: LoRAConfig, reason: str) -> None:
+    found = weights.evaluate(Made(small_model("llama"), at_block_1(sae), adapters), CONFIG)
+    assert found.overlap is None
+    assert found.no_overlap is not None and reason in found.no_overlap
+
+
+def test_of_several_saes_the_last_before_the_adapters_is_compared() -> None:
+    splices = tuple(Splice(block, topk_sae(seed=block), keeps=False) for block in (0, 1, 2))
+    found = overlap(Made(small_model("llama"), splices, LoRAConfig(rank=2, blocks=[2, 3])), 500, 4)
+    assert isinstance(found, Overlap)
+    assert (found.block, found.hookpoint) == (2, "blocks.1.hook_resid_post")
+
+
+def make_run(home: Path, model: LanguageModel, config: LoRAConfig, seed: int) -> None:
+    """A finished run, with adapters that nobody has trained."""
+    view = model.view()
+    torch.manual_seed(seed)
+    adapters = lora.attach(view, config, first_sae=1)
+    adapter_files.save(adapters, MadeUp(home).finished(rank=config.rank, seed=seed).adapter, "org/base")
+
+
+def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:
+    model = small_model("llama")
+    for rank, seed, targets in ((2, 0, "all"), (12, 1, "all"), (2, 5, "qv")):
+        make_run(tmp_path, model, LoRAConfig(rank=rank, targets=targets), seed)
+    folders = runs_of(tmp_path)
+    (pair,) = similarity.compare(folders)  # the third adapts others
+    assert sorted([pair.first, pair.second]) == ["tiny-l3-l0_4-r12-s1", "tiny-l3-l0_4-r2-s0"]
+    sizes = {pair.first: pair.first_sizes, pair.second: pair.second_sizes}
+    assert sizes["tiny-l3-l0_4-r2-s0"] == [1, 2]
+    assert sizes["tiny-l3-l0_4-r12-s1"] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert pair.matrices == 7 * 2 and len(pair.of_kinds) == 7
+    by_name = {folder.path.name: folder for folder in folders}
+    one, other = (by_name[name].adapter for name in (pair.first, pair.second))
+    names = adapter_files.saved_inputs(one)
+    read = adapter_files.saved_a
+    assert {inputs for _, inputs in names} == {D_MODEL, 48}
+    for row, i in enumerate(pair.first_sizes):
+        for column, j in enumerate(pair.second_sizes):
+            each = {name: phi(read(one, name), read(other, name), i, j) for name, _ in names}
+            mean = sum(each.values()) / len(each)
+            assert pair.of_all.similarity[row][column] == pytest.approx(mean)
+            of_q = [value for name, value in each.items() if name.endswith("q_proj")]
+            assert pair.of_kinds["self_attn.q_proj"].similarity[row][column] == pytest.approx(
+                sum(of_q) / len(of_q)
+            )
+            assert pair.of_kinds["mlp.down_proj"].expected[row][column] == max(i, j) / 48
+
+
+def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Path) -> None:
+    model, config = small_model("gpt2"), LoRAConfig(rank=3)
+    make_run(tmp_path, model, config, seed=0)
+    make_run(tmp_path, model, config, seed=1)
+    one, other = runs_of(tmp_path)
+    shutil.rmtree(other.adapter)
+    shutil.copytree(one.adapter, other.adapter)
+    (pair,) = found = similarity.compare([one, other])
+    assert [pair.of_all.similarity[n][n] for n in range(3)] == pytest.approx([1] * 3)
+    assert set(pair.of_kinds) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert similarity_results.read(tmp_path) == []
+    similarity_results.write(tmp_path, found)
+    assert similarity_results.read(tmp_path) == found
+
+
+def test_damaged_adapters_are_named(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, small_model("llama"), LoRAConfig(rank=2), seed)
+    file = adapter_files.weights_file(runs_of(tmp_path)[0].adapter)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"adapters in .* cannot be read"):
+        similarity.compare(runs_of(tmp_path))
+
+
+def test_figures_show_the_grids(tmp_path: Path) -> None:
+    for seed in range(4):
+        make_run(tmp_path, small_model("llama"), LoRAConfig(rank=2), seed)
+    found = similarity.compare(runs_of(tmp_path))
+    assert len(found) == 6
+    pair = found[0]
+    whole: Any = similarity_map(pair)
+    kinds: Any = kinds_map(pair)
+    measured, random = whole.data
+    assert [list(row) for row in measured.z] == pair.of_all.similarity
+    assert [list(row) for row in random.z] == pair.of_all.expected
+    assert list(measured.x) == ["1", "2"]
+    assert len(kinds.data) == 7
+    assert len(figures(found * 2)) == 12  # of the first six pairs two each
+
+
+def test_the_command_measures_a_sweep_and_compares_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+
+    def no_browser(wanted: Sequence[tuple[object, Path]]) -> list[str]:
+        drawn.extend(path for _, path in wanted)
+        return ["no pictures (that takes a browser)"]
+
+    monkeypatch.setattr("sae_lora.common.plots.try_pictures", no_browser)
+    point = quick_points_in(tmp_path)
+    folders = run_here(*(point(f"train.seed={seed}") for seed in (0, 1)))
+    sweep = folders[0].path.parent
+    arguments = ["evaluate", str(sweep), "--suite", "lora", "--set", "directions=4"]
+    assert main(arguments) == 0
+    for folder in folders:
+        there = suite_records.read(folder, Suite.lora)
+        assert there is not None
+        assert there.settings == {"sequences": 500, "directions": 4}
+        summary = folder.read_summary()
+        assert there.results["cost"]["parameters"] == summary["trainable_parameters"]
+        assert {one["block"] for one in there.results["matrices"]} == {4, 5, 6, 7}
+        assert there.results["overlap"]["hookpoint"] == "blocks.3.hook_resid_post"
+        error = there.results["overlap"]["matrices"]["self_attn.q_proj"]["error"]
+        assert error["other_directions"] == 4
+    (pair,) = similarity_results.read(sweep)
+    assert {pair.first, pair.second} == {folder.path.name for folder in folders}
+    said = capsys.readouterr()
+    rows = [line.split("│")[1:-1] for line in said.out.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["0", "1"]  # a row for each seed
+    assert "amplification" in said.out
+    assert "1 pairs of adapters compared" in said.out
+    assert "left out: no pictures" in said.err
+    names = ["similarity_1.svg", "similarity_1_kinds.svg"]
+    assert drawn == [sweep / "evaluation" / name for name in names]

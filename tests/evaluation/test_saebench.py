@@ -1,0 +1,264 @@
+"""SAEBench in its own environment: its benchmarks see the run's models and SAEs, and say what we do."""
+
+import random
+import shutil
+import string
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sae_lora.cli import main
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Suite
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import Config
+from sae_lora.embedded import MODEL, SAES
+from sae_lora.evaluation import headlines, run_suites, suite_records
+from sae_lora.evaluation.saebench import environment as layer
+from sae_lora.evaluation.saebench import suite as saebench
+from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.records.folder import RunFolder
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.kl import kl_divergence
+from tests.support.hub import serving
+from tests.support.points import Point, points_in, run_here
+
+pytestmark = pytest.mark.slow  # makes an environment, and processes that import much
+
+BIOS = "LabHC/bias_in_bios"
+SET = f"{BIOS}_class_set1"
+PROBES = {"dataset_names": [SET], "context_length": 32}
+PROFESSIONS = {0: "accountant", 1: "architect", 2: "attorney", 6: "dentist", 9: "filmmaker"} | {
+    13: "nurse",
+    21: "professor",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sparse_probing": PROBES | {"probe_train_set_size": 40, "probe_test_set_size": 20, "k_values": [1]},
+    "scr": PROBES
+    | {"train_set_size": 40, "test_set_size": 20, "n_values": [2, 20], "probe_epochs": 2}
+    | {"column1_vals_lookup": {SET: [["professor", "nurse"]]}},
+    "tpp": PROBES | {"train_set_size": 40, "test_set_size": 20, "n_values": [2, 20], "probe_epochs": 2},
+    "absorption": {"min_GT_probe_f1": 0.0, "min_feats_for_eval": 1, "max_k_value": 1}
+    | {"prompt_token_pos": -5}
+    | {"k_sparse_probe_num_epochs": 1, "precalc_k_sparse_probe_sae_acts": True},
+}
+"""So little of each that it takes seconds."""
+EVERY = EvaluationConfig(saebench=["core", *OPTIONS], saebench_options=OPTIONS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SAEBench's environment, made by the command; and a hub with the data that benchmarks ask for."""
+    home = tmp_path_factory.mktemp("home")
+    _write_bios(home / "hub/datasets" / BIOS)
+    with pytest.MonkeyPatch.context() as patch, serving(home / "hub") as hub:
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        with pytest.raises(UserError, match="python -m sae_lora setup saebench"):
+            saebench.check(EVERY)
+        assert main(["setup", "saebench"]) == 0
+        patch.setenv("HF_ENDPOINT", hub.address)
+        patch.setenv("HF_HOME", str(home / "hf"))
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield
+
+
+def _write_bios(repository: Path) -> None:
+    draw = random.Random(0)
+    rows = [
+        {"hard_text": _bio(draw, name, who), "profession": profession, "gender": gender}
+        for profession, name in PROFESSIONS.items()
+        for gender, who in enumerate(("he", "she"))
+        for _ in range(45)
+    ]
+    draw.shuffle(rows)
+    repository.mkdir(parents=True)
+    for split, share in {
+        "train": rows[: len(rows) * 3 // 4],
+        "test": rows[len(rows) * 3 // 4 :],
+    }.items():
+        table = pyarrow.Table.from_pylist(share)
+        pyarrow.parquet.write_table(table, repository / f"{split}-00000-of-00001.parquet")
+
+
+def _bio(draw: random.Random, profession: str, who: str) -> str:
+    places = draw.sample(["york", "leeds", "bath", "derby", "ely"], 2)
+    return f"{who} is a {profession} in {places[0]} . before , {who} was in {places[1]} ."
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Point:
+    """Points of the embedded model's weights under a tokenizer to which each word is one token.
+
+    As benchmarks want it that ask for the first letter of a word.
+    """
+    home = tmp_path_factory.mktemp("outputs")
+    shutil.copytree(MODEL, home / "model")
+    draw = random.Random(0)
+    letters = string.ascii_lowercase
+    words = sorted({one + "".join(draw.sample(letters, 4)) for one in letters for _ in range(12)})
+    phrases = " ".join(_bio(draw, name, who) for name in PROFESSIONS.values() for who in ("he", "she"))
+    known = [*phrases.split(), *"has the first letter: york leeds bath derby ely".split()]
+    every = dict.fromkeys(["<|bos|>", "<|eos|>", "?", *letters.upper(), *known, *words])
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(every)}, unk_token="?"))
+    made.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    named = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(home / "model")
+    (home / "text").mkdir()
+    for number in range(40):
+        text = " ".join(draw.choice(words) for _ in range(600))
+        (home / "text" / f"{number}.txt").write_text(text)
+    sae = next((SAES).glob("*3*l0_8*"))
+
+    def compose(*overrides: str) -> Config:
+        return points_in(home)(
+            *(f"model.name={home}/model", "sae=disk", f"sae.path={sae}", "layer.index=3"),
+            *("data=text_files", f"data.files={home}/text/*.txt", "data.validation_share=0.3"),
+            *("data.context_length=64", "data.validation_tokens=512", *overrides),
+        )
+
+    return compose
+
+
+@pytest.fixture(scope="module")
+def run(small: Point) -> RunFolder:
+    """Its adapters are before the SAE too, so that what this reads changes."""
+    (made,) = run_here(small("lora.blocks=all", "train.lr=0.02", "sae.keep_special_tokens=false"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def measured(run: RunFolder) -> dict[str, Any]:
+    """All benchmarks, by benchmark and cell."""
+    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
+    kept = suite_records.read(run, Suite.saebench)
+    assert kept is not None and kept.results["version"] == layer.VERSION
+    (scores,) = kept.results["scores"].values()
+    return scores
+
+
+def test_every_benchmark_has_scores_of_both_models(measured: dict[str, Any], run: RunFolder) -> None:
+    assert set(measured) == {"core", *OPTIONS}
+    assert all(set(cells) == {"spliced", "student"} for cells in measured.values())
+    for name in ("core", "sparse_probing", "absorption"):  # a student in blocks before the SAE
+        assert measured[name]["spliced"] != measured[name]["student"]
+    for cell in ("spliced", "student"):
+        assert measured["sparse_probing"][cell]["llm_test_accuracy"] > 0.5  # the texts say it outright
+        assert 0 <= measured["sparse_probing"][cell]["sae_top_1_test_accuracy"] <= 1
+        assert "tpp_threshold_20_total_metric" in measured["tpp"][cell]
+        assert "scr_dir1_threshold_20" in measured["scr"][cell]
+        assert 0 <= measured["absorption"][cell]["mean_absorption_fraction_score"] <= 1
+    shown = headlines.headlines(run)
+    assert shown["saebench/core, student"] == measured["core"]["student"]["ce_loss_score"]
+    without = {"scr"}  # whose score is of the harder of two directions, and here they are as hard
+    assert {name.split(",")[0] for name in shown} >= {f"saebench/{one}" for one in {*measured} - without}
+
+
+class _Zeros(IdentitySAE):
+    """Puts back nothing."""
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return torch.zeros_like(feature_acts)
+
+
+@pytest.mark.parametrize("cell", [Cell.spliced, Cell.student])
+@torch.no_grad()
+def test_core_is_what_our_own_models_give(cell: Cell, measured: dict[str, Any], run: RunFolder) -> None:
+    """On the same tokens; like SAEBench without those that BOS and EOS are at."""
+    subject = Subject(run)
+    tokens = subject.tokens
+    plain = {Cell.spliced: Cell.base, Cell.student: Cell.adapted}[cell]
+    ablated = tuple(one._replace(sae=_Zeros()) for one in subject.splices_of(cell))
+    seen: list[Any] = []
+    counted = ~torch.isin(tokens, subject.special_ids)
+    logits = {
+        "without_sae": subject.head.logits(subject.hidden(plain, tokens)),
+        "with_sae": subject.head.logits(subject.hidden(cell, tokens, observe=seen.append)),
+        "with_ablation": subject.head.logits(subject.hidden(cell, tokens, instead=ablated)),
+    }
+    found = measured["core"][cell]
+    for name, values in logits.items():
+        losses = torch.nn.functional.cross_entropy(
+            values[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
+        expected = float(losses[counted[:, :-1].flatten()].mean())
+        assert found[f"ce_loss_{name}"] == pytest.approx(expected, abs=1e-4), name
+        if name != "without_sae":
+            divergence = kl_divergence(logits["without_sae"], values)
+            assert found[f"kl_div_{name}"] == pytest.approx(float(divergence[counted].mean()), abs=1e-4)
+    (reading,) = seen
+    resid, latents, recon = (one[counted.flatten()] for one in reading[1:])
+    assert found["l0"] == pytest.approx(float((latents != 0).sum(-1).float().mean()), abs=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1).mean()
+    assert found["cossim"] == pytest.approx(float(cosine), abs=1e-4)
+    read = resid.norm(dim=-1).mean()
+    assert found["l2_norm_in"] == pytest.approx(float(read), rel=1e-4)
+    assert found["frac_alive"] == pytest.approx(float((latents != 0).any(0).float().mean()), abs=1e-4)
+
+
+def test_what_is_there_is_not_taken_again(
+    measured: dict[str, Any], run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process is begun"))
+    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
+
+
+def test_what_it_lacks_is_named_and_the_rest_is_kept(
+    small: Point, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Around an SAE that the run has left as it was, and adapters behind it, a probe is taken once."""
+    (made,) = run_here(small())
+    lacking = {"dataset_names": ["fancyzhx/ag_news"]}
+    config = EvaluationConfig(
+        saebench=["tpp", "sparse_probing"],
+        saebench_options={"tpp": OPTIONS["tpp"], "sparse_probing": lacking},
+    )
+    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
+    told = capsys.readouterr()
+    assert "fancyzhx/ag_news cannot be loaded" in " ".join(told.err.split())
+    assert "tpp, spliced" in told.out and "tpp, student" not in told.out
+    kept = suite_records.read(made, Suite.saebench)
+    assert kept is not None and list(kept.results["missing"]) == ["sparse_probing"]
+    (scores,) = kept.results["scores"].values()
+    assert scores["tpp"]["student"] == scores["tpp"]["spliced"]
+    # It is asked for again, and what was taken is not.
+    monkeypatch.setattr(saebench, "_run", lambda python, request, folder: None)
+    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
+    again = suite_records.read(made, Suite.saebench)
+    assert again is not None and again.results == kept.results
+
+
+def test_what_cannot_be_asked_for_is_said_at_once() -> None:
+    options = {"tpp": {"n_value": [2]}, "scr": {"dataset_names": ["org/none"]}, "core": {"context": 3}}
+    with pytest.raises(UserError) as error:
+        saebench.check(EvaluationConfig(saebench=list(options), saebench_options=options))
+    for said in (
+        "ScrAndTppEvalConfig has no setting n_value",
+        "data set org/none cannot be loaded",
+        "core has no setting context",
+    ):
+        assert said in str(error.value)
+
+
+def test_without_a_benchmark_there_is_no_suite() -> None:
+    with pytest.raises(ConfigError, match="at least one benchmark"):
+        saebench.check(EvaluationConfig(saebench=[]))
+
+
+def test_an_environment_of_other_versions_is_to_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = layer._shared()
+    monkeypatch.setattr(layer, "_shared", lambda: there | {"torch": "9"})
+    with pytest.raises(UserError, match="make it anew: python -m sae_lora setup saebench"):
+        layer.python(None)
+    with pytest.raises(UserError, match="no such file"):
+        layer.python("/no/python")

@@ -1,0 +1,519 @@
+"""Steering: effects that are known by hand, texts that are told apart, halves that share nothing."""
+
+import dataclasses
+import json
+import math
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.files import as_json
+from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.schema import Config
+from sae_lora.config.validate import check
+from sae_lora.evaluation.steering.effects import HEEDS, Steering, _Curves, steer
+from sae_lora.evaluation.steering.models import SteeredModels, text_log_probability
+from sae_lora.evaluation.steering.texts import Halves, Texts, residuals, texts_of
+from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.splice.head import Head
+from sae_lora.splice.hooks import Splice
+from tests.support.coders import write_topk_sae
+from tests.support.composing import composed
+from tests.support.points import points_in, run_here
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+QUICK: dict[str, Any] = {
+    "steering_max_harm": None,
+    "resamples": 50,
+    "steering_latents": 2,
+    "steering_strengths": [0.5, 1.0],
+    "steering_examples": 4,
+}
+
+
+class Line:
+    """A language model of one block that passes on its input, and of a factor behind it."""
+
+    def __init__(self, embedding: Tensor, factor: float = 1.0) -> None:
+        self.embedding, self.factor, self.block = embedding, factor, nn.Identity()
+        self.config = type("Sizes", (), {"hidden_size": embedding.shape[1]})
+
+    def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
+        return self.factor * (self.resid_entering(1, tokens) if resid is None else resid)
+
+    def resid_entering(self, block: int, tokens: Tensor) -> Tensor:
+        return self.block(self.embedding[tokens])
+
+    def module_at(self, hookpoint: str) -> nn.Module:
+        assert hookpoint == "blocks.0.hook_resid_post"
+        return self.block
+
+
+class Planted:
+    """An SAE that reads off what the embedding says: latent 0 is active on token 1 alone, latent 1 on
+    every token and latent 2 on none. The first two raise the logits of token 1 and of token 0.
+    """
+
+    def encode(self, x: Tensor) -> Tensor:
+        one = x[..., 1].relu()
+        return torch.stack([one, torch.ones_like(one), torch.zeros_like(one)], -1)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        directions = torch.tensor([[0.0, 2.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        return feature_acts @ directions + torch.tensor([-0.5, -1.0, 0.0])
+
+
+BOS = 2
+TEXTS = torch.tensor([[BOS, 1, 1, 1, 1], [BOS, 1, 1, 1, 1], [BOS, 0, 0, 0, 0], [BOS, 0, 0, 0, 0]])
+
+
+class ByHand(Subject):
+    """A run with that SAE and that model, of three tokens: token 1 is embedded as (0, 1, 0), the others
+    as zeros, and logits are the residual stream times a factor, 2 with adapters.
+    """
+
+    def __init__(self, *, keeps: bool = False, adapters: bool = True) -> None:
+        embedding = torch.zeros(3, 3)
+        embedding[1, 1] = 1
+        self.model: Any = Line(embedding)
+        self.with_adapters: Any = Line(embedding, 2.0) if adapters else self.model
+        self.config = Config()
+        self.device = torch.device("cpu")
+        self.tokens = TEXTS.repeat(8, 1)
+        self.special_ids = torch.tensor([BOS])
+        self.head = Head.linear(torch.eye(3))
+        self.after = (Splice(0, Planted(), keeps),)
+        self.before = self.after
+
+
+def by_hand(strength: float, factor: float, *, positive: bool) -> float:
+    """The effect on a token that follows its like: logits are (0, z, 0), and z is raised.
+
+    The latent's typical activation is 1, and its decoder direction 2 long.
+    """
+    before, after = factor * positive, factor * (positive + 2 * strength)
+    own = after - before if positive else 0.0
+    return own - (math.log(2 + math.exp(after)) - math.log(2 + math.exp(before)))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("cell", [Cell.base, Cell.adapted])
+def test_effects_are_those_worked_out_by_hand(cell: Cell, keeps: bool) -> None:
+    subject = ByHand(keeps=keeps)
+    config = EvaluationConfig(resamples=20, steering_strengths=[-1.0, 0.25, 0.75])
+    found = steer(subject, config)
+    factor = {Cell.base: 1.0, Cell.adapted: 2.0}[cell]
+    assert [one.latent for one in found.latents] == [0]
+    latent = found.latents[0]
+    assert (latent.activation, latent.push) == (1.0, 2.0)
+    tuned = latent.cells[cell]
+    assert tuned.strength == 0.75 and found.strengths == [0.25, 0.75, -1.0]
+    # Of four scored tokens the first follows BOS, whose logits are (0, 0, 0) before.
+    after_bos = by_hand(0.75, factor, positive=False)
+    own = 2 * 0.75 * factor
+    for positive, effect in ((True, tuned.effect.positive), (False, tuned.effect.negative)):
+        first = 0.0 if keeps else after_bos + own * positive
+        expected = (3 * by_hand(0.75, factor, positive=positive) + first) / 4
+        # All texts of a label are alike.
+        assert dataclasses.astuple(effect) == pytest.approx((expected,) * 3, rel=1e-5)
+    assert tuned.effect.positive.value > 0 > tuned.effect.negative.value
+    assert tuned.positive[1] == pytest.approx(tuned.effect.positive.value, rel=1e-6)
+    assert tuned.negative[1] == pytest.approx(tuned.effect.negative.value, rel=1e-6)
+    assert tuned.positive[2] < 0 < tuned.positive[0] < tuned.positive[1]
+
+
+def test_steering_tells_models_apart() -> None:
+    found = steer(ByHand(), EvaluationConfig(resamples=20, steering_strengths=[0.5]))
+    change = found.changes["adapted over base"]
+    assert list(found.changes) == ["adapted over base", "student over spliced"] and not found.absent
+    for label in ("positive", "negative", "difference"):
+        adapted, base = (getattr(found.cells[cell], label).value for cell in ("adapted", "base"))
+        assert getattr(change, label).value == pytest.approx(adapted - base, rel=1e-9)
+    # The SAE puts back (0.5·1 − 0.5, 2·x − 1, 0): in place, it doubles and shifts what is there.
+    spliced = found.cells["spliced"].negative.value
+    expected = -(math.log(2 + math.exp(0.0)) - math.log(2 + math.exp(-1.0)))
+    assert spliced == pytest.approx(expected, rel=1e-5)
+
+
+def test_text_is_steered_towards_by_the_latent_that_it_shows() -> None:
+    """Labelled the wrong way round, the same latent steers away from what is called positive."""
+    subject = ByHand()
+    halves = texts_of(subject, subject.after[0], EvaluationConfig(steering_latents=[0]))
+    steered = SteeredModels(subject, subject.after[0], halves)
+    texts = halves.test
+    (effects,) = steered.effects(Cell.base, texts, torch.full((1, len(texts)), 0.5))
+    assert (effects[texts.positive] > 0.1).all() and (effects[~texts.positive] < -0.1).all()
+    assert (texts.tokens[texts.positive, 1:] == 1).all()
+    assert (texts.tokens[~texts.positive, 1:] == 0).all()
+
+
+def test_the_strength_is_the_best_of_those_that_do_not_harm() -> None:
+    """Negative text loses the more the stronger a latent is; here, positive text does so too."""
+    curves = _Curves(
+        positive=torch.tensor([[0.1, -0.1], [0.0, -0.3], [-2.0, -0.2]]),
+        negative=torch.tensor([[0.0, 0.0], [-0.5, 0.0], [-4.0, 0.1]]),
+    )
+    assert curves.best(None) == [2, 0]
+    assert curves.best(0.0) == [1, 0]
+    assert curves.best(0.25) == [1, 0]
+    equal = _Curves(positive=torch.zeros(3, 1), negative=torch.zeros(3, 1))
+    assert equal.best(None) == [0]
+
+
+def test_a_latent_without_texts_of_both_kinds_is_refused() -> None:
+    subject = ByHand()
+    with pytest.raises(ConfigError, match="it has 16 positive for validation, 0 negative") as refused:
+        steer(subject, EvaluationConfig(steering_latents=[1]))
+    assert refused.value.field == "evaluation.steering_latents"
+    with pytest.raises(
+        ConfigError, match="steering_latents = 2 cannot be used: of 32 held-out texts it has 0 positive"
+    ):
+        steer(subject, EvaluationConfig(steering_latents=[2]))
+    subject.tokens = subject.tokens[:12]  # three of each kind in each half
+    with pytest.raises(ConfigError, match="4 of each kind in each half of 12 texts"):
+        steer(subject, EvaluationConfig())
+
+
+def test_log_probabilities_are_those_of_the_next_tokens() -> None:
+    torch.manual_seed(0)
+    head = Head.linear(torch.randn(11, 5))
+    hidden, tokens = torch.randn(4, 7, 5), torch.randint(0, 11, (4, 7))
+    lengths = torch.tensor([7, 4, 2, 5])
+    found = text_log_probability(head, hidden, tokens, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        logits = head.logits(hidden[row, : length - 1]).double()
+        expected = -cross_entropy(logits, tokens[row, 1:length], reduction="sum")
+        assert float(found[row]) == pytest.approx(float(expected), rel=1e-5)
+    # The first token is context: another one there, before the same hidden states, is no less likely.
+    tokens[:, 0] = (tokens[:, 0] + 1) % 11
+    assert torch.equal(text_log_probability(head, hidden, tokens, lengths), found)
+
+
+def test_log_probabilities_by_hand() -> None:
+    """Two tokens; at the first position the second is e times as likely, at the next one e² times."""
+    head = Head.linear(torch.eye(2))
+    hidden = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [9.0, 0.0]]])
+    found = text_log_probability(head, hidden, torch.tensor([[0, 1, 0]]), torch.tensor([3]))
+    e = math.e
+    assert float(found) == pytest.approx(math.log(e / (1 + e)) + math.log(1 / (1 + e * e)), rel=1e-6)
+
+
+PLACES = ("blocks.1.hook_attn_out", "blocks.3.hook_mlp_out", "blocks.5.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    home = tmp_path_factory.mktemp("outputs")
+    for hookpoint in PLACES:
+        write_topk_sae(home / f"at_{hookpoint.split('.')[1]}", hookpoint, k=8)
+    text = home / "text"
+    text.mkdir()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
+        (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    small = (
+        *("data=text_files", f"data.files={text}/*.txt", "data.validation_share=0.5"),
+        *("data.context_length=32", "data.validation_tokens=2048", "train.train_tokens=256"),
+    )
+    several = ("sae=disk", f"sae.path='{home}/at_{{block}}'", "layer=every_nth", "layer.every=2")
+    point = points_in(home)
+    runs = {
+        "lora": point(*small),
+        "several": point(*small, *several, "lora.blocks=all", "train.eval_each_sae=false"),
+        "sae_finetune": point(*small, "method=sae_finetune"),
+    }
+    return {name: Subject(run_here(run)[0]) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def lora(subjects: dict[str, Subject]) -> Subject:
+    return subjects["lora"]
+
+
+@pytest.fixture(scope="module")
+def halves(lora: Subject) -> Halves:
+    return texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=3, steering_examples=4))
+
+
+def rows(texts: Texts) -> set[tuple[int, ...]]:
+    return {
+        tuple(tokens[:length].tolist())
+        for tokens, length in zip(texts.tokens, texts.lengths, strict=True)
+    }
+
+
+def test_strength_zero_does_nothing_at_all(lora: Subject, halves: Halves) -> None:
+    steered = SteeredModels(lora, lora.after[0], halves)
+    assert lora.cells == [Cell.base, Cell.spliced, Cell.student, Cell.adapted]
+    for cell in lora.cells:
+        strengths = torch.tensor([0.0, 1.0])[:, None].expand(-1, len(halves.test))
+        nothing, something = steered.effects(cell, halves.test, strengths)
+        assert (nothing == 0).all()
+        assert (something != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sae"), [("lora", 0), ("several", 0), ("several", 1), ("several", 2), ("sae_finetune", 0)]
+)
+def test_what_comes_before_the_sae_is_shared_and_nothing_else(
+    name: str, sae: int, subjects: dict[str, Subject]
+) -> None:
+    """The effects of whole passes with hooks that the test sets itself, one strength after another."""
+    subject = subjects[name]
+    splice = subject.after[sae]
+    halves = texts_of(subject, splice, EvaluationConfig(steering_latents=2, steering_examples=4))
+    steered = SteeredModels(subject, splice, halves)
+    texts = halves.test
+    strength = 0.7
+    kept = torch.isin(texts.tokens, subject.special_ids)[..., None]
+    latents = torch.tensor(halves.latents)[texts.which]
+
+    def pushing(module: object, arguments: object, output: Any) -> Any:
+        resid = output[0] if isinstance(output, tuple) else output
+        pushed = resid + (strength * steered.pushes[texts.which][:, None]).masked_fill(kept, 0)
+        return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
+
+    def raising(sae: Any) -> Any:
+        def encode(x: Tensor) -> Tensor:
+            code = sae.encode(x)
+            for place, latent in enumerate(latents):
+                code[place, :, latent] += strength * steered.activations[texts.which[place]]
+            return code
+
+        return type("Raising", (), {"encode": staticmethod(encode), "decode": sae.decode})
+
+    for cell in subject.cells:
+        there = subject.splices_of(cell)
+        plain = subject.hidden(cell, texts.tokens)
+        if there:
+            instead = tuple(
+                one._replace(sae=raising(one.sae)) if one.place == splice.place else one for one in there
+            )
+            moved = subject.hidden(cell, texts.tokens, instead=instead)
+        else:
+            hooked = subject.model_of(cell).module_at(splice.hookpoint)
+            handle = hooked.register_forward_hook(pushing)
+            moved = subject.hidden(cell, texts.tokens)
+            handle.remove()
+        before, after = (
+            text_log_probability(subject.head, hidden, texts.tokens, texts.lengths)
+            for hidden in (plain, moved)
+        )
+        (found,) = steered.effects(cell, texts, torch.full((1, len(texts)), strength))
+        assert torch.allclose(found, after - before, atol=2e-3), cell
+        assert found.abs().max() > 0.01
+
+
+def test_what_is_added_is_the_decoders_direction(lora: Subject, halves: Halves) -> None:
+    splice = lora.after[0]
+    steered = SteeredModels(lora, splice, halves)
+    decoder = splice.sae.W_dec[halves.latents]  # pyright: ignore[reportAttributeAccessIssue]
+    expected = steered.activations[:, None] * decoder
+    assert torch.allclose(steered.pushes, expected, rtol=1e-3, atol=1e-4)
+    assert (steered.activations > 0).all()
+
+
+def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject, halves: Halves) -> None:
+    splice = lora.after[0]
+    assert len(set(halves.latents)) == 3
+    for texts in (halves.validation, halves.test):
+        for chunk, resid, kept in residuals(lora, splice, texts.tokens):
+            code = splice.sae.encode(resid).masked_fill(kept[..., None], 0)
+            for code_of, which, positive in zip(
+                code, texts.which[chunk], texts.positive[chunk], strict=True
+            ):
+                assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
+        for place in range(3):
+            numbers = [int(texts.of(place, positive=label).sum()) for label in (True, False)]
+            assert numbers == [4, 4]
+    assert rows(halves.validation).isdisjoint(rows(halves.test))
+
+
+def test_the_sharpest_latents_come_first_and_the_same_each_time(lora: Subject, halves: Halves) -> None:
+    again = texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=1))
+    assert again.latents == halves.latents[:1]
+    named = texts_of(
+        lora, lora.after[0], EvaluationConfig(steering_latents=halves.latents[::-1], steering_examples=4)
+    )
+    assert named.latents == halves.latents[::-1]
+    assert rows(named.test) == rows(halves.test)
+
+
+def test_what_is_padded_does_not_count(lora: Subject, halves: Halves) -> None:
+    steered = SteeredModels(lora, lora.after[0], halves)
+    texts = halves.test
+    shorter = texts.tokens.clone()
+    shorter[:, 9:] = 5
+    lengths = torch.full_like(texts.lengths, 9)
+    padded = Texts(shorter, lengths, texts.which, texts.positive)
+    alone = Texts(texts.tokens[:, :9], lengths, texts.which, texts.positive)
+    ones = torch.ones(1, len(lengths))
+    for cell in lora.cells:
+        found, expected = (steered.effects(cell, one, ones) for one in (padded, alone))
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_as_a_whole(lora: Subject) -> None:
+    found = steer(lora, EvaluationConfig(**QUICK))
+    assert found == steer(lora, EvaluationConfig(**QUICK))
+    as_json(dataclasses.asdict(found))  # plain values, and no not-a-number
+    assert list(found.cells) == ["base", "spliced", "student", "adapted"] and not found.absent
+    _check_consistent(found)
+
+
+def _check_consistent(found: Steering) -> None:
+    assert found.source == "held out"
+    for one in found.latents:
+        for cell, tuned in one.cells.items():
+            both = zip(tuned.positive, tuned.negative, strict=True)
+            differences = [positive - negative for positive, negative in both]
+            assert tuned.strength == found.strengths[differences.index(max(differences))], cell
+            positive, negative, difference = dataclasses.astuple(tuned.effect)
+            assert difference[0] == pytest.approx(positive[0] - negative[0])
+            assert difference[1] <= difference[0] <= difference[2]
+    for cell, effect in found.cells.items():
+        own = [one.cells[cell].effect.difference.value for one in found.latents]
+        assert effect.difference.value == pytest.approx(sum(map(float, map(_given, own))) / len(own))
+
+
+def _given(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def test_a_run_without_adapters_says_what_there_is_not(subjects: dict[str, Subject]) -> None:
+    found = steer(subjects["sae_finetune"], EvaluationConfig(**QUICK))
+    assert list(found.cells) == ["base", "spliced", "student"]
+    assert list(found.absent) == ["adapted"] and "no adapters" in found.absent["adapted"]
+    assert list(found.changes) == ["student over spliced"]
+    _check_consistent(found)
+
+
+def test_a_block_is_named(subjects: dict[str, Subject]) -> None:
+    several = subjects["several"]
+    once = QUICK | {"steering_strengths": [0.5]}
+    first, named = (steer(several, EvaluationConfig(**once, steering_block=one)) for one in (None, 3))
+    assert (first.hookpoint, named.hookpoint) == PLACES[:2]
+    with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=5"):
+        steer(several, EvaluationConfig(steering_block=7))
+
+
+def write(path: Path, lines: Sequence[Any]) -> str:
+    path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines))
+    return str(path)
+
+
+def row(latent: Any, text: Any, label: Any) -> dict[str, Any]:
+    return {"latent": latent, "text": text, "label": label}
+
+
+def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -> None:
+    """Those of held-out text that a latent is active on, and others, written down as text."""
+    latent, tokenizer = halves.latents[0], lora.adapted.tokenizer
+    texts = halves.test
+    lines = [
+        row(latent, tokenizer.decode(texts.tokens[place], skip_special_tokens=True), label)
+        for label, positive in (("positive", True), ("negative", False))
+        for place in texts.of(0, positive=positive).nonzero()[:3, 0]
+    ]
+    file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # what stands twice counts once
+    config = EvaluationConfig(**(QUICK | {"steering_texts": file}))
+    read = texts_of(lora, lora.after[0], config)
+    assert read.latents == [latent]
+    assert rows(read.validation).isdisjoint(rows(read.test))
+    assert [len(half.tokens) for half in (read.validation, read.test)] == [4, 2]
+    assert (read.test.tokens[:, 0] == tokenizer.bos_token_id).all()
+    found = steer(lora, config)
+    assert found.source == file
+    assert [(one.latent, one.positive_texts, one.negative_texts) for one in found.latents] == [
+        (latent, 1, 1)
+    ]
+
+
+def labelled(latent: Any = 3, texts: str = "abcdefgh") -> list[dict[str, Any]]:
+    """Two positive texts and two negative ones, and more."""
+    return [
+        row(latent, f"import {letter}", "positive" if place % 2 else "negative")
+        for place, letter in enumerate(texts)
+    ]
+
+
+FILES: dict[str, tuple[Sequence[Any], str]] = {
+    "one label alone": ([row(3, text, "positive") for text in "abcd"], "has 0 negative texts"),
+    "too few": (labelled(texts="abc"), "latent 3 has 1 positive texts"),
+    "another label": (
+        [row(3, "a b", "maybe")],
+        "line 1: `label` is 'maybe'; it may be positive, negative",
+    ),
+    "a latent too far": (labelled(1024), "`latent` is 1024; it may be from 0 to 1023"),
+    "no latent": ([{"text": "a", "label": "positive"}], "line 1: `latent` is None"),
+    "no text": ([*labelled(), row(3, 7, "positive")], "line 9: `text` is 7"),
+    "no JSON": ([*labelled(), "{"], "line 9: no JSON"),
+    "a list": (["[1]"], "line 1: `latent` is None"),
+    "both labels": ([row(3, "a b", "positive"), row(3, "a b", "negative")], "has the other label too"),
+    "nothing": ([], "there is no text in it"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_cannot_be_used(
+    name: str, lora: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, message = FILES[name]
+    monkeypatch.setattr(Subject, "hidden", _unwanted)
+    with pytest.raises(UserError, match=message):
+        steer(lora, EvaluationConfig(steering_texts=write(tmp_path / "texts.jsonl", lines)))
+
+
+def _unwanted(*_: Any, **__: Any) -> Tensor:
+    raise AssertionError("something is computed before what was asked for is checked")
+
+
+def test_what_is_not_there_is_refused_before_anything_is_computed(
+    lora: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "hidden", _unwanted)
+    with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_latents=1023"):
+        steer(lora, EvaluationConfig(steering_latents=[5, 1024]))
+    with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=3"):
+        steer(lora, EvaluationConfig(steering_block=5))
+    with pytest.raises(UserError, match="cannot be read"):
+        steer(lora, EvaluationConfig(steering_texts=str(tmp_path / "none.jsonl")))
+    file = write(tmp_path / "texts.jsonl", labelled())
+    with pytest.raises(UserError, match="latent 4 has 0 positive texts"):
+        steer(lora, EvaluationConfig(steering_texts=file, steering_latents=[4]))
+
+
+WRONG: dict[str, list[Any]] = {
+    "steering_latents": [0, [], [3, 3], [-1], "most", [1.5], True],
+    "steering_strengths": [[], [1.0, 1.0], [math.inf]],
+    "steering_block": [-1],
+    "steering_max_harm": [-0.1, math.nan],
+    "steering_examples": [0],
+    "steering_text_tokens": [1],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_settings_that_cannot_work(name: str) -> None:
+    config = composed()
+    check(config)
+    for value in WRONG[name]:
+        changed = dataclasses.replace(config.evaluation, **{name: value})
+        with pytest.raises(ConfigError) as refused:
+            check(dataclasses.replace(config, evaluation=changed))
+        assert refused.value.field == f"evaluation.{name}"
+
+
+def test_settings_that_can() -> None:
+    config = composed("evaluation.steering_latents=[3,17]", "evaluation.steering_strengths=[0,-1,2.5]")
+    assert config.evaluation.steering_latents == [3, 17]
+    check(config)
+    assert set(HEEDS) <= {one.name for one in dataclasses.fields(EvaluationConfig)}

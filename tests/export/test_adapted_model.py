@@ -1,0 +1,193 @@
+"""A finished run's model, loaded again: what it gives is what the run has measured."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import sae_lora
+from sae_lora.common.errors import UserError
+from sae_lora.config.identity import train_steps
+from sae_lora.data import corpus
+from sae_lora.embedded import MODEL
+from sae_lora.export.adapted_model import Adapted
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Progress
+from sae_lora.splice.hooks import Reading
+from tests.support.coders import write_topk_sae
+from tests.support.points import points_in, run_here
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+OVERRIDES = {
+    "the default": [],
+    "around two SAEs": [
+        *("layer.index=[2,4]", "lora.blocks=all", "lora.dropout=0.1"),
+        *("lora.rank_stabilised=true", "lora.targets=attn"),
+    ],
+    "around an MLP's": ["sae=disk", "sae.path={home}/at_3", "layer.hook=mlp_out"],
+    "around what the folders say": [
+        *("sae=disk", "sae.path='{home}/at_{{block}}'", "layer=every_nth", "layer.every=2"),
+        "lora.blocks=all",
+    ],
+}
+PLACES = ("blocks.1.hook_attn_out", "blocks.3.hook_mlp_out", "blocks.5.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    home = tmp_path_factory.mktemp("outputs")
+    for hookpoint in PLACES:
+        write_topk_sae(home / f"at_{hookpoint.split('.')[1]}", hookpoint)
+    point = points_in(home)
+    folders = run_here(
+        *(point(*(one.format(home=home) for one in overrides)) for overrides in OVERRIDES.values())
+    )
+    return dict(zip(OVERRIDES, folders, strict=True))
+
+
+@pytest.fixture(scope="module")
+def adapted(runs: dict[str, RunFolder]) -> Adapted:
+    return sae_lora.load_adapted(runs["the default"])
+
+
+@functools.cache
+def held_out(adapted: Adapted) -> torch.Tensor:
+    """The tokens that the run was evaluated on, `[sequence, pos]`."""
+    data, size = adapted.config.data, adapted.config.train.batch_size
+    steps = train_steps(adapted.config)
+    return corpus.load(data, adapted.tokenizer, steps * size, size).validation_tokens
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_it_is_the_model_that_the_run_measured(name: str, runs: dict[str, RunFolder]) -> None:
+    """Through transformers' own forward pass and whole logits, which the run never makes."""
+    adapted = sae_lora.load_adapted(runs[name].path)
+    tokens = held_out(adapted)
+
+    def ce(*, sae: bool, adapters: bool) -> float:
+        logits = adapted.logits(tokens, sae=sae, adapters=adapters)[:, :-1].double()
+        return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    summary = runs[name].read_summary()
+    assert ce(sae=False, adapters=False) == pytest.approx(summary["base_ce"], rel=1e-6)
+    assert ce(sae=True, adapters=False) == pytest.approx(summary["spliced_ce"], rel=1e-6)
+    assert ce(sae=True, adapters=True) == pytest.approx(summary["student_ce"], rel=1e-6)
+    assert abs(ce(sae=False, adapters=True) - summary["base_ce"]) > 1e-4
+    assert list(adapted.saes) == [sae["hookpoint"] for sae in summary["sae"]]
+
+
+def test_saes_sit_where_their_own_metadata_says(runs: dict[str, RunFolder]) -> None:
+    summaries = {name: runs[name].read_summary() for name in OVERRIDES}
+    found = {name: [sae["hookpoint"] for sae in one["sae"]] for name, one in summaries.items()}
+    assert found["around an MLP's"] == [PLACES[1]]
+    assert found["around what the folders say"] == list(PLACES)
+    assert found["the default"] == ["blocks.3.hook_resid_post"]
+    assert summaries["around an MLP's"]["name"] == "tiny-l3mlp_out-w256-l0_32-r2-after-s0"
+    for name, one in summaries.items():
+        assert all(sae["l0"] > 0 and sae["fvu"] > 0 for sae in one["sae"])
+        assert one["initial_gap"] > 0.01, name
+        assert one["student_ce"] != one["spliced_ce"]
+
+
+def test_three_lines(runs: dict[str, RunFolder]) -> None:
+    adapted = sae_lora.load_adapted(str(runs["the default"].path), device="cpu")
+    logits = adapted(adapted.tokenizer("import os", return_tensors="pt").input_ids)
+    assert logits.shape == (1, 3, 2048)
+    assert not any(weight.requires_grad for weight in adapted.model.parameters())
+
+
+def test_inside_the_scope_the_models_have_the_saes_and_outside_they_are_plain(adapted: Adapted) -> None:
+    tokens = held_out(adapted)[:2]
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    readings: list[Reading] = []
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError), adapted.spliced(readings.append):
+            assert torch.equal(adapted.model(tokens).logits, adapted.peft(tokens).logits)
+            inside = adapted.model(tokens).logits, adapted.base(input_ids=tokens).logits
+            raise ZeroDivisionError
+        assert torch.equal(inside[0], adapted(tokens))
+        assert torch.equal(inside[1], adapted.logits(tokens, adapters=False))
+        assert torch.equal(adapted.base(tokens).logits, plain(tokens).logits)
+        with adapted.peft.disable_adapter():
+            assert torch.equal(adapted.model(tokens).logits, plain(tokens).logits)
+    # Positions of BOS and EOS are not the SAE's.
+    special = torch.isin(tokens, torch.tensor([0, 1]))
+    assert special.any()
+    assert [len(one.resid) for one in readings] == [int((~special).sum())] * len(readings)
+
+
+def test_text_is_generated_with_the_saes_in_place(adapted: Adapted) -> None:
+    tokens = held_out(adapted)[:1, :8]
+    with adapted.spliced():
+        generated = adapted.model.generate(tokens, max_new_tokens=6, do_sample=False)
+    for _ in range(6):
+        tokens = torch.cat([tokens, adapted(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, tokens)
+
+
+def test_saes_are_in_place_once(adapted: Adapted) -> None:
+    tokens = held_out(adapted)[:1]
+    with adapted.spliced():
+        for sae in (True, False):
+            with pytest.raises(UserError, match="in place already"):
+                adapted.logits(tokens, sae=sae)
+        with pytest.raises(UserError, match="give input_ids"):
+            adapted.model(inputs_embeds=torch.zeros(1, 2, 128))
+    assert adapted(tokens).isfinite().all()
+
+
+def test_what_is_not_there_is_said(runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    whole = runs["the default"]
+    with pytest.raises(UserError, match="is no run"):
+        sae_lora.load_adapted(whole.path.parent)
+    with pytest.raises(UserError, match="device = 'gpu'"):
+        sae_lora.load_adapted(whole, device="gpu")
+
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, copy.path)
+    summary = copy.read_summary()
+    summary["sae"][0]["sha256"] = "0"
+    copy.summary.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="other weights than the one it was trained around"):
+        sae_lora.load_adapted(copy)
+    copy.summary.unlink()
+    copy.write_progress(Progress("training", step=3, steps=8))
+    with pytest.raises(UserError, match="not finished: it is new, at step 3 of 8"):
+        sae_lora.load_adapted(copy)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "incomplete", "gone"])
+def test_damaged_adapters_are_refused(damage: str, runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(runs["the default"].path, copy.path)
+    file = copy.adapter / "adapter_model.safetensors"
+    match damage:
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "incomplete":
+            weights = load_file(file)
+            weights.pop(next(iter(weights)))
+            save_file(weights, file)
+        case _:
+            shutil.rmtree(copy.adapter)
+    with pytest.raises(UserError, match=r"adapters in .* cannot be loaded"):
+        sae_lora.load_adapted(copy)
+
+
+def test_the_package_alone_is_quick_to_import() -> None:
+    code = (
+        "import sys, sae_lora\n"
+        "assert 'load_adapted' in dir(sae_lora)\n"
+        "assert not hasattr(sae_lora, 'load_nothing')\n"
+        "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,84 @@
+"""Attention in blocks is attention."""
+
+import math
+
+import pytest
+import torch
+
+from sae_lora.models import blockwise_attention as attention
+from sae_lora.models.blockwise_attention import blockwise_attention
+from sae_lora.models.language_model import LanguageModel
+from tests.support.families import random_tokens
+
+
+def whole_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """With the whole matrix of scores."""
+    shared_by = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(shared_by, 1).transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value.repeat_interleave(shared_by, 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0, 100.0])
+@pytest.mark.parametrize(("queries", "positions"), [(300, 300), (128, 128), (16, 16), (5, 40), (1, 40)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_it_is_the_whole_one(
+    softcap: float | None, queries: int, positions: int, window: int | None
+) -> None:
+    """Output and gradients, in float64; with fewer queries than positions, and with a window."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, queries, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 3, positions, 8, generator=generator, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    seen = torch.ones(positions, positions, dtype=torch.bool).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
+    mask = seen[positions - queries :].expand(2, 1, queries, positions)
+    whole = whole_attention(*inputs, mask, 0.3, softcap)
+    blocks = blockwise_attention(*inputs, None if window is None else mask, 0.3, softcap)
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-12)
+    weight = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(blocks, inputs, weight),
+        torch.autograd.grad(whole, inputs, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_every_family_computes_the_same_with_it(model: LanguageModel) -> None:
+    """Windows shorter than the text, soft-capped scores and shared keys included."""
+    tokens = random_tokens(length=48)
+    first = model.blocks[0]
+    weight = next(one for one in first.parameters() if one.ndim == 2).requires_grad_()
+
+    def found(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        model.model.set_attn_implementation(name)
+        hidden = model.hidden(tokens)
+        return hidden, torch.autograd.grad(hidden.square().mean(), weight)[0]
+
+    attention.register()
+    for one, other in zip(found(attention.NAME), found("eager"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_left_out(model: LanguageModel) -> None:
+    """A padded text gives what it gives without its padding."""
+    tokens = random_tokens(batch=2, length=16)
+    padded = torch.cat([torch.zeros_like(tokens[:, :5]), tokens], dim=1)
+    mask = torch.cat([torch.zeros_like(tokens[:, :5]), torch.ones_like(tokens)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    attention.register()
+    model.model.set_attn_implementation(attention.NAME)
+    with torch.no_grad():
+        whole = model.model(tokens, use_cache=False).logits
+        found = model.model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found[:, 5:], whole, rtol=1e-4, atol=1e-4)

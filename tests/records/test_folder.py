@@ -1,0 +1,103 @@
+"""The run folder: whole or not there, never overwritten, readable after a crash."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import new_folder, write_atomically
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import Summary, gap_closed
+from tests.support.sweeps import curve_point
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(2.0, 3.0, 2.25) == pytest.approx(0.75)
+    assert gap_closed(2.0, 3.0, 3.0) == 0
+    assert gap_closed(2.0, 3.0, 3.5) == pytest.approx(-0.5)
+    assert gap_closed(2.0, 2.0, 2.0) is None
+    assert gap_closed(2.0, 1.9, 2.0) is None
+
+
+def test_curve_round_trip_and_a_line_cut_short(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with CurveWriter(folder.curve) as curve:
+        curve.append(curve_point(0))
+        curve.append(curve_point(1))
+        assert folder.read_curve() == [curve_point(0), curve_point(1)]
+    with folder.curve.open("a") as file:
+        file.write('{"step": 2, "tok')
+    assert folder.read_curve() == [curve_point(0), curve_point(1)]
+
+
+def test_a_curve_holds_no_nan(tmp_path: Path) -> None:
+    with CurveWriter(tmp_path / "curve.jsonl") as curve, pytest.raises(ValueError, match="JSON"):
+        curve.append(dataclasses.replace(curve_point(0), kl=float("nan")))
+
+
+def test_states(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "sweep" / "run")
+    assert not folder.is_finished
+    folder.write_config("a: 1\n")
+    folder.write_config("a: 2\n")
+    assert folder.config.read_text() == "a: 2\n"
+    folder.write_failure("why", "the whole story")
+    assert folder.has_failed
+    folder.summary.write_text("{}")
+    assert folder.is_finished
+    assert not folder.has_failed
+
+
+def test_what_an_unfinished_attempt_left_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for attempt in (1, 2):
+        with CurveWriter(folder.curve) as curve:
+            curve.append(curve_point(attempt))
+        folder.set_aside(curve=True)
+        assert not folder.curve.exists()
+    kept = sorted(tmp_path.glob("unfinished-*/curve.jsonl"))
+    assert [json.loads(path.read_text())["step"] for path in kept] == [1, 2]
+    folder.set_aside(curve=True)
+    assert len(list(tmp_path.glob("unfinished-*"))) == 2
+
+
+def test_writing_is_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "adapter") as beside:
+        (beside / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "adapter") as beside:
+        (beside / "whole").write_text("x")
+    assert (tmp_path / "adapter" / "whole").read_text() == "x"
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output_dir"):
+        RunFolder(tmp_path / "file" / "sweep" / "run").write_config("a: 1\n")
+
+
+def test_the_schema_has_what_is_promised() -> None:
+    names = {field.name for field in dataclasses.fields(Summary)}
+    promised = (
+        "base_ce spliced_ce student_ce initial_gap ce_gap gap_closed kl l0 fvu trainable_parameters "
+        "train_tokens train_seconds model sae data environment version"
+    )
+    assert set(promised.split()) <= names

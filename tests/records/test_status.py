@@ -1,0 +1,61 @@
+"""How far a run is, as its folder and SLURM show it."""
+
+from pathlib import Path
+
+import pytest
+
+from sae_lora.common.locks import held
+from sae_lora.launch.plan import plan
+from sae_lora.records import slurm
+from sae_lora.records.schema import SubmittedJob
+from sae_lora.records.status import State, standings
+from tests.support.points import Point, points_in
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Point:
+    return points_in(tmp_path)
+
+
+def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = plan([point()]).runs
+    folder = run.folder
+
+    def state() -> State:
+        return standings([folder])[0].state
+
+    assert state() is State.new
+    run.freeze()
+    assert state() is State.new
+    with held(folder.path):
+        assert state() is State.running
+    folder.checkpoints.mkdir()
+    assert state() is State.resumable
+    folder.write_failure("a reason", "and all of it")
+    assert state() is State.failed
+    folder.write_job(SubmittedJob("11"))
+    run.freeze()  # a retry: what failed is put aside, and so is its job
+    assert state() is State.resumable
+    assert folder.job is None
+    folder.write_job(SubmittedJob("12_3"))
+    monkeypatch.setattr(slurm, "queue", lambda: {"12_3": "PENDING"})
+    assert state() is State.queued
+    monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
+    monkeypatch.setattr(slurm, "ends", lambda jobs: dict.fromkeys(jobs, "NODE_FAIL"))
+    assert state() is State.resumable
+    assert "12_3 no more: NODE_FAIL" in str(standings([folder])[0].note)
+    folder.summary.write_text("{}")
+    assert state() is State.done
+
+
+def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = plan([point()]).runs
+    run.freeze()
+    run.folder.write_job(SubmittedJob("12"))
+    monkeypatch.setenv("PATH", "")
+    (standing,) = standings([run.folder])
+    assert standing.state is State.queued
+    assert standing.note is not None
+    assert "no SLURM on this machine" in standing.note

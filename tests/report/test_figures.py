@@ -1,0 +1,115 @@
+"""Figures show what the tables hold."""
+
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from sae_lora.common.plots import COLOURS
+from sae_lora.report.figures import by_prominence, efficiency, gap_closed_against, gap_curves, heat_map
+from sae_lora.report.fits import Fit, fit
+from sae_lora.report.frames import Sweep, load_sweep
+from tests.support.sweeps import MadeUp
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Sweep:
+    MadeUp(tmp_path / "grid").grid(ranks=(1, 4, 16), blocks=(1, 3))
+    return load_sweep(tmp_path / "grid")
+
+
+def test_a_line_per_run_factors_as_colour_and_dash(grid: Sweep) -> None:
+    figure = gap_curves(grid.frame(), grid.curves())
+    assert [trace.name for trace in figure.data] == ["1, 1", "4, 1", "16, 1", "1, 3", "4, 3", "16, 3"]
+    assert figure.layout.legend.title.text == "rank, SAE at block"
+    colours, dashes = ([trace.line[key] for trace in figure.data] for key in ("color", "dash"))
+    assert colours[:3] == colours[3:] and len(set(colours)) == 3
+    assert len(set(dashes[:3])) == len(set(dashes[3:])) == 1 and dashes[0] != dashes[3]
+    assert len(set(COLOURS)) == len(COLOURS)
+
+
+@pytest.mark.parametrize("over", ["tokens", "train_seconds"])
+def test_curves_are_the_points(grid: Sweep, over: str) -> None:
+    frame, curves = grid.frame(), grid.curves()
+    figure = gap_curves(frame, curves, over)
+    for (_, run), trace in zip(frame.iterrows(), figure.data, strict=True):
+        points = curves[curves["run"] == run["run"]]
+        assert list(trace.x) == list(points[over])
+        assert list(trace.y) == list(points["ce_gap"])
+
+
+def test_a_large_legend_names_the_values_of_both_factors(tmp_path: Path) -> None:
+    MadeUp(tmp_path / "grid").grid(ranks=(1, 2, 4, 8), blocks=(1, 2, 3))
+    sweep = load_sweep(tmp_path / "grid")
+    figure = gap_curves(sweep.frame(), sweep.curves())
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert shown == ["1", "2", "4", "8", "SAE at block 1", "SAE at block 2", "SAE at block 3"]
+
+
+def test_many_values_have_colours_of_their_own(tmp_path: Path) -> None:
+    MadeUp(tmp_path / "grid").grid(ranks=range(1, 13), blocks=(3,))
+    sweep = load_sweep(tmp_path / "grid")
+    colours = [trace.line.color for trace in gap_curves(sweep.frame(), sweep.curves()).data]
+    assert len(set(colours)) == 12
+
+
+def test_seeds_are_a_mean_with_its_interval(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "seeds")
+    closed = {1: [0.1, 0.2, 0.3], 4: [0.4, 0.4, 0.7]}
+    for rank, values in closed.items():
+        for seed, value in enumerate(values):
+            made.finished(rank=rank, seed=seed, closed=value)
+    (trace,) = gap_closed_against(load_sweep(tmp_path / "seeds").frame(), "rank", []).data
+    assert list(trace.x) == [1, 4] and list(trace.y) == pytest.approx([0.2, 0.5])
+    assert list(trace.customdata) == [3, 3]
+    expected = [
+        stats.t.interval(0.95, 2, sum(values) / 3, stats.sem(values))[1] - sum(values) / 3
+        for values in closed.values()
+    ]
+    assert list(trace.error_y.array) == pytest.approx(expected)
+
+
+def test_the_fit_is_drawn_where_it_holds(grid: Sweep) -> None:
+    frame = grid.frame()
+    found = fit(frame, "rank", ["block"])
+    assert isinstance(found, Fit)
+    figure = gap_closed_against(frame, "rank", ["block"], found)
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert len(lines) == 2
+    for line, group in zip(lines, found.intercepts, strict=True):
+        assert list(line.x) == [1, 16]
+        assert list(line.y) == pytest.approx([found.at(group, 1), found.at(group, 16)])
+    assert figure.layout.xaxis.type == "log"
+
+
+def test_maps_hold_each_mean_in_its_place(grid: Sweep) -> None:
+    frame = grid.frame()
+    (shown,) = heat_map(frame, ["rank", "block"]).data
+    for down, row in zip(shown.y, shown.z, strict=True):
+        for across, value in zip(shown.x, row, strict=True):
+            one = frame[(frame["rank"] == int(across)) & (frame["block"] == int(down))]
+            assert value == pytest.approx(one["gap_closed"].item())
+
+
+def test_a_point_that_is_missing_is_a_hole_in_the_map(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "holed")
+    made.grid(ranks=(1, 4), blocks=(1,), l0s=(4.0, 8.0))
+    made.finished(rank=1, block=3)
+    first, second = heat_map(load_sweep(tmp_path / "holed").frame(), ["rank", "l0", "block"]).data
+    assert second.z[0][1] is None
+    assert all(value is not None for row in first.z for value in row)
+
+
+def test_costs_are_those_of_the_runs(grid: Sweep) -> None:
+    frame = grid.frame()
+    figure = efficiency(frame, by_prominence(["block", "rank"]))
+    drawn = {
+        axis: sorted(x for trace in figure.data if (trace.xaxis or "x") == axis for x in trace.x)
+        for axis in ("x", "x2", "x3")
+    }
+    for axis, cost in zip(drawn, ("trainable_parameters", "train_flops", "train_seconds"), strict=True):
+        assert drawn[axis] == sorted(frame[cost])
+
+
+def test_what_is_asked_for_most_comes_first() -> None:
+    assert by_prominence(["model", "block", "l0", "rank"]) == ["rank", "l0", "block", "model"]

@@ -1,0 +1,177 @@
+"""The report: complete in one folder, true to the run folders, and at work in a real browser."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.config.serialize import as_dict
+from sae_lora.report.frames import load_sweep
+from sae_lora.report.page import Report, page, write
+from tests.support.browser import BROWSER, in_a_browser
+from tests.support.composing import composed
+from tests.support.sweeps import MadeUp
+
+
+def half_finished(home: Path) -> Path:
+    """A grid of which some runs are missing."""
+    made = MadeUp(home / "grid")
+    made.grid(ranks=(1, 4, 16, 64), blocks=(1, 3))
+    made.begun(3, rank=256, block=1)
+    made.begun(2, rank=256, block=3).write_failure("out of memory: </script><b id='evil'>", "…")
+    return made.home
+
+
+def test_it_is_complete_and_true(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    sweep = load_sweep(home)
+    assert main(["report", str(home), "--no-pictures"]) == 0
+    to = home / "report"
+    frame = sweep.frame()
+    for read in (pandas.read_csv(to / "runs.csv"), pandas.read_parquet(to / "runs.parquet")):
+        assert list(read["run"]) == list(frame["run"])
+        assert list(read["gap_closed"]) == pytest.approx(list(frame["gap_closed"]))
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(to / "curves.parquet"), sweep.curves(), check_dtype=False
+    )
+    summary = json.loads((to / "summary.json").read_text())
+    assert summary["states"] == {"done": 8, "new": 1, "failed": 1}
+    done = frame[frame["state"] == "done"]
+    assert summary["best"]["run"] == done.loc[done["gap_closed"].idxmax(), "run"]
+    (found,) = summary["fits"]
+    assert found["factor"] == "rank"
+    assert found["low"] <= found["per_doubling"] <= found["high"]
+    assert "1 of 10 runs: failed" in summary["missing"]
+    # Once more, over the older one.
+    assert main(["report", str(home), "--no-pictures"]) == 0
+
+
+def test_each_point_has_the_command_that_makes_it(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    frame = load_sweep(home).frame()
+    text = page(report := Report.of(load_sweep(home)), report.views(), home / "report")
+    for run in frame.to_dict("records"):
+        assert run["command"] in text
+        config = as_dict(composed(*shlex.split(run["command"])[2:]))
+        assert config["lora"]["rank"] == run["rank"] and config["layer"]["index"] == run["block"]
+
+
+def test_nothing_finished_yet(tmp_path: Path) -> None:
+    MadeUp(tmp_path / "sweep").folder()
+    report = Report.of(sweep := load_sweep(tmp_path / "sweep"))
+    assert report.views() == [] and report.best is None
+    assert report.missing == ["1 of 1 runs: new"]
+    write(sweep, tmp_path / "report", pictures=False)
+    assert "There is nothing to draw yet" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_no_gap_to_close(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "sweep")
+    made.finished(rank=1, closed=None)
+    made.finished(rank=4, closed=None)
+    report = Report.of(load_sweep(tmp_path / "sweep"))
+    assert "gap closed is undefined in 2 runs, whose SAE opens no gap or is new" in report.missing
+    over = ("tokens", "train_seconds", "train_flops")
+    assert [view.name for view in report.views()] == [f"gap_over_{one}" for one in over]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    with pytest.raises(UserError, match="holds something else"):
+        write(load_sweep(home), home)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        write(load_sweep(home), tmp_path / "file")
+    assert main(["report", str(tmp_path / "none")]) == 1
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_pictures_for_papers(tmp_path: Path) -> None:
+    home = half_finished(tmp_path)
+    assert write(load_sweep(home), home / "report") == []
+    names = {view.name for view in Report.of(load_sweep(home)).views()}
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        files = {path.stem: path for path in (home / "report" / "figures").glob(f"*.{kind}")}
+        assert set(files) == names
+        assert all(path.read_bytes().startswith(start) for path in files.values())
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Page]:
+    """A page of a report, in a browser; whatever the console complains of fails the test."""
+    write(load_sweep(half_finished(tmp_path)), tmp_path / "report", pictures=False)
+    with sync_playwright() as playwright:
+        options: dict[str, Any] = {"executable_path": BROWSER, "args": ["--no-sandbox", "--disable-gpu"]}
+        browser = playwright.chromium.launch(**options)
+        opened = browser.new_page()
+        complaints: list[str] = []
+        opened.on("console", lambda line: complaints.append(line.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("request", lambda one: complaints.append(one.url) if "://" in one.url[5:] else None)
+        opened.goto((tmp_path / "report" / "index.html").as_uri())
+        yield opened
+        assert complaints == []
+        browser.close()
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
+    report = Report.of(load_sweep(tmp_path / "grid"))
+    for view in report.views():
+        if view.name in ("gap_over_train_seconds", "gap_over_train_flops"):
+            continue
+        drawn = browser.evaluate("name => document.getElementById(name).data.length", view.name)
+        assert drawn == len(view.figure.data)
+        kind = ".heatmaplayer" if view.name == "heat_map" else ".scatterlayer .trace"
+        assert browser.locator(f"#{view.name} {kind}").count() >= 1
+    assert browser.locator("#evil").count() == 0  # what an error says is text
+
+    def axis() -> tuple[str, float]:
+        of = "document.getElementById('gap_over_tokens')"
+        title = browser.evaluate(f"{of}.layout.xaxis.title.text")
+        return title, browser.evaluate(f"{of}.data[0].x.at(-1)")
+
+    seconds, tokens, flops = (
+        report.curves.groupby("run")[over].max()[report.frame["run"][0]]
+        for over in ("train_seconds", "tokens", "train_flops")
+    )
+    assert axis() == ("training tokens", tokens)
+    browser.get_by_role("button", name="seconds").click()
+    assert axis() == ("seconds of training", pytest.approx(seconds))
+    browser.get_by_role("button", name="training FLOPs").click()
+    assert axis() == ("training FLOPs", pytest.approx(flops))
+    browser.get_by_role("button", name="tokens").click()
+    assert axis() == ("training tokens", tokens)
+
+    def shown() -> list[str]:
+        return browser.locator("#runs tbody tr:not([hidden]) td:first-child").all_inner_texts()
+
+    def sort_by(heading: str) -> None:
+        browser.locator(f"th button:text-is('{heading}')").click()
+
+    by_closed = report.frame.sort_values("gap_closed")
+    sort_by("gap closed")
+    assert shown() == list(by_closed["run"])
+    sort_by("gap closed")
+    assert shown() == list(by_closed["run"])[::-1]
+    sort_by("rank")
+    assert [name.split("-r")[1] for name in shown()][:3] == ["1-s0", "1-s0", "4-s0"]
+    browser.locator("#filter").fill("failed")
+    (failed,) = shown()
+    assert failed in set(report.frame[report.frame["state"] == "failed"]["run"])
+    browser.locator("#filter").fill("done r64")
+    assert len(shown()) == 2
+
+    browser.locator("#runs tbody tr:not([hidden]) td a").first.click()
+    assert browser.locator("details[open]").count() == 1
+    browser.set_viewport_size({"width": 390, "height": 800})
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,0 +1,69 @@
+"""Tables are made from run folders alone, and show what differs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae_lora.common.console import duration, percent, show
+from sae_lora.records.folder import RunFolder
+from sae_lora.report.tables import comparison_table, run_table
+from tests.support.sweeps import finished
+
+
+def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [finished(tmp_path, f"run{rank}", rank, 3, rank / 10) for rank in (1, 4)]
+    table = comparison_table([*folders, RunFolder(tmp_path / "unfinished")])
+    headers = [str(column.header) for column in table.columns]
+    assert headers[0] == "rank"
+    assert "alpha" not in headers and "base CE" not in headers
+    same = "model tiny, SAE at block 3, latents 1024, L0 8, base CE 1.000, spliced CE 1.000, gap before"
+    assert table.title == f"{same} +1.000"
+    assert table.row_count == 2
+    show(table)
+    printed = capsys.readouterr().out
+    assert "gap closed" in printed and "40.0%" in printed and "40,960" in printed
+    assert "…" not in printed
+
+
+def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
+    one = finished(tmp_path, "one", 1, 3, None)
+    assert comparison_table([one]).columns[0].header == "run"
+    other = finished(tmp_path, "other", 4, 5, 0.5)
+    headers = [str(column.header) for column in comparison_table([one, other]).columns]
+    assert headers[:2] == ["SAE at block", "rank"]
+
+
+def test_what_saes_replace_is_named_where_runs_differ_in_it(tmp_path: Path) -> None:
+    folders = [finished(tmp_path, f"run{block}", 4, block, 0.5) for block in (3, 5)]
+    config = folders[1].read_config()
+    (used,) = config["sae"]["used"]
+    config["sae"]["used"] = [used, used | {"block": 6, "hook": "mlp_out"}]
+    folders[1].config.write_text(yaml.safe_dump(config))
+    columns = {str(column.header): list(column.cells) for column in comparison_table(folders).columns}
+    assert columns["SAE at block"] == ["3", "5+6"]
+    assert columns["hook"] == ["resid_post", "resid_post+mlp_out"]
+
+
+def test_nothing_finished_is_an_empty_table(tmp_path: Path) -> None:
+    assert comparison_table([RunFolder(tmp_path)]).row_count == 0
+
+
+def test_one_run_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(run_table(finished(tmp_path, "run", 4, 3, None).read_summary()))
+    printed = capsys.readouterr().out
+    assert "undefined" in printed
+    assert "1 min 03 s" in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (63, "1 min 03 s"), (7265, "2 h 01 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_percent() -> None:
+    assert percent(0.4835) == "48.4%"
+    assert percent(-0.1) == "-10.0%"
+    assert percent(None) == "undefined"

@@ -1,0 +1,394 @@
+"""Runs of every method on the embedded default: what each leaves, and what begins with it."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError
+from sae_lora.config.identity import train_steps
+from sae_lora.config.schema import Config
+from sae_lora.config.serialize import load
+from sae_lora.data import corpus
+from sae_lora.launch.plan import plan
+from sae_lora.models.dimensions import source
+from sae_lora.models.loading import load_tokenizer
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import CurvePoint
+from sae_lora.run import execute
+from sae_lora.train.cost import estimate
+from sae_lora.train.train_state import TrainState
+from tests.support.composing import composed
+from tests.support.points import SMALL, Point, run_here
+from tests.support.trainings import comparable
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+HOOKPOINT = "blocks.3.hook_resid_post"
+RESULTS = {
+    "lora": "adapter/adapter_model.safetensors",
+    "mezo": "adapter/adapter_model.safetensors",
+    "linear_adapter": f"output_adapter/{HOOKPOINT}/output_adapter.safetensors",
+    "mlp_adapter": f"output_adapter/{HOOKPOINT}/output_adapter.safetensors",
+    "sae_finetune": f"sae/{HOOKPOINT}/sae_weights.safetensors",
+    "e2e": f"sae/{HOOKPOINT}/sae_weights.safetensors",
+    "sae": f"sae/{HOOKPOINT}/sae_weights.safetensors",
+}
+"""A file of what each method makes."""
+OWN: dict[str, list[str]] = {
+    "linear_adapter": ["train.lr=1e-3"],
+    "mlp_adapter": ["train.lr=1e-3", "method.rank=8"],
+    "sae_finetune": ["train.lr=5e-5"],
+    "e2e": ["train.lr=1e-3", "method.checkpoints=[0.5,1]", "sae.width=256"],
+    "sae": ["method.checkpoints=[0.5,1]", "sae.width=256", "method.buffer_tokens=1024"],
+}
+"""What suits so few steps."""
+MAKING_SAES = ("sae_finetune", "e2e", "sae")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that is a few of those that the embedded model knows, which is quicker to read."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "text").mkdir()
+    for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        shutil.copy(file, cache / "text")
+    return cache
+
+
+def points_of(home: Path, cache: Path) -> Point:
+    here = (
+        *("data=text_files", f"data.files={cache}/text/*.py", "data.validation_share=0.5"),
+        *("data.context_length=128", f"data.cache_dir={cache}", f"output_dir={home}"),
+    )
+
+    def compose(*overrides: str) -> Config:
+        return composed(*SMALL, *here, *overrides)
+
+    return compose
+
+
+@pytest.fixture
+def point(tmp_path: Path, cache: Path) -> Point:
+    return points_of(tmp_path, cache)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, RunFolder]:
+    """A run by each method, by its name."""
+    point = points_of(tmp_path_factory.mktemp("finished"), cache)
+    return {kind: run_here(point(f"method={kind}", *OWN.get(kind, [])))[0] for kind in RESULTS}
+
+
+def made(folder: RunFolder) -> dict[str, bytes]:
+    """The files of what was trained, by name."""
+    results = (folder.adapter, folder.sae, folder.sae_at, folder.output_adapter)
+    files = [file for result in results for file in sorted(result.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder.path)): file.read_bytes() for file in files}
+
+
+def curve(folder: RunFolder) -> list[CurvePoint]:
+    return [comparable(one) for one in folder.read_curve()]
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_every_method_leaves_a_curve_a_summary_and_its_result(
+    kind: str, finished: dict[str, RunFolder]
+) -> None:
+    folder = finished[kind]
+    summary, points = folder.read_summary(), folder.read_curve()
+    config = load(folder.config.read_text())
+    assert [one.tokens for one in points] == [0, 512, 1024]
+    assert len({one.student_ce for one in points}) == 3
+    assert len({one.spliced_ce for one in points}) == len({one.base_ce for one in points}) == 1
+    assert all(one.train_loss is not None and one.train_loss > 0 for one in points[1:])
+    assert all(one.dead_latents is not None and 0 <= one.dead_latents < 1 for one in points)
+    # By the width that was settled when the run was planned.
+    flops = estimate([config]).flops / train_steps(config)
+    assert [one.train_flops for one in points] == [pytest.approx(step * flops) for step in range(3)]
+    assert summary["method"] == {"kind": kind, "rank": config.method.rank, "init": None}
+    assert summary["train_flops"] == points[-1].train_flops
+    assert summary["dead_latents"] == points[-1].dead_latents
+    assert summary["student_ce"] == points[-1].student_ce
+    assert bool(summary["lora"]) is (kind in ("lora", "mezo"))
+    is_new = kind in ("e2e", "sae")
+    assert (summary["gap_closed"] is None) is is_new
+    assert is_new or summary["initial_gap"] > 0
+    assert RESULTS[kind] in made(folder)
+    tops = {name.split("/")[0] for name in made(folder)}
+    assert tops == {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
+
+
+def ce_from_scratch(config: Config, sae: SAE[Any]) -> float:
+    """Cross-entropy of transformers' own model with the SAE in it, over the held-out text."""
+    model = AutoModelForCausalLM.from_pretrained(source(config.model), dtype=torch.float32)
+    sequences = train_steps(config) * config.train.batch_size
+    text = corpus.load(config.data, load_tokenizer(config.model), sequences, config.train.batch_size)
+    tokens = text.validation_tokens
+    kept = torch.isin(tokens, text.special_ids)[..., None]
+    assert kept.any()
+    if not sae.cfg.metadata.exclude_special_tokens:
+        kept = torch.zeros_like(kept)
+
+    def replace_output(module: object, arguments: object, output: Any) -> Any:
+        resid = output[0] if isinstance(output, tuple) else output
+        recon = torch.where(kept, resid, sae.decode(sae.encode(resid)))
+        return (recon, *output[1:]) if isinstance(output, tuple) else recon
+
+    model.model.layers[3].register_forward_hook(replace_output)
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.double()
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("kind", MAKING_SAES)
+def test_what_was_made_is_an_sae_of_sae_lens_alone(kind: str, finished: dict[str, RunFolder]) -> None:
+    folder = finished[kind]
+    sae = SAE.load_from_disk(folder.sae / HOOKPOINT)
+    assert sae.cfg.metadata.hook_name == HOOKPOINT
+    found = ce_from_scratch(load(folder.config.read_text()), sae)
+    assert found == pytest.approx(folder.read_summary()["student_ce"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def begun(
+    finished: dict[str, RunFolder], tmp_path_factory: pytest.TempPathFactory, cache: Path
+) -> dict[str, RunFolder]:
+    """LoRA runs that begin with what another method has made, by that."""
+    home = tmp_path_factory.mktemp("begun")
+
+    def point(*overrides: str) -> Config:
+        return points_of(home, cache)("train.eval_every_tokens=1024", *overrides)
+
+    path = f"{finished['sae'].sae}/blocks.{{block}}.hook_resid_post"
+    points = {
+        "disk": point("sae=disk", f"sae.path='{path}'", "layer.index=3"),
+        **{kind: point(f"init={finished[kind].path}") for kind in RESULTS if kind != "mezo"},
+    }
+    return dict(zip(points, run_here(*points.values()), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["sae_finetune", "e2e", "sae", "linear_adapter", "mlp_adapter"])
+def test_what_a_run_has_made_is_where_another_begins(
+    kind: str, begun: dict[str, RunFolder], finished: dict[str, RunFolder]
+) -> None:
+    first, last = begun[kind].read_curve()[0], finished[kind].read_curve()[-1]
+    assert first.student_ce == pytest.approx(last.student_ce, abs=1e-6)
+    assert first.spliced_ce == first.student_ce
+    assert first.kl == pytest.approx(last.kl, abs=1e-6)
+    assert first.l0 == last.l0
+    assert first.base_ce == last.base_ce
+    assert begun[kind].read_summary()["method"]["init"] == str(finished[kind].path)
+
+
+def test_an_sae_of_a_run_is_one_on_the_disk(begun: dict[str, RunFolder]) -> None:
+    assert curve(begun["disk"]) == curve(begun["sae"])
+
+
+def test_adapters_go_on_from_adapters(
+    begun: dict[str, RunFolder], finished: dict[str, RunFolder], point: Point
+) -> None:
+    last = finished["lora"].read_curve()[-1]
+    (by_forward_passes,) = run_here(point("method=mezo", f"init={finished['lora'].path}"))
+    for folder in (begun["lora"], by_forward_passes):
+        first = folder.read_curve()[0]
+        assert first.student_ce == last.student_ce
+        assert first.spliced_ce == last.spliced_ce
+        assert first.gap_closed == last.gap_closed
+    moved = by_forward_passes.read_curve()[-1].student_ce
+    assert moved != begun["lora"].read_curve()[-1].student_ce != last.student_ce
+
+
+def test_adapters_go_on_around_what_they_were_trained_around(
+    begun: dict[str, RunFolder], point: Point
+) -> None:
+    """Here an SAE with a map on what it puts back, which no key of the config names."""
+    (folder,) = run_here(point(f"init={begun['linear_adapter'].path}"))
+    first, last = folder.read_curve()[0], begun["linear_adapter"].read_curve()[-1]
+    assert first.spliced_ce == last.spliced_ce
+    assert first.student_ce == last.student_ce
+
+
+class TestRefusedBeginnings:
+    """What `init` cannot stand for, known before anything is loaded."""
+
+    def refused(self, *points: Config) -> ConfigError:
+        with pytest.raises(ConfigError) as error:
+            plan(points)
+        return error.value
+
+    def test_a_folder_that_is_none(self, point: Point, finished: dict[str, RunFolder]) -> None:
+        near = finished["sae"].path
+        error = self.refused(point(f"init={near.with_name(near.name[:-1])}"))
+        assert error.field == "init"
+        assert error.nearest == near
+        assert "is no run" in str(error)
+
+    def test_a_run_that_is_not_finished(self, point: Point) -> None:
+        (planned,) = plan([point()]).runs
+        planned.freeze()
+        error = self.refused(point(f"init={planned.folder.path}"))
+        assert error.field == "init"
+        assert "it is not finished" in str(error)
+
+    def test_a_run_of_another_model(
+        self, point: Point, finished: dict[str, RunFolder], tmp_path: Path
+    ) -> None:
+        other = RunFolder(tmp_path / "other")
+        other.path.mkdir()
+        text = finished["lora"].config.read_text()
+        assert "name: tiny" in text
+        other.config.write_text(text.replace("name: tiny", "name: gpt2"))
+        other.summary.write_text("{}")
+        error = self.refused(point(f"init={other.path}"))
+        assert "a run of tiny" in str(error)
+        assert "that one is of gpt2" in str(error)
+
+    def test_adapters_of_another_shape(self, point: Point, finished: dict[str, RunFolder]) -> None:
+        init = f"init={finished['lora'].path}"
+        error = self.refused(point(init, "lora.rank=3"))
+        assert (error.field, error.nearest) == ("lora.rank", 2)
+        assert f"nearest valid: {error.field}=2" in str(error)
+        for override, nearest in (
+            ("lora.alpha=1", 6.0),
+            ("lora.blocks=[5]", "after"),
+            ("lora.targets=qv", "all"),
+            ("lora.rank_stabilised=false", True),
+        ):
+            error = self.refused(point(init, override))
+            assert error.field == override.split("=")[0]
+            assert error.nearest == nearest
+
+    @pytest.mark.parametrize(
+        ("kind", "before"),
+        [
+            *(("sae", before) for before in RESULTS),
+            ("linear_adapter", "mlp_adapter"),
+            ("mlp_adapter", "linear_adapter"),
+            ("e2e", "lora"),
+            ("e2e", "linear_adapter"),
+            ("sae_finetune", "mezo"),
+            ("mlp_adapter", "lora"),
+        ],
+    )
+    def test_what_a_method_cannot_go_on_with(
+        self, kind: str, before: str, point: Point, finished: dict[str, RunFolder]
+    ) -> None:
+        error = self.refused(point(f"method={kind}", f"init={finished[before].path}"))
+        assert error.field == "init"
+        assert f"with method={kind} it cannot be one of method={before}" in str(error)
+
+
+STEPS = 8
+STOPPED = {
+    "e2e": [
+        *("method=e2e", "sae.width=256", "method.dead_after_tokens=256", "method.checkpoints=[0.5,1]"),
+    ],
+    "e2e batchtopk": ["method=e2e", "sae.width=256", "sae.architecture=batchtopk"],
+    "sae": [
+        *("method=sae", "sae.width=256", "method.buffer_tokens=384", "method.dead_after_tokens=256"),
+        *("layer.index=[2,4]", "method.checkpoints=[0.25]"),
+    ],
+    "mlp_adapter": ["method=mlp_adapter", "method.rank=8"],
+    "sae_finetune of a rank": ["method=sae_finetune", "method.rank=4"],
+}
+"""Runs of eight steps; three of them to a fill of the buffer."""
+SLOW_ONES = ("e2e batchtopk", "sae_finetune of a rank")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[pytest.mark.slow] if one in SLOW_ONES else []) for one in STOPPED],
+)
+def test_stopped_and_taken_up_it_makes_the_same(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to stop in the step after which a share of the training is over, in the middle of a fill."""
+    sizes = ("train.batch_size=1", "train.eval_every_tokens=384")
+    whole, stopped = (
+        plan([points_of(tmp_path / home, cache)(*sizes, *STOPPED[name])]).runs[0]
+        for home in ("whole", "stopped")
+    )
+    assert train_steps(whole.config) == STEPS
+    for one in (whole, stopped):
+        one.freeze()
+    assert execute.attempt([whole.folder]) == 0
+    take_step = TrainState.take_step
+
+    def stepping(training: TrainState, batch: torch.Size) -> None:
+        take_step(training, batch)
+        if training.step == STEPS // 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainState, "take_step", stepping)
+        assert execute.attempt([stopped.folder]) == EXIT_INTERRUPTED
+    assert not stopped.folder.is_finished
+    assert [path.name for path in stopped.folder.checkpoints.iterdir()] == [f"step-{STEPS // 2:08d}"]
+    assert execute.attempt([stopped.folder]) == 0
+    assert [one.step for one in curve(stopped.folder)] == [0, 3, 6, 8]
+    assert curve(stopped.folder) == curve(whole.folder)
+    assert made(stopped.folder) == made(whole.folder)
+
+
+def test_saes_that_learn_together_are_each_what_they_are_alone(tmp_path: Path, cache: Path) -> None:
+    """Widths, sparsities, kinds, rates and blocks, several in one run among them."""
+    common = ["method=sae", "method.buffer_tokens=1024"]
+    variants = [
+        ["sae.width=256", "layer.index=2"],
+        ["sae.width=512", "sae.l0=8", "layer.index=[2,5]", "train.lr=1e-3", "train.seed=1"],
+        ["sae.width=128", "layer.index=4", "sae.architecture=jumprelu", "train.schedule=constant"],
+    ]
+    pack = points_of(tmp_path / "pack", cache)
+    together = run_here(*(pack(*common, *one) for one in variants))
+    assert {folder.read_summary()["trained_together"] for folder in together} == {len(variants)}
+    single = points_of(tmp_path / "alone", cache)
+    for folder, one in zip(together, variants, strict=True):
+        (alone,) = run_here(single(*common, *one))
+        assert alone.path.name == folder.path.name
+        assert curve(alone) == curve(folder)
+        assert made(alone) == made(folder)
+        assert len(made(alone)) == 2 * (2 if "layer.index=[2,5]" in one else 1)
+
+
+def of_share(folder: RunFolder, share: str) -> dict[str, bytes]:
+    start = f"sae_at/{share}/"
+    return {
+        name.removeprefix(start): content
+        for name, content in made(folder).items()
+        if name.startswith(start)
+    }
+
+
+def at_the_end(folder: RunFolder) -> dict[str, bytes]:
+    return {
+        name.removeprefix("sae/"): content
+        for name, content in made(folder).items()
+        if name.startswith("sae/")
+    }
+
+
+@pytest.mark.parametrize("kind", ["e2e", "sae"])
+def test_saes_are_kept_on_the_way(kind: str, finished: dict[str, RunFolder]) -> None:
+    folder = finished[kind]
+    assert sorted(path.name for path in folder.sae_at.iterdir()) == ["0.5", "1"]
+    assert of_share(folder, "1") == at_the_end(folder)
+    assert of_share(folder, "0.5").keys() == at_the_end(folder).keys()
+    assert of_share(folder, "0.5") != at_the_end(folder)
+    sae = SAE.load_from_disk(folder.sae_at / "0.5" / HOOKPOINT)
+    found = ce_from_scratch(load(folder.config.read_text()), sae)
+    assert found == pytest.approx(folder.read_curve()[1].student_ce, abs=1e-6)
+
+
+def test_at_the_end_a_threshold_is_what_it_was_after_the_last_step(point: Point) -> None:
+    """Evaluations between the two leave it alone."""
+    batchtopk = ("sae.architecture=batchtopk", "sae.width=256", "method.checkpoints=[1]")
+    (folder,) = run_here(point("method=e2e", *batchtopk))
+    assert of_share(folder, "1") == at_the_end(folder)

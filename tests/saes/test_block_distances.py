@@ -1,0 +1,409 @@
+"""Layer groups are what distances say: angles by hand, complete linkage, and figures that show them."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.cluster import hierarchy
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes import block_distances
+from sae_lora.saes.block_distances import angular_distances
+from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, sae_flops_saved
+from sae_lora.splice.hooks import residual_streams, special_positions
+from tests.support import families
+from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
+
+TOKENS = random_tokens(batch=4, length=12)
+SPECIAL = torch.unique(TOKENS[:, ::3])
+
+
+def hooks(model: LanguageModel) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def put_out(model: LanguageModel, block: int, resid: torch.Tensor) -> None:
+    """Makes this the block's residual stream, `[batch, pos, d_model]`."""
+    model.blocks[block].register_forward_hook(lambda *_: resid)
+
+
+def in_a_plane(degrees: Sequence[float], length: float) -> torch.Tensor:
+    """A vector of this length for each token of one sequence, in these directions of a plane."""
+    resid = torch.zeros(1, len(degrees), D_MODEL)
+    resid[..., 3] = length * torch.cos(torch.deg2rad(torch.tensor(degrees)))
+    resid[..., 8] = length * torch.sin(torch.deg2rad(torch.tensor(degrees)))
+    return resid
+
+
+def naive(model: LanguageModel, tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """One token and one pair of blocks at a time."""
+    streams = [model.resid_entering(block + 1, tokens) for block in range(N_BLOCKS)]
+    found = torch.zeros(N_BLOCKS, N_BLOCKS, dtype=torch.float64)
+    for one, other in itertools.permutations(range(N_BLOCKS), 2):
+        angles = []
+        for row, pos in counted.nonzero().tolist():
+            u, v = streams[one][row, pos].double(), streams[other][row, pos].double()
+            angles.append(math.acos(float(u @ v) / float(u.norm() * v.norm())) / math.pi)
+        found[one, other] = sum(angles) / len(angles)
+    return found
+
+
+def of_pairs(n: int, pairs: dict[tuple[int, int], float], other: float) -> torch.Tensor:
+    """The distances `[n, n]` of these pairs, and one for all others."""
+    found = torch.full((n, n), other, dtype=torch.float64).fill_diagonal_(0)
+    for (one, two), distance in pairs.items():
+        found[one, two] = found[two, one] = distance
+    return found
+
+
+def as_sets(groups: Sequence[Sequence[int]]) -> set[frozenset[int]]:
+    return set(map(frozenset, groups))
+
+
+def test_angles_between_known_vectors() -> None:
+    """Lengths do not matter; two tokens with angles of their own are averaged as angles."""
+    model = small_model("llama")
+    put_out(model, 0, in_a_plane([0, 0], length=1))
+    put_out(model, 1, in_a_plane([60, 30], length=5))
+    put_out(model, 2, in_a_plane([90, 90], length=0.1))
+    put_out(model, 3, in_a_plane([180, 90], length=1000))
+    found = angular_distances(model, [torch.tensor([[1, 2]])])
+    # In degrees, of the first token and of the second:
+    #   0–1: 60 and 30, mean 45, of 180 a quarter    1–2: 30 and 60, a quarter
+    #   0–2: 90 and 90, a half                       1–3: 120 and 60, a half
+    #   0–3: 180 and 90, mean 135, three quarters    2–3: 90 and 0, a quarter
+    expected = of_pairs(4, {(0, 2): 0.5, (1, 3): 0.5, (0, 3): 0.75}, 0.25)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_same_and_opposite_directions_are_the_ends_of_the_scale() -> None:
+    """Also where rounding makes a cosine larger than 1, as it does for some of these."""
+    model, resid = small_model("gpt2"), torch.randn(*TOKENS.shape, D_MODEL)
+    for block, factor in enumerate((1, 4, -8, 0.25)):
+        put_out(model, block, factor * resid)
+    found = angular_distances(model, [TOKENS])
+    expected = of_pairs(4, {(0, 1): 0.0, (0, 3): 0.0, (1, 3): 0.0}, 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+
+
+def test_distances_are_those_of_each_token_and_pair(model: LanguageModel) -> None:
+    found = angular_distances(model, [TOKENS])
+    assert (found.shape, found.dtype, found.device.type) == ((N_BLOCKS,) * 2, torch.float64, "cpu")
+    assert torch.equal(found, found.T) and not found.diagonal().any()
+    expected = naive(model, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
+    assert float(expected[0, 1]) > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_many_blocks_have_distances_that_are_symmetric_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a few blocks a product is so by itself."""
+    n_blocks = 33
+    monkeypatch.setitem(families._llama_like, "num_hidden_layers", n_blocks)
+    model = small_model("llama")
+    for block in range(n_blocks):
+        put_out(model, block, torch.randn(*TOKENS.shape, D_MODEL))
+    found = angular_distances(model, [TOKENS])
+    assert len(found) == n_blocks and torch.equal(found, found.T)
+
+
+def test_special_positions_are_left_out(model: LanguageModel) -> None:
+    counted = ~special_positions(TOKENS, SPECIAL)
+    assert 0 < int(counted.sum()) < counted.numel()
+    found = angular_distances(model, [TOKENS], SPECIAL)
+    torch.testing.assert_close(found, naive(model, TOKENS, counted), rtol=0, atol=1e-9)
+    assert not torch.allclose(found, angular_distances(model, [TOKENS]), rtol=0, atol=1e-5)
+
+
+def test_every_token_weighs_the_same_however_batched(model: LanguageModel) -> None:
+    """Batches of one row and of three: the mean of their means would be another."""
+    together = angular_distances(model, [TOKENS])
+    rows = TOKENS.split([1, 3])
+    torch.testing.assert_close(angular_distances(model, rows), together, rtol=0, atol=1e-5)
+    of_batches = torch.stack([angular_distances(model, [row]) for row in rows]).mean(0)
+    assert not torch.allclose(of_batches, together, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [5, 1])
+def test_few_tokens_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    model = small_model("qwen3")
+    whole = angular_distances(model, [TOKENS], SPECIAL)
+    monkeypatch.setattr(block_distances, "_NUMBERS_AT_ONCE", tokens * N_BLOCKS * (N_BLOCKS + D_MODEL))
+    resid = [torch.randn(2, 6, D_MODEL) for _ in range(N_BLOCKS)]
+    sizes = [len(angles) for angles in block_distances._angles(resid, torch.arange(12))]
+    assert max(sizes) == tokens and sum(sizes) == 12
+    torch.testing.assert_close(angular_distances(model, [TOKENS], SPECIAL), whole, rtol=0, atol=1e-13)
+
+
+def test_one_forward_pass_per_batch_and_what_is_reported() -> None:
+    model, runs, seen = small_model("gemma2"), [], []
+    model.model.requires_grad_(True)
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: runs.append(number))
+    before = hooks(model)
+    found = angular_distances(model, TOKENS.split([1, 3]), SPECIAL, seen.append)
+    assert runs == 2 * list(range(N_BLOCKS))
+    counted = (~special_positions(TOKENS, SPECIAL)).sum(1)
+    assert seen == [int(counted[0]), int(counted.sum())]
+    assert hooks(model) == before and not found.requires_grad
+
+
+def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
+    """Of a plain tensor all rows are taken, not the first."""
+
+    class Tupled(torch.nn.Module):
+        def forward(self, resid: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return resid, "extra"
+
+    model = small_model("llama")
+    model.blocks = torch.nn.ModuleList([torch.nn.Identity(), Tupled()])
+    resid = torch.randn(3, 5, D_MODEL)
+    with residual_streams(model) as streams:
+        for block in model.blocks:
+            block(resid)
+    assert len(streams) == 2 and all(torch.equal(stream, resid) for stream in streams)
+
+
+def test_no_hook_is_left_after_an_exception(model: LanguageModel) -> None:
+    before = hooks(model)
+
+    def broken() -> Iterator[torch.Tensor]:
+        yield TOKENS
+        assert hooks(model) == before + N_BLOCKS
+        raise RuntimeError("while reading")
+
+    with pytest.raises(RuntimeError, match="while reading"):
+        angular_distances(model, broken())
+    assert hooks(model) == before
+    with pytest.raises(IndexError):
+        angular_distances(model, [torch.full((1, 4), 10**6)])
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize("batches", [[], [SPECIAL[None]]])
+def test_nothing_to_measure_is_refused(batches: list[torch.Tensor]) -> None:
+    with pytest.raises(UserError, match="no token"):
+        angular_distances(small_model("gpt2"), batches, SPECIAL)
+
+
+# Four blocks, and a last one close to block 3 that must not be grouped with it.
+BY_HAND = of_pairs(
+    5,
+    {
+        (0, 1): 0.1,
+        (1, 2): 0.15,
+        (2, 3): 0.2,
+        (1, 3): 0.4,
+        (0, 2): 0.5,
+        (0, 3): 0.6,
+        (3, 4): 0.01,
+    },
+    0.9,
+)
+
+
+def test_groups_and_amad_by_hand() -> None:
+    # {0, 1} at 0.1. From there to 2 it is 0.5 (block 0's distance, the larger), so 2 joins 3 at 0.2,
+    # though it is nearer to 1; then all at 0.6. AMAD:
+    #   1 group 0.6; 2 groups (0.1 + 0.2) / 2 = 0.15; 3 groups (0.1 + 0 + 0) / 3; 4 groups 0
+    found = group_blocks(BY_HAND, amad_max=0.2)
+    assert found.groups == [[0, 1], [2, 3]]
+    assert found.amad == pytest.approx(0.15)
+    assert found.amad_by_count == pytest.approx([0.6, 0.15, 0.1 / 3, 0])
+    assert found.linkage[:, 2] == pytest.approx([0.1, 0.2, 0.6])
+    assert group_blocks(BY_HAND, n_groups=3).groups == [[0, 1], [2], [3]]
+    assert group_blocks(BY_HAND, amad_max=1).groups == [[0, 1, 2, 3]]
+    assert group_blocks(BY_HAND, amad_max=1e-9).groups == [[0], [1], [2], [3]]
+
+
+def test_below_the_threshold_and_not_at_it() -> None:
+    distances = of_pairs(4, {(0, 1): 0.25}, 0.5)  # AMAD 0.5, 0.125 and 0, all exact
+    assert len(group_blocks(distances, amad_max=0.125).groups) == 3
+    assert len(group_blocks(distances, amad_max=0.1251).groups) == 2
+
+
+def test_an_amad_that_rises_with_more_groups() -> None:
+    # 1 group: 1. 2: {0} and the rest, (0 + 0.3) / 2 = 0.15. 3: {0}, {1, 2}, {3, 4}, 0.56 / 3 = 0.187,
+    # more than before, as two pairs are as wide as the four. 4: 0.28 / 4 = 0.07.
+    distances = of_pairs(
+        6,
+        {(1, 2): 0.28, (3, 4): 0.28} | {(0, block): 1.0 for block in range(1, 5)},
+        0.3,
+    )
+    found = group_blocks(distances, amad_max=0.16)
+    assert found.amad_by_count == pytest.approx([1, 0.15, 0.56 / 3, 0.07, 0])
+    assert found.groups == [[0], [1, 2, 3, 4]]
+    assert len(group_blocks(distances, amad_max=0.1).groups) == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_scipys_where_there_are_no_ties(seed: int) -> None:
+    n = 11
+    distances = random_distances(n + 1, seed)
+    for count in range(1, n + 1):
+        found = group_blocks(distances, n_groups=count)
+        assert len(found.groups) == count
+        assert found.groups == sorted(map(sorted, found.groups))
+        assert sorted(itertools.chain(*found.groups)) == list(range(n))
+        labels = hierarchy.fcluster(found.linkage, count, criterion="maxclust")
+        assert as_sets(found.groups) == as_sets(
+            [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_share_a_group_where_the_tree_joins_them_below_the_cut(seed: int) -> None:
+    n = 9
+    distances = random_distances(n + 1, seed)
+    among = distances[:n, :n].numpy()
+    merges = group_blocks(distances, n_groups=1).linkage
+    joined = np.zeros((n, n))
+    joined[np.triu_indices(n, 1)] = hierarchy.cophenet(merges)
+    assert (joined[np.triu_indices(n, 1)] >= among[np.triu_indices(n, 1)]).all()  # complete linkage
+    for count in range(1, n):
+        groups = group_blocks(distances, n_groups=count).groups
+        height = merges[n - count - 1, 2]
+        for one, other in itertools.combinations(range(n), 2):
+            together = any(one in group and other in group for group in groups)
+            assert together == (joined[one, other] <= height)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_amad_is_what_it_says_for_every_count(seed: int) -> None:
+    n = 10
+    distances = random_distances(n + 1, seed)
+    amads = group_blocks(distances, n_groups=1).amad_by_count
+    assert len(amads) == n and amads[-1] == 0
+    for count, expected in enumerate(amads, 1):
+        found = group_blocks(distances, n_groups=count)
+        widest = [
+            max(float(distances[one, other]) for one in group for other in group)
+            for group in found.groups
+        ]
+        assert found.amad == expected == pytest.approx(sum(widest) / count)
+        assert amad(distances, found.groups) == expected
+    for limit in (0.4, 0.3, 0.2, 0.1, 0.05):
+        chosen = group_blocks(distances, amad_max=limit)
+        assert chosen.amad < limit
+        assert all(other >= limit for other in amads[: len(chosen.groups) - 1])
+
+
+def test_ties_give_exactly_as_many_groups_as_asked_for() -> None:
+    n = 6
+    alike = of_pairs(n + 1, {}, 0.5)
+    pairs = of_pairs(n + 1, {(0, 1): 0.1, (2, 3): 0.1, (4, 5): 0.1}, 0.5)
+    for distances in (alike, pairs, torch.zeros(n + 1, n + 1)):
+        for count in range(1, n + 1):
+            found = group_blocks(distances, n_groups=count)
+            assert len(found.groups) == count
+            assert sorted(itertools.chain(*found.groups)) == list(range(n))
+            assert found.amad == amad(distances, found.groups)
+    # What it is there for: scipy takes all merges of one height, or none.
+    merges = group_blocks(alike, n_groups=3).linkage
+    assert len(np.unique(hierarchy.fcluster(merges, 3, criterion="maxclust"))) == 1
+
+
+def test_two_blocks_leave_one_group_and_one_block_none() -> None:
+    only = group_blocks(of_pairs(2, {}, 0.5), amad_max=0.2)
+    assert (only.groups, only.amad, only.amad_by_count) == ([[0]], 0, [0])
+    assert only.linkage.shape == (0, 4)
+    with pytest.raises(UserError, match="one block"):
+        group_blocks(torch.zeros(1, 1), amad_max=0.2)
+
+
+@pytest.mark.parametrize(("n_groups", "nearest"), [(5, 4), (0, 1), (-3, 1)])
+def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: int) -> None:
+    with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={nearest}\b") as refused:
+        group_blocks(BY_HAND, n_groups=n_groups)
+    assert (refused.value.field, refused.value.nearest) == ("layer.n_groups", nearest)
+
+
+def test_evenly_spaced_groups_hold_every_block_once() -> None:
+    assert evenly_spaced(7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    for n in range(1, 14):
+        for count in range(1, n + 1):
+            groups = evenly_spaced(n, count)
+            assert len(groups) == count
+            assert list(itertools.chain(*groups)) == list(range(n))
+            assert max(map(len, groups)) - min(map(len, groups)) <= 1
+        with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={n}$"):
+            evenly_spaced(n, n + 1)
+        with pytest.raises(ConfigError, match=r"nearest valid: layer\.n_groups=1$"):
+            evenly_spaced(n, 0)
+
+
+def test_one_sae_for_two_blocks_saves_half() -> None:
+    assert sae_flops_saved(6, 12) == 0.5
+    assert sae_flops_saved(12, 12) == 0
+
+
+def test_the_map_frames_what_lies_within_groups() -> None:
+    """A group with a gap has a frame for each of its parts, and for what lies between two of them."""
+    distances, groups = random_distances(6, 0), [[0, 3], [1, 2], [4]]
+    figure: Any = distance_map(distances, groups)
+    assert np.array_equal(np.array(figure.data[0].z), distances.numpy())
+    framed = np.zeros((6, 6), dtype=int)
+    for shape in figure.layout.shapes:
+        rows, columns = (
+            [block for block in range(6) if low < block < high]
+            for low, high in ((shape.y0, shape.y1), (shape.x0, shape.x1))
+        )
+        framed[np.ix_(rows, columns)] += 1
+    expected = np.zeros((6, 6), dtype=int)
+    for group in groups:
+        expected[np.ix_(group, group)] = 1
+    assert np.array_equal(framed, expected)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int) -> None:
+    n = 8
+    found = group_blocks(random_distances(n + 1, 3), n_groups=count)
+    figure: Any = tree(found.linkage, count)
+    *links, leaves = figure.data
+    assert sorted(max(link.y) for link in links) == pytest.approx(sorted(found.linkage[:, 2]))
+    blocks = [int(name) for name in figure.layout.xaxis.ticktext]
+    assert sorted(blocks) == list(range(n)) and list(leaves.customdata) == blocks
+    colour_of = dict(zip(blocks, leaves.marker.color, strict=True))
+    assert as_sets(found.groups) == {
+        frozenset(block for block in blocks if colour_of[block] == colour)
+        for colour in set(colour_of.values())
+    }
+    (cut,) = figure.layout.shapes
+    above = [link for link in links if max(link.y) > cut.y0]
+    assert len(above) == count - 1
+    groups_colours = set(colour_of.values())
+    assert all((link.line.color in groups_colours) == (link not in above) for link in links)
+
+
+def test_a_tree_with_ties_still_has_a_colour_for_each_group() -> None:
+    for count in range(1, 7):
+        found = group_blocks(of_pairs(7, {}, 0.5), n_groups=count)
+        figure: Any = tree(found.linkage, count)
+        assert len(set(figure.data[-1].marker.color)) == count
+
+
+def test_neighbouring_groups_keep_the_order_of_blocks_in_the_tree() -> None:
+    figure: Any = tree(group_blocks(BY_HAND, n_groups=2).linkage, 2)
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3"]
+
+
+def test_the_amad_is_drawn_with_its_threshold_and_the_choice() -> None:
+    found = group_blocks(BY_HAND, amad_max=0.2)
+    evenly = [amad(BY_HAND, evenly_spaced(4, count)) for count in range(1, 5)]
+    figure: Any = amad_by_groups(found.amad_by_count, len(found.groups), 0.2, evenly)
+    equal, drawn, chosen = figure.data
+    assert list(drawn.x) == list(equal.x) == [1, 2, 3, 4]
+    assert list(drawn.y) == found.amad_by_count and list(equal.y) == evenly
+    assert (chosen.x[0], chosen.y[0]) == (2, found.amad)
+    assert figure.layout.shapes[0].y0 == 0.2
+    given: Any = amad_by_groups(found.amad_by_count, 3)
+    assert len(given.data) == 2 and not given.layout.shapes

@@ -1,0 +1,318 @@
+"""Where SAEs are asked for, by block and hook, and where they say they were trained."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sae_lora.common.errors import ConfigError, NoSuchCellError
+from sae_lora.config.enums import Hook
+from sae_lora.config.identity import identity, readable_name
+from sae_lora.config.schema import Config, LayerConfig
+from sae_lora.embedded import SAES
+from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import Place
+from sae_lora.saes import resolve
+from sae_lora.saes.metadata import read_folder
+from sae_lora.saes.pretrained_table import place_in
+from tests.support.composing import composed
+
+GEMMA_2B = Dimensions(d_model=2304, n_blocks=26, d_vocab=256_000, max_context=8192)
+GEMMA_27B = Dimensions(d_model=4608, n_blocks=46, d_vocab=256_000, max_context=8192)
+LLAMA_8B = Dimensions(d_model=4096, n_blocks=32, d_vocab=128_256, max_context=131_072)
+GPT2 = Dimensions(d_model=768, n_blocks=12, d_vocab=50_257, max_context=1024)
+TINY = Dimensions(d_model=128, n_blocks=8, d_vocab=2048, max_context=256)
+composed_once = functools.cache(composed)
+
+
+def asking(overrides: str, hook: str | None = None, **layer: object) -> Config:
+    """What these overrides compose, with this layer."""
+    wanted = LayerConfig(hook=None if hook is None else Hook[hook], **layer)  # pyright: ignore[reportArgumentType]
+    return replace(composed_once(*overrides.split()), layer=wanted)
+
+
+def places(
+    dimensions: Dimensions, overrides: str, hook: str | None = None, **layer: object
+) -> list[Place]:
+    """Where the SAEs sit that this means."""
+    resolution = resolve.resolve(asking(overrides, hook, **layer), dimensions)
+    return [Place.of(choice) for choice in resolution.choices]
+
+
+def after(*blocks: int) -> list[Place]:
+    return [Place(block) for block in blocks]
+
+
+def of_mlps(*blocks: int) -> list[Place]:
+    return [Place(block, Hook.mlp_out) for block in blocks]
+
+
+def write_cfg(folder: Path, **values: object) -> str:
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 128, **values}))
+    (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")
+    return str(folder)
+
+
+def test_places_are_named_and_ordered_as_the_forward_pass_goes() -> None:
+    names = [
+        *("blocks.2.hook_attn_out", "blocks.2.hook_mlp_out", "blocks.2.hook_resid_post"),
+        *("blocks.10.hook_attn_out", "blocks.10.hook_mlp_out", "blocks.10.hook_resid_post"),
+    ]
+    named = [place for name in reversed(names) if (place := Place.named(name))]
+    assert [str(place) for place in sorted(named)] == names
+    assert Place.named("blocks.7.hook_resid_pre") == Place(6)
+    for name in ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "mlp"):
+        assert Place.named(name) is None
+
+
+@pytest.mark.parametrize("hook", ["attn_out", "mlp_out"])
+def test_disk_takes_the_hook_from_the_metadata(tmp_path: Path, hook: str) -> None:
+    folder = write_cfg(tmp_path / "sae", hook_name=f"blocks.5.hook_{hook}")
+    for index, asked in ((None, None), (5, None), (None, Hook[hook]), (5, Hook[hook])):
+        assert Place.of(read_folder(folder, index, asked, TINY)) == Place(5, Hook[hook])
+    for asked in (Hook.resid_post, Hook.resid_pre):
+        with pytest.raises(ConfigError, match=rf"was trained at blocks\.5\.hook_{hook}") as error:
+            read_folder(folder, None, asked, TINY)
+        assert (error.value.field, error.value.got) == ("layer.hook", asked.name)
+        assert error.value.nearest == hook
+    with pytest.raises(ConfigError) as error:
+        read_folder(folder, 4, None, TINY)
+    assert (error.value.field, error.value.nearest) == ("layer.index", 5)
+
+
+def test_where_nothing_is_said_the_output_is_meant(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "sae")
+    assert Place.of(read_folder(folder, 3, None, TINY)) == Place(3)
+    assert Place.of(read_folder(folder, 3, Hook.mlp_out, TINY)) == Place(3, Hook.mlp_out)
+    with pytest.raises(ConfigError, match="names no hook point"):
+        read_folder(folder, None, Hook.mlp_out, TINY)
+
+
+def test_resid_pre_is_what_the_block_before_puts_out(tmp_path: Path) -> None:
+    """By both names, in what is asked for and in what an SAE says."""
+    for name, hook in (("before", "blocks.5.hook_resid_pre"), ("after", "blocks.4.hook_resid_post")):
+        folder = write_cfg(tmp_path / name, hook_name=hook)
+        for index, asked in ((None, None), (4, None), (4, Hook.resid_post), (5, Hook.resid_pre)):
+            assert Place.of(read_folder(folder, index, asked, TINY)) == Place(4)
+        with pytest.raises(ConfigError) as error:
+            read_folder(folder, 4, Hook.resid_pre, TINY)
+        assert (error.value.field, error.value.nearest) == ("layer.index", 5)
+    assert places(TINY, "", "resid_pre", index=[2, 4]) == after(1, 3)
+    with pytest.raises(ConfigError) as error:
+        places(TINY, "", "resid_pre", index=1)
+    assert (error.value.field, error.value.got, error.value.nearest) == ("layer.index", 1, 2)
+
+
+def test_what_the_first_block_reads_is_refused(tmp_path: Path) -> None:
+    for overrides in ("", "sae=identity"):
+        with pytest.raises(ConfigError, match="the embedding") as error:
+            places(TINY, overrides, "resid_pre", index=0)
+        assert (error.value.field, error.value.nearest) == ("layer.index", 1)
+    with pytest.raises(ConfigError, match="but of block 0"):
+        read_folder(write_cfg(tmp_path / "sae", hook_name="blocks.0.hook_resid_pre"), None, None, TINY)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hook_name": "blocks.5.attn.hook_z"},
+        {"hook_name": "blocks.5.hook_resid_mid"},
+        {"hook_name": "blocks.5.hook_mlp_in", "hook_name_out": "blocks.5.hook_mlp_out"},
+        {"hook_name": "blocks.5.hook_resid_pre", "hook_name_out": "blocks.5.hook_mlp_out"},
+        {"hook_name": "blocks.5.hook_mlp_out", "architecture": "skip_transcoder"},
+    ],
+)
+def test_other_places_and_transcoders_are_refused(tmp_path: Path, values: dict[str, str]) -> None:
+    folders = [
+        write_cfg(tmp_path / "new", metadata=values),
+        write_cfg(tmp_path / "old", **values),
+    ]
+    for folder in folders:
+        with pytest.raises(ConfigError, match="an SAE") as error:
+            read_folder(folder, 5, None, TINY)
+        assert error.value.field == "sae"
+
+
+def test_the_width_is_the_models_at_every_place(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "sae", hook_name="blocks.5.hook_mlp_out", d_in=64)
+    with pytest.raises(ConfigError, match="of width 64"):
+        read_folder(folder, None, None, TINY)
+
+
+def test_a_hook_for_which_there_is_no_sae_is_no_cell_of_the_grid() -> None:
+    with pytest.raises(NoSuchCellError, match="resid_post: such SAEs were trained there") as error:
+        places(TINY, "", "attn_out")
+    assert (error.value.field, error.value.nearest) == ("layer.hook", "resid_post")
+
+
+def test_gemma_scope_of_mlps() -> None:
+    gemma = "model=gemma2_2b sae=gemma_scope"
+    (choice,), _ = resolve.resolve(asking(gemma, "mlp_out", index=5), GEMMA_2B)
+    assert (choice.release, Place.of(choice)) == ("gemma-scope-2b-pt-mlp", Place(5, Hook.mlp_out))
+    assert str(choice.id).startswith("layer_5/width_16k/average_l0_")
+    third = "model.name=google/gemma-3-1b-pt sae=gemma_scope"
+    (choice,), _ = resolve.resolve(asking(third, "mlp_out", index=5), GEMMA_2B)
+    assert (choice.release, Place.of(choice)) == ("gemma-scope-2-1b-pt-mlp-all", Place(5, Hook.mlp_out))
+    behind = resolve.resolve(asking(gemma, "resid_post", index=12), GEMMA_2B)
+    assert resolve.resolve(asking(gemma, "resid_pre", index=13), GEMMA_2B) == behind
+    assert resolve.resolve(asking(gemma, index=12), GEMMA_2B) == behind
+    assert behind.choices[0].release == "gemma-scope-2b-pt-res"
+
+
+def test_what_gemma_scope_does_not_have_is_said() -> None:
+    with pytest.raises(ConfigError, match="hook_z") as error:
+        places(GEMMA_2B, "model=gemma2_2b sae=gemma_scope", "attn_out")
+    assert error.value.field == "layer.hook"
+    with pytest.raises(ConfigError, match="with gemma-2-27b") as error:
+        places(GEMMA_27B, "model=gemma2_27b sae=gemma_scope", "mlp_out")
+    assert (error.value.field, error.value.got) == ("layer.hook", "mlp_out")
+
+
+@pytest.mark.parametrize(("hook", "letter"), [("attn_out", "a"), ("mlp_out", "m"), ("resid_post", "r")])
+def test_llama_scope_at_every_hook(hook: str, letter: str) -> None:
+    for times, width in (("8x", "32k"), ("32x", "131k")):
+        config = asking("model=llama31_8b sae=llama_scope", hook, index=3)
+        config = replace(config, sae=replace(config.sae, width=width))
+        (choice,), _ = resolve.resolve(config, LLAMA_8B)
+        assert choice.release == f"llama_scope_lx{letter}_{times}"
+        assert choice.id == f"l3{letter}_{times}"
+        assert choice.hook is Hook[hook]
+
+
+def of_gpt2(release: str, identifier: str | None = None) -> str:
+    named = "" if identifier is None else f" sae.id={identifier}"
+    return f"model=gpt2 sae=registry sae.release=gpt2-small-{release}{named}"
+
+
+def test_registry_takes_the_hook_from_the_id() -> None:
+    assert places(GPT2, of_gpt2("mlp-out-v5-32k", "blocks.7.hook_mlp_out")) == of_mlps(7)
+    assert places(GPT2, of_gpt2("mlp-out-v5-32k"), index=[3, 7]) == of_mlps(3, 7)
+    splitting = of_gpt2("res-jb-feature-splitting", "blocks.8.hook_resid_pre_768")
+    assert places(GPT2, splitting) == after(7)
+    with pytest.raises(ConfigError) as error:
+        places(GPT2, of_gpt2("mlp-out-v5-32k", "blocks.7.hook_mlp_out"), "resid_post")
+    assert (error.value.field, error.value.nearest) == ("layer.hook", "mlp_out")
+    # An id that says no more than the block: what is asked for is checked when it is loaded.
+    gemma = "model=gemma2_2b sae=registry sae.release=gemma-scope-2b-pt-mlp"
+    assert places(GEMMA_2B, f"{gemma} sae.id=layer_5/width_65k/average_l0_22", "mlp_out") == of_mlps(5)
+
+
+@pytest.mark.parametrize(
+    ("release", "identifier"),
+    [
+        ("hook-z-kk", "blocks.5.hook_z"),
+        ("resid-mid-v5-32k", "blocks.5.hook_resid_mid"),
+        ("res-jb", "blocks.0.hook_resid_pre"),
+    ],
+)
+def test_registry_at_other_places_is_refused(release: str, identifier: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        places(GPT2, of_gpt2(release, identifier))
+    assert (error.value.field, error.value.got) == ("sae", identifier)
+    if release != "res-jb":  # which has others
+        with pytest.raises(ConfigError, match=r"it holds blocks\.0\.hook_") as error:
+            places(GPT2, of_gpt2(release), index=5)
+        assert error.value.field == "sae.release"
+
+
+def test_no_release_mixes_hooks() -> None:
+    """So that one SAE at each block is left where no hook is asked for."""
+    for name, release in resolve.table().items():
+        there = [place_in(entry["id"], None) for entry in release["saes"]]
+        assert len({place.hook for place in there if place is not None}) <= 1, name
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 3, 5]), (3, [1, 4])])
+def test_every_nth_block_of_the_embedded_saes(every: int, expected: list[int]) -> None:
+    found = resolve.resolve(composed("layer=every_nth", f"layer.every={every}"), TINY)
+    assert [Place.of(choice) for choice in found.choices] == after(*expected)
+    assert {choice.id for choice in found.choices} <= {path.name for path in SAES.iterdir()}
+    assert places(TINY, "", every=every, first=2) == after(*range(2, 7, every))
+
+
+@pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_every_nth_block_of_llama_scope(hook: str, every: int) -> None:
+    """The paper's several SAEs at once, of Llama-3.1-8B's 32 blocks."""
+    for first in (None, 3):
+        found = places(LLAMA_8B, "model=llama31_8b sae=llama_scope", hook, every=every, first=first)
+        assert found == [Place(block, Hook[hook]) for block in range(first or 0, 32, every)]
+
+
+def test_every_nth_block_of_controls_and_of_ones_own(tmp_path: Path) -> None:
+    assert places(TINY, "sae=identity", every=3) == after(0, 3, 6)
+    # In terms of what blocks read: of 1, 4 and 7, since no block puts out what 0 reads.
+    assert places(TINY, "sae=identity", "resid_pre", every=3) == after(0, 3, 6)
+    assert places(TINY, "sae=identity", "attn_out", every=7) == [
+        Place(0, Hook.attn_out),
+        Place(7, Hook.attn_out),
+    ]
+    for block in (2, 4, 6):
+        write_cfg(tmp_path / f"at_{block}", hook_name=f"blocks.{block}.hook_mlp_out")
+    own = f"sae=disk sae.path='{tmp_path}/at_{{block}}'"
+    assert places(TINY, own, every=2) == of_mlps(2, 4, 6)
+    assert places(TINY, own, "mlp_out", every=2, first=4) == of_mlps(4, 6)
+
+
+def test_every_nth_block_may_meet_no_others_than_those_that_have_saes() -> None:
+    scarce = "model=gemma2_27b sae=gemma_scope sae.width=131k"  # at blocks 10, 22 and 34
+    assert places(GEMMA_27B, scarce, every=12) == after(10, 22, 34)
+    with pytest.raises(NoSuchCellError, match=r"it meets 16, 28 too") as error:
+        places(GEMMA_27B, scarce, every=6)
+    assert error.value.field == "layer.every"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layer", "field", "nearest"),
+    [
+        ("", {"first": 0}, "layer.first", 1),
+        ("", {"first": 7}, "layer.first", 6),
+        ("sae=disk sae.path=x", {}, "sae.path", None),
+        ("sae=disk sae.path='x{block}'", {}, "sae.path", None),
+        ("sae.width=512", {}, "sae.width", 1024),  # there is one at block 3 alone
+        (of_gpt2("res-jb", "blocks.7.hook_resid_pre"), {}, "layer.every", "null"),
+    ],
+)
+def test_every_nth_block_that_cannot_be(
+    overrides: str, layer: dict[str, int], field: str, nearest: object
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        places(TINY, overrides, every=2, **layer)
+    assert (error.value.field, error.value.nearest) == (field, nearest)
+
+
+def named(*at: Place) -> Config:
+    """A config with identities there, as the planner leaves it."""
+    (first, *_), config = at, composed_once("sae=identity")
+    resolved = resolve.resolve(asking("sae=identity", first.hook.name, index=first.block), TINY)
+    used = [replace(resolved.choices[0], block=place.block, hook=place.hook) for place in at]
+    return replace(config, sae=replace(config.sae, used=used))
+
+
+def test_another_hook_is_another_run_and_shows_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the output, names and hashes are what they were before there were others."""
+    configs = [
+        named(Place(3)),
+        named(Place(3, Hook.mlp_out)),
+        named(Place(3, Hook.attn_out)),
+        named(Place(2), Place(5)),
+        named(*of_mlps(2, 5)),
+        named(Place(2, Hook.mlp_out), Place(5)),
+        named(*after(*range(0, 8, 1))),
+        named(*after(*range(0, 36, 4))),
+        named(*of_mlps(*range(0, 32, 1))),
+        named(*of_mlps(*range(0, 31, 1)), Place(31)),
+    ]
+    assert [readable_name(config).split("-")[1] for config in configs] == [
+        *("l3", "l3mlp_out", "l3attn_out", "l2+5", "l2+5mlp_out", "l2mlp_out+5resid_post"),
+        *("l0+1+2+3+4+5+6+7", "l0to32by4", "l0to31by1mlp_out", "l0to31mixed"),
+    ]
+    assert len(set(map(identity, configs))) == len(configs)
+    hashed: list[dict] = []
+    monkeypatch.setattr("sae_lora.config.identity._canonical", lambda values: str(hashed.append(values)))
+    for config in configs[:2]:
+        identity(config)
+    assert ["hook" in values["sae"]["used"][0] for values in hashed] == [False, True]

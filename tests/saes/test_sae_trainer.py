@@ -1,0 +1,331 @@
+"""An SAE learns as in sae-lens's own loop, and a training that was stopped goes on to the bit."""
+
+import copy
+import json
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file, save_file
+
+from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Architecture
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.saes.training.sae_trainer import SteppedSAETrainer, mean_norm_scale
+from tests.support.families import random_tokens, small_model
+from tests.support.learners import (
+    CPU,
+    HOOKPOINT,
+    TOKENS,
+    WIDTH,
+    K,
+    in_training,
+    learner,
+    request,
+    residuals,
+)
+
+STEPS, SCALE = 24, 0.37
+
+
+@pytest.fixture(params=[*Architecture.__members__])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def taken(one: SteppedSAETrainer, first: int, last: int) -> list[list[float]]:
+    """What the steps from one to before another find."""
+    return [[float(value) for value in one.step(residuals(step))] for step in range(first, last)]
+
+
+def is_same(one: SteppedSAETrainer, other: SteppedSAETrainer) -> bool:
+    """Whether all of two trainings is the same, to the bit."""
+    (ours, values), (theirs, others) = one.state(), other.state()
+    assert set(ours) == set(theirs)
+    return values == others and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder: Path) -> Any:
+    """The state as a checkpoint keeps it."""
+    tensors, values = state
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "state.json").write_text(json.dumps(values, allow_nan=False))
+    return load_file(folder / "tensors.safetensors"), json.loads((folder / "state.json").read_text())
+
+
+@pytest.mark.parametrize("stop", [3, 7, 18])
+def test_a_training_that_was_stopped_goes_on_to_the_bit(
+    architecture: str, stop: int, tmp_path: Path
+) -> None:
+    """In the warm-up, at the end of a window, and while the rate falls."""
+    whole = learner(architecture)
+    whole.begin(SCALE)
+    losses = taken(whole, 0, stop)
+    dead = whole.dead
+    assert dead > 0
+    kept = through_files(whole.state(), tmp_path)
+    losses += taken(whole, stop, STEPS)
+
+    resumed = learner(architecture)
+    taken(resumed, 30, 32)  # it need not be as it was made
+    resumed.restore(*kept)
+    assert resumed.dead == dead
+    assert taken(resumed, stop, STEPS) == losses[stop:]
+    assert is_same(resumed, whole)
+    assert resumed.scale == SCALE
+
+
+def test_what_a_training_was_restored_from_stays_as_it_was(tmp_path: Path) -> None:
+    one = learner("batchtopk")
+    taken(one, 0, 3)
+    kept = through_files(one.state(), tmp_path)
+    expected = taken(one, 3, 8)
+    for _ in range(2):
+        one.restore(*kept)
+        assert taken(one, 3, 8) == expected
+
+
+def test_a_training_may_be_stopped_before_it_has_begun(tmp_path: Path) -> None:
+    whole = learner("topk")
+    kept = through_files(whole.state(), tmp_path)
+    resumed = learner("topk")
+    with torch.no_grad():
+        resumed.sae.W_enc.normal_()
+    resumed.restore(*kept)
+    assert resumed.scale == 1
+    resumed.begin(SCALE)
+    whole.begin(SCALE)
+    assert taken(resumed, 0, 5) == taken(whole, 0, 5)
+    assert is_same(resumed, whole)
+
+
+def test_dead_latents_change_the_training() -> None:
+    """And so the tests above are about them: without them the weights come out otherwise."""
+    one, other = learner("topk"), learner("topk")
+    other._trainer.cfg.dead_feature_window = 1000
+    assert taken(one, 0, 3) == taken(other, 0, 3)
+    assert taken(one, 3, STEPS)[-1] != taken(other, 3, STEPS)[-1]
+    assert one.dead > 0
+    assert other.dead == 0
+
+
+def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
+    ours = learner(architecture)
+    ours.begin(SCALE)
+    theirs = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=STEPS * TOKENS,
+            train_batch_size_samples=TOKENS,
+            lr=1e-2,
+            lr_end=1e-2,
+            lr_warm_up_steps=STEPS // 4,
+            lr_decay_steps=STEPS // 3,
+            dead_feature_window=2,
+            feature_sampling_window=7,
+        ),
+        learner(architecture).sae,
+        map(residuals, range(STEPS)),
+    )
+    theirs.activation_scaler.scaling_factor = SCALE
+    taken(ours, 0, STEPS)
+    found, expected = ours.inference(), training_sae.inference(theirs.fit())
+    assert all(torch.equal(found.state_dict()[name], one) for name, one in expected.state_dict().items())
+    assert found.cfg == expected.cfg
+    assert found.cfg.metadata.l0 > 0
+
+
+def test_saving_does_not_disturb_it(architecture: str, tmp_path: Path) -> None:
+    left_alone, saved = learner(architecture), learner(architecture)
+    for one in (left_alone, saved):
+        one.begin(SCALE)
+    expected = taken(left_alone, 0, STEPS)
+    losses = taken(saved, 0, 10)
+    random = torch.get_rng_state()
+    saved.save(tmp_path / "first")
+    inference = saved.inference()
+    assert torch.equal(torch.get_rng_state(), random)
+    losses += taken(saved, 10, STEPS)
+    assert losses == expected
+    assert is_same(saved, left_alone)
+
+    reloaded = SAE.load_from_disk(tmp_path / "first")
+    assert torch.equal(reloaded(residuals(50)), inference(residuals(50)))
+    assert reloaded.cfg == inference.cfg
+    saved.save(tmp_path / "last", torch.bfloat16)
+    assert SAE.load_from_disk(tmp_path / "last").W_enc.dtype == torch.bfloat16
+    assert not torch.equal(saved.inference().W_enc, inference.W_enc)
+
+
+def test_it_tells_what_a_step_found() -> None:
+    one = learner("standard")
+    one.begin(SCALE)
+    taken(one, 0, 4)
+    before, resid = copy.deepcopy(one.sae), SCALE * residuals(4)
+    found = one.step(residuals(4))
+    latents = before.encode(resid)
+    mse = (before.decode(latents) - resid).pow(2).sum(-1).mean()
+    l1 = 4 / 8 * (latents * before.W_dec.norm(dim=-1)).sum(-1).mean()  # its warm-up is half over
+    torch.testing.assert_close(found.mse, mse.detach())
+    torch.testing.assert_close(found.loss, (mse + l1).detach())
+    assert float(found.l0) == pytest.approx((latents != 0).sum() / TOKENS)
+    assert not any(value.requires_grad for value in found)
+    assert float(learner("topk").step(residuals(0)).l0) == K
+
+
+def test_activations_of_less_precision_are_scaled_in_float32() -> None:
+    one, other = learner("topk"), learner("topk")
+    for each in (one, other):
+        each.begin(SCALE)
+    rounded = residuals(0).to(torch.bfloat16)
+    assert one.step(rounded) == other.step(rounded.float())
+
+
+def test_the_rate_rises_stays_and_falls_to_zero() -> None:
+    one = learner("topk")
+    found = []
+    for step in range(STEPS):
+        found.append(one.lr)
+        one.step(residuals(step))
+    rising = [(step + 1) / 6 for step in range(6)]
+    falling = [1 - step / 8 for step in range(8)]
+    assert found == pytest.approx([1e-2 * share for share in (*rising, *repeat(1.0, 10), *falling)])
+    assert one.lr == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 0), (0, 10), (4, 6)])
+def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
+    one = scheduled(warm_up, decay)
+    rates = []
+    for step in range(10):
+        rates.append(one.lr)
+        one.step(residuals(step))
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[0] == pytest.approx(1e-2 / max(warm_up, 1))
+    assert rates[-1] == pytest.approx(1e-2 / max(decay, 1))
+
+
+def test_more_warm_up_and_decay_than_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="rise over 5 steps and fall over 6: the training has 10"):
+        scheduled(5, 6)
+
+
+def scheduled(warm_up_steps: int, decay_steps: int) -> SteppedSAETrainer:
+    return SteppedSAETrainer(
+        training_sae.new(request("topk"), CPU, {}),
+        steps=10,
+        batch_tokens=TOKENS,
+        lr=1e-2,
+        warm_up_steps=warm_up_steps,
+        decay_steps=decay_steps,
+        dead_window_steps=5,
+        sampling_window_steps=5,
+        device=CPU,
+    )
+
+
+def test_the_scale_is_sae_lenss_and_settled_once() -> None:
+    batches = [residuals(step) for step in range(4)]
+    norms = torch.cat(batches).norm(dim=-1)
+    scale = mean_norm_scale(float(norms.sum()), len(norms), batches[0].shape[-1])
+    scaler = ActivationScaler()
+    scaler.estimate_scaling_factor(batches[0].shape[-1], iter(batches), len(batches))
+    assert scale == pytest.approx(scaler.scaling_factor)
+    assert float((norms * scale).mean()) == pytest.approx(batches[0].shape[-1] ** 0.5)
+    one = learner("topk")
+    assert one.scale == 1
+    one.begin(scale)
+    assert one.scale == scale
+    with pytest.raises(RuntimeError, match="once"):
+        one.begin(scale)
+    begun = learner("topk")
+    begun.step(residuals(0))
+    with pytest.raises(RuntimeError, match="before its first step"):
+        begun.begin(scale)
+
+
+@pytest.mark.parametrize(("norms", "tokens"), [(0.0, 5), (0.0, 0), (float("nan"), 5), (float("inf"), 5)])
+def test_no_scale_is_made_of_nothing(norms: float, tokens: int) -> None:
+    with pytest.raises(UserError, match="no scale"):
+        mean_norm_scale(norms, tokens, 32)
+
+
+def test_batches_may_vary_in_size() -> None:
+    """Special positions that are left out make them; sparsity is per token all the same."""
+    one = learner("topk")
+    for step, tokens in enumerate((48, 40, 47, 33)):
+        one.step(residuals(step, tokens))
+    assert one.inference().cfg.metadata.l0 == pytest.approx(K)
+
+
+def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
+    one = learner("topk")
+    silent = torch.zeros(WIDTH, dtype=torch.long)
+    for step in range(10):
+        assert one.dead == (silent > 2).sum()
+        active = (one.sae.encode(residuals(step)) != 0).any(0)
+        one.step(residuals(step))
+        silent = torch.where(active, 0, silent + 1)
+    assert one.dead == (silent > 2).sum() > 0
+    assert one.inference().cfg.metadata.num_dead_features == one.dead
+
+
+def test_a_trained_sae_goes_on_to_learn() -> None:
+    original = training_sae.inference(in_training("batchtopk"), SCALE)
+    one = SteppedSAETrainer(
+        training_sae.trainable(original),
+        steps=STEPS,
+        batch_tokens=TOKENS,
+        lr=1e-2,
+        warm_up_steps=0,
+        decay_steps=STEPS,
+        dead_window_steps=5,
+        sampling_window_steps=5,
+        device=CPU,
+    )
+    resid = residuals(60, 500)
+
+    def mse(sae: SAE[Any]) -> float:
+        return float((sae(resid) - resid).pow(2).sum(-1).mean())
+
+    assert torch.equal(one.inference()(resid), original(resid))
+    taken(one, 0, STEPS)
+    assert mse(one.inference()) < 0.8 * mse(original)
+
+
+def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> None:
+    model = small_model("llama")
+    steps = 80
+    buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, None, seed=0, batches_per_fill=4)
+    batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
+    torch.manual_seed(0)
+    one = SteppedSAETrainer(
+        training_sae.new(request(architecture, sparsity_coefficient=0.02, warm_up_steps=30), CPU, {}),
+        steps=steps,
+        batch_tokens=96,
+        lr=4e-3,
+        warm_up_steps=10,
+        decay_steps=30,
+        dead_window_steps=50,
+        sampling_window_steps=40,
+        device=CPU,
+    )
+    losses = []
+    for step in range(steps):
+        resid = buffer.serve(step, batches)["sae"]
+        if step == 0:
+            one.begin(mean_norm_scale(float(resid.norm(dim=-1).sum()), *resid.shape))
+        losses.append(float(one.step(resid).mse))
+    first, last = sum(losses[:10]), sum(losses[-10:])
+    assert last < 0.7 * first
+    held_out = model.resid_entering(2, random_tokens(batch=8, length=24, seed=999)).flatten(0, 1)
+    sae = one.inference()
+    error = (sae(held_out) - held_out).pow(2).sum()
+    fvu = float(error / (held_out - held_out.mean(0)).pow(2).sum())
+    assert fvu < 0.75
+    assert list(islice(batches, 1)) == []

@@ -1,0 +1,343 @@
+"""SAEs in training are sae-lens's own, and so is what they become."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+)
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from safetensors.torch import load_file
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Architecture
+from sae_lora.models.hookpoints import Place
+from sae_lora.saes.metadata import trained_at
+from sae_lora.saes.training import training_sae
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import D_MODEL
+from tests.support.learners import CPU, HOOKPOINT, WIDTH, K, in_training, learner, request, residuals
+
+SCALE = 0.37
+SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
+
+
+@pytest.fixture(params=[*Architecture.__members__])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two SAEs have the same weights, to the bit."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+def test_reloaded_by_sae_lens_alone_it_is_the_same(
+    architecture: str, scale: float, tmp_path: Path
+) -> None:
+    sae = in_training(architecture)
+    training_sae.save(sae, tmp_path, scale)
+    found, expected = SAE.load_from_disk(tmp_path), training_sae.inference(sae, scale)
+    assert same(found, expected)
+    assert found.cfg == expected.cfg
+    assert found.cfg.architecture() == SAVED_AS.get(architecture, architecture)
+    latents = found.encode(residuals(9))
+    assert torch.equal(latents, expected.encode(residuals(9)))
+    assert torch.equal(found.decode(latents), expected.decode(latents))
+    assert (latents != 0).any()
+
+
+def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
+    architecture: str, tmp_path: Path
+) -> None:
+    sae = in_training(architecture)
+    training_sae.save(sae, tmp_path / "ours", SCALE)
+    sae.fold_activation_norm_scaling_factor(SCALE)
+    sae.save_inference_model(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / name / "sae_weights.safetensors") for name in ("ours", "theirs")
+    )
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (
+        json.loads((tmp_path / name / "cfg.json").read_text()) for name in ("ours", "theirs")
+    )
+    assert ours == theirs
+    assert ours["metadata"]["model_name"] == "small"
+    assert trained_at(ours) == Place.named(HOOKPOINT)
+
+
+def test_a_file_of_another_precision_says_so(architecture: str, tmp_path: Path) -> None:
+    sae = in_training(architecture)
+    training_sae.save(sae, tmp_path, SCALE, torch.float16)
+    found = SAE.load_from_disk(tmp_path)
+    assert {weight.dtype for weight in found.state_dict().values()} == {torch.float16}
+    assert same(found, training_sae.inference(sae, SCALE).to(torch.float16))
+
+
+def test_the_scale_is_folded_in(architecture: str) -> None:
+    """Reading residuals as they are, it gives what it gave of scaled ones, scaled back."""
+    sae = in_training(architecture)
+    resid = residuals(9)
+    expected = training_sae.inference(sae)(SCALE * resid) / SCALE
+    torch.testing.assert_close(training_sae.inference(sae, SCALE)(resid), expected, rtol=1e-4, atol=1e-4)
+    if architecture not in SAVED_AS:
+        torch.testing.assert_close(sae(SCALE * resid) / SCALE, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_making_it_leaves_the_sae_and_the_random_state_as_they_are(
+    architecture: str, tmp_path: Path
+) -> None:
+    sae = in_training(architecture)
+    sae.cfg.metadata.seen = {"layers": [1, 2]}
+    before, random = copy.deepcopy(sae), torch.get_rng_state()
+    found = training_sae.inference(sae, SCALE)
+    training_sae.save(sae, tmp_path, SCALE)
+    assert same(sae, before)
+    assert sae.cfg == before.cfg
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not found.training
+    assert not any(weight.requires_grad for weight in found.parameters())
+    before = {name: weight.clone() for name, weight in training_sae.inference(sae).state_dict().items()}
+    held = training_sae.inference(sae)
+    held.cfg.metadata.seen["layers"].append(3)
+    assert sae.cfg.metadata.seen == {"layers": [1, 2]}
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in held.state_dict().items())
+
+
+def random_weights(sae: SAE[Any]) -> SAE[Any]:
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.normal_(std=0.4)
+    return sae.requires_grad_(False).eval()
+
+
+PRETRAINED = {
+    "topk": lambda: random_weights(TopKSAE(TopKSAEConfig(D_MODEL, WIDTH, k=K))),
+    "jumprelu": jumprelu_sae,
+    "jumprelu with thresholds below zero": lambda: random_weights(jumprelu_sae()),
+    "standard": lambda: random_weights(StandardSAE(StandardSAEConfig(D_MODEL, WIDTH))),
+    "standard without b_dec": lambda: random_weights(
+        StandardSAE(StandardSAEConfig(D_MODEL, WIDTH, apply_b_dec_to_input=False))
+    ),
+    "standard that normalises": lambda: random_weights(
+        StandardSAE(StandardSAEConfig(D_MODEL, WIDTH, normalize_activations="layer_norm"))
+    ),
+    "gated": lambda: random_weights(GatedSAE(GatedSAEConfig(D_MODEL, WIDTH))),
+    "batchtopk, saved": lambda: training_sae.inference(in_training("batchtopk"), SCALE),
+    "matryoshka, saved": lambda: training_sae.inference(in_training("matryoshka"), SCALE),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_trained_sae_in_training_gives_what_it_gave(name: str) -> None:
+    original = PRETRAINED[name]()
+    before, random = copy.deepcopy(original.state_dict()), torch.get_rng_state()
+    sae = training_sae.trainable(original)
+    assert torch.equal(torch.get_rng_state(), random)
+    resid = residuals(9)
+    expected = original(resid)
+    assert (original.encode(resid) != 0).any()
+    for found in (sae, training_sae.inference(sae)):
+        assert torch.equal(found.encode(resid), original.encode(resid))
+        assert torch.equal(found(resid), expected)
+    forward = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
+    assert torch.equal(forward.recon, expected)
+    (forward.mse + forward.aux).backward()
+    for weight in sae.parameters():
+        assert weight.grad is not None
+        weight.data.zero_()
+    assert all(torch.equal(weight, before[key]) for key, weight in original.state_dict().items())
+
+
+def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
+    """Its rows, of norm 1 but for rounding, are divided by their norms once more."""
+    original = training_sae.inference(in_training("topk"), SCALE)
+    assert original.cfg.rescale_acts_by_decoder_norm
+    sae = training_sae.trainable(original)
+    assert sae.cfg.rescale_acts_by_decoder_norm
+    assert sae.cfg.k == K
+    resid = residuals(9)
+    assert torch.equal(sae(resid), original(resid))
+    torch.testing.assert_close(training_sae.inference(sae)(resid), original(resid), rtol=1e-5, atol=1e-5)
+    kept = training_sae.trainable(topk_sae(k=3))
+    assert not kept.cfg.rescale_acts_by_decoder_norm
+    assert kept.cfg.k == 3
+
+
+def test_a_trained_sae_of_less_precision_is_trained_in_float32() -> None:
+    original = jumprelu_sae().to(torch.bfloat16)
+    original.W_enc.data = original.W_enc.data.T.contiguous().T  # as `SparseSAE` lays it out
+    sae = training_sae.trainable(original)
+    assert sae.cfg.dtype == "float32"
+    for name, weight in sae.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert weight.is_contiguous()
+        assert torch.equal(weight, original.state_dict()[name].float())
+
+
+def test_what_a_finetuned_sae_says_of_itself_is_kept(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    original = training_sae.inference(in_training("standard"), SCALE)
+    original.cfg.metadata.model_from_pretrained_kwargs = {"fold_ln": True}
+    sae = training_sae.trainable(original, sparsity_coefficient=0.3)
+    assert training_sae.coefficients(sae, 0) == {"l1": 0.3}
+    training_sae.save(sae, tmp_path)
+    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == HOOKPOINT
+    assert metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
+    assert metadata["training_architecture_details"]["l1_coefficient"] == 0.3
+    assert original.cfg.metadata.training_architecture_details["l1_coefficient"] == 1.0
+    assert not recwarn.list  # sae-lens warns of such a model whenever it makes an SAE
+
+
+def test_what_cannot_be_trained_on_is_refused() -> None:
+    transcoder: Any = SkipTranscoder(
+        SkipTranscoderConfig(D_MODEL, WIDTH, d_out=D_MODEL, apply_b_dec_to_input=False)
+    )
+    with pytest.raises(ConfigError, match=r"skip_transcoder.*\n.*topk, jumprelu, standard, gated"):
+        training_sae.trainable(transcoder)
+    normalising = {"normalize_activations": "layer_norm"}
+    topk, gated = TopKSAEConfig(D_MODEL, WIDTH, k=K), GatedSAEConfig(D_MODEL, WIDTH)
+    for refused in (TopKSAE(replace(topk, **normalising)), GatedSAE(replace(gated, **normalising))):
+        with pytest.raises(ConfigError, match="normalises what it reads"):
+            training_sae.trainable(refused)
+    with pytest.raises(UserError, match="cannot be scaled"):
+        training_sae.inference(training_sae.trainable(PRETRAINED["standard that normalises"]()), SCALE)
+
+
+def test_a_forward_pass_is_that_of_sae_lens_in_two_parts(architecture: str) -> None:
+    sae = in_training(architecture, warm_up_steps=10)
+    reference = copy.deepcopy(sae)
+    resid, dead = residuals(9), torch.arange(WIDTH) % 3 == 0
+    with torch.no_grad():
+        for one in (sae, reference):
+            if isinstance(one, JumpReLUTrainingSAE):
+                one.threshold[:5] = -0.1
+    found = training_sae.forward(sae, resid, dead, 5)
+    names = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
+    coefficients = {names[architecture]: 0.5} if architecture in names else {}
+    expected = reference.training_forward_pass(TrainStepInput(resid, coefficients, dead, 5, False))
+    torch.testing.assert_close(found.mse + found.aux, expected.loss)
+    assert found.aux.item() > 0
+    assert torch.equal(found.latents, expected.feature_acts)
+    assert torch.equal(found.recon, expected.sae_out)
+    assert torch.equal(found.mse, (found.recon - resid).pow(2).sum(-1).mean())
+    (found.mse + found.aux).backward()
+    expected.loss.backward()
+    for ours, theirs in zip(sae.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert same(sae, reference)  # thresholds have moved alike
+
+
+def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> None:
+    """And what goes back to a model in bfloat16 has its precision."""
+    rounded, dead = residuals(9).to(torch.bfloat16), torch.arange(WIDTH) % 3 == 0
+    found = []
+    for resid in (rounded, rounded.float()):
+        resid.requires_grad_()
+        sae = in_training(architecture)
+        forward = training_sae.forward(sae, resid, dead, 0)
+        (forward.mse + forward.aux).backward()
+        assert resid.grad is not None
+        assert resid.grad.dtype == resid.dtype
+        found.append([forward.recon, forward.aux, sae.W_enc.grad, sae.b_dec.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_matryoshka_sae_has_the_errors_of_its_inner_groups_too() -> None:
+    sae = in_training("matryoshka")
+    assert isinstance(sae, MatryoshkaBatchTopKTrainingSAE)
+    assert sae.cfg.matryoshka_widths == [8, 16, 32, 64]
+    resid = residuals(9)
+    found = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
+    inner = torch.zeros(())
+    for width in (8, 16, 32):
+        latents = torch.where(torch.arange(WIDTH) < width, found.latents, 0)
+        inner = inner + (sae.decode(latents) - resid).pow(2).sum(-1).mean()
+    torch.testing.assert_close(found.aux, inner)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "gated"])
+def test_penalties_rise_as_they_do_in_sae_lens(architecture: str) -> None:
+    one = learner(architecture, sparsity_coefficient=0.7)
+    for step in range(12):
+        expected = one._trainer.get_coefficients()
+        assert training_sae.coefficients(one.sae, step) == expected
+        assert list(expected.values()) == pytest.approx([0.7 * min(step / 8, 1)])
+        one.step(residuals(step))
+
+
+def test_a_new_sae_is_as_sae_lens_has_it_by_default() -> None:
+    about = {"model_name": "small", "exclude_special_tokens": True}
+    torch.manual_seed(1)
+    found = training_sae.new(request("matryoshka"), CPU, about)
+    torch.manual_seed(1)
+    config = MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=D_MODEL, d_sae=WIDTH, k=K, matryoshka_widths=[8, 16, 32, 64]
+    )
+    expected = MatryoshkaBatchTopKTrainingSAE(config)
+    assert same(found, expected)
+    assert found.cfg.metadata.hook_name == HOOKPOINT
+    assert found.cfg.metadata.exclude_special_tokens
+    found.cfg.metadata = expected.cfg.metadata
+    assert found.cfg == expected.cfg
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("standard", "l1"), ("gated", "l1"), ("jumprelu", "l0")]
+)
+def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
+    architecture: str, name: str
+) -> None:
+    def coefficient(**changes: Any) -> dict[str, float]:
+        return training_sae.coefficients(
+            training_sae.new(request(architecture, **changes), CPU, {}), 100
+        )
+
+    assert coefficient() == {name: 1.0}
+    assert coefficient(sparsity_coefficient=0.2) == {name: 0.2}
+    assert coefficient(sparsity_coefficient=0.2, warm_up_steps=400) == {name: 0.05}
+
+
+def test_what_sae_lens_calls_them() -> None:
+    kinds = {one: type(training_sae.new(request(one), CPU, {})) for one in [*Architecture.__members__]}
+    assert kinds["topk"] is TopKTrainingSAE
+    assert kinds["standard"] is StandardTrainingSAE
+    assert len(set(kinds.values())) == len([*Architecture.__members__])
+    assert all(issubclass(kind, TrainingSAE) for kind in kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "k"),
+    [("topk", None), ("topk", 4.5), ("topk", 0), ("topk", 65), ("batchtopk", None), ("matryoshka", -1)],
+)
+def test_a_k_that_cannot_be_is_refused(architecture: str, k: float | None) -> None:
+    with pytest.raises(ConfigError, match=r"sae\.l0.*\n.*64"):
+        training_sae.new(request(architecture, k=k), CPU, {})

@@ -1,0 +1,387 @@
+"""SAEs inside of blocks: at the right place, exact in what is computed once, and gone afterwards."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Hook
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.student import LoRAStudent
+from sae_lora.splice.trunk import Splices, Trunk, cuts_around, prefixes
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
+from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack
+
+LAST = N_BLOCKS - 1
+TOKENS = random_tokens(length=24)  # longer than the sliding windows
+ATTENTION, MLP, OUTPUT = Hook.attn_out, Hook.mlp_out, Hook.resid_post
+SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
+
+
+def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
+    """What there is at these places, `[token, d_model]`, read through splices that change nothing."""
+    seen: dict[str, Tensor] = {}
+    control = IdentitySAE()
+    with (
+        torch.no_grad(),
+        spliced(
+            model,
+            {str(place): control for place in places},
+            observe=lambda reading: seen.update({reading.hookpoint: reading.resid}),
+        ),
+    ):
+        model.hidden(TOKENS)
+    return [seen[str(place)] for place in places]
+
+
+def hooks(model: LanguageModel) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def with_splices(model: LanguageModel, row: Splices, keep: Tensor | None = None) -> Tensor:
+    """The plain way: one pass with all of them."""
+    with spliced(model, {splice.hookpoint: splice.sae for splice in row}, keep):
+        return model.hidden(TOKENS)
+
+
+@pytest.mark.parametrize("block", range(1, N_BLOCKS))
+def test_what_attention_and_mlp_add_is_what_a_block_changes(model: LanguageModel, block: int) -> None:
+    before, attention, mlp, after = read_at(
+        model, Place(block - 1), Place(block, ATTENTION), Place(block, MLP), Place(block)
+    )
+    torch.testing.assert_close(after - before, attention + mlp, rtol=1e-4, atol=1e-4)
+    assert attention.abs().mean() > 1e-2 and mlp.abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("hook", [ATTENTION, MLP])
+@pytest.mark.parametrize("block", [0, 2])
+def test_what_is_put_back_is_what_is_added(model: LanguageModel, block: int, hook: Hook) -> None:
+    """The rest of the model sees the residual stream with the reconstruction in it, and nothing else."""
+    place, sae = Place(block, hook), topk_sae()
+    added, plain = read_at(model, place, Place(block))
+    with spliced(model, {str(place): sae}):
+        attention, mlp, changed = read_at(
+            model, Place(block, ATTENTION), Place(block, MLP), Place(block)
+        )
+    # The splice is seen by the later of two at one place.
+    torch.testing.assert_close(attention if hook is ATTENTION else mlp, sae(added), rtol=1e-4, atol=1e-4)
+    if hook is MLP:
+        torch.testing.assert_close(changed - plain, sae(added) - added, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(changed, plain)
+
+
+@pytest.mark.parametrize("hook", [ATTENTION, MLP])
+def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, hook: Hook) -> None:
+    plain, before, name = model.hidden(TOKENS), hooks(model), str(Place(1, hook))
+    with spliced(model, {name: IdentitySAE()}):
+        assert torch.equal(model.hidden(TOKENS), plain)
+        assert hooks(model) == before + 1
+    with pytest.raises(RuntimeError, match="inside"), spliced(model, {name: topk_sae()}):
+        assert not torch.allclose(model.hidden(TOKENS), plain)
+        raise RuntimeError("inside")
+    with (
+        pytest.raises(ConfigError),
+        spliced(model, {name: topk_sae(), str(Place(99, hook)): topk_sae()}),
+    ):
+        pass
+    assert hooks(model) == before
+    assert torch.equal(model.hidden(TOKENS), plain)
+
+
+class _Part(nn.Module):
+    """A part of a block whose output comes alone, or as the first of several."""
+
+    def __init__(self, part: nn.Module, change: Callable[[object], object]) -> None:
+        super().__init__()
+        self.part, self.change = part, change
+
+    def forward(self, *arguments: object, **keywords: object) -> object:
+        return self.change(self.part(*arguments, **keywords))
+
+
+def test_an_output_may_be_a_tensor_or_the_first_of_several() -> None:
+    """As MLPs with a router have it. What stands beside it stays."""
+    model, sae = small_model("llama"), topk_sae()
+    block = model.blocks[1]
+    alone = with_splices(model, (Splice(1, sae, False, MLP),))
+    seen: list[object] = []
+    mlp: nn.Module = block.mlp  # pyright: ignore[reportAssignmentType]
+    block.mlp = _Part(mlp, lambda output: (output, "router"))
+    original = block.forward
+
+    def forward(*arguments: object, **keywords: object) -> object:
+        handle = block.mlp.register_forward_hook(  # pyright: ignore[reportCallIssue]
+            lambda module, given, output: seen.append(output) or output[0]
+        )
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            handle.remove()
+
+    block.forward = forward
+    assert torch.equal(with_splices(model, (Splice(1, sae, False, MLP),)), alone)
+    (output,) = seen
+    assert isinstance(output, tuple) and output[1] == "router"
+
+
+@pytest.mark.parametrize("hook", [ATTENTION, MLP])
+def test_kept_positions_keep_what_is_added(model: LanguageModel, hook: Hook) -> None:
+    keep = torch.zeros_like(TOKENS, dtype=torch.bool)
+    keep[:, ::3] = True
+    place, sae = Place(2, hook), topk_sae()
+    (before,) = read_at(model, place)
+    readings: list[Reading] = []
+    with spliced(model, {str(place): sae}, keep, readings.append):
+        (after,) = read_at(model, place)
+    flat = keep.flatten()
+    assert torch.equal(after[flat], before[flat])
+    torch.testing.assert_close(after[~flat], sae(before)[~flat])
+    assert len(readings[0].resid) == int((~keep).sum())
+
+
+ROWS: list[Splices] = [
+    (),
+    (Splice(1, SAES[0], False, MLP),),
+    (Splice(1, SAES[0], False, ATTENTION),),
+    (Splice(0, SAES[1], False, ATTENTION), Splice(0, SAES[2], False)),
+    (Splice(1, SAES[0], False, ATTENTION), Splice(1, SAES[1], False, MLP), Splice(1, SAES[2], False)),
+    (Splice(1, SAES[0], False, ATTENTION), Splice(1, SAES[2], False, MLP)),
+    (Splice(0, SAES[0], True), Splice(2, SAES[1], True, MLP), Splice(LAST, SAES[2], True, ATTENTION)),
+    (Splice(0, SAES[0], True), Splice(2, SAES[1], True), Splice(LAST, SAES[2], True, MLP)),
+    (Splice(LAST, SAES[0], False, MLP), Splice(LAST, SAES[1], False)),
+]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_trunk_gives_what_splicing_gives(model: LanguageModel, share: bool) -> None:
+    """Rows that mix hooks, also several in one block; whether or not what they share is kept."""
+    special = torch.tensor([3, 5])
+    readings: dict[Splices, list[Reading]] = {}
+    cuts = set().union(*map(cuts_around, ROWS))
+    if not share:
+        cuts = {splice.block + 1 for row in ROWS for splice in row}
+    before = hooks(model)
+    trunk = Trunk(
+        model, TOKENS, special, cuts, lambda row, reading: readings.setdefault(row, []).append(reading)
+    )
+    for row in ROWS:
+        keep = torch.isin(TOKENS, special) if row and row[0].keeps else None
+        seen: list[Reading] = []
+        saes = {splice.hookpoint: splice.sae for splice in row}
+        with torch.no_grad(), spliced(model, saes, keep, seen.append):
+            expected = model.hidden(TOKENS)
+        assert torch.equal(trunk.hidden(row), expected)
+        assert len(seen) == len(row)
+        for whole, reading in zip(prefixes(row), sorted(seen, key=_place), strict=True):
+            (found,) = readings[whole]  # once, however many rows begin so
+            assert found.hookpoint == reading.hookpoint == whole[-1].hookpoint
+            for one, other in zip(found[1:], reading[1:], strict=True):
+                assert torch.equal(one, other)
+    assert hooks(model) == before
+
+
+def _place(reading: Reading) -> Place:
+    place = Place.named(reading.hookpoint)
+    assert place is not None
+    return place
+
+
+def test_each_block_runs_once_for_what_is_the_same() -> None:
+    model = small_model("gemma2")
+    runs: list[int] = []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: runs.append(number))
+    rows: list[Splices] = [
+        (Splice(2, SAES[0], False, MLP),),
+        (Splice(2, SAES[1], False, MLP),),
+        (Splice(2, SAES[0], False, MLP), Splice(2, SAES[1], False)),
+    ]
+    trunk = Trunk(model, TOKENS, NO_IDS, set().union(*map(cuts_around, rows)))
+    trunk.hidden()
+    for row in rows:
+        trunk.hidden(row)
+    # The teacher; block 2 with each of the two SAEs inside; and what follows on each of the three.
+    assert sorted(runs) == [0, 1, 2, 2, 2, 3, 3, 3, 3]
+
+
+MIXED: Splices = (
+    Splice(1, SAES[0], True, ATTENTION),
+    Splice(1, SAES[1], True, MLP),
+    Splice(2, SAES[2], True),
+    Splice(LAST, SAES[0], True, MLP),
+)
+
+
+@pytest.mark.parametrize("blocks", ["after", "all", [1, 3], [2], [LAST]])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_student_is_the_whole_model_with_saes_and_adapters(
+    model: LanguageModel, blocks: object, recomputes: bool
+) -> None:
+    special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
+    one = LoRAStudent(model, MIXED, LoRAConfig(rank=2, blocks=blocks))
+    fill(one.weights)
+    weights = list(one.weights.values())
+    whole = with_splices(one.model, MIXED, keep)
+    expected = torch.autograd.grad(whole.square().sum(), weights)
+    before = hooks(one.model)
+    if recomputes:
+        one.model.recompute(one.first)
+    found = one.hidden(Trunk(model, TOKENS, special, one.cuts))
+    assert torch.equal(found, whole)
+    assert hooks(one.model) == before
+    for gradient, other in zip(
+        torch.autograd.grad(found.square().sum(), weights), expected, strict=True
+    ):
+        assert torch.equal(gradient, other)
+    assert hooks(one.model) == before
+
+
+def test_adapters_after_an_sae_inside_of_a_block_begin_behind_that_block() -> None:
+    for hook in (ATTENTION, MLP, OUTPUT):
+        one = LoRAStudent(small_model("llama"), (Splice(1, SAES[0], False, hook),), LoRAConfig(rank=2))
+        assert one.first == 2
+        assert (len(one.frozen), len(one.live)) == (1, 0)
+        assert one.cuts == ({2} if hook is OUTPUT else {1, 2})
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_a_pack_of_hooks_is_each_run_alone(blocks: str) -> None:
+    """Curves, so losses, evaluations and what is measured of the SAEs, with what is frozen shared."""
+    rows: list[Splices] = [MIXED[:1], MIXED[:2], (Splice(1, SAES[1], True, MLP),), MIXED[2:3]]
+    steps = 4
+
+    def made(model: LanguageModel, row: Splices) -> TrainState:
+        torch.manual_seed(0)
+        student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
+        return GradientState(student, CONFIG, steps)
+
+    model = small_model("gemma2")
+    together = [made(model, row) for row in rows]
+    found = curves(pack(model, *together), steps)
+    for row, one in zip(rows, together, strict=True):
+        alone = made(model, row)
+        assert curves(pack(model, alone), steps)[alone] == found[one]
+        assert set(found[one][0].per_sae) == {splice.hookpoint for splice in row}
+
+
+def test_what_is_measured_is_that_of_whole_passes(model: LanguageModel) -> None:
+    """FVU and L0 of every SAE in a row, from sums over batches, are those of all tokens at once."""
+    row: Splices = tuple(splice._replace(keeps=False) for splice in MIXED[:3])
+    evaluate = evaluator(model, cache_bytes=1e9)
+    shared = LoRAStudent(model, row[:1], LoRAConfig(rank=2)), LoRAStudent(model, row, LoRAConfig(rank=2))
+    for _ in range(2):  # the second time from what was kept
+        found = evaluate(shared)[1]
+        readings: list[Reading] = []
+        saes = {splice.hookpoint: splice.sae for splice in row}
+        with torch.no_grad(), spliced(model, saes, observe=readings.append):
+            model.hidden(HELD_OUT)
+        assert len(readings) == len(row)
+        for one in readings:
+            hookpoint = one.hookpoint
+            resid, recon = one.resid.double(), one.recon.double()
+            variance = (resid - resid.mean(0)).square().sum()
+            assert found.fvu[hookpoint] == pytest.approx(
+                float((resid - recon).square().sum() / variance), rel=1e-4
+            )
+            assert found.l0[hookpoint] == pytest.approx(
+                float((one.latents != 0).sum() / len(resid)), rel=1e-6
+            )
+
+
+@pytest.mark.parametrize("hook", [ATTENTION, OUTPUT])
+def test_an_sae_may_freeze_later_than_it_was_first_applied(hook: Hook) -> None:
+    """First around a student that adapts what it reads, then also around one that does not."""
+    model = small_model("llama")
+    row: Splices = (Splice(1, SAES[0], False, hook),)
+    reads_changed, reads_same = (
+        LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks)) for blocks in ("all", "after")
+    )
+    evaluate = evaluator(model, cache_bytes=1e9)
+    evaluate([reads_changed])
+    assert evaluate([reads_changed, reads_same])[1] == evaluator(model)([reads_same])[0]
+
+
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    # Norms before adding, and none before its MLP.
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SMALL, intermediate_size=48, pad_token_id=0)),
+    # The residual stream is added inside of attention and MLP.
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+    # What is added is scaled.
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**_SMALL, intermediate_size=48, residual_multiplier=0.5)
+    ),
+    # No module is the MLP.
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=48,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo2"])
+def test_additions_are_found_and_checked(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel((FAMILIES | OTHERS)[family]().to(dtype=dtype))  # pyright: ignore[reportCallIssue]
+    before = hooks(model)
+    model.check_additions(range(len(model.blocks)))
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize("family", ["bloom", "granite", "opt"])
+@pytest.mark.parametrize("hook", [ATTENTION, MLP])
+def test_an_architecture_that_adds_something_else_is_refused(family: str, hook: Hook) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(OTHERS[family]())
+    before = hooks(model)
+    with pytest.raises(UserError, match=type(model.model).__name__):
+        LoRAStudent(model, (Splice(0, topk_sae(), False, hook),), LoRAConfig(rank=2))
+    assert hooks(model) == before
+
+
+def test_an_unknown_hookpoint_says_what_there_is() -> None:
+    model = small_model("llama")
+    for name in ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mpl_out"):
+        with pytest.raises(ConfigError, match="hook_attn_out or hook_mlp_out") as error:
+            model.module_at(name)
+        assert error.value.got == name
+    with pytest.raises(ConfigError) as error:
+        model.module_at(str(Place(N_BLOCKS, MLP)))
+    assert error.value.nearest == LAST
+    assert model.name_at(str(Place(1, ATTENTION))) == "model.layers.1.self_attn"
+    assert small_model("gemma2").name_at(str(Place(1, MLP))) == (
+        "model.layers.1.post_feedforward_layernorm"
+    )

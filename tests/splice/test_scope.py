@@ -1,0 +1,177 @@
+"""Splicing is a scope: exact inside, gone outside, differentiable, and at the right place."""
+
+import pytest
+import torch
+
+from sae_lora.common.errors import ConfigError
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.hooks import Coder, Reading, spliced
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
+
+
+def logits(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model.model(tokens, use_cache=False).logits
+
+
+def hooks(model: LanguageModel) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+def read_by(model: LanguageModel, block: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual stream that a block reads, taken by a hook of the test's own."""
+    seen: list[torch.Tensor] = []
+    handle = model.blocks[block].register_forward_pre_hook(
+        lambda module, arguments, named: seen.append(
+            arguments[0] if arguments else named["hidden_states"]
+        ),
+        with_kwargs=True,
+    )
+    model.hidden(tokens)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("block", range(N_BLOCKS))
+def test_identity_changes_no_bit(model: LanguageModel, block: int) -> None:
+    tokens = random_tokens()
+    plain = logits(model, tokens)
+    with spliced(model, {resid_post(block): IdentitySAE()}):
+        assert torch.equal(logits(model, tokens), plain)
+
+
+def test_sae_changes_the_output_and_leaves_no_hook(model: LanguageModel) -> None:
+    tokens = random_tokens()
+    plain, before = logits(model, tokens), hooks(model)
+    with spliced(model, {resid_post(1): topk_sae()}):
+        assert hooks(model) == before + 1
+        assert not torch.allclose(logits(model, tokens), plain)
+    assert hooks(model) == before
+    assert torch.equal(logits(model, tokens), plain)
+
+
+def test_no_hook_is_left_after_an_exception(model: LanguageModel) -> None:
+    before = hooks(model)
+    with pytest.raises(RuntimeError, match="inside"), spliced(model, {resid_post(0): topk_sae()}):
+        raise RuntimeError("inside")
+    with (
+        pytest.raises(ConfigError),
+        spliced(model, {resid_post(0): topk_sae(), resid_post(99): topk_sae()}),
+    ):
+        pass
+    assert hooks(model) == before
+
+
+def test_every_row_of_the_batch_is_replaced(model: LanguageModel) -> None:
+    """A block that returns a plain tensor must not lose all but its first row to `output[0]`."""
+    tokens = random_tokens(batch=3)
+    with spliced(model, {resid_post(1): topk_sae()}):
+        together = logits(model, tokens)
+        alone = torch.cat([logits(model, row[None]) for row in tokens])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
+def test_it_sits_at_the_output_of_its_block(model: LanguageModel, make_sae) -> None:
+    """It reads transformers' own hidden state after the block, the next block what it puts out."""
+    tokens, sae, readings = random_tokens(), make_sae(), []
+    states = model.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    before = read_by(model, 1, tokens)
+    with spliced(model, {resid_post(1): sae}, observe=readings.append):
+        assert torch.equal(read_by(model, 1, tokens), before)
+        torch.testing.assert_close(read_by(model, 2, tokens), sae(states[2]))
+    torch.testing.assert_close(readings[0].resid, states[2].flatten(0, 1))
+
+
+def test_a_tuple_keeps_its_other_entries() -> None:
+    model = small_model("llama")
+    block = model.blocks[1]
+    seen = []
+    block.register_forward_hook(lambda module, arguments, output: (output, "extra"))
+    with spliced(model, {resid_post(1): topk_sae()}):
+        block.register_forward_hook(lambda module, arguments, output: seen.append(output) or output[0])
+        model.hidden(random_tokens())
+    (output,) = seen
+    assert isinstance(output, tuple)
+    assert output[1] == "extra"
+
+
+def test_kept_positions_keep_their_activation(model: LanguageModel) -> None:
+    tokens, sae = random_tokens(), topk_sae()
+    keep = torch.zeros_like(tokens, dtype=torch.bool)
+    keep[:, ::3] = True
+    readings: list[Reading] = []
+    states = read_by(model, 2, tokens)
+    with spliced(model, {resid_post(1): sae}, keep, readings.append):
+        changed = read_by(model, 2, tokens)
+    assert torch.equal(changed[keep], states[keep])
+    torch.testing.assert_close(changed[~keep], sae(states)[~keep])
+    assert len(readings[0].resid) == int((~keep).sum())
+
+
+def test_several_saes_read_what_the_ones_before_changed(model: LanguageModel) -> None:
+    tokens, readings = random_tokens(), []
+    first, second = topk_sae(seed=1), topk_sae(seed=2)
+    with spliced(model, {resid_post(0): first}):
+        states = read_by(model, 3, tokens)
+    with spliced(model, {resid_post(0): first, resid_post(2): second}, observe=readings.append):
+        model.hidden(tokens)
+    assert [reading.hookpoint for reading in readings] == [resid_post(0), resid_post(2)]
+    torch.testing.assert_close(readings[1].resid, states.flatten(0, 1))
+
+
+class _Mixing:
+    """A smooth stand-in for an SAE: what it puts back is a fixed mix of what it reads."""
+
+    def __init__(self) -> None:
+        self.matrix = torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(4)) / 4
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix.to(x.dtype)
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return feature_acts
+
+
+def gradient_below(model: LanguageModel, coder: Coder) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight below the spliced block, and its gradient of the mean squared logit."""
+    weight = next(weight for weight in model.blocks[0].parameters() if weight.ndim == 2)
+    weight.requires_grad_(True)
+    with spliced(model, {resid_post(1): coder}):
+        loss = logits(model, random_tokens()).square().mean()
+    return weight, torch.autograd.grad(loss, weight)[0]
+
+
+def test_gradients_below_are_what_finite_differences_say(model: LanguageModel) -> None:
+    coder, tokens = _Mixing(), random_tokens()
+    weight, gradient = gradient_below(model, coder)
+    direction = gradient / gradient.norm()
+
+    def loss(step: float) -> float:
+        with torch.no_grad(), spliced(model, {resid_post(1): coder}):
+            weight.add_(direction, alpha=step)
+            value = logits(model, tokens).double().square().mean().item()
+            weight.sub_(direction, alpha=step)
+        return value
+
+    slope = (loss(2e-3) - loss(-2e-3)) / 4e-3
+    assert slope == pytest.approx(gradient.norm().item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
+def test_gradients_flow_through_saes(model: LanguageModel, make_sae) -> None:
+    _, gradient = gradient_below(model, make_sae())
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+
+
+def test_an_unknown_hookpoint_names_the_nearest() -> None:
+    model = small_model("llama")
+    with pytest.raises(ConfigError) as error, spliced(model, {"model.layers.1.mpl": topk_sae()}):
+        pass
+    assert error.value.nearest == "model.layers.1.mlp"
+    with pytest.raises(ConfigError) as error, spliced(model, {resid_post(N_BLOCKS): topk_sae()}):
+        pass
+    assert error.value.nearest == N_BLOCKS - 1

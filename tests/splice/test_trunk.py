@@ -1,0 +1,130 @@
+"""What is computed once for several is to the last bit what each would compute alone."""
+
+import pytest
+import torch
+
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.models import lora
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.student import cuts
+from sae_lora.splice.trunk import Splices, Trunk
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import N_BLOCKS, random_tokens, small_model
+from tests.support.trainings import NO_IDS, fill, student
+
+LAST = N_BLOCKS - 1
+TOKENS = random_tokens(length=24)  # longer than the sliding windows
+
+
+@pytest.mark.parametrize("block", range(1, N_BLOCKS + 1))
+def test_a_model_in_two_parts_is_the_model(model: LanguageModel, block: int) -> None:
+    blocks = list(model.blocks)
+    whole = model.hidden(TOKENS)
+    resid = model.resid_entering(block, TOKENS)
+    assert torch.equal(model.hidden(TOKENS, block, resid), whole)
+    for first in range(1, block):
+        begun = model.resid_entering(first, TOKENS)
+        assert torch.equal(model.resid_entering(block, TOKENS, first, begun), resid)
+    assert torch.equal(model.hidden(TOKENS), whole)
+    assert list(model.blocks) == blocks == list(getattr(*model._blocks_at))
+
+
+def test_a_part_that_fails_leaves_the_model_whole(model: LanguageModel) -> None:
+    whole = model.hidden(TOKENS)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model.hidden(TOKENS, 2, torch.zeros(3, 24, 7))
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model.resid_entering(3, TOKENS, 1, torch.zeros(3, 24, 7))
+    assert torch.equal(model.hidden(TOKENS), whole)
+    assert not any(module._forward_hooks for module in model.model.modules())
+
+
+SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
+ROWS: list[Splices] = [
+    (),
+    (Splice(1, SAES[0], False),),
+    (Splice(1, SAES[1], False),),
+    (Splice(0, SAES[0], True), Splice(2, SAES[1], True)),
+    (Splice(1, SAES[0], False), Splice(2, SAES[2], False)),
+    (Splice(LAST, SAES[1], True),),
+]
+
+
+def test_a_trunk_gives_what_splicing_gives(model: LanguageModel) -> None:
+    special = torch.tensor([3, 5])
+    readings: dict[Splices, list[Reading]] = {}
+    trunk = Trunk(
+        model,
+        TOKENS,
+        special,
+        {splice.block + 1 for row in ROWS for splice in row},
+        lambda splices, reading: readings.setdefault(splices, []).append(reading),
+    )
+    for row in ROWS:
+        keep = torch.isin(TOKENS, special) if row and row[0].keeps else None
+        seen: list[Reading] = []
+        saes = {splice.hookpoint: splice.sae for splice in row}
+        with torch.no_grad(), spliced(model, saes, keep, seen.append):
+            expected = model.hidden(TOKENS)
+        assert torch.equal(trunk.hidden(row), expected)
+        assert trunk.hidden(row) is trunk.hidden(row)
+        for place, reading in enumerate(seen):
+            (found,) = readings[row[: place + 1]]  # once, however many rows begin so
+            assert found.hookpoint == reading.hookpoint
+            for one, other in zip(found[1:], reading[1:], strict=True):
+                assert torch.equal(one, other)
+
+
+def test_each_block_runs_once_for_what_is_the_same() -> None:
+    model = small_model("gemma2")
+    runs: list[int] = []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: runs.append(number))
+    students = [
+        student(small_model("gemma2"), SAES[0]),
+        student(small_model("gemma2"), SAES[0], LoRAConfig(rank=3)),
+        student(small_model("gemma2"), SAES[1]),
+        student(small_model("gemma2"), SAES[0], LoRAConfig(rank=2, blocks=[LAST])),
+    ]
+    trunk = Trunk(model, TOKENS, NO_IDS, cuts(students))
+    trunk.hidden()
+    for one in students:
+        one.hidden(trunk)
+    # The teacher; and block 2 behind one SAE, for the run that is adapted after it.
+    assert sorted(runs) == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("blocks", ["after", "all", [0, 3], [2], [LAST]])
+def test_a_student_is_the_whole_model_with_saes_and_adapters(model: LanguageModel, blocks) -> None:
+    one = student(model, SAES[0], LoRAConfig(rank=2, blocks=blocks))
+    fill(one.weights)
+    trunk = Trunk(model, TOKENS, NO_IDS, one.cuts)
+    found = one.hidden(trunk)
+    with spliced(one.model, {resid_post(1): SAES[0]}):
+        whole = one.model.hidden(TOKENS)
+    assert torch.equal(found, whole)
+    weights = list(one.weights.values())
+    gradients = torch.autograd.grad(found.square().sum(), weights)
+    for one_gradient, other in zip(
+        gradients, torch.autograd.grad(whole.square().sum(), weights), strict=True
+    ):
+        assert torch.equal(one_gradient, other)
+
+
+def test_views_share_the_weights_and_nothing_else(model: LanguageModel) -> None:
+    plain = model.hidden(TOKENS)
+    first, second = model.view(), model.view()
+    lora.attach(first, LoRAConfig(rank=2), first_sae=0)
+    lora.attach(second, LoRAConfig(rank=3, targets="attn", blocks="all"), first_sae=0)
+    fill(lora.trainable_weights(first))
+    assert torch.equal(second.hidden(TOKENS), plain)
+    assert torch.equal(model.hidden(TOKENS), plain)
+    fill(lora.trainable_weights(second))
+    assert not torch.equal(first.hidden(TOKENS), second.hidden(TOKENS))
+    own = {weight.data_ptr() for weight in model.model.parameters()}
+    for view in (first, second):
+        frozen = [weight for weight in view.model.parameters() if not weight.requires_grad]
+        assert {weight.data_ptr() for weight in frozen} == own
+    assert not any("lora" in name for name, _ in model.model.named_parameters())

@@ -1,0 +1,153 @@
+"""One attempt at runs in a process of its own, which something befalls at a chosen step.
+
+The processes are forked off one that has imported everything, which takes longer than a small run.
+"""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from sae_lora.launch.plan import plan
+from sae_lora.records.folder import RunFolder
+from sae_lora.train.train_state import TrainState
+from tests.support.composing import composed
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launch.launcher"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of an attempt."""
+
+    returncode: int
+    """Negative where a signal ended it."""
+    stdout: str
+    stderr: str
+
+
+def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
+    import torch
+
+    from sae_lora.run import execute
+    from sae_lora.train import checkpoint
+
+    torch.set_num_threads(1)
+    for number, file in enumerate(output, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    take_step, save_file = TrainState.take_step, checkpoint.save_file
+    befallen = []
+
+    def befall(training: TrainState | None) -> None:
+        match what:
+            case "exit":
+                os._exit(17)
+            case "raise":
+                raise ZeroDivisionError("befallen")
+            case "memory":
+                raise torch.OutOfMemoryError("no room")
+            case "optimizer":
+                assert training is not None
+                move = training._optimizer.step  # pyright: ignore
+                training._optimizer.step = lambda: (move(), torch.empty(10**16))  # pyright: ignore
+            case "delete":
+                shutil.rmtree(paths[0])
+            case _:
+                os.kill(os.getpid(), int(what))
+
+    def stepping(training: TrainState, batch: torch.Size) -> None:
+        if training.step == step - 1 and not befallen:
+            befallen.append(training)
+            befall(training)
+        take_step(training, batch)
+
+    def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        if f"step-{-step:08d}" in str(path):
+            befall(None)
+
+    TrainState.take_step, checkpoint.save_file = stepping, saving
+    sys.argv = ["sae_lora.run.execute", *map(str, paths)]
+    code = execute.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def attempt(
+    *folders: RunFolder,
+    step: int = 0,
+    what: str | int = "",
+    after_s: float | None = None,
+    largest_file: int | None = None,
+) -> Ended:
+    """Does what `python -m sae_lora.run.execute` does, to its end, whatever that is.
+
+    Args:
+        folders: The run folders.
+        step: Step in which something happens; negative: while the checkpoint of that step is
+            written; 0: nothing happens.
+        what: A signal's number that the process sends itself, `exit`, or what is raised in one run:
+            `raise` for any error, `memory` for too little of it; `optimizer` for that at the
+            end of an optimiser's step; or `delete` for the folder of the first run.
+        after_s: Seconds after which the process is killed.
+        largest_file: Bytes beyond which no file can be written.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        output = [f"{home}/stdout", f"{home}/stderr"]
+        paths = [folder.path for folder in folders]
+        process = FORKS.Process(
+            target=_child, args=(paths, step or 10**9, str(what), largest_file, output)
+        )
+        process.start()
+        process.join(after_s or 600)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        assert process.exitcode is not None
+        said = [Path(file).read_text() if Path(file).exists() else "" for file in output]
+        return Ended(process.exitcode, *said)
+
+
+def frozen(home: Path, *overrides: str) -> RunFolder:
+    """The folder of a run of the embedded default as it is when a job begins: its config alone."""
+    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    config = composed("tracking=disabled", *here, *overrides)
+    (planned,) = plan([config]).runs
+    planned.freeze()
+    return planned.folder
+
+
+def killed(finished: Ended) -> bool:
+    """Whether the process ended by SIGKILL."""
+    return finished.returncode == -signal.SIGKILL
+
+
+def results(folder: RunFolder) -> dict[str, object]:
+    """What a run found, without how long it took and where."""
+    curve = [
+        {
+            name: value
+            for name, value in vars(point).items()
+            if name not in ("train_seconds", "tokens_per_second", "peak_memory_gb")
+        }
+        for point in folder.read_curve()
+    ]
+    made = {
+        f"{path.parent.relative_to(folder.path)}/{name}": value.tolist()
+        for made in (folder.adapter, folder.sae, folder.output_adapter)
+        for path in sorted(made.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+    assert made
+    return {"curve": curve} | made

@@ -1,0 +1,33 @@
+"""Configs as the command line composes them."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+
+from sae_lora.config.compose import checked
+from sae_lora.config.schema import Config
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def composed(*overrides: str) -> Config:
+    """What `python launch.py *overrides` composes, typed and checked."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return checked(compose("config", overrides=list(overrides)))
+
+
+def combinations(experiment: str) -> list[tuple[str, ...]]:
+    """What `python launch.py experiment=…` composes, one after another: all that it sweeps over."""
+    file = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
+    swept = file["hydra"]["sweeper"]["params"].items()
+    keys = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept]
+    return [(f"experiment={experiment}", *those) for those in itertools.product(*keys)]
+
+
+def each_composed(asked: Iterable[Sequence[str]], *overrides: str) -> list[Config]:
+    """What each of these composes, with the overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [checked(compose("config", overrides=[*those, *overrides])) for those in asked]

@@ -1,0 +1,46 @@
+"""Small points of the embedded default, and runs of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sae_lora.config.schema import Config
+from sae_lora.launch.plan import plan
+from sae_lora.records.folder import RunFolder
+from sae_lora.run import execute
+from tests.support.composing import composed
+
+SMALL = (
+    "train.train_tokens=1024",
+    "train.batch_size=4",
+    "train.eval_every_tokens=512",
+    "data.validation_tokens=1024",
+    "lora.rank=2",
+    "tracking=disabled",
+)
+
+Point = Callable[..., Config]
+"""Composes a small point, with overrides, whose run lands in the test's own folder."""
+
+
+def points_in(home: Path) -> Point:
+    """The points whose runs land in this folder."""
+
+    def compose(*overrides: str) -> Config:
+        return composed(*SMALL, f"output_dir={home}", f"data.cache_dir={home}/cache", *overrides)
+
+    return compose
+
+
+def run_here(*points: Config) -> list[RunFolder]:
+    """Runs the points together in this process, and returns their folders."""
+    runs = plan(points).runs
+    for planned in runs:
+        planned.freeze()
+    folders = [planned.folder for planned in runs]
+    assert execute.attempt(folders) == 0
+    return folders
+
+
+def folders_in(home: Path) -> list[RunFolder]:
+    """The run folders that are there."""
+    return [RunFolder(path.parent) for path in sorted(home.glob("main/*/config.yaml"))]

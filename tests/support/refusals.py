@@ -1,0 +1,127 @@
+"""Commands that cannot work, and what the refusal must say: field, value, and what would be right."""
+
+import json
+from pathlib import Path
+
+from tests.support.commands import launch
+
+WRONG: list[tuple[str, list[str]]] = [
+    # keys that do not exist
+    ("lora.rnk=3", ["there is no key lora.rnk", "nearest valid: lora.rank"]),
+    ("trian.lr=1", ["there is no key trian.lr"]),
+    ("+foo=1", ["there is no key foo"]),
+    ("+lora.foo=1", ["there is no key lora.foo"]),
+    ("lauuncher=slurm", ["lauuncher"]),
+    ("launcher.partitoin=gpu", ["nearest valid: launcher.partition"]),
+    # choices that do not exist
+    ("sae=gema_scope", ["nearest valid: sae=gemma_scope"]),
+    ("model=gemma2_3b", ["nearest valid: model=gemma"]),
+    ("experiment=rank", ["nearest valid: experiment=ranks"]),
+    ("train.device=gpu", ["train.device = 'gpu'", "cpu"]),
+    ("tracking.mode=on", ["tracking.mode = 'on'", "online"]),
+    # wrong types
+    ("lora.rank=abc", ["lora.rank = 'abc'", "a whole number"]),
+    ("train.train_tokens=1e6", ["nearest valid: train.train_tokens=1000000"]),
+    ("train.lr=fast", ["train.lr = 'fast'", "a number"]),
+    ("lora.rank_stabilised=perhaps", ["lora.rank_stabilised = 'perhaps'", "true or false"]),
+    ("layer.index=first", ["layer.index = 'first'"]),
+    ("launcher.sbatch=7", ["launcher.sbatch = 7"]),
+    # impossible values
+    ("lora.rank=0", ["lora.rank = 0", "nearest valid: lora.rank=1"]),
+    ("-m lora.rank=4,0", ["lora.rank = 0", "nearest valid: lora.rank=1"]),
+    ("lora.dropout=1.5", ["nearest valid: lora.dropout=0.9"]),
+    ("lora.targets=mpl", ["nearest valid: lora.targets=mlp"]),
+    ("lora.blocks=[3,99]", ["lora.blocks = [3, 99]", "blocks from 0 to 7"]),
+    ("train.lr=0", ["train.lr = 0"]),
+    ("train.lr=nan", ["train.lr = nan"]),
+    ("train.train_tokens=100", ["nearest valid: train.train_tokens=512"]),
+    ("train.seed=-1", ["nearest valid: train.seed=0"]),
+    ("data.validation_share=1", ["nearest valid: data.validation_share=0.9"]),
+    ("data.context_length=4", ["nearest valid: data.context_length=8"]),
+    ("data.context_length=512", ["nearest valid: data.context_length=256"]),
+    ("sae.width=16kk", ["sae.width = '16kk'", "16k, 131k"]),
+    ("sae.l0=-4", ["sae.l0 = -4"]),
+    ("sweep=a/b", ["nearest valid: sweep=a_b"]),
+    ("launcher.timeout_min=1", ["launcher.signal_delay_s = 90", "less than the 60 s"]),
+    ("launcher.max_parallel=0", ["launcher.max_parallel = 0"]),
+    (
+        "-m launcher.max_parallel=1,2",
+        ["launcher.max_parallel = 2", "nearest valid: launcher.max_parallel=1"],
+    ),
+    # what does not exist, or does not fit together
+    ("model.name=no/such-model", ["model.name = 'no/such-model'"]),
+    ("model.name=./nowhere", ["model.name = './nowhere'"]),
+    ("layer.index=8", ["layer.index = 8", "nearest valid: layer.index=7"]),
+    ("layer.index=[1,26]", ["layer.index = 26", "nearest valid: layer.index=7"]),
+    ("layer.index=0", ["layer.index = 0", "nearest valid: layer.index=1"]),
+    ("layer.index=7 sae=identity", ["lora.blocks = 'after'", "nearest valid: lora.blocks=all"]),
+    ("sae=gemma_scope", ["sae.family = 'gemma_scope'", "gemma-2-2b"]),
+    ("sae=registry sae.release=gpt2-small-res-jbb", ["nearest valid: sae.release=gpt2-small-res-jb"]),
+    (
+        "sae=registry sae.release=gemma-scope-2b-pt-res sae.id=layer_12/width_16k/average_l0_821",
+        ["nearest valid: sae.id=layer_12/width_16k/average_l0_82"],
+    ),
+    ("sae=disk", ["sae.path = null"]),
+    ("sae=disk sae.path={home}/another_width", ["sae.path", "of width 64"]),
+    (
+        "sae=disk sae.path={home}/of_an_mlp layer.hook=resid_post",
+        ["layer.hook = 'resid_post'", "blocks.3.hook_mlp_out", "nearest valid: layer.hook=mlp_out"],
+    ),
+    ("sae=disk sae.path={home}/of_an_mlp layer.index=2", ["nearest valid: layer.index=3"]),
+    ("sae=disk sae.path={home}/of_heads", ["blocks.3.attn.hook_z", "hook_attn_out"]),
+    ("layer.hook=mlp", ["layer.hook = 'mlp'", "nearest valid: layer.hook=mlp_out"]),
+    ("sae=disk sae.path={home}/another_widht", ["another_width"]),
+    (
+        "sae=disk sae.path={home}/sound layer.index=2",
+        ["layer.index = 2", "nearest valid: layer.index=3"],
+    ),
+    ("sae.l0=5 launcher.strict=true", ["sae.l0 = 5", "nearest valid: sae.l0=4"]),
+    ("sae.width=4k layer.index=2", ["sae.width = '4k'", "nearest valid: sae.width=1024"]),
+    ("data=text_files data.files={home}/nothing/*.txt data.context_length=128", ["data.files"]),
+    # methods
+    ("method=sea", ["method = 'sea'", "nearest valid: method=sae"]),
+    ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e make one"]),
+    ("method=sae sae=tiny", ["sae.family = 'tiny'", "new with method=sae"]),
+    ("init=nowhere", ["init = 'nowhere'", "it is no run", "outputs/<sweep>/<run>"]),
+    # an empty sweep
+    ("-m sae.width=4k layer.index=2,4", ["no point of this sweep has an SAE"]),
+    ("-m lora.rank=", ["lora.rank"]),
+    # folders that cannot be written
+    ("output_dir={home}/file", ["output_dir", "file"]),
+    ("output_dir=/proc/outputs", ["output_dir", "/proc/outputs"]),
+]
+"""A command, `{home}` for a folder that `prepare` has filled, and words of its refusal."""
+
+
+def prepare(home: Path) -> None:
+    """SAEs that do not fit, and a file where a folder is expected."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "file").write_text("")
+    for name, d_in, hook in (
+        ("another_width", 64, "blocks.3.hook_resid_post"),
+        ("of_an_mlp", 128, "blocks.3.hook_mlp_out"),
+        ("of_heads", 128, "blocks.3.attn.hook_z"),
+        ("sound", 128, "blocks.3.hook_resid_post"),
+    ):
+        (home / name).mkdir()
+        values = {"d_in": d_in, "d_sae": 512, "metadata": {"hook_name": hook}}
+        (home / name / "cfg.json").write_text(json.dumps(values))
+        (home / name / "sae_weights.safetensors").write_text("")
+
+
+def fault_of(command: str, words: list[str], home: Path) -> str | None:
+    """What is wrong with how the command is refused; `None` where nothing is."""
+    arguments = command.replace("{home}", str(home)).split()
+    if not any(argument.startswith("output_dir") for argument in arguments):
+        arguments.append(f"output_dir={home}/outputs")
+    refused = launch(*arguments)
+    missing = [word for word in words if word not in refused.stderr]
+    if refused.returncode != 1:
+        return f"exit code {refused.returncode}"
+    if "Traceback" in refused.stderr or not refused.stderr.startswith("error: "):
+        return f"not one message: {refused.stderr}"
+    if missing:
+        return f"{missing} not in: {refused.stderr}"
+    if "loading model" in refused.stdout or (home / "outputs").exists():
+        return "something was begun"
+    return None

@@ -1,0 +1,146 @@
+"""Single steps of every method on small models, with special tokens and in parts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import StandardSAE
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from sae_lora.common.isolation import Isolation
+from sae_lora.config.enums import Hook, Method, SAEFamily
+from sae_lora.config.schema import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    MethodConfig,
+    ModelConfig,
+    SAEConfig,
+    TrainConfig,
+)
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
+from sae_lora.train import methods
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.methods import Artifact
+from sae_lora.train.train_state import TrainState
+from tests.support.families import random_tokens
+from tests.support.learners import in_training
+from tests.support.trainings import CONFIG, NO_IDS, evaluator, kl
+
+TOKENS = random_tokens(batch=4, length=16, seed=21)
+SPECIAL = torch.arange(6)
+"""Ids that some of `TOKENS` have, in some of its sequences more than in others."""
+STEPS = 6
+
+
+class Made(NamedTuple):
+    """What a run would build.
+
+    Args:
+        training: Of the student.
+        kept: What is kept of it.
+    """
+
+    training: TrainState
+    kept: Artifact
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights as they are now, copied."""
+        return {name: one.detach().clone() for name, one in self.training.student.weights.items()}
+
+
+def made(
+    model: LanguageModel,
+    kind: Method,
+    *saes: Coder,
+    train: TrainConfig = CONFIG,
+    lora: LoRAConfig | None = None,
+    block: int = 1,
+    keeps: bool = False,
+    hook: Hook = Hook.resid_post,
+    steps: int = STEPS,
+    **method: Any,
+) -> Made:
+    """A training by this method with SAEs from a block on, from the config's seed."""
+    is_new = isinstance(saes[0], SplicedSAE)
+    config = Config(
+        model=ModelConfig(name="small"),
+        sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),
+        method=MethodConfig(kind=kind, **method),
+        lora=lora or LoRAConfig(rank=2),
+        data=DataConfig(context_length=TOKENS.shape[1]),
+        train=train,
+    )
+    torch.manual_seed(train.seed)
+    splices = tuple(Splice(block + place, sae, keeps, hook) for place, sae in enumerate(saes))
+    return Made(*methods.build(config, model, splices, steps))
+
+
+def trained(
+    architecture: str, *, scale: float = 1.0, dead_after: int = 100, **changes: Any
+) -> SplicedSAE:
+    """An SAE in training none of whose weights is zero, as methods that make new ones have it."""
+    sae = SplicedSAE(in_training(architecture, **changes), dead_after)
+    sae.scale.fill_(scale)
+    return sae
+
+
+def frozen_standard(seed: int = 3) -> StandardSAE:
+    """A trained SAE whose latents are ReLUs."""
+    sae = training_sae.inference(in_training("standard", seed))
+    assert isinstance(sae, StandardSAE)
+    return sae
+
+
+def together(
+    model: LanguageModel,
+    *trainings: TrainState,
+    special_ids: Tensor = NO_IDS,
+    micro_batch: int | None = None,
+) -> DistillTrainer:
+    """The trainings in one pack."""
+    return DistillTrainer(
+        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
+    )
+
+
+def step(
+    model: LanguageModel,
+    *trainings: TrainState,
+    tokens: Tensor = TOKENS,
+    special_ids: Tensor = NO_IDS,
+    micro_batch: int | None = None,
+) -> None:
+    """One step of each."""
+    pack = together(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
+    pack._take_step(trainings, tokens)
+
+
+def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
+    """What the optimiser is given in one step, which moves nothing."""
+    found: dict[str, Tensor] = {}
+    weights = one.student.weights.items()
+    one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})
+    step(model, one, **how)
+    return found
+
+
+def whole_kl(
+    model: LanguageModel,
+    student: LanguageModel,
+    saes: Sequence[Splice],
+    special_ids: Tensor = NO_IDS,
+    tokens: Tensor = TOKENS,
+) -> Tensor:
+    """KL(teacher ‖ student) of whole logits in one plain pass of each, mean over tokens."""
+    with torch.no_grad():
+        teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    keep = special_positions(tokens, special_ids) if saes[0].keeps else None
+    with spliced(student, {one.hookpoint: one.sae for one in saes}, keep):
+        learner = log_softmax(student.model(tokens, use_cache=False).logits, -1)
+    return (teacher.exp() * (teacher - learner)).sum(-1).mean()

@@ -1,0 +1,72 @@
+"""Subjects of evaluation: made of what they are given, or points whose runs are quick."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sae_lora.config.schema import Config, LoRAConfig
+from sae_lora.evaluation.subject import Subject
+from sae_lora.models import lora
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.trunk import Splices
+from tests.support.families import random_tokens
+from tests.support.points import Point, points_in
+from tests.support.trainings import NO_IDS, fill
+
+
+class Made(Subject):
+    """As a run would be loaded.
+
+    Args:
+        model: The plain model.
+        splices: Its SAEs.
+        adapters: `None` for a run that has none.
+        filled: Whether the adapters have been trained, in that they change something.
+        tokens: Held out, `[sequence, pos]`.
+        special_ids: Ids whose positions keep their activation, where the SAEs say so.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        splices: Splices,
+        adapters: LoRAConfig | None = None,
+        *,
+        filled: bool = True,
+        tokens: torch.Tensor | None = None,
+        special_ids: torch.Tensor = NO_IDS,
+    ) -> None:
+        self.config = Config()
+        self.tokens = random_tokens(batch=6, length=12, seed=3) if tokens is None else tokens
+        self.config.train.eval_batch_tokens = 2 * self.tokens.shape[1]  # several batches
+        self.model = self.with_adapters = model
+        self.device = model.device
+        self.special_ids = special_ids
+        self.before = self.after = splices
+        peft: Any = None
+        if adapters is not None:
+            self.with_adapters = model.view()
+            torch.manual_seed(0)
+            peft = lora.attach(self.with_adapters, adapters, splices[0].block).eval()
+            if filled:
+                fill(lora.trainable_weights(self.with_adapters))
+        self.adapted = SimpleNamespace(peft=peft)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def quick_points_in(home: Path) -> Point:
+    """Points whose text is a few of those that the embedded model knows, which is quicker to read."""
+    texts = home / "texts"
+    texts.mkdir()
+    for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        shutil.copy(file, texts)
+    point = points_in(home)
+    here = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
+
+    def compose(*overrides: str) -> Config:
+        return point(*here.split(), *overrides)
+
+    return compose

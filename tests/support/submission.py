@@ -1,0 +1,96 @@
+"""Small runs on the tests' SLURM: how they are submitted, looked at and waited for."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sae_lora.common.locks import holder
+from sae_lora.records.folder import RunFolder
+from tests.support.cluster import Cluster, missing_programs
+from tests.support.commands import launch
+from tests.support.points import SMALL, folders_in
+
+NEEDS_SLURM = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing_programs()), reason=f"SLURM is not installed: {missing_programs()}"),
+    pytest.mark.usefixtures("empty_queue"),
+]
+"""Marks of a module whose tests each begin with the queue of its `cluster` empty."""
+LONG = ("train.train_tokens=30000", "train.eval_every_tokens=10000", "train.checkpoint_every_steps=10")
+ON_CLUSTER = (
+    "launcher=slurm",
+    "launcher.timeout_min=30",
+    "launcher.gpus_per_node=0",
+    "launcher.cpus_per_task=1",
+)
+
+
+def jobs(cluster: Cluster) -> list[str]:
+    return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
+
+
+def until(there: Callable[[], object], what: str, limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while not there():
+        assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
+        time.sleep(0.2)
+
+
+def submitted(
+    home: Path, *arguments: str, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    options = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if argument not in options]
+    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides, **environment)
+
+
+def the_run(home: Path) -> RunFolder:
+    (folder,) = folders_in(home)
+    return folder
+
+
+def occupy(cluster: Cluster, seconds: int) -> None:
+    """A job of higher rank takes both nodes."""
+    whole = "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"
+    cluster.command("sbatch", *whole, f"--wrap=sleep {seconds}")
+
+
+def at_step(folder: RunFolder, step: int) -> bool:
+    progress = folder.read_progress()
+    return progress is not None and progress.step >= step
+
+
+def halt(*folders: RunFolder, step: int) -> int:
+    """Halts the process of runs once they are at a step, since they are quicker than SLURM.
+
+    Returns:
+        Its number, for `go_on`.
+    """
+    until(lambda: all(at_step(one, step) for one in folders), "at work")
+    at_work = holder(folders[0].path)
+    assert at_work is not None
+    os.kill(at_work.pid, signal.SIGSTOP)
+    return at_work.pid
+
+
+def go_on(pid: int) -> None:
+    """Lets a halted process go on, which may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def is_asked_to_stop(pid: int) -> bool:
+    """Whether a halted process has been sent a signal, or whatever stopped it has let it go."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    (pending,) = [line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd")]
+    return any(int(pending, 16) >> number - 1 & 1 for number in (signal.SIGUSR2, signal.SIGTERM))

@@ -1,0 +1,185 @@
+"""Sweeps that nobody has trained: run folders as a finished run leaves them, with made-up numbers."""
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sae_lora.config.serialize import as_dict
+from sae_lora.launch.plan import plan
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint
+from tests.support.composing import composed
+
+_NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu l0 train_seconds".split()
+
+
+@functools.cache
+def _default() -> dict[str, Any]:
+    """The config of the embedded default's one run."""
+    (planned,) = plan([composed()]).runs
+    return as_dict(planned.config)
+
+
+class MadeUp:
+    """Makes runs of the embedded default.
+
+    Args:
+        home: The sweep's folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._config: dict[str, Any] = copy.deepcopy(_default()) | {"output_dir": str(home)}
+
+    def folder(
+        self, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **train: Any
+    ) -> RunFolder:
+        """One of which only the config is there."""
+        config = copy.deepcopy(self._config)
+        config["lora"]["rank"], config["train"]["seed"] = rank, seed
+        config["sae"]["l0"], config["layer"]["index"] = l0, block
+        config["train"] |= train
+        config["sae"]["used"][0] |= {"block": block, "l0": l0}
+        folder = RunFolder(self.home / f"tiny-l{block}-l0_{l0:g}-r{rank}-s{seed}")
+        folder.write_config(yaml.safe_dump(config))
+        return folder
+
+    def begun(self, points: int = 5, **factors: Any) -> RunFolder:
+        """One that has a curve."""
+        folder = self.folder(**factors)
+        with CurveWriter(folder.curve) as curve:
+            for point in self._points(points, **factors):
+                curve.append(point)
+        return folder
+
+    def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
+        """One that has ended well; it closes so much, or what the factors say."""
+        folder = self.begun(points, **factors)
+        told: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
+        if closed is None or not math.isnan(closed):
+            told["gap_closed"] = closed
+        return _summed_up(folder, told)
+
+    def told(
+        self, name: str, curve: Sequence[CurvePoint], config: Mapping[str, Any], **summary: Any
+    ) -> RunFolder:
+        """One that has ended well, of which all is told.
+
+        Args:
+            name: Of its folder.
+            curve: Its points; without any, it is not finished.
+            config: By dotted key, where it differs from the embedded default's.
+            summary: What its summary says beyond the last point.
+        """
+        values = copy.deepcopy(self._config)
+        for key, value in config.items():
+            group, _, own = key.rpartition(".")
+            (values[group] if group else values)[own] = value
+        folder = RunFolder(self.home / name)
+        folder.write_config(yaml.safe_dump(values))
+        with CurveWriter(folder.curve) as written:
+            for point in curve:
+                written.append(point)
+        return _summed_up(folder, summary) if curve else folder
+
+    def saes_at(
+        self, *blocks: int, group: Mapping[int, list[int]] | None = None
+    ) -> list[dict[str, Any]]:
+        """What `sae.used` says of SAEs at these blocks.
+
+        Args:
+            blocks: The blocks.
+            group: By block, those that share its SAE.
+        """
+        (one,) = self._config["sae"]["used"]
+        return [one | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
+
+    def grid(self, ranks: Sequence[int], blocks: Sequence[int], l0s: Sequence[float] = (4.0,)) -> None:
+        """A finished run for every combination."""
+        for rank in ranks:
+            for block in blocks:
+                for l0 in l0s:
+                    self.finished(rank=rank, block=block, l0=l0)
+
+    @staticmethod
+    def _points(
+        points: int, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **_: Any
+    ) -> list[CurvePoint]:
+        end = 0.06 * math.log2(2 * rank) + 0.01 * block - 0.02 * math.log2(l0) + 0.005 * seed
+        gap = 1.4 / math.sqrt(l0)
+        found = []
+        for step in range(points):
+            share = step / max(1, points - 1)
+            closed = end * (1 - math.exp(-3 * share))
+            ce_gap = gap * (1 - closed)
+            found.append(
+                CurvePoint(
+                    step=100 * step,
+                    tokens=51_200 * step,
+                    train_seconds=11.0 * step * (1 + rank / 256),
+                    base_ce=2.7,
+                    spliced_ce=2.7 + gap,
+                    student_ce=2.7 + ce_gap,
+                    ce_gap=ce_gap,
+                    gap_closed=closed,
+                    kl=ce_gap * 1.1,
+                    top1_agreement=0.6,
+                    fvu=0.3,
+                    l0=l0,
+                    train_flops=2.5e12 * step,
+                )
+            )
+        return found
+
+
+def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
+    """The run with its summary: what its config and its last point say, and what is told."""
+    last, config = folder.read_curve()[-1], yaml.safe_load(folder.config.read_text())
+    kind = config["method"]["kind"]
+    summary = {name: getattr(last, name) for name in _NAMES} | {
+        "name": folder.path.name,
+        "initial_gap": last.spliced_ce - last.base_ce,
+        "initial_kl": 0.8,
+        "best_gap_closed": last.gap_closed,
+        "trainable_parameters": 10_240,
+        "train_tokens": last.tokens,
+        "train_flops": 1e13,
+        "total_seconds": 80.0,
+        "trained_together": 1,
+        "tracked_at": None,
+        "model": {"name": config["model"]["name"]},
+        "sae": [
+            {"block": one["block"], "hookpoint": resid_post(one["block"]), "width": one["width"]}
+            for one in config["sae"]["used"]
+        ],
+        "lora": config["lora"] if kind == "lora" else {},
+        "method": {"kind": kind, "rank": config["method"]["rank"], "init": config["init"]},
+        "seed": config["train"]["seed"],
+    }
+    folder.summary.write_text(json.dumps(summary | dict(told)))
+    return folder
+
+
+def finished(home: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
+    """A finished run under a name of its own, of which every cross-entropy is 1."""
+    folder = MadeUp(home).finished(rank=rank, block=block, l0=8.0, closed=closed)
+    folder.path.rename(home / name)
+    folder = RunFolder(home / name)
+    numbers = dict.fromkeys(
+        ("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "kl", "fvu"), 1.0
+    )
+    summary = folder.read_summary() | numbers | {"name": name, "train_seconds": 63.0}
+    folder.summary.write_text(json.dumps(summary))
+    return folder
+
+
+def curve_point(step: int) -> CurvePoint:
+    """A point of a made-up curve, ten tokens a step."""
+    return CurvePoint(step, step * 10, 1.0, 2.0, 3.0, 2.5, 0.5, 0.5, 0.1, 0.9, 0.2, 8.0)

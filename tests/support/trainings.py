@@ -1,0 +1,91 @@
+"""Trainings of small models, alone and in packs."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from sae_lora.common.isolation import Isolation
+from sae_lora.config.enums import KLComputation
+from sae_lora.config.schema import LoRAConfig, TrainConfig
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.schema import CurvePoint
+from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.hooks import Coder, Splice
+from sae_lora.splice.kl import KL, kl_of
+from sae_lora.splice.student import LoRAStudent, Student
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
+from tests.support.families import random_tokens
+
+HELD_OUT = random_tokens(batch=10, length=16, seed=11)
+NO_IDS = torch.empty(0, dtype=torch.long)
+CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, warmup_share=0.1)
+
+
+def batches(steps: int) -> list[torch.Tensor]:
+    """A batch for every step."""
+    return [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
+
+
+def student(
+    model: LanguageModel, sae: Coder, adapters: LoRAConfig | None = None, block: int = 1
+) -> Student:
+    """One student with one SAE, from torch's random state as it is."""
+    splices = (Splice(block, sae, keeps=False),)
+    return LoRAStudent(model, splices, adapters or LoRAConfig(rank=2))
+
+
+def training(
+    model: LanguageModel,
+    sae: Coder,
+    config: TrainConfig = CONFIG,
+    steps: int = 6,
+    adapters: LoRAConfig | None = None,
+    block: int = 1,
+) -> TrainState:
+    """As a run would build it: adapters and dropout from the config's seed."""
+    torch.manual_seed(config.seed)
+    adapters = adapters or LoRAConfig(rank=2, dropout=0.2)
+    return GradientState(student(model, sae, adapters, block), config, steps)
+
+
+def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:
+    """Gives adapters values that change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.normal_(std=0.3, generator=generator)
+
+
+def evaluator(
+    model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30, cache_bytes: float = 0
+) -> Evaluator:
+    """On the held-out tokens."""
+    comparison = Comparison(Head.of(model), chunk_tokens)
+    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
+
+
+def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
+    """A few tokens at a time."""
+    return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
+
+
+def pack(model: LanguageModel, *trainings: TrainState, micro_batch: int | None = None) -> DistillTrainer:
+    """The trainings together."""
+    return DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model), micro_batch)
+
+
+def comparable(point: CurvePoint) -> CurvePoint:
+    """The point without what no two runs share: how long they took."""
+    return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
+
+
+def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:
+    """Trains to the end; the curve of each, without times."""
+    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.left}
+    for one, point in together.points(batches(steps)[together.step :]):
+        found[one].append(comparable(point))
+    return found

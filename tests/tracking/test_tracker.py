@@ -1,0 +1,581 @@
+"""W&B shows what the curve holds, no more and no less, and can never stop a run."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import wandb
+
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import held
+from sae_lora.config.identity import identity
+from sae_lora.config.serialize import load
+from sae_lora.evaluation import suite_records
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint, Summary
+from sae_lora.tracking import tracker as tracking
+from sae_lora.tracking import wandb_run
+from sae_lora.tracking.sync import upload
+from sae_lora.tracking.tracker import Tracker
+from sae_lora.tracking.wandb_config import CURVES, Shown
+from sae_lora.train import checkpoint
+from tests.support.attempts import frozen
+from tests.support.sweeps import curve_point
+from tests.support.wandb_server import Server, serving
+
+KEY = "0123456789" * 4
+ENVIRONMENT = {"git_commit": "0df10b5", "packages": {"torch": "2.8"}}
+QUICK = {
+    "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
+    "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "0.1",
+    "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "0.2",
+    "WANDB__FILE_STREAM_TIMEOUT_SECONDS": "1",
+    "WANDB__GRAPHQL_TIMEOUT_SECONDS": "2",
+    "WANDB__GRAPHQL_RETRY_WAIT_MIN_SECONDS": "0.1",
+    "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "0.2",
+}
+"""wandb's patience, in a hurry."""
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    tracking._said_offline.clear()
+    wandb.teardown()  # it reads the environment once a process
+    yield
+    wandb_run.cut_off()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One that somebody is logged in to."""
+    with serving() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return run_in(tmp_path)
+
+
+def run_in(home: Path, *overrides: str) -> RunFolder:
+    return frozen(home, "tracking=wandb", "tracking.finish_timeout_s=20", *overrides)
+
+
+def begin(folder: RunFolder) -> Tracker:
+    return tracking.start(load(folder.config.read_text()), folder, ENVIRONMENT)
+
+
+def shown(folder: RunFolder) -> Shown:
+    return Shown(folder, load(folder.config.read_text()))
+
+
+def measured(step: int, seconds: float = 1.0) -> CurvePoint:
+    """A point; a lower CE at a later step, but for the last."""
+    student_ce = 3 - step / 1000 if step < 150 else 2.975
+    per_sae = {"model.layers.3": {"fvu": 0.1, "l0": 4.0}}
+    return dataclasses.replace(
+        curve_point(step), student_ce=student_ce, per_sae=per_sae, train_seconds=seconds * step / 3
+    )
+
+
+def measure(folder: RunFolder, *steps: int, keep: int = 0, seconds: float = 1.0) -> None:
+    """Adds to the curve, as an attempt does that goes on from a checkpoint with so many points."""
+    with CurveWriter(folder.curve, keep) as curve:
+        for step in steps:
+            curve.append(measured(step, seconds))
+
+
+def finish(folder: RunFolder) -> Summary:
+    values = {field.name: None for field in dataclasses.fields(Summary)}
+    summary = Summary(**values | {"name": "run", "gap_closed": 0.25, "environment": ENVIRONMENT})
+    folder.write_summary(summary)
+    return summary
+
+
+def save(folder: RunFolder, step: int, points: int) -> None:
+    """A checkpoint that was made after so many points."""
+    state = checkpoint.Snapshot({"adapter": torch.zeros(2)}, {"step": step, "points": points})
+    checkpoint.save(folder.checkpoints, identity(load(folder.config.read_text())), state)
+
+
+def in_file(folder: RunFolder) -> list[dict[str, object]]:
+    """The rows that W&B must have: every line, every field but for nulls, at the line's step."""
+    lines = [json.loads(line) for line in folder.curve.read_text().splitlines()]
+    rows = [{key: value for key, value in line.items() if value is not None} for line in lines]
+    return [{"_step": row["step"]} | row for row in rows]
+
+
+def there(condition: Callable[[], object], most_s: float = 20) -> bool:
+    """Whether it becomes true: what wandb sends in the background is there a moment later."""
+    deadline = time.monotonic() + most_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+class TestWhatIsShown:
+    def test_layer_width_and_l0_are_what_the_request_resolved_to(self, tmp_path: Path) -> None:
+        one = shown(run_in(tmp_path, "sae.width=1k", "sae.l0=5", "lora.rank=2"))
+        assert one.values["sae"]["width"] == 1024
+        assert one.values["sae"]["l0"] == 4.0
+        assert one.values["layer"]["index"] == 3
+        assert one.values["lora"]["rank"] == 2
+        facts = ["model:tiny", "method:lora", "layer:3", "width:1024", "l0:4", "rank:2"]
+        assert one.tags == facts
+        several = shown(run_in(tmp_path, "layer.index=[1,2]"))
+        assert several.values["layer"]["index"] == [1, 2]
+        assert several.values["sae"]["width"] == 1024
+        assert "layer:1+2" in several.tags
+        assert several.values["layer"]["hook"] == "resid_post"
+        inside = shown(run_in(tmp_path, "sae=identity", "layer.hook=mlp_out", "sweep=inside"))
+        assert inside.values["layer"]["hook"] == "mlp_out"
+        assert {"layer:3", "hook:mlp_out"} <= set(inside.tags)
+
+    def test_there_are_all_curves(self) -> None:
+        promised = (
+            "base_ce spliced_ce student_ce ce_gap gap_closed kl top1_agreement fvu l0 lr grad_norm "
+            "tokens_per_second peak_memory_gb"
+        )
+        assert set(promised.split()) <= set(CURVES)
+
+    def test_only_a_failure_makes_another_id(self, folder: RunFolder) -> None:
+        first = shown(folder).id
+        measure(folder, 0)
+        folder.set_aside(curve=True)  # killed before its first checkpoint
+        assert list(folder.path.glob("unfinished-*"))
+        assert shown(folder).id == first
+        folder.write_failure("why", "the whole story")
+        assert shown(folder).id == first
+        folder.clear_failure()
+        assert shown(folder).id == f"{first}-2"
+
+
+class TestOnline:
+    def test_a_run_from_its_first_point_to_its_summary(
+        self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tracker = begin(folder)
+        measure(folder, 0, 50, 100, 150)
+        for points in (1, 3, 4):
+            tracker.show(points)
+        one = shown(folder)
+        summary = finish(folder)
+        tracker.finish(summary, goes_on=False)
+        found = server.runs[one.id]
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 0
+        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+        assert found.summary["result"]["gap_closed"] == 0.25
+        assert found.config == json.loads(json.dumps(one.values)) | {"environment": ENVIRONMENT}
+        assert found.values["displayName"] == one.name
+        assert found.values["groupName"] == "main"
+        assert found.values["jobType"] == "lora"
+        assert found.values["tags"] == one.tags
+        assert tracker.place == f"{server.address}/me/sae_lora/runs/{one.id}"
+        assert capsys.readouterr().out == f"W&B shows {one.name} at {tracker.place}\n"
+
+    def test_a_run_that_is_stopped_goes_on_in_its_row(self, folder: RunFolder, server: Server) -> None:
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        tracker.show(2)  # the third point is in no checkpoint
+        tracker.finish(None, goes_on=True)
+        (found,) = server.runs.values()
+        assert found.rows == in_file(folder)[:2]
+        tracker = begin(folder)
+        tracker.show(3)
+        measure(folder, 150, keep=3)
+        tracker.show(4)
+        tracker.finish(finish(folder), goes_on=False)
+        assert list(server.runs.values()) == [found]
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 0
+        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+
+    def test_a_failed_attempt_keeps_its_rows_and_the_next_has_its_own(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50, 100)
+        failed_id = shown(folder).id
+        tracker = begin(folder)
+        tracker.show(3)
+        tracker.finish(None, goes_on=False)
+        failed = in_file(folder)
+        folder.write_failure("why", "the whole story")
+        folder.clear_failure()
+        measure(folder, 100, 150, keep=2, seconds=2.0)  # from the checkpoint before
+        tracker = begin(folder)
+        tracker.show(4)
+        tracker.finish(finish(folder), goes_on=False)
+        assert server.rows(failed_id) == failed
+        assert server.runs[failed_id].exit_code == 1
+        assert server.rows(shown(folder).id) == in_file(folder) != failed
+
+    @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
+    def test_an_outage_loses_nothing(self, folder: RunFolder, server: Server, state: str) -> None:
+        measure(folder, 0, 50, 100, 150)
+        tracker = begin(folder)
+        tracker.show(2)
+        tracker.finish(None, goes_on=True)
+        tracker = begin(folder)
+        assert tracker.place is not None
+        server.become(state)
+        tracker.show(4)
+        before = len(server.said)
+        ending = threading.Thread(
+            target=tracker.finish, args=[finish(folder)], kwargs={"goes_on": False}
+        )
+        ending.start()
+        assert there(lambda: len(server.said) > before)
+        assert len(server.rows(shown(folder).id)) == 2
+        server.become("up")
+        ending.join()
+        assert server.rows(shown(folder).id) == in_file(folder)
+        assert server.runs[shown(folder).id].exit_code == 0
+
+    def test_several_runs_at_the_same_time(self, tmp_path: Path, server: Server) -> None:
+        folders = [run_in(tmp_path, f"lora.rank={rank}") for rank in (1, 2, 4)]
+        trackers = [begin(folder) for folder in folders]
+        for number, (folder, tracker) in enumerate(zip(folders, trackers, strict=True), 1):
+            measure(folder, *(50 * number * at for at in range(3)))
+            tracker.show(3)
+        for folder, tracker in zip(folders, trackers, strict=True):
+            tracker.finish(finish(folder), goes_on=False)
+        assert len(server.runs) == 3
+        for folder in folders:
+            assert server.rows(shown(folder).id) == in_file(folder)
+
+    def test_no_secret_gets_there(
+        self, folder: RunFolder, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        secret = "correct horse battery"
+        monkeypatch.setenv("MY_SERVICE_TOKEN", secret)
+        monkeypatch.setattr(sys, "argv", [*sys.argv, f"--password={secret}"])
+        tracker = tracking.start(
+            load(folder.config.read_text()), folder, ENVIRONMENT | {"host": f"at {secret}"}
+        )
+        measure(folder, 0)
+        tracker.show(1)
+        tracker.finish(finish(folder), goes_on=False)
+        assert server.runs
+        told = [*server.said, *(path.read_text(errors="replace") for path in files_of(folder))]
+        assert any("at ***" in one for one in told)
+        assert not [one for one in told if secret in one or KEY in one]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """By us: wandb logs a great deal."""
+    return [one.getMessage() for one in caplog.records if one.name.startswith("sae_lora")]
+
+
+def files_of(folder: RunFolder) -> list[Path]:
+    return [path for path in folder.path.rglob("*") if path.is_file()]
+
+
+class TestWhateverGoesWrong:
+    def test_not_logged_in_is_offline_with_one_line(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for rank in (1, 2):
+            folder = run_in(tmp_path, f"lora.rank={rank}")
+            tracker = begin(folder)
+            measure(folder, 0, 50)
+            tracker.show(2)
+            tracker.finish(None, goes_on=False)
+            assert tracker.place is not None
+            assert Path(tracker.place).is_relative_to(folder.path)
+            assert list(Path(tracker.place).glob("*.wandb"))
+        assert said(caplog) == ["not logged in to W&B (`wandb login`): tracking offline"]
+
+    @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
+    def test_a_server_that_does_not_answer(
+        self,
+        folder: RunFolder,
+        server: Server,
+        state: str,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(wandb_run, "_PROBE_TIMEOUT_S", 1)
+        server.become(state)
+        tracker = begin(folder)
+        measure(folder, 0)
+        tracker.show(1)
+        assert tracker.place is not None
+        assert Path(tracker.place).is_relative_to(folder.path)
+        tracker.finish(finish(folder), goes_on=False)
+        assert said(caplog) == ["the W&B server does not answer: tracking offline"]
+
+    def test_a_server_that_hangs_only_then(
+        self,
+        folder: RunFolder,
+        server: Server,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(wandb_run, "_answers", lambda url: True)
+        monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 1)
+        server.become("hanging")
+        tracker = begin(folder)
+        assert tracker.place is not None
+        assert Path(tracker.place).is_relative_to(folder.path)
+        tracker.finish(finish(folder), goes_on=False)
+        (message,) = said(caplog)
+        assert message.endswith("going on offline")
+
+    def test_training_waits_for_nothing(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """wandb is let go only when training has gone on, which it could not if it waited."""
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        gone_on, init, seen = threading.Event(), wandb.init, []
+
+        def waiting(**settings: object) -> object:
+            seen.append(gone_on.wait(60))
+            return init(**settings)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr(wandb, "init", waiting)
+        tracker = begin(folder)
+        measure(folder, 0)
+        tracker.show(1)
+        gone_on.set()
+        tracker.finish(None, goes_on=True)
+        assert seen == [True]
+
+    def test_whatever_wandb_raises_the_run_goes_on(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(**_: object) -> None:
+            raise OSError("no space left for hf_a1B2c3D4e5F6g7H8i9J0")
+
+        monkeypatch.setattr(wandb, "init", broken)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        tracker = begin(folder)
+        tracker.show(1)
+        tracker.finish(None, goes_on=False)
+        assert tracker.place is None
+        assert said(caplog) == ["W&B is off for this run: no space left for ***"]
+
+    def test_disabled_is_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = run_in(tmp_path, "tracking.mode=disabled")
+        before = files_of(folder)
+        tracker = begin(folder)
+        tracker.show(1)
+        tracker.finish(None, goes_on=False)
+        assert tracker.place is None
+        assert files_of(folder) == before
+        assert said(caplog) == []
+
+    def test_wandbs_own_variable_decides_what_the_config_leaves_open(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert begin(run_in(tmp_path)).place is None
+        asked = begin(run_in(tmp_path, "tracking.mode=offline"))
+        assert asked.place is not None
+        asked.finish(None, goes_on=False)
+
+    def test_what_wandb_login_writes_is_found(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        settings = wandb.Settings(base_url="http://wandb.example:8080")
+        assert not wandb_run.is_logged_in(settings)
+        (tmp_path / "netrc").write_text(f"machine wandb.example\n  login user\n  password {KEY}\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        assert wandb_run.is_logged_in(settings)
+        assert not wandb_run.is_logged_in(wandb.Settings(base_url="http://other.example"))
+
+    def test_an_end_that_hangs_is_cut_off_and_can_be_made_up_for(
+        self, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        assert tracker.place is not None
+        server.become("hanging")
+        tracker.show(3)
+        tracker.finish(finish(folder), goes_on=False)
+        (message,) = said(caplog)
+        assert message.startswith("W&B has not ended after 1 s; `python -m sae_lora sync ")
+        server.become("up")
+        upload([folder])
+        assert server.rows(shown(folder).id) == in_file(folder)
+
+    @pytest.mark.slow
+    def test_the_process_ends_whatever_the_server_does(self, tmp_path: Path, server: Server) -> None:
+        folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
+        measure(folder, 0)
+        code = (
+            "import sys; from pathlib import Path; from sae_lora import tracking;"
+            "from sae_lora.config.serialize import load; from sae_lora.records.folder import RunFolder;"
+            "folder = RunFolder(Path(sys.argv[1]));"
+            "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
+            "print(tracker.place, flush=True); input(); tracker.show(1);"
+            "tracker.finish(None, goes_on=False); print('ended', flush=True)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, folder.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        started = [process.stdout.readline(), process.stdout.readline()]
+        assert started[1].startswith(server.address), started
+        server.become("hanging")
+        out, _ = process.communicate("\n", timeout=60)
+        assert out == "ended\n"
+        assert process.returncode == 0
+
+
+class TestSync:
+    @pytest.mark.parametrize("mode", ["offline", "disabled"])
+    def test_what_was_not_online_can_be_uploaded_and_again(
+        self, tmp_path: Path, server: Server, mode: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = run_in(tmp_path, f"tracking.mode={mode}")
+        measure(folder, 0, 50, 100)
+        tracker = begin(folder)
+        tracker.show(3)
+        tracker.finish(finish(folder), goes_on=False)
+        assert not server.runs
+        for before, rows in ((0, 3), (3, 0)):
+            assert main(["sync", str(folder.path.parent)]) == 0
+            (line,) = [line for line in capsys.readouterr().out.splitlines() if "tiny" in line]
+            address = f"{server.address}/me/sae_lora/runs/{shown(folder).id}"
+            assert [cell.strip() for cell in line.strip("│").split("│")][1:] == [
+                str(before),
+                str(rows),
+                address,
+            ]
+            found = server.runs[shown(folder).id]
+            assert found.rows == in_file(folder)
+            assert found.exit_code == 0
+            assert found.summary["result"]["gap_closed"] == 0.25
+            assert found.config["environment"] == ENVIRONMENT
+
+    def test_what_was_measured_later_stands_beside_its_result(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50)
+        finish(folder)
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert "evaluation" not in found.summary
+        results = {"distance": {"student": {"l2": [{"value": 2.0}]}}, "shortened": None}
+        suite_records.write(folder, suite_records.Record("mechanism", {}, results, {}, seconds=1.0))
+        upload([folder])
+        assert found.summary["evaluation"] == {"mechanism/L2 at the end": 2.0}
+
+    def test_of_a_run_that_goes_on_only_what_its_checkpoint_holds(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        measure(folder, 0, 50, 100)
+        save(folder, step=60, points=2)
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert found.rows == in_file(folder)[:2]
+        measure(folder, 100, 150, keep=2, seconds=2.0)
+        finish(folder)
+        upload([folder])
+        assert found.rows == in_file(folder)
+
+    def test_a_failed_run_is_shown_as_failed(self, folder: RunFolder, server: Server) -> None:
+        measure(folder, 0, 50)
+        folder.write_failure("why", "the whole story")
+        upload([folder])
+        found = server.runs[shown(folder).id]
+        assert found.rows == in_file(folder)
+        assert found.exit_code == 1
+        assert "result" not in found.summary
+
+    def test_a_run_that_a_process_holds_is_left_alone(
+        self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        measure(folder, 0)
+        save(folder, step=10, points=1)
+        with held(folder.path):
+            upload([folder])
+        assert not server.runs
+        assert f"left alone: {folder.path.name} is being run by process" in capsys.readouterr().err
+
+    def test_nobody_is_logged_in(self, folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["sync", str(folder.path.parent)]) == 1
+        assert capsys.readouterr().err.startswith("error: nothing can be uploaded: not logged in")
+
+    def test_the_server_does_not_answer(self, folder: RunFolder, server: Server) -> None:
+        server.become("busy")
+        with pytest.raises(UserError, match="does not answer"):
+            upload([folder])
+
+
+SMALL = (
+    "train.train_tokens=1536 train.batch_size=1 train.eval_every_tokens=512 "
+    "train.checkpoint_every_steps=3 data.validation_tokens=1024 lora.rank=2"
+).split()
+ATTEMPT = """
+import sys
+from pathlib import Path
+from sae_lora import tracking
+from tests.support.attempts import _child
+
+begin = tracking.start
+
+def begun(*arguments):  # training is so short here that it would be over before wandb is there
+    tracker = begin(*arguments)
+    assert tracker.place.startswith("http")
+    return tracker
+
+tracking.start = begun
+_child([Path(sys.argv[1])], int(sys.argv[2]), "9", None, [])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_taken_up_again_the_rows_are_those_of_the_curve(
+    tmp_path: Path, server: Server
+) -> None:
+    """Killed after a point that its checkpoint does not hold, which is measured once more."""
+    folder = run_in(tmp_path, *SMALL)
+    run_id = shown(folder).id
+
+    def attempt(kill_at: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", ATTEMPT, folder.path, str(kill_at)])
+        process.wait(300)
+        return process
+
+    killed = attempt(9)
+    before = in_file(folder)
+    ended = attempt(10**9)
+    after = in_file(folder)
+    for process in psutil.process_iter(["name", "cmdline"]):  # it outlives the one that was killed
+        if process.info["name"] == "wandb-core" and str(killed.pid) in (process.info["cmdline"] or ()):
+            process.kill()
+    assert (killed.returncode, ended.returncode) == (-9, 0)
+    assert server.rows(run_id) == after
+    assert server.runs[run_id].exit_code == 0
+    assert len(before) == 3
+    assert len(after) == 4
+    assert after[:2] == before[:2]
+    assert after[2]["train_seconds"] != before[2]["train_seconds"]
+    assert list(server.runs) == [run_id]
+    packages = server.runs[run_id].config["environment"]["packages"]
+    assert packages["wandb"] == wandb.__version__

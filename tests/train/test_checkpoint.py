@@ -1,0 +1,271 @@
+"""A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_lora.common.signals import Interrupted, Interruption
+from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.schema import CurvePoint
+from sae_lora.train import checkpoint
+from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
+from sae_lora.train.train_state import TrainState
+from tests.support.coders import topk_sae
+from tests.support.families import small_model
+from tests.support.trainings import batches, comparable, pack, training
+
+STEPS = 11
+BATCHES = batches(STEPS)
+MODEL = small_model("llama")
+
+
+def new_training() -> TrainState:
+    """As a new process would build it, from the seed alone; dropout is on."""
+    return training(MODEL, topk_sae(), steps=STEPS)
+
+
+def points(
+    one: TrainState,
+    from_batches: list[torch.Tensor],
+    after_step: Callable[[TrainState], None] | None = None,
+) -> Iterator[CurvePoint]:
+    """The training's points, without times."""
+
+    def told(trained: Sequence[TrainState]) -> None:
+        if after_step is not None:
+            after_step(*trained)
+
+    for _, point in pack(MODEL, one).points(from_batches, told):
+        yield comparable(point)
+
+
+def same(one: Snapshot, other: Snapshot) -> bool:
+    assert one.tensors.keys() == other.tensors.keys()
+    timeless = [
+        {key: value for key, value in state.values.items() if key not in ("train_seconds", "interval")}
+        for state in (one, other)
+    ]
+    return timeless[0] == timeless[1] and all(
+        torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[list[CurvePoint], Snapshot]:
+    """The curve and the last state of a training that nothing stopped."""
+    one = new_training()
+    return list(points(one, BATCHES)), one.state()
+
+
+@pytest.mark.parametrize("stop", range(STEPS + 1))
+def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
+    """Saved after a step, before the evaluation that follows it; restored from the disk."""
+    first = new_training()
+
+    def stop_there(trained: TrainState) -> None:
+        if trained.step == stop:
+            checkpoint.save(tmp_path, "hash", first.state())
+            raise Interrupted
+
+    if stop == 0:
+        checkpoint.save(tmp_path, "hash", first.state())
+    else:
+        with pytest.raises(Interrupted):
+            list(points(first, BATCHES, stop_there))
+    state = checkpoint.newest(tmp_path, "hash", pytest.fail)
+    assert state is not None
+    kept = whole[0][: state.values["points"]]
+    second = new_training()
+    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    second.restore(state)
+    assert kept + list(points(second, BATCHES[second.step :])) == whole[0]
+    assert same(second.state(), whole[1])
+
+
+def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
+    """Asked to stop between the evaluation and its line in the file."""
+    first = new_training()
+    source = points(first, BATCHES)
+    taken = [next(source), next(source)]
+    state = first.state()
+    assert state.values["points"] == 1
+    second = new_training()
+    second.restore(state)
+    assert [taken[0], *points(second, BATCHES[second.step :])] == whole[0]
+
+
+def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
+    one = new_training()
+    one.restore(whole[1])
+    assert list(points(one, [])) == []
+    assert same(one.state(), whole[1])
+
+
+class TestCheckpoints:
+    """What lies on the disk."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "checkpoints"
+        for step in (10, 20, 30):
+            checkpoint.save(folder, "hash", state_at(step))
+        return folder
+
+    def test_the_two_newest_are_kept(self, folder: Path) -> None:
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+        assert same(found, state_at(30))
+
+    def test_none_was_written(self, tmp_path: Path) -> None:
+        assert checkpoint.newest(tmp_path / "checkpoints", "hash", pytest.fail) is None
+
+    def test_what_a_killed_writer_left_is_no_checkpoint(self, folder: Path) -> None:
+        shutil.copytree(folder / "step-00000030", folder / ".step-00000040.123")
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+        assert found.values["step"] == 30
+        checkpoint.save(folder, "hash", state_at(40))
+        assert not list(folder.glob(".*"))
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda path: (path / "tensors.safetensors").unlink(),
+            lambda path: (path / "state.json").unlink(),
+            lambda path: (path / "manifest.json").unlink(),
+            lambda path: (path / "tensors.safetensors").write_bytes(b""),
+            lambda path: (path / "state.json").write_text(""),
+            lambda path: (path / "manifest.json").write_text(""),
+            lambda path: (path / "manifest.json").write_text("[]"),
+            lambda path: (path / "manifest.json").write_text('{"version": 99}'),
+            lambda path: flip(path / "tensors.safetensors", -1),
+            lambda path: flip(path / "tensors.safetensors", 3),
+            lambda path: flip(path / "state.json", 20),
+            lambda path: truncate(path / "tensors.safetensors"),
+            lambda path: truncate(path / "state.json"),
+            lambda path: truncate(path / "manifest.json"),
+            lambda path: edit_manifest(path, run="another"),
+            lambda path: edit_manifest(path, step=29),
+            lambda path: edit_manifest(path, files={}),
+        ],
+    )
+    def test_a_damaged_one_is_passed_over_and_named(
+        self, folder: Path, damage: Callable[[Path], object]
+    ) -> None:
+        damage(folder / "step-00000030")
+        said: list[str] = []
+        found = checkpoint.newest(folder, "hash", said.append)
+        assert found is not None
+        assert same(found, state_at(20))
+        assert len(said) == 1
+        assert "step-00000030" in said[0]
+        damage(folder / "step-00000020")
+        with pytest.raises(DamagedCheckpointError, match="step-00000020"):
+            checkpoint.newest(folder, "hash", said.append)
+
+    def test_another_runs_is_never_used(self, folder: Path) -> None:
+        with pytest.raises(DamagedCheckpointError, match="another run"):
+            checkpoint.newest(folder, "other", lambda text: None)
+
+    def test_a_disk_that_is_full_leaves_the_old_ones(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_space(tensors: object, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", no_space)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(folder, "hash", state_at(40))
+        monkeypatch.undo()
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
+        found = checkpoint.newest(folder, "hash", pytest.fail)
+        assert found is not None
+
+
+def state_at(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"adapter/a": torch.randn(4, 3, generator=generator), "rng/cpu": torch.get_rng_state()}
+    return Snapshot(tensors, {"step": step, "points": 1, "grad_norm": 0.1 + step})
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0x01
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class TestInterruption:
+    """Signals become one exception, at a moment when nothing is half done."""
+
+    @pytest.fixture
+    def interruption(self) -> Iterator[Interruption]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background
+        interruption = Interruption()
+        with interruption.watching():
+            yield interruption
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+    def test_at_once_where_nothing_is_held(self, interruption: Interruption, number: int) -> None:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(number)
+
+    def test_held_back_to_the_end_of_the_block(self, interruption: Interruption) -> None:
+        ended = []
+        with pytest.raises(Interrupted), interruption.held():
+            with interruption.held():
+                signal.raise_signal(signal.SIGUSR2)
+                signal.raise_signal(signal.SIGTERM)
+            ended.append(True)
+        assert ended == [True]
+
+    def test_only_once(self, interruption: Interruption) -> None:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGTERM)  # the way out is not cut short
+
+    def test_handlers_are_put_back(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with Interruption().watching():
+            assert signal.getsignal(signal.SIGTERM) != before
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) -> None:
+    folder = RunFolder(tmp_path)
+    with CurveWriter(folder.curve) as curve:
+        for point in whole[0][:3]:
+            curve.append(point)
+    with folder.curve.open("a") as file:
+        file.write('{"step": 9, "tok')
+    with CurveWriter(folder.curve, keep=2) as curve:
+        curve.append(whole[0][2])
+    assert folder.read_curve() == whole[0][:3]
+
+
+def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None:
+    one = new_training()
+    list(points(one, BATCHES))
+    checkpoint.save(tmp_path, "hash", one.state())
+    saved = load_file(tmp_path / f"step-{STEPS:08d}" / "tensors.safetensors")
+    weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}
+    moments = [name for name in saved if name.startswith("optimizer/exp_avg/")]
+    assert len(weights) == len(moments) > 0

@@ -1,0 +1,176 @@
+"""What a run is said to cost is what a step of it costs."""
+
+import gc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sae_lora.common.isolation import Isolation
+from sae_lora.config.enums import Architecture
+from sae_lora.config.identity import step_tokens, train_steps
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import load_model, load_shapes
+from sae_lora.run.build import Builder
+from sae_lora.saes import loading
+from sae_lora.train import methods
+from sae_lora.train.cost import estimate
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.distributed import SingleProcess
+from sae_lora.train.optim import GradientState
+from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.train_state import TrainState
+from scripts.benchmark.memory import PeakMemory
+from tests.support.families import FAMILIES, small_model
+from tests.support.packs import CPU, pack_of, resolved, take_step
+from tests.support.trainings import NO_IDS
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+CASES = [
+    ("",),
+    ("train.batch_size=16",),
+    ("train.kl_chunk_tokens=128",),
+    ("train.kl=full",),
+    ("lora.blocks=all",),
+    ("lora.blocks=[7]",),
+    ("lora.targets=mlp lora.blocks=[5,7]",),
+    ("lora.dropout=0.1",),
+    ("lora.rank=256",),
+    ("sae.width=4k sae.l0=8",),
+    ("sae.width=4k sae.l0=8 sae.sparse=true",),
+    ("sae.width=4k sae.l0=8 lora.blocks=all",),
+    ("sae.width=4k sae.l0=8 lora.blocks=all sae.sparse=true",),
+    ("layer.index=[2,5]",),
+    ("sae=disk sae.path={home}/of_an_mlp",),
+    ("train.dtype=bfloat16",),
+    ("train.micro_batch_size=2",),
+    ("train.activation_checkpointing=true",),
+    ("", "lora.rank=4"),
+    ("method=mezo",),
+    ("method=linear_adapter",),
+    ("method=mlp_adapter method.rank=16",),
+    ("method=e2e sae=tiny",),
+    ("method=sae_finetune",),
+    ("layer.index=[2,5] method=e2e sae=tiny",),
+    *(
+        pytest.param(those, marks=pytest.mark.slow)
+        for those in (
+            ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
+            ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
+            (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
+            tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
+        )
+    ),
+]
+"""Runs that train together, by what sets them apart from the defaults."""
+
+
+def use_attention(models: Iterable[LanguageModel], name: str) -> None:
+    for model in models:
+        model.model.set_attn_implementation(name)
+
+
+def models_of(pack: DistillTrainer) -> list[LanguageModel]:
+    return [pack._model, *(training.student.model for training in pack.left)]
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_flops_and_weights_are_those_of_a_step(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    configs = resolved(tmp_path, overrides)
+    counted = pack_of(configs)
+    use_attention(models_of(counted), "eager")  # the counter knows no other on a CPU
+    with FlopCounterMode(display=False) as counter:
+        take_step(counted, configs[0])
+    said = estimate(configs)
+    assert said.flops / train_steps(configs[0]) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert said.adapter_weights == sum(
+        weight.numel() for one in counted.left for weight in one.student.weights.values()
+    )
+
+
+@pytest.mark.parametrize("architecture", [one.name for one in Architecture])
+@pytest.mark.parametrize("method", ["sae", "e2e"])
+def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, tmp_path: Path) -> None:
+    """sae-lens's own losses among them, and the pass that fills the buffer of activations."""
+    l0 = () if architecture in ("standard", "gated") else ("sae.l0=8",)
+    asked = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
+    (config,) = resolved(
+        tmp_path, (" ".join((*asked, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)
+    )
+    model = load_model(config.model, config.train.dtype, CPU)
+    tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
+    saes = methods.new_saes(config, model, methods.Sample(tokens, NO_IDS))
+    steps = train_steps(config)
+    training, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
+    builder = Builder(config)
+    builder._model = model
+    pack = builder.trainer(Isolation([training]), NO_IDS, tokens, SingleProcess())
+    use_attention([model, training.student.model], "eager")
+    with FlopCounterMode(display=False) as counter:
+        pack._step(0, iter([tokens]), [training])
+    assert estimate([config]).flops / steps == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_buffer_of_activations_takes_memory(tmp_path: Path) -> None:
+    """It is counted once for SAEs that read the same."""
+    asked = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"
+    more = f"{asked} method.buffer_tokens=90000"  # a fill holds whole steps
+    small, large, both = (
+        estimate(resolved(tmp_path, those)).peak_bytes
+        for those in ((f"{asked} method.buffer_tokens=1024",), (more,), (more, f"{more} train.seed=1"))
+    )
+    (config,) = resolved(tmp_path, (more,))
+    step = step_tokens(config)
+    assert large - small == (90_000 // step - 1) * step * 128 * 4
+    assert both - large < large - small
+
+
+def held_between_steps(one: TrainState) -> Iterator[Tensor]:
+    student = one.student
+    coders: list[Any] = [splice.sae for splice in (*student.splices, *student.before)]
+    for module in (student.model.model, *coders):
+        yield from module.parameters()
+    yield from student.buffers.values()
+    if isinstance(one, SAEGradientState):
+        yield from one._others
+    if isinstance(one, GradientState):
+        for state in one._optimizer.state.values():
+            yield from state.values()
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    configs = resolved(tmp_path, tuple(f"train.eval_batch_tokens=128 {one}" for one in overrides))
+    measured = pack_of(configs)
+    take_step(measured, configs[0])
+    # What SAEs in training are evaluated as is still there in the next step.
+    measured._evaluate([one.student for one in measured.left])
+    comparison = measured._evaluate._comparison
+    tensors = [
+        *(comparison._room + comparison._spare),
+        *(tensor for one in measured.left for tensor in held_between_steps(one)),
+    ]
+    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    gc.collect()
+    with PeakMemory() as memory:
+        take_step(measured, configs[0])
+    assert estimate(configs).peak_bytes == pytest.approx(memory.peak + sum(held.values()), rel=0.2)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_has_shapes(family: str, tmp_path: Path) -> None:
+    small = small_model(family)
+    small.model.config.save_pretrained(tmp_path / family)
+    (config,) = resolved(tmp_path, ("",))
+    config.model.name = str(tmp_path / family)
+    config.sae.used[0].block = 0
+    config.lora.targets = "mlp"
+    shapes = load_shapes(config.model)
+    counted = sum(weight.numel() for weight in small.model.parameters())
+    assert sum(weight.numel() for weight in shapes.model.parameters()) == counted
+    assert estimate([config]).flops > 0

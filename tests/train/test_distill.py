@@ -1,0 +1,230 @@
+"""Training and evaluation: what moves, what does not, and that the numbers are what they say."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.schema import LoRAConfig, TrainConfig
+from sae_lora.models import lora
+from sae_lora.models.hookpoints import resid_post
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.schema import CurvePoint
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.hooks import Coder, Reading, spliced
+from sae_lora.train.evaluator import Reconstruction
+from sae_lora.train.lr_schedule import rate_factor
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import D_MODEL, random_tokens, small_model
+from tests.support.trainings import (
+    CONFIG,
+    HELD_OUT,
+    batches,
+    comparable,
+    evaluator,
+    fill,
+    pack,
+    student,
+    training,
+)
+
+
+def train(
+    model: LanguageModel,
+    sae: Coder,
+    config: TrainConfig = CONFIG,
+    steps: int = 6,
+    adapters: LoRAConfig | None = None,
+) -> list[CurvePoint]:
+    one = training(model, sae, config, steps, adapters)
+    return [point for _, point in pack(model, one).points(batches(steps))]
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_training_closes_the_gap_and_only_adapters_move(model: LanguageModel, blocks: str) -> None:
+    sae = jumprelu_sae()
+    frozen = {**model.model.state_dict(), **sae.state_dict(prefix="sae.")}
+    before = {name: weight.clone() for name, weight in frozen.items()}
+    points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=40)
+    assert points[-1].kl < points[0].kl
+    assert points[-1].student_ce != points[0].student_ce
+    assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
+    assert not any(weight.requires_grad for weight in model.model.parameters())
+
+
+def test_same_seed_twice_gives_the_same_curve() -> None:
+    def curve(seed: int) -> list[CurvePoint]:
+        points = train(small_model("llama"), topk_sae(), dataclasses.replace(CONFIG, seed=seed))
+        return [comparable(point) for point in points]
+
+    assert curve(0) == curve(0)
+    assert curve(0) != curve(1)
+
+
+def test_points_before_on_the_way_and_at_the_end() -> None:
+    points = train(small_model("llama"), topk_sae(), steps=7)
+    assert [point.tokens for point in points] == [0, 96, 192, 224]
+    assert [point.step for point in points] == [0, 3, 6, 7]
+    first = points[0]
+    assert first.student_ce == first.spliced_ce
+    assert first.gap_closed == 0
+    assert {point.base_ce for point in points} == {first.base_ce}
+
+
+def test_identity_has_no_gap_to_close(model: LanguageModel) -> None:
+    (first, *_) = train(model, IdentitySAE(), steps=1)
+    assert first.ce_gap == 0
+    assert first.kl == 0
+    assert first.gap_closed is None
+    assert first.top1_agreement == 1
+    assert first.fvu == 0
+
+
+@pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae, blocks: str) -> None:
+    sae = make_sae()
+    measured = student(model, sae, LoRAConfig(rank=2, blocks=blocks))
+    fill(measured.weights)
+    (found,) = evaluator(model)([measured])
+    readings: list[Reading] = []
+    with torch.no_grad():
+        with spliced(measured.model, {resid_post(1): sae}, observe=readings.append):
+            adapted = measured.model.model(HELD_OUT, use_cache=False).logits
+        base = model.model(HELD_OUT, use_cache=False).logits
+        with spliced(model, {resid_post(1): sae}):
+            plain = model.model(HELD_OUT, use_cache=False).logits
+
+    def ce(logits: torch.Tensor) -> float:
+        return float(cross_entropy(logits[:, :-1].flatten(0, 1), HELD_OUT[:, 1:].flatten()))
+
+    teacher, learner = log_softmax(base, -1), log_softmax(adapted, -1)
+    kl = torch.nn.functional.kl_div(learner, teacher, log_target=True, reduction="none").sum(-1).mean()
+    assert found.base_ce == pytest.approx(ce(base), abs=1e-5)
+    assert found.spliced_ce == pytest.approx(ce(plain), abs=1e-5)
+    assert found.student_ce == pytest.approx(ce(adapted), abs=1e-5)
+    assert found.kl == pytest.approx(float(kl), abs=1e-5)
+    agreement = (base.argmax(-1) == adapted.argmax(-1)).float().mean()
+    assert found.top1_agreement == pytest.approx(float(agreement), rel=1e-6)
+    (reading,) = readings
+    residual = (reading.resid - reading.recon).square().sum()
+    total = (reading.resid - reading.resid.mean(0)).square().sum()
+    assert found.fvu[resid_post(1)] == pytest.approx(float(residual / total), rel=1e-4)
+    assert found.l0[resid_post(1)] == pytest.approx(float((reading.latents != 0).sum(-1).float().mean()))
+
+
+def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
+    one = student(model, topk_sae())
+    fill(one.weights)
+    (whole,), (parts,) = evaluator(model, 10, 1000)([one]), evaluator(model, 3, 7)([one])
+    for together, apart in zip(whole[:5], parts[:5], strict=True):
+        assert together == pytest.approx(apart, rel=1e-5, abs=1e-6)
+    assert whole.fvu == pytest.approx(parts.fvu, rel=1e-5)
+
+
+def test_what_is_kept_between_evaluations_changes_no_bit(model: LanguageModel) -> None:
+    """Students that move, join, leave and come back; with room for all states, for none, for some."""
+    students = [
+        student(model, topk_sae()),
+        student(model, jumprelu_sae(), LoRAConfig(rank=2, blocks="all")),
+        student(model, topk_sae(), LoRAConfig(rank=3), block=2),
+    ]
+    kept, afresh = evaluator(model, cache_bytes=1e9), evaluator(model)
+    some = evaluator(model, cache_bytes=1.2 * 10 * 16 * 32 * 4 * 3)
+    for number, present in enumerate([(0, 1), (0, 1), (0, 1, 2), (2,), (0, 1, 2), (1, 2)]):
+        for one in students:
+            fill(one.weights, seed=number)
+        here = [students[place] for place in present]
+        assert kept(here) == afresh(here) == some(here) == evaluator(model)(here)
+    assert len(kept._trunks) == 3
+    assert not afresh._trunks
+
+
+def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
+    one = student(model, topk_sae(), LoRAConfig(rank=2, dropout=0.5))
+    lora.set_adapter_dropout(one.model, True)
+    next(one.model.blocks[0].children()).train()
+    modes = {name: module.training for name, module in one.model.model.named_modules()}
+    assert len(set(modes.values())) == 2
+    evaluate = evaluator(model)
+    assert evaluate([one]) == evaluate([one])
+    assert {name: module.training for name, module in one.model.model.named_modules()} == modes
+
+
+def test_reconstruction_worked_by_hand() -> None:
+    """Residuals (0,0), (2,0), (4,0): variance 8 about their mean. Errors 1 and 1: FVU 2/8."""
+    sums = Reconstruction(topk_sae(k=2, width=3), D_MODEL, torch.device("cpu"))
+    resid, recon = torch.zeros(2, 3, D_MODEL)
+    resid[:, :2] = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    recon[:, :2] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
+    latents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
+    sums.add(Reading("x", resid[:1], latents[:1], recon[:1]))
+    sums.add(Reading("x", resid[1:], latents[1:], recon[1:]))
+    assert sums.fvu == pytest.approx(0.25)
+    assert sums.l0 == pytest.approx(1.0)
+    assert sums.dead == pytest.approx(1 / 3)
+
+
+def test_the_step_is_the_plain_one() -> None:
+    """One step of the loop is AdamW on the KL of whole logits, written out."""
+    sae, tokens = topk_sae(), random_tokens(batch=2, length=16, seed=0)
+    config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
+    model = small_model("gemma2")
+    one = training(model, sae, config, 1, LoRAConfig(rank=2))
+    list(pack(model, one).points([tokens]))
+    trained = [weight.detach() for weight in one.student.weights.values()]
+
+    model = small_model("gemma2")
+    torch.manual_seed(config.seed)
+    adapters = lora.attach(model, LoRAConfig(rank=2), first_sae=1)
+    weights = list(lora.trainable_weights(model).values())
+    with torch.no_grad(), adapters.disable_adapter():
+        teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    with spliced(model, {resid_post(1): sae}):
+        learner = log_softmax(model.model(tokens, use_cache=False).logits, -1)
+    (teacher.exp() * (teacher - learner)).sum(-1).mean().backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0).step()
+    for found, expected in zip(trained, weights, strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_summed_loss_makes_the_clip_bind() -> None:
+    """The same first gradient, scaled by the tokens of a sequence."""
+    norms = {}
+    for reduction in Reduction:
+        config = dataclasses.replace(CONFIG, kl_reduction=reduction, eval_every_tokens=1)
+        norms[reduction] = train(small_model("llama"), topk_sae(), config, steps=1)[-1].grad_norm
+    assert norms[Reduction.sequence_sum] == pytest.approx(16 * norms[Reduction.token_mean], rel=1e-4)
+
+
+def test_lora_plus_moves_b_so_many_times_as_far() -> None:
+    """AdamW's first step is as long as the rate, and A has no gradient where B is zero."""
+    config = dataclasses.replace(CONFIG, warmup_share=0.0, grad_clip=None)
+    tokens, after = random_tokens(batch=2, length=16, seed=0), []
+    for ratio in (1.0, 8.0):
+        model = small_model("llama")
+        one = training(model, topk_sae(), dataclasses.replace(config, loraplus_ratio=ratio), 1)
+        list(pack(model, one).points([tokens]))
+        after.append(one.student.weights)
+    for name, plain in after[0].items():
+        expected = 8 * plain if "lora_B" in name else plain
+        torch.testing.assert_close(after[1][name], expected)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_learning_rate(schedule: Schedule) -> None:
+    factor = rate_factor(TrainConfig(schedule=schedule, warmup_share=0.25), steps=8)
+    rates = [factor(step) for step in range(9)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    expected = [1.0] * 6 if schedule is Schedule.constant else [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0]
+    assert rates[3:] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_no_number_is_reported() -> None:
+    config = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
+    with pytest.raises(UserError, match=r"train\.lr"):
+        train(small_model("llama"), topk_sae(), config, steps=12)

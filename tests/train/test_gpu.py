@@ -1,0 +1,100 @@
+"""What only a GPU can show: `pytest -m gpu`."""
+
+import gc
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.train.cost import estimate
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import random_tokens, small_model
+from tests.support.packs import pack_of, resolved, take_step
+from tests.support.trainings import batches, comparable, curves, evaluator, pack, training
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+DEVICE = torch.device("cuda")
+MODELS = ["gemma2", "llama"]
+
+
+def on_gpu(family: str) -> LanguageModel:
+    return LanguageModel(small_model(family).model.to(DEVICE))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def never_waiting() -> Iterator[None]:
+    """The host must not wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_step_does_not_wait(family: str, request: pytest.FixtureRequest) -> None:
+    model = on_gpu(family)
+    saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
+    adapters = LoRAConfig(rank=2, dropout=0.2, blocks="all")
+    together = pack(model, *(training(model, sae, adapters=adapters) for sae in saes))
+    tokens = together._on_device(random_tokens(batch=2, length=16, seed=1))
+    together._take_step(together.left, tokens)
+    request.getfixturevalue("never_waiting")
+    together._take_step(together.left, tokens)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_packed_is_alone_to_the_last_bit(family: str) -> None:
+    model = on_gpu(family)
+    saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
+    alone = [curves(pack(model, one := training(model, sae)), 6)[one] for sae in saes]
+    trainings = [training(model, sae) for sae in saes]
+    together = curves(pack(model, *trainings), 6)
+    assert [together[one] for one in trainings] == alone
+
+
+def test_restored_it_goes_on_the_same() -> None:
+    model, sae = on_gpu("llama"), topk_sae().to(DEVICE)
+    whole = training(model, sae)
+    expected = curves(pack(model, whole), 6)[whole]
+    begun = training(model, sae)
+    for _ in itertools.islice(pack(model, begun).points(batches(6)), 2):  # points of steps 0 and 3
+        pass
+    again = training(model, sae)
+    again.restore(begun.state())
+    rest = curves(pack(model, again), 6)[again]
+    assert rest == expected[-len(rest) :]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    ["", "train.kl=full", "lora.blocks=all", "train.dtype=bfloat16", "lora.rank=256 lora.dropout=0.1"],
+)
+def test_memory_is_as_estimated(overrides: str, tmp_path: Path) -> None:
+    larger = "train.batch_size=64 train.eval_batch_tokens=128"
+    configs = resolved(tmp_path, (f"{larger} {overrides}",))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    together = pack_of(configs, DEVICE)
+    take_step(together, configs[0])
+    torch.cuda.reset_peak_memory_stats()
+    take_step(together, configs[0])
+    peak = torch.cuda.max_memory_allocated() - before
+    assert estimate(configs).peak_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_evaluations_are_those_of_a_cpu() -> None:
+    cpu, gpu = small_model("gemma2"), on_gpu("gemma2")
+    points = []
+    for model, device in ((cpu, torch.device("cpu")), (gpu, DEVICE)):
+        one = training(model, topk_sae().to(device))
+        (found,) = evaluator(model)([one.student])
+        points.append(comparable(one.point(found)))
+    for name in ("base_ce", "spliced_ce", "kl", "fvu"):
+        assert getattr(points[1], name) == pytest.approx(getattr(points[0], name), rel=1e-3)

@@ -1,0 +1,438 @@
+"""MeZOState, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from sae_lora.common.errors import UserError
+from sae_lora.common.signals import Interrupted
+from sae_lora.config.enums import Method
+from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.saes import output_adapter
+from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
+from sae_lora.splice.hooks import Coder
+from sae_lora.splice.trunk import Trunk
+from sae_lora.train import checkpoint
+from sae_lora.train.cost import _own_weights
+from sae_lora.train.optim import MeZOState
+from sae_lora.train.train_state import TrainState
+from scripts.benchmark.memory import PeakMemory
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import D_MODEL, random_tokens, small_model
+from tests.support.learners import WIDTH
+from tests.support.stepping import (
+    SPECIAL,
+    STEPS,
+    TOKENS,
+    Made,
+    frozen_standard,
+    gradients,
+    made,
+    step,
+    together,
+    trained,
+    whole_kl,
+)
+from tests.support.trainings import CONFIG, NO_IDS, batches, comparable, fill, kl
+
+MODEL = small_model("llama")
+PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
+MAPS = [
+    (Method.linear_adapter, None),
+    (Method.linear_adapter, 3),
+    (Method.mlp_adapter, None),
+    (Method.mlp_adapter, 5),
+]
+
+
+class Smooth(nn.Module):
+    """An SAE whose latents have no kink where they begin: a difference is a derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = frozen_standard().W_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        return softplus(x @ self.matrix)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return feature_acts @ self.matrix.T
+
+
+def mezo(train: TrainConfig = PLAIN, **settings: Any) -> Made:
+    """Whose adapters change the output."""
+    one = made(MODEL, Method.mezo, topk_sae(), train=train, **settings)
+    fill(one.training.student.weights)
+    return one
+
+
+def direction(one: Made) -> dict[str, Tensor]:
+    assert isinstance(one.training, MeZOState)
+    return dict(zip(one.weights, one.training._direction(), strict=True))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def slope_of(one: Made, epsilon: float, tokens: Tensor = TOKENS) -> float:
+    """What the mean KL differs by on both sides of where the weights are, by moving them by hand."""
+    student, totals = one.training.student, []
+    weights, along, before = student.weights, direction(one), one.weights
+    for distance in (epsilon, -epsilon):
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(torch.add(before[name], along[name], alpha=distance))
+            trunk = Trunk(MODEL, tokens, NO_IDS, student.cuts)
+            (found,) = kl(MODEL)(trunk.hidden(), [student.hidden(trunk)], [None])
+        totals.append(found.total)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+    return float(totals[0] - totals[1]) / tokens.numel() / (2 * epsilon)
+
+
+class TestMeZO:
+    """Training by forward passes alone."""
+
+    def test_a_rate_of_zero_leaves_every_bit(self) -> None:
+        one = mezo(dataclasses.replace(PLAIN, lr=0.0, weight_decay=0.1))
+        before, frozen = one.weights, {n: w.clone() for n, w in MODEL.model.state_dict().items()}
+        for _ in range(3):
+            step(MODEL, one.training)
+        assert one.training.step == 3
+        assert same(one.weights, before)
+        assert same(MODEL.model.state_dict(), frozen)
+
+    def test_there_is_no_gradient_and_no_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one, hidden = mezo(), []
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a gradient was asked for")
+
+        plain = MeZOState.hidden
+
+        def watched(learner: MeZOState, trunk: Trunk) -> list[Tensor]:
+            hidden.extend(plain(learner, trunk))
+            return hidden[-2:]
+
+        monkeypatch.setattr(torch.autograd, "grad", refuse)
+        monkeypatch.setattr(torch.autograd, "backward", refuse)
+        monkeypatch.setattr(torch.Tensor, "backward", refuse)
+        monkeypatch.setattr(MeZOState, "hidden", watched)
+        before = one.weights
+        step(MODEL, one.training, micro_batch=2)
+        assert len(hidden) == 4
+        assert all(states.grad_fn is None for states in hidden)
+        weights = one.training.student.weights
+        assert all(weight.grad is None for weight in weights.values())
+        assert all(weight.requires_grad for weight in weights.values())
+        assert not any(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+    @pytest.mark.parametrize("blocks", ["after", "all"])
+    def test_the_slope_is_the_derivative_along_the_direction(self, blocks: str) -> None:
+        lora = LoRAConfig(rank=2, blocks=blocks)
+        one = made(MODEL, Method.mezo, Smooth(), train=PLAIN, lora=lora, epsilon=1e-3)
+        student = one.training.student
+        fill(student.weights)
+        for weight in student.weights.values():
+            weight.data *= 0.1  # over so short a way the loss is straight
+        loss = whole_kl(MODEL, student.model, student.splices)
+        slopes = torch.autograd.grad(loss, list(student.weights.values()))
+        along = direction(one).values()
+        expected = float(sum((slope * part).sum() for slope, part in zip(slopes, along, strict=True)))
+        before = one.weights
+        step(MODEL, one.training)
+        slope = float(one.training._last_norm or 0)
+        assert slope == pytest.approx(abs(expected), rel=2e-3)
+        # Down the slope: against the direction where the loss rises along it.
+        name, part = next(iter(direction_before(one)))
+        moved = student.weights[name].detach() - before[name]
+        assert float((moved * part).sum()) * expected < 0
+
+    def test_the_direction_follows_from_seed_and_step(self) -> None:
+        one, same_seed = mezo(), mezo()
+        other_seed = mezo(dataclasses.replace(PLAIN, seed=1))
+        assert same(direction(one), direction(same_seed))
+        assert not same(direction(one), direction(other_seed))
+        first = direction(one)
+        torch.rand(5)  # whoever else draws
+        assert same(direction(one), first)
+        step(MODEL, one.training)
+        second = direction(one)
+        assert not any(torch.equal(first[name], second[name]) for name in first)
+        step(MODEL, same_seed.training, tokens=random_tokens(seed=3))
+        assert same(second, direction(same_seed))
+        whole = torch.cat([part.flatten() for part in first.values()])
+        assert float(whole.mean()) == pytest.approx(0, abs=5 / len(whole) ** 0.5)
+        assert float(whole.std()) == pytest.approx(1, abs=5 / len(whole) ** 0.5)
+
+    @pytest.mark.parametrize("decay", [0.0, 0.1])
+    @pytest.mark.parametrize("clip", [None, 1e-3])
+    def test_one_step_worked_by_hand(self, clip: float | None, decay: float) -> None:
+        config = dataclasses.replace(PLAIN, grad_clip=clip, weight_decay=decay, warmup_share=0.0)
+        one = mezo(config, epsilon=1e-2)
+        along, before = direction(one), one.weights
+        slope = slope_of(one, 1e-2)
+        assert same(one.weights, before)
+        kept = slope if clip is None else clip * slope / abs(slope)
+        assert abs(slope) > 1e-3
+        step(MODEL, one.training)
+        for name, weight in one.weights.items():
+            expected = before[name] * (1 - config.lr * decay)
+            expected = torch.sub(expected, along[name], alpha=config.lr * kept)
+            torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
+        assert one.training._last_norm == pytest.approx(abs(slope), rel=1e-9)
+
+    @pytest.mark.parametrize("blocks", ["after", "all"])
+    def test_its_memory_is_that_of_a_forward_pass(self, blocks: str) -> None:
+        """Beside it there are the trained weights once more, and what its other pass has made."""
+        tokens = random_tokens(batch=16, length=32)
+        lora = LoRAConfig(rank=2, blocks=blocks)
+        mezo, gradient = (
+            made(MODEL, kind, topk_sae(), lora=lora).training for kind in (Method.mezo, Method.lora)
+        )
+        comparison = kl(MODEL)
+
+        def forward() -> None:
+            with torch.no_grad():
+                trunk = Trunk(MODEL, tokens, NO_IDS, mezo.student.cuts)
+                comparison(trunk.hidden(), [mezo.student.hidden(trunk)], [None])
+
+        def peak(action: Callable[[], object]) -> int:
+            action()  # room that is kept from one step to the next
+            with PeakMemory() as memory:
+                action()
+            return memory.peak
+
+        passes = [together(MODEL, one) for one in (mezo, gradient)]
+        by_forward_passes, by_gradient = (
+            peak(lambda pack=pack: pack._take_step(pack.left, tokens)) for pack in passes
+        )
+        weights = sum(weight.numel() for weight in mezo.student.weights.values())
+        other_pass = tokens.numel() * D_MODEL
+        allowed = peak(forward) + 4 * (weights + other_pass)
+        assert by_forward_passes == pytest.approx(allowed, rel=0.02)
+        assert by_forward_passes < 0.4 * by_gradient
+
+    def test_in_a_pack_it_is_what_it_is_alone(self) -> None:
+        def variants() -> list[Made]:
+            return [
+                mezo(),
+                mezo(dataclasses.replace(PLAIN, seed=2, lr=1e-2), lora=LoRAConfig(rank=3, blocks="all")),
+                made(MODEL, Method.lora, topk_sae(), lora=LoRAConfig(rank=2, dropout=0.3)),
+                made(MODEL, Method.linear_adapter, topk_sae()),
+                made(MODEL, Method.e2e, trained("topk")),
+            ]
+
+        expected = []
+        for one in variants():
+            curve = [comparable(p) for _, p in together(MODEL, one.training).points(batches(STEPS))]
+            expected.append((curve, one.weights))
+        found = variants()
+        curves: dict[TrainState, list] = {one.training: [] for one in found}
+        for training, point in together(MODEL, *curves).points(batches(STEPS)):
+            curves[training].append(comparable(point))
+        for one, (curve, weights) in zip(found, expected, strict=True):
+            assert curves[one.training] == curve
+            assert same(one.weights, weights)
+
+
+def direction_before(one: Made) -> list[tuple[str, Tensor]]:
+    """That of the step that was taken last."""
+    one.training.step -= 1
+    found = list(direction(one).items())
+    one.training.step += 1
+    return found
+
+
+class TestMaps:
+    """Linear maps and MLPs on what an SAE puts back."""
+
+    @pytest.mark.parametrize(("kind", "rank"), MAPS)
+    @pytest.mark.parametrize("sae", [topk_sae, jumprelu_sae])
+    def test_fresh_it_changes_no_bit(
+        self, kind: Method, rank: int | None, sae: Callable[[], Coder], model: LanguageModel
+    ) -> None:
+        student = made(model, kind, sae(), rank=rank).training.student
+        trunk = Trunk(model, TOKENS, NO_IDS, student.cuts)
+        with torch.no_grad():
+            assert torch.equal(student.hidden(trunk), trunk.hidden(student.before))
+
+    @pytest.mark.parametrize(("kind", "rank"), MAPS)
+    def test_fresh_beside_special_tokens_it_changes_nothing(
+        self, kind: Method, rank: int | None
+    ) -> None:
+        """The SAE reads the other positions alone, and products of fewer rows may round otherwise."""
+        student = made(MODEL, kind, topk_sae(), rank=rank, keeps=True).training.student
+        trunk = Trunk(MODEL, TOKENS, SPECIAL, student.cuts)
+        with torch.no_grad():
+            found, expected = student.hidden(trunk), trunk.hidden(student.before)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(expected, trunk.hidden())
+
+    @pytest.mark.parametrize(("kind", "rank"), MAPS)
+    def test_nothing_else_moves(self, kind: Method, rank: int | None) -> None:
+        sae = topk_sae()
+        one = made(MODEL, kind, sae, rank=rank)
+        frozen = {**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}
+        frozen = {name: weight.clone() for name, weight in frozen.items()}
+        before = one.weights
+        points = [point for _, point in together(MODEL, one.training).points(batches(STEPS))]
+        assert points[-1].kl < points[0].kl
+        assert same({**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}, frozen)
+        assert not any(torch.equal(weight, before[name]) for name, weight in one.weights.items())
+        assert all(weight.grad is None for weight in sae.parameters())
+
+    @pytest.mark.parametrize("keeps", [False, True])
+    @pytest.mark.parametrize(("kind", "rank"), MAPS)
+    def test_the_gradient_is_that_of_one_plain_pass(
+        self, kind: Method, rank: int | None, keeps: bool
+    ) -> None:
+        """Of two SAEs, the second reads what the first one's map has changed."""
+        one = made(MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps)
+        student = one.training.student
+        fill(student.weights)
+        loss = whole_kl(MODEL, MODEL, student.splices, SPECIAL)
+        expected = torch.autograd.grad(loss, list(student.weights.values()))
+        found = gradients(MODEL, one.training, special_ids=SPECIAL, micro_batch=3)
+        for gradient, slope in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-5)
+        assert one.training.loss == pytest.approx(loss.item(), rel=1e-5)
+
+    @pytest.mark.parametrize(("kind", "rank"), MAPS)
+    def test_saved_and_loaded_it_has_the_same_bits(
+        self, kind: Method, rank: int | None, tmp_path: Path
+    ) -> None:
+        one = made(MODEL, kind, topk_sae(), rank=rank)
+        fill(one.training.student.weights)
+        one.kept.save(tmp_path)
+        (folder,) = tmp_path.iterdir()
+        assert folder.name == "blocks.1.hook_resid_post"
+        loaded = output_adapter.load(folder, torch.device("cpu"))
+        (own,) = one.training.student.modules.values()
+        assert same(dict(loaded.state_dict()), dict(own.state_dict()))
+        assert (loaded.kind, loaded.d_model, loaded.rank) == (kind, D_MODEL, rank)
+        assert not any(weight.requires_grad for weight in loaded.parameters())
+        recon = torch.randn(5, 7, D_MODEL)
+        assert torch.equal(loaded(recon), own(recon))
+        assert not torch.equal(loaded(recon), recon)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda folder: (folder / "output_adapter.safetensors").unlink(),
+            lambda folder: (folder / "output_adapter.json").unlink(),
+            lambda folder: (folder / "output_adapter.safetensors").write_bytes(b""),
+            lambda folder: cut(folder / "output_adapter.safetensors"),
+            lambda folder: cut(folder / "output_adapter.json"),
+            lambda folder: (folder / "output_adapter.json").write_text("{}"),
+            lambda folder: (folder / "output_adapter.json").write_text("[]"),
+            lambda folder: edit(folder, '"rank": 3', '"rank": 4'),
+            lambda folder: edit(folder, '"rank": 3', '"rank": "three"'),
+            lambda folder: edit(folder, '"linear_adapter"', '"lora"'),
+            lambda folder: edit(folder, '"linear_adapter"', '"linear"'),
+        ],
+    )
+    def test_a_damaged_one_is_one_clear_error(
+        self, damage: Callable[[Path], object], tmp_path: Path
+    ) -> None:
+        output_adapter.save(OutputAdapter(Method.linear_adapter, D_MODEL, 3), tmp_path)
+        damage(tmp_path)
+        with pytest.raises(UserError, match=r"adapter in .* cannot be loaded") as error:
+            output_adapter.load(tmp_path, torch.device("cpu"))
+        assert str(tmp_path) in str(error.value)
+
+    def test_how_many_weights_it_has(self) -> None:
+        """d + d² of a whole map, d + 2dr of one of rank r; an MLP's middle has its own bias."""
+        d = D_MODEL
+        expected = [d + d * d, d + 2 * d * 3, 2 * d * d + 2 * d, 2 * d * 5 + 5 + d]
+        for (kind, rank), weights in zip(MAPS, expected, strict=True):
+            one = OutputAdapter(kind, d, rank)
+            config = Config(method=MethodConfig(kind=kind, rank=rank))
+            assert sum(weight.numel() for weight in one.parameters()) == weights
+            assert _own_weights(config, d, WIDTH) == weights
+
+    def test_a_linear_map_of_full_rank_is_one(self) -> None:
+        """Worked by hand: x + W x + b, and with rank x + W₂ W₁ x + b."""
+        recon = torch.randn(4, D_MODEL)
+        whole = OutputAdapter(Method.linear_adapter, D_MODEL, None)
+        narrow = OutputAdapter(Method.linear_adapter, D_MODEL, 3)
+        for one in (whole, narrow):
+            fill(dict(one.named_parameters()))
+        weights = dict(whole.named_parameters())
+        expected = recon + recon @ weights["added.weight"].T + weights["added.bias"]
+        torch.testing.assert_close(whole(recon), expected)
+        weights = dict(narrow.named_parameters())
+        inner = recon @ weights["added.0.weight"].T
+        expected = recon + inner @ weights["added.1.weight"].T + weights["added.1.bias"]
+        torch.testing.assert_close(narrow(recon), expected)
+        assert torch.linalg.matrix_rank(narrow(torch.eye(D_MODEL)) - narrow(torch.zeros(D_MODEL))) > 3
+        added = narrow.added(torch.eye(D_MODEL)) - narrow.added(torch.zeros(D_MODEL))
+        assert torch.linalg.matrix_rank(added, rtol=1e-4) == 3
+
+    def test_latents_are_the_saes_own(self) -> None:
+        sae = topk_sae()
+        one = AdaptedCoder(sae, OutputAdapter(Method.mlp_adapter, D_MODEL, 5))
+        resid = torch.randn(6, D_MODEL)
+        assert torch.equal(one.encode(resid), sae.encode(resid))
+
+
+def cut(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    file = folder / "output_adapter.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+STOPPED: dict[str, Callable[[], Made]] = {
+    "mezo": lambda: mezo(CONFIG),
+    "linear_adapter": lambda: made(MODEL, Method.linear_adapter, topk_sae()),
+    "mlp_adapter": lambda: made(MODEL, Method.mlp_adapter, topk_sae(), rank=5),
+    "sae_finetune": lambda: made(MODEL, Method.sae_finetune, topk_sae(), dead_after_tokens=64),
+    "sae_finetune of rank 2": lambda: made(MODEL, Method.sae_finetune, jumprelu_sae(), rank=2),
+    "sae_finetune by KL": lambda: made(MODEL, Method.sae_finetune, frozen_standard(), mse=False),
+    **{
+        f"e2e {one}": lambda one=one: made(MODEL, Method.e2e, trained(one, scale=0.5, dead_after=1))
+        for one in ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
+    },
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize("stop", [2, 3])
+def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
+    """After a step between two evaluations, and before the one that follows a step."""
+    whole = STOPPED[name]()
+    expected = [comparable(p) for _, p in together(MODEL, whole.training).points(batches(STEPS))]
+    first, points = STOPPED[name](), []
+
+    def halt(trained: object) -> None:
+        if first.training.step == stop:
+            checkpoint.save(tmp_path, "hash", first.training.state())
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        points += [
+            comparable(p) for _, p in together(MODEL, first.training).points(batches(STEPS), halt)
+        ]
+    state = checkpoint.newest(tmp_path, "hash", pytest.fail)
+    assert state is not None
+    points = expected[: state.values["points"]]
+    second = STOPPED[name]()
+    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    second.training.restore(state)
+    rest = together(MODEL, second.training).points(batches(STEPS)[stop:])
+    assert points + [comparable(point) for _, point in rest] == expected
+    assert same(second.training.state().tensors, whole.training.state().tensors)

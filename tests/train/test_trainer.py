@@ -1,0 +1,334 @@
+"""Runs that train together: each is to the last bit what it is alone."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from sae_lora.common.errors import UserError
+from sae_lora.common.isolation import Isolation
+from sae_lora.common.signals import Interrupted
+from sae_lora.config.enums import Reduction, Schedule
+from sae_lora.config.schema import LoRAConfig
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.schema import CurvePoint
+from sae_lora.splice.trunk import Trunk
+from sae_lora.train import distill
+from sae_lora.train.checkpoint import Snapshot
+from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import TrainState
+from scripts.benchmark.memory import PeakMemory
+from tests.support.coders import jumprelu_sae, topk_sae
+from tests.support.families import random_tokens, small_model
+from tests.support.trainings import (
+    CONFIG,
+    NO_IDS,
+    batches,
+    comparable,
+    curves,
+    evaluator,
+    fill,
+    kl,
+    pack,
+    training,
+)
+
+pytestmark = pytest.mark.slow  # many seconds in all
+
+STEPS = 7
+MODELS = {family: small_model(family) for family in ("gemma2", "llama")}
+SAES = [topk_sae(), jumprelu_sae()]
+
+
+def variants(family: str) -> list[Callable[[], TrainState]]:
+    """Runs that differ in everything that runs of a pack may differ in."""
+    model = MODELS[family]
+
+    def made(rank: int, sae: int = 0, block: int = 1, **settings: object) -> Callable[[], TrainState]:
+        adapters = {
+            name: settings.pop(name)
+            for name in ("alpha", "dropout", "targets", "blocks", "rank_stabilised")
+            if name in settings
+        }
+        config = dataclasses.replace(CONFIG, **settings)  # pyright: ignore[reportArgumentType]
+        lora = LoRAConfig(**{"rank": rank, "dropout": 0.2} | adapters)  # pyright: ignore
+        return lambda: training(model, SAES[sae], config, STEPS, lora, block)
+
+    return [
+        made(1),
+        made(4, alpha=4.0, seed=3),
+        made(16, sae=1, lr=1e-2),
+        made(64, block=2, dropout=0.5, targets="attn"),
+        made(256, dropout=0.0, weight_decay=0.1, rank_stabilised=True),
+        made(2, blocks="all", schedule=Schedule.constant),
+        made(2, blocks=[3], grad_clip=None),
+        made(4, sae=1, block=0, targets="mlp", kl_reduction=Reduction.sequence_sum, warmup_share=0.5),
+        made(4, blocks=[0, 2], block=2),
+    ]
+
+
+def ended(one: TrainState) -> dict[str, torch.Tensor]:
+    return one.state().tensors
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+Alone = list[tuple[list[CurvePoint], Snapshot]]
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def alone(request: pytest.FixtureRequest) -> tuple[str, Alone]:
+    """What each run finds in a pack of its own."""
+    found = []
+    for make in variants(request.param):
+        one = make()
+        (curve,) = curves(pack(MODELS[request.param], one), STEPS).values()
+        found.append((curve, one.state()))
+    assert len({repr(curve) for curve, _ in found}) == len(found)
+    return request.param, found
+
+
+def test_together_each_is_what_it_is_alone(alone: tuple[str, Alone]) -> None:
+    """Curves, weights, optimizers and random states, after several steps with dropout."""
+    family, expected = alone
+    trainings = [make() for make in variants(family)]
+    found = curves(pack(MODELS[family], *trainings), STEPS)
+    for one, (curve, state) in zip(trainings, expected, strict=True):
+        assert found[one] == curve
+        assert same(ended(one), state.tensors)
+
+
+def test_taking_turns_changes_no_bit(alone: tuple[str, Alone], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds activations of no more at once."""
+    family, expected = alone
+    peaks = []
+    for at_once in (1, 4):
+        monkeypatch.setattr(distill, "AT_ONCE", at_once)
+        trainings = [make() for make in variants(family)[:4]]
+        together = pack(MODELS[family], *trainings)
+        assert curves(together, STEPS) == {
+            one: curve for one, (curve, _) in zip(trainings, expected, strict=False)
+        }
+        with PeakMemory() as memory:
+            together._take_step(trainings, batches(1)[0])
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.6 * peaks[1]
+
+
+@pytest.mark.parametrize("order", [(2, 0), (5, 3, 8), (7, 6, 1, 4)])
+def test_company_does_not_matter(alone: tuple[str, Alone], order: tuple[int, ...]) -> None:
+    family, expected = alone
+    trainings = [variants(family)[number]() for number in order]
+    found = curves(pack(MODELS[family], *trainings), STEPS)
+    for one, number in zip(trainings, order, strict=True):
+        assert found[one] == expected[number][0]
+        assert same(ended(one), expected[number][1].tensors)
+
+
+def stopped_at(step: int, family: str, number: int) -> tuple[list[CurvePoint], Snapshot]:
+    """A run's points and state where it was stopped, alone, after a step."""
+    one, points = variants(family)[number](), []
+
+    def stop(trained: Sequence[TrainState]) -> None:
+        if one.step == step:
+            raise Interrupted
+
+    if step > 0:
+        with pytest.raises(Interrupted):
+            for _, point in pack(MODELS[family], one).points(batches(STEPS), stop):
+                points.append(comparable(point))
+    return points, one.state()
+
+
+def test_some_are_further_than_others(alone: tuple[str, Alone]) -> None:
+    """Taken up at different steps, they meet, and each ends as if it had never stopped."""
+    family, expected = alone
+    trainings, kept = [], []
+    for number, stop in ((0, 0), (3, 5), (5, 2), (7, STEPS)):
+        points, state = stopped_at(stop, family, number)
+        one = variants(family)[number]()
+        one.restore(state)
+        trainings.append((number, one))
+        kept.append(points)
+    found = curves(pack(MODELS[family], *(one for _, one in trainings)), STEPS)
+    for (number, one), points in zip(trainings, kept, strict=True):
+        assert points + found[one] == expected[number][0]
+        assert same(ended(one), expected[number][1].tensors)
+
+
+class TestOneThatFails:
+    """It is dropped, and the others end as if it had not been there."""
+
+    FAMILY = "llama"
+
+    def together(
+        self, *numbers: int
+    ) -> tuple[DistillTrainer, list[TrainState], dict[TrainState, Exception]]:
+        trainings = [variants(self.FAMILY)[number]() for number in numbers]
+        errors: dict[TrainState, Exception] = {}
+
+        def fail(one: TrainState, error: Exception) -> None:
+            errors[one] = error
+            one.reset()
+
+        model = MODELS[self.FAMILY]
+        isolation = Isolation(trainings, fail)
+        trainer = DistillTrainer(model, isolation, evaluator(model), NO_IDS, kl(model))
+        return trainer, trainings, errors
+
+    def check_the_others(self, found: dict[TrainState, list[CurvePoint]], *left: TrainState) -> None:
+        for one in left:
+            assert len(found[one]) == 4
+            assert one.has_ended
+
+    @pytest.mark.parametrize("at", ["hidden", "take_step", "point"])
+    def test_at_any_moment(self, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected, (first, _, third), _ = self.together(0, 1, 2)
+        whole = curves(expected, STEPS)
+        found, (one, failing, other), errors = self.together(0, 1, 2)
+        of = GradientState if at == "hidden" else TrainState
+        method = getattr(of, at)
+
+        def fails(one: GradientState | TrainState, *arguments: object) -> object:
+            if one is failing and failing.step == 3:
+                raise ZeroDivisionError("befallen")
+            return method(one, *arguments)
+
+        monkeypatch.setattr(of, at, fails)
+        curve = curves(found, STEPS)
+        assert list(errors) == [failing]
+        assert curve[one] == whole[first]
+        assert curve[other] == whole[third]
+        assert same(ended(one), ended(first))
+        assert not failing.has_ended
+
+    def test_by_a_loss_that_is_no_number(self) -> None:
+        model = MODELS[self.FAMILY]
+        absurd = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
+        found, (one, two), errors = self.together(0, 1)
+        failing = training(model, SAES[0], absurd, STEPS)
+        for trainings in (found.left, found._trainings.runs):
+            trainings.append(failing)
+        curve = curves(found, STEPS)
+        assert isinstance(errors[failing], UserError)
+        self.check_the_others(curve, one, two)
+
+    def test_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found, trainings, errors = self.together(0, 1)
+
+        def fails(training: TrainState, *arguments: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(TrainState, "take_step", fails)
+        curves(found, STEPS)
+        assert errors.keys() == set(trainings)
+        assert found.left == []
+
+
+def test_a_step_that_comes_to_nothing_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after too little memory: what was drawn for it is drawn once more."""
+    model = MODELS["llama"]
+    expected = variants("llama")[0]()
+    whole = curves(pack(model, expected), STEPS)[expected]
+    one = variants("llama")[0]()
+    take_step = TrainState.take_step
+
+    def fails_once(training: TrainState, *arguments: object) -> None:
+        if training.step == 3:
+            monkeypatch.undo()
+            raise torch.OutOfMemoryError("no room")
+        take_step(training, *arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(TrainState, "take_step", fails_once)
+    points = []
+    with pytest.raises(torch.OutOfMemoryError):
+        points += [comparable(point) for _, point in pack(model, one).points(batches(STEPS))]
+    again = variants("llama")[0]()
+    again.restore(one.state())
+    rest = curves(pack(model, again), STEPS)[again]
+    assert rest == whole[-len(rest) :]
+    assert same(ended(again), ended(expected))
+
+
+def test_a_step_cut_short_is_no_state_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by too little memory inside the optimiser, when some weights have moved."""
+    one = variants("llama")[0]()
+
+    def fails(optimizer: torch.optim.Optimizer) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(one._optimizer, "step", lambda: fails(one._optimizer))
+    assert one.is_between_steps
+    with pytest.raises(torch.OutOfMemoryError):
+        list(pack(MODELS["llama"], one).points(batches(STEPS)))
+    assert not one.is_between_steps
+
+
+def test_seconds_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second between any two looks at the clock: what the pack took is the sum of its runs."""
+    seconds = iter(range(1_000_000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+
+    def taken(number: int) -> list[float]:
+        trainings = [variants("llama")[0]() for _ in range(number)]
+        found = pack(MODELS["llama"], *trainings)
+        last = {one: point.train_seconds for one, point in found.points(batches(STEPS))}
+        return list(last.values())
+
+    (single,) = taken(1)
+    shares = taken(4)
+    assert sum(shares) == pytest.approx(single)
+    assert len(set(shares)) == 1
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_what_is_computed_once_more_changes_no_bit(model: LanguageModel, blocks: str) -> None:
+    """Activation checkpointing, dropout and an SAE inside of the live part included."""
+    found = []
+    for recomputes in (False, True):
+        config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
+        adapters = LoRAConfig(rank=2, dropout=0.2, blocks=blocks)
+        one = training(model, topk_sae(), config, adapters=adapters)
+        (points,) = curves(pack(model, one), 6).values()
+        found.append((points, one.student.weights))
+    (plain, weights), (again, same) = found
+    assert plain == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Reduction) -> None:
+    config = dataclasses.replace(CONFIG, kl_reduction=reduction)
+    tokens = random_tokens(batch=2, length=16, seed=0)
+    gradients: list[dict[str, torch.Tensor]] = []
+    losses = []
+    for micro_batch in (None, 1):
+        one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
+        weights = one.student.weights
+        one._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
+            {name: weight.grad.clone() for name, weight in weights.items()}
+        )
+        pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
+        assert one.tokens == tokens.numel()
+        losses.append(one.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_micro_batches_go_on_with_what_dropout_draws() -> None:
+    """Two parts of a step do not see the same mask; taken again, the step sees the same two."""
+    model, config = small_model("llama"), dataclasses.replace(CONFIG, grad_clip=None)
+    tokens = random_tokens(batch=1, length=16, seed=0)
+    one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
+    fill(one.student.weights)
+    trunk = Trunk(model, tokens, NO_IDS, one.student.cuts)
+    (first,), (second,) = one.hidden(trunk), one.hidden(trunk)
+    assert not torch.equal(first, second)
+    one.reset()
+    assert torch.equal(one.hidden(trunk)[0], first)
+    assert torch.equal(one.hidden(trunk)[0], second)
