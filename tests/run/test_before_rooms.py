@@ -1,0 +1,70 @@
+"""What the version before the rooms has left: its folders are gone on with, its waiting jobs run.
+
+`tests/fixtures/before_rooms/` was made by commit 36e1319, when the package was one folder: a finished
+run, one that was stopped at step 16 of 64, and one that waits as a pickle in SLURM's queue.
+"""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from submitit.core.utils import DelayedSubmission
+
+from sae_lora.cli import main
+from sae_lora.config.overrides import command
+from sae_lora.launch.job import Job
+from sae_lora.launch.plan import plan
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import State, standings
+from sae_lora.run import execute
+from tests.support.composing import composed
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_rooms"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
+    """The runs that are done, stopped and queued; paths are relative to where they were made."""
+    shutil.copytree(FIXTURE, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    found = [RunFolder(path) for path in Path("outputs/main").iterdir()]
+    return sorted(found, key=lambda folder: folder.read_config()["train"]["seed"])
+
+
+def test_their_standing_is_seen(folders: list[RunFolder]) -> None:
+    expected = [State.done, State.resumable, State.new]
+    assert [standing.state for standing in standings(folders)] == expected
+
+
+def test_the_same_points_are_planned_into_the_same_folders(folders: list[RunFolder]) -> None:
+    commands = [command(folder.read_config()) for folder in folders]
+    points = [composed(*shlex.split(one)[2:]) for one in commands if one is not None]
+    assert [run.folder.path for run in plan(points).runs] == [folder.path for folder in folders]
+
+
+def test_a_stopped_run_goes_on(folders: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = folders[1]
+    before = stopped.curve.read_text().splitlines()
+    assert execute.attempt([stopped]) == 0
+    assert stopped.is_finished
+    after = stopped.curve.read_text().splitlines()
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert "going on from step 16 of 64" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_reported_evaluated_and_exported(folders: list[RunFolder]) -> None:
+    done = str(folders[0].path)
+    assert main(["report", "outputs/main", "--no-pictures"]) == 0
+    assert folders[0].path.name in Path("outputs/main/report/runs.csv").read_text()
+    assert main(["evaluate", done, "--suite", "core"]) == 0
+    assert main(["export", done, "--to", "exported"]) == 0
+    assert Path("exported/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_job_that_waits_in_the_queue_runs(folders: list[RunFolder]) -> None:
+    submission = DelayedSubmission.load("submitted.pkl")
+    assert isinstance(submission.function, Job)
+    submission.result()
+    assert folders[2].is_finished
