@@ -1,1 +1,1 @@
-"""What every room uses and no room is about: errors, files, locks, signals, the console."""
+"""Errors, files, locks, signals and the console, which every room uses."""

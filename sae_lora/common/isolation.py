@@ -10,7 +10,7 @@ Run = TypeVar("Run")
 
 
 def concerns_all(error: BaseException) -> bool:
-    """Whether an error is about the device, not one run: too little memory, or a GPU that failed."""
+    """Return whether an error concerns the device and not one run: out of memory, or a failed GPU."""
     # torch's by its name, for what works without torch.
     return is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
 
@@ -29,12 +29,12 @@ class Isolation(Generic[Run]):
         self.runs = list(runs)
         """All of them, also those that have failed."""
         self.left = self.runs.copy()
-        """Those that go on."""
+        """The runs that have not failed."""
         self._on_failure = on_failure
 
     @contextmanager
     def only(self, run: Run) -> Iterator[None]:
-        """What goes wrong inside the block is this run's alone.
+        """Assign each error inside the block to this run alone.
 
         Raises:
             Exception: Where it concerns all of several runs, or no `on_failure` was given.

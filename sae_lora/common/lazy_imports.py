@@ -28,7 +28,7 @@ _LARGE = {
 
 @contextmanager
 def _no_search() -> Iterator[None]:
-    """What is imported in this block is not searched for garbage, then or later."""
+    """Exclude the objects that this block imports from garbage collection, now and later."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

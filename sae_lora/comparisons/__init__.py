@@ -1,1 +1,1 @@
-"""What experiments compare: methods, recipes, several SAEs. Imports no torch."""
+"""Comparisons between the runs of an experiment: methods, recipes, several SAEs. Imports no torch."""

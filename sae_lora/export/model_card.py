@@ -92,7 +92,7 @@ def _numbers(summary: dict[str, Any]) -> str:
     for key in _NUMBERS:
         metric = METRICS[key]
         value = metric.written(summary[key], digits=4)
-        rows.append(f"| {metric.name} | {value} {metric.unit} | {metric.text} |")
+        rows.append(f"| {metric.name} | {value} {metric.suffix} | {metric.text} |")
     rows.append(f"| held-out tokens | {summary['validation_tokens']:,} | Tokens measured on. |")
     return "\n".join(rows)
 

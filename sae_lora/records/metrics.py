@@ -50,6 +50,8 @@ class Metric:
     """A shorter name, for the head of a column."""
     axis: str = ""
     """What stands at an axis of a figure."""
+    remark: str = ""
+    """Stands behind the value in a table, where the value has no unit."""
 
     @property
     def column(self) -> str:
@@ -57,9 +59,14 @@ class Metric:
         return self.heading or self.name
 
     @property
+    def suffix(self) -> str:
+        """The unit or the remark, behind a value."""
+        return self.unit or self.remark
+
+    @property
     def title(self) -> str:
         """What stands at an axis."""
-        return self.axis or (f"{self.name} ({self.unit})" if self.unit else self.name)
+        return self.axis or (f"{self.name} ({self.suffix})" if self.suffix else self.name)
 
     def written(self, value: float | None, digits: int = 3) -> str:
         """The value as people read it.
@@ -141,14 +148,16 @@ _ALL = (
     Metric(
         *("top1_agreement", "top-1 agreement", Kind.share),
         "Share of positions at which plain model and student put the same token first.",
-        *("with the base model", _HIGH),
+        remark="with the base model",
+        better=_HIGH,
         heading="top-1",
     ),
     Metric(
         *("fvu", "FVU", Kind.ratio),
         "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
         " over SAEs.",
-        *("of the SAE's input", _LOW),
+        remark="of the SAE's input",
+        better=_LOW,
     ),
     Metric(
         *("l0", "L0", Kind.latents),

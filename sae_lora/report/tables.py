@@ -40,7 +40,7 @@ def run_table(summary: dict[str, Any]) -> Table:
     table.add_column("unit", style="dim")
     for key in _OF_ONE_RUN:
         metric = METRICS[key]
-        unit = _why_undefined(summary) if key == "gap_closed" else metric.unit
+        unit = _why_undefined(summary) if key == "gap_closed" else metric.suffix
         table.add_row(metric.name, metric.written(summary[key], digits=4), unit)
     return table
 

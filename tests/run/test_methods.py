@@ -1,7 +1,6 @@
 """Runs of every method on the embedded default: what each leaves, and what begins with it."""
 
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sae_lora.train.cost import estimate
 from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 from tests.support.points import SMALL, Point, run_here
+from tests.support.subjects import copy_few_texts
 from tests.support.trainings import comparable
 
 pytestmark = pytest.mark.slow  # many seconds in all
@@ -57,9 +57,7 @@ MAKING_SAES = ("sae_finetune", "e2e", "sae")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text that is a few of those that the embedded model knows, which is quicker to read."""
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "text").mkdir()
-    for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
-        shutil.copy(file, cache / "text")
+    copy_few_texts(cache / "text")
     return cache
 
 

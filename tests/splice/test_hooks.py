@@ -25,12 +25,13 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice, spliced
 from sae_lora.splice.student import LoRAStudent
-from sae_lora.splice.trunk import Splices, Trunk, cuts_around, prefixes
+from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack
+from tests.support.trunks import check_trunk
 
 LAST = N_BLOCKS - 1
 TOKENS = random_tokens(length=24)  # longer than the sliding windows
@@ -175,35 +176,12 @@ ROWS: list[Splices] = [
 @pytest.mark.parametrize("share", [True, False])
 def test_a_trunk_gives_what_splicing_gives(model: LanguageModel, share: bool) -> None:
     """Rows that mix hooks, also several in one block; whether or not what they share is kept."""
-    special = torch.tensor([3, 5])
-    readings: dict[Splices, list[Reading]] = {}
     cuts = set().union(*map(cuts_around, ROWS))
     if not share:
         cuts = {splice.block + 1 for row in ROWS for splice in row}
     before = hooks(model)
-    trunk = Trunk(
-        model, TOKENS, special, cuts, lambda row, reading: readings.setdefault(row, []).append(reading)
-    )
-    for row in ROWS:
-        keep = torch.isin(TOKENS, special) if row and row[0].keeps else None
-        seen: list[Reading] = []
-        saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, keep, seen.append):
-            expected = model.hidden(TOKENS)
-        assert torch.equal(trunk.hidden(row), expected)
-        assert len(seen) == len(row)
-        for whole, reading in zip(prefixes(row), sorted(seen, key=_place), strict=True):
-            (found,) = readings[whole]  # once, however many rows begin so
-            assert found.hookpoint == reading.hookpoint == whole[-1].hookpoint
-            for one, other in zip(found[1:], reading[1:], strict=True):
-                assert torch.equal(one, other)
+    check_trunk(model, TOKENS, ROWS, cuts)
     assert hooks(model) == before
-
-
-def _place(reading: Reading) -> Place:
-    place = Place.named(reading.hookpoint)
-    assert place is not None
-    return place
 
 
 def test_each_block_runs_once_for_what_is_the_same() -> None:

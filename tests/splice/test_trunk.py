@@ -7,12 +7,13 @@ from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.hooks import Splice, spliced
 from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Splices, Trunk
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import N_BLOCKS, random_tokens, small_model
 from tests.support.trainings import NO_IDS, fill, student
+from tests.support.trunks import check_trunk
 
 LAST = N_BLOCKS - 1
 TOKENS = random_tokens(length=24)  # longer than the sliding windows
@@ -53,28 +54,7 @@ ROWS: list[Splices] = [
 
 
 def test_a_trunk_gives_what_splicing_gives(model: LanguageModel) -> None:
-    special = torch.tensor([3, 5])
-    readings: dict[Splices, list[Reading]] = {}
-    trunk = Trunk(
-        model,
-        TOKENS,
-        special,
-        {splice.block + 1 for row in ROWS for splice in row},
-        lambda splices, reading: readings.setdefault(splices, []).append(reading),
-    )
-    for row in ROWS:
-        keep = torch.isin(TOKENS, special) if row and row[0].keeps else None
-        seen: list[Reading] = []
-        saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, keep, seen.append):
-            expected = model.hidden(TOKENS)
-        assert torch.equal(trunk.hidden(row), expected)
-        assert trunk.hidden(row) is trunk.hidden(row)
-        for place, reading in enumerate(seen):
-            (found,) = readings[row[: place + 1]]  # once, however many rows begin so
-            assert found.hookpoint == reading.hookpoint
-            for one, other in zip(found[1:], reading[1:], strict=True):
-                assert torch.equal(one, other)
+    check_trunk(model, TOKENS, ROWS, {splice.block + 1 for row in ROWS for splice in row})
 
 
 def test_each_block_runs_once_for_what_is_the_same() -> None:

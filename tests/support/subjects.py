@@ -57,12 +57,17 @@ class Made(Subject):
         self.adapted = SimpleNamespace(peft=peft)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def copy_few_texts(to: Path) -> None:
+    """Makes this folder, with forty of the texts that the embedded model knows."""
+    to.mkdir()
+    for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        shutil.copy(file, to)
+
+
 def quick_points_in(home: Path) -> Point:
     """Points whose text is a few of those that the embedded model knows, which is quicker to read."""
     texts = home / "texts"
-    texts.mkdir()
-    for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
-        shutil.copy(file, texts)
+    copy_few_texts(texts)
     point = points_in(home)
     here = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
 
