@@ -112,7 +112,7 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("loads_nothing")
 @pytest.mark.parametrize("more", [8, 100])
 def test_more_groups_than_blocks_are_refused_before_a_model_is_loaded(more: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="blocks of tiny without the last") as error:
+    with pytest.raises(ConfigError, match="the blocks without the last") as error:
         plan([points_in(tmp_path)("method=sae", f"layer.n_groups={more}")])
     assert (error.value.field, error.value.got, error.value.nearest) == ("layer.n_groups", more, 7)
 

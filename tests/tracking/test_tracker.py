@@ -424,7 +424,7 @@ class TestWhateverGoesWrong:
         folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
         measure(folder, 0)
         code = (
-            "import sys; from pathlib import Path; from sae_lora import tracking;"
+            "import sys; from pathlib import Path; from sae_lora.tracking import tracker as tracking;"
             "from sae_lora.config.serialize import load; from sae_lora.records.folder import RunFolder;"
             "folder = RunFolder(Path(sys.argv[1]));"
             "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
@@ -534,7 +534,7 @@ SMALL = (
 ATTEMPT = """
 import sys
 from pathlib import Path
-from sae_lora import tracking
+from sae_lora.tracking import tracker as tracking
 from tests.support.attempts import _child
 
 begin = tracking.start
