@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 # Test processes share the cores: with more threads than those, torch's wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,12 @@ from tests.support.submission import jobs, until
 def pytest_collection() -> None:
     """What is imported stays, and is not searched for garbage."""
     gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with more slow tests begin sooner, or one of them is worked through alone at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: files stay together, tests in their order
 
 
 def pytest_collection_finish() -> None:
