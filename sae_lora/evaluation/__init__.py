@@ -1,1 +1,1 @@
-"""What a finished run is worth: suites of measures, each a file in its `evaluation/`."""
+"""Suites that measure finished runs; each writes a file into a run's `evaluation/`."""

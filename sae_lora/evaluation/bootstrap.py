@@ -1,4 +1,4 @@
-"""How far a mean over held-out text may be off: percentile intervals over resampled sequences."""
+"""Percentile intervals of means over held-out text, from resampled sequences."""
 
 from dataclasses import dataclass
 
@@ -6,56 +6,55 @@ import numpy as np
 from torch import Tensor
 
 Resampled = np.ndarray
-"""A measure `[1 + resamples]`: of the text as it is and, after that, of each resample of its sequences.
+"""A measure `[1 + resamples]`: on the text as it is, then on each resample of its sequences.
 
-Arithmetic on two of them pairs them resample by resample, as a gap's two cross-entropies are paired.
+Arithmetic on two measures pairs them resample by resample.
 """
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A measure, and the bounds that it lies between; `None` where it is undefined."""
+    """A measure and its bounds; `None` where undefined."""
 
     value: float | None
     """On the text as it is."""
     low: float | None
-    """Undefined where it is so in one of the resamples."""
+    """Undefined where the measure is undefined in one of the resamples."""
     high: float | None
 
 
 class Bootstrap:
-    """The same resamples of a text's sequences for all that is measured on it.
+    """The same resamples of a text's sequences for all measures on it.
 
-    Sequences are drawn, not tokens: those of one sequence are alike.
+    Sequences are drawn and not tokens, because tokens of one sequence are alike.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
 
     Args:
-        sequences: How many there are.
-        resamples: How many are drawn.
-        seed: Settles which.
-        share: Of the resamples that lie within the bounds.
+        sequences: Number of sequences.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        share: Share of the resamples within the bounds.
     """
 
     def __init__(self, sequences: int, resamples: int, seed: int = 0, share: float = 0.95) -> None:
         random = np.random.default_rng(seed)
-        drawn = random.multinomial(sequences, [1 / sequences] * sequences, size=resamples)
-        self._times = np.concatenate([np.ones((1, sequences)), drawn])
-        """How often each sequence is in each resample."""
+        draws = random.multinomial(sequences, [1 / sequences] * sequences, size=resamples)
+        self._times = np.concatenate([np.ones((1, sequences)), draws])
+        """Number of times that each sequence is in each resample, `[1 + resamples, sequence]`."""
         self._share = share
 
     def mean(self, sums: Tensor, counts: Tensor | None = None) -> Resampled:
-        """A mean that is weighted by tokens.
+        """Mean over tokens.
 
         Args:
-            sums: Over the tokens of each sequence, `[sequence]`.
-            counts: How many those are, `[sequence]`; by default as many in each.
+            sums: Sum over the tokens of each sequence, `[sequence]`.
+            counts: Tokens of each sequence, `[sequence]`; by default 1.
         """
         tokens = np.ones(len(sums)) if counts is None else counts.double().cpu().numpy()
         return (self._times @ sums.double().cpu().numpy()) / (self._times @ tokens)
 
     def interval(self, measure: Resampled) -> Interval:
-        """The measure with its bounds."""
         value = float(measure[0])
         if not np.isfinite(measure).all():
             return Interval(value if np.isfinite(value) else None, None, None)

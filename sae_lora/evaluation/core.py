@@ -1,7 +1,7 @@
-"""What a run's SAEs cost and what it gave back, token by token: cross-entropies, KL, reconstruction."""
+"""The suite `core`: cross-entropies, KL and reconstruction of a run, token by token."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,21 +12,23 @@ from torch.nn.functional import cosine_similarity
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.splice.hooks import Coder, Reading
+from sae_lora.saes.loading import IdentitySAE
+from sae_lora.splice.head import Head
+from sae_lora.splice.hooks import Coder, Observer, Reading
 from sae_lora.splice.kl import log_probabilities
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.evaluator import NO_LABEL, Reconstruction, next_tokens
 
 _LOGITS_AT_ONCE = 2**22
 DENSITY_EDGES = np.arange(-5, 0.25, 0.25).tolist()
-"""Of the histogram of latents: log10 of the share of tokens that one is active on."""
+"""Edges of the histogram of latents: log10 of the share of tokens that a latent is active on."""
 CHANGE_EDGES = np.arange(-5, 5.25, 0.25).tolist()
-"""Of the histogram of tokens: change of their loss, in nats."""
+"""Edges of the histogram of tokens: change of their loss, in nats."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """Share of the cross-entropy that is kept, `(ablated − it) / (ablated − base)`; 1 is all of it."""
+    """Share of the cross-entropy that a model keeps, `(ablated − model) / (ablated − base)`."""
 
     ablated_ce: Interval
     """With the activation replaced, in nats per token."""
@@ -36,19 +38,19 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a model's predictions are from the plain model's, per token."""
+    """Distance of a model's predictions to the plain model's, per token."""
 
     forward_kl: Interval
-    """KL(base ‖ it), in nats."""
+    """KL(base ‖ model), in nats."""
     reverse_kl: Interval
-    """KL(it ‖ base)."""
+    """KL(model ‖ base), in nats."""
     top1_agreement: Interval
     """Share of positions at which both put the same token first."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """What an SAE does with what it reads."""
+    """Reconstruction by one SAE."""
 
     fvu: float
     """Residual variance / total variance."""
@@ -60,15 +62,15 @@ class Read:
     """Share of latents that are active on no token."""
     density: list[int]
     """Latents by the log10 of the share of tokens that they are active on: below the first of
-    `density_edges`, between each and the next, above the last; dead ones are in none."""
+    `density_edges`, between each and the next, above the last. Dead latents are not counted."""
 
 
 @dataclass(frozen=True)
 class LossChange:
-    """How the loss of single tokens changes, in nats."""
+    """Changes of the loss of single tokens, in nats."""
 
     tokens: list[int]
-    """How many: below the first of `change_edges`, between each and the next, above the last."""
+    """Tokens below the first of `change_edges`, between each and the next, above the last."""
     mean: float
     worse: float
     """Share of the tokens whose loss rises."""
@@ -87,9 +89,9 @@ class Core:
     gap_closed: Interval | None
     """Undefined where the SAE opens no gap, or is new."""
     harm: Interval | None
-    """Adapted, without the SAE, over base: what the adapters do to the plain model."""
+    """CE of adapted − base: what the adapters cost the plain model."""
     recovered: dict[str, Recovered]
-    """By what stands in for the activation: zero, mean."""
+    """By what replaces the activation: zero, mean."""
     distance: dict[str, Distance]
     """By cell."""
     saes: dict[str, dict[str, Read]]
@@ -97,36 +99,31 @@ class Core:
     loss_change: dict[str, LossChange]
     """Student over spliced, and student over base."""
     ce_by_position: dict[str, list[float]]
-    """By cell: mean loss of the token after each position."""
+    """By cell: mean loss of the token after each position, in nats."""
     density_edges: list[float] = field(default_factory=lambda: DENSITY_EDGES)
     change_edges: list[float] = field(default_factory=lambda: CHANGE_EDGES)
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Core:
-    """Measures a run on all of its held-out text.
-
-    Args:
-        subject: The run.
-        config: How many resamples there are.
-    """
-    bootstrap = Bootstrap(len(subject.tokens), config.resamples)
-    readings: dict[str, _Observed] = {
-        cell: _Observed.of(subject, cell) for cell in subject.cells if subject.splices_of(cell)
-    }
-    stand_ins = _stand_ins(subject)
-    losses = _Losses(subject, [*subject.cells, *stand_ins])
+    """Measure a run on all of its held-out text."""
+    readings = {cell: _readings(subject, subject.splices_of(cell)) for cell in subject.cells}
+    ablations = _ablations(subject)
+    batches = []
     for tokens in subject.batches():
-        hidden = {cell: subject.hidden(cell, tokens, readings.get(cell)) for cell in subject.cells}
+        hidden: dict[str, Tensor] = {
+            cell: subject.hidden(cell, tokens, _observer(saes)) for cell, saes in readings.items()
+        }
         hidden |= {
             name: subject.hidden(Cell.base, tokens, instead=splices)
-            for name, splices in stand_ins.items()
+            for name, splices in ablations.items()
         }
-        losses.add(tokens, hidden)
-    return _core(subject, losses, readings, bootstrap)
+        batches.append(_measures(subject.head, tokens, hidden))
+    measures = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    return _core(subject, measures, readings, Bootstrap(len(subject.tokens), config.resamples))
 
 
 class _SAE(Reconstruction):
-    """What one SAE does, its cosine similarity too."""
+    """Sums over tokens for one SAE, with its cosine similarity."""
 
     def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:
         super().__init__(sae, d_model, device)
@@ -136,9 +133,7 @@ class _SAE(Reconstruction):
         super().add(reading)
         self._cosines += cosine_similarity(reading.resid.double(), reading.recon.double()).sum()
 
-    @property
     def read(self) -> Read:
-        """All of it."""
         tokens = float(self.sums[0])
         shares = (self.active[self.active > 0] / tokens).log10().cpu()
         return Read(
@@ -150,135 +145,90 @@ class _SAE(Reconstruction):
         )
 
 
-class _Observed(dict[str, _SAE]):
-    """What each SAE of a cell does, by hook point; called as an observer."""
-
-    @classmethod
-    def of(cls, subject: Subject, cell: Cell) -> "_Observed":
-        """For the SAEs of a cell."""
-        d_model = subject.model.config.hidden_size
-        return cls(
-            (splice.hookpoint, _SAE(splice.sae, d_model, subject.device))
-            for splice in subject.splices_of(cell)
-        )
-
-    def __call__(self, reading: Reading) -> None:
-        self[reading.hookpoint].add(reading)
+def _readings(subject: Subject, splices: Splices) -> dict[str, _SAE]:
+    """Empty sums for each SAE, by hook point."""
+    d_model = subject.model.config.hidden_size
+    return {splice.hookpoint: _SAE(splice.sae, d_model, subject.device) for splice in splices}
 
 
-class _Same:
-    """An SAE in form alone: it puts back what it reads."""
+def _observer(saes: Mapping[str, _SAE]) -> Observer:
+    return lambda reading: saes[reading.hookpoint].add(reading)
+
+
+class _Constant:
+    """An SAE in form alone: it puts back the same vector for all residuals."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
 
     def encode(self, x: Tensor) -> Tensor:
         return x
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts
-
-
-class _Always(_Same):
-    """Puts back the same whatever it reads."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
         return self._value.expand_as(feature_acts)
 
 
-def _stand_ins(subject: Subject) -> dict[str, Splices]:
-    """What takes the place of the activations that SAEs replace: zeros, and their mean over the text."""
-    same = tuple(splice._replace(sae=_Same()) for splice in subject.after)
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-
-    def add(reading: Reading) -> None:
-        nonlocal tokens
-        total = reading.resid.double().sum(0)
-        sums[reading.hookpoint] = sums.get(reading.hookpoint, torch.zeros_like(total)) + total
-        tokens += len(reading.resid) if reading.hookpoint == same[0].hookpoint else 0
-
-    for batch in subject.batches():
-        subject.hidden(Cell.base, batch, add, same)
-    means = {hookpoint: total / tokens for hookpoint, total in sums.items()}
+def _ablations(subject: Subject) -> dict[str, Splices]:
+    """Splices that replace the SAEs' activations by zeros, and by their mean over the text."""
+    identities = tuple(splice._replace(sae=IdentitySAE().eval()) for splice in subject.after)
+    readings = _readings(subject, identities)
+    for tokens in subject.batches():
+        subject.hidden(Cell.base, tokens, _observer(readings), identities)
+    means = {hookpoint: sae.sums[3:] / sae.sums[0] for hookpoint, sae in readings.items()}
     return {
-        "zero": tuple(one._replace(sae=_Always(0 * means[one.hookpoint])) for one in same),
-        "mean": tuple(one._replace(sae=_Always(means[one.hookpoint])) for one in same),
+        name: tuple(
+            splice._replace(sae=_Constant(factor * means[splice.hookpoint])) for splice in subject.after
+        )
+        for name, factor in (("zero", 0), ("mean", 1))
     }
 
 
-class _Losses:
-    """What each model predicts of each token, beside the plain model.
+def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Measures of models at each position, `[batch, pos]`, on the CPU in float64.
+
+    By measure and model: `ce`, zero at the last position, where there is no label; `forward` and
+    `reverse` KL to the plain model; `top1`, 1 where both put the same token first.
 
     Args:
-        subject: The run.
-        names: Of the models, `Cell.base` first.
+        head: The models' head.
+        tokens: `[batch, pos]`.
+        hidden: The head's input of each model, `[batch, pos, d_model]`, the plain model first.
     """
-
-    def __init__(self, subject: Subject, names: Sequence[str]) -> None:
-        self._head = subject.head
-        self._names = list(names)
-        self._chunk = max(1, _LOGITS_AT_ONCE // (len(names) * self._head.d_vocab))
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
-
-    def add(self, tokens: Tensor, hidden: Mapping[str, Tensor]) -> None:
-        """Takes in a batch.
-
-        Args:
-            tokens: `[batch, pos]`.
-            hidden: By name, what the head reads, `[batch, pos, d_model]`.
-        """
-        labels = next_tokens(tokens).flatten()
-        flat = {name: hidden[name].flatten(0, 1) for name in self._names}
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for start in range(0, len(labels), self._chunk):
-            rows = slice(start, start + self._chunk)
-            for key, values in self._chunk_of(labels[rows], flat, rows):
-                found[key].append(values)
-        for key, values in found.items():
-            self._parts[key].append(torch.cat(values).double().cpu().reshape(tokens.shape))
-
-    def _chunk_of(
-        self, labels: Tensor, hidden: Mapping[str, Tensor], rows: slice
-    ) -> Iterator[tuple[str, Tensor]]:
+    labels = next_tokens(tokens).flatten()
+    states = {name: each.flatten(0, 1) for name, each in hidden.items()}
+    chunk = max(1, _LOGITS_AT_ONCE // (len(states) * head.d_vocab))
+    parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for start in range(0, len(labels), chunk):
+        rows = slice(start, start + chunk)
         log_p: Tensor | None = None
-        for name in self._names:
-            log_q = log_probabilities(self._head.logits(hidden[name][rows]))
-            losses = -log_q.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-            yield f"ce {name}", torch.where(labels == NO_LABEL, 0.0, losses)
+        for name in states:
+            log_q = log_probabilities(head.logits(states[name][rows]))
             log_p = log_q if log_p is None else log_p
-            yield f"forward {name}", (log_p.exp() * (log_p - log_q)).sum(-1)
-            yield f"reverse {name}", (log_q.exp() * (log_q - log_p)).sum(-1)
-            yield f"top1 {name}", (log_p.argmax(-1) == log_q.argmax(-1)).double()
-
-    def of(self, what: str, name: str) -> Tensor:
-        """A measure of a model at each position, `[sequence, pos]`, on the CPU in float64.
-
-        Args:
-            what: `ce`, whose last position has no label and is zero, `forward` or `reverse` KL, or
-                `top1`, whether both put the same token first.
-            name: Of the model.
-        """
-        return torch.cat(self._parts[f"{what} {name}"])
+            losses = -log_q.gather(-1, labels[rows].clamp(min=0)[:, None])[:, 0]
+            parts["ce", name].append(torch.where(labels[rows] == NO_LABEL, 0.0, losses))
+            parts["forward", name].append((log_p.exp() * (log_p - log_q)).sum(-1))
+            parts["reverse", name].append((log_q.exp() * (log_q - log_p)).sum(-1))
+            parts["top1", name].append(log_p.argmax(-1) == log_q.argmax(-1))
+    return {key: torch.cat(values).double().cpu().reshape(tokens.shape) for key, values in parts.items()}
 
 
 def _core(
-    subject: Subject, losses: _Losses, readings: Mapping[str, _Observed], bootstrap: Bootstrap
+    subject: Subject,
+    measures: Mapping[tuple[str, str], Tensor],
+    readings: Mapping[Cell, Mapping[str, _SAE]],
+    bootstrap: Bootstrap,
 ) -> Core:
-    """The suite's results, from what single tokens have cost."""
     sequences, length = subject.tokens.shape
+    interval = bootstrap.interval
 
-    def mean(what: str, name: str) -> Resampled:
-        of_sequences = losses.of(what, name).sum(1)
-        positions = length - 1 if what == "ce" else length
-        return bootstrap.mean(of_sequences, torch.full_like(of_sequences, positions))
-
-    def interval(measure: Resampled) -> Interval:
-        return bootstrap.interval(measure)
+    def mean(measure: str, name: str) -> Resampled:
+        sums = measures[measure, name].sum(1)
+        positions = length - 1 if measure == "ce" else length
+        return bootstrap.mean(sums, torch.full_like(sums, positions))
 
     ce = {cell: mean("ce", cell) for cell in subject.cells}
-    base, student, spliced = ce[Cell.base], ce[Cell.student], ce.get(Cell.spliced)
-    adapted = ce.get(Cell.adapted)
+    base, student = ce[Cell.base], ce[Cell.student]
+    spliced, adapted = ce.get(Cell.spliced), ce.get(Cell.adapted)
     has_gap = spliced is not None and spliced[0] > base[0]
     return Core(
         tokens=subject.tokens.numel(),
@@ -305,28 +255,25 @@ def _core(
             for cell in subject.cells
             if cell is not Cell.base
         },
-        saes=_saes(readings),
+        saes={
+            hookpoint: {
+                time: readings[cell][hookpoint].read()
+                for time, cell in (("before", Cell.spliced), ("after", Cell.student))
+                if cell in readings
+            }
+            for hookpoint in readings[Cell.student]
+        },
         loss_change={
             f"student over {cell.value}": _change(
-                losses.of("ce", Cell.student)[:, :-1] - losses.of("ce", cell)[:, :-1]
+                measures["ce", Cell.student][:, :-1] - measures["ce", cell][:, :-1]
             )
             for cell in (Cell.spliced, Cell.base)
             if cell in ce
         },
         ce_by_position={
-            cell.value: losses.of("ce", cell)[:, :-1].mean(0).tolist() for cell in subject.cells
+            cell.value: measures["ce", cell][:, :-1].mean(0).tolist() for cell in subject.cells
         },
     )
-
-
-def _saes(readings: Mapping[str, _Observed]) -> dict[str, dict[str, Read]]:
-    """By hook point, as they were before the run and after it."""
-    when = {Cell.spliced: "before", Cell.student: "after"}
-    found: dict[str, dict[str, Read]] = {}
-    for cell, observed in readings.items():
-        for hookpoint, sae in observed.items():
-            found.setdefault(hookpoint, {})[when[Cell(cell)]] = sae.read
-    return found
 
 
 def _change(losses: Tensor) -> LossChange:
@@ -338,6 +285,6 @@ def _change(losses: Tensor) -> LossChange:
 
 
 def _histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
-    """How many are below the first edge, between each and the next, and above the last."""
+    """Counts of values below the first edge, between each and the next, and above the last."""
     places = torch.bucketize(values.double().cpu(), torch.tensor(edges, dtype=torch.float64))
     return torch.bincount(places, minlength=len(edges) + 1).tolist()

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-evaluation-harness: what SAEs and adapters do to what a model can do."""
+"""The suite `tasks`: benchmarks through lm-evaluation-harness, for each of a run's models."""
 
 import contextlib
 import copy
@@ -27,22 +27,18 @@ from sae_lora.evaluation.tasks import FOLDER
 _FIELD = "evaluation.tasks"
 
 
-HEEDS = ("resamples", "tasks", "task_limit", "few_shot")
-"""The keys of `evaluation` that it depends on."""
-
-
 @dataclass(frozen=True)
 class Score:
     """One metric of one model."""
 
     value: float
     stderr: float | None
-    """Standard error; `None` where the harness knows none."""
+    """Standard error; `None` where the harness gives none."""
     over_base: float | None = None
-    """How much more it is than the plain model's, whose own has none."""
+    """Value minus the plain model's; `None` for the plain model."""
     over_base_stderr: float | None = None
-    """Of that: the documents are the same, and are compared one by one. `None` where the metric is no
-    mean over documents."""
+    """Standard error of `over_base`, paired by document. `None` where the metric is no mean over
+    documents."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +49,18 @@ class TaskScores:
     few_shot: int | None
     """Examples before each document; `None` where a group's tasks differ."""
     version: str | None
-    """The harness's own, of the task."""
+    """The harness's version of the task."""
     subtasks: list[str]
-    """Of a group, which have scores of their own."""
+    """Tasks of a group, which have scores of their own."""
     higher_is_better: dict[str, bool]
     """By metric."""
     cells: dict[str, dict[str, Score]]
-    """By cell and metric, a filter's name behind a comma where it is not `none`."""
+    """By cell and metric; `metric,filter` where the filter's name is not `none`."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What the run's models reach in tasks of lm-evaluation-harness."""
+    """The suite `tasks`: scores of a run's models in tasks of lm-evaluation-harness."""
 
     harness: str
     """Version of lm-evaluation-harness."""
@@ -73,13 +69,10 @@ class Tasks:
 
 
 def check(config: EvaluationConfig) -> None:
-    """Refuses tasks that cannot be taken, before a model is loaded.
-
-    Args:
-        config: Which tasks.
+    """Refuse tasks that cannot be run, before a model is loaded.
 
     Raises:
-        ConfigError: For one that there is not, or that runs code or needs more than text.
+        ConfigError: For an unknown task, or one that runs code or needs more than text.
         UserError: Where the harness, or the data set of a task, is missing.
     """
     if not config.tasks:
@@ -98,7 +91,7 @@ def _check(names: tuple[str, ...]) -> None:
     owners: dict[str, str] = {}
     for name in names:
         try:
-            with _unheard(), hub.explained(_FIELD, name):
+            with _silenced(), hub.explained(_FIELD, name):
                 loaded = manager.load([name])
         except UserError as error:
             missing[name] = error
@@ -108,7 +101,7 @@ def _check(names: tuple[str, ...]) -> None:
             for task in loaded["tasks"].values():
                 _check_task(name, task, owners)
     if missing:
-        sets = sorted({one for name in missing for one in _data_sets(manager, name)})
+        sets = sorted({data_set for name in missing for data_set in _data_sets(manager, name)})
         raise UserError(
             "\n".join(map(str, missing.values()))
             + f"\n  data sets: {listed(sets)}"
@@ -118,35 +111,25 @@ def _check(names: tuple[str, ...]) -> None:
 
 
 def score(subject: Subject, config: EvaluationConfig) -> Tasks:
-    """Takes the tasks with each of the run's models.
-
-    Args:
-        subject: The run.
-        config: Which tasks, and how many documents of each.
-
-    Raises:
-        UserError: As `check` does, before a model has read anything.
-    """
-    check(config)
-    found = {}
+    """Run tasks, which `check` has accepted, with each of a run's models."""
+    results = {}
     for cell in subject.cells:
         say(f"  {listed(config.tasks)}: {cell}")
         with subject.in_place(cell) as model:
-            found[cell] = _taken(model, subject.adapted.tokenizer, config)
-    base = found[Cell.base]
-    scores = {name: _scores(name, base, found) for name in base["results"]}
+            results[cell] = _results(model, subject.adapted.tokenizer, config)
+    scores = {name: _scores(name, results) for name in results[Cell.base]["results"]}
     return Tasks(harness=metadata.version("lm_eval"), scores=scores)
 
 
 def _manager(names: Collection[str]) -> Any:
-    """What knows these tasks: those that ship with this package, and where need be all others."""
-    own = _manager_of(all_tasks=False)
-    return own if set(names) <= set(own.all_tasks) else _manager_of(all_tasks=True)
+    """The task manager of the tasks that ship with this package, or of all tasks where needed."""
+    shipped = _manager_of(all_tasks=False)
+    return shipped if set(names) <= set(shipped.all_tasks) else _manager_of(all_tasks=True)
 
 
 @functools.cache
 def _manager_of(*, all_tasks: bool) -> Any:
-    """Reads some ten thousand files for all tasks."""
+    # Cached: all tasks are some ten thousand files.
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -158,7 +141,7 @@ def _manager_of(*, all_tasks: bool) -> Any:
 
 
 def _check_task(name: str, task: Any, owners: dict[str, str]) -> None:
-    """Refuses one that is no task of text alone, or that another name stands for as well."""
+    """Refuse a task that is not of text alone, or that another name includes too."""
     leaf = task.task_name
     unfit = {"UNSAFE_CODE": "runs code that a model writes", "MULTIMODAL": "needs more than text"}
     for kind, because in unfit.items():
@@ -170,14 +153,14 @@ def _check_task(name: str, task: Any, owners: dict[str, str]) -> None:
 
 
 def _data_sets(manager: Any, name: str) -> Iterator[str]:
-    """Names of the data sets that a task, or those of a group or under a tag, are about."""
+    """Names of the data sets of a task, or of all tasks of a group or a tag."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
     config = entry.cfg or {}
     if "dataset_path" in config:
         yield config["dataset_path"]
-    elif entry.kind.name == "TAG":  # a task's own are those that it is under
+    elif entry.kind.name == "TAG":  # in a task's entry, `tags` are its tags, here its members
         for member in sorted(entry.tags):
             yield from _data_sets(manager, member)
     else:
@@ -187,18 +170,18 @@ def _data_sets(manager: Any, name: str) -> Iterator[str]:
             yield from _data_sets(manager, str(inner))
 
 
-def _taken(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -> Mapping[str, Any]:
-    """The harness's own results, document by document too."""
+def _results(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -> Mapping[str, Any]:
+    """Results of the harness, with those of each document."""
     import lm_eval
     from lm_eval.models import huggingface
 
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
     wrapped: Any = huggingface.HFLM
-    with _unheard(), _own_randomness():
+    with _silenced(), _random_states_restored():
         return evaluate(
             model=wrapped(
                 pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it is given a token for padding
+                tokenizer=copy.deepcopy(tokenizer),  # the harness sets its padding token
                 batch_size=config.task_batch_size,
             ),
             tasks=list(config.tasks),
@@ -209,14 +192,14 @@ def _taken(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -> 
         )
 
 
-def _scores(name: str, base: Mapping[str, Any], found: Mapping[Cell, Mapping[str, Any]]) -> TaskScores:
-    """What one task, or group, came to."""
-    leaves = _leaves(name, base["group_subtasks"])
-    plain = _Metrics(name, leaves, base)
+def _scores(name: str, results: Mapping[Cell, Mapping[str, Any]]) -> TaskScores:
+    """Scores of one task or group."""
+    base = results[Cell.base]
+    version = base["versions"].get(name)
     return TaskScores(
-        documents=sum(base["n-samples"][leaf]["effective"] for leaf in leaves),
+        documents=sum(base["n-samples"][leaf]["effective"] for leaf in _leaves(name, base)),
         few_shot=base["n-shot"].get(name),
-        version=None if (version := base["versions"].get(name)) is None else str(version),
+        version=None if version is None else str(version),
         subtasks=list(base["group_subtasks"].get(name, [])),
         higher_is_better={
             metric: bool(value)
@@ -224,73 +207,60 @@ def _scores(name: str, base: Mapping[str, Any], found: Mapping[Cell, Mapping[str
             if value is not None
         },
         cells={
-            cell.value: _Metrics(name, leaves, results).over(None if cell is Cell.base else plain)
-            for cell, results in found.items()
+            cell.value: _metrics(name, each, None if cell is Cell.base else base)
+            for cell, each in results.items()
         },
     )
 
 
-def _leaves(name: str, children: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks that a group is made of; of a task, itself."""
-    if name not in children:
+def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
+    """The tasks of a group; of a task, itself."""
+    children = results["group_subtasks"].get(name)
+    if children is None:
         return [name]
-    return [leaf for child in children[name] for leaf in _leaves(child, children)]
+    return [leaf for child in children for leaf in _leaves(child, results)]
 
 
-class _Metrics:
-    """A task's metrics of one model, and what each document contributes to them."""
-
-    def __init__(self, name: str, leaves: Sequence[str], results: Mapping[str, Any]) -> None:
-        self._values = results["results"][name]
-        self._samples = [sample for leaf in leaves for sample in results["samples"][leaf]]
-
-    def over(self, base: "_Metrics | None") -> dict[str, Score]:
-        """Each of them, beside the plain model's where that is another."""
-        found = {}
-        for key, value in self._values.items():
-            metric, comma, filtered = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not _is_number(value):
-                continue
-            stderr = self._values.get(f"{metric}_stderr,{filtered}")
-            difference = None if base is None else float(value - base._values[key])
-            found[metric if filtered == "none" else key] = Score(
-                value=float(value),
-                stderr=float(stderr) if _is_number(stderr) else None,
-                over_base=difference,
-                over_base_stderr=None if base is None else self._paired_error(base, metric, filtered),
-            )
-        return found
-
-    def _paired_error(self, base: "_Metrics", metric: str, filtered: str) -> float | None:
-        ours, theirs = self._contributions(metric, filtered), base._contributions(metric, filtered)
-        if ours is None or theirs is None:
-            return None
-        return paired_error(ours, theirs)
-
-    def _contributions(self, metric: str, filtered: str) -> list[float] | None:
-        """By document; `None` where their mean is not what the harness reports."""
-        found = [one.get(metric) for one in self._samples if one["filter"] == filtered]
-        if not found or not all(map(_is_number, found)):
-            return None
-        is_mean = math.isclose(
-            sum(found) / len(found), self._values[f"{metric},{filtered}"], abs_tol=1e-9
+def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Score]:
+    """A task's scores by metric, compared to the plain model's results."""
+    values = results["results"][name]
+    scores = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        stderr = values.get(f"{metric}_stderr,{filtered}")
+        scores[metric if filtered == "none" else key] = Score(
+            value=float(value),
+            stderr=float(stderr) if _is_number(stderr) else None,
+            over_base=None if base is None else float(value - base["results"][name][key]),
+            over_base_stderr=None
+            if base is None
+            else paired_error(_by_document(name, key, results), _by_document(name, key, base)),
         )
-        return [float(one) for one in found] if is_mean else None
+    return scores
 
 
-def paired_error(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Standard error of the mean difference between two measures of the same documents.
+def _by_document(name: str, key: str, results: Mapping[str, Any]) -> list[float]:
+    """Values of a metric by document; none where their mean is not what the harness reports."""
+    metric, _, filtered = key.partition(",")
+    samples = (sample for leaf in _leaves(name, results) for sample in results["samples"][leaf])
+    values = [sample.get(metric) for sample in samples if sample["filter"] == filtered]
+    if not values or not all(map(_is_number, values)):
+        return []
+    is_mean = math.isclose(sum(values) / len(values), results["results"][name][key], abs_tol=1e-9)
+    return [float(value) for value in values] if is_mean else []
 
-    Args:
-        one: By document.
-        other: Of the same documents, in the same order.
+
+def paired_error(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Standard error of the mean difference between two measures of the same documents, in order.
 
     Returns:
         `None` for fewer than two documents.
     """
-    if len(one) != len(other) or len(one) < 2:
+    if len(first) != len(second) or len(first) < 2:
         return None
-    differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    differences = np.subtract(first, second)
     return float(differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
@@ -299,8 +269,8 @@ def _is_number(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Inside the block, the harness says nothing but what is wrong, and draws no bar into a log."""
+def _silenced() -> Iterator[None]:
+    """Restrict the harness to errors inside the block, with no progress bar in a log."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -313,8 +283,8 @@ def _unheard() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Inside the block, seeds may be set that do not outlast it."""
+def _random_states_restored() -> Iterator[None]:
+    """Restore random states after the block: the harness sets seeds."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 what the harness seeds
     try:
         with torch.random.fork_rng():

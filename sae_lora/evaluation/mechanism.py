@@ -1,6 +1,6 @@
-"""How far SAEs and adapters take the residual stream from the plain model's, block by block."""
+"""The suite `mechanism`: distances of the residual stream to the plain model's, block by block."""
 
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
 from sae_lora.evaluation.subject import Cell, Subject
 
 _SHARE = 0.9
-"""Of the resamples that lie within the bounds."""
+"""Share of the resamples within the bounds."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Shortened:
-    """The share of a distance that training takes away, `1 − student / spliced`; below zero it adds."""
+    """Share of a distance that training removes, `1 − student / spliced`; negative where it adds."""
 
     l2: Interval
     cosine: Interval
@@ -41,91 +41,33 @@ class Mechanism:
     """The suite `mechanism`. Means over tokens, with 90% bootstrap intervals over sequences."""
 
     sequences: int
-    """Read, from the first held-out one on."""
+    """Held-out sequences measured, from the first on."""
     tokens: int
-    """Positions measured: of special tokens, where those keep their activation, none."""
+    """Positions measured. Special tokens that keep their activation are left out."""
     norm: list[Interval]
-    """‖h_clean‖, by block: what an L2 distance is to be held against."""
+    """‖h_clean‖, by block: the scale of an L2 distance."""
     distance: dict[str, Moved]
     """By cell: spliced, student, adapted."""
     shortened: Shortened | None
-    """After the last block. Undefined where the SAE is new, or puts back all that it reads."""
+    """After the last block. Undefined where the SAE is new, or makes no error."""
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
-    """Measures a run on the first of its held-out sequences.
+    """Measure a run on the first of its held-out sequences.
 
-    Positions that hold special tokens are left out where those keep their activation: no SAE applies
-    there, so that they would only dilute what it does, and where the residual stream of BOS is far
-    longer than others, they would be most of an L2 distance that adapters make. They are left out of
-    all cells, which are so measured on the same tokens.
-
-    Args:
-        subject: The run.
-        config: How many sequences and resamples there are.
+    Positions of special tokens that keep their activation are left out of all cells: no SAE applies
+    there, and the residual stream of BOS, far longer than others, would dominate an L2 distance.
 
     Source: arXiv 2501.19406, distances to the clean activations.
     """
-    distances = _Distances()
     cells = [cell for cell in subject.cells if cell is not Cell.base]
-    for tokens in subject.batches(config.sequences):
-        kept = subject.kept_positions(tokens, subject.after)
-        counted = torch.ones_like(tokens, dtype=torch.bool) if kept is None else ~kept
-        clean = subject.streams(Cell.base, tokens)
-        distances.count(counted, clean)
-        for cell in cells:
-            distances.add(cell, subject.streams(cell, tokens), clean, counted)
-    return _mechanism(distances, cells, config.resamples)
-
-
-class _Distances:
-    """Sums over the tokens of each sequence, after each block."""
-
-    def __init__(self) -> None:
-        self._counts: list[Tensor] = []
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
-
-    def count(self, counted: Tensor, clean: list[Tensor]) -> None:
-        """Takes in a batch of the plain model.
-
-        Args:
-            counted: Positions `[batch, pos]` (true) that are measured.
-            clean: The residual stream after each block, `[batch, pos, d_model]`.
-        """
-        self._counts.append(counted.sum(1).double().cpu())
-        self._put("norm", [h.double().norm(dim=-1) for h in clean], counted)
-
-    def add(self, cell: Cell, moved: list[Tensor], clean: list[Tensor], counted: Tensor) -> None:
-        """Takes in the same batch of another cell."""
-        l2, cosine = [], []
-        for h, h_clean in zip(moved, clean, strict=True):
-            # In float32, a cosine near 1 would blur what is missing from it.
-            one, other = h.double(), h_clean.double()
-            l2.append((one - other).norm(dim=-1))
-            cosine.append((1 - cosine_similarity(one, other, dim=-1)).clamp(min=0))
-        self._put(f"l2 {cell}", l2, counted)
-        self._put(f"cosine {cell}", cosine, counted)
-
-    def _put(self, key: str, of_blocks: list[Tensor], counted: Tensor) -> None:
-        sums = [torch.where(counted, one, 0.0).sum(1) for one in of_blocks]
-        self._parts[key].append(torch.stack(sums).cpu())
-
-    @property
-    def counts(self) -> Tensor:
-        """Tokens measured of each sequence, `[sequence]`."""
-        return torch.cat(self._counts)
-
-    def of(self, key: str) -> Tensor:
-        """Sums `[block, sequence]`, of `norm`, or of `l2` or `cosine` and a cell."""
-        return torch.cat(self._parts[key], dim=1)
-
-
-def _mechanism(distances: _Distances, cells: list[Cell], resamples: int) -> Mechanism:
-    counts = distances.counts
-    bootstrap = Bootstrap(len(counts), resamples, share=_SHARE)
+    batches = [_sums(subject, cells, tokens) for tokens in subject.batches(config.sequences)]
+    sums = {key: torch.cat([batch[key] for batch in batches], dim=-1) for key in batches[0]}
+    counts = sums["tokens"]
+    bootstrap = Bootstrap(len(counts), config.resamples, share=_SHARE)
 
     def means(key: str) -> list[Resampled]:
-        return [bootstrap.mean(sums, counts) for sums in distances.of(key)]
+        return [bootstrap.mean(block, counts) for block in sums[key]]
 
     def intervals(key: str) -> list[Interval]:
         return [bootstrap.interval(mean) for mean in means(key)]
@@ -134,7 +76,7 @@ def _mechanism(distances: _Distances, cells: list[Cell], resamples: int) -> Mech
         student, spliced = (means(f"{kind} {cell}")[-1] for cell in (Cell.student, Cell.spliced))
         return bootstrap.interval(1 - student / spliced)
 
-    moves = Cell.spliced in cells and bool(distances.of(f"l2 {Cell.spliced}")[-1].any())
+    has_error = Cell.spliced in cells and bool(sums[f"l2 {Cell.spliced}"][-1].any())
     return Mechanism(
         sequences=len(counts),
         tokens=int(counts.sum()),
@@ -143,5 +85,34 @@ def _mechanism(distances: _Distances, cells: list[Cell], resamples: int) -> Mech
             cell.value: Moved(l2=intervals(f"l2 {cell}"), cosine=intervals(f"cosine {cell}"))
             for cell in cells
         },
-        shortened=Shortened(l2=shortened("l2"), cosine=shortened("cosine")) if moves else None,
+        shortened=Shortened(l2=shortened("l2"), cosine=shortened("cosine")) if has_error else None,
     )
+
+
+def _sums(subject: Subject, cells: list[Cell], tokens: Tensor) -> dict[str, Tensor]:
+    """Sums over each sequence's measured tokens, `[block, sequence]`, and their number, `[sequence]`."""
+    kept = subject.kept_positions(tokens, subject.after)
+    measured = torch.ones_like(tokens, dtype=torch.bool) if kept is None else ~kept
+    clean = subject.streams(Cell.base, tokens)
+
+    def summed(blocks: Iterable[Tensor]) -> Tensor:
+        return torch.stack([torch.where(measured, values, 0.0).sum(1) for values in blocks]).cpu()
+
+    sums = {
+        "tokens": measured.sum(1).double().cpu(),
+        "norm": summed(h.double().norm(dim=-1) for h in clean),
+    }
+    for cell in cells:
+        moved = subject.streams(cell, tokens)
+        sums[f"l2 {cell}"] = summed(map(_l2, moved, clean))
+        sums[f"cosine {cell}"] = summed(map(_cosine_distance, moved, clean))
+    return sums
+
+
+def _l2(h: Tensor, h_clean: Tensor) -> Tensor:
+    return (h.double() - h_clean.double()).norm(dim=-1)
+
+
+def _cosine_distance(h: Tensor, h_clean: Tensor) -> Tensor:
+    # In float32, a cosine near 1 would hide its distance to 1.
+    return (1 - cosine_similarity(h.double(), h_clean.double(), dim=-1)).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Suites of measures, taken of finished runs one after another; each is kept as soon as it is there."""
+"""Run suites on finished runs. Each suite is written as soon as it is done."""
 
 import dataclasses
 import time
@@ -27,16 +27,16 @@ from sae_lora.records.folder import RunFolder
 
 
 class _Suite(NamedTuple):
-    """How a suite is taken.
+    """Functions and settings of a suite.
 
     Args:
-        measure: Takes it; its result is a dataclass of plain values.
-        heeds: The keys of `evaluation` that it depends on.
-        check: Refuses, before anything is loaded, what it cannot be taken of.
+        measure: Measures a run; returns a dataclass of plain values.
+        depends_on: The keys of `evaluation` that the results depend on.
+        check: Refuses a config that cannot work, before anything is loaded.
     """
 
     measure: Callable[[Subject, EvaluationConfig], Any]
-    heeds: tuple[str, ...]
+    depends_on: tuple[str, ...]
     check: Callable[[EvaluationConfig], None] = lambda config: None
 
 
@@ -44,35 +44,36 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
-    Suite.tasks: _Suite(lm_eval.score, lm_eval.HEEDS, lm_eval.check),
+    Suite.tasks: _Suite(lm_eval.score, ("resamples", "tasks", "task_limit", "few_shot"), lm_eval.check),
     Suite.steering: _Suite(effects.steer, effects.HEEDS),
     Suite.saebench: _Suite(saebench.score, saebench.HEEDS, saebench.check),
 }
 
 
 def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
-    """How a run is to be evaluated: as its own config says, but for some keys.
+    """The `evaluation` section of a run's own config, with some keys replaced.
 
     Args:
         folder: The run.
         assignments: `key=value`, keys of `evaluation`, values as on the command line.
 
     Raises:
-        UserError: For a key or a value that there is not.
+        UserError: For an unknown key or an invalid value.
     """
-    own = OmegaConf.structured(load(folder.config.read_text()))
-    wanted = [f"evaluation.{one.removeprefix('evaluation.')}" for one in assignments]
-    for key, _, _ in (one.partition("=") for one in wanted):
+    config = OmegaConf.structured(load(folder.config.read_text()))
+    dotlist = [f"evaluation.{assignment.removeprefix('evaluation.')}" for assignment in assignments]
+    for assignment in dotlist:
+        key = assignment.partition("=")[0]
         if key not in keys():
             raise unknown_key(key)
     try:
-        merged = OmegaConf.merge(own, OmegaConf.from_dotlist(wanted))
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist))
         assert isinstance(merged, DictConfig)
-        config = typed(merged)
+        result = typed(merged)
     except OmegaConfBaseException as error:
         raise UserError(explanation(error)) from error
-    check(config)
-    return config.evaluation
+    check(result)
+    return result.evaluation
 
 
 def evaluate(
@@ -83,75 +84,73 @@ def evaluate(
     again: bool = False,
     device: str | None = None,
 ) -> list[Suite]:
-    """Takes those of the suites that are not there yet, as far as they apply to the run.
+    """Run suites on a finished run, as far as they apply to it and are not done yet.
 
-    What one of them lacks, a download or a package, is said, and the others go on.
+    A suite that lacks something, a download or a package, is reported, and the others go on.
 
     Args:
         folder: A finished run.
         wanted: The suites.
-        config: How.
-        again: Whether those that are there are taken once more.
-        device: auto, cpu or cuda; by default what the run's `train.device` says.
+        config: Settings of the suites.
+        again: Whether to repeat suites that are done.
+        device: auto, cpu or cuda; by default the run's `train.device`.
 
     Returns:
-        Those that could not be taken.
+        The suites that failed.
 
     Raises:
         UserError: Where the run is not finished, or something of it is missing.
     """
-    left = [
+    suites = [
         suite
         for suite in suite_records.applicable(wanted, folder.read_config(), vars(config))
-        if again or not _is_there(folder, suite, config)
+        if again or not _is_done(folder, suite, config)
     ]
-    if not left:
+    if not suites:
         return []
     quieten()
-    say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in left)}")
+    say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in suites)}")
     failed: list[Suite] = []
 
-    def leave_out(suite: Suite, error: UserError) -> None:
-        complain(f"{suite.name} of {folder.path.name} left out", str(error))
+    def leave_out(suite: Suite, reason: object) -> None:
+        complain(f"{suite.name} of {folder.path.name} left out", str(reason))
         failed.append(suite)
 
-    for suite in left:
+    for suite in suites:
         try:
             _SUITES[suite].check(config)
         except UserError as error:
             leave_out(suite, error)
-    if len(failed) == len(left):
+    ready = [suite for suite in suites if suite not in failed]
+    if not ready:
         return failed
     subject = Subject(folder, device)
-    for suite in [one for one in left if one not in failed]:
+    for suite in ready:
         began = time.perf_counter()
         try:
             results = _SUITES[suite].measure(subject, config)
         except UserError as error:
             leave_out(suite, error)
             continue
-        suite_records.write(
-            folder,
-            Record(
-                suite=suite.name,
-                settings=_settings(suite, config),
-                results=dataclasses.asdict(results),
-                environment=environment(subject.device),
-                seconds=time.perf_counter() - began,
-            ),
+        record = Record(
+            suite=suite.name,
+            settings=_settings(suite, config),
+            results=dataclasses.asdict(results),
+            environment=environment(subject.device),
+            seconds=time.perf_counter() - began,
         )
-        for part, why in getattr(results, "missing", {}).items():
-            leave_out(suite, UserError(f"{part}: {why}"))
+        suite_records.write(folder, record)
+        for part, reason in record.results.get("missing", {}).items():
+            leave_out(suite, f"{part}: {reason}")
     return list(dict.fromkeys(failed))
 
 
-def _is_there(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
-    """Whether all of it is; what a part of it has lacked may have come meanwhile."""
-    there = suite_records.read(folder, suite)
-    if there is None or there.settings != _settings(suite, config):
+def _is_done(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
+    record = suite_records.read(folder, suite)
+    if record is None or record.settings != _settings(suite, config):
         return False
-    return not there.results.get("missing")
+    return not record.results.get("missing")  # what was missing may be available now
 
 
 def _settings(suite: Suite, config: EvaluationConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SUITES[suite].heeds}
+    return {name: getattr(config, name) for name in _SUITES[suite].depends_on}

@@ -1,9 +1,8 @@
-"""`evaluation/<suite>.json` in a run folder: what a suite has found, and with what. Imports no torch."""
+"""Results of suites: `evaluation/<suite>.json` in a run folder. Imports no torch."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sae_lora.common.files import as_json, write_atomically
@@ -12,34 +11,35 @@ from sae_lora.config.identity import trains_adapters
 from sae_lora.records.folder import RunFolder
 
 VERSION = 1
-"""Of the schema; fields are only ever added within a version."""
+"""Version of the schema; fields are only ever added within a version."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one suite has found of one run: the schema of `evaluation/<suite>.json`."""
+    """Results of one suite on one run: the schema of `evaluation/<suite>.json`."""
 
     suite: str
     settings: dict[str, Any]
-    """What of `evaluation` the suite heeds, as it was asked for."""
+    """The keys of `evaluation` that the results depend on."""
     results: dict[str, Any]
-    """The suite's own: `Core`, `Mechanism`, `Weights`, `Tasks`, `Steering` or `SAEBench`, by field."""
+    """The fields of `Core`, `Mechanism`, `Weights`, `Tasks`, `Steering` or `SAEBench`."""
     environment: dict[str, Any]
     """Versions, device, host, git commit."""
     seconds: float
-    """That it took, loading left out."""
+    """Duration, without loading the run."""
     version: int = VERSION
 
 
 def write(folder: RunFolder, record: Record) -> None:
-    """Puts a record into the run's folder, in the place of an older one."""
+    """Write a record into the run's folder; replace an older one."""
     folder.evaluation.mkdir(exist_ok=True)
-    write_atomically(_file(folder, Suite[record.suite]), as_json(dataclasses.asdict(record)))
+    path = folder.evaluation / f"{record.suite}.json"
+    write_atomically(path, as_json(dataclasses.asdict(record)))
 
 
 def read(folder: RunFolder, suite: Suite) -> Record | None:
-    """The record of a suite; `None` where there is none, or one of another version."""
-    path = _file(folder, suite)
+    """The record of a suite; `None` where it is absent or of another version."""
+    path = folder.evaluation / f"{suite.name}.json"
     if not path.exists():
         return None
     values = json.loads(path.read_text())
@@ -47,7 +47,7 @@ def read(folder: RunFolder, suite: Suite) -> Record | None:
 
 
 def pending(folder: RunFolder) -> list[Suite]:
-    """The suites that a run's own config asks for at its end, and that are not there yet."""
+    """The suites that a run's own config asks for at its end, and that have no record yet."""
     if not (folder.is_finished and folder.config.exists()):
         return []
     config = folder.read_config()
@@ -59,21 +59,17 @@ def pending(folder: RunFolder) -> list[Suite]:
 def applicable(
     suites: Sequence[Suite], config: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> list[Suite]:
-    """Those that have anything to measure in a run, each once: `lora` is about adapters.
+    """The suites that apply to a run, each once: `lora` needs adapters.
 
     Args:
-        suites: Some; `downstream` stands for several.
-        config: The run's, as `config.yaml` holds it.
-        evaluation: How they are to be taken.
+        suites: Suites; `downstream` stands for several.
+        config: The run's `config.yaml`.
+        evaluation: The settings of the suites.
     """
     downstream = [
         *([Suite.tasks] if evaluation.get("tasks") else []),
         Suite.steering,
         *([Suite.saebench] if evaluation.get("saebench") else []),
     ]
-    every = [one for suite in suites for one in (downstream if suite is Suite.downstream else [suite])]
-    return [one for one in dict.fromkeys(every) if one is not Suite.lora or trains_adapters(config)]
-
-
-def _file(folder: RunFolder, suite: Suite) -> Path:
-    return folder.evaluation / f"{suite.name}.json"
+    each = [one for suite in suites for one in (downstream if suite is Suite.downstream else [suite])]
+    return [suite for suite in dict.fromkeys(each) if suite is not Suite.lora or trains_adapters(config)]

@@ -134,7 +134,7 @@ def test_texts_are_those_that_our_own_model_writes(cell: Cell, subject: Subject,
     """Token after token with nothing kept, where the harness has a cache and batches of prompts."""
     config = dataclasses.replace(CONFIG, tasks=OWN[1:])
     with subject.in_place(cell) as model:
-        results = harness._taken(model, subject.adapted.tokenizer, config)
+        results = harness._results(model, subject.adapted.tokenizer, config)
     written = [sample["filtered_resps"][0] for sample in results["samples"][OWN[1]]]
     expected = [greedy(subject, cell, row) for row in asked(OWN[1])]
     assert written == expected
@@ -249,7 +249,6 @@ def test_tasks_that_cannot_be_taken_are_refused(
     assert f"evaluation.tasks = '{got}' cannot be used" in refused(folder, tasks, capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_the_real_benchmarks_are_known_and_what_they_lack_is_named(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
@@ -305,7 +304,6 @@ def test_groups_are_compared_document_by_document(
     (tmp_path / "both.yaml").write_text(yaml.dump(group))
     monkeypatch.setattr(harness, "FOLDER", tmp_path)
     monkeypatch.setattr(harness, "_manager_of", harness._manager_of.__wrapped__)
-    monkeypatch.setattr(harness, "_check", harness._check.__wrapped__)
     monkeypatch.setattr(Subject, "cells", [Cell.base, Cell.spliced])
     found = harness.score(subject, dataclasses.replace(CONFIG, tasks=["both"], task_limit=6)).scores
 
