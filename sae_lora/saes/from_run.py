@@ -62,9 +62,11 @@ def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float
     """
     sae = config.sae
     if config.method.kind in _MAPS:
-        folders = [folder.output_adapter / str(Place.of(choice)) for choice in sae.used]
-        pairs = zip(sae.used, folders, strict=True)
-        return replace(sae, used=[replace(choice, adapter=_weights(at)) for choice, at in pairs])
+        used = [
+            replace(choice, adapter=_weights(folder.output_adapter / str(Place.of(choice))))
+            for choice in sae.used
+        ]
+        return replace(sae, used=used)
     if config.method.kind not in TRAINING_SAES:
         return sae
     made = folder.sae if at == 1 else folder.sae_at / f"{at:g}"

@@ -150,7 +150,7 @@ def _width(choice: SAEChoice) -> int:
 
 def _l0(choice: SAEChoice) -> float:
     """The L0 as the table states it; 0 where it does not."""
-    return choice.l0 or 0
+    return choice.l0 or 0.0
 
 
 def _nearest_at_each_block(config: Config, everywhere: Sequence[SAEChoice]) -> Resolution:

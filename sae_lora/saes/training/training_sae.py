@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAEConfig,
-    GatedTrainingSAEConfig,
-    JumpReLUTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    SAEConfig,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAEConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-)
+from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -32,13 +22,8 @@ from sae_lora.saes.loading import quiet
 from sae_lora.saes.sparse import SparseSAE
 from sae_lora.splice.hooks import Coder
 
-_TRAINABLE: dict[str, type[TrainingSAEConfig]] = {
-    "topk": TopKTrainingSAEConfig,
-    "jumprelu": JumpReLUTrainingSAEConfig,
-    "standard": StandardTrainingSAEConfig,
-    "gated": GatedTrainingSAEConfig,
-}
-"""The config of an SAE in training, by the architecture that it is saved as."""
+_TRAINABLE = ("topk", "jumprelu", "standard", "gated")
+"""Architectures of saved SAEs that can be trained on."""
 _PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
 """sae-lens's name of the sparsity penalty, by architecture."""
 _LEVELS = (8, 4, 2, 1)
@@ -49,13 +34,13 @@ class SAERequest(NamedTuple):
     """One SAE to train.
 
     Args:
-        hookpoint: What it reconstructs, as its own config will say.
-        architecture: What kind of SAE.
-        d_in: Width of what it reads.
+        hookpoint: The hookpoint in its own config.
+        architecture: The kind of SAE.
+        d_in: Width of its input.
         width: Number of latents.
         k: Latents active per token: a whole number for topk, the mean over a batch for batchtopk and
-            matryoshka. What the penalty of jumprelu pulls towards, quadratically, as in Gemma Scope 2;
-            `None` has it count active latents. The others do not read it.
+            matryoshka. The target of jumprelu's penalty, which is then quadratic, as in Gemma Scope 2;
+            with `None` that penalty counts active latents. The others do not read it.
         sparsity_coefficient: Weight of the sparsity penalty of jumprelu (L0), standard and gated (L1);
             `None` takes sae-lens's own. The others do not read it.
     """
@@ -82,28 +67,24 @@ def new(request: SAERequest, device: torch.device, metadata: Mapping[str, Any]) 
     Raises:
         ConfigError: For a k that it cannot have.
     """
-    about = SAEMetadata(hook_name=request.hookpoint, **metadata)
-    shape: dict[str, Any] = {"d_in": request.d_in, "d_sae": request.width, "metadata": about}
+    name = request.architecture.name
+    values = _penalty(name, request.sparsity_coefficient)
     match request.architecture:
         case Architecture.topk:
-            config = TopKTrainingSAEConfig(**shape, k=int(_active(request)))
+            values["k"] = int(_active(request))
         case Architecture.batchtopk:
-            config = BatchTopKTrainingSAEConfig(**shape, k=_active(request))
+            values["k"] = _active(request)
         case Architecture.matryoshka:
+            name = "matryoshka_batchtopk"  # sae-lens's name
             widths = [request.width // part for part in _LEVELS if part <= request.width]
-            config = MatryoshkaBatchTopKTrainingSAEConfig(
-                **shape, k=_active(request), matryoshka_widths=widths
-            )
-        case Architecture.jumprelu | Architecture.standard | Architecture.gated as kind:
-            penalty = _penalty(kind.name, request.sparsity_coefficient)
-            if kind is Architecture.jumprelu and request.k is not None:
-                penalty |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
-            config = _TRAINABLE[kind.name](**shape, **penalty)
-        case _:
-            raise NotImplementedError(request.architecture)
-    made_by: Any = TrainingSAE.get_sae_class_for_architecture(config.architecture())
+            values |= {"k": _active(request), "matryoshka_widths": widths}
+        case Architecture.jumprelu if request.k is not None:
+            values |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
+    kind, config_kind = get_sae_training_class(name)
+    about = SAEMetadata(hook_name=request.hookpoint, **metadata)
+    config = config_kind(d_in=request.d_in, d_sae=request.width, metadata=about, **values)
     with quiet():
-        return made_by(config).to(device)
+        return kind(config).to(device)
 
 
 def _active(request: SAERequest) -> float:
@@ -156,8 +137,8 @@ def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> Train
     if "threshold" in weights:
         # Below zero it is as at zero, but not in training, where sae-lens raises it at the first step.
         weights["threshold"].clamp_(min=0)
-    kind = TrainingSAE.get_sae_class_for_architecture(architecture)
-    return _holding(kind, _TRAINABLE[architecture](**values), weights, sae.device)
+    kind, config_kind = get_sae_training_class(architecture)
+    return _holding(kind, config_kind(**values), weights, sae.device)
 
 
 class Forward(NamedTuple):
@@ -234,7 +215,7 @@ def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
     sae.process_state_dict_for_saving_inference(weights)
     config = SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
     config.device = "meta"
-    kind = SAE.get_sae_class_for_architecture(config.architecture())
+    kind, _ = get_sae_class(config.architecture())
     copies = {name: weight.clone() for name, weight in weights.items()}
     return _holding(kind, config, copies, sae.device).requires_grad_(False).eval()
 
