@@ -42,14 +42,14 @@ class LayerGroups:
     distances: list[list[float]]
     """Angular distance between residual streams after two blocks, a share of a half turn."""
     evenly: bool
-    """Whether they are neighbours in equal numbers, rather than blocks that lie close."""
+    """True for neighbours in equal numbers, false for blocks that lie close."""
     sae_flops_saved: float
     """Share of the SAEs' own training FLOPs that is saved over one SAE for each block, where each SAE is
     as wide and sees as many tokens. The model's forward passes cost the same either way."""
 
 
 def are_wanted(config: Config) -> bool:
-    """Whether SAEs are asked for by groups of blocks."""
+    """Tell whether SAEs are asked for by groups of blocks."""
     return config.layer.amad_max is not None or config.layer.n_groups is not None
 
 

@@ -51,7 +51,7 @@ class LoadedSAE:
     description: dict[str, Any]
     """Values that identify it, for the summary."""
     excludes_special_tokens: bool
-    """Whether its own config says that it was not trained on positions of BOS or EOS."""
+    """True where its own config says that it was not trained on positions of BOS or EOS."""
 
     def at(self, choice: SAEChoice) -> "LoadedSAE":
         """The same SAE at another of the blocks that share it."""
