@@ -1,1 +1,1 @@
-"""Sparse autoencoders: `registry` chooses one that exists, `loading` loads it through sae-lens."""
+"""Sparse autoencoders: `resolve` chooses one that exists, `loading` loads it through sae-lens."""

@@ -3,8 +3,7 @@
 Source: Group-SAE, arXiv 2410.21508.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +14,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import residual_streams, special_positions
 
 _NUMBERS_AT_ONCE = 2**23
-"""Residuals and cosines that one step of the measurement holds in float64: 64 MiB of them."""
-
-
-class Progress(Protocol):
-    """Called with the tokens measured so far, after each batch."""
-
-    def __call__(self, tokens: int, /) -> None: ...
+"""Residuals and cosines that one step of the measurement holds in float64: 64 MiB."""
 
 
 @torch.no_grad()
@@ -29,18 +22,18 @@ def angular_distances(
     model: LanguageModel,
     batches: Iterable[Tensor],
     special_ids: Tensor | None = None,
-    on_progress: Progress = lambda tokens: None,
+    on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """The angles between the residual streams after any two blocks, `[block, block]`, float64, on CPU.
 
-    As shares of half a turn: 0 where they point the same way, 0.5 where they are orthogonal, 1 where
-    they are opposite; the mean over tokens. One forward pass per batch measures all blocks.
+    In shares of half a turn: 0 for the same direction, 0.5 for orthogonal ones, 1 for opposite ones; the
+    mean over tokens. One forward pass per batch measures all blocks.
 
     Args:
         model: The model, without SAEs and adapters.
         batches: Token ids `[batch, pos]`. Every token weighs the same, however they are batched.
         special_ids: Ids `[n]` whose positions are left out.
-        on_progress: Called with the tokens measured so far.
+        on_progress: Called with the tokens measured so far, after each batch.
 
     Raises:
         UserError: Where no token is left to measure.
@@ -57,7 +50,7 @@ def angular_distances(
             counted = torch.ones_like(tokens, dtype=torch.bool)
             if special_ids is not None:
                 counted = ~special_positions(tokens, special_ids.to(model.device))
-            for angles in _angles(streams, counted.flatten().nonzero().squeeze(1)):
+            for angles in _angles(streams, counted.flatten().nonzero()[:, 0]):
                 sums += angles.sum(0)
             count += int(counted.sum())
             on_progress(count)
@@ -73,7 +66,7 @@ def _angles(streams: Sequence[Tensor], places: Tensor) -> Iterator[Tensor]:
 
     Args:
         streams: The residual stream after each block, `[batch, pos, d_model]`.
-        places: Tokens to measure, `[token]`, in the order of batch and pos.
+        places: Indices of the tokens to measure, `[token]`, in the order of batch and pos.
     """
     flat = [resid.flatten(0, 1) for resid in streams]
     n_blocks, d_model = len(flat), flat[0].shape[-1]

@@ -1,4 +1,4 @@
-"""What a finished run has made, as another run begins with it. Imports no torch."""
+"""The result of a finished run, as another run begins with it. Imports no torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from sae_lora.common.files import sha256
 from sae_lora.config.enums import Method, SAEFamily
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.lora_targets import canonical_alpha, canonical_blocks
-from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEChoice, SAEConfig, as_list
+from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEConfig, as_list
 from sae_lora.config.serialize import load
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
@@ -19,11 +19,11 @@ _MAPS = (Method.linear_adapter, Method.mlp_adapter)
 
 
 def begun(config: Config, model: Dimensions) -> Config:
-    """The config with what `init` stands for: SAEs, maps on what they put back, or adapters.
+    """The config with the result of the run that `init` names: SAEs, maps on them, or adapters.
 
     Args:
-        config: With `init`.
-        model: The model that it is about.
+        config: A config with `init`.
+        model: The dimensions of its model.
 
     Raises:
         ConfigError: Where that is no finished run of this model, or its result does not fit.
@@ -34,8 +34,7 @@ def begun(config: Config, model: Dimensions) -> Config:
     if not folder.is_finished:
         raise _no_result(config.init, folder)
     before = load(folder.config.read_text())
-    same = before.model.name == config.model.name and before.model.revision == config.model.revision
-    if not same:
+    if (before.model.name, before.model.revision) != (config.model.name, config.model.revision):
         because = f"that one is of {before.model.name}"
         raise ConfigError("init", config.init, f"a run of {config.model.name}", because=because)
     check_goes_on(config, before)
@@ -50,97 +49,95 @@ def begun(config: Config, model: Dimensions) -> Config:
 
 
 def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float = 1.0) -> SAEConfig:
-    """The SAEs of a finished run as it has left them: its own, or with maps on what they put back.
+    """The SAEs that a finished run has left: trained, or with trained maps on them.
 
     Args:
-        config: Of the run.
+        config: The run's config.
         folder: Its folder.
-        model: The model that it is about.
-        at: Share of its training after which they are wanted.
+        model: The dimensions of its model.
+        at: The share of its training after which its SAEs are taken.
 
     Raises:
         UserError: Where its files cannot be read.
     """
     sae = config.sae
-    made = folder.sae if at == 1 else folder.sae_at / f"{at:g}"
     if config.method.kind in _MAPS:
-        return replace(sae, used=[_with_map(choice, folder) for choice in sae.used])
-    if config.method.kind in TRAINING_SAES:
-        used = [_trained(choice, made, model) for choice in sae.used]
-        request = {"width": None, "l0": None, "release": None, "id": None}
-        path = str(made.resolve() / f"blocks.{{block}}.hook_{sae.used[0].hook.name}")
-        return replace(sae, family=SAEFamily.disk, path=path, used=used, **request)
-    return sae
+        used = [
+            replace(choice, adapter=_weights(folder.output_adapter / str(Place.of(choice))))
+            for choice in sae.used
+        ]
+        return replace(sae, used=used)
+    if config.method.kind not in TRAINING_SAES:
+        return sae
+    made = folder.sae if at == 1 else folder.sae_at / f"{at:g}"
+    used = []
+    for choice in sae.used:
+        path = made / str(Place(min([*choice.group, choice.block]), choice.hook))
+        trained = read_folder(str(path), choice.block, choice.hook, model)
+        used.append(replace(trained, l0=choice.l0, group=choice.group))
+    request = {"width": None, "l0": None, "release": None, "id": None}
+    pattern = str(made.resolve() / f"blocks.{{block}}.hook_{sae.used[0].hook.name}")
+    return replace(sae, family=SAEFamily.disk, path=pattern, used=used, **request)
 
 
 def check_as_planned(adapters: Adapters) -> None:
-    """Refuses trained weights that are others than when the run was planned.
-
-    Raises:
-        UserError: Names them.
-    """
+    """Refuses trained weights that have changed since the run was planned."""
     if _weights(Path(adapters.path)).sha256 != adapters.sha256:
         raise UserError(f"init: {adapters.path} holds other weights than when this run was planned")
 
 
 def _no_result(init: str, folder: RunFolder) -> ConfigError:
-    """Why the folder is none to begin with."""
-    beside = folder.path.parent
-    others = [path.parent.name for path in beside.glob("*/summary.json")]
-    near = nearest_name(folder.path.name, others)
-    state = "is not finished" if folder.config.exists() else "is no run"
+    sweep = folder.path.parent
+    finished = [path.parent.name for path in sweep.glob("*/summary.json")]
+    near = nearest_name(folder.path.name, finished)
     return ConfigError(
         "init",
         init,
         "the folder of a finished run, outputs/<sweep>/<run>",
-        nearest=beside / near if near else None,
-        because=f"it {state}",
+        nearest=sweep / near if near else None,
+        because="it is not finished" if folder.config.exists() else "it is no run",
     )
 
 
 def check_goes_on(config: Config, before: Config) -> None:
-    """Refuses a result that the method cannot begin with, whether or not it is there yet.
+    """Refuses a result that the method cannot begin with, also before that result exists.
 
     Args:
-        config: Of the run that would begin with it.
-        before: Of the run whose result it is.
+        config: The run that would begin with it.
+        before: The run that makes it.
 
     Raises:
-        ConfigError: Names `init`, or `init_at` where nothing is kept then.
+        ConfigError: Names `init`, or `init_at` where the run keeps nothing at that share.
     """
-    _check_method(config, before)
-    if config.init_at == 1:
-        return
-    if before.method.kind not in TRAINING_SAES:
-        allowed = f"1: a run of method={before.method.kind.name} keeps nothing on its way"
-        raise ConfigError("init_at", config.init_at, allowed, nearest=1)
-    kept = sorted({*before.method.checkpoints, 1.0})
-    if config.init_at not in kept:
-        nearest = min(kept, key=lambda one: abs(one - config.init_at))
-        allowed = f"one of {listed(f'{one:g}' for one in kept)}: method.checkpoints of that run, or 1"
-        raise ConfigError("init_at", config.init_at, allowed, nearest=f"{nearest:g}")
-
-
-def _check_method(config: Config, before: Config) -> None:
-    """Refuses a result that the method cannot begin with."""
     kind, earlier = config.method.kind, before.method.kind
+    allowed = None
     if kind is Method.sae:
         allowed = "null with method=sae, whose SAE is new"
     elif earlier in ADAPTING and kind not in ADAPTING:
         allowed = "a run that has trained an SAE, or a map on what it puts back"
     elif earlier in _MAPS and kind in (*_MAPS, *TRAINING_SAES):
         allowed = "a run that has trained an SAE"
-    else:
+    if allowed is not None:
+        because = f"with method={kind.name} it cannot be one of method={earlier.name}"
+        raise ConfigError("init", config.init, allowed, because=because)
+    if config.init_at == 1:
         return
-    because = f"with method={kind.name} it cannot be one of method={earlier.name}"
-    raise ConfigError("init", config.init, allowed, because=because)
+    if earlier not in TRAINING_SAES:
+        allowed = f"1: a run of method={earlier.name} keeps nothing on its way"
+        raise ConfigError("init_at", config.init_at, allowed, nearest=1)
+    kept = sorted({*before.method.checkpoints, 1.0})
+    if config.init_at not in kept:
+        nearest = min(kept, key=lambda share: abs(share - config.init_at))
+        shares = listed(f"{share:g}" for share in kept)
+        allowed = f"one of {shares}: method.checkpoints of that run, or 1"
+        raise ConfigError("init_at", config.init_at, allowed, nearest=f"{nearest:g}")
 
 
 def _with_adapters(lora: LoRAConfig, before: Config, folder: RunFolder) -> LoRAConfig:
-    """The adapters' config, with what they begin with.
+    """The adapters' config, with the weights that they begin with.
 
     Raises:
-        ConfigError: Where these are others.
+        ConfigError: Where those belong to other adapters.
     """
     wanted = replace(lora, alpha=canonical_alpha(lora), blocks=canonical_blocks(lora.blocks))
     for name in ("rank", "alpha", "rank_stabilised", "dora", "targets", "blocks"):
@@ -150,23 +147,8 @@ def _with_adapters(lora: LoRAConfig, before: Config, folder: RunFolder) -> LoRAC
     return replace(lora, begun=_weights(folder.adapter))
 
 
-def _with_map(choice: SAEChoice, folder: RunFolder) -> SAEChoice:
-    return replace(choice, adapter=_weights(folder.output_adapter / str(Place.of(choice))))
-
-
-def _trained(choice: SAEChoice, made: Path, model: Dimensions) -> SAEChoice:
-    path = made / str(Place(min([*choice.group, choice.block]), choice.hook))
-    return replace(
-        read_folder(str(path), choice.block, choice.hook, model), l0=choice.l0, group=choice.group
-    )
-
-
 def _weights(folder: Path) -> Adapters:
-    """The one file of weights in a folder.
-
-    Raises:
-        UserError: Where it cannot be read.
-    """
+    """The one file of weights in a folder."""
     try:
         (file,) = folder.glob("*.safetensors")
         return Adapters(str(folder.resolve()), sha256(file))

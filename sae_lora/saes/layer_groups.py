@@ -1,4 +1,4 @@
-"""Which blocks share an SAE, by distances that are measured once for a model and its text.
+"""Groups of blocks that share an SAE, by distances that are measured once for a model and its text.
 
 Imports torch only for measuring.
 
@@ -25,27 +25,31 @@ from sae_lora.models.dimensions import Dimensions
 if TYPE_CHECKING:
     from sae_lora.data.corpus import Corpus
 
+Groups = list[list[int]]
+"""Sorted block indices of each group; the groups by their first block."""
+
 
 @dataclass(frozen=True)
 class LayerGroups:
     """Groups of blocks that share an SAE, and how they were found."""
 
-    groups: list[list[int]]
-    """Blocks of each, all but the model's last."""
+    groups: Groups
+    """Every block but the model's last, in one group each."""
     amad: float
     """Mean over groups of the widest angular distance in each."""
     amad_by_count: list[float]
-    """The same for the best groups of each number, from one on."""
+    """AMAD of the tree of blocks cut into 1, 2, … groups."""
     distances: list[list[float]]
     """Angular distance between residual streams after two blocks, a share of a half turn."""
     evenly: bool
-    """Whether they are neighbours in equal numbers, rather than blocks that lie close."""
+    """True for neighbours in equal numbers, false for blocks that lie close."""
     sae_flops_saved: float
-    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block."""
+    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block, where each SAE is
+    as wide and sees as many tokens. The model's forward passes cost the same either way."""
 
 
 def are_wanted(config: Config) -> bool:
-    """Whether SAEs are asked for by groups of blocks."""
+    """Tell whether SAEs are asked for by groups of blocks."""
     return config.layer.amad_max is not None or config.layer.n_groups is not None
 
 
@@ -56,10 +60,10 @@ class Distances:
         self._known: dict[str, Sequence[Sequence[float]]] = {}
 
     def of(self, config: Config) -> Sequence[Sequence[float]]:
-        """Those of a config's model on its held-out text.
+        """Distances of a config's model on its held-out text.
 
         Raises:
-            UserError: Where the model or the text cannot be had.
+            UserError: Where the model or the text cannot be loaded.
         """
         values = as_dict(config)
         asked = json.dumps([values["model"], values["data"], values["train"]["dtype"]], sort_keys=True)
@@ -72,32 +76,33 @@ def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
     """The groups that `layer` asks for. The model is loaded where its distances are not known yet.
 
     Args:
-        config: Of a point.
-        model: Its model's.
-        known: What was measured before.
+        config: The config of a point.
+        model: The dimensions of its model.
+        known: Distances that were measured before.
 
     Raises:
         ConfigError: For more groups than there are blocks without the last.
-        UserError: Where the model or the text cannot be had.
+        UserError: Where the model or the text cannot be loaded.
     """
-    layer, most = config.layer, model.n_blocks - 1
+    layer, n_blocks = config.layer, model.n_blocks - 1
     if layer.n_groups is not None:  # before a model is loaded
-        _check_count(most, layer.n_groups)
+        _check_count(n_blocks, layer.n_groups)
     distances = known.of(config)
-    found = group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
-    blocks = evenly_spaced(most, len(found.groups)) if layer.evenly else found.groups
+    chosen, amads = group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
+    if layer.evenly:
+        chosen = evenly_spaced(n_blocks, len(chosen))
     return LayerGroups(
-        groups=blocks,
-        amad=amad(distances, blocks),
-        amad_by_count=list(found.amad_by_count),
+        groups=chosen,
+        amad=amad(distances, chosen),
+        amad_by_count=amads,
         distances=[list(row) for row in distances],
         evenly=layer.evenly,
-        sae_flops_saved=sae_flops_saved(len(blocks), most),
+        sae_flops_saved=1 - len(chosen) / n_blocks,
     )
 
 
 def _distances(config: Config) -> Sequence[Sequence[float]]:
-    """Angular distances between blocks on the held-out text, from the cache where they are there."""
+    """Angular distances between blocks on the held-out text, from the cache or measured."""
     from sae_lora.common import hub
     from sae_lora.data import corpus
     from sae_lora.models import loading  # bring torch in
@@ -114,10 +119,10 @@ def _distances(config: Config) -> Sequence[Sequence[float]]:
 
         if file().exists():
             return json.loads(file().read_text())
-        found = _measure(config, text, show)
+        distances = _measure(config, text, show)
         file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file(), as_json(found))  # by now the model's commit is known
-        return found
+        write_atomically(file(), as_json(distances))  # by now the model's commit is known
+        return distances
 
 
 def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]:
@@ -128,47 +133,29 @@ def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]
     model = loading.load_model(config.model, config.train.dtype, loading.device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
     count, total = show.counter("measuring", "tokens"), text.validation.size
-    found = block_distances.angular_distances(
+    distances = block_distances.angular_distances(
         model,
         text.validation_tokens.split(at_once),
         text.special_ids,
         lambda tokens: count(tokens, total),
     )
     show.end()
-    return found.tolist()
-
-
-PAPERS_AMAD_MAX = 0.2
-"""The largest AMAD that the paper takes, as a share of half a turn."""
-
-
-Groups = list[list[int]]
-"""Sorted block indices of each group; the groups by their first block."""
-
-
-@dataclass(frozen=True, eq=False)
-class Grouping:
-    """Every block but the last in one of a few groups."""
-
-    groups: Groups
-    """Sorted block indices of each group; the groups by their first block."""
-    amad: float
-    """Mean over the groups of the largest distance within one."""
-    linkage: np.ndarray
-    """The tree of merges that the groups are cut from, `[n - 1, 4]`, as scipy lays it out."""
-    amad_by_count: list[float]
-    """The AMAD of that tree cut into 1, 2, … n groups. It may rise where a wide group falls apart."""
+    return distances.tolist()
 
 
 def group_blocks(
     distances: ArrayLike, *, amad_max: float | None = None, n_groups: int | None = None
-) -> Grouping:
+) -> tuple[Groups, list[float]]:
     """The groups of blocks that complete linkage makes of their distances, the last block left out.
 
     Args:
-        distances: `[block, block]`, as shares of half a turn, the last block among them.
+        distances: `[block, block]`, as shares of half a turn, with the last block.
         amad_max: Takes the fewest groups whose AMAD is below this, above 0 and up to 1.
         n_groups: Takes this many. Exactly one of the two is given.
+
+    Returns:
+        The groups, and the AMAD of the tree cut into 1, 2, … groups. It may rise where a wide group is
+        divided.
 
     Raises:
         ConfigError: For more groups than blocks, or less than one.
@@ -176,26 +163,24 @@ def group_blocks(
 
     Source: arXiv 2410.21508.
     """
-    whole = np.asarray(distances, dtype=float)
-    n = len(whole) - 1
+    n = len(np.asarray(distances)) - 1
     if n < 1:
         raise UserError("a model of one block has none to group: the last is left out")
-    among, merges = whole[:n, :n], linkage(whole)
-    by_count = list(reversed(_levels(merges, n)))
-    amads = [amad(among, groups) for groups in by_count]
+    by_count = _cuts(linkage(distances), n)
+    amads = [amad(distances, groups) for groups in by_count]
     if amad_max is not None:
-        # Blocks that are all alone have an AMAD of 0: one is always found.
-        n_groups = 1 + next(place for place, one in enumerate(amads) if one < amad_max)
+        # Blocks that are all alone have an AMAD of 0, which is always below.
+        n_groups = 1 + next(index for index, value in enumerate(amads) if value < amad_max)
     assert n_groups is not None  # exactly one of the two is given
     _check_count(n, n_groups)
-    return Grouping(by_count[n_groups - 1], amads[n_groups - 1], merges, amads)
+    return by_count[n_groups - 1], amads
 
 
 def linkage(distances: ArrayLike) -> np.ndarray:
     """The tree of the blocks without the last, by complete linkage, `[n - 1, 4]`, as scipy lays it out.
 
     Args:
-        distances: `[block, block]`, the last block among them.
+        distances: `[block, block]`, with the last block.
     """
     from scipy.cluster import hierarchy  # takes a while, which most plans need not
     from scipy.spatial.distance import squareform
@@ -207,11 +192,9 @@ def linkage(distances: ArrayLike) -> np.ndarray:
 
 
 def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
-    """The mean over groups of the largest distance within one, 0 for a group of one block.
+    """The mean over groups of the largest of the distances `[block, block]` within one.
 
-    Args:
-        distances: `[block, block]`.
-        groups: Block indices of each group.
+    It is 0 for a group of one block.
 
     Source: arXiv 2410.21508, average maximum angular distance.
     """
@@ -220,44 +203,22 @@ def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
     return sum(widest) / len(widest)
 
 
-def evenly_spaced(n_blocks_without_last: int, n_groups: int) -> Groups:
-    """Groups of neighbouring blocks, as equal in size as may be: what distances must improve on.
-
-    Args:
-        n_blocks_without_last: Blocks to share out, from the first on.
-        n_groups: Groups wanted.
-
-    Raises:
-        ConfigError: For more groups than blocks, or less than one.
-    """
-    _check_count(n_blocks_without_last, n_groups)
-    return [part.tolist() for part in np.array_split(np.arange(n_blocks_without_last), n_groups)]
+def evenly_spaced(n_blocks: int, n_groups: int) -> Groups:
+    """Groups of neighbouring blocks, as equal in size as possible: the baseline of distances."""
+    return [part.tolist() for part in np.array_split(np.arange(n_blocks), n_groups)]
 
 
-def sae_flops_saved(groups: int, n_blocks: int) -> float:
-    """The share of the SAEs' own training FLOPs that one per group saves over one per block.
-
-    It is 1 − groups / n_blocks where each SAE is as wide and sees as many tokens. The model's forward
-    passes, which make the activations, cost the same either way: of a whole training, less is saved.
-
-    Args:
-        groups: SAEs that are trained.
-        n_blocks: Blocks that they serve.
-    """
-    return 1 - groups / n_blocks
-
-
-def _levels(merges: np.ndarray, n: int) -> list[Groups]:
-    """The groups after no merge, one merge, … and all of them.
+def _cuts(merges: np.ndarray, n: int) -> list[Groups]:
+    """The tree of n blocks cut into 1, 2, … n groups.
 
     Merges are counted, not cut at a height: of several at one height, `fcluster` takes all or none.
     """
     clusters = {block: [block] for block in range(n)}
-    levels = [sorted(clusters.values())]
-    for number, (one, other) in enumerate(merges[:, :2].astype(int).tolist(), n):
-        clusters[number] = sorted(clusters.pop(one) + clusters.pop(other))
-        levels.append(sorted(clusters.values()))
-    return levels
+    cuts = [sorted(clusters.values())]
+    for number, (first, second) in enumerate(merges[:, :2].astype(int).tolist(), n):
+        clusters[number] = sorted(clusters.pop(first) + clusters.pop(second))
+        cuts.append(sorted(clusters.values()))
+    return cuts[::-1]
 
 
 def _check_count(n: int, n_groups: int) -> None:

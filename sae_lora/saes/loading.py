@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 
 class IdentitySAE(nn.Module):
-    """Puts back exactly what it reads: the splice with no gap, for checks and controls."""
+    """An SAE that returns its input exactly: the splice with no gap, for checks and controls."""
 
     def encode(self, x: Tensor) -> Tensor:
         """The residual itself, `[..., d_model]`."""
         return x
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The same again."""
+        """The residual itself, `[..., d_model]`."""
         return feature_acts
 
 
@@ -47,19 +47,17 @@ class LoadedSAE:
     """One SAE, ready to be spliced."""
 
     hookpoint: str
-    """Where it sits."""
     sae: Coder
-    """The SAE itself."""
     description: dict[str, Any]
-    """What identifies it, for the record."""
+    """Values that identify it, for the summary."""
     excludes_special_tokens: bool
-    """Whether its own config says that it was not trained on positions holding BOS or EOS."""
+    """True where its own config says that it was not trained on positions of BOS or EOS."""
 
     def at(self, choice: SAEChoice) -> "LoadedSAE":
-        """The same SAE at another block of those that share it."""
+        """The same SAE at another of the blocks that share it."""
         hookpoint = str(Place.of(choice))
-        described = self.description | {"block": choice.block, "hookpoint": hookpoint}
-        return replace(self, hookpoint=hookpoint, description=described)
+        description = self.description | {"block": choice.block, "hookpoint": hookpoint}
+        return replace(self, hookpoint=hookpoint, description=description)
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
@@ -70,45 +68,34 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
         UserError: Where its files are missing, damaged, or others than when the run was planned.
     """
     _check_as_planned(choice)
-    loaded = (
-        _Loaded(IdentitySAE(), {"d_in": model.d_model, "d_sae": model.d_model})
-        if config.family is SAEFamily.identity
-        else _through_sae_lens(config, choice, str(device))
-    )
+    if config.family is SAEFamily.identity:
+        module: nn.Module = IdentitySAE()
+        values = {"architecture": "identity", "d_in": model.d_model, "d_sae": model.d_model}
+    else:
+        module, values = _through_sae_lens(config, choice, str(device))
     name = _name(choice)
-    _check_place(loaded, choice)
-    field = "sae.path" if choice.path else "sae.id"
-    check_width(loaded.values.get("d_in"), model, field=field, name=name)
-    sae = loaded.sae.to(device).requires_grad_(False).eval()
-    digest = _digest(sae)
-    metadata = loaded.values.get("metadata") or {}
-    processing = metadata.get("model_from_pretrained_kwargs")
-    if processing:
+    _check_place(values, choice)
+    check_width(values.get("d_in"), model, field="sae.path" if choice.path else "sae.id", name=name)
+    module = module.to(device).requires_grad_(False).eval()
+    description = describe(config, choice, values["architecture"], values.get("d_sae"))
+    description["sha256"] = _digest(module)
+    metadata = values.get("metadata") or {}
+    if processing := metadata.get("model_from_pretrained_kwargs"):
         log.warning(
             "%s was trained on a model loaded with %s; here the model is as it is", name, processing
         )
-    return LoadedSAE(
-        hookpoint=str(Place.of(choice)),
-        excludes_special_tokens=bool(metadata.get("exclude_special_tokens")),
-        sae=_with_adapter(multiplied(sae, config.sparse), choice, device),  # pyright: ignore[reportArgumentType]
-        description=describe(
-            config, choice, loaded.values.get("architecture", "identity"), loaded.values.get("d_sae")
-        )
-        | {"sha256": digest},
-    )
-
-
-def _with_adapter(sae: Coder, choice: SAEChoice, device: torch.device) -> Coder:
-    if choice.adapter is None:
-        return sae
-    folder = Path(choice.adapter.path)
-    return AdaptedCoder(sae, output_adapter.load(folder, device)).eval()
+    sae: Coder = multiplied(module, config.sparse)  # pyright: ignore[reportAssignmentType]
+    if choice.adapter is not None:
+        adapter = output_adapter.load(Path(choice.adapter.path), device)
+        sae = AdaptedCoder(sae, adapter).eval()
+    excludes = bool(metadata.get("exclude_special_tokens"))
+    return LoadedSAE(str(Place.of(choice)), sae, description, excludes)
 
 
 def describe(
     config: SAEConfig, choice: SAEChoice, architecture: str, width: int | None
 ) -> dict[str, Any]:
-    """What identifies an SAE, for the record; its weights' hash comes on top."""
+    """Values that identify an SAE, for the summary, without the hash of its weights."""
     return {
         "family": config.family.name,
         "block": choice.block,
@@ -127,21 +114,19 @@ def describe(
 
 
 def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
-    """Downloads an SAE of the registry, so that it can be loaded without a network.
-
-    Returns:
-        The commit of its repository that was fetched.
+    """Downloads an SAE of the registry, to load it without a network; returns its repository's commit.
 
     Raises:
         ConfigError: Where it was made for another place.
         UserError: Where it cannot be found or fetched.
     """
-    _check_place(_through_sae_lens(config, choice, "cpu"), choice)
+    _, values = _through_sae_lens(config, choice, "cpu")
+    _check_place(values, choice)
     return _commit(choice)
 
 
-def _check_place(loaded: "_Loaded", choice: SAEChoice) -> None:
-    settled(trained_at(loaded.values, choice.block), choice.block, choice.hook, _name(choice))
+def _check_place(values: dict[str, Any], choice: SAEChoice) -> None:
+    settled(trained_at(values, choice.block), choice.block, choice.hook, _name(choice))
 
 
 def _name(choice: SAEChoice) -> str:
@@ -153,11 +138,7 @@ def _commit(choice: SAEChoice) -> str | None:
 
 
 def _check_as_planned(choice: SAEChoice) -> None:
-    """Refuses an SAE that has been exchanged under its name since the run was planned.
-
-    Raises:
-        UserError: Names it.
-    """
+    """Refuses an SAE that has been exchanged under its name since the run was planned."""
     if choice.commit is not None and _commit(choice) != choice.commit:
         raise UserError(
             f"sae.release = {choice.release!r}: the cache holds another commit of it than when this run "
@@ -172,16 +153,16 @@ def _check_as_planned(choice: SAEChoice) -> None:
 
 
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
-    """Whether positions holding BOS or EOS keep their activation: as asked, or as the SAEs need it.
+    """Tell whether positions of BOS or EOS keep their activation: as asked, or as the SAEs need it.
 
     An SAE that was not trained on these positions cannot reconstruct them: Gemma Scope's, and those
     whose own config says that special tokens were left out.
     """
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
-    # A new one is not either: residuals at BOS are so large that it would learn little else.
+    # New SAEs are not trained there: residuals at BOS are so large that they would learn little else.
     without = (SAEFamily.gemma_scope, SAEFamily.new)
-    return config.family in without or any(one.excludes_special_tokens for one in saes)
+    return config.family in without or any(sae.excludes_special_tokens for sae in saes)
 
 
 def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
@@ -193,13 +174,10 @@ def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
     )
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    sae: nn.Module
-    values: dict[str, Any]
-
-
-def _through_sae_lens(config: SAEConfig, choice: SAEChoice, device: str) -> _Loaded:
+def _through_sae_lens(
+    config: SAEConfig, choice: SAEChoice, device: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """An SAE, and the values of its own config."""
     dtype = config.dtype.name
     with quiet():
         if choice.release is not None and choice.id is not None:
@@ -212,12 +190,12 @@ def _through_sae_lens(config: SAEConfig, choice: SAEChoice, device: str) -> _Loa
                     sae = SAE.load_from_disk(path, device=device, dtype=dtype)
                 except (OSError, KeyError, RuntimeError) as error:
                     raise UserError(f"sae.path = {path!r} cannot be loaded: {error}") from error
-    return _Loaded(sae, sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()})
+    return sae, sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings about how the SAE's model was loaded; `load` says that itself, once."""
+    """Silence sae-lens's warnings about how the SAE's model was loaded; `load` warns once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*model_from_pretrained_kwargs.*")
         yield
@@ -233,12 +211,7 @@ def _digest(sae: nn.Module) -> str:
 
 
 class SAEs:
-    """SAEs that are loaded, each once for all runs that use it.
-
-    Args:
-        model: What they must fit.
-        device: Where they are to be.
-    """
+    """Loaded SAEs for one model on one device, each loaded once for all runs that use it."""
 
     def __init__(self, model: Dimensions, device: torch.device) -> None:
         self._model = model
@@ -246,14 +219,14 @@ class SAEs:
         self._loaded: dict[str, LoadedSAE] = {}
 
     def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """Those that a run uses, by block; none where it makes new ones."""
+        """The SAEs that a run uses, by block; none where it makes new ones."""
         if config.family is SAEFamily.new:
             return []
-        return [self._one(config, choice) for choice in config.used]
-
-    def _one(self, config: SAEConfig, choice: SAEChoice) -> LoadedSAE:
-        first = replace(choice, block=min([choice.block, *choice.group]))  # one SAE for a whole group
-        key = repr((config.family, config.dtype, config.sparse, first))
-        if key not in self._loaded:
-            self._loaded[key] = load(config, first, self._model, self._device)
-        return self._loaded[key].at(choice)
+        saes = []
+        for choice in config.used:
+            first = replace(choice, block=min([choice.block, *choice.group]))  # shared by its group
+            key = repr((config.family, config.dtype, config.sparse, first))
+            if key not in self._loaded:
+                self._loaded[key] = load(config, first, self._model, self._device)
+            saes.append(self._loaded[key].at(choice))
+        return saes

@@ -1,4 +1,4 @@
-"""An SAE in a folder of sae-lens's format: what it says of itself, before its weights are loaded."""
+"""The config and metadata of an SAE in sae-lens's format, read without loading its weights."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,16 @@ from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
 
 
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
-    """The SAE in a folder of sae-lens's format, checked against what its own cfg.json says.
+    """The SAE in a folder of sae-lens's format, checked against its own cfg.json.
 
     Args:
         path: The folder.
-        index: The block it is wanted at; `None` for where it says.
-        hook: What it is to replace there; likewise.
+        index: `layer.index`; `None` takes the block of its cfg.json.
+        hook: `layer.hook`; `None` takes the hook of its cfg.json.
         model: The model it is for.
 
     Raises:
-        ConfigError: Where it is none, or does not fit.
+        ConfigError: Where the folder holds no SAE, or one that does not fit.
         UserError: Where its files cannot be read.
     """
     folder = Path(path).expanduser()
@@ -30,7 +30,7 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
     try:
         values = json.loads(file.read_text())
     except OSError as error:
-        near = nearest_name(folder.name, (entry.name for entry in _siblings(folder)))
+        near = nearest_name(folder.name, (entry.name for entry in folder.parent.glob("*")))
         raise ConfigError(
             "sae.path",
             path,
@@ -68,37 +68,33 @@ def weights_digest(folder: Path) -> str:
         raise UserError(f"sae.path: {file} cannot be read: {error.strerror}") from error
 
 
-def _siblings(folder: Path) -> list[Path]:
-    return list(folder.parent.iterdir()) if folder.parent.is_dir() else []
-
-
 def trained_at(values: dict[str, Any], block: int | None = None) -> Place | None:
-    """The place that an SAE's own config says it was trained at; `None` where it does not say.
+    """The place that an SAE was trained at, as its own config says; `None` where it does not say.
 
     Args:
-        values: The config of sae-lens's format, of version 6 or before.
-        block: Where it is wanted: one SAE may have been trained at several blocks.
+        values: The config in sae-lens's format, of version 6 or before.
+        block: The block it is wanted at: one SAE may have been trained at several.
 
     Raises:
-        ConfigError: For an SAE of a place that is not known here, and for a transcoder.
+        ConfigError: For a place where no SAE can be spliced in, and for a transcoder.
     """
-    said = values | (values.get("metadata") or {})
-    hook, writes = said.get("hook_name"), said.get("hook_name_out")
-    if writes not in (None, hook) or "transcoder" in str(said.get("architecture")):
+    stated = values | (values.get("metadata") or {})
+    hook, writes = stated.get("hook_name"), stated.get("hook_name_out")
+    if writes not in (None, hook) or "transcoder" in str(stated.get("architecture")):
         raise ConfigError(
             "sae", writes or hook, "an SAE", because=f"it is a transcoder, and reads {hook}"
         )
     place = None if hook is None else known_place(hook)
-    if place is not None and block is not None and block in said.get("group_blocks", ()):
+    if place is not None and block is not None and block in stated.get("group_blocks", ()):
         return Place(block, place.hook)
     return place
 
 
 def known_place(hookpoint: str) -> Place:
-    """The place that a hookpoint of an SAE names.
+    """The place of an SAE's hookpoint.
 
     Raises:
-        ConfigError: Where it is another than an SAE can be spliced in at.
+        ConfigError: For a place where no SAE can be spliced in.
     """
     place = Place.named(hookpoint)
     if place is None:
@@ -106,51 +102,39 @@ def known_place(hookpoint: str) -> Place:
     return place
 
 
-def settled(says: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
-    """Where an SAE is to sit: where it says, if nothing else is asked for.
+def settled(trained: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
+    """The place of an SAE: where it was trained, which must be the place that is asked for.
 
     Args:
-        says: Where it was trained; `None` where it does not say.
-        index: The block that is asked for; `None` for any.
-        hook: What of it is asked for; likewise.
-        name: Of the SAE, for messages.
+        trained: Where it was trained; `None` where it does not say.
+        index: `layer.index`; `None` for any.
+        hook: `layer.hook`; `None` for any.
+        name: The SAE's name, for messages.
 
     Returns:
-        Its place; `None` where nobody says the block.
+        The place; `None` where neither the SAE nor `index` names a block.
 
     Raises:
-        ConfigError: Where it was trained elsewhere than is asked for; names both.
+        ConfigError: Where it was trained at another place; names both.
     """
     asked = None if index is None else Place.asked(index, hook)
-    if says is None:
+    if trained is None:
         return asked
-    if hook is not None and says.hook is not canonical_hook(hook):
-        raise ConfigError(
-            "layer.hook",
-            hook.name,
-            f"{says.hook.name}: {name} was trained at {says}",
-            nearest=says.hook.name,
-        )
-    if asked is not None and says.block != asked.block:
-        raise ConfigError(
-            "layer.index",
-            index,
-            f"the block that {name} was trained on, or null",
-            nearest=says.index(hook),
-        )
-    return says
+    if hook is not None and trained.hook is not canonical_hook(hook):
+        allowed = f"{trained.hook.name}: {name} was trained at {trained}"
+        raise ConfigError("layer.hook", hook.name, allowed, nearest=trained.hook.name)
+    if asked is not None and trained.block != asked.block:
+        allowed = f"the block that {name} was trained on, or null"
+        raise ConfigError("layer.index", index, allowed, nearest=trained.index(hook))
+    return trained
 
 
 def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
-    """Refuses an SAE of another width than the model's: all places in it are as wide.
+    """Refuses an SAE of another width than the model's, which is the same at all places.
 
     Raises:
-        ConfigError: Names both.
+        ConfigError: Names both widths.
     """
     if d_in is not None and d_in != model.d_model:
-        raise ConfigError(
-            field,
-            name,
-            f"an SAE of residuals of width {model.d_model}, the model's",
-            because=f"it reads residuals of width {d_in}",
-        )
+        allowed = f"an SAE of residuals of width {model.d_model}, the model's"
+        raise ConfigError(field, name, allowed, because=f"it reads residuals of width {d_in}")

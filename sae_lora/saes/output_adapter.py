@@ -1,4 +1,4 @@
-"""A trained map on what an SAE puts back: linear, or with one hidden layer."""
+"""A trained map on an SAE's reconstruction: linear, or with one hidden layer."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ class OutputAdapter(nn.Module):
 
     Args:
         kind: `linear_adapter` or `mlp_adapter`.
-        d_model: Width of what it maps.
+        d_model: Width of reconstructions.
         rank: Width in the middle; `None` for a linear map of full rank, or an MLP as wide as the model.
     """
 
@@ -46,17 +46,12 @@ class OutputAdapter(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, recon: Tensor) -> Tensor:
-        """What it makes of `[..., d_model]`, in float32 like its weights."""
+        """The mapped reconstruction `[..., d_model]`, in float32 like the weights."""
         return recon + self.added(recon.float())
 
 
 class AdaptedCoder(nn.Module):
-    """An SAE whose reconstruction goes through an adapter.
-
-    Args:
-        sae: The SAE.
-        adapter: The adapter.
-    """
+    """An SAE whose reconstruction goes through an adapter."""
 
     def __init__(self, sae: Coder, adapter: OutputAdapter) -> None:
         super().__init__()
@@ -73,7 +68,7 @@ class AdaptedCoder(nn.Module):
 
 
 def save(adapter: OutputAdapter, folder: Path) -> None:
-    """Writes it into a folder that is there."""
+    """Writes an adapter into a folder that exists."""
     weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / _WEIGHTS)
     shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
@@ -81,7 +76,7 @@ def save(adapter: OutputAdapter, folder: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> OutputAdapter:
-    """What `save` wrote, frozen.
+    """Reads an adapter that `save` wrote, frozen.
 
     Raises:
         UserError: Where it is missing or damaged.

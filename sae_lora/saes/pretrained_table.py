@@ -1,7 +1,4 @@
-"""sae-lens's own table of pretrained SAEs, read as data, and what the ids in it say.
-
-Importing sae-lens takes seconds, and a sweep's plan should not.
-"""
+"""sae-lens's own table of pretrained SAEs and its ids. Importing sae-lens itself takes seconds."""
 
 import functools
 import importlib.util
@@ -20,9 +17,9 @@ from sae_lora.models.hookpoints import Place, canonical_hook
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
     """sae-lens's table of pretrained SAEs: release → repo_id, model, saes."""
-    found = importlib.util.find_spec("sae_lens")
-    assert found is not None and found.submodule_search_locations is not None
-    path = Path(found.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    package = importlib.util.find_spec("sae_lens")
+    assert package is not None and package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(), Loader=loader)
 
@@ -36,20 +33,16 @@ def release_named(name: str) -> dict[str, Any]:
     """A release of the table.
 
     Raises:
-        ConfigError: For one that is not in it; names the nearest.
+        ConfigError: For a name that is not in the table; names the nearest.
     """
     if name not in table():
-        raise ConfigError(
-            "sae.release",
-            name,
-            f"a release of sae-lens's table, of {len(table())}",
-            nearest=nearest_name(name, table()),
-        )
+        allowed = f"a release of sae-lens's table, of {len(table())}"
+        raise ConfigError("sae.release", name, allowed, nearest_name(name, table()))
     return table()[name]
 
 
 SUBLAYERS = {"r": Hook.resid_post, "a": Hook.attn_out, "m": Hook.mlp_out}
-"""How Llama Scope's ids name what an SAE replaces."""
+"""The hooks in Llama Scope's ids."""
 
 
 def place_in(sae_id: str, hook: Hook | None) -> Place | None:
@@ -57,12 +50,11 @@ def place_in(sae_id: str, hook: Hook | None) -> Place | None:
 
     Args:
         sae_id: The id.
-        hook: What is asked for: it is believed where the id says no more than a block, until the SAE
-            is loaded and says so itself.
+        hook: `layer.hook`. It is taken where the id names no more than a block, until the SAE is loaded
+            and its own config is checked.
     """
-    if match := re.match(
-        r"blocks\.\d+\.hook_(?:resid_pre|resid_post|attn_out|mlp_out)(?![a-z])", sae_id
-    ):
+    hooks = "|".join(hook.name for hook in Hook)
+    if match := re.match(rf"blocks\.\d+\.hook_(?:{hooks})(?![a-z])", sae_id):
         return Place.named(match[0])
     if match := re.match(r"l(\d+)([ram])_", sae_id):
         return Place(int(match[1]), SUBLAYERS[match[2]])

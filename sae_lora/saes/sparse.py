@@ -1,4 +1,4 @@
-"""SAEs of which only the active latents are multiplied: a few dozen of tens of thousands."""
+"""SAEs that multiply active latents only: a few dozen of tens of thousands."""
 
 from typing import Any, NamedTuple
 
@@ -9,52 +9,48 @@ from torch.nn.functional import embedding_bag
 from sae_lora.common.errors import ConfigError, listed
 
 _WIDE = 16_384
-"""Latents from which on it is quicker."""
+"""Latents from which on a `SparseSAE` is quicker."""
 _AFFINE = ("standard", "topk", "jumprelu")
-"""sae-lens's architectures whose active latents are affine in what the SAE reads."""
+"""sae-lens's architectures whose active latents are affine in the SAE's input."""
 
 
 def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
-    """An SAE, as a `SparseSAE` where that is asked for, or where `None` is and it is quicker.
+    """The SAE, as a `SparseSAE` where `sae.sparse` is true, or is null and that is quicker.
 
     Args:
-        sae: From sae-lens, or another that can encode and decode; frozen.
+        sae: A frozen SAE of sae-lens, or another that can encode and decode.
         sparse: `sae.sparse`.
 
     Raises:
-        ConfigError: Where it cannot be one.
+        ConfigError: Where `sae.sparse` is true for an SAE that cannot be a `SparseSAE`.
     """
     config: Any = getattr(sae, "cfg", None)
-    if config is None or not _is_affine(config):
-        if sparse:
-            raise ConfigError(
-                "sae.sparse",
-                sparse,
-                f"false or null, and true for an SAE that is {listed(_AFFINE)}",
-                because="latents of this SAE depend on each other, or not on all that it reads",
-            )
-        return sae
-    return SparseSAE(sae) if (is_wide(config.d_sae) if sparse is None else sparse) else sae
-
-
-def _is_affine(config: Any) -> bool:
-    return config.architecture() in _AFFINE and config.reshape_activations == "none"
+    if config is not None and config.architecture() in _AFFINE and config.reshape_activations == "none":
+        return SparseSAE(sae) if (is_wide(config.d_sae) if sparse is None else sparse) else sae
+    if sparse:
+        raise ConfigError(
+            "sae.sparse",
+            sparse,
+            f"false or null, and true for an SAE that is {listed(_AFFINE)}",
+            because="latents of this SAE depend on each other, or not on all that it reads",
+        )
+    return sae
 
 
 def is_wide(d_sae: int) -> bool:
-    """Whether latents are so many, and so few of them active, that `SparseSAE` is the quicker one."""
+    """Tell whether an SAE has so many latents that a `SparseSAE` is quicker."""
     return d_sae >= _WIDE
 
 
 class SparseSAE(nn.Module):
-    """An SAE of sae-lens, the same but for rounding, in less time and memory.
+    """An SAE of sae-lens, equal apart from rounding, in less time and memory.
 
-    Its latents are sae-lens's own. What they put back, and every gradient, is made of the active ones
-    alone, so that of four products with matrices of the SAE one is left, and no graph holds latents.
+    Its latents are sae-lens's own. Reconstruction and gradients use the active ones alone: one of four
+    products with matrices of the SAE remains, and no graph holds latents.
 
     Args:
-        sae: One whose latents, where active, are affine in what it reads; frozen. Its encoder is laid
-            out anew, by latent, in the same memory.
+        sae: A frozen SAE whose active latents are affine in its input. Its encoder is stored anew, by
+            latent.
     """
 
     def __init__(self, sae: nn.Module) -> None:
@@ -63,7 +59,7 @@ class SparseSAE(nn.Module):
         self.sae.W_enc.data = self.sae.W_enc.data.T.contiguous().T
         rescaled = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
         self._norms: Tensor | None = self.sae.W_dec.norm(dim=-1) if rescaled else None
-        """Of the decoder's rows, where latents are in units of them, `[d_sae]`."""
+        """Norms of the decoder's rows, where latents are in units of them, `[d_sae]`."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
@@ -85,11 +81,11 @@ class SparseSAE(nn.Module):
 
 
 class _Active(NamedTuple):
-    """Which latents are active.
+    """Active latents.
 
     Args:
-        places: Of all latents of all tokens, `[active]`.
-        first: Where in `places` each token begins, `[token]`.
+        places: Their indices among all latents of all tokens, `[active]`.
+        first: The index in `places` at which each token begins, `[token]`.
         d_sae: Latents of a token.
     """
 
@@ -99,7 +95,7 @@ class _Active(NamedTuple):
 
     @classmethod
     def of(cls, latents: Tensor) -> "_Active":
-        """Of latents `[..., d_sae]`. On a GPU this waits for the device, to know how many there are."""
+        """The active ones of latents `[..., d_sae]`. It waits for the device, to know their number."""
         d_sae = latents.shape[-1]
         places = latents.detach().flatten().nonzero()[:, 0]
         tokens = torch.arange(latents.numel() // d_sae, device=latents.device)
@@ -107,21 +103,16 @@ class _Active(NamedTuple):
 
     @property
     def latents(self) -> Tensor:
-        """Which latent each is, `[active]`."""
+        """Their indices in a token, `[active]`."""
         return self.places % self.d_sae
 
     def sum_of_rows(self, matrix: Tensor, values: Tensor) -> Tensor:
-        """For each token the sum of the rows of its latents times their values `[active]`.
-
-        Args:
-            matrix: `[d_sae, d]`.
-            values: In the matrix's precision.
-        """
+        """Sums over a token's latents of rows of `[d_sae, d]` times values `[active]`, `[token, d]`."""
         return embedding_bag(self.latents, matrix, self.first, mode="sum", per_sample_weights=values)
 
 
 class _Encoded(torch.autograd.Function):
-    """Latents that are known, as a function of what the encoder's matrix was multiplied by."""
+    """Computed latents as a function of the encoder's input, for the gradient."""
 
     @staticmethod
     def forward(
@@ -139,5 +130,5 @@ class _Encoded(torch.autograd.Function):
         values = gradient.flatten().index_select(0, places)
         if norms is not None:
             values = values * norms[active.latents]
-        found = active.sum_of_rows(by_latent, values).unflatten(0, gradient.shape[:-1])
-        return found, None, None, None
+        to_inputs = active.sum_of_rows(by_latent, values).unflatten(0, gradient.shape[:-1])
+        return to_inputs, None, None, None

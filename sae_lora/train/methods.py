@@ -21,7 +21,7 @@ from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
-from sae_lora.saes.training.spliced_sae import SplicedSAE, trainable
+from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
@@ -145,7 +145,6 @@ def _reconstructing(
             decay_steps=steps - warm_up if falls else 0,
             dead_window_steps=dead_after_steps(config),
             sampling_window_steps=max(2, steps // 4),
-            device=model.device,
         )
         trainers[name].begin(float(sae.scale))
     return ReconstructState(student, config.train, steps, trainers), _artifact(made)
@@ -181,7 +180,8 @@ def _in_training(config: Config, sae: Coder) -> SplicedSAE:
     if isinstance(sae, SplicedSAE):
         return sae
     rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    return SplicedSAE(trainable(sae, config.sae.sparsity_coefficient), dead_after_steps(config), rank)
+    copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
+    return SplicedSAE(copied, dead_after_steps(config), rank)
 
 
 def _around(

@@ -81,9 +81,8 @@ class ReconstructState(TrainState):
         # sae-lens's schedule rises a little otherwise than ours.
         lr = next(iter(self._trainers.values())).lr
         for name, trainer in self._trainers.items():
-            losses = trainer.step(self._given[name])
             # In the residuals' own units; a mean over SAEs.
-            mse = losses.mse.double() / trainer.scale**2
+            mse = trainer.step(self._given[name]).double() / trainer.scale**2
             self._total += self._step_tokens * mse / len(self._trainers)
             self._saes[name].has_moved()
         return StepInfo(lr, None)

@@ -15,7 +15,7 @@ from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_ma
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import block_distances
 from sae_lora.saes.block_distances import angular_distances
-from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, sae_flops_saved
+from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, linkage
 from sae_lora.splice.hooks import residual_streams, special_positions
 from tests.support import families
 from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
@@ -214,20 +214,19 @@ def test_groups_and_amad_by_hand() -> None:
     # {0, 1} at 0.1. From there to 2 it is 0.5 (block 0's distance, the larger), so 2 joins 3 at 0.2,
     # though it is nearer to 1; then all at 0.6. AMAD:
     #   1 group 0.6; 2 groups (0.1 + 0.2) / 2 = 0.15; 3 groups (0.1 + 0 + 0) / 3; 4 groups 0
-    found = group_blocks(BY_HAND, amad_max=0.2)
-    assert found.groups == [[0, 1], [2, 3]]
-    assert found.amad == pytest.approx(0.15)
-    assert found.amad_by_count == pytest.approx([0.6, 0.15, 0.1 / 3, 0])
-    assert found.linkage[:, 2] == pytest.approx([0.1, 0.2, 0.6])
-    assert group_blocks(BY_HAND, n_groups=3).groups == [[0, 1], [2], [3]]
-    assert group_blocks(BY_HAND, amad_max=1).groups == [[0, 1, 2, 3]]
-    assert group_blocks(BY_HAND, amad_max=1e-9).groups == [[0], [1], [2], [3]]
+    groups, amads = group_blocks(BY_HAND, amad_max=0.2)
+    assert groups == [[0, 1], [2, 3]]
+    assert amads == pytest.approx([0.6, 0.15, 0.1 / 3, 0])
+    assert linkage(BY_HAND)[:, 2] == pytest.approx([0.1, 0.2, 0.6])
+    assert group_blocks(BY_HAND, n_groups=3)[0] == [[0, 1], [2], [3]]
+    assert group_blocks(BY_HAND, amad_max=1)[0] == [[0, 1, 2, 3]]
+    assert group_blocks(BY_HAND, amad_max=1e-9)[0] == [[0], [1], [2], [3]]
 
 
 def test_below_the_threshold_and_not_at_it() -> None:
     distances = of_pairs(4, {(0, 1): 0.25}, 0.5)  # AMAD 0.5, 0.125 and 0, all exact
-    assert len(group_blocks(distances, amad_max=0.125).groups) == 3
-    assert len(group_blocks(distances, amad_max=0.1251).groups) == 2
+    assert len(group_blocks(distances, amad_max=0.125)[0]) == 3
+    assert len(group_blocks(distances, amad_max=0.1251)[0]) == 2
 
 
 def test_an_amad_that_rises_with_more_groups() -> None:
@@ -238,10 +237,10 @@ def test_an_amad_that_rises_with_more_groups() -> None:
         {(1, 2): 0.28, (3, 4): 0.28} | {(0, block): 1.0 for block in range(1, 5)},
         0.3,
     )
-    found = group_blocks(distances, amad_max=0.16)
-    assert found.amad_by_count == pytest.approx([1, 0.15, 0.56 / 3, 0.07, 0])
-    assert found.groups == [[0], [1, 2, 3, 4]]
-    assert len(group_blocks(distances, amad_max=0.1).groups) == 4
+    groups, amads = group_blocks(distances, amad_max=0.16)
+    assert amads == pytest.approx([1, 0.15, 0.56 / 3, 0.07, 0])
+    assert groups == [[0], [1, 2, 3, 4]]
+    assert len(group_blocks(distances, amad_max=0.1)[0]) == 4
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -249,12 +248,12 @@ def test_groups_are_scipys_where_there_are_no_ties(seed: int) -> None:
     n = 11
     distances = random_distances(n + 1, seed)
     for count in range(1, n + 1):
-        found = group_blocks(distances, n_groups=count)
-        assert len(found.groups) == count
-        assert found.groups == sorted(map(sorted, found.groups))
-        assert sorted(itertools.chain(*found.groups)) == list(range(n))
-        labels = hierarchy.fcluster(found.linkage, count, criterion="maxclust")
-        assert as_sets(found.groups) == as_sets(
+        groups, _ = group_blocks(distances, n_groups=count)
+        assert len(groups) == count
+        assert groups == sorted(map(sorted, groups))
+        assert sorted(itertools.chain(*groups)) == list(range(n))
+        labels = hierarchy.fcluster(linkage(distances), count, criterion="maxclust")
+        assert as_sets(groups) == as_sets(
             [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
         )
 
@@ -264,12 +263,12 @@ def test_blocks_share_a_group_where_the_tree_joins_them_below_the_cut(seed: int)
     n = 9
     distances = random_distances(n + 1, seed)
     among = distances[:n, :n].numpy()
-    merges = group_blocks(distances, n_groups=1).linkage
+    merges = linkage(distances)
     joined = np.zeros((n, n))
     joined[np.triu_indices(n, 1)] = hierarchy.cophenet(merges)
     assert (joined[np.triu_indices(n, 1)] >= among[np.triu_indices(n, 1)]).all()  # complete linkage
     for count in range(1, n):
-        groups = group_blocks(distances, n_groups=count).groups
+        groups, _ = group_blocks(distances, n_groups=count)
         height = merges[n - count - 1, 2]
         for one, other in itertools.combinations(range(n), 2):
             together = any(one in group and other in group for group in groups)
@@ -280,20 +279,18 @@ def test_blocks_share_a_group_where_the_tree_joins_them_below_the_cut(seed: int)
 def test_amad_is_what_it_says_for_every_count(seed: int) -> None:
     n = 10
     distances = random_distances(n + 1, seed)
-    amads = group_blocks(distances, n_groups=1).amad_by_count
+    _, amads = group_blocks(distances, n_groups=1)
     assert len(amads) == n and amads[-1] == 0
     for count, expected in enumerate(amads, 1):
-        found = group_blocks(distances, n_groups=count)
+        groups, _ = group_blocks(distances, n_groups=count)
         widest = [
-            max(float(distances[one, other]) for one in group for other in group)
-            for group in found.groups
+            max(float(distances[one, other]) for one in group for other in group) for group in groups
         ]
-        assert found.amad == expected == pytest.approx(sum(widest) / count)
-        assert amad(distances, found.groups) == expected
+        assert amad(distances, groups) == expected == pytest.approx(sum(widest) / count)
     for limit in (0.4, 0.3, 0.2, 0.1, 0.05):
-        chosen = group_blocks(distances, amad_max=limit)
-        assert chosen.amad < limit
-        assert all(other >= limit for other in amads[: len(chosen.groups) - 1])
+        chosen, _ = group_blocks(distances, amad_max=limit)
+        assert amads[len(chosen) - 1] < limit
+        assert all(other >= limit for other in amads[: len(chosen) - 1])
 
 
 def test_ties_give_exactly_as_many_groups_as_asked_for() -> None:
@@ -302,19 +299,17 @@ def test_ties_give_exactly_as_many_groups_as_asked_for() -> None:
     pairs = of_pairs(n + 1, {(0, 1): 0.1, (2, 3): 0.1, (4, 5): 0.1}, 0.5)
     for distances in (alike, pairs, torch.zeros(n + 1, n + 1)):
         for count in range(1, n + 1):
-            found = group_blocks(distances, n_groups=count)
-            assert len(found.groups) == count
-            assert sorted(itertools.chain(*found.groups)) == list(range(n))
-            assert found.amad == amad(distances, found.groups)
-    # What it is there for: scipy takes all merges of one height, or none.
-    merges = group_blocks(alike, n_groups=3).linkage
-    assert len(np.unique(hierarchy.fcluster(merges, 3, criterion="maxclust"))) == 1
+            groups, amads = group_blocks(distances, n_groups=count)
+            assert len(groups) == count
+            assert sorted(itertools.chain(*groups)) == list(range(n))
+            assert amads[count - 1] == amad(distances, groups)
+    # scipy itself takes all merges of one height, or none.
+    assert len(np.unique(hierarchy.fcluster(linkage(alike), 3, criterion="maxclust"))) == 1
 
 
 def test_two_blocks_leave_one_group_and_one_block_none() -> None:
-    only = group_blocks(of_pairs(2, {}, 0.5), amad_max=0.2)
-    assert (only.groups, only.amad, only.amad_by_count) == ([[0]], 0, [0])
-    assert only.linkage.shape == (0, 4)
+    assert group_blocks(of_pairs(2, {}, 0.5), amad_max=0.2) == ([[0]], [0])
+    assert linkage(of_pairs(2, {}, 0.5)).shape == (0, 4)
     with pytest.raises(UserError, match="one block"):
         group_blocks(torch.zeros(1, 1), amad_max=0.2)
 
@@ -334,15 +329,6 @@ def test_evenly_spaced_groups_hold_every_block_once() -> None:
             assert len(groups) == count
             assert list(itertools.chain(*groups)) == list(range(n))
             assert max(map(len, groups)) - min(map(len, groups)) <= 1
-        with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={n}$"):
-            evenly_spaced(n, n + 1)
-        with pytest.raises(ConfigError, match=r"nearest valid: layer\.n_groups=1$"):
-            evenly_spaced(n, 0)
-
-
-def test_one_sae_for_two_blocks_saves_half() -> None:
-    assert sae_flops_saved(6, 12) == 0.5
-    assert sae_flops_saved(12, 12) == 0
 
 
 def test_the_map_frames_what_lies_within_groups() -> None:
@@ -366,14 +352,16 @@ def test_the_map_frames_what_lies_within_groups() -> None:
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int) -> None:
     n = 8
-    found = group_blocks(random_distances(n + 1, 3), n_groups=count)
-    figure: Any = tree(found.linkage, count)
+    distances = random_distances(n + 1, 3)
+    groups, _ = group_blocks(distances, n_groups=count)
+    merges = linkage(distances)
+    figure: Any = tree(merges, count)
     *links, leaves = figure.data
-    assert sorted(max(link.y) for link in links) == pytest.approx(sorted(found.linkage[:, 2]))
+    assert sorted(max(link.y) for link in links) == pytest.approx(sorted(merges[:, 2]))
     blocks = [int(name) for name in figure.layout.xaxis.ticktext]
     assert sorted(blocks) == list(range(n)) and list(leaves.customdata) == blocks
     colour_of = dict(zip(blocks, leaves.marker.color, strict=True))
-    assert as_sets(found.groups) == {
+    assert as_sets(groups) == {
         frozenset(block for block in blocks if colour_of[block] == colour)
         for colour in set(colour_of.values())
     }
@@ -386,24 +374,23 @@ def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int
 
 def test_a_tree_with_ties_still_has_a_colour_for_each_group() -> None:
     for count in range(1, 7):
-        found = group_blocks(of_pairs(7, {}, 0.5), n_groups=count)
-        figure: Any = tree(found.linkage, count)
+        figure: Any = tree(linkage(of_pairs(7, {}, 0.5)), count)
         assert len(set(figure.data[-1].marker.color)) == count
 
 
 def test_neighbouring_groups_keep_the_order_of_blocks_in_the_tree() -> None:
-    figure: Any = tree(group_blocks(BY_HAND, n_groups=2).linkage, 2)
+    figure: Any = tree(linkage(BY_HAND), 2)
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3"]
 
 
 def test_the_amad_is_drawn_with_its_threshold_and_the_choice() -> None:
-    found = group_blocks(BY_HAND, amad_max=0.2)
+    groups, amads = group_blocks(BY_HAND, amad_max=0.2)
     evenly = [amad(BY_HAND, evenly_spaced(4, count)) for count in range(1, 5)]
-    figure: Any = amad_by_groups(found.amad_by_count, len(found.groups), 0.2, evenly)
+    figure: Any = amad_by_groups(amads, len(groups), 0.2, evenly)
     equal, drawn, chosen = figure.data
     assert list(drawn.x) == list(equal.x) == [1, 2, 3, 4]
-    assert list(drawn.y) == found.amad_by_count and list(equal.y) == evenly
-    assert (chosen.x[0], chosen.y[0]) == (2, found.amad)
+    assert list(drawn.y) == amads and list(equal.y) == evenly
+    assert (chosen.x[0], chosen.y[0]) == (2, amads[1])
     assert figure.layout.shapes[0].y0 == 0.2
-    given: Any = amad_by_groups(found.amad_by_count, 3)
+    given: Any = amad_by_groups(amads, 3)
     assert len(given.data) == 2 and not given.layout.shapes

@@ -1,7 +1,6 @@
 """Where SAEs are asked for, by block and hook, and where they say they were trained."""
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sae_lora.models.hookpoints import Place
 from sae_lora.saes import resolve
 from sae_lora.saes.metadata import read_folder
 from sae_lora.saes.pretrained_table import place_in
+from tests.support.coders import write_cfg
 from tests.support.composing import composed
 
 GEMMA_2B = Dimensions(d_model=2304, n_blocks=26, d_vocab=256_000, max_context=8192)
@@ -47,13 +47,6 @@ def after(*blocks: int) -> list[Place]:
 
 def of_mlps(*blocks: int) -> list[Place]:
     return [Place(block, Hook.mlp_out) for block in blocks]
-
-
-def write_cfg(folder: Path, **values: object) -> str:
-    folder.mkdir(parents=True)
-    (folder / "cfg.json").write_text(json.dumps({"d_in": 128, **values}))
-    (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")
-    return str(folder)
 
 
 def test_places_are_named_and_ordered_as_the_forward_pass_goes() -> None:
@@ -138,8 +131,9 @@ def test_other_places_and_transcoders_are_refused(tmp_path: Path, values: dict[s
 
 def test_the_width_is_the_models_at_every_place(tmp_path: Path) -> None:
     folder = write_cfg(tmp_path / "sae", hook_name="blocks.5.hook_mlp_out", d_in=64)
-    with pytest.raises(ConfigError, match="of width 64"):
+    with pytest.raises(ConfigError, match="it reads residuals of width 64") as error:
         read_folder(folder, None, None, TINY)
+    assert error.value.field == "sae.path"
 
 
 def test_a_hook_for_which_there_is_no_sae_is_no_cell_of_the_grid() -> None:
@@ -173,12 +167,12 @@ def test_what_gemma_scope_does_not_have_is_said() -> None:
 
 @pytest.mark.parametrize(("hook", "letter"), [("attn_out", "a"), ("mlp_out", "m"), ("resid_post", "r")])
 def test_llama_scope_at_every_hook(hook: str, letter: str) -> None:
-    for times, width in (("8x", "32k"), ("32x", "131k")):
+    for times, asked, width in (("8x", "32k", 32_768), ("32x", "131k", 131_072)):
         config = asking("model=llama31_8b sae=llama_scope", hook, index=3)
-        config = replace(config, sae=replace(config.sae, width=width))
+        config = replace(config, sae=replace(config.sae, width=asked))
         (choice,), _ = resolve.resolve(config, LLAMA_8B)
         assert choice.release == f"llama_scope_lx{letter}_{times}"
-        assert choice.id == f"l3{letter}_{times}"
+        assert (choice.id, choice.width) == (f"l3{letter}_{times}", width)
         assert choice.hook is Hook[hook]
 
 

@@ -1,5 +1,6 @@
 """SAEs small enough to reason about, made by sae-lens."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -33,3 +34,11 @@ def write_topk_sae(folder: Path, hookpoint: str, d_in: int = 128, width: int = 2
     sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=width, k=k, metadata=metadata))
     sae.save_model(folder)
     return folder
+
+
+def write_cfg(folder: Path, **values: object) -> str:
+    """A folder of sae-lens's format as far as planning reads it, of an SAE as wide as the tiny model."""
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 128, **values}))
+    (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")
+    return str(folder)

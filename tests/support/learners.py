@@ -51,9 +51,7 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
 def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SteppedSAETrainer:
     """One whose rate rises over a quarter of the steps and falls over a third; some latents are dead."""
     torch.manual_seed(5)
-    sae = training_sae.new(
-        request(architecture, warm_up_steps=8, **changes), CPU, {"model_name": "small"}
-    )
+    sae = training_sae.new(request(architecture, **changes), CPU, {"model_name": "small"})
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "gated" else "b_enc")[:6] = -50
     return SteppedSAETrainer(
@@ -65,5 +63,4 @@ def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SteppedSAE
         decay_steps=steps // 3,
         dead_window_steps=2,
         sampling_window_steps=7,
-        device=CPU,
     )

@@ -1,8 +1,9 @@
-"""Activations for SAEs in training: streamed, shuffled, with a place that a run can resume from."""
+"""Activations for SAEs in training: streamed, shuffled, the same again for a run that resumes."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,38 +19,24 @@ _Group = tuple[str, ...]
 """Hookpoints of which each token takes one."""
 
 
-class _Taken(NamedTuple):
-    """What a group takes of one hookpoint in one batch.
-
-    Args:
-        group: The group.
-        rows: Of the batch's tokens, `[taken]`; `None` for all.
-        places: Where in the fill they go.
-    """
-
-    group: _Group
-    rows: Tensor | None
-    places: Tensor | slice
-
-
 class ActivationBuffer:
     """Activations of a few batches of tokens, shuffled among each other, and no older ones.
 
-    A fill holds what the model makes of `batches_per_fill` batches and is served in as many parts of the
-    same size, one a step. What the division leaves, less than one activation a part, is dropped. So what
-    step n is served follows from the seed, n, and the text from batch `first_batch_of(n)` on, and a run
-    that stopped in the middle of a fill goes on with the same parts once the fill is made again.
+    A fill holds the activations of `batches_per_fill` batches. It is served in as many parts of the same
+    size, one per step; the remainder of the division is dropped. The part of step n depends only on the
+    seed, n, and the text from batch `first_batch_of(n)` on. So a run that stopped in the middle of a
+    fill makes the fill again and goes on with the same parts.
 
-    The memory is one fill in the model's precision, once for all names that take from the same
-    hookpoints, and what one batch and one part take beside it.
+    The memory is one fill in the model's precision, once for all names with the same hookpoints, and
+    beside it one batch and one part.
 
     Args:
         model: The language model; its blocks after the last that is read are not computed.
-        sources: By name, the hookpoints that its activations come from. Of several, each token takes one
-            at random, the same for all names that have the same ones.
+        sources: Hookpoints by name. Of several, each token takes one at random, the same for all names
+            that have the same hookpoints.
         special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
-        seed: Settles the order, and which of several hookpoints a token takes.
-        batches_per_fill: How many batches of tokens are shuffled among each other.
+        seed: Seed of the order, and of the hookpoint that a token takes.
+        batches_per_fill: Batches of tokens that are shuffled among each other; also steps per fill.
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
@@ -64,13 +51,12 @@ class ActivationBuffer:
         batches_per_fill: int,
     ) -> None:
         self.batches_per_fill = batches_per_fill
-        """And so steps per fill."""
         self._model = model
         self._groups = {name: tuple(hookpoints) for name, hookpoints in sources.items()}
         hookpoints = sorted({hookpoint for group in self._groups.values() for hookpoint in group})
         self._modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
         places = [Place.named(hookpoint) for hookpoint in hookpoints]
-        # Of another module it is not known which block it lies in.
+        # It is not known in which block another module lies.
         self._end = max(len(model.blocks) if place is None else place.block + 1 for place in places)
         self._special_ids = None if special_ids is None else special_ids.to(model.device)
         self._seed = seed
@@ -80,22 +66,17 @@ class ActivationBuffer:
         self._order = torch.empty(0, dtype=torch.long)
         self._fill: int | None = None
 
-    @property
-    def bytes_held(self) -> int:
-        """Of the activations in memory."""
-        return sum(held.numel() * held.element_size() for held in self._held.values())
-
     def first_batch_of(self, step: int) -> int:
-        """Which batch of tokens to begin reading with, so that this step can be served first."""
+        """The batch of tokens to begin reading with, so that this step can be served first."""
         return step - step % self.batches_per_fill
 
     def serve(self, step: int, batches: Iterator[Tensor]) -> dict[str, Tensor]:
-        """The activations of one step by name, `[token, d_in]`. The same ones for names alike.
+        """The activations of one step by name, `[token, d_in]`. Names with equal sources share a tensor.
 
         Args:
-            step: The one after the last that was served, or the first that is.
-            batches: Tokens `[batch, pos]`, all of one shape. Read where the step begins a fill or is the
-                first that is served, then from batch `first_batch_of(step)` on.
+            step: The first step that is served, or the one after the last.
+            batches: Tokens `[batch, pos]`, all of one shape. It is read where the step begins a fill, or
+                is the first that is served: then it begins with batch `first_batch_of(step)`.
 
         Raises:
             UserError: Where special positions leave less than one activation for each step of the fill.
@@ -113,7 +94,7 @@ class ActivationBuffer:
 
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
-        """Puts another fill in the place of the one that is held."""
+        """Replaces the fill that is held."""
         self._fill, self._count = None, 0
         draws = {group: self._random(fill, *group) for group in set(self._groups.values())}
         for number in range(self.batches_per_fill):
@@ -134,52 +115,42 @@ class ActivationBuffer:
 
     def _append(self, tokens: Tensor, draws: Mapping[_Group, np.random.Generator]) -> None:
         """Adds the activations of one batch."""
-        rows = None
+        rows = torch.arange(tokens.numel(), device=tokens.device)
         if self._special_ids is not None:
-            rows = (~special_positions(tokens, self._special_ids)).flatten().nonzero()[:, 0]
-        count = tokens.numel() if rows is None else len(rows)
-        taken: dict[str, list[_Taken]] = {hookpoint: [] for hookpoint in self._modules}
+            rows = rows[~special_positions(tokens, self._special_ids).flatten()]
+        taken: dict[str, list[tuple[_Group, Tensor]]] = defaultdict(list)
         for group, draw in draws.items():
-            if len(group) == 1:
-                places = slice(self._count, self._count + count)
-                taken[group[0]].append(_Taken(group, rows, places))
-                continue
-            choices = torch.from_numpy(draw.integers(len(group), size=count)).to(tokens.device)
+            choices = torch.from_numpy(draw.integers(len(group), size=len(rows))).to(tokens.device)
             for choice, hookpoint in enumerate(group):
-                which = (choices == choice).nonzero()[:, 0]
-                chosen = which if rows is None else rows[which]
-                taken[hookpoint].append(_Taken(group, chosen, which + self._count))
-        with self._keeping(taken):
-            self._model.resid_entering(self._end, tokens)
-        self._count += count
-
-    @contextmanager
-    def _keeping(self, taken: Mapping[str, Sequence[_Taken]]) -> Iterator[None]:
-        """Inside the block, what passes the hookpoints goes to its places."""
-
-        def hook(hookpoint: str) -> Any:
-            def keep(module: object, arguments: object, output: Any) -> None:
-                resid: Tensor = output[0] if isinstance(output, tuple) else output
-                resid = resid.flatten(0, 1)
-                for group, rows, places in taken[hookpoint]:
-                    self._room(group, resid)[places] = resid if rows is None else resid[rows]
-
-            return keep
-
+                taken[hookpoint].append((group, (choices == choice).nonzero()[:, 0]))
         with ExitStack() as hooks:
             for hookpoint, module in self._modules.items():
-                hooks.callback(module.register_forward_hook(hook(hookpoint)).remove)
-            yield
+                hook = self._keeping(rows, taken[hookpoint])
+                hooks.callback(module.register_forward_hook(hook).remove)
+            self._model.resid_entering(self._end, tokens)
+        self._count += len(rows)
 
-    def _room(self, group: _Group, resid: Tensor) -> Tensor:
-        """The memory of a group's fill, the same for one fill after another."""
-        if group not in self._held:
-            capacity = self._shape.numel() * self.batches_per_fill
-            self._held[group] = resid.new_empty(capacity, resid.shape[-1])
-        return self._held[group]
+    def _keeping(self, rows: Tensor, taken: Sequence[tuple[_Group, Tensor]]) -> Any:
+        """A forward hook that puts activations of one batch into the fill.
+
+        Args:
+            rows: The batch's tokens that are read, `[row]`.
+            taken: By group, the indices of its tokens in `rows`.
+        """
+
+        def hook(module: object, arguments: object, output: Any) -> None:
+            resid: Tensor = output[0] if isinstance(output, tuple) else output
+            resid = resid.flatten(0, 1)
+            for group, which in taken:
+                if group not in self._held:
+                    capacity = self._shape.numel() * self.batches_per_fill
+                    self._held[group] = resid.new_empty(capacity, resid.shape[-1])
+                self._held[group][self._count + which] = resid[rows[which]]
+
+        return hook
 
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
-        """What one fill draws from, for one purpose."""
+        """The random numbers of one fill, for one purpose."""
         return np.random.default_rng([self._seed, fill, *" ".join(purpose).encode()])
 
 
@@ -195,18 +166,14 @@ def activations(
     Args:
         model: The language model.
         hookpoints: Where to read.
-        batches: Tokens.
+        batches: The tokens.
         special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
     """
     controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
     for tokens in batches:
-        seen: dict[str, Tensor] = {}
-
-        def keep(reading: Reading, seen: dict[str, Tensor] = seen) -> None:
-            seen[reading.hookpoint] = reading.resid
-
+        readings: list[Reading] = []
         tokens = tokens.to(model.device)
         left_out = None if special_ids is None else special_positions(tokens, special_ids)
-        with spliced(model, controls, left_out, observe=keep):
+        with spliced(model, controls, left_out, observe=readings.append):
             model.hidden(tokens)
-        yield seen
+        yield {reading.hookpoint: reading.resid for reading in readings}

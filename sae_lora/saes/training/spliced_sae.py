@@ -1,5 +1,6 @@
-"""An SAE in training as a splice sees it, whatever its loss: sae-lens's training class inside."""
+"""An SAE in training as a splice sees it, around sae-lens's training class."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,23 @@ from sae_lens import SAE, TrainingSAE
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sae_lora.saes.sparse import SparseSAE
+from sae_lora.common.errors import UserError
 from sae_lora.saes.training import training_sae
-from sae_lora.saes.training.sae_trainer import mean_norm_scale
-from sae_lora.splice.hooks import Coder
 
 ADAPTED = ("W_enc", "W_dec")
 """The matrices that LoRA on an SAE changes."""
 
 
 class SplicedSAE(nn.Module):
-    """An SAE in training. Evaluated, it is what it would be once saved and loaded by sae-lens.
+    """An SAE in training. In evaluation mode it is as sae-lens would load it once saved.
 
-    In training mode it is sae-lens's training class, which reads activations times `scale`, and whose
-    losses are about those. What it reads then is one batch: some losses are about that as a whole.
+    In training mode it is sae-lens's training class: it reads activations times `scale`, and its losses
+    are about those. Its input is then one batch: some losses are about the batch as a whole.
 
     Args:
-        sae: The training class, its weights free to move.
+        sae: The training class, with trainable weights.
         dead_after_steps: Steps without being active after which a latent counts as dead.
-        rank: Of LoRA on its two matrices, which then move alone; `None` where all weights move.
+        rank: Rank of LoRA on its two matrices, which are then trained alone; `None` trains all weights.
     """
 
     scale: Tensor
@@ -42,7 +41,7 @@ class SplicedSAE(nn.Module):
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
         self._frozen: list[SAE[Any]] = []  # in a list, so that it counts as no part of this module
         self.made: training_sae.Forward | None = None
-        """What the last pass in training mode made."""
+        """The last pass in training mode."""
         if rank is not None:
             sae.requires_grad_(False)
             for name in ADAPTED:
@@ -59,7 +58,7 @@ class SplicedSAE(nn.Module):
         return self.made.latents.reshape(*x.shape[:-1], -1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`, in training of those just made."""
+        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`; in training, of the last ones."""
         if not self.training:
             return self.frozen.decode(feature_acts)
         assert self.made is not None
@@ -67,58 +66,49 @@ class SplicedSAE(nn.Module):
 
     @property
     def frozen(self) -> SAE[Any]:
-        """What it would be now once saved and loaded by sae-lens."""
+        """The SAE of now as sae-lens would load it once saved."""
         if not self._frozen:
             self._frozen.append(training_sae.inference(self._plain(), float(self.scale)))
         return self._frozen[0]
 
     def save(self, folder: Path) -> None:
-        """Writes what it is now in sae-lens's format."""
+        """Writes the SAE of now in sae-lens's format."""
         training_sae.save(self._plain(), folder, float(self.scale))
 
     def moved(self, active: Tensor) -> None:
-        """Takes note of a step.
-
-        Args:
-            active: Latents `[d_sae]` (true) that were active in it.
-        """
+        """Counts a step in which these latents `[d_sae]` (true) were active."""
         self.step += 1
         self.since_active += 1
         self.since_active[active] = 0
         self.has_moved()
 
     def has_moved(self) -> None:
-        """Its weights are others than before."""
+        """Must be called when its weights have changed."""
         self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:
-        """Has it read residuals at the length that sae-lens trains on, √d_model on average.
+        """Sets `scale` to bring the mean norm of residuals to √d_model, as sae-lens does.
 
         Args:
-            resid: Some of those that it will read, `[token, d_model]`.
+            resid: Some of the residuals that it will read, `[token, d_model]`.
+
+        Raises:
+            UserError: Where there are none, or all are zero, or not finite.
         """
-        norms = resid.double().norm(dim=-1)
-        self.scale.fill_(mean_norm_scale(float(norms.sum()), len(norms), resid.shape[-1]))
+        tokens, d_model = resid.shape
+        norms = float(resid.double().norm(dim=-1).sum())
+        if not math.isfinite(norms) or norms <= 0:
+            raise UserError(f"no scale: {tokens} residuals have norms of {norms:g} in all")
+        self.scale.fill_(math.sqrt(d_model) * tokens / norms)
         self.has_moved()
 
     def _plain(self) -> TrainingSAE[Any]:
-        """The training class with the weights as they are, LoRA merged; a copy where that was there."""
+        """The training class without LoRA, or a copy of it with LoRA merged."""
         if not parametrize.is_parametrized(self.sae):
             return self.sae
-        weights = {name: one for name, one in self.sae.state_dict().items() if "." not in name}
-        return training_sae.rebuilt(
-            self.sae, weights | {name: getattr(self.sae, name) for name in ADAPTED}
-        )
-
-
-def trainable(sae: Coder, sparsity_coefficient: float | None) -> TrainingSAE[Any]:
-    """A copy of a loaded SAE that can be trained on; see `new.trainable`.
-
-    Raises:
-        ConfigError: For one that cannot.
-    """
-    plain = sae.sae if isinstance(sae, SparseSAE) else sae
-    return training_sae.trainable(plain, sparsity_coefficient)  # pyright: ignore[reportArgumentType]
+        weights = {name: weight for name, weight in self.sae.state_dict().items() if "." not in name}
+        merged = {name: getattr(self.sae, name) for name in ADAPTED}
+        return training_sae.rebuilt(self.sae, weights | merged)
 
 
 class _LowRank(nn.Module):

@@ -1,7 +1,6 @@
-"""SAEs in training, in sae-lens's own classes: anew or from a trained one, and what becomes of them.
+"""SAEs in training, in sae-lens's own classes: new, from a trained one, and as they are saved.
 
-Units: an SAE in training may read residuals times a factor, its scale. What is saved reads them as the
-model has them.
+Units: an SAE in training may read residuals times a factor, its scale. A saved SAE reads them unscaled.
 """
 
 import copy
@@ -11,36 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAEConfig,
-    GatedTrainingSAEConfig,
-    JumpReLUTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    SAEConfig,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAEConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-)
+from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput
-from sae_lens.training.optim import CoefficientScheduler
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Architecture
 from sae_lora.saes.loading import quiet
+from sae_lora.saes.sparse import SparseSAE
+from sae_lora.splice.hooks import Coder
 
-_TRAINABLE: dict[str, type[TrainingSAEConfig]] = {
-    "topk": TopKTrainingSAEConfig,
-    "jumprelu": JumpReLUTrainingSAEConfig,
-    "standard": StandardTrainingSAEConfig,
-    "gated": GatedTrainingSAEConfig,
-}
-"""By the architecture that a trained SAE is saved as: what it is trained on as."""
+_TRAINABLE = ("topk", "jumprelu", "standard", "gated")
+"""Architectures of saved SAEs that can be trained on."""
 _PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
-"""By architecture: sae-lens's name of the sparsity penalty."""
+"""sae-lens's name of the sparsity penalty, by architecture."""
 _LEVELS = (8, 4, 2, 1)
 """The groups of a Matryoshka SAE are its first eighth, fourth, half, and all of it."""
 
@@ -49,16 +34,15 @@ class SAERequest(NamedTuple):
     """One SAE to train.
 
     Args:
-        hookpoint: What it reconstructs, as its own config will say.
-        architecture: What kind of SAE.
-        d_in: Width of what it reads.
+        hookpoint: The hookpoint in its own config.
+        architecture: The kind of SAE.
+        d_in: Width of its input.
         width: Number of latents.
         k: Latents active per token: a whole number for topk, the mean over a batch for batchtopk and
-            matryoshka. What the penalty of jumprelu pulls towards, quadratically, as in Gemma Scope 2;
-            `None` has it count active latents. The others do not read it.
+            matryoshka. The target of jumprelu's penalty, which is then quadratic, as in Gemma Scope 2;
+            with `None` that penalty counts active latents. The others do not read it.
         sparsity_coefficient: Weight of the sparsity penalty of jumprelu (L0), standard and gated (L1);
             `None` takes sae-lens's own. The others do not read it.
-        warm_up_steps: Steps over which that weight rises from zero.
     """
 
     hookpoint: str
@@ -67,45 +51,40 @@ class SAERequest(NamedTuple):
     width: int
     k: float | None = None
     sparsity_coefficient: float | None = None
-    warm_up_steps: int = 0
 
 
 def new(request: SAERequest, device: torch.device, metadata: Mapping[str, Any]) -> TrainingSAE[Any]:
-    """An SAE before its first step, otherwise as sae-lens has it by default.
+    """An SAE before its first step, with sae-lens's own defaults.
 
     Its values come from torch's global random state on the CPU, and so are the same for any device.
 
     Args:
-        request: What to make.
-        device: Where.
-        metadata: What its own config says of model and data, besides the hookpoint. JSON-able;
+        request: The SAE to make.
+        device: Its device.
+        metadata: Values about model and data for its own config, beside the hookpoint. JSON-able;
             `exclude_special_tokens` says whether it will never see them.
 
     Raises:
         ConfigError: For a k that it cannot have.
     """
-    about = SAEMetadata(hook_name=request.hookpoint, **metadata)
-    shape: dict[str, Any] = {"d_in": request.d_in, "d_sae": request.width, "metadata": about}
+    name = request.architecture.name
+    values = _penalty(name, request.sparsity_coefficient)
     match request.architecture:
         case Architecture.topk:
-            config = TopKTrainingSAEConfig(**shape, k=int(_active(request)))
+            values["k"] = int(_active(request))
         case Architecture.batchtopk:
-            config = BatchTopKTrainingSAEConfig(**shape, k=_active(request))
+            values["k"] = _active(request)
         case Architecture.matryoshka:
+            name = "matryoshka_batchtopk"  # sae-lens's name
             widths = [request.width // part for part in _LEVELS if part <= request.width]
-            config = MatryoshkaBatchTopKTrainingSAEConfig(
-                **shape, k=_active(request), matryoshka_widths=widths
-            )
-        case Architecture.jumprelu | Architecture.standard | Architecture.gated as kind:
-            penalty = _penalty(kind.name, request.sparsity_coefficient, request.warm_up_steps)
-            if kind is Architecture.jumprelu and request.k is not None:
-                penalty |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
-            config = _TRAINABLE[kind.name](**shape, **penalty)
-        case _:
-            raise NotImplementedError(request.architecture)
-    made_by: Any = TrainingSAE.get_sae_class_for_architecture(config.architecture())
+            values |= {"k": _active(request), "matryoshka_widths": widths}
+        case Architecture.jumprelu if request.k is not None:
+            values |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
+    kind, config_kind = get_sae_training_class(name)
+    about = SAEMetadata(hook_name=request.hookpoint, **metadata)
+    config = config_kind(d_in=request.d_in, d_sae=request.width, metadata=about, **values)
     with quiet():
-        return made_by(config).to(device)
+        return kind(config).to(device)
 
 
 def _active(request: SAERequest) -> float:
@@ -118,28 +97,27 @@ def _active(request: SAERequest) -> float:
     return k
 
 
-def _penalty(architecture: str, coefficient: float | None, warm_up_steps: int) -> dict[str, Any]:
+def _penalty(architecture: str, coefficient: float | None) -> dict[str, Any]:
     """The config's values for the sparsity penalty, where the architecture has one."""
-    if (name := _PENALTIES.get(architecture)) is None:
-        return {}
-    chosen: dict[str, Any] = {} if coefficient is None else {f"{name}_coefficient": coefficient}
-    return chosen | {f"{name}_warm_up_steps": warm_up_steps}
+    name = _PENALTIES.get(architecture)
+    return {} if name is None or coefficient is None else {f"{name}_coefficient": coefficient}
 
 
-def trainable(sae: SAE[Any], sparsity_coefficient: float | None = None) -> TrainingSAE[Any]:
-    """A private float32 copy of a trained SAE that can be trained on, otherwise as sae-lens has it.
+def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> TrainingSAE[Any]:
+    """A float32 copy of a trained SAE that can be trained on, with sae-lens's own defaults.
 
-    It gives what the original gives, and so does its inference form; but for rounding where the original
-    is not float32, or a TopK SAE in units of its decoder's norms, which are divided by once more. An SAE
-    that was BatchTopK or Matryoshka is a JumpReLU one since it was saved, and stays that.
+    It gives what the original gives, and so does its inference form, apart from rounding where the
+    original is not float32, or is a TopK SAE in units of its decoder's norms (divided by once more).
+    An SAE that was BatchTopK or Matryoshka was saved as JumpReLU, and stays that.
 
     Args:
-        sae: The trained SAE.
-        sparsity_coefficient: As in `SAERequest`: what it was trained with is not kept with it.
+        loaded: The trained SAE of sae-lens, or a `SparseSAE` of it.
+        sparsity_coefficient: As in `SAERequest`: a trained SAE does not state its own.
 
     Raises:
         ConfigError: For an SAE that cannot be trained on.
     """
+    sae: Any = loaded.sae if isinstance(loaded, SparseSAE) else loaded
     architecture = sae.cfg.architecture()
     if architecture not in _TRAINABLE:
         raise ConfigError("sae", architecture, f"to be trained on, an SAE that is {listed(_TRAINABLE)}")
@@ -151,7 +129,7 @@ def trainable(sae: SAE[Any], sparsity_coefficient: float | None = None) -> Train
             because="it normalises what it reads, and its auxiliary loss in sae-lens does not",
         )
     values = {field.name: copy.deepcopy(getattr(sae.cfg, field.name)) for field in fields(sae.cfg)}
-    values |= {"dtype": "float32", "device": "meta"} | _penalty(architecture, sparsity_coefficient, 0)
+    values |= {"dtype": "float32", "device": "meta"} | _penalty(architecture, sparsity_coefficient)
     weights = {
         name: weight.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
         for name, weight in sae.state_dict().items()
@@ -159,20 +137,20 @@ def trainable(sae: SAE[Any], sparsity_coefficient: float | None = None) -> Train
     if "threshold" in weights:
         # Below zero it is as at zero, but not in training, where sae-lens raises it at the first step.
         weights["threshold"].clamp_(min=0)
-    kind = TrainingSAE.get_sae_class_for_architecture(architecture)
-    return _holding(kind, _TRAINABLE[architecture](**values), weights, sae.device)
+    kind, config_kind = get_sae_training_class(architecture)
+    return _holding(kind, config_kind(**values), weights, sae.device)
 
 
 class Forward(NamedTuple):
-    """What an SAE in training made of one batch, with gradients.
+    """The forward pass of an SAE in training on one batch, with gradients.
 
     Args:
-        latents: Its code, `[token, d_sae]`.
-        recon: What it puts back, `[token, d_in]`.
-        mse: Squared error of that, summed over d_in, mean over tokens.
-        aux: All else that sae-lens adds to that to be the loss: sparsity penalties, dead latents that
-            reconstruct what is left, a gated SAE's reconstruction by its gates alone, the squared errors
-            of a Matryoshka SAE's inner groups.
+        latents: `[token, d_sae]`.
+        recon: The reconstruction, `[token, d_in]`.
+        mse: Its squared error, summed over d_in, mean over tokens.
+        aux: The other terms of sae-lens's loss: sparsity penalties, dead latents that reconstruct the
+            error, a gated SAE's reconstruction by its gates alone, the squared errors of a Matryoshka
+            SAE's inner groups.
     """
 
     latents: Tensor
@@ -184,19 +162,19 @@ class Forward(NamedTuple):
 def forward(sae: TrainingSAE[Any], resid: Tensor, dead: Tensor, step: int) -> Forward:
     """One forward pass as in sae-lens's training, for methods with other losses than it has.
 
-    It moves what sae-lens moves outside of the optimiser: the threshold of a BatchTopK SAE follows the
-    batch, that of a JumpReLU SAE is raised to zero.
+    As in sae-lens, it also changes thresholds: a BatchTopK SAE's follows the batch, a JumpReLU SAE's is
+    raised to zero.
 
     Args:
         sae: The SAE.
-        resid: What it reads, `[token, d_in]`; with a BatchTopK SAE, all tokens that share the k.
+        resid: Its input, `[token, d_in]`; for a BatchTopK SAE, all tokens that share the k.
         dead: Latents `[d_sae]` (true) that count as dead.
-        step: Steps taken before, which settle the weights of the sparsity penalties.
+        step: Steps taken before.
     """
     output = sae.training_forward_pass(
         TrainStepInput(
             sae_in=resid.to(sae.dtype),
-            coefficients=coefficients(sae, step),
+            coefficients=coefficients(sae),
             dead_neuron_mask=dead,
             n_training_steps=step,
             is_logging_step=False,
@@ -207,28 +185,23 @@ def forward(sae: TrainingSAE[Any], resid: Tensor, dead: Tensor, step: int) -> Fo
     return Forward(output.feature_acts, output.sae_out, mse, torch.stack([*losses.values()]).sum())
 
 
-def coefficients(sae: TrainingSAE[Any], step: int) -> dict[str, float]:
-    """The weights of the sparsity penalties, by sae-lens's name, after so many steps."""
-    found = {}
-    for name, value in sae.get_coefficients().items():
-        warm_up_steps, final = 0, value
-        if isinstance(value, TrainCoefficientConfig):
-            warm_up_steps, final = value.warm_up_steps, value.value
-        scheduler = CoefficientScheduler(warm_up_steps, final)  # pyright: ignore[reportArgumentType]
-        scheduler.load_state_dict({"current_step": step})
-        found[name] = scheduler.value
-    return found
+def coefficients(sae: TrainingSAE[Any]) -> dict[str, float]:
+    """The weights of the sparsity penalties, by sae-lens's name."""
+    return {
+        name: value.value if isinstance(value, TrainCoefficientConfig) else value
+        for name, value in sae.get_coefficients().items()
+    }
 
 
 @torch.no_grad()
 def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
-    """What the SAE would be once saved and loaded by sae-lens alone; frozen, and a copy of its own.
+    """A frozen copy of the SAE, as sae-lens would load it once saved.
 
     Draws nothing from torch's random state.
 
     Args:
         sae: The SAE in training.
-        scale: What its inputs were multiplied by. The copy reads them as they are.
+        scale: The factor of its inputs. The copy reads them as they are.
 
     Raises:
         UserError: For a scale other than 1 with an SAE that normalises what it reads.
@@ -242,35 +215,26 @@ def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
     sae.process_state_dict_for_saving_inference(weights)
     config = SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
     config.device = "meta"
-    kind = SAE.get_sae_class_for_architecture(config.architecture())
-    own = {name: weight.clone() for name, weight in weights.items()}
-    return _holding(kind, config, own, sae.device).requires_grad_(False).eval()
+    kind, _ = get_sae_class(config.architecture())
+    copies = {name: weight.clone() for name, weight in weights.items()}
+    return _holding(kind, config, copies, sae.device).requires_grad_(False).eval()
 
 
-def save(
-    sae: TrainingSAE[Any], folder: Path, scale: float = 1.0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes what `inference` gives, in sae-lens's format.
-
-    Args:
-        sae: The SAE in training, which stays as it is.
-        folder: Where; made where there is none.
-        scale: As for `inference`.
-        dtype: Of the weights in the file.
-    """
-    inference(sae, scale).to("cpu", dtype).save_model(folder)
+def save(sae: TrainingSAE[Any], folder: Path, scale: float = 1.0) -> None:
+    """Writes what `inference` gives, in sae-lens's format, into a folder that need not exist."""
+    inference(sae, scale).to("cpu", torch.float32).save_model(folder)
 
 
 def rebuilt(sae: TrainingSAE[Any], weights: Mapping[str, Tensor]) -> TrainingSAE[Any]:
-    """The same SAE in training once more, with copies of these weights and no parametrisation."""
+    """A second SAE in training, with copies of these weights and no parametrisation."""
     config = copy.deepcopy(sae.cfg)
     config.device = "meta"
-    own = {name: weight.detach().clone() for name, weight in weights.items()}
-    return _holding(parametrize.type_before_parametrizations(sae), config, own, sae.device)
+    copies = {name: weight.detach().clone() for name, weight in weights.items()}
+    return _holding(parametrize.type_before_parametrizations(sae), config, copies, sae.device)
 
 
 def _holding(kind: Any, config: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
-    """An SAE that has these weights, made as sae-lens makes those it loads: none are drawn before."""
+    """An SAE with these weights. As when sae-lens loads an SAE, no random ones are drawn before."""
     with quiet():
         sae = kind(config)
     sae.load_state_dict(weights, assign=True)
