@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, its numbers, and how to load it. Imports no torch."""
+"""The model card of an exported run: description, numbers, and code that loads it. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ def card(
     """The card as Markdown, with the hub's metadata in front.
 
     Args:
-        config: Of the run, as plain values that may be published.
-        summary: Likewise.
-        modules: The modules in the transformers model whose output the SAEs replace, as dotted paths.
+        config: The run's config, as plain values that may be published.
+        summary: The run's summary, as plain values that may be published.
+        modules: Dotted paths of the modules in the transformers model whose output the SAEs replace.
         merged: Whether the folder holds the whole model, with the adapters in its weights.
     """
     parts = [
@@ -27,7 +27,7 @@ def card(
         "## Result",
         _numbers(summary),
         "## How to load it",
-        f"```python\n{snippet(config, summary, modules, merged=merged)}```",
+        f"```python\n{_snippet(config, summary, modules, merged)}```",
         "## Made of",
         _ingredients(config, summary),
         "## Files",
@@ -37,15 +37,15 @@ def card(
 
 
 def _metadata(config: dict[str, Any], summary: dict[str, Any], merged: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if summary["model"]["commit"] is not None:  # the hub knows no others
-        found |= {
+    metadata: dict[str, Any] = {}
+    if summary["model"]["commit"] is not None:  # a model of the hub
+        metadata |= {
             "base_model": summary["model"]["name"],
             "base_model_relation": "finetune" if merged else "adapter",
         }
     if summary["data"]["source"] == "hub":
-        found["datasets"] = [summary["data"]["name"]]
-    return found | {
+        metadata["datasets"] = [summary["data"]["name"]]
+    return metadata | {
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "sparse-autoencoder", "sae_lora"],
@@ -187,17 +187,10 @@ keep = torch.isin(tokens, torch.tensor(special))  # these positions keep their a
 _KEEPING_NONE = "keep = torch.zeros_like(tokens, dtype=torch.bool)  # BOS and EOS go through the SAE too"
 
 
-def snippet(
-    config: dict[str, Any], summary: dict[str, Any], modules: Sequence[str], *, merged: bool
+def _snippet(
+    config: dict[str, Any], summary: dict[str, Any], modules: Sequence[str], merged: bool
 ) -> str:
-    """Code that loads the exported folder and splices the SAEs in, for who has no `sae_lora`.
-
-    Args:
-        config: As for `card`.
-        summary: As for `card`.
-        modules: As for `card`.
-        merged: As for `card`.
-    """
+    """Code that loads the exported folder and splices the SAEs in, without `sae_lora`."""
     embedded = summary["model"]["name"] == EMBEDDED_NAME
     saes = {
         block: _loading_sae(sae)
@@ -234,7 +227,7 @@ def _loading_model(config: dict[str, Any], summary: dict[str, Any], merged: bool
     model, loaded, computed = summary["model"], config["model"]["dtype"], config["train"]["dtype"]
     at = f', revision="{model["commit"]}"' if model["commit"] is not None else ""
     name = "MODEL" if model["name"] == EMBEDDED_NAME else f'"{model["name"]}"'
-    # Weights that were rounded to bfloat16 before they were computed with in float32 are that here too.
+    # Weights that the run rounded to bfloat16 and used in float32 are rounded here too.
     dtype = "bfloat16" if "bfloat16" in (loaded, computed) else "float32"
     widened = ".float()" if dtype != computed else ""
     return [
