@@ -51,7 +51,7 @@ def check(name: str, options: Options) -> None:
         settings = set(inspect.signature(core.multiple_evals).parameters)
         if unknown := sorted(set(options) - settings):
             raise ValueError(f"core has no setting {unknown[0]}; it has {', '.join(sorted(settings))}")
-        wanted = {options[key] for key in ("dataset",) if key in options}
+        wanted = {options["dataset"]} if "dataset" in options else set()
     else:
         wanted = set(getattr(_config(name, options), "dataset_names", ()))
     for dataset in sorted({name.split("_class_set")[0].removesuffix("_sentiment") for name in wanted}):
@@ -167,7 +167,7 @@ def _config(name: str, options: Options, pair: Pair | None = None) -> Any:
         values["perform_scr"] = name == "scr"
     config = kind(**(values | dict(options)))
     if name == "sparse_probing" and "dataset_names" not in options:
-        config.dataset_names = [name for name in config.dataset_names if name not in _RUNS_CODE]
+        config.dataset_names = [each for each in config.dataset_names if each not in _RUNS_CODE]
     return config
 
 
