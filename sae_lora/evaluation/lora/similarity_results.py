@@ -11,7 +11,7 @@ from pathlib import Path
 from sae_lora.common.files import as_json, write_atomically
 
 VERSION = 1
-"""Of the schema; fields are only ever added within a version."""
+"""Version of the schema; fields are only ever added within a version."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Grid:
     similarity: list[list[float]]
     """From 0, orthogonal, to 1, where the smaller subspace lies in the larger. Mean over matrices."""
     expected: list[list[float]]
-    """The same for random subspaces of these sizes."""
+    """Expected similarities of random subspaces of these sizes."""
 
 
 @dataclasses.dataclass(frozen=True)

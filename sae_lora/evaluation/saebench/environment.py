@@ -118,7 +118,7 @@ def _requirements(packages: Path) -> list[str]:
     """SAEBench's own requirements, without those that are shared or left out."""
     (distribution,) = metadata.distributions(name="sae-bench", path=[str(packages)])
     requirements = [Requirement(line) for line in distribution.requires or []]
-    by_name = {one.name.replace("_", "-").lower(): one for one in requirements}
+    by_name = {each.name.replace("_", "-").lower(): each for each in requirements}
     return [
         str(requirement)
         for name, requirement in by_name.items()

@@ -57,7 +57,7 @@ class Tuned:
     positive: list[float]
     """Effect on positive validation texts, in nats per token, at each of `strengths`."""
     negative: list[float]
-    """The same on negative ones."""
+    """Effect on negative validation texts."""
     effect: Effect
     """On the test texts."""
 

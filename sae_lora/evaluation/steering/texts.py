@@ -223,7 +223,7 @@ def _texts(examples: Sequence[_Example], latents: Sequence[int]) -> Texts:
 
 
 _Labels = dict[tuple[int, str], bool]
-"""Whether a text is positive, by latent and text: a repeated text would be in both halves."""
+"""Labels by latent and text, true for positive. Keys are unique: a repeated text counts once."""
 
 
 def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae: int) -> Halves:
