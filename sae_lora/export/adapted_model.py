@@ -1,4 +1,4 @@
-"""What a finished run has made: its model with the trained adapters, and its SAEs to splice in."""
+"""The result of a finished run: its model with the trained adapters, and its SAEs to splice in."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -30,15 +30,15 @@ from sae_lora.splice.trunk import Splices
 
 
 class Adapted:
-    """A language model and SAEs as a run has left them: with its adapters, or its SAEs trained. Frozen.
+    """A frozen language model and SAEs as a run has left them: with its adapters, or its trained SAEs.
 
-    Called with tokens `[batch, pos]` it gives the logits `[batch, pos, d_vocab]` that the run's
-    `student_ce` is about: SAEs in place, adapters on. `logits` gives those of the other cells too,
-    `spliced` has the SAEs in the transformers models while you do with these what you like.
+    A call with tokens `[batch, pos]` gives the logits `[batch, pos, d_vocab]` of the student: SAEs in
+    place, adapters on. `logits` gives those without SAEs or adapters too. Inside a `with` block of
+    `spliced`, the SAEs are in the transformers models for any use.
 
     Args:
-        config: Of the run.
-        tokenizer: The model's.
+        config: Config of the run.
+        tokenizer: Tokenizer of the model.
         model: The plain model.
         adapter: Folder of the trained adapters; `None` where something else was trained.
         splices: The SAEs at their places.
@@ -56,15 +56,13 @@ class Adapted:
         splices: Splices,
     ) -> None:
         self.config = config
-        """Of the run."""
         self.tokenizer = tokenizer
-        """The model's own."""
         self.splices = splices
         """The SAEs at their places, by block."""
         self._base = model
         self._adapted = model.view()
         self.peft = None if adapter is None else adapter_files.load(self._adapted, adapter)
-        """peft's view of `model`, where that has adapters."""
+        """peft's view of `model`, where the run has trained adapters."""
         self._special_ids = special_ids(tokenizer).to(model.device)
         self._is_spliced = False
 
@@ -101,7 +99,7 @@ class Adapted:
             adapters: Whether the adapters are on.
 
         Raises:
-            UserError: Inside of `spliced`, where the SAEs are in place anyway.
+            UserError: Inside `spliced`, where the SAEs are always in place.
         """
         self._check_plain()
         model = self.model if adapters else self.base
@@ -110,23 +108,23 @@ class Adapted:
 
     @contextmanager
     def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
-        """Inside the block, `model` and `base` have the SAEs in place, in whatever is done with them.
+        """Put the SAEs into `model` and `base` inside the block, for every forward pass.
 
-        Positions whose token is special keep their activation where the run's did. So it is too in
-        generation, a token at a time with a cache of those before.
+        Positions with special tokens keep their activation where they did in the run, also in cached
+        generation.
 
         Args:
-            observe: Called each time an SAE has been applied, with what it read and did.
-            instead: What is in place, rather than the SAEs as the run has left them.
+            observe: Called each time an SAE has been applied, with its input and output.
+            instead: Other SAEs to put in place.
 
         Raises:
-            UserError: Inside of another such block.
+            UserError: Inside another such block.
         """
         self._check_plain()
-        there = self.splices if instead is None else instead
+        splices = self.splices if instead is None else instead
         with ExitStack() as scope:
             for model in (self._base, self._adapted):
-                scope.enter_context(self._in_every_pass(model, there, observe))
+                scope.enter_context(self._in_every_pass(model, splices, observe))
             self._is_spliced = True
             try:
                 yield
@@ -135,15 +133,20 @@ class Adapted:
 
     @contextmanager
     def _in_every_pass(
-        self, model: LanguageModel, there: Splices, observe: Observer | None
+        self, model: LanguageModel, splices: Splices, observe: Observer | None
     ) -> Iterator[None]:
-        """Which positions hold special tokens is found anew in each pass: `generate` makes many."""
+        """Put SAEs into each forward pass by itself, as `generate` makes passes with other tokens."""
         forward = model.model.forward
-        saes = {splice.hookpoint: splice.sae for splice in there}
+        saes = {splice.hookpoint: splice.sae for splice in splices}
 
         @functools.wraps(forward)
         def with_saes(input_ids: Tensor | None = None, *arguments: Any, **keywords: Any) -> Any:
-            with spliced(model, saes, self._kept_positions(input_ids, there), observe):
+            keep = None
+            if input_ids is not None:
+                keep = kept_positions(input_ids, self._special_ids, splices)
+            elif any(splice.keeps for splice in splices):
+                raise UserError("around this SAE special tokens keep their activation: give input_ids")
+            with spliced(model, saes, keep, observe):
                 return forward(input_ids, *arguments, **keywords)
 
         model.model.forward = with_saes
@@ -152,33 +155,27 @@ class Adapted:
         finally:
             del model.model.forward
 
-    def _kept_positions(self, tokens: Tensor | None, there: Splices) -> Tensor | None:
-        """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
-        if tokens is not None:
-            return kept_positions(tokens, self._special_ids, there)
-        if any(splice.keeps for splice in there):
-            raise UserError("around this SAE special tokens keep their activation: give input_ids")
-        return None
-
     def _check_plain(self) -> None:
         if self._is_spliced:
             raise UserError("the SAEs are in place already: leave the `with` block of `spliced` first")
 
 
 def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adapted:
-    """The model, adapters and SAEs of a finished run, as they were when it ended.
+    """Load the model, adapters and SAEs of a finished run.
 
     Args:
         run: Its folder, `outputs/<sweep>/<run>`.
-        device: auto, cpu or cuda; by default what the run's `train.device` says.
+        device: auto, cpu or cuda; by default the run's `train.device`.
 
     Raises:
-        UserError: Where the run is not finished, or something of it is missing or another than then.
+        UserError: Where the run is not finished, or one of its files is missing or has changed.
     """
     folder = finished(run.path if isinstance(run, RunFolder) else Path(run))
     config = load(folder.config.read_text())
     if device is not None:
-        config = replace(config, train=replace(config.train, device=_named(device)))
+        if device not in Device.__members__:
+            raise ConfigError("device", device, listed(Device.__members__), nearest="auto")
+        config = replace(config, train=replace(config.train, device=Device[device]))
     where = device_of(config)
     dimensions = read_dimensions(config.model)
     sae = trained_saes(config, folder, dimensions)
@@ -194,22 +191,11 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
     )
 
 
-def _named(device: str) -> Device:
-    names = [one.name for one in Device]
-    if device not in names:
-        raise ConfigError("device", device, listed(names), nearest="auto")
-    return Device[device]
-
-
 def _check_same(saes: Sequence[LoadedSAE], folder: RunFolder) -> None:
-    """Refuses SAEs with other weights than those that the run was trained around.
-
-    Raises:
-        UserError: Names the first.
-    """
-    for one, before in zip(saes, folder.read_summary()["sae"], strict=True):
-        if one.description["sha256"] != before["sha256"]:
+    """Refuse SAEs with other weights than those that the run was trained around."""
+    for sae, before in zip(saes, folder.read_summary()["sae"], strict=True):
+        if sae.description["sha256"] != before["sha256"]:
             raise UserError(
-                f"{folder.path}: the SAE at {one.hookpoint} has other weights than the one it was "
-                f"trained around (SHA-256 {one.description['sha256']}, then {before['sha256']})"
+                f"{folder.path}: the SAE at {sae.hookpoint} has other weights than the one it was "
+                f"trained around (SHA-256 {sae.description['sha256']}, then {before['sha256']})"
             )

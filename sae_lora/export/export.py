@@ -1,4 +1,4 @@
-"""A finished run as a folder for others: its adapters, or the whole model, with a model card."""
+"""Export of a finished run as a folder: its adapters, or the whole model, with a model card."""
 
 import dataclasses
 import shutil
@@ -18,24 +18,20 @@ from sae_lora.config.serialize import as_dict, load
 from sae_lora.export.model_card import card
 from sae_lora.models import adapter_files, loading
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 
 TOLERANCE = 1e-4
-"""Of the largest logit: what merging may change in one. Rounding in float32 changes far less."""
+"""Largest change of a logit by merging, as a share of the largest logit. Rounding changes far less."""
 _CPU = torch.device("cpu")
 
 
 def export(run: Path, to: Path, *, merge: bool = False) -> str:
-    """Writes the folder, which is there whole or not at all.
+    """Write the folder, whole or not at all, and return a description of it in one line.
 
     Args:
         run: The run's folder, `outputs/<sweep>/<run>`.
         to: The folder to write: a new one, or an empty one.
         merge: Whether to write the whole model in float32, the adapters merged into its weights.
-
-    Returns:
-        What was written, in a line.
 
     Raises:
         UserError: Where the run is not finished, the folder cannot be written, something of the run
@@ -53,18 +49,22 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")
     check_writable(to.parent, "--to")
     transformers_logging.disable_progress_bar()
-    summary = public_summary(folder.read_summary())
+    summary = _public_summary(folder.read_summary())
     base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
-    values = public_config(dataclasses.replace(config, model=base))
+    values = _public_config(dataclasses.replace(config, model=base))
     try:
         with new_folder(to) as beside:
             if merge:
-                difference = _write_model(base, folder, beside)
-                told = f"the merged model; no logit differs by more than {difference:.1e} of the largest"
+                model = loading.load_model(base, DType.float32, _CPU)
+                difference = write_merged(model, folder.adapter, beside)
+                loading.load_tokenizer(base).save_pretrained(beside)
+                content = (
+                    f"the merged model; no logit differs by more than {difference:.1e} of the largest"
+                )
             else:
                 name = None if base.commit is None else base.name
                 adapter_files.republish(folder.adapter, beside, name, base.commit)
-                told = "the adapters"
+                content = "the adapters"
             write_atomically(beside / "config.yaml", OmegaConf.to_yaml(values))
             write_atomically(beside / "summary.json", as_json(summary))
             shutil.copyfile(folder.curve, beside / "curve.jsonl")
@@ -73,31 +73,23 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
             write_atomically(beside / "README.md", card(values, summary, modules, merged=merge))
     except OSError as error:
         raise UserError(f"{run} cannot be exported to {to}: {error}") from error
-    return f"{told}: {to}"
-
-
-def _write_model(config: ModelConfig, run: RunFolder, to: Path) -> float:
-    """Writes the whole model with its tokenizer; returns what `write_merged` does."""
-    model = loading.load_model(config, DType.float32, _CPU)
-    difference = write_merged(model, run.adapter, to)
-    loading.load_tokenizer(config).save_pretrained(to)
-    return difference
+    return f"{content}: {to}"
 
 
 def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
-    """Writes the model with adapters merged into its weights, and compares what was written.
+    """Write the model with adapters merged into its weights, and compare the written model.
 
     Args:
         model: The plain model in float32; changed in place.
         adapter: Folder of the adapters.
-        to: A folder that is there.
+        to: An existing folder.
 
     Returns:
-        The largest difference of a logit to the model with the adapters beside its weights, as a
-        share of the largest logit.
+        The largest difference of a logit from the model with separate adapters, as a share of the
+        largest logit.
 
     Raises:
-        UserError: Where that is more than `TOLERANCE`.
+        UserError: Where the difference is larger than `TOLERANCE`.
     """
     length = min(64, getattr(model.config, "max_position_embeddings", 64))
     generator = torch.Generator().manual_seed(0)
@@ -117,10 +109,10 @@ def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
     return difference
 
 
-def public_config(config: Config) -> dict[str, Any]:
-    """The config as plain values, without what concerns the machine and the accounts of its user.
+def _public_config(config: Config) -> dict[str, Any]:
+    """The config as plain values, without the user's machine and accounts.
 
-    Left out are launcher, tracking and where things were kept; of a path its last part stays.
+    Launcher, tracking and folders of outputs are left out; only the last part of other paths stays.
     """
     values = as_dict(config)
     for name in ("launcher", "tracking", "output_dir"):
@@ -134,20 +126,21 @@ def public_config(config: Config) -> dict[str, Any]:
     return values
 
 
-def public_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without the same: host, visible GPUs, and where the run was tracked."""
+def _public_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary without host, visible GPUs, and the address of the tracked run."""
     model, environment = summary["model"], summary["environment"]
-    left = {key: environment[key] for key in environment if key not in ("host", "visible_gpus")}
     return summary | {
         "model": model | {"name": _public_name(model["name"], model["commit"])},
         "sae": [sae | {"path": _last_part(sae["path"])} for sae in summary["sae"]],
-        "environment": left,
+        "environment": {
+            key: value for key, value in environment.items() if key not in ("host", "visible_gpus")
+        },
         "tracked_at": None,
     }
 
 
 def _public_name(name: str, commit: str | None) -> str:
-    """A repository's name; of a local folder the last part."""
+    """Name of a repository, or the last part of a local folder."""
     return name if commit is not None else str(_last_part(name))
 
 

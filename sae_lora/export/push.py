@@ -1,4 +1,4 @@
-"""An exported folder, sent to the Hugging Face hub."""
+"""Upload of an exported folder to the Hugging Face hub. Imports no torch."""
 
 from pathlib import Path
 
@@ -10,19 +10,10 @@ _WEIGHTS = ("adapter_config.json", "config.json")
 
 
 def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Sends what `export` wrote to a repository, which is made where there is none.
-
-    Args:
-        folder: What `export` wrote.
-        repo: `org/name`.
-        private: Whether the repository is to be seen by its owners alone.
-        revision: The branch; made where there is none.
-
-    Returns:
-        The address at which it can be seen.
+    """Send an exported folder to a repository, as `hub.send` does, and return its address.
 
     Raises:
-        UserError: For any other folder, and where the hub does not take it.
+        UserError: For a folder that `export` has not written, and where the hub refuses it.
     """
     missing = [name for name in _OF_EVERY_EXPORT if not (folder / name).is_file()]
     if missing or not any((folder / name).is_file() for name in _WEIGHTS):

@@ -18,7 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.head import Comparison, Head
-from sae_lora.splice.hooks import Coder, Reading, Splice, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Reading, Splice, kept_positions, special_positions, spliced
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
 from sae_lora.train import methods
@@ -256,9 +256,8 @@ def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
         config.data, adapted.tokenizer, train_steps(config) * config.train.batch_size, 4
     ).validation_tokens
 
-    keep = adapted._kept_positions(
-        tokens, adapted.splices
-    )  # the SAEs were not trained on special tokens
+    # The SAEs were not trained on special tokens.
+    keep = kept_positions(tokens, adapted._special_ids, adapted.splices)
     assert keep is not None
 
     def ce(model: LanguageModel, *hookpoints: str) -> float:

@@ -19,7 +19,7 @@ from sae_lora.config.schema import LoRAConfig
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.lora import similarity, similarity_results, weights
 from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap, shared
-from sae_lora.evaluation.lora.similarity import directions, expected, phi, similarities
+from sae_lora.evaluation.lora.similarity import directions, expected, similarities
 from sae_lora.evaluation.lora.similarity_figures import figures, kinds_map, similarity_map
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
@@ -192,6 +192,11 @@ def test_no_direction_of_a_matrix_has_more_than_its_own(model: LanguageModel) ->
 def test_a_run_without_adapters_is_told_so() -> None:
     with pytest.raises(UserError, match="trains no LoRA adapters"):
         weights.evaluate(Made(small_model("llama"), at_block_1()), CONFIG)
+
+
+def phi(first: Tensor, second: Tensor, i: int, j: int) -> float:
+    """Similarity of the i largest directions that one matrix reads and the j of another."""
+    return float(similarities(directions(first)[:, :i], directions(second)[:, :j])[i - 1, j - 1])
 
 
 def test_subspaces() -> None:

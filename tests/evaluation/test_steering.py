@@ -18,7 +18,7 @@ from sae_lora.common.files import as_json
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.config.validate import check
-from sae_lora.evaluation.steering.effects import HEEDS, Steering, _Curves, steer
+from sae_lora.evaluation.steering.effects import HEEDS, Steering, best_strengths, steer
 from sae_lora.evaluation.steering.models import SteeredModels, text_log_probability
 from sae_lora.evaluation.steering.texts import Halves, Texts, residuals, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
@@ -157,15 +157,13 @@ def test_text_is_steered_towards_by_the_latent_that_it_shows() -> None:
 
 def test_the_strength_is_the_best_of_those_that_do_not_harm() -> None:
     """Negative text loses the more the stronger a latent is; here, positive text does so too."""
-    curves = _Curves(
-        positive=torch.tensor([[0.1, -0.1], [0.0, -0.3], [-2.0, -0.2]]),
-        negative=torch.tensor([[0.0, 0.0], [-0.5, 0.0], [-4.0, 0.1]]),
-    )
-    assert curves.best(None) == [2, 0]
-    assert curves.best(0.0) == [1, 0]
-    assert curves.best(0.25) == [1, 0]
-    equal = _Curves(positive=torch.zeros(3, 1), negative=torch.zeros(3, 1))
-    assert equal.best(None) == [0]
+    positive = torch.tensor([[0.1, -0.1], [0.0, -0.3], [-2.0, -0.2]])
+    negative = torch.tensor([[0.0, 0.0], [-0.5, 0.0], [-4.0, 0.1]])
+    curves = torch.stack([positive, negative])
+    assert best_strengths(curves, None) == [2, 0]
+    assert best_strengths(curves, 0.0) == [1, 0]
+    assert best_strengths(curves, 0.25) == [1, 0]
+    assert best_strengths(torch.zeros(2, 3, 1), None) == [0]
 
 
 def test_a_latent_without_texts_of_both_kinds_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`evaluation/similarity.json` in a sweep's folder: what adapters have in common, run by run.
+"""`evaluation/similarity.json` in a sweep's folder: directions that adapters have in common.
 
 Imports no torch.
 """
@@ -11,17 +11,17 @@ from pathlib import Path
 from sae_lora.common.files import as_json, write_atomically
 
 VERSION = 1
-"""Of the schema; fields are only ever added within a version."""
+"""Version of the schema; fields are only ever added within a version."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Subspace similarities φ, `[i, j]`: of i directions of the first run and j of the second."""
+    """Subspace similarities φ of i directions of the first run and j of the second, `[i, j]`."""
 
     similarity: list[list[float]]
     """From 0, orthogonal, to 1, where the smaller subspace lies in the larger. Mean over matrices."""
     expected: list[list[float]]
-    """Of random subspaces of these sizes."""
+    """Expected similarities of random subspaces of these sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,44 +29,44 @@ class Pair:
     """Two runs that adapt the same matrices of the same model."""
 
     first: str
-    """The run's folder, as it is named in the sweep."""
+    """Name of the run's folder in the sweep."""
     second: str
     matrices: int
     first_sizes: list[int]
-    """i: that many directions, the largest first."""
+    """Values of i: numbers of directions, the largest first."""
     second_sizes: list[int]
-    """j, likewise."""
+    """Values of j."""
     of_all: Grid
     of_kinds: dict[str, Grid]
-    """By a matrix's path inside of its block."""
+    """By a matrix's path inside its block."""
 
 
 def path_in(sweep: Path) -> Path:
-    """Where the pairs of a sweep are kept."""
+    """File that keeps the pairs of a sweep."""
     return sweep / "evaluation" / "similarity.json"
 
 
-def write(sweep: Path, found: Sequence[Pair]) -> None:
-    """Puts pairs into the sweep's folder, in the place of older ones."""
+def write(sweep: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs into the sweep's folder, in place of older ones."""
     path = path_in(sweep)
     path.parent.mkdir(exist_ok=True)
-    values = {"pairs": [dataclasses.asdict(pair) for pair in found], "version": VERSION}
+    values = {"pairs": [dataclasses.asdict(pair) for pair in pairs], "version": VERSION}
     write_atomically(path, as_json(values))
 
 
 def read(sweep: Path) -> list[Pair]:
-    """The pairs of a sweep; none where none were written, or by another version."""
+    """Pairs of a sweep; none where no file of this version exists."""
     path = path_in(sweep)
     values = json.loads(path.read_text()) if path.exists() else {}
     if values.get("version") != VERSION:
         return []
     return [
         Pair(
-            **one
+            **pair
             | {
-                "of_all": Grid(**one["of_all"]),
-                "of_kinds": {kind: Grid(**grid) for kind, grid in one["of_kinds"].items()},
+                "of_all": Grid(**pair["of_all"]),
+                "of_kinds": {kind: Grid(**grid) for kind, grid in pair["of_kinds"].items()},
             }
         )
-        for one in values["pairs"]
+        for pair in values["pairs"]
     ]

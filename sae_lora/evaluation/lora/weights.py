@@ -1,10 +1,9 @@
-"""What LoRA has done to the model's matrices: how much, in how many directions, and in which.
+"""Changes of the model's matrices by LoRA: their size, their number of directions, amplification.
 
-Source: arXiv 2106.09685, section 7, of amplification and subspace similarity.
+Source: arXiv 2106.09685, section 7, for amplification and subspace similarity.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,94 +16,87 @@ from sae_lora.models import lora
 from sae_lora.models.lora import AdaptedMatrix
 
 _FIRST = (1, 4, 16, 64, 256)
-"""Directions whose share of the energy is told, where there are so many."""
+"""Numbers of directions whose share of the energy is reported."""
 _SEED = 0
-"""Of the random matrices."""
+"""Seed of the random matrices."""
 _RANDOM_DIRECTIONS = 64
-"""Matrices are drawn until there are so many: of one direction alone little can be said."""
+"""Random directions that are drawn in all, since a single one says little."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """‖Uᵀ W Vᵀ‖_F: how much of W lies in r directions, U of its outputs and V of its inputs.
-
-    They are the largest singular vectors of one matrix or another; r is the adapter's rank.
-    """
+    """‖Uᵀ W Vᵀ‖_F, where U and V are the r largest singular vectors of a matrix; r is the rank."""
 
     delta: float | None
-    """Of ΔW; undefined where that is zero."""
+    """With the vectors of ΔW; undefined where ΔW is zero."""
     weight: float
-    """Of W itself: no directions have more."""
+    """With the vectors of W itself: the maximum."""
     random: float
-    """Of a Gaussian matrix: what directions have that nobody has chosen. Of a few such matrices where r
-    is small, the root mean square."""
+    """With the vectors of a Gaussian matrix; the root mean square over several matrices where r is
+    small."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a matrix costs that is trained, by its adapter and as a whole.
+    """Cost of training a matrix, by its adapter and as a whole.
 
-    FLOPs are those that training it adds to the step of a frozen matrix, per token: of an adapter two
-    for each parameter in the forward pass, two for what it reads and two for itself in the backward
-    pass; of the whole matrix those of its gradient alone. What DoRA's lengths cost is left out.
+    FLOPs are those that training adds to a step of the frozen matrix, per token. For each parameter of
+    an adapter these are two in the forward pass and, in the backward pass, two for its inputs and two
+    for itself. For the whole matrix they are those of its gradient. DoRA's lengths are left out.
     """
 
     parameters: int
-    """Of the adapter: rank · (inputs + outputs), and DoRA's lengths."""
+    """Parameters of the adapter: rank · (inputs + outputs), and DoRA's lengths."""
     whole_parameters: int
-    """Of the matrix: inputs · outputs."""
+    """Parameters of the matrix: inputs · outputs."""
     flops: int
     whole_flops: int
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What an adapter has done to one matrix W, which is now W + ΔW."""
+    """Change of one matrix W, which is now W + ΔW, by an adapter."""
 
     name: str
     """Dotted path in the transformers model."""
     block: int
     kind: str
-    """Path inside of the block."""
+    """Path inside the block."""
     rank: int
-    """Of the adapter."""
+    """Rank of the adapter."""
     scale: float
-    """Of B · A."""
+    """Factor of B · A."""
     weight_norm: float
     """‖W‖_F."""
     delta_norm: float
     """‖ΔW‖_F."""
     singular_values: list[float]
-    """Of ΔW, the largest first, as many as the rank; of DoRA's ΔW there are more."""
+    """The largest of ΔW, in descending order, as many as the rank (DoRA's ΔW has more)."""
     effective_rank: float | None
     """exp of the entropy of the singular values as shares of their sum; undefined where ΔW is zero."""
     energy: dict[str, float]
-    """Share of ‖ΔW‖²_F in the first directions, by their number; none where ΔW is zero."""
+    """Share of ‖ΔW‖²_F in the first directions, by their number; empty where ΔW is zero."""
     projection: Projection
     amplification: float | None
-    """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, U and V those of ΔW: how much larger than in W its directions are."""
+    """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, with U and V of ΔW: how much larger its directions are than in W."""
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The suite `lora`: what adapters have done to matrices, and what they read."""
+    """Results of the suite `lora`."""
 
     matrices: list[Matrix]
     cost: Cost
-    """Of all of them."""
+    """Sum over the matrices."""
     overlap: Overlap | None
-    """Of what the first adapted block reads with what an SAE before it does."""
+    """Overlap of the first adapted block with the last SAE before it."""
     no_overlap: str | None
-    """Why there is none."""
+    """Reason for a missing overlap."""
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Weights:
-    """Measures a run's adapters.
-
-    Args:
-        subject: The run.
-        config: How much text and how many directions the overlap is of.
+    """Measure a run's adapters.
 
     Raises:
         UserError: Where the run has none.
@@ -113,31 +105,30 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Weights:
         kind = subject.config.method.kind.name
         raise UserError(f"method.kind={kind} trains no LoRA adapters; the suite is about those alone")
     random = torch.Generator().manual_seed(_SEED)
-    found = [measured(matrix, random) for matrix in lora.adapted_matrices(subject.with_adapters)]
-    shared = overlap(subject, config.sequences, config.directions)
+    matrices = [measured(matrix, random) for matrix in lora.adapted_matrices(subject.with_adapters)]
+    names = [field.name for field in fields(Cost)]
+    result = overlap(subject, config.sequences, config.directions)
     return Weights(
-        matrices=found,
-        cost=_total([one.cost for one in found]),
-        overlap=shared if isinstance(shared, Overlap) else None,
-        no_overlap=shared if isinstance(shared, str) else None,
+        matrices=matrices,
+        cost=Cost(**{name: sum(getattr(matrix.cost, name) for matrix in matrices) for name in names}),
+        overlap=result if isinstance(result, Overlap) else None,
+        no_overlap=result if isinstance(result, str) else None,
     )
 
 
 def effective_rank(values: Tensor) -> float | None:
-    """In how many directions a matrix acts; of n equal singular values that is n.
+    """Effective rank of a matrix with these singular values `[n]`; undefined where all are zero.
 
-    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality (2007): exp of
-    the entropy, in nats, of the singular values as shares of their sum.
+    It is exp of the entropy, in nats, of the values as shares of their sum: n for n equal values.
 
-    Args:
-        values: The singular values, `[n]`; where all are zero it is undefined.
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality (2007).
     """
     total = values.double().sum()
     return float(torch.special.entr(values.double() / total).sum().exp()) if total > 0 else None
 
 
 def energy(values: Tensor) -> dict[str, float]:
-    """The share of the squared singular values `[n]`, largest first, in the first 1, 4, 16 … of them."""
+    """Share of the first 1, 4, 16 … in the sum of squared singular values `[n]`, largest first."""
     squares = values.double().square()
     if not squares.any():
         return {}
@@ -145,39 +136,19 @@ def energy(values: Tensor) -> dict[str, float]:
     return {str(n): float(shares[n - 1]) for n in _FIRST if n <= len(shares)}
 
 
-def cost(matrix: AdaptedMatrix) -> Cost:
-    """What the matrix costs, by its adapter and as a whole."""
-    in_products, whole = matrix.a.numel() + matrix.b.numel(), matrix.weight.numel()
-    return Cost(
-        parameters=matrix.parameters,
-        whole_parameters=whole,
-        flops=6 * in_products,
-        whole_flops=2 * whole,
-    )
-
-
-def _total(costs: Sequence[Cost]) -> Cost:
-    return Cost(
-        parameters=sum(one.parameters for one in costs),
-        whole_parameters=sum(one.whole_parameters for one in costs),
-        flops=sum(one.flops for one in costs),
-        whole_flops=sum(one.whole_flops for one in costs),
-    )
-
-
 @torch.no_grad()
 def measured(matrix: AdaptedMatrix, random: torch.Generator) -> Matrix:
-    """What an adapter has done to one matrix.
+    """Measure the change of one matrix.
 
     Args:
-        matrix: With its adapter.
-        random: Draws the directions that nobody has chosen.
+        matrix: The matrix with its adapter.
+        random: Draws the random directions.
     """
     weight, delta = matrix.weight.double(), matrix.delta.double()
     outputs, values, inputs = decomposed(matrix)
     r = min(len(matrix.a), *weight.shape)
-    norm, acts = float(delta.norm()), bool(values.any())
-    of_delta = _projected(weight, outputs[:, :r], inputs[:, :r]) if acts else None
+    norm = float(delta.norm())
+    of_delta = _projected(weight, outputs[:, :r], inputs[:, :r]) if values.any() else None
     return Matrix(
         name=matrix.name,
         block=matrix.block,
@@ -195,15 +166,20 @@ def measured(matrix: AdaptedMatrix, random: torch.Generator) -> Matrix:
             random=_at_random(weight, r, random),
         ),
         amplification=norm / of_delta if of_delta else None,
-        cost=cost(matrix),
+        cost=Cost(
+            parameters=matrix.parameters,
+            whole_parameters=weight.numel(),
+            flops=6 * (matrix.a.numel() + matrix.b.numel()),
+            whole_flops=2 * weight.numel(),
+        ),
     )
 
 
 def decomposed(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """ΔW's singular vectors of outputs `[output, n]`, values `[n]`, and vectors of inputs `[input, n]`.
 
-    Plain LoRA's ΔW lies in the columns of B and the rows of A, so that a square of the rank's size is
-    all that is decomposed; DoRA's, which also stretches W, is decomposed as it is.
+    Plain LoRA's ΔW lies in the columns of B and the rows of A, so a square matrix of the rank's size is
+    decomposed. DoRA also scales W, and its ΔW is decomposed whole.
     """
     delta = matrix.delta.double()
     if matrix.magnitude is not None:
@@ -220,12 +196,13 @@ def _projected(weight: Tensor, outputs: Tensor, inputs: Tensor) -> float:
 
 
 def _largest(weight: Tensor, r: int) -> float:
-    """The projection of a matrix onto its own r largest singular vectors: the norm of those values."""
+    """Projection of a matrix onto its own r largest singular vectors: the norm of their values."""
     square = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
     return float(torch.linalg.eigvalsh(square)[-r:].clamp(min=0).sum().sqrt())
 
 
 def _at_random(weight: Tensor, r: int, random: torch.Generator) -> float:
+    """Root mean square of projections onto random directions."""
     draws = -(-_RANDOM_DIRECTIONS // r)
     squares = [
         _projected(weight, *(_frame(n, r, random).to(weight) for n in weight.shape)) ** 2
@@ -235,6 +212,6 @@ def _at_random(weight: Tensor, r: int, random: torch.Generator) -> float:
 
 
 def _frame(n: int, r: int, random: torch.Generator) -> Tensor:
-    """Orthonormal columns `[n, r]` that are as likely as any: singular vectors of a Gaussian matrix."""
+    """Random orthonormal columns `[n, r]`, uniformly distributed."""
     frame, _ = torch.linalg.qr(torch.randn(n, r, generator=random, dtype=torch.float64))
     return frame

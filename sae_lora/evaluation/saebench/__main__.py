@@ -1,7 +1,6 @@
 """SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request.json>`.
 
-Runs in the environment that has SAEBench (`environment.py`). Without a request it only makes sure that
-all can be imported.
+Runs in the environment that has SAEBench (`environment.py`). Without a request it checks the imports.
 """
 
 import contextlib
@@ -25,9 +24,9 @@ from sae_lora.records.folder import RunFolder
 
 
 def evaluate(request: Mapping[str, Any]) -> None:
-    """Takes what is not there yet, and says on standard output what it is at.
+    """Run the benchmarks that have no result yet, and print the name of each.
 
-    What of a benchmark fails is told in `failed.json`, and the others go on.
+    Failures are written to `failed.json`, and the other benchmarks go on.
 
     Args:
         request: `run`, `device`, `benchmarks`, `options`, and `to`, the folder for SAEBench's own
@@ -37,20 +36,20 @@ def evaluate(request: Mapping[str, Any]) -> None:
     subject = Subject(RunFolder(Path(request["run"])), request["device"])
     failed: dict[str, str] = {}
     for hookpoint in [splice.hookpoint for splice in subject.after]:
-        found = pairs(subject, hookpoint)
-        same = read_the_same(found)
+        by_cell = pairs(subject, hookpoint)
+        same = read_the_same(by_cell)
         for benchmark in request["benchmarks"]:
-            files = {cell: to / f"{benchmark} {cell} {hookpoint}.json" for cell in found}
+            files = {cell: to / f"{benchmark} {cell} {hookpoint}.json" for cell in by_cell}
             once = same and benchmark in benchmarks.READ_THE_STREAM_ALONE
-            for cell in list(found)[: 1 if once else None]:
+            for cell in list(by_cell)[: 1 if once else None]:
                 if files[cell].exists():
                     continue
                 print(f"  {benchmark}, {cell}, {hookpoint}", flush=True)
                 options = request["options"].get(benchmark, {})
                 try:
-                    write_atomically(files[cell], _result(benchmark, found[cell], options, to))
-                except Exception as error:  # whatever goes wrong inside of it
-                    failed[f"{benchmark}, {cell}, {hookpoint}"] = _said(error)
+                    write_atomically(files[cell], _result(benchmark, by_cell[cell], options, to))
+                except Exception as error:  # anything that SAEBench raises
+                    failed[f"{benchmark}, {cell}, {hookpoint}"] = _reported(error)
             first, *others = files.values()
             for file in others if once and first.exists() else ():
                 write_atomically(file, first.read_text())
@@ -58,22 +57,18 @@ def evaluate(request: Mapping[str, Any]) -> None:
 
 
 def check(request: Mapping[str, Any]) -> dict[str, str]:
-    """What stands against benchmarks, by name: settings that they do not have, or data that is not here.
-
-    Args:
-        request: `benchmarks` and `options`.
-    """
+    """Benchmarks of a request that cannot run, and the reason: an unknown setting, or missing data."""
     lacking = {}
     for name in request["benchmarks"]:
         try:
             benchmarks.check(name, request["options"].get(name, {}))
         except Exception as error:  # of the hub, of a data set, of a setting
-            lacking[name] = _said(error)
+            lacking[name] = _reported(error)
     return lacking
 
 
 def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) -> str:
-    """SAEBench's own file of results, as text."""
+    """Run a benchmark and return SAEBench's own file of results, as text."""
     with _emptied(to / "scratch") as folder, (to / "saebench.log").open("a") as log:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 what SAEBench draws from
@@ -81,7 +76,7 @@ def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) ->
         torch.set_grad_enabled(True)
         log.write(f"\n{benchmark}, {pair.name}, {pair.splice.hookpoint}\n")
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            benchmarks.take(benchmark, pair, options, folder)
+            benchmarks.RUN[benchmark](pair, options, folder)
         results = list(folder.rglob("*_eval_results.json"))
         if len(results) != 1:
             raise RuntimeError(f"SAEBench gives no result, and says why in {log.name}")
@@ -90,7 +85,7 @@ def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) ->
 
 @contextlib.contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """The folder, empty before and gone afterwards."""
+    """The folder, emptied before and removed afterwards."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -99,13 +94,14 @@ def _emptied(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _said(error: Exception) -> str:
+def _reported(error: Exception) -> str:
+    """Print the traceback and return the error in one line."""
     traceback.print_exception(error)
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def main(arguments: list[str]) -> None:
-    """Does what the request says; without one, nothing."""
+    """Run or check the benchmarks of a request."""
     if not arguments:
         return
     request = json.loads(Path(arguments[0]).read_text())

@@ -1,18 +1,18 @@
-"""SAEBench's benchmarks, each its own from its data to its score; the model and the SAE are ours."""
+"""SAEBench's benchmarks, with its own data and scores, of our models and SAEs."""
 
 # pyright: reportMissingImports=false
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import datasets
-import transformer_lens  # noqa: F401 before sae_bench, whose order of imports it does not bear
+import transformer_lens  # noqa: F401 must be imported before sae_bench
 from sae_bench.evals.absorption import main as absorption
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 from sae_bench.evals.core import main as core
@@ -25,11 +25,11 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lora.evaluation.saebench.model import Model, Pair
 
 READ_THE_STREAM_ALONE = {"sparse_probing", "scr", "tpp", "absorption"}
-"""Benchmarks that know of a model nothing but what its SAE reads."""
+"""Benchmarks that use nothing of a model but the input of its SAE."""
 _HELD_OUT = "the run's held-out text"
-"""What core reads, unless another data set is asked for."""
+"""Data set of core, unless another one is asked for."""
 _RUNS_CODE = {"codeparrot/github-code"}
-"""Data sets that come with code of their own, which nothing here runs."""
+"""Data sets that need code of their own, which is never run here."""
 _CONFIGS = {
     "sparse_probing": SparseProbingEvalConfig,
     "scr": ScrAndTppEvalConfig,
@@ -37,45 +37,32 @@ _CONFIGS = {
     "absorption": AbsorptionEvalConfig,
 }
 Options = Mapping[str, Any]
-"""What the user asks for, over SAEBench's own settings."""
+"""Settings of the user, in place of SAEBench's own."""
 
 
 def check(name: str, options: Options) -> None:
-    """Makes sure that a benchmark can be taken, without taking it.
+    """Check that a benchmark can run.
 
     Raises:
         ValueError: For a setting that it does not have.
-        RuntimeError: For a data set that is not here and cannot be fetched.
+        RuntimeError: For a data set that cannot be fetched.
     """
     if name == "core":
         settings = set(inspect.signature(core.multiple_evals).parameters)
         if unknown := sorted(set(options) - settings):
             raise ValueError(f"core has no setting {unknown[0]}; it has {', '.join(sorted(settings))}")
-        wanted = {options[key] for key in ("dataset",) if key in options}
+        wanted = {options["dataset"]} if "dataset" in options else set()
     else:
         wanted = set(getattr(_config(name, options), "dataset_names", ()))
-    for one in sorted({one.split("_class_set")[0].removesuffix("_sentiment") for one in wanted}):
+    for dataset in sorted({name.split("_class_set")[0].removesuffix("_sentiment") for name in wanted}):
         try:
-            datasets.load_dataset_builder(one, trust_remote_code=False)
+            datasets.load_dataset_builder(dataset, trust_remote_code=False)
         except ValueError as error:
-            if (
-                "config name" not in str(error).lower()
-            ):  # else it is here; SAEBench says which part of it
+            # The data set exists where only the name of its part is missing, which SAEBench gives.
+            if "config name" not in str(error).lower():
                 raise
         except Exception as error:
-            raise RuntimeError(f"its data set {one} cannot be loaded: {error}") from error
-
-
-def take(name: str, pair: Pair, options: Options, folder: Path) -> None:
-    """Has SAEBench take a benchmark; its results land in `*_eval_results.json` in the folder.
-
-    Args:
-        name: The benchmark.
-        pair: Of which model and SAE.
-        options: As `check` has seen them.
-        folder: An empty one.
-    """
-    _TAKE[name](pair, options, folder)
+            raise RuntimeError(f"its data set {dataset} cannot be loaded: {error}") from error
 
 
 def _core(pair: Pair, options: Options, folder: Path) -> None:
@@ -83,13 +70,14 @@ def _core(pair: Pair, options: Options, folder: Path) -> None:
     text = datasets.Dataset.from_dict({"tokens": tokens.tolist()})
 
     def store(model: Any, sae: Any, *, dataset: str, context_size: int, **_: Any) -> ActivationsStore:
-        found = text if dataset == _HELD_OUT else dataset
+        source = text if dataset == _HELD_OUT else dataset
         device = str(pair.subject.device)
-        return ActivationsStore.from_sae(model, sae, found, context_size=context_size, device=device)
+        return ActivationsStore.from_sae(model, sae, source, context_size=context_size, device=device)
 
     sequences, length = tokens.shape
     at_once = min(sequences, max(1, config.train.eval_batch_tokens // length))
-    batch = next(one for one in range(at_once, 0, -1) if sequences % one == 0)  # all, and none twice
+    # The largest batch that divides the sequences, so that all are read once.
+    batch = next(size for size in range(at_once, 0, -1) if sequences % size == 0)
     settings = {
         "dataset": _HELD_OUT,
         "context_size": length,
@@ -102,14 +90,15 @@ def _core(pair: Pair, options: Options, folder: Path) -> None:
         "dtype": config.train.dtype.name,
         "device": str(pair.subject.device),
     }
-    with _instead(core, HookedTransformer=_giving(pair.model), ActivationsStore=_From(store)):
+    stores = SimpleNamespace(from_sae=store)
+    with mock.patch.multiple(core, HookedTransformer=_giving(pair.model), ActivationsStore=stores):
         core.multiple_evals(
             [(pair.name, pair.sae)], **(settings | dict(options)), output_folder=str(folder)
         )
 
 
 def _probed(name: str, module: ModuleType, pair: Pair, options: Options, folder: Path) -> None:
-    with _instead(module, HookedTransformer=_giving(pair.model)):
+    with mock.patch.multiple(module, HookedTransformer=_giving(pair.model)):
         module.run_eval(
             _config(name, options, pair),
             [(pair.name, pair.sae)],
@@ -121,24 +110,25 @@ def _probed(name: str, module: ModuleType, pair: Pair, options: Options, folder:
 
 
 def _absorption(pair: Pair, options: Options, folder: Path) -> None:
-    kept = {"probes_dir": folder / "probes"}
-    probing = kept | {"experiment_dir": folder / "probing"}
-    absorbed = kept | {
-        "experiment_dir": folder / "absorption",
-        "sparse_probing_experiment_dir": folder / "probing",
-    }
+    # By default both keep files in SAEBench's own folder, by the model's name.
+    probing = functools.partial(
+        absorption.run_k_sparse_probing_experiment,
+        probes_dir=folder / "probes",
+        experiment_dir=folder / "probing",
+    )
+    absorbing = functools.partial(
+        absorption.run_feature_absortion_experiment,
+        probes_dir=folder / "probes",
+        experiment_dir=folder / "absorption",
+        sparse_probing_experiment_dir=folder / "probing",
+    )
     with (
         contextlib.chdir(folder),
-        _instead(
+        mock.patch.multiple(
             absorption,
             HookedTransformer=_giving(pair.model),
-            # By default what they keep lies in SAEBench's own folder, by the model's name.
-            run_k_sparse_probing_experiment=functools.partial(
-                absorption.run_k_sparse_probing_experiment, **probing
-            ),
-            run_feature_absortion_experiment=functools.partial(
-                absorption.run_feature_absortion_experiment, **absorbed
-            ),
+            run_k_sparse_probing_experiment=probing,
+            run_feature_absortion_experiment=absorbing,
         ),
     ):
         device = str(pair.subject.device)
@@ -146,17 +136,18 @@ def _absorption(pair: Pair, options: Options, folder: Path) -> None:
         absorption.run_eval(config, [(pair.name, pair.sae)], device, str(folder))
 
 
-_TAKE: dict[str, Callable[[Pair, Options, Path], None]] = {
+RUN: dict[str, Callable[[Pair, Options, Path], None]] = {
     "core": _core,
     "sparse_probing": functools.partial(_probed, "sparse_probing", sparse_probing),
     "scr": functools.partial(_probed, "scr", scr_and_tpp),
     "tpp": functools.partial(_probed, "tpp", scr_and_tpp),
     "absorption": _absorption,
 }
+"""Functions that run a benchmark and write `*_eval_results.json` into an empty folder."""
 
 
 def _config(name: str, options: Options, pair: Pair | None = None) -> Any:
-    """A benchmark's own config: as asked for, and about the pair that it is to be taken of.
+    """A benchmark's own config, with the user's settings and those of the pair.
 
     Raises:
         ValueError: For a setting that it does not have.
@@ -168,36 +159,18 @@ def _config(name: str, options: Options, pair: Pair | None = None) -> Any:
             raise ValueError(f"{kind.__name__} has no setting {option}; it has {', '.join(fields)}")
     values: dict[str, Any] = {}
     if pair is not None:
-        config = pair.subject.config.train
-        values = {"model_name": pair.name, "llm_dtype": config.dtype.name}
-        if name != "absorption":  # whose prompts are few at once by SAEBench's own settings
-            values["llm_batch_size"] = max(1, config.eval_batch_tokens // 128)
+        train = pair.subject.config.train
+        values = {"model_name": pair.name, "llm_dtype": train.dtype.name}
+        if name != "absorption":  # SAEBench has its own small batches there
+            values["llm_batch_size"] = max(1, train.eval_batch_tokens // 128)
     if "perform_scr" in fields:
         values["perform_scr"] = name == "scr"
-    found = kind(**(values | dict(options)))
+    config = kind(**(values | dict(options)))
     if name == "sparse_probing" and "dataset_names" not in options:
-        found.dataset_names = [one for one in found.dataset_names if one not in _RUNS_CODE]
-    return found
-
-
-@contextlib.contextmanager
-def _instead(module: ModuleType, **others: Any) -> Iterator[None]:
-    """Inside the block, the module finds other things under these names."""
-    before = {name: getattr(module, name) for name in others}
-    try:
-        vars(module).update(others)
-        yield
-    finally:
-        vars(module).update(before)
+        config.dataset_names = [each for each in config.dataset_names if each not in _RUNS_CODE]
+    return config
 
 
 def _giving(model: Model) -> Any:
-    """In the place of the class that SAEBench asks for a model by name."""
+    """A stand-in for the class that SAEBench asks for a model by name."""
     return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
-
-
-@dataclass(frozen=True)
-class _From:
-    """In the place of the class that SAEBench asks for a store of activations."""
-
-    from_sae: Callable[..., ActivationsStore]

@@ -1,8 +1,7 @@
-"""The environment that SAEBench runs in: this one, with the versions that SAEBench needs laid over it.
+"""The environment that SAEBench runs in: packages that it needs, on top of this environment.
 
-What of SAEBench's needs is here already is used as it is: torch, transformers and SAELens are the ones
-that the run was trained with. The rest, an older NumPy and datasets above all, is installed beside.
-Imports no torch.
+Torch, transformers and SAELens are those of this environment, with which the run was trained. Other
+requirements, above all an older NumPy and datasets, are installed in the new one. Imports no torch.
 """
 
 import functools
@@ -24,26 +23,27 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import check_writable, write_atomically
 
 VERSION = "0.6.0"
-"""Of SAEBench: later ones may name their benchmarks' settings and results otherwise."""
+"""Version of SAEBench; others may have other names of settings and results."""
 COMMAND = "python -m sae_lora setup saebench"
-"""What makes the environment."""
+"""The command that makes the environment."""
 _SHARED = ("torch", "transformers", "transformer-lens", "sae-lens", "peft", "safetensors")
-"""What is taken from this environment: models and SAEs are to be the same to the bit."""
+"""Packages of this environment, so that models and SAEs are the same to the bit."""
 _LEFT_OUT = {"torchvision", "openai", "sae-probes"}
-"""What SAEBench names besides and none of the benchmarks here uses: some of it takes gigabytes."""
+"""Requirements of SAEBench, some of gigabytes, that no benchmark here uses."""
 _UNSAID = "pyarrow<26"
-"""Later ones refuse the NumPy that SAEBench asks for."""
+"""A requirement that SAEBench does not state: later versions refuse its NumPy."""
 _LINES = 15
+"""Lines of the log in an error message."""
 
 
 def python(given: str | None) -> Path:
     """The Python of an environment that has SAEBench.
 
     Args:
-        given: Of the user's own, if any.
+        given: The Python of the user's own environment, if any.
 
     Raises:
-        UserError: Where there is none; says what makes one.
+        UserError: Where there is none; names the command that makes one.
     """
     if given is not None:
         if not (path := Path(given).expanduser()).is_file():
@@ -58,10 +58,7 @@ def python(given: str | None) -> Path:
 
 
 def make() -> Path:
-    """Makes the environment, in the place of an older one.
-
-    Returns:
-        Its folder.
+    """Make the environment, in place of an older one, and return its folder.
 
     Raises:
         UserError: Where there is no room, or packages cannot be fetched or do not work together.
@@ -75,28 +72,26 @@ def make() -> Path:
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
     (packages / "beneath.pth").write_text("\n".join(_site_packages()) + "\n")
     install = [str(_python(folder)), *("-m", "pip", "install", "--disable-pip-version-check")]
-    _do([*install, "--no-deps", f"sae-bench=={VERSION}"], log)
+    _run([*install, "--no-deps", f"sae-bench=={VERSION}"], log)
     say("  what it needs, some 300 MB")
-    _do([*install, _UNSAID, *_requirements(packages)], log)
+    _run([*install, _UNSAID, *_requirements(packages)], log)
     say("  whether it works")
-    _do([str(_python(folder)), "-m", "sae_lora.evaluation.saebench"], log, environment())
+    _run([str(_python(folder)), "-m", "sae_lora.evaluation.saebench"], log, environment())
     write_atomically(_marker(folder), json.dumps(_shared()))
     return folder
 
 
 def environment() -> dict[str, str]:
-    """Variables of a process in it: it imports this very package.
+    """Environment variables for its processes, which import this package.
 
-    And SAEBench takes models that are no HookedTransformer, which nothing but its annotations asks for.
+    Type checks at run time are off, since SAEBench's annotations ask for a HookedTransformer.
     """
-    package = str(Path(__file__).parents[3])
-    others = os.environ.get("PYTHONPATH")
-    path = package if not others else f"{package}{os.pathsep}{others}"
-    return os.environ | {"PYTHONPATH": path, "JAXTYPING_DISABLE": "1"}
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAXTYPING_DISABLE": "1"}
 
 
 def _folder() -> Path:
-    """One for each environment that it lies over."""
+    """The folder for SAEBench on top of this environment."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     beneath = hashlib.sha256("\n".join(_site_packages()).encode()).hexdigest()[:8]
     return cache / "sae_lora" / f"saebench-{VERSION}-{beneath}"
@@ -120,28 +115,26 @@ def _shared() -> dict[str, str]:
 
 
 def _requirements(packages: Path) -> list[str]:
-    """What SAEBench itself says that it needs, as far as that is to be installed."""
-    (found,) = metadata.distributions(name="sae-bench", path=[str(packages)])
-    every = [Requirement(one) for one in found.requires or []]
-    named = {one.name.replace("_", "-").lower(): one for one in every}
+    """SAEBench's own requirements, without those that are shared or left out."""
+    (distribution,) = metadata.distributions(name="sae-bench", path=[str(packages)])
+    requirements = [Requirement(line) for line in distribution.requires or []]
+    by_name = {each.name.replace("_", "-").lower(): each for each in requirements}
     return [
         str(requirement)
-        for name, requirement in named.items()
+        for name, requirement in by_name.items()
         if name not in {*_SHARED, *_LEFT_OUT}
         and (requirement.marker is None or requirement.marker.evaluate())
     ]
 
 
-def _do(command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
-    """Runs a command that prints into the log.
+def _run(command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
+    """Run a command that prints into the log.
 
     Raises:
         UserError: Where it fails, with the end of the log.
     """
     with log.open("a") as printed:
-        code = subprocess.run(
-            command, stdout=printed, stderr=printed, env=variables, check=False
-        ).returncode
-    if code != 0:
+        done = subprocess.run(command, stdout=printed, stderr=printed, env=variables, check=False)
+    if done.returncode != 0:
         end = "\n".join(log.read_text(errors="replace").strip().splitlines()[-_LINES:])
         raise UserError(f"SAEBench's environment cannot be made; the end of {log}:\n{end}")

@@ -1,4 +1,4 @@
-"""A run's model and SAE as SAEBench knows such: hooks by TransformerLens's names, all in the config."""
+"""A run's model and SAE in the form that SAEBench expects, with TransformerLens's names."""
 
 import contextlib
 import copy
@@ -19,10 +19,10 @@ class Model(HookedProxyLM):
     """A transformers model with one hook.
 
     Args:
-        model: With or without adapters.
-        tokenizer: The model's; changed.
-        hookpoint: Where the SAE sits.
-        name: What SAEBench is to call it.
+        model: The model, with or without adapters.
+        tokenizer: The model's tokenizer; changed in place.
+        hookpoint: Hookpoint of the SAE.
+        name: Name of the model in SAEBench.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, hookpoint: str, name: str) -> None:
@@ -40,15 +40,16 @@ class Model(HookedProxyLM):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
-        vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]))
-        tokenizer.get_vocab = lambda: vocabulary  # its own comes in another order in each process
+        # The tokenizer's own order differs between processes.
+        vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+        tokenizer.get_vocab = lambda: vocabulary
 
     def run_with_cache(self, *given: Any, **named: Any) -> Any:
-        """Also of texts."""
+        """Accept texts too, unlike `HookedProxyLM`."""
         return super(HookedProxyLM, self).run_with_cache(*given, **named)
 
     def forward(self, tokens: Tensor | str | list[str], *given: Any, **named: Any) -> Any:
-        """As a HookedTransformer's; where it is to stop behind a block, it stops behind the hook."""
+        """Forward pass as in a HookedTransformer; with `stop_at_layer`, it stops behind the hook."""
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
         stops = named.get("stop_at_layer") is not None
@@ -63,10 +64,10 @@ class Model(HookedProxyLM):
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Tensor:
-        """`[text, pos]`, each behind a BOS unless that is not wanted."""
+        """Tokens `[text, pos]`, with BOS first unless `prepend_bos` is false."""
         texts = [input] if isinstance(input, str) else input
-        found = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        tokens = found["input_ids"].long()
+        encoded = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        tokens = encoded["input_ids"].long()
         bos: Any = self.tokenizer.bos_token_id
         if prepend_bos is not False and bos is not None:
             tokens = torch.cat([torch.full_like(tokens[:, :1], bos), tokens], dim=1)
@@ -75,53 +76,45 @@ class Model(HookedProxyLM):
 
 @dataclass(frozen=True)
 class Pair:
-    """A model and one of the SAEs that belong to it."""
+    """A model of a run and one of its SAEs."""
 
     subject: Subject
-    """The run that both are of."""
     splice: Splice
-    """The SAE at its place."""
     model: Model
-    """The model."""
     sae: Any
-    """A copy of the SAE. In its config is all that SAEBench looks for, and its decoder's rows are of
-    length 1, as SAEBench has them."""
+    """A copy of the SAE with the config that SAEBench expects, and decoder rows of length 1."""
 
     @property
     def name(self) -> str:
-        """What SAEBench is to call it."""
+        """Name of the model in SAEBench."""
         return self.model.cfg.model_name
 
 
 def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
-    """The plain model with the SAE as it was, if it was, and the adapted one with the SAE as it is.
-
-    Args:
-        subject: The run.
-        hookpoint: Where the SAE sits.
-    """
-    found = {}
+    """The plain model with the SAE before the run, if there was one, and the adapted model with the SAE
+    after it."""
+    by_cell = {}
     for cell in (Cell.spliced, Cell.student):
         for splice in subject.splices_of(cell):
             if splice.hookpoint == hookpoint:
                 name = f"{subject.folder.path.name}-{cell}"
                 tokenizer = copy.deepcopy(subject.adapted.tokenizer)
                 model = Model(subject.model_of(cell), tokenizer, hookpoint, name)
-                found[cell] = Pair(subject, splice, model, _described(splice, name, subject))
-    return found
+                by_cell[cell] = Pair(subject, splice, model, _described(splice, name, subject))
+    return by_cell
 
 
 @torch.no_grad()
 def read_the_same(pairs: dict[Cell, Pair]) -> bool:
-    """Whether there are two with the same SAE, which reads the same in both models."""
+    """True for two models with the same SAE, which reads the same in both."""
     if len(pairs) < 2:
         return False
     before, after = pairs.values()
     if before.splice.sae is not after.splice.sae:
         return False
     first, second = (
-        one.model.run_with_cache(one.subject.tokens[:2], stop_at_layer=one.splice.block + 1)[1]
-        for one in (before, after)
+        pair.model.run_with_cache(pair.subject.tokens[:2], stop_at_layer=pair.splice.block + 1)[1]
+        for pair in (before, after)
     )
     return torch.equal(first[before.splice.hookpoint], second[after.splice.hookpoint])
 
@@ -130,13 +123,13 @@ def _described(splice: Splice, model_name: str, subject: Subject) -> Any:
     sae: Any = copy.deepcopy(getattr(splice.sae, "sae", splice.sae))
     with contextlib.suppress(NotImplementedError):
         sae.fold_W_dec_norm()
-    about = sae.cfg.metadata
-    about.model_name = model_name
-    about.hook_name = splice.hookpoint
-    about.hook_layer = splice.block
-    about.hook_head_index = None
-    about.context_size = subject.tokens.shape[1]
-    about.prepend_bos = True
-    about.dataset_trust_remote_code = False
-    about.model_from_pretrained_kwargs = {}
+    metadata = sae.cfg.metadata
+    metadata.model_name = model_name
+    metadata.hook_name = splice.hookpoint
+    metadata.hook_layer = splice.block
+    metadata.hook_head_index = None
+    metadata.context_size = subject.tokens.shape[1]
+    metadata.prepend_bos = True
+    metadata.dataset_trust_remote_code = False
+    metadata.model_from_pretrained_kwargs = {}
     return sae

@@ -1,11 +1,10 @@
-"""SAEBench's benchmarks of a run's SAEs, with the adapted model in the place of the plain one."""
+"""The suite `saebench`: SAEBench's benchmarks of a run's SAEs, before the run and after it."""
 
 import functools
 import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,38 +21,35 @@ from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.output_adapter import AdaptedCoder
 
 HEEDS = ("saebench", "saebench_options")
-"""The keys of `evaluation` that it depends on."""
+"""The keys of `evaluation` that the suite depends on."""
 _CHILD = "sae_lora.evaluation.saebench"
 _NO_NUMBER = -1
-"""What SAEBench writes where it has none."""
+"""SAEBench's mark for a missing score."""
 
 
 @dataclass(frozen=True)
 class SAEBench:
-    """The suite `saebench`."""
+    """Results of the suite `saebench`."""
 
     version: str
-    """Of SAEBench."""
+    """Version of SAEBench."""
     scores: dict[str, dict[str, dict[str, dict[str, float]]]]
     """SAEBench's metrics by hookpoint, benchmark and cell: `spliced` is the plain model and the SAE as
     it was, `student` the model and the SAE as the run has left them."""
     missing: dict[str, str]
-    """What could not be taken, and why: it is asked for again."""
+    """Benchmarks that failed, and the reason; they are tried again next time."""
 
 
 def check(config: EvaluationConfig) -> None:
-    """Says, before a model is loaded, what benchmarks lack.
-
-    Args:
-        config: Which.
+    """Report, before a model is loaded, the benchmarks that cannot run.
 
     Raises:
-        ConfigError: Where none is asked for.
-        UserError: Where there is no environment with SAEBench, or none of them can be taken.
+        ConfigError: Where no benchmark is asked for.
+        UserError: Where there is no environment with SAEBench, or no benchmark can run.
     """
     if not config.saebench:
         raise ConfigError("evaluation.saebench", [], "at least one benchmark", list(BENCHMARKS[:1]))
-    _, lacking = _asked(config)
+    lacking = _lacking(environment.python(config.saebench_python), json.dumps(_request(config)))
     if len(lacking) == len(config.saebench):
         raise UserError("\n".join(f"{name}: {why}" for name, why in lacking.items()))
     for name, why in lacking.items():
@@ -61,14 +57,10 @@ def check(config: EvaluationConfig) -> None:
 
 
 def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
-    """Has the benchmarks taken, in the environment that has SAEBench.
+    """Run the benchmarks in the environment that has SAEBench.
 
-    SAEBench's own files are kept in the run's `evaluation/saebench`. What is there already, since it was
-    stopped or something was missing then, is not taken again.
-
-    Args:
-        subject: The run.
-        config: Which benchmarks, and their settings.
+    SAEBench's own files are kept in the run's `evaluation/saebench`. Results in it of an earlier attempt
+    that was stopped or incomplete are used again.
 
     Raises:
         UserError: Where there is no environment with SAEBench; or for SAEs that are not SAELens's alone.
@@ -80,14 +72,14 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
                 f"{splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
-    python, lacking = _asked(config)
+    python, request = environment.python(config.saebench_python), _request(config)
+    lacking = _lacking(python, json.dumps(request))
     _begin(subject, folder, config)
     say(f"  SAEBench, which says more in {folder / 'saebench.log'}")
-    request = {
+    request |= {
         "run": str(subject.folder.path.absolute()),
         "device": subject.device.type,
         "benchmarks": [name for name in config.saebench if name not in lacking],
-        "options": _options(config),
         "to": str(folder.absolute()),
     }
     _run(python, request, folder)
@@ -95,64 +87,56 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
     return SAEBench(environment.VERSION, _scores(folder), lacking | failed)
 
 
-def _asked(config: EvaluationConfig) -> tuple[Path, dict[str, str]]:
-    """The Python that has SAEBench, and what stands against the benchmarks, by name."""
-    python = environment.python(config.saebench_python)
-    return python, _lacking(
-        python, json.dumps({"benchmarks": config.saebench, "options": _options(config)})
-    )
-
-
-def _options(config: EvaluationConfig) -> dict[str, Any]:
-    return config.saebench_options or {}
+def _request(config: EvaluationConfig) -> dict[str, Any]:
+    return {"benchmarks": config.saebench, "options": config.saebench_options or {}}
 
 
 @functools.lru_cache(maxsize=2)
 def _lacking(python: Path, request: str) -> dict[str, str]:
-    """What stands against the benchmarks of a request, by name."""
+    """Benchmarks of a request that cannot run, and the reason."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(request)
         file.flush()
-        found = subprocess.run(
+        done = subprocess.run(
             [str(python), "-m", _CHILD, file.name],
             capture_output=True,
             text=True,
             env=environment.environment(),
             check=False,
         )
-    if found.returncode != 0:
-        end = "\n".join(found.stderr.strip().splitlines()[-5:])
+    if done.returncode != 0:
+        end = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(
             f"{python} cannot run SAEBench; what makes an environment that can is "
             f"{environment.COMMAND}:\n{end}"
         )
-    return json.loads(found.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
-    """Makes the folder, or leaves what is in it where that is part of what is asked for now."""
+    """Make the folder, and empty it unless it holds an unfinished attempt with the same settings."""
     wanted = {name: getattr(config, name) for name in HEEDS}
     settings = folder / "settings.json"
-    there = suite_records.read(subject.folder, Suite.saebench)
-    ended = there is not None and not there.results["missing"]
-    if ended or not settings.exists() or json.loads(settings.read_text()) != wanted:
+    record = suite_records.read(subject.folder, Suite.saebench)
+    complete = record is not None and not record.results["missing"]
+    if complete or not settings.exists() or json.loads(settings.read_text()) != wanted:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(settings, as_json(wanted))
 
 
-def _run(python: Path, request: Mapping[str, Any], folder: Path) -> None:
-    """Has the child take the benchmarks; passes on what it says.
+def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
+    """Run the benchmarks in a child process and repeat its output.
 
     Raises:
-        UserError: Where it does not come to its end.
+        UserError: Where the child fails.
     """
-    asked, log = folder / "request.json", folder / "saebench.log"
-    write_atomically(asked, as_json(dict(request)))
+    file, log = folder / "request.json", folder / "saebench.log"
+    write_atomically(file, as_json(request))
     with (
         log.open("a") as printed,
         subprocess.Popen(
-            [str(python), "-m", _CHILD, str(asked)],
+            [str(python), "-m", _CHILD, str(file)],
             stdout=subprocess.PIPE,
             stderr=printed,
             text=True,
@@ -166,20 +150,20 @@ def _run(python: Path, request: Mapping[str, Any], folder: Path) -> None:
         except BaseException:
             child.kill()
             raise
-    asked.unlink()
+    file.unlink()
     if child.returncode != 0:
         raise UserError(f"SAEBench has stopped with exit code {child.returncode}; {log} says why")
 
 
 def _scores(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    scores: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for file in sorted(folder.glob("* * *.json")):
         benchmark, cell, hookpoint = file.stem.split(" ")
         categories = json.loads(file.read_text())["eval_result_metrics"]
-        found.setdefault(hookpoint, {}).setdefault(benchmark, {})[cell] = {
+        scores.setdefault(hookpoint, {}).setdefault(benchmark, {})[cell] = {
             name: value
             for metrics in categories.values()
             for name, value in metrics.items()
             if isinstance(value, int | float) and value != _NO_NUMBER
         }
-    return found
+    return scores

@@ -1,6 +1,6 @@
-"""Steering with a latent: whether adding its direction makes text likelier that has what it stands for.
+"""The suite `steering`: how much likelier a latent's direction makes text that shows the latent.
 
-How a latent is added, `steered_models` says. How strongly is settled on one half of the texts, for each
+`models.py` defines how a latent is added. The strength is chosen on one half of the texts, for each
 latent and in each model; the other half is measured.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
+from sae_lora.evaluation.bootstrap import Bootstrap, Interval
 from sae_lora.evaluation.steering.models import SteeredModels
 from sae_lora.evaluation.steering.texts import Halves, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
@@ -35,17 +35,17 @@ _CHANGES = ((Cell.adapted, Cell.base), (Cell.student, Cell.spliced))
 
 @dataclass(frozen=True)
 class Effect:
-    """What steering adds to the log-probability of text, in nats per token.
+    """Change of the log-probability of text by steering, in nats per token.
 
     The bounds are of 95% bootstrap intervals over the texts of each latent and label.
     """
 
     positive: Interval
-    """On texts that have what the latent stands for."""
+    """On texts that show the latent."""
     negative: Interval
-    """On texts that have not."""
+    """On texts that do not."""
     difference: Interval
-    """The first minus the second: how well the latent steers."""
+    """Positive minus negative: how well the latent steers."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Tuned:
     strength: float
     """In units of the latent's typical activation."""
     positive: list[float]
-    """The effect on positive validation texts, in nats per token, at each of `strengths`."""
+    """Effect on positive validation texts, in nats per token, at each of `strengths`."""
     negative: list[float]
-    """The same on negative ones."""
+    """Effect on negative validation texts."""
     effect: Effect
     """On the test texts."""
 
@@ -71,17 +71,17 @@ class SteeredLatent:
     activation: float
     """Its typical activation: the mean over the tokens of positive validation texts it is active on."""
     push: float
-    """Length of what is added to the residual stream at strength 1."""
+    """Length of the vector that strength 1 adds to the residual stream."""
     positive_texts: int
-    """For the test."""
+    """Positive texts of the test."""
     negative_texts: int
-    """For the test."""
+    """Negative texts of the test."""
     validation_texts: int
-    """Of both labels."""
+    """Validation texts of both labels."""
     cells: dict[str, Tuned]
     """By cell."""
     changes: dict[str, Effect]
-    """What the run has changed of it: `adapted over base`, without the SAE, `student over spliced`."""
+    """Changes by the run: `adapted over base`, without the SAE, and `student over spliced`."""
 
 
 @dataclass(frozen=True)
@@ -89,47 +89,68 @@ class Steering:
     """Steering with the latents of one SAE, in nats per token."""
 
     hookpoint: str
-    """Where the SAE sits."""
+    """Hookpoint of the SAE."""
     source: str
-    """Of the texts: `held out`, or the file."""
+    """Source of the texts: `held out`, or the file."""
     strengths: list[float]
-    """Those tried, the weakest first."""
+    """All strengths, the weakest first."""
     latents: list[SteeredLatent]
     cells: dict[str, Effect]
-    """The mean over latents, each at its own strength, by cell."""
+    """Mean over latents, each at its own strength, by cell."""
     changes: dict[str, Effect]
-    """The mean over latents of what the run has changed."""
+    """Mean over latents of the changes by the run."""
     absent: dict[str, str]
-    """Cells that there are not of this run, and why."""
+    """Cells that the run does not have, and the reason."""
 
 
 def steer(subject: Subject, config: EvaluationConfig) -> Steering:
-    """Measures how well the latents of one of a run's SAEs steer, before the run and after it.
+    """Measure how well the latents of one of a run's SAEs steer, before the run and after it.
 
-    Latents and texts are those of the SAE as the run has left it, reading the plain model.
-
-    Args:
-        subject: The run.
-        config: Which latents, on which texts, how strongly.
+    Latents and texts are chosen with the SAE as the run has left it, reading the plain model.
 
     Raises:
-        ConfigError: For a block or a latent that there is not, or one that no text shows.
-        UserError: Where the file of texts cannot be used, or a latent is active on none of its own.
+        ConfigError: For a block or a latent that does not exist, or a latent that no text shows.
+        UserError: For a file of texts that cannot be used, or a latent that is not active on its texts.
     """
     splice = _splice_at(subject.after, config.steering_block)
     halves = texts_of(subject, splice, config)
     steered = SteeredModels(subject, splice, halves)
     strengths = sorted(config.steering_strengths, key=abs)
-    curves = {cell: _Curves.of(steered, cell, halves, strengths) for cell in subject.cells}
-    best = {
-        cell: [strengths[one] for one in curve.best(config.steering_max_harm)]
-        for cell, curve in curves.items()
+    places = range(len(halves.latents))
+    # The same resamples in every model: models are compared text by text.
+    bootstraps = {
+        (place, positive): Bootstrap(
+            int(halves.test.of(place, positive=positive).sum()),
+            config.resamples,
+            seed=2 * place + positive,
+        )
+        for place in places
+        for positive in (True, False)
     }
-    measured = {cell: _on_test(steered, cell, halves, best[cell], config) for cell in subject.cells}
+    curves: dict[Cell, Tensor] = {}
+    best: dict[Cell, list[float]] = {}
+    measured: dict[Cell, np.ndarray] = {}
+    for cell in subject.cells:
+        curves[cell] = _on_validation(steered, cell, halves, strengths)
+        best[cell] = [
+            strengths[index] for index in best_strengths(curves[cell], config.steering_max_harm)
+        ]
+        measured[cell] = _on_test(steered, cell, halves, best[cell], bootstraps)
 
-    def of_latent(place: int) -> SteeredLatent:
-        effects = {cell: every[place] for cell, every in measured.items()}
-        return SteeredLatent(
+    def effect(resampled: np.ndarray) -> Effect:
+        positive, negative = resampled
+        interval = bootstraps[0, True].interval
+        return Effect(interval(positive), interval(negative), interval(positive - negative))
+
+    def changes(resampled: dict[Cell, np.ndarray]) -> dict[str, Effect]:
+        return {
+            f"{after.value} over {before.value}": effect(resampled[after] - resampled[before])
+            for after, before in _CHANGES
+            if after in resampled and before in resampled
+        }
+
+    latents = [
+        SteeredLatent(
             latent=halves.latents[place],
             activation=float(steered.activations[place]),
             push=float(steered.pushes[place].norm()),
@@ -139,23 +160,24 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
             cells={
                 cell.value: Tuned(
                     strength=best[cell][place],
-                    positive=curves[cell].positive[:, place].tolist(),
-                    negative=curves[cell].negative[:, place].tolist(),
-                    effect=one.effect,
+                    positive=curves[cell][0, :, place].tolist(),
+                    negative=curves[cell][1, :, place].tolist(),
+                    effect=effect(measured[cell][place]),
                 )
-                for cell, one in effects.items()
+                for cell in subject.cells
             },
-            changes=_changes(effects),
+            changes=changes({cell: resampled[place] for cell, resampled in measured.items()}),
         )
-
-    whole = {cell: _mean(every) for cell, every in measured.items()}
+        for place in places
+    ]
+    means = {cell: resampled.mean(0) for cell, resampled in measured.items()}
     return Steering(
         hookpoint=splice.hookpoint,
         source=config.steering_texts or "held out",
         strengths=strengths,
-        latents=[of_latent(place) for place in range(len(halves.latents))],
-        cells={cell.value: one.effect for cell, one in whole.items()},
-        changes=_changes(whole),
+        latents=latents,
+        cells={cell.value: effect(mean) for cell, mean in means.items()},
+        changes=changes(means),
         absent={cell.value: why for cell, why in _ABSENT.items() if cell not in subject.cells},
     )
 
@@ -170,115 +192,60 @@ def _splice_at(splices: Splices, block: int | None) -> Splice:
         "evaluation.steering_block",
         block,
         f"null, or a block with an SAE of this run: {', '.join(map(str, blocks))}",
-        nearest=min(blocks, key=lambda one: abs(one - block)),
+        nearest=min(blocks, key=lambda candidate: abs(candidate - block)),
     )
 
 
-@dataclass(frozen=True)
-class _Curves:
-    """Effects on the validation texts of each latent at each strength, in nats per token.
+def _on_validation(
+    steered: SteeredModels, cell: Cell, halves: Halves, strengths: Sequence[float]
+) -> Tensor:
+    """Effects on the validation texts in nats per token, `[label, strength, latent]`, positive first."""
+    texts = halves.validation
+    effects = steered.effects(cell, texts, torch.tensor(strengths)[:, None].expand(-1, len(texts)))
+
+    def means(*, positive: bool) -> Tensor:
+        rows_of = [texts.of(place, positive=positive) for place in range(len(halves.latents))]
+        return torch.stack(
+            [effects[:, rows].sum(1) / texts.scored[rows].sum() for rows in rows_of], dim=1
+        )
+
+    return torch.stack([means(positive=True), means(positive=False)])
+
+
+def best_strengths(curves: Tensor, max_harm: float | None) -> list[int]:
+    """Index of the strength that tells positive from negative texts best (first of equals), by latent.
 
     Args:
-        positive: On texts that have what the latent stands for, `[strength, latent]`.
-        negative: On the others, `[strength, latent]`.
+        curves: Effects on validation texts, `[label, strength, latent]`, positive texts first.
+        max_harm: The most that positive texts may lose. Where they lose more at every strength, the one
+            with the smallest loss is taken.
     """
-
-    positive: Tensor
-    negative: Tensor
-
-    @classmethod
-    def of(
-        cls, steered: SteeredModels, cell: Cell, halves: Halves, strengths: Sequence[float]
-    ) -> "_Curves":
-        """In one of the models."""
-        texts = halves.validation
-        effects = steered.effects(cell, texts, torch.tensor(strengths)[:, None].expand(-1, len(texts)))
-
-        def means(*, positive: bool) -> Tensor:
-            own = [texts.of(place, positive=positive) for place in range(len(halves.latents))]
-            return torch.stack([effects[:, one].sum(1) / texts.scored[one].sum() for one in own], dim=1)
-
-        return cls(means(positive=True), means(positive=False))
-
-    def best(self, max_harm: float | None) -> list[int]:
-        """Which strength tells positive from negative texts best, for each latent, the first of equals.
-
-        Args:
-            max_harm: What positive texts may lose by it; where they lose more by all, it is the one by
-                which they lose least.
-        """
-        allowed = self.positive >= (-torch.inf if max_harm is None else -max_harm)
-        difference = (self.positive - self.negative).where(allowed, -torch.inf)
-        return difference.argmax(0).where(allowed.any(0), self.positive.argmax(0)).tolist()
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Effects on the test texts, in all resamples.
-
-    Args:
-        bootstrap: Whose they are.
-        positive: On texts that have what the latent stands for.
-        negative: On the others.
-    """
-
-    bootstrap: Bootstrap
-    positive: Resampled
-    negative: Resampled
-
-    @property
-    def effect(self) -> Effect:
-        """With intervals."""
-        measures = self.positive, self.negative, self.positive - self.negative
-        return Effect(*(self.bootstrap.interval(one) for one in measures))
-
-    def over(self, other: "_Measured") -> Effect:
-        """How much more the effects are than another model's on the same texts."""
-        return _Measured(
-            self.bootstrap, self.positive - other.positive, self.negative - other.negative
-        ).effect
+    positive, negative = curves
+    allowed = positive >= (-torch.inf if max_harm is None else -max_harm)
+    difference = (positive - negative).where(allowed, -torch.inf)
+    return difference.argmax(0).where(allowed.any(0), positive.argmax(0)).tolist()
 
 
 def _on_test(
-    steered: SteeredModels, cell: Cell, halves: Halves, best: Sequence[float], config: EvaluationConfig
-) -> list[_Measured]:
-    """The effects on the test texts of each latent.
+    steered: SteeredModels,
+    cell: Cell,
+    halves: Halves,
+    best: Sequence[float],
+    bootstraps: dict[tuple[int, bool], Bootstrap],
+) -> np.ndarray:
+    """Effects on the test texts in nats per token, `[latent, label, 1 + resamples]`, positive first.
 
     Args:
         steered: The models.
-        cell: Which.
+        cell: The model to steer.
         halves: The texts.
         best: The strength of each latent.
-        config: How many resamples there are.
+        bootstraps: The resamples of each latent and label, in this order.
     """
     texts = halves.test
     (effects,) = steered.effects(cell, texts, torch.tensor(best)[None, texts.which])
-
-    def resampled(place: int, *, positive: bool) -> tuple[Bootstrap, Resampled]:
-        own = texts.of(place, positive=positive)
-        # Each draws for itself, and in every model the same: models are compared text by text.
-        bootstrap = Bootstrap(int(own.sum()), config.resamples, seed=2 * place + positive)
-        return bootstrap, bootstrap.mean(effects[own], texts.scored[own])
-
-    found = []
-    for place in range(len(halves.latents)):
-        bootstrap, positive = resampled(place, positive=True)
-        found.append(_Measured(bootstrap, positive, resampled(place, positive=False)[1]))
-    return found
-
-
-def _mean(every: Sequence[_Measured]) -> _Measured:
-    """Over latents, each of which counts the same."""
-    return _Measured(
-        every[0].bootstrap,
-        np.mean([one.positive for one in every], axis=0),
-        np.mean([one.negative for one in every], axis=0),
-    )
-
-
-def _changes(measured: dict[Cell, _Measured]) -> dict[str, Effect]:
-    return {
-        f"{after.value} over {before.value}": measured[after].over(measured[before])
-        for after, before in _CHANGES
-        if after in measured and before in measured
-    }
+    means = []
+    for (place, positive), bootstrap in bootstraps.items():
+        rows = texts.of(place, positive=positive)
+        means.append(bootstrap.mean(effects[rows], texts.scored[rows]))
+    return np.stack(means).reshape(len(halves.latents), 2, -1)

@@ -1,11 +1,11 @@
-"""A run's models with a latent added to each text, and how likely they find the text.
+"""A run's models with a latent added to each text, and the log-probability that they give the text.
 
-Without the SAE, in the plain and in the adapted model, the residual stream gets what the latent adds to
-the reconstruction on its positive texts, on average, times the strength: its decoder's direction in the
-length of its typical activation. With the SAE in place, in the spliced model and in the student, the
-latent's typical activation times the strength is added to the code; that is the same amount before and
-after the run, also where this has trained the SAE. Both happen at every position but those whose
-activation the SAE keeps. All else is as it is in that model.
+Without the SAE, in the plain and in the adapted model, the residual stream gets the latent's mean
+contribution to the reconstruction on its positive texts, times the strength: its decoder's direction in
+the length of its typical activation. With the SAE in place, in the spliced model and in the student,
+the latent's typical activation times the strength is added to the code. The amount is the same before
+and after the run, also where the run has trained the SAE. Both happen at every position but those whose
+activation the SAE keeps.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.evaluation.steering.texts import Halves, Texts, Through, batches, residuals
+from sae_lora.evaluation.steering.texts import Halves, Texts, batches, residuals
 from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced
 from sae_lora.splice.kl import log_probabilities
@@ -25,10 +26,10 @@ _LOGITS_AT_ONCE = 2**22
 
 
 class _Pushed:
-    """An SAE in form alone, that adds to what it reads.
+    """A stand-in for an SAE that adds a vector to its input.
 
     Args:
-        added: To the residuals `[batch, pos, d_model]`, `[batch, 1, d_model]`.
+        added: Added to the residuals `[batch, pos, d_model]`, `[batch, 1, d_model]`.
     """
 
     def __init__(self, added: Tensor) -> None:
@@ -46,8 +47,8 @@ class _Raised:
 
     Args:
         sae: The SAE.
-        latents: Which latent, `[batch]`.
-        by: How much, `[batch]`.
+        latents: The latent of each text, `[batch]`.
+        by: The amount, `[batch]`.
     """
 
     def __init__(self, sae: Coder, latents: Tensor, by: Tensor) -> None:
@@ -56,7 +57,7 @@ class _Raised:
     def encode(self, x: Tensor) -> Tensor:
         code = self._sae.encode(x)
         shape = (*code.shape[:-1], 1)
-        latents, by = (one[:, None, None].expand(shape) for one in (self._latents, self._by))
+        latents, by = (values[:, None, None].expand(shape) for values in (self._latents, self._by))
         return code.scatter_add(-1, latents, by.to(code.dtype))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class SteeredModels:
     Args:
         subject: The run.
         splice: The SAE whose latents are added.
-        halves: The latents, and the texts; validation tells how active a latent is.
+        halves: The latents and texts; typical activations are those on the validation texts.
 
     Raises:
         UserError: For a latent that is active nowhere on its positive validation texts.
@@ -80,19 +81,19 @@ class SteeredModels:
         self._splice = splice
         self._latents = torch.tensor(halves.latents, device=subject.device)
         self.activations, self.pushes = _typical(subject, splice, halves)
-        """Typical activation of each latent, `[latent]`, and what that adds to the residual stream,
+        """Typical activation of each latent, `[latent]`, and what it adds to the residual stream,
         `[latent, d_model]`."""
 
     @torch.no_grad()
     def effects(self, cell: Cell, texts: Texts, strengths: Tensor) -> Tensor:
-        """What steering adds to the log-probability of each text in nats, `[strength, text]`, float64.
+        """Change of the log-probability of each text in nats, `[strength, text]`, float64.
 
         Args:
-            cell: In which model.
+            cell: The model.
             texts: The texts.
-            strengths: Of the latent of each, `[strength, text]`.
+            strengths: Strengths of the latent of each text, `[strength, text]`.
         """
-        found = []
+        effects = []
         for rows in batches(self._subject, texts.tokens):
             tokens = texts.tokens[rows].to(self._subject.device)
             which = texts.which[rows].to(self._subject.device)
@@ -101,29 +102,32 @@ class SteeredModels:
                 text_log_probability(self._subject.head, states, tokens, texts.lengths[rows])
                 for states in hidden
             )
-            found.append(torch.stack(steered) - plain)
-        return torch.cat(found, dim=1)
+            effects.append(torch.stack(steered) - plain)
+        return torch.cat(effects, dim=1)
 
     def _hidden(self, cell: Cell, tokens: Tensor, which: Tensor, strengths: Tensor) -> Iterator[Tensor]:
-        """What the head reads `[text, pos, d_model]`, of the model as it is and at each strength.
+        """Inputs of the head `[text, pos, d_model]`, of the model as it is and at each strength.
 
-        What comes before the SAE's place is computed once for all.
+        The part of the model before the SAE's place is computed once for all.
         """
         subject, place = self._subject, self._splice.place
-        model, there = subject.model_of(cell), subject.splices_of(cell)
+        model, splices = subject.model_of(cell), subject.splices_of(cell)
         keep = subject.kept_positions(tokens, (self._splice,))
-        others = [one for one in there if one.place != place]
         before, behind = (
-            {one.hookpoint: one.sae for one in others if (one.block < place.begins) == is_before}
+            {
+                splice.hookpoint: splice.sae
+                for splice in splices
+                if splice.place != place and (splice.block < place.begins) == is_before
+            }
             for is_before in (True, False)
         )
         resid = None
         if place.begins:
             with spliced(model, before, keep):
                 resid = model.resid_entering(place.begins, tokens)
-        sae = next((one.sae for one in there if one.place == place), None)
-        plain = Through() if sae is None else sae
-        for coder in (plain, *(self._coder(sae, which, one) for one in strengths)):
+        sae = next((splice.sae for splice in splices if splice.place == place), None)
+        plain = IdentitySAE().eval() if sae is None else sae
+        for coder in (plain, *(self._coder(sae, which, amounts) for amounts in strengths)):
             inside = {str(place): coder} if place.is_inside else {}
             entering = resid
             if not place.is_inside:
@@ -134,7 +138,7 @@ class SteeredModels:
             yield hidden
 
     def _coder(self, sae: Coder | None, which: Tensor, strengths: Tensor) -> Coder:
-        """What stands at the SAE's place, for texts of these latents `[text]` at these strengths."""
+        """The coder at the SAE's place, for texts of these latents `[text]` at these strengths."""
         if sae is None:
             return _Pushed((strengths[:, None] * self.pushes[which])[:, None])
         return _Raised(sae, self._latents[which], strengths * self.activations[which])
@@ -142,10 +146,10 @@ class SteeredModels:
 
 @torch.no_grad()
 def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
-    """The mean activation of each latent on its positive validation texts, where it is active, and the
-    mean of what it adds to the reconstruction there: `[latent]` and `[latent, d_model]`.
+    """Mean activation of each latent `[latent]`, and its mean contribution to the reconstruction
+    `[latent, d_model]`, both where it is active on its positive validation texts.
 
-    That is found by leaving the latent out, which is the same for every kind of decoder.
+    The contribution is found by leaving the latent out, which works for every kind of decoder.
     """
     texts = halves.validation
     number, d_model = len(halves.latents), subject.model.config.hidden_size
@@ -154,8 +158,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
     pushes = torch.zeros(number, d_model, device=subject.device)
     positions = torch.arange(texts.tokens.shape[1])
     for rows, resid, kept in residuals(subject, splice, texts.tokens):
-        own = (positions < texts.lengths[rows, None]) & texts.positive[rows, None]
-        read = own.to(subject.device) & ~kept
+        positive = (positions < texts.lengths[rows, None]) & texts.positive[rows, None]
+        read = positive.to(subject.device) & ~kept
         if not read.any():
             continue
         which = texts.which[rows].to(subject.device)[:, None].expand_as(read)[read]
@@ -178,26 +182,24 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
 
 
 def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
-
-    What the head says at a position is about the token after it.
+    """Log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
 
     Args:
-        head: Of the model.
-        hidden: What it reads, `[text, pos, d_model]`.
+        head: Head of the model.
+        hidden: Input of the head, `[text, pos, d_model]`.
         tokens: `[text, pos]`.
-        lengths: Tokens of each text; what comes after them is not scored, `[text]`.
+        lengths: Tokens of each text, `[text]`; tokens after them are not scored.
     """
     labels = next_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     beyond = positions >= lengths.to(tokens.device)[:, None] - 1
     labels = labels.masked_fill(beyond, NO_LABEL).flatten()
-    flat = hidden.flatten(0, 1)
-    found = []
     at_once = max(1, _LOGITS_AT_ONCE // head.d_vocab)
-    for start in range(0, len(labels), at_once):
-        chunk = slice(start, start + at_once)
-        log_p = log_probabilities(head.logits(flat[chunk]))
-        found.append(log_p.gather(-1, labels[chunk].clamp(min=0)[:, None])[:, 0])
-    scores = torch.cat(found).double().masked_fill(labels == NO_LABEL, 0)
-    return scores.reshape(tokens.shape).sum(1).cpu()
+    scores = []
+    for states, following in zip(
+        hidden.flatten(0, 1).split(at_once), labels.split(at_once), strict=True
+    ):
+        log_p = log_probabilities(head.logits(states))
+        scores.append(log_p.gather(-1, following.clamp(min=0)[:, None])[:, 0])
+    sums = torch.cat(scores).double().masked_fill(labels == NO_LABEL, 0)
+    return sums.reshape(tokens.shape).sum(1).cpu()
