@@ -1,6 +1,7 @@
 """What ships is what the recipe says, has learnt something, and lets LoRA close its gap."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,18 @@ def model() -> LanguageModel:
     return load_model(TINY, Config().train.dtype, CPU)
 
 
-def evaluation(model: LanguageModel, text: corpus.Corpus, name: str) -> Evaluation:
+def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str]) -> list[Evaluation]:
+    """The plain model with each of these SAEs in place."""
     config = SAEConfig(family=SAEFamily.tiny)
-    block = recipe.requests()[name].block
-    loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
-    assert loading.keeps_special_tokens(config, [loaded])
-    fresh = LoRAStudent(
-        model, (Splice(block, loaded.sae, keeps=True),), LoRAConfig(rank=1, blocks="all")
-    )
-    (found,) = Evaluator(
-        model, text.validation_tokens, text.special_ids, 32, Comparison(Head.of(model), 1024)
-    )([fresh])
-    return found
+    students = []
+    for name in names:
+        block = recipe.requests()[name].block
+        loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
+        assert loading.keeps_special_tokens(config, [loaded])
+        splices = (Splice(block, loaded.sae, keeps=True),)
+        students.append(LoRAStudent(model, splices, LoRAConfig(rank=1, blocks="all")))
+    comparison = Comparison(Head.of(model), 1024)
+    return Evaluator(model, text.validation_tokens, text.special_ids, 32, comparison)(students)
 
 
 def test_everything_that_the_recipe_names_ships() -> None:
@@ -73,7 +74,7 @@ def test_the_model_has_learnt_its_text(model: LanguageModel, text: corpus.Corpus
 @pytest.mark.slow
 @pytest.mark.parametrize("block", recipe.BLOCKS)
 def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Corpus, block: int) -> None:
-    found = [evaluation(model, text, f"block_{block}-width_1024-l0_{l0}") for l0 in recipe.SPARSITIES]
+    found = evaluations(model, text, [f"block_{block}-width_1024-l0_{l0}" for l0 in recipe.SPARSITIES])
     fvus = [next(iter(one.fvu.values())) for one in found]
     gaps = [one.spliced_ce - one.base_ce for one in found]
     assert 0.02 < fvus[-1] < fvus[0] < 0.7
