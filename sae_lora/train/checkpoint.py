@@ -23,7 +23,7 @@ from sae_lora.common.files import as_json, new_folder, write_atomically
 
 VERSION = 1
 KEPT = 2
-"""How many of a run's checkpoints are kept: where the newest is damaged, there is the one before."""
+"""Number of checkpoints that are kept of a run: where the newest is damaged, the one before is used."""
 
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 

@@ -187,13 +187,13 @@ def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
     total = head
     for run in runs:
         trunk |= {
-            # With those inside of it.
+            # With the SAEs inside the block.
             (block, tuple(sae for sae in run.frozen if sae.place < Place(block)))
             for block in range(run.first)
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
         live = forward[run.first :]
-        if run.mse:  # what a later SAE reads is changed by those before: its error goes back to them
+        if run.mse:  # earlier SAEs change the input of later ones: the error of these goes back to them
             last = run.live[-1].place.block
             total += sum(flops + attention for flops in forward[run.first : last + 1])
         if run.kind is Method.mezo:
@@ -301,9 +301,9 @@ class _Run:
             case Method.sae_finetune | Method.e2e:
                 # LoRA on it moves no b_dec, to which a gradient would go through the encoder.
                 is_low_rank = self.kind is Method.sae_finetune and self.config.method.rank
-                own, back = self.own_losses, 6 if is_low_rank and is_first else 8
-                of_own = back + own.with_mse - 8 if self.mse else own.without
-                return own.forward + back + of_own
+                losses, back = self.own_losses, 6 if is_low_rank and is_first else 8
+                back_from_losses = back + losses.with_mse - 8 if self.mse else losses.without
+                return losses.forward + back + back_from_losses
             case Method.linear_adapter | Method.mlp_adapter if is_first:
                 return once
             case _:

@@ -26,12 +26,10 @@ class DistillTrainer(Trainer[DistillState]):
 
     Args:
         model: The plain model.
-        trainings: Trainings of students of this model, with equal numbers of steps.
-        evaluate: Measures students on held-out tokens.
+        trainings, evaluate, processes: As in `Trainer`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; all of a step if `None`.
-        processes: The processes that share the batches, each with a trainer like this one.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class DistillTrainer(Trainer[DistillState]):
 
         # ---- the step -------------------------------------------------------------------------
         for part in shard.split(self._micro_batch or len(shard)):
-            trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
+            trunk = Trunk(self._model, part, self._special_ids, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_left(trained)):
                 hidden: dict[DistillState, list[Tensor]] = {}

@@ -198,7 +198,7 @@ class Evaluator:
     def _compare(
         self, trunk: Trunk, base: "_Sums", sums: Sequence["_Sums"], read_by_head: Sequence[Tensor]
     ) -> None:
-        """Adds one batch to the sums of models, whose last states are `[batch, pos, d_model]` each."""
+        """Adds one batch to the sums of each model, by its last states `[batch, pos, d_model]`."""
         labels = next_tokens(trunk.tokens).flatten()
         columns = [states.flatten(0, 1) for states in read_by_head]
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):

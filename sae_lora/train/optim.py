@@ -20,10 +20,7 @@ from sae_lora.train.train_state import DistillState, StepInfo, zero
 class GradientState(DistillState):
     """A student that AdamW moves down the gradient of the KL.
 
-    Args:
-        student: The student. Its dropout draws on from torch's present global random state.
-        config: The optimisation.
-        steps: Number of steps in all.
+    Dropout draws on from torch's present global random state.
     """
 
     needs_gradient = True
@@ -109,7 +106,7 @@ class GradientState(DistillState):
 class MeZOState(DistillState):
     """A student that is trained by two forward passes a step.
 
-    In one the weights are moved a little along a random direction, in the other against it. The
+    The first moves the weights a little along a random direction, the second against it. The
     difference of the losses gives the slope along that direction, and the weights move down it. There is
     no backward pass: memory is that of inference, and the trained weights once more. The direction
     follows from the seed and the step, so that it is drawn anew rather than kept.
@@ -118,10 +115,8 @@ class MeZOState(DistillState):
     that a rate of zero leaves every bit.
 
     Args:
-        student: The student; nothing in it may be random.
-        config: The optimisation.
-        steps: Number of steps in all.
-        epsilon: How far the weights are moved along the direction.
+        student, config, steps: As in `TrainState`; nothing in the student may be random.
+        epsilon: Distance that the weights are moved along the direction.
     """
 
     needs_gradient = False

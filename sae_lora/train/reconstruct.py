@@ -38,9 +38,7 @@ class ReconstructState(TrainState):
     """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
 
     Args:
-        student: The model with the SAEs in place.
-        config: The optimisation.
-        steps: Number of steps in all.
+        student, config, steps: As in `TrainState`.
         trainers: By the names of `sources_of`.
     """
 
@@ -109,9 +107,7 @@ class ReconstructTrainer(Trainer[ReconstructState]):
     Args:
         buffer: Serves the activations of all of them.
         batch: Shape of a step's tokens, `[batch, pos]`.
-        device: Device of the model and the SAEs.
-        trainings: Trainings with equal numbers of steps.
-        evaluate: Measures them on held-out tokens.
+        device, trainings, evaluate: As in `Trainer`.
     """
 
     def __init__(

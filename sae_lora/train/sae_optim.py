@@ -1,6 +1,6 @@
 """The gradient step of methods that train SAEs through the model: KL and sae-lens's own losses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,27 +26,20 @@ class SAEGradientState(GradientState):
     Source: arXiv 2503.17272, section on the balance of KL and MSE.
 
     Args:
-        student: The model with the SAEs in training.
-        config: The optimisation.
-        steps: Number of steps in all.
+        student, config, steps: As in `TrainState`.
         mse: Whether MSE is part of the loss.
     """
 
     def __init__(self, student: Student, config: TrainConfig, steps: int, *, mse: bool) -> None:
         super().__init__(student, config, steps)
+        self._trained = [sae for sae in student.modules.values() if isinstance(sae, SplicedSAE)]
         self._by_hookpoint = {splice.hookpoint: splice.sae for splice in student.splices}
         self._with_mse = mse
         self._loss: Tensor | None = None
         self._mse, self._tokens = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self._active = {id(sae): torch.zeros_like(sae.since_active) for sae in self._trained()}
+        self._active = {id(sae): torch.zeros_like(sae.since_active) for sae in self._trained}
         self._others = [torch.zeros_like(weight) for weight in student.weights.values()]
         """For each weight, the gradient of all but the KL, summed over tokens."""
-
-    def _trained(self) -> Iterator[SplicedSAE]:
-        """The SAEs in training, each once."""
-        for sae in self.student.modules.values():
-            assert isinstance(sae, SplicedSAE)
-            yield sae
 
     @property
     def _own_sums(self) -> list[Tensor]:
@@ -103,7 +96,7 @@ class SAEGradientState(GradientState):
         for gradient, other in zip(self._gradients(), self._others, strict=True):
             gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
         info = super()._update(lr, batch)
-        for sae in self._trained():
+        for sae in self._trained:
             sae.moved(self._active[id(sae)] > 0)
         return info
 
@@ -115,13 +108,13 @@ class SAEGradientState(GradientState):
     def _own_state(self) -> Snapshot:
         tensors, values = super()._own_state()
         buffers = {f"buffer/{name}": buffer for name, buffer in self.student.buffers.items()}
-        steps = [sae.step for sae in self._trained()]
+        steps = [sae.step for sae in self._trained]
         return Snapshot(tensors | buffers, values | {"steps": steps})
 
     def _restore_own(self, kept: Snapshot) -> None:
         super()._restore_own(kept)
         for name, buffer in self.student.buffers.items():
             buffer.copy_(kept.tensors[f"buffer/{name}"])
-        for sae, steps in zip(self._trained(), kept.values["steps"], strict=True):
+        for sae, steps in zip(self._trained, kept.values["steps"], strict=True):
             sae.step = steps
             sae.has_moved()

@@ -1,4 +1,4 @@
-"""The training of one student: its steps, its rate, its curve, and what a checkpoint keeps of them."""
+"""The training of one student: its steps, learning rate and curve, and their state in a checkpoint."""
 
 import math
 import resource
@@ -60,7 +60,7 @@ class TrainState(ABC):
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
-        """Whether `state()` is one to go on from: no error has left a step half taken."""
+        """Whether training can go on from `state()`: no error has left a step half taken."""
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
@@ -138,9 +138,9 @@ class TrainState(ABC):
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether a point belongs here that has not been taken over."""
-        at_its_time = self.tokens >= self._next_evaluation or self.has_ended
-        return at_its_time and self._evaluated_at != self.step
+        """Whether this step needs a point of the curve, and none has been taken over yet."""
+        is_time = self.tokens >= self._next_evaluation or self.has_ended
+        return is_time and self._evaluated_at != self.step
 
     def point(self, measured: Evaluation) -> CurvePoint:
         """The point of the curve that this evaluation makes.
