@@ -1,4 +1,4 @@
-"""Checkpoints of a run that is under way: written whole or not at all, checked before they are used.
+"""Checkpoints of an unfinished run: written whole or not at all, checked before they are used.
 
 checkpoints/step-00000200/
     tensors.safetensors   adapters, optimizer, random states
@@ -23,7 +23,7 @@ from sae_lora.common.files import as_json, new_folder, write_atomically
 
 VERSION = 1
 KEPT = 2
-"""How many of a run's checkpoints are kept: where the newest is damaged, there is the one before."""
+"""Number of checkpoints that are kept of a run: where the newest is damaged, the one before is used."""
 
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -33,7 +33,7 @@ class Snapshot(NamedTuple):
 
     Args:
         tensors: By name: adapters, optimizer, random states.
-        values: Plain values: the step, and what is counted.
+        values: Values that JSON can hold: the step, and counters.
     """
 
     tensors: dict[str, Tensor]
@@ -41,7 +41,7 @@ class Snapshot(NamedTuple):
 
 
 class DamagedCheckpointError(UserError):
-    """Checkpoints are there, and none of them can be used."""
+    """There are checkpoints, and none of them can be used."""
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:
@@ -50,27 +50,27 @@ def save(folder: Path, run_hash: str, state: Snapshot) -> None:
     Args:
         folder: The run's `checkpoints` folder.
         run_hash: The run's identity; a checkpoint of another run is never used.
-        state: What to keep; its value `step` names it.
+        state: The state; its value `step` names the checkpoint.
 
     Raises:
-        OSError: Where it cannot be written; what was there before stays.
+        OSError: Where it cannot be written; older checkpoints stay.
     """
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(".step-*"):  # of an attempt that was killed while it wrote
-        shutil.rmtree(left)
+    for unfinished in folder.glob(".step-*"):  # of an attempt that was killed while it wrote
+        shutil.rmtree(unfinished)
     step = state.values["step"]
     path = folder / f"step-{step:08d}"
     if path.exists():
         if _fault(path, run_hash) is None:
             return
         shutil.rmtree(path)
-    with new_folder(path) as beside:
+    with new_folder(path) as new:
         # Tensors that share memory (a view, a tied weight) are refused by safetensors; none do here.
-        save_file({name: value.contiguous() for name, value in state.tensors.items()}, beside / _TENSORS)
-        write_atomically(beside / _VALUES, as_json(state.values))
-        files = {name: _identity(beside / name) for name in (_TENSORS, _VALUES)}
+        save_file({name: value.contiguous() for name, value in state.tensors.items()}, new / _TENSORS)
+        write_atomically(new / _VALUES, as_json(state.values))
+        files = {name: _identity(new / name) for name in (_TENSORS, _VALUES)}
         manifest = {"version": VERSION, "run": run_hash, "step": step, "files": files}
-        write_atomically(beside / _MANIFEST, as_json(manifest))
+        write_atomically(new / _MANIFEST, as_json(manifest))
     for old in _paths(folder)[KEPT:]:
         shutil.rmtree(old)
 
@@ -81,11 +81,11 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
     Args:
         folder: The run's `checkpoints` folder.
         run_hash: The run's identity.
-        complain: Called with a line about each damaged one that is passed over.
+        complain: Called with a line about each damaged checkpoint.
 
     Raises:
-        DamagedCheckpointError: Where there are some and none is sound: starting afresh in silence
-            would throw away what they hold.
+        DamagedCheckpointError: Where there are some and none is sound: a silent start from the
+            beginning would throw them away.
     """
     faults = []
     for path in _paths(folder):
@@ -106,25 +106,20 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
 
 
 def points(folder: Path, run_hash: str) -> int:
-    """Points of the curve that the newest sound checkpoint was made after; 0 where there is none.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-        run_hash: The run's identity.
-    """
+    """Number of points of the curve before the newest sound checkpoint; 0 where there is none."""
     sound = (path for path in _paths(folder) if _fault(path, run_hash) is None)
     newest = next(sound, None)
     return 0 if newest is None else json.loads((newest / _VALUES).read_text())["points"]
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The checkpoints that are there, newest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """All checkpoints, newest first."""
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _fault(path: Path, run_hash: str) -> str | None:
-    """What is wrong with the checkpoint, in words; `None` for a sound one."""
+    """The fault of a checkpoint, in words; `None` for a sound one."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
     except OSError as error:
@@ -139,10 +134,10 @@ def _fault(path: Path, run_hash: str) -> str | None:
         return f"it is of step {manifest.get('step')}"
     for name in (_TENSORS, _VALUES):
         try:
-            found = _identity(path / name)
+            identity = _identity(path / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found != manifest.get("files", {}).get(name):
+        if identity != manifest.get("files", {}).get(name):
             return f"{name} is not what was written"
     return None
 

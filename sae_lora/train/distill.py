@@ -17,21 +17,19 @@ from sae_lora.train.trainer import Task, Trainer
 
 Run = TypeVar("Run")
 AT_ONCE = 8
-"""Students of a pack whose activations are held at once. For others the teacher's logits are made once
-more: a third of what those of one student and their gradient take."""
+"""Students of a pack whose activations are held at once. For the next ones the teacher's logits are made
+once more, at a third of the cost of one student's logits and their gradient."""
 
 
 class DistillTrainer(Trainer[DistillState]):
     """Students that learn the teacher's distribution together, each as if it were alone.
 
     Args:
-        model: The plain model of them all.
-        trainings: Of students of this model, with equal numbers of steps.
-        evaluate: Measures them on held-out tokens.
+        model: The plain model.
+        trainings, evaluate, processes: As in `Trainer`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-        kl: Finds the KL of several students.
+        kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; all of a step if `None`.
-        processes: The processes that share the batches, each with a trainer like this one.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class DistillTrainer(Trainer[DistillState]):
         self._micro_batch = micro_batch
 
     def follow(self, task: Task) -> None:
-        """Does this process's share of what the leader's trainer does."""
         trainings = [self._trainings.runs[number] for number in task.numbers]
         if task.of_each:
             for training in trainings:
@@ -61,7 +58,7 @@ class DistillTrainer(Trainer[DistillState]):
             self._evaluate([training.student for training in trainings])
             return
         for training in trainings:
-            training.seed_rank(training.step, self._processes.rank)
+            training.seed_rank(self._processes.rank)
         self._take_step(trainings, self._on_device(task.tokens))
 
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[DistillState]) -> None:
@@ -76,12 +73,12 @@ class DistillTrainer(Trainer[DistillState]):
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
     def _take_step(self, trained: Sequence[DistillState], tokens: Tensor) -> None:
-        """One step of each on the tokens `[batch, pos]`."""
+        """Takes one step of each training on the tokens `[batch, pos]`."""
         shard = self._processes.shard(tokens)
 
         # ---- the step -------------------------------------------------------------------------
         for part in shard.split(self._micro_batch or len(shard)):
-            trunk = Trunk(self._model, part, self._special_ids, cuts(one.student for one in trained))
+            trunk = Trunk(self._model, part, self._special_ids, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_left(trained)):
                 hidden: dict[DistillState, list[Tensor]] = {}
@@ -94,11 +91,11 @@ class DistillTrainer(Trainer[DistillState]):
                     for training, several in hidden.items()
                     for _ in several
                 ]
-                found = iter(self._kl(teacher, passes, weights))
+                summed = iter(self._kl(teacher, passes, weights))
                 del passes
                 for training in list(hidden):
                     states = hidden.pop(training)
-                    kl = [next(found) for _ in states]
+                    kl = [next(summed) for _ in states]
                     with self._trainings.only(training):
                         training.backward(states, kl)
         self._processes.all_reduce([part for training in trained for part in training.sums])
@@ -109,5 +106,5 @@ class DistillTrainer(Trainer[DistillState]):
 
 
 def turns(runs: Sequence[Run]) -> list[Sequence[Run]]:
-    """Those of a pack that go through a batch at the same time."""
+    """Runs of a pack, in groups that go through a batch at the same time."""
     return [runs[start : start + AT_ONCE] for start in range(0, len(runs), AT_ONCE)]

@@ -1,7 +1,7 @@
 """Processes that share the batches of a pack: one leads, the others follow it step by step.
 
-Each has model, SAEs and students, and takes its part of every batch; gradients and what is measured are
-added up over all. The leader alone decides and writes, and tells the others what comes next.
+Each has model, SAEs and students, and takes its part of every batch; gradients and measurements are
+added up over all. The leader alone decides and writes, and sends the others each task.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,74 +27,50 @@ from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, is_out_o
 from sae_lora.common.signals import unheard
 
 _LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
-"""Variables by which a follower finds the others; SLURM says itself which one it has started."""
+"""Variables by which a follower finds the others; SLURM has a variable of its own for the rank."""
 Rows = TypeVar("Rows", Tensor, Sequence[Any])
 _START_S = 600
-"""Until all have found each other; loading the model comes after."""
+"""Time for all processes to find each other; they load the model later."""
 _PATIENCE = timedelta(days=7)
 """Followers wait while the leader saves, evaluates or is suspended."""
 _LOOK_EVERY_S = 0.5
 _NOTICE_S = 60
-"""Until the leader has noticed by itself that another has ended: it may have a step to do first."""
+"""Time for the leader to notice the end of a follower by itself: it may have to end a step first."""
 _END_S = 10
-"""Until followers that were told to end are ended."""
+"""Time for followers to end by themselves."""
 
 
 class GoneError(Exception):
-    """Another of the processes has ended, and with it what they have in common."""
+    """Another of the processes has ended, and with it the work in common."""
 
 
-class ProcessGroup(Protocol):
-    """The processes that train a pack, seen from one of them."""
-
-    @property
-    def rank(self) -> int:
-        """Which one it is; the leader is the first, 0."""
-        ...
-
-    def shard(self, rows: Rows) -> Rows:
-        """Of what is shared, what this process is to do."""
-        ...
-
-    def broadcast(self, what: object) -> None:
-        """Sends it to the others, who `receive` it. For the leader."""
-        ...
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over all processes, who call it at the same time."""
-        ...
-
-    def release(self) -> None:
-        """From now on it makes no difference whether the others end. For the leader."""
-        ...
-
-
-class SingleProcess:
-    """One process that does everything."""
+class ProcessGroup:
+    """The processes that train a pack, seen from one of them; this class is a group of one."""
 
     rank = 0
+    """Place of this process in the group; the leader is the first, 0."""
 
     def shard(self, rows: Rows) -> Rows:
-        """All of it."""
+        """The rows that this process works on."""
         return rows
 
-    def broadcast(self, what: object) -> None:
-        """There is nobody to tell."""
+    def broadcast(self, message: object) -> None:
+        """Sends a message to the others, who `receive` it. For the leader."""
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """They are the sum."""
+        """Replaces each tensor by its sum over all processes, which call this at the same time."""
 
     def release(self) -> None:
-        """There is nobody to let go."""
+        """Lets the others end from now on. For the leader."""
 
 
-class Distributed:
-    """One of several processes, which have found each other through torch.distributed.
+class Distributed(ProcessGroup):
+    """One of several processes, connected through torch.distributed.
 
     Args:
-        rank: Which.
-        size: How many there are.
-        release: What the leader is to do when it needs the others no more.
+        rank: Place of this process.
+        size: Number of processes.
+        release: Called when the leader does not need the others any more.
     """
 
     def __init__(self, rank: int, size: int, release: Callable[[], None] = lambda: None) -> None:
@@ -103,34 +79,30 @@ class Distributed:
         self._release = release
 
     def shard(self, rows: Rows) -> Rows:
-        """Every so many-th."""
         return rows[self.rank :: self._size]
 
-    def broadcast(self, what: object) -> None:
-        """Sends it to all others."""
+    def broadcast(self, message: object) -> None:
         with self._in_touch():
-            dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list([message], src=0, device=torch.device("cpu"))
 
     def receive(self) -> Any:
-        """What the leader tells next; waits for it."""
-        told = [None]
+        """The next message of the leader; waits for it."""
+        messages = [None]
         with self._in_touch():
-            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        return told[0]
+            dist.broadcast_object_list(messages, src=0, device=torch.device("cpu"))
+        return messages[0]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up all tensors of a precision in one go."""
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
             together = torch.cat([tensor.flatten() for tensor in alike])
             with self._in_touch():
                 dist.all_reduce(together)
             sums = together.split([tensor.numel() for tensor in alike])
-            for tensor, found in zip(alike, sums, strict=True):
-                tensor.copy_(found.view_as(tensor))
+            for tensor, summed in zip(alike, sums, strict=True):
+                tensor.copy_(summed.view_as(tensor))
 
     def release(self) -> None:
-        """From now on it makes no difference whether the others end."""
         self._release()
 
     @contextmanager
@@ -145,7 +117,7 @@ class Distributed:
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """How many processes there are to be."""
+    """Number of processes for a pack."""
 
     nodes: int = 1
     """Nodes of the SLURM job; 1 for this machine alone."""
@@ -153,7 +125,7 @@ class ProcessLayout:
 
     @property
     def size(self) -> int:
-        """In all."""
+        """Number of processes in all."""
         return self.nodes * self.per_node
 
 
@@ -164,30 +136,30 @@ ONE_PROCESS = ProcessLayout()
 def leading(
     layout: ProcessLayout,
     arguments: Sequence[str],
-    on_gpus: bool = False,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    on_gpus: bool,
+    asked_to_stop: Callable[[], bool],
 ) -> Iterator[ProcessGroup]:
-    """Has the others there inside the block, this process being the first.
+    """Starts the other processes, and leads them inside the block.
 
     Args:
-        layout: How many.
-        arguments: Of `python -m sae_lora.run.worker`.
+        layout: Number of processes.
+        arguments: Arguments of `python -m sae_lora.run.worker`.
         on_gpus: Whether each computes on a GPU.
-        asked_to_stop: Whether this process has been; then what ends with it has not failed.
+        asked_to_stop: Whether this process was asked to stop: then its end is no failure.
 
     Raises:
-        GoneError: Where one of them ends too early. Where this process does not notice, because it
-            waits for ever, it ends.
+        GoneError: Where one of them ends too early. A leader that waits for ever, and so cannot notice,
+            ends itself.
     """
     if layout.size == 1:
-        yield SingleProcess()
+        yield ProcessGroup()
         return
     host = "127.0.0.1" if layout.nodes == 1 else socket.gethostname()
     patience = timedelta(seconds=_START_S)
     store = TCPStore(host, 0, layout.size, True, patience, wait_for_workers=False)
     command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.worker", *arguments]
-    found = {_LEADER: f"{host}:{store.port}", _SIZE: str(layout.size)}
-    with _Followers(_started(layout, command, found), asked_to_stop) as followers:
+    variables = {_LEADER: f"{host}:{store.port}", _SIZE: str(layout.size)}
+    with _Followers(_started(layout, command, variables), asked_to_stop) as followers:
         try:
             followers.meet(store, layout.size)
             _join(store, 0, layout.size, on_gpus)
@@ -202,7 +174,7 @@ def leading(
 
 @contextmanager
 def following(on_gpus: bool) -> Iterator[Distributed | None]:
-    """Finds the leader who has started this process; `None` where it is not needed after all.
+    """Joins the leader that has started this process; yields `None` where this process is not needed.
 
     Beside a leader on the first node of a job, SLURM starts as many processes there as elsewhere.
 
@@ -210,30 +182,31 @@ def following(on_gpus: bool) -> Iterator[Distributed | None]:
         on_gpus: Whether each computes on a GPU; this process then has its own in use.
 
     Raises:
-        GoneError: Where the leader is not there, or no longer.
+        GoneError: Where there is no leader, or no longer.
     """
-    here, size = os.environ, int(os.environ[_SIZE])
-    rank = on_node = here.get(_RANK)
-    if rank is None or on_node is None:  # started by srun
-        rank, on_node = here["SLURM_PROCID"], here["SLURM_LOCALID"]
-    if int(rank) == 0:
+    size = int(os.environ[_SIZE])
+    if _RANK in os.environ:
+        rank = on_node = int(os.environ[_RANK])
+    else:  # started by srun
+        rank, on_node = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_LOCALID"])
+    if rank == 0:
         yield None
         return
     if on_gpus:
-        torch.cuda.set_device(int(on_node))
-    host, port = here[_LEADER].rsplit(":", 1)
+        torch.cuda.set_device(on_node)
+    host, port = os.environ[_LEADER].rsplit(":", 1)
     try:
         store = TCPStore(host, int(port), size, False, timedelta(seconds=_START_S))
-        store.set(_here(int(rank)), "")
+        store.set(_arrival(rank), "")
     except RuntimeError as error:
         raise GoneError(f"nobody leads at {host}:{port}") from error
-    _join(store, int(rank), size, on_gpus)
-    yield Distributed(int(rank), size)
+    _join(store, rank, size, on_gpus)
+    yield Distributed(rank, size)
     dist.destroy_process_group()
 
 
-def _here(rank: int) -> str:
-    """What a follower sets to say that it has come."""
+def _arrival(rank: int) -> str:
+    """Name that a follower sets in the store when it arrives."""
     return f"here/{rank}"
 
 
@@ -243,12 +216,12 @@ def _join(store: TCPStore, rank: int, size: int, on_gpus: bool) -> None:
 
 
 def _started(
-    layout: ProcessLayout, command: Sequence[str], found: Mapping[str, str]
+    layout: ProcessLayout, command: Sequence[str], variables: Mapping[str, str]
 ) -> list[subprocess.Popen[bytes]]:
     if layout.nodes == 1:
         with unheard():  # the leader heeds signals, and needs the others to end a step
             return [
-                subprocess.Popen(command, env={**os.environ, **found, _RANK: str(rank)})
+                subprocess.Popen(command, env={**os.environ, **variables, _RANK: str(rank)})
                 for rank in range(1, layout.size)
             ]
     step = [
@@ -256,11 +229,12 @@ def _started(
         *("--kill-on-bad-exit=1", "--wait=0"),
         *(f"--nodes={layout.nodes}", f"--ntasks-per-node={layout.per_node}", f"--ntasks={layout.size}"),
     ]
-    return [subprocess.Popen([shutil.which("srun") or "srun", *step, *command], env=os.environ | found)]
+    srun = shutil.which("srun") or "srun"
+    return [subprocess.Popen([srun, *step, *command], env=os.environ | variables)]
 
 
 class _Followers:
-    """Processes that live no longer than the block, and that this process does not outlive inside."""
+    """Processes that end with the block; where one ends earlier, this process does not wait for ever."""
 
     def __init__(
         self, processes: Sequence[subprocess.Popen[bytes]], asked_to_stop: Callable[[], bool]
@@ -268,10 +242,9 @@ class _Followers:
         self._processes = processes
         self._asked_to_stop = asked_to_stop
         self._over = threading.Event()
-        self._watch = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> "_Followers":
-        self._watch.start()
+        threading.Thread(target=self._look, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -284,23 +257,23 @@ class _Followers:
                 process.wait()
 
     def may_end(self) -> None:
-        """From now on it makes no difference whether they do."""
+        """Lets them end from now on."""
         self._over.set()
 
     def meet(self, store: TCPStore, size: int) -> None:
-        """Waits until all have come.
+        """Waits until all have arrived.
 
         Raises:
             GoneError: Where one has ended instead, or is too late.
         """
         deadline = time.monotonic() + _START_S
-        while not store.check([_here(rank) for rank in range(1, size)]):
+        while not store.check([_arrival(rank) for rank in range(1, size)]):
             if self._codes or time.monotonic() > deadline:
                 raise GoneError("a process that shares the batches has not come")
             time.sleep(0.05)
 
     def what_is_wrong(self) -> str:
-        """Which of them has ended, as soon as that can be seen."""
+        """The exit code of a process that has ended, as soon as that can be seen."""
         deadline = time.monotonic() + 4 * _LOOK_EVERY_S
         while not self._codes and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -309,12 +282,12 @@ class _Followers:
 
     @property
     def _codes(self) -> list[int]:
-        """The exit codes of those that have ended."""
+        """Exit codes of the processes that have ended."""
         return [code for process in self._processes if (code := process.poll()) is not None]
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
-            # The main thread notices too, and saves what there is, unless it waits for ever (NCCL).
+            # The main thread notices too, and saves checkpoints, unless it waits for ever (NCCL).
             if self._codes and not self._over.wait(_NOTICE_S):
                 try:
                     complain("ended", self.what_is_wrong())

@@ -1,4 +1,4 @@
-"""Evaluation: what the SAE costs, what the adapters give back, on the held-out tokens."""
+"""Evaluation on held-out tokens: the loss that SAEs cost, and the loss that training gives back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,11 +12,11 @@ from sae_lora.splice.head import Comparison
 from sae_lora.splice.hooks import Coder, Reading, Splice
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
-from sae_lora.train.distributed import ProcessGroup, SingleProcess
+from sae_lora.train.distributed import ProcessGroup
 
 
 class Evaluation(NamedTuple):
-    """What one pass over the held-out tokens found. Cross-entropies and KL in nats per token."""
+    """Results of one pass over the held-out tokens. Cross-entropies and KL in nats per token."""
 
     base_ce: float
     """Cross-entropy of the teacher: no SAE, adapters off."""
@@ -29,22 +29,22 @@ class Evaluation(NamedTuple):
     top1_agreement: float
     """Share of positions where teacher and student put the same token first."""
     fvu: dict[str, float]
-    """Per hookpoint: residual variance / total variance, on what the student's SAE reads."""
+    """By hookpoint: residual variance / total variance, on what the student's SAE reads."""
     l0: dict[str, float]
-    """Per hookpoint: mean number of active latents per token, likewise."""
+    """By hookpoint: mean number of active latents per token."""
     dead: dict[str, float]
-    """Per hookpoint: share of the latents that no token made active, likewise."""
+    """By hookpoint: share of the latents that no token made active."""
 
 
 class Contribution(NamedTuple):
-    """What one of several SAEs costs. Cross-entropies in nats per token."""
+    """Cost of one of several SAEs. Cross-entropies in nats per token."""
 
     alone_ce: float
     """Cross-entropy of the plain model with this SAE alone."""
     alone_fvu: float
-    """Residual variance / total variance there: on residuals that nothing else has changed."""
+    """Residual variance / total variance in the plain model, where nothing else changes residuals."""
     left_out_ce: float
-    """Cross-entropy of the student, all else as it is, without this SAE."""
+    """Cross-entropy of the student without this SAE."""
 
 
 class Reconstruction:
@@ -54,8 +54,8 @@ class Reconstruction:
 
     Args:
         sae: The SAE.
-        d_model: Width of what it reads.
-        device: Where that is.
+        d_model: Width of the residuals that it reads.
+        device: Device of the residuals.
     """
 
     def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class Reconstruction:
         return [self.sums, self.active]
 
     def add(self, reading: Reading) -> None:
-        """Takes in one batch of tokens."""
+        """Adds one batch of tokens."""
         resid, recon = reading.resid.double(), reading.recon.double()
         self.sums[0] += len(resid)
         self.sums[1] += (resid - recon).square().sum()
@@ -101,15 +101,15 @@ class Reconstruction:
 class Evaluator:
     """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
-    What does not change while adapters train is found once: spliced CE, the reconstruction of SAEs
-    before the first adapted block and, where there is room, the hidden states that enter it.
+    Values that training cannot change are found once: spliced CE, the reconstruction of SAEs before
+    the first adapted block and, where there is room, the hidden states that enter it.
 
     Args:
         model: The plain language model.
         tokens: Held-out tokens `[sequence, pos]`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         batch_size: Sequences per forward pass.
-        comparison: Sets students beside the model.
+        comparison: Compares students with the model.
         cache_bytes: Room for hidden states that are kept from one evaluation to the next.
         processes: The processes that share the batches.
     """
@@ -125,7 +125,7 @@ class Evaluator:
         processes: ProcessGroup | None = None,
     ) -> None:
         self._model = model
-        self._processes = processes or SingleProcess()
+        self._processes = processes or ProcessGroup()
         self._batches = self._processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
@@ -133,30 +133,31 @@ class Evaluator:
         self._comparison = comparison
         self._cache_bytes = cache_bytes
         self._trunks: dict[int, Trunk] = {}
-        """By number of the batch, where there is room."""
+        """By number of the batch, as far as there is room."""
         self._spliced_ce: dict[Splices, float] = {}
         self._frozen: dict[Splices, Reconstruction] = {}
         self._new_frozen: dict[Splices, Reconstruction] = {}
-        """Those that the evaluation under way is the first to need."""
+        """SAEs that the present evaluation is the first to need."""
 
     @torch.no_grad()
     def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
-        """Evaluates the adapters as they are now. Leaves the models' modes as they were."""
+        """Evaluates the students as they are now. Leaves the models' modes as they were."""
         wanted = cuts(students)
         trunks: dict[int, Trunk] = {}
-        base = self._nothing()
-        spliced = {one.before: self._nothing() for one in students if one.before not in self._spliced_ce}
+        base = _Sums(self._model)
+        unknown = [student.before for student in students if student.before not in self._spliced_ce]
+        spliced = {splices: _Sums(self._model) for splices in unknown}
 
         with ExitStack() as modes:
             for student in students:
                 modes.enter_context(evaluating(student.model.model, *student.modules.values()))
             # In these modes: an SAE in training learns from what it reads, were it zeros.
-            sums = [self._nothing(one.live) for one in students]
+            sums = [_Sums(self._model, student.live) for student in students]
             self._new_frozen = {
-                row: _reconstruction(row[-1], self._model)
-                for one in students
-                for row in prefixes(one.frozen)
-                if row not in self._frozen
+                splices: _reconstruction(splices[-1], self._model)
+                for student in students
+                for splices in prefixes(student.frozen)
+                if splices not in self._frozen
             }
             for number, batch in enumerate(self._batches):
                 trunk = self._trunks.get(number)
@@ -164,85 +165,78 @@ class Evaluator:
                     tokens = batch.to(self._model.device)
                     trunk = Trunk(self._model, tokens, self._special_ids, wanted, self._observe)
                 read_by_head = [
-                    student.hidden(trunk, own.observe)
-                    for student, own in zip(students, sums, strict=True)
+                    student.hidden(trunk, of_student.observe)
+                    for student, of_student in zip(students, sums, strict=True)
                 ]
                 read_by_head += [trunk.hidden(splices) for splices in spliced]
                 self._compare(trunk, base, [*sums, *spliced.values()], read_by_head)
-                trunk.forget_all_but((one.frozen, one.first) for one in students)
+                trunk.forget_all_but((student.frozen, student.first) for student in students)
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
         self._trunks = trunks
-        self._processes.all_reduce(
-            [
-                *(total for own in (base, *spliced.values(), *sums) for total in own.totals),
-                *(total for found in self._new_frozen.values() for total in found.totals),
-            ]
-        )
-        self._spliced_ce |= {row: float(found.ce) / self._predictions for row, found in spliced.items()}
+        summed = base, *spliced.values(), *sums, *self._new_frozen.values()
+        self._processes.all_reduce([total for each in summed for total in each.totals])
+        for splices, of_spliced in spliced.items():
+            self._spliced_ce[splices] = float(of_spliced.ce) / self._predictions
         self._frozen |= self._new_frozen
         return [
-            self._evaluation(student, own, float(base.ce) / self._predictions)
-            for student, own in zip(students, sums, strict=True)
+            self._evaluation(student, of_student, float(base.ce) / self._predictions)
+            for student, of_student in zip(students, sums, strict=True)
         ]
 
     def contributions(self, student: Student) -> dict[str, Contribution]:
-        """What each SAE of a student contributes, by hookpoint; of one that is all alone, nothing."""
+        """The contribution of each of several SAEs, by hookpoint; none for a single SAE."""
         if len(student.splices) < 2:
             return {}
-        found = {}
+        contributions = {}
         for splice in student.splices:
             name = splice.hookpoint
             alone, left_out = self([student.alone(name, self._model), student.without(name)])
-            found[name] = Contribution(alone.student_ce, alone.fvu[name], left_out.student_ce)
-        return found
-
-    def _nothing(self, live: Splices = ()) -> "_Sums":
-        return _Sums(live, self._model)
+            contributions[name] = Contribution(alone.student_ce, alone.fvu[name], left_out.student_ce)
+        return contributions
 
     def _compare(
         self, trunk: Trunk, base: "_Sums", sums: Sequence["_Sums"], read_by_head: Sequence[Tensor]
     ) -> None:
-        """Adds up what one batch says of those whose states `[batch, pos, d_model]` these are."""
+        """Adds one batch to the sums of each model, by its last states `[batch, pos, d_model]`."""
         labels = next_tokens(trunk.tokens).flatten()
         columns = [states.flatten(0, 1) for states in read_by_head]
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
             scores, log_sums = self._comparison.teacher
             top = scores.argmax(-1)
             base.ce += self._cross_entropy(scores, log_sums, labels[rows])
-            for states, own in zip(columns, sums, strict=True):
+            for states, totals in zip(columns, sums, strict=True):
                 for few in self._comparison.students(states[rows]):
-                    of_these = labels[rows][few.rows]
-                    own.ce += self._cross_entropy(few.scores, few.log_sums, of_these)
-                    own.kl += few.kl.sum()
-                    own.agreements += few.puts_first(top[few.rows]).sum()
+                    totals.ce += self._cross_entropy(few.scores, few.log_sums, labels[rows][few.rows])
+                    totals.kl += few.kl.sum()
+                    totals.agreements += few.puts_first(top[few.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy in nats, summed over labelled tokens; of scores as `Few` has them."""
+        """Next-token cross-entropy in nats, summed over labelled tokens, from scores as in `Few`."""
         labelled = labels != NO_LABEL
         of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
         losses = log_sums - of_labels * self._comparison.head.unit
         return torch.where(labelled[:, None], losses, 0).sum()
 
     def _observe(self, splices: Splices, reading: Reading) -> None:
-        """Takes in what an SAE has done whose work no adapter changes, the first time."""
+        """Adds what an SAE does whose work no training changes, the first time."""
         if splices in self._new_frozen:
             self._new_frozen[splices].add(reading)
 
-    def _evaluation(self, student: Student, own: "_Sums", base_ce: float) -> Evaluation:
+    def _evaluation(self, student: Student, sums: "_Sums", base_ce: float) -> Evaluation:
         saes = {
-            splice.hookpoint: own.live.get(splice.hookpoint) or self._frozen[row]
-            for splice, row in zip(student.splices, prefixes(student.splices), strict=True)
+            splice.hookpoint: sums.live.get(splice.hookpoint) or self._frozen[splices]
+            for splice, splices in zip(student.splices, prefixes(student.splices), strict=True)
         }
         return Evaluation(
             base_ce=base_ce,
             spliced_ce=self._spliced_ce[student.before],
-            student_ce=float(own.ce) / self._predictions,
-            kl=float(own.kl) / self._positions,
-            top1_agreement=float(own.agreements) / self._positions,
-            fvu={hookpoint: one.fvu for hookpoint, one in saes.items()},
-            l0={hookpoint: one.l0 for hookpoint, one in saes.items()},
-            dead={hookpoint: one.dead for hookpoint, one in saes.items()},
+            student_ce=float(sums.ce) / self._predictions,
+            kl=float(sums.kl) / self._positions,
+            top1_agreement=float(sums.agreements) / self._positions,
+            fvu={hookpoint: sae.fvu for hookpoint, sae in saes.items()},
+            l0={hookpoint: sae.l0 for hookpoint, sae in saes.items()},
+            dead={hookpoint: sae.dead for hookpoint, sae in saes.items()},
         )
 
 
@@ -251,17 +245,17 @@ def _reconstruction(splice: Splice, model: LanguageModel) -> Reconstruction:
 
 
 class _Sums:
-    """What is summed up over tokens for one student. Read when all is done, a GPU is not waited for."""
+    """Sums over tokens for one student. They are read at the end, so that nothing waits for a GPU."""
 
-    def __init__(self, live: Splices, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, live: Splices = ()) -> None:
         self.ce, self.kl, self.agreements = torch.zeros(3, dtype=torch.float64, device=model.device)
-        self.live = {one.hookpoint: _reconstruction(one, model) for one in live}
-        """Of the SAEs that read what its adapters have changed, by hookpoint."""
+        self.live = {splice.hookpoint: _reconstruction(splice, model) for splice in live}
+        """By hookpoint, the SAEs that are trained or read what training has changed."""
 
     @property
     def totals(self) -> list[Tensor]:
-        """All of them."""
-        saes = [total for one in self.live.values() for total in one.totals]
+        """All sums."""
+        saes = [total for sae in self.live.values() for total in sae.totals]
         return [self.ce, self.kl, self.agreements, *saes]
 
     def observe(self, reading: Reading) -> None:

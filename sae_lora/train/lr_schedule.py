@@ -1,28 +1,22 @@
-"""The learning rate of each step."""
-
-from collections.abc import Callable
+"""The learning-rate schedule."""
 
 from sae_lora.config.enums import Schedule
 from sae_lora.config.schema import TrainConfig
 
 
-def rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step, as a share of the peak.
+def rate_factor(config: TrainConfig, steps: int, step: int) -> float:
+    """The learning rate of a step, as a share of the peak.
 
-    Rises over the warm-up, then stays (constant) or falls to reach zero one step after the last
+    It rises over the warm-up, then stays (constant) or falls to reach zero one step after the last
     (linear).
     """
     warmup = round(config.warmup_share * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        match config.schedule:
-            case Schedule.constant:
-                return 1.0
-            case Schedule.linear:
-                return max(0.0, (steps - step) / max(1, steps - warmup))
-            case _:
-                raise NotImplementedError(config.schedule)
-
-    return factor
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    match config.schedule:
+        case Schedule.constant:
+            return 1.0
+        case Schedule.linear:
+            return max(0.0, (steps - step) / max(1, steps - warmup))
+        case _:
+            raise NotImplementedError(config.schedule)

@@ -1,16 +1,15 @@
-"""What each method trains: from a run's config to its student, and to what is kept of it."""
+"""The methods: from a run's config to the training of its student, and to the files kept of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae_lora.config.enums import Method, SAEFamily, Schedule
 from sae_lora.config.identity import dead_after_steps, step_tokens
-from sae_lora.config.schema import Config, SAEChoice, SAEConfig
+from sae_lora.config.schema import Config
 from sae_lora.models import adapter_files
 from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
@@ -35,7 +34,7 @@ class Sample(NamedTuple):
     """Some of the text that a run is trained on.
 
     Args:
-        tokens: `[batch, pos]`.
+        tokens: Token ids, `[batch, pos]`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
     """
 
@@ -44,11 +43,11 @@ class Sample(NamedTuple):
 
 
 class Artifact(NamedTuple):
-    """What is kept of a training.
+    """Files that are kept of a training.
 
     Args:
-        name: Of the folder among those of a run.
-        save: Writes it into such a folder, which is there and empty.
+        name: Name of their folder in the run folder.
+        save: Writes them into an empty folder.
     """
 
     name: str
@@ -58,12 +57,14 @@ class Artifact(NamedTuple):
 def build(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
-    """What a run trains, before its first step. Initial values come from torch's global random state.
+    """The training of a run before its first step, and the files to keep of it.
+
+    Initial values come from torch's global random state.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         model: The plain model; it is not changed.
-        splices: The SAEs, by block, as they were loaded, or as new ones are before training.
+        splices: The SAEs in the order of their places: loaded, or new ones before training.
         steps: Number of steps in all.
 
     Raises:
@@ -74,10 +75,8 @@ def build(
             return _lora(config, model, splices, steps)
         case Method.linear_adapter | Method.mlp_adapter:
             return _output_adapters(config, model, splices, steps)
-        case Method.sae_finetune | Method.e2e:
-            return _through_the_model(config, model, splices, steps)
-        case Method.sae:
-            return _reconstructing(config, model, splices, steps)
+        case Method.sae_finetune | Method.e2e | Method.sae:
+            return _trained_saes(config, model, splices, steps)
         case _:
             raise NotImplementedError(config.method.kind)
 
@@ -102,40 +101,66 @@ def _output_adapters(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
     d_model, device = model.config.hidden_size, model.device
-    made = {
+    adapters = {
         splice.hookpoint: OutputAdapter(config.method.kind, d_model, config.method.rank).to(device)
         for splice in splices
     }
     adapted = tuple(
-        splice._replace(sae=AdaptedCoder(splice.sae, made[splice.hookpoint])) for splice in splices
+        splice._replace(sae=AdaptedCoder(splice.sae, adapters[splice.hookpoint])) for splice in splices
     )
-    student = _around(model, adapted, splices, made)
+    student = _student(model, adapted, splices, adapters)
 
     def save(folder: Path) -> None:
-        for hookpoint, adapter in made.items():
+        for hookpoint, adapter in adapters.items():
             (folder / hookpoint).mkdir()
             output_adapter.save(adapter, folder / hookpoint)
 
     return GradientState(student, config.train, steps), Artifact("output_adapter", save)
 
 
-def _through_the_model(
+def _trained_saes(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
-    student, made = _training_saes(config, model, splices)
-    mse = config.method.kind is Method.sae_finetune and config.method.mse
-    return SAEGradientState(student, config.train, steps, mse=mse), _artifact(made)
+    by_hookpoint: dict[str, SplicedSAE] = {}  # a shared SAE is listed under its first block
+    by_given: dict[int, SplicedSAE] = {}
+    for splice in splices:
+        if id(splice.sae) not in by_given:
+            sae = _in_training(config, splice.sae)
+            by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
+    trained = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
+    is_new = config.sae.family is SAEFamily.new
+    before = splices
+    if is_new:
+        before = tuple(splice._replace(sae=by_given[id(splice.sae)].frozen) for splice in splices)
+    student = _student(model, trained, before, by_hookpoint, is_new=is_new)
+
+    def save(folder: Path) -> None:
+        for hookpoint, sae in by_hookpoint.items():
+            sae.save(folder / hookpoint)
+
+    if config.method.kind is Method.sae:
+        trainers = _sae_trainers(config, student, steps)
+        training = ReconstructState(student, config.train, steps, trainers)
+    else:
+        mse = config.method.kind is Method.sae_finetune and config.method.mse
+        training = SAEGradientState(student, config.train, steps, mse=mse)
+    return training, Artifact("sae", save)
 
 
-def _reconstructing(
-    config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[TrainState, Artifact]:
-    student, made = _training_saes(config, model, splices)
-    sources = sources_of(student)
+def _in_training(config: Config, sae: Coder) -> SplicedSAE:
+    if isinstance(sae, SplicedSAE):
+        return sae
+    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
+    copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
+    return SplicedSAE(copied, dead_after_steps(config), rank)
+
+
+def _sae_trainers(config: Config, student: Student, steps: int) -> dict[str, SteppedSAETrainer]:
+    """One trainer for each SAE of a student, by the names of `sources_of`."""
     warm_up = round(config.train.warmup_share * steps)
     falls = config.train.schedule is Schedule.linear
     trainers = {}
-    for name, (sae, _) in sources.items():
+    for name, (sae, _) in sources_of(student).items():
         trainers[name] = SteppedSAETrainer(
             sae.sae,
             steps=steps,
@@ -147,44 +172,10 @@ def _reconstructing(
             sampling_window_steps=max(2, steps // 4),
         )
         trainers[name].begin(float(sae.scale))
-    return ReconstructState(student, config.train, steps, trainers), _artifact(made)
+    return trainers
 
 
-def _training_saes(
-    config: Config, model: LanguageModel, splices: Splices
-) -> tuple[Student, dict[str, SplicedSAE]]:
-    """A student of which SAEs are trained, and these by hookpoint; of several for one, by the first."""
-    made: dict[str, SplicedSAE] = {}
-    by_given: dict[int, SplicedSAE] = {}
-    for splice in splices:
-        if id(splice.sae) not in by_given:
-            by_given[id(splice.sae)] = made[splice.hookpoint] = _in_training(config, splice.sae)
-    own = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
-    is_new = config.sae.family is SAEFamily.new
-    before = splices
-    if is_new:
-        frozen = {given: sae.frozen for given, sae in by_given.items()}
-        before = tuple(splice._replace(sae=frozen[id(splice.sae)]) for splice in splices)
-    return _around(model, own, before, made, is_new=is_new), made
-
-
-def _artifact(saes: Mapping[str, SplicedSAE]) -> Artifact:
-    def save(folder: Path) -> None:
-        for hookpoint, sae in saes.items():
-            sae.save(folder / hookpoint)
-
-    return Artifact("sae", save)
-
-
-def _in_training(config: Config, sae: Coder) -> SplicedSAE:
-    if isinstance(sae, SplicedSAE):
-        return sae
-    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
-    return SplicedSAE(copied, dead_after_steps(config), rank)
-
-
-def _around(
+def _student(
     model: LanguageModel,
     splices: Splices,
     before: Splices,
@@ -192,12 +183,12 @@ def _around(
     *,
     is_new: bool = False,
 ) -> Student:
-    """A student of which nothing is trained but modules in the place of its SAEs."""
+    """A student that trains only modules in the place of its SAEs."""
     model.check_additions(splice.block for splice in splices if splice.place.is_inside)
     weights = {
-        f"{name}/{own}": weight
-        for name, module in modules.items()
-        for own, weight in module.named_parameters()
+        f"{module_name}/{name}": weight
+        for module_name, module in modules.items()
+        for name, weight in module.named_parameters()
         if weight.requires_grad
     }
     return Student(
@@ -216,58 +207,46 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     """The new SAEs of a run, untrained. Initial values come from torch's global random state.
 
     Args:
-        config: Of the run.
+        config: Config of the run.
         model: The plain model.
-        sample: They will read residuals at the mean length of those there.
+        sample: Text whose residuals have the mean length that the SAEs will read.
     """
-    about = {
+    keeps = keeps_special_tokens(config.sae, [])
+    metadata = {
         "model_name": config.model.name,
         "dataset_path": config.data.name or config.data.source.name,
         "context_size": config.data.context_length,
+        "exclude_special_tokens": keeps,
     }
     tokens, special_ids = (part.to(model.device) for part in sample)
-    keeps = keeps_special_tokens(config.sae, [])
     hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
     read = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
-    found: list[LoadedSAE] = []
+    architecture = config.sae.architecture
+    saes: list[LoadedSAE] = []
     shared: dict[int, SplicedSAE] = {}
     for choice in config.sae.used:
-        one = untrained(config.sae, choice, model.config.hidden_size, model.device, about)
+        request = training_sae.SAERequest(
+            str(Place.of(choice)),
+            architecture,
+            model.config.hidden_size,
+            choice.width or 0,
+            choice.l0,
+            config.sae.sparsity_coefficient,
+        )
+        group_blocks = {"group_blocks": choice.group} if choice.group else {}
+        sae = training_sae.new(request, model.device, metadata | group_blocks)
         group = choice.group or [choice.block]
         if group[0] not in shared:
-            sae = SplicedSAE(one.sae, dead_after_steps(config))  # pyright: ignore[reportArgumentType]
-            sae.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
-            shared[group[0]] = sae
-        found.append(replace(one, sae=shared[group[0]]))
-    return found
-
-
-def untrained(
-    config: SAEConfig, choice: SAEChoice, d_model: int, device: torch.device, metadata: dict[str, Any]
-) -> LoadedSAE:
-    """A new SAE in sae-lens's training class. Values come from torch's global random state.
-
-    Args:
-        config: What it is to be.
-        choice: Where, how wide and how sparse.
-        d_model: Width of what it reads.
-        device: Where it is to be.
-        metadata: What its own config is to say of model and data.
-    """
-    request = training_sae.SAERequest(
-        str(Place.of(choice)),
-        config.architecture,
-        d_model,
-        choice.width or 0,
-        choice.l0,
-        config.sparsity_coefficient,
-    )
-    keeps = keeps_special_tokens(config, [])
-    shared = {"group_blocks": choice.group} if choice.group else {}
-    sae = training_sae.new(request, device, metadata | {"exclude_special_tokens": keeps} | shared)
-    return LoadedSAE(
-        hookpoint=str(Place.of(choice)),
-        sae=sae,
-        description=describe(config, choice, config.architecture.name, choice.width) | {"sha256": None},
-        excludes_special_tokens=keeps,
-    )
+            spliced = SplicedSAE(sae, dead_after_steps(config))
+            spliced.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
+            shared[group[0]] = spliced
+        saes.append(
+            LoadedSAE(
+                hookpoint=str(Place.of(choice)),
+                sae=shared[group[0]],
+                description=describe(config.sae, choice, architecture.name, choice.width)
+                | {"sha256": None},
+                excludes_special_tokens=keeps,
+            )
+        )
+    return saes

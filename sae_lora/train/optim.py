@@ -1,4 +1,4 @@
-"""How the weights of a student move: down a gradient, or by forward passes alone."""
+"""Optimisation of a student: down a gradient, or by forward passes alone."""
 
 import hashlib
 import math
@@ -14,16 +14,13 @@ from sae_lora.splice.kl import SummedKL
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.checkpoint import Snapshot
-from sae_lora.train.train_state import DistillState, StepInfo
+from sae_lora.train.train_state import DistillState, StepInfo, zero
 
 
 class GradientState(DistillState):
     """A student that AdamW moves down the gradient of the KL.
 
-    Args:
-        student: What is trained. Its dropout goes on from torch's global random state as it is now.
-        config: The optimisation.
-        steps: Number of steps in all.
+    Dropout draws on from torch's present global random state.
     """
 
     needs_gradient = True
@@ -40,7 +37,7 @@ class GradientState(DistillState):
             fused=self._device.type == "cuda",
         )
         self._randomness = _Randomness(self._device)
-        self._total = _nothing(self._device)
+        self._total = zero(self._device)
 
     @property
     def total(self) -> Tensor:
@@ -51,15 +48,15 @@ class GradientState(DistillState):
         return [self._total, *self._gradients()]
 
     def hidden(self, trunk: Trunk) -> list[Tensor]:
-        with self._randomness.own():
+        with self._randomness.in_use():
             return [self.student.hidden(trunk)]
 
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
-        (states,), (found,) = hidden, kl
-        states.backward(found.gradient)
-        self._total += found.total
+        (states,), (summed,) = hidden, kl
+        states.backward(summed.gradient)
+        self._total += summed.total
 
-    def _update(self, lr: float, weight: float) -> StepInfo:
+    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["times"]
         weights = self.student.weights.values()
@@ -71,60 +68,55 @@ class GradientState(DistillState):
     def reset(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._randomness.rewind()
-        self._total = _nothing(self._device)
+        self._total = zero(self._device)
 
-    def seed_rank(self, step: int, rank: int) -> None:
-        self._randomness.begin_at(f"{self._config.seed} {step} {rank}")
+    def seed_rank(self, rank: int) -> None:
+        self._randomness.seed(_seed_of(f"{self._config.seed} {self.step} {rank}"))
 
     def _own_state(self) -> Snapshot:
-        found = {f"adapter/{name}": weight.detach() for name, weight in self.student.weights.items()}
+        tensors, values = super()._own_state()
         for name, weight in self.student.weights.items():
             for key, value in self._optimizer.state[weight].items():
-                found[f"optimizer/{key}/{name}"] = value
-        found |= {f"rng/{place}": kept for place, kept in self._randomness.kept.items()}
-        return Snapshot(found, {})
+                tensors[f"optimizer/{key}/{name}"] = value
+        tensors |= {f"rng/{device}": state for device, state in self._randomness.kept.items()}
+        return Snapshot(tensors, values)
 
     def _restore_own(self, kept: Snapshot) -> None:
+        super()._restore_own(kept)
         tensors = kept.tensors
         for name, weight in self.student.weights.items():
-            weight.data.copy_(tensors[f"adapter/{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:
                     self._optimizer.state[weight][key] = value.to(weight.device)
-        self._randomness.kept |= {
-            place: tensors[f"rng/{place}"].cpu()
-            for place in self._randomness.kept
-            if f"rng/{place}" in tensors
-        }
+        for device in self._randomness.kept:
+            if f"rng/{device}" in tensors:
+                self._randomness.kept[device] = tensors[f"rng/{device}"].cpu()
         self._randomness.rewind()
 
     def _gradients(self) -> list[Tensor]:
-        """That of each weight, there to be added to."""
-        found = []
+        """The gradient of each weight, made of zeros where there is none yet."""
+        gradients = []
         for weight in self.student.weights.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            found.append(weight.grad)
-        return found
+            gradients.append(weight.grad)
+        return gradients
 
 
 class MeZOState(DistillState):
     """A student that is trained by two forward passes a step.
 
-    In one the weights are moved a little along a random direction, in the other against it.
-
-    What the loss differs by is the slope along that direction, and the weights move down it. There is no
-    backward pass and no gradient: the memory is that of inference, and the trained weights once more.
-    The direction follows from the seed and the step, so that it is drawn anew rather than kept.
+    The first moves the weights a little along a random direction, the second against it. The
+    difference of the losses gives the slope along that direction, and the weights move down it. There is
+    no backward pass: memory is that of inference, and the trained weights once more. The direction
+    follows from the seed and the step, so that it is drawn anew rather than kept.
 
     Source: arXiv 2305.17333, algorithm 1. Weights are put back as they were rather than moved back, so
     that a rate of zero leaves every bit.
 
     Args:
-        student: What is trained; nothing in it may be random.
-        config: The optimisation.
-        steps: Number of steps in all.
-        epsilon: How far the weights are moved along the direction.
+        student, config, steps: As in `TrainState`; nothing in the student may be random.
+        epsilon: Distance that the weights are moved along the direction.
     """
 
     needs_gradient = False
@@ -132,8 +124,7 @@ class MeZOState(DistillState):
     def __init__(self, student: Student, config: TrainConfig, steps: int, epsilon: float) -> None:
         super().__init__(student, config, steps)
         self._epsilon = epsilon
-        self._above = _nothing(self._device)
-        self._below = _nothing(self._device)
+        self.reset()
 
     @property
     def total(self) -> Tensor:
@@ -145,11 +136,11 @@ class MeZOState(DistillState):
 
     @torch.no_grad()
     def hidden(self, trunk: Trunk) -> list[Tensor]:
-        found = []
+        passes = []
         for distance in (self._epsilon, -self._epsilon):
             with self._moved(distance):
-                found.append(self.student.hidden(trunk))
-        return found
+                passes.append(self.student.hidden(trunk))
+        return passes
 
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         above, below = kl
@@ -157,29 +148,17 @@ class MeZOState(DistillState):
         self._below += below.total
 
     @torch.no_grad()
-    def _update(self, lr: float, weight: float) -> StepInfo:
-        slope = float(self._above - self._below) * weight / (2 * self._epsilon)
+    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
+        slope = float(self._above - self._below) * self.weight(batch) / (2 * self._epsilon)
         clip = self._config.grad_clip or math.inf
         kept = min(1.0, clip / abs(slope)) if slope else 1.0
-        for one, direction in zip(self.student.weights.values(), self._direction(), strict=True):
-            one.mul_(1 - lr * self._config.weight_decay)
-            one.sub_(direction, alpha=lr * kept * slope)
+        for weight, direction in zip(self.student.weights.values(), self._direction(), strict=True):
+            weight.mul_(1 - lr * self._config.weight_decay)
+            weight.sub_(direction, alpha=lr * kept * slope)
         return StepInfo(lr, abs(slope))
 
     def reset(self) -> None:
-        self._above = _nothing(self._device)
-        self._below = _nothing(self._device)
-
-    def seed_rank(self, step: int, rank: int) -> None:
-        """Nothing in it is random but the direction, which is the same for all processes."""
-
-    def _own_state(self) -> Snapshot:
-        weights = self.student.weights.items()
-        return Snapshot({f"adapter/{name}": weight.detach() for name, weight in weights}, {})
-
-    def _restore_own(self, kept: Snapshot) -> None:
-        for name, weight in self.student.weights.items():
-            weight.data.copy_(kept.tensors[f"adapter/{name}"])
+        self._above, self._below = zero(self._device), zero(self._device)
 
     @contextmanager
     def _moved(self, distance: float) -> Iterator[None]:
@@ -195,19 +174,15 @@ class MeZOState(DistillState):
                 weight.data = data
 
     def _direction(self) -> Iterator[Tensor]:
-        """That of the step, weight by weight, normally distributed."""
+        """The direction of the step, weight by weight, normally distributed."""
         generator = torch.Generator(self._device)
         generator.manual_seed(_seed_of(f"{self._config.seed} {self.step} direction"))
         for weight in self.student.weights.values():
             yield torch.randn(weight.shape, generator=generator, device=self._device, dtype=weight.dtype)
 
 
-def _nothing(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=device)
-
-
 def _groups(weights: Mapping[str, nn.Parameter], loraplus_ratio: float) -> list[dict[str, Any]]:
-    """The weights, and what their rate is in terms of that of all but LoRA's B."""
+    """Weights by the factor of their rate: `loraplus_ratio` for LoRA's B, 1 for all others."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, weight in weights.items():
         times = loraplus_ratio if "lora_B" in name else 1.0
@@ -215,22 +190,22 @@ def _groups(weights: Mapping[str, nn.Parameter], loraplus_ratio: float) -> list[
     return [{"params": weights, "times": times} for times, weights in groups.items()]
 
 
-def _seed_of(words: str) -> int:
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
+def _seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
 class _Randomness:
-    """torch's random states as one training has them, whoever else draws meanwhile."""
+    """torch's random states for one training, whatever else draws meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.kept = self._now()
-        """By kind of device: what the next step draws from."""
+        """By kind of device: the state that the next step draws from."""
         self._after = self.kept
 
     @contextmanager
-    def own(self) -> Iterator[None]:
-        """What is drawn inside the block is drawn from where this step has come to."""
+    def in_use(self) -> Iterator[None]:
+        """Continue inside the block where this step has stopped drawing."""
         torch.set_rng_state(self._after["cpu"])
         if "cuda" in self._after:
             torch.cuda.set_rng_state(self._after["cuda"], self._device)
@@ -238,18 +213,18 @@ class _Randomness:
         self._after = self._now()
 
     def advance(self) -> None:
-        """What was drawn in this step is gone; until then it would be drawn once more."""
+        """Ends the step: the next one draws on from here."""
         self.kept = self._after
 
     def rewind(self) -> None:
-        """The step begins anew."""
+        """Begins the step anew: it draws the same once more."""
         self._after = self.kept
 
-    def begin_at(self, words: str) -> None:
-        """The next step draws from where these words say."""
-        with self.own():
-            torch.manual_seed(_seed_of(words))
-        self.kept = self._after
+    def seed(self, seed: int) -> None:
+        """Has the next step draw from this seed."""
+        with self.in_use():
+            torch.manual_seed(seed)
+        self.advance()
 
     def _now(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

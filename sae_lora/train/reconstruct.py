@@ -1,4 +1,4 @@
-"""SAEs that learn to reconstruct: the loop that has one pass of the model serve them all."""
+"""SAEs that learn to reconstruct: a loop in which one pass of the model serves all of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,24 +14,19 @@ from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.student import Student
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.train_state import StepInfo, TrainState
+from sae_lora.train.train_state import StepInfo, TrainState, zero
 from sae_lora.train.trainer import Trainer
 
 
 class Source(NamedTuple):
-    """Where an SAE in training takes its activations from.
-
-    Args:
-        sae: The SAE.
-        hookpoints: Of several, each token takes one at random.
-    """
+    """An SAE in training and the hookpoints of its activations; each token takes one at random."""
 
     sae: SplicedSAE
     hookpoints: list[str]
 
 
 def sources_of(student: Student) -> dict[str, Source]:
-    """Where each SAE of a student takes its activations from, by a name that says it."""
+    """The SAEs of a student and where they read, by the names of their hookpoints joined with `+`."""
     by_sae: dict[int, Source] = {}
     for splice in student.splices:
         assert isinstance(splice.sae, SplicedSAE)
@@ -43,9 +38,7 @@ class ReconstructState(TrainState):
     """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
 
     Args:
-        student: The model with the SAEs in place.
-        config: The optimisation.
-        steps: Number of steps in all.
+        student, config, steps: As in `TrainState`.
         trainers: By the names of `sources_of`.
     """
 
@@ -59,55 +52,51 @@ class ReconstructState(TrainState):
         super().__init__(student, config, steps)
         self._trainers = trainers
         self._saes = {name: source.sae for name, source in sources_of(student).items()}
-        self._given: Mapping[str, Tensor] = {}
-        self._step_tokens = 0
+        self._activations: Mapping[str, Tensor] = {}
         self.reset()
 
     @property
     def total(self) -> Tensor:
         return self._total
 
-    def read(self, activations: Mapping[str, Tensor], tokens: int) -> None:
-        """Takes what the step will be on.
+    def read(self, activations: Mapping[str, Tensor]) -> None:
+        """Takes the activations of the coming step, `[token, d_model]` by name.
 
-        Args:
-            activations: `[token, d_model]` by name.
-            tokens: That the step counts as; at some of them there may be no activation.
+        They may be fewer than the tokens of the step, where special tokens are left out.
         """
-        self._given = activations
-        self._step_tokens = tokens
+        self._activations = activations
 
-    def _update(self, lr: float, weight: float) -> StepInfo:
+    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
         # sae-lens's schedule rises a little otherwise than ours.
         lr = next(iter(self._trainers.values())).lr
         for name, trainer in self._trainers.items():
             # In the residuals' own units; a mean over SAEs.
-            mse = trainer.step(self._given[name]).double() / trainer.scale**2
-            self._total += self._step_tokens * mse / len(self._trainers)
+            mse = trainer.step(self._activations[name]).double() / trainer.scale**2
+            self._total += batch.numel() * mse / len(self._trainers)
             self._saes[name].has_moved()
         return StepInfo(lr, None)
 
     def reset(self) -> None:
-        self._given = {}
-        self._total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._activations = {}
+        self._total = zero(self._device)
 
     def _own_state(self) -> Snapshot:
         tensors, values = {}, {}
         for name, trainer in self._trainers.items():
-            own, values[name] = trainer.state()
-            tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
+            of_trainer, values[name] = trainer.state()
+            tensors |= {f"{name}/{key}": tensor for key, tensor in of_trainer.items()}
             tensors[f"{name}/scale"] = self._saes[name].scale
         return Snapshot(tensors, values)
 
     def _restore_own(self, kept: Snapshot) -> None:
         for name, trainer in self._trainers.items():
-            own = {
+            tensors = {
                 key.removeprefix(f"{name}/"): tensor
                 for key, tensor in kept.tensors.items()
                 if key.startswith(f"{name}/")
             }
-            trainer.restore(own, kept.values[name])
-            self._saes[name].scale.copy_(own["scale"])
+            trainer.restore(tensors, kept.values[name])
+            self._saes[name].scale.copy_(tensors["scale"])
             self._saes[name].has_moved()
 
 
@@ -117,9 +106,7 @@ class ReconstructTrainer(Trainer[ReconstructState]):
     Args:
         buffer: Serves the activations of all of them.
         batch: Shape of a step's tokens, `[batch, pos]`.
-        device: Where they are.
-        trainings: With equal numbers of steps.
-        evaluate: Measures them on held-out tokens.
+        device, trainings, evaluate: As in `Trainer`.
     """
 
     def __init__(
@@ -142,5 +129,5 @@ class ReconstructTrainer(Trainer[ReconstructState]):
         activations = self._buffer.serve(step, batches)
         for training in trained:
             with self._trainings.only(training):
-                training.read(activations, self._batch.numel())
+                training.read(activations)
                 training.take_step(self._batch)

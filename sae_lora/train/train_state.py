@@ -1,10 +1,11 @@
-"""The training of one student: its steps, its rate, its curve, and what a checkpoint keeps of them."""
+"""The training of one student: its steps and curve, and their state in a checkpoint."""
 
 import math
 import resource
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,25 +26,30 @@ State = TypeVar("State", bound="TrainState")
 
 
 class StepInfo(NamedTuple):
-    """How a step has moved weights.
-
-    Args:
-        lr: At this rate.
-        norm: Of the gradient before clipping; `None` where that is not known.
-    """
+    """The learning rate of a step, and the norm of its gradient before clipping where that is known."""
 
     lr: float
     norm: Tensor | float | None
 
 
-class TrainState(ABC):
-    """The training of one student: how far it is, and all that is its own.
+@dataclass
+class _Interval:
+    """The training since the last evaluation."""
 
-    Between two steps `state()` is all there is to know: put back into a new object with
-    `restore()`, the rest of the curve and the adapters come out the same to the last bit.
+    kl: Tensor
+    """Summed over tokens, in nats. It stays on the device: to read it is to wait."""
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class TrainState(ABC):
+    """The training of one student: its progress and everything that no other student shares.
+
+    Between two steps `state()` is complete: where `restore()` puts it into a new object, the rest of the
+    curve and the adapters come out the same to the last bit.
 
     Args:
-        student: What is trained.
+        student: The model with its SAEs and trained weights.
         config: The optimisation.
         steps: Number of steps in all.
     """
@@ -55,12 +61,11 @@ class TrainState(ABC):
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
-        """Whether `state()` is one to go on from: no error has left a step half taken."""
+        """Whether training can go on from `state()`: no error has left a step half taken."""
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
-        self._rate_factor = rate_factor(config, steps)
-        self._interval = _Interval(self._device, _Read())
+        self._interval = _Interval(zero(self._device))
         self._train_seconds = 0.0
         self._points = 0
         self._evaluated_at: int | None = None
@@ -72,27 +77,27 @@ class TrainState(ABC):
     @property
     @abstractmethod
     def total(self) -> Tensor:
-        """What this step is to make less, before it does so, summed over its tokens.
+        """The loss of this step before it moves the weights, summed over its tokens.
 
-        KL(teacher ‖ student) in nats; of SAEs that learn to reconstruct, the squared error.
+        KL(teacher ‖ student) in nats; the squared error of SAEs that learn to reconstruct.
         """
 
     @abstractmethod
-    def _update(self, lr: float, weight: float) -> StepInfo:
-        """Moves the weights, at the end of a step.
+    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
+        """Moves the weights at the end of a step.
 
         Args:
             lr: The rate of this step.
-            weight: What the KL is multiplied by to be the loss; its gradient comes multiplied.
+            batch: Shape of its tokens, `[batch, pos]`, in all processes together.
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Leaves no trace of a step that has ended, or that came to nothing."""
+        """Clears what a step has gathered, whether it ended or failed."""
 
     @abstractmethod
     def _own_state(self) -> Snapshot:
-        """What the rest of the training depends on besides steps, tokens and the curve."""
+        """Everything that the training depends on besides steps, tokens and the curve."""
 
     @abstractmethod
     def _restore_own(self, kept: Snapshot) -> None:
@@ -105,36 +110,38 @@ class TrainState(ABC):
 
     @property
     def loss(self) -> float:
-        """What the last batch had to teach, per token, as `total`. Waits for the device."""
+        """`total` of the last step, per token. Waits for the device."""
         return math.nan if self._last_loss is None else float(self._last_loss)
 
     def take_step(self, batch: torch.Size) -> None:
-        """Ends the step, which was on so many tokens, `[batch, pos]`, of all processes."""
-        lr, tokens = self._config.lr * self._rate_factor(self.step), batch.numel()
+        """Ends the step on tokens of this shape, `[batch, pos]`, in all processes together."""
+        lr = self._config.lr * rate_factor(self._config, self._steps, self.step)
+        tokens = batch.numel()
         self.is_between_steps = False
-        info = self._update(lr, self.weight(batch))
+        info = self._update(lr, batch)
         total = self.total
         self.step += 1
         self.tokens += tokens
         self._lr, self._last_norm, self._last_loss = info.lr, info.norm, total / tokens
-        self._interval.add(total, tokens)
+        self._interval.kl += total
+        self._interval.tokens += tokens
         self.reset()
         self.is_between_steps = True
 
     def weight(self, batch: torch.Size) -> float:
-        """What the KL summed over `[batch, pos]` is multiplied by to be the loss."""
+        """Factor from the KL summed over tokens `[batch, pos]` to the loss."""
         per_token = self._config.kl_reduction is Reduction.token_mean
         return 1 / (batch.numel() if per_token else batch[0])
 
     def add_seconds(self, seconds: float) -> None:
-        """Takes note of time spent training."""
+        """Adds time spent training."""
         self._interval.seconds += seconds
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether a point belongs here that has not been taken over."""
-        at_its_time = self.tokens >= self._next_evaluation or self.has_ended
-        return at_its_time and self._evaluated_at != self.step
+        """Whether this step needs a point of the curve, and none has been taken over yet."""
+        is_time = self.tokens >= self._next_evaluation or self.has_ended
+        return is_time and self._evaluated_at != self.step
 
     def point(self, measured: Evaluation) -> CurvePoint:
         """The point of the curve that this evaluation makes.
@@ -142,8 +149,7 @@ class TrainState(ABC):
         Raises:
             UserError: When the loss has stopped being a number.
         """
-        interval = self._interval.read()
-        self._refuse_nonsense(interval.kl)
+        interval, kl = self._interval, self._finite_kl()
         closed = gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce)
         return CurvePoint(
             step=self.step,
@@ -167,7 +173,7 @@ class TrainState(ABC):
                 }
                 for hookpoint in measured.l0
             },
-            train_loss=interval.kl / interval.tokens if interval.tokens else None,
+            train_loss=kl / interval.tokens if interval.tokens else None,
             lr=self._lr,
             grad_norm=None if self._last_norm is None else float(self._last_norm),
             tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
@@ -175,30 +181,31 @@ class TrainState(ABC):
         )
 
     def note_evaluation(self) -> None:
-        """The point has been taken over."""
+        """Begins the next interval, once the point has been taken over."""
         self._train_seconds += self._interval.seconds
-        self._interval = _Interval(self._device, _Read())
+        self._interval = _Interval(zero(self._device))
         self._points += 1
         self._evaluated_at = self.step
         self._next_evaluation = self.tokens + self._config.eval_every_tokens
 
-    def _refuse_nonsense(self, kl: float) -> None:
+    def _finite_kl(self) -> float:
+        """The summed KL of the interval. Waits for the device."""
+        kl = float(self._interval.kl)
         if not math.isfinite(kl):
             raise UserError(
                 f"the training loss is {kl} after {self.tokens} tokens; "
                 f"train.lr={self._config.lr:g} may be too high"
             )
+        return kl
 
     def state(self) -> Snapshot:
         """Everything that the rest of the training depends on, besides model, SAEs and text.
 
-        Its values `step` and `points` say how many steps were taken and points taken over.
+        Its values `step` and `points` count the steps taken and the points taken over.
 
         Raises:
-            UserError: When the loss has stopped being a number: that is no state to go on from.
+            UserError: When the loss has stopped being a number: no training can go on from there.
         """
-        interval = self._interval.read()
-        self._refuse_nonsense(interval.kl)
         values = {
             "step": self.step,
             "tokens": self.tokens,
@@ -208,7 +215,7 @@ class TrainState(ABC):
             "next_evaluation": self._next_evaluation,
             "lr": self._lr,
             "grad_norm": None if self._last_norm is None else float(self._last_norm),
-            "interval": interval._asdict(),
+            "interval": vars(self._interval) | {"kl": self._finite_kl()},
         }
         own = self._own_state()
         return Snapshot(own.tensors, values | {"learner": own.values})
@@ -225,7 +232,9 @@ class TrainState(ABC):
         self._next_evaluation = values["next_evaluation"]
         self._lr = values["lr"]
         self._last_norm = values["grad_norm"]
-        self._interval = _Interval(self._device, _Read(**values["interval"]))
+        interval = values["interval"]
+        kl = torch.tensor(interval["kl"], dtype=torch.float64, device=self._device)
+        self._interval = _Interval(kl, interval["tokens"], interval["seconds"])
 
 
 class DistillState(TrainState):
@@ -240,7 +249,7 @@ class DistillState(TrainState):
     @property
     @abstractmethod
     def sums(self) -> list[Tensor]:
-        """What `backward` has summed in this step, to be added up over processes. May be changed."""
+        """Sums that `backward` has made in this step, to be added up over processes in place."""
 
     @abstractmethod
     def hidden(self, trunk: Trunk) -> list[Tensor]:
@@ -248,51 +257,33 @@ class DistillState(TrainState):
 
     @abstractmethod
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
-        """Takes in what a part of the batch says.
+        """Adds a part of the batch to the step.
 
         Args:
-            hidden: What `hidden` gave.
+            hidden: The states that `hidden` gave.
             kl: The KL of each, with its gradient where that is needed.
         """
 
-    @abstractmethod
-    def seed_rank(self, step: int, rank: int) -> None:
-        """Drops other inputs in this step than the same training does in another process.
+    def seed_rank(self, rank: int) -> None:
+        """Has dropout draw in this step by seed, step and rank of the process alone."""
 
-        Args:
-            step: Its number.
-            rank: Which process this is. What is drawn depends on the two and the seed alone.
-        """
+    def _own_state(self) -> Snapshot:
+        weights = self.student.weights.items()
+        return Snapshot({f"adapter/{name}": weight.detach() for name, weight in weights}, {})
+
+    def _restore_own(self, kept: Snapshot) -> None:
+        for name, weight in self.student.weights.items():
+            weight.data.copy_(kept.tensors[f"adapter/{name}"])
+
+
+def zero(device: torch.device) -> Tensor:
+    """A sum to begin with, in float64."""
+    return torch.zeros((), dtype=torch.float64, device=device)
 
 
 def _peak_memory_gb(device: torch.device) -> float:
-    """The most that this process has held so far, of the GPU or of the machine, in 10^9 bytes."""
+    """Largest memory that this process has held so far, of the GPU or of the machine, in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-class _Read(NamedTuple):
-    """What an interval has gathered: summed KL in nats, tokens, seconds of training."""
-
-    kl: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-class _Interval:
-    """Loss, tokens and seconds since the last evaluation; reads the device only when asked."""
-
-    def __init__(self, device: torch.device, so_far: _Read) -> None:
-        self._kl = torch.tensor(so_far.kl, dtype=torch.float64, device=device)
-        self._tokens = so_far.tokens
-        self.seconds = so_far.seconds
-
-    def add(self, kl: Tensor, tokens: int) -> None:
-        self._kl += kl
-        self._tokens += tokens
-
-    def read(self) -> _Read:
-        """Everything; waits for the device."""
-        return _Read(float(self._kl), self._tokens, self.seconds)

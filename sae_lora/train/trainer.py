@@ -1,4 +1,4 @@
-"""The loop that trains several students together: steps, curves, and whose the time is."""
+"""The loop that trains several students together: steps, curves, and the time of each."""
 
 import time
 from abc import ABC, abstractmethod
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint
-from sae_lora.train.distributed import ProcessGroup, SingleProcess
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Contribution, Evaluator
 from sae_lora.train.train_state import State
 
 
 class Task(NamedTuple):
-    """What the process that leads tells the others to do with it.
+    """Work of all processes, as the leader sends it to the others.
 
     Args:
-        numbers: Which trainings, as they were given.
-        tokens: `[batch, pos]` for a step, of which each takes its part; `None` for an evaluation.
-        of_each: Whether the evaluation is of what each SAE contributes.
+        numbers: The trainings, by their place among all.
+        tokens: Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation.
+        of_each: Whether to evaluate the contribution of each SAE.
     """
 
     numbers: list[int]
@@ -33,12 +33,12 @@ class Task(NamedTuple):
 class Trainer(ABC, Generic[State]):
     """Students that go through the same batches together, each as if it were alone.
 
-    What is frozen is computed once for all. Where some are further than others, those wait.
+    Frozen parts are computed once for all. Students that are further than others wait.
 
     Args:
-        device: Where they are.
-        trainings: Of students of the same model, with equal numbers of steps.
-        evaluate: Measures them on held-out tokens.
+        device: Device of the model.
+        trainings: Trainings of students of the same model, with equal numbers of steps.
+        evaluate: Measures students on held-out tokens.
         processes: The processes that share the batches, each with a trainer like this one.
     """
 
@@ -50,29 +50,30 @@ class Trainer(ABC, Generic[State]):
         processes: ProcessGroup | None = None,
     ) -> None:
         self._trainings = trainings
-        self._processes = processes or SingleProcess()
+        self._processes = processes or ProcessGroup()
         self._device = device
         self._evaluate = evaluate
-        self._clock = _Clock()
-        self._at_work: list[State] = []
+        self._timed_from: float | None = None
+        """Start of the time that is not yet shared out; `None` while no time counts as training."""
+        self._last_trained: list[State] = []
 
     @property
     def left(self) -> list[State]:
-        """Those that have not failed."""
+        """The trainings that have not failed."""
         return self._trainings.left
 
     @abstractmethod
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[State]) -> None:
-        """Takes one step of each of these.
+        """Takes one step of several trainings.
 
         Args:
-            step: Its number.
-            batches: Training tokens `[batch, pos]`, from where the step before has left them.
-            trained: Those that are just so far; none where all that are left are further.
+            step: Number of the step.
+            batches: Training tokens `[batch, pos]`, continued after the last step.
+            trained: The trainings that are at this step; none where all are further.
         """
 
     def follow(self, task: Task) -> None:
-        """Does this process's share of what the leader's trainer does."""
+        """Does this process's share of a task of the leader."""
         raise NotImplementedError(f"{type(self).__name__} runs in one process")
 
     @property
@@ -82,7 +83,7 @@ class Trainer(ABC, Generic[State]):
 
     @property
     def step(self) -> int:
-        """The step that comes next: that of the training that is least far."""
+        """Number of the next step: that of the training that is least far."""
         return min((training.step for training in self.left), default=0)
 
     def points(
@@ -91,13 +92,12 @@ class Trainer(ABC, Generic[State]):
         after_step: Callable[[Sequence[State]], None] = lambda trained: None,
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[tuple[State, CurvePoint]]:
-        """Trains to the end; yields each training's points before the first step, on the way, and
-        after the last.
+        """Trains to the end and yields points of the curves: before, between and after the steps.
 
         Args:
             batches: Training tokens `[batch, pos]`, one item a step, beginning with `first_batch`.
-            after_step: Called after every step with those that took it, when `state()` may be taken.
-            held: Entered around each step: what it keeps out cannot leave one half done.
+            after_step: Called after every step with the trainings that took it; `state()` is then sound.
+            held: Entered around each step, to hold back what must not interrupt it.
 
         Raises:
             UserError: When a loss stops being a number, unless the isolation takes the error.
@@ -106,13 +106,13 @@ class Trainer(ABC, Generic[State]):
         step = self.step
         yield from self._points_due()
         while not all(training.has_ended for training in self.left):
-            self._clock.run()
+            self._start_clock()
             with held():
                 trained = [training for training in self.left if training.step == step]
                 self._step(step, source, trained)
                 step += 1
                 if trained:
-                    self._at_work = list(trained)
+                    self._last_trained = trained
                     self._share_seconds()
             after_step(self._still_left(trained))
             yield from self._points_due()
@@ -122,16 +122,16 @@ class Trainer(ABC, Generic[State]):
         """Time spent in the block is no training time."""
         self._stop_clock()
         yield
-        self._clock.run()
+        self._start_clock()
 
     def contributions(self, training: State) -> dict[str, Contribution]:
-        """What each SAE of a student contributes, by hookpoint, with everything as it is now."""
+        """The present contribution of each SAE of a student, by hookpoint."""
         self._stop_clock()
         self._broadcast([training], of_each=True)
         return self._evaluate.contributions(training.student)
 
     def _still_left(self, trained: Sequence[State]) -> list[State]:
-        """Those of them that have not failed."""
+        """The trainings among these that have not failed."""
         return [training for training in trained if training in self.left]
 
     def _broadcast(
@@ -146,47 +146,30 @@ class Trainer(ABC, Generic[State]):
             return
         self._stop_clock()
         self._broadcast(due)
-        measured = self._evaluate([training.student for training in due])
-        for training, found in zip(due, measured, strict=True):
-            points: list[CurvePoint] = []
+        evaluations = self._evaluate([training.student for training in due])
+        for training, evaluation in zip(due, evaluations, strict=True):
+            point = None
             with self._trainings.only(training):
-                points.append(training.point(found))
-            for point in points:
+                point = training.point(evaluation)
+            if point is not None:
                 yield training, point
                 # Only once the point has been taken over: stopped before, it is measured again.
                 training.note_evaluation()
+
+    def _start_clock(self) -> None:
+        if self._timed_from is None:
+            self._timed_from = time.perf_counter()
 
     def _stop_clock(self) -> None:
         if self._device.type == "cuda":  # a GPU works on after a step has returned
             torch.cuda.synchronize(self._device)
         self._share_seconds()
-        self._clock.stop()
+        self._timed_from = None
 
     def _share_seconds(self) -> None:
-        """The time since it was last asked for belongs in equal parts to those that trained."""
-        seconds = self._clock.lap()
-        for training in self._at_work:
-            training.add_seconds(seconds / len(self._at_work))
-
-
-class _Clock:
-    """Tells how long it has run since it was last asked."""
-
-    def __init__(self) -> None:
-        self._asked: float | None = None
-
-    def run(self) -> None:
-        """Starts it, where it stands."""
-        if self._asked is None:
-            self._asked = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds that it has run since."""
-        if self._asked is None:
-            return 0.0
-        before, self._asked = self._asked, time.perf_counter()
-        return self._asked - before
-
-    def stop(self) -> None:
-        """Stops it; what it has run since is lost."""
-        self._asked = None
+        """Shares out the time since the last call among the trainings that took the last step."""
+        if self._timed_from is None:
+            return
+        start, self._timed_from = self._timed_from, time.perf_counter()
+        for training in self._last_trained:
+            training.add_seconds((self._timed_from - start) / len(self._last_trained))

@@ -28,7 +28,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.distill import DistillTrainer
-from sae_lora.train.distributed import ProcessGroup, SingleProcess
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.train_state import TrainState
 from tests.support.attempts import attempt, frozen, results
@@ -87,7 +87,7 @@ def going_on_from(output: str) -> int:
     return int(found[1].replace(",", ""))
 
 
-class Threads:
+class Threads(ProcessGroup):
     """Workers that are threads of this process."""
 
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, brought: list[Any]) -> None:
@@ -110,9 +110,6 @@ class Threads:
         all_of_them = self._exchange([tensor.clone() for tensor in tensors])
         for tensor, *parts in zip(tensors, *all_of_them, strict=True):
             tensor.copy_(torch.stack(parts).sum(0))
-
-    def release(self) -> None:
-        pass
 
     def _exchange(self, what: object) -> list[Any]:
         self._brought[self.rank] = what
@@ -140,7 +137,7 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
         )
 
     wide = [random_tokens(batch=3, length=16, seed=seed) for seed in range(steps)]
-    alone = packed(SingleProcess())
+    alone = packed(ProcessGroup())
     expected = [point for _, point in alone.points(wide)]
 
     meeting, brought = threading.Barrier(size), [None] * size
@@ -276,7 +273,7 @@ def test_processes_drop_inputs_of_their_own() -> None:
     trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), NO_IDS, one.student.cuts)
 
     def found(training: TrainState, rank: int) -> Tensor:
-        training.seed_rank(0, rank)
+        training.seed_rank(rank)
         (states,) = training.hidden(trunk)
         return states.detach()
 

@@ -34,7 +34,7 @@ from sae_lora.run.build import Builder
 from sae_lora.saes import layer_groups
 from sae_lora.saes.loading import SAEs
 from sae_lora.splice.hooks import special_positions
-from sae_lora.train.distributed import SingleProcess
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.methods import Sample
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from tests.support.attempts import attempt, frozen, killed, results
@@ -265,7 +265,7 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
         name: list(map(resid_post, group)) for name, group in names.items()
     }
     pack = Builder(member.config).trainer(
-        Isolation([member.training]), text.special_ids, text.validation_tokens, SingleProcess()
+        Isolation([member.training]), text.special_ids, text.validation_tokens, ProcessGroup()
     )
     assert isinstance(pack, ReconstructTrainer)
     batches = text.batches(member.config.train.batch_size, member.config.data.seed)

@@ -20,7 +20,7 @@ from sae_lora.saes import loading
 from sae_lora.train import methods
 from sae_lora.train.cost import estimate
 from sae_lora.train.distill import DistillTrainer
-from sae_lora.train.distributed import SingleProcess
+from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.optim import GradientState
 from sae_lora.train.sae_optim import SAEGradientState
 from sae_lora.train.train_state import TrainState
@@ -109,7 +109,7 @@ def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, t
     training, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
     builder = Builder(config)
     builder._model = model
-    pack = builder.trainer(Isolation([training]), NO_IDS, tokens, SingleProcess())
+    pack = builder.trainer(Isolation([training]), NO_IDS, tokens, ProcessGroup())
     use_attention([model, training.student.model], "eager")
     with FlopCounterMode(display=False) as counter:
         pack._step(0, iter([tokens]), [training])

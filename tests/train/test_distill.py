@@ -217,8 +217,8 @@ def test_lora_plus_moves_b_so_many_times_as_far() -> None:
 
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_learning_rate(schedule: Schedule) -> None:
-    factor = rate_factor(TrainConfig(schedule=schedule, warmup_share=0.25), steps=8)
-    rates = [factor(step) for step in range(9)]
+    config = TrainConfig(schedule=schedule, warmup_share=0.25)
+    rates = [rate_factor(config, 8, step) for step in range(9)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     expected = [1.0] * 6 if schedule is Schedule.constant else [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0]
     assert rates[3:] == pytest.approx(expected)

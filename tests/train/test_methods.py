@@ -22,7 +22,6 @@ from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import _own_weights
 from sae_lora.train.optim import MeZOState
-from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens, small_model
@@ -40,7 +39,7 @@ from tests.support.stepping import (
     trained,
     whole_kl,
 )
-from tests.support.trainings import CONFIG, NO_IDS, batches, comparable, fill, kl
+from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl
 
 MODEL = small_model("llama")
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -234,14 +233,12 @@ class TestMeZO:
 
         expected = []
         for one in variants():
-            curve = [comparable(p) for _, p in together(MODEL, one.training).points(batches(STEPS))]
+            (curve,) = curves(together(MODEL, one.training), STEPS).values()
             expected.append((curve, one.weights))
         found = variants()
-        curves: dict[TrainState, list] = {one.training: [] for one in found}
-        for training, point in together(MODEL, *curves).points(batches(STEPS)):
-            curves[training].append(comparable(point))
+        packed = curves(together(MODEL, *(one.training for one in found)), STEPS)
         for one, (curve, weights) in zip(found, expected, strict=True):
-            assert curves[one.training] == curve
+            assert packed[one.training] == curve
             assert same(one.weights, weights)
 
 
@@ -414,9 +411,8 @@ STOPPED: dict[str, Callable[[], Made]] = {
 @pytest.mark.parametrize("stop", [2, 3])
 def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
     """After a step between two evaluations, and before the one that follows a step."""
-    whole = STOPPED[name]()
-    expected = [comparable(p) for _, p in together(MODEL, whole.training).points(batches(STEPS))]
-    first, points = STOPPED[name](), []
+    whole, first, second = (STOPPED[name]() for _ in range(3))
+    (expected,) = curves(together(MODEL, whole.training), STEPS).values()
 
     def halt(trained: object) -> None:
         if first.training.step == stop:
@@ -424,15 +420,11 @@ def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: P
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        points += [
-            comparable(p) for _, p in together(MODEL, first.training).points(batches(STEPS), halt)
-        ]
+        list(together(MODEL, first.training).points(batches(STEPS), halt))
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
-    points = expected[: state.values["points"]]
-    second = STOPPED[name]()
     torch.rand(7)  # whatever else has drawn from the generator meanwhile
     second.training.restore(state)
-    rest = together(MODEL, second.training).points(batches(STEPS)[stop:])
-    assert points + [comparable(point) for _, point in rest] == expected
+    (rest,) = curves(together(MODEL, second.training), STEPS).values()
+    assert expected[: state.values["points"]] + rest == expected
     assert same(second.training.state().tensors, whole.training.state().tensors)

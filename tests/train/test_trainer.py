@@ -180,11 +180,6 @@ class TestOneThatFails:
         trainer = DistillTrainer(model, isolation, evaluator(model), NO_IDS, kl(model))
         return trainer, trainings, errors
 
-    def check_the_others(self, found: dict[TrainState, list[CurvePoint]], *left: TrainState) -> None:
-        for one in left:
-            assert len(found[one]) == 4
-            assert one.has_ended
-
     @pytest.mark.parametrize("at", ["hidden", "take_step", "point"])
     def test_at_any_moment(self, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
         expected, (first, _, third), _ = self.together(0, 1, 2)
@@ -215,7 +210,9 @@ class TestOneThatFails:
             trainings.append(failing)
         curve = curves(found, STEPS)
         assert isinstance(errors[failing], UserError)
-        self.check_the_others(curve, one, two)
+        for other in (one, two):
+            assert len(curve[other]) == 4
+            assert other.has_ended
 
     def test_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found, trainings, errors = self.together(0, 1)
