@@ -131,16 +131,10 @@ _NOT_TAKEN = {
 
 
 def send(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Sends the folder's files to a model's repository, which is made where there is none.
-
-    Args:
-        folder: The files.
-        repo: `org/name`.
-        private: Whether only its owners may see the repository.
-        revision: The branch; made where there is none.
+    """Sends a folder's files to a model's repository and branch, made where there are none.
 
     Returns:
-        The address at which they can be seen.
+        Their address.
 
     Raises:
         UserError: Where the hub does not take them, and where `private` meets a public repository.

@@ -43,8 +43,7 @@ class EvaluationConfig:
     steering_text_tokens: int = 64
     """Held-out text: tokens of each, from the beginning of a sequence; at most `sequences` texts."""
     tasks: list[str] = field(default_factory=lambda: ["mmlu", "hellaswag", "truthfulqa_mc2"])
-    """Tasks or groups of lm-evaluation-harness for the suite tasks; tiny_continuation and
-    tiny_generation ship with this package."""
+    """Tasks or groups of lm-evaluation-harness; or tiny_continuation and tiny_generation, which ship."""
     task_limit: int | None = None
     """Documents of each task, from the first on; null: all."""
     few_shot: int | None = None
@@ -52,8 +51,7 @@ class EvaluationConfig:
     task_batch_size: int = 8
     """Texts in a forward pass of a task. Changes memory and time; the result by rounding alone."""
     saebench: list[str] = field(default_factory=lambda: list(BENCHMARKS))
-    """Benchmarks of SAEBench for the suite saebench, which runs in an environment of its own:
-    `python -m sae_lora setup saebench` makes it."""
+    """Benchmarks of SAEBench, in the environment that `python -m sae_lora setup saebench` makes."""
     saebench_options: Any = None
     """By benchmark, fields of its own config (SAEBench's `EvalConfig` classes) and their values, such as
     `{sparse_probing: {probe_train_set_size: 400}}`; null: all as SAEBench has them."""

@@ -17,14 +17,8 @@ _NOT_IDENTITY = {
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
     "train": (
-        "device",
-        "kl",
-        "kl_chunk_tokens",
-        "activation_checkpointing",
-        "eval_each_sae",
-        "eval_batch_tokens",
-        "eval_cache_gb",
-        "checkpoint_every_steps",
+        *("device", "kl", "kl_chunk_tokens", "activation_checkpointing", "eval_each_sae"),
+        *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps"),
     ),
 }
 """Keys that cannot change a result, or are a request whose answer stands in `sae.used`."""
@@ -63,7 +57,7 @@ def identity(config: Config) -> str:
     for choice in values["sae"]["used"]:
         del choice["commit"]
         _leave_out_path(choice, "adapter")
-        if choice["hook"] == Hook.resid_post.name:  # as it was before there were others
+        if choice["hook"] == Hook.resid_post.name:  # as hashed before there were other hooks
             del choice["hook"]
         if not choice["group"]:
             del choice["group"]
@@ -73,7 +67,7 @@ def identity(config: Config) -> str:
         del values["sae"]["sparsity_coefficient"]
     if names := _OF_METHODS[config.method.kind]:
         values["method"] = {name: values["method"][name] for name in names}
-    else:  # as it was before there were others
+    else:  # as hashed before there were other methods
         del values["method"]
     if config.method.kind in ADAPTING:
         _leave_out_path(values["lora"], "begun")

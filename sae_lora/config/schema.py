@@ -244,8 +244,7 @@ class TrainConfig:
     """Sequences per forward and backward pass, whose gradients add up to the step's; null: all of them.
     Changes memory; the result by rounding and by the inputs that dropout hits."""
     activation_checkpointing: bool = False
-    """Keep the inputs of each live block alone, and compute the rest again for the backward pass.
-    Changes memory and time, not the result."""
+    """Compute live blocks again in the backward pass. Changes memory and time, not the result."""
     lr: float = 4.5e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
@@ -262,21 +261,18 @@ class TrainConfig:
     """token_mean: nats per token. sequence_sum: summed over each sequence, as in the published code,
     so that `grad_clip` binds in nearly every step."""
     kl: KLComputation = KLComputation.fused
-    """fused, or full: with the logits of all tokens at once, to check against. Changes memory and time;
-    the result by rounding alone."""
+    """fused, or full: all logits at once, to check against. The result differs by rounding alone."""
     kl_chunk_tokens: int | None = None
     """Tokens whose logits are held at once; null: those of 4M logits on a CPU and of 256M on a GPU, but
     at least 88. Changes memory; the result by rounding alone."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_each_sae: bool = True
-    """At the end, measure the effect of each of several SAEs, alone in the model and left out, with two
-    evaluations for each. Does not change what is trained."""
+    """At the end, also evaluate each of several SAEs alone, and left out. Does not change training."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
     eval_cache_gb: float = 2.0
-    """Room for hidden states of the held-out text, kept from one evaluation to the next where all of
-    them fit; changes time, not the result."""
+    """Room for hidden states kept between evaluations, where all fit. Changes time, not the result."""
     checkpoint_every_steps: int = 200
     """Steps between two checkpoints, the most that a crash can cost. Does not change a result."""
     seed: int = 0

@@ -72,7 +72,8 @@ def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, st
 
 
 _POSITIVE = (
-    *("lora.rank", "method.rank", "method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
+    *("layer.every", "layer.n_groups", "lora.rank", "method.rank", "method.epsilon"),
+    *("method.dead_after_tokens", "method.buffer_tokens"),
     *("sae.sparsity_coefficient", "data.context_length", "data.validation_tokens"),
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.micro_batch_size"),
     *("train.lr", "train.loraplus_ratio", "train.kl_chunk_tokens", "train.eval_every_tokens"),
@@ -172,8 +173,6 @@ def _check_layer(config: Config) -> None:
     if layer.index is not None:
         allowed = "null with layer.index, which names the blocks; or layer.index=null"
         raise _refusal(config, "layer.every", allowed, "null", f"layer.index is {layer.index}")
-    if layer.every < 1:
-        raise _refusal(config, "layer.every", "a whole number above 0", 1)
     if layer.first is not None and layer.first < 0:
         raise _refusal(config, "layer.first", "a block's index, or null", 0)
 
@@ -190,8 +189,6 @@ def _check_groups(config: Config) -> None:
         raise _refusal(config, asked[0], "null with layer.n_groups", "null")
     if layer.amad_max is not None and not 0 < layer.amad_max <= 1:
         raise _refusal(config, "layer.amad_max", "a distance above 0 and up to 1", 0.2)
-    if layer.n_groups is not None and layer.n_groups < 1:
-        raise _refusal(config, "layer.n_groups", "a whole number above 0", 1)
     if config.method.kind is not Method.sae and config.init is None:
         allowed = (
             "null, but with method=sae, which trains an SAE for each group; init=<that run> uses them"

@@ -225,11 +225,10 @@ def _make(
         np.save(beside / "train.npy", train.sequences)
         np.save(beside / "validation.npy", validation.sequences)
         write_atomically(beside / "recipe.json", as_json(recipe))
-        try:
-            beside.rename(folder)
-        except OSError:
-            if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
-                raise
+        beside.rename(folder)
+    except OSError:
+        if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
