@@ -1,7 +1,6 @@
-"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+"""Messages for people: plain lines, tables, and a live bar in a terminal."""
 
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,8 +23,6 @@ from sae_lora.common.secrets import redacted
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-_UNLIMITED = 10_000
-
 
 def say(text: str) -> None:
     """Prints a line for people, as it is: brackets in it are no markup, long lines stay whole."""
@@ -34,8 +31,7 @@ def say(text: str) -> None:
 
 def show(table: Table) -> None:
     """Prints a table; where the output is no terminal, as wide as the table needs."""
-    unlimited = console.options.update(max_width=_UNLIMITED)
-    needed = console.measure(table, options=unlimited).maximum
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     wide = Console(width=max(console.width, needed), highlight=False)
     (console if console.is_terminal else wide).print(table)
 
@@ -53,7 +49,7 @@ class _Rate(ProgressColumn):
 
 
 class Display:
-    """The stages, progress and points of what one process does."""
+    """The stages and the progress of one process."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -95,14 +91,12 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
 
 def percent(share: float | None) -> str:
-    """A share as per cent; where it is undefined, says so."""
+    """A share as per cent, or `undefined`."""
     return "undefined" if share is None else f"{share:.1%}"
 
 

@@ -1,11 +1,11 @@
-"""What a user can cause: one message that says what is wrong and what would be right."""
+"""Errors that a user can cause: one message that says what is wrong and what would be right."""
 
 import difflib
 from collections.abc import Iterable, Iterator
 
 EXIT_FAILED, EXIT_HELD, EXIT_NOT_TOGETHER, EXIT_INTERRUPTED = 1, 73, 74, 75
 """Exit codes of an attempt that did not finish its runs: the cause is in `failure.json`; another
-process is at a run; together they came to nothing (too little memory, say), and fewer of them may; they
+process holds a run; the runs cannot train together (too little memory, say), but fewer of them may; they
 were asked to stop and go on from their checkpoints."""
 
 
@@ -36,7 +36,8 @@ class ConfigError(UserError):
         self.got = got
         self.allowed = allowed
         self.nearest = nearest
-        lines = [f"{field} = {shown(got)} cannot be used" + (f": {because}" if because else "")]
+        typed = "null" if got is None else repr(got) if isinstance(got, str) else str(got)
+        lines = [f"{field} = {typed} cannot be used" + (f": {because}" if because else "")]
         lines.append(f"  it may be: {allowed}")
         if nearest is not None:
             lines.append(f"  nearest valid: {field}={nearest}")
@@ -45,29 +46,6 @@ class ConfigError(UserError):
 
 class NoSuchCellError(ConfigError):
     """A point of a grid at which there is no SAE: dropped from a sweep, refused alone."""
-
-
-class UnknownKeyError(UserError):
-    """A key that no config has.
-
-    Args:
-        key: The dotted key, as typed.
-        siblings: The keys that there are beside it.
-        nearest: The closest of them in spelling, where one is close.
-    """
-
-    def __init__(self, key: str, siblings: Iterable[str], nearest: str | None) -> None:
-        self.key = key
-        self.nearest = nearest
-        lines = [f"there is no key {key}", f"  there are: {listed(siblings, 30)}"]
-        if nearest is not None:
-            lines.append(f"  nearest valid: {nearest}")
-        super().__init__("\n".join(lines))
-
-
-def shown(value: object) -> str:
-    """The value as a user would type it."""
-    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
@@ -86,13 +64,13 @@ def listed(names: Iterable[object], most: int = 12) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, on a GPU or not."""
     words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
-    # torch's by its name, for what works without torch.
+    # torch's error is known by its name, because this module works without torch.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(one in str(error) for one in words)
+    return known or any(word in str(error) for word in words)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on: libraries wrap each other's errors."""
+    """The error, the one it was raised from, and so on: libraries wrap each other's errors."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -17,7 +17,7 @@ def check_writable(folder: Path, asked_by: str) -> None:
     """Makes the folder and writes into it, to know before anything else that there is room.
 
     Args:
-        folder: Where.
+        folder: The folder.
         asked_by: The field or option that names it, for the message.
 
     Raises:
@@ -37,11 +37,7 @@ def as_json(values: dict[str, Any] | list[Any]) -> str:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        OSError: Where it cannot be read.
-    """
+    """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -55,15 +51,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield beside
         for inside in beside.rglob("*"):
-            if inside.is_dir():
-                sync_folder(inside)
-            else:
-                with inside.open("rb") as opened:
-                    os.fsync(opened.fileno())
+            _sync(inside)
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
@@ -85,11 +77,11 @@ def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
     finally:
         beside.unlink(missing_ok=True)
     if lasting:
-        sync_folder(path.parent)
+        _sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes the folder's entries (a rename, say) last."""
+def _sync(path: Path) -> None:
+    """Makes the content of a file last, or the entries of a folder (a rename, say)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Hugging Face trouble in one clear message, whatever library it came through."""
+"""Errors of the Hugging Face hub in one clear message, whatever library raised them."""
 
 import re
 from collections.abc import Iterator
@@ -38,23 +38,26 @@ def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None
     except UserError:
         raise
     except Exception as error:
-        reason = _reason(error)
-        if reason is None:
+        if (reason := _reason(error)) is None:
             raise
         kind = UnreachableError if reason in (_OFFLINE, _BROKEN) else UserError
         raise kind(f"{field} = {name!r} cannot {cannot}: {reason}") from error
 
 
 def _reason(error: BaseException) -> str | None:
-    """What happened, or `None` for an error that has nothing to do with fetching files.
+    """A reason in words, or `None` for an error that has nothing to do with fetching files.
 
-    Libraries wrap each other's errors, so the whole chain is looked at, the innermost and most
-    telling kind first.
+    Libraries wrap each other's errors, so the whole chain is looked at, the most telling kind first.
     """
     chain = list(causes(error))
+    text = "\n".join(map(str, chain)).lower()
+    names = {type(link).__name__ for link in chain}
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
+
+    def says(*words: str) -> bool:
+        return any(word in text for word in words)
 
     if has(hub.GatedRepoError):
         return (
@@ -63,7 +66,7 @@ def _reason(error: BaseException) -> str | None:
         )
     if has(hub.RevisionNotFoundError):
         return "the repository has no such revision"
-    if has(hub.RepositoryNotFoundError) or _names_missing_dataset(chain):
+    if has(hub.RepositoryNotFoundError) or "DatasetNotFoundError" in names:
         return "there is no such repository, or it is private and you are not logged in"
     if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         return _OFFLINE
@@ -71,12 +74,12 @@ def _reason(error: BaseException) -> str | None:
         return "the repository lacks a file that is needed; is it of the kind that the config says?"
     if has(hub.HFValidationError):
         return "that is neither a folder on this machine nor a repository's name (org/name)"
-    if any("Dataset scripts are no longer supported" in str(link) for link in chain):
+    if says("dataset scripts are no longer supported"):
         return (
             "it holds a loading script, and none is ever run here. Most such data sets have a copy that "
             "the hub converted itself: data.revision=refs/convert/parquet"
         )
-    if has(SafetensorError) or _is_short_file(chain):
+    if has(SafetensorError) or says("consistency check failed", "not a zip file", "incomplete"):
         return "a downloaded file is damaged. Delete it from the Hugging Face cache and try again"
     if has(ConnectionError, TimeoutError) or any(
         type(link).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "aiohttp"))
@@ -85,23 +88,9 @@ def _reason(error: BaseException) -> str | None:
         return _BROKEN
     if has(hub.HfHubHTTPError):
         return f"the hub answered: {chain[-1]}"
-    if has(OSError) and any(_is_not_a_model(link) for link in chain):
+    if has(OSError) and says("does not appear to have a file named", "is not a local folder"):
         return str(chain[0]).splitlines()[0]
     return None
-
-
-def _names_missing_dataset(chain: list[BaseException]) -> bool:
-    return any(type(link).__name__ == "DatasetNotFoundError" for link in chain)
-
-
-def _is_short_file(chain: list[BaseException]) -> bool:
-    texts = " ".join(str(link) for link in chain).lower()
-    return "consistency check failed" in texts or "not a zip file" in texts or "incomplete" in texts
-
-
-def _is_not_a_model(error: BaseException) -> bool:
-    text = str(error)
-    return "does not appear to have a file named" in text or "is not a local folder" in text
 
 
 _COMMIT = r"[0-9a-f]{40}"
@@ -142,20 +131,13 @@ _NOT_TAKEN = {
 
 
 def send(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Sends the folder's files to a model's repository, which is made where there is none.
-
-    Args:
-        folder: What to send.
-        repo: `org/name`.
-        private: Whether the repository is to be seen by its owners alone.
-        revision: The branch; made where there is none.
+    """Sends a folder's files to a model's repository and branch, made where there are none.
 
     Returns:
-        The address at which they can be seen.
+        Their address.
 
     Raises:
-        UserError: Where the hub does not take them, and where they were to be private and the
-            repository is public.
+        UserError: Where the hub does not take them, and where `private` meets a public repository.
     """
     if repo.count("/") != 1:
         raise UserError(f"--repo = {repo!r} cannot be written: it is to be org/name")

@@ -1,4 +1,4 @@
-"""Runs that go on together, of which each fails alone: the one policy for errors in a pack."""
+"""Runs that go on together, and each fails alone: the one policy for errors in a pack."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -7,12 +7,6 @@ from typing import Generic, TypeVar
 from sae_lora.common.errors import is_out_of_memory
 
 Run = TypeVar("Run")
-
-
-def concerns_all(error: BaseException) -> bool:
-    """Return whether an error concerns the device and not one run: out of memory, or a failed GPU."""
-    # torch's by its name, for what works without torch.
-    return is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
 
 
 class Isolation(Generic[Run]):
@@ -34,22 +28,25 @@ class Isolation(Generic[Run]):
 
     @contextmanager
     def only(self, run: Run) -> Iterator[None]:
-        """Assign each error inside the block to this run alone.
+        """Assigns each error inside the block to this run alone.
 
         Raises:
-            Exception: Where it concerns all of several runs, or no `on_failure` was given.
+            Exception: Where it concerns the device, and so all of several runs: out of memory, or a
+                failed GPU. Also where no `on_failure` was given.
         """
         try:
             yield
         except Exception as error:
-            if self._on_failure is None or (concerns_all(error) and len(self.left) > 1):
+            # torch's error is known by its name, because this module works without torch.
+            is_of_device = is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
+            if self._on_failure is None or (is_of_device and len(self.left) > 1):
                 raise
             if run in self.left:
                 self.left.remove(run)
             self._on_failure(run, error)
 
     def each(self, action: Callable[[Run], object]) -> None:
-        """Does it for each run that is left."""
+        """Applies the action to each run that has not failed."""
         for run in self.left.copy():
             with self.only(run):
                 action(run)

@@ -1,42 +1,18 @@
 """Large libraries are imported sooner: `python -m sae_lora.common.lazy_imports MODULE …` runs one so.
 
-What torch, transformers and the like bring into memory stays there. Python would search it for garbage
-again and again while it comes in, for nothing: a third of the time that such an import takes.
+Objects of torch, transformers and the like stay in memory. Python would search them for garbage again
+and again during the import, for nothing: a third of the time that such an import takes.
 """
 
 import gc
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_LARGE = {
-    "torch",
-    "transformers",
-    "peft",
-    "sae_lens",
-    "datasets",
-    "pandas",
-    "plotly",
-    "wandb",
-    "lm_eval",
-}
-
-
-@contextmanager
-def _no_search() -> Iterator[None]:
-    """Exclude the objects that this block imports from garbage collection, now and later."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.freeze()
-            gc.enable()
+_LARGE = "torch transformers peft sae_lens datasets pandas plotly wandb lm_eval".split()
 
 
 class _Finder(MetaPathFinder):
@@ -52,8 +28,14 @@ class _Finder(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                with _no_search():
+                was_enabled = gc.isenabled()
+                gc.disable()
+                try:
                     execute(module)
+                finally:
+                    if was_enabled:
+                        gc.freeze()
+                        gc.enable()
 
             spec.loader.exec_module = exec_module
         return spec
@@ -66,7 +48,7 @@ def import_quickly() -> None:
 
 
 def main() -> int:
-    """Does what the module of that name does as a program, with the arguments that follow it."""
+    """Runs the module of that name as a program, with the arguments that follow it."""
     import_quickly()
     del sys.argv[0]
     return importlib.import_module(sys.argv[0]).main()

@@ -5,6 +5,9 @@ touched; several machines may share it, and their clocks may differ.
 
 .lease/00000007    the file with the largest number counts: who holds the run, or that nobody does.
                    Its holder touches it every few seconds; one that is not touched has no holder.
+
+The library filelock does not do this: its `FileLock` needs a file server that passes locks on between
+machines, and a lease of another machine can only be judged after watching it for as long as it lasts.
 """
 
 import contextlib
@@ -17,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import write_atomically
@@ -37,14 +42,14 @@ class LostError(UserError):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, on whatever machine."""
+    """A process that holds a run, on this machine or another."""
 
     host: str
     pid: int
     machine: str
     """Tells machines and containers of one name apart: a process number means nothing elsewhere."""
     started: str
-    """When the process began, in its system's own count: a number may be given out twice."""
+    """When the process began, in its system's own count: process numbers are used again."""
     slurm_job: str | None = None
     slurm_restart: int = 0
 
@@ -63,7 +68,7 @@ class Holder:
 
     @property
     def is_alive(self) -> bool | None:
-        """Whether it is still there; `None` where that cannot be asked from here."""
+        """Whether the process still runs; `None` where that cannot be known from here."""
         here = Holder.here()
         if self.machine == here.machine:
             return _start_of(self.pid) == self.started
@@ -74,15 +79,11 @@ class Holder:
 
 
 class Lease:
-    """A run, held.
-
-    Args:
-        file: The lease's own file.
-    """
+    """The hold of this process on a run."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._lost = threading.Event()
+        self._lost = False
 
     def check(self) -> None:
         """Makes sure that the run is still held, before anything is written that counts.
@@ -93,7 +94,7 @@ class Lease:
         """
         if not self._file.parent.exists():
             raise UserError("the folder of this run has been deleted; it stops here")
-        if self._lost.is_set() or _newest(self._file.parent) != int(self._file.name):
+        if self._lost or _newest(self._file.parent) != int(self._file.name):
             raise LostError(
                 "another process has taken this run over, because this one gave no sign of life "
                 f"for {STALE_S:g} s; it stops here"
@@ -104,7 +105,7 @@ class Lease:
             try:
                 os.utime(self._file)
             except FileNotFoundError:  # who takes a run over clears the old leases away
-                self._lost.set()
+                self._lost = True
                 return
             except OSError:  # a file server that is away for a moment; the next touch may succeed
                 continue
@@ -136,16 +137,12 @@ def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who holds the run now; `None` where nobody does.
-
-    Args:
-        folder: The run folder. A sign of life is judged by its file system's clock.
-    """
+    """The process that holds the run of this folder now; `None` where nobody does."""
     return _look(folder / ".lease")[1]
 
 
 def _look(leases: Path) -> tuple[int, Holder | None]:
-    """The largest number, and who lives behind it."""
+    """The largest number, and its holder."""
     while number := _newest(leases):
         with contextlib.suppress(FileNotFoundError):  # taken over meanwhile: look again
             return number, _living(leases / f"{number:08d}")
@@ -171,20 +168,16 @@ def _take(leases: Path) -> Path:
             json.dump(asdict(Holder.here()), opened)
             opened.flush()
             os.fsync(opened.fileno())
-        for old in _numbers(leases):
-            if old <= number:
-                (leases / f"{old:08d}").unlink(missing_ok=True)
+        for path in leases.iterdir():
+            if path.name.isdigit() and int(path.name) <= number:
+                path.unlink(missing_ok=True)
         return file
-
-
-def _numbers(leases: Path) -> list[int]:
-    return [int(path.name) for path in leases.iterdir() if path.name.isdigit()]
 
 
 def _newest(leases: Path) -> int:
     """The largest number; 0 where there is none."""
     try:
-        return max(_numbers(leases), default=0)
+        return max((int(path.name) for path in leases.iterdir() if path.name.isdigit()), default=0)
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
@@ -199,15 +192,14 @@ def _living(file: Path) -> Holder | None:
     try:
         values = json.loads(file.read_text())
     except ValueError:  # just made, and not yet written
-        found = Holder("?", 0, "", "")
-    else:
-        if values is None:
-            return None
-        found = Holder(**values)
-    alive = found.is_alive
+        values = {"host": "?", "pid": 0, "machine": "", "started": ""}
+    if values is None:
+        return None
+    process = Holder(**values)
+    alive = process.is_alive
     if alive is None:
         alive = _now(file.parent) - touched <= STALE_S
-    return found if alive else None
+    return process if alive else None
 
 
 def _now(folder: Path) -> float:
@@ -224,24 +216,17 @@ def _now(folder: Path) -> float:
 
 def _start_of(pid: int) -> str | None:
     """When the process began, in the kernel's ticks; `None` where it has ended."""
+    if not Path("/proc/self/stat").exists():  # macOS: no more is known than whether it runs
+        return "" if psutil.pid_exists(pid) else None
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] not in "ZX":
             return fields[19]
-        return None
-    if Path("/proc/self/stat").exists():
-        return None
-    try:  # no /proc (macOS): whether it is there is all that can be told
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""
+    return None
 
 
 def _machine() -> str:
-    """What process numbers belong to: this start of this kernel, and in it this container."""
+    """A name for what process numbers belong to: this start of this kernel, this container in it."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -10,25 +10,14 @@ import plotly.io
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
-
-
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-
-
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
-def ticks(values: Sequence[float], most: int, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """An axis with a tick at each value, or at every second or third where they are many.
-
-    Args:
-        values: In order.
-        most: Ticks that an axis has room for.
-        names: What stands at them; by default the values.
-    """
-    named = names or [f"{value:,.6g}" for value in values]
-    step = max(1, -(-len(values) // most))
-    return {"tickvals": list(values)[::step], "ticktext": list(named)[::step]}
+def ticks(values: Sequence[float], most: int) -> dict[str, Any]:
+    """An axis with a tick at each value, or at every second or third where `most` are fewer."""
+    shown = values[:: max(1, math.ceil(len(values) / most))]
+    return {"tickvals": list(shown), "ticktext": [f"{value:,.6g}" for value in shown]}
 
 
 def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
@@ -36,7 +25,7 @@ def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, 
 
     Args:
         values: Above zero.
-        tickformat: As plotly takes it.
+        tickformat: In plotly's notation.
     """
     low, high = 0.9 * min(values), 1.1 * max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -52,7 +41,7 @@ def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, 
 
 
 def finished(figure: go.Figure) -> go.Figure:
-    """In the look of all figures: wide enough for a column of a paper, the legend beside the data."""
+    """The figure in the look of all: wide enough for a column of a paper, the legend beside the data."""
     figure.update_layout(
         template="plotly_white",
         width=760,
@@ -66,39 +55,29 @@ def finished(figure: go.Figure) -> go.Figure:
 
 
 def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
-    """Does what `write_pictures` does; says so where that cannot be done here.
+    """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
 
     Args:
-        wanted: As there.
+        wanted: Figures, and files whose names end in .svg or .png.
 
     Returns:
-        What is missing, for people; nothing where the pictures are there.
+        Messages about pictures that cannot be made here; none where all are there.
     """
+    figures = [figure for figure, _ in wanted]
+    # Without a size for each, all are of plotly's default size.
+    layouts = [figure.to_dict()["layout"] for figure in figures]
     try:
-        write_pictures(wanted)
+        plotly.io.write_images(
+            figures,
+            [path for _, path in wanted],
+            width=[layout.get("width") for layout in layouts],
+            height=[layout.get("height") for layout in layouts],
+            scale=2,
+            validate=False,
+        )
     except (ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [
             f"no pictures ({reason}): they need `pip install -e '.[figures]'` and Chrome or Chromium"
         ]
     return []
-
-
-def write_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> None:
-    """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
-
-    Args:
-        wanted: Figures, and files whose names end in .svg or .png.
-
-    Raises:
-        ValueError: And others, of plotly and kaleido, where that cannot be done here.
-    """
-    plotly.io.write_images(
-        [figure for figure, _ in wanted],
-        [path for _, path in wanted],
-        # Not asked for one by one, they are all of plotly's default size.
-        width=[figure.to_dict()["layout"].get("width") for figure, _ in wanted],
-        height=[figure.to_dict()["layout"].get("height") for figure, _ in wanted],
-        scale=2,
-        validate=False,
-    )

@@ -18,8 +18,10 @@ class Interruption:
     """Turns the first of `SIGNALS` into `Interrupted`, except inside `held()`."""
 
     def __init__(self) -> None:
+        self.asked = False
+        """Whether the request has come."""
+        self._raised = False
         self._held = 0
-        self._asked = self._raised = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -29,7 +31,7 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What must not be left half done: a request waits until the block has ended."""
+        """Makes a request wait until the block has ended: what it does must not be left half done."""
         self._held += 1
         try:
             yield
@@ -37,18 +39,13 @@ class Interruption:
             self._held -= 1
         self._raise_if_asked()
 
-    @property
-    def asked(self) -> bool:
-        """Whether the request has come."""
-        return self._asked
-
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self.asked = True
         self._raise_if_asked()
 
     def _raise_if_asked(self) -> None:
         # Once is enough: SLURM and submitit send several signals, and the way out must not be cut short.
-        if self._asked and not self._held and not self._raised:
+        if self.asked and not self._held and not self._raised:
             self._raised = True
             raise Interrupted
 
@@ -68,10 +65,10 @@ def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
     """Inside the block the handler gets these signals, but for those that are ignored (`nohup`)."""
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heeded}
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

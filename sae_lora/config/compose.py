@@ -1,10 +1,11 @@
-"""Between Hydra and the launcher: points are collected, and errors become one clear message."""
+"""Hydra's side of a command: configs are composed, and errors become one clear message."""
 
 import os
 import re
 import traceback
 import typing
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -29,25 +30,6 @@ TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 """Hydra's own name for "show me the traceback", which users know."""
 
 
-class Points:
-    """The configs that one command composes, checked when all are there."""
-
-    def __init__(self) -> None:
-        self._composed: list[DictConfig] = []
-
-    def add(self, composed: DictConfig) -> None:
-        """Takes in one more point."""
-        self._composed.append(composed)
-
-    def checked(self) -> list[Config]:
-        """All points, typed.
-
-        Raises:
-            ConfigError: For the first that cannot work.
-        """
-        return [checked(composed) for composed in self._composed]
-
-
 def checked(composed: DictConfig) -> Config:
     """One composed point, typed and checked.
 
@@ -59,8 +41,9 @@ def checked(composed: DictConfig) -> Config:
     return config
 
 
+@cache
 def default() -> Config:
-    """What `python launch.py` composes, typed; not checked."""
+    """The config of `python launch.py`, typed; not checked."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed(compose("config"))
 
@@ -68,15 +51,12 @@ def default() -> Config:
 def is_dispatched_by_hydra() -> bool:
     """Whether the user chose another Hydra launcher, or a sweeper that needs each point's result."""
     hydra = HydraConfig.get()
-    launcher, sweeper = hydra.launcher._target_, hydra.sweeper._target_
-    return not (
-        launcher.startswith("hydra._internal.core_plugins.basic_launcher")
-        and sweeper.startswith("hydra._internal.core_plugins.basic_sweeper")
-    )
+    basic = "hydra._internal.core_plugins.basic_"
+    return not all(part._target_.startswith(basic) for part in (hydra.launcher, hydra.sweeper))
 
 
 def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
-    """Composes, launches, and returns the exit code; what a user can mend is one message."""
+    """Composes and launches, and returns the exit code. An error that a user can mend is one message."""
     import_quickly()
     full = os.environ.get(TRACEBACK_VARIABLE) == "1"
     os.environ[TRACEBACK_VARIABLE] = "1"  # or Hydra prints errors itself and exits
@@ -94,7 +74,7 @@ def main(compose: Callable[[], object], launch: Callable[[], int]) -> int:
 
 
 def explanation(error: BaseException) -> str:
-    """What the user did, in terms of fields and values, whichever library noticed it."""
+    """The user's mistake in terms of fields and values, whichever library noticed it."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -111,12 +91,8 @@ def explanation(error: BaseException) -> str:
             key = (match[1] or match[2]).split("@")[0]
             if key not in keys():
                 return str(unknown_key(key))
-    return str(error).splitlines()[0] + _hint(error)
-
-
-def _hint(error: BaseException) -> str:
-    lines = str(error).splitlines()[1:]
-    return "".join(f"\n  {line}" for line in lines if "HYDRA_FULL_ERROR" not in line)
+    first, *more = str(error).splitlines()
+    return "\n  ".join([first, *(line for line in more if TRACEBACK_VARIABLE not in line)])
 
 
 def _explain_type(key: str, text: str) -> str:
@@ -124,11 +100,11 @@ def _explain_type(key: str, text: str) -> str:
     got = match[1] if match else "?"
     kind = keys().get(key)
     optional = " or null" if "None" in str(kind) else ""
-    for one in (kind, *typing.get_args(kind)):
-        if members := getattr(one, "__members__", None):
+    for part in (kind, *typing.get_args(kind)):
+        if members := getattr(part, "__members__", None):
             allowed = f"one of {listed(members)}{optional}"
             return str(ConfigError(key, got, allowed, nearest_name(got, members)))
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    names = [word for name, word in words.items() if name in str(kind)]
+    allowed = next((word for name, word in words.items() if name in str(kind)), str(kind))
     nearest = round(float(got)) if kind is int and re.fullmatch(r"-?\d+(\.\d+)?", got) else None
-    return str(ConfigError(key, got, (names[0] if names else str(kind)) + optional, nearest))
+    return str(ConfigError(key, got, allowed + optional, nearest))

@@ -1,4 +1,4 @@
-"""What names a run, what makes two the same, and what lets them train together."""
+"""Names of runs, the hash that makes two the same, and the key of those that may train together."""
 
 import hashlib
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_lora.config.enums import Architecture, Hook, Method, SAEFamily
-from sae_lora.config.schema import Config, SAEChoice
+from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict
 
 _NOT_IDENTITY = {
@@ -17,17 +17,11 @@ _NOT_IDENTITY = {
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
     "train": (
-        "device",
-        "kl",
-        "kl_chunk_tokens",
-        "activation_checkpointing",
-        "eval_each_sae",
-        "eval_batch_tokens",
-        "eval_cache_gb",
-        "checkpoint_every_steps",
+        *("device", "kl", "kl_chunk_tokens", "activation_checkpointing", "eval_each_sae"),
+        *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps"),
     ),
 }
-"""What cannot change a result, or is a request whose answer stands in `sae.used`."""
+"""Keys that cannot change a result, or are a request whose answer stands in `sae.used`."""
 _OF_METHODS: dict[Method, tuple[str, ...]] = {
     Method.lora: (),
     Method.mezo: ("kind", "epsilon"),
@@ -37,37 +31,33 @@ _OF_METHODS: dict[Method, tuple[str, ...]] = {
     Method.e2e: ("kind", "dead_after_tokens", "checkpoints"),
     Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
 }
-"""The keys of `method` that each of them heeds."""
+"""The keys of `method` that each method reads."""
 _UNHEEDED_BY_SAE = ("grad_clip", "weight_decay", "kl_reduction", "micro_batch_size")
-"""The keys of `train` that method=sae does not heed: its steps are sae-lens's own."""
+"""The keys of `train` that method=sae does not read: its steps are sae-lens's own."""
 ADAPTING = (Method.lora, Method.mezo)
 """Methods that train LoRA adapters."""
 TRAINING_SAES = (Method.sae_finetune, Method.e2e, Method.sae)
 """Methods that train the SAE itself."""
 OF_NO_RESULT = frozenset(f"{group}.{name}" for group, names in _NOT_IDENTITY.items() for name in names)
-"""The same as dotted keys."""
+"""`_NOT_IDENTITY` as dotted keys."""
 
 
 def trains_adapters(config: Mapping[str, Any]) -> bool:
-    """Whether a run trains LoRA adapters.
-
-    Args:
-        config: As `config.yaml` holds it; one from before there were methods does.
-    """
+    """Whether a run trains LoRA adapters, from its `config.yaml`; one without a method does."""
     return Method[config.get("method", {"kind": Method.lora.name})["kind"]] in ADAPTING
 
 
 def identity(config: Config) -> str:
     """Eight hexadecimal digits that name what the run computes.
 
-    Equal for two configs whose results are the same by construction: where the runs are written,
-    what dispatches and tracks them, and how an SAE was asked for are left out.
+    Equal for two configs whose results are the same by construction: output folders, launchers, tracking
+    and the request for an SAE are left out.
     """
     values = _without(as_dict(config), _NOT_IDENTITY)
     for choice in values["sae"]["used"]:
         del choice["commit"]
         _leave_out_path(choice, "adapter")
-        if choice["hook"] == Hook.resid_post.name:  # as it was before there were others
+        if choice["hook"] == Hook.resid_post.name:  # as hashed before there were other hooks
             del choice["hook"]
         if not choice["group"]:
             del choice["group"]
@@ -75,10 +65,9 @@ def identity(config: Config) -> str:
         del values["sae"]["architecture"]
     if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
         del values["sae"]["sparsity_coefficient"]
-    heeded = _OF_METHODS[config.method.kind]
-    if heeded:
-        values["method"] = {name: values["method"][name] for name in heeded}
-    else:  # as it was before there were others
+    if names := _OF_METHODS[config.method.kind]:
+        values["method"] = {name: values["method"][name] for name in names}
+    else:  # as hashed before there were other methods
         del values["method"]
     if config.method.kind in ADAPTING:
         _leave_out_path(values["lora"], "begun")
@@ -94,7 +83,7 @@ def identity(config: Config) -> str:
 
 
 def _leave_out_path(values: dict[str, Any], name: str) -> None:
-    """Has trained weights named by what they are, not by where they lie; there may be none."""
+    """Has trained weights, if any, named by their content, not by their folder."""
     if values[name] is None:
         del values[name]
     else:
@@ -103,19 +92,18 @@ def _leave_out_path(values: dict[str, Any], name: str) -> None:
 
 _OF_ONE_RUN = {
     "": (
-        *("sae", "layer", "lora", "launcher", "evaluation", "tracking", "sweep", "output_dir"),
-        *("init", "init_at"),
+        *("sae", "layer", "lora", "launcher", "evaluation", "tracking"),
+        *("sweep", "output_dir", "init", "init_at"),
     ),
     "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block",),
     "data": ("cache_dir",),
     "train": (
         *("lr", "schedule", "warmup_share", "loraplus_ratio", "weight_decay", "grad_clip"),
-        *("kl_reduction", "seed"),
-        "checkpoint_every_steps",
+        *("kl_reduction", "seed", "checkpoint_every_steps"),
     ),
 }
-"""What runs may differ in that train together."""
+"""Keys in which runs that train together may differ."""
 
 
 def pack_key(config: Config) -> str:
@@ -155,52 +143,48 @@ def dead_after_steps(config: Config) -> int:
 
 def readable_name(config: Config) -> str:
     """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
-    model = config.model.name.rstrip("/").split("/")[-1]
-    parts = [model, "l" + _places_in_words(config.sae.used)]
-    if len(config.sae.used) == 1 and config.sae.used[0].width is not None:
-        parts.append(f"w{config.sae.used[0].width}")
-        if config.sae.used[0].l0 is not None:
-            parts.append(f"l0_{config.sae.used[0].l0:g}")
-    if config.method.kind is not Method.lora:
-        parts.append(config.method.kind.name)
-    if config.sae.family is SAEFamily.new and config.sae.architecture is not Architecture.topk:
-        parts.append(config.sae.architecture.name)
-    if config.method.kind in ADAPTING:
-        parts += _adapters_in_words(config)
-    elif config.method.rank is not None and "rank" in _OF_METHODS[config.method.kind]:
-        parts.append(f"r{config.method.rank}")
+    sae, method, lora = config.sae, config.method, config.lora
+    parts = [config.model.name.rstrip("/").split("/")[-1], "l" + _places_in_words(sae.used)]
+    if len(sae.used) == 1 and sae.used[0].width is not None:
+        parts.append(f"w{sae.used[0].width}")
+        if sae.used[0].l0 is not None:
+            parts.append(f"l0_{sae.used[0].l0:g}")
+    if method.kind is not Method.lora:
+        parts.append(method.kind.name)
+    if sae.family is SAEFamily.new and sae.architecture is not Architecture.topk:
+        parts.append(sae.architecture.name)
+    if method.kind in ADAPTING:
+        parts.append(f"r{lora.rank}")
+        parts.append(
+            lora.blocks if isinstance(lora.blocks, str) else "b" + "+".join(map(str, lora.blocks))
+        )
+        if lora.targets != "all":
+            parts.append("+".join(as_list(lora.targets)))
+    elif method.rank is not None and "rank" in _OF_METHODS[method.kind]:
+        parts.append(f"r{method.rank}")
     if config.init is not None:
         parts.append(f"init{config.init_at:g}" if config.init_at != 1 else "init")
     parts.append(f"s{config.train.seed}")
     return "-".join(parts)
 
 
-def _adapters_in_words(config: Config) -> list[str]:
-    blocks, targets = config.lora.blocks, config.lora.targets
-    parts = [f"r{config.lora.rank}"]
-    parts.append(blocks if isinstance(blocks, str) else "b" + "+".join(map(str, blocks)))
-    if targets != "all":
-        parts.append(targets if isinstance(targets, str) else "+".join(targets))
-    return parts
-
-
 _MOST_BLOCKS = 8
-"""Blocks of a name that are listed one by one."""
+"""The most blocks that a name lists one by one."""
 
 
 def _places_in_words(used: Sequence[SAEChoice]) -> str:
     """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, `0to30by2` for many at equal steps, or `0to6in3` for
     three of which each serves a group of blocks.
     """
-    blocks, hooks = [one.block for one in used], {one.hook for one in used}
+    blocks, hooks = [choice.block for choice in used], {choice.hook for choice in used}
     if used and used[0].group:
-        return f"{blocks[0]}to{blocks[-1]}in{len({tuple(one.group) for one in used})}"
-    if len(hooks) > 1 and len(used) > _MOST_BLOCKS:
-        return f"{blocks[0]}to{blocks[-1]}mixed"
+        return f"{blocks[0]}to{blocks[-1]}in{len({tuple(choice.group) for choice in used})}"
     if len(hooks) > 1:
-        return "+".join(f"{one.block}{one.hook.name}" for one in used)
+        if len(used) > _MOST_BLOCKS:
+            return f"{blocks[0]}to{blocks[-1]}mixed"
+        return "+".join(f"{choice.block}{choice.hook.name}" for choice in used)
     steps = {after - before for before, after in itertools.pairwise(blocks)}
-    named = "+".join(map(str, blocks))
+    listed = "+".join(map(str, blocks))
     if len(blocks) > _MOST_BLOCKS and len(steps) == 1:
-        named = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
-    return named + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)
+        listed = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
+    return listed + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)

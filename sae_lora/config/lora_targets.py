@@ -1,4 +1,4 @@
-"""What `lora` asks for, in its own words: which matrices of which blocks, and the scale."""
+"""The words of `lora`: which matrices of which blocks, and the scale."""
 
 import math
 from typing import Any
@@ -33,8 +33,7 @@ def target_matrices(targets: Any) -> tuple[str, ...]:
         near = [nearest_name(name, TARGET_SETS) for name in names]
         nearest = ",".join(name for name in near if name is not None)
         raise ConfigError("lora.targets", targets, allowed, f"[{nearest}]" if len(near) > 1 else near[0])
-    wanted = {matrix for name in names for matrix in TARGET_SETS[name]}
-    return tuple(matrix for matrix in MATRICES if matrix in wanted)
+    return tuple(matrix for matrix in MATRICES if any(matrix in TARGET_SETS[name] for name in names))
 
 
 def canonical_alpha(lora: LoRAConfig) -> float:
@@ -44,14 +43,14 @@ def canonical_alpha(lora: LoRAConfig) -> float:
         ConfigError: When it is neither a number nor a multiple of the rank.
     """
     text = str(lora.alpha).strip().lower()
-    multiple = text.endswith("r")
+    unit = lora.rank if text.endswith("r") else 1
     try:
-        found = float(text.removesuffix("r") or 1) * (lora.rank if multiple else 1)
+        alpha = float(text.removesuffix("r") or 1) * unit
     except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
         raise ConfigError("lora.alpha", lora.alpha, "a number above 0, or a multiple of the rank: 2r")
-    return found
+    return alpha
 
 
 def canonical_blocks(blocks: Any) -> Any:
@@ -70,22 +69,17 @@ def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
     if blocks == "after":
         after = list(range(first_sae + 1, n_blocks))
         if not after:
-            raise ConfigError(
-                "lora.blocks",
-                blocks,
-                "all or a list of indices",
-                nearest="all",
-                because=f"the SAE is at block {first_sae}, the last one",
-            )
+            because = f"the SAE is at block {first_sae}, the last one"
+            raise ConfigError("lora.blocks", blocks, "all or a list of indices", "all", because)
         return after
     wanted = as_list(blocks)
-    beyond = [block for block in wanted if block >= n_blocks]
-    if beyond:
-        inside = [block for block in wanted if block < n_blocks] or [n_blocks - 1]
-        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", inside)
+    inside = [block for block in wanted if block < n_blocks]
+    if len(inside) < len(wanted):
+        nearest = inside or [n_blocks - 1]
+        raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", nearest)
     return sorted(wanted)
 
 
 def listed_matrices(matrices: set[str]) -> str:
-    """The names in `lora.targets` that can be made of these matrices alone."""
+    """The names for `lora.targets` that need these matrices alone."""
     return listed(name for name, needed in TARGET_SETS.items() if matrices.issuperset(needed))

@@ -1,8 +1,10 @@
 """The command that makes a run once more, from its config alone."""
 
+import operator
 import re
 import shlex
-from functools import cache
+from contextlib import suppress
+from functools import cache, reduce
 from typing import Any
 
 from sae_lora.config.compose import CONF, default
@@ -15,11 +17,11 @@ _NOT_ASKED_FOR = {
 """What says where a run is made, or what the planner writes."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 _WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
-"""Plain words that are read as something else than text."""
+"""Plain words that Hydra does not read as text."""
 
 
 def command(config: dict[str, Any]) -> str | None:
-    """What to type to make the same run: every value that is not the default's.
+    """The command that makes the same run, with every value that is not the default's.
 
     Args:
         config: As `config.yaml` holds it.
@@ -29,7 +31,7 @@ def command(config: dict[str, Any]) -> str | None:
     """
     if not CONF.is_dir():
         return None
-    defaults = _default_values()
+    defaults = flat(as_dict(default()))
     overrides = [
         f"{key}={written(value)}" for key, value in flat(config).items() if value != defaults[key]
     ]
@@ -48,15 +50,13 @@ def written(value: Any) -> str:
         case list():
             return f"[{','.join(map(written, value))}]"
         case dict():
-            return "{" + ",".join(f"{key}:{written(one)}" for key, one in value.items()) + "}"
+            return "{" + ",".join(f"{key}:{written(inner)}" for key, inner in value.items()) + "}"
         case str():
             if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
                 return value
-            # A backslash stands for itself, but for those before a quote.
-            escaped = re.sub(
-                r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" * bool(found[2])) + found[2], value
-            )
-            return f'"{escaped}"'
+            # A backslash stands for itself, except before a quote.
+            escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+            return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
         case _:
             raise NotImplementedError(type(value))
 
@@ -67,30 +67,15 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: As `config.yaml` holds it. What an older version did not have is left out.
     """
-    found = {}
+    values = {}
     for key in _settable():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is not _ABSENT:
-            found[key] = value
-    return found
-
-
-_ABSENT = object()
+        with suppress(KeyError, TypeError):
+            values[key] = reduce(operator.getitem, key.split("."), config)
+    return values
 
 
 @cache
 def _settable() -> list[str]:
-    def asked_for(key: str) -> bool:
-        parts = key.split(".")
-        return not {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & _NOT_ASKED_FOR
-
     known = keys()
     groups = {key.rpartition(".")[0] for key in known}
-    return [key for key in known if key not in groups and asked_for(key)]
-
-
-@cache
-def _default_values() -> dict[str, Any]:
-    return flat(as_dict(default()))
+    return [key for key in known if not {key, key.split(".")[0]} & _NOT_ASKED_FOR and key not in groups]

@@ -1,8 +1,7 @@
 """The shape of a run: one tree of dataclasses with names, types and units.
 
-`conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a
-wrong type; `checks.check` then rejects what no single type can: impossible values and combinations. Both
-happen before a model is loaded.
+`conf/` holds the values. Hydra merges them into this schema, which rejects a misspelt key or a wrong
+type; `validate.check` then rejects impossible values and combinations. No model is loaded by then.
 """
 
 from dataclasses import dataclass, field
@@ -38,19 +37,18 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of the repository; null is its default branch."""
     commit: str | None = None
-    """What `revision` stood for when the run was planned. The launcher writes it; leave it null."""
+    """Commit of `revision` when the run was planned. The launcher writes it."""
     dtype: DType = DType.float32
     """Precision the weights are loaded in."""
     attention: Attention = Attention.auto
-    """How attention is computed: auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise, our
-    own, which auto takes for soft-capped scores (Gemma-2) on a CPU. Changes time and memory, and of the
-    result no more than rounding does."""
+    """auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise, our own, which auto takes for
+    soft-capped scores (Gemma-2) on a CPU. Changes time and memory; the result by rounding alone."""
     middle_block: int = 0
-    """The block an SAE is put at when `layer.index` is null and the SAE does not say."""
+    """The block of an SAE when `layer.index` is null and the SAE does not say."""
 
     @property
     def pinned_revision(self) -> str | None:
-        """What is read: the commit where the run was planned with one, else what was asked for."""
+        """The revision to read: the commit where the run was planned with one, else `revision`."""
         return self.commit or self.revision
 
 
@@ -61,7 +59,7 @@ class Adapters:
     path: str = MISSING
     """The folder."""
     sha256: str = MISSING
-    """Of the weights file in it."""
+    """SHA-256 of the weights file in it."""
 
 
 @dataclass
@@ -69,9 +67,9 @@ class SAEChoice:
     """One SAE that exists. The planner writes these; they are not for the command line."""
 
     block: int = MISSING
-    """Block of which the SAE replaces something."""
+    """The block that the SAE is in."""
     hook: Hook = Hook.resid_post
-    """What of it: attn_out, mlp_out, or its output, resid_post."""
+    """The part of the block that the SAE replaces: attn_out, mlp_out, or its output, resid_post."""
     release: str | None = None
     """Registry release."""
     id: str | None = None
@@ -79,17 +77,17 @@ class SAEChoice:
     path: str | None = None
     """Folder in sae-lens's format."""
     commit: str | None = None
-    """Of the release's repository, when the run was planned."""
+    """Commit of the release's repository when the run was planned."""
     sha256: str | None = None
-    """Of the weights file in that folder: another SAE there is another run."""
+    """SHA-256 of the weights file in that folder: another SAE there is another run."""
     width: int | None = None
     """Number of latents, where known before loading."""
     l0: float | None = None
-    """Mean active latents per token that the SAE's makers state."""
+    """Mean active latents per token, as the SAE's makers state it."""
     adapter: Adapters | None = None
-    """A trained map on what it puts back."""
+    """A trained map on the SAE's output."""
     group: list[int] = field(default_factory=list)
-    """The blocks that share it, where it is one SAE for several."""
+    """The blocks that share the SAE, where it is one for several."""
 
 
 @dataclass
@@ -97,19 +95,16 @@ class SAEConfig:
     """The sparse autoencoder. It is frozen. Everything is loaded through sae-lens."""
 
     family: SAEFamily = MISSING
-    """Where it comes from: tiny, gemma_scope, llama_scope, registry, disk or identity; or new, where the
-    run makes it (method=sae or e2e)."""
+    """tiny, gemma_scope, llama_scope, registry, disk, identity, or new: the run makes it (sae, e2e)."""
     width: str | None = None
-    """Number of latents wanted: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
+    """Number of latents: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
     l0: float | None = None
-    """Sparsity wanted, in active latents per token. The nearest that exists is taken. Of a new SAE:
-    k, where it is topk, batchtopk or matryoshka; what jumprelu aims for; standard and gated have
-    none."""
+    """Active latents per token. The nearest that exists is taken. Of a new SAE: the k of topk, batchtopk
+    and matryoshka, or the target of jumprelu; standard and gated have none."""
     architecture: Architecture = Architecture.topk
     """Of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
     sparsity_coefficient: float | None = None
-    """Of a new SAE that is jumprelu, standard or gated: the weight of its sparsity penalty; null for
-    sae-lens's own."""
+    """Of a new jumprelu, standard or gated SAE: weight of its sparsity penalty; null: sae-lens's own."""
     release: str | None = None
     """sae-lens registry release (family `registry`)."""
     id: str | None = None
@@ -119,13 +114,13 @@ class SAEConfig:
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
     sparse: bool | None = None
-    """Multiply active latents alone, in decoding and in every gradient, where an SAE is TopK, JumpReLU
-    or ReLU. Null: from 16k latents on. Changes time and memory, of the result no more than rounding."""
+    """Multiply active latents alone, in decoding and in every gradient, of a TopK, JumpReLU or ReLU SAE.
+    Null: from 16k latents on. Changes time and memory; the result by rounding alone."""
     keep_special_tokens: bool | None = None
-    """Whether positions holding BOS or EOS keep their activation. Null is true for SAEs that were not
+    """Whether positions of BOS and EOS keep their activation. Null is true for SAEs that were not
     trained on them (Gemma Scope, and those whose own config says so), false otherwise."""
     used: list[SAEChoice] = field(default_factory=list)
-    """What the request resolved to. Written by the planner."""
+    """The SAEs that the request resolved to. Written by the planner."""
 
 
 @dataclass
@@ -133,12 +128,10 @@ class LayerConfig:
     """Where the SAE sits."""
 
     index: Any = None
-    """A block's index or a list of them: the SAE sits at that block. Null is where the SAE's own
-    metadata says, or the model's `middle_block`."""
+    """A block's index or a list of them. Null: the SAE's own metadata, or the model's `middle_block`."""
     hook: Hook | None = None
-    """What of the block the SAE replaces: resid_pre or resid_post, the residual stream before or after
-    it; attn_out or mlp_out, what its attention or its MLP adds to that. Null is where the SAE's own
-    metadata says, or resid_post."""
+    """resid_pre or resid_post, the residual stream before or after the block; attn_out or mlp_out, which
+    its attention or its MLP adds to that. Null: the SAE's own metadata, or resid_post."""
     every: int | None = None
     """An SAE at every n-th block, all at once, as far as there are such SAEs; instead of `index`."""
     first: int | None = None
@@ -147,7 +140,7 @@ class LayerConfig:
     """method=sae: one SAE for each group of blocks that lie close, in as few groups as keep the mean of
     their widest angular distances below this (arXiv 2410.21508). Every block but the last has one."""
     n_groups: int | None = None
-    """The same in so many groups."""
+    """method=sae: the same in so many groups."""
     evenly: bool = False
     """With `n_groups`: groups of neighbouring blocks of equal size, whatever their distances."""
 
@@ -164,14 +157,14 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input while training."""
     targets: Any = "all"
-    """Which matrices: all, attn, mlp, qv, one of q k v o gate up down, or a list of these."""
+    """Matrices: all, attn, mlp, qv, one of q k v o gate up down, or a list of these."""
     blocks: Any = "after"
-    """Which blocks: after (the first SAE), all, or a list of indices."""
+    """Blocks: after (the first SAE), all, or a list of indices."""
     rank_stabilised: bool = True
     """Scale by alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
     init: Initialisation = Initialisation.svd
-    """What A begins with: kaiming, peft's random numbers, or svd, the directions of its input that the
-    matrix stretches most, in the same length. B begins with zeros."""
+    """A begins with kaiming, peft's random numbers, or svd, the directions of its input that the matrix
+    stretches most, in the same length. B begins with zeros."""
     begun: Adapters | None = None
     """The trained adapters that `init` stands for, with which these begin. The planner writes it."""
     dora: bool = False
@@ -183,23 +176,22 @@ class MethodConfig:
     """What is trained."""
 
     kind: Method = Method.lora
-    """lora, mezo (LoRA by forward passes alone), linear_adapter or mlp_adapter (on what the SAE puts
-    back), sae_finetune, e2e (the SAE, end to end) or sae (the SAE, to reconstruct)."""
+    """lora, mezo (LoRA by forward passes alone), linear_adapter or mlp_adapter (on the SAE's output),
+    sae_finetune, e2e (the SAE, end to end) or sae (the SAE, to reconstruct)."""
     rank: int | None = None
     """linear_adapter: rank of its map; mlp_adapter: its hidden width; null: the model's width.
     sae_finetune: rank of LoRA on the SAE's two matrices; null: all of its weights move."""
     mse: bool = True
     """sae_finetune: KL and reconstruction error, balanced (arXiv 2503.17272); false: KL alone."""
     epsilon: float = 1e-3
-    """mezo: how far weights are moved to see what that does to the loss."""
+    """mezo: distance that weights are moved to measure the loss."""
     dead_after_tokens: int = 100_000
     """sae_finetune, e2e, sae: tokens without being active after which a latent counts as dead, and is
-    taught to be of use where the SAE's architecture knows how."""
+    revived by an auxiliary loss where the SAE's architecture has one."""
     buffer_tokens: int = 65_536
-    """sae: tokens whose activations are shuffled among each other, and held."""
+    """sae: tokens whose activations are held and shuffled among each other."""
     checkpoints: list[float] = field(default_factory=list)
-    """sae, e2e, sae_finetune: shares of the training tokens after which the SAE is kept as it is then:
-    [0.1,0.5]."""
+    """sae, e2e, sae_finetune: shares of the training tokens after which the SAE is saved: [0.1,0.5]."""
 
 
 @dataclass
@@ -211,14 +203,13 @@ class DataConfig:
     name: str | None = None
     """Hugging Face data set (`org/name`), for source `hub`."""
     subset: str | None = None
-    """The data set's configuration name, where it has several."""
+    """The data set's configuration, where it has several."""
     split: str = "train"
-    """The data set's split that text is read from."""
+    """The data set's split."""
     revision: str | None = None
     """Branch, tag or commit of the data set."""
     version: str | None = None
-    """The data set's commit, or the hash of the text, when the run was planned. The launcher writes it;
-    leave it null."""
+    """Commit of the data set, or hash of the text, when the run was planned. The launcher writes it."""
     column: str = "text"
     """The column that holds the text."""
     streaming: bool = True
@@ -251,10 +242,9 @@ class TrainConfig:
     """Sequences per step."""
     micro_batch_size: int | None = None
     """Sequences per forward and backward pass, whose gradients add up to the step's; null: all of them.
-    Changes memory, and of the result no more than rounding and which inputs dropout hits."""
+    Changes memory; the result by rounding and by the inputs that dropout hits."""
     activation_checkpointing: bool = False
-    """Keep of each live block no more than what it reads, and compute the rest once more for the
-    backward pass. Changes memory and time, not the result."""
+    """Compute live blocks again in the backward pass. Changes memory and time, not the result."""
     lr: float = 4.5e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
@@ -271,21 +261,18 @@ class TrainConfig:
     """token_mean: nats per token. sequence_sum: summed over each sequence, as in the published code,
     so that `grad_clip` binds in nearly every step."""
     kl: KLComputation = KLComputation.fused
-    """fused, or full: with the logits of all tokens at once, to check against. Changes memory and time,
-    and of the result no more than rounding does."""
+    """fused, or full: all logits at once, to check against. The result differs by rounding alone."""
     kl_chunk_tokens: int | None = None
     """Tokens whose logits are held at once; null: those of 4M logits on a CPU and of 256M on a GPU, but
-    at least 88. Changes memory, and of the result no more than rounding does."""
+    at least 88. Changes memory; the result by rounding alone."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_each_sae: bool = True
-    """At the end, measure what each of several SAEs contributes: alone in the model, and left out. It
-    takes two evaluations for each. Does not change what is trained."""
+    """At the end, also evaluate each of several SAEs alone, and left out. Does not change training."""
     eval_batch_tokens: int = 4096
     """Tokens per forward pass of an evaluation; changes memory, not the result."""
     eval_cache_gb: float = 2.0
-    """Room for hidden states of the held-out text that are kept from one evaluation to the next, where
-    all of them fit; changes time, not the result."""
+    """Room for hidden states kept between evaluations, where all fit. Changes time, not the result."""
     checkpoint_every_steps: int = 200
     """Steps between two checkpoints, the most that a crash can cost. Does not change a result."""
     seed: int = 0
@@ -295,8 +282,7 @@ class TrainConfig:
     dtype: DType = DType.float32
     """Precision the forward and backward pass computes in. Adapters are always float32."""
     tf32: bool = False
-    """Multiply float32 matrices in TF32 on a GPU that has it, with 10 bits of mantissa rather than 23:
-    results change in their third digit."""
+    """Multiply float32 matrices in TF32 where a GPU has it: results change in their third digit."""
 
 
 @dataclass
@@ -306,15 +292,15 @@ class LauncherConfig:
     kind: LauncherKind = LauncherKind.local
     """local: on this machine. slurm: as array jobs on a cluster."""
     pack: Any = "auto"
-    """Runs that train together in one process, which shares the frozen part of their work: auto (as many
-    as fit, up to eight), off, or the most there may be. Each run is the same as alone."""
+    """Runs that train together in one process and share the frozen part of their work: auto (as many as
+    fit, up to eight), off, or the largest number. Each run is the same as alone."""
     gpu_mem_gb: float | None = None
     """Memory of a GPU, which packs must fit into; null: this machine's, and 40 on a cluster."""
     dry_run: bool = False
     """Print the plan and stop."""
     strict: bool = False
     """Refuse a width or an L0 that does not exist, rather than take the nearest, and a point of a sweep
-    at which there is no SAE, rather than drop it."""
+    without an SAE, rather than drop it."""
     retry_failed: bool = False
     """Run again what failed before."""
     timeout_min: int | None = None
@@ -326,9 +312,9 @@ class LauncherConfig:
     max_parallel: int | None = None
     """local: runs at a time; null: one per GPU, or one where there is none."""
     partition: str | None = None
-    """slurm: where jobs queue; null: the cluster's default."""
+    """slurm: the partition; null: the cluster's default."""
     account: str | None = None
-    """slurm: who pays."""
+    """slurm: the account that pays."""
     qos: str | None = None
     """slurm: quality of service."""
     constraint: str | None = None
@@ -342,7 +328,7 @@ class LauncherConfig:
     mem_gb: float | None = None
     """slurm: main memory of a job; null: the partition's default."""
     setup: list[str] = field(default_factory=list)
-    """slurm: shell commands to run in a job before anything else (`module load …`)."""
+    """slurm: shell commands at the beginning of a job (`module load …`)."""
     array_parallelism: int = 256
     """slurm: jobs of an array that may run at the same time."""
     max_array_size: int = 1000
@@ -369,12 +355,12 @@ class TrackingConfig:
     entity: str | None = None
     """W&B user or team; null is the account's default."""
     finish_timeout_s: float = 30.0
-    """How long the end of a run may wait for uploads."""
+    """Seconds that the end of a run may wait for uploads."""
 
 
 @dataclass
 class Config:
-    """One run, completely. What `config.yaml` in a run folder holds."""
+    """One run, completely, as `config.yaml` in a run folder holds it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -387,11 +373,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: str | None = None
-    """Folder of a finished run whose result this one begins with: its SAE, or its adapters. Or the
-    method of another run of the same command, of the same model, layer and seed: that comes first."""
+    """Folder of a finished run whose SAE or adapters this one begins with. Or the method of another run
+    of the same command, of the same model, layer and seed, which then comes first."""
     init_at: float = 1.0
-    """Share of that run's training after which its SAE is taken, one of its `method.checkpoints`; 1 for
-    its end."""
+    """Share of that run's training after which its SAE is taken: 1, or one of `method.checkpoints`."""
     sweep: str = "main"
     """Name of the folder under `output_dir` that the runs of one sweep share."""
     output_dir: str = "outputs"

@@ -5,8 +5,9 @@ import typing
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError
 
-from sae_lora.common.errors import UnknownKeyError, nearest_name
+from sae_lora.common.errors import UserError, listed, nearest_name
 from sae_lora.config.schema import Config
 
 
@@ -14,12 +15,14 @@ def typed(composed: DictConfig) -> Config:
     """The composed config as typed objects, interpolations resolved.
 
     Raises:
-        UnknownKeyError: For a key that the schema does not have (`+foo=1` gets past Hydra).
+        UserError: For a key that the schema does not have (`+foo=1` gets past Hydra).
     """
     values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
-    _reject_unknown_keys(values, Config)
-    merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+    except ConfigKeyError as error:
+        raise unknown_key(str(error.full_key)) from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
@@ -38,34 +41,24 @@ def load(text: str) -> Config:
     return typed(loaded)
 
 
-def keys(schema: type = Config, prefix: str = "") -> dict[str, typing.Any]:
+def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its type; groups are included."""
-    found: dict[str, typing.Any] = {}
-    hints = typing.get_type_hints(schema)
-    for entry in dataclasses.fields(schema):
-        name = f"{prefix}{entry.name}"
-        found[name] = hints[entry.name]
-        if dataclasses.is_dataclass(hints[entry.name]):
-            found |= keys(typing.cast(type, hints[entry.name]), f"{name}.")
-    return found
+    types: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        types[f"{prefix}{name}"] = kind
+        if dataclasses.is_dataclass(kind):
+            types |= keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return types
 
 
-def _reject_unknown_keys(values: dict[Any, Any], schema: type, prefix: str = "") -> None:
-    hints = typing.get_type_hints(schema)
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown_key(f"{prefix}{key}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            _reject_unknown_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
-
-
-def unknown_key(key: str) -> UnknownKeyError:
+def unknown_key(key: str) -> UserError:
     """The error for a key that the schema does not have, with the keys beside it."""
     known = keys()
     group, _, name = key.rpartition(".")
-    siblings = [one for one in known if one.rpartition(".")[0] == group] or [
-        one for one in known if "." not in one
-    ]
-    by_last_part = {one.rpartition(".")[2]: one for one in [*known, *siblings]}
-    nearest = nearest_name(name, by_last_part)
-    return UnknownKeyError(key, siblings, by_last_part[nearest] if nearest else None)
+    beside = [other for other in known if other.rpartition(".")[0] == group]
+    siblings = beside or [other for other in known if "." not in other]
+    by_last_part = {other.rpartition(".")[2]: other for other in [*known, *siblings]}
+    lines = [f"there is no key {key}", f"  there are: {listed(siblings, 30)}"]
+    if (nearest := nearest_name(name, by_last_part)) is not None:
+        lines.append(f"  nearest valid: {by_last_part[nearest]}")
+    return UserError("\n".join(lines))

@@ -1,27 +1,17 @@
-"""What no single type can say: impossible values and combinations, and what the short names mean.
+"""Checks of a config that no single type can make: impossible values and combinations."""
 
-From the values alone: nothing is read or loaded.
-"""
-
+import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
-from sae_lora.common.errors import ConfigError, nearest_name
+from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
 from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
-from sae_lora.config.evaluation import check_evaluation
-from sae_lora.config.identity import TRAINING_SAES
+from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
+from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_matrices
-from sae_lora.config.schema import (
-    Config,
-    DataConfig,
-    LauncherConfig,
-    LayerConfig,
-    LoRAConfig,
-    MethodConfig,
-    SAEConfig,
-    as_list,
-)
+from sae_lora.config.schema import Config, LauncherConfig, as_list
 from sae_lora.config.serialize import as_dict
 
 
@@ -34,17 +24,25 @@ def check(config: Config) -> None:
     _check_secrets(config)  # first: other refusals show the value
     _check_ranges(config)
     _check_names(config)
-    _check_layer(config.layer, config.method.kind, begins=config.init is not None)
-    _check_sae_request(config.sae)
-    _check_method(config.method, config.sae, config.lora)
-    _check_data_request(config.data)
-    _check_budget(config)
-    _check_launcher(config.launcher)
-    _check_shared_batches(config)
-    target_matrices(config.lora.targets)
-    canonical_alpha(config.lora)
-    _check_blocks(config.lora.blocks)
-    check_evaluation(config.evaluation)
+    _check_groups(config)
+    _check_layer(config)
+    _check_sae(config)
+    _check_method(config)
+    _check_new_sae(config)
+    _check_data(config)
+    _check_launcher(config)
+    _check_processes(config)
+    _check_lora(config)
+    _check_steering(config)
+    _check_saebench(config)
+
+
+def _refusal(
+    config: Config, key: str, allowed: str, nearest: object = None, because: str | None = None
+) -> ConfigError:
+    """The error for the value at a dotted key."""
+    value = attrgetter(key)(config)
+    return ConfigError(key, getattr(value, "name", value), allowed, nearest, because)
 
 
 def _check_secrets(config: Config) -> None:
@@ -74,31 +72,21 @@ def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, st
 
 
 _POSITIVE = (
-    *("lora.rank", "data.context_length", "data.validation_tokens"),
-    *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.lr"),
-    *("train.eval_every_tokens", "train.eval_batch_tokens", "train.checkpoint_every_steps"),
-    "train.loraplus_ratio",
-    *("method.epsilon", "method.dead_after_tokens", "method.buffer_tokens"),
-    *("evaluation.resamples", "evaluation.sequences", "evaluation.directions"),
-    *("evaluation.task_batch_size", "evaluation.steering_examples"),
-    *("launcher.signal_delay_s", "launcher.array_parallelism", "launcher.max_array_size"),
-    "launcher.nodes",
-    "tracking.finish_timeout_s",
-)
-_POSITIVE_IF_GIVEN = (
-    *("launcher.timeout_min", "launcher.cpus_per_task", "launcher.max_parallel", "launcher.mem_gb"),
-    *("launcher.gpu_mem_gb", "train.kl_chunk_tokens", "train.micro_batch_size"),
-    *("launcher.processes_per_node", "method.rank", "sae.sparsity_coefficient"),
-    "evaluation.task_limit",
+    *("layer.every", "layer.n_groups", "lora.rank", "method.rank", "method.epsilon"),
+    *("method.dead_after_tokens", "method.buffer_tokens"),
+    *("sae.sparsity_coefficient", "data.context_length", "data.validation_tokens"),
+    *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.micro_batch_size"),
+    *("train.lr", "train.loraplus_ratio", "train.kl_chunk_tokens", "train.eval_every_tokens"),
+    *("train.eval_batch_tokens", "train.checkpoint_every_steps", "evaluation.resamples"),
+    *("evaluation.sequences", "evaluation.directions", "evaluation.task_batch_size"),
+    *("evaluation.task_limit", "evaluation.steering_examples", "launcher.signal_delay_s"),
+    *("launcher.array_parallelism", "launcher.max_array_size", "launcher.nodes"),
+    *("launcher.processes_per_node", "launcher.timeout_min", "launcher.cpus_per_task"),
+    *("launcher.max_parallel", "launcher.mem_gb", "launcher.gpu_mem_gb", "tracking.finish_timeout_s"),
 )
 _NOT_NEGATIVE = (
-    "launcher.gpus_per_node",
-    "model.middle_block",
-    "train.weight_decay",
-    "train.eval_cache_gb",
-    "train.seed",
-    "data.seed",
-    "evaluation.few_shot",
+    *("launcher.gpus_per_node", "model.middle_block", "train.weight_decay", "train.eval_cache_gb"),
+    *("train.seed", "data.seed", "evaluation.few_shot"),
 )
 _SHARES = {
     "lora.dropout": (0, 0.9),
@@ -110,130 +98,116 @@ _SHORTEST_CONTEXT = 8
 _LARGEST_SEED = 2**32 - 1
 
 
-def _value(config: Config, key: str) -> Any:
-    found: Any = config
-    for name in key.split("."):
-        found = getattr(found, name)
-    return found
-
-
 def _check_ranges(config: Config) -> None:
-    given = [key for key in _POSITIVE_IF_GIVEN if _value(config, key) is not None]
-    for key in (*_POSITIVE, *given):
-        value = _value(config, key)
-        if not 0 < value < float("inf"):
+    for key in _POSITIVE:
+        value = attrgetter(key)(config)
+        if value is not None and not 0 < value < math.inf:
             whole = isinstance(value, int)
             allowed = "a whole number above 0" if whole else "a finite number above 0"
-            raise ConfigError(key, value, allowed, nearest=1 if whole else None)
+            raise _refusal(config, key, allowed, 1 if whole else None)
     for key in _NOT_NEGATIVE:
-        value = _value(config, key)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(key, value, "a number that is not negative", nearest=0)
+        value = attrgetter(key)(config)
+        if value is not None and not 0 <= value < math.inf:
+            raise _refusal(config, key, "a number that is not negative", 0)
     for key, (least, most) in _SHARES.items():
-        value = _value(config, key)
+        value = attrgetter(key)(config)
         if not least <= value <= most:
             nearest = least if value < least else most
-            raise ConfigError(key, value, f"a share from {least:g} to {most:g}", nearest=nearest)
+            raise _refusal(config, key, f"a share from {least:g} to {most:g}", nearest)
     for key in ("train.seed", "data.seed"):
-        if _value(config, key) > _LARGEST_SEED:
-            raise ConfigError(
-                key, _value(config, key), f"at most {_LARGEST_SEED}", nearest=_LARGEST_SEED
-            )
-    context = config.data.context_length
-    if context < _SHORTEST_CONTEXT:
+        if attrgetter(key)(config) > _LARGEST_SEED:
+            raise _refusal(config, key, f"at most {_LARGEST_SEED}", _LARGEST_SEED)
+    length = config.data.context_length
+    if length < _SHORTEST_CONTEXT:
         allowed = f"at least {_SHORTEST_CONTEXT} tokens"
-        raise ConfigError("data.context_length", context, allowed, nearest=_SHORTEST_CONTEXT)
-    clip = config.train.grad_clip
-    if clip is not None and not clip > 0:
-        raise ConfigError("train.grad_clip", clip, "a number above 0, or null", nearest="null")
-    if config.sae.l0 is not None and not 0 < config.sae.l0 < float("inf"):
-        raise ConfigError("sae.l0", config.sae.l0, "active latents per token, above 0")
+        raise _refusal(config, "data.context_length", allowed, _SHORTEST_CONTEXT)
+    if config.train.grad_clip is not None and not config.train.grad_clip > 0:
+        raise _refusal(config, "train.grad_clip", "a number above 0, or null", "null")
+    if config.sae.l0 is not None and not 0 < config.sae.l0 < math.inf:
+        raise _refusal(config, "sae.l0", "active latents per token, above 0")
 
 
 def _check_names(config: Config) -> None:
-    for key, value in {"sweep": config.sweep, "output_dir": config.output_dir}.items():
-        if not value.strip():
-            raise ConfigError(key, value, "a folder's name", nearest="main")
+    for key in ("sweep", "output_dir"):
+        if not getattr(config, key).strip():
+            raise _refusal(config, key, "a folder's name", "main")
     if "/" in config.sweep or config.sweep in {".", ".."}:
-        raise ConfigError(
-            "sweep", config.sweep, "one folder name", nearest=config.sweep.strip("./").replace("/", "_")
-        )
+        nearest = config.sweep.strip("./").replace("/", "_")
+        raise _refusal(config, "sweep", "one folder name", nearest)
     if not config.model.name.strip():
-        raise ConfigError("model.name", config.model.name, "a repository, a folder, or tiny", "tiny")
+        raise _refusal(config, "model.name", "a repository, a folder, or tiny", "tiny")
 
 
-def _check_indices(key: str, value: Any, *, optional: bool) -> None:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_blocks(config: Config, key: str) -> None:
+    """Refuses at this key everything but a block's index or a list of them."""
+    entries = as_list(attrgetter(key)(config))
     allowed = "a block's index or a list of them, such as 3 or [1,4]"
-    if value is None:
-        if optional:
-            return
-        raise ConfigError(key, value, allowed)
-    entries = as_list(value)
     if not entries:
-        raise ConfigError(key, value, allowed)
+        raise _refusal(config, key, allowed)
     for entry in entries:
-        if not isinstance(entry, int) or isinstance(entry, bool) or entry < 0:
-            raise ConfigError(key, value, allowed, nearest=0 if isinstance(entry, int) else None)
-    if len(set(entries)) < len(entries):
-        raise ConfigError(key, value, "each block once", nearest=sorted(set(entries)))
+        if not _is_whole(entry) or entry < 0:
+            raise _refusal(config, key, allowed, 0 if isinstance(entry, int) else None)
+    _check_repeats(config, key, "block")
 
 
-def _check_layer(layer: LayerConfig, method: Method, *, begins: bool) -> None:
-    _check_indices("layer.index", layer.index, optional=True)
-    _check_groups(layer, method, begins=begins)
+def _check_repeats(config: Config, key: str, entry: str) -> None:
+    """Refuses a list in which an entry stands twice."""
+    entries = as_list(attrgetter(key)(config))
+    once = list(dict.fromkeys(entries))
+    if len(once) < len(entries):
+        raise _refusal(config, key, f"each {entry} once", once)
+
+
+def _check_layer(config: Config) -> None:
+    layer = config.layer
+    if layer.index is not None:
+        _check_blocks(config, "layer.index")
     if layer.every is None:
         if layer.first is not None:
-            raise ConfigError("layer.first", layer.first, "null without layer.every", nearest="null")
+            raise _refusal(config, "layer.first", "null without layer.every", "null")
         return
     if layer.index is not None:
-        raise ConfigError(
-            "layer.every",
-            layer.every,
-            "null with layer.index, which names the blocks; or layer.index=null",
-            nearest="null",
-            because=f"layer.index is {layer.index}",
-        )
-    if layer.every < 1:
-        raise ConfigError("layer.every", layer.every, "a whole number above 0", nearest=1)
+        allowed = "null with layer.index, which names the blocks; or layer.index=null"
+        raise _refusal(config, "layer.every", allowed, "null", f"layer.index is {layer.index}")
     if layer.first is not None and layer.first < 0:
-        raise ConfigError("layer.first", layer.first, "a block's index, or null", nearest=0)
+        raise _refusal(config, "layer.first", "a block's index, or null", 0)
 
 
-def _check_groups(layer: LayerConfig, method: Method, *, begins: bool) -> None:
+def _check_groups(config: Config) -> None:
     """Whether blocks are asked for by groups, and in one way."""
-    asked = {"layer.amad_max": layer.amad_max, "layer.n_groups": layer.n_groups}
-    given = [key for key, value in asked.items() if value is not None]
+    layer = config.layer
+    asked = [f"layer.{name}" for name in ("amad_max", "n_groups") if getattr(layer, name) is not None]
     if layer.evenly and layer.n_groups is None:
-        raise ConfigError("layer.evenly", True, "false without layer.n_groups", nearest="false")
-    if not given:
+        raise _refusal(config, "layer.evenly", "false without layer.n_groups", "false")
+    if not asked:
         return
-    if len(given) > 1:
-        raise ConfigError(given[0], layer.amad_max, "null with layer.n_groups", nearest="null")
+    if len(asked) > 1:
+        raise _refusal(config, asked[0], "null with layer.n_groups", "null")
     if layer.amad_max is not None and not 0 < layer.amad_max <= 1:
-        raise ConfigError("layer.amad_max", layer.amad_max, "a distance above 0 and up to 1", 0.2)
-    if layer.n_groups is not None and layer.n_groups < 1:
-        raise ConfigError("layer.n_groups", layer.n_groups, "a whole number above 0", nearest=1)
-    if method is not Method.sae and not begins:
-        raise ConfigError(
-            given[0],
-            asked[given[0]],
-            "null, but with method=sae, which trains an SAE for each group; init=<that run> uses them",
-            nearest="null",
+        raise _refusal(config, "layer.amad_max", "a distance above 0 and up to 1", 0.2)
+    if config.method.kind is not Method.sae and config.init is None:
+        allowed = (
+            "null, but with method=sae, which trains an SAE for each group; init=<that run> uses them"
         )
+        raise _refusal(config, asked[0], allowed, "null")
     for name in ("index", "every", "hook"):
-        value = getattr(layer, name)
-        if value is not None:
-            shown = getattr(value, "name", value)
-            raise ConfigError(f"layer.{name}", shown, f"null with {given[0]}", nearest="null")
+        if getattr(layer, name) is not None:
+            raise _refusal(config, f"layer.{name}", f"null with {asked[0]}", "null")
 
 
-def _check_blocks(value: object) -> None:
-    if isinstance(value, str):
-        if value not in {"after", "all"}:
-            nearest = nearest_name(value, ["after", "all"]) or "after"
-            raise ConfigError("lora.blocks", value, "after, all, or a list of indices", nearest)
-        return
-    _check_indices("lora.blocks", value, optional=False)
+def _check_lora(config: Config) -> None:
+    target_matrices(config.lora.targets)
+    canonical_alpha(config.lora)
+    blocks = config.lora.blocks
+    if not isinstance(blocks, str):
+        _check_blocks(config, "lora.blocks")
+    elif blocks not in ("after", "all"):
+        nearest = nearest_name(blocks, ("after", "all")) or "after"
+        raise _refusal(config, "lora.blocks", "after, all, or a list of indices", nearest)
 
 
 def latents(width: str) -> int:
@@ -260,151 +234,123 @@ def latents(width: str) -> int:
     return round(number)
 
 
-def _check_sae_request(sae: SAEConfig) -> None:
+def _check_sae(config: Config) -> None:
+    sae = config.sae
     if sae.width is not None:
         latents(sae.width)
     if sae.id is not None or sae.family in (SAEFamily.disk, SAEFamily.identity):
-        for key, value in {"sae.width": sae.width, "sae.l0": sae.l0}.items():
-            if value is not None:
-                raise ConfigError(
-                    key, value, "null, where sae.id, sae.path or sae=identity settles the SAE", "null"
-                )
-    match sae.family:
-        case SAEFamily.registry:
-            if sae.release is None:
-                raise ConfigError("sae.release", None, "a release of the sae-lens registry")
-        case SAEFamily.disk:
-            if sae.path is None:
-                raise ConfigError("sae.path", None, "a folder that holds cfg.json and the weights")
-        case _:
-            given = {"sae.release": sae.release, "sae.id": sae.id, "sae.path": sae.path}
-            for key, value in given.items():
-                if value is not None:
-                    family = "disk" if key == "sae.path" else "registry"
-                    raise ConfigError(
-                        key, value, f"null with sae={sae.family.name}; use sae={family} for it", "null"
-                    )
+        for key in ("sae.width", "sae.l0"):
+            if attrgetter(key)(config) is not None:
+                allowed = "null, where sae.id, sae.path or sae=identity settles the SAE"
+                raise _refusal(config, key, allowed, "null")
+    if sae.family is SAEFamily.registry:
+        if sae.release is None:
+            raise _refusal(config, "sae.release", "a release of the sae-lens registry")
+    elif sae.family is SAEFamily.disk:
+        if sae.path is None:
+            raise _refusal(config, "sae.path", "a folder that holds cfg.json and the weights")
+    else:
+        needs = {"sae.release": "registry", "sae.id": "registry", "sae.path": "disk"}
+        for key, family in needs.items():
+            if attrgetter(key)(config) is not None:
+                allowed = f"null with sae={sae.family.name}; use sae={family} for it"
+                raise _refusal(config, key, allowed, "null")
+
+
+def _check_method(config: Config) -> None:
+    method, family, kind = config.method, config.sae.family, config.method.kind
+    if kind is Method.mezo and config.lora.dropout > 0:
+        raise _refusal(config, "lora.dropout", "0 with method=mezo", 0)
+    if family is SAEFamily.new and kind not in (Method.e2e, Method.sae):
+        allowed = f"an SAE that exists, with method={kind.name}; method=sae and method=e2e make one"
+        raise _refusal(config, "sae.family", allowed)
+    if kind is Method.sae and family is not SAEFamily.new:
+        raise _refusal(config, "sae.family", "new with method=sae, which makes one", "new")
+    if kind in TRAINING_SAES and family is SAEFamily.identity:
+        raise _refusal(config, "sae.family", f"an SAE that can be trained, with method={kind.name}")
+    if method.checkpoints and kind not in TRAINING_SAES:
+        allowed = f"none with method={kind.name}, which trains no SAE"
+        raise _refusal(config, "method.checkpoints", allowed, "[]")
+    if not all(0 < share <= 1 for share in method.checkpoints):
+        raise _refusal(config, "method.checkpoints", "shares above 0 and up to 1")
+    _check_repeats(config, "method.checkpoints", "share")
 
 
 TOPK_LIKE = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
 """Architectures of which k latents are active."""
 
 
-def _check_method(method: MethodConfig, sae: SAEConfig, lora: LoRAConfig) -> None:
-    kind = method.kind.name
-    if method.kind is Method.mezo and lora.dropout > 0:
-        raise ConfigError("lora.dropout", lora.dropout, "0 with method=mezo", nearest=0)
-    if sae.family is SAEFamily.new and method.kind not in (Method.e2e, Method.sae):
-        raise ConfigError(
-            "sae.family",
-            "new",
-            f"an SAE that exists, with method={kind}; method=sae and method=e2e make one",
-        )
-    if method.kind is Method.sae and sae.family is not SAEFamily.new:
-        raise ConfigError("sae.family", sae.family.name, "new with method=sae, which makes one", "new")
-    if method.kind in TRAINING_SAES and sae.family is SAEFamily.identity:
-        raise ConfigError("sae.family", "identity", f"an SAE that can be trained, with method={kind}")
-    if method.checkpoints and method.kind not in TRAINING_SAES:
-        allowed = f"none with method={kind}, which trains no SAE"
-        raise ConfigError("method.checkpoints", method.checkpoints, allowed, nearest="[]")
-    for share in method.checkpoints:
-        if not 0 < share <= 1:
-            raise ConfigError("method.checkpoints", method.checkpoints, "shares above 0 and up to 1")
-    if len(set(method.checkpoints)) < len(method.checkpoints):
-        nearest = sorted(set(method.checkpoints))
-        raise ConfigError("method.checkpoints", method.checkpoints, "each share once", nearest)
-    if sae.family is SAEFamily.new:
-        _check_new(sae)
-
-
-def _check_new(sae: SAEConfig) -> None:
+def _check_new_sae(config: Config) -> None:
+    sae = config.sae
+    if sae.family is not SAEFamily.new:
+        return
     if sae.width is None:
-        raise ConfigError("sae.width", None, "a number of latents, such as 16k or 1024")
-    if sae.architecture in TOPK_LIKE:
-        if sae.l0 is None:
-            raise ConfigError(
-                "sae.l0", None, f"k, with sae.architecture={sae.architecture.name}", nearest=32
-            )
-        if sae.architecture is Architecture.topk and sae.l0 != round(sae.l0):
-            raise ConfigError(
-                "sae.l0", sae.l0, "a whole number, with sae.architecture=topk", round(sae.l0)
-            )
-        if sae.l0 > latents(sae.width):
-            raise ConfigError("sae.l0", sae.l0, "no more than sae.width", nearest=latents(sae.width))
-    if sae.sparsity_coefficient is not None and sae.architecture in TOPK_LIKE:
-        raise ConfigError(
-            "sae.sparsity_coefficient",
-            sae.sparsity_coefficient,
-            f"null with sae.architecture={sae.architecture.name}, whose sparsity is sae.l0",
-            nearest="null",
-        )
+        raise _refusal(config, "sae.width", "a number of latents, such as 16k or 1024")
+    if sae.architecture not in TOPK_LIKE:
+        return
+    kind = f"sae.architecture={sae.architecture.name}"
+    if sae.l0 is None:
+        raise _refusal(config, "sae.l0", f"k, with {kind}", 32)
+    if sae.architecture is Architecture.topk and sae.l0 != round(sae.l0):
+        raise _refusal(config, "sae.l0", f"a whole number, with {kind}", round(sae.l0))
+    if sae.l0 > latents(sae.width):
+        raise _refusal(config, "sae.l0", "no more than sae.width", latents(sae.width))
+    if sae.sparsity_coefficient is not None:
+        allowed = f"null with {kind}, whose sparsity is sae.l0"
+        raise _refusal(config, "sae.sparsity_coefficient", allowed, "null")
 
 
-def _check_data_request(data: DataConfig) -> None:
+def _check_data(config: Config) -> None:
+    data = config.data
     if data.source is TextSource.hub and data.name is None:
-        raise ConfigError("data.name", None, "a Hugging Face data set, such as org/name")
+        raise _refusal(config, "data.name", "a Hugging Face data set, such as org/name")
     if data.source is TextSource.text_files and not data.files:
-        raise ConfigError("data.files", data.files, "a path or glob pattern, or a list of them")
-
-
-def _check_budget(config: Config) -> None:
-    step = config.train.batch_size * config.data.context_length
+        raise _refusal(config, "data.files", "a path or glob pattern, or a list of them")
+    step = step_tokens(config)
     if config.train.train_tokens < step:
-        raise ConfigError(
-            "train.train_tokens",
-            config.train.train_tokens,
-            f"at least one step of {step} tokens (train.batch_size × data.context_length)",
-            nearest=step,
-        )
-    if config.data.validation_tokens < config.data.context_length:
-        raise ConfigError(
-            "data.validation_tokens",
-            config.data.validation_tokens,
-            f"at least one sequence of {config.data.context_length} tokens (data.context_length)",
-            nearest=config.data.context_length,
-        )
+        allowed = f"at least one step of {step} tokens (train.batch_size × data.context_length)"
+        raise _refusal(config, "train.train_tokens", allowed, step)
+    length = data.context_length
+    if data.validation_tokens < length:
+        allowed = f"at least one sequence of {length} tokens (data.context_length)"
+        raise _refusal(config, "data.validation_tokens", allowed, length)
 
 
-def _check_launcher(launcher: LauncherConfig) -> None:
-    pack = launcher.pack
-    is_number = isinstance(pack, int) and not isinstance(pack, bool) and pack > 0
-    if not is_number and pack is not False and pack not in ("auto", "off"):  # YAML's off is False
-        raise ConfigError(
-            "launcher.pack", pack, "auto, off or a number of runs", nearest=_nearest_pack(pack)
-        )
+def _check_launcher(config: Config) -> None:
+    launcher, pack = config.launcher, config.launcher.pack
+    # YAML's off is False.
+    if pack is not False and pack not in ("auto", "off") and not (_is_whole(pack) and pack > 0):
+        nearest = nearest_name(str(pack), ("auto", "off"))
+        nearest = nearest or ("off" if isinstance(pack, int) else "auto")
+        raise _refusal(config, "launcher.pack", "auto, off or a number of runs", nearest)
     if launcher.sbatch is not None and not isinstance(launcher.sbatch, dict):
-        raise ConfigError("launcher.sbatch", launcher.sbatch, "options of sbatch: {option: value}")
+        raise _refusal(config, "launcher.sbatch", "options of sbatch: {option: value}")
     if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
-        raise ConfigError("launcher.timeout_min", None, "minutes, with launcher=slurm", nearest=240)
+        raise _refusal(config, "launcher.timeout_min", "minutes, with launcher=slurm", 240)
     if launcher.timeout_min is not None and 60 * launcher.timeout_min <= launcher.signal_delay_s:
-        raise ConfigError(
-            "launcher.signal_delay_s",
-            launcher.signal_delay_s,
-            f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min",
-            nearest=15 * launcher.timeout_min,
-        )
+        allowed = f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min"
+        raise _refusal(config, "launcher.signal_delay_s", allowed, 15 * launcher.timeout_min)
 
 
-def _check_shared_batches(config: Config) -> None:
+def _check_processes(config: Config) -> None:
     """Every process that shares a batch needs a sequence of it."""
     launcher = config.launcher
-    if config.sae.family is SAEFamily.new and launcher.nodes * launcher.node_processes > 1:
-        for key in ("nodes", "gpus_per_node", "processes_per_node"):
-            value = getattr(launcher, key)
-            if value is not None and value > 1:
-                raise ConfigError(f"launcher.{key}", value, "1 with sae=new: one process makes it", 1)
+    processes = launcher.nodes * launcher.node_processes
+    if config.sae.family is SAEFamily.new and processes > 1:
+        for name in ("nodes", "gpus_per_node", "processes_per_node"):
+            if (getattr(launcher, name) or 0) > 1:
+                key = f"launcher.{name}"
+                raise _refusal(config, key, "1 with sae=new: one process makes it", 1)
     if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
-        raise ConfigError("launcher.nodes", launcher.nodes, "1, but with launcher=slurm", nearest=1)
+        raise _refusal(config, "launcher.nodes", "1, but with launcher=slurm", 1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
         check_processes(launcher)
-    if config.train.batch_size < launcher.nodes * launcher.node_processes:
-        raise ConfigError(
-            "train.batch_size",
-            config.train.batch_size,
-            f"at least a sequence for each of {launcher.nodes * launcher.node_processes} processes "
-            "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)",
-            nearest=launcher.nodes * launcher.node_processes,
+    if config.train.batch_size < processes:
+        allowed = (
+            f"at least a sequence for each of {processes} processes "
+            "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)"
         )
+        raise _refusal(config, "train.batch_size", allowed, processes)
 
 
 def check_processes(launcher: LauncherConfig) -> None:
@@ -423,5 +369,45 @@ def check_processes(launcher: LauncherConfig) -> None:
         )
 
 
-def _nearest_pack(pack: Any) -> str:
-    return nearest_name(str(pack), ("auto", "off")) or ("off" if isinstance(pack, int) else "auto")
+def _check_steering(config: Config) -> None:
+    asked = config.evaluation
+    key = "evaluation.steering_latents"
+    allowed = "a number of latents above 0, or a list of indices such as [3,17]"
+    value = asked.steering_latents
+    if isinstance(value, list):
+        if not value or not all(_is_whole(latent) and latent >= 0 for latent in value):
+            raise _refusal(config, key, allowed)
+        _check_repeats(config, key, "latent")
+    elif not _is_whole(value) or value < 1:
+        raise _refusal(config, key, allowed, 1)
+    if asked.steering_block is not None and asked.steering_block < 0:
+        raise _refusal(config, "evaluation.steering_block", "a block's index, or null", 0)
+    key = "evaluation.steering_strengths"
+    if not asked.steering_strengths or not all(map(math.isfinite, asked.steering_strengths)):
+        raise _refusal(config, key, "a list of finite numbers", "[1.0]")
+    _check_repeats(config, key, "strength")
+    harm = asked.steering_max_harm
+    if harm is not None and not 0 <= harm < math.inf:
+        allowed = "nats that are not negative, or null"
+        raise _refusal(config, "evaluation.steering_max_harm", allowed, 0)
+    if asked.steering_text_tokens < SHORTEST_TEXT:
+        allowed = f"at least {SHORTEST_TEXT}: the first token of a text is not scored"
+        raise _refusal(config, "evaluation.steering_text_tokens", allowed, SHORTEST_TEXT)
+
+
+def _check_saebench(config: Config) -> None:
+    names, options = config.evaluation.saebench, config.evaluation.saebench_options
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        shape = "{benchmark: {setting: value}}, or null"
+        raise _refusal(config, "evaluation.saebench_options", shape, "null")
+    for key, asked in (("saebench", names), ("saebench_options", options)):
+        for name in asked:
+            if name not in BENCHMARKS:
+                allowed = f"of SAEBench: {listed(BENCHMARKS)}"
+                raise ConfigError(f"evaluation.{key}", name, allowed, nearest_name(name, BENCHMARKS))
+    _check_repeats(config, "evaluation.saebench", "benchmark")
+    for name, values in options.items():
+        if not isinstance(values, dict):
+            allowed = "fields of the benchmark's own config, and their values"
+            raise ConfigError(f"evaluation.saebench_options.{name}", values, allowed)

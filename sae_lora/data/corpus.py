@@ -1,14 +1,14 @@
-"""Training and validation sequences of one run, tokenised once and kept by what they are made of."""
+"""Training and validation sequences of a run, tokenised once and cached by their content."""
 
 import dataclasses
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.files import as_json, sha256, write_atomically
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig, as_list
 from sae_lora.data.documents import (
@@ -38,13 +38,9 @@ from sae_lora.data.packing import (
     tokenised,
 )
 
+Progress = Callable[[int, int], object]
+"""Called with the sequences made and wanted, while a corpus is made."""
 _FORMAT = 1
-
-
-class Progress(Protocol):
-    """Called with the sequences made and wanted, while a corpus is made."""
-
-    def __call__(self, done: int, total: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,10 @@ class Corpus:
     special_ids: Tensor
     """Ids of BOS and EOS, `[n]`."""
     description: dict[str, Any]
-    """What identifies the text, for the record."""
+    """Identifies the text, for the record."""
 
     def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
-        """Training batches `[batch, pos]` without end; every pass over the text has its own order.
-
-        Args:
-            batch_size: Sequences per batch.
-            seed: Fixes the orders.
-            first: Number of the batch to begin with.
-        """
+        """Training batches `[batch, pos]`, as `shuffled_batches` makes them."""
         return shuffled_batches(self.train, batch_size, seed, first)
 
     @property
@@ -86,15 +76,15 @@ def load(
     """The corpus that the config describes, from the cache where it was made before.
 
     Args:
-        config: Which text, and how it is cut.
+        config: The text, and how it is cut.
         tokenizer: The model's.
         train_sequences: Training sequences that the run needs.
         batch_size: Sequences per step; a suggested number of tokens is whole steps.
-        on_progress: Called with the sequences made and wanted, while the corpus is made.
+        on_progress: Shows how far the corpus is made.
 
     Raises:
         ConfigError: Where the text is too short for what is asked.
-        UserError: Where the text cannot be read, or is another than when the run was planned.
+        UserError: Where the text cannot be read, or has changed since the run was planned.
     """
     convention = convention_of(tokenizer)
     source = _describe_source(config)
@@ -103,7 +93,6 @@ def load(
             f"the text ({config.source.name}) is another than when this run was planned: files have "
             "changed or, for stdlib, this is another Python; sweep=… begins anew with the text of now"
         )
-    wanted_validation = config.validation_tokens // config.context_length
     recipe = {
         "format": _FORMAT,
         "source": source,
@@ -113,7 +102,7 @@ def load(
         "validation_share": config.validation_share,
         "seed": config.seed,
         "train_sequences": train_sequences,
-        "validation_sequences": wanted_validation,
+        "validation_sequences": config.validation_tokens // config.context_length,
     }
     key = _digest(json.dumps(recipe, sort_keys=True))
     folder = _cache(config, "corpora") / key
@@ -121,7 +110,7 @@ def load(
         _make(config, tokenizer, recipe, convention, folder, on_progress)
     train = np.load(folder / "train.npy", mmap_mode="r")
     validation = np.load(folder / "validation.npy", mmap_mode="r")
-    _check_length(config, len(train), len(validation), train_sequences, wanted_validation, batch_size)
+    _check_length(config, len(train), len(validation), train_sequences, batch_size)
     return Corpus(
         train=train,
         validation=validation,
@@ -139,20 +128,12 @@ def load(
 
 
 def version_of(description: dict[str, Any]) -> str:
-    """What tells this text from what may stand under the same name at another time.
-
-    Args:
-        description: Of the corpus.
-    """
+    """The part of a corpus's description that tells this text from a later one of the same name."""
     return description["revision"] if "revision" in description else description["content"]
 
 
 def _cache(config: DataConfig, kind: str) -> Path:
-    """The folder of the cache for one kind of thing, there to be written to.
-
-    Raises:
-        UserError: Where it cannot be made.
-    """
+    """The folder of the cache for one kind of thing; made where it does not exist."""
     folder = Path(config.cache_dir).expanduser() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,15 +151,11 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
             return {"source": "stdlib", "content": _digest("\n".join(texts))}
         case TextSource.text_files:
             files = files_matching(as_list(config.files))
-            contents = []
-            for path in files:
-                with path.open("rb") as file:
-                    contents.append(hashlib.file_digest(file, "sha256").hexdigest())
             return {
                 "source": "text_files",
                 "files": len(files),
                 "column": config.column,
-                "content": _digest("\n".join(contents)),
+                "content": _digest("\n".join(map(sha256, files))),
             }
         case TextSource.hub:
             return {
@@ -190,19 +167,12 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
                 "revision": config.version or _dataset_commit(config),
                 "shuffle_buffer": config.shuffle_buffer if config.streaming else None,
             }
-        case _:
-            raise NotImplementedError(config.source)
 
 
 def _dataset_commit(config: DataConfig) -> str:
-    """The data set's commit; without a network, the one that was found last time.
-
-    Raises:
-        UserError: Where the data set cannot be found, or was never asked for with a network.
-    """
+    """The data set's commit; without a network, the commit of last time."""
     assert config.name is not None
-    name = _digest(f"{config.name}@{config.revision}")
-    remembered = _cache(config, "revisions") / name
+    remembered = _cache(config, "revisions") / _digest(f"{config.name}@{config.revision}")
     try:
         commit = hub.dataset_commit(config.name, config.revision)
     except hub.UnreachableError:
@@ -213,18 +183,15 @@ def _dataset_commit(config: DataConfig) -> str:
     return commit
 
 
-def _documents(config: DataConfig, recipe: dict[str, Any]) -> Iterator[Document]:
+def _documents(config: DataConfig, source: dict[str, Any]) -> Iterator[Document]:
     match config.source:
         case TextSource.stdlib:
             return shuffled(stdlib_documents(), config.seed)
         case TextSource.text_files:
-            return shuffled(
-                file_documents(files_matching(as_list(config.files)), config.column), config.seed
-            )
+            files = files_matching(as_list(config.files))
+            return shuffled(file_documents(files, config.column), config.seed)
         case TextSource.hub:
-            return hub_documents(dataclasses.replace(config, revision=recipe["source"]["revision"]))
-        case _:
-            raise NotImplementedError(config.source)
+            return hub_documents(dataclasses.replace(config, revision=source["revision"]))
 
 
 def _make(
@@ -235,7 +202,7 @@ def _make(
     folder: Path,
     on_progress: Progress,
 ) -> None:
-    """Reads documents until both splits are full or the text ends; then the folder is there whole."""
+    """Reads documents until both splits are full or the text ends, then writes the folder at once."""
     train, validation = (
         Packer(config.context_length, convention, len(tokenizer), recipe[f"{split}_sequences"])
         for split in ("train", "validation")
@@ -245,10 +212,12 @@ def _make(
         held_out = in_validation(document.key, config.validation_share)
         return validation if held_out else train
 
-    needed = (document for document in _documents(config, recipe) if not packer_of(document).full)
+    wanted = recipe["train_sequences"] + recipe["validation_sequences"]
+    documents = _documents(config, recipe["source"])
+    needed = (document for document in documents if not packer_of(document).full)
     for document, tokens in tokenised(needed, tokenizer):
         packer_of(document).add(tokens)
-        on_progress(len(train) + len(validation), (train.most or 0) + (validation.most or 0))
+        on_progress(len(train) + len(validation), wanted)
         if train.full and validation.full:
             break
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -256,22 +225,16 @@ def _make(
         np.save(beside / "train.npy", train.sequences)
         np.save(beside / "validation.npy", validation.sequences)
         write_atomically(beside / "recipe.json", as_json(recipe))
-        try:
-            beside.rename(folder)
-        except OSError:
-            if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
-                raise
+        beside.rename(folder)
+    except OSError:
+        if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_length(
-    config: DataConfig,
-    train: int,
-    validation: int,
-    train_sequences: int,
-    validation_sequences: int,
-    batch_size: int,
+    config: DataConfig, train: int, validation: int, train_sequences: int, batch_size: int
 ) -> None:
     length = config.context_length
     if validation == 0 or train == 0:
@@ -280,7 +243,7 @@ def _check_length(
             "sequence. A document is a file, or a row of a table such as .jsonl; give more or smaller "
             f"ones, or another data.validation_share than {config.validation_share:g}"
         )
-    if validation < validation_sequences:
+    if validation < config.validation_tokens // length:
         raise ConfigError(
             "data.validation_tokens",
             config.validation_tokens,
@@ -299,7 +262,7 @@ def _check_length(
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what the tokenizer does, not of where it came from."""
+    """A hash of the tokenizer's content, whatever its name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _digest(backend.to_str())

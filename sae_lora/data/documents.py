@@ -1,4 +1,4 @@
-"""Where text comes from: each source is an iterator of `Document`s, and one rule splits them."""
+"""Sources of text: each is an iterator of `Document`s, and one rule splits them."""
 
 import glob
 import hashlib
@@ -14,26 +14,17 @@ from sae_lora.config.schema import DataConfig
 
 
 class Document(NamedTuple):
-    """One text, and the key that decides which split it belongs to.
-
-    Args:
-        key: What identifies the document. Equal keys always land in the same split.
-        text: The text itself.
-    """
+    """One text, and the key that decides on its split: equal keys always land in the same split."""
 
     key: str
     text: str
 
 
 def in_validation(key: str, share: float) -> bool:
-    """Whether the document with this key is held out.
+    """Whether the document with this key is held out, as this share of all documents is.
 
     The split depends on key and share alone, not on the order of reading, the seed or the amount
     read: runs of the same data and share never train on text that another validates on.
-
-    Args:
-        key: The document's key.
-        share: Fraction of documents held out, between 0 and 1.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
@@ -53,9 +44,8 @@ _STDLIB_MAX_NON_ASCII = 0.005
 def stdlib_documents(*, tests: bool = False) -> list[Document]:
     """The Python standard library's own sources, the text of the embedded default.
 
-    Every machine that can run this project has them, so nothing is shipped or downloaded. The key
-    is the path relative to the library, which keeps the split stable between Python versions whose
-    texts differ a little.
+    Every machine that can run this project has them. The key is the path relative to the library, which
+    keeps the split stable between Python versions whose texts differ a little.
 
     Args:
         tests: Whether to read the library's own tests instead, which not every machine has.
@@ -64,7 +54,7 @@ def stdlib_documents(*, tests: bool = False) -> list[Document]:
     documents = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        # Also `config-3.11-x86_64-linux-gnu` is `config`.
+        # `config-3.11-x86_64-linux-gnu` counts as `config`.
         parts = {name for part in relative.parts[:-1] for name in (part, part.split("-")[0])}
         if parts & _STDLIB_LEFT_OUT or tests != bool(parts & _STDLIB_TESTS):
             continue
@@ -93,15 +83,15 @@ def files_matching(patterns: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: Where a pattern matches no file.
     """
-    found: set[Path] = set()
+    files: set[Path] = set()
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        files = {Path(match) for match in glob.glob(expanded, recursive=True)}  # noqa: PTH207 absolute patterns too
-        files = {path for path in files if path.is_file()}
-        if not files:
+        matches = map(Path, glob.glob(expanded, recursive=True))  # noqa: PTH207 absolute patterns too
+        matching = {path for path in matches if path.is_file()}
+        if not matching:
             raise ConfigError("data.files", pattern, "a path or glob pattern that matches files")
-        found |= files
-    return sorted(found)
+        files |= matching
+    return sorted(files)
 
 
 _TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -118,19 +108,16 @@ def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
     for file in files:
         kinds = [_TABULAR[end] for end in file.suffixes if end in _TABULAR]
         if kinds:
-            yield from _rows(_local_table(kinds[-1], file), column, f"data.files = {str(file)!r}")
+            import datasets  # takes a second to import, and most runs do without
+
+            rows = datasets.load_dataset(kinds[-1], data_files=str(file), split="train", streaming=True)
+            yield from _rows(rows, column, f"data.files = {str(file)!r}")  # pyright: ignore[reportArgumentType]
         else:
             try:
                 text = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"data.files = {str(file)!r} cannot be read as text: {error}") from error
             yield Document(text, text)
-
-
-def _local_table(kind: str, file: Path) -> Iterable[dict[str, object]]:
-    import datasets  # takes a second to import, and most runs do without
-
-    return datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)  # pyright: ignore[reportReturnType]
 
 
 def hub_documents(config: DataConfig) -> Iterator[Document]:
@@ -153,10 +140,8 @@ def hub_documents(config: DataConfig) -> Iterator[Document]:
             revision=config.revision,
             streaming=config.streaming,
         )
-        if config.streaming:
-            rows = rows.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)  # pyright: ignore[reportCallIssue]
-        else:
-            rows = rows.shuffle(seed=config.seed)
+        buffer = {"buffer_size": config.shuffle_buffer} if config.streaming else {}
+        rows = rows.shuffle(seed=config.seed, **buffer)  # pyright: ignore[reportArgumentType]
         yield from _rows(rows, config.column, f"data.name = {config.name!r}")  # pyright: ignore[reportArgumentType]
 
 

@@ -16,15 +16,12 @@ _DOCUMENTS_PER_CALL = 64
 
 
 class Convention(NamedTuple):
-    """How a model family wants its text laid out, as token ids.
-
-    Args:
-        bos: Put at the start of every sequence; `None` where the model does not use one.
-        separator: Put after every document; `None` joins documents without a mark.
-    """
+    """The layout of text for a model family, as token ids."""
 
     bos: int | None
+    """Put at the start of every sequence; `None` where the model does not use one."""
     separator: int | None
+    """Put after every document; `None` joins documents without a mark."""
 
 
 def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
@@ -58,7 +55,7 @@ def tokenised(
 
 
 class Packer:
-    """Cuts the documents it is given into full sequences; what is left at the end is dropped.
+    """Cuts documents into full sequences; tokens at the end that fill no sequence are dropped.
 
     Args:
         context_length: Tokens per sequence, BOS included.
@@ -70,8 +67,8 @@ class Packer:
     def __init__(
         self, context_length: int, convention: Convention, vocabulary: int, most: int | None
     ) -> None:
-        self.context_length = context_length
-        self.most = most
+        self._length = context_length
+        self._most = most
         self._head = [] if convention.bos is None else [convention.bos]
         self._tail = [] if convention.separator is None else [convention.separator]
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
@@ -84,12 +81,12 @@ class Packer:
     @property
     def full(self) -> bool:
         """Whether as many sequences as wanted are there."""
-        return self.most is not None and len(self) >= self.most
+        return self._most is not None and len(self) >= self._most
 
     def add(self, tokens: list[int]) -> None:
         """Takes in one document's token ids, without special tokens."""
         self._pending += tokens + self._tail
-        room = self.context_length - len(self._head)
+        room = self._length - len(self._head)
         start = 0
         while len(self._pending) - start >= room and not self.full:
             sequence = self._head + self._pending[start : start + room]
@@ -100,7 +97,7 @@ class Packer:
     @property
     def sequences(self) -> np.ndarray:
         """The sequences so far, `[sequence, pos]`."""
-        empty = np.empty((0, self.context_length), dtype=self._dtype)
+        empty = np.empty((0, self._length), dtype=self._dtype)
         return np.stack(self._sequences) if self._sequences else empty
 
 
