@@ -77,9 +77,7 @@ def _add_commands(commands: Any) -> None:
     report.add_argument("sweep", type=Path, nargs="+", help=f"{sweep}, one or more")
     report.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
     report.add_argument("--no-pictures", action="store_true", help="no SVG and PNG: they need a browser")
-    evaluate = add(
-        "evaluate", _evaluate, "suites of measures for finished runs, kept in their folders", sweep=runs
-    )
+    evaluate = add("evaluate", _evaluate, "suites of measures for finished runs", sweep=runs)
     suites = [*(suite.name for suite in Suite), "all"]
     evaluate.add_argument("--suite", nargs="+", choices=suites, default=["core"])
     evaluate.add_argument("--again", action="store_true", help="also what was measured before")

@@ -185,26 +185,25 @@ class Job:
         """
         answered = self._stop_child()
         self._child = None
-        if self._parts:
-            part = self._parts[0]
-            unsettled = part.unsettled
-            progress = [folder.read_progress() for folder in unsettled]
-            step = max((now.step for now in progress if now is not None), default=0)
-            had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
-            if unsettled and had_its_time and step <= part.furthest_step:
-                message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min" + (
-                    "" if answered else ", and no answer when asked to stop"
-                )
-                if len(unsettled) > 1:
-                    self._split(message)
-                else:
-                    unsettled[0].write_failure(message, _end_of(unsettled[0].log))
-                    del self._parts[0]
-                    if not self._parts:
-                        return None
-            else:
-                part.furthest_step = max(part.furthest_step, step)
-        return DelayedSubmission(self)
+        if not self._parts:
+            return DelayedSubmission(self)
+        part = self._parts[0]
+        unsettled = part.unsettled
+        progress = [folder.read_progress() for folder in unsettled]
+        step = max((now.step for now in progress if now is not None), default=0)
+        had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
+        if not unsettled or not had_its_time or step > part.furthest_step:
+            part.furthest_step = max(part.furthest_step, step)
+            return DelayedSubmission(self)
+        message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min"
+        if not answered:
+            message += ", and no answer when asked to stop"
+        if len(unsettled) > 1:
+            self._split(message)
+        else:
+            unsettled[0].write_failure(message, _end_of(unsettled[0].log))
+            del self._parts[0]
+        return DelayedSubmission(self) if self._parts else None
 
     def _stop_child(self) -> bool:
         """Ask the child process to save and stop, and kill it if it does not; return whether it did."""

@@ -114,7 +114,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
-    states = [standing.state for standing in _standings(planned)]
+    states = [standing.state for _, standing in _standings(planned.runs)]
     to_run = _states_to_run(settings)
     # Packs are the same for all only without commits, which runs that were begun have.
     to_do = [
@@ -158,8 +158,8 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
 
     Prints why other runs are left out; with `again` not those that are done.
     """
-    before = _standings(planned)
-    count = Counter(standing.state for standing in before)
+    before = _standings(planned.runs)
+    count = Counter(standing.state for _, standing in before)
     if count[State.done] and not again:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
     if count[State.failed]:
@@ -167,7 +167,7 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
         complain(f"{count[State.failed]} failed before", advice)
     elsewhere = [
         f"{run.name} is {standing.state.value}, {standing.note}"
-        for run, standing in zip(planned.runs, before, strict=True)
+        for run, standing in before
         if standing.state in (State.running, State.queued)
     ]
     for line in elsewhere[:_MOST_LINES]:
@@ -176,26 +176,23 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
         complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
 
     to_run = _states_to_run(settings)
-    runs = [run for run, standing in zip(planned.runs, before, strict=True) if standing.state in to_run]
+    runs = [run for run, standing in before if standing.state in to_run]
     if not runs:
         return []
     from sae_lora.launch.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in runs])
+    fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     # Fetching may have taken an hour, in which another launch's runs have gone on.
-    now = standings([run.folder for run in runs])
-    ready = [
-        replace(run, config=config)
-        for run, config, standing in zip(runs, configs, now, strict=True)
-        if standing.state in to_run
-    ]
+    ready = [run for run, standing in _standings(fetched) if standing.state in to_run]
     for run in ready:
         run.freeze()
     return ready
 
 
-def _standings(planned: Plan) -> list[Standing]:
-    return standings([run.folder for run in planned.runs])
+def _standings(runs: Sequence[Run]) -> list[tuple[Run, Standing]]:
+    """Runs, each with its standing."""
+    return list(zip(runs, standings([run.folder for run in runs]), strict=True))
 
 
 @contextmanager
@@ -253,8 +250,8 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    now = _standings(planned)
-    for run, standing in zip(planned.runs, now, strict=True):
+    now = _standings(planned.runs)
+    for run, standing in now:
         if standing.state is State.failed:
             complain("failed", f"{standing.note}\n        {run.folder.failure}")
         elif standing.state is not State.done:
@@ -266,6 +263,6 @@ def _conclude(planned: Plan) -> None:
             complain(
                 "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"
             )
-    failed = sum(standing.state is State.failed for standing in now)
+    failed = sum(standing.state is State.failed for _, standing in now)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

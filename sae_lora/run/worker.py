@@ -26,15 +26,13 @@ class Beginning(NamedTuple):
     """The leader's first message.
 
     Args:
-        steps: Steps taken by each training, by the number of its folder.
-        weights: The trained weights of each, by name. The same seed may give other last bits on another
-            machine.
+        trainings: Steps taken and trained weights, by the number of a run's folder. The same seed may
+            give weights with other last bits on another machine.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         validation_tokens: Held-out tokens `[sequence, pos]`.
     """
 
-    steps: dict[int, int]
-    weights: list[dict[str, Tensor]]
+    trainings: dict[int, tuple[int, dict[str, Tensor]]]
     special_ids: Tensor
     validation_tokens: Tensor
 
@@ -43,12 +41,11 @@ class Beginning(NamedTuple):
         cls, trainings: Mapping[int, TrainState], special_ids: Tensor, validation_tokens: Tensor
     ) -> "Beginning":
         """The message about trainings, by the number of their folder."""
-        steps = {number: training.step for number, training in trainings.items()}
-        weights = [
-            {name: weight.detach().cpu() for name, weight in training.student.weights.items()}
-            for training in trainings.values()
-        ]
-        return cls(steps, weights, special_ids, validation_tokens)
+        states = {}
+        for number, training in trainings.items():
+            weights = training.student.weights
+            states[number] = training.step, {name: weights[name].detach().cpu() for name in weights}
+        return cls(states, special_ids, validation_tokens)
 
 
 def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
@@ -61,7 +58,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
     if beginning is None:
         return
     trainings = []
-    for (number, step), weights in zip(beginning.steps.items(), beginning.weights, strict=True):
+    for number, (step, weights) in beginning.trainings.items():
         run = runs[number]
         builder.build(run)
         if run.training.step != step:
