@@ -29,25 +29,6 @@ TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 """Hydra's own name for "show me the traceback", which users know."""
 
 
-class Points:
-    """The configs that one command composes, checked when all are there."""
-
-    def __init__(self) -> None:
-        self._composed: list[DictConfig] = []
-
-    def add(self, composed: DictConfig) -> None:
-        """Takes in one more point."""
-        self._composed.append(composed)
-
-    def checked(self) -> list[Config]:
-        """All points, typed.
-
-        Raises:
-            ConfigError: For the first that cannot work.
-        """
-        return [checked(composed) for composed in self._composed]
-
-
 def checked(composed: DictConfig) -> Config:
     """One composed point, typed and checked.
 
