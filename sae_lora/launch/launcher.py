@@ -60,13 +60,7 @@ def launch(points: Sequence[Config]) -> int:
 
 
 def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
-    """Run or submit the plan, and return the exit code.
-
-    Args:
-        planned: The plan.
-        settings: The launcher's settings.
-        again: Whether this command has run a part of the plan before.
-    """
+    """Run or submit the plan, perhaps `again` in the same command, and return the exit code."""
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
@@ -257,7 +251,7 @@ def _conclude(planned: Plan) -> None:
         elif standing.state is not State.done:
             note = f" ({standing.note})" if standing.note else ""
             complain("not finished", f"{run.name} is {standing.state.value}{note}")
-    for run in finished:
+    for run in finished:  # most ask for no suites, and `pending` reads a config anew
         if run.config.evaluation.suites and (missing := pending(run.folder)):
             names = ", ".join(suite.name for suite in missing)
             complain(

@@ -16,13 +16,7 @@ from sae_lora.models.loading import fetch_model, load_tokenizer
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:
-    """Fetch models, SAEs and text, and cut the text into tokens.
-
-    Args:
-        configs: Configs of runs, with their SAEs resolved.
-
-    Returns:
-        The configs, with the commits and the version of the text that were fetched.
+    """Fetch what the configs name, and return them with the commits and versions that were fetched.
 
     Raises:
         UserError: For files that cannot be fetched, and text that is too short.

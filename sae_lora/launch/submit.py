@@ -1,4 +1,4 @@
-"""Packs become jobs of submitit: on this machine as places become free, or on SLURM as array jobs."""
+"""Submission of packs: on this machine as places become free, or to SLURM as array jobs."""
 
 import contextlib
 import os

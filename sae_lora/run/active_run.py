@@ -86,11 +86,7 @@ class ActiveRun:
     ) -> None:
         """Build its student and its training, new or from the checkpoint.
 
-        Args:
-            model: The plain model.
-            saes: The SAEs that it uses; none where it makes new ones.
-            steps: Total number of steps.
-            sample: Training text for new SAEs, where it makes some.
+        Without SAEs it makes new ones, which need a sample of their training text.
 
         Raises:
             ConfigError: Where what is trained does not fit the model.
@@ -117,9 +113,6 @@ class ActiveRun:
 
     def begin(self, environment: dict[str, Any]) -> None:
         """Open the curve and the W&B run.
-
-        Args:
-            environment: The software and hardware that compute it.
 
         Raises:
             UserError: Where the curve is not the one that the checkpoint was made with.
@@ -166,7 +159,7 @@ class ActiveRun:
             total_seconds: Seconds of all its attempts.
             contributions: The contribution of each of several SAEs, by hookpoint.
             data: The description of the text.
-            common: Further fields of the summary, equal for all runs that trained together.
+            common: Further fields of the summary.
         """
         self._check()
         with new_folder(self.folder.path / self._artifact.name) as beside:

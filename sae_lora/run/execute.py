@@ -44,12 +44,6 @@ class _Execution:
 
     Each resumes from its newest checkpoint. An error in one run alone is written into its folder, and
     the others go on.
-
-    Args:
-        runs: Runs that may train together, new objects.
-        interruption: A request to stop them.
-        display: Shows their progress.
-        layout: The number of processes that share the batches.
     """
 
     def __init__(

@@ -24,13 +24,9 @@ def say_point(point: CurvePoint, name: str | None = None) -> None:
 
 
 class Reporter:
-    """Shows progress about once a second: reading a loss from a GPU is not free.
+    """Shows progress about once a second, since reading a loss from a GPU is not free.
 
-    Args:
-        display: The output of this process.
-        runs: Runs by their trainings.
-        steps: Total number of steps.
-        isolation: The trainings; a folder that cannot be written fails one run alone.
+    A folder that cannot be written fails one run alone.
     """
 
     def __init__(
