@@ -108,38 +108,34 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
-    states = [standing.state for _, standing in _standings(planned.runs)]
+    # Commits are left out, or runs that were begun would not share packs with new ones.
+    runs = _standings([replace(run, config=unpinned(run.config)) for run in planned.runs])
     to_run = _states_to_run(settings)
-    # Packs are the same for all only without commits, which runs that were begun have.
-    to_do = [
-        replace(run, config=unpinned(run.config))
-        for run, state in zip(planned.runs, states, strict=True)
-        if state in to_run
-    ]
+    to_do = [run for run, standing in runs if standing.state in to_run]
     packs = packed(to_do, settings)
-    number = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
-    alone = 0.0
-    for run, state in zip(planned.runs, states, strict=True):
+    numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
+    flops_alone = 0.0
+    for run, standing in runs:
         cost = estimate([run.config])
-        alone += cost.flops if state in to_run else 0.0
+        flops_alone += cost.flops if standing.state in to_run else 0.0
         used = run.config.sae.used
         table.add_row(
             run.name,
-            state.value,
+            standing.state.value,
             ", ".join(choice.id or choice.path or run.config.sae.family.name for choice in used),
-            str(number.get(run.name, "–")),
+            str(numbers.get(run.name, "–")),
             f"{cost.adapter_weights:,}",
             f"{cost.flops:.2e}",
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
-    say(f"{len(planned.runs)} runs: {counts(states)}")
+    say(f"{len(runs)} runs: {counts(standing.state for _, standing in runs)}")
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
     say(
         f"to do: {len(to_do)} runs in {len(packs)} packs, {flops:.2e} training FLOPs "
-        f"({alone:.2e} if each were alone; evaluations come on top), at most {memory / 1e9:.2f} GB"
+        f"({flops_alone:.2e} if each were alone; evaluations come on top), at most {memory / 1e9:.2f} GB"
     )
 
 
