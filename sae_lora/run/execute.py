@@ -32,7 +32,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
-from sae_lora.run.progress import Reporter, say_point
+from sae_lora.run.progress import Reporter
 from sae_lora.run.worker import Beginning
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
 from sae_lora.train.methods import Sample
@@ -180,7 +180,7 @@ class _Execution:
                 for training, point in trainer.points(batches, after_step, self._interruption.held):
                     with trainings.only(training):
                         runs[training].take(point)
-                        say_point(point, runs[training].name if len(runs) > 1 else None)
+                        report.point(training, point)
                 with self._interruption.held():
                     trainings.each(finish)
             except Interrupted:

@@ -13,16 +13,6 @@ from sae_lora.train.train_state import TrainState
 _SHOW_EVERY_S = 1.0
 
 
-def say_point(point: CurvePoint, name: str | None = None) -> None:
-    """Print one evaluation as a line, after the run's name where there are several."""
-    rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
-    prefix = "" if name is None else f"  {name}"
-    say(
-        f"{prefix}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
-        f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
-    )
-
-
 class Reporter:
     """Shows progress about once a second, since reading a loss from a GPU is not free.
 
@@ -56,6 +46,15 @@ class Reporter:
         weights = ", ".join(f"{run.trainable:,}" for run in runs)
         together = f" in {len(runs)} runs" if len(runs) > 1 else ""
         self._display.stage(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
+
+    def point(self, training: TrainState, point: CurvePoint) -> None:
+        """Print an evaluation, after the run's name where there are several."""
+        prefix = f"  {self._runs[training].name}" if len(self._runs) > 1 else ""
+        rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+        say(
+            f"{prefix}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+            f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
+        )
 
     def step(self, trained: Sequence[TrainState]) -> None:
         """Report a step that these have taken."""
