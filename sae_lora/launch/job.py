@@ -103,7 +103,9 @@ class Job:
             if code == EXIT_INTERRUPTED:
                 self._stopped += [folder.path for folder in unsettled]
             del self._parts[0]
-        self._evaluate()
+        to_evaluate = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
+        if to_evaluate:  # an error in a suite fails no run, and finished suites are kept
+            self._run("sae_lora.run.evaluate", to_evaluate, stop=signal.SIGKILL)
         causes = [
             f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
             for folder in self._folders
@@ -112,22 +114,13 @@ class Job:
         if causes:
             raise RunFailedError("; ".join(causes))
 
-    def _evaluate(self) -> None:
-        """Run the suites that the configs ask for; an error in one fails no run."""
-        folders = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
-        if not folders:
-            return
-        child = self._start("sae_lora.run.evaluate", folders)
-        try:
-            child.wait()
-        except KeyboardInterrupt:
-            child.kill()  # the suites that have ended are kept
-            raise
+    def _run(
+        self, module: str, folders: Sequence[RunFolder], *options: str, stop: signal.Signals
+    ) -> int:
+        """Run a module as the child process, its output in the first run's log; return the exit code.
 
-    def _start(
-        self, module: str, folders: Sequence[RunFolder], *options: str
-    ) -> subprocess.Popen[bytes]:
-        """Start a module with these runs as the child process; it prints into the first run's log."""
+        Ctrl-C, by which the launcher stops this job too, becomes the signal `stop`.
+        """
         paths = [str(folder.path) for folder in folders]
         with folders[0].log.open("ab") as log:
             self._child = subprocess.Popen(
@@ -136,7 +129,11 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._environment,
             )
-        return self._child
+        try:
+            return self._child.wait()
+        except KeyboardInterrupt:
+            self._child.send_signal(stop)
+            raise
 
     def _split(self, cause: str) -> None:
         """Replace the first part by the halves of its unsettled runs."""
@@ -155,12 +152,7 @@ class Job:
         for folder in others:
             with folder.log.open("a") as log:
                 log.write(f"trains together with {first.path.name}, whose log says how\n")
-        child = self._start("sae_lora.run.execute", pack, *self._options)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:  # Ctrl-C, or the launcher stops this job: the runs save and stop
-            child.send_signal(STOP)
-            raise
+        code = self._run("sae_lora.run.execute", pack, *self._options, stop=STOP)
         if -code in SIGNALS:  # asked to stop before it could handle signals: nothing was begun
             code = EXIT_INTERRUPTED
         if code == EXIT_INTERRUPTED and self._parts[0].unsettled:
