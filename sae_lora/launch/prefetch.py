@@ -16,7 +16,7 @@ from sae_lora.models.loading import fetch_model, load_tokenizer
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:
-    """Fetch what the configs name, and return them with the commits and versions that were fetched.
+    """Fetch models, SAEs and tokenised text; return the configs with their commits and versions.
 
     Raises:
         UserError: For files that cannot be fetched, and text that is too short.

@@ -273,7 +273,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sae_lora.run.execute", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="nodes of this SLURM job")
-    parser.add_argument("--processes-per-node", type=int, default=1, help="that share the batches")
+    parser.add_argument("--processes-per-node", type=int, default=1, help="they share the batches")
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
     code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
