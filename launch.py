@@ -1,4 +1,4 @@
-"""Composes runs with Hydra and hands them all to the launcher.
+"""Compose runs with Hydra, and launch them all.
 
 python launch.py                          the main job on the embedded default
 python launch.py -m lora.rank=1,4,16,64   a sweep
@@ -18,7 +18,7 @@ points: list[DictConfig] = []
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(composed: DictConfig) -> float | None:
-    """Collects the point; runs it on the spot only for another Hydra launcher or sweeper."""
+    """Collect the point; for another Hydra launcher or sweeper, run it at once."""
     if is_dispatched_by_hydra():
         return launcher.run_now(checked(composed))
     points.append(composed)

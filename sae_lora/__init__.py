@@ -1,7 +1,7 @@
 """Closes the cross-entropy gap of SAEs spliced into language models, with LoRA adapters."""
 
 # pyright: reportImportCycles=false
-# What a type checker sees here is imported when it is asked for, and closes no circle.
+# Names below are imported at their first use, so they close no circle.
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["load_adapted", "load_sweep"]
 
 _MODULES = {"load_adapted": "export.adapted_model", "load_sweep": "report.frames"}
-"""Where each name comes from, imported when it is asked for: torch takes seconds."""
+"""By name, the module that is imported at the first use, since torch takes seconds."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m sae_lora`: what can be done with runs that are there."""
+"""`python -m sae_lora`: the command line."""
 
 import sys
 

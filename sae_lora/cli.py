@@ -1,6 +1,6 @@
 """The command line: `python -m sae_lora --help`. Each command is a few lines that call a room.
 
-Rooms that import torch, plotly or pandas are imported by the command that needs them.
+A command imports a room that needs torch, plotly or pandas by itself.
 """
 
 import argparse
@@ -22,24 +22,21 @@ from sae_lora.records.status import State, counts
 from sae_lora.report.tables import comparison_table, evaluation_tables
 
 _EVERY_SUITE = ("core", "mechanism", "lora", "downstream")
+_TIME_TO_CE = "how soon LoRA around an SAE reaches what an SAE trained end to end does"
 _COMPARISONS = {
     "budget": ("methods", "methods", "methods side by side, after the same tokens and the same seconds"),
-    "time_to_ce": (
-        *("time_to_ce", "time_to_ce"),
-        "how soon LoRA around an SAE reaches what an SAE trained end to end does",
-    ),
+    "time_to_ce": ("time_to_ce", "time_to_ce", _TIME_TO_CE),
     "saes": ("saes", "multi_sae", "what each SAE costs, of runs that have several"),
     "groups": ("layer_groups", "groups", "SAEs that serve groups of blocks, side by side"),
 }
-"""By command: the module in `comparisons/`, the experiment that it is about, and what it shows."""
+"""By command: the module in `comparisons/`, the experiment, and the help text."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line and does what it says; returns the exit code."""
+    """Run a command, and return its exit code."""
     import_quickly()
-    parser = argparse.ArgumentParser(
-        prog="python -m sae_lora", description="What can be done with runs that are there."
-    )
+    description = "Show, compare, evaluate and share runs."
+    parser = argparse.ArgumentParser(prog="python -m sae_lora", description=description)
     _add_commands(parser.add_subparsers(dest="command", required=True))
     chosen = parser.parse_args(arguments)
     try:
@@ -50,85 +47,63 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_commands(commands: Any) -> None:
-    """Declares every command, its arguments, and the function that does it."""
+    """Declare every command, its arguments, and the function that carries it out."""
 
-    def add(name: str, do: Callable[[Namespace], int | None], text: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, do: Callable[[Namespace], int | None], text: str, **paths: str
+    ) -> argparse.ArgumentParser:
+        """Declare a command and, by name, the help of each path that it takes."""
         command = commands.add_parser(name, help=text)
         command.set_defaults(do=do)
+        for path, about in paths.items():
+            command.add_argument(path, type=Path, help=about)
         return command
 
-    sweep = "outputs/<sweep>, or one run in it"
-    status = add("status", _status, "how far each run of a sweep is; exit code 1 where one has failed")
-    status.add_argument("sweep", type=Path, help=sweep)
-    logs = add("logs", _logs, "what a run has printed, and why it failed")
-    logs.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
-    cancel = add("cancel", _cancel, "take a sweep's runs out of SLURM's queue")
-    cancel.add_argument("sweep", type=Path, help=sweep)
-    table = add("table", _table, "the finished runs of a sweep side by side")
-    table.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    sweep, run = "outputs/<sweep>", "outputs/<sweep>/<run>"
+    runs = f"{sweep}, or one run in it"
+    add("status", _status, "how far each run is; exit code 1 where one has failed", sweep=runs)
+    add("logs", _logs, "what a run has printed, and why it failed", run=run)
+    add("cancel", _cancel, "take a sweep's runs out of SLURM's queue", sweep=runs)
+    add("table", _table, "the finished runs of a sweep side by side", sweep=sweep)
     reach = add("reach", _reach, "how soon a sweep reaches the gap that another ends at, run by run")
-    reach.add_argument("other", type=Path, help="outputs/<sweep> that sets the gap")
-    reach.add_argument("sweep", type=Path, help="outputs/<sweep> that reaches it")
+    reach.add_argument("other", type=Path, help=f"{sweep} that sets the gap")
+    reach.add_argument("sweep", type=Path, help=f"{sweep} that reaches it")
     reach.add_argument("--to", type=Path, help="file for the figures, .json")
     for name, (_, experiment, text) in _COMPARISONS.items():
-        comparison = add(name, _compare, text)
-        about = f"outputs/<sweep> of experiment={experiment}, or one like it"
-        comparison.add_argument("sweep", type=Path, help=about)
+        about = f"{sweep} of experiment={experiment}, or one like it"
+        comparison = add(name, _compare, text, sweep=about)
         comparison.add_argument("--to", type=Path, help="folder for the numbers and the figures")
     report = add("report", _report, "a page with all that sweeps have found, and its figures")
-    report.add_argument("sweep", type=Path, nargs="+", help="outputs/<sweep>, one or more")
+    report.add_argument("sweep", type=Path, nargs="+", help=f"{sweep}, one or more")
     report.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
-    report.add_argument(
-        "--no-pictures", action="store_true", help="no SVG and PNG beside the page, which take a browser"
-    )
-    evaluate = add(
-        "evaluate", _evaluate, "what finished runs are worth: suites of measures, kept in their folders"
-    )
-    evaluate.add_argument("sweep", type=Path, help=sweep)
+    report.add_argument("--no-pictures", action="store_true", help="no SVG and PNG: they need a browser")
+    evaluate = add("evaluate", _evaluate, "suites of measures for finished runs", sweep=runs)
     suites = [*(suite.name for suite in Suite), "all"]
     evaluate.add_argument("--suite", nargs="+", choices=suites, default=["core"])
     evaluate.add_argument("--again", action="store_true", help="also what was measured before")
     evaluate.add_argument("--device", help="auto, cpu or cuda; by default the run's own")
-    evaluate.add_argument(
-        *("--set",),
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="keys of `evaluation`, as for launch.py",
-    )
+    keys = "keys of `evaluation`, as for launch.py"
+    evaluate.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=keys)
     setup = add("setup", _setup, "what a suite needs that cannot be installed beside it")
     setup.add_argument("what", choices=["saebench"], help="SAEBench, in an environment of its own")
-    export = add("export", _export, "a run's adapters as a folder for others, with a card")
-    export.add_argument("run", type=Path, help="outputs/<sweep>/<run>")
+    export = add("export", _export, "a run's adapters as a folder for others, with a card", run=run)
     export.add_argument("--to", type=Path, required=True, help="the folder: a new or an empty one")
-    export.add_argument(
-        "--merge", action="store_true", help="the whole model, the adapters merged into its weights"
-    )
-    push = add("push", _push, "send an exported folder to the Hugging Face hub")
-    push.add_argument("folder", type=Path, help="what export has written")
+    export.add_argument("--merge", action="store_true", help="the whole model, adapters merged into it")
+    push = add("push", _push, "send an exported folder to the Hugging Face hub", folder="made by export")
     push.add_argument("--repo", required=True, help="org/name; made where there is none")
     push.add_argument("--private", action="store_true", help="make it for its owners alone")
     push.add_argument("--revision", help="the branch; made where there is none")
-    sync = add("sync", _sync, "make W&B show what it does not have of a sweep's runs")
-    sync.add_argument("sweep", type=Path, help=sweep)
-    dashboard = add("dashboard", _dashboard, "make a W&B workspace for a sweep")
-    dashboard.add_argument("sweep", type=Path, help="outputs/<sweep>")
+    add("sync", _sync, "make W&B show what it does not have of a sweep's runs", sweep=runs)
+    dashboard = add("dashboard", _dashboard, "make a W&B workspace for a sweep", sweep=sweep)
     dashboard.add_argument("--dry-run", action="store_true", help="print what it would be, in JSON")
     benchmark = add("benchmark", _benchmark, "how fast training is, against the published loop")
-    benchmark.add_argument(
-        "--style", nargs="+", choices=["gemma2", "llama"], help="whose layers; by default both"
-    )
-    benchmark.add_argument(
-        "--context", nargs="+", type=int, help="tokens per sequence; by default 256 and 1024"
-    )
-    benchmark.add_argument(
-        "--pack", nargs="+", type=int, choices=[1, 5, 25], help="runs that train together"
-    )
-    benchmark.add_argument("--rounds", type=int, default=5, help="pairs of times")
-    benchmark.add_argument(
-        "--tuned", action="store_true", help="with the C allocator's thresholds raised, for both"
-    )
-    benchmark.add_argument("--to", type=Path, help="file for the record, .json")
+    option = benchmark.add_argument
+    option("--style", nargs="+", choices=["gemma2", "llama"], help="whose layers; by default both")
+    option("--context", nargs="+", type=int, help="tokens per sequence; by default 256 and 1024")
+    option("--pack", nargs="+", type=int, choices=[1, 5, 25], help="runs that train together")
+    option("--rounds", type=int, default=5, help="pairs of times")
+    option("--tuned", action="store_true", help="with the C allocator's thresholds raised, for both")
+    option("--to", type=Path, help="file for the record, .json")
 
 
 def _status(chosen: Namespace) -> int:
@@ -166,22 +141,22 @@ def _table(chosen: Namespace) -> None:
 def _reach(chosen: Namespace) -> None:
     from sae_lora.comparisons.recipes import savings, savings_table
 
-    found = savings(runs_of(chosen.other), runs_of(chosen.sweep))
-    show(savings_table(found))
+    results = savings(runs_of(chosen.other), runs_of(chosen.sweep))
+    show(savings_table(results))
     if chosen.to is not None:
         chosen.to.parent.mkdir(parents=True, exist_ok=True)
-        _write_results(chosen.to, found)
+        _write_results(chosen.to, results)
 
 
 def _compare(chosen: Namespace) -> None:
     module, experiment, _ = _COMPARISONS[chosen.command]
     comparison = importlib.import_module(f"sae_lora.comparisons.{module}")
     folders = runs_of(chosen.sweep)
-    found = comparison.compare(folders)
-    show(comparison.table(found))
+    results = comparison.compare(folders)
+    show(comparison.table(results))
     if chosen.to is not None:
         chosen.to.mkdir(parents=True, exist_ok=True)
-        _write_results(chosen.to / f"{experiment}.json", found)
+        _write_results(chosen.to / f"{experiment}.json", results)
         _draw(chosen.to, comparison.figures(folders))
 
 
@@ -201,33 +176,33 @@ def _evaluate(chosen: Namespace) -> int:
     folders = [folder for folder in runs_of(chosen.sweep) if folder.is_finished]
     if not folders:
         raise UserError("none of these runs is finished")
-    names = [one for name in chosen.suite for one in (_EVERY_SUITE if name == "all" else [name])]
-    wanted = [Suite[name] for name in names]
+    names = [name for asked in chosen.suite for name in (_EVERY_SUITE if asked == "all" else [asked])]
+    suites = [Suite[name] for name in names]
     failed: list[Suite] = []
-    asked: list[Suite] = []
+    applicable: list[Suite] = []
     for folder in folders:
         config = run_suites.settings(folder, chosen.set)
-        asked += suite_records.applicable(wanted, folder.read_config(), vars(config))
-        failed += run_suites.evaluate(folder, wanted, config, again=chosen.again, device=chosen.device)
-    for table in evaluation_tables(folders, dict.fromkeys(asked)):
+        applicable += suite_records.applicable(suites, folder.read_config(), vars(config))
+        failed += run_suites.evaluate(folder, suites, config, again=chosen.again, device=chosen.device)
+    for table in evaluation_tables(folders, dict.fromkeys(applicable)):
         show(table)
     say(f"evaluation/*.json in the folders of {len(folders)} runs")
-    if Suite.lora in wanted:
+    if Suite.lora in suites:
         _compare_adapters(folders)
     return int(bool(failed))
 
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
-    """Writes and draws what adapters have in common, for each sweep that has several alike."""
+    """Compare the adapters of each sweep that has several alike; write and draw the results."""
     from sae_lora.evaluation.lora import similarity, similarity_figures, similarity_results
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
-        found = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
-        if found:
-            similarity_results.write(sweep, found)
+        pairs = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
+        if pairs:
+            similarity_results.write(sweep, pairs)
             path = similarity_results.path_in(sweep)
-            say(f"{len(found)} pairs of adapters compared: {path}")
-            _draw(path.parent, similarity_figures.figures(found))
+            say(f"{len(pairs)} pairs of adapters compared: {path}")
+            _draw(path.parent, similarity_figures.figures(pairs))
 
 
 def _setup(chosen: Namespace) -> None:
@@ -278,12 +253,12 @@ def _benchmark(chosen: Namespace) -> None:
     )
 
 
-def _write_results(file: Path, found: Sequence[Any]) -> None:
-    write_atomically(file, as_json([dataclasses.asdict(one) for one in found]))
+def _write_results(file: Path, results: Sequence[Any]) -> None:
+    write_atomically(file, as_json([dataclasses.asdict(result) for result in results]))
 
 
 def _draw(to: Path, figures: Mapping[str, Any]) -> None:
-    """Writes figures as SVG into a folder, where there is a browser for it."""
+    """Write figures as SVG into a folder, where there is a browser for it."""
     from sae_lora.common import plots
 
     pictures = [(figure, to / f"{name}.svg") for name, figure in figures.items()]

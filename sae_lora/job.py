@@ -1,4 +1,4 @@
-"""Where jobs that were pickled before version 0.2 find their class; gone with the version after that.
+"""The classes of jobs that were pickled before version 0.2, removed in the version after that.
 
 A job that waits in SLURM's queue is a pickle, which names its classes by module.
 """

@@ -1,4 +1,4 @@
-"""Runs taken out of SLURM's queue."""
+"""Cancelling runs that SLURM has."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from sae_lora.records.status import State, standings
 
 
 def cancel(folders: Sequence[RunFolder]) -> None:
-    """Cancels the jobs of runs that have not ended. What they have saved stays, and can go on.
+    """Cancel the jobs of unfinished runs. Their checkpoints stay, and the runs can resume.
 
     Raises:
-        UserError: Where SLURM cannot be asked, or refuses.
+        UserError: Where SLURM does not answer, or refuses.
     """
     queue = slurm.queue() if any(folder.job for folder in folders) else {}
     under_way = [folder for folder in folders if not folder.is_finished]
@@ -20,9 +20,9 @@ def cancel(folders: Sequence[RunFolder]) -> None:
     if jobs:
         slurm.cancel(sorted(jobs))
     say(f"{len(jobs)} jobs cancelled")
-    asked_for = {folder.path for folder in folders}
+    named = {folder.path for folder in folders}
     for other in runs_of(folders[0].path.parent):
-        if other.path not in asked_for and not other.is_finished and other.job and other.job.id in jobs:
+        if other.path not in named and not other.is_finished and other.job and other.job.id in jobs:
             say(f"{other.path.name} trains there too, and stops")
     for folder, standing in zip(folders, standings(folders), strict=True):
         if standing.state is State.running and (folder.job is None or folder.job.id not in jobs):

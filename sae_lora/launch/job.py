@@ -1,9 +1,8 @@
-"""What submitit runs, on this machine or on a node: a pack of runs, which train together.
+"""A job that submitit runs, on this machine or on a node: a pack of runs that train together.
 
-Every attempt at a pack is a child process, so that whatever ends it (an exit, a kill, too little
-memory, a hang) ends nothing else. What ends a pack of several may be the doing of one, or of their
-number: each half then goes on by itself, down to the one run whose doing it is, in whose folder it
-is written down.
+Every attempt at a pack is a child process, so that an exit, a kill, too little memory or a hang ends
+nothing else. A pack that fails is split, and each half is tried by itself until the failing run is
+isolated; the cause is written into its folder.
 """
 
 import os
@@ -14,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from submitit.helpers import DelayedSubmission
 
@@ -26,24 +25,24 @@ from sae_lora.records.folder import RunFolder
 STOP = signal.SIGUSR2
 """Asks a run to save and stop."""
 _TAIL_BYTES = 20_000
-One = TypeVar("One")
+Item = TypeVar("Item")
 
 
 class RunFailedError(Exception):
-    """A run has failed: what submitit and SLURM are to know of it."""
+    """A run has failed; submitit and SLURM then know that the job has."""
 
 
 @dataclass
 class _Part:
-    """Runs that are still together."""
+    """Runs that still train together."""
 
     folders: list[RunFolder]
     furthest_step: int = 0
-    """The most that they reached before a time limit, together or in a larger pack."""
+    """The largest step that they reached before a time limit, in this or a larger pack."""
 
     @property
     def unsettled(self) -> list[RunFolder]:
-        """Those of which it is not known what becomes of them; a folder that is gone is left alone."""
+        """Runs that have neither finished nor failed; a deleted folder is left alone."""
         return [
             folder
             for folder in self.folders
@@ -52,16 +51,16 @@ class _Part:
 
 
 class Job:
-    """A pack of runs, to be executed wherever submitit takes it.
+    """A pack of runs for submitit.
 
-    What is left of it survives in submitit's pickle when the job is preempted or out of time.
+    Its unfinished parts survive in submitit's pickle when the job is preempted or out of time.
 
     Args:
-        folders: The run folders, of runs that train together.
-        environment: Variables for the runs, beside those of the job.
-        time_s: Seconds that the job is given before it is asked to stop.
-        answer_s: Seconds that a run may take to save where it stands, once asked to stop.
-        options: Further ones of `python -m sae_lora.run.execute`.
+        folders: Folders of runs that train together.
+        environment: Variables for the runs, added to those of the job.
+        time_s: Seconds before the job is asked to stop.
+        answer_s: Seconds that a run may take to save its state, once asked to stop.
+        options: Further options of `python -m sae_lora.run.execute`.
     """
 
     def __init__(
@@ -83,28 +82,30 @@ class Job:
         self._started = 0.0
 
     def __call__(self) -> None:
-        """Executes what is left.
+        """Execute the parts that have not ended.
 
         Raises:
             RunFailedError: At the end, where a run has failed.
         """
         while self._parts:
-            # A failure that is there already is of an earlier start of this job: planning clears
-            # away those of before. SLURM may start a job anew without telling it to save first.
+            # Planning clears older failures away, so one in a folder is of an earlier start of this
+            # job: SLURM may start a job again without telling it to save first.
             part = self._parts[0]
             to_do = part.unsettled
             code = self._attempt(to_do) if to_do else 0
             unsettled = part.unsettled
             if unsettled and code not in (EXIT_HELD, EXIT_INTERRUPTED):
-                said = _end_of(to_do[0].log)
+                output = _end_of(to_do[0].log)
                 if len(to_do) > 1:
-                    self._split(how_it_ended(code, said))
+                    self._split(how_it_ended(code, output))
                     continue
-                unsettled[0].write_failure(how_it_ended(code, said), said)
+                unsettled[0].write_failure(how_it_ended(code, output), output)
             if code == EXIT_INTERRUPTED:
                 self._stopped += [folder.path for folder in unsettled]
             del self._parts[0]
-        self._evaluate()
+        to_evaluate = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
+        if to_evaluate:  # an error in a suite fails no run, and finished suites are kept
+            self._run("sae_lora.run.evaluate", to_evaluate, stop=signal.SIGKILL)
         causes = [
             f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
             for folder in self._folders
@@ -113,41 +114,36 @@ class Job:
         if causes:
             raise RunFailedError("; ".join(causes))
 
-    def _evaluate(self) -> None:
-        """Measures the finished runs as their configs ask; what cannot be measured fails no run."""
-        left = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
-        if not left:
-            return
-        with left[0].log.open("ab") as log:
-            self._child = self._begun(log, "sae_lora.run.evaluate", left)
-            try:
-                self._child.wait()
-            except KeyboardInterrupt:
-                self._child.kill()  # each suite that it has ended is kept
-                raise
+    def _run(
+        self, module: str, folders: Sequence[RunFolder], *options: str, stop: signal.Signals
+    ) -> int:
+        """Run a module as the child process, its output in the first run's log; return the exit code.
 
-    def _begun(
-        self, log: IO[bytes], module: str, folders: Sequence[RunFolder], *options: str
-    ) -> subprocess.Popen[bytes]:
-        """A child process that does what a module does with these runs, and prints into a log."""
+        Ctrl-C, by which the launcher stops this job too, becomes the signal `stop`.
+        """
         paths = [str(folder.path) for folder in folders]
-        return subprocess.Popen(
-            [sys.executable, "-m", "sae_lora.common.lazy_imports", module, *options, *paths],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | self._environment,
-        )
+        with folders[0].log.open("ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "sae_lora.common.lazy_imports", module, *options, *paths],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._environment,
+            )
+        try:
+            return self._child.wait()
+        except KeyboardInterrupt:
+            self._child.send_signal(stop)
+            raise
 
-    def _split(self, why: str) -> None:
-        """Puts the halves of what is left of the first part in its place."""
+    def _split(self, cause: str) -> None:
+        """Replace the first part by the halves of its unsettled runs."""
         part = self._parts[0]
         parts = [_Part(half, part.furthest_step) for half in halves(part.unsettled)]
-        for one in parts:
-            number = len(one.folders)
+        for half in parts:
+            number = len(half.folders)
             company = f"with {number} together" if number > 1 else "alone"
-            note = f"with others: {why}; going on {company}\n"
-            with one.folders[0].log.open("a") as log:
-                log.write(note)
+            with half.folders[0].log.open("a") as log:
+                log.write(f"with others: {cause}; going on {company}\n")
         self._parts[:1] = parts
 
     def _attempt(self, pack: Sequence[RunFolder]) -> int:
@@ -156,61 +152,53 @@ class Job:
         for folder in others:
             with folder.log.open("a") as log:
                 log.write(f"trains together with {first.path.name}, whose log says how\n")
-        with first.log.open("ab") as log:
-            self._child = self._begun(log, "sae_lora.run.execute", pack, *self._options)
-            try:
-                code = self._child.wait()
-                if -code in SIGNALS:  # asked to stop before it could listen: nothing was begun
-                    code = EXIT_INTERRUPTED
-            except KeyboardInterrupt:  # Ctrl-C, or the launcher's word: what runs saves and stops
-                self._child.send_signal(STOP)
-                raise
+        code = self._run("sae_lora.run.execute", pack, *self._options, stop=STOP)
+        if -code in SIGNALS:  # asked to stop before it could handle signals: nothing was begun
+            code = EXIT_INTERRUPTED
         if code == EXIT_INTERRUPTED and self._parts[0].unsettled:
             self._wait_for_the_end()
         return code
 
     def _wait_for_the_end(self) -> None:
-        """The run was asked to stop, and this process was not.
+        """Wait for SLURM to stop this process too, since only the run was asked to stop.
 
-        A preemption or a cancellation begins so. On SLURM its end comes here too, after a grace period
-        that may be long, as a call of `checkpoint` or as a kill; to leave before would be to fail.
+        A preemption or a cancellation begins like this, and ends with a call of `checkpoint` or a kill
+        after a grace period, which may be long. A job that exits before would count as failed.
         """
         time.sleep(self._answer_s)
         while "SLURM_JOB_ID" in os.environ:
             time.sleep(60)
 
     def checkpoint(self, *_: Any, **__: Any) -> DelayedSubmission | None:
-        """Called by submitit before it requeues the job: the run saves where it stands.
+        """Stop the run, which saves its state. submitit calls this before it requeues the job.
 
         Returns:
-            What goes on later; `None` where nothing is left but a run that hangs, which another
-            start would not mend.
+            The job to requeue; `None` where the only run left hangs, since a new start would not help.
         """
         answered = self._stop_child()
         self._child = None
-        if self._parts:
-            part = self._parts[0]
-            unsettled = part.unsettled
-            progress = [folder.read_progress() for folder in unsettled]
-            step = max((one.step for one in progress if one is not None), default=0)
-            had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
-            if unsettled and had_its_time and step <= part.furthest_step:
-                message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min" + (
-                    "" if answered else ", and no answer when asked to stop"
-                )
-                if len(unsettled) > 1:
-                    self._split(message)
-                else:
-                    unsettled[0].write_failure(message, _end_of(unsettled[0].log))
-                    del self._parts[0]
-                    if not self._parts:
-                        return None
-            else:
-                part.furthest_step = max(part.furthest_step, step)
-        return DelayedSubmission(self)
+        if not self._parts:
+            return DelayedSubmission(self)
+        part = self._parts[0]
+        unsettled = part.unsettled
+        progress = [folder.read_progress() for folder in unsettled]
+        step = max((now.step for now in progress if now is not None), default=0)
+        had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
+        if not unsettled or not had_its_time or step > part.furthest_step:
+            part.furthest_step = max(part.furthest_step, step)
+            return DelayedSubmission(self)
+        message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min"
+        if not answered:
+            message += ", and no answer when asked to stop"
+        if len(unsettled) > 1:
+            self._split(message)
+        else:
+            unsettled[0].write_failure(message, _end_of(unsettled[0].log))
+            del self._parts[0]
+        return DelayedSubmission(self) if self._parts else None
 
     def _stop_child(self) -> bool:
-        """Asks what runs to save and stop; returns whether it did."""
+        """Ask the child process to save and stop, and kill it if it does not; return whether it did."""
         if self._child is None or _has_ended(self._child.pid):
             return True
         os.kill(self._child.pid, STOP)
@@ -223,8 +211,8 @@ class Job:
         return False
 
 
-def halves(pack: list[One]) -> list[list[One]]:
-    """The two halves of a pack, without an empty one; the first is the larger."""
+def halves(pack: list[Item]) -> list[list[Item]]:
+    """The halves of a pack, the larger one first; a pack of one is its own half."""
     half = (len(pack) + 1) // 2
     return [part for part in (pack[:half], pack[half:]) if part]
 
@@ -232,32 +220,33 @@ def halves(pack: list[One]) -> list[list[One]]:
 def _has_ended(child: int) -> bool:
     """Whether the child process has ended.
 
-    Asks the system: this runs in a signal handler, and the interrupted code may be inside
-    `Popen.wait`, whose lock keeps `Popen` itself from seeing that the child ends.
+    This runs in a signal handler, and the interrupted code may be inside `Popen.wait`, whose lock keeps
+    `Popen` itself from seeing that the child ends.
     """
     try:
-        found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # the interrupted code has just taken notice of its end
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # the interrupted code has just collected its exit code
         return True
-    return found is not None
 
 
-def how_it_ended(code: int, said: str = "") -> str:
-    """What an exit code says of a process that wrote no failure down itself.
+def how_it_ended(code: int, output: str = "") -> str:
+    """The end of a process that wrote no failure itself, in words.
 
     Args:
         code: The exit code; negative where a signal ended it.
-        said: The end of what it printed.
+        output: The end of its output.
     """
+    lines = output.strip().splitlines()
+    last_line = lines[-1] if lines else ""
     if code == EXIT_NOT_TOGETHER:
-        return said.strip().splitlines()[-1] if said.strip() else "they do not go together"
+        return last_line or "they do not go together"
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, or killed by hand)" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
-    if code == 1 and said.strip():  # Python's own: an exception that nobody caught, before the run began
-        return f"ended with exit code 1: {said.strip().splitlines()[-1]}"
-    return f"ended by itself with exit code {code} and without a word"
+    if code == 1 and last_line:  # Python's own: an uncaught exception, before the run began
+        return f"ended with exit code 1: {last_line}"
+    return f"ended with exit code {code} and no error message"
 
 
 def _end_of(log: Path) -> str:

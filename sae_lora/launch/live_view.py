@@ -1,11 +1,7 @@
-"""What a person sees while runs are under way, made from their folders alone.
-
-A live table in a terminal, a line per event elsewhere; the same whoever runs them, and wherever.
-"""
+"""The progress of runs for a person, read from their folders: a live table in a terminal, else lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.console import Group
 from rich.live import Live
@@ -15,7 +11,7 @@ from rich.text import Text
 
 from sae_lora.common.console import console, duration, percent, say
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import CurvePoint, Progress
+from sae_lora.records.schema import Progress
 from sae_lora.records.status import State, counts, standings
 
 _COLOURS = {
@@ -27,7 +23,7 @@ _COLOURS = {
     State.done: "green",
 }
 _ROWS = 20
-"""Runs shown at once in the live table; the rest is counted."""
+"""Runs in the live table; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -36,42 +32,42 @@ class Status:
 
     name: str
     state: State
-    note: str | None
-    """Who has it, why it failed, what became of its job."""
+    note: str
+    """One line: who has it, why it failed, or what became of its job."""
     progress: Progress | None
-    """Where it says it is, or was; `None` where it has ended."""
-    point: CurvePoint | None
-    """Its last evaluation."""
+    """Its last progress; `None` once it has ended."""
+    gap_closed: str
+    """From its last evaluation, in per cent."""
 
     @property
-    def seconds_left(self) -> float | None:
-        """Until its last step, at the speed of the last seconds; evaluations not counted."""
+    def eta(self) -> str:
+        """Time until its last step at the latest speed, without evaluations; empty if unknown."""
         now = self.progress
         if self.state is not State.running or now is None or not now.tokens_per_second:
-            return None
-        return max(0, now.train_tokens - now.tokens) / now.tokens_per_second
+            return ""
+        return duration(max(0, now.train_tokens - now.tokens) / now.tokens_per_second)
 
 
 def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
-    """The runs as they show themselves now."""
-    found = []
+    """The present status of each run."""
+    statuses = []
     for folder, standing in zip(folders, standings(folders), strict=True):
-        under_way = standing.state not in (State.done, State.failed)
+        has_ended = standing.state in (State.done, State.failed)
         curve = folder.read_curve()
-        found.append(
+        statuses.append(
             Status(
                 name=folder.path.name,
                 state=standing.state,
-                note=standing.note,
-                progress=folder.read_progress() if under_way else None,
-                point=curve[-1] if curve else None,
+                note=(standing.note or "").partition("\n")[0],
+                progress=None if has_ended else folder.read_progress(),
+                gap_closed=percent(curve[-1].gap_closed) if curve else "",
             )
         )
-    return found
+    return statuses
 
 
 def status_table(statuses: Sequence[Status]) -> Table:
-    """Runs, a row each, with where they stand."""
+    """A table of runs, one in each row."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("run", no_wrap=True)
     table.add_column("state")
@@ -79,95 +75,69 @@ def status_table(statuses: Sequence[Status]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note", overflow="ellipsis", no_wrap=True)
     for status in statuses:
-        table.add_row(*_cells(status))
+        now = status.progress
+        stage = now.stage if status.state is State.running and now is not None else status.state.value
+        steps = rate = loss = ""
+        if now is not None and now.step > 0:
+            steps = f"{now.step:,}/{now.steps:,}"
+            rate = f"{now.tokens_per_second:,.0f}" if now.tokens_per_second else ""
+            loss = f"{now.loss:.3f}" if now.loss is not None else ""
+        table.add_row(
+            Text(status.name),
+            Text(stage, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True),
+            *(steps, rate, loss, status.gap_closed, status.eta),
+            Text(status.note, style="red" if status.state is State.failed else "dim"),
+        )
     return table
 
 
-def _cells(status: Status) -> list[Text]:
-    now, eta = status.progress, status.seconds_left
-    what = now.stage if status.state is State.running and now is not None else status.state.value
-    steps = rate = loss = ""
-    if now is not None and now.step > 0:
-        steps = f"{now.step:,}/{now.steps:,}"
-        rate = f"{now.tokens_per_second:,.0f}" if now.tokens_per_second else ""
-        loss = f"{now.loss:.3f}" if now.loss is not None else ""
-    return [
-        Text(status.name),
-        Text(what, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True),
-        Text(steps),
-        Text(rate),
-        Text(loss),
-        Text(percent(status.point.gap_closed) if status.point is not None else ""),
-        Text(duration(eta) if eta is not None else ""),
-        Text(_first_line(status.note), style="red" if status.state is State.failed else "dim"),
-    ]
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").partition("\n")[0]
-
-
 class Watch:
-    """Shows the runs until the block ends; `update()` looks at them again.
-
-    Args:
-        folders: The runs.
-    """
+    """Shows runs until the block ends; `update()` reads their folders again."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
-        self._folders = list(folders)
+        self._folders = folders
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._seen: dict[RunFolder, State] = {}
-        self._relayed = 0
-        if len(self._folders) == 1 and self._folders[0].log.exists():
-            self._relayed = self._folders[0].log.stat().st_size
+        self._states: dict[RunFolder, State] = {}
+        self._printed = 0
+        """Bytes of the only run's log that were printed, or older than this command."""
+        if len(folders) == 1 and folders[0].log.exists():
+            self._printed = folders[0].log.stat().st_size
 
     def update(self) -> None:
-        """Reads every folder and shows what has changed."""
+        """Read every folder and show the changes."""
         try:
             statuses = statuses_of(self._folders)
-        except OSError:  # a file server that is away for a moment; the next look may succeed
+        except OSError:  # a file server may be away for a moment
             return
         if len(self._folders) == 1:
-            self._relay(self._folders[0])
+            self._print_log(self._folders[0])
         else:
             for folder, status in zip(self._folders, statuses, strict=True):
-                self._tell(folder, status)
+                self._print_change(folder, status)
         if console.is_terminal:
-            self._live.update(self._picture(statuses))
+            self._live.update(_bar(statuses[0]) if len(statuses) == 1 else _summary(statuses))
 
-    def _tell(self, folder: RunFolder, status: Status) -> None:
-        """Says in a line that stays how a run has ended, and elsewhere than in a terminal its start."""
-        before, self._seen[folder] = self._seen.get(folder), status.state
+    def _print_change(self, folder: RunFolder, status: Status) -> None:
+        """Print a line when a run ends and, where the output is no terminal, when it starts."""
+        before, self._states[folder] = self._states.get(folder), status.state
         if status.state is before:
             return
-        closed = f"gap closed {percent(status.point.gap_closed)}" if status.point is not None else ""
+        closed = status.gap_closed and f"gap closed {status.gap_closed}"
         if status.state in (State.done, State.failed):
-            say(f"{status.state.value:>9}  {status.name}  {_first_line(status.note) or closed}")
+            say(f"{status.state.value:>9}  {status.name}  {status.note or closed}")
         elif status.state is State.running and not console.is_terminal:
             say(f"{status.state.value:>9}  {status.name}")
 
-    def _relay(self, folder: RunFolder) -> None:
-        """Passes on what the only run has printed since the last look."""
+    def _print_log(self, folder: RunFolder) -> None:
+        """Print the lines that the only run has added to its log."""
         if not folder.log.exists():
             return
         with folder.log.open("rb") as file:
-            file.seek(self._relayed)
+            file.seek(self._printed)
             whole, end, _ = file.read().rpartition(b"\n")
-        self._relayed += len(whole) + len(end)
+        self._printed += len(whole) + len(end)
         for line in whole.decode(errors="replace").splitlines():
             say(line)
-
-    def _picture(self, statuses: Sequence[Status]) -> Group:
-        if len(statuses) == 1:
-            return Group(_bar(statuses[0]))
-        first = [status for status in statuses if status.state is State.running]
-        rest = [status for status in statuses if status.state in (State.failed, State.resumable)]
-        shown = [*first, *rest][:_ROWS]
-        return Group(
-            *([status_table(shown)] if shown else []),
-            Text(counts(status.state for status in statuses), style="bold"),
-        )
 
     def __enter__(self) -> "Watch":
         if len(self._folders) == 1:
@@ -176,11 +146,18 @@ class Watch:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.update()
         self._live.stop()
+
+
+def _summary(statuses: Sequence[Status]) -> Group:
+    """Running runs, then those that failed or stopped, as many as fit; and the number in each state."""
+    running = [status for status in statuses if status.state is State.running]
+    stopped = [status for status in statuses if status.state in (State.failed, State.resumable)]
+    shown = [*running, *stopped][:_ROWS]
+    number = Text(counts(status.state for status in statuses), style="bold")
+    return Group(status_table(shown), number) if shown else Group(number)
 
 
 def _bar(status: Status) -> Table | Text:
@@ -190,13 +167,12 @@ def _bar(status: Status) -> Table | Text:
         waiting = "starting" if status.state is State.new else status.state.value
         return Text(now.stage if now is not None else waiting, style="dim")
     grid = Table.grid(padding=(0, 2))
-    eta = status.seconds_left
     grid.add_row(
         "training",
         ProgressBar(total=now.train_tokens, completed=now.tokens, width=32),
         f"{now.tokens / now.train_tokens:4.0%}",
         Text(f"loss {now.loss:.3f}" if now.loss is not None else "", style="green"),
         Text(f"{now.tokens_per_second:,.0f} tokens/s" if now.tokens_per_second else "", style="cyan"),
-        f"ETA {duration(eta)}" if eta is not None else "",
+        status.eta and f"ETA {status.eta}",
     )
     return grid

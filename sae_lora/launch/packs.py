@@ -1,4 +1,4 @@
-"""Which runs train together: those whose model goes through the same batches, as many as fit."""
+"""Packs: runs that train together, since the same model goes through the same batches."""
 
 import os
 from collections import Counter
@@ -15,64 +15,53 @@ from sae_lora.config.validate import check_processes
 from sae_lora.launch.plan import Pack, Run
 
 _MOST = 8
-"""Runs in a pack of `launcher.pack=auto`. What more of them would still save is little."""
+"""Runs in a pack of `launcher.pack=auto`; more would save little."""
 _FILLED = 0.9
 """Share of the memory that an estimate may fill."""
-_ON_A_NODE_GB = {"gpu": 40.0, "main": 8.0}
-"""What a node is taken to have that does not say."""
+_GPU_GB, _NODE_GB = 40.0, 8.0
+"""Memory of a GPU and of a node where the config does not say."""
 
 
 def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
-    """The runs in as few packs as may be, of equal size; here, no fewer than there are places.
+    """The runs in as few packs as possible, of equal size; on this machine, one at least for each place.
 
-    A pack that does not fit into the memory is halved until its parts do.
-
-    Runs that share most stand together: those with the same SAEs, then those adapted from the same
-    block on.
-
-    Args:
-        runs: In any order.
-        settings: What the packs are to be like, and where they will be.
+    A pack that does not fit into the memory is halved until its parts do. Runs with the same SAEs come
+    into the same pack, and among them runs that are adapted from the same block on.
     """
+    match settings.pack:
+        case "auto":
+            most = _MOST
+        case "off" | False:  # YAML reads the word as false
+            most = 1
+        case _:
+            most = settings.pack
+    if most == 1 or len(runs) < 2:
+        return [[run] for run in runs]
     groups: dict[str, Pack] = {}
     for run in runs:
         groups.setdefault(pack_key(run.config), []).append(run)
-    most = _most_together(settings)
-    if most == 1 or len(runs) < 2:
-        return [[run] for run in runs]
     here = settings.kind is LauncherKind.local
     fewest = max(1, len(places(runs, settings)) // len(groups)) if here else 1
     return [pack for group in groups.values() for pack in _split(group, most, fewest, settings)]
 
 
-def _most_together(settings: LauncherConfig) -> int:
-    """The largest pack that is asked for."""
-    match settings.pack:
-        case "auto":
-            return _MOST
-        case "off" | False:  # what YAML makes of the word
-            return 1
-        case _:
-            return settings.pack
-
-
 def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
     from sae_lora.train.cost import first_own_block  # brings torch in
 
-    def what_is_shared(run: Run) -> tuple[str, int]:
-        return repr(run.config.sae.used), first_own_block(run.config)
-
-    ordered = sorted(group, key=what_is_shared)
+    ordered = sorted(group, key=lambda run: (repr(run.config.sae.used), first_own_block(run.config)))
     number = min(len(group), max(fewest, -(-len(group) // most)))
-    parts = _equal_parts(ordered, number)
-    return [pack for part in parts for pack in _fitting(part, settings)]
+    return [pack for part in _equal_parts(ordered, number) for pack in _fitting(part, settings)]
 
 
 def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
-    """The pack; its halves, or theirs, where it does not fit."""
-    if len(pack) == 1 or _fits(pack, settings):
-        return [pack]
-    return [part for half in _equal_parts(pack, 2) for part in _fitting(half, settings)]
+    """The pack, or parts of it that fit into the memory."""
+    from sae_lora.train.cost import estimate  # brings torch in
+
+    if len(pack) > 1:
+        needed = estimate([run.config for run in pack]).peak_bytes
+        if needed > _FILLED * _room(pack, settings):
+            return [part for half in _equal_parts(pack, 2) for part in _fitting(half, settings)]
+    return [pack]
 
 
 def _equal_parts(runs: Pack, number: int) -> list[Pack]:
@@ -80,37 +69,30 @@ def _equal_parts(runs: Pack, number: int) -> list[Pack]:
     return [runs[start:end] for start, end in pairwise(bounds)]
 
 
-def _fits(pack: Pack, settings: LauncherConfig) -> bool:
-    from sae_lora.train.cost import estimate  # brings torch in
-
-    needed = estimate([run.config for run in pack]).peak_bytes
-    return needed <= _FILLED * _room(pack, settings)
-
-
 def _room(pack: Pack, settings: LauncherConfig) -> float:
-    """Bytes of memory that each process of a pack may fill where it will be."""
+    """Bytes of memory for each process of a pack."""
     wants_gpu = pack[0].config.train.device.name != "cpu" and settings.gpus_per_node > 0
     if settings.kind is LauncherKind.slurm:
         if wants_gpu:
-            return 1e9 * (settings.gpu_mem_gb or _ON_A_NODE_GB["gpu"])
-        return 1e9 * (settings.mem_gb or _ON_A_NODE_GB["main"]) / settings.node_processes
+            return 1e9 * (settings.gpu_mem_gb or _GPU_GB)
+        return 1e9 * (settings.mem_gb or _NODE_GB) / settings.node_processes
     import torch
 
-    # Packs at work at the same time share what they are at: a GPU, or the main memory.
-    at = Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places(pack, settings))
     if wants_gpu and torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0).total_memory
-        room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else found
+        total = torch.cuda.get_device_properties(0).total_memory
+        room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else total
     else:
         room = psutil.virtual_memory().available / settings.node_processes
-    return room / max(at.values())
+    # Packs that run at the same time share a GPU, or the main memory.
+    sharing = Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places(pack, settings))
+    return room / max(sharing.values())
 
 
 def places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
-    """Where packs can be at the same time: for each place, the variables that keep a pack to it.
+    """Places for packs that run at the same time: the environment variables of each.
 
     Raises:
-        ConfigError: Where a pack is to have more GPUs than there are, or more processes than GPUs.
+        ConfigError: Where a pack asks for more GPUs than this machine has, or more processes than GPUs.
     """
     together = settings.gpus_per_node
     on_cpu = together == 0 or all(run.config.train.device.name == "cpu" for run in runs)
@@ -125,23 +107,22 @@ def places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]
     groups = [",".join(gpus[first : first + together]) for first in firsts if gpus]
     number = settings.max_parallel or len(groups) or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    whole = number * settings.node_processes == 1 and not settings.cpus_per_task
-    of_a_place = settings.cpus_per_task or cores // number
-    threads = max(1, of_a_place // settings.node_processes)
-    shared = {} if whole else {"OMP_NUM_THREADS": str(threads)}
+    takes_all_cores = number * settings.node_processes == 1 and not settings.cpus_per_task
+    threads = max(1, (settings.cpus_per_task or cores // number) // settings.node_processes)
+    common = {} if takes_all_cores else {"OMP_NUM_THREADS": str(threads)}
     if together == 0:
-        shared["CUDA_VISIBLE_DEVICES"] = ""
+        common["CUDA_VISIBLE_DEVICES"] = ""
     return [
-        shared | ({"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} if groups else {})
+        common | ({"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} if groups else {})
         for place in range(number)
     ]
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """GPUs that this process may use, by their names in `CUDA_VISIBLE_DEVICES`."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch  # there already, since something was fetched
+    import torch  # imported before, by what fetches the text
 
     return [str(number) for number in range(torch.cuda.device_count())]

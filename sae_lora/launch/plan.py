@@ -1,7 +1,7 @@
-"""The plan: what every point of a sweep means, and where it belongs.
+"""The plan: the run that each point of a sweep means, and its folder.
 
-Each point is resolved to SAEs that exist, named, and given its folder. Nothing is written, and no model
-is loaded but to measure the distances between its blocks, once, for layer=groups.
+Planning finds SAEs that exist. It writes nothing, and loads a model only to measure the distances
+between its blocks, once, for layer=groups.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Method, TextSource
 from sae_lora.config.identity import ADAPTING, identity, readable_name
 from sae_lora.config.lora_targets import adapted_blocks, canonical_alpha, canonical_blocks
-from sae_lora.config.schema import Config, as_list
+from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict, load
 from sae_lora.data.documents import files_matching
 from sae_lora.models.dimensions import Dimensions, read_dimensions
@@ -29,22 +29,20 @@ from sae_lora.saes.resolve import Resolution, resolve
 
 @dataclass(frozen=True)
 class Run:
-    """One point of a plan: a config that is complete, and the folder it belongs to."""
+    """A complete config, and its run folder."""
 
     config: Config
     folder: RunFolder
     groups: LayerGroups | None = None
-    """Where its SAEs are one for several blocks each: which, and how they were found."""
+    """Groups of blocks that share an SAE, where there are some."""
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Name of the folder."""
         return self.folder.path.name
 
     def freeze(self) -> None:
-        """Writes the resolved config into the folder: all that the run will read.
-
-        What an attempt that failed has left is put aside, so that the run can be tried again.
+        """Write the resolved config into the folder, and put the files of a failed attempt aside.
 
         Raises:
             UserError: Where the folder cannot be written.
@@ -65,25 +63,25 @@ class Plan:
 
     runs: list[Run]
     notes: list[str]
-    """What a person should know: the nearest SAE taken, the same point twice."""
+    """Messages for the user: the nearest SAE taken, the same point twice."""
     waiting: list[Config]
-    """Points that begin with the result of a run of this plan that is not finished; planned after it."""
+    """Points that begin with the result of an unfinished run of this plan; planned after it."""
 
 
 def plan(points: Sequence[Config]) -> Plan:
-    """Settles what the points mean.
+    """Find the run of each point.
 
     Raises:
         ConfigError: For a point that cannot work.
-        UserError: Where a model's config cannot be had, and where no point has an SAE.
+        UserError: Where a model's config cannot be read, and where no point has an SAE.
     """
     planner = _Planner(strict=len(points) == 1 or any(point.launcher.strict for point in points))
     waiting: list[Config] = []
     for point in points:
         if point.init not in Method.__members__:
             planner.add(point)
-    for point in _in_order([one for one in points if one.init in Method.__members__]):
-        if any(_is_named(one, point) for one in waiting):
+    for point in _in_order([point for point in points if point.init in Method.__members__]):
+        if any(_is_named(other, point) for other in waiting):
             waiting.append(point)
             continue
         before = planner.run_before(point)
@@ -98,18 +96,18 @@ def plan(points: Sequence[Config]) -> Plan:
 
 
 def _in_order(points: Sequence[Config]) -> Iterator[Config]:
-    """Points whose `init` names others, each after those of them that it names."""
-    left = list(points)
-    while left:
-        ready = [one for one in left if not any(_is_named(other, one) for other in left)] or left
+    """Points whose `init` names others, each after the points that it names."""
+    waiting = list(points)
+    while waiting:
+        ready = [point for point in waiting if not any(_is_named(other, point) for other in waiting)]
+        ready = ready or waiting
         yield from ready
-        taken = {id(one) for one in ready}
-        left = [one for one in left if id(one) not in taken]
+        waiting = [point for point in waiting if not any(point is other for other in ready)]
 
 
-def _is_named(one: Config, by: Config) -> bool:
-    """Whether a point is of the method that another begins with, and otherwise at the same place."""
-    return one is not by and one.method.kind.name == by.init and _place(one) == _place(by)
+def _is_named(point: Config, by: Config) -> bool:
+    """Whether a point has the method that another's `init` names, and the same model, layer, seeds."""
+    return point is not by and point.method.kind.name == by.init and _place(point) == _place(by)
 
 
 def _place(config: Config) -> tuple[Any, ...]:
@@ -122,10 +120,10 @@ _MOST_NAMED = 3
 
 
 class _Planner:
-    """Takes in one point after another.
+    """Plans one point after another.
 
     Args:
-        strict: Whether a point at which there is no SAE is refused, rather than left out.
+        strict: Whether a point without an SAE is an error; otherwise it is left out.
     """
 
     def __init__(self, *, strict: bool) -> None:
@@ -134,25 +132,24 @@ class _Planner:
         self._strict = strict
         self._sizes: dict[tuple[str, str | None], Dimensions] = {}
         self._distances = Distances()
-        self._named: Counter[Path] = Counter()
-        self._meant: list[tuple[Config, Path]] = []
-        """Points, and the runs that they mean."""
+        self._planned: list[tuple[Config, Path]] = []
+        """Points, and the folders of their runs."""
 
     @property
     def all_notes(self) -> list[str]:
-        """What a person should know."""
-        again = {path: times for path, times in self._named.items() if times > 1}
-        if len(again) > _MOST_NAMED:
-            number = sum(again.values()) - len(again)
+        """Messages for the user, also about points that mean the same run."""
+        times = Counter(path for _, path in self._planned)
+        repeated = {path: number for path, number in times.items() if number > 1}
+        if len(repeated) > _MOST_NAMED:
+            number = sum(repeated.values()) - len(repeated)
             return [*self.notes, f"{number} points mean the same run as another, and run once with it"]
-        several = [
-            f"{path.name} is named {'twice' if times == 2 else f'{times} times'} and runs once"
-            for path, times in again.items()
+        return self.notes + [
+            f"{path.name} is named {'twice' if number == 2 else f'{number} times'} and runs once"
+            for path, number in repeated.items()
         ]
-        return self.notes + several
 
     def add(self, point: Config) -> None:
-        """Adds the run that a point means, but for one at which there is no SAE."""
+        """Add the run of a point."""
         asked = point
         dimensions = self._dimensions(point)
         try:
@@ -176,16 +173,12 @@ class _Planner:
             point.lora, alpha=canonical_alpha(point.lora), blocks=canonical_blocks(point.lora.blocks)
         )
         config = replace(point, sae=replace(point.sae, used=resolution.choices), lora=lora)
-        if config.method.kind in ADAPTING:
-            first = min(one.block for one in resolution.choices)
-            adapted_blocks(config.lora.blocks, first, dimensions.n_blocks)
-        _check_context(config, dimensions.max_context)
+        _check_fits(config, resolution.choices, dimensions)
         if config.data.source is TextSource.text_files:
             files_matching(as_list(config.data.files))
         self.notes += [note for note in resolution.notes if note not in self.notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
-        self._named[path] += 1
-        self._meant.append((asked, path))
+        self._planned.append((asked, path))
         folder = RunFolder(path)
         self.runs.setdefault(path, Run(_as_begun(config, folder), folder, shared))
 
@@ -195,27 +188,22 @@ class _Planner:
         Raises:
             ConfigError: Where there is none, or more than one.
         """
-        found = {path for asked, path in self._meant if _is_named(asked, point)}
-        if len(found) != 1:
-            there = (
-                f"{len(found) or 'none'} of them have method={point.init}, this model, layer and seed"
-            )
+        paths = {path for asked, path in self._planned if _is_named(asked, point)}
+        if len(paths) != 1:
+            number = len(paths) or "none"
+            because = f"{number} of them have method={point.init}, this model, layer and seed"
             allowed = "a finished run's folder, or the method of just one other run of this command"
-            raise ConfigError("init", point.init, allowed, because=there)
-        return self.runs[found.pop()]
+            raise ConfigError("init", point.init, allowed, because=because)
+        return self.runs[paths.pop()]
 
     def check_waiting(self, point: Config, before: Run) -> None:
-        """Refuses now what would be refused once the run before is finished, which may be hours later.
+        """Check a point now that is planned when the run before it has finished, perhaps hours later.
 
         Raises:
             ConfigError: For a point that cannot work.
         """
         check_goes_on(point, before.config)
-        dimensions = self._dimensions(point)
-        if point.method.kind in ADAPTING:
-            first = min(one.block for one in before.config.sae.used)
-            adapted_blocks(canonical_blocks(point.lora.blocks), first, dimensions.n_blocks)
-        _check_context(point, dimensions.max_context)
+        _check_fits(point, before.config.sae.used, self._dimensions(point))
 
     def _dimensions(self, point: Config) -> Dimensions:
         model = (point.model.name, point.model.revision)
@@ -238,29 +226,34 @@ def _asked_for(point: Config) -> str:
 
 
 def _as_begun(config: Config, folder: RunFolder) -> Config:
-    """A run that goes on reads the same model and text as before, whatever their names stand for now."""
+    """The config with the model, SAEs and text that a run with a checkpoint has read before."""
     if folder.is_finished or not folder.checkpoints.exists():
         return config
-    begun = load(folder.config.read_text())
+    before = load(folder.config.read_text())
+    return pinned(config, before.model.commit, before.sae.used, before.data.version)
+
+
+def pinned(config: Config, commit: str | None, used: list[SAEChoice], version: str | None) -> Config:
+    """The config with the model's commit, the SAEs and the version of the text that the run reads."""
     return replace(
         config,
-        model=replace(config.model, commit=begun.model.commit),
-        sae=replace(config.sae, used=begun.sae.used),
-        data=replace(config.data, version=begun.data.version),
+        model=replace(config.model, commit=commit),
+        sae=replace(config.sae, used=used),
+        data=replace(config.data, version=version),
     )
 
 
 def unpinned(config: Config) -> Config:
-    """The config before anything was fetched for it: with names, and not what they stood for."""
-    return replace(
-        config,
-        model=replace(config.model, commit=None),
-        sae=replace(config.sae, used=[replace(one, commit=None) for one in config.sae.used]),
-        data=replace(config.data, version=None),
-    )
+    """The config as it was before anything was fetched."""
+    return pinned(config, None, [replace(choice, commit=None) for choice in config.sae.used], None)
 
 
-def _check_context(config: Config, longest: int | None) -> None:
+def _check_fits(config: Config, used: Sequence[SAEChoice], model: Dimensions) -> None:
+    """Refuse blocks that the model does not have, and text that is too long for it."""
+    if config.method.kind in ADAPTING:
+        first = min(choice.block for choice in used)
+        adapted_blocks(canonical_blocks(config.lora.blocks), first, model.n_blocks)
+    longest = model.max_context
     if longest is not None and config.data.context_length > longest:
         raise ConfigError(
             "data.context_length",

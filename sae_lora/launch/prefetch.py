@@ -1,7 +1,4 @@
-"""Everything that runs will read, fetched once, before any of them begins.
-
-They then need no network, and read what their names stood for now.
-"""
+"""Models, SAEs and text, fetched once before any run begins; runs then need no network."""
 
 import json
 from collections.abc import Sequence
@@ -13,21 +10,16 @@ from sae_lora.common.console import Display
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
+from sae_lora.launch.plan import pinned
 from sae_lora.models.dimensions import EMBEDDED_NAME
 from sae_lora.models.loading import fetch_model, load_tokenizer
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:
-    """Fetches models, SAEs and text, and cuts the text into tokens.
-
-    Args:
-        configs: Of the runs, with their SAEs resolved.
-
-    Returns:
-        The same, with the commits and content that were fetched written into them.
+    """Fetch models, SAEs and tokenised text; return the configs with their commits and versions.
 
     Raises:
-        UserError: For what cannot be fetched, and text that is too short.
+        UserError: For files that cannot be fetched, and text that is too short.
     """
     transformers_logging.disable_progress_bar()
     with Display() as show:
@@ -47,12 +39,7 @@ class _Fetcher:
     def fetched(self, config: Config) -> Config:
         model = replace(config.model, commit=self._model(config.model))
         used = [replace(choice, commit=self._sae(config.sae, choice)) for choice in config.sae.used]
-        return replace(
-            config,
-            model=model,
-            sae=replace(config.sae, used=used),
-            data=replace(config.data, version=self._text(config, model)),
-        )
+        return pinned(config, model.commit, used, self._text(config, model))
 
     def _sae(self, config: SAEConfig, choice: SAEChoice) -> str | None:
         if choice.release is None:

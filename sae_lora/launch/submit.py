@@ -1,7 +1,4 @@
-"""Gives packs to submitit: to jobs on this machine, as places become free, or to SLURM as array jobs.
-
-A job (`Job`) executes its pack in a process of its own. Only this module and `job` know submitit.
-"""
+"""Submission of packs: on this machine as places become free, or to SLURM as array jobs."""
 
 import contextlib
 import os
@@ -13,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -27,7 +23,7 @@ from sae_lora.config.schema import LauncherConfig
 from sae_lora.launch.job import Job, halves
 from sae_lora.launch.live_view import Watch
 from sae_lora.launch.packs import places
-from sae_lora.launch.plan import Pack, Run
+from sae_lora.launch.plan import Pack
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import SubmittedJob
@@ -36,9 +32,9 @@ from sae_lora.tracking import tracker
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
-"""How often a job may be started again that was out of time; one that hangs ends itself."""
+"""Times that a job may be started again after its time limit; a run that hangs ends by itself."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
-"""All is fetched before; a node without internet is the normal case."""
+"""Everything was fetched before, and many nodes have no internet."""
 _LOOK_EVERY_S = 0.5
 _ASK_SLURM_EVERY_S = 10.0
 
@@ -47,57 +43,58 @@ _ASK_SLURM_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class _AtWork:
+class _Started:
     """A pack that has a place."""
 
     pack: Pack
     job: submitit.Job[None]
     place: dict[str, str]
-    reached: set[Path]
-    """What it had come to when it began."""
+    milestones: set[Path]
+    """Those that it had reached before."""
 
 
 def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
-    """Executes the packs on this machine, as many at a time as there are places, and shows them.
+    """Execute the packs on this machine, as many at a time as there are places, and show their progress.
 
     Raises:
-        KeyboardInterrupt: When asked to stop, once what runs has saved where it stands.
+        KeyboardInterrupt: When asked to stop, after the runs have saved their state.
     """
     runs = [run for pack in packs for run in pack]
-    folder = _new_folder(runs)
+    folder = _new_folder(runs[0].folder.path.parent)
     executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     variables = _OFFLINE | tracker.settled(runs[0].config.tracking)
     free, waiting = deque(places(runs, settings)), deque(packs)
-    at_work: list[_AtWork] = []
-    asked = handling((signal.SIGTERM, signal.SIGHUP), _stop_asked)
-    with _hearing_interrupts(), asked, Watch([run.folder for run in runs]) as watch:
+    started: list[_Started] = []
+    # A kill, or a terminal that is closed, has the effect of Ctrl-C.
+    stops = handling((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
+    with _hearing_interrupts(), stops, Watch([run.folder for run in runs]) as watch:
         try:
-            while waiting or at_work:
+            while waiting or started:
                 while waiting and free:
                     place, pack = free.popleft(), waiting.popleft()
                     with _errors_to(folder / "controllers.log"):
                         job = executor.submit(_job(pack, variables | place, settings))
-                    at_work.append(_AtWork(pack, job, place, _reached(pack)))
+                    started.append(_Started(pack, job, place, _milestones(pack)))
                 time.sleep(_LOOK_EVERY_S)
                 watch.update()
-                ended = [one for one in at_work if one.job.done()]
-                at_work = [one for one in at_work if one not in ended]
-                free.extend(one.place for one in ended)
-                waiting.extend(part for one in ended for part in _rest(one))
+                ended = [entry for entry in started if entry.job.done()]
+                started = [entry for entry in started if entry not in ended]
+                free.extend(entry.place for entry in ended)
+                waiting.extend(pack for entry in ended for pack in _remaining(entry))
         except KeyboardInterrupt:
             say("stopping: what runs saves where it stands")
-            _stop(at_work, settings.signal_delay_s, watch)
+            _stop(started, settings.signal_delay_s, watch)
             raise
 
 
 @contextmanager
 def _hearing_interrupts() -> Iterator[None]:
-    """Inside the block, what is started hears Ctrl-C's signal, by which submitit stops it.
+    """Inside the block, processes that are started receive SIGINT, by which submitit stops them.
 
-    A script makes what it puts in the background deaf to it, and with that all that is started there. So
-    that the script's Ctrl-C still stops none of it, it is in a process group of its own from then on.
+    A script's background processes ignore SIGINT, and so do all that they start. To keep Ctrl-C in that
+    script from stopping this process after all, it gets a process group of its own.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
@@ -113,7 +110,7 @@ def _hearing_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _errors_to(file: Path) -> Iterator[None]:
-    """What is started inside the block complains there: submitit's processes do so at Ctrl-C."""
+    """Send the errors of processes that are started inside the block to a file: submitit's at Ctrl-C."""
     before = os.dup(2)
     with file.open("ab") as opened:
         os.dup2(opened.fileno(), 2)
@@ -124,56 +121,53 @@ def _errors_to(file: Path) -> Iterator[None]:
         os.close(before)
 
 
-def _rest(ended: _AtWork) -> list[Pack]:
-    """What is to be started again of a pack: submitit itself starts a job only so often.
+def _remaining(ended: _Started) -> list[Pack]:
+    """Packs of the runs to start again, since submitit starts a job only so often.
 
-    Together where that led further, in halves where it did not; a run alone that gets no further is
-    left for another launch.
+    Runs that made progress stay together, others go on in halves; a single run without progress is left
+    for another launch.
     """
-    found = standings([run.folder for run in ended.pack])
-    left = [run for run, standing in zip(ended.pack, found, strict=True) if standing.is_to_do]
-    if left and not _reached(ended.pack) <= ended.reached:
-        return [left]
-    return halves(left) if len(left) > 1 else []
+    now = standings([run.folder for run in ended.pack])
+    to_do = [run for run, standing in zip(ended.pack, now, strict=True) if standing.is_to_do]
+    if to_do and not _milestones(ended.pack) <= ended.milestones:
+        return [to_do]
+    return halves(to_do) if len(to_do) > 1 else []
 
 
-def _reached(pack: Pack) -> set[Path]:
-    """Checkpoints, and ends."""
+def _milestones(pack: Pack) -> set[Path]:
+    """Checkpoints, summaries and failures of the runs."""
     ends = {path for run in pack for path in (run.folder.summary, run.folder.failure) if path.exists()}
     return ends | {path for run in pack for path in run.folder.checkpoints.glob("step-*")}
 
 
-def _stop(at_work: Sequence[_AtWork], most_s: float, watch: Watch) -> None:
-    for one in at_work:
-        one.job.cancel()
+def _stop(started: Sequence[_Started], most_s: float, watch: Watch) -> None:
+    """Stop the jobs, and wait so many seconds for their runs."""
+    for entry in started:
+        entry.job.cancel()
     deadline = time.monotonic() + most_s
-    runs = [run for one in at_work for run in one.pack]
+    runs = [run for entry in started for run in entry.pack]
     while any(holder(run.folder.path) for run in runs):
         if time.monotonic() > deadline:
             for run in runs:
-                if (left := holder(run.folder.path)) is not None:
-                    complain("does not stop", f"{run.name}, process {left.pid} on {left.host}")
+                if (process := holder(run.folder.path)) is not None:
+                    complain("does not stop", f"{run.name}, process {process.pid} on {process.host}")
             return
         time.sleep(_LOOK_EVERY_S)
         watch.update()
-
-
-def _stop_asked(number: int, frame: FrameType | None) -> None:
-    """A kill, or a terminal that is closed, is what Ctrl-C is."""
-    raise KeyboardInterrupt
 
 
 # ---- SLURM --------------------------------------------------------------------------------------
 
 
 def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
-    """Submits the packs to SLURM as array jobs, and notes the job of each run in its folder.
+    """Submit the packs to SLURM as array jobs, and write the job of each run into its folder.
 
     Raises:
         UserError: Where SLURM refuses.
     """
     runs = [run for pack in packs for run in pack]
-    executor = submitit.AutoExecutor(_new_folder(runs), "slurm", slurm_max_num_timeout=_TIMEOUTS)
+    sweep = runs[0].folder.path.parent
+    executor = submitit.AutoExecutor(_new_folder(sweep), "slurm", slurm_max_num_timeout=_TIMEOUTS)
     cores = settings.cpus_per_task
     executor.update_parameters(
         name=slurm.JOB_NAME + runs[0].config.sweep,
@@ -191,9 +185,9 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
         slurm_array_parallelism=settings.array_parallelism,
         slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
         slurm_srun_args=[
-            # One process on the first node alone: it starts the others (`sae_lora.train.distributed`).
+            # One process, on the first node; it starts the others (`sae_lora.train.distributed`).
             *(["--nodes=1", "--ntasks=1"] if settings.nodes > 1 else []),
-            # Since SLURM 22.05 srun does not take it over from sbatch.
+            # Since SLURM 22.05 srun does not inherit it from sbatch.
             *([f"--cpus-per-task={cores}"] if cores else []),
         ],
     )
@@ -205,8 +199,8 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             with _as_outside_a_job(), executor.batch():
                 jobs = [executor.submit(_job(pack, variables, settings)) for pack in part]
         except FailedJobError as error:
-            said = [line for line in str(error).splitlines() if "error" in line or "unrec" in line]
-            reason = "\n  ".join(said or [str(error)])
+            lines = [line for line in str(error).splitlines() if "error" in line or "unrec" in line]
+            reason = "\n  ".join(lines or [str(error)])
             raise UserError(
                 f"launcher=slurm: sbatch refused {len(part)} jobs ({start} are in):\n  {reason}"
             ) from error
@@ -214,17 +208,15 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             for run in pack:
                 run.folder.write_job(SubmittedJob(job.job_id))
     in_jobs = f" in {len(packs)} jobs" if len(packs) < len(runs) else ""
-    say(
-        f"{len(runs)} submitted to SLURM{in_jobs}; `python -m sae_lora status {_sweep(runs)}` shows them"
-    )
+    say(f"{len(runs)} submitted to SLURM{in_jobs}; `python -m sae_lora status {sweep}` shows them")
 
 
 def wait_for(folders: Sequence[RunFolder]) -> None:
-    """Shows the runs until SLURM has none of their jobs any more."""
+    """Show the runs until SLURM has none of their jobs."""
     jobs = {job.id for folder in folders if (job := folder.job) is not None}
     with Watch(folders) as watch:
         while True:
-            with contextlib.suppress(slurm.UnreachableError):  # it may answer again in a moment
+            with contextlib.suppress(slurm.UnreachableError):  # it may answer next time
                 if not slurm.queue().keys() & jobs:
                     return
             watch.update()
@@ -233,7 +225,7 @@ def wait_for(folders: Sequence[RunFolder]) -> None:
 
 @contextmanager
 def _as_outside_a_job() -> Iterator[None]:
-    """A job that is submitted from within another must not take over what that one was given."""
+    """Keep a job that is submitted from within another from inheriting its variables."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -257,11 +249,7 @@ def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job
     )
 
 
-def _sweep(runs: Sequence[Run]) -> Path:
-    return runs[0].folder.path.parent
-
-
-def _new_folder(runs: Sequence[Run]) -> Path:
-    """For submitit's own files, which it names by process number: one for each launch."""
+def _new_folder(sweep: Path) -> Path:
+    """A folder of this launch for submitit's own files, which it names by process number."""
     launch = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-    return _sweep(runs).absolute() / ".submitit" / launch
+    return sweep.absolute() / ".submitit" / launch

@@ -1,4 +1,4 @@
-"""One run among those that train together: its folder, its training, and what becomes of it."""
+"""One run among those that train together: its folder, its training, its outcome."""
 
 import copy
 import math
@@ -36,9 +36,9 @@ class ActiveRun:
     Its methods are called in the order in which they stand here.
 
     Args:
-        folder: Its folder, with a config that is checked and whose SAEs are resolved.
-        check: Called before anything that counts is written; raises where it must not be.
-        release: Called when nothing more will be written.
+        folder: A folder with a config that is checked and whose SAEs are resolved.
+        check: Called before a checkpoint or a result is written; raises where the run is lost.
+        release: Called after the last write.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class ActiveRun:
     ) -> None:
         self.folder = folder
         self.outcome: Summary | Exception | None = None
-        """What it has found, or why it has found nothing; `None` while there is something to do."""
+        """Its results or its error; `None` until it has one."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
         self._check = check
@@ -63,10 +63,10 @@ class ActiveRun:
         self._tracker: tracker.Tracker = tracker.Untracked()
 
     def read(self) -> None:
-        """Reads its config and its newest checkpoint; writes nothing.
+        """Read the config and the newest checkpoint; write nothing.
 
         Raises:
-            DamagedCheckpointError: Where that cannot be used.
+            DamagedCheckpointError: Where no checkpoint can be used.
         """
         self.config = load(self.folder.config.read_text())
         self.name = readable_name(self.config)
@@ -75,22 +75,18 @@ class ActiveRun:
             self.folder.checkpoints, self._hash, lambda text: complain("damaged", text)
         )
         self.seconds_before = self._saved.values["total_seconds"] if self._saved else 0.0
-        """Of the attempts before, as far as its checkpoint goes on."""
+        """Seconds of earlier attempts, up to the checkpoint."""
 
     def make_way(self) -> None:
-        """Keeps what an attempt that did not end has left out of the way of this one."""
+        """Move the unfinished files of an earlier attempt aside."""
         self.folder.set_aside(curve=self._saved is None)
 
     def build(
         self, model: LanguageModel, saes: list[LoadedSAE], steps: int, sample: Sample | None = None
     ) -> None:
-        """Makes its student and its training, new or as they were left.
+        """Build its student and its training, new or from the checkpoint.
 
-        Args:
-            model: The plain model.
-            saes: The SAEs that it uses; none where it makes new ones.
-            steps: Number of steps in all.
-            sample: Where it makes new ones: text that they will be trained on.
+        Without SAEs it makes new ones, which need a sample of their training text.
 
         Raises:
             ConfigError: Where what is trained does not fit the model.
@@ -105,7 +101,7 @@ class ActiveRun:
             self.config, model, splices(self.config.sae, saes), steps
         )
         self.trainable = sum(weight.numel() for weight in self.training.student.weights.values())
-        """Trainable parameters."""
+        """Number of trainable parameters."""
         as_loaded = copy.deepcopy(self.config)
         for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
             choice.width = loaded.description["width"]
@@ -116,10 +112,7 @@ class ActiveRun:
             self.checkpoint_step = self.training.step
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Opens its curve, and tells W&B of it.
-
-        Args:
-            environment: With what it is computed.
+        """Open the curve and the W&B run.
 
         Raises:
             UserError: Where the curve is not the one that the checkpoint was made with.
@@ -130,14 +123,14 @@ class ActiveRun:
         self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:
-        """Writes a point down."""
+        """Append a point to the curve."""
         assert self._curve is not None
         self._curve.append(replace(point, train_flops=self._flops_per_step * point.step))
 
     def save(self, total_seconds: float) -> None:
-        """Writes a checkpoint. The points in it are final, and W&B may show them."""
+        """Write a checkpoint. The points in it are final, and W&B may show them."""
         self._check()
-        self.keep_if_due()  # asked to stop in just that step, it goes on from the next
+        self.keep_if_due()  # a run stopped in just that step resumes after it
         state = self.training.state()
         state.values["total_seconds"] = total_seconds
         checkpoint.save(self.folder.checkpoints, self._hash, state)
@@ -145,7 +138,7 @@ class ActiveRun:
         self._tracker.show(state.values["points"])
 
     def keep_if_due(self) -> None:
-        """Keeps what has been trained where `method.checkpoints` says so."""
+        """Keep the trained SAEs after the shares of training that `method.checkpoints` names."""
         for share in self.config.method.checkpoints:
             folder = self.folder.sae_at / f"{share:g}"
             if self.training.step == max(1, round(share * self._steps)) and not folder.exists():
@@ -158,15 +151,15 @@ class ActiveRun:
         total_seconds: float,
         contributions: Mapping[str, Contribution],
         data: dict[str, Any],
-        **found: Any,
+        **common: Any,
     ) -> None:
-        """Writes what it has found; from then on it is finished.
+        """Write the results; then the run is finished.
 
         Args:
-            total_seconds: What it took.
-            contributions: What each of several SAEs contributes, by hookpoint.
-            data: What identifies the text.
-            found: What else the summary says that is the same for all that trained together.
+            total_seconds: Seconds of all its attempts.
+            contributions: The contribution of each of several SAEs, by hookpoint.
+            data: The description of the text.
+            common: Further fields of the summary.
         """
         self._check()
         with new_folder(self.folder.path / self._artifact.name) as beside:
@@ -179,10 +172,10 @@ class ActiveRun:
             trainable_parameters=self.trainable,
             total_seconds=total_seconds,
             sae=[
-                one.description
-                | points[-1].per_sae[one.hookpoint]
-                | (contributions[one.hookpoint]._asdict() if one.hookpoint in contributions else {})
-                for one in self._saes
+                sae.description
+                | points[-1].per_sae[sae.hookpoint]
+                | (contributions[sae.hookpoint]._asdict() if sae.hookpoint in contributions else {})
+                for sae in self._saes
             ],
             lora=_describe_lora(self.config.lora) if self.config.method.kind in ADAPTING else {},
             method={
@@ -193,27 +186,26 @@ class ActiveRun:
             seed=self.config.train.seed,
             data=data | {"special_tokens_kept": self._keeps},
             tracked_at=self._tracker.place,
-            **found,
+            **common,
         )
         self.folder.write_summary(summary)
         self.outcome = summary
-        # Nothing is left to go on with.
         shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
         self.folder.progress.unlink(missing_ok=True)
         self._release()
 
     def fail(self, error: Exception) -> None:
-        """Writes down why nothing comes of it."""
+        """Record the error as the outcome, and write it into the folder."""
         self.outcome = error
         if isinstance(error, LostError):
             complain("left alone", f"{self.folder.path.name}: {error}")
         else:
             write_failure(self.folder, error)
-        traceback.clear_frames(error.__traceback__)  # or they keep what the run had on the device
+        traceback.clear_frames(error.__traceback__)  # or they keep the run's tensors on the device
         self._release()
 
     def end(self) -> None:
-        """Closes its curve and its W&B run, whatever became of it."""
+        """Close the curve and the W&B run."""
         goes_on = self.outcome is None or isinstance(self.outcome, LostError)
         if self._curve is not None:
             self._curve.close()
@@ -224,18 +216,18 @@ class ActiveRun:
 
 
 def write_failure(folder: RunFolder, error: Exception) -> None:
-    """Writes the error down as why a run ended early, for people and whole."""
+    """Write the error of a run into its folder: one message, and the traceback."""
     try:
         folder.write_failure(_cause(error), "".join(traceback.format_exception(error)))
     except OSError as trouble:  # a full disk, or a folder that somebody has deleted
-        told = f"{_cause(error)}\n  (not written down: {trouble})"
+        message = f"{_cause(error)}\n  (not written down: {trouble})"
         if not folder.path.exists():
-            told = "the folder of this run has been deleted; it stops here"
-        complain("failed", f"{folder.path.name}: {told}")
+            message = "the folder of this run has been deleted; it stops here"
+        complain("failed", f"{folder.path.name}: {message}")
 
 
 def _cause(error: Exception) -> str:
-    """Why the run failed, for people."""
+    """The cause of a failure in words."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):
@@ -247,7 +239,7 @@ def _cause(error: Exception) -> str:
 
 
 def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
-    """What a curve says of the run as a whole; the fields that both have are those of the last point."""
+    """Fields of the summary that come from the curve: the last point's own, and figures of the whole."""
     first, last = points[0], points[-1]
     closed = [point.gap_closed for point in points if point.gap_closed is not None]
     both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}

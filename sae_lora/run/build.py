@@ -1,4 +1,6 @@
-"""What the processes of a pack build alike: SAEs, the model, the trainer."""
+"""SAEs, model and trainer of a pack, built alike in all its processes."""
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -6,7 +8,7 @@ from torch import Tensor
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import step_tokens, train_steps
-from sae_lora.config.schema import Config, SAEConfig
+from sae_lora.config.schema import Config
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of, load_model
@@ -24,10 +26,10 @@ from sae_lora.train.trainer import Trainer
 
 
 class Builder:
-    """Builds a pack, in the process that leads it as in those that follow.
+    """Builds a pack, in the process that leads and in those that follow.
 
     Args:
-        config: Of any of its runs; model, data and batches are the same for all.
+        config: The config of any run of the pack: model, data and batches are the same for all.
 
     Raises:
         ConfigError: Where a GPU is wanted and there is none.
@@ -35,36 +37,25 @@ class Builder:
 
     def __init__(self, config: Config) -> None:
         self.device = device_of(config)
+        self.saes = SAEs(read_dimensions(config.model), self.device)
         self._config = config
-        self._saes = SAEs(read_dimensions(config.model), self.device)
-        self._model: LanguageModel | None = None
 
-    @property
+    @cached_property
     def model(self) -> LanguageModel:
-        """The plain model, loaded when it is first asked for."""
-        if self._model is None:
-            self._model = load_model(self._config.model, self._config.train.dtype, self.device)
-        return self._model
-
-    def load_saes(self, config: SAEConfig) -> None:
-        """Loads the SAEs of a run, each once for all runs that use it.
-
-        Raises:
-            UserError: Where they are missing, damaged, or do not fit.
-        """
-        self._saes.of(config)
+        """The plain model, loaded at the first access."""
+        return load_model(self._config.model, self._config.train.dtype, self.device)
 
     def build(self, run: ActiveRun, sample: Sample | None = None) -> None:
-        """Makes the training of a run, new or as it was left.
+        """Build the training of a run, new or from its checkpoint.
 
         Args:
-            run: Whose config is read.
-            sample: Text that new SAEs will be trained on, where the run makes some.
+            run: A run of the pack, its config read.
+            sample: Text for new SAEs, where the run makes some.
 
         Raises:
             ConfigError: Where what is trained does not fit the model.
         """
-        saes = self._saes.of(run.config.sae)
+        saes = self.saes.of(run.config.sae)
         run.build(self.model, saes, train_steps(self._config), sample)
 
     def trainer(
@@ -74,13 +65,13 @@ class Builder:
         validation_tokens: Tensor,
         processes: ProcessGroup,
     ) -> Trainer:
-        """The trainer of a pack, as one of its processes has it.
+        """The trainer of a pack in one of its processes.
 
         Args:
-            trainings: Of students of the model.
+            trainings: Trainings of students of the model.
             special_ids: Ids `[n]` whose positions some SAEs leave as they are.
             validation_tokens: Held-out tokens `[sequence, pos]`.
-            processes: The processes.
+            processes: The processes that share the batches.
         """
         config, train = self._config, self._config.train
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
@@ -93,16 +84,11 @@ class Builder:
             1e9 * train.eval_cache_gb,
             processes,
         )
-        if config.method.kind is Method.sae:
-            return self._reconstructing(trainings, special_ids, evaluate)
-        kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-        return DistillTrainer(self.model, trainings, evaluate, special_ids, kl, micro_batch, processes)
-
-    def _reconstructing(
-        self, trainings: Isolation, special_ids: Tensor, evaluate: Evaluator
-    ) -> ReconstructTrainer:
-        """The trainer of SAEs that learn to reconstruct."""
-        config = self._config
+        if config.method.kind is not Method.sae:
+            kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
+            return DistillTrainer(
+                self.model, trainings, evaluate, special_ids, kl, micro_batch, processes
+            )
         students = [training.student for training in trainings.left]
         buffer = ActivationBuffer(
             self.model,
@@ -111,5 +97,5 @@ class Builder:
             config.data.seed,
             max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
         )
-        batch = torch.Size([config.train.batch_size, config.data.context_length])
+        batch = torch.Size([train.batch_size, config.data.context_length])
         return ReconstructTrainer(buffer, batch, self.device, trainings, evaluate)

@@ -1,6 +1,6 @@
-"""Evaluates runs as their configs say: `python -m sae_lora.run.evaluate outputs/<sweep>/<run> …`.
+"""The suites that configs ask for, after training: `python -m sae_lora.run.evaluate <run folder> …`.
 
-What a job does after training; `python -m sae_lora evaluate` is for people.
+A job runs this; `python -m sae_lora evaluate` is for people.
 """
 
 import sys
@@ -17,33 +17,24 @@ from sae_lora.tracking.sync import upload
 
 
 def evaluate_pending(folders: Sequence[RunFolder]) -> bool:
-    """Takes what is not there yet of the suites that each run's config asks for.
-
-    What cannot be taken fails no run.
-
-    Args:
-        folders: Finished runs.
-
-    Returns:
-        Whether all could be taken.
-    """
-    all_taken = True
+    """Run the missing suites of finished runs; return whether all succeeded. No error fails a run."""
+    succeeded = True
     for folder in folders:
         if not pending(folder):
             continue
         config = load(folder.config.read_text()).evaluation
         try:
-            all_taken &= not run_suites.evaluate(folder, config.suites, config)
+            succeeded &= not run_suites.evaluate(folder, config.suites, config)
             if "://" in (folder.read_summary()["tracked_at"] or ""):
-                upload([folder])  # the W&B run ended before there was this to show
+                upload([folder])  # the W&B run ended before these results
         except UserError as error:
             complain(f"{folder.path.name}, its evaluation", str(error))
-            all_taken = False
-    return all_taken
+            succeeded = False
+    return succeeded
 
 
 def main() -> int:
-    """Evaluates the runs that are named; returns 1 where something could not be taken."""
+    """Evaluate the named runs; return 1 where a suite failed."""
     return int(not evaluate_pending([RunFolder(Path(path)) for path in sys.argv[1:]]))
 
 

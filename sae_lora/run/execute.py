@@ -1,14 +1,13 @@
-"""Runs that train together, built and connected: the only module that knows all the others."""
+"""Runs that train together, from their folders to their summaries: this module connects all others."""
 
 import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from sae_lora.common import hub
 from sae_lora.common.console import Display, complain
@@ -28,57 +27,24 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
-from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_tokenizer, quieten
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
-from sae_lora.run.progress import Reporter, say_point
+from sae_lora.run.progress import Reporter
 from sae_lora.run.worker import Beginning
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
 from sae_lora.train.methods import Sample
 from sae_lora.train.train_state import TrainState
-from sae_lora.train.trainer import Trainer
-
-
-class NotTogetherError(Exception):
-    """Runs that cannot train together; each can alone."""
-
-
-def execute(
-    runs: Sequence[ActiveRun],
-    interruption: Interruption | None = None,
-    layout: ProcessLayout = ONE_PROCESS,
-) -> list[Summary | Exception]:
-    """Trains and evaluates together what the folders' configs describe, and writes it into them.
-
-    Each goes on from its newest checkpoint, where it has one. What goes wrong with one alone is
-    written into its folder, and the others go on.
-
-    Args:
-        runs: Runs that may train together, new objects.
-        interruption: What may ask the runs to stop; by default nothing does.
-        layout: How many processes share the batches.
-
-    Returns:
-        What each has found, or why it has found nothing.
-
-    Raises:
-        UserError: For what concerns all of them and the user can mend: files that cannot be
-            fetched, text that is too short.
-        NotTogetherError: Where the runs differ in what they must have in common.
-        MemoryError: And torch's own: where together they need more than there is. Each can go on
-            from its checkpoint.
-        Interrupted: When asked to stop; where training stands is saved.
-    """
-    with Display() as display:
-        _Execution(runs, interruption or Interruption(), display, layout).run()
-    return [run.outcome for run in runs if run.outcome is not None]
 
 
 class _Execution:
-    """Runs that train together, from their folders to their summaries."""
+    """Runs that train together, in the process that writes their folders.
+
+    Each resumes from its newest checkpoint. An error in one run alone is written into its folder, and
+    the others go on.
+    """
 
     def __init__(
         self,
@@ -94,16 +60,24 @@ class _Execution:
         self._started = time.perf_counter()
 
     def run(self) -> None:
-        """Builds them, trains them, and writes what they find."""
+        """Build the runs, train them, and write their results.
+
+        Raises:
+            UserError: For an error that concerns all: files that cannot be fetched, too short a text.
+            RuntimeError: Where the runs differ in what they must have in common.
+            MemoryError: And torch's own: where together they need more memory than there is. Each can
+                resume from its checkpoint.
+            Interrupted: When asked to stop, after checkpoints are saved.
+        """
         quieten()
         runs = self._runs
         runs.each(ActiveRun.read)
         runs.each(ActiveRun.make_way)
         if not runs.left:
             return
-        config = runs.left[0].config  # for what they have in common
+        config = runs.left[0].config  # model, data and batches are the same for all
         if len({pack_key(run.config) for run in runs.left}) > 1:
-            raise NotTogetherError("model, data or batches of these runs differ")
+            raise RuntimeError("model, data or batches of these runs differ")
         builder = Builder(config)
 
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
@@ -117,29 +91,29 @@ class _Execution:
             self._display.counter("tokenising", "sequences"),
         )
         self._display.end()
-        runs.each(lambda run: builder.load_saes(run.config.sae))
+        runs.each(lambda run: builder.saes.of(run.config.sae))
         if not runs.left:
             return
 
-        sent = runs.left.copy()
-        paths = [str(run.folder.path) for run in sent]
+        shared = runs.left.copy()
+        paths = [str(run.folder.path) for run in shared]
         on_gpus = builder.device.type == "cuda"
         with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
             others = f" with {self._layout.size - 1} other processes" if self._layout.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {builder.device}{others}")
             first = next(text.batches(config.train.batch_size, config.data.seed))
             sample = Sample(first, text.special_ids)
-            _ = builder.model  # what is wrong with it concerns all
+            _ = builder.model  # loaded here, since an error in it concerns all runs
             runs.each(lambda run: builder.build(run, sample))
             if runs.left:
-                trainings = {sent.index(run): run.training for run in runs.left}
+                trainings = {shared.index(run): run.training for run in runs.left}
                 processes.broadcast(Beginning.of(trainings, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes)
 
     def _train(
         self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
     ) -> None:
-        """Trains all that are left to the end, and writes what they have found."""
+        """Train all runs that have not failed to the end, and write their results."""
         model, steps = builder.model, train_steps(config)
         runs = {run.training: run for run in self._runs.left}
 
@@ -151,7 +125,14 @@ class _Execution:
         special_ids = text.special_ids.to(model.device)
         trainer = builder.trainer(trainings, special_ids, text.validation_tokens, processes)
         report = Reporter(self._display, runs, steps, trainings)
-        save = _Saver(trainer, trainings, runs, self._interruption, self._total_seconds)
+
+        def save(due: Sequence[TrainState]) -> None:
+            """Write checkpoints while training stands still and cannot be interrupted."""
+            if due:
+                with trainer.paused(), self._interruption.held():
+                    for training in due:
+                        with trainings.only(training):
+                            runs[training].save(self._total_seconds(runs[training]))
 
         def after_step(trained: Sequence[TrainState]) -> None:
             report.step(trained)
@@ -175,7 +156,16 @@ class _Execution:
             batches = text.batches(config.train.batch_size, config.data.seed, trainer.first_batch)
             common = {
                 "validation_tokens": text.validation.size,
-                "model": _describe_model(config, model),
+                "model": {
+                    "name": config.model.name,
+                    "revision": config.model.revision,
+                    "commit": config.model.commit
+                    or hub.cached_commit(config.model.name, config.model.revision),
+                    "class": type(model.model).__name__,
+                    "blocks": len(model.blocks),
+                    "loaded_as": config.model.dtype.name,
+                    "computed_in": config.train.dtype.name,
+                },
                 "environment": made_with,
                 "trained_together": len(self._runs.runs),
             }
@@ -190,7 +180,7 @@ class _Execution:
                 for training, point in trainer.points(batches, after_step, self._interruption.held):
                     with trainings.only(training):
                         runs[training].take(point)
-                        say_point(point, runs[training].name if len(runs) > 1 else None)
+                        report.point(training, point)
                 with self._interruption.held():
                     trainings.each(finish)
             except Interrupted:
@@ -200,75 +190,32 @@ class _Execution:
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
                     processes.release()
-                    traceback.clear_frames(error.__traceback__)  # what filled it
-                    # Here a request to stop is heard that came before.
+                    traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+                    # An earlier request to stop may raise here.
                     save([training for training in trainings.left if training.is_between_steps])
                 raise
 
     def _total_seconds(self, run: ActiveRun) -> float:
-        """What the run has taken: of this process, its share."""
+        """Seconds of all attempts at a run, with its equal share of this process's."""
         share = (time.perf_counter() - self._started) / len(self._runs.runs)
         return run.seconds_before + share
 
     def _stage(self, text: str) -> None:
-        """Says what is done next, to who watches this process and in the folders to who does not."""
+        """Announce what is done next, in this process's output and in the run folders."""
         self._display.stage(text)
         self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
 
 
-class _Saver:
-    """Writes checkpoints of some runs, while training stands still and cannot be interrupted."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        trainings: Isolation[TrainState],
-        runs: dict[TrainState, ActiveRun],
-        interruption: Interruption,
-        total_seconds: Callable[[ActiveRun], float],
-    ) -> None:
-        self._trainer = trainer
-        self._trainings = trainings
-        self._runs = runs
-        self._interruption = interruption
-        self._total_seconds = total_seconds
-
-    def __call__(self, wanted: Sequence[TrainState]) -> None:
-        if not wanted:
-            return
-        with self._trainer.paused(), self._interruption.held():
-            for training in wanted:
-                with self._trainings.only(training):
-                    run = self._runs[training]
-                    run.save(self._total_seconds(run))
-
-
 def _end(runs: Sequence[ActiveRun]) -> None:
-    """Ends their W&B runs side by side: where the server is slow, all wait at the same time."""
+    """End all W&B runs at the same time: where the server is slow, they wait together."""
     with ThreadPoolExecutor(len(runs)) as threads:
         list(threads.map(ActiveRun.end, runs))
 
 
-def _describe_model(config: Config, model: LanguageModel) -> dict[str, Any]:
-    return {
-        "name": config.model.name,
-        "revision": config.model.revision,
-        "commit": config.model.commit or hub.cached_commit(config.model.name, config.model.revision),
-        "class": type(model.model).__name__,
-        "blocks": len(model.blocks),
-        "loaded_as": config.model.dtype.name,
-        "computed_in": config.train.dtype.name,
-    }
-
-
 def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -> int:
-    """One attempt at runs that train together, but for those that are finished or held elsewhere.
+    """Train the runs together, without those that are finished or that another process holds.
 
-    What goes wrong is written into the folders and said.
-
-    Args:
-        folders: The runs.
-        layout: How many processes share the batches.
+    Errors are printed and written into the folders.
 
     Returns:
         The exit code: 0 where all are finished, or one of `sae_lora.common.errors`.
@@ -301,9 +248,11 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
 def _outcomes(
     runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
 ) -> list[Summary | Exception] | None:
-    """What becomes of each; `None` where nothing does together that may yet do alone."""
+    """The outcomes of the runs; `None` where they failed together and may succeed alone."""
     try:
-        return execute(runs, interruption, layout)
+        with Display() as display:
+            _Execution(runs, interruption, display, layout).run()
+        return [run.outcome for run in runs if run.outcome is not None]
     except GoneError as error:
         complain("ended", str(error))
         return None
@@ -320,14 +269,14 @@ def _outcomes(
 
 
 def main() -> int:
-    """One attempt in a process of its own: `python -m sae_lora.run.execute outputs/<sweep>/<run> …`."""
+    """Train runs together in this process: `python -m sae_lora.run.execute outputs/<sweep>/<run> …`."""
     parser = argparse.ArgumentParser(prog="python -m sae_lora.run.execute", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--nodes", type=int, default=1, help="of the SLURM job that this is in")
-    parser.add_argument("--processes-per-node", type=int, default=1, help="that share the batches")
-    given = parser.parse_args()
-    folders = [RunFolder(path) for path in given.folders]
-    code = attempt(folders, ProcessLayout(given.nodes, given.processes_per_node))
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of this SLURM job")
+    parser.add_argument("--processes-per-node", type=int, default=1, help="they share the batches")
+    arguments = parser.parse_args()
+    folders = [RunFolder(path) for path in arguments.folders]
+    code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
     if code == EXIT_INTERRUPTED:
         if all(folder.is_finished for folder in folders):
             return 0

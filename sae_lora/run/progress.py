@@ -1,4 +1,4 @@
-"""What is said of a pack while it trains: to who watches it, and in the folders to who does not."""
+"""Progress of a pack in training: printed, and written into the run folders."""
 
 import math
 import time
@@ -13,29 +13,10 @@ from sae_lora.train.train_state import TrainState
 _SHOW_EVERY_S = 1.0
 
 
-def say_point(point: CurvePoint, name: str | None = None) -> None:
-    """Prints one evaluation as a line that stays.
-
-    Args:
-        point: What was measured.
-        name: Of the run, where there are several.
-    """
-    rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
-    which = "" if name is None else f"  {name}"
-    say(
-        f"{which}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
-        f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
-    )
-
-
 class Reporter:
-    """Shows how training goes on, about once a second: reading a loss from a GPU is not free.
+    """Shows progress about once a second, since reading a loss from a GPU is not free.
 
-    Args:
-        display: Shows it to who watches this process.
-        runs: By their trainings.
-        steps: Number of steps in all.
-        isolation: Of the trainings; a folder that cannot be written fails one run alone.
+    A folder that cannot be written fails one run alone.
     """
 
     def __init__(
@@ -55,19 +36,28 @@ class Reporter:
         self._last_tokens: dict[TrainState, int] = {}
 
     def begin(self) -> None:
-        """Says what is trained, and from where on."""
+        """Announce the training, and the step that each run resumes from."""
         runs = list(self._runs.values())
         for training, run in self._runs.items():
             if step := training.step:
-                which = f"{run.name}: " if len(runs) > 1 else ""
-                self._display.stage(f"{which}going on from step {step:,} of {self._steps:,}")
+                prefix = f"{run.name}: " if len(runs) > 1 else ""
+                self._display.stage(f"{prefix}going on from step {step:,} of {self._steps:,}")
             self._write(training, training.loss, rate=None)
         weights = ", ".join(f"{run.trainable:,}" for run in runs)
         together = f" in {len(runs)} runs" if len(runs) > 1 else ""
         self._display.stage(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
 
+    def point(self, training: TrainState, point: CurvePoint) -> None:
+        """Print an evaluation, after the run's name where there are several."""
+        prefix = f"  {self._runs[training].name}" if len(self._runs) > 1 else ""
+        rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
+        say(
+            f"{prefix}  {point.tokens:>10,} tokens  student CE {point.student_ce:.4f}  "
+            f"gap {point.ce_gap:+.4f}  closed {percent(point.gap_closed)}  KL {point.kl:.4f}{rate}"
+        )
+
     def step(self, trained: Sequence[TrainState]) -> None:
-        """These have taken a step."""
+        """Report a step that these have taken."""
         now = time.monotonic()
         seconds = now - self._last_time
         if not trained or (seconds < _SHOW_EVERY_S and not trained[0].has_ended):

@@ -1,7 +1,4 @@
-"""A process that does its share of what another leads: `python -m sae_lora.run.worker <run> …`.
-
-It reads the run folders and writes nothing.
-"""
+"""A process that follows a leader and writes no files: `python -m sae_lora.run.worker <folder> …`."""
 
 import os
 import signal
@@ -26,18 +23,16 @@ from sae_lora.train.train_state import TrainState
 
 
 class Beginning(NamedTuple):
-    """What the leader sends first.
+    """The leader's first message.
 
     Args:
-        steps: The trainings: of which folder each is, by number, and how many steps it has taken.
-        weights: The adapters of each, by name. What a seed and a matrix make of them may differ in
-            the last bits from machine to machine.
+        trainings: Steps taken and trained weights, by the number of a run's folder. The same seed may
+            give weights with other last bits on another machine.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         validation_tokens: Held-out tokens `[sequence, pos]`.
     """
 
-    steps: dict[int, int]
-    weights: list[dict[str, Tensor]]
+    trainings: dict[int, tuple[int, dict[str, Tensor]]]
     special_ids: Tensor
     validation_tokens: Tensor
 
@@ -45,26 +40,25 @@ class Beginning(NamedTuple):
     def of(
         cls, trainings: Mapping[int, TrainState], special_ids: Tensor, validation_tokens: Tensor
     ) -> "Beginning":
-        """That of trainings, by the number of their folder."""
-        steps = {number: training.step for number, training in trainings.items()}
-        weights = [
-            {name: weight.detach().cpu() for name, weight in training.student.weights.items()}
-            for training in trainings.values()
-        ]
-        return cls(steps, weights, special_ids, validation_tokens)
+        """The message about trainings, by the number of their folder."""
+        states = {}
+        for number, training in trainings.items():
+            weights = training.student.weights
+            states[number] = training.step, {name: weights[name].detach().cpu() for name in weights}
+        return cls(states, special_ids, validation_tokens)
 
 
 def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
-    """Builds the same pack as the leader, and does with it what it is told to."""
+    """Build the same pack as the leader, and follow its tasks."""
     builder = Builder(runs[0].config)
     for run in runs:
-        builder.load_saes(run.config.sae)
+        builder.saes.of(run.config.sae)
     model = builder.model
     beginning: Beginning | None = processes.receive()
     if beginning is None:
         return
     trainings = []
-    for (number, step), weights in zip(beginning.steps.items(), beginning.weights, strict=True):
+    for number, (step, weights) in beginning.trainings.items():
         run = runs[number]
         builder.build(run)
         if run.training.step != step:
@@ -79,8 +73,8 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
 
 
 def main() -> int:
-    """One of several processes; the leader has started it, and says when it ends."""
-    for number in SIGNALS:  # the leader handles them, and needs this process to end a step
+    """Follow the leader that has started this process, until it says that all is done."""
+    for number in SIGNALS:  # the leader handles them, and needs this process to finish a step
         signal.signal(number, signal.SIG_IGN)
     quieten()
     runs = [ActiveRun(RunFolder(Path(path))) for path in sys.argv[1:]]
@@ -94,7 +88,7 @@ def main() -> int:
     except GoneError as error:
         complain("ended", str(error))
         sys.stderr.flush()
-        os._exit(1)  # the way out could wait for what a GPU has begun with the others
+        os._exit(1)  # a normal exit could wait for GPU work begun with the others
     return 0
 
 

@@ -80,7 +80,7 @@ def test_a_failed_run_hurts_no_other(tmp_path: Path) -> None:
     folders = {name: RunFolder(tmp_path / name) for name in names}
     assert folders["good-1"].is_finished
     assert folders["good-2"].is_finished
-    assert folders["exit-1"].failure_message == "ended by itself with exit code 3 and without a word"
+    assert folders["exit-1"].failure_message == "ended with exit code 3 and no error message"
     assert "about to leave" in folders["exit-1"].failure.read_text()
     assert folders["kill-1"].failure_message == "killed by SIGKILL (out of memory, or killed by hand)"
     assert folders["says-1"].failure_message == "a reason"
@@ -137,7 +137,7 @@ def test_started_anew_without_a_word_it_repeats_nothing(tmp_path: Path) -> None:
         job_of(tmp_path, "good-1", "exit-1")()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     again = Job([tmp_path / "good-1", tmp_path / "exit-1"], {}, 3600)
-    with pytest.raises(RunFailedError, match="exit-1: ended by itself"):
+    with pytest.raises(RunFailedError, match="exit-1: ended with exit code 3"):
         again()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == before
 

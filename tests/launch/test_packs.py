@@ -1,13 +1,15 @@
-"""Which runs train together: only those that may, all of them once, as many as fit."""
+"""Packs hold runs that may train together, each once, as many as fit; each pack has a place."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
-from sae_lora.launch.packs import packed
+from sae_lora.launch.packs import packed, places
 from sae_lora.launch.plan import Pack, Run, plan
 from sae_lora.train.cost import estimate, first_own_block
 from tests.support.points import Point, points_in
@@ -125,3 +127,52 @@ def test_sharing_saves_what_is_shared(point: Point) -> None:
     single = [estimate([run.config]).flops for run in (one, other)]
     together = estimate([one.config, other.config]).flops
     assert max(single) < together < 0.85 * sum(single)
+
+
+@pytest.fixture
+def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+
+
+def places_for(made: list[Run], **settings: int) -> list[dict[str, str]]:
+    return places(made, replace(made[0].config.launcher, **settings))  # pyright: ignore[reportArgumentType]
+
+
+def gpus_of(made: list[Run], **settings: int) -> list[str]:
+    return [place["CUDA_VISIBLE_DEVICES"] for place in places_for(made, **settings)]
+
+
+def test_every_gpu_takes_one_run(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5,GPU-abc")
+    made = runs(point, "")
+    assert gpus_of(made) == ["2", "5", "GPU-abc"]
+    assert gpus_of(made, max_parallel=4) == ["2", "5", "GPU-abc", "2"]
+
+
+def test_places_of_several_gpus(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    made = runs(point, "")
+    assert gpus_of(made, gpus_per_node=2) == ["0,1", "2,3"]
+    with pytest.raises(ConfigError, match=r"launcher\.gpus_per_node = 6"):
+        places_for(made, gpus_per_node=6)
+    with pytest.raises(ConfigError, match=r"launcher\.processes_per_node = 3"):
+        places_for(made, gpus_per_node=2, processes_per_node=3)
+    assert places_for(made, gpus_per_node=0) == [{"CUDA_VISIBLE_DEVICES": ""}]
+
+
+def test_a_run_that_is_to_compute_on_the_cpu_takes_no_gpu(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert places_for(runs(point, "train.device=cpu")) == [{}]
+
+
+def test_runs_share_the_cores(point: Point, sixteen_cores: None) -> None:
+    """Without a GPU they go one after another, with all cores, unless more are asked for."""
+    made = runs(point, "")
+    assert places_for(made) == [{}]
+    assert places_for(made, max_parallel=3) == [{"OMP_NUM_THREADS": "5"}] * 3
+    assert places_for(made, max_parallel=3, cpus_per_task=2) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert places_for(made, processes_per_node=4) == [{"OMP_NUM_THREADS": "4"}]

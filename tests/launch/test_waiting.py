@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import yaml
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.schema import Config, LauncherConfig
@@ -16,7 +15,7 @@ from sae_lora.launch import launcher, prefetch
 from sae_lora.launch.plan import Pack, Run, plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import layer_groups
-from tests.support.composing import CONF, composed
+from tests.support.composing import combinations, each_composed
 from tests.support.families import random_distances
 from tests.support.points import Point, folders_in, points_in, run_here
 
@@ -242,15 +241,7 @@ def test_every_point_of_an_experiment_plans(
     """All combinations of what it sweeps over, as `python launch.py experiment=…` composes them."""
     distances = random_distances(8, seed=3)
     monkeypatch.setattr(layer_groups, "_distances", lambda config: distances.tolist())
-    file = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
-    swept = {key: str(values).split(",") for key, values in file["hydra"]["sweeper"]["params"].items()}
-    points = [
-        composed(f"experiment={name}", f"output_dir={tmp_path}", *those)
-        for those in itertools.product(
-            *([f"{key}={value}" for value in values] for key, values in swept.items())
-        )
-    ]
-    planned = plan(points)
+    planned = plan(each_composed(combinations(name), f"output_dir={tmp_path}"))
     assert (len(planned.runs), len(planned.waiting)) == RUNS[name]
     assert not [note for note in planned.notes if note.startswith("dropped")]
     assert all(run.config.sweep == name for run in planned.runs)

@@ -87,14 +87,6 @@ def test_a_damaged_checkpoint_is_no_silent_fresh_start(folder: RunFolder) -> Non
     assert list(folder.checkpoints.glob("step-*"))
 
 
-def test_held_elsewhere_it_is_left_alone(folder: RunFolder) -> None:
-    with held(folder.path):
-        refused = attempt(folder)
-    assert refused.returncode == EXIT_HELD
-    assert "being run by another process" in refused.stderr
-    assert not folder.failure.exists()
-
-
 class TestTogether:
     """Two runs in one process."""
 

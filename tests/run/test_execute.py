@@ -81,11 +81,14 @@ def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
     assert "Traceback" in failure["details"]
 
 
-def test_what_another_process_runs_is_left_alone(point: Point) -> None:
+def test_what_another_process_runs_is_left_alone(
+    point: Point, capsys: pytest.CaptureFixture[str]
+) -> None:
     (planned,) = plan([point()]).runs
     planned.freeze()
     with held(planned.folder.path):
         assert execute.attempt([planned.folder]) == EXIT_HELD
+    assert "being run by another process" in capsys.readouterr().err
     assert not planned.folder.failure.exists()
     assert not planned.folder.curve.exists()
 

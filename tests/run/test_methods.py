@@ -356,30 +356,19 @@ def test_saes_that_learn_together_are_each_what_they_are_alone(tmp_path: Path, c
         assert len(made(alone)) == 2 * (2 if "layer.index=[2,5]" in one else 1)
 
 
-def of_share(folder: RunFolder, share: str) -> dict[str, bytes]:
-    start = f"sae_at/{share}/"
-    return {
-        name.removeprefix(start): content
-        for name, content in made(folder).items()
-        if name.startswith(start)
-    }
-
-
-def at_the_end(folder: RunFolder) -> dict[str, bytes]:
-    return {
-        name.removeprefix("sae/"): content
-        for name, content in made(folder).items()
-        if name.startswith("sae/")
-    }
+def files_in(result: str, folder: RunFolder) -> dict[str, bytes]:
+    files = made(folder).items()
+    return {name.removeprefix(result): content for name, content in files if name.startswith(result)}
 
 
 @pytest.mark.parametrize("kind", ["e2e", "sae"])
 def test_saes_are_kept_on_the_way(kind: str, finished: dict[str, RunFolder]) -> None:
     folder = finished[kind]
     assert sorted(path.name for path in folder.sae_at.iterdir()) == ["0.5", "1"]
-    assert of_share(folder, "1") == at_the_end(folder)
-    assert of_share(folder, "0.5").keys() == at_the_end(folder).keys()
-    assert of_share(folder, "0.5") != at_the_end(folder)
+    half, whole, end = (files_in(result, folder) for result in ("sae_at/0.5/", "sae_at/1/", "sae/"))
+    assert whole == end
+    assert half.keys() == end.keys()
+    assert half != end
     sae = SAE.load_from_disk(folder.sae_at / "0.5" / HOOKPOINT)
     found = ce_from_scratch(load(folder.config.read_text()), sae)
     assert found == pytest.approx(folder.read_curve()[1].student_ce, abs=1e-6)
@@ -389,4 +378,4 @@ def test_at_the_end_a_threshold_is_what_it_was_after_the_last_step(point: Point)
     """Evaluations between the two leave it alone."""
     batchtopk = ("sae.architecture=batchtopk", "sae.width=256", "method.checkpoints=[1]")
     (folder,) = run_here(point("method=e2e", *batchtopk))
-    assert of_share(folder, "1") == at_the_end(folder)
+    assert files_in("sae_at/1/", folder) == files_in("sae/", folder)

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.common.isolation import Isolation
-from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.launch.packs import places
 from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Comparison, Head
@@ -294,25 +292,3 @@ def test_every_process_needs_a_gpu(tmp_path: Path) -> None:
         points_in(tmp_path)(*three)
     points_in(tmp_path)(*three, "train.device=cpu")
     points_in(tmp_path)(*three, "launcher.gpus_per_node=0")
-
-
-def test_places_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = plan([points_in(tmp_path)()]).runs
-    settings = runs[0].config.launcher
-    assert settings.kind is LauncherKind.local
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
-    settings.gpus_per_node = 2
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(runs, settings)] == ["0,1", "2,3"]
-    settings.gpus_per_node = 6
-    with pytest.raises(ConfigError, match=r"launcher\.gpus_per_node = 6"):
-        places(runs, settings)
-    settings.gpus_per_node, settings.processes_per_node = 2, 3
-    with pytest.raises(ConfigError, match=r"launcher\.processes_per_node = 3"):
-        places(runs, settings)
-    settings.gpus_per_node, settings.processes_per_node = 0, None
-    assert places(runs, settings) == [{"CUDA_VISIBLE_DEVICES": ""}]
-    settings.gpus_per_node = 1
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
-    settings.processes_per_node = 4
-    assert places(runs, settings) == [{"OMP_NUM_THREADS": "4"}]
