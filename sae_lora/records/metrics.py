@@ -19,18 +19,16 @@ class Better(Enum):
 
 
 class Kind(Enum):
-    """How a value is written."""
+    """How a value is written: a format, or the function that writes it."""
 
-    nats = "nats"
-    gap = "gap"
-    """Nats, with a sign."""
-    share = "share"
-    ratio = "ratio"
-    latents = "latents"
-    count = "count"
-    seconds = "seconds"
-    flops = "flops"
-    number = "number"
+    decimal = ".{digits}f"
+    signed = "+.{digits}f"
+    tenths = ".1f"
+    count = ",.0f"
+    power = ".2e"
+    number = ",.6g"
+    share = "percent"
+    seconds = "duration"
 
 
 @dataclass(frozen=True)
@@ -73,52 +71,38 @@ class Metric:
 
         Args:
             value: Of this measure; `None` where it is undefined, or not known.
-            digits: Behind the point, of nats and ratios.
+            digits: Behind the point, of a `decimal` or `signed` value.
         """
+        if self.kind is Kind.share:
+            return percent(value)
         if value is None:
-            return percent(None) if self.kind is Kind.share else "–"
-        match self.kind:
-            case Kind.nats | Kind.ratio:
-                return f"{value:.{digits}f}"
-            case Kind.gap:
-                return f"{value:+.{digits}f}"
-            case Kind.share:
-                return percent(value)
-            case Kind.latents:
-                return f"{value:.1f}"
-            case Kind.count:
-                return f"{round(value):,}"
-            case Kind.seconds:
-                return duration(value)
-            case Kind.flops:
-                return f"{value:.2e}"
-            case Kind.number:
-                return f"{value:,.6g}"
-            case _:
-                raise NotImplementedError(self.kind)
+            return "–"
+        if self.kind is Kind.seconds:
+            return duration(value)
+        return format(value, self.kind.value.format(digits=digits))
 
 
 _NATS = "nats/token"
 _LOW, _HIGH = Better.lower, Better.higher
 _ALL = (
-    Metric("base_ce", "base CE", Kind.nats, "Cross-entropy of the plain model, the teacher.", _NATS),
+    Metric("base_ce", "base CE", Kind.decimal, "Cross-entropy of the plain model, the teacher.", _NATS),
     Metric(
-        *("spliced_ce", "spliced CE", Kind.nats),
+        *("spliced_ce", "spliced CE", Kind.decimal),
         "Cross-entropy with the SAE in place and nothing trained.",
         _NATS,
     ),
     Metric(
-        *("student_ce", "student CE", Kind.nats),
+        *("student_ce", "student CE", Kind.decimal),
         "Cross-entropy with the SAE in place and with what was trained.",
         *(_NATS, _LOW),
     ),
     Metric(
-        *("initial_gap", "gap before", Kind.gap),
+        *("initial_gap", "gap before", Kind.signed),
         "spliced CE − base CE: what the SAE costs before training.",
         _NATS,
     ),
     Metric(
-        *("ce_gap", "gap after", Kind.gap),
+        *("ce_gap", "gap after", Kind.signed),
         "student CE − base CE: what the SAE costs after training; positive is worse.",
         *(_NATS, _LOW),
         axis="CE gap (nats per token)",
@@ -136,12 +120,12 @@ _ALL = (
         better=_HIGH,
     ),
     Metric(
-        *("initial_kl", "KL before", Kind.nats),
+        *("initial_kl", "KL before", Kind.decimal),
         "KL(plain model ‖ spliced model) before training.",
         _NATS,
     ),
     Metric(
-        *("kl", "KL", Kind.nats),
+        *("kl", "KL", Kind.decimal),
         "KL(plain model ‖ student) over the whole vocabulary: the training loss, on held-out text.",
         *(_NATS, _LOW),
     ),
@@ -153,15 +137,15 @@ _ALL = (
         heading="top-1",
     ),
     Metric(
-        *("fvu", "FVU", Kind.ratio),
+        *("fvu", "FVU", Kind.decimal),
         "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
         " over SAEs.",
         remark="of the SAE's input",
         better=_LOW,
     ),
     Metric(
-        *("l0", "L0", Kind.latents),
-        "Mean number of active latents per token, likewise.",
+        *("l0", "L0", Kind.tenths),
+        "Mean number of active latents per token; mean over SAEs.",
         "latents/token",
     ),
     Metric(
@@ -179,7 +163,7 @@ _ALL = (
     Metric("train_tokens", "training tokens", Kind.count, "Tokens trained on."),
     Metric("train_steps", "training steps", Kind.count, "Optimiser steps taken."),
     Metric(
-        *("train_flops", "training FLOPs", Kind.flops),
+        *("train_flops", "training FLOPs", Kind.power),
         "Floating-point operations of the training, if the run had trained alone.",
         better=_LOW,
         heading="FLOPs",
@@ -213,7 +197,7 @@ _ALL = (
         better=_HIGH,
     ),
     Metric(
-        *("train_loss", "training loss", Kind.nats),
+        *("train_loss", "training loss", Kind.decimal),
         "Mean training KL since the last evaluation; with method=sae the squared error of a residual, "
         "summed over d_model.",
         *(_NATS, _LOW),
