@@ -14,11 +14,11 @@ from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
 from sae_lora.export.adapted_model import Adapted, load_adapted
 from sae_lora.models.dimensions import read_dimensions
-from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Observer, kept_positions, residual_streams, spliced
+from sae_lora.splice.hooks import Observer, kept_positions, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -144,7 +144,7 @@ class Subject:
         """
         with (
             self._spliced(cell, tokens, self.splices_of(cell)) as model,
-            residual_streams(model) as found,
+            outputs_of(model.blocks) as found,
         ):
             model.hidden(tokens)
         return found

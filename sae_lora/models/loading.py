@@ -29,10 +29,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def fetch_model(config: ModelConfig) -> str | None:
-    """Downloads all of the model that a run reads; its weights are not held in memory.
-
-    Returns:
-        The commit that was fetched; `None` for a model that is not from the hub.
+    """Download all files of the model that a run reads; returns their commit, if from the hub.
 
     Raises:
         UserError: Where it cannot be found or fetched.
@@ -47,31 +44,29 @@ def fetch_model(config: ModelConfig) -> str | None:
     return config.commit or hub.cached_commit(config.name, config.revision)
 
 
-def load_shapes(config: ModelConfig) -> "LanguageModel":
-    """The model without its weights (on torch's meta device): what can be counted before loading.
+def load_shapes(config: ModelConfig) -> LanguageModel:
+    """The model without its weights (on torch's meta device), to count parameters before loading.
 
     Raises:
         UserError: Where its config cannot be found or fetched.
     """
     with hub.explained("model.name", config.name), torch.device("meta"):
-        found = AutoConfig.from_pretrained(
+        model_config = AutoConfig.from_pretrained(
             source(config), revision=config.pinned_revision, trust_remote_code=False
         )
-        return LanguageModel(AutoModelForCausalLM.from_config(found, trust_remote_code=False))
+        return LanguageModel(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
 
 
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a config's dtype."""
-    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[dtype]
+_TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
-def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "LanguageModel":
+def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
     """The frozen model on the device, in evaluation mode.
 
     Args:
-        config: Which model, and the precision its weights are rounded to.
-        compute: Precision the weights are then held in and computed with.
-        device: Where.
+        config: The model, and the precision to which its weights are rounded.
+        compute: Precision in which the weights are then held and computed with.
+        device: The device.
 
     Raises:
         UserError: Where it cannot be found, fetched or used.
@@ -80,21 +75,21 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "La
         model = AutoModelForCausalLM.from_pretrained(
             source(config),
             revision=config.pinned_revision,
-            dtype=torch_dtype(config.dtype),
+            dtype=_TORCH_DTYPES[config.dtype],
             trust_remote_code=False,
         )
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
-        weight.data = weight.data.to(torch_dtype(compute))
+        weight.data = weight.data.to(_TORCH_DTYPES[compute])
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     choose_attention(model, config.attention, device)
-    found = LanguageModel(model)
-    found.check_parts()
-    return found
+    language_model = LanguageModel(model)
+    language_model.check_parts()
+    return language_model
 
 
 def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.device) -> None:
-    """Sets how the model's attention is computed.
+    """Set the way in which the model computes attention.
 
     Raises:
         ConfigError: Where this model or this machine does not have it.
@@ -118,13 +113,13 @@ def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.de
 
 
 def quieten() -> None:
-    """Keeps transformers from saying what nobody has asked."""
+    """Silence transformers' progress bars and warnings."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def device_of(config: Config) -> torch.device:
-    """Where a run computes; sets what torch is to do there.
+    """The device of a run; sets the precision of products there.
 
     Raises:
         ConfigError: Where a GPU is wanted and there is none.
