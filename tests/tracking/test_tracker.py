@@ -26,7 +26,7 @@ from sae_lora.tracking import tracker as tracking
 from sae_lora.tracking import wandb_run
 from sae_lora.tracking.sync import upload
 from sae_lora.tracking.tracker import Tracker
-from sae_lora.tracking.wandb_config import CURVES, Shown
+from sae_lora.tracking.wandb_config import CURVES, WandbConfig
 from sae_lora.train import checkpoint
 from tests.support.attempts import frozen
 from tests.support.sweeps import curve_point
@@ -84,8 +84,8 @@ def begin(folder: RunFolder) -> Tracker:
     return tracking.start(load(folder.config.read_text()), folder, ENVIRONMENT)
 
 
-def shown(folder: RunFolder) -> Shown:
-    return Shown(folder, load(folder.config.read_text()))
+def shown(folder: RunFolder) -> WandbConfig:
+    return WandbConfig(folder, load(folder.config.read_text()))
 
 
 def measured(step: int, seconds: float = 1.0) -> CurvePoint:
