@@ -101,13 +101,7 @@ def _opened(folder: Path) -> Iterator[Any]:
 
 
 def republish(folder: Path, to: Path, base_model: str | None, revision: str | None) -> None:
-    """Copy saved adapters to an existing folder, and name another repository of their model.
-
-    Args:
-        folder: The saved adapters.
-        to: The folder.
-        base_model: The model's repository; `None` where it is in none.
-        revision: Its commit.
+    """Copy saved adapters to an existing folder, with their model's repository, if any, and commit.
 
     Raises:
         UserError: Where they are missing or damaged.

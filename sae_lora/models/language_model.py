@@ -31,8 +31,7 @@ class LanguageModel:
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config.get_text_config()
         self._blocks_at = self._find_blocks()
-        holder, name = self._blocks_at
-        self.blocks: nn.ModuleList = getattr(holder, name)
+        self.blocks: nn.ModuleList = getattr(*self._blocks_at)
         self._known_additions: set[int] = set()
 
     @property

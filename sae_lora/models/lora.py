@@ -52,12 +52,7 @@ _MORE_DIRECTIONS = 16
 def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftModel:
     """Put fresh adapters into the model (B = 0: they change nothing yet); returns peft's view of it.
 
-    Initial values come from torch's global random state.
-
-    Args:
-        model: The language model; changed in place.
-        config: Rank, scale and place of the adapters.
-        first_sae: Block of the first SAE; `blocks=after` begins behind it.
+    Initial values come from torch's global random state. `blocks=after` begins behind block `first_sae`.
 
     Raises:
         ConfigError: Where the model has no such blocks or matrices.

@@ -1,4 +1,4 @@
-"""What runs of a sweep may differ in, once: how a factor is read, named and drawn.
+"""The factors in which runs of a sweep may differ, once: how each is read, named and drawn.
 
 Tables, data frames, figures, comparisons and W&B read this table. A new factor is one entry.
 """
@@ -13,19 +13,19 @@ from sae_lora.config.overrides import flat
 from sae_lora.records.folder import RunFolder
 
 Values = Mapping[str, Any]
-"""A config as `config.yaml` holds it, or what was measured, as `summary.json` does."""
+"""A config as in `config.yaml`, or measures as in `summary.json`."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One thing that runs may differ in."""
+    """A factor in which runs may differ."""
 
     name: str
     """Its column in a data frame."""
     read: Callable[[Values, Values], Any]
-    """Its value, from a run's config and what was measured of it; `None` where it has none."""
+    """Its value, from a run's config and measures; `None` where it has none."""
     label: str = ""
-    """What people call it, where that is not its name."""
+    """Its name for people, where that is another."""
     axis: str = ""
     """The title of an axis, where that is not its label."""
     keys: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ _NAMED_KEYS = {"sweep", *(key for factor in _ALL for key in factor.keys)}
 
 
 def label(name: str) -> str:
-    """The word that people have for a factor; another key of the config goes by its own name."""
+    """The name for people of a factor; another key of the config has its own."""
     return (FACTORS[name].label if name in FACTORS else "") or name
 
 
@@ -168,11 +168,9 @@ def title(name: str) -> str:
 
 
 def values_of(config: Values, measured: Values) -> dict[str, Any]:
-    """The factors of a run by name, and after them by dotted key all else that may change a result.
+    """The factors of a run by name, then by dotted key all other settings that may change a result.
 
-    Args:
-        config: Of the run.
-        measured: What its summary or its curve says; may be empty.
+    `measured` holds the measures of its summary or its last point; it may be empty.
     """
     named = {name: factor.read(config, measured) for name, factor in FACTORS.items()}
     return named | {
@@ -185,11 +183,8 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
 def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
     """The factors in which runs differ, in their usual order, the seed last.
 
-    One that only follows another (alpha, where it is twice the rank) is not named beside it.
-
-    Args:
-        rows: The values of each run, as `values_of` gives them.
-        with_followers: Whether one of `FACTORS` is named also where it only follows another.
+    One that only follows another (alpha, where it is twice the rank) is not named beside it, except one
+    of `FACTORS` `with_followers`. The rows are those of `values_of`, one for each run.
     """
     other = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
     leaders: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ import yaml
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.secrets import redacted
-from sae_lora.records.schema import CurvePoint, Failure, Progress, SubmittedJob, Summary
+from sae_lora.records.schema import CurvePoint, Failure, Progress, Summary
 
 
 class RunFolder:
@@ -92,11 +92,7 @@ class RunFolder:
         self.job_file.unlink(missing_ok=True)
 
     def set_aside(self, *, curve: bool) -> None:
-        """Keeps what an attempt that did not end has left, out of the way of the next one.
-
-        Args:
-            curve: Whether the next attempt begins anew, and with it the curve.
-        """
+        """Set results of an unfinished attempt aside; its curve too where the next one starts anew."""
         results = self.adapter, self.sae, self.output_adapter
         anew = (self.curve, self.sae_at) if curve else ()
         self._set_aside(self.failure, *results, *anew)
@@ -139,19 +135,19 @@ class RunFolder:
         except (OSError, ValueError, TypeError):  # none yet, or of another version
             return None
 
-    def write_job(self, job: SubmittedJob) -> None:
-        write_atomically(self.job_file, as_json(dataclasses.asdict(job)))
+    def write_job(self, job: str) -> None:
+        write_atomically(self.job_file, as_json({"id": job}))
 
     @property
-    def job(self) -> SubmittedJob | None:
-        """The job that the run was last submitted with; `None` where it never was."""
+    def job(self) -> str | None:
+        """The SLURM job that the run was last submitted with, `12`, or `12_3` in an array."""
         try:
-            return SubmittedJob(**json.loads(self.job_file.read_text()))
+            return json.loads(self.job_file.read_text())["id"]
         except FileNotFoundError:
             return None
 
     def read_failure(self) -> Failure | None:
-        """Why the last attempt ended early; `None` where it has not."""
+        """The cause of an early end of the last attempt; `None` where it has none."""
         try:
             return Failure(**json.loads(self.failure.read_text()))
         except FileNotFoundError:
@@ -159,7 +155,6 @@ class RunFolder:
 
     @property
     def failure_message(self) -> str | None:
-        """The same in a line."""
         failure = self.read_failure()
         return failure.message if failure is not None else None
 

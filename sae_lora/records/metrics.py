@@ -1,4 +1,4 @@
-"""Every measure of a run, once: its name, unit and format, which direction is better, and what it is.
+"""Every measure of a run, once: name, unit, format, better direction and meaning.
 
 Tables, data frames, figures, W&B, the report, the model card and docs/metrics.md read this table. A new
 measure of training is one entry here, a field of `CurvePoint` or `Summary` in `schema.py`, and the line
@@ -12,7 +12,7 @@ from sae_lora.common.console import duration, percent
 
 
 class Better(Enum):
-    """Which direction of a measure is better."""
+    """The better direction of a measure."""
 
     lower = "lower"
     higher = "higher"
@@ -38,16 +38,16 @@ class Metric:
     key: str
     """Its field in `curve.jsonl` and `summary.json`, and its column in a data frame."""
     name: str
-    """What people call it."""
+    """Its name for people."""
     kind: Kind
     text: str
-    """What it is, in a sentence."""
+    """Its meaning, in a sentence."""
     unit: str = ""
     better: Better | None = None
     heading: str = ""
     """A shorter name, for the head of a column."""
     axis: str = ""
-    """What stands at an axis of a figure."""
+    """The title of an axis, where that is not the name with the unit."""
     remark: str = ""
     """Stands behind the value in a table, where the value has no unit."""
 
@@ -63,16 +63,11 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """What stands at an axis."""
+        """The title of an axis."""
         return self.axis or (f"{self.name} ({self.suffix})" if self.suffix else self.name)
 
     def written(self, value: float | None, digits: int = 3) -> str:
-        """The value as people read it.
-
-        Args:
-            value: Of this measure; `None` where it is undefined, or not known.
-            digits: Behind the point, of a `decimal` or `signed` value.
-        """
+        """The value as people read it, `None` too; with `digits` if it is decimal or signed."""
         if self.kind is Kind.share:
             return percent(value)
         if value is None:
@@ -167,7 +162,6 @@ _ALL = (
         "Floating-point operations of the training, if the run had trained alone.",
         better=_LOW,
         heading="FLOPs",
-        axis="training FLOPs",
     ),
     Metric(
         *("train_seconds", "time training", Kind.seconds),

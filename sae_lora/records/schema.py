@@ -42,16 +42,16 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands while a process is at work on it."""
+    """The progress of a run while a process works on it."""
 
     stage: str
-    """What it is doing, in a few words."""
+    """The present work, in a few words."""
     step: int = 0
     steps: int = 0
     tokens: int = 0
     """Tokens trained on."""
     train_tokens: int = 0
-    """Tokens it will have been trained on."""
+    """Tokens to train on in all."""
     loss: float | None = None
     """Training KL of the last batch, in nats per token."""
     tokens_per_second: float | None = None
@@ -67,15 +67,7 @@ class Failure:
     message: str
     """In a line or a few."""
     details: str
-    """The whole story: the traceback, or the end of what it printed."""
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """The SLURM job that a run was last submitted with."""
-
-    id: str
-    """Its number: `12`, or `12_3` in an array."""
+    """The traceback, or the end of what it printed."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:

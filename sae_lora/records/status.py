@@ -54,7 +54,7 @@ def standings(folders: Sequence[RunFolder]) -> list[Standing]:
     """
     states = [_in_folder(folder) for folder in folders]
     jobs = {
-        number: job.id
+        number: job
         for number, folder in enumerate(folders)
         if states[number].is_to_do and (job := folder.job) is not None
     }

@@ -139,17 +139,11 @@ def _reconstructed_alone(
 
 
 def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:
-    """Positions that keep their activation, `[batch, pos]` (true); `None` where all are replaced.
-
-    Args:
-        tokens: `[batch, pos]`.
-        special_ids: Ids `[n]` whose positions some splices keep.
-        splices: The SAEs in place.
-    """
+    """Special positions `[batch, pos]` (true) where one of the splices keeps them; else `None`."""
     keeps = any(splice.keeps for splice in splices)
     return special_positions(tokens, special_ids) if keeps else None
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
-    """Positions `[batch, pos]` (true) whose token is one of the special ids `[n]`."""
+    """Positions of tokens `[batch, pos]` (true) that hold one of the special ids `[n]`."""
     return torch.isin(tokens, special_ids)

@@ -49,13 +49,7 @@ class Tracker:
 
 
 def start(config: Config, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
-    """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on.
-
-    Args:
-        config: The run's config; all of it becomes the W&B run's config.
-        folder: The run folder, from which the curve is read; it also holds W&B's own files.
-        environment: Versions and machine of the run (`provenance.environment`).
-    """
+    """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on."""
     mode = _asked_mode(config.tracking.mode)
     if mode is TrackingMode.disabled:
         return Tracker()
