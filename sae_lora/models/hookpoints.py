@@ -1,4 +1,4 @@
-"""Where in a model an SAE sits. Imports no torch."""
+"""Places of SAEs in a model. Imports no torch."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sae_lora.config.enums import Hook
 from sae_lora.config.schema import SAEChoice
 
 PLACES = "hook_resid_post, hook_resid_pre (but of block 0), hook_attn_out or hook_mlp_out"
-"""Where an SAE may sit, for messages."""
+"""Places that an SAE may have, for messages."""
 _INSIDE_OUT = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
 """Places in a block, in the order of the forward pass."""
 
@@ -20,7 +20,7 @@ def canonical_hook(hook: Hook | None) -> Hook:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a model an SAE sits. The forward pass comes to the smaller of two first.
+    """The place of an SAE in a model. The forward pass comes to the smaller of two first.
 
     A block reads the output of the one before: `resid_pre` of block `l` is `resid_post` of block
     `l − 1`, and has that name here.

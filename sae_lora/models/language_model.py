@@ -56,9 +56,9 @@ class LanguageModel:
         """The residual stream that a block reads, `[batch, pos, d_model]`.
 
         Args:
-            block: That block; one more than the last for what leaves it.
+            block: The block; one more than the last for the output of the last.
             tokens: `[batch, pos]`.
-            first: The block to begin with, one before `block` or further up.
+            first: The block to begin with, before `block`.
             resid: As for `hidden`.
         """
         with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
@@ -159,8 +159,8 @@ class LanguageModel:
         if hasattr(block, _NORM_BEFORE_ADDING[Hook.mlp_out]):
             names = (_NORM_BEFORE_ADDING[hook],)
         for name in names:
-            if isinstance(found := getattr(block, name, None), nn.Module):
-                return found
+            if isinstance(module := getattr(block, name, None), nn.Module):
+                return module
         raise UserError(
             f"{type(self.model).__name__}: no SAE can sit at {hook.name} of a {type(block).__name__}, "
             f"which has no {' or '.join(names)}"

@@ -31,7 +31,7 @@ class Factor:
     keys: tuple[str, ...] = ()
     """Keys of the config that say no more than it does; W&B shows its value at the first of them."""
     tag: str = ""
-    """What a W&B tag with its value begins with."""
+    """The beginning of a W&B tag with its value."""
     is_logarithmic: bool = False
     """Whether an axis of it is."""
 
@@ -57,7 +57,7 @@ def _of_saes(config: Values, name: str, default: Any = None) -> list[Any]:
 
 
 def _method(config: Values) -> Values:
-    """The method; a config from before there were others has none."""
+    """The method; a config older than the choice of methods has none."""
     return config.get("method", {"kind": Method.lora.name, "rank": None})
 
 
@@ -183,8 +183,8 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
 def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
     """The factors in which runs differ, in their usual order, the seed last.
 
-    One that only follows another (alpha, where it is twice the rank) is not named beside it, except one
-    of `FACTORS` `with_followers`. The rows are those of `values_of`, one for each run.
+    One that only follows another (alpha, where it is twice the rank) is left out; `with_followers` it is
+    named if it is one of `FACTORS`. Each row holds the values of a run, as `values_of` gives them.
     """
     other = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
     leaders: dict[str, list[str]] = {}

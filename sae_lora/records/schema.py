@@ -1,4 +1,4 @@
-"""What the files of a run folder hold: points of a curve, the summary, failures."""
+"""Contents of the files in a run folder: points of a curve, the summary, failures."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended early."""
+    """The cause of an early end."""
 
     message: str
     """In a line or a few."""
@@ -80,8 +80,8 @@ def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | 
 class Summary:
     """Results of a finished run, and how it got them: the schema of `summary.json`, version 1.
 
-    Fields are only ever added within a version. The table in `metrics.py` says what each measure is,
-    and its unit; those that a curve has too are of its last point.
+    Fields are only ever added within a version. The table in `metrics.py` says what each measure is, and
+    its unit; a measure that the curve has too is that of its last point.
     """
 
     base_ce: float
@@ -116,13 +116,13 @@ class Summary:
     """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by; empty with a
     method that trains no adapters."""
     seed: int
-    """Of the adapters' initial values and dropout."""
+    """Seed of the adapters' initial values and dropout."""
     data: dict[str, Any]
     """Source, revision or content hash, and how often the training text was gone through."""
     environment: dict[str, Any]
     """Python, package versions, device, threads, host, git commit."""
     tracked_at: str | None
-    """Where W&B shows the run: an address, or the folder of an offline run."""
+    """The run in W&B: an address, or the folder of an offline run."""
     name: str
     hash: str
     train_flops: float | None = None

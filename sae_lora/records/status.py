@@ -1,4 +1,4 @@
-"""How far runs are, from their folders and, for those that were submitted, from SLURM."""
+"""States of runs, from their folders and, for submitted runs, from SLURM."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from sae_lora.records.folder import RunFolder
 
 
 class State(Enum):
-    """How far a run is."""
+    """The state of a run."""
 
     new = "new"
     """Nothing exists but, at most, its config."""
@@ -29,7 +29,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run."""
+    """The state of a run, and a note for people."""
 
     state: State
     note: str | None = None

@@ -62,7 +62,7 @@ class Trunk:
         """The residual stream that a block reads, `[batch, pos, d_model]`; `None` for the first.
 
         Args:
-            block: One of the cuts; one more than the last block for what leaves it.
+            block: One of the cuts; one more than the last block for the output of the last.
             splices: The SAEs in place, all before this block.
         """
         if block == 0:

@@ -18,7 +18,7 @@ from sae_lora.tracking.wandb_run import WandbRun
 from sae_lora.train import checkpoint
 
 _TIMEOUT_S = 120.0
-"""For one run; its rows are a few hundred at most."""
+"""The limit for one run, which has a few hundred rows at most."""
 
 
 def upload(folders: Sequence[RunFolder]) -> Table:

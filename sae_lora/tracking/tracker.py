@@ -1,7 +1,7 @@
 """Weights & Biases: a view of a run's curve that can be lost without losing the run.
 
-A point is shown when it is final: a run that is killed measures once more what came after its newest
-checkpoint. All that is asked of wandb is asked in a thread of its own, which training never waits for.
+A point is shown when it is final: after a kill, a run measures the points after its newest checkpoint
+again. A thread makes all calls of wandb, and training never waits for it.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ _PROBE_TIMEOUT_S = 3
 
 def _library() -> Any:
     """wandb, with its service started. It takes a second, which a run without W&B need not pay."""
-    # Its own telemetry, whose last words would hold up the end of a process for ten seconds.
+    # wandb's own telemetry would hold up the end of a process for ten seconds.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
