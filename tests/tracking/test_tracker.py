@@ -5,8 +5,7 @@ import json
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -29,6 +28,7 @@ from sae_lora.tracking.tracker import Tracker
 from sae_lora.tracking.wandb_config import CURVES, WandbConfig
 from sae_lora.train import checkpoint
 from tests.support.attempts import frozen
+from tests.support.submission import until
 from tests.support.sweeps import curve_point
 from tests.support.wandb_server import Server, serving
 
@@ -132,14 +132,6 @@ def in_file(folder: RunFolder) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in folder.curve.read_text().splitlines()]
     rows = [{key: value for key, value in line.items() if value is not None} for line in lines]
     return [{"_step": row["step"]} | row for row in rows]
-
-
-def there(condition: Callable[[], object], most_s: float = 20) -> bool:
-    """Whether it becomes true: what wandb sends in the background is there a moment later."""
-    deadline = time.monotonic() + most_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 class TestWhatIsShown:
@@ -246,7 +238,7 @@ class TestOnline:
             target=tracker.finish, args=[finish(folder)], kwargs={"goes_on": False}
         )
         ending.start()
-        assert there(lambda: len(server.said) > before)
+        until(lambda: len(server.said) > before, "a request of the run's end", limit_s=20)
         assert len(server.rows(shown(folder).id)) == 2
         server.become("up")
         ending.join()
