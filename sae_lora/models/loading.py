@@ -1,6 +1,7 @@
 """Language models and tokenizers, loaded through transformers."""
 
 import warnings
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,16 +17,21 @@ from sae_lora.models.dimensions import source
 from sae_lora.models.language_model import LanguageModel
 
 
+def _load(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    """`kind.from_pretrained`, at the config's revision and without code of the repository."""
+    with hub.explained("model.name", config.name):
+        return kind.from_pretrained(
+            source(config), revision=config.pinned_revision, trust_remote_code=False, **options
+        )
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.
 
     Raises:
         UserError: Where it cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name):
-        return AutoTokenizer.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
+    return _load(AutoTokenizer, config)
 
 
 def fetch_model(config: ModelConfig) -> str | None:
@@ -34,13 +40,7 @@ def fetch_model(config: ModelConfig) -> str | None:
     Raises:
         UserError: Where it cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name):
-        AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            device_map="meta",
-            trust_remote_code=False,
-        )
+    _load(AutoModelForCausalLM, config, device_map="meta")
     return config.commit or hub.cached_commit(config.name, config.revision)
 
 
@@ -50,10 +50,8 @@ def load_shapes(config: ModelConfig) -> LanguageModel:
     Raises:
         UserError: Where its config cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
+    with torch.device("meta"):
+        model_config = _load(AutoConfig, config)
         return LanguageModel(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
 
 
@@ -71,17 +69,11 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     Raises:
         UserError: Where it cannot be found, fetched or used.
     """
-    with hub.explained("model.name", config.name):
-        model = AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            dtype=_TORCH_DTYPES[config.dtype],
-            trust_remote_code=False,
-        )
+    model = _load(AutoModelForCausalLM, config, dtype=_TORCH_DTYPES[config.dtype])
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
         weight.data = weight.data.to(_TORCH_DTYPES[compute])
-    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    model = model.to(device)
     choose_attention(model, config.attention, device)
     language_model = LanguageModel(model)
     language_model.check_parts()

@@ -83,22 +83,11 @@ def _l0(config: Values, measured: Values) -> Any:
 SEED = "seed"
 """The factor in which repetitions differ."""
 _ALL = (
+    Factor("model", lambda config, _: config["model"]["name"], keys=("model.name",), tag="model"),
     Factor(
-        "model",
-        lambda config, _: config["model"]["name"],
-        keys=("model.name",),
-        tag="model",
+        "method", lambda config, _: _method(config)["kind"], keys=("method.kind", "init"), tag="method"
     ),
-    Factor(
-        "method",
-        lambda config, _: _method(config)["kind"],
-        keys=("method.kind", "init"),
-        tag="method",
-    ),
-    Factor(
-        "init_at",
-        lambda config, _: config["init_at"] if config.get("init") is not None else None,
-    ),
+    Factor("init_at", lambda config, _: config["init_at"] if config.get("init") is not None else None),
     Factor(
         "block",
         lambda config, _: _one_or_all(_of_saes(config, "block")),

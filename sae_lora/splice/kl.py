@@ -60,7 +60,7 @@ def whole_kl(
 ) -> list[SummedKL]:
     """KL(teacher ‖ student) with the logits of all tokens at once, through torch's own gradient.
 
-    The reference for `FusedKL`. The head, which makes `logits [..., d_vocab]` of hidden states
+    The reference for `fused_kl`. The head, which makes `logits [..., d_vocab]` of hidden states
     `[..., d_model]`, gets no gradient: it is frozen. The other arguments are those of `KL`.
     """
     with torch.no_grad():
@@ -77,45 +77,41 @@ def whole_kl(
     return results
 
 
-class FusedKL:
-    """KL(teacher ‖ student) a few tokens at a time.
+@torch.no_grad()
+def fused_kl(
+    teacher_hidden: Tensor,
+    students: Sequence[Tensor],
+    weights: Sequence[float | None],
+    comparison: Comparison,
+) -> list[SummedKL]:
+    """KL(teacher ‖ student) a few tokens at a time; the other arguments are those of `KL`.
 
     The gradient is computed along with the value, so that no logits outlive their chunk; the teacher's
     serve all students. Softmaxes are in float32, sums over tokens in float64.
     """
-
-    def __init__(self, comparison: Comparison) -> None:
-        self._comparison = comparison
-
-    @torch.no_grad()
-    def __call__(
-        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float | None]
-    ) -> list[SummedKL]:
-        """The KL of each student; the arguments are those of `KL`."""
-        hidden = [student.detach().flatten(0, -2) for student in students]
-        gradients = [
-            None if weight is None else torch.empty_like(states)
-            for states, weight in zip(hidden, weights, strict=True)
-        ]
-        totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
-        comparison = self._comparison
-        for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
-            for states, gradient, total in zip(hidden, gradients, totals, strict=True):
-                for few in comparison.students(states[rows]):
-                    total += few.kl.sum()
-                    if gradient is not None:
-                        comparison.slope_(few)
+    hidden = [student.detach().flatten(0, -2) for student in students]
+    gradients = [
+        None if weight is None else torch.empty_like(states)
+        for states, weight in zip(hidden, weights, strict=True)
+    ]
+    totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
+    for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
+        for states, gradient, total in zip(hidden, gradients, totals, strict=True):
+            for few in comparison.students(states[rows]):
+                total += few.kl.sum()
                 if gradient is not None:
-                    comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
-        shape = teacher_hidden.shape
-        return [
-            SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
-            for total, gradient, weight in zip(totals, gradients, weights, strict=True)
-        ]
+                    comparison.slope_(few)
+            if gradient is not None:
+                comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
+    shape = teacher_hidden.shape
+    return [
+        SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
+        for total, gradient, weight in zip(totals, gradients, weights, strict=True)
+    ]
 
 
 def kl_of(comparison: Comparison, how: KLComputation) -> KL:
     """The KL between students and their teacher, fused or with whole logits."""
     if how is KLComputation.full:
         return partial(whole_kl, logits=comparison.head.logits)
-    return FusedKL(comparison)
+    return partial(fused_kl, comparison=comparison)

@@ -103,7 +103,10 @@ class Trunk:
     def _find(self, block: int, splices: Splices) -> Tensor:
         near = [row for row in prefixes(splices) if row[-1].block == block - 1]
         if near and not splices[-1].place.is_inside:
-            return self._spliced(self.resid_entering(block, splices[:-1]), splices)
+            last, resid = splices[-1], self.resid_entering(block, splices[:-1])
+            assert resid is not None  # no SAE lies before the first block
+            keep = self.kept_positions((last,))
+            return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
         before = splices[: len(splices) - len(near)]
         cut = self._cut_before(block)
         resid = self.resid_entering(cut, before)
@@ -112,13 +115,6 @@ class Trunk:
                 saes, keep = {row[-1].hookpoint: row[-1].sae}, self.kept_positions(row[-1:])
                 inside.enter_context(spliced(self._model, saes, keep, self._observer(row)))
             return self._model.resid_entering(block, self.tokens, cut, resid)
-
-    def _spliced(self, resid: Tensor | None, splices: Splices) -> Tensor:
-        """The residuals with the last of the SAEs applied."""
-        assert resid is not None  # no SAE lies before the first block
-        last = splices[-1]
-        keep = self.kept_positions((last,))
-        return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
 
     def _observer(self, splices: Splices) -> Observer | None:
         """The observer of the last SAE, the first time; then `None`, because an SAE inside a block is

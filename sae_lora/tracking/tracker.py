@@ -85,10 +85,8 @@ class _Background(Tracker):
         most_s = self._shown.config.tracking.finish_timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
-            log.warning(
-                "W&B has not ended after %g s; `python -m sae_lora sync %s` uploads the rest",
-                *(most_s, self._shown.folder.path.parent),
-            )
+            command = f"python -m sae_lora sync {self._shown.folder.path.parent}"
+            log.warning("W&B has not ended after %g s; `%s` uploads the rest", most_s, command)
             self._is_cut_off = True
             wandb_run.cut_off()  # or it would hold up the end of this process
 

@@ -81,7 +81,7 @@ class WandbRun:
             better = METRICS[name].better
             best = {Better.lower: "min,", Better.higher: "max,", None: ""}[better]
             self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
-        self.next_step: int = self._run.starting_step
+        self._next_step: int = self._run.starting_step
         """The step from which on W&B has no rows yet."""
 
     @property
@@ -91,14 +91,14 @@ class WandbRun:
 
     def show(self, points: int) -> int:
         """Show those of the first `points` points that W&B does not have; returns their number."""
-        new = [point for point in self._folder.read_curve()[:points] if point.step >= self.next_step]
+        new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
         for point in new:
             values = {key: value for key, value in vars(point).items() if value is not None}
             self._run.log(values, step=point.step, commit=True)
-            self.next_step = point.step + 1
+            self._next_step = point.step + 1
         return len(new)
 
-    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool = False) -> None:
+    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool) -> None:
         """End it when all is uploaded; the arguments are those of `Tracker.finish`."""
         if summary is not None:
             # Under a key of its own: `student_ce` and others are curves, with a summary of theirs.
