@@ -13,11 +13,11 @@ from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
 from sae_lora.export.adapted_model import Adapted, load_adapted
 from sae_lora.models.dimensions import read_dimensions
-from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import loading
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Observer, kept_positions, residual_streams, spliced
+from sae_lora.splice.hooks import Observer, kept_positions, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -127,7 +127,7 @@ class Subject:
         # Hooks run in this order: a block's SAE first, then the reader of its output.
         with (
             self._spliced(cell, tokens, self.splices_of(cell)) as model,
-            residual_streams(model) as streams,
+            outputs_of(model.blocks) as streams,
         ):
             model.hidden(tokens)
         return streams

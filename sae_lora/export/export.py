@@ -97,7 +97,7 @@ def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
     adapters = adapter_files.load(model, adapter)
     with torch.no_grad():
         beside = adapters(input_ids=tokens, use_cache=False).logits
-        adapter_files.merged(adapters).save_pretrained(to)
+        adapters.merge_and_unload().save_pretrained(to)  # pyright: ignore[reportCallIssue]
         written = loading.load_model(ModelConfig(name=str(to)), DType.float32, _CPU)
         inside = written.model(input_ids=tokens, use_cache=False).logits
     difference = float((inside - beside).abs().max() / beside.abs().max())

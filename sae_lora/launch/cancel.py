@@ -16,16 +16,16 @@ def cancel(folders: Sequence[RunFolder]) -> None:
     """
     queue = slurm.queue() if any(folder.job for folder in folders) else {}
     under_way = [folder for folder in folders if not folder.is_finished]
-    jobs = {job.id for folder in under_way if (job := folder.job) is not None and job.id in queue}
+    jobs = {job for folder in under_way if (job := folder.job) is not None and job in queue}
     if jobs:
         slurm.cancel(sorted(jobs))
     say(f"{len(jobs)} jobs cancelled")
     named = {folder.path for folder in folders}
     for other in runs_of(folders[0].path.parent):
-        if other.path not in named and not other.is_finished and other.job and other.job.id in jobs:
+        if other.path not in named and not other.is_finished and other.job in jobs:
             say(f"{other.path.name} trains there too, and stops")
     for folder, standing in zip(folders, standings(folders), strict=True):
-        if standing.state is State.running and (folder.job is None or folder.job.id not in jobs):
+        if standing.state is State.running and folder.job not in jobs:
             complain(
                 "left alone", f"{folder.path.name} is running {standing.note}; Ctrl-C there stops it"
             )

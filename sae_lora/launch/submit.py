@@ -26,7 +26,6 @@ from sae_lora.launch.packs import places
 from sae_lora.launch.plan import Pack
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import SubmittedJob
 from sae_lora.records.status import standings
 from sae_lora.tracking import tracker
 
@@ -206,14 +205,14 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             ) from error
         for pack, job in zip(part, jobs, strict=True):
             for run in pack:
-                run.folder.write_job(SubmittedJob(job.job_id))
+                run.folder.write_job(job.job_id)
     in_jobs = f" in {len(packs)} jobs" if len(packs) < len(runs) else ""
     say(f"{len(runs)} submitted to SLURM{in_jobs}; `python -m sae_lora status {sweep}` shows them")
 
 
 def wait_for(folders: Sequence[RunFolder]) -> None:
     """Show the runs until SLURM has none of their jobs."""
-    jobs = {job.id for folder in folders if (job := folder.job) is not None}
+    jobs = {job for folder in folders if (job := folder.job) is not None}
     with Watch(folders) as watch:
         while True:
             with contextlib.suppress(slurm.UnreachableError):  # it may answer next time

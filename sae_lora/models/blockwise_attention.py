@@ -1,7 +1,7 @@
-"""Causal attention in blocks of queries, for what torch's own cannot do on a CPU: soft-capped scores.
+"""Causal attention in blocks of queries, because torch has none on a CPU for soft-capped scores.
 
 Each block of queries meets only the keys that it may see, in memory that fits the cache; the whole
-matrix of scores is never there. The backward pass computes them once more.
+matrix of scores never exists. The backward pass computes the scores again.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "blockwise"
-"""What transformers knows it as, once `register` was called."""
+"""Its name in transformers, once `register` was called."""
 LARGEST_EXPONENT = 60.0
-"""A sum of exponentials of no more than this is a number in float32."""
+"""A sum of exponentials of at most this is finite in float32."""
 _ROWS = 128
 """Queries in a block."""
 
 
 def register() -> None:
-    """Makes it known to transformers."""
+    """Register it with transformers."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # none, where causality says all
 
@@ -37,12 +37,12 @@ def _attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it; dropout on the scores is not offered: the model is frozen."""
+    """Attention with the signature of transformers; without dropout, because the model is frozen."""
     if dropout:
         raise NotImplementedError("dropout in blockwise attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = blockwise_attention(query, key, value, attention_mask, scale, softcap)
-    return found.transpose(1, 2).contiguous(), None
+    output = blockwise_attention(query, key, value, attention_mask, scale, softcap)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def blockwise_attention(
@@ -60,7 +60,7 @@ def blockwise_attention(
         key: `[batch, kv_head, pos, d_head]`; each serves an equal share of the heads.
         value: `[batch, kv_head, pos, d_head]`.
         mask: `[batch, 1, query, pos]`, true where a position may be seen; `None` for all before.
-        scale: What scores are multiplied by.
+        scale: Factor of the scores.
         softcap: Scores become `softcap · tanh(score / softcap)`; `None` for none.
     """
     return _Blockwise.apply(query, key, value, mask, scale, softcap)
@@ -107,7 +107,7 @@ class _Blockwise(torch.autograd.Function):
             scores = blocks.scores(rows, seen)
             peak = None if blocks.are_bounded else blocks.grouped(peaks[:, :, rows])
             weights = blocks.exponentials(scores, peak, rows, into=torch.empty_like(scores))
-            # The weights are not normalised: what they meet is.
+            # The weights are not normalised, so the gradient is.
             given = blocks.grouped((gradient[:, :, rows] / sums[:, :, rows]).to(query.dtype))
             for_value[:, :, :seen] += weights.to(value.dtype).transpose(-1, -2) @ given
             along = (given * blocks.grouped(output[:, :, rows])).sum(-1, keepdim=True)
@@ -136,12 +136,12 @@ class _Blocks:
         self._shared_by = query.shape[1] // key.shape[1]
         self._before = key.shape[2] - query.shape[2]
         self.precise = torch.promote_types(query.dtype, torch.float32)
-        """What scores and sums are in."""
+        """The dtype of scores and sums."""
         self.are_bounded = softcap is not None and softcap <= LARGEST_EXPONENT
-        """Whether the exponential of every score is a number."""
+        """Whether the exponential of every score is finite."""
 
     def __iter__(self) -> Iterator[tuple[slice, int]]:
-        """The queries of each block, and how many positions they see."""
+        """The queries of each block, and the number of positions that they see."""
         n_queries = self._query.shape[2]
         for start in range(0, n_queries, _ROWS):
             end = min(start + _ROWS, n_queries)
@@ -154,9 +154,9 @@ class _Blocks:
         return scores if self._softcap is None else scores.tanh_()
 
     def peaks(self, scores: Tensor, rows: slice) -> Tensor | None:
-        """What is to be taken off the scores before they are exponents, `[…, share · query, 1]`.
+        """Maxima to subtract from the scores, `[…, share · query, 1]`; `None` if they are bounded.
 
-        Changes the scores of hidden positions, where there is anything.
+        Changes the scores of hidden positions where it returns maxima.
         """
         if self.are_bounded:
             return None
@@ -164,17 +164,17 @@ class _Blocks:
         return scores.amax(-1, keepdim=True)
 
     def exponentials(self, scores: Tensor, peaks: Tensor | None, rows: slice, into: Tensor) -> Tensor:
-        """Writes them, zero where a position is hidden."""
+        """Write the exponentials of the scores, zero where a position is hidden."""
         if self._softcap is not None:
             scores = torch.mul(scores, self._softcap, out=into)
         if peaks is not None:
             scores = torch.sub(scores, peaks, out=into)
-        # Only now: the exponential of what is far below zero takes ten times as long.
+        # Only now: the exponential of a number far below zero takes ten times as long.
         self._hide(torch.exp(scores, out=into), rows, 0)
         return into
 
     def _hide(self, scores: Tensor, rows: slice, value: float) -> None:
-        """Writes the value wherever a query may not look."""
+        """Write the value at hidden positions."""
         shares = scores.unflatten(2, (self._shared_by, -1))
         if self._mask is None:
             length = rows.stop - rows.start
@@ -188,5 +188,5 @@ class _Blocks:
         return heads.unflatten(1, (-1, self._shared_by)).flatten(2, 3)
 
     def ungrouped(self, grouped: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `grouped`."""
         return grouped.unflatten(2, (self._shared_by, -1)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are loaded. Imports no torch, so that a plan is quick."""
+"""A model's size, before its weights are loaded. Imports no torch, so that a plan is quick."""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Dimensions:
 
 
 def source(config: ModelConfig) -> str:
-    """What transformers can load: the repository, or the folder of a local or embedded model."""
+    """The repository, or the folder of a local or embedded model."""
     return str(EMBEDDED_MODEL) if config.name == EMBEDDED_NAME else config.name
 
 
@@ -37,7 +37,7 @@ _NAMES = {
     "d_vocab": ("vocab_size",),
     "max_context": ("max_position_embeddings", "n_positions"),
 }
-"""What config files call a dimension: most of them, and GPT-2's."""
+"""Names of a dimension in config files: the usual one, and GPT-2's."""
 
 
 def read_dimensions(config: ModelConfig) -> Dimensions:
@@ -48,23 +48,23 @@ def read_dimensions(config: ModelConfig) -> Dimensions:
     """
     with hub.explained("model.name", config.name):
         values = _config_file(config)
-        found: dict[str, Any] = {
+        dimensions: dict[str, Any] = {
             name: next((values[key] for key in keys if key in values), None)
             for name, keys in _NAMES.items()
         }
-        if None in found.values():  # left to a default that transformers knows
-            found = _through_transformers(config)
-    return Dimensions(**found)
+        if None in dimensions.values():  # left to a default that transformers knows
+            dimensions = _through_transformers(config)
+    return Dimensions(**dimensions)
 
 
 def _config_file(config: ModelConfig) -> dict[str, Any]:
-    folder, revision = Path(source(config)), config.pinned_revision
+    folder = Path(source(config))
     if folder.is_dir():
         path = folder / "config.json"
         if not path.exists():
             raise UserError(f"model.name = {config.name!r} cannot be used: {folder} has no config.json")
     else:
-        path = Path(hf_hub_download(config.name, "config.json", revision=revision))
+        path = Path(hf_hub_download(config.name, "config.json", revision=config.pinned_revision))
     try:
         values = json.loads(path.read_text())
     except ValueError as error:

@@ -1,6 +1,5 @@
-"""Where in a model an SAE sits. Imports no torch."""
+"""Places of SAEs in a model. Imports no torch."""
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -9,25 +8,22 @@ from sae_lora.config.enums import Hook
 from sae_lora.config.schema import SAEChoice
 
 PLACES = "hook_resid_post, hook_resid_pre (but of block 0), hook_attn_out or hook_mlp_out"
-"""Where an SAE may sit, for messages."""
-
-
+"""Places that an SAE may have, for messages."""
 _INSIDE_OUT = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
-"""What there is of a block, in the order of the forward pass."""
+"""Places in a block, in the order of the forward pass."""
 
 
 def canonical_hook(hook: Hook | None) -> Hook:
-    """What `layer.hook` means, in the terms of `Place`."""
+    """The hook of a `Place` that `layer.hook` means."""
     return Hook.resid_post if hook in (None, Hook.resid_pre) else hook
 
 
-@functools.total_ordering
 @dataclass(frozen=True)
 class Place:
-    """Where in a model an SAE sits. The smaller is the one that the forward pass comes to sooner.
+    """The place of an SAE in a model. The forward pass comes to the smaller of two first.
 
-    What a block reads is what the one before puts out: `resid_pre` of block `l` is `resid_post` of
-    block `l − 1`, and goes by that name here.
+    A block reads the output of the one before: `resid_pre` of block `l` is `resid_post` of block
+    `l − 1`, and has that name here.
     """
 
     block: int
@@ -36,15 +32,15 @@ class Place:
 
     @classmethod
     def of(cls, choice: SAEChoice) -> "Place":
-        """That of an SAE that is used."""
+        """The place of an SAE that is used."""
         return cls(choice.block, choice.hook)
 
     @classmethod
     def asked(cls, index: int, hook: Hook | None) -> "Place":
-        """The one that `layer.index` and `layer.hook` mean.
+        """The place that `layer.index` and `layer.hook` mean.
 
         Raises:
-            ConfigError: For what the first block reads.
+            ConfigError: For the input of the first block.
         """
         if index == 0 and hook is Hook.resid_pre:
             raise ConfigError(
@@ -58,7 +54,7 @@ class Place:
 
     @classmethod
     def named(cls, hookpoint: str) -> "Place | None":
-        """The one that `blocks.{l}.hook_mlp_out` or the like names; `None` for any other name."""
+        """The place that a hookpoint such as `blocks.3.hook_mlp_out` names; `None` for other names."""
         hooks = "|".join(hook.name for hook in Hook)
         match = re.fullmatch(rf"blocks\.(\d+)\.hook_({hooks})", hookpoint)
         if match is None or hookpoint == f"blocks.0.hook_{Hook.resid_pre.name}":
@@ -67,27 +63,24 @@ class Place:
 
     @property
     def is_inside(self) -> bool:
-        """Whether it lies inside of its block, rather than behind it."""
+        """Whether it lies inside its block, rather than behind it."""
         return self.hook is not Hook.resid_post
 
     @property
     def begins(self) -> int:
-        """The first block that sees what is done here, or in which it is done."""
+        """The first block that a change at this place affects."""
         return self.block if self.is_inside else self.block + 1
 
     def index(self, hook: Hook | None) -> int:
-        """Of the block in terms of a `layer.hook`: what is asked for with resid_pre is one further."""
+        """The `layer.index` of this place with a `layer.hook`: one more with resid_pre."""
         return self.block + (hook is Hook.resid_pre)
 
     def __str__(self) -> str:
         return f"blocks.{self.block}.hook_{self.hook.name}"
 
     def __lt__(self, other: "Place") -> bool:
-        return self._order < other._order
-
-    @property
-    def _order(self) -> tuple[int, int]:
-        return self.block, _INSIDE_OUT.index(self.hook)
+        order, other_order = _INSIDE_OUT.index(self.hook), _INSIDE_OUT.index(other.hook)
+        return (self.block, order) < (other.block, other_order)
 
 
 def resid_post(block: int) -> str:

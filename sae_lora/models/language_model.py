@@ -31,17 +31,15 @@ class LanguageModel:
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config.get_text_config()
         self._blocks_at = self._find_blocks()
-        holder, name = self._blocks_at
-        self.blocks: nn.ModuleList = getattr(holder, name)
+        self.blocks: nn.ModuleList = getattr(*self._blocks_at)
         self._known_additions: set[int] = set()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self.model.device
 
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
-        """What the head reads, `[batch, pos, d_model]`.
+        """The states that the head reads, `[batch, pos, d_model]`.
 
         Args:
             tokens: `[batch, pos]`.
@@ -58,30 +56,21 @@ class LanguageModel:
         """The residual stream that a block reads, `[batch, pos, d_model]`.
 
         Args:
-            block: That block; one more than the last for what leaves it.
+            block: The block; one more than the last for the output of the last.
             tokens: `[batch, pos]`.
-            first: The block to begin with, one before `block` or further up.
+            first: The block to begin with, before `block`.
             resid: As for `hidden`.
         """
-        found: list[Tensor] = []
-
-        def take(module: object, arguments: object, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = self.blocks[block - 1].register_forward_hook(take)
-        try:
-            with self._segment(first, block, resid):
-                self._backbone(input_ids=tokens, use_cache=False)
-        finally:
-            handle.remove()
-        return found[0]
+        with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
+            self._backbone(input_ids=tokens, use_cache=False)
+        return outputs[0]
 
     @contextmanager
     def _segment(self, first: int, end: int, resid: Tensor | None) -> Iterator[None]:
-        """Inside the block of code, the backbone's blocks are those from `first` to before `end`.
+        """Inside the `with` block, the backbone's blocks are those from `first` to before `end`.
 
-        The others keep their places, for what the backbone looks up by index (Gemma's masks), and
-        pass on what they get; the one before `first` passes on `resid`.
+        The others keep their places, because the backbone looks things up by index (Gemma's masks), and
+        pass on their input; the one before `first` passes on `resid`.
         """
         if first == 0 and end == len(self.blocks):
             yield
@@ -103,9 +92,9 @@ class LanguageModel:
         return LanguageModel(copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared}))
 
     def recompute(self, first: int) -> None:
-        """From this block on, keeps for the backward pass no more than what each block reads.
+        """From this block on, keep only the input of each block for the backward pass.
 
-        Hooks inside of a block do once more there what they did in the forward pass.
+        Hooks inside a block act again there as they did in the forward pass.
         """
         for block in self.blocks[first:]:
             block.forward = partial(_recomputed, block, block.forward)
@@ -113,8 +102,8 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., d_vocab]` of hidden states `[..., d_model]`.
 
-        The model's own forward pass computes them, with its backbone swapped for the given states,
-        so that soft-capping and scaling are whatever transformers says they are.
+        The model's own forward pass computes them, with its backbone replaced by the given states,
+        so that soft-capping and scaling are those of transformers.
         """
         name = self.model.base_model_prefix
         backbone = self.model._modules[name]
@@ -130,12 +119,12 @@ class LanguageModel:
 
         Args:
             hookpoint: `blocks.{l}.hook_resid_post`, `blocks.{l}.hook_resid_pre` (the output of the
-                block before), `blocks.{l}.hook_attn_out` or `blocks.{l}.hook_mlp_out` (what attention
-                or MLP add to the residual stream), or a dotted module path.
+                block before), `blocks.{l}.hook_attn_out` or `blocks.{l}.hook_mlp_out` (their additions
+                to the residual stream), or a dotted module path.
 
         Raises:
             ConfigError: For a hookpoint that this model does not have; names near ones.
-            UserError: For an architecture in which what the block adds cannot be told apart.
+            UserError: For an architecture in which no module gives a block's addition.
         """
         place = Place.named(hookpoint)
         if place is not None:
@@ -170,8 +159,8 @@ class LanguageModel:
         if hasattr(block, _NORM_BEFORE_ADDING[Hook.mlp_out]):
             names = (_NORM_BEFORE_ADDING[hook],)
         for name in names:
-            if isinstance(found := getattr(block, name, None), nn.Module):
-                return found
+            if isinstance(module := getattr(block, name, None), nn.Module):
+                return module
         raise UserError(
             f"{type(self.model).__name__}: no SAE can sit at {hook.name} of a {type(block).__name__}, "
             f"which has no {' or '.join(names)}"
@@ -179,10 +168,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def check_additions(self, blocks: Iterable[int]) -> None:
-        """Makes sure that what these blocks add to the residual stream is `attn_out` + `mlp_out`.
+        """Check that these blocks add `attn_out` + `mlp_out` to the residual stream, up to rounding.
 
         Raises:
-            UserError: For an architecture of which that is not so, as far as rounding lets one see.
+            UserError: For an architecture in which they add something else.
         """
         wanted = set(blocks) - self._known_additions
         if not wanted:
@@ -203,7 +192,7 @@ class LanguageModel:
         self._known_additions |= wanted
 
     def _observed(self, block: int, hooks: ExitStack) -> dict[str, Tensor]:
-        """What is seen of a block in the next forward pass, by name of the hook."""
+        """The activations of a block in the next forward pass, by name of the hook."""
         seen: dict[str, Tensor] = {}
 
         def take(name: str, value: Any) -> None:
@@ -234,10 +223,10 @@ class LanguageModel:
         raise UserError(f"{type(self.model).__name__}: found no list of its {depth} blocks")
 
     def check_parts(self) -> None:
-        """Makes sure that backbone, blocks and head together are the model.
+        """Check that backbone, blocks and head together are the model.
 
         Raises:
-            UserError: For an architecture of which that is not so.
+            UserError: For an architecture in which they are not.
         """
         probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         half = len(self.blocks) // 2
@@ -252,14 +241,32 @@ class LanguageModel:
             )
 
 
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list to which a forward pass adds the output of each module, or the first of several outputs.
+
+    A block's output is the residual stream after it, `[batch, pos, d_model]`, as the next block reads
+    it: inside `spliced`, after the SAE.
+    """
+    outputs: list[Tensor] = []
+
+    def take(module: object, arguments: object, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(take).remove)
+        yield outputs
+
+
 _ADDING = {Hook.attn_out: ("self_attn", "attn", "attention"), Hook.mlp_out: ("mlp",)}
-"""What transformers calls the modules whose output a block adds to the residual stream."""
+"""Names in transformers of the modules whose output a block adds to the residual stream."""
 _NORM_BEFORE_ADDING = {
     Hook.attn_out: "post_attention_layernorm",
     Hook.mlp_out: "post_feedforward_layernorm",
 }
-"""The norms in between, where there are such (Gemma 2 and 3). Elsewhere the first of the two, alone, is
-what the MLP's input goes through."""
+"""The norms in between, where both exist (Gemma 2 and 3). Elsewhere the first alone is the norm before
+the MLP."""
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -276,8 +283,7 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, 
 
 
 class _Hooked:
-    """Inside the block of code, these modules have the hooks that they had before; entered as often as
-    a step goes back through the block."""
+    """Inside the `with` block, the modules have their earlier hooks; entered in each backward pass."""
 
     def __init__(self, before: Mapping[nn.Module, Any]) -> None:
         self._before = before
@@ -294,7 +300,7 @@ class _Hooked:
 
 
 class _Passing(nn.Module):
-    """Stands in for a block: passes on what it gets, or what it was given."""
+    """Stands in for a block: passes on its input, or the given states."""
 
     def __init__(self, given: Tensor | None = None) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Language models and tokenizers, loaded through transformers."""
 
 import warnings
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,85 +17,71 @@ from sae_lora.models.dimensions import source
 from sae_lora.models.language_model import LanguageModel
 
 
+def _load(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    """`kind.from_pretrained`, at the config's revision and without code of the repository."""
+    with hub.explained("model.name", config.name):
+        return kind.from_pretrained(
+            source(config), revision=config.pinned_revision, trust_remote_code=False, **options
+        )
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.
 
     Raises:
         UserError: Where it cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name):
-        return AutoTokenizer.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
+    return _load(AutoTokenizer, config)
 
 
 def fetch_model(config: ModelConfig) -> str | None:
-    """Downloads all of the model that a run reads; its weights are not held in memory.
-
-    Returns:
-        The commit that was fetched; `None` for a model that is not from the hub.
+    """Download all files of the model that a run reads; returns their commit, if from the hub.
 
     Raises:
         UserError: Where it cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name):
-        AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            device_map="meta",
-            trust_remote_code=False,
-        )
+    _load(AutoModelForCausalLM, config, device_map="meta")
     return config.commit or hub.cached_commit(config.name, config.revision)
 
 
-def load_shapes(config: ModelConfig) -> "LanguageModel":
-    """The model without its weights (on torch's meta device): what can be counted before loading.
+def load_shapes(config: ModelConfig) -> LanguageModel:
+    """The model without its weights (on torch's meta device), to count parameters before loading.
 
     Raises:
         UserError: Where its config cannot be found or fetched.
     """
-    with hub.explained("model.name", config.name), torch.device("meta"):
-        found = AutoConfig.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False
-        )
-        return LanguageModel(AutoModelForCausalLM.from_config(found, trust_remote_code=False))
+    with torch.device("meta"):
+        model_config = _load(AutoConfig, config)
+        return LanguageModel(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
 
 
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a config's dtype."""
-    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[dtype]
+_TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
-def load_model(config: ModelConfig, compute: DType, device: torch.device) -> "LanguageModel":
+def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
     """The frozen model on the device, in evaluation mode.
 
     Args:
-        config: Which model, and the precision its weights are rounded to.
-        compute: Precision the weights are then held in and computed with.
-        device: Where.
+        config: The model, and the precision to which its weights are rounded.
+        compute: Precision in which the weights are then held and computed with.
+        device: The device.
 
     Raises:
         UserError: Where it cannot be found, fetched or used.
     """
-    with hub.explained("model.name", config.name):
-        model = AutoModelForCausalLM.from_pretrained(
-            source(config),
-            revision=config.pinned_revision,
-            dtype=torch_dtype(config.dtype),
-            trust_remote_code=False,
-        )
+    model = _load(AutoModelForCausalLM, config, dtype=_TORCH_DTYPES[config.dtype])
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
-        weight.data = weight.data.to(torch_dtype(compute))
-    model = model.to(device)  # pyright: ignore[reportArgumentType]
+        weight.data = weight.data.to(_TORCH_DTYPES[compute])
+    model = model.to(device)
     choose_attention(model, config.attention, device)
-    found = LanguageModel(model)
-    found.check_parts()
-    return found
+    language_model = LanguageModel(model)
+    language_model.check_parts()
+    return language_model
 
 
 def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.device) -> None:
-    """Sets how the model's attention is computed.
+    """Set the way in which the model computes attention.
 
     Raises:
         ConfigError: Where this model or this machine does not have it.
@@ -118,13 +105,13 @@ def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.de
 
 
 def quieten() -> None:
-    """Keeps transformers from saying what nobody has asked."""
+    """Silence transformers' progress bars and warnings."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def device_of(config: Config) -> torch.device:
-    """Where a run computes; sets what torch is to do there.
+    """The device of a run; sets the precision of products there.
 
     Raises:
         ConfigError: Where a GPU is wanted and there is none.

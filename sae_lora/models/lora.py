@@ -1,4 +1,4 @@
-"""The adapters, through peft: which matrices of which blocks, fresh, saved, loaded and merged."""
+"""Adapters, through peft: the matrices that they adapt, and fresh ones."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,25 +44,15 @@ _ROLES: dict[str, frozenset[str]] = {
         "fc2": "down",
     }.items()
 }
-"""What a matrix does, by the end of its name. Fused matrices do several things at once."""
-
-
+"""The roles of a matrix, by the end of its name. Fused matrices have several."""
 _MORE_DIRECTIONS = 16
-"""Are looked for than are needed: the last of them are inexact."""
+"""Directions that are computed beyond those needed: the last ones are inexact."""
 
 
 def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftModel:
-    """Puts fresh adapters into the model (B = 0: they change nothing yet).
+    """Put fresh adapters into the model (B = 0: they change nothing yet); returns peft's view of it.
 
-    Initial values come from torch's global random state.
-
-    Args:
-        model: The language model; changed in place.
-        config: Rank, scale and where.
-        first_sae: Block of the first SAE; `blocks=after` begins behind it.
-
-    Returns:
-        peft's view of the same model, for saving.
+    Initial values come from torch's global random state. `blocks=after` begins behind block `first_sae`.
 
     Raises:
         ConfigError: Where the model has no such blocks or matrices.
@@ -92,9 +82,9 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
 
 @torch.no_grad()
 def _begin_along_the_matrix(module: Any) -> None:
-    """Turns the rows of A to the largest right-singular vectors of the matrix, as far as it has any.
+    """Set the rows of A to the largest right-singular vectors of the matrix, as far as it has any.
 
-    They are as long as peft's are on average, 1 / √3.
+    Their length is the mean length of peft's rows, 1 / √3.
     """
     base = module.get_base_layer()
     weight = base.weight.float() if isinstance(base, nn.Linear) else base.weight.float().T
@@ -106,12 +96,7 @@ def _begin_along_the_matrix(module: Any) -> None:
 
 
 def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
-    """Has another module drop the adapters' inputs, where any are dropped.
-
-    Args:
-        model: The model, adapters in place.
-        kind: Makes the module, of the share that is dropped.
-    """
+    """Replace the modules that drop the adapters' inputs by `kind(share)`."""
     for module in model.model.modules():
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
@@ -127,7 +112,7 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
     """
     wanted = set(target_matrices(targets))
     names = {id(module): name for name, module in model.model.named_modules()}
-    found: list[str] = []
+    matrices: list[str] = []
     roles_seen: set[str] = set()
     for block in blocks:
         for module in model.blocks[block].modules():
@@ -135,7 +120,7 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
             roles = _roles_of(name) if not isinstance(module, nn.ModuleList) else frozenset()
             roles_seen |= roles
             if roles and roles <= wanted:
-                found.append(name)
+                matrices.append(name)
             elif roles & wanted:
                 fused = "".join(matrix for matrix in ("q", "k", "v", "gate", "up") if matrix in roles)
                 raise ConfigError(
@@ -145,11 +130,11 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
                     nearest="qkv" if fused == "qkv" else "mlp",
                     because=f"this model holds {fused} in one matrix ({name})",
                 )
-    if not found:
+    if not matrices:
         raise ConfigError(
             "lora.targets", targets, listed_matrices(roles_seen), because="this model has no such matrix"
         )
-    return found
+    return matrices
 
 
 def _roles_of(name: str) -> frozenset[str]:
@@ -160,7 +145,7 @@ def _roles_of(name: str) -> frozenset[str]:
 
 
 def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
-    """Switches the adapters' dropout on or off.
+    """Switch the adapters' dropout on or off.
 
     The rest of the model stays in evaluation mode: its own dropout (GPT-2 has some) would make
     student and teacher differ for no reason.
@@ -171,24 +156,24 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
 
 
 def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
-    """The adapters' weights by name: all that an optimiser may move."""
+    """The adapters' weights by name."""
     return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
 
 
 class AdaptedMatrix(NamedTuple):
-    """A matrix of the model, and what its adapter makes of it.
+    """A matrix of the model with its adapter.
 
     Args:
         name: Its dotted path in the transformers model.
-        block: The block that it is in.
-        kind: Its path inside of the block, such as `self_attn.q_proj`.
-        reads_stream: Whether it reads the residual stream (through a norm), rather than what attention
-            or MLP have made of it.
+        block: Its block.
+        kind: Its path inside the block, such as `self_attn.q_proj`.
+        reads_stream: Whether it reads the residual stream (through a norm), rather than states inside
+            attention or MLP.
         weight: W, `[output, input]`, without the adapter.
-        delta: ΔW, the same shape: what it has become less W.
+        delta: ΔW, the same shape: the adapted matrix less W.
         a: A, `[rank, input]`.
         b: B, `[output, rank]`.
-        scale: Of B · A, which is ΔW where there is no magnitude.
+        scale: Factor of B · A; the product is ΔW where there is no magnitude.
         magnitude: DoRA's lengths of its outputs, `[output]`; `None` for plain LoRA.
     """
 
@@ -205,17 +190,13 @@ class AdaptedMatrix(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """How many weights the adapter has."""
+        """Number of weights of the adapter."""
         magnitude = 0 if self.magnitude is None else self.magnitude.numel()
         return self.a.numel() + self.b.numel() + magnitude
 
 
 def adapted_matrices(model: LanguageModel) -> Iterator[AdaptedMatrix]:
-    """The matrices that have adapters, block by block; one at a time, as they may be large.
-
-    Args:
-        model: The model, adapters in place.
-    """
+    """The matrices that have adapters, block by block; one at a time, as they may be large."""
     names = {id(module): name for name, module in model.model.named_modules()}
     for block, inside in enumerate(model.blocks):
         for kind, module in inside.named_modules():
@@ -255,7 +236,7 @@ _LEVELS = 2**16
 class Dropout(nn.Module):
     """`nn.Dropout`, with the share rounded to 1 / 65,536 and masks drawn four at a time.
 
-    What is expected of the output is the input, exactly: the scale follows the rounded share. Masks come
+    The expectation of the output is the input, exactly: the scale follows the rounded share. Masks come
     from torch's global random state.
 
     Args:
@@ -267,7 +248,6 @@ class Dropout(nn.Module):
         self.p = round(p * _LEVELS) / _LEVELS
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Of any shape."""
         if not self.training or self.p == 0:
             return inputs
         words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -1,4 +1,4 @@
-"""What runs of a sweep may differ in, once: how a factor is read, named and drawn.
+"""The factors in which runs of a sweep may differ, once: how each is read, named and drawn.
 
 Tables, data frames, figures, comparisons and W&B read this table. A new factor is one entry.
 """
@@ -13,34 +13,27 @@ from sae_lora.config.overrides import flat
 from sae_lora.records.folder import RunFolder
 
 Values = Mapping[str, Any]
-"""A config as `config.yaml` holds it, or what was measured, as `summary.json` does."""
+"""A config as in `config.yaml`, or measures as in `summary.json`."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One thing that runs may differ in."""
+    """A factor in which runs may differ."""
 
     name: str
     """Its column in a data frame."""
     read: Callable[[Values, Values], Any]
-    """Its value, from a run's config and what was measured of it; `None` where it has none."""
+    """Its value, from a run's config and measures; `None` where it has none."""
     label: str = ""
-    """What people call it, where that is not its name."""
+    """Its name for people, where that is another."""
     axis: str = ""
-    """What stands at an axis of a figure."""
+    """The title of an axis, where that is not its label."""
     keys: tuple[str, ...] = ()
-    """Keys of the config that say no more than it does."""
-    wandb: str = ""
-    """Where the config of a W&B run has it."""
+    """Keys of the config that say no more than it does; W&B shows its value at the first of them."""
     tag: str = ""
-    """What a W&B tag with its value begins with."""
+    """The beginning of a W&B tag with its value."""
     is_logarithmic: bool = False
     """Whether an axis of it is."""
-
-    @property
-    def title(self) -> str:
-        """What stands at an axis."""
-        return self.axis or self.label or self.name
 
 
 def text(value: object) -> str:
@@ -50,14 +43,13 @@ def text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def joined(value: str | list[Any]) -> str:
-    """One word, or several as one."""
-    return value if isinstance(value, str) else "+".join(map(str, value))
+def _joined(values: Sequence[Any]) -> str:
+    return "+".join(map(str, values))
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
     """The value that all have, or all of them in words."""
-    return values[0] if len(set(values)) == 1 else joined(list(values))
+    return values[0] if len(set(values)) == 1 else _joined(values)
 
 
 def _of_saes(config: Values, name: str, default: Any = None) -> list[Any]:
@@ -65,7 +57,7 @@ def _of_saes(config: Values, name: str, default: Any = None) -> list[Any]:
 
 
 def _method(config: Values) -> Values:
-    """The method; a config from before there were others has none."""
+    """The method; a config older than the choice of methods has none."""
     return config.get("method", {"kind": Method.lora.name, "rank": None})
 
 
@@ -77,45 +69,31 @@ def _lora(config: Values) -> Values | None:
 def _of_lora(config: Values, name: str) -> Any:
     lora = _lora(config)
     value = None if lora is None else lora[name]
-    return joined(value) if isinstance(value, list) else value
+    return _joined(value) if isinstance(value, list) else value
 
 
 def _l0(config: Values, measured: Values) -> Any:
-    """What the SAEs' makers state; where they state nothing, what was measured."""
-    stated, found = _of_saes(config, "l0"), measured.get("l0")
-    if None in stated and found is not None:
-        return float(f"{found:.3g}")
+    """The L0 that the SAEs' makers state; where they state none, the one that was measured."""
+    stated, l0 = _of_saes(config, "l0"), measured.get("l0")
+    if None in stated and l0 is not None:
+        return float(f"{l0:.3g}")
     return _one_or_all(stated)
 
 
 SEED = "seed"
 """The factor in which repetitions differ."""
 _ALL = (
+    Factor("model", lambda config, _: config["model"]["name"], keys=("model.name",), tag="model"),
     Factor(
-        "model",
-        lambda config, _: config["model"]["name"],
-        keys=("model.name",),
-        wandb="model.name",
-        tag="model",
+        "method", lambda config, _: _method(config)["kind"], keys=("method.kind", "init"), tag="method"
     ),
-    Factor(
-        "method",
-        lambda config, _: _method(config)["kind"],
-        keys=("method.kind", "init"),
-        wandb="method.kind",
-        tag="method",
-    ),
-    Factor(
-        "init_at",
-        lambda config, _: config["init_at"] if config.get("init") is not None else None,
-    ),
+    Factor("init_at", lambda config, _: config["init_at"] if config.get("init") is not None else None),
     Factor(
         "block",
         lambda config, _: _one_or_all(_of_saes(config, "block")),
         label="SAE at block",
         axis="block of the SAE",
         keys=("layer.index", "layer.every", "layer.first"),
-        wandb="layer.index",
         tag="layer",
     ),
     Factor(
@@ -123,7 +101,6 @@ _ALL = (
         lambda config, _: _one_or_all(_of_saes(config, "hook", "resid_post")),
         axis="what the SAE replaces",
         keys=("layer.hook",),
-        wandb="layer.hook",
         tag="hook",
     ),
     Factor(
@@ -132,7 +109,6 @@ _ALL = (
         label="latents",
         axis="latents of the SAE",
         keys=("sae.width", "sae.release", "sae.id", "sae.path"),
-        wandb="sae.width",
         tag="width",
         is_logarithmic=True,
     ),
@@ -142,7 +118,6 @@ _ALL = (
         label="L0",
         axis="L0 (active latents per token)",
         keys=("sae.l0",),
-        wandb="sae.l0",
         tag="l0",
         is_logarithmic=True,
     ),
@@ -151,7 +126,6 @@ _ALL = (
         lambda config, _: _of_lora(config, "rank") if _lora(config) else _method(config)["rank"],
         axis="LoRA rank",
         keys=("lora.rank", "method.rank"),
-        wandb="lora.rank",
         tag="rank",
         is_logarithmic=True,
     ),
@@ -173,28 +147,24 @@ _NAMED_KEYS = {"sweep", *(key for factor in _ALL for key in factor.keys)}
 
 
 def label(name: str) -> str:
-    """What people call a factor; another key of the config goes by its own name."""
-    factor = FACTORS.get(name)
-    return name if factor is None else factor.label or name
+    """The name for people of a factor; another key of the config has its own."""
+    return (FACTORS[name].label if name in FACTORS else "") or name
 
 
 def title(name: str) -> str:
-    """What stands at an axis of a factor."""
-    return FACTORS[name].title if name in FACTORS else name
+    """The title of an axis of a factor."""
+    return (FACTORS[name].axis if name in FACTORS else "") or label(name)
 
 
 def values_of(config: Values, measured: Values) -> dict[str, Any]:
-    """The factors of a run by name, and after them by dotted key all else that may change a result.
+    """The factors of a run by name, then by dotted key all other settings that may change a result.
 
-    Args:
-        config: Of the run.
-        measured: What its summary or its curve says; may be empty.
+    `measured` holds the measures of its summary or its last point; it may be empty.
     """
-    named = {factor.name: factor.read(config, measured) for factor in FACTORS.values()}
-    settings = flat(dict(config))
+    named = {name: factor.read(config, measured) for name, factor in FACTORS.items()}
     return named | {
         key: value
-        for key, value in settings.items()
+        for key, value in flat(dict(config)).items()
         if key not in _NAMED_KEYS and key not in OF_NO_RESULT
     }
 
@@ -202,35 +172,32 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
 def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
     """The factors in which runs differ, in their usual order, the seed last.
 
-    One that only follows another (alpha, where it is twice the rank) is not named beside it.
-
-    Args:
-        rows: What `values_of` gives for each run.
-        with_followers: Whether one of `FACTORS` is named also where it only follows another.
+    One that only follows another (alpha, where it is twice the rank) is left out; `with_followers` it is
+    named if it is one of `FACTORS`. Each row holds the values of a run, as `values_of` gives them.
     """
     other = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
-    found: dict[str, list[str]] = {}
+    leaders: dict[str, list[str]] = {}
     for name in (*(name for name in FACTORS if name != SEED), *other, SEED):
         values = [repr(row.get(name)) for row in rows]
         follows = any(
-            len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in found.values()
+            len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in leaders.values()
         )
         stays = name == SEED or (with_followers and name in FACTORS)
         if len(set(values)) > 1 and (stays or not follows):
-            found[name] = values
-    return list(found)
+            leaders[name] = values
+    return list(leaders)
 
 
 def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:
     """The finished runs, ordered by the factors in which they differ."""
-    found = [
+    runs = [
         FinishedRun(folder, summary, values_of(folder.read_config(), summary))
         for folder in folders
         if folder.is_finished
         for summary in [folder.read_summary()]
     ]
-    names = varying([run.factors for run in found], with_followers=True)
-    return sorted(found, key=lambda run: [_by_value(run.factors.get(name)) for name in names])
+    names = varying([run.factors for run in runs], with_followers=True)
+    return sorted(runs, key=lambda run: [_by_value(run.factors.get(name)) for name in names])
 
 
 @dataclass(frozen=True)

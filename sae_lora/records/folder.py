@@ -14,14 +14,14 @@ outputs/<sweep>/<name>-<hash>/
     progress.json   while it is under way: where it stands; a view, replaced every second
     log.txt         what its attempts have printed
     job.json        the SLURM job that it was last submitted with
-    evaluation/     <suite>.json: what `python -m sae_lora evaluate` has found (`evaluation/record.py`)
+    evaluation/     <suite>.json: results of `sae_lora evaluate` (`evaluation/suite_records.py`)
 """
 
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,11 @@ import yaml
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.secrets import redacted
-from sae_lora.records.schema import CurvePoint, Failure, Progress, SubmittedJob, Summary
+from sae_lora.records.schema import CurvePoint, Failure, Progress, Summary
 
 
 class RunFolder:
-    """One run's folder.
-
-    Args:
-        path: `outputs/<sweep>/<name>-<hash>`.
-    """
+    """One run's folder: `outputs/<sweep>/<name>-<hash>`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,23 +54,19 @@ class RunFolder:
         self.evaluation = path / "evaluation"
 
     def before(self, init: str) -> "RunFolder":
-        """The run that this one has begun with: where that was or, where a sweep was moved, beside it.
-
-        Args:
-            init: Its folder, as the config has it.
+        """The run that this one began with: at `init`, or beside this one where a sweep was moved.
 
         Raises:
             UserError: Where it is gone.
         """
-        said = Path(init).expanduser()
-        for path in (said, self.path.parent / said.name):
+        original = Path(init).expanduser()
+        for path in (original, self.path.parent / original.name):
             if (folder := RunFolder(path)).config.exists():
                 return folder
         raise UserError(f"{self.path}: the run that it has begun with is gone: {init}")
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended well."""
         return self.summary.exists()
 
     @property
@@ -83,7 +75,7 @@ class RunFolder:
         return self.failure.exists() and not self.is_finished
 
     def write_config(self, text: str) -> None:
-        """Writes the resolved config of the next attempt, before anything else is there.
+        """Writes the resolved config of the next attempt.
 
         Raises:
             UserError: Where the folder cannot be written.
@@ -95,29 +87,24 @@ class RunFolder:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
     def clear_failure(self) -> None:
-        """Forgets an old job, and puts the cause of a failure away, for who looks back."""
+        """Removes an old job, and sets the cause of a failure aside."""
         self._set_aside(self.failure)
         self.job_file.unlink(missing_ok=True)
 
     def set_aside(self, *, curve: bool) -> None:
-        """Keeps what an attempt that did not end has left, out of the way of the next one.
-
-        Args:
-            curve: Whether the next attempt begins anew, and with it the curve.
-        """
+        """Set results of an unfinished attempt aside; its curve too where the next one starts anew."""
         results = self.adapter, self.sae, self.output_adapter
         anew = (self.curve, self.sae_at) if curve else ()
         self._set_aside(self.failure, *results, *anew)
 
     def _set_aside(self, *paths: Path) -> None:
-        left = [path for path in paths if path.exists()]
-        if not left:
+        paths = tuple(path for path in paths if path.exists())
+        if not paths:
             return
         numbers = [int(path.name.rpartition("-")[2]) for path in self.path.glob("unfinished-*")]
-        number = 1 + max(numbers, default=0)
-        aside = self.path / f"unfinished-{number}"
+        aside = self.path / f"unfinished-{1 + max(numbers, default=0)}"
         aside.mkdir()
-        for path in left:
+        for path in paths:
             path.rename(aside / path.name)
 
     def write_summary(self, summary: Summary) -> None:
@@ -133,35 +120,34 @@ class RunFolder:
         return json.loads(self.summary.read_text())
 
     def write_failure(self, message: str, details: str) -> None:
-        """Records why the run ended early: one line, and the whole story."""
+        """Records why the run ended early, without secrets; the arguments are those of `Failure`."""
         failure = Failure(redacted(message), redacted(details))
         write_atomically(self.failure, as_json(dataclasses.asdict(failure)))
 
     def write_progress(self, progress: Progress) -> None:
-        """Shows where the run stands. Not made to last: what a crash takes is written anew."""
+        """Shows how far the run is. Not made to last: after a crash it is written anew."""
         write_atomically(self.progress, as_json(dataclasses.asdict(progress)), lasting=False)
 
     def read_progress(self) -> Progress | None:
-        """Where the run stands, as it said last."""
+        """How far the run is; `None` where that is not known."""
         try:
             return Progress(**json.loads(self.progress.read_text()))
         except (OSError, ValueError, TypeError):  # none yet, or of another version
             return None
 
-    def write_job(self, job: SubmittedJob) -> None:
-        """Notes which job has the run now."""
-        write_atomically(self.job_file, as_json(dataclasses.asdict(job)))
+    def write_job(self, job: str) -> None:
+        write_atomically(self.job_file, as_json({"id": job}))
 
     @property
-    def job(self) -> SubmittedJob | None:
-        """The job that the run was last submitted with; `None` where it never was."""
+    def job(self) -> str | None:
+        """The SLURM job that the run was last submitted with, `12`, or `12_3` in an array."""
         try:
-            return SubmittedJob(**json.loads(self.job_file.read_text()))
+            return json.loads(self.job_file.read_text())["id"]
         except FileNotFoundError:
             return None
 
     def read_failure(self) -> Failure | None:
-        """Why the last attempt ended early; `None` where it has not."""
+        """The cause of an early end of the last attempt; `None` where it has none."""
         try:
             return Failure(**json.loads(self.failure.read_text()))
         except FileNotFoundError:
@@ -169,26 +155,21 @@ class RunFolder:
 
     @property
     def failure_message(self) -> str | None:
-        """The same in a line."""
         failure = self.read_failure()
         return failure.message if failure is not None else None
 
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""
-        return list(_points(self.curve)) if self.curve.exists() else []
+        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
+        points = [json.loads(line) for line in lines if line.endswith("\n")]
+        known = {field.name for field in dataclasses.fields(CurvePoint)}  # another version has others
+        return [
+            CurvePoint(**{key: value for key, value in point.items() if key in known})
+            for point in points
+        ]
 
 
-def _points(path: Path) -> Iterator[CurvePoint]:
-    known = {field.name for field in dataclasses.fields(CurvePoint)}
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            values = json.loads(line)
-            if not values.keys() <= known:  # of another version
-                values = {key: values[key] for key in known & values.keys()}
-            yield CurvePoint(**values)
-
-
-class CurveWriter:
+class CurveWriter(AbstractContextManager["CurveWriter"]):
     """Appends points to `curve.jsonl`, each on the disk before the next line of code runs.
 
     Args:
@@ -214,18 +195,13 @@ class CurveWriter:
         """Points in the file."""
 
     def append(self, point: CurvePoint) -> None:
-        """Adds one line."""
         self.points += 1
         self._file.write(json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Nothing more is added."""
         self._file.close()
-
-    def __enter__(self) -> "CurveWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -237,16 +213,11 @@ def runs_of(sweep: Path) -> list[RunFolder]:
     Raises:
         UserError: Where there are none.
     """
-    configs = (
-        [sweep / "config.yaml"] if (sweep / "config.yaml").exists() else sweep.glob("*/config.yaml")
-    )
-    found = [
-        RunFolder(path.parent)
-        for path in sorted(configs, key=lambda path: _by_numbers(path.parent.name))
-    ]
-    if not found:
+    is_run = (sweep / "config.yaml").exists()
+    paths = [sweep] if is_run else [config.parent for config in sweep.glob("*/config.yaml")]
+    if not paths:
         raise UserError(f"{sweep} holds no runs; a sweep's folder is outputs/<sweep>")
-    return found
+    return [RunFolder(path) for path in sorted(paths, key=lambda path: _by_numbers(path.name))]
 
 
 def _by_numbers(name: str) -> list[str | int]:

@@ -1,4 +1,4 @@
-"""Every measure of a run, once: its name, unit and format, which direction is better, and what it is.
+"""Every measure of a run, once: name, unit, format, better direction and meaning.
 
 Tables, data frames, figures, W&B, the report, the model card and docs/metrics.md read this table. A new
 measure of training is one entry here, a field of `CurvePoint` or `Summary` in `schema.py`, and the line
@@ -12,25 +12,23 @@ from sae_lora.common.console import duration, percent
 
 
 class Better(Enum):
-    """Which direction of a measure is better."""
+    """The better direction of a measure."""
 
     lower = "lower"
     higher = "higher"
 
 
 class Kind(Enum):
-    """How a value is written."""
+    """How a value is written: a format, or the function that writes it."""
 
-    nats = "nats"
-    gap = "gap"
-    """Nats, with a sign."""
-    share = "share"
-    ratio = "ratio"
-    latents = "latents"
-    count = "count"
-    seconds = "seconds"
-    flops = "flops"
-    number = "number"
+    decimal = ".{digits}f"
+    signed = "+.{digits}f"
+    tenths = ".1f"
+    count = ",.0f"
+    power = ".2e"
+    number = ",.6g"
+    share = "percent"
+    seconds = "duration"
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,16 @@ class Metric:
     key: str
     """Its field in `curve.jsonl` and `summary.json`, and its column in a data frame."""
     name: str
-    """What people call it."""
+    """Its name for people."""
     kind: Kind
     text: str
-    """What it is, in a sentence."""
+    """Its meaning, in a sentence."""
     unit: str = ""
     better: Better | None = None
     heading: str = ""
     """A shorter name, for the head of a column."""
     axis: str = ""
-    """What stands at an axis of a figure."""
+    """The title of an axis, where that is not the name with the unit."""
     remark: str = ""
     """Stands behind the value in a table, where the value has no unit."""
 
@@ -65,60 +63,41 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """What stands at an axis."""
+        """The title of an axis."""
         return self.axis or (f"{self.name} ({self.suffix})" if self.suffix else self.name)
 
     def written(self, value: float | None, digits: int = 3) -> str:
-        """The value as people read it.
-
-        Args:
-            value: Of this measure; `None` where it is undefined, or not known.
-            digits: Behind the point, of nats and ratios.
-        """
+        """The value as people read it, `None` too; with `digits` if it is decimal or signed."""
+        if self.kind is Kind.share:
+            return percent(value)
         if value is None:
-            return percent(None) if self.kind is Kind.share else "–"
-        match self.kind:
-            case Kind.nats | Kind.ratio:
-                return f"{value:.{digits}f}"
-            case Kind.gap:
-                return f"{value:+.{digits}f}"
-            case Kind.share:
-                return percent(value)
-            case Kind.latents:
-                return f"{value:.1f}"
-            case Kind.count:
-                return f"{round(value):,}"
-            case Kind.seconds:
-                return duration(value)
-            case Kind.flops:
-                return f"{value:.2e}"
-            case Kind.number:
-                return f"{value:,.6g}"
-            case _:
-                raise NotImplementedError(self.kind)
+            return "–"
+        if self.kind is Kind.seconds:
+            return duration(value)
+        return format(value, self.kind.value.format(digits=digits))
 
 
 _NATS = "nats/token"
 _LOW, _HIGH = Better.lower, Better.higher
 _ALL = (
-    Metric("base_ce", "base CE", Kind.nats, "Cross-entropy of the plain model, the teacher.", _NATS),
+    Metric("base_ce", "base CE", Kind.decimal, "Cross-entropy of the plain model, the teacher.", _NATS),
     Metric(
-        *("spliced_ce", "spliced CE", Kind.nats),
+        *("spliced_ce", "spliced CE", Kind.decimal),
         "Cross-entropy with the SAE in place and nothing trained.",
         _NATS,
     ),
     Metric(
-        *("student_ce", "student CE", Kind.nats),
+        *("student_ce", "student CE", Kind.decimal),
         "Cross-entropy with the SAE in place and with what was trained.",
         *(_NATS, _LOW),
     ),
     Metric(
-        *("initial_gap", "gap before", Kind.gap),
+        *("initial_gap", "gap before", Kind.signed),
         "spliced CE − base CE: what the SAE costs before training.",
         _NATS,
     ),
     Metric(
-        *("ce_gap", "gap after", Kind.gap),
+        *("ce_gap", "gap after", Kind.signed),
         "student CE − base CE: what the SAE costs after training; positive is worse.",
         *(_NATS, _LOW),
         axis="CE gap (nats per token)",
@@ -136,12 +115,12 @@ _ALL = (
         better=_HIGH,
     ),
     Metric(
-        *("initial_kl", "KL before", Kind.nats),
+        *("initial_kl", "KL before", Kind.decimal),
         "KL(plain model ‖ spliced model) before training.",
         _NATS,
     ),
     Metric(
-        *("kl", "KL", Kind.nats),
+        *("kl", "KL", Kind.decimal),
         "KL(plain model ‖ student) over the whole vocabulary: the training loss, on held-out text.",
         *(_NATS, _LOW),
     ),
@@ -153,15 +132,15 @@ _ALL = (
         heading="top-1",
     ),
     Metric(
-        *("fvu", "FVU", Kind.ratio),
+        *("fvu", "FVU", Kind.decimal),
         "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
         " over SAEs.",
         remark="of the SAE's input",
         better=_LOW,
     ),
     Metric(
-        *("l0", "L0", Kind.latents),
-        "Mean number of active latents per token, likewise.",
+        *("l0", "L0", Kind.tenths),
+        "Mean number of active latents per token; mean over SAEs.",
         "latents/token",
     ),
     Metric(
@@ -179,11 +158,10 @@ _ALL = (
     Metric("train_tokens", "training tokens", Kind.count, "Tokens trained on."),
     Metric("train_steps", "training steps", Kind.count, "Optimiser steps taken."),
     Metric(
-        *("train_flops", "training FLOPs", Kind.flops),
+        *("train_flops", "training FLOPs", Kind.power),
         "Floating-point operations of the training, if the run had trained alone.",
         better=_LOW,
         heading="FLOPs",
-        axis="training FLOPs",
     ),
     Metric(
         *("train_seconds", "time training", Kind.seconds),
@@ -213,7 +191,7 @@ _ALL = (
         better=_HIGH,
     ),
     Metric(
-        *("train_loss", "training loss", Kind.nats),
+        *("train_loss", "training loss", Kind.decimal),
         "Mean training KL since the last evaluation; with method=sae the squared error of a residual, "
         "summed over d_model.",
         *(_NATS, _LOW),

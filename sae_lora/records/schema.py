@@ -1,4 +1,4 @@
-"""What the files of a run folder hold: points of a curve, the summary, failures."""
+"""Contents of the files in a run folder: points of a curve, the summary, failures."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,66 +9,49 @@ SUMMARY_VERSION = 1
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One evaluation on the held-out tokens. Cross-entropies and KL in nats per token."""
+    """One evaluation on the held-out tokens: a line of `curve.jsonl`.
+
+    The table in `metrics.py` says what each measure is, and its unit. A field with a default is null
+    where an older version wrote the point.
+    """
 
     step: int
     """Optimiser steps taken."""
     tokens: int
-    """Tokens trained on."""
     train_seconds: float
-    """Seconds spent training, evaluations left out; where runs train together, this run's share."""
     base_ce: float
-    """Cross-entropy of the plain model, the teacher."""
     spliced_ce: float
-    """Cross-entropy with the SAE in place and no adapters."""
     student_ce: float
-    """Cross-entropy with the SAE in place and the adapters on."""
     ce_gap: float
-    """`student_ce − base_ce`; positive is worse."""
     gap_closed: float | None
-    """`1 − ce_gap / initial_gap`, where 1 is a closed gap; null where there was no gap to close, and
-    where the SAE is new."""
     kl: float
-    """KL(teacher ‖ student) over the whole vocabulary."""
     top1_agreement: float
-    """Share of positions where teacher and student put the same token first."""
     fvu: float
-    """Residual variance / total variance of the reconstruction, as the student's SAEs see it."""
     l0: float
-    """Mean number of active latents per token, likewise; mean over SAEs if there are several."""
     per_sae: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     """`fvu`, `l0` and `dead` of each SAE by hookpoint."""
     dead_latents: float | None = None
-    """Share of latents that none of the held-out tokens makes active, likewise; mean over SAEs; null
-    where an older version wrote the point."""
     train_flops: float | None = None
-    """Floating-point operations of its training so far, if it had trained alone (`estimate.py`)."""
     train_loss: float | None = None
-    """Mean training KL since the last point, in nats per token; with method=sae the squared error of a
-    residual, summed over d_model. Null before the first step."""
+    """Null before the first step, as `lr`, `grad_norm` and `tokens_per_second`."""
     lr: float | None = None
-    """Learning rate of the last step."""
     grad_norm: float | None = None
-    """Norm of the adapters' gradient in the last step, before clipping."""
     tokens_per_second: float | None = None
-    """Training tokens per second since the last point."""
     peak_memory_gb: float | None = None
-    """The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes on
-    one, else of the machine."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands while a process is at work on it."""
+    """The progress of a run while a process works on it."""
 
     stage: str
-    """What it is doing, in a few words."""
+    """The present work, in a few words."""
     step: int = 0
     steps: int = 0
     tokens: int = 0
     """Tokens trained on."""
     train_tokens: int = 0
-    """Tokens it will have been trained on."""
+    """Tokens to train on in all."""
     loss: float | None = None
     """Training KL of the last batch, in nats per token."""
     tokens_per_second: float | None = None
@@ -79,20 +62,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended early."""
+    """The cause of an early end."""
 
     message: str
     """In a line or a few."""
     details: str
-    """The whole story: the traceback, or the end of what it printed."""
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """The SLURM job that a run was last submitted with."""
-
-    id: str
-    """Its number: `12`, or `12_3` in an array."""
+    """The traceback, or the end of what it printed."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
@@ -103,25 +78,20 @@ def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run found and how: the schema of `summary.json`, version 1.
+    """Results of a finished run, and how it got them: the schema of `summary.json`, version 1.
 
-    Fields are only ever added within a version. Cross-entropies and KL in nats per token, over the
-    same held-out tokens; definitions as in `CurvePoint`.
+    Fields are only ever added within a version. The table in `metrics.py` says what each measure is, and
+    its unit; a measure that the curve has too is that of its last point.
     """
 
     base_ce: float
     spliced_ce: float
     student_ce: float
     initial_gap: float
-    """`spliced_ce − base_ce`."""
     ce_gap: float
-    """`student_ce − base_ce`."""
     gap_closed: float | None
-    """Null where `initial_gap ≤ 0`: there was no gap to close; and where the SAE is new."""
     kl: float
-    """KL(teacher ‖ student) after training."""
     initial_kl: float
-    """The same before training: KL(teacher ‖ spliced)."""
     top1_agreement: float
     fvu: float
     l0: float
@@ -130,14 +100,11 @@ class Summary:
     train_tokens: int
     train_steps: int
     train_seconds: float
-    """Seconds in training steps."""
     total_seconds: float
-    """Seconds that the run took, summed over its attempts as far as their checkpoints went on;
-    loading and evaluations included."""
+    """Summed over its attempts, as far as their checkpoints went on."""
     validation_tokens: int
     """Held-out tokens read by every evaluation."""
     best_gap_closed: float | None
-    """The largest on the curve."""
     model: dict[str, Any]
     """Name, commit, class, number of blocks, and the precisions of loading and computing."""
     sae: list[dict[str, Any]]
@@ -149,23 +116,21 @@ class Summary:
     """Rank, alpha, dropout, targets, blocks, and the scale that B · A is multiplied by; empty with a
     method that trains no adapters."""
     seed: int
-    """Of the adapters' initial values and dropout."""
+    """Seed of the adapters' initial values and dropout."""
     data: dict[str, Any]
     """Source, revision or content hash, and how often the training text was gone through."""
     environment: dict[str, Any]
     """Python, package versions, device, threads, host, git commit."""
     tracked_at: str | None
-    """Where W&B shows the run: an address, or the folder of an offline run."""
+    """The run in W&B: an address, or the folder of an offline run."""
     name: str
     hash: str
     train_flops: float | None = None
-    """Floating-point operations of its training steps, if it had trained alone (`estimate.py`); null
-    where an older version wrote the summary."""
+    """Null in an older summary, as `dead_latents`."""
     trained_together: int = 1
     """Runs that trained in one process and shared the frozen part of their work; of that process's
     time, `train_seconds` and `total_seconds` are this run's share."""
     dead_latents: float | None = None
-    """Share of latents that none of the held-out tokens makes active; null in an older summary."""
     method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     """Kind, the rank of what it trains where that is no LoRA on the model, and `init`."""
     version: int = SUMMARY_VERSION

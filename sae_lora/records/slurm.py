@@ -1,4 +1,4 @@
-"""What SLURM says of jobs and partitions, through its own commands."""
+"""Jobs and partitions of SLURM, through its own commands."""
 
 import getpass
 import subprocess
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 
 JOB_NAME = "sae_lora-"
-"""What the names of our jobs begin with."""
+"""The beginning of the names of our jobs."""
 _TIMEOUT_S = 60
 
 
@@ -28,7 +28,7 @@ def queue() -> dict[str, str]:
 
 
 def ends(jobs: Collection[str]) -> dict[str, str]:
-    """How jobs ended that are in the queue no more, as far as SLURM's accounting knows: `NODE_FAIL`."""
+    """The end of jobs that have left the queue (`NODE_FAIL`), as far as SLURM's accounting knows it."""
     if not jobs:
         return {}
     whole = ",".join(sorted({job.split("_")[0] for job in jobs}))
@@ -58,11 +58,11 @@ def check_partition(partition: str | None) -> None:
         ConfigError: Names the partitions that there are.
         UnreachableError: Where SLURM cannot be asked.
     """
-    there = sorted(set(_output(["sinfo", "--all", "--noheader", "--format", "%R"]).split()))
-    unknown = set((partition or "").split(",")) - {"", *there}
+    known = sorted(set(_output(["sinfo", "--all", "--noheader", "--format", "%R"]).split()))
+    unknown = set((partition or "").split(",")) - {"", *known}
     if unknown:
-        near = nearest_name(min(unknown), there)
-        raise ConfigError("launcher.partition", partition, f"one of {listed(there, 30)}", near)
+        near = nearest_name(min(unknown), known)
+        raise ConfigError("launcher.partition", partition, f"one of {listed(known, 30)}", near)
 
 
 def _output(command: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""How far runs are, from their folders and, for those that were submitted, from SLURM."""
+"""States of runs, from their folders and, for submitted runs, from SLURM."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,76 +13,76 @@ from sae_lora.records.folder import RunFolder
 
 
 class State(Enum):
-    """How far a run is."""
+    """The state of a run."""
 
     new = "new"
-    """Nothing of it is there, or its config alone."""
+    """Nothing exists but, at most, its config."""
     queued = "queued"
-    """SLURM has it; it has not begun there, or waits to go on."""
+    """SLURM has a job for it, which has yet to start or resume it."""
     running = "running"
-    """A process is at it."""
+    """A process works on it."""
     resumable = "resumable"
-    """It was begun, nobody is at it, and it goes on from its checkpoint."""
+    """Started, not running; resumes from its checkpoint."""
     failed = "failed"
     done = "done"
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is, and what a person may need to know of it."""
+    """The state of a run, and a note for people."""
 
     state: State
     note: str | None = None
-    """Who has it, why it failed, what became of its job; `None` where the state says all."""
+    """Who has it, why it failed or how its job ended; `None` where the state says all."""
 
     @property
     def is_to_do(self) -> bool:
-        """Whether it has yet to be run, and nobody has it."""
+        """Whether it has yet to be run, and no process or job has it."""
         return self.state in (State.new, State.resumable)
 
 
 def counts(states: Iterable[State]) -> str:
-    """How many runs are in which state, in words."""
-    found = Counter(states)
-    return ", ".join(f"{found[state]} {state.value}" for state in State if found[state])
+    """The number of runs in each state, in words."""
+    numbers = Counter(states)
+    return ", ".join(f"{numbers[state]} {state.value}" for state in State if numbers[state])
 
 
 def standings(folders: Sequence[RunFolder]) -> list[Standing]:
-    """How far each run is.
+    """The state of each run.
 
     A run that was submitted counts as queued also where SLURM cannot be asked from this machine.
     """
-    found = [_in_folder(folder) for folder in folders]
+    states = [_in_folder(folder) for folder in folders]
     jobs = {
-        at: job.id
-        for at, folder in enumerate(folders)
-        if found[at].is_to_do and (job := folder.job) is not None
+        number: job
+        for number, folder in enumerate(folders)
+        if states[number].is_to_do and (job := folder.job) is not None
     }
     if not jobs:
-        return found
+        return states
     try:
         queue = slurm.queue()
     except slurm.UnreachableError as error:
-        for at, job in jobs.items():
-            gone = f"if that job is gone for good, delete {folders[at].job_file}"
-            found[at] = Standing(State.queued, f"as job {job}, or no more: {error}; {gone}")
-        return found
-    lost = {at: job for at, job in jobs.items() if job not in queue}
-    ends = slurm.ends(lost.values())
-    for at, job in jobs.items():
-        if at in lost:
-            how = ends.get(job, "how it ended is not known")
-            found[at] = Standing(found[at].state, f"SLURM has its job {job} no more: {how}")
+        for number, job in jobs.items():
+            gone = f"if that job is gone for good, delete {folders[number].job_file}"
+            states[number] = Standing(State.queued, f"as job {job}, or no more: {error}; {gone}")
+        return states
+    ends = slurm.ends([job for job in jobs.values() if job not in queue])
+    for number, job in jobs.items():
+        if job in queue:
+            states[number] = Standing(State.queued, f"as job {job}, {queue[job]}")
         else:
-            found[at] = Standing(State.queued, f"as job {job}, {queue[job]}")
-    return found
+            how = ends.get(job, "how it ended is not known")
+            note = f"SLURM has its job {job} no more: {how}"
+            states[number] = Standing(states[number].state, note)
+    return states
 
 
 def finished(path: Path) -> RunFolder:
-    """The run in this folder, which has ended well.
+    """The finished run in this folder.
 
     Raises:
-        UserError: Where there is none, or it has not; says how far it is.
+        UserError: Where there is no run, or it is not finished; says how far it is.
     """
     folder = RunFolder(path)
     if not folder.config.exists():

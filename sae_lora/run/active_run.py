@@ -60,7 +60,7 @@ class ActiveRun:
         self._saved: Snapshot | None = None
         self._saes: list[LoadedSAE] = []
         self._curve: CurveWriter | None = None
-        self._tracker: tracker.Tracker = tracker.Untracked()
+        self._tracker = tracker.Tracker()
 
     def read(self) -> None:
         """Read the config and the newest checkpoint; write nothing.

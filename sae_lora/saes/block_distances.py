@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_lora.common.errors import UserError
-from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import residual_streams, special_positions
+from sae_lora.models.language_model import LanguageModel, outputs_of
+from sae_lora.splice.hooks import special_positions
 
 _NUMBERS_AT_ONCE = 2**23
 """Residuals and cosines that one step of the measurement holds in float64: 64 MiB."""
@@ -42,7 +42,7 @@ def angular_distances(
     """
     n_blocks, count = len(model.blocks), 0
     sums = torch.zeros(n_blocks, n_blocks, dtype=torch.float64, device=model.device)
-    with residual_streams(model) as streams:
+    with outputs_of(model.blocks) as streams:
         for tokens in batches:
             tokens = tokens.to(model.device)
             streams.clear()

@@ -1,7 +1,7 @@
 """The model's head, a few tokens at a time: logits of a teacher and of students beside it.
 
-Logits of a vocabulary are the largest tensors there are. They exist for few tokens at once, in memory
-that is used again; what goes over all of them takes few passes, each over no more than a cache holds.
+Logits are the largest tensors of all. They exist for few tokens at once, in memory that is used again,
+and each pass over them takes no more tokens than a cache holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ from sae_lora.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states; frozen.
+    """The frozen map from hidden states to logits.
 
     Args:
-        logits: Of hidden states `[..., d_model]`: `[..., d_vocab]`.
-        d_vocab: How many.
-        matrix: `[d_vocab, d_model]`, where that is all of it but for the soft-cap.
-        softcap: Then, logits are `softcap · tanh(logits / softcap)`, as Gemma-2's are; `None` for none.
-            At most `LARGEST_EXPONENT`.
+        logits: The map from `[..., d_model]` to `[..., d_vocab]`.
+        d_vocab: Size of the vocabulary.
+        matrix: `[d_vocab, d_model]`, where that is the whole map except for the soft-cap.
+        softcap: With a matrix, logits are `softcap · tanh(logits / softcap)`, as in Gemma 2; `None` for
+            none. At most `LARGEST_EXPONENT`.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class Head:
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Head":
-        """That of a model, taken apart where it is one matrix."""
+        """The head of a model, as a matrix where it is one."""
         whole = cls(model.logits, model.config.vocab_size)
         matrix = model.model.get_output_embeddings()
         softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -60,7 +60,7 @@ class Head:
 
     @property
     def unit(self) -> float:
-        """What scores are counted in."""
+        """The unit of scores, in nats."""
         return self.softcap or 1.0
 
     def score(self, hidden: Tensor, scores: Tensor) -> None:
@@ -77,9 +77,9 @@ class Head:
         """Writes the gradient for hidden states `[token, d_model]`.
 
         Args:
-            slope: That for what `score` writes, but not in units, `[token, d_vocab]`.
-            hidden: What was scored.
-            gradient: Room for it.
+            slope: The gradient for the logits before their soft-cap, `[token, d_vocab]`.
+            hidden: The hidden states.
+            gradient: Memory for the result.
         """
         if self.matrix is not None:
             torch.mm(slope.to(hidden.dtype), self.matrix, out=gradient)
@@ -91,13 +91,13 @@ class Head:
 
 
 class Few(NamedTuple):
-    """A few tokens of a student, beside its teacher; good until the next are asked for.
+    """A few tokens of a student, beside its teacher; valid until the next ones are computed.
 
     Args:
-        rows: Which of the chunk.
-        scores: The student's logits in units of the head's, `[token, d_vocab]`.
-        numerators: Of its softmax, `[token, d_vocab]`.
-        sums: Of the numerators, `[token, 1]`.
+        rows: The tokens' rows in the chunk.
+        scores: The student's logits in the head's unit, `[token, d_vocab]`.
+        numerators: Numerators of its softmax, `[token, d_vocab]`.
+        sums: Sums of the numerators, `[token, 1]`.
         log_sums: ln Σ e^logit, `[token, 1]` in float64.
         kl: KL(teacher ‖ student) of each token in nats, `[token, 1]` in float64.
     """
@@ -110,7 +110,7 @@ class Few(NamedTuple):
     kl: Tensor
 
     def puts_first(self, tokens: Tensor) -> Tensor:
-        """Of each `[token]`, whether none is more likely. Quicker than to ask which one is."""
+        """Whether no token is more likely than the given `[token]`. Faster than an argmax."""
         return self.scores.gather(-1, tokens[:, None])[:, 0] == self.scores.amax(-1)
 
 
@@ -118,8 +118,8 @@ class Comparison:
     """A teacher's logits and, in turn, those of its students, a chunk of tokens at a time.
 
     Args:
-        head: The head of them all.
-        chunk_tokens: Tokens whose logits are held at once; `None` for as many as suit the device.
+        head: The head of all.
+        chunk_tokens: Tokens whose logits are held at once; `None` for a number that suits the device.
     """
 
     def __init__(self, head: Head, chunk_tokens: int | None = None) -> None:
@@ -130,7 +130,7 @@ class Comparison:
         self._log_sums: list[Tensor] = []
 
     def chunks(self, teacher_hidden: Tensor) -> Iterator[slice]:
-        """Goes over the tokens of `[token, d_model]`; what is asked for then concerns this chunk."""
+        """Chunks of the tokens `[token, d_model]`; the other methods are about the current chunk."""
         chunk = _chunk_tokens(self._chunk_tokens, self.head.d_vocab, teacher_hidden.device.type)
         self._make_room(min(len(teacher_hidden), chunk), teacher_hidden.device)
         for start in range(0, len(teacher_hidden), chunk):
@@ -148,7 +148,7 @@ class Comparison:
             yield rows
 
     def students(self, hidden: Tensor) -> Iterator[Few]:
-        """Goes over this chunk of a student, `[token, d_model]`."""
+        """Parts of this chunk of a student, `[token, d_model]`."""
         self.head.score(hidden, self.own)
         for part, log_sums in zip(self._parts, self._log_sums, strict=True):
             scores = self.own[part]
@@ -160,7 +160,7 @@ class Comparison:
             yield Few(part, scores, numerators, sums, own_log_sums, kl)
 
     def slope_(self, few: Few) -> None:
-        """Turns the student's scores into d KL / d z, z being its logits before the soft-cap.
+        """Turn the student's scores into d KL / d z, z being its logits before the soft-cap.
 
         With p the teacher's probabilities, q the student's, c the soft-cap, it is
         (q − p) · (1 − tanh²(z / c)), the last factor 1 without a soft-cap.
@@ -179,8 +179,8 @@ class Comparison:
         return self._scores, torch.cat(self._log_sums)
 
     def _softmax(self, scores: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
-        """Soft-caps the scores, and writes the numerators; returns their sums, and ln Σ e^logit."""
-        if self.head.softcap is not None:  # whose exponential is a number: nothing to take off
+        """Soft-cap the scores, and write the numerators; returns their sums, and ln Σ e^logit."""
+        if self.head.softcap is not None:  # its exponential is finite: there is no need of peaks
             torch.mul(scores.tanh_(), self.head.softcap, out=numerators)
             sums = numerators.exp_().sum(-1, keepdim=True)
             return sums, sums.double().log()
@@ -189,7 +189,7 @@ class Comparison:
         return sums, sums.double().log() + peaks
 
     def _make_room(self, tokens: int, device: torch.device) -> None:
-        """For the logits of a chunk, three times, and for those of a few of its tokens, twice."""
+        """Memory for the logits of a chunk, three times, and for those of a few of its tokens, twice."""
         if self._room and len(self._room[0]) >= tokens and self._room[0].device == device:
             return
         few = min(tokens, _at_work(self.head.d_vocab, device.type))
@@ -199,13 +199,13 @@ class Comparison:
 
 _LOGITS_HELD = {"cpu": 2**22, "cuda": 2**28}
 _LOGITS_AT_WORK = {"cpu": 2**18, "cuda": 2**28}
-"""What a CPU's cache holds; a GPU is better off with many."""
+"""As many as a CPU's cache holds; a GPU is faster with many."""
 _FEWEST_TOKENS = 88
-"""Fewer at a time, and reading the head's matrix takes longer than the product."""
+"""With fewer at a time, reading the head's matrix takes longer than the product."""
 
 
 def room_bytes(tokens: int, chunk_tokens: int | None, d_vocab: int, device: str) -> int:
-    """What a `Comparison` of this chunk keeps for so many tokens, on this kind of device."""
+    """Memory of a `Comparison` for so many tokens, on this kind of device."""
     chunk = min(tokens, _chunk_tokens(chunk_tokens, d_vocab, device))
     return 4 * d_vocab * (3 * chunk + 2 * min(chunk, _at_work(d_vocab, device)))
 

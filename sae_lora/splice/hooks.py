@@ -1,6 +1,6 @@
 """An SAE in a model, exactly inside a `with` block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from sae_lora.models.language_model import LanguageModel
 
 
 class Coder(Protocol):
-    """What splicing asks of an SAE; every sae-lens SAE has it."""
+    """The part of an SAE that splicing needs; every sae-lens SAE has it."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
@@ -25,13 +25,13 @@ class Coder(Protocol):
 
 
 class Reading(NamedTuple):
-    """What one SAE saw and did in one forward pass, at the positions where it applied.
+    """Input, latents and output of one SAE in one forward pass, at the positions where it applied.
 
     Args:
-        hookpoint: Where it sits.
-        resid: What it read, `[token, d_model]`.
+        hookpoint: Its place.
+        resid: Its input, `[token, d_model]`.
         latents: Its code, `[token, d_sae]`.
-        recon: What it put back, `[token, d_model]`.
+        recon: Its output, `[token, d_model]`.
     """
 
     hookpoint: str
@@ -40,20 +40,18 @@ class Reading(NamedTuple):
     recon: Tensor
 
 
-class Observer(Protocol):
-    """Called with a `Reading` each time a spliced SAE has been applied."""
-
-    def __call__(self, reading: Reading, /) -> None: ...
+Observer = Callable[[Reading], None]
+"""Called each time a spliced SAE has been applied."""
 
 
 class Splice(NamedTuple):
     """An SAE at its place. Two are the same where the SAE is the same object.
 
     Args:
-        block: The block of which it replaces something.
+        block: Its block.
         sae: The SAE.
         keeps: Whether positions that hold special tokens keep their activation.
-        hook: What it replaces: by default the block's output.
+        hook: The activation of the block that it replaces.
     """
 
     block: int
@@ -63,12 +61,11 @@ class Splice(NamedTuple):
 
     @property
     def place(self) -> Place:
-        """Where it sits."""
         return Place(self.block, self.hook)
 
     @property
     def hookpoint(self) -> str:
-        """The same in the field's words."""
+        """Its place in the field's words."""
         return str(self.place)
 
 
@@ -87,11 +84,11 @@ def spliced(
         model: The language model.
         saes: SAE by hookpoint. Each reads what the ones before it have changed.
         keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
-        observe: Called after each SAE, for measuring what it does.
+        observe: Called after each SAE.
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
-        UserError: For one inside of blocks in which what they add cannot be told apart.
+        UserError: For a hookpoint inside a block in which no module gives the block's addition.
     """
     with ExitStack() as hooks:
         for hookpoint, sae in saes.items():
@@ -103,7 +100,7 @@ def spliced(
 
 def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observer | None) -> Any:
     def hook(module: object, arguments: object, output: Any) -> Any:
-        # Blocks and attentions return what is meant alone, or as the first of a tuple.
+        # Blocks and attentions return the activation alone, or as the first of a tuple.
         resid: Tensor = output[0] if isinstance(output, tuple) else output
         recon = reconstructed(hookpoint, sae, resid, keep, observe)
         return (recon, *output[1:]) if isinstance(output, tuple) else recon
@@ -114,15 +111,7 @@ def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observe
 def reconstructed(
     hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor | None, observe: Observer | None = None
 ) -> Tensor:
-    """What the SAE puts in the place of the residuals `[batch, pos, d_model]`.
-
-    Args:
-        hookpoint: Where it sits, for the observer.
-        sae: The SAE.
-        resid: What it reads.
-        keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
-        observe: Called with what the SAE read and did.
-    """
+    """The residuals `[batch, pos, d_model]` after the SAE; the arguments are as in `spliced`."""
     if keep is not None and getattr(sae, "training", False):
         return _reconstructed_alone(hookpoint, sae, resid, keep, observe)
     latents = sae.encode(resid)
@@ -136,9 +125,9 @@ def reconstructed(
 def _reconstructed_alone(
     hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor, observe: Observer | None
 ) -> Tensor:
-    """The same for an SAE in training, which is not to learn from positions where it does not apply.
+    """`reconstructed` for an SAE in training, which must not learn from positions that are kept.
 
-    BatchTopK's active latents are also shared out among all that it is given.
+    BatchTopK also divides its active latents among all positions that it reads.
     """
     applied = ~keep
     read = resid[applied]
@@ -149,35 +138,12 @@ def _reconstructed_alone(
     return resid.masked_scatter(applied[..., None], recon)
 
 
-@contextmanager
-def residual_streams(model: LanguageModel) -> Iterator[list[Tensor]]:
-    """A list to which a forward pass adds the residual stream after each block, `[batch, pos, d_model]`.
-
-    Inside of `spliced` that is what the next block reads: after the SAE, where one replaces it.
-    """
-    found: list[Tensor] = []
-
-    def take(module: object, arguments: object, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    with ExitStack() as hooks:
-        for block in model.blocks:
-            hooks.callback(block.register_forward_hook(take).remove)
-        yield found
-
-
 def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:
-    """Positions that keep their activation, `[batch, pos]` (true); `None` where all are replaced.
-
-    Args:
-        tokens: `[batch, pos]`.
-        special_ids: Ids `[n]` whose positions some splices keep.
-        splices: The SAEs in place.
-    """
+    """Special positions `[batch, pos]` (true) where one of the splices keeps them; else `None`."""
     keeps = any(splice.keeps for splice in splices)
     return special_positions(tokens, special_ids) if keeps else None
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
-    """Positions `[batch, pos]` (true) whose token is one of the special ids `[n]`."""
+    """Positions of tokens `[batch, pos]` (true) that hold one of the special ids `[n]`."""
     return torch.isin(tokens, special_ids)

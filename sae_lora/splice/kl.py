@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +12,15 @@ from sae_lora.splice.head import Comparison
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each position over the whole vocabulary, in nats.
+    """KL(teacher ‖ student) of each position over the whole vocabulary, in nats, `[...]`: not reduced.
 
-    Computed in float32 whatever the logits' dtype.
-
-    Args:
-        teacher_logits: `[..., d_vocab]`.
-        student_logits: `[..., d_vocab]`.
-
-    Returns:
-        `[...]`, not reduced.
+    The logits are `[..., d_vocab]`. Computed in float32 whatever their dtype.
     """
     return kl_to(log_probabilities(teacher_logits), student_logits)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of each token of the vocabulary, in float32, `[..., d_vocab]`."""
+    """Log-probabilities of logits `[..., d_vocab]`, the same shape, in float32."""
     return logits.float().log_softmax(-1)
 
 
@@ -37,34 +30,26 @@ def kl_to(teacher: Tensor, student_logits: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-class KL(Protocol):
-    """KL(teacher ‖ student) of several students of one teacher, and its gradients."""
-
-    def __call__(
-        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float | None], /
-    ) -> "list[SummedKL]":
-        """Finds them.
-
-        Args:
-            teacher_hidden: What the head reads of the teacher, `[..., d_model]`; gets no gradient.
-            students: The same of each student.
-            weights: What the gradient of each is multiplied by: 1 / tokens for that of the mean; `None`
-                where none is wanted.
-        """
-        ...
-
-
 class SummedKL(NamedTuple):
-    """A student's KL to its teacher, and where it leads.
+    """A student's KL to its teacher, and its gradient.
 
     Args:
         total: KL(teacher ‖ student) summed over all tokens, in nats; a scalar, float32 or float64.
-        gradient: Of the total times the student's weight, in the shape of its hidden states; `None`
-            where none was wanted.
+        gradient: Gradient of the total times the student's weight, in the shape of its hidden states;
+            `None` where the weight is.
     """
 
     total: Tensor
     gradient: Tensor | None
+
+
+KL = Callable[[Tensor, Sequence[Tensor], Sequence[float | None]], list[SummedKL]]
+"""KL(teacher ‖ student) of several students of one teacher, and its gradients; called with:
+
+- the states that the head reads of the teacher, `[..., d_model]`; they get no gradient;
+- those of each student;
+- for each student the factor of its gradient: 1 / tokens for that of the mean, `None` for no gradient.
+"""
 
 
 def whole_kl(
@@ -75,12 +60,12 @@ def whole_kl(
 ) -> list[SummedKL]:
     """KL(teacher ‖ student) with the logits of all tokens at once, through torch's own gradient.
 
-    What `FusedKL` is checked against. The head, which makes `logits [..., d_vocab]` of hidden states
+    The reference for `fused_kl`. The head, which makes `logits [..., d_vocab]` of hidden states
     `[..., d_model]`, gets no gradient: it is frozen. The other arguments are those of `KL`.
     """
     with torch.no_grad():
         log_p = log_probabilities(logits(teacher_hidden))
-    found = []
+    results = []
     for student, weight in zip(students, weights, strict=True):
         with torch.set_grad_enabled(weight is not None):
             hidden = student.detach().requires_grad_(weight is not None)
@@ -88,61 +73,45 @@ def whole_kl(
         gradient = None
         if weight is not None:
             (gradient,) = torch.autograd.grad(total, hidden, torch.full_like(total, weight))
-        found.append(SummedKL(total.detach(), gradient))
-    return found
+        results.append(SummedKL(total.detach(), gradient))
+    return results
 
 
-class FusedKL:
-    """KL(teacher ‖ student) a few tokens at a time.
+@torch.no_grad()
+def fused_kl(
+    teacher_hidden: Tensor,
+    students: Sequence[Tensor],
+    weights: Sequence[float | None],
+    comparison: Comparison,
+) -> list[SummedKL]:
+    """KL(teacher ‖ student) a few tokens at a time; the other arguments are those of `KL`.
 
-    The gradient is made along with the value, so that no logits outlive their chunk; the teacher's
+    The gradient is computed along with the value, so that no logits outlive their chunk; the teacher's
     serve all students. Softmaxes are in float32, sums over tokens in float64.
-
-    Args:
-        comparison: Sets students beside their teacher.
     """
-
-    def __init__(self, comparison: Comparison) -> None:
-        self._comparison = comparison
-
-    @torch.no_grad()
-    def __call__(
-        self, teacher_hidden: Tensor, students: Sequence[Tensor], weights: Sequence[float | None]
-    ) -> list[SummedKL]:
-        """The KL of each student, as `KL` says."""
-        hidden = [student.detach().flatten(0, -2) for student in students]
-        gradients = [
-            None if weight is None else torch.empty_like(states)
-            for states, weight in zip(hidden, weights, strict=True)
-        ]
-        totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
-        comparison = self._comparison
-        for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
-            for states, gradient, total in zip(hidden, gradients, totals, strict=True):
-                for few in comparison.students(states[rows]):
-                    total += few.kl.sum()
-                    if gradient is not None:
-                        comparison.slope_(few)
+    hidden = [student.detach().flatten(0, -2) for student in students]
+    gradients = [
+        None if weight is None else torch.empty_like(states)
+        for states, weight in zip(hidden, weights, strict=True)
+    ]
+    totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
+    for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
+        for states, gradient, total in zip(hidden, gradients, totals, strict=True):
+            for few in comparison.students(states[rows]):
+                total += few.kl.sum()
                 if gradient is not None:
-                    comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
-        shape = teacher_hidden.shape
-        return [
-            SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
-            for total, gradient, weight in zip(totals, gradients, weights, strict=True)
-        ]
+                    comparison.slope_(few)
+            if gradient is not None:
+                comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
+    shape = teacher_hidden.shape
+    return [
+        SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
+        for total, gradient, weight in zip(totals, gradients, weights, strict=True)
+    ]
 
 
 def kl_of(comparison: Comparison, how: KLComputation) -> KL:
-    """The KL between students and their teacher.
-
-    Args:
-        comparison: Sets them beside each other.
-        how: Fused, or with whole logits.
-    """
-    match how:
-        case KLComputation.full:
-            return partial(whole_kl, logits=comparison.head.logits)
-        case KLComputation.fused:
-            return FusedKL(comparison)
-        case _:
-            raise NotImplementedError(how)
+    """The KL between students and their teacher, fused or with whole logits."""
+    if how is KLComputation.full:
+        return partial(whole_kl, logits=comparison.head.logits)
+    return partial(fused_kl, comparison=comparison)

@@ -1,4 +1,4 @@
-"""What a run trains: a frozen model with SAEs in place, and the few weights that may move."""
+"""The student of a run: a frozen model with SAEs in place, and the few weights that are trained."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,19 +16,19 @@ from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 class Student:
     """A model with SAEs in place, and the weights that are trained, in it or in the SAEs.
 
-    Its work on a batch begins where something is trained: what lies before is the trunk's.
+    Its work on a batch begins where something is trained: the trunk does the work before.
 
     Args:
-        model: The model that computes its part; frozen but for `weights`.
-        splices: The SAEs, by block, as they are in training.
-        first: The first block that it computes itself. An SAE right before it is its own where `live`
-            says so.
-        live: How many of the SAEs, from the last on, see what is trained or are trained.
-        weights: By name; all that an optimiser may move.
-        before: The SAEs as they were before training: what `spliced_ce` is about. By default those in
-            place.
-        modules: What is trained beside the model, by name: SAEs, adapters on what they put back.
-        is_new: Whether the SAEs were untrained before, so that there was no gap yet to be closed.
+        model: The model that computes its part; frozen except for `weights`.
+        splices: The SAEs, in the order of their places, as they are in training.
+        first: The first block that it computes itself. It also applies an SAE right before this block
+            that is `live`.
+        live: Number of the SAEs, from the last on, that are trained or read what training has changed.
+        weights: The trained weights, by name.
+        before: The SAEs as they were before training, to which `spliced_ce` belongs; by default
+            `splices`.
+        modules: Trained modules beside the model, by name: SAEs, adapters on their output.
+        is_new: Whether the SAEs were untrained before, so that there was no gap to close.
     """
 
     def __init__(
@@ -46,48 +46,43 @@ class Student:
         self.model = model
         self.splices = splices
         self.before = splices if before is None else before
-        """The SAEs as they were before training."""
         self.first = first
-        """The first block that it computes itself."""
         self.frozen: Splices = splices[: len(splices) - live]
-        """The SAEs whose work nothing that is trained changes."""
+        """The SAEs whose work does not depend on training."""
         self.live: Splices = splices[len(splices) - live :]
         """The SAEs that are trained, or that read what training has changed."""
         self.weights = dict(weights)
-        """The trained weights by name."""
         self.modules = dict(modules or {})
-        """What is trained beside the model, by name."""
         self.is_new = is_new
-        """Whether the SAEs were untrained before."""
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What else training changes, by name."""
+        """Tensors beside the weights that training changes, by name."""
         return {
-            f"{name}/{own}": buffer
+            f"{name}/{buffer_name}": buffer
             for name, module in self.modules.items()
-            for own, buffer in module.named_buffers()
+            for buffer_name, buffer in module.named_buffers()
         }
 
     @property
     def cuts(self) -> set[int]:
-        """The blocks whose input it or its untrained twin asks a trunk for."""
+        """The blocks whose input it needs from a trunk, before training and now."""
         return {self.first, *cuts_around(self.before), *cuts_around(self.frozen)}
 
     def without(self, hookpoint: str) -> "Student":
-        """The same, without one of its SAEs; what it shares with this one moves with it."""
-        left = tuple(splice for splice in self.splices if splice.hookpoint != hookpoint)
+        """This student without one of its SAEs; the two share their weights."""
+        others = tuple(splice for splice in self.splices if splice.hookpoint != hookpoint)
         live = sum(splice.hookpoint != hookpoint for splice in self.live)
-        # What all of them cost before training is not asked for: of none it is known already.
-        return Student(self.model, left, self.first, live, self.weights, (), self.modules)
+        # No SAEs before training: nobody asks for their CE, and without SAEs it is known already.
+        return Student(self.model, others, self.first, live, self.weights, (), self.modules)
 
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
-        """One of its SAEs alone in a model; what it shares with this one moves with it."""
+        """One of its SAEs alone in a model; the two share its weights."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
         return Student(model, (splice,), splice.place.begins, 1, {}, (), self.modules)
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
-        """What the head reads, `[batch, pos, d_model]`, as training has made it so far.
+        """The states that the head reads, `[batch, pos, d_model]`, with the weights as they are now.
 
         Args:
             trunk: The batch.
@@ -116,7 +111,7 @@ class LoRAStudent(Student):
 
     Raises:
         ConfigError: Where the model has no such blocks or matrices.
-        UserError: Where an SAE sits inside a block of an architecture for which that is not known.
+        UserError: Where an SAE sits inside a block of an architecture that does not support that.
     """
 
     def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
@@ -132,5 +127,5 @@ class LoRAStudent(Student):
 
 
 def cuts(students: Iterable[Student]) -> set[int]:
-    """The blocks whose input one of the students asks a trunk for."""
+    """The blocks whose input the students need from a trunk."""
     return set().union(*(student.cuts for student in students))

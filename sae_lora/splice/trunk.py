@@ -1,4 +1,4 @@
-"""What is frozen in the work on one batch: every hidden state that runs share, computed once."""
+"""The frozen part of the work on one batch: every hidden state that runs share, computed once."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -14,14 +14,14 @@ Splices = tuple[Splice, ...]
 
 
 def prefixes(splices: Splices) -> list[Splices]:
-    """Each SAE with all before it: what it puts back depends on those."""
+    """Each SAE with all before it, on which its output depends."""
     return [splices[: place + 1] for place in range(len(splices))]
 
 
 def cuts_around(splices: Splices) -> set[int]:
-    """The blocks whose input a trunk is asked for where these SAEs are in place."""
+    """The blocks whose input is needed from a trunk where these SAEs are in place."""
     after = {splice.block + 1 for splice in splices}
-    # A block with an SAE inside runs once for each row; what it reads is found once for all.
+    # A block with an SAE inside runs once for each row; its input is computed once for all.
     return after | {splice.block for splice in splices if splice.place.is_inside}
 
 
@@ -32,9 +32,8 @@ class Trunk:
         model: The model, without adapters.
         tokens: The batch, `[batch, pos]`.
         special_ids: Ids `[n]` whose positions some splices keep.
-        cuts: Blocks whose input may be asked for. The states that lie there are kept, so that what
-            several runs need is computed for one of them.
-        observe: Called with what each SAE has done, once for it and all SAEs before it.
+        cuts: Blocks whose input may be asked for. It is kept, so that several runs share it.
+        observe: Called after an SAE was applied, once for it and all SAEs before it.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Trunk:
         self._model = model
         self._special_ids = special_ids
         self.cuts = frozenset({0, *cuts})
-        """Blocks whose input may be asked for."""
         self._observe = observe
         self._entering: dict[tuple[Splices, int], Tensor] = {}
         self._read_by_head: dict[Splices, Tensor] = {}
@@ -64,7 +62,7 @@ class Trunk:
         """The residual stream that a block reads, `[batch, pos, d_model]`; `None` for the first.
 
         Args:
-            block: One of the cuts; one more than the last block for what leaves it.
+            block: One of the cuts; one more than the last block for the output of the last.
             splices: The SAEs in place, all before this block.
         """
         if block == 0:
@@ -76,7 +74,7 @@ class Trunk:
 
     @torch.no_grad()
     def hidden(self, splices: Splices = ()) -> Tensor:
-        """What the head reads, `[batch, pos, d_model]`, with these SAEs in place."""
+        """The states that the head reads, `[batch, pos, d_model]`, with these SAEs in place."""
         if splices not in self._read_by_head:
             end = len(self._model.blocks)
             last = splices[-1].block + 1 if splices else 0
@@ -87,15 +85,15 @@ class Trunk:
 
     @property
     def bytes_held(self) -> int:
-        """Of the states that are kept."""
+        """Memory of the states that are kept."""
         states = [*self._entering.values(), *self._read_by_head.values()]
         return sum(state.numel() * state.element_size() for state in states)
 
     def forget_all_but(self, entering: Iterable[tuple[Splices, int]]) -> None:
-        """Keeps what the head reads of the plain model and, of the rest, what enters these blocks.
+        """Keep the plain model's states before the head, and those that enter blocks.
 
         Args:
-            entering: SAEs in place, and the block. What is asked for once more is computed once more.
+            entering: SAEs in place, and the block. Other states are computed again when asked for.
         """
         kept = set(entering)
         self._entering = {key: resid for key, resid in self._entering.items() if key in kept}
@@ -105,7 +103,10 @@ class Trunk:
     def _find(self, block: int, splices: Splices) -> Tensor:
         near = [row for row in prefixes(splices) if row[-1].block == block - 1]
         if near and not splices[-1].place.is_inside:
-            return self._spliced(self.resid_entering(block, splices[:-1]), splices)
+            last, resid = splices[-1], self.resid_entering(block, splices[:-1])
+            assert resid is not None  # no SAE lies before the first block
+            keep = self.kept_positions((last,))
+            return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
         before = splices[: len(splices) - len(near)]
         cut = self._cut_before(block)
         resid = self.resid_entering(cut, before)
@@ -115,16 +116,9 @@ class Trunk:
                 inside.enter_context(spliced(self._model, saes, keep, self._observer(row)))
             return self._model.resid_entering(block, self.tokens, cut, resid)
 
-    def _spliced(self, resid: Tensor | None, splices: Splices) -> Tensor:
-        """The residuals with the last of the SAEs applied."""
-        assert resid is not None  # no SAE lies before the first block
-        last = splices[-1]
-        keep = self.kept_positions((last,))
-        return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
-
     def _observer(self, splices: Splices) -> Observer | None:
-        """Is told what the last of the SAEs does, the first time: one inside of a block is applied
-        once more where the block runs for another row.
+        """The observer of the last SAE, the first time; then `None`, because an SAE inside a block is
+        applied again where the block runs for another row.
         """
         observe = self._observe
         if observe is None or splices in self._observed:

@@ -12,7 +12,7 @@ from sae_lora.tracking.wandb_run import obstacle
 
 _CLOSED = "result.gap_closed"
 _SHOWN = [FACTORS[name] for name in ("rank", "width", "l0", "block")]
-"""What gap closed is shown against."""
+"""Factors on the axes of gap closed."""
 
 
 def specification(folders: Sequence[RunFolder]) -> str:
@@ -26,7 +26,7 @@ def specification(folders: Sequence[RunFolder]) -> str:
 
 
 def save(folders: Sequence[RunFolder]) -> str:
-    """Makes the workspace and returns its address.
+    """Make the workspace and return its address.
 
     Raises:
         UserError: As above, and where the server cannot be reached, or refuses.
@@ -73,7 +73,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         )
 
     closed = panels.SummaryMetric(_CLOSED)
-    columns = {factor.tag: panels.Config(factor.wandb) for factor in _SHOWN} | {"gap closed": closed}
+    columns = {factor.tag: panels.Config(factor.keys[0]) for factor in _SHOWN} | {"gap closed": closed}
     return workspaces.Workspace(
         entity=entity or "",
         project=project,
@@ -95,7 +95,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
                     *(
                         panels.ScatterPlot(
                             title=f"gap closed against {factor.tag}",
-                            x=panels.Config(factor.wandb),
+                            x=panels.Config(factor.keys[0]),
                             y=closed,
                             log_x=factor.is_logarithmic,
                         )
@@ -125,7 +125,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
             order=[expr.Ordering(expr.Summary(_CLOSED), ascending=False)],
             pinned_columns=[
                 *(f"summary:result.{name}" for name in ("gap_closed", "ce_gap", "kl")),
-                *(f"config:{factor.wandb}" for factor in _SHOWN),
+                *(f"config:{factor.keys[0]}" for factor in _SHOWN),
             ],
         ),
     )

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from rich.table import Table
 
@@ -11,31 +10,19 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.common.secrets import redacted
 from sae_lora.config.identity import identity
-from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.tracking import wandb_run
-from sae_lora.tracking.wandb_config import Shown
+from sae_lora.tracking.wandb_config import WandbConfig
 from sae_lora.tracking.wandb_run import WandbRun
 from sae_lora.train import checkpoint
 
 _TIMEOUT_S = 120.0
-"""For one run; its rows are a few hundred at most."""
-
-
-class Uploaded(NamedTuple):
-    """What became of a run."""
-
-    name: str
-    before: int
-    """Rows that the server had."""
-    rows: int
-    """Rows that it has been sent."""
-    place: str
+"""The limit for one run, which has a few hundred rows at most."""
 
 
 def upload(folders: Sequence[RunFolder]) -> Table:
-    """Sends the server what it does not have of the runs, and shows what that was.
+    """Send the server what it does not have of the runs; returns a table of it.
 
     A run that a process holds is left alone: that process shows it.
 
@@ -50,50 +37,47 @@ def upload(folders: Sequence[RunFolder]) -> Table:
             who = f"process {at_work.pid} on {at_work.host}"
             complain("left alone", f"{folder.path.name} is being run by {who}, which shows it itself")
             continue
-        found = _within(_TIMEOUT_S, folder)
-        table.add_row(found.name, str(found.before), str(found.rows), found.place)
+        before, new, place = _within(_TIMEOUT_S, folder)
+        table.add_row(folder.path.name, str(before), str(new), place)
     return table
 
 
-def _upload(folder: RunFolder) -> Uploaded:
+def _upload(folder: RunFolder) -> tuple[int, int, str]:
+    """Uploads a run; returns the rows that the server had, the new ones, and the run's address."""
     config = load(folder.config.read_text())
-    points = final_points(folder, config)
     goes_on = not folder.is_finished and not folder.has_failed
+    # Points of a run that goes on are final once its checkpoint holds them.
+    points = (
+        checkpoint.points(folder.checkpoints, identity(config)) if goes_on else len(folder.read_curve())
+    )
     if goes_on and not points:
-        return Uploaded(folder.path.name, 0, 0, "nothing to show yet")
+        return 0, 0, "nothing to show yet"
     summary = folder.read_summary() if folder.is_finished else None
-    run = WandbRun(Shown(folder, config, summary and summary["environment"]), online=True)
+    run = WandbRun(WandbConfig(folder, config, summary and summary["environment"]), online=True)
     rows = run.show(points)
     run.finish(summary, goes_on=goes_on)
-    return Uploaded(folder.path.name, points - rows, rows, run.place)
+    return points - rows, rows, run.place
 
 
-def final_points(folder: RunFolder, config: Config) -> int:
-    """How many points of the curve stay as they are: of a run that goes on, those in its checkpoint."""
-    if folder.is_finished or folder.has_failed:
-        return len(folder.read_curve())
-    return checkpoint.points(folder.checkpoints, identity(config))
-
-
-def _within(most_s: float, folder: RunFolder) -> Uploaded:
-    """Uploads a run; wandb itself would wait for a server for days.
+def _within(most_s: float, folder: RunFolder) -> tuple[int, int, str]:
+    """`_upload`, for at most so long; wandb itself would wait for a server for days.
 
     Raises:
         UserError: Where it takes longer, or fails.
     """
-    found: list[Uploaded | Exception] = []
+    outcome: list[tuple[int, int, str] | Exception] = []
 
     def work() -> None:
         try:
-            found.append(_upload(folder))
+            outcome.append(_upload(folder))
         except Exception as error:  # whatever wandb raises; this run folder's own errors too
-            found.append(error)
+            outcome.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(most_s)
-    match found:
-        case [Uploaded() as uploaded]:
+    match outcome:
+        case [tuple() as uploaded]:
             return uploaded
         case [Exception() as error]:
             raise UserError(f"{folder.path.name} cannot be uploaded: {redacted(str(error))}") from error

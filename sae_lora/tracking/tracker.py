@@ -1,7 +1,7 @@
 """Weights & Biases: a view of a run's curve that can be lost without losing the run.
 
-A point is shown when it is final: a run that is killed measures once more what came after its newest
-checkpoint. All that is asked of wandb is asked in a thread of its own, which training never waits for.
+A point is shown when it is final: after a kill, a run measures the points after its newest checkpoint
+again. A thread makes all calls of wandb, and training never waits for it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
@@ -20,7 +20,7 @@ from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary
 from sae_lora.tracking import wandb_run
-from sae_lora.tracking.wandb_config import Shown
+from sae_lora.tracking.wandb_config import WandbConfig
 from sae_lora.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -28,63 +28,38 @@ log = logging.getLogger(__name__)
 _PLACE_TIMEOUT_S = 10
 
 
-class Tracker(Protocol):
-    """Where a run's curve is shown while it trains."""
+class Tracker:
+    """A view of a run's curve while it trains; this one shows nothing."""
 
     @property
     def place(self) -> str | None:
-        """Where a person finds the run there; `None` where it is not tracked, or not known in time."""
-        ...
+        """An address or a folder for people; `None` where the run is not tracked, or not in time."""
+        return None
 
     def show(self, points: int) -> None:
-        """The first so many points of the curve are final."""
-        ...
+        """Show the first `points` points of the curve, which are final."""
 
     def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
-        """Ends the run there.
+        """End the view.
 
         Args:
-            summary: What it has found; without one it has failed.
-            goes_on: Or it has only been interrupted.
+            summary: The results; `None` for a run that has failed, or that `goes_on` later.
+            goes_on: Whether the run was only interrupted.
         """
-        ...
-
-
-class Untracked:
-    """Shows nothing."""
-
-    place = None
-
-    def show(self, points: int) -> None:
-        """Does nothing."""
-
-    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
-        """Does nothing."""
 
 
 def start(config: Config, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
-    """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on.
-
-    Args:
-        config: The run's config; all of it becomes the W&B run's config.
-        folder: The run folder; what is shown is read from it, and W&B's own files lie in it.
-        environment: With what the run is computed.
-    """
+    """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on."""
     mode = _asked_mode(config.tracking.mode)
     if mode is TrackingMode.disabled:
-        return Untracked()
-    return _Background(Shown(folder, config, environment), mode)
+        return Tracker()
+    return _Background(WandbConfig(folder, config, environment), mode)
 
 
-class _Background:
-    """A W&B run that a thread looks after.
+class _Background(Tracker):
+    """A W&B run in a thread of its own."""
 
-    Args:
-        shown: The run.
-        mode: What is asked for.
-    """
-
-    def __init__(self, shown: Shown, mode: TrackingMode) -> None:
+    def __init__(self, shown: WandbConfig, mode: TrackingMode) -> None:
         self._shown = shown
         self._mode = mode
         self._place: str | None = None
@@ -104,18 +79,14 @@ class _Background:
         self._orders.put(lambda run: run.show(points))
 
     def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
-        found = None if summary is None else dataclasses.asdict(summary)
-        self._orders.put(lambda run: run.finish(found, goes_on=goes_on))
+        results = None if summary is None else dataclasses.asdict(summary)
+        self._orders.put(lambda run: run.finish(results, goes_on=goes_on))
         self._orders.put(None)
         most_s = self._shown.config.tracking.finish_timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
-            sweep = self._shown.folder.path.parent
-            log.warning(
-                "W&B has not ended after %g s; `python -m sae_lora sync %s` uploads the rest",
-                most_s,
-                sweep,
-            )
+            command = f"python -m sae_lora sync {self._shown.folder.path.parent}"
+            log.warning("W&B has not ended after %g s; `%s` uploads the rest", most_s, command)
             self._is_cut_off = True
             wandb_run.cut_off()  # or it would hold up the end of this process
 
@@ -131,14 +102,14 @@ class _Background:
             if run is not None:
                 try:
                     order(run)
-                except Exception as error:  # likewise
+                except Exception as error:  # as above
                     self._warn("W&B: %s", error)
 
     def _open(self) -> WandbRun:
         if _settled_mode(self._mode) == "online":
             try:
                 run = WandbRun(self._shown, online=True)
-            except Exception as error:  # likewise
+            except Exception as error:  # as above
                 self._warn("W&B: %s; going on offline", error)
             else:
                 say(f"W&B shows {self._shown.name} at {run.place}")
@@ -151,20 +122,18 @@ class _Background:
 
 
 def _asked_mode(mode: TrackingMode) -> TrackingMode:
-    """The config's mode; where it leaves the choice open, W&B's own variable says."""
+    """The config's mode; where that is `auto`, the one in W&B's own variable."""
     variable = os.environ.get("WANDB_MODE", "")
-    return (
-        TrackingMode[variable]
-        if mode is TrackingMode.auto and variable in TrackingMode.__members__
-        else mode
-    )
+    if mode is TrackingMode.auto and variable in TrackingMode.__members__:
+        return TrackingMode[variable]
+    return mode
 
 
 _said_offline = threading.Event()
 
 
 def settled(config: TrackingConfig) -> dict[str, str]:
-    """What is found out once for all runs that are started from here, as variables for them.
+    """The mode of all runs that are started from here, as an environment variable for them.
 
     Says why tracking is offline where that was not asked for.
     """
@@ -180,7 +149,7 @@ def settled(config: TrackingConfig) -> dict[str, str]:
 
 
 def _settled_mode(mode: TrackingMode) -> str:
-    """online or offline. Says once a process why it is offline when that was not asked for."""
+    """`online` or `offline`. Says once a process why it is offline where that was not asked for."""
     if mode is TrackingMode.offline:
         return "offline"
     reason = wandb_run.obstacle(probe=mode is TrackingMode.auto)

@@ -10,34 +10,30 @@ from sae_lora.config.enums import Hook
 from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
-from sae_lora.records.factors import FACTORS, Factor, text, values_of
+from sae_lora.records.factors import FACTORS, text, values_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 
 AXES = ("tokens", "train_seconds")
-"""What curves are drawn over."""
+"""Fields of a point on the horizontal axis of curves."""
 CURVES = tuple(
     field.name
     for field in dataclasses.fields(CurvePoint)
     if field.name not in (*AXES, "step", "per_sae")
 )
-"""What curves are drawn of."""
+"""Fields of a point that have a curve."""
 _LONGEST_TAG = 64
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What there is to show of a run.
-
-    Args:
-        folder: Its folder.
-        config: Its config, with its SAEs resolved.
-        environment: With what it is computed, where that is known (`provenance.environment`).
-    """
+class WandbConfig:
+    """A run as W&B shows it."""
 
     folder: RunFolder
     config: Config
+    """With its SAEs resolved."""
     environment: dict[str, Any] | None = None
+    """Versions and machine, where they are known (`provenance.environment`)."""
 
     @property
     def name(self) -> str:
@@ -46,9 +42,9 @@ class Shown:
 
     @property
     def id(self) -> str:
-        """The W&B run's id: the run's own, whoever goes on with it, and another after a failure.
+        """The W&B run's id: the same for all attempts until one fails, then another.
 
-        What a failed attempt has shown stays as it is; the next one shows its whole curve.
+        The W&B run of a failed attempt stays as it is; the next attempt shows its whole curve.
         """
         failed = sum(1 for _ in self.folder.path.glob("unfinished-*/failure.json"))
         sweep = re.sub(r"[/\\#?%:]", "_", self.config.sweep)  # W&B takes none of these
@@ -57,30 +53,24 @@ class Shown:
     @property
     def tags(self) -> list[str]:
         """Factors that people filter runs by: model, layer, hook, width, L0, method and rank."""
-        found = {factor.tag: value for factor, value in self._factors if factor.tag}
-        found["model"] = self.config.model.name.rstrip("/").split("/")[-1]
-        if found["hook"] == Hook.resid_post.name:
-            del found["hook"]
+        factors = values_of(as_dict(self.config), {})
+        tags = {factor.tag: factors[name] for name, factor in FACTORS.items() if factor.tag}
+        tags["model"] = self.config.model.name.rstrip("/").split("/")[-1]
+        if tags["hook"] == Hook.resid_post.name:
+            del tags["hook"]
         return [
-            f"{tag}:{text(value)}"[:_LONGEST_TAG] for tag, value in found.items() if value is not None
+            f"{tag}:{text(value)}"[:_LONGEST_TAG] for tag, value in tags.items() if value is not None
         ]
 
     @property
     def values(self) -> dict[str, Any]:
         """The whole config, nested; layer, hook, width and L0 are what the request resolved to."""
         values = as_dict(self.config)
-        used = values["sae"]["used"]
-        resolved = {"block": ("layer", "index"), "hook": ("layer", "hook")}
-        resolved |= {"width": ("sae", "width"), "l0": ("sae", "l0")}
-        for name, (group, key) in resolved.items():
-            of_saes = [choice[name] for choice in used]
+        for name in ("block", "hook", "width", "l0"):
+            group, key = FACTORS[name].keys[0].split(".")
+            of_saes = [choice[name] for choice in values["sae"]["used"]]
             values[group][key] = of_saes[0] if len(set(of_saes)) == 1 else of_saes
         return without_secrets(values | ({"environment": self.environment} if self.environment else {}))
-
-    @property
-    def _factors(self) -> list[tuple[Factor, Any]]:
-        values = values_of(as_dict(self.config), {})
-        return [(factor, values[name]) for name, factor in FACTORS.items()]
 
 
 def without_secrets(values: Any) -> Any:

@@ -1,6 +1,6 @@
-"""One W&B run, and whether there can be one: all that is asked of wandb itself.
+"""One W&B run, and the reasons against one: all calls of wandb itself.
 
-Whatever wandb waits for, these calls wait for too; `tracking` keeps training from that.
+These calls wait for whatever wandb waits for; `tracker.py` keeps training from waiting.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import psutil
 
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.metrics import METRICS, Better
-from sae_lora.tracking.wandb_config import AXES, CURVES, Shown, without_secrets
+from sae_lora.tracking.wandb_config import AXES, CURVES, WandbConfig, without_secrets
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3
@@ -27,7 +27,7 @@ _PROBE_TIMEOUT_S = 3
 
 def _library() -> Any:
     """wandb, with its service started. It takes a second, which a run without W&B need not pay."""
-    # Its own telemetry, whose last words would hold up the end of a process for ten seconds.
+    # wandb's own telemetry would hold up the end of a process for ten seconds.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -40,13 +40,13 @@ class WandbRun:
 
     Args:
         shown: The run.
-        online: Whether the server is told, or files in the run folder.
+        online: Whether it is sent to the server, or written to files in the run folder.
 
     Raises:
         Exception: Whatever wandb raises.
     """
 
-    def __init__(self, shown: Shown, *, online: bool) -> None:
+    def __init__(self, shown: WandbConfig, *, online: bool) -> None:
         wandb = _library()
         self._folder = shown.folder
         self._run = wandb.init(
@@ -81,46 +81,41 @@ class WandbRun:
             better = METRICS[name].better
             best = {Better.lower: "min,", Better.higher: "max,", None: ""}[better]
             self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
-        self.next_step: int = self._run.starting_step
-        """Rows of earlier steps are there."""
+        self._next_step: int = self._run.starting_step
+        """The step from which on W&B has no rows yet."""
 
     @property
     def place(self) -> str:
-        """Where a person finds it: an address, or a folder."""
+        """The address, or the folder of an offline run."""
         return str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def show(self, points: int) -> int:
-        """Shows the first so many points of the curve, those that are not there; returns how many."""
-        new = [point for point in self._folder.read_curve()[:points] if point.step >= self.next_step]
+        """Show those of the first `points` points that W&B does not have; returns their number."""
+        new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
         for point in new:
             values = {key: value for key, value in vars(point).items() if value is not None}
             self._run.log(values, step=point.step, commit=True)
-            self.next_step = point.step + 1
+            self._next_step = point.step + 1
         return len(new)
 
-    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool = False) -> None:
-        """Ends it, when all is uploaded.
-
-        Args:
-            summary: What the run has found; without one it has failed.
-            goes_on: Or it has only been interrupted.
-        """
+    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool) -> None:
+        """End it when all is uploaded; the arguments are those of `Tracker.finish`."""
         if summary is not None:
             # Under a key of its own: `student_ce` and others are curves, with a summary of theirs.
-            found = {"result": without_secrets(summary)}
+            results = {"result": without_secrets(summary)}
             if measured := headlines(self._folder):
-                found["evaluation"] = measured
-            self._run.summary.update(found)
+                results["evaluation"] = measured
+            self._run.summary.update(results)
         elif goes_on:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if summary is not None else 1)
 
 
 def obstacle(*, probe: bool) -> str | None:
-    """Why there can be no run online, in words; `None` where there can.
+    """The reason why no run can be online, in words; `None` where there is none.
 
     Args:
-        probe: Whether to ask the server for a sign of life, for at most a few seconds.
+        probe: Whether to check that the server answers, for at most a few seconds.
     """
     settings = _library().setup().settings
     if not is_logged_in(settings):
@@ -153,20 +148,20 @@ def _answers(url: str) -> bool:
     except urllib.error.HTTPError as error:
         return error.code < 500
     except urllib.error.URLError as error:
-        # It is there. Whom Python trusts is not whom wandb trusts, which will have its own say.
+        # There is a server. wandb has certificates of its own, and will check it itself.
         return isinstance(error.reason, ssl.SSLError)
     except (OSError, HTTPException):
         return False
 
 
 def cut_off() -> None:
-    """Ends wandb in this process at once, whatever it waits for; it can be used anew."""
+    """End wandb in this process at once, whatever it waits for; it can be used again."""
     import wandb
 
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.name() == "wandb-core":
                 child.kill()
-    # Of a service that is gone it says so, by an error or by `sys.exit`.
+    # wandb reports that its service is gone, by an error or by `sys.exit`.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

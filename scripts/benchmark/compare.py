@@ -32,7 +32,7 @@ from sae_lora.models.lora import Dropout
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.head import Comparison, Head
 from sae_lora.splice.hooks import Splice
-from sae_lora.splice.kl import FusedKL, kl_of, whole_kl
+from sae_lora.splice.kl import fused_kl, kl_of, whole_kl
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
@@ -240,11 +240,11 @@ def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -
     torch.manual_seed(0)
     head = Head.linear(torch.randn(d_vocab, d_model) / d_model**0.5)
     teacher, student = torch.randn(2, tokens, d_model)
-    fused = FusedKL(Comparison(head))
+    comparison = Comparison(head)
     peaks = []
     for kl in (
         lambda: whole_kl(teacher, [student], [1.0], head.logits),
-        lambda: fused(teacher, [student], [1.0]),
+        lambda: fused_kl(teacher, [student], [1.0], comparison),
     ):
         with PeakMemory() as memory:
             kl()

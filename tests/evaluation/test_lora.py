@@ -397,7 +397,7 @@ def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Pa
 def test_damaged_adapters_are_named(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path, small_model("llama"), LoRAConfig(rank=2), seed)
-    file = adapter_files.weights_file(runs_of(tmp_path)[0].adapter)
+    file = runs_of(tmp_path)[0].adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"adapters in .* cannot be read"):
         similarity.compare(runs_of(tmp_path))

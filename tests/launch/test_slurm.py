@@ -51,7 +51,7 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path:
     started = submitted(there, *points, "launcher.pack=2")
     assert started.returncode == 0, started.stderr
     assert "4 submitted to SLURM in 2 jobs" in started.stdout
-    ids = [one.job.id for one in folders_in(there) if one.job]
+    ids = [one.job for one in folders_in(there) if one.job]
     assert len(ids) == 4
     assert len(set(ids)) == 2  # packs of 2
     assert len({job.split("_")[0] for job in ids}) == 2  # in arrays of one
@@ -163,7 +163,7 @@ def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, caps
         assert folder.job is not None
         rate = load(folder.config.read_text()).train.lr
         assert folder.has_failed is (rate > 1)
-        of_job[folder.job.id].append(rate)
+        of_job[folder.job].append(rate)
     assert sorted(sorted(rates) for rates in of_job.values()) == [[1e-3, 1e-3, 2e-3], [2e-3, 1e30, 1e30]]
     for job, trained in of_job.items():
         assert ended(cluster, job) == ("FAILED" if max(trained) > 1 else "COMPLETED")
@@ -189,7 +189,7 @@ def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> Non
     assert "1 jobs cancelled" in printed
     assert f"{folders[1].path.name} trains there too, and stops" in printed
     assert folders[0].job is not None
-    assert ended(cluster, folders[0].job.id).startswith("CANCELLED")
+    assert ended(cluster, folders[0].job).startswith("CANCELLED")
     until(lambda: not any(holder(one.path) for one in folders), "the runs are free")
     for standing in standings(folders):
         assert standing.state is State.resumable

@@ -17,10 +17,6 @@ from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_mode
 from tests.support.trainings import fill
 
 
-def adapted_names(model: LanguageModel) -> set[str]:
-    return {name for name, weight in model.model.named_parameters() if weight.requires_grad}
-
-
 @pytest.mark.parametrize("blocks", ["after", "all", [2]])
 def test_fresh_adapters_are_the_teacher_exactly(model: LanguageModel, blocks) -> None:
     tokens = random_tokens()
@@ -45,7 +41,7 @@ def test_blocks(model: LanguageModel, blocks, expected: set[int]) -> None:
     }
     assert touched == expected
     inside = sum(weight.requires_grad for block in model.blocks for weight in block.parameters())
-    assert inside == len(adapted_names(model))
+    assert inside == len(lora.trainable_weights(model))
 
 
 def test_all_takes_every_matrix_of_a_block(model: LanguageModel) -> None:

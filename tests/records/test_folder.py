@@ -10,7 +10,8 @@ import pytest
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder, write_atomically
 from sae_lora.records.folder import CurveWriter, RunFolder
-from sae_lora.records.schema import Summary, gap_closed
+from sae_lora.records.metrics import METRICS
+from sae_lora.records.schema import CurvePoint, Summary, gap_closed
 from tests.support.sweeps import curve_point
 
 
@@ -101,3 +102,11 @@ def test_the_schema_has_what_is_promised() -> None:
         "train_tokens train_seconds model sae data environment version"
     )
     assert set(promised.split()) <= names
+
+
+def test_the_table_of_metrics_describes_every_measure() -> None:
+    for schema in (CurvePoint, Summary):
+        fields = dataclasses.fields(schema)
+        measures = {field.name for field in fields if field.type in (float, float | None)}
+        assert "kl" in measures
+        assert measures <= METRICS.keys()

@@ -7,7 +7,6 @@ import pytest
 from sae_lora.common.locks import held
 from sae_lora.launch.plan import plan
 from sae_lora.records import slurm
-from sae_lora.records.schema import SubmittedJob
 from sae_lora.records.status import State, standings
 from tests.support.points import Point, points_in
 
@@ -33,11 +32,11 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     assert state() is State.resumable
     folder.write_failure("a reason", "and all of it")
     assert state() is State.failed
-    folder.write_job(SubmittedJob("11"))
+    folder.write_job("11")
     run.freeze()  # a retry: what failed is put aside, and so is its job
     assert state() is State.resumable
     assert folder.job is None
-    folder.write_job(SubmittedJob("12_3"))
+    folder.write_job("12_3")
     monkeypatch.setattr(slurm, "queue", lambda: {"12_3": "PENDING"})
     assert state() is State.queued
     monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
@@ -53,7 +52,7 @@ def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
 ) -> None:
     (run,) = plan([point()]).runs
     run.freeze()
-    run.folder.write_job(SubmittedJob("12"))
+    run.folder.write_job("12")
     monkeypatch.setenv("PATH", "")
     (standing,) = standings([run.folder])
     assert standing.state is State.queued

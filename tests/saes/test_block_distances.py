@@ -12,11 +12,11 @@ from scipy.cluster import hierarchy
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
-from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.saes import block_distances
 from sae_lora.saes.block_distances import angular_distances
 from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, linkage
-from sae_lora.splice.hooks import residual_streams, special_positions
+from sae_lora.splice.hooks import special_positions
 from tests.support import families
 from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
 
@@ -166,7 +166,7 @@ def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
     model = small_model("llama")
     model.blocks = torch.nn.ModuleList([torch.nn.Identity(), Tupled()])
     resid = torch.randn(3, 5, D_MODEL)
-    with residual_streams(model) as streams:
+    with outputs_of(model.blocks) as streams:
         for block in model.blocks:
             block(resid)
     assert len(streams) == 2 and all(torch.equal(stream, resid) for stream in streams)

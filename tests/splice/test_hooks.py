@@ -1,4 +1,4 @@
-"""SAEs inside of blocks: at the right place, exact in what is computed once, and gone afterwards."""
+"""SAEs at and inside blocks: at the right place, exact in what is computed once, gone afterwards."""
 
 from collections.abc import Callable
 
@@ -91,9 +91,11 @@ def test_what_is_put_back_is_what_is_added(model: LanguageModel, block: int, hoo
     assert not torch.allclose(changed, plain)
 
 
-@pytest.mark.parametrize("hook", [ATTENTION, MLP])
-def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, hook: Hook) -> None:
-    plain, before, name = model.hidden(TOKENS), hooks(model), str(Place(1, hook))
+@pytest.mark.parametrize(
+    "place", [*map(Place, range(N_BLOCKS)), Place(1, ATTENTION), Place(1, MLP)], ids=str
+)
+def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, place: Place) -> None:
+    plain, before, name = model.hidden(TOKENS), hooks(model), str(place)
     with spliced(model, {name: IdentitySAE()}):
         assert torch.equal(model.hidden(TOKENS), plain)
         assert hooks(model) == before + 1
@@ -102,7 +104,7 @@ def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, hook:
         raise RuntimeError("inside")
     with (
         pytest.raises(ConfigError),
-        spliced(model, {name: topk_sae(), str(Place(99, hook)): topk_sae()}),
+        spliced(model, {name: topk_sae(), str(Place(99, place.hook)): topk_sae()}),
     ):
         pass
     assert hooks(model) == before
@@ -145,8 +147,8 @@ def test_an_output_may_be_a_tensor_or_the_first_of_several() -> None:
     assert isinstance(output, tuple) and output[1] == "router"
 
 
-@pytest.mark.parametrize("hook", [ATTENTION, MLP])
-def test_kept_positions_keep_what_is_added(model: LanguageModel, hook: Hook) -> None:
+@pytest.mark.parametrize("hook", [ATTENTION, MLP, OUTPUT])
+def test_kept_positions_keep_their_activation(model: LanguageModel, hook: Hook) -> None:
     keep = torch.zeros_like(TOKENS, dtype=torch.bool)
     keep[:, ::3] = True
     place, sae = Place(2, hook), topk_sae()
@@ -162,6 +164,11 @@ def test_kept_positions_keep_what_is_added(model: LanguageModel, hook: Hook) -> 
 
 ROWS: list[Splices] = [
     (),
+    (Splice(1, SAES[0], False),),
+    (Splice(1, SAES[1], False),),
+    (Splice(0, SAES[0], True), Splice(2, SAES[1], True)),
+    (Splice(1, SAES[0], False), Splice(2, SAES[2], False)),
+    (Splice(LAST, SAES[1], True),),
     (Splice(1, SAES[0], False, MLP),),
     (Splice(1, SAES[0], False, ATTENTION),),
     (Splice(0, SAES[1], False, ATTENTION), Splice(0, SAES[2], False)),
@@ -210,28 +217,27 @@ MIXED: Splices = (
 )
 
 
-@pytest.mark.parametrize("blocks", ["after", "all", [1, 3], [2], [LAST]])
+@pytest.mark.parametrize("row", [MIXED, (Splice(1, SAES[0], True),)], ids=["mixed", "alone"])
+@pytest.mark.parametrize("blocks", ["after", "all", [0, 3], [1, 3], [2], [LAST]])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_student_is_the_whole_model_with_saes_and_adapters(
-    model: LanguageModel, blocks: object, recomputes: bool
+    model: LanguageModel, row: Splices, blocks: object, recomputes: bool
 ) -> None:
     special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
-    one = LoRAStudent(model, MIXED, LoRAConfig(rank=2, blocks=blocks))
-    fill(one.weights)
-    weights = list(one.weights.values())
-    whole = with_splices(one.model, MIXED, keep)
+    student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
+    fill(student.weights)
+    weights = list(student.weights.values())
+    whole = with_splices(student.model, row, keep)
     expected = torch.autograd.grad(whole.square().sum(), weights)
-    before = hooks(one.model)
+    before = hooks(student.model)
     if recomputes:
-        one.model.recompute(one.first)
-    found = one.hidden(Trunk(model, TOKENS, special, one.cuts))
-    assert torch.equal(found, whole)
-    assert hooks(one.model) == before
-    for gradient, other in zip(
-        torch.autograd.grad(found.square().sum(), weights), expected, strict=True
-    ):
-        assert torch.equal(gradient, other)
-    assert hooks(one.model) == before
+        student.model.recompute(student.first)
+    hidden = student.hidden(Trunk(model, TOKENS, special, student.cuts))
+    assert torch.equal(hidden, whole)
+    assert hooks(student.model) == before
+    gradients = torch.autograd.grad(hidden.square().sum(), weights)
+    assert all(map(torch.equal, gradients, expected))
+    assert hooks(student.model) == before
 
 
 def test_adapters_after_an_sae_inside_of_a_block_begin_behind_that_block() -> None:
@@ -356,9 +362,13 @@ def test_an_unknown_hookpoint_says_what_there_is() -> None:
         with pytest.raises(ConfigError, match="hook_attn_out or hook_mlp_out") as error:
             model.module_at(name)
         assert error.value.got == name
+    for hook in (MLP, OUTPUT):
+        with pytest.raises(ConfigError) as error:
+            model.module_at(str(Place(N_BLOCKS, hook)))
+        assert error.value.nearest == LAST
     with pytest.raises(ConfigError) as error:
-        model.module_at(str(Place(N_BLOCKS, MLP)))
-    assert error.value.nearest == LAST
+        model.module_at("model.layers.1.mpl")
+    assert error.value.nearest == "model.layers.1.mlp"
     assert model.name_at(str(Place(1, ATTENTION))) == "model.layers.1.self_attn"
     assert small_model("gemma2").name_at(str(Place(1, MLP))) == (
         "model.layers.1.post_feedforward_layernorm"

@@ -8,7 +8,7 @@ import torch
 
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.head import Comparison, Head
-from sae_lora.splice.kl import KL, FusedKL, kl_divergence, whole_kl
+from sae_lora.splice.kl import KL, fused_kl, kl_divergence, whole_kl
 from tests.support.families import D_MODEL, random_tokens
 
 
@@ -40,8 +40,8 @@ def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
     """Every way to find it."""
     any_head = Head(model.logits, model.config.vocab_size)
     return {
-        "fused": FusedKL(Comparison(Head.of(model), chunk_tokens)),
-        "of any head": FusedKL(Comparison(any_head, chunk_tokens)),
+        "fused": partial(fused_kl, comparison=Comparison(Head.of(model), chunk_tokens)),
+        "of any head": partial(fused_kl, comparison=Comparison(any_head, chunk_tokens)),
         "full": partial(whole_kl, logits=model.logits),
     }
 
@@ -85,7 +85,7 @@ def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
     exact, logits = student.double().requires_grad_(), precise(head).logits
     whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole, exact)
-    (found,) = FusedKL(Comparison(head, 48))(teacher, [student], [1.0])
+    (found,) = fused_kl(teacher, [student], [1.0], Comparison(head, 48))
     assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
     assert (found.gradient - expected).norm() / expected.norm() < 1e-6
 
@@ -103,7 +103,7 @@ def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
     assert head.matrix is not None
     rounded = Head.linear(matrix := head.matrix.bfloat16(), head.softcap)
     teacher, student = torch.randn(2, 64, D_MODEL).bfloat16()
-    (found,) = FusedKL(Comparison(rounded, 16))(teacher, [student], [1.0])
+    (found,) = fused_kl(teacher, [student], [1.0], Comparison(rounded, 16))
     logits = [(states @ matrix.T).double() for states in (teacher, student)]
     if (cap := rounded.softcap) is not None:
         logits = [cap * torch.tanh(one / cap) for one in logits]

@@ -5,8 +5,7 @@ import json
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,9 +25,10 @@ from sae_lora.tracking import tracker as tracking
 from sae_lora.tracking import wandb_run
 from sae_lora.tracking.sync import upload
 from sae_lora.tracking.tracker import Tracker
-from sae_lora.tracking.wandb_config import CURVES, Shown
+from sae_lora.tracking.wandb_config import CURVES, WandbConfig
 from sae_lora.train import checkpoint
 from tests.support.attempts import frozen
+from tests.support.submission import until
 from tests.support.sweeps import curve_point
 from tests.support.wandb_server import Server, serving
 
@@ -84,8 +84,18 @@ def begin(folder: RunFolder) -> Tracker:
     return tracking.start(load(folder.config.read_text()), folder, ENVIRONMENT)
 
 
-def shown(folder: RunFolder) -> Shown:
-    return Shown(folder, load(folder.config.read_text()))
+def attempt(
+    folder: RunFolder, points: int, summary: Summary | None, *, goes_on: bool = False
+) -> Tracker:
+    """A tracker from its beginning to its end."""
+    tracker = begin(folder)
+    tracker.show(points)
+    tracker.finish(summary, goes_on=goes_on)
+    return tracker
+
+
+def shown(folder: RunFolder) -> WandbConfig:
+    return WandbConfig(folder, load(folder.config.read_text()))
 
 
 def measured(step: int, seconds: float = 1.0) -> CurvePoint:
@@ -122,14 +132,6 @@ def in_file(folder: RunFolder) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in folder.curve.read_text().splitlines()]
     rows = [{key: value for key, value in line.items() if value is not None} for line in lines]
     return [{"_step": row["step"]} | row for row in rows]
-
-
-def there(condition: Callable[[], object], most_s: float = 20) -> bool:
-    """Whether it becomes true: what wandb sends in the background is there a moment later."""
-    deadline = time.monotonic() + most_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 class TestWhatIsShown:
@@ -195,9 +197,7 @@ class TestOnline:
 
     def test_a_run_that_is_stopped_goes_on_in_its_row(self, folder: RunFolder, server: Server) -> None:
         measure(folder, 0, 50, 100)
-        tracker = begin(folder)
-        tracker.show(2)  # the third point is in no checkpoint
-        tracker.finish(None, goes_on=True)
+        attempt(folder, 2, None, goes_on=True)  # the third point is in no checkpoint
         (found,) = server.runs.values()
         assert found.rows == in_file(folder)[:2]
         tracker = begin(folder)
@@ -215,16 +215,12 @@ class TestOnline:
     ) -> None:
         measure(folder, 0, 50, 100)
         failed_id = shown(folder).id
-        tracker = begin(folder)
-        tracker.show(3)
-        tracker.finish(None, goes_on=False)
+        attempt(folder, 3, None)
         failed = in_file(folder)
         folder.write_failure("why", "the whole story")
         folder.clear_failure()
         measure(folder, 100, 150, keep=2, seconds=2.0)  # from the checkpoint before
-        tracker = begin(folder)
-        tracker.show(4)
-        tracker.finish(finish(folder), goes_on=False)
+        attempt(folder, 4, finish(folder))
         assert server.rows(failed_id) == failed
         assert server.runs[failed_id].exit_code == 1
         assert server.rows(shown(folder).id) == in_file(folder) != failed
@@ -232,9 +228,7 @@ class TestOnline:
     @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
     def test_an_outage_loses_nothing(self, folder: RunFolder, server: Server, state: str) -> None:
         measure(folder, 0, 50, 100, 150)
-        tracker = begin(folder)
-        tracker.show(2)
-        tracker.finish(None, goes_on=True)
+        attempt(folder, 2, None, goes_on=True)
         tracker = begin(folder)
         assert tracker.place is not None
         server.become(state)
@@ -244,7 +238,7 @@ class TestOnline:
             target=tracker.finish, args=[finish(folder)], kwargs={"goes_on": False}
         )
         ending.start()
-        assert there(lambda: len(server.said) > before)
+        until(lambda: len(server.said) > before, "a request of the run's end", limit_s=20)
         assert len(server.rows(shown(folder).id)) == 2
         server.become("up")
         ending.join()
@@ -296,10 +290,8 @@ class TestWhateverGoesWrong:
     ) -> None:
         for rank in (1, 2):
             folder = run_in(tmp_path, f"lora.rank={rank}")
-            tracker = begin(folder)
             measure(folder, 0, 50)
-            tracker.show(2)
-            tracker.finish(None, goes_on=False)
+            tracker = attempt(folder, 2, None)
             assert tracker.place is not None
             assert Path(tracker.place).is_relative_to(folder.path)
             assert list(Path(tracker.place).glob("*.wandb"))
@@ -316,12 +308,10 @@ class TestWhateverGoesWrong:
     ) -> None:
         monkeypatch.setattr(wandb_run, "_PROBE_TIMEOUT_S", 1)
         server.become(state)
-        tracker = begin(folder)
         measure(folder, 0)
-        tracker.show(1)
+        tracker = attempt(folder, 1, finish(folder))
         assert tracker.place is not None
         assert Path(tracker.place).is_relative_to(folder.path)
-        tracker.finish(finish(folder), goes_on=False)
         assert said(caplog) == ["the W&B server does not answer: tracking offline"]
 
     def test_a_server_that_hangs_only_then(
@@ -368,19 +358,13 @@ class TestWhateverGoesWrong:
 
         monkeypatch.setattr(wandb, "init", broken)
         monkeypatch.setenv("WANDB_MODE", "offline")
-        tracker = begin(folder)
-        tracker.show(1)
-        tracker.finish(None, goes_on=False)
-        assert tracker.place is None
+        assert attempt(folder, 1, None).place is None
         assert said(caplog) == ["W&B is off for this run: no space left for ***"]
 
     def test_disabled_is_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = run_in(tmp_path, "tracking.mode=disabled")
         before = files_of(folder)
-        tracker = begin(folder)
-        tracker.show(1)
-        tracker.finish(None, goes_on=False)
-        assert tracker.place is None
+        assert attempt(folder, 1, None).place is None
         assert files_of(folder) == before
         assert said(caplog) == []
 
@@ -453,9 +437,7 @@ class TestSync:
     ) -> None:
         folder = run_in(tmp_path, f"tracking.mode={mode}")
         measure(folder, 0, 50, 100)
-        tracker = begin(folder)
-        tracker.show(3)
-        tracker.finish(finish(folder), goes_on=False)
+        attempt(folder, 3, finish(folder))
         assert not server.runs
         for before, rows in ((0, 3), (3, 0)):
             assert main(["sync", str(folder.path.parent)]) == 0
@@ -557,14 +539,14 @@ def test_killed_and_taken_up_again_the_rows_are_those_of_the_curve(
     folder = run_in(tmp_path, *SMALL)
     run_id = shown(folder).id
 
-    def attempt(kill_at: int) -> subprocess.Popen[bytes]:
+    def run_until(kill_at: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-c", ATTEMPT, folder.path, str(kill_at)])
         process.wait(300)
         return process
 
-    killed = attempt(9)
+    killed = run_until(9)
     before = in_file(folder)
-    ended = attempt(10**9)
+    ended = run_until(10**9)
     after = in_file(folder)
     for process in psutil.process_iter(["name", "cmdline"]):  # it outlives the one that was killed
         if process.info["name"] == "wandb-core" and str(killed.pid) in (process.info["cmdline"] or ()):
