@@ -10,32 +10,27 @@ from sae_lora.records.schema import CurvePoint
 
 
 class Reading(NamedTuple):
-    """A place between two points of a curve.
-
-    Args:
-        before: The point before it.
-        after: The point after it.
-        share: Of the way from the one to the other, from 0 to 1.
-    """
+    """A place between two points of a curve, which may be the same."""
 
     before: CurvePoint
     after: CurvePoint
     share: float
+    """Share of the way from the first point to the second, from 0 to 1."""
 
     def read(self, name: str) -> float:
-        """A field of `CurvePoint` at this place; zero where a point does not know it."""
+        """A field of `CurvePoint` at this place; a point that does not know it counts as zero."""
         first, second = _value(self.before, name), _value(self.after, name)
         return first + self.share * (second - first)
 
 
 def value_at(curve: Sequence[CurvePoint], over: str, amount: float, wanted: str) -> float:
-    """A measure where another has come to an amount.
+    """The value of a field where another field, which grows along the curve, reaches an amount.
 
     Args:
-        curve: Points, by what they are read over.
-        over: That: `tokens`, `train_seconds` or `train_flops`.
-        amount: Of it; beyond the last point, that of the last.
-        wanted: The measure, another field of a point.
+        curve: Points in order.
+        over: The growing field: `tokens`, `train_seconds` or `train_flops`.
+        amount: Amount of it; beyond the last point, the last point is read.
+        wanted: The field to read.
     """
     after = bisect.bisect_left([_value(point, over) for point in curve], amount)
     first, second = curve[max(0, after - 1)], curve[min(after, len(curve) - 1)]
@@ -43,15 +38,12 @@ def value_at(curve: Sequence[CurvePoint], over: str, amount: float, wanted: str)
 
 
 def first_reached(curve: Sequence[CurvePoint], measure: str, value: float) -> Reading | None:
-    """Where a measure is first as good as a value.
+    """The place at which a measure is first as good as a value; `None` where it never is.
 
     Args:
-        curve: Points by tokens.
-        measure: A metric that has a better direction; points at which it is undefined are left out.
-        value: Of it.
-
-    Returns:
-        `None` where it never is.
+        curve: Points in order.
+        measure: A metric with a better direction; points at which it is undefined are left out.
+        value: The value to reach.
     """
     sign = 1 if METRICS[measure].better is Better.higher else -1
     known = [point for point in curve if getattr(point, measure) is not None]

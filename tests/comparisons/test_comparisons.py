@@ -593,12 +593,6 @@ def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
     assert [trace.name for trace in drawn["blocks"].data] == ["2 groups"] * 2
 
 
-def test_another_number_of_groups_is_marked_where_it_is_asked_for(groups: MadeUp) -> None:
-    drawn = layer_groups.figures(folders(groups), n_groups=3)
-    assert list(drawn["amad"].data[1].x) == [3]
-    assert len(drawn["distances"].layout.shapes) == 3
-
-
 # ---- commands -------------------------------------------------------------------------------------
 
 

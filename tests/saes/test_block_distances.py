@@ -367,7 +367,7 @@ def test_the_map_frames_what_lies_within_groups() -> None:
 def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int) -> None:
     n = 8
     found = group_blocks(random_distances(n + 1, 3), n_groups=count)
-    figure: Any = tree(found.linkage, count)
+    figure: Any = tree(found.linkage, found.groups)
     *links, leaves = figure.data
     assert sorted(max(link.y) for link in links) == pytest.approx(sorted(found.linkage[:, 2]))
     blocks = [int(name) for name in figure.layout.xaxis.ticktext]
@@ -387,23 +387,20 @@ def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int
 def test_a_tree_with_ties_still_has_a_colour_for_each_group() -> None:
     for count in range(1, 7):
         found = group_blocks(of_pairs(7, {}, 0.5), n_groups=count)
-        figure: Any = tree(found.linkage, count)
+        figure: Any = tree(found.linkage, found.groups)
         assert len(set(figure.data[-1].marker.color)) == count
 
 
 def test_neighbouring_groups_keep_the_order_of_blocks_in_the_tree() -> None:
-    figure: Any = tree(group_blocks(BY_HAND, n_groups=2).linkage, 2)
+    found = group_blocks(BY_HAND, n_groups=2)
+    figure: Any = tree(found.linkage, found.groups)
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3"]
 
 
-def test_the_amad_is_drawn_with_its_threshold_and_the_choice() -> None:
+def test_the_amad_is_drawn_with_the_choice() -> None:
     found = group_blocks(BY_HAND, amad_max=0.2)
-    evenly = [amad(BY_HAND, evenly_spaced(4, count)) for count in range(1, 5)]
-    figure: Any = amad_by_groups(found.amad_by_count, len(found.groups), 0.2, evenly)
-    equal, drawn, chosen = figure.data
-    assert list(drawn.x) == list(equal.x) == [1, 2, 3, 4]
-    assert list(drawn.y) == found.amad_by_count and list(equal.y) == evenly
+    figure: Any = amad_by_groups(found.amad_by_count, len(found.groups))
+    drawn, chosen = figure.data
+    assert list(drawn.x) == [1, 2, 3, 4]
+    assert list(drawn.y) == found.amad_by_count
     assert (chosen.x[0], chosen.y[0]) == (2, found.amad)
-    assert figure.layout.shapes[0].y0 == 0.2
-    given: Any = amad_by_groups(found.amad_by_count, 3)
-    assert len(given.data) == 2 and not given.layout.shapes
