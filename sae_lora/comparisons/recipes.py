@@ -60,10 +60,12 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
     for alike, pairs in groups.items():
         tokens, seconds = [], []
         for run, other in pairs:
-            reading = first_reached(run.folder.read_curve(), "gap_closed", other["gap_closed"])
-            if reading is not None:
-                tokens.append(other["train_tokens"] / reading.read("tokens"))
-                seconds.append(other["train_seconds"] / reading.read("train_seconds"))
+            curve, goal = run.folder.read_curve(), other["gap_closed"]
+            at_tokens = first_reached(curve, "gap_closed", goal, "tokens")
+            at_seconds = first_reached(curve, "gap_closed", goal, "train_seconds")
+            if at_tokens is not None and at_seconds is not None:
+                tokens.append(other["train_tokens"] / at_tokens)
+                seconds.append(other["train_seconds"] / at_seconds)
         rows.append(
             Saving(
                 factors=dict(zip(_ALIKE, alike, strict=True)),

@@ -112,9 +112,9 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
 
 def _cost_of(arm: _Arm, ce: float, cost: str) -> float:
     """Cost of a run's training until its student first reached a cross-entropy."""
-    reading = first_reached(arm.curve, "student_ce", ce)
-    assert reading is not None  # a point of the curve is as low
-    return reading.read(cost)
+    reached = first_reached(arm.curve, "student_ce", ce, cost)
+    assert reached is not None  # a point of the curve is as low
+    return reached
 
 
 def _kept_at(arm: _Arm, share: float, cost: str) -> float:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_lora.common import plots
@@ -175,11 +174,11 @@ class Report:
             for name, seed, path in zip(names, self.done["seed"], self.done["folder"], strict=True)
         }
         views = []
-        for suite, view, draw, heading, note in _SUITE_FIGURES:
+        for suite, file, draw, heading, note in _SUITE_FIGURES:
             records = ((name, suite_records.read(folder, suite)) for name, folder in folders.items())
             results = ((name, record.results) for name, record in records if record is not None)
             if few := dict(islice(results, suite_figures.MOST_RUNS)):
-                views.append(View(view, heading, draw(few), note))
+                views.append(View(file, heading, draw(few), note))
         for view in views:
             view.figure.update_layout(legend_title_text=", ".join(map(label, self.varying)))
         return views
@@ -260,7 +259,8 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     """
     loader = PackageLoader("sae_lora.report.page", ".")
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    templates.filters |= {"cell": _cell, "script": _for_script}
+    templates.filters["cell"] = _cell
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     curves = [view for view in views if view.name.startswith(_CURVES)]
     shown = [view for view in views if view not in curves[1:]]
     axes = [
@@ -330,12 +330,6 @@ def _cell(value: Any, column: str) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if "/" in column else f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _for_script(value: Any) -> str:
-    """JSON that may stand in a script element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
 
 
 def _intercepts(fitted: Fit) -> list[dict[str, Any]]:
