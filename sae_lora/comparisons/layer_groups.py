@@ -26,7 +26,7 @@ class Shared:
 
     groups: list[list[int]]
     evenly: bool
-    """Whether the groups are neighbouring blocks in equal numbers."""
+    """True where the groups are neighbouring blocks in equal numbers."""
     amad: float
     """Mean over groups of the widest angular distance in each."""
     sae_flops_saved: float

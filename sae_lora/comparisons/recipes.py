@@ -30,9 +30,9 @@ class Saving:
     gap_closed_here: float
     """The same of this sweep's runs."""
     tokens: list[float]
-    """How many times fewer tokens reach the other's end, for each seed that reaches it."""
+    """Tokens of the other run over tokens until its end is reached, for each seed that reaches it."""
     seconds: list[float]
-    """How many times fewer seconds of training reach it, for the same seeds."""
+    """The same ratio of seconds of training."""
     seeds: int
     """Number of seeds."""
 

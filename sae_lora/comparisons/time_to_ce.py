@@ -150,7 +150,7 @@ def table(branches: Sequence[Branch]) -> Table:
 
 
 def _sooner_alone(branch: Branch, cost: str) -> float:
-    """How many times less LoRA costs where the SAE exists already."""
+    """Cost of end-to-end training over that of LoRA alone, where the SAE exists already."""
     alone = branch.lora[cost] - branch.sae[cost]
     return branch.e2e[cost] / alone if alone else math.inf
 

@@ -47,8 +47,10 @@ def _why_undefined(summary: dict[str, Any]) -> str:
 
 def right_aligned(title: str, columns: Iterable[str | Column]) -> Table:
     """An empty table; columns that are given by their heading alone are aligned to the right."""
-    made = [Column(one, justify="right") if isinstance(one, str) else one for one in columns]
-    return Table(*made, title=title, title_justify="left")
+    aligned = [
+        Column(column, justify="right") if isinstance(column, str) else column for column in columns
+    ]
+    return Table(*aligned, title=title, title_justify="left")
 
 
 def spread(ratios: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times quicker something is than what it is compared with."""
+    """Times of one call over those of a quicker one, round by round."""
 
     median: float
     least: float

@@ -37,7 +37,7 @@ class Work:
     flops_per_second: float
     """While it does; 0 where it never does."""
     peak_bytes: float
-    """Of all tensors that it makes, at their most."""
+    """Peak bytes of all tensors that the call makes."""
     operators: dict[str, float]
     """Share of the time in each of torch's operators itself, of those with the largest."""
 

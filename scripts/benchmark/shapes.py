@@ -21,7 +21,7 @@ class Style(enum.Enum):
 
 @dataclass(frozen=True)
 class Shape:
-    """How large everything is."""
+    """Sizes of model and SAE."""
 
     d_model: int = 512
     d_mlp: int = 2048

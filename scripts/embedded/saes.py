@@ -33,7 +33,7 @@ class TopKRequest(NamedTuple):
 
 
 class SAEBudget(NamedTuple):
-    """How long and how fast the SAEs are trained.
+    """Length and speed of the SAEs' training.
 
     Args:
         tokens: Training tokens of each SAE.

@@ -198,7 +198,7 @@ def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(arms: Arms) -> None
 
 
 def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
-    """Of two seeds the second's e2e is twice as slow: 200/65 and 400/65 times sooner, median 4.6."""
+    """With two seeds, the second e2e twice as slow: 200/65 and 400/65 times sooner, median 4.6."""
     twice = [CurvePoint(**vars(one) | {"train_seconds": 2 * one.train_seconds}) for one in E2E]
     arms.seed(0)
     arms.seed(1, e2e=twice)
@@ -373,7 +373,7 @@ def test_no_run_is_finished(tmp_path: Path) -> None:
 
 
 def measured(block: int, **costs: float) -> dict[str, Any]:
-    """What a summary says of one SAE."""
+    """One SAE's part of a summary."""
     return {"block": block, "hookpoint": resid_post(block), "width": 1024} | costs
 
 
