@@ -17,9 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,17 +70,19 @@ def _copies(home: Path, name: str, *overrides: str) -> RunFolder:
         return frozen(home / name, *RUN, f"data.cache_dir={home}/cache", *overrides)
 
 
-def _all_at_once(tries: list[Callable[[], bool]], what: str, progress: Progress) -> list[bool]:
-    task = progress.add_task(what, total=len(tries))
+def _all_at_once(
+    attempted: Callable[[int], bool], numbers: range, what: str, progress: Progress
+) -> list[bool]:
+    task = progress.add_task(what, total=len(numbers))
 
-    def one(attempted: Callable[[], bool]) -> bool:
+    def advancing(number: int) -> bool:
         try:
-            return attempted()
+            return attempted(number)
         finally:
             progress.advance(task)
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(one, tries))
+        return list(threads.map(advancing, numbers))
 
 
 # ---- kills --------------------------------------------------------------------------------------
@@ -111,14 +112,8 @@ def kills(home: Path, progress: Progress) -> list[Row]:
         ended = attempt(folder).returncode == 0
         return ended and results(folder) == expected and (killed or folder.is_finished)
 
-    steps = _all_at_once(
-        [lambda step=step: at_step(step) for step in range(1, STEPS + 1)], "kills at steps", progress
-    )
-    randomly = _all_at_once(
-        [lambda number=number: at_moment(number) for number in range(len(moments))],
-        "random kills",
-        progress,
-    )
+    steps = _all_at_once(at_step, range(1, STEPS + 1), "kills at steps", progress)
+    randomly = _all_at_once(at_moment, range(len(moments)), "random kills", progress)
     return [
         Row(
             f"SIGKILL at every step of a {STEPS}-step run: the resumed run is bit-identical",
@@ -214,14 +209,8 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
         named = folder.failure_message is not None
         return refused and named and attempt(folder).returncode == 0 and results(folder) == expected
 
-    noticed = _all_at_once(
-        [lambda number=number: damaged(number) for number in range(len(damages))], "damage", progress
-    )
-    room = _all_at_once(
-        [lambda number=number: full(number) for number in range(40 - len(damages))],
-        "full disk",
-        progress,
-    )
+    noticed = _all_at_once(damaged, range(len(damages)), "damage", progress)
+    room = _all_at_once(full, range(40 - len(damages)), "full disk", progress)
     missed = [what for (what, _), held in zip(damages, noticed, strict=True) if not held]
     return [
         Row(
@@ -282,19 +271,10 @@ def sweep(home: Path, progress: Progress) -> list[Row]:
     small = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache", "tracking=disabled"]
     seeds = ",".join(map(str, range(40)))
     command = [
-        sys.executable,
-        "launch.py",
-        "-m",
-        *RUN,
-        *small,
-        "train.train_tokens=1280",
-        f"train.seed={seeds}",
-    ]
-    # The shortest limit that runs which do not hang stay far below.
-    command += [
-        "launcher.timeout_min=1",
-        "launcher.signal_delay_s=10",
-        f"launcher.max_parallel={AT_ONCE}",
+        *(sys.executable, "launch.py", "-m", *RUN, *small),
+        *("train.train_tokens=1280", f"train.seed={seeds}", f"launcher.max_parallel={AT_ONCE}"),
+        # The shortest limit that runs which do not hang stay far below.
+        *("launcher.timeout_min=1", "launcher.signal_delay_s=10"),
     ]
 
     def launched(*more: str, faulty: bool) -> dict[int, tuple[str, int]]:
@@ -421,12 +401,6 @@ CAMPAIGNS = {
 }
 
 
-@contextmanager
-def _home() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="faults-") as folder:
-        yield Path(folder)
-
-
 _ABOVE = [
     "# Faults",
     "",
@@ -458,8 +432,8 @@ def main() -> int:
     rows = []
     with Progress() as progress:
         for name in chosen.campaigns or CAMPAIGNS:
-            with _home() as home:
-                rows += CAMPAIGNS[name](home, progress)
+            with TemporaryDirectory(prefix="faults-") as home:
+                rows += CAMPAIGNS[name](Path(home), progress)
     table = as_markdown(rows)
     print("\n".join(table.splitlines()[len(_ABOVE) :]))
     if chosen.to is not None:

@@ -138,7 +138,7 @@ class Recorder:
         }
 
     def run(self, *arguments: str, must_succeed: bool = False) -> dict[str, Any]:
-        """What a command prints and its exit code, times left out."""
+        """The output and the exit code of a command, times left out."""
         settings: tuple[str, ...] = ()
         if arguments[0] == "launch.py":
             settings = ("tracking=disabled", f"output_dir={self._to / 'outputs'}")
@@ -226,7 +226,7 @@ def files(to: Path) -> Iterator[Path]:
 
 
 def content(path: Path, roots: Sequence[Path]) -> Any:
-    """What of a file is compared."""
+    """The part of a file that is compared."""
     match path.suffix:
         case ".safetensors":
             return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 Imports no torch: what is drawn may come from a file.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,15 +20,15 @@ _MOST_WITH_NUMBERS = 13
 _MOST_TICKS = 16
 """Blocks or counts that an axis names one by one."""
 _MOST_LARGE_LEAVES = 30
-"""Blocks below a tree, all of which are named, with names as large as elsewhere."""
+"""Blocks below a tree whose names still have room in the usual size."""
 
 
 def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
-    """The distance between any two blocks, with a frame around what lies within a group.
+    """The distance between any two blocks, with a frame around each group.
 
     Args:
         distances: `[block, block]`, as shares of half a turn.
-        groups: Block indices of each group, sorted. A group with gaps has a frame for each part.
+        groups: Block indices of each group, sorted. A group with gaps has several frames.
     """
     values = np.asarray(distances, dtype=float)
     n_blocks = len(values)
@@ -44,15 +45,18 @@ def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Fi
             hovertemplate="blocks %{x} and %{y}: %{z:.4f}<extra></extra>",
         )
     )
-    for down, across in _frames(groups):
-        figure.add_shape(
-            type="rect",
-            x0=across[0] - 0.5,
-            x1=across[1] + 0.5,
-            y0=down[0] - 0.5,
-            y1=down[1] + 0.5,
-            line={"color": COLOURS[5], "width": 3},
-        )
+    for group in groups:
+        gaps = np.flatnonzero(np.diff(group) > 1) + 1
+        neighbours = np.split(np.asarray(group), gaps)
+        for down, across in itertools.product(neighbours, repeat=2):
+            figure.add_shape(
+                type="rect",
+                x0=across[0] - 0.5,
+                x1=across[-1] + 0.5,
+                y0=down[0] - 0.5,
+                y1=down[-1] + 0.5,
+                line={"color": COLOURS[5], "width": 3},
+            )
     blocks = {"title": "block", "showgrid": False, "zeroline": False} | ticks(names, _MOST_TICKS)
     figure.update_layout(
         xaxis=blocks | {"constrain": "domain", "tickangle": 0},
@@ -61,21 +65,23 @@ def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Fi
     return finished(figure).update_layout(width=620, height=520)
 
 
-def tree(linkage: ArrayLike, n_groups: int) -> go.Figure:
+def tree(linkage: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
     """The tree of merges, each group in a colour, with the cut that makes the groups.
 
     Args:
-        linkage: Two blocks' merges or more, `[n - 1, 4]`, as scipy lays them out.
-        n_groups: Into how many groups it is cut.
+        linkage: The merges of two blocks or more, `[n - 1, 4]`, as scipy lays them out.
+        groups: Block indices of each group that the tree is cut into.
     """
-    merges = _by_first_block(np.asarray(linkage, dtype=float))
+    merges, first_block = _by_first_block(np.asarray(linkage, dtype=float))
     n = len(merges) + 1
-    made = n - n_groups  # merges below the cut
-    group_of = _group_of_each_node(merges, made)
+    made = n - len(groups)  # merges below the cut
+    colour_of = {
+        block: COLOURS[number % len(COLOURS)] for number, group in enumerate(groups) for block in group
+    }
     drawn = hierarchy.dendrogram(
         merges,
         no_plot=True,
-        link_color_func=lambda node: _colour(group_of[node]) if node < n + made else _GREY,
+        link_color_func=lambda node: colour_of[first_block[node]] if node < n + made else _GREY,
     )
     figure = go.Figure(
         [
@@ -95,15 +101,20 @@ def tree(linkage: ArrayLike, n_groups: int) -> go.Figure:
         x=places,
         y=[0] * n,
         mode="markers",
-        marker={"color": [_colour(group_of[block]) for block in blocks], "size": 9},
+        marker={"color": [colour_of[block] for block in blocks], "size": 9},
         customdata=blocks,
         hovertemplate="block %{customdata}<extra></extra>",
         cliponaxis=False,
     )
     heights = [0.0, *merges[:, 2].tolist()]
-    # Above all merges there is nothing to cut at: a little higher says that all is one group.
+    # One group is cut a little above the last merge.
     above = heights[made + 1] if made + 1 < n else heights[-1] * 1.1
-    _threshold(figure, (heights[made] + above) / 2, _count(n_groups))
+    figure.add_hline(
+        y=(heights[made] + above) / 2,
+        line={"color": _GREY, "width": 1.5, "dash": "dash"},
+        annotation={"text": count(len(groups)), "font": {"color": "#555555"}},
+        annotation_position="top right",
+    )
     figure.update_layout(
         showlegend=False,
         xaxis={"title": "block", "showgrid": False, "zeroline": False, "range": [-4, 10 * n + 4]}
@@ -115,33 +126,10 @@ def tree(linkage: ArrayLike, n_groups: int) -> go.Figure:
     return finished(figure)
 
 
-def amad_by_groups(
-    amads: Sequence[float],
-    n_groups: int,
-    amad_max: float | None = None,
-    evenly: Sequence[float] | None = None,
-) -> go.Figure:
-    """The AMAD over the number of groups, with the one chosen and the threshold that chose it.
-
-    Args:
-        amads: Of 1, 2, … n groups.
-        n_groups: The number chosen.
-        amad_max: The threshold; `None` where the number was given.
-        evenly: The same of neighbouring blocks in groups of equal size, to compare with.
-    """
+def amad_by_groups(amads: Sequence[float], n_groups: int) -> go.Figure:
+    """The AMAD of 1, 2, … n groups over their number, with a mark at the number chosen."""
     counts = list(range(1, len(amads) + 1))
     figure = go.Figure()
-    if evenly is not None:
-        figure.add_scatter(
-            x=counts,
-            y=list(evenly),
-            mode="lines+markers",
-            name="equal sizes",
-            line={"color": COLOURS[1], "width": 2, "dash": "dash"},
-            marker={"color": COLOURS[1], "symbol": "square", "size": 6},
-            cliponaxis=False,
-            hovertemplate="%{x} groups of equal size: %{y:.4f}<extra></extra>",
-        )
     figure.add_scatter(
         x=counts,
         y=list(amads),
@@ -156,18 +144,11 @@ def amad_by_groups(
         x=[n_groups],
         y=[amads[n_groups - 1]],
         mode="markers",
-        name=_count(n_groups),
-        marker={
-            "color": COLOURS[5],
-            "symbol": "circle-open",
-            "size": 17,
-            "line": {"width": 3},
-        },
+        name=count(n_groups),
+        marker={"color": COLOURS[5], "symbol": "circle-open", "size": 17, "line": {"width": 3}},
         hoverinfo="skip",
         cliponaxis=False,
     )
-    if amad_max is not None:
-        _threshold(figure, amad_max, f"AMAD {amad_max:g}")
     figure.update_layout(
         xaxis={"title": "groups", "range": [0.5, len(amads) + 0.5], "tickangle": 0}
         | ticks(counts, _MOST_TICKS),
@@ -176,61 +157,19 @@ def amad_by_groups(
     return finished(figure)
 
 
-def _frames(
-    groups: Sequence[Sequence[int]],
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """First and last block, down and across, of each rectangle of a map that lies within a group."""
-    found = []
-    for group in groups:
-        ends = np.flatnonzero(np.diff(group) > 1) + 1
-        parts = [(int(part[0]), int(part[-1])) for part in np.split(np.asarray(group), ends)]
-        found += [(down, across) for down in parts for across in parts]
-    return found
+def count(n_groups: int) -> str:
+    """`1 group`, `2 groups`."""
+    return f"{n_groups} group{'s' if n_groups > 1 else ''}"
 
 
-def _by_first_block(merges: np.ndarray) -> np.ndarray:
-    """The same tree, of each two branches the one with the earlier block to the left."""
+def _by_first_block(merges: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The tree with the branch that holds the earlier block on the left of each merge.
+
+    Returns:
+        The merges, and the first block below each node.
+    """
     ordered, first = merges.copy(), list(range(len(merges) + 1))
     for merge in ordered:
         merge[:2] = sorted(merge[:2], key=lambda node: first[int(node)])
         first.append(first[int(merge[0])])
-    return ordered
-
-
-def _group_of_each_node(merges: np.ndarray, made: int) -> dict[int, int]:
-    """The group of each node below the cut, by its place among the groups from left to right.
-
-    Args:
-        merges: The tree, of each two branches the left one first.
-        made: How many merges lie below the cut.
-    """
-    n = len(merges) + 1
-    pairs = merges[:, :2].astype(int).tolist()
-    tops = {*range(n + made)} - {node for pair in pairs[:made] for node in pair}
-    first = list(range(n))
-    for left, _ in pairs:
-        first.append(first[left])
-    found = {top: group for group, top in enumerate(sorted(tops, key=first.__getitem__))}
-    for number in reversed(range(made)):
-        for node in pairs[number]:
-            found[node] = found[n + number]
-    return found
-
-
-def _colour(group: int) -> str:
-    """Neighbouring groups differ, however many there are."""
-    return COLOURS[group % len(COLOURS)]
-
-
-def _count(n_groups: int) -> str:
-    return f"{n_groups} group{'s' if n_groups > 1 else ''}"
-
-
-def _threshold(figure: go.Figure, y: float, text: str) -> None:
-    """A dashed line across, named at its right end."""
-    figure.add_hline(
-        y=y,
-        line={"color": _GREY, "width": 1.5, "dash": "dash"},
-        annotation={"text": text, "font": {"color": "#555555"}},
-        annotation_position="top right",
-    )
+    return ordered, first

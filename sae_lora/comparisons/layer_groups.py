@@ -1,4 +1,4 @@
-"""SAEs that serve groups of blocks, against other ways of sharing blocks out: a table and figures."""
+"""Ways to share SAEs among the blocks of a model, side by side: a table and figures."""
 
 import json
 import statistics
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons import layer_group_figures, saes
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import in_whole_words
-from sae_lora.saes.layer_groups import linkage
+from sae_lora.report.tables import in_whole_words, right_aligned
+from sae_lora.saes.layer_groups import group_blocks
 
 
 @dataclass(frozen=True)
@@ -26,93 +26,87 @@ class Shared:
 
     groups: list[list[int]]
     evenly: bool
-    """Whether they are neighbours in equal numbers."""
+    """True where the groups are neighbouring blocks in equal numbers."""
     amad: float
     """Mean over groups of the widest angular distance in each."""
     sae_flops_saved: float
-    """Share of the SAEs' own training FLOPs over one SAE for each block."""
+    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block."""
     fvu_alone: float
-    """Mean over blocks, each SAE alone in the plain model."""
+    """Mean FVU over blocks, each SAE alone in the plain model."""
     ce_alone: float
-    """CE over the plain model's, likewise."""
+    """Mean CE over blocks, each SAE alone in the plain model, less the plain model's CE."""
     gap: float
-    """CE gap with all of them in place."""
+    """CE gap with all SAEs in place."""
     gaps_with_lora: list[float]
-    """The same after LoRA, for each run of it around them; there may be none."""
+    """CE gap after each LoRA run around these SAEs; may be empty."""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Shared]:
-    """What each way of sharing blocks out comes to, by number of groups.
+    """Results of each way of sharing blocks, ordered by number of groups.
 
     Args:
         folders: Runs of method=sae with `layer.n_groups` or `layer.amad_max`, and of LoRA around them.
 
     Raises:
-        UserError: Where there is none of the first.
+        UserError: Where there are no such runs of method=sae.
     """
-    finished = [folder for folder in folders if folder.is_finished]
-    configs = {folder.path: load(folder.config.read_text()) for folder in finished}
-    around: dict[str, list[RunFolder]] = defaultdict(list)
-    for folder in finished:
-        config = configs[folder.path]
-        if config.init is not None and config.method.kind is Method.lora:
-            around[Path(config.init).name].append(folder)  # a name it keeps wherever the sweep is moved
-    found = []
-    for folder in finished:
-        if not _is_measured(folder):
-            continue
-        how, summary = json.loads(folder.groups.read_text()), folder.read_summary()
-        found.append(
+    gaps_with_lora: dict[str, list[float]] = defaultdict(list)
+    for folder in folders:
+        if folder.is_finished:
+            config = load(folder.config.read_text())
+            if config.init is not None and config.method.kind is Method.lora:
+                name = Path(config.init).name  # stays the same when the sweep is moved
+                gaps_with_lora[name].append(folder.read_summary()["ce_gap"])
+    rows = []
+    for folder, sharing in _measured(folders):
+        summary = folder.read_summary()
+        saes_alone = summary["sae"]
+        rows.append(
             Shared(
-                groups=how["groups"],
-                evenly=how["evenly"],
-                amad=how["amad"],
-                sae_flops_saved=how["sae_flops_saved"],
-                fvu_alone=statistics.mean(sae["alone_fvu"] for sae in summary["sae"]),
-                ce_alone=statistics.mean(_costs(summary)),
+                groups=sharing["groups"],
+                evenly=sharing["evenly"],
+                amad=sharing["amad"],
+                sae_flops_saved=sharing["sae_flops_saved"],
+                fvu_alone=statistics.mean(sae["alone_fvu"] for sae in saes_alone),
+                ce_alone=statistics.mean(sae["alone_ce"] - summary["base_ce"] for sae in saes_alone),
                 gap=summary["ce_gap"],
-                gaps_with_lora=[lora.read_summary()["ce_gap"] for lora in around[folder.path.name]],
+                gaps_with_lora=gaps_with_lora[folder.path.name],
             )
         )
-    if not found:
+    if not rows:
         raise UserError(
             "no finished run here has SAEs that serve groups of blocks (layer=groups) and has measured "
             "what each contributes (train.eval_each_sae)"
         )
-    return sorted(found, key=lambda one: (len(one.groups), one.evenly))
+    return sorted(rows, key=lambda row: (len(row.groups), row.evenly))
 
 
-def _is_measured(folder: RunFolder) -> bool:
-    """Whether SAEs serve groups in it, and what each contributes was measured."""
-    return folder.groups.exists() and all("alone_ce" in sae for sae in folder.read_summary()["sae"])
+def _measured(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, Any]]]:
+    """Finished runs with `groups.json` and its contents, where each SAE's contribution was measured."""
+    return [
+        (folder, json.loads(folder.groups.read_text()))
+        for folder in folders
+        if folder.is_finished
+        and folder.groups.exists()
+        and all("alone_ce" in sae for sae in folder.read_summary()["sae"])
+    ]
 
 
-def _costs(summary: dict[str, Any]) -> list[float]:
-    return [sae["alone_ce"] - summary["base_ce"] for sae in summary["sae"]]
-
-
-def table(found: Sequence[Shared]) -> Table:
-    """A row for each; of several LoRA runs the mean."""
-    made = Table(title="SAEs that share blocks", title_justify="left")
-    blocks = [" ".join(_in_words(group) for group in one.groups) for one in found]
-    made.add_column("groups", justify="right")
-    made.add_column("blocks", overflow="fold")
-    for name in (
-        *("AMAD", "SAE FLOPs saved", "FVU alone", "CE alone"),
-        *("gap with all", "with LoRA"),
-    ):
-        made.add_column(name, justify="right")
-    for one, shown in zip(found, blocks, strict=True):
-        how = " (evenly)" if one.evenly else ""
+def table(rows: Sequence[Shared]) -> Table:
+    """A row for each way of sharing blocks; the mean over several LoRA runs."""
+    numbers = "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone", "gap with all", "with LoRA"
+    columns = "groups", Column("blocks", overflow="fold"), *numbers
+    made = right_aligned("SAEs that share blocks", columns)
+    for row in rows:
         made.add_row(
-            f"{len(one.groups)}{how}",
-            shown,
-            f"{one.amad:.3f}",
-            f"{one.sae_flops_saved:.0%}",
-            f"{one.fvu_alone:.3f}",
-            f"{one.ce_alone:+.3f}",
-            f"{one.gap:+.3f}",
-            f"{statistics.mean(one.gaps_with_lora):+.3f}" if one.gaps_with_lora else "–",
+            f"{len(row.groups)}{' (evenly)' if row.evenly else ''}",
+            " ".join(map(_in_words, row.groups)),
+            f"{row.amad:.3f}",
+            f"{row.sae_flops_saved:.0%}",
+            f"{row.fvu_alone:.3f}",
+            f"{row.ce_alone:+.3f}",
+            f"{row.gap:+.3f}",
+            f"{statistics.mean(row.gaps_with_lora):+.3f}" if row.gaps_with_lora else "–",
         )
     return in_whole_words(made, but="blocks")
 
@@ -124,29 +118,23 @@ def _in_words(group: Sequence[int]) -> str:
     return ",".join(map(str, group))
 
 
-def _counted(groups: int) -> str:
-    return "1 group" if groups == 1 else f"{groups} groups"
-
-
-def figures(folders: Sequence[RunFolder], n_groups: int | None = None) -> dict[str, go.Figure]:
+def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     """Distances, tree, AMAD and the blocks' FVU and CE, by name.
 
-    Args:
-        folders: As for `compare`.
-        n_groups: Groups that are marked; by default the fewest that are there, but more than one.
+    Distances and tree mark the fewest groups that some run has, but more than one if possible.
     """
-    grouped = [folder for folder in folders if folder.is_finished and _is_measured(folder)]
-    ways = {folder.path: json.loads(folder.groups.read_text()) for folder in grouped}
-    # Those of equal size are what distances are compared with, and drawn where there are no others.
-    close = [folder for folder in grouped if not ways[folder.path]["evenly"]] or grouped
-    by_count = sorted(close, key=lambda folder: len(ways[folder.path]["groups"]))
-    several = [one for one in by_count if len(ways[one.path]["groups"]) > 1] or by_count
-    wanted = n_groups or len(ways[several[0].path]["groups"])
-    marked = next(ways[one.path] for one in by_count if len(ways[one.path]["groups"]) == wanted)
-    names = [_counted(len(ways[folder.path]["groups"])) for folder in by_count]
+    runs = _measured(folders)
+    # Groups of equal size are a baseline, drawn only where there are no others.
+    runs = [(folder, sharing) for folder, sharing in runs if not sharing["evenly"]] or runs
+    runs.sort(key=lambda run: len(run[1]["groups"]))
+    _, marked = next((run for run in runs if len(run[1]["groups"]) > 1), runs[0])
+    n_groups = len(marked["groups"])
+    by_distance = group_blocks(marked["distances"], n_groups=n_groups)
+    names = [layer_group_figures.count(len(sharing["groups"])) for _, sharing in runs]
+    blocks = [saes.compare([folder])[0] for folder, _ in runs]
     return {
         "distances": layer_group_figures.distance_map(marked["distances"], marked["groups"]),
-        "tree": layer_group_figures.tree(linkage(marked["distances"]), wanted),
-        "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], wanted),
-        "blocks": saes.by_block([saes.compare([folder])[0] for folder in by_count], names),
+        "tree": layer_group_figures.tree(by_distance.linkage, by_distance.groups),
+        "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], n_groups),
+        "blocks": saes.by_block(blocks, names),
     }

@@ -16,36 +16,37 @@ from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves
-from sae_lora.report.fits import Frame
 from sae_lora.report.frames import Sweep
-from sae_lora.report.tables import in_whole_words, mean_and_range
+from sae_lora.report.tables import in_whole_words, mean_and_range, right_aligned
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method comes to; CE gaps in nats per token, a value for each seed."""
+    """Results of one method; CE gaps in nats per token, a value for each seed."""
 
     method: str
-    """Its name; of a run that begins with another's result, both."""
+    """Name of the method; of both methods where a run begins with another's result."""
     trained_weights: int
     seconds: list[float]
-    """Of training, for all its tokens."""
+    """Seconds of training, up to the tokens that all runs have been trained on."""
     flops: list[float]
+    """FLOPs of training, up to the same tokens."""
     gap_after_tokens: list[float]
     """CE gap after the tokens that all runs have been trained on."""
     gap_after_seconds: list[float]
     """CE gap after the seconds that the quickest run took for them."""
     initial_gap: float
-    """Before training; of the first seed."""
+    """CE gap before training, of the first seed."""
     fvu: list[float]
-    """At the end."""
+    """FVU at the end."""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
-    """What each method of a sweep comes to, the smallest gap after the same tokens first.
+    """The results of each method of a sweep, the smallest gap after the same tokens first.
 
     Args:
-        folders: Runs on the same text, on their own each (`launcher.pack=off`), or seconds are shares.
+        folders: Runs on the same text, trained one by one (`launcher.pack=off`): in packs, a run's
+            seconds are shares.
 
     Raises:
         UserError: Where none of them is finished, or a run that one has begun with is gone.
@@ -59,54 +60,51 @@ def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
     by_method: dict[str, list[RunFolder]] = defaultdict(list)
     for folder in finished:
         by_method[method_of(folder)].append(folder)
-    found = []
-    for method, those in by_method.items():
-        own = [curves[folder.path] for folder in those]
-        first = own[0][0]
-        found.append(
+    outcomes = []
+    for method, runs in by_method.items():
+        seeds = [curves[folder.path] for folder in runs]
+        first = seeds[0][0]
+        outcomes.append(
             Outcome(
                 method=method,
-                trained_weights=those[0].read_summary()["trainable_parameters"],
-                seconds=[value_at(curve, "tokens", tokens, "train_seconds") for curve in own],
-                flops=[value_at(curve, "tokens", tokens, "train_flops") for curve in own],
-                gap_after_tokens=_gaps(own, "tokens", tokens),
-                gap_after_seconds=_gaps(own, "train_seconds", seconds),
+                trained_weights=runs[0].read_summary()["trainable_parameters"],
+                seconds=_values_at(seeds, "tokens", tokens, "train_seconds"),
+                flops=_values_at(seeds, "tokens", tokens, "train_flops"),
+                gap_after_tokens=_values_at(seeds, "tokens", tokens, "ce_gap"),
+                gap_after_seconds=_values_at(seeds, "train_seconds", seconds, "ce_gap"),
                 initial_gap=first.spliced_ce - first.base_ce,
-                fvu=[curve[-1].fvu for curve in own],
+                fvu=[curve[-1].fvu for curve in seeds],
             )
         )
-    return sorted(found, key=lambda one: statistics.mean(one.gap_after_tokens))
+    return sorted(outcomes, key=lambda outcome: statistics.mean(outcome.gap_after_tokens))
 
 
-def _gaps(curves: Sequence[Sequence[CurvePoint]], over: str, amount: float) -> list[float]:
-    return [value_at(curve, over, amount, "ce_gap") for curve in curves]
+def _values_at(
+    curves: Sequence[Sequence[CurvePoint]], over: str, amount: float, wanted: str
+) -> list[float]:
+    return [value_at(curve, over, amount, wanted) for curve in curves]
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """The CE gap of each method on its way, over tokens, seconds and FLOPs, by name of the file.
+    """The CE gap of each method while it trains, over tokens, seconds and FLOPs, by file name.
 
-    Args:
-        folders: As for `compare`.
+    The axis of the gap is logarithmic and ends where the worst method ends: a new SAE begins far above.
     """
     runs = Sweep(folders)
     frame, curves = runs.frame(), runs.curves()
     frame["method"] = [method_of(RunFolder(Path(path))) for path in frame["folder"]]
-    over = "tokens", "train_seconds", "train_flops"
-    return {f"methods_{name}": _figure(frame, curves, name) for name in over}
-
-
-def _figure(frame: Frame, curves: Frame, over: str) -> go.Figure:
-    """The CE gap of each method, on a logarithmic axis that ends where the worst one does."""
-    drawn = gap_curves(frame, curves, over, ["method"])
-    # A new SAE begins far above what the others differ by.
     gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]
-    if gaps:
-        drawn.update_yaxes(logarithmic(gaps))
+    drawn = {}
+    for over in ("tokens", "train_seconds", "train_flops"):
+        figure = gap_curves(frame, curves, over, ["method"])
+        if gaps:
+            figure.update_yaxes(logarithmic(gaps))
+        drawn[f"methods_{over}"] = figure
     return drawn
 
 
 def method_of(folder: RunFolder) -> str:
-    """The method of a run; where it begins with another's result, both.
+    """The method of a run; of both runs where it begins with another's result.
 
     Raises:
         UserError: Where that other run is gone.
@@ -119,23 +117,19 @@ def method_of(folder: RunFolder) -> str:
     return f"{name} after {before.method.kind.name}"
 
 
-def table(found: Sequence[Outcome]) -> Table:
-    """A row for each; means over seeds, in brackets the least and the most."""
-    made = Table(title="CE gap in nats per token", title_justify="left")
-    for name in (
-        *("method", "before", "after the same tokens", "after the same seconds"),
-        *("FVU", "weights", "seconds", "FLOPs"),
-    ):
-        made.add_column(name, justify="right")
-    for one in found:
-        made.add_row(
-            one.method,
-            f"{one.initial_gap:+.3f}",
-            mean_and_range(one.gap_after_tokens),
-            mean_and_range(one.gap_after_seconds),
-            f"{statistics.mean(one.fvu):.3f}",
-            f"{one.trained_weights:,}",
-            f"{statistics.mean(one.seconds):.0f}",
-            f"{statistics.mean(one.flops):.1e}",
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """A row for each method; means over seeds, in brackets the least and the largest."""
+    columns = "method", "before", "after the same tokens", "after the same seconds", "FVU", "weights"
+    rows = right_aligned("CE gap in nats per token", [*columns, "seconds", "FLOPs"])
+    for outcome in outcomes:
+        rows.add_row(
+            outcome.method,
+            f"{outcome.initial_gap:+.3f}",
+            mean_and_range(outcome.gap_after_tokens),
+            mean_and_range(outcome.gap_after_seconds),
+            f"{statistics.mean(outcome.fvu):.3f}",
+            f"{outcome.trained_weights:,}",
+            f"{statistics.mean(outcome.seconds):.0f}",
+            f"{statistics.mean(outcome.flops):.1e}",
         )
-    return in_whole_words(made)
+    return in_whole_words(rows)

@@ -1,4 +1,4 @@
-"""How soon one sweep reaches the gap that another ends at: what a better recipe saves."""
+"""Tokens and seconds that a better recipe saves until the gap that another sweep ends at."""
 
 import statistics
 from collections import defaultdict
@@ -13,28 +13,28 @@ from sae_lora.common.errors import UserError
 from sae_lora.comparisons.interpolate import first_reached
 from sae_lora.records.factors import FACTORS, SEED, FinishedRun, finished_runs, label, text
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import spread
+from sae_lora.report.tables import right_aligned, spread
 
 _ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", SEED)]
-"""Factors in which runs that are compared do not differ; the others are recipe and seed."""
+"""Factors that two compared runs have in common; the others are recipe and seed."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What a sweep saves against another, for runs that are alike but for recipe and seed."""
+    """Savings of a sweep against another, for runs that are alike but for recipe and seed."""
 
     factors: dict[str, str]
-    """What they have in common."""
+    """The factors that the runs have in common."""
     gap_closed: float
-    """Where the other ends; mean over seeds."""
+    """Gap closed at the end of the other sweep's runs; mean over seeds."""
     gap_closed_here: float
-    """Where this one ends."""
+    """The same of this sweep's runs."""
     tokens: list[float]
-    """How many times fewer tokens until the other's end, for each seed that got there."""
+    """Tokens of the other run over tokens until its end is reached, for each seed that reaches it."""
     seconds: list[float]
-    """Likewise, seconds of training."""
+    """The same ratio of seconds of training."""
     seeds: int
-    """How many there are."""
+    """Number of seeds."""
 
 
 def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[Saving]:
@@ -42,31 +42,33 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
 
     Args:
         others: Runs that set the gap to reach.
-        folders: Runs that reach it, or do not.
+        folders: Runs that may reach it.
 
     Raises:
-        UserError: Where no run here is like one there.
+        UserError: Where no run of one sweep has a counterpart in the other.
     """
-    theirs = {_point(run): run.summary for run in finished_runs(others)}
+    summaries = {_key(run): run.summary for run in finished_runs(others)}
     groups: dict[tuple[str, ...], list[tuple[FinishedRun, dict[str, Any]]]] = defaultdict(list)
     for run in finished_runs(folders):
-        key, seed = _point(run)
-        other = theirs.get((key, seed))
+        alike, seed = _key(run)
+        other = summaries.get((alike, seed))
         if other is not None and other["gap_closed"] is not None:
-            groups[key].append((run, other))
+            groups[alike].append((run, other))
     if not groups:
         raise UserError("no finished run of one sweep has its like in the other, with the same seed")
-    found = []
-    for key, pairs in groups.items():
+    rows = []
+    for alike, pairs in groups.items():
         tokens, seconds = [], []
         for run, other in pairs:
-            at = first_reached(run.folder.read_curve(), "gap_closed", other["gap_closed"])
-            if at is not None:
-                tokens.append(other["train_tokens"] / at.read("tokens"))
-                seconds.append(other["train_seconds"] / at.read("train_seconds"))
-        found.append(
+            curve, goal = run.folder.read_curve(), other["gap_closed"]
+            at_tokens = first_reached(curve, "gap_closed", goal, "tokens")
+            at_seconds = first_reached(curve, "gap_closed", goal, "train_seconds")
+            if at_tokens is not None and at_seconds is not None:
+                tokens.append(other["train_tokens"] / at_tokens)
+                seconds.append(other["train_seconds"] / at_seconds)
+        rows.append(
             Saving(
-                factors=dict(zip(_ALIKE, key, strict=True)),
+                factors=dict(zip(_ALIKE, alike, strict=True)),
                 gap_closed=statistics.mean(other["gap_closed"] for _, other in pairs),
                 gap_closed_here=statistics.mean(run.summary["gap_closed"] for run, _ in pairs),
                 tokens=tokens,
@@ -74,28 +76,27 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
                 seeds=len(pairs),
             )
         )
-    return found
+    return rows
 
 
-def savings_table(found: Sequence[Saving]) -> Table:
-    """A row for each; medians, and in brackets the least and the most over seeds."""
-    differ = [name for name in found[0].factors if len({one.factors[name] for one in found}) > 1]
-    table = Table(title="until the gap that the other sweep ends at", title_justify="left")
-    columns = "gap closed there", "gap closed here", "times fewer tokens", "times fewer seconds", "seeds"
-    for name in (*map(label, differ), *columns):
-        table.add_column(name, justify="right")
-    for one in found:
+def savings_table(rows: Sequence[Saving]) -> Table:
+    """A row for each group of runs; medians, and in brackets the least and the largest over seeds."""
+    varying = [name for name in rows[0].factors if len({row.factors[name] for row in rows}) > 1]
+    numbers = "gap closed there", "gap closed here", "times fewer tokens", "times fewer seconds"
+    columns = *map(label, varying), *numbers, "seeds"
+    table = right_aligned("until the gap that the other sweep ends at", columns)
+    for row in rows:
         table.add_row(
-            *(one.factors[name] for name in differ),
-            percent(one.gap_closed),
-            percent(one.gap_closed_here),
-            spread(one.tokens),
-            spread(one.seconds),
-            f"{len(one.tokens)} of {one.seeds} got there",
+            *(row.factors[name] for name in varying),
+            percent(row.gap_closed),
+            percent(row.gap_closed_here),
+            spread(row.tokens),
+            spread(row.seconds),
+            f"{len(row.tokens)} of {row.seeds} got there",
         )
     return table
 
 
-def _point(run: FinishedRun) -> tuple[tuple[str, ...], str]:
-    """What a run has in common with those it is compared with, and its seed."""
+def _key(run: FinishedRun) -> tuple[tuple[str, ...], str]:
+    """The factors that a run has in common with its counterpart, and its seed."""
     return tuple(text(run.factors[name]) for name in _ALIKE), text(run.factors[SEED])

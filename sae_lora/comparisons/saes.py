@@ -1,4 +1,4 @@
-"""What each of several SAEs in a model costs, block by block, and all of them together."""
+"""Costs of several SAEs in a model, each alone and all together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,66 +6,59 @@ from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
 from sae_lora.records.factors import finished_runs
 from sae_lora.records.folder import RunFolder
+from sae_lora.report.tables import right_aligned
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one of several SAEs costs, in nats per token."""
+    """Costs of one of several SAEs, in nats per token."""
 
     hookpoint: str
     block: int
     alone_fvu: float
-    """Alone in the plain model."""
+    """FVU, alone in the plain model."""
     fvu: float
-    """With all of them in place, and what was trained."""
+    """FVU with all SAEs in place, after training."""
     alone: float
     """CE over the plain model's, alone in it."""
     without: float
-    """CE over the student's, all else as it is, without this SAE: below zero where it costs."""
+    """CE of the student without this SAE over CE with it: below zero where the SAE costs."""
 
 
 @dataclass(frozen=True)
 class Several:
-    """What a run with several SAEs comes to, in nats per token."""
+    """Results of a run with several SAEs, in nats per token."""
 
     run: str
     initial_gap: float
-    """With all of them in place, before training."""
+    """CE gap with all SAEs in place, before training."""
     ce_gap: float
-    """After it."""
+    """CE gap after training."""
     gap_closed: float | None
     saes: list[Cost]
 
-    @property
-    def sum_alone(self) -> float:
-        """What the gap before would be if costs added up."""
-        return sum(sae.alone for sae in self.saes)
-
 
 def compare(folders: Sequence[RunFolder]) -> list[Several]:
-    """The runs with several SAEs whose contributions were measured, by what they differ in.
-
-    Args:
-        folders: Runs; others are left out.
+    """The runs with several SAEs whose contributions were measured, ordered by what they differ in.
 
     Raises:
-        UserError: Where none is left.
+        UserError: Where there are none.
     """
-    found = [
+    runs = [
         _several(run.summary)
         for run in finished_runs(folders)
         if all("alone_ce" in sae for sae in run.summary["sae"])
     ]
-    if not found:
+    if not runs:
         raise UserError("no finished run here has several SAEs whose contributions were measured")
-    return found
+    return runs
 
 
 def _several(summary: dict[str, Any]) -> Several:
@@ -88,16 +81,14 @@ def _several(summary: dict[str, Any]) -> Several:
     )
 
 
-def table(found: Sequence[Several]) -> Table:
+def table(runs: Sequence[Several]) -> Table:
     """A row for each SAE of each run."""
-    made = Table(title="each SAE of the runs with several", title_justify="left")
-    longest = max(len(sae.hookpoint) for run in found for sae in run.saes)
-    for name in ("SAEs", "gap before", "gap after", "closed"):
-        made.add_column(name, justify="right")
-    made.add_column("hook point", no_wrap=True, min_width=longest)
-    for name in ("FVU alone", "FVU with all", "CE alone", "CE without it"):
-        made.add_column(name, justify="right")
-    for run in found:
+    longest = max(len(sae.hookpoint) for run in runs for sae in run.saes)
+    gaps = "SAEs", "gap before", "gap after", "closed"
+    hookpoint = Column("hook point", no_wrap=True, min_width=longest)
+    columns = *gaps, hookpoint, "FVU alone", "FVU with all", "CE alone", "CE without it"
+    rows = right_aligned("each SAE of the runs with several", columns)
+    for run in runs:
         first = [
             str(len(run.saes)),
             f"{run.initial_gap:+.3f}",
@@ -105,7 +96,7 @@ def table(found: Sequence[Several]) -> Table:
             percent(run.gap_closed),
         ]
         for number, sae in enumerate(run.saes):
-            made.add_row(
+            rows.add_row(
                 *(first if number == 0 else [""] * len(first)),
                 sae.hookpoint,
                 f"{sae.alone_fvu:.3f}",
@@ -114,20 +105,16 @@ def table(found: Sequence[Several]) -> Table:
                 f"{sae.without:+.3f}",
                 end_section=number == len(run.saes) - 1,
             )
-    return made
+    return rows
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """The gap of all SAEs together, before and after, beside the sum of what each costs alone.
-
-    Args:
-        folders: As for `compare`.
-    """
+    """The gap of all SAEs together, before and after, beside the sum of their costs alone."""
     by_number = sorted(compare(folders), key=lambda run: len(run.saes))
     blocks = ["+".join(str(sae.block) for sae in run.saes) for run in by_number]
     drawn = go.Figure()
     for name, colour, values in (
-        ("sum of each alone", "#bbbbbb", [run.sum_alone for run in by_number]),
+        ("sum of each alone", "#bbbbbb", [sum(sae.alone for sae in run.saes) for run in by_number]),
         ("all at once", COLOURS[1], [run.initial_gap for run in by_number]),
         ("after training", COLOURS[0], [run.ce_gap for run in by_number]),
     ):
@@ -140,12 +127,7 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
 
 
 def by_block(runs: Sequence[Several], names: Sequence[str]) -> go.Figure:
-    """FVU and CE of each SAE alone in the plain model, over its block.
-
-    Args:
-        runs: With several SAEs.
-        names: What the legend calls each.
-    """
+    """FVU and CE of each SAE alone in the plain model, over its block; a line with a name per run."""
     drawn = make_subplots(1, 2, horizontal_spacing=0.12)
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour = COLOURS[number % len(COLOURS)]

@@ -1,11 +1,9 @@
-"""How soon LoRA around an SAE reaches what an SAE trained end to end reaches: a table and a figure."""
+"""Time that LoRA around an SAE takes to the CE of an SAE trained end to end: a table and a figure."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -15,46 +13,55 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, logarithmic
 from sae_lora.comparisons.interpolate import first_reached, value_at
 from sae_lora.config.enums import Method
-from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import CurvePoint
-from sae_lora.report.tables import in_whole_words, spread
+from sae_lora.report.tables import in_whole_words, right_aligned, spread
 
 COSTS = ("train_seconds", "train_flops")
-"""What a curve is read over."""
+"""Fields of a curve's points that count the cost of training."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """LoRA around what an SAE's training has kept, beside an SAE trained end to end.
+    """LoRA around an SAE that training has kept, beside an SAE trained end to end.
 
-    Costs of LoRA hold those of the SAE until it was kept.
+    Costs of LoRA include those of the SAE's training until it was kept.
     """
 
     at: float
     """Share of the SAE's training after which it was kept."""
     seed: int
     ce: float
-    """Held-out cross-entropy that both reach, in nats per token: the higher one of the two that they end
-    at."""
+    """Held-out cross-entropy that both reach, in nats per token: the higher of the two at the end."""
     lora_ce: float
-    """What LoRA ends at."""
+    """Cross-entropy at the end of LoRA."""
     e2e_ce: float
-    """What the SAE trained end to end ends at."""
+    """Cross-entropy at the end of end-to-end training."""
     lora: dict[str, float]
-    """By name of `COSTS`: what LoRA takes to get there."""
+    """Cost of LoRA until `ce`, by name of `COSTS`."""
     sae: dict[str, float]
-    """What of that is the SAE's training, which an SAE that is there already does not cost."""
+    """The part of it that trained the SAE; an SAE that exists already does not cost it."""
     e2e: dict[str, float]
-    """What the SAE trained end to end takes."""
+    """Cost of end-to-end training until `ce`."""
 
 
-@dataclass(frozen=True)
 class _Arm:
-    config: Config
-    curve: list[CurvePoint]
-    path: Path
+    """A run of the experiment."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.config = load(folder.config.read_text())
+        self.curve = folder.read_curve()
+
+    def before(self) -> "_Arm":
+        """The run whose result this one begins with."""
+        assert self.config.init is not None
+        return _Arm(self.folder.before(self.config.init))
+
+    def matching(self) -> tuple[object, ...]:
+        """Model, blocks and seed: the same in runs that are compared."""
+        blocks = tuple(choice.block for choice in self.config.sae.used)
+        return self.config.model.name, blocks, self.config.train.seed
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Branch]:
@@ -66,39 +73,25 @@ def compare(folders: Sequence[RunFolder]) -> list[Branch]:
     Raises:
         UserError: Where one of the three is missing.
     """
-    arms = [_arm(folder) for folder in folders if folder.is_finished]
-    found = []
+    arms = [_Arm(folder) for folder in folders if folder.is_finished]
+    branches = []
     for lora in _of(arms, Method.lora):
-        if lora.config.init is None:
-            continue
-        before = _before(lora)
-        for e2e in _of(arms, Method.e2e):
-            if _place(e2e) == _place(lora) and e2e.config.train.seed == lora.config.train.seed:
-                found.append(_branch(lora, before, e2e))
-    if not found:
+        sae = lora.before()
+        branches += [
+            _branch(lora, sae, e2e) for e2e in _of(arms, Method.e2e) if e2e.matching() == lora.matching()
+        ]
+    if not branches:
         raise UserError(
             "no finished run of method=lora begins with an SAE (init=) beside a finished one of "
             "method=e2e with the same model, block and seed"
         )
-    return sorted(found, key=lambda one: (one.at, one.seed))
-
-
-def _arm(folder: RunFolder) -> _Arm:
-    return _Arm(load(folder.config.read_text()), folder.read_curve(), folder.path)
-
-
-def _before(arm: _Arm) -> _Arm:
-    """The run whose result this one begins with."""
-    assert arm.config.init is not None
-    return _arm(RunFolder(arm.path).before(arm.config.init))
+    return sorted(branches, key=lambda branch: (branch.at, branch.seed))
 
 
 def _of(arms: Sequence[_Arm], kind: Method) -> list[_Arm]:
-    return [arm for arm in arms if arm.config.method.kind is kind]
-
-
-def _place(arm: _Arm) -> tuple[Any, ...]:
-    return arm.config.model.name, tuple(choice.block for choice in arm.config.sae.used)
+    """The runs of a method; with LoRA, those that begin with another run's SAE."""
+    chosen = [arm for arm in arms if arm.config.method.kind is kind]
+    return [arm for arm in chosen if kind is not Method.lora or arm.config.init is not None]
 
 
 def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
@@ -118,64 +111,59 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
 
 
 def _cost_of(arm: _Arm, ce: float, cost: str) -> float:
-    """What a training had taken when its student first got down to a cross-entropy."""
-    reading = first_reached(arm.curve, "student_ce", ce)
-    assert reading is not None  # one of its points is as low
-    return reading.read(cost)
+    """Cost of a run's training until its student first reached a cross-entropy."""
+    reached = first_reached(arm.curve, "student_ce", ce, cost)
+    assert reached is not None  # a point of the curve is as low
+    return reached
 
 
 def _kept_at(arm: _Arm, share: float, cost: str) -> float:
-    """What an SAE's training had taken after a share of its tokens."""
+    """Cost of an SAE's training after a share of its tokens."""
     return value_at(arm.curve, "tokens", share * arm.curve[-1].tokens, cost)
 
 
-def table(found: Sequence[Branch]) -> Table:
-    """A row for each share of the SAE's training; medians, in brackets the least and most over seeds.
+def table(branches: Sequence[Branch]) -> Table:
+    """A row for each share of the SAE's training; medians, in brackets the range over seeds.
 
-    `LoRA alone` is how many times sooner it is where the SAE is there already.
+    `LoRA alone` is how many times sooner it reaches the cross-entropy where the SAE exists already.
     """
-    made = Table(title="until both are at the same cross-entropy", title_justify="left")
-    for name in (
-        *("SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e"),
-        *("times sooner", "times fewer FLOPs", "LoRA alone", "seeds"),
-    ):
-        made.add_column(name, justify="right")
-    for at in sorted({one.at for one in found}):
-        those = [one for one in found if one.at == at]
-        seconds, flops = COSTS
-        made.add_row(
+    columns = "SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e", "times sooner"
+    rows = right_aligned(
+        "until both are at the same cross-entropy",
+        [*columns, "times fewer FLOPs", "LoRA alone", "seeds"],
+    )
+    seconds, flops = COSTS
+    for at in sorted({branch.at for branch in branches}):
+        seeds = [branch for branch in branches if branch.at == at]
+        rows.add_row(
             f"{at:.0%}",
-            f"{statistics.median(one.lora_ce for one in those):.3f}",
-            f"{statistics.median(one.e2e_ce for one in those):.3f}",
-            f"{statistics.median(one.lora[seconds] for one in those):.0f} s",
-            f"{statistics.median(one.e2e[seconds] for one in those):.0f} s",
-            spread([one.e2e[seconds] / one.lora[seconds] for one in those]),
-            f"{statistics.median(one.e2e[flops] / one.lora[flops] for one in those):.1f}",
-            f"{statistics.median(_sooner_alone(one, seconds) for one in those):.1f}",
-            str(len(those)),
+            f"{statistics.median(seed.lora_ce for seed in seeds):.3f}",
+            f"{statistics.median(seed.e2e_ce for seed in seeds):.3f}",
+            f"{statistics.median(seed.lora[seconds] for seed in seeds):.0f} s",
+            f"{statistics.median(seed.e2e[seconds] for seed in seeds):.0f} s",
+            spread([seed.e2e[seconds] / seed.lora[seconds] for seed in seeds]),
+            f"{statistics.median(seed.e2e[flops] / seed.lora[flops] for seed in seeds):.1f}",
+            f"{statistics.median(_sooner_alone(seed, seconds) for seed in seeds):.1f}",
+            str(len(seeds)),
         )
-    return in_whole_words(made)
+    return in_whole_words(rows)
 
 
 def _sooner_alone(branch: Branch, cost: str) -> float:
-    """How many times less LoRA takes where the SAE is there already."""
+    """Cost of end-to-end training over that of LoRA alone, where the SAE exists already."""
     alone = branch.lora[cost] - branch.sae[cost]
     return branch.e2e[cost] / alone if alone else math.inf
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """Cross-entropy over seconds and FLOPs: the SAE's training, LoRA that branches off it, and e2e.
-
-    Args:
-        folders: As for `compare`. One seed is drawn, the first.
-    """
-    arms = [_arm(folder) for folder in folders if folder.is_finished]
+    """Cross-entropy of the first seed over seconds and FLOPs: SAE, LoRA that branches off, and e2e."""
+    arms = [_Arm(folder) for folder in folders if folder.is_finished]
     seed = min(arm.config.train.seed for arm in arms)
     arms = [arm for arm in arms if arm.config.train.seed == seed]
     lines = [
         *(("reconstruction", COLOURS[6], arm) for arm in _of(arms, Method.sae)),
         *(("end to end", COLOURS[5], arm) for arm in _of(arms, Method.e2e)),
-        *(("LoRA", COLOURS[0], arm) for arm in _of(arms, Method.lora) if arm.config.init is not None),
+        *(("LoRA", COLOURS[0], arm) for arm in _of(arms, Method.lora)),
     ]
     drawn = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
     axes = ("seconds of training", ".3~g"), ("training FLOPs", ".2~s")
@@ -183,12 +171,12 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
         amounts: list[float] = []
         named: set[str] = set()
         for name, colour, arm in lines:
-            begins = _kept_at(_before(arm), arm.config.init_at, cost) if name == "LoRA" else 0.0
-            # The very first point is at nothing, which a logarithmic axis has no place for.
-            taken = [begins + (getattr(point, cost) or 0.0) or None for point in arm.curve]
-            amounts += [amount for amount in taken if amount]
+            start = _kept_at(arm.before(), arm.config.init_at, cost) if name == "LoRA" else 0.0
+            # The first point of a curve is at zero, where a logarithmic axis has no place.
+            costs = [start + (getattr(point, cost) or 0.0) or None for point in arm.curve]
+            amounts += [amount for amount in costs if amount]
             drawn.add_scatter(
-                x=taken,
+                x=costs,
                 y=[point.student_ce for point in arm.curve],
                 mode="lines",
                 line={"color": colour, "width": 2},

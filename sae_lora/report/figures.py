@@ -12,55 +12,55 @@ from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, ticks
 from sae_lora.records.factors import FACTORS, SEED, label, text, title
 from sae_lora.records.metrics import METRICS
 from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
-from sae_lora.report.frames import factors
+from sae_lora.report.frames import by_value, factors
 
 _MOST_IN_LEGEND = 10
-"""Combinations of factors that a legend names one by one."""
+"""Entries of a legend, and ticks of an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
+"""Factors that readers of a sweep ask for first."""
 _CLOSED_AXIS = {"title": METRICS["gap_closed"].title, "tickformat": ".2~%"}
 
 
 def by_prominence(factors: Sequence[str]) -> list[str]:
-    """Those first that figures show best: what a reader of a sweep asks for first."""
+    """The factors, the most prominent ones first."""
     first = [name for name in _PROMINENT if name in factors]
     return first + [name for name in factors if name not in first]
 
 
 class _Look:
-    """How the runs of a group are drawn: their first factor as colour, the second as dash and symbol.
+    """Look of the runs of a group: their first factor sets the colour, the second the dash and symbol.
 
-    The legend names each combination where they are few, else the values of each of the two.
+    The legend names each combination where there are few, else the values of each of the two factors.
     """
 
     def __init__(self, frame: Frame, by: Sequence[str]) -> None:
         self._by = list(by)
         self._values = [list(dict.fromkeys(map(text, frame[name]))) for name in by]
-        first = len(self._values[0]) if by else 1
-        self._colours: Sequence[Any] = (
-            COLOURS
-            if first <= len(COLOURS)
-            else sample_colorscale("Cividis", [at / (first - 1) for at in range(first)])
-        )
-        self._each = len(set(group_of(frame, by))) <= _MOST_IN_LEGEND
+        count = len(self._values[0]) if by else 1
+        self._colours: Sequence[Any] = COLOURS
+        if count > len(COLOURS):
+            self._colours = sample_colorscale("Cividis", [at / (count - 1) for at in range(count)])
+        self._names_combinations = len(set(group_of(frame, by))) <= _MOST_IN_LEGEND
         self._named: set[str] = set()
 
     def of(self, group: tuple[str, ...]) -> dict[str, Any]:
-        """What a trace of this group looks like, and how the legend names it."""
+        """The line, the markers and the legend entry of a group's trace."""
         places = [values.index(value) for values, value in zip(self._values, group, strict=True)]
         first, second = [*places, 0, 0][:2]
-        name = (", ".join(group) if self._each else group[0]) if group else "runs"
-        shown = name not in self._named and len(self._named) < _MOST_IN_LEGEND
+        name = "runs"
+        if group:
+            name = ", ".join(group) if self._names_combinations else group[0]
+        is_new = name not in self._named and len(self._named) < _MOST_IN_LEGEND
         self._named.add(name)
-        colour = self._colours[first % len(self._colours)]
-        return {"name": name, "legendgroup": name, "showlegend": shown and bool(group)} | _drawn(
-            colour, second
-        )
+        entry = {"name": name, "legendgroup": name, "showlegend": is_new and bool(group)}
+        return entry | _line_and_markers(self._colours[first % len(self._colours)], second)
 
     def explain(self, figure: go.Figure) -> None:
-        """Adds the legend's title, and what it says beyond the traces that are there."""
-        title = ", ".join(map(label, self._by if self._each else self._by[:1]))
+        """Adds the title of the legend, and entries for the second factor where it has none yet."""
+        named = self._by if self._names_combinations else self._by[:1]
+        title = ", ".join(map(label, named))
         figure.update_layout(legend={"title": {"text": title}, "tracegroupgap": 0})
-        if self._each or len(self._by) < 2:
+        if self._names_combinations or len(self._by) < 2:
             return
         for number, value in enumerate(self._values[1][:_MOST_IN_LEGEND]):
             figure.add_scatter(
@@ -68,12 +68,12 @@ class _Look:
                 y=[None],
                 mode="lines+markers",
                 name=f"{label(self._by[1])} {value}",
-                **_drawn("#666666", number),
+                **_line_and_markers("#666666", number),
             )
 
 
-def _drawn(colour: str, number: int) -> dict[str, Any]:
-    """A line and its markers, in a colour, of which dash and symbol are those of a number."""
+def _line_and_markers(colour: str, number: int) -> dict[str, Any]:
+    """A line and its markers in a colour, with the dash and the symbol of a number."""
     return {
         "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
         "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 7},
@@ -86,18 +86,18 @@ def gap_curves(
     over: str = "tokens",
     by: Sequence[str] | None = None,
 ) -> go.Figure:
-    """The CE gap of each run over what it was trained with.
+    """The CE gap of each run over its training.
 
     Args:
         frame: Runs, as `Sweep.frame` gives them.
         curves: Their points, as `Sweep.curves` gives them.
         over: `tokens`, `train_seconds` or `train_flops`.
-        by: The factors that tell them apart; by default those in which they differ.
+        by: Factors that the legend names; by default those in which the runs differ.
     """
     by = by_prominence(factors(frame)) if by is None else by
     look = _Look(frame, by)
     points = dict(iter(curves.groupby(["sweep", "run"], sort=False)))
-    traces = []  # added at once: one by one, each takes as long as there are others
+    traces = []  # added all at once: adding one takes longer the more there are
     for (_, run), group in zip(frame.iterrows(), group_of(frame, by), strict=True):
         curve = points.get((run["sweep"], run["run"]))
         if curve is None:
@@ -131,12 +131,11 @@ def gap_closed_against(
     Error bars are the confidence interval of that mean, where there are several seeds.
 
     Args:
-        frame: Finished runs, as `Sweep.frame` gives them.
-        factor: Its column.
-        others: What else they differ in, the seed left out.
+        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        factor: Column of the factor.
+        others: The other factors in which the runs differ, without the seed.
         fitted: Lines to draw, thin and grey.
     """
-    frame = frame[frame["gap_closed"].notna()]
     look = _Look(frame, others)
     figure = go.Figure()
     groups = group_of(frame, others)
@@ -164,16 +163,15 @@ def gap_closed_against(
                 showlegend=False,
                 legendgroup=", ".join(group),
             )
+    axis: dict[str, Any] = {"title": title(factor)}
     if not has_order:
-        axis: dict[str, Any] = {"type": "category"}
-    elif factor in FACTORS and FACTORS[factor].is_logarithmic and min(numeric, default=0) > 0:
-        axis = {"type": "log"} | _ticks(numeric)
-    else:
-        axis = _ticks(numeric)
-    figure.update_layout(
-        xaxis={"title": title(factor)} | axis,
-        yaxis=_CLOSED_AXIS,
-    )
+        axis["type"] = "category"
+    elif factor in FACTORS and FACTORS[factor].is_logarithmic and min(numeric) > 0:
+        axis["type"] = "log"
+    different = sorted(set(numeric))
+    if has_order and len(different) <= _MOST_IN_LEGEND:
+        axis |= ticks(different, _MOST_IN_LEGEND)
+    figure.update_layout(xaxis=axis, yaxis=_CLOSED_AXIS)
     look.explain(figure)
     return finished(figure)
 
@@ -182,17 +180,16 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     """The gap closed over two factors; over three, a map for each value of the third.
 
     Args:
-        frame: Finished runs, as `Sweep.frame` gives them.
-        by: The two or three factors; what else differs is averaged.
+        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        by: The two or three factors; a cell is the mean over all others.
     """
-    frame = frame[frame["gap_closed"].notna()]
     across, down, *third = by
     parts = list(frame.groupby(third[0])) if third else [("", frame)]
     titles = [f"{title(third[0])}: {text(value)}" for value, _ in parts] if third else None
     figure = make_subplots(
         1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03
     )
-    columns, rows = (list(dict.fromkeys(frame.sort_values(name)[name])) for name in (across, down))
+    columns, rows = (list(frame[name].sort_values(key=by_value).unique()) for name in (across, down))
     for number, (_, part) in enumerate(parts, 1):
         means = part.pivot_table("gap_closed", down, across, "mean").reindex(index=rows, columns=columns)
         figure.add_heatmap(
@@ -215,13 +212,13 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
 
 
 def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
-    """The gap closed over what it cost: trained parameters, FLOPs, seconds.
+    """The gap closed over its cost: trained parameters, FLOPs, seconds.
 
     Args:
-        frame: Finished runs, as `Sweep.frame` gives them.
-        by: The factors that tell runs apart, the seed left out.
+        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        by: The factors in which they differ, without the seed; the first two are told apart.
     """
-    frame, by = frame[frame["gap_closed"].notna()], by[:2]  # of more, nothing can be seen
+    by = by[:2]
     look = _Look(frame, by)
     costs = ("trainable_parameters", "train_flops", "train_seconds")
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
@@ -243,8 +240,9 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
     columns = [1 + number % len(costs) for number in range(len(traces))]
     figure.add_traces(traces, rows=[1] * len(traces), cols=columns)
     for number, cost in enumerate(costs, 1):
-        spread = cost == "trainable_parameters"  # from rank 1 to 256: that is all that fits on no line
-        kind: dict[str, Any] = {"type": "log", "nticks": 4} if spread else {"rangemode": "tozero"}
+        # Ranks from 1 to 256 do not fit on a linear axis of parameters.
+        is_wide = cost == "trainable_parameters"
+        kind: dict[str, Any] = {"type": "log", "nticks": 4} if is_wide else {"rangemode": "tozero"}
         figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis=_CLOSED_AXIS)
     look.explain(figure)
@@ -252,27 +250,21 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
 
 
 def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
-    """For each value of a factor the mean of the gap closed, and half its confidence interval."""
+    """The mean of the gap closed and half its confidence interval, for each value of a factor."""
     from scipy import stats
 
-    found: dict[str, list[Any]] = {"value": [], "mean": [], "margin": [], "runs": []}
-    for value, part in runs.groupby(factor, sort=True):
+    means: dict[str, list[Any]] = {"value": [], "mean": [], "margin": [], "runs": []}
+    for value, part in runs.groupby(factor):
         closed, n = part["gap_closed"].astype(float), len(part)
         margin = None
         if part[SEED].nunique() > 1:
             margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * closed.std(ddof=1) / math.sqrt(n))
-        for name, one in zip(found, (value, float(closed.mean()), margin, n), strict=True):
-            found[name].append(one)
-    return found
-
-
-def _ticks(values: Sequence[float]) -> dict[str, Any]:
-    """A tick at each value that there is, where they are few."""
-    different = sorted(set(values))
-    few = 1 <= len(different) <= _MOST_IN_LEGEND
-    return ticks(different, _MOST_IN_LEGEND) if few else {}
+        row = value, float(closed.mean()), margin, n
+        for column, cell in zip(means.values(), row, strict=True):
+            column.append(cell)
+    return means
 
 
 def _numbers(column: Any) -> list[float | None]:
-    """Without what is not there."""
+    """The values of a column as floats, `None` where there is none."""
     return [None if value is None or value != value else float(value) for value in column]

@@ -1,20 +1,22 @@
-"""How the gap closed grows with a factor: one slope over the logarithm, with its confidence interval."""
+"""Growth of the gap closed with a factor: one slope over the logarithm, with its confidence interval."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas
+
 from sae_lora.records.factors import label, text
 
 Frame = Any
-"""A `pandas.DataFrame`: its own types leave open what most operations on one give."""
+"""A `pandas.DataFrame`, whose own types do not say what most of its operations return."""
 
 CONFIDENCE = 0.95
 _FEWEST_VALUES = 3
-"""Through two values every line fits."""
+"""Different values of the factor; a line fits any two exactly."""
 _FEWEST_TO_SPARE = 2
-"""Points beyond those that the line itself takes: with fewer, the interval is wider than any finding."""
+"""Degrees of freedom; with fewer, the interval is wider than any finding."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,17 @@ class Fit:
     """The slope: share of the gap for each doubling of the factor."""
     low: float
     high: float
-    """Its confidence interval, from Student's distribution."""
+    """The slope's confidence interval, from Student's distribution."""
     intercepts: dict[tuple[str, ...], float]
-    """Of each group of runs that are alike but for the factor and the seed, by their values."""
+    """By group of runs that differ in factor and seed only: the values of the other factors."""
     values: tuple[float, float]
     """The least and the largest value of the factor."""
     runs: int
     r_squared: float
-    """Of what varies within groups, the share that the slope explains."""
+    """Share of the variance within groups that the slope explains."""
 
     def at(self, group: tuple[str, ...], value: float) -> float:
-        """The gap closed that the line says."""
+        """The gap closed on the line of a group, at a value of the factor."""
         return self.intercepts[group] + self.per_doubling * math.log2(value)
 
     def __str__(self) -> str:
@@ -49,42 +51,30 @@ class Fit:
         )
 
 
-@dataclass(frozen=True)
-class NoFit:
-    """Why there is none."""
-
-    factor: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"no fit over {label(self.factor)}: {self.reason}"
-
-
-def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | NoFit:
-    """The gap closed over the logarithm of a factor.
+def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
+    """The gap closed over the logarithm of a factor, or a sentence that says why there is no fit.
 
     Args:
         frame: Finished runs, as `Sweep.frame` gives them.
-        factor: Its column.
-        others: What else the runs differ in, the seed left out.
+        factor: Column of the factor.
+        others: The other factors in which runs differ, without the seed.
     """
     from scipy import stats
 
     numbers, closed = frame[factor].map(_number), frame["gap_closed"].map(_number)
     usable = numbers.gt(0) & closed.notna()
     groups = group_of(frame, others)
-    # A group with one value says where its line lies and nothing of the slope.
+    # A group with one value fixes the height of its line, but not the slope.
     usable &= numbers.where(usable).groupby(groups).transform("nunique") > 1
     x, y, groups = numbers[usable].map(math.log2), closed[usable], groups[usable]
+    refusal = f"no fit over {label(factor)}"
     if (values := x.nunique()) < _FEWEST_VALUES:
-        return NoFit(
-            factor,
-            f"{values} values of it in runs that are otherwise alike, and {_FEWEST_VALUES} needed",
-        )
+        alike = "values of it in runs that are otherwise alike"
+        return f"{refusal}: {values} {alike}, and {_FEWEST_VALUES} needed"
     n_groups = groups.nunique()
     if (spare := len(x) - n_groups - 1) < _FEWEST_TO_SPARE:
         needed = n_groups + 1 + _FEWEST_TO_SPARE
-        return NoFit(factor, f"{len(x)} runs in {n_groups} groups, and {needed} needed")
+        return f"{refusal}: {len(x)} runs in {n_groups} groups, and {needed} needed"
     mean_x, mean_y = x.groupby(groups).transform("mean"), y.groupby(groups).transform("mean")
     dx, dy = x - mean_x, y - mean_y
     slope = float((dx * dy).sum() / (dx**2).sum())
@@ -106,13 +96,11 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | NoFit:
 
 
 def _number(value: object) -> float:
-    """Not a number where the value is none."""
+    """A value as a number, NaN where it is none."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def group_of(frame: Frame, others: Sequence[str]) -> Any:
-    """The values of some factors, of each run, as text."""
-    import pandas
-
+    """The values of some factors as text, a tuple for each run."""
     rows = frame[list(others)].itertuples(index=False, name=None)
     return pandas.Series([tuple(map(text, row)) for row in rows], index=frame.index, dtype=object)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas
 
 from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.factors import FACTORS, values_of, varying
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.schema import CurvePoint
-from sae_lora.records.status import standings
+from sae_lora.records.status import Standing, standings
 from sae_lora.report.fits import Frame
 
 _MEASURED = [
@@ -20,78 +22,56 @@ _MEASURED = [
     *("trainable_parameters", "train_tokens", "train_seconds", "total_seconds", "train_flops"),
     *("trained_together", "tracked_at"),
 ]
-"""Of a summary; what of them a curve has too, unfinished runs have from there."""
+"""Keys of `summary.json`; unfinished runs have those that their curve knows too."""
 
 
 class Sweep:
     """The runs of one sweep, or of several.
 
     Args:
-        folders: Their folders. They are read when a table is asked for.
+        folders: The run folders, which are read when a table is asked for.
     """
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self.folders = list(folders)
 
-    def __iter__(self) -> Iterator[RunFolder]:
-        return iter(self.folders)
-
     def __len__(self) -> int:
         return len(self.folders)
 
-    def __getitem__(self, number: int) -> RunFolder:
-        return self.folders[number]
-
     def frame(self) -> Frame:
-        """A row per run, whatever its state, ordered by what the runs differ in.
+        """A row per run in any state, ordered by the factors in which the runs differ.
 
-        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and by its
-        key whatever else differs; what was measured, of a run that is not finished the last
-        point of its curve (cross-entropies and KL in nats per token); `closed_per_million_parameters`,
-        `closed_per_petaflop` and `closed_per_minute` of training; `command` and `folder`; and where runs
-        were evaluated, headlines by `suite/name`.
+        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and other
+        config keys that differ; measures (cross-entropies and KL in nats per token), from the curve's
+        last point where a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop`
+        and `closed_per_minute` of training; `command` and `folder`; headlines of evaluations by
+        `suite/name`.
         """
-        import pandas  # takes a while, which looking at a sweep's state need not
-
-        rows = [
-            {
-                "sweep": _sweep_of(folder),
-                "run": folder.path.name,
-                "state": standing.state.value,
-                "note": standing.note,
-            }
-            | _row(folder)
-            for folder, standing in zip(self.folders, standings(self.folders), strict=True)
-        ]
-        found: Frame = pandas.DataFrame(rows)
-        other = [name for name in found.columns if "." in name]
-        same = [name for name in other if found[name].map(repr).nunique() == 1]
-        found = found.drop(columns=same)
-        closed = found["gap_closed"].astype(float)
+        rows = list(map(_row, self.folders, standings(self.folders)))
+        frame: Frame = pandas.DataFrame(rows)
+        keys = [name for name in frame if "." in name]
+        same = [name for name in keys if frame[name].map(repr).nunique() == 1]
+        frame = frame.drop(columns=same)
+        closed = frame["gap_closed"].astype(float)
         for name, of, unit in (
             ("closed_per_million_parameters", "trainable_parameters", 1e6),
             ("closed_per_petaflop", "train_flops", 1e15),
             ("closed_per_minute", "train_seconds", 60),
         ):
-            amount = found[of].astype(float)
-            found[name] = closed / (amount / unit).where(amount > 0)
-        order = ["sweep", "run", "state", "note", *FACTORS, *(set(other) - set(same))]
-        order += [name for name in found.columns if name not in order]
-        by = factors(found)
-        return found[order].sort_values(["sweep", *by], ignore_index=True, key=_by_value)
+            amount = frame[of].astype(float)
+            frame[name] = closed / (amount / unit).where(amount > 0)
+        first = ["sweep", "run", "state", "note", *FACTORS, *(key for key in keys if key not in same)]
+        frame = frame[list(dict.fromkeys([*first, *frame]))]
+        return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=by_value)
 
     def curves(self) -> Frame:
-        """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint`."""
-        import pandas
-
+        """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` but for `per_sae`."""
         names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
-        values_of = operator.attrgetter(*names)
-        rows = [
-            (*run, *values_of(point))
-            for folder in self.folders
-            for run in [(_sweep_of(folder), folder.path.name)]
-            for point in folder.read_curve()
-        ]
+        fields_of = operator.attrgetter(*names)
+        rows = []
+        for folder in self.folders:
+            run = _sweep_of(folder), folder.path.name
+            rows += [(*run, *fields_of(point)) for point in folder.read_curve()]
         return pandas.DataFrame(rows, columns=["sweep", "run", *names])
 
 
@@ -108,10 +88,7 @@ def load_sweep(*paths: Path | str) -> Sweep:
 
 
 def factors(frame: Frame) -> list[str]:
-    """The factors in which runs differ, in their usual order, the seed last.
-
-    One that only follows another (alpha, where it is twice the rank) is not named beside it.
-    """
+    """The factors in which the runs of a `Sweep.frame` differ, as `varying` names them."""
     names = [*FACTORS, *(name for name in frame if "." in name)]
     return varying(frame[names].to_dict("records"))
 
@@ -120,8 +97,8 @@ def _sweep_of(folder: RunFolder) -> str:
     return folder.path.resolve().parent.name
 
 
-def _row(folder: RunFolder) -> dict[str, Any]:
-    """What a folder says of its run."""
+def _row(folder: RunFolder, standing: Standing) -> dict[str, Any]:
+    """The values of one run in the frame, by column."""
     config = folder.read_config()
     measured: dict[str, Any] = {}
     if folder.is_finished:
@@ -134,15 +111,17 @@ def _row(folder: RunFolder) -> dict[str, Any]:
             "train_tokens": last.tokens,
         }
     return (
-        values_of(config, measured)
+        {"sweep": _sweep_of(folder), "run": folder.path.name}
+        | {"state": standing.state.value, "note": standing.note}
+        | values_of(config, measured)
         | {name: measured.get(name) for name in _MEASURED}
         | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}
         | headlines(folder)
     )
 
 
-def _by_value(column: Any) -> Any:
-    """Sorts numbers by their value, also where some runs have words there."""
+def by_value(column: Any) -> Any:
+    """Sort key of a column: numbers by their value, then words, where runs have either."""
     return column.map(
         lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
     )

@@ -1,11 +1,11 @@
-"""What people look at: tables made from the run folders alone. Imports no torch."""
+"""Tables for a terminal, made from the run folders alone. Imports no torch."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation.headlines import headlines
@@ -14,7 +14,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 
 _RUN = "run"
-"""Heads the column of runs that nothing but their names sets apart."""
+"""The head of the column of names, where runs differ in nothing else."""
 _OF_ONE_RUN = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "initial_kl", "kl"),
     *("top1_agreement", "fvu", "l0", "trainable_parameters", "train_tokens"),
@@ -25,19 +25,13 @@ _OF_SEVERAL = (
     *("trainable_parameters", "train_seconds"),
 )
 _IN_TITLE = ("model", "block", "width", "l0", "rank"), ("base_ce", "spliced_ce", "initial_gap")
-"""Factors and metrics that stand in the title of a table where they are the same in all its rows."""
+"""Factors and metrics that stand in a table's title where all its rows have the same value."""
 
 
 def run_table(summary: dict[str, Any]) -> Table:
-    """One finished run in full.
-
-    Args:
-        summary: What `summary.json` holds.
-    """
-    table = Table(title=summary["name"], title_justify="left", show_header=False)
-    table.add_column("what", style="bold")
-    table.add_column("value", justify="right")
-    table.add_column("unit", style="dim")
+    """One finished run in full, from its `summary.json`."""
+    columns = Column(style="bold"), Column(justify="right"), Column(style="dim")
+    table = Table(*columns, title=summary["name"], title_justify="left", show_header=False)
     for key in _OF_ONE_RUN:
         metric = METRICS[key]
         unit = _why_undefined(summary) if key == "gap_closed" else metric.suffix
@@ -51,24 +45,32 @@ def _why_undefined(summary: dict[str, Any]) -> str:
     return "there is no gap" if summary["initial_gap"] <= 0 else "the SAE is new"
 
 
+def right_aligned(title: str, columns: Iterable[str | Column]) -> Table:
+    """An empty table; columns that are given by their heading alone are aligned to the right."""
+    aligned = [
+        Column(column, justify="right") if isinstance(column, str) else column for column in columns
+    ]
+    return Table(*aligned, title=title, title_justify="left")
+
+
 def spread(ratios: Sequence[float]) -> str:
-    """The median of ratios, and in brackets the least and the most."""
+    """The median of ratios, and in brackets the least and the largest."""
     if not ratios:
         return "never"
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """The mean of values over seeds, and in brackets the least and the most."""
+    """The mean of values over seeds, and in brackets the least and the largest."""
     mean = f"{statistics.mean(values):+.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 def in_whole_words(table: Table, but: str | None = None) -> Table:
-    """The table, made so that a narrow terminal breaks its cells between words alone.
+    """The complete table, with columns so wide that a narrow terminal breaks cells between words only.
 
     Args:
-        table: Complete.
+        table: The table, changed in place.
         but: Heading of a column that may be broken anywhere.
     """
     for column in table.columns:
@@ -79,13 +81,9 @@ def in_whole_words(table: Table, but: str | None = None) -> Table:
 
 
 def comparison_table(folders: Sequence[RunFolder]) -> Table:
-    """Finished runs side by side, a row each; what is the same in all of them stands in the title.
-
-    Args:
-        folders: Runs; those that are not finished are left out.
-    """
+    """Finished runs side by side, a row each; the title holds what all of them have in common."""
     runs = finished_runs(folders)
-    columns = _told_apart(runs)
+    columns = _differences(runs)
     columns |= {
         METRICS[key].column: [METRICS[key].written(run.summary[key]) for run in runs]
         for key in _OF_SEVERAL
@@ -93,49 +91,44 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     same = {label(name): [text(run.factors[name]) for run in runs] for name in _IN_TITLE[0]}
     same |= {name: columns[name] for key in _IN_TITLE[1] if (name := METRICS[key].column) in columns}
     title = {name: values[0] for name, values in same.items() if len(set(values)) == 1}
-    table = Table(
-        title=", ".join(f"{name} {value}" for name, value in title.items()), title_justify="left"
-    )
-    _fill(table, {name: values for name, values in columns.items() if name not in title})
-    return table
+    heading = ", ".join(f"{name} {value}" for name, value in title.items())
+    return _table(heading, {name: values for name, values in columns.items() if name not in title})
 
 
 def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> Iterator[Table]:
-    """What suites have found of finished runs, a row each: the few numbers that stand for a suite.
+    """A table for each suite with results: a row for each finished run, with the suite's headlines.
 
-    Args:
-        folders: Runs; those that are not finished are left out.
-        suites: The suites, each for a table; where one has found nothing there is none. Of a run that it
-            has not measured there are dashes.
+    Runs that the suite has not measured have dashes.
     """
     runs = finished_runs(folders)
-    apart = _told_apart(runs)
-    found = [headlines(run.folder) for run in runs]
-    names = dict.fromkeys(chain(*found))
+    differences = _differences(runs)
+    measured = [headlines(run.folder) for run in runs]
+    names = dict.fromkeys(chain(*measured))
     for suite in suites:
         values = {
             name.partition("/")[2].replace(", ", "\n"): [
-                f"{one[name]:.3g}" if name in one else "–" for one in found
+                f"{numbers[name]:.3g}" if name in numbers else "–" for numbers in measured
             ]
             for name in names
             if name.startswith(f"{suite.name}/")
         }
         if values:
-            table = Table(title=suite.name, title_justify="left")
-            _fill(table, apart | values)
-            yield in_whole_words(table)
+            yield in_whole_words(_table(suite.name, differences | values))
 
 
-def _told_apart(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
-    """By column, what sets finished runs apart; their names where nothing does."""
+def _differences(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
+    """The factors in which finished runs differ, by column; the runs' names where there are none."""
     names = varying([run.factors for run in runs], with_followers=True)
     if not names:
         return {_RUN: [run.summary["name"] for run in runs]}
     return {label(name): [text(run.factors.get(name)) for run in runs] for name in names}
 
 
-def _fill(table: Table, columns: Mapping[str, Sequence[str]]) -> None:
+def _table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
+    """A table of complete columns by heading."""
+    table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name == _RUN else "right", no_wrap=name != _RUN)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
+    return table

@@ -1,1 +1,1 @@
-"""How fast training is, against the loop that the method was published with, and that both agree."""
+"""Speed of training against the loop that the method was published with, and proof that both agree."""

@@ -44,18 +44,18 @@ from scripts.benchmark.reference import Reference, evaluate
 from scripts.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 
 RANKS = (1, 4, 16, 64, 256)
-"""Of a pack of five; one of 25 has each of them around five SAEs."""
+"""Ranks of a pack of five; a pack of 25 has each of them around five SAEs."""
 SINGLE = 16
 """The rank of a run alone."""
 SIZES = (1, 5, 25)
-"""Of the packs."""
+"""Sizes of packs."""
 CONTEXTS = (256, 1024)
 """Tokens per sequence."""
 TRAIN = TrainConfig(
     train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
 )
 WIDE = dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
-"""Of the row about the SAE: Gemma-2-2B's width, and one of Gemma Scope's."""
+"""Shape of the row about the SAE: the widths of Gemma-2-2B and of a Gemma Scope SAE."""
 Result = TypeVar("Result")
 _STEPS = 4
 """After which adapters are compared."""
@@ -70,16 +70,16 @@ class Row:
     context: int
     """Tokens per sequence."""
     times: Ratio
-    """How many times quicker, per run."""
+    """Speedup per run."""
     seconds: float
-    """That it takes here, per run; the median."""
+    """Median seconds per run of this package."""
     work: Work
-    """What it consists of here."""
+    """The work of this package."""
 
 
 @dataclass(frozen=True)
 class Equality:
-    """How far what is found here is from what the published loop finds."""
+    """Distance between the adapters of this package and those of the published loop."""
 
     what: str
     style: str
@@ -353,7 +353,7 @@ def run(
 
 
 def count_done(record: dict[str, Any]) -> int:
-    """How many of the parts of a record are there; the equalities of a style are one."""
+    """Number of parts that a record has so far; the equalities of a style are one part."""
     styles = {one["style"] for one in record["equalities"]}
     return len(record["rows"]) + len(styles) + (record["kl_bytes"] is not None)
 

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times quicker something is than what it is compared with."""
+    """Times of one call over those of a quicker one, round by round."""
 
     median: float
     least: float
@@ -19,7 +19,7 @@ class Ratio:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """What a call takes, its work on a GPU included."""
+    """Seconds of a call, its work on a GPU included."""
     _wait(device)
     started = time.perf_counter()
     call()
@@ -50,7 +50,7 @@ def taking_turns(
 
 
 def ratio(slower: Sequence[float], quicker: Sequence[float]) -> Ratio:
-    """Of the paired times, round by round."""
+    """The ratio of paired times, round by round."""
     ratios = [one / other for one, other in zip(slower, quicker, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 

@@ -1,4 +1,4 @@
-"""How much memory a piece of torch code holds at most, counted storage by storage, on any device."""
+"""Peak memory of a piece of torch code, counted storage by storage, on any device."""
 
 import weakref
 from typing import Any

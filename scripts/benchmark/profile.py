@@ -1,4 +1,4 @@
-"""Where the time of a piece of torch code goes: products of matrices, their rate, and the rest."""
+"""Time of a piece of torch code: in products of matrices, their rate, and the rest."""
 
 import os
 import time
@@ -28,7 +28,7 @@ _TIMES = 5
 
 @dataclass(frozen=True)
 class Work:
-    """What a call does."""
+    """The work of a call."""
 
     flops: float
     """Floating-point operations in products of matrices and in attention, two to a multiply-add."""
@@ -37,17 +37,17 @@ class Work:
     flops_per_second: float
     """While it does; 0 where it never does."""
     peak_bytes: float
-    """Of all tensors that it makes, at their most."""
+    """Peak bytes of all tensors that the call makes."""
     operators: dict[str, float]
     """Share of the time in each of torch's operators itself, of those with the largest."""
 
 
 def work_of(call: Callable[[], object], device: torch.device) -> Work:
-    """Looks at what a call does. It is called twice.
+    """Profiles a call, which is made twice.
 
     Args:
-        call: What it is; ready to be called, as one that has been called before.
-        device: Where it computes: what counts there is the time of the GPU.
+        call: The call; it has been made before, so that nothing is set up while it is profiled.
+        device: Its device; on a GPU, the GPU's time counts.
     """
     with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter, PeakMemory() as memory:
         call()

@@ -26,10 +26,9 @@ class Reference:
     Args:
         model: The plain model; it is not changed.
         splices: The SAEs.
-        adapters: Which, and where.
+        adapters: Their config.
         config: The optimisation; the rate is constant.
-        attention: What transformers calls the attention.
-        dropout: That of the adapters: torch's, as peft has it, or for equal masks ours.
+        dropout: Dropout of the adapters: torch's, as in peft, or ours for equal masks.
 
     Source: arXiv 2501.19406 and the code published with it.
     """
@@ -40,11 +39,10 @@ class Reference:
         splices: Splices,
         adapters: LoRAConfig,
         config: TrainConfig,
-        attention: str = "eager",
         dropout: Callable[[float], nn.Module] = nn.Dropout,
     ) -> None:
         self._model = model.view()
-        self._model.model.set_attn_implementation(attention)
+        self._model.model.set_attn_implementation("eager")
         self._saes = {splice.hookpoint: splice.sae for splice in splices}
         self._adapters = lora.attach(self._model, adapters, splices[0].block)
         lora.replace_dropout(self._model, dropout)
@@ -73,16 +71,16 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of the student, dropout off, `[batch, pos, d_vocab]`."""
+        """Logits of the student, dropout off, `[batch, pos, d_vocab]`."""
         lora.set_adapter_dropout(self._model, False)
         with spliced(self._model, self._saes):
-            found = self._logits(tokens)
+            logits = self._logits(tokens)
         lora.set_adapter_dropout(self._model, True)
-        return found
+        return logits
 
     @torch.no_grad()
     def untrained_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the plain model, and with the SAEs alone."""
+        """Logits of the plain model, and with the SAEs alone."""
         with self._adapters.disable_adapter():
             base = self._logits(tokens)
             with spliced(self._model, self._saes):
@@ -93,7 +91,7 @@ class Reference:
 
 
 class Measured(NamedTuple):
-    """What an evaluation finds of one run, in nats per token."""
+    """Results of one run's evaluation, in nats per token."""
 
     base_ce: float
     spliced_ce: float
@@ -107,7 +105,7 @@ def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
 
     Args:
         runs: The runs.
-        tokens: Held-out tokens `[sequence, pos]`, one sequence at a time.
+        tokens: Held-out tokens `[sequence, pos]`; each pass takes one sequence.
     """
     predictions = tokens.numel() - len(tokens)
     base_ce = spliced_ce = 0.0

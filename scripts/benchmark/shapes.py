@@ -13,7 +13,7 @@ from sae_lora.splice.hooks import Splice
 
 
 class Style(enum.Enum):
-    """Whose architecture."""
+    """Architecture of the layers."""
 
     gemma2 = "gemma2"
     llama = "llama"
@@ -21,7 +21,7 @@ class Style(enum.Enum):
 
 @dataclass(frozen=True)
 class Shape:
-    """How large everything is."""
+    """Sizes of model and SAE."""
 
     d_model: int = 512
     d_mlp: int = 2048
@@ -36,7 +36,7 @@ class Shape:
 
 
 SMALL = Shape()
-"""Of the tables."""
+"""The shape of the tables."""
 
 
 def random_model(style: Style, shape: Shape, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -64,11 +64,9 @@ def random_model(style: Style, shape: Shape, device: torch.device, dtype: torch.
     return LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
 
 
-def random_splice(
-    shape: Shape, seed: int, device: torch.device, dtype: torch.dtype, block: int | None = None
-) -> Splice:
-    """A TopK SAE with random weights, after the shape's block or another."""
+def random_splice(shape: Shape, seed: int, device: torch.device, dtype: torch.dtype) -> Splice:
+    """A TopK SAE with random weights, after the shape's block."""
     torch.manual_seed(seed)
     sae = TopKSAE(TopKSAEConfig(d_in=shape.d_model, d_sae=shape.d_sae, k=shape.k))
     frozen = sae.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return Splice(shape.sae_block if block is None else block, frozen, keeps=False)
+    return Splice(shape.sae_block, frozen, keeps=False)

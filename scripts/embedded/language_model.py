@@ -15,7 +15,7 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 
 class Budget(NamedTuple):
-    """How long and how fast the language model is trained.
+    """Length and speed of the language model's training.
 
     Args:
         tokens: Training tokens; several passes over the text.

@@ -6,7 +6,6 @@ Deterministic given its seed, on one kind of machine with the same number of thr
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_do
 from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
 from sae_lora.models.loading import load_model, load_tokenizer
 from scripts.embedded import language_model
-from scripts.embedded.saes import TopKRequest, save, train_topk
+from scripts.embedded.saes import SAEBudget, TopKRequest, train_topk
 
 VOCABULARY = 2048
 CONTEXT_LENGTH = 128
@@ -37,22 +36,6 @@ def requests() -> dict[str, TopKRequest]:
     wanted = [TopKRequest(block, 1024, k) for block in BLOCKS for k in SPARSITIES]
     wanted += [TopKRequest(3, width, 8) for width in WIDTHS]
     return {f"block_{one.block}-width_{one.width}-l0_{one.k}": one for one in wanted}
-
-
-class SAEBudget(NamedTuple):
-    """How long and how fast the SAEs are trained.
-
-    Args:
-        tokens: Training tokens of each SAE.
-        batch_tokens: Tokens per step.
-        buffer_tokens: Tokens that activations are shuffled among.
-        lr: Adam's learning rate.
-    """
-
-    tokens: int = 1_000_000
-    batch_tokens: int = 2_048
-    buffer_tokens: int = 65_536
-    lr: float = 2e-3
 
 
 def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
@@ -93,10 +76,7 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
         requests(),
         model,
         shuffled_batches(sequences, 64, seed),
-        tokens=budget.tokens,
-        batch_tokens=budget.batch_tokens,
-        buffer_tokens=budget.buffer_tokens,
-        lr=budget.lr,
+        budget,
         metadata={
             "model_name": "tiny",
             "dataset_path": "the Python standard library",
@@ -108,7 +88,7 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
         special_ids=torch.tensor(convention_of(tokenizer)),
     )
     for name, sae in trained.items():
-        save(sae, folder / name, torch.float16)
+        sae.to("cpu", torch.float16).save_inference_model(folder / name)
 
 
 def make(folder: Path, budget: language_model.Budget, sae_budget: SAEBudget, seed: int) -> None:

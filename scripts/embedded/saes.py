@@ -4,10 +4,8 @@ Several SAEs train in lockstep on one pass of the model, whatever their blocks, 
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
@@ -34,29 +32,39 @@ class TopKRequest(NamedTuple):
     k: int
 
 
+class SAEBudget(NamedTuple):
+    """Length and speed of the SAEs' training.
+
+    Args:
+        tokens: Training tokens of each SAE.
+        batch_tokens: Tokens per step.
+        buffer_tokens: Tokens that activations are shuffled among.
+        lr: Adam's learning rate, which falls linearly to zero over the last third.
+    """
+
+    tokens: int = 1_000_000
+    batch_tokens: int = 2_048
+    buffer_tokens: int = 65_536
+    lr: float = 2e-3
+
+
 def train_topk(
     requests: Mapping[str, TopKRequest],
     model: LanguageModel,
     batches: Iterable[Tensor],
+    budget: SAEBudget,
     *,
-    tokens: int,
-    batch_tokens: int,
-    buffer_tokens: int,
-    lr: float,
     metadata: Mapping[str, Any],
-    special_ids: Tensor | None = None,
+    special_ids: Tensor,
 ) -> dict[str, TrainingSAE[Any]]:
     """Trains the SAEs together. Initial values and shuffling come from torch's global random state.
 
     Args:
-        requests: What to train, by name.
+        requests: The SAEs, by name.
         model: The model whose activations they learn.
-        batches: Tokens `[batch, pos]`; must not end before `tokens` and the buffer are filled.
-        tokens: Tokens each SAE is trained on.
-        batch_tokens: Tokens per step.
-        buffer_tokens: Tokens that activations are shuffled among.
-        lr: Adam's learning rate, falling linearly to zero over the last third.
-        metadata: What to record about model and data in each SAE's own config.
+        batches: Tokens `[batch, pos]`; must not end before the budget and the buffer are filled.
+        budget: How long and how fast.
+        metadata: Facts about model and data, recorded in each SAE's own config.
         special_ids: Ids `[n]` whose positions the SAEs never see; recorded in their configs.
     """
     hookpoints = {name: resid_post(request.block) for name, request in requests.items()}
@@ -70,7 +78,7 @@ def train_topk(
                 normalize_activations="expected_average_only_in",
                 metadata=SAEMetadata(
                     hook_name=hookpoints[name],
-                    exclude_special_tokens=special_ids is not None,
+                    exclude_special_tokens=True,
                     **metadata,
                 ),
             )
@@ -78,12 +86,12 @@ def train_topk(
         for name, request in requests.items()
     }
     distinct = sorted(set(hookpoints.values()))
-    steps = tokens // batch_tokens
+    steps = budget.tokens // budget.batch_tokens
     trainer = MultiSAETrainer(
         SAETrainerConfig(
-            total_training_samples=steps * batch_tokens,
-            train_batch_size_samples=batch_tokens,
-            lr=lr,
+            total_training_samples=steps * budget.batch_tokens,
+            train_batch_size_samples=budget.batch_tokens,
+            lr=budget.lr,
             lr_end=0.0,
             lr_warm_up_steps=steps // 20,
             lr_decay_steps=steps // 3,
@@ -95,12 +103,10 @@ def train_topk(
         saes,  # pyright: ignore[reportArgumentType]
         hookpoints,
         multi_hook_concat_split_iter(
-            buffer_tokens, batch_tokens, activations(model, distinct, batches, special_ids), distinct
+            budget.buffer_tokens,
+            budget.batch_tokens,
+            activations(model, distinct, batches, special_ids),
+            distinct,
         ),
     )
     return trainer.fit()
-
-
-def save(sae: TrainingSAE[Any], folder: Path, dtype: torch.dtype) -> None:
-    """Writes the SAE for inference, in sae-lens's format."""
-    sae.to("cpu", dtype).save_inference_model(folder)

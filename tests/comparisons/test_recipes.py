@@ -45,14 +45,14 @@ def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolde
 
 
 def test_the_first_time_counts_and_lies_between_evaluations() -> None:
-    def at(value: float, *closed: float) -> tuple[float, float] | None:
-        reading = first_reached(curve(*closed), "gap_closed", value)
-        return None if reading is None else (reading.read("tokens"), reading.read("train_seconds"))
+    def at(value: float, *closed: float) -> list[float | None]:
+        points = curve(*closed)
+        return [first_reached(points, "gap_closed", value, name) for name in ("tokens", "train_seconds")]
 
-    assert at(0.25, 0.0, 0.5, 0.25, 0.75) == (50, 1.0)
-    assert at(0.625, 0.0, 0.5, 0.25, 0.75) == (275, 5.5)
-    assert at(0.2, 0.0, 0.2) == (100, 2.0)
-    assert at(0.3, 0.0, 0.2) is None
+    assert at(0.25, 0.0, 0.5, 0.25, 0.75) == [50, 1.0]
+    assert at(0.625, 0.0, 0.5, 0.25, 0.75) == [275, 5.5]
+    assert at(0.2, 0.0, 0.2) == [100, 2.0]
+    assert at(0.3, 0.0, 0.2) == [None, None]
 
 
 def test_each_run_is_compared_with_its_like(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_the_report_shows_it(
 ) -> None:
     run = runs["lora"]
     assert run_suites.evaluate(run, [Suite.core, Suite.mechanism, Suite.lora], FEW) == []
-    report = Report.of(Sweep([run]))
+    report = Report(Sweep([run]))
     harm = measured["lora"].harm
     assert harm is not None and report.frame["core/harm"][0] == pytest.approx(harm.value)
     assert {"loss_change", "by_position", "distances"} <= {view.name for view in report.views()}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from scipy import stats
 
 from sae_lora.common.plots import COLOURS
@@ -98,6 +99,18 @@ def test_a_point_that_is_missing_is_a_hole_in_the_map(tmp_path: Path) -> None:
     first, second = heat_map(load_sweep(tmp_path / "holed").frame(), ["rank", "l0", "block"]).data
     assert second.z[0][1] is None
     assert all(value is not None for row in first.z for value in row)
+
+
+def test_a_map_names_blocks_of_several_saes_after_single_ones(tmp_path: Path) -> None:
+    made = MadeUp(tmp_path / "blocks")
+    made.grid(ranks=(1, 4), blocks=(1, 3))
+    for rank in (1, 4):
+        folder = made.finished(rank=rank, block=5)
+        config = folder.read_config()
+        config["sae"]["used"] = made.saes_at(2, 5)
+        folder.write_config(yaml.safe_dump(config))
+    (shown,) = heat_map(load_sweep(tmp_path / "blocks").frame(), ["rank", "block"]).data
+    assert list(shown.y) == ["1", "3", "2+5"]
 
 
 def test_costs_are_those_of_the_runs(grid: Sweep) -> None:

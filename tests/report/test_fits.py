@@ -4,7 +4,7 @@ import pandas
 import pytest
 from scipy import stats
 
-from sae_lora.report.fits import Fit, NoFit, fit
+from sae_lora.report.fits import Fit, fit
 
 
 def frame(rows: list[tuple[float, int, float | None]]) -> pandas.DataFrame:
@@ -48,10 +48,10 @@ def test_one_group_is_the_regression_of_scipy() -> None:
 )
 def test_too_little_is_refused_with_a_reason(rows: list, reason: str) -> None:
     found = fit(frame(rows), "rank", ["block"])
-    assert isinstance(found, NoFit)
-    assert reason in str(found)
+    assert isinstance(found, str)
+    assert reason in found
 
 
 def test_a_factor_in_words_is_refused() -> None:
     words = pandas.DataFrame({"width": ["1024+2048"] * 4, "gap_closed": [0.1, 0.2, 0.3, 0.4]})
-    assert isinstance(fit(words, "width", []), NoFit)
+    assert isinstance(fit(words, "width", []), str)

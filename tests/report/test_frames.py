@@ -91,7 +91,7 @@ def test_several_sweeps_single_runs_and_none(tmp_path: Path) -> None:
     for name in ("one", "two"):
         MadeUp(tmp_path / name).grid(ranks=(1, 4), blocks=(3,))
     both = load_sweep(tmp_path / "one", str(tmp_path / "two"))
-    assert len(both) == 4 and len(load_sweep(both[0].path)) == 1
+    assert len(both) == 4 and len(load_sweep(both.folders[0].path)) == 1
     assert sorted(both.frame()["sweep"]) == ["one", "one", "two", "two"]
     with pytest.raises(UserError, match="holds no runs"):
         load_sweep(tmp_path / "none")

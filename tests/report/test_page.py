@@ -56,7 +56,7 @@ def test_it_is_complete_and_true(tmp_path: Path) -> None:
 def test_each_point_has_the_command_that_makes_it(tmp_path: Path) -> None:
     home = half_finished(tmp_path)
     frame = load_sweep(home).frame()
-    text = page(report := Report.of(load_sweep(home)), report.views(), home / "report")
+    text = page(report := Report(load_sweep(home)), report.views(), home / "report")
     for run in frame.to_dict("records"):
         assert run["command"] in text
         config = as_dict(composed(*shlex.split(run["command"])[2:]))
@@ -65,7 +65,7 @@ def test_each_point_has_the_command_that_makes_it(tmp_path: Path) -> None:
 
 def test_nothing_finished_yet(tmp_path: Path) -> None:
     MadeUp(tmp_path / "sweep").folder()
-    report = Report.of(sweep := load_sweep(tmp_path / "sweep"))
+    report = Report(sweep := load_sweep(tmp_path / "sweep"))
     assert report.views() == [] and report.best is None
     assert report.missing == ["1 of 1 runs: new"]
     write(sweep, tmp_path / "report", pictures=False)
@@ -76,7 +76,7 @@ def test_no_gap_to_close(tmp_path: Path) -> None:
     made = MadeUp(tmp_path / "sweep")
     made.finished(rank=1, closed=None)
     made.finished(rank=4, closed=None)
-    report = Report.of(load_sweep(tmp_path / "sweep"))
+    report = Report(load_sweep(tmp_path / "sweep"))
     assert "gap closed is undefined in 2 runs, whose SAE opens no gap or is new" in report.missing
     over = ("tokens", "train_seconds", "train_flops")
     assert [view.name for view in report.views()] == [f"gap_over_{one}" for one in over]
@@ -97,7 +97,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 def test_pictures_for_papers(tmp_path: Path) -> None:
     home = half_finished(tmp_path)
     assert write(load_sweep(home), home / "report") == []
-    names = {view.name for view in Report.of(load_sweep(home)).views()}
+    names = {view.name for view in Report(load_sweep(home)).views()}
     for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
         files = {path.stem: path for path in (home / "report" / "figures").glob(f"*.{kind}")}
         assert set(files) == names
@@ -125,7 +125,7 @@ def browser(tmp_path: Path) -> Iterator[Page]:
 @pytest.mark.slow
 @in_a_browser
 def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
-    report = Report.of(load_sweep(tmp_path / "grid"))
+    report = Report(load_sweep(tmp_path / "grid"))
     for view in report.views():
         if view.name in ("gap_over_train_seconds", "gap_over_train_flops"):
             continue

@@ -355,7 +355,7 @@ def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int
     distances = random_distances(n + 1, 3)
     groups, _ = group_blocks(distances, n_groups=count)
     merges = linkage(distances)
-    figure: Any = tree(merges, count)
+    figure: Any = tree(merges, groups)
     *links, leaves = figure.data
     assert sorted(max(link.y) for link in links) == pytest.approx(sorted(merges[:, 2]))
     blocks = [int(name) for name in figure.layout.xaxis.ticktext]
@@ -374,23 +374,22 @@ def test_the_tree_has_a_colour_for_each_group_and_is_cut_between_them(count: int
 
 def test_a_tree_with_ties_still_has_a_colour_for_each_group() -> None:
     for count in range(1, 7):
-        figure: Any = tree(linkage(of_pairs(7, {}, 0.5)), count)
+        distances = of_pairs(7, {}, 0.5)
+        groups, _ = group_blocks(distances, n_groups=count)
+        figure: Any = tree(linkage(distances), groups)
         assert len(set(figure.data[-1].marker.color)) == count
 
 
 def test_neighbouring_groups_keep_the_order_of_blocks_in_the_tree() -> None:
-    figure: Any = tree(linkage(BY_HAND), 2)
+    groups, _ = group_blocks(BY_HAND, n_groups=2)
+    figure: Any = tree(linkage(BY_HAND), groups)
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3"]
 
 
-def test_the_amad_is_drawn_with_its_threshold_and_the_choice() -> None:
+def test_the_amad_is_drawn_with_the_choice() -> None:
     groups, amads = group_blocks(BY_HAND, amad_max=0.2)
-    evenly = [amad(BY_HAND, evenly_spaced(4, count)) for count in range(1, 5)]
-    figure: Any = amad_by_groups(amads, len(groups), 0.2, evenly)
-    equal, drawn, chosen = figure.data
-    assert list(drawn.x) == list(equal.x) == [1, 2, 3, 4]
-    assert list(drawn.y) == amads and list(equal.y) == evenly
+    figure: Any = amad_by_groups(amads, len(groups))
+    drawn, chosen = figure.data
+    assert list(drawn.x) == [1, 2, 3, 4]
+    assert list(drawn.y) == amads
     assert (chosen.x[0], chosen.y[0]) == (2, amads[1])
-    assert figure.layout.shapes[0].y0 == 0.2
-    given: Any = amad_by_groups(amads, 3)
-    assert len(given.data) == 2 and not given.layout.shapes
