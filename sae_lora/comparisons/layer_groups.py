@@ -17,7 +17,7 @@ from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import in_whole_words, right_aligned
-from sae_lora.saes.layer_groups import group_blocks
+from sae_lora.saes.layer_groups import group_blocks, linkage
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     runs.sort(key=lambda run: len(run[1]["groups"]))
     _, marked = next((run for run in runs if len(run[1]["groups"]) > 1), runs[0])
     n_groups = len(marked["groups"])
-    by_distance = group_blocks(marked["distances"], n_groups=n_groups)
+    by_distance, _ = group_blocks(marked["distances"], n_groups=n_groups)
     names = [layer_group_figures.count(len(sharing["groups"])) for _, sharing in runs]
     blocks = [saes.compare([folder])[0] for folder, _ in runs]
     return {
         "distances": layer_group_figures.distance_map(marked["distances"], marked["groups"]),
-        "tree": layer_group_figures.tree(by_distance.linkage, by_distance.groups),
+        "tree": layer_group_figures.tree(linkage(marked["distances"]), by_distance),
         "amad": layer_group_figures.amad_by_groups(marked["amad_by_count"], n_groups),
         "blocks": saes.by_block(blocks, names),
     }
