@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +21,18 @@ def typed(composed: DictConfig) -> Config:
     values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        merged = OmegaConf.merge(_schema(), values)
     except ConfigKeyError as error:
         raise unknown_key(str(error.full_key)) from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    # Cached: OmegaConf takes as long to make it as to merge a config into it.
+    return OmegaConf.structured(Config)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checks of a config that no single type can make: impossible values and combinations."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from operator import attrgetter
@@ -12,7 +13,6 @@ from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_matrices
 from sae_lora.config.schema import Config, LauncherConfig, as_list
-from sae_lora.config.serialize import as_dict
 
 
 def check(config: Config) -> None:
@@ -46,7 +46,7 @@ def _refusal(
 
 
 def _check_secrets(config: Config) -> None:
-    for key, name, text in _texts(as_dict(config)):
+    for key, name, text in _texts(dataclasses.asdict(config)):
         if secret_in(text) or secret_in(f"{name}={text}"):
             raise ConfigError(
                 key,

@@ -54,14 +54,12 @@ def test_every_file_begins_with_the_command_that_uses_it(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
-def test_every_point_of_every_experiment_composes(file: Path) -> None:
+def test_every_value_of_every_experiment_composes(file: Path) -> None:
     params = yaml.safe_load(file.read_text()).get("hydra", {}).get("sweeper", {}).get("params", {})
     assert params
-    first = {key: str(values).split(",")[0] for key, values in params.items()}
-    for key, values in params.items():
-        for value in str(values).split(","):
-            point = first | {key: value}
-            composed(f"experiment={file.stem}", *(f"{name}={one}" for name, one in point.items()))
+    swept = [[f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()]
+    for number in range(max(map(len, swept))):  # points that have each value of each key at least once
+        composed(f"experiment={file.stem}", *(values[number % len(values)] for values in swept))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Configs as the command line composes them."""
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +16,12 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(*overrides: str) -> Config:
-    """What `python launch.py *overrides` composes, typed and checked."""
+    """What `python launch.py *overrides` composes, typed and checked; a copy of the caller's own."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return checked(compose("config", overrides=list(overrides)))
 
