@@ -12,12 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cluster import Cluster, running
-from tests.support.families import FAMILIES, small_model
-from tests.support.submission import jobs, until
+if TYPE_CHECKING:  # imported where they are used: the process that hands out tests needs none of it
+    from sae_lora.models.language_model import LanguageModel
+    from tests.support.cluster import Cluster
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Slow tests wait for processes that they start: two at a time on each core. Few others wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores + 1 if config.option.markexpr == "not slow" else 2 * cores)
 
 
 def pytest_collection() -> None:
@@ -36,28 +43,37 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for a `family`, or for a `model`, is run with each, unless it names some."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "family" in metafunc.fixturenames and not any("family" in mark.args[0] for mark in marks):
+        from tests.support.families import FAMILIES
+
+        metafunc.parametrize("family", sorted(FAMILIES))
 
 
 @pytest.fixture
-def model(family: str):
+def model(family: str) -> "LanguageModel":
     """A small random model of each family in turn."""
+    from tests.support.families import small_model
+
     return small_model(family)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator["Cluster"]:
     """A SLURM of the module's own."""
+    from tests.support.cluster import running
+
     with running() as started:
         yield started
 
 
 @pytest.fixture
-def empty_queue(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def empty_queue(cluster: "Cluster", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SLURM's commands talk to the cluster, and what the test leaves there is cancelled at its end."""
+    from tests.support.submission import jobs, until
+
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     yield

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.records.folder import RunFolder
-from tests.support.commands import launch
+from tests.support.commands import launch, launch_in_this_process
 from tests.support.points import SMALL
 from tests.support.refusals import WRONG, fault_of, prepare
 
@@ -17,7 +17,7 @@ def test_what_cannot_work_is_refused_in_one_message(
     command: str, words: list[str], tmp_path: Path
 ) -> None:
     prepare(tmp_path)
-    assert fault_of(command, words, tmp_path) is None
+    assert fault_of(command, words, tmp_path, launch_in_this_process) is None
 
 
 def test_the_traceback_is_there_for_who_asks() -> None:

@@ -31,7 +31,7 @@ from sae_lora.models import adapter_files, lora
 from sae_lora.records.folder import RunFolder
 from tests.support.coders import write_topk_sae
 from tests.support.commands import REPOSITORY
-from tests.support.families import FAMILIES, random_tokens, small_model
+from tests.support.families import random_tokens, small_model
 from tests.support.hub import COMMIT, Hub, serving
 from tests.support.points import points_in, run_here
 from tests.support.repositories import write_all
@@ -183,7 +183,6 @@ def test_nothing_is_overwritten(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
     """Also where matrices lie the other way round (GPT-2), and where the head is the embedding."""
     model, tokens = small_model(family), random_tokens()

@@ -11,10 +11,9 @@ from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import ModelConfig
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import load_model
-from tests.support.families import D_MODEL, FAMILIES, N_BLOCKS, random_tokens, small_model
+from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_bfloat16_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
     """To the last bit, rotary frequencies included: those stay float32."""
     small_model(family).model.save_pretrained(tmp_path)
@@ -39,7 +38,6 @@ def test_weights_are_rounded_to_one_precision_and_held_in_another(tmp_path: Path
         assert torch.equal(weight, weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_dimensions_are_known_before_loading(family: str, tmp_path: Path) -> None:
     small_model(family).model.config.save_pretrained(tmp_path)
     dimensions = read_dimensions(ModelConfig(name=str(tmp_path)))

@@ -13,7 +13,7 @@ from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
-from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
+from tests.support.families import N_BLOCKS, random_tokens, small_model
 from tests.support.trainings import fill
 
 
@@ -87,7 +87,6 @@ def test_impossible_blocks_are_refused() -> None:
     assert error.value.nearest == [2]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_saved_adapters_load_with_peft_alone(family: str, tmp_path: Path) -> None:
     model, tokens = small_model(family), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
@@ -140,7 +139,6 @@ def test_where_it_begins_is_the_seeds_choice_alone(model: LanguageModel) -> None
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_dora_learns_lengths_apart_from_directions(family: str, tmp_path: Path) -> None:
     """W' = m · (W + s·B·A) / ‖W + s·B·A‖ by output; fresh, that is W. peft alone loads it."""
     model, tokens = small_model(family), random_tokens()

@@ -26,7 +26,11 @@ def points_in(home: Path) -> Point:
     """The points whose runs land in this folder."""
 
     def compose(*overrides: str) -> Config:
-        return composed(*SMALL, f"output_dir={home}", f"data.cache_dir={home}/cache", *overrides)
+        # The folder is put in afterwards: `composed` remembers what it has composed.
+        config = composed(*SMALL, "output_dir=/HOME", "data.cache_dir=/HOME/cache", *overrides)
+        config.output_dir = config.output_dir.replace("/HOME", str(home))
+        config.data.cache_dir = config.data.cache_dir.replace("/HOME", str(home))
+        return config
 
     return compose
 

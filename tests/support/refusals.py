@@ -1,7 +1,9 @@
 """Commands that cannot work, and what the refusal must say: field, value, and what would be right."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from tests.support.commands import launch
 
@@ -109,12 +111,21 @@ def prepare(home: Path) -> None:
         (home / name / "sae_weights.safetensors").write_text("")
 
 
-def fault_of(command: str, words: list[str], home: Path) -> str | None:
-    """What is wrong with how the command is refused; `None` where nothing is."""
+def fault_of(
+    command: str, words: list[str], home: Path, by: Callable[..., CompletedProcess[str]] = launch
+) -> str | None:
+    """What is wrong with how the command is refused; `None` where nothing is.
+
+    Args:
+        command: Overrides and options of `launch.py`.
+        words: Words of the refusal.
+        home: A folder that `prepare` has filled.
+        by: Runs the command.
+    """
     arguments = command.replace("{home}", str(home)).split()
     if not any(argument.startswith("output_dir") for argument in arguments):
         arguments.append(f"output_dir={home}/outputs")
-    refused = launch(*arguments)
+    refused = by(*arguments)
     missing = [word for word in words if word not in refused.stderr]
     if refused.returncode != 1:
         return f"exit code {refused.returncode}"

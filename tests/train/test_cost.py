@@ -25,7 +25,7 @@ from sae_lora.train.optim import GradientState
 from sae_lora.train.sae_optim import SAEGradientState
 from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
-from tests.support.families import FAMILIES, small_model
+from tests.support.families import small_model
 from tests.support.packs import CPU, pack_of, resolved, take_step
 from tests.support.trainings import NO_IDS
 
@@ -162,7 +162,6 @@ def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path)
     assert estimate(configs).peak_bytes == pytest.approx(memory.peak + sum(held.values()), rel=0.2)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_has_shapes(family: str, tmp_path: Path) -> None:
     small = small_model(family)
     small.model.config.save_pretrained(tmp_path / family)

@@ -48,7 +48,7 @@ def test_training_closes_the_gap_and_only_adapters_move(model: LanguageModel, bl
     sae = jumprelu_sae()
     frozen = {**model.model.state_dict(), **sae.state_dict(prefix="sae.")}
     before = {name: weight.clone() for name, weight in frozen.items()}
-    points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=40)
+    points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=20)
     assert points[-1].kl < points[0].kl
     assert points[-1].student_ce != points[0].student_ce
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
