@@ -26,7 +26,7 @@ def test_the_traceback_is_there_for_who_asks() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "defaults"]])
 def test_asking_for_help_is_no_error(arguments: list[str]) -> None:
-    asked = launch(*arguments)
+    asked = launch_in_this_process(*arguments)
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout
 

@@ -684,6 +684,7 @@ def test_without_a_browser_the_numbers_are_there(
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["time_to_ce.json"]
 
 
+@pytest.mark.slow
 @in_a_browser
 def test_pictures_for_papers(arms: Arms, tmp_path: Path) -> None:
     arms.seed(0)
