@@ -107,9 +107,9 @@ def _add_commands(commands: Any) -> None:
 
 
 def _status(chosen: Namespace) -> int:
-    from sae_lora.launch.live_view import status_table, statuses_of
+    from sae_lora.launch.live_view import status_rows, status_table
 
-    statuses = statuses_of(runs_of(chosen.sweep))
+    statuses = status_rows(runs_of(chosen.sweep))
     show(status_table(statuses))
     say(counts(status.state for status in statuses))
     return int(any(status.state is State.failed for status in statuses))

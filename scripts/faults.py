@@ -29,7 +29,7 @@ from sae_lora.config.serialize import load
 from sae_lora.launch.launcher import launch
 from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import FORKS, attempt, frozen, results
 from tests.support.commands import REPOSITORY
 from tests.support.points import folders_in, points_in
@@ -293,7 +293,7 @@ def sweep(home: Path, progress: Progress) -> list[Row]:
         }
 
     first = launched(faulty=True)
-    done = [standing.state is State.done for standing in standings(folders_in(home / "outputs"))]
+    done = [status.state is State.done for status in read_statuses(folders_in(home / "outputs"))]
     named = sum(_CAUSES[seed // 2] in first[seed][0] for seed in range(12))
     second = launched("launcher.retry_failed=true", faulty=False)
     again = sorted(seed for seed in second if second[seed][1] > first[seed][1])

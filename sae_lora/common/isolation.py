@@ -22,7 +22,7 @@ class Isolation(Generic[Run]):
     ) -> None:
         self.runs = list(runs)
         """All of them, also those that have failed."""
-        self.left = self.runs.copy()
+        self.active = self.runs.copy()
         """The runs that have not failed."""
         self._on_failure = on_failure
 
@@ -39,14 +39,14 @@ class Isolation(Generic[Run]):
         except Exception as error:
             # torch's error is known by its name, because this module works without torch.
             is_of_device = is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
-            if self._on_failure is None or (is_of_device and len(self.left) > 1):
+            if self._on_failure is None or (is_of_device and len(self.active) > 1):
                 raise
-            if run in self.left:
-                self.left.remove(run)
+            if run in self.active:
+                self.active.remove(run)
             self._on_failure(run, error)
 
     def each(self, action: Callable[[Run], object]) -> None:
         """Applies the action to each run that has not failed."""
-        for run in self.left.copy():
+        for run in self.active.copy():
             with self.only(run):
                 action(run)

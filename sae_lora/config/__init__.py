@@ -1,1 +1,1 @@
-"""What a run is: names, types, checks, identity. Knows nothing of models or of files of runs."""
+"""The config of a run: names, types, checks, identity. Knows nothing of models or of run folders."""

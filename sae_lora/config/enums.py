@@ -19,7 +19,7 @@ class Device(enum.Enum):
 
 
 class Attention(enum.Enum):
-    """How attention is computed; `auto` is transformers' own choice, but where that is slow."""
+    """Implementation of attention; `auto` is transformers' own choice, except where that is slow."""
 
     auto = "auto"
     eager = "eager"
@@ -30,7 +30,7 @@ class Attention(enum.Enum):
 
 
 class SAEFamily(enum.Enum):
-    """Where an SAE comes from, which also settles what is known about it."""
+    """Source of an SAE; it also settles the facts that are known about it."""
 
     tiny = "tiny"
     gemma_scope = "gemma_scope"
@@ -42,7 +42,7 @@ class SAEFamily(enum.Enum):
 
 
 class Architecture(enum.Enum):
-    """What kind of SAE a new one is; sae-lens's names."""
+    """Architecture of a new SAE; sae-lens's names."""
 
     topk = "topk"
     batchtopk = "batchtopk"
@@ -53,7 +53,7 @@ class Architecture(enum.Enum):
 
 
 class Suite(enum.Enum):
-    """What is measured of a finished run."""
+    """Group of measurements of a finished run."""
 
     core = "core"
     mechanism = "mechanism"
@@ -66,7 +66,7 @@ class Suite(enum.Enum):
 
 
 class Method(enum.Enum):
-    """What is trained so that the model predicts better through its SAE."""
+    """Method: the weights that are trained so that the model predicts better through its SAE."""
 
     lora = "lora"
     mezo = "mezo"
@@ -78,8 +78,8 @@ class Method(enum.Enum):
 
 
 class Hook(enum.Enum):
-    """What of a block an SAE replaces: the residual stream before or after it, or what attention or MLP
-    add to it.
+    """Activation of a block that an SAE replaces: the residual stream before or after the block, or the
+    output of attention or MLP.
     """
 
     resid_pre = "resid_pre"
@@ -89,7 +89,7 @@ class Hook(enum.Enum):
 
 
 class TextSource(enum.Enum):
-    """Where text comes from."""
+    """Source of text."""
 
     stdlib = "stdlib"
     text_files = "text_files"
@@ -97,42 +97,42 @@ class TextSource(enum.Enum):
 
 
 class Schedule(enum.Enum):
-    """How the learning rate moves after the warm-up."""
+    """Course of the learning rate after the warm-up."""
 
     constant = "constant"
     linear = "linear"
 
 
 class Reduction(enum.Enum):
-    """How the KL of a step becomes its loss: mean over tokens, or their sum per sequence."""
+    """Reduction of a step's KL to its loss: mean over tokens, or their sum per sequence."""
 
     token_mean = "token_mean"
     sequence_sum = "sequence_sum"
 
 
 class Initialisation(enum.Enum):
-    """What an adapter's A begins with; B begins with zeros, so that nothing is changed yet."""
+    """First values of an adapter's A. B begins with zeros, so that nothing is changed yet."""
 
     kaiming = "kaiming"
     svd = "svd"
 
 
 class KLComputation(enum.Enum):
-    """How the KL is computed: a few tokens at a time, or with the logits of all tokens at once."""
+    """Computation of the KL: a few tokens at a time, or with the logits of all tokens at once."""
 
     fused = "fused"
     full = "full"
 
 
 class LauncherKind(enum.Enum):
-    """What runs the plan."""
+    """Place where the plan runs."""
 
     local = "local"
     slurm = "slurm"
 
 
 class TrackingMode(enum.Enum):
-    """How Weights & Biases is used."""
+    """Use of Weights & Biases."""
 
     auto = "auto"
     online = "online"

@@ -14,7 +14,7 @@ _NOT_ASKED_FOR = {
     *("launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"),
     *("model.commit", "data.version", "sae.used", "lora.begun"),
 }
-"""What says where a run is made, or what the planner writes."""
+"""Keys that say where a run is made, or that the planner writes."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 _WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
 """Plain words that Hydra does not read as text."""

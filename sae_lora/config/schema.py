@@ -99,12 +99,12 @@ class SAEConfig:
     width: str | None = None
     """Number of latents: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
     l0: float | None = None
-    """Active latents per token. The nearest that exists is taken. Of a new SAE: the k of topk, batchtopk
+    """Active latents per token. The nearest that exists is taken. New SAE: the k of topk, batchtopk
     and matryoshka, or the target of jumprelu; standard and gated have none."""
     architecture: Architecture = Architecture.topk
-    """Of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
+    """New SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
     sparsity_coefficient: float | None = None
-    """Of a new jumprelu, standard or gated SAE: weight of its sparsity penalty; null: sae-lens's own."""
+    """New jumprelu, standard or gated SAE: weight of its sparsity penalty; null: sae-lens's own."""
     release: str | None = None
     """sae-lens registry release (family `registry`)."""
     id: str | None = None
@@ -173,7 +173,7 @@ class LoRAConfig:
 
 @dataclass
 class MethodConfig:
-    """What is trained."""
+    """The method: the weights that are trained, and how."""
 
     kind: Method = Method.lora
     """lora, mezo (LoRA by forward passes alone), linear_adapter or mlp_adapter (on the SAE's output),
@@ -287,7 +287,7 @@ class TrainConfig:
 
 @dataclass
 class LauncherConfig:
-    """What runs the plan. Does not change a result."""
+    """Place and manner in which the plan runs. Does not change a result."""
 
     kind: LauncherKind = LauncherKind.local
     """local: on this machine. slurm: as array jobs on a cluster."""

@@ -22,7 +22,7 @@ from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.steering import effects
 from sae_lora.evaluation.subject import Subject
 from sae_lora.evaluation.suite_records import Record
-from sae_lora.models.loading import quieten
+from sae_lora.models.loading import silence_transformers
 from sae_lora.records.folder import RunFolder
 
 
@@ -45,8 +45,8 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
     Suite.tasks: _Suite(lm_eval.score, ("resamples", "tasks", "task_limit", "few_shot"), lm_eval.check),
-    Suite.steering: _Suite(effects.steer, effects.HEEDS),
-    Suite.saebench: _Suite(saebench.score, saebench.HEEDS, saebench.check),
+    Suite.steering: _Suite(effects.steer, effects.DEPENDS_ON),
+    Suite.saebench: _Suite(saebench.score, saebench.DEPENDS_ON, saebench.check),
 }
 
 
@@ -108,7 +108,7 @@ def evaluate(
     ]
     if not suites:
         return []
-    quieten()
+    silence_transformers()
     say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in suites)}")
     failed: list[Suite] = []
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sae_lora.common.console import complain, say
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 
 
 def cancel(folders: Sequence[RunFolder]) -> None:
@@ -24,8 +24,6 @@ def cancel(folders: Sequence[RunFolder]) -> None:
     for other in runs_of(folders[0].path.parent):
         if other.path not in named and not other.is_finished and other.job in jobs:
             say(f"{other.path.name} trains there too, and stops")
-    for folder, standing in zip(folders, standings(folders), strict=True):
-        if standing.state is State.running and folder.job not in jobs:
-            complain(
-                "left alone", f"{folder.path.name} is running {standing.note}; Ctrl-C there stops it"
-            )
+    for folder, status in zip(folders, read_statuses(folders), strict=True):
+        if status.state is State.running and folder.job not in jobs:
+            complain("left alone", f"{folder.path.name} is running {status.note}; Ctrl-C there stops it")

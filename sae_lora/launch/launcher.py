@@ -20,7 +20,7 @@ from sae_lora.launch.packs import packed
 from sae_lora.launch.plan import Plan, Run, plan, unpinned
 from sae_lora.launch.submit import run_here, submit, wait_for
 from sae_lora.records import slurm
-from sae_lora.records.status import Standing, State, counts, standings
+from sae_lora.records.status import RunStatus, State, counts, read_statuses
 from sae_lora.report.tables import comparison_table, run_table
 
 _LOOK_EVERY_S = 0.5
@@ -109,19 +109,19 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
     # Commits are left out, or runs that were begun would not share packs with new ones.
-    runs = _standings([replace(run, config=unpinned(run.config)) for run in planned.runs])
+    runs = _with_status([replace(run, config=unpinned(run.config)) for run in planned.runs])
     to_run = _states_to_run(settings)
-    to_do = [run for run, standing in runs if standing.state in to_run]
+    to_do = [run for run, status in runs if status.state in to_run]
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     flops_alone = 0.0
-    for run, standing in runs:
+    for run, status in runs:
         cost = estimate([run.config])
-        flops_alone += cost.flops if standing.state in to_run else 0.0
+        flops_alone += cost.flops if status.state in to_run else 0.0
         used = run.config.sae.used
         table.add_row(
             run.name,
-            standing.state.value,
+            status.state.value,
             ", ".join(choice.id or choice.path or run.config.sae.family.name for choice in used),
             str(numbers.get(run.name, "–")),
             f"{cost.adapter_weights:,}",
@@ -129,7 +129,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
-    say(f"{len(runs)} runs: {counts(standing.state for _, standing in runs)}")
+    say(f"{len(runs)} runs: {counts(status.state for _, status in runs)}")
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
@@ -148,17 +148,17 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
 
     Prints why other runs are left out; with `again` not those that are done.
     """
-    before = _standings(planned.runs)
-    count = Counter(standing.state for _, standing in before)
+    before = _with_status(planned.runs)
+    count = Counter(status.state for _, status in before)
     if count[State.done] and not again:
         say(f"{count[State.done]} of {len(planned.runs)} done before, not run again")
     if count[State.failed]:
         advice = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
         complain(f"{count[State.failed]} failed before", advice)
     elsewhere = [
-        f"{run.name} is {standing.state.value}, {standing.note}"
-        for run, standing in before
-        if standing.state in (State.running, State.queued)
+        f"{run.name} is {status.state.value}, {status.note}"
+        for run, status in before
+        if status.state in (State.running, State.queued)
     ]
     for line in elsewhere[:_MOST_LINES]:
         complain("left alone", line)
@@ -166,7 +166,7 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
         complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
 
     to_run = _states_to_run(settings)
-    runs = [run for run, standing in before if standing.state in to_run]
+    runs = [run for run, status in before if status.state in to_run]
     if not runs:
         return []
     from sae_lora.launch.prefetch import prefetched  # brings torch in
@@ -174,15 +174,15 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
     configs = prefetched([run.config for run in runs])
     fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     # Fetching may have taken an hour, in which another launch's runs have gone on.
-    ready = [run for run, standing in _standings(fetched) if standing.state in to_run]
+    ready = [run for run, status in _with_status(fetched) if status.state in to_run]
     for run in ready:
         run.freeze()
     return ready
 
 
-def _standings(runs: Sequence[Run]) -> list[tuple[Run, Standing]]:
-    """Runs, each with its standing."""
-    return list(zip(runs, standings([run.folder for run in runs]), strict=True))
+def _with_status(runs: Sequence[Run]) -> list[tuple[Run, RunStatus]]:
+    """Runs, each with its status."""
+    return list(zip(runs, read_statuses([run.folder for run in runs]), strict=True))
 
 
 @contextmanager
@@ -240,19 +240,19 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    now = _standings(planned.runs)
-    for run, standing in now:
-        if standing.state is State.failed:
-            complain("failed", f"{standing.note}\n        {run.folder.failure}")
-        elif standing.state is not State.done:
-            note = f" ({standing.note})" if standing.note else ""
-            complain("not finished", f"{run.name} is {standing.state.value}{note}")
+    now = _with_status(planned.runs)
+    for run, status in now:
+        if status.state is State.failed:
+            complain("failed", f"{status.note}\n        {run.folder.failure}")
+        elif status.state is not State.done:
+            note = f" ({status.note})" if status.note else ""
+            complain("not finished", f"{run.name} is {status.state.value}{note}")
     for run in finished:  # most ask for no suites, and `pending` reads a config anew
         if run.config.evaluation.suites and (missing := pending(run.folder)):
             names = ", ".join(suite.name for suite in missing)
             complain(
                 "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"
             )
-    failed = sum(standing.state is State.failed for _, standing in now)
+    failed = sum(status.state is State.failed for _, status in now)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

@@ -12,7 +12,7 @@ from rich.text import Text
 from sae_lora.common.console import console, duration, percent, say
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
-from sae_lora.records.status import State, counts, standings
+from sae_lora.records.status import State, counts, read_statuses
 
 _COLOURS = {
     State.new: "dim",
@@ -27,7 +27,7 @@ _ROWS = 20
 
 
 @dataclass(frozen=True)
-class Status:
+class StatusRow:
     """One run as its folder shows it now."""
 
     name: str
@@ -48,25 +48,25 @@ class Status:
         return duration(max(0, now.train_tokens - now.tokens) / now.tokens_per_second)
 
 
-def statuses_of(folders: Sequence[RunFolder]) -> list[Status]:
+def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:
     """The present status of each run."""
-    statuses = []
-    for folder, standing in zip(folders, standings(folders), strict=True):
-        has_ended = standing.state in (State.done, State.failed)
+    rows = []
+    for folder, status in zip(folders, read_statuses(folders), strict=True):
+        has_ended = status.state in (State.done, State.failed)
         curve = folder.read_curve()
-        statuses.append(
-            Status(
+        rows.append(
+            StatusRow(
                 name=folder.path.name,
-                state=standing.state,
-                note=(standing.note or "").partition("\n")[0],
+                state=status.state,
+                note=(status.note or "").partition("\n")[0],
                 progress=None if has_ended else folder.read_progress(),
                 gap_closed=percent(curve[-1].gap_closed) if curve else "",
             )
         )
-    return statuses
+    return rows
 
 
-def status_table(statuses: Sequence[Status]) -> Table:
+def status_table(statuses: Sequence[StatusRow]) -> Table:
     """A table of runs, one in each row."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("run", no_wrap=True)
@@ -106,7 +106,7 @@ class Watch:
     def update(self) -> None:
         """Read every folder and show the changes."""
         try:
-            statuses = statuses_of(self._folders)
+            statuses = status_rows(self._folders)
         except OSError:  # a file server may be away for a moment
             return
         if len(self._folders) == 1:
@@ -117,7 +117,7 @@ class Watch:
         if console.is_terminal:
             self._live.update(_bar(statuses[0]) if len(statuses) == 1 else _summary(statuses))
 
-    def _print_change(self, folder: RunFolder, status: Status) -> None:
+    def _print_change(self, folder: RunFolder, status: StatusRow) -> None:
         """Print a line when a run ends and, where the output is no terminal, when it starts."""
         before, self._states[folder] = self._states.get(folder), status.state
         if status.state is before:
@@ -151,7 +151,7 @@ class Watch:
         self._live.stop()
 
 
-def _summary(statuses: Sequence[Status]) -> Group:
+def _summary(statuses: Sequence[StatusRow]) -> Group:
     """Running runs, then those that failed or stopped, as many as fit; and the number in each state."""
     running = [status for status in statuses if status.state is State.running]
     stopped = [status for status in statuses if status.state in (State.failed, State.resumable)]
@@ -160,7 +160,7 @@ def _summary(statuses: Sequence[Status]) -> Group:
     return Group(status_table(shown), number) if shown else Group(number)
 
 
-def _bar(status: Status) -> Table | Text:
+def _bar(status: StatusRow) -> Table | Text:
     """One run's progress as a bar, with loss, tokens/s and ETA."""
     now = status.progress
     if now is None or not now.train_tokens:

@@ -26,7 +26,7 @@ from sae_lora.launch.packs import places
 from sae_lora.launch.plan import Pack
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import standings
+from sae_lora.records.status import read_statuses
 from sae_lora.tracking import tracker
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
@@ -49,7 +49,7 @@ class _Started:
     job: submitit.Job[None]
     place: dict[str, str]
     milestones: set[Path]
-    """Those that it had reached before."""
+    """Milestones that the pack had reached before."""
 
 
 def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
@@ -126,8 +126,8 @@ def _remaining(ended: _Started) -> list[Pack]:
     Runs that made progress stay together, others go on in halves; a single run without progress is left
     for another launch.
     """
-    now = standings([run.folder for run in ended.pack])
-    to_do = [run for run, standing in zip(ended.pack, now, strict=True) if standing.is_to_do]
+    now = read_statuses([run.folder for run in ended.pack])
+    to_do = [run for run, status in zip(ended.pack, now, strict=True) if status.is_to_do]
     if to_do and not _milestones(ended.pack) <= ended.milestones:
         return [to_do]
     return halves(to_do) if len(to_do) > 1 else []

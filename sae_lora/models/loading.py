@@ -104,7 +104,7 @@ def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.de
         ) from error
 
 
-def quieten() -> None:
+def silence_transformers() -> None:
     """Silence transformers' progress bars and warnings."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -125,11 +125,11 @@ class RunFolder:
         write_atomically(self.failure, as_json(dataclasses.asdict(failure)))
 
     def write_progress(self, progress: Progress) -> None:
-        """Shows how far the run is. Not made to last: after a crash it is written anew."""
+        """Writes the progress of the run. It is not made to last: after a crash it is written anew."""
         write_atomically(self.progress, as_json(dataclasses.asdict(progress)), lasting=False)
 
     def read_progress(self) -> Progress | None:
-        """How far the run is; `None` where that is not known."""
+        """Progress of the run; `None` where it is not known."""
         try:
             return Progress(**json.loads(self.progress.read_text()))
         except (OSError, ValueError, TypeError):  # none yet, or of another version

@@ -19,7 +19,7 @@ class Better(Enum):
 
 
 class Kind(Enum):
-    """How a value is written: a format, or the function that writes it."""
+    """Notation of a value: a format, or the name of the function that writes it."""
 
     decimal = ".{digits}f"
     signed = "+.{digits}f"

@@ -28,12 +28,13 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """The state of a run, and a note for people."""
 
     state: State
     note: str | None = None
-    """Who has it, why it failed or how its job ended; `None` where the state says all."""
+    """The process that has the run, the cause of its failure, or the end of its job; `None` where there
+    is no more to say."""
 
     @property
     def is_to_do(self) -> bool:
@@ -47,7 +48,7 @@ def counts(states: Iterable[State]) -> str:
     return ", ".join(f"{numbers[state]} {state.value}" for state in State if numbers[state])
 
 
-def standings(folders: Sequence[RunFolder]) -> list[Standing]:
+def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
     """The state of each run.
 
     A run that was submitted counts as queued also where SLURM cannot be asked from this machine.
@@ -65,16 +66,16 @@ def standings(folders: Sequence[RunFolder]) -> list[Standing]:
     except slurm.UnreachableError as error:
         for number, job in jobs.items():
             gone = f"if that job is gone for good, delete {folders[number].job_file}"
-            states[number] = Standing(State.queued, f"as job {job}, or no more: {error}; {gone}")
+            states[number] = RunStatus(State.queued, f"as job {job}, or no more: {error}; {gone}")
         return states
     ends = slurm.ends([job for job in jobs.values() if job not in queue])
     for number, job in jobs.items():
         if job in queue:
-            states[number] = Standing(State.queued, f"as job {job}, {queue[job]}")
+            states[number] = RunStatus(State.queued, f"as job {job}, {queue[job]}")
         else:
             how = ends.get(job, "how it ended is not known")
             note = f"SLURM has its job {job} no more: {how}"
-            states[number] = Standing(states[number].state, note)
+            states[number] = RunStatus(states[number].state, note)
     return states
 
 
@@ -87,20 +88,20 @@ def finished(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if not folder.config.exists():
         raise UserError(f"{path} is no run; a run's folder is outputs/<sweep>/<run>")
-    (standing,) = standings([folder])
-    if standing.state is State.done:
+    (status,) = read_statuses([folder])
+    if status.state is State.done:
         return folder
     now = folder.read_progress()
     how_far = f", at step {now.step:,} of {now.steps:,}" if now is not None and now.steps else ""
-    note = f" ({standing.note})" if standing.note else ""
-    raise UserError(f"{path} is not finished: it is {standing.state.value}{how_far}{note}")
+    note = f" ({status.note})" if status.note else ""
+    raise UserError(f"{path} is not finished: it is {status.state.value}{how_far}{note}")
 
 
-def _in_folder(folder: RunFolder) -> Standing:
+def _in_folder(folder: RunFolder) -> RunStatus:
     if folder.is_finished:
-        return Standing(State.done)
+        return RunStatus(State.done)
     if (at_work := holder(folder.path)) is not None:
-        return Standing(State.running, f"by process {at_work.pid} on {at_work.host}")
+        return RunStatus(State.running, f"by process {at_work.pid} on {at_work.host}")
     if (message := folder.failure_message) is not None:
-        return Standing(State.failed, message)
-    return Standing(State.resumable if folder.checkpoints.exists() else State.new)
+        return RunStatus(State.failed, message)
+    return RunStatus(State.resumable if folder.checkpoints.exists() else State.new)

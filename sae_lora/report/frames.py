@@ -13,7 +13,7 @@ from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.factors import FACTORS, values_of, varying
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.schema import CurvePoint
-from sae_lora.records.status import Standing, standings
+from sae_lora.records.status import RunStatus, read_statuses
 from sae_lora.report.fits import Frame
 
 _MEASURED = [
@@ -47,7 +47,7 @@ class Sweep:
         and `closed_per_minute` of training; `command` and `folder`; headlines of evaluations by
         `suite/name`.
         """
-        rows = list(map(_row, self.folders, standings(self.folders)))
+        rows = list(map(_row, self.folders, read_statuses(self.folders)))
         frame: Frame = pandas.DataFrame(rows)
         keys = [name for name in frame if "." in name]
         same = [name for name in keys if frame[name].map(repr).nunique() == 1]
@@ -97,7 +97,7 @@ def _sweep_of(folder: RunFolder) -> str:
     return folder.path.resolve().parent.name
 
 
-def _row(folder: RunFolder, standing: Standing) -> dict[str, Any]:
+def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
     """The values of one run in the frame, by column."""
     config = folder.read_config()
     measured: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _row(folder: RunFolder, standing: Standing) -> dict[str, Any]:
         }
     return (
         {"sweep": _sweep_of(folder), "run": folder.path.name}
-        | {"state": standing.state.value, "note": standing.note}
+        | {"state": status.state.value, "note": status.note}
         | values_of(config, measured)
         | {name: measured.get(name) for name in _MEASURED}
         | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}

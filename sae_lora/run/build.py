@@ -89,7 +89,7 @@ class Builder:
             return DistillTrainer(
                 self.model, trainings, evaluate, special_ids, kl, micro_batch, processes
             )
-        students = [training.student for training in trainings.left]
+        students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,
             {name: one.hookpoints for student in students for name, one in sources_of(student).items()},

@@ -27,7 +27,7 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
-from sae_lora.models.loading import load_tokenizer, quieten
+from sae_lora.models.loading import load_tokenizer, silence_transformers
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress, Summary
 from sae_lora.run.active_run import ActiveRun, write_failure
@@ -69,19 +69,19 @@ class _Execution:
                 resume from its checkpoint.
             Interrupted: When asked to stop, after checkpoints are saved.
         """
-        quieten()
+        silence_transformers()
         runs = self._runs
         runs.each(ActiveRun.read)
         runs.each(ActiveRun.make_way)
-        if not runs.left:
+        if not runs.active:
             return
-        config = runs.left[0].config  # model, data and batches are the same for all
-        if len({pack_key(run.config) for run in runs.left}) > 1:
+        config = runs.active[0].config  # model, data and batches are the same for all
+        if len({pack_key(run.config) for run in runs.active}) > 1:
             raise RuntimeError("model, data or batches of these runs differ")
         builder = Builder(config)
 
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
-        families = ", ".join(sorted({run.config.sae.family.name for run in runs.left}))
+        families = ", ".join(sorted({run.config.sae.family.name for run in runs.active}))
         self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
         text = corpus.load(
             config.data,
@@ -92,10 +92,10 @@ class _Execution:
         )
         self._display.end()
         runs.each(lambda run: builder.saes.of(run.config.sae))
-        if not runs.left:
+        if not runs.active:
             return
 
-        shared = runs.left.copy()
+        shared = runs.active.copy()
         paths = [str(run.folder.path) for run in shared]
         on_gpus = builder.device.type == "cuda"
         with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
@@ -105,8 +105,8 @@ class _Execution:
             sample = Sample(first, text.special_ids)
             _ = builder.model  # loaded here, since an error in it concerns all runs
             runs.each(lambda run: builder.build(run, sample))
-            if runs.left:
-                trainings = {shared.index(run): run.training for run in runs.left}
+            if runs.active:
+                trainings = {shared.index(run): run.training for run in runs.active}
                 processes.broadcast(Beginning.of(trainings, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes)
 
@@ -115,7 +115,7 @@ class _Execution:
     ) -> None:
         """Train all runs that have not failed to the end, and write their results."""
         model, steps = builder.model, train_steps(config)
-        runs = {run.training: run for run in self._runs.left}
+        runs = {run.training: run for run in self._runs.active}
 
         def fail(training: TrainState, error: Exception) -> None:
             training.reset()
@@ -143,7 +143,7 @@ class _Execution:
                 [
                     training
                     for training in trained
-                    if training in trainings.left
+                    if training in trainings.active
                     and training.step % runs[training].config.train.checkpoint_every_steps == 0
                 ]
             )
@@ -185,14 +185,14 @@ class _Execution:
                     trainings.each(finish)
             except Interrupted:
                 processes.release()
-                save(trainings.left.copy())
+                save(trainings.active.copy())
                 raise
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
                     processes.release()
                     traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
                     # An earlier request to stop may raise here.
-                    save([training for training in trainings.left if training.is_between_steps])
+                    save([training for training in trainings.active if training.is_between_steps])
                 raise
 
     def _total_seconds(self, run: ActiveRun) -> float:

@@ -14,7 +14,7 @@ from sae_lora.common.console import complain
 from sae_lora.common.isolation import Isolation
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
-from sae_lora.models.loading import quieten
+from sae_lora.models.loading import silence_transformers
 from sae_lora.records.folder import RunFolder
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
@@ -76,7 +76,7 @@ def main() -> int:
     """Follow the leader that has started this process, until it says that all is done."""
     for number in SIGNALS:  # the leader handles them, and needs this process to finish a step
         signal.signal(number, signal.SIG_IGN)
-    quieten()
+    silence_transformers()
     runs = [ActiveRun(RunFolder(Path(path))) for path in sys.argv[1:]]
     for run in runs:
         run.read()

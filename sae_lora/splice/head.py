@@ -90,7 +90,7 @@ class Head:
         gradient.copy_(torch.autograd.grad(logits, states, slope.to(logits.dtype))[0])
 
 
-class Few(NamedTuple):
+class LogitChunk(NamedTuple):
     """A few tokens of a student, beside its teacher; valid until the next ones are computed.
 
     Args:
@@ -147,7 +147,7 @@ class Comparison:
                 self._log_sums.append(log_sums)
             yield rows
 
-    def students(self, hidden: Tensor) -> Iterator[Few]:
+    def students(self, hidden: Tensor) -> Iterator[LogitChunk]:
         """Parts of this chunk of a student, `[token, d_model]`."""
         self.head.score(hidden, self.own)
         for part, log_sums in zip(self._parts, self._log_sums, strict=True):
@@ -157,9 +157,9 @@ class Comparison:
             # Differences first: where the two agree, each term is small.
             torch.sub(scores, self._scores[part], out=apart).mul_(self._minus_p[part])
             kl = apart.sum(-1, keepdim=True).double() * self.head.unit + own_log_sums - log_sums
-            yield Few(part, scores, numerators, sums, own_log_sums, kl)
+            yield LogitChunk(part, scores, numerators, sums, own_log_sums, kl)
 
-    def slope_(self, few: Few) -> None:
+    def slope_(self, few: LogitChunk) -> None:
         """Turn the student's scores into d KL / d z, z being its logits before the soft-cap.
 
         With p the teacher's probabilities, q the student's, c the soft-cap, it is

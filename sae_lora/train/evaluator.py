@@ -212,7 +212,7 @@ class Evaluator:
                     totals.agreements += few.puts_first(top[few.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy in nats, summed over labelled tokens, from scores as in `Few`."""
+        """Next-token cross-entropy in nats, summed over labels, from scores as in `LogitChunk`."""
         labelled = labels != NO_LABEL
         of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
         losses = log_sums - of_labels * self._comparison.head.unit

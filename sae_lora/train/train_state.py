@@ -253,7 +253,7 @@ class DistillState(TrainState):
 
     @abstractmethod
     def hidden(self, trunk: Trunk) -> list[Tensor]:
-        """What the head reads of the student in each of its passes, `[batch, pos, d_model]`."""
+        """The student's input to the head in each of its passes, `[batch, pos, d_model]`."""
 
     @abstractmethod
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:

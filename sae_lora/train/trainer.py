@@ -58,9 +58,9 @@ class Trainer(ABC, Generic[State]):
         self._last_trained: list[State] = []
 
     @property
-    def left(self) -> list[State]:
+    def active(self) -> list[State]:
         """The trainings that have not failed."""
-        return self._trainings.left
+        return self._trainings.active
 
     @abstractmethod
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[State]) -> None:
@@ -84,7 +84,7 @@ class Trainer(ABC, Generic[State]):
     @property
     def step(self) -> int:
         """Number of the next step: that of the training that is least far."""
-        return min((training.step for training in self.left), default=0)
+        return min((training.step for training in self.active), default=0)
 
     def points(
         self,
@@ -105,10 +105,10 @@ class Trainer(ABC, Generic[State]):
         source = iter(batches)
         step = self.step
         yield from self._points_due()
-        while not all(training.has_ended for training in self.left):
+        while not all(training.has_ended for training in self.active):
             self._start_clock()
             with held():
-                trained = [training for training in self.left if training.step == step]
+                trained = [training for training in self.active if training.step == step]
                 self._step(step, source, trained)
                 step += 1
                 if trained:
@@ -132,7 +132,7 @@ class Trainer(ABC, Generic[State]):
 
     def _still_left(self, trained: Sequence[State]) -> list[State]:
         """The trainings among these that have not failed."""
-        return [training for training in trained if training in self.left]
+        return [training for training in trained if training in self.active]
 
     def _broadcast(
         self, trainings: Sequence[State], tokens: Tensor | None = None, *, of_each: bool = False
@@ -141,7 +141,7 @@ class Trainer(ABC, Generic[State]):
         self._processes.broadcast(Task(numbers, tokens, of_each))
 
     def _points_due(self) -> Iterator[tuple[State, CurvePoint]]:
-        due = [training for training in self.left if training.evaluation_is_due]
+        due = [training for training in self.active if training.evaluation_is_due]
         if not due:
             return
         self._stop_clock()

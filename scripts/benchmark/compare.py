@@ -27,7 +27,7 @@ from sae_lora.common.provenance import environment
 from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import choose_attention, quieten
+from sae_lora.models.loading import choose_attention, silence_transformers
 from sae_lora.models.lora import Dropout
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.head import Comparison, Head
@@ -139,7 +139,7 @@ def compare_steps(
     calls: dict[str, Callable[[], object]] = {
         name: lambda one=one: one.step(tokens.next()) for name, one in references.items()
     }
-    calls["here"] = lambda: together._take_step(together.left, tokens.next())
+    calls["here"] = lambda: together._take_step(together.active, tokens.next())
     found = taking_turns(calls, rounds, device)
     naive = [
         len(splices) * sum(times) for times in zip(*(found[name] for name in references), strict=True)
@@ -302,7 +302,7 @@ def run(
         if to.is_dir():
             raise UserError(f"--to: {to} is a folder, not a file")
         check_writable(to.parent, "--to")
-    quieten()
+    silence_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record: dict[str, Any] = {
@@ -363,7 +363,7 @@ def _alone(tuned: bool, compare: Callable[..., Result], *arguments: object) -> R
     naive loop need not ask the system for.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=quieten) as process:
+    with ProcessPoolExecutor(1, spawn, initializer=silence_transformers) as process:
         if tuned and not process.submit(raise_allocator_thresholds).result():
             raise UserError("--tuned raises thresholds of glibc's allocator, and there is no glibc here")
         try:

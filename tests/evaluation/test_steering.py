@@ -18,7 +18,7 @@ from sae_lora.common.files import as_json
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.config.validate import check
-from sae_lora.evaluation.steering.effects import HEEDS, Steering, best_strengths, steer
+from sae_lora.evaluation.steering.effects import DEPENDS_ON, Steering, best_strengths, steer
 from sae_lora.evaluation.steering.models import SteeredModels, text_log_probability
 from sae_lora.evaluation.steering.texts import Halves, Texts, residuals, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
@@ -514,4 +514,4 @@ def test_settings_that_can() -> None:
     config = composed("evaluation.steering_latents=[3,17]", "evaluation.steering_strengths=[0,-1,2.5]")
     assert config.evaluation.steering_latents == [3, 17]
     check(config)
-    assert set(HEEDS) <= {one.name for one in dataclasses.fields(EvaluationConfig)}
+    assert set(DEPENDS_ON) <= {one.name for one in dataclasses.fields(EvaluationConfig)}

@@ -13,7 +13,7 @@ import pytest
 from sae_lora.common.locks import held
 from sae_lora.launch import launcher
 from sae_lora.launch.plan import plan
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.commands import REPOSITORY
 from tests.support.points import SMALL, Point, folders_in, points_in
@@ -58,7 +58,7 @@ def test_a_failed_run_is_kept_and_its_neighbours_complete(
     assert launcher.launch(points) == 1
     planned = plan(points)
     ranks = [run.config.lora.rank for run in planned.runs]
-    found = [standing.state for standing in standings([run.folder for run in planned.runs])]
+    found = [status.state for status in read_statuses([run.folder for run in planned.runs])]
     assert dict(zip(ranks, found, strict=True)) == {1: State.done, 2: State.failed, 3: State.done}
     (failed,) = [folder for folder in folders_in(tmp_path) if folder.has_failed]
     assert failed.failure_message in capsys.readouterr().err
@@ -171,4 +171,4 @@ def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, at_hand: bool) -> 
     (folder,) = folders_in(tmp_path)
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])
     assert planned.runs[0].folder.path == folder.path
-    assert standings([folder])[0].state is State.resumable
+    assert read_statuses([folder])[0].state is State.resumable

@@ -12,7 +12,7 @@ import pytest
 from sae_lora.cli import main
 from sae_lora.common.locks import holder
 from sae_lora.config.serialize import load
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.cluster import Cluster
 from tests.support.commands import REPOSITORY, launch
@@ -109,7 +109,7 @@ def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Pat
     mine_too = f"--config-dir={tmp_path}/conf", "train=mine"
     assert submitted(tmp_path, *mine_too).returncode == 0
     folder = the_run(tmp_path)
-    assert standings([folder])[0].state is State.queued
+    assert read_statuses([folder])[0].state is State.queued
     mine.write_text("defaults: [default]\nlr: 1\n")
     before = folder.config.read_text()
     again = submitted(
@@ -191,9 +191,9 @@ def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> Non
     assert folders[0].job is not None
     assert ended(cluster, folders[0].job).startswith("CANCELLED")
     until(lambda: not any(holder(one.path) for one in folders), "the runs are free")
-    for standing in standings(folders):
-        assert standing.state is State.resumable
-        assert "CANCELLED" in str(standing.note)
+    for status in read_statuses(folders):
+        assert status.state is State.resumable
+        assert "CANCELLED" in str(status.note)
 
 
 def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sae_lora.config.serialize import load
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.cluster import Cluster, running
 from tests.support.commands import launch
@@ -55,7 +55,7 @@ def test_preempted_it_goes_on_and_ends_the_same(
     until(lambda: is_asked_to_stop(pid), "a signal")
     go_on(pid)
     queued = [State.queued, State.queued]
-    until(lambda: [one.state for one in standings(folders)] == queued, "the runs wait again")
+    until(lambda: [one.state for one in read_statuses(folders)] == queued, "the runs wait again")
     until(lambda: all(one.is_finished or one.has_failed for one in folders), "the runs")
     assert [one.failure_message for one in folders] == [None, None]
     (folder,) = [one for one in folders if load(one.config.read_text()).lora.rank == 2]

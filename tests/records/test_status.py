@@ -7,7 +7,7 @@ import pytest
 from sae_lora.common.locks import held
 from sae_lora.launch.plan import plan
 from sae_lora.records import slurm
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from tests.support.points import Point, points_in
 
 
@@ -21,7 +21,7 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     folder = run.folder
 
     def state() -> State:
-        return standings([folder])[0].state
+        return read_statuses([folder])[0].state
 
     assert state() is State.new
     run.freeze()
@@ -42,7 +42,7 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
     monkeypatch.setattr(slurm, "ends", lambda jobs: dict.fromkeys(jobs, "NODE_FAIL"))
     assert state() is State.resumable
-    assert "12_3 no more: NODE_FAIL" in str(standings([folder])[0].note)
+    assert "12_3 no more: NODE_FAIL" in str(read_statuses([folder])[0].note)
     folder.summary.write_text("{}")
     assert state() is State.done
 
@@ -54,7 +54,7 @@ def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
     run.freeze()
     run.folder.write_job("12")
     monkeypatch.setenv("PATH", "")
-    (standing,) = standings([run.folder])
-    assert standing.state is State.queued
-    assert standing.note is not None
-    assert "no SLURM on this machine" in standing.note
+    (status,) = read_statuses([run.folder])
+    assert status.state is State.queued
+    assert status.note is not None
+    assert "no SLURM on this machine" in status.note

@@ -16,7 +16,7 @@ from sae_lora.config.overrides import command
 from sae_lora.launch.job import Job
 from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import State, standings
+from sae_lora.records.status import State, read_statuses
 from sae_lora.run import execute
 from tests.support.composing import composed
 
@@ -34,7 +34,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
 
 def test_their_standing_is_seen(folders: list[RunFolder]) -> None:
     expected = [State.done, State.resumable, State.new]
-    assert [standing.state for standing in standings(folders)] == expected
+    assert [status.state for status in read_statuses(folders)] == expected
 
 
 def test_the_same_points_are_planned_into_the_same_folders(folders: list[RunFolder]) -> None:

@@ -158,7 +158,7 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
         for name in MEASURED:
             margin = {"abs": a_few} if name in ("l0", "top1_agreement") else {"rel": 1e-3}
             assert getattr(point, name) == pytest.approx(getattr(theirs, name), **margin), name
-    for one, other, theirs in zip(led.left, alone.left, follows.left, strict=True):
+    for one, other, theirs in zip(led.active, alone.active, follows.active, strict=True):
         for name, weight in one.student.weights.items():
             torch.testing.assert_close(weight, other.student.weights[name], rtol=1e-3, atol=1e-4)
             assert torch.equal(weight, theirs.student.weights[name])

@@ -60,4 +60,4 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTra
 
 def take_step(pack: DistillTrainer, config: Config) -> None:
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
-    pack._take_step(pack.left, pack._on_device(tokens))
+    pack._take_step(pack.active, pack._on_device(tokens))

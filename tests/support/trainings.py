@@ -85,7 +85,7 @@ def comparable(point: CurvePoint) -> CurvePoint:
 
 def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:
     """Trains to the end; the curve of each, without times."""
-    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.left}
+    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.active}
     for one, point in together.points(batches(steps)[together.step :]):
         found[one].append(comparable(point))
     return found

@@ -76,7 +76,7 @@ def use_attention(models: Iterable[LanguageModel], name: str) -> None:
 
 
 def models_of(pack: DistillTrainer) -> list[LanguageModel]:
-    return [pack._model, *(training.student.model for training in pack.left)]
+    return [pack._model, *(training.student.model for training in pack.active)]
 
 
 @pytest.mark.parametrize("overrides", CASES)
@@ -89,7 +89,7 @@ def test_flops_and_weights_are_those_of_a_step(overrides: tuple[str, ...], tmp_p
     said = estimate(configs)
     assert said.flops / train_steps(configs[0]) == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert said.adapter_weights == sum(
-        weight.numel() for one in counted.left for weight in one.student.weights.values()
+        weight.numel() for one in counted.active for weight in one.student.weights.values()
     )
 
 
@@ -149,11 +149,11 @@ def test_memory_is_what_a_step_needs(overrides: tuple[str, ...], tmp_path: Path)
     measured = pack_of(configs)
     take_step(measured, configs[0])
     # What SAEs in training are evaluated as is still there in the next step.
-    measured._evaluate([one.student for one in measured.left])
+    measured._evaluate([one.student for one in measured.active])
     comparison = measured._evaluate._comparison
     tensors = [
         *(comparison._room + comparison._spare),
-        *(tensor for one in measured.left for tensor in held_between_steps(one)),
+        *(tensor for one in measured.active for tensor in held_between_steps(one)),
     ]
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     gc.collect()

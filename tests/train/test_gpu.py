@@ -43,9 +43,9 @@ def test_a_step_does_not_wait(family: str, request: pytest.FixtureRequest) -> No
     adapters = LoRAConfig(rank=2, dropout=0.2, blocks="all")
     together = pack(model, *(training(model, sae, adapters=adapters) for sae in saes))
     tokens = together._on_device(random_tokens(batch=2, length=16, seed=1))
-    together._take_step(together.left, tokens)
+    together._take_step(together.active, tokens)
     request.getfixturevalue("never_waiting")
-    together._take_step(together.left, tokens)
+    together._take_step(together.active, tokens)
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -213,7 +213,7 @@ class TestMeZO:
 
         passes = [together(MODEL, one) for one in (mezo, gradient)]
         by_forward_passes, by_gradient = (
-            peak(lambda pack=pack: pack._take_step(pack.left, tokens)) for pack in passes
+            peak(lambda pack=pack: pack._take_step(pack.active, tokens)) for pack in passes
         )
         weights = sum(weight.numel() for weight in mezo.student.weights.values())
         other_pass = tokens.numel() * D_MODEL

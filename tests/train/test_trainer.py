@@ -206,7 +206,7 @@ class TestOneThatFails:
         absurd = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
         found, (one, two), errors = self.together(0, 1)
         failing = training(model, SAES[0], absurd, STEPS)
-        for trainings in (found.left, found._trainings.runs):
+        for trainings in (found.active, found._trainings.runs):
             trainings.append(failing)
         curve = curves(found, STEPS)
         assert isinstance(errors[failing], UserError)
@@ -223,7 +223,7 @@ class TestOneThatFails:
         monkeypatch.setattr(TrainState, "take_step", fails)
         curves(found, STEPS)
         assert errors.keys() == set(trainings)
-        assert found.left == []
+        assert found.active == []
 
 
 def test_a_step_that_comes_to_nothing_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:

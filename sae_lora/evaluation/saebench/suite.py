@@ -20,7 +20,7 @@ from sae_lora.evaluation.subject import Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.output_adapter import AdaptedCoder
 
-HEEDS = ("saebench", "saebench_options")
+DEPENDS_ON = ("saebench", "saebench_options")
 """The keys of `evaluation` that the suite depends on."""
 _CHILD = "sae_lora.evaluation.saebench"
 _NO_NUMBER = -1
@@ -115,7 +115,7 @@ def _lacking(python: Path, request: str) -> dict[str, str]:
 
 def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
     """Make the folder, and empty it unless it holds an unfinished attempt with the same settings."""
-    wanted = {name: getattr(config, name) for name in HEEDS}
+    wanted = {name: getattr(config, name) for name in DEPENDS_ON}
     settings = folder / "settings.json"
     record = suite_records.read(subject.folder, Suite.saebench)
     complete = record is not None and not record.results["missing"]

@@ -20,7 +20,7 @@ from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.trunk import Splices
 
-HEEDS = (
+DEPENDS_ON = (
     *("resamples", "sequences", "steering_latents", "steering_block", "steering_strengths"),
     *("steering_max_harm", "steering_texts", "steering_examples", "steering_text_tokens"),
 )
