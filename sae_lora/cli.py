@@ -101,7 +101,7 @@ def _add_commands(commands: Any) -> None:
     option("--style", nargs="+", choices=["gemma2", "llama"], help="whose layers; by default both")
     option("--context", nargs="+", type=int, help="tokens per sequence; by default 256 and 1024")
     option("--pack", nargs="+", type=int, choices=[1, 5, 25], help="runs that train together")
-    option("--rounds", type=int, default=5, help="pairs of times")
+    option("--rounds", type=int, default=5, help="pairs of times for each row; by default 5")
     option("--tuned", action="store_true", help="with the C allocator's thresholds raised, for both")
     option("--to", type=Path, help="file for the record, .json")
 
