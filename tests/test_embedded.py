@@ -16,8 +16,9 @@ from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_model, load_tokenizer
 from sae_lora.saes import loading
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice
+from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.evaluator import Evaluation, Evaluator
 from scripts.embedded import language_model, recipe

@@ -1,11 +1,10 @@
 """One run among those that train together: its folder, its training, its outcome."""
 
 import copy
-import math
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import set_seed
@@ -14,12 +13,13 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
 from sae_lora.common.locks import LostError
-from sae_lora.config.identity import ADAPTING, identity, readable_name
-from sae_lora.config.schema import Config, LoRAConfig
+from sae_lora.config.identity import identity, readable_name
+from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
+from sae_lora.run.summary import summarise
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
 from sae_lora.tracking import tracker
 from sae_lora.train import checkpoint, methods
@@ -164,26 +164,15 @@ class ActiveRun:
         self._check()
         with new_folder(self.folder.path / self._artifact.name) as beside:
             self._artifact.save(beside)
-        points = self.folder.read_curve()
-        summary = Summary(
+        summary = summarise(
+            self.config,
+            self.folder.read_curve(),
+            [sae.description for sae in self._saes],
+            contributions,
             name=self.name,
             hash=self._hash,
-            **_outcome(points),
             trainable_parameters=self.trainable,
             total_seconds=total_seconds,
-            sae=[
-                sae.description
-                | points[-1].per_sae[sae.hookpoint]
-                | (contributions[sae.hookpoint]._asdict() if sae.hookpoint in contributions else {})
-                for sae in self._saes
-            ],
-            lora=_describe_lora(self.config.lora) if self.config.method.kind in ADAPTING else {},
-            method={
-                "kind": self.config.method.kind.name,
-                "rank": self.config.method.rank,
-                "init": self.config.init,
-            },
-            seed=self.config.train.seed,
             data=data | {"special_tokens_kept": self._keeps},
             tracked_at=self._tracker.place,
             **common,
@@ -236,30 +225,3 @@ def _cause(error: Exception) -> str:
             "train.eval_batch_tokens (the last two change no result)"
         )
     return f"{type(error).__name__}: {error}"
-
-
-def _outcome(points: list[CurvePoint]) -> dict[str, Any]:
-    """Fields of the summary that come from the curve: the last point's own, and figures of the whole."""
-    first, last = points[0], points[-1]
-    closed = [point.gap_closed for point in points if point.gap_closed is not None]
-    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
-    return {name: getattr(last, name) for name in both} | {
-        "initial_gap": last.spliced_ce - last.base_ce,
-        "initial_kl": first.kl,
-        "best_gap_closed": max(closed, default=None),
-        "train_tokens": last.tokens,
-        "train_steps": last.step,
-    }
-
-
-def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
-    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
-    return {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "scale": scale,
-        "init": config.init.name,
-        "dropout": config.dropout,
-        "targets": config.targets,
-        "blocks": config.blocks,
-    }

@@ -15,8 +15,8 @@ from sae_lora.models.loading import device_of, load_model
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.saes.loading import SAEs
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
-from sae_lora.splice.head import Comparison, Head
-from sae_lora.splice.kl import kl_of
+from sae_lora.splice.head import Head
+from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator

@@ -13,8 +13,8 @@ from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.tracking import wandb_run
-from sae_lora.tracking.wandb_config import WandbConfig
 from sae_lora.tracking.wandb_run import WandbRun
+from sae_lora.tracking.wandb_view import WandbView
 from sae_lora.train import checkpoint
 
 _TIMEOUT_S = 120.0
@@ -53,7 +53,7 @@ def _upload(folder: RunFolder) -> tuple[int, int, str]:
     if goes_on and not points:
         return 0, 0, "nothing to show yet"
     summary = folder.read_summary() if folder.is_finished else None
-    run = WandbRun(WandbConfig(folder, config, summary and summary["environment"]), online=True)
+    run = WandbRun(WandbView(folder, config, summary and summary["environment"]), online=True)
     rows = run.show(points)
     run.finish(summary, goes_on=goes_on)
     return points - rows, rows, run.place

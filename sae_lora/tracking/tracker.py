@@ -20,8 +20,8 @@ from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary
 from sae_lora.tracking import wandb_run
-from sae_lora.tracking.wandb_config import WandbConfig
 from sae_lora.tracking.wandb_run import WandbRun
+from sae_lora.tracking.wandb_view import WandbView
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,13 @@ def start(config: Config, folder: RunFolder, environment: dict[str, Any]) -> Tra
     mode = _asked_mode(config.tracking.mode)
     if mode is TrackingMode.disabled:
         return Tracker()
-    return _Background(WandbConfig(folder, config, environment), mode)
+    return _Background(WandbView(folder, config, environment), mode)
 
 
 class _Background(Tracker):
     """A W&B run in a thread of its own."""
 
-    def __init__(self, shown: WandbConfig, mode: TrackingMode) -> None:
+    def __init__(self, shown: WandbView, mode: TrackingMode) -> None:
         self._shown = shown
         self._mode = mode
         self._place: str | None = None

@@ -19,7 +19,7 @@ import psutil
 
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.metrics import METRICS, Better
-from sae_lora.tracking.wandb_config import AXES, CURVES, WandbConfig, without_secrets
+from sae_lora.tracking.wandb_view import AXES, CURVES, WandbView, without_secrets
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3
@@ -46,7 +46,7 @@ class WandbRun:
         Exception: Whatever wandb raises.
     """
 
-    def __init__(self, shown: WandbConfig, *, online: bool) -> None:
+    def __init__(self, shown: WandbView, *, online: bool) -> None:
         wandb = _library()
         self._folder = shown.folder
         self._run = wandb.init(

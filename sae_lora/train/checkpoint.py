@@ -61,7 +61,7 @@ def save(folder: Path, run_hash: str, state: Snapshot) -> None:
     step = state.values["step"]
     path = folder / f"step-{step:08d}"
     if path.exists():
-        if _fault(path, run_hash) is None:
+        if _verify(path, run_hash) is None:
             return
         shutil.rmtree(path)
     with new_folder(path) as new:
@@ -89,7 +89,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
     """
     faults = []
     for path in _paths(folder):
-        fault = _fault(path, run_hash)
+        fault = _verify(path, run_hash)
         if fault is None:
             try:
                 return Snapshot(load_file(path / _TENSORS), json.loads((path / _VALUES).read_text()))
@@ -107,7 +107,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
 
 def points(folder: Path, run_hash: str) -> int:
     """Number of points of the curve before the newest sound checkpoint; 0 where there is none."""
-    sound = (path for path in _paths(folder) if _fault(path, run_hash) is None)
+    sound = (path for path in _paths(folder) if _verify(path, run_hash) is None)
     newest = next(sound, None)
     return 0 if newest is None else json.loads((newest / _VALUES).read_text())["points"]
 
@@ -118,7 +118,7 @@ def _paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _fault(path: Path, run_hash: str) -> str | None:
+def _verify(path: Path, run_hash: str) -> str | None:
     """The fault of a checkpoint, in words; `None` for a sound one."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())

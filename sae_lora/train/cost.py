@@ -58,7 +58,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes
 from sae_lora.models.lora import target_modules
 from sae_lora.saes.sparse import is_wide
-from sae_lora.splice.head import room_bytes
+from sae_lora.splice.kl import room_bytes
 from sae_lora.train.distill import turns
 
 _BYTES = {DType.float32: 4, DType.bfloat16: 2}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.head import Comparison
 from sae_lora.splice.hooks import Coder, Reading, Splice
+from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
 from sae_lora.train.distributed import ProcessGroup

@@ -4,7 +4,7 @@ from sae_lora.config.enums import Schedule
 from sae_lora.config.schema import TrainConfig
 
 
-def rate_factor(config: TrainConfig, steps: int, step: int) -> float:
+def lr_factor(config: TrainConfig, steps: int, step: int) -> float:
     """The learning rate of a step, as a share of the peak.
 
     It rises over the warm-up, then stays (constant) or falls to reach zero one step after the last

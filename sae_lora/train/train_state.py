@@ -20,7 +20,7 @@ from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluation
-from sae_lora.train.lr_schedule import rate_factor
+from sae_lora.train.lr_schedule import lr_factor
 
 State = TypeVar("State", bound="TrainState")
 
@@ -115,7 +115,7 @@ class TrainState(ABC):
 
     def take_step(self, batch: torch.Size) -> None:
         """Ends the step on tokens of this shape, `[batch, pos]`, in all processes together."""
-        lr = self._config.lr * rate_factor(self._config, self._steps, self.step)
+        lr = self._config.lr * lr_factor(self._config, self._steps, self.step)
         tokens = batch.numel()
         self.is_between_steps = False
         info = self._update(lr, batch)

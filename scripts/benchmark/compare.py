@@ -30,9 +30,9 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, silence_transformers
 from sae_lora.models.lora import Dropout
 from sae_lora.saes.sparse import multiplied
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice
-from sae_lora.splice.kl import fused_kl, kl_of, whole_kl
+from sae_lora.splice.kl import Comparison, fused_kl, kl_of, whole_kl
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator

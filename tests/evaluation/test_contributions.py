@@ -17,8 +17,9 @@ from sae_lora.models.hookpoints import Place, resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.training.spliced_sae import SplicedSAE
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Reading, Splice, kept_positions, special_positions, spliced
+from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
 from sae_lora.train import methods

@@ -25,7 +25,7 @@ from sae_lora.launch.plan import Plan, Run, plan
 from sae_lora.models import loading
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes.pretrained_table import table
-from sae_lora.splice.head import room_bytes
+from sae_lora.splice.kl import room_bytes
 from sae_lora.train import cost
 from tests.support.commands import launch
 from tests.support.composing import combinations, composed, each_composed

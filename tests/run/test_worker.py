@@ -23,7 +23,8 @@ from sae_lora.common.isolation import Isolation
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.launch.plan import plan
 from sae_lora.records.folder import RunFolder
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
+from sae_lora.splice.kl import Comparison
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup

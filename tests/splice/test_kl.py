@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.head import Comparison, Head
-from sae_lora.splice.kl import KL, fused_kl, kl_divergence, whole_kl
+from sae_lora.splice.head import Head
+from sae_lora.splice.kl import KL, Comparison, fused_kl, kl_divergence, whole_kl
 from tests.support.families import D_MODEL, random_tokens
 
 

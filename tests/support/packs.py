@@ -12,9 +12,9 @@ from sae_lora.launch.plan import plan
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import load_model
 from sae_lora.saes import loading
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice
-from sae_lora.splice.kl import kl_of
+from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train import methods
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator

@@ -10,9 +10,9 @@ from sae_lora.config.enums import KLComputation
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
-from sae_lora.splice.head import Comparison, Head
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice
-from sae_lora.splice.kl import KL, kl_of
+from sae_lora.splice.kl import KL, Comparison, kl_of
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator

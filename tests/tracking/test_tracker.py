@@ -25,7 +25,7 @@ from sae_lora.tracking import tracker as tracking
 from sae_lora.tracking import wandb_run
 from sae_lora.tracking.sync import upload
 from sae_lora.tracking.tracker import Tracker
-from sae_lora.tracking.wandb_config import CURVES, WandbConfig
+from sae_lora.tracking.wandb_view import CURVES, WandbView
 from sae_lora.train import checkpoint
 from tests.support.attempts import frozen
 from tests.support.submission import until
@@ -94,8 +94,8 @@ def attempt(
     return tracker
 
 
-def shown(folder: RunFolder) -> WandbConfig:
-    return WandbConfig(folder, load(folder.config.read_text()))
+def shown(folder: RunFolder) -> WandbView:
+    return WandbView(folder, load(folder.config.read_text()))
 
 
 def measured(step: int, seconds: float = 1.0) -> CurvePoint:

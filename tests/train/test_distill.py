@@ -16,7 +16,7 @@ from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Coder, Reading, spliced
 from sae_lora.train.evaluator import Reconstruction
-from sae_lora.train.lr_schedule import rate_factor
+from sae_lora.train.lr_schedule import lr_factor
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens, small_model
 from tests.support.trainings import (
@@ -218,7 +218,7 @@ def test_lora_plus_moves_b_so_many_times_as_far() -> None:
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_learning_rate(schedule: Schedule) -> None:
     config = TrainConfig(schedule=schedule, warmup_share=0.25)
-    rates = [rate_factor(config, 8, step) for step in range(9)]
+    rates = [lr_factor(config, 8, step) for step in range(9)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     expected = [1.0] * 6 if schedule is Schedule.constant else [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0]
     assert rates[3:] == pytest.approx(expected)

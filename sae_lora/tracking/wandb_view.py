@@ -26,7 +26,7 @@ _LONGEST_TAG = 64
 
 
 @dataclass(frozen=True)
-class WandbConfig:
+class WandbView:
     """A run as W&B shows it."""
 
     folder: RunFolder

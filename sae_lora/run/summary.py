@@ -1,0 +1,72 @@
+"""The content of a finished run's `summary.json`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from sae_lora.config.identity import ADAPTING
+from sae_lora.config.schema import Config, LoRAConfig
+from sae_lora.records.schema import CurvePoint, Summary
+from sae_lora.train.evaluator import Contribution
+
+
+def summarise(
+    config: Config,
+    points: Sequence[CurvePoint],
+    saes: Sequence[Mapping[str, Any]],
+    contributions: Mapping[str, Contribution],
+    **others: Any,
+) -> Summary:
+    """The summary of a run.
+
+    Args:
+        config: The run's config.
+        points: All points of its curve.
+        saes: Descriptions of its SAEs.
+        contributions: The contribution of each of several SAEs, by hookpoint.
+        others: The fields of the summary that do not follow from these.
+    """
+    return Summary(
+        **_of_curve(points),
+        sae=[
+            {**sae, **points[-1].per_sae[sae["hookpoint"]]}
+            | (contributions[sae["hookpoint"]]._asdict() if sae["hookpoint"] in contributions else {})
+            for sae in saes
+        ],
+        lora=_describe_lora(config.lora) if config.method.kind in ADAPTING else {},
+        method={
+            "kind": config.method.kind.name,
+            "rank": config.method.rank,
+            "init": config.init,
+        },
+        seed=config.train.seed,
+        **others,
+    )
+
+
+def _of_curve(points: Sequence[CurvePoint]) -> dict[str, Any]:
+    """Fields that follow from the curve: those of its last point, and figures of the whole."""
+    first, last = points[0], points[-1]
+    closed = [point.gap_closed for point in points if point.gap_closed is not None]
+    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
+    return {name: getattr(last, name) for name in both} | {
+        "initial_gap": last.spliced_ce - last.base_ce,
+        "initial_kl": first.kl,
+        "best_gap_closed": max(closed, default=None),
+        "train_tokens": last.tokens,
+        "train_steps": last.step,
+    }
+
+
+def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
+    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "scale": scale,
+        "init": config.init.name,
+        "dropout": config.dropout,
+        "targets": config.targets,
+        "blocks": config.blocks,
+    }
