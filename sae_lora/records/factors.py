@@ -37,8 +37,8 @@ class Factor:
 
 
 def text(value: object) -> str:
-    """A factor's value as people read it; a dash where a run has none."""
-    if value is None:
+    """A factor's value as people read it; a dash where a run has none (`None`; in data frames, NaN)."""
+    if value is None or value != value:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

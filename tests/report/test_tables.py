@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from sae_lora.common.console import duration, percent, show
+from sae_lora.records.factors import text
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import comparison_table, run_table
 from tests.support.sweeps import finished
@@ -67,3 +68,8 @@ def test_percent() -> None:
     assert percent(0.4835) == "48.4%"
     assert percent(-0.1) == "-10.0%"
     assert percent(None) == "undefined"
+
+
+def test_a_dash_stands_for_a_factor_that_a_run_does_not_have() -> None:
+    """Data frames hold NaN where one run of several has no rank, say."""
+    assert [text(value) for value in (None, float("nan"), 4.0, "all")] == ["–", "–", "4", "all"]
