@@ -2,9 +2,11 @@
 
 import glob
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +43,8 @@ _STDLIB_MAX_BYTES = 400_000
 _STDLIB_MAX_NON_ASCII = 0.005
 
 
-def stdlib_documents(*, tests: bool = False) -> list[Document]:
+@cache
+def stdlib_documents(*, tests: bool = False) -> tuple[Document, ...]:
     """The Python standard library's own sources, the text of the embedded default.
 
     Every machine that can run this project has them. The key is the path relative to the library, which
@@ -51,12 +54,17 @@ def stdlib_documents(*, tests: bool = False) -> list[Document]:
         tests: Whether to read the library's own tests instead, which not every machine has.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
+    paths: list[Path] = []
+    for folder, subfolders, files in os.walk(root):
         # `config-3.11-x86_64-linux-gnu` counts as `config`.
-        parts = {name for part in relative.parts[:-1] for name in (part, part.split("-")[0])}
-        if parts & _STDLIB_LEFT_OUT or tests != bool(parts & _STDLIB_TESTS):
+        subfolders[:] = [
+            name for name in subfolders if not {name, name.split("-")[0]} & _STDLIB_LEFT_OUT
+        ]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    documents = []
+    for path in sorted(paths):
+        relative = path.relative_to(root)
+        if tests != bool(_STDLIB_TESTS.intersection(relative.parts[:-1])):
             continue
         name = relative.as_posix()
         if name in _STDLIB_TABLES or relative.name.startswith("_sysconfigdata"):
@@ -67,7 +75,7 @@ def stdlib_documents(*, tests: bool = False) -> list[Document]:
         if len(text) - len(text.encode("ascii", "ignore")) > _STDLIB_MAX_NON_ASCII * len(text):
             continue
         documents.append(Document(name, text))
-    return documents
+    return tuple(documents)
 
 
 def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:

@@ -12,7 +12,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.data.documents import Document
 
-_DOCUMENTS_PER_CALL = 64
+_MOST_PER_CALL = 64
+"""Documents that the tokenizer gets at once."""
 
 
 class Convention(NamedTuple):
@@ -49,9 +50,11 @@ def tokenised(
     # The tokenizer warns of texts longer than the model's context; they are cut into sequences here.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     documents = iter(documents)
-    while batch := list(islice(documents, _DOCUMENTS_PER_CALL)):
+    per_call = 4  # few at first: a short run needs few documents
+    while batch := list(islice(documents, per_call)):
         texts = [document.text for document in batch]
         yield from zip(batch, tokenizer(texts, add_special_tokens=False).input_ids, strict=True)
+        per_call = min(2 * per_call, _MOST_PER_CALL)
 
 
 class Packer:
