@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,9 +23,9 @@ if TYPE_CHECKING:  # imported where they are used: the process that hands out te
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Slow tests wait for processes that they start: two at a time on each core. Few others wait."""
+    """Processes that run tests. Slow tests wait much for processes of their own, others little."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores + 1 if config.option.markexpr == "not slow" else 2 * cores)
+    return min(8, 1 + cores * (1 if config.option.markexpr == "not slow" else 2))
 
 
 def pytest_collection() -> None:
@@ -33,9 +34,12 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with more slow tests begin sooner, or one of them is worked through alone at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # stable: files stay together, tests in their order
+    """Files that take long begin sooner, or one of them is worked through alone at the end."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            seconds[item.path] += 50 if "cluster" in getattr(item, "fixturenames", ()) else 10
+    items.sort(key=lambda item: -seconds[item.path])  # stable: files stay together, tests in order
 
 
 def pytest_collection_finish() -> None:

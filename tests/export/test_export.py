@@ -201,7 +201,7 @@ def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
 def test_a_merge_that_went_wrong_leaves_nothing(
     runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_files, "merged", lambda adapters: adapters.base_model.unload())
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model: model.base_model.unload(), False)
     with pytest.raises(UserError, match=r"differs by .* of the largest"):
         export(runs[0].path, tmp_path / "to", merge=True)
     assert not list(tmp_path.iterdir())

@@ -15,9 +15,9 @@ from sae_lora.config.serialize import load
 from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.cluster import Cluster
-from tests.support.commands import REPOSITORY, launch
+from tests.support.commands import REPOSITORY
 from tests.support.hub import COMMIT, serving
-from tests.support.points import SMALL, folders_in
+from tests.support.points import SMALL, folders_in, points_in, run_here
 from tests.support.repositories import write_all
 from tests.support.submission import (
     LONG,
@@ -55,15 +55,17 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path:
     assert len(ids) == 4
     assert len(set(ids)) == 2  # packs of 2
     assert len({job.split("_")[0] for job in ids}) == 2  # in arrays of one
-    places = f"output_dir={here}", f"data.cache_dir={there}/cache"
-    assert launch("-m", *SMALL, *points[1:], *places, "launcher.cpus_per_task=1").returncode == 0
+    point = points_in(here)
+    run_here(
+        *(point(f"lora.rank={rank}", f"layer.index={block}") for rank in (1, 2) for block in (1, 2))
+    )
     until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
     assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
     for one, other in zip(folders_in(there), folders_in(here), strict=True):
         assert results(one) == results(other)
         assert {path.name for path in one.path.iterdir()} == {
             path.name for path in other.path.iterdir()
-        } | {"job.json"}
+        } | {"job.json", "log.txt"}
     assert main(["status", str(there / "main")]) == 0
     again = submitted(there, *points)
     assert "4 of 4 done before" in again.stdout

@@ -10,8 +10,7 @@ from sae_lora.config.serialize import load
 from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.cluster import Cluster, running
-from tests.support.commands import launch
-from tests.support.points import SMALL, folders_in
+from tests.support.points import folders_in, points_in, run_here
 from tests.support.submission import (
     LONG,
     NEEDS_SLURM,
@@ -37,10 +36,9 @@ def gentle() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What the long run finds on this machine when nothing befalls it."""
-    home = tmp_path_factory.mktemp("uninterrupted")
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache", "launcher.cpus_per_task=1"
-    assert launch(*SMALL, *LONG, *here).returncode == 0
-    return results(the_run(home))
+    point = points_in(tmp_path_factory.mktemp("uninterrupted"))
+    (folder,) = run_here(point(*LONG))
+    return results(folder)
 
 
 def test_preempted_it_goes_on_and_ends_the_same(
