@@ -219,10 +219,10 @@ MIXED: Splices = (
 
 @pytest.mark.parametrize("row", [MIXED, (Splice(1, SAES[0], True),)], ids=["mixed", "alone"])
 @pytest.mark.parametrize("blocks", ["after", "all", [0, 3], [1, 3], [2], [LAST]])
-@pytest.mark.parametrize("recomputes", [False, True])
 def test_a_student_is_the_whole_model_with_saes_and_adapters(
-    model: LanguageModel, row: Splices, blocks: object, recomputes: bool
+    model: LanguageModel, row: Splices, blocks: object
 ) -> None:
+    """Also where the activations of its blocks are computed once more for the gradient."""
     special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
     student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
     fill(student.weights)
@@ -230,14 +230,15 @@ def test_a_student_is_the_whole_model_with_saes_and_adapters(
     whole = with_splices(student.model, row, keep)
     expected = torch.autograd.grad(whole.square().sum(), weights)
     before = hooks(student.model)
-    if recomputes:
-        student.model.recompute(student.first)
-    hidden = student.hidden(Trunk(model, TOKENS, special, student.cuts))
-    assert torch.equal(hidden, whole)
-    assert hooks(student.model) == before
-    gradients = torch.autograd.grad(hidden.square().sum(), weights)
-    assert all(map(torch.equal, gradients, expected))
-    assert hooks(student.model) == before
+    for recomputes in (False, True):
+        if recomputes:
+            student.model.recompute(student.first)
+        hidden = student.hidden(Trunk(model, TOKENS, special, student.cuts))
+        assert torch.equal(hidden, whole)
+        assert hooks(student.model) == before
+        gradients = torch.autograd.grad(hidden.square().sum(), weights)
+        assert all(map(torch.equal, gradients, expected))
+        assert hooks(student.model) == before
 
 
 def test_adapters_after_an_sae_inside_of_a_block_begin_behind_that_block() -> None:

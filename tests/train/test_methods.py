@@ -1,6 +1,7 @@
 """MeZOState, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.schema import CurvePoint
 from sae_lora.saes import output_adapter
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
@@ -22,6 +24,7 @@ from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import _own_weights
 from sae_lora.train.optim import MeZOState
+from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens, small_model
@@ -407,12 +410,20 @@ STOPPED: dict[str, Callable[[], Made]] = {
 }
 
 
+@functools.cache
+def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
+    """The curve of a training that nothing stopped, and its state at the end."""
+    training = STOPPED[name]().training
+    (curve,) = curves(together(MODEL, training), STEPS).values()
+    return curve, training
+
+
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("stop", [2, 3])
 def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
     """After a step between two evaluations, and before the one that follows a step."""
-    whole, first, second = (STOPPED[name]() for _ in range(3))
-    (expected,) = curves(together(MODEL, whole.training), STEPS).values()
+    first, second = (STOPPED[name]() for _ in range(2))
+    expected, ended = whole(name)
 
     def halt(trained: object) -> None:
         if first.training.step == stop:
@@ -427,4 +438,4 @@ def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: P
     second.training.restore(state)
     (rest,) = curves(together(MODEL, second.training), STEPS).values()
     assert expected[: state.values["points"]] + rest == expected
-    assert same(second.training.state().tensors, whole.training.state().tensors)
+    assert same(second.training.state().tensors, ended.state().tensors)
