@@ -2,14 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lora.common.plots import COLOURS, finished
+from sae_lora.config.enums import Suite
 from sae_lora.evaluation.headlines import SHOWN_FIRST, Results, first_metric
 
 MOST_RUNS = len(COLOURS)
@@ -187,3 +188,51 @@ def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
         means.append(mean(part))
         start *= 2
     return middles, means
+
+
+class SuiteFigure(NamedTuple):
+    """A figure in the report.
+
+    Args:
+        suite: The suite whose results it shows.
+        name: Name of its files.
+        draw: Draws it from the results of runs, by their names.
+        heading: Its heading.
+        note: A sentence below it.
+    """
+
+    suite: Suite
+    name: str
+    draw: Callable[[_Runs], go.Figure]
+    heading: str
+    note: str
+
+
+FIGURES = (
+    SuiteFigure(
+        *(Suite.core, "loss_change", loss_change, "What training does to single tokens"),
+        "Held-out tokens; left of zero are those that training makes likelier.",
+    ),
+    SuiteFigure(
+        *(Suite.core, "by_position", by_position, "CE gap over the position"),
+        "Dotted: before training.",
+    ),
+    SuiteFigure(
+        *(Suite.mechanism, "distances", distances),
+        "Distance of the residual stream to the plain model's",
+        "Dotted: before training. Bars: 90% intervals.",
+    ),
+    SuiteFigure(
+        *(Suite.tasks, "tasks", tasks, "What the models can do"),
+        "Bars: 1.96 standard errors.",
+    ),
+    SuiteFigure(
+        *(Suite.steering, "steering", steering, "How well latents steer"),
+        "Bars: 95% intervals.",
+    ),
+    SuiteFigure(
+        *(Suite.saebench, "saebench", saebench, "SAEBench"),
+        "Of the plain model and of the adapted one.",
+    ),
+)
+"""The figures of suites, in the order of the report."""

@@ -26,7 +26,6 @@ from plotly.offline import get_plotlyjs
 from sae_lora.common import plots
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.factors import SEED, label
@@ -52,34 +51,6 @@ _SHOWN = (
     *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
 )
 """Metrics in the page's table."""
-_SUITE_FIGURES = (
-    (
-        *(Suite.core, "loss_change", suite_figures.loss_change, "What training does to single tokens"),
-        "Held-out tokens; left of zero are those that training makes likelier.",
-    ),
-    (
-        *(Suite.core, "by_position", suite_figures.by_position, "CE gap over the position"),
-        "Dotted: before training.",
-    ),
-    (
-        *(Suite.mechanism, "distances", suite_figures.distances),
-        "Distance of the residual stream to the plain model's",
-        "Dotted: before training. Bars: 90% intervals.",
-    ),
-    (
-        *(Suite.tasks, "tasks", suite_figures.tasks, "What the models can do"),
-        "Bars: 1.96 standard errors.",
-    ),
-    (
-        *(Suite.steering, "steering", suite_figures.steering, "How well latents steer"),
-        "Bars: 95% intervals.",
-    ),
-    (
-        *(Suite.saebench, "saebench", suite_figures.saebench, "SAEBench"),
-        "Of the plain model and of the adapted one.",
-    ),
-)
-"""Figures of suites: the suite, the view's name, the function that draws it, heading and note."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +145,13 @@ class Report:
             for name, seed, path in zip(names, self.done["seed"], self.done["folder"], strict=True)
         }
         views = []
-        for suite, file, draw, heading, note in _SUITE_FIGURES:
-            records = ((name, suite_records.read(folder, suite)) for name, folder in folders.items())
+        for figure in suite_figures.FIGURES:
+            records = (
+                (name, suite_records.read(folder, figure.suite)) for name, folder in folders.items()
+            )
             results = ((name, record.results) for name, record in records if record is not None)
             if few := dict(islice(results, suite_figures.MOST_RUNS)):
-                views.append(View(file, heading, draw(few), note))
+                views.append(View(figure.name, figure.heading, figure.draw(few), figure.note))
         for view in views:
             view.figure.update_layout(legend_title_text=", ".join(map(label, self.varying)))
         return views

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lora.common.signals import Interrupted, Interruption
+from sae_lora.common.signals import Interrupted
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
@@ -205,43 +204,6 @@ def truncate(file: Path) -> None:
 def edit_manifest(path: Path, **changes: object) -> None:
     file = path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-class TestInterruption:
-    """Signals become one exception, at a moment when nothing is half done."""
-
-    @pytest.fixture
-    def interruption(self) -> Iterator[Interruption]:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background
-        interruption = Interruption()
-        with interruption.watching():
-            yield interruption
-        signal.signal(signal.SIGINT, before)
-
-    @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
-    def test_at_once_where_nothing_is_held(self, interruption: Interruption, number: int) -> None:
-        with pytest.raises(Interrupted):
-            signal.raise_signal(number)
-
-    def test_held_back_to_the_end_of_the_block(self, interruption: Interruption) -> None:
-        ended = []
-        with pytest.raises(Interrupted), interruption.held():
-            with interruption.held():
-                signal.raise_signal(signal.SIGUSR2)
-                signal.raise_signal(signal.SIGTERM)
-            ended.append(True)
-        assert ended == [True]
-
-    def test_only_once(self, interruption: Interruption) -> None:
-        with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGUSR2)
-        signal.raise_signal(signal.SIGTERM)  # the way out is not cut short
-
-    def test_handlers_are_put_back(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        with Interruption().watching():
-            assert signal.getsignal(signal.SIGTERM) != before
-        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) -> None:
