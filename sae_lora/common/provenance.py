@@ -1,4 +1,4 @@
-"""Where and with what a result was made, for the record."""
+"""The machine, the packages and the commit that made a result, for the record."""
 
 import os
 import platform

@@ -37,5 +37,5 @@ def redacted(text: str) -> str:
     return _SECRETS.sub(_hide, text)
 
 
-def _hide(found: re.Match[str]) -> str:
-    return next(filter(None, found.groupdict().values()), "") + _HIDDEN
+def _hide(match: re.Match[str]) -> str:
+    return next(filter(None, match.groupdict().values()), "") + _HIDDEN

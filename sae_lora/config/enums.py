@@ -11,7 +11,7 @@ class DType(enum.Enum):
 
 
 class Device(enum.Enum):
-    """Where a run computes; `auto` takes the GPU where there is one."""
+    """Device of a run; `auto` takes the GPU where there is one."""
 
     auto = "auto"
     cpu = "cpu"

@@ -173,7 +173,7 @@ _MOST_BLOCKS = 8
 
 
 def _places_in_words(used: Sequence[SAEChoice]) -> str:
-    """Where the SAEs sit: `3`, `2+5`, `3mlp_out`, `0to30by2` for many at equal steps, or `0to6in3` for
+    """Places of the SAEs: `3`, `2+5`, `3mlp_out`, `0to30by2` for many at equal steps, or `0to6in3` for
     three of which each serves a group of blocks.
     """
     blocks, hooks = [choice.block for choice in used], {choice.hook for choice in used}

@@ -125,7 +125,7 @@ class SAEConfig:
 
 @dataclass
 class LayerConfig:
-    """Where the SAE sits."""
+    """Place of the SAE in the model."""
 
     index: Any = None
     """A block's index or a list of them. Null: the SAE's own metadata, or the model's `middle_block`."""
@@ -229,7 +229,7 @@ class DataConfig:
     repeat: bool = False
     """Go round again when the text ends before `train.train_tokens`; else that is an error."""
     cache_dir: str = "~/.cache/sae_lora"
-    """Where tokenised text is kept. Does not change a result."""
+    """Folder for tokenised text. Does not change a result."""
 
 
 @dataclass

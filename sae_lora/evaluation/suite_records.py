@@ -71,5 +71,5 @@ def applicable(
         Suite.steering,
         *([Suite.saebench] if evaluation.get("saebench") else []),
     ]
-    each = [one for suite in suites for one in (downstream if suite is Suite.downstream else [suite])]
+    each = [part for suite in suites for part in (downstream if suite is Suite.downstream else [suite])]
     return [suite for suite in dict.fromkeys(each) if suite is not Suite.lora or trains_adapters(config)]

@@ -33,7 +33,7 @@ class StatusRow:
     name: str
     state: State
     note: str
-    """One line: who has it, why it failed, or what became of its job."""
+    """One line: the process that has it, the cause of its failure, or the end of its job."""
     progress: Progress | None
     """Its last progress; `None` once it has ended."""
     gap_closed: str

@@ -207,7 +207,7 @@ class FinishedRun:
     folder: RunFolder
     summary: dict[str, Any]
     factors: dict[str, Any]
-    """As `values_of` gives them."""
+    """Factors and their values, from `values_of`."""
 
 
 def _by_value(value: Any) -> tuple[int, float, str]:

@@ -92,7 +92,11 @@ class Builder:
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,
-            {name: one.hookpoints for student in students for name, one in sources_of(student).items()},
+            {
+                name: source.hookpoints
+                for student in students
+                for name, source in sources_of(student).items()
+            },
             special_ids if students[0].splices[0].keeps else None,
             config.data.seed,
             max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),

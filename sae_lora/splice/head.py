@@ -40,16 +40,16 @@ class Head:
         linear = cls.linear(matrix.weight, softcap)
         probe = torch.linspace(-3, 3, 2 * matrix.in_features).reshape(2, -1).to(matrix.weight)
         with torch.no_grad():
-            found, expected = linear.logits(probe).float(), whole.logits(probe).float()
-        return linear if torch.allclose(found, expected, rtol=1e-2, atol=1e-2) else whole
+            logits, expected = linear.logits(probe).float(), whole.logits(probe).float()
+        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else whole
 
     @classmethod
     def linear(cls, matrix: Tensor, softcap: float | None = None) -> "Head":
-        """One matrix `[d_vocab, d_model]`, as most models' are."""
+        """A head of one matrix `[d_vocab, d_model]`, as most models have."""
 
         def logits(hidden: Tensor) -> Tensor:
-            found = hidden @ matrix.T
-            return found if softcap is None else softcap * torch.tanh(found / softcap)
+            product = hidden @ matrix.T
+            return product if softcap is None else softcap * torch.tanh(product / softcap)
 
         return cls(logits, len(matrix), matrix, softcap)
 

@@ -127,26 +127,28 @@ class Comparison:
         for start in range(0, len(teacher_hidden), chunk):
             rows = slice(start, start + chunk)
             hidden = teacher_hidden[rows]
-            self._scores, self._minus_p, self.own = (room[: len(hidden)] for room in self._room)
+            self._teacher_scores, self._minus_p, self.student_scores = (
+                room[: len(hidden)] for room in self._room
+            )
             few = len(self._spare[0])
             self._parts = [slice(first, first + few) for first in range(0, len(hidden), few)]
-            self.head.score(hidden, self._scores)
+            self.head.score(hidden, self._teacher_scores)
             self._log_sums = []
             for part in self._parts:
-                sums, log_sums = self._softmax(self._scores[part], self._minus_p[part])
+                sums, log_sums = self._softmax(self._teacher_scores[part], self._minus_p[part])
                 self._minus_p[part].div_(sums.neg_())
                 self._log_sums.append(log_sums)
             yield rows
 
     def students(self, hidden: Tensor) -> Iterator[LogitChunk]:
         """Parts of this chunk of a student, `[token, d_model]`."""
-        self.head.score(hidden, self.own)
+        self.head.score(hidden, self.student_scores)
         for part, log_sums in zip(self._parts, self._log_sums, strict=True):
-            scores = self.own[part]
+            scores = self.student_scores[part]
             numerators, apart = (spare[: len(scores)] for spare in self._spare)
             sums, own_log_sums = self._softmax(scores, numerators)
             # Differences first: where the two agree, each term is small.
-            torch.sub(scores, self._scores[part], out=apart).mul_(self._minus_p[part])
+            torch.sub(scores, self._teacher_scores[part], out=apart).mul_(self._minus_p[part])
             kl = apart.sum(-1, keepdim=True).double() * self.head.unit + own_log_sums - log_sums
             yield LogitChunk(part, scores, numerators, sums, own_log_sums, kl)
 
@@ -167,7 +169,7 @@ class Comparison:
     @property
     def teacher(self) -> tuple[Tensor, Tensor]:
         """The teacher's scores `[token, d_vocab]` and its ln Σ e^logit `[token, 1]` in float64."""
-        return self._scores, torch.cat(self._log_sums)
+        return self._teacher_scores, torch.cat(self._log_sums)
 
     def _softmax(self, scores: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
         """Soft-cap the scores, and write the numerators; returns their sums, and ln Σ e^logit."""
@@ -190,7 +192,7 @@ class Comparison:
 
 _LOGITS_HELD = {"cpu": 2**22, "cuda": 2**28}
 _LOGITS_AT_WORK = {"cpu": 2**18, "cuda": 2**28}
-"""As many as a CPU's cache holds; a GPU is faster with many."""
+"""Logits at work at a time: as many as a CPU's cache holds; a GPU is faster with many."""
 _FEWEST_TOKENS = 88
 """With fewer at a time, reading the head's matrix takes longer than the product."""
 
@@ -234,7 +236,7 @@ def fused_kl(
                 if gradient is not None:
                     comparison.slope_(few)
             if gradient is not None:
-                comparison.head.pull_back(comparison.own, states[rows], gradient[rows])
+                comparison.head.pull_back(comparison.student_scores, states[rows], gradient[rows])
     shape = teacher_hidden.shape
     return [
         SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]

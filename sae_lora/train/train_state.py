@@ -217,8 +217,8 @@ class TrainState(ABC):
             "grad_norm": None if self._last_norm is None else float(self._last_norm),
             "interval": vars(self._interval) | {"kl": self._finite_kl()},
         }
-        own = self._own_state()
-        return Snapshot(own.tensors, values | {"learner": own.values})
+        rest = self._own_state()
+        return Snapshot(rest.tensors, values | {"learner": rest.values})
 
     def restore(self, kept: Snapshot) -> None:
         """Puts back what `state()` gave, in this process or another."""
