@@ -221,7 +221,8 @@ def files(to: Path) -> Iterator[Path]:
     kinds = {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors"}
     for path in sorted(to.rglob("*")):
         inside = path.relative_to(to).parts
-        if path.is_file() and path.suffix in kinds and not {"hub", ".lease", ".submitit"} & {*inside}:
+        left_out = {"hub", ".lease", ".submitit", "recording.json"}  # the last of an earlier recording
+        if path.is_file() and path.suffix in kinds and not left_out & {*inside}:
             yield path
 
 
