@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lora.config.enums import Method
-from sae_lora.config.identity import ADAPTING, OF_NO_RESULT
+from sae_lora.config.identity import OF_NO_RESULT, trains_adapters
 from sae_lora.config.overrides import flat
 from sae_lora.records.folder import RunFolder
 
@@ -63,7 +63,7 @@ def _method(config: Values) -> Values:
 
 def _lora(config: Values) -> Values | None:
     """The adapters' config; `None` with a method that trains none."""
-    return config["lora"] if Method[_method(config)["kind"]] in ADAPTING else None
+    return config["lora"] if trains_adapters(config) else None
 
 
 def _of_lora(config: Values, name: str) -> Any:
@@ -197,7 +197,7 @@ def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:
         for summary in [folder.read_summary()]
     ]
     names = varying([run.factors for run in runs], with_followers=True)
-    return sorted(runs, key=lambda run: [_by_value(run.factors.get(name)) for name in names])
+    return sorted(runs, key=lambda run: [by_value(run.factors.get(name)) for name in names])
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class FinishedRun:
     """Factors and their values, from `values_of`."""
 
 
-def _by_value(value: Any) -> tuple[int, float, str]:
-    """Sorts numbers by their value, before words by their letters."""
+def by_value(value: Any) -> tuple[int, float, str]:
+    """Sort key of a factor's value: numbers by their value, then words by their letters."""
     if isinstance(value, int | float):
         return 0, value, ""
     return 1, 0, str(value)

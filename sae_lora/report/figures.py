@@ -12,7 +12,7 @@ from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, ticks
 from sae_lora.records.factors import FACTORS, SEED, label, text, title
 from sae_lora.records.metrics import METRICS
 from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
-from sae_lora.report.frames import by_value, factors
+from sae_lora.report.frames import factors, in_order
 
 _MOST_IN_LEGEND = 10
 """Entries of a legend, and ticks of an axis."""
@@ -189,7 +189,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     figure = make_subplots(
         1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03
     )
-    columns, rows = (list(frame[name].sort_values(key=by_value).unique()) for name in (across, down))
+    columns, rows = (list(frame[name].sort_values(key=in_order).unique()) for name in (across, down))
     for number, (_, part) in enumerate(parts, 1):
         means = part.pivot_table("gap_closed", down, across, "mean").reindex(index=rows, columns=columns)
         figure.add_heatmap(

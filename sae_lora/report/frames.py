@@ -10,7 +10,7 @@ import pandas
 
 from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.records.factors import FACTORS, values_of, varying
+from sae_lora.records.factors import FACTORS, by_value, values_of, varying
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.schema import CurvePoint
 from sae_lora.records.status import RunStatus, read_statuses
@@ -62,7 +62,7 @@ class Sweep:
             frame[name] = closed / (amount / unit).where(amount > 0)
         first = ["sweep", "run", "state", "note", *FACTORS, *(key for key in keys if key not in same)]
         frame = frame[list(dict.fromkeys([*first, *frame]))]
-        return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=by_value)
+        return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=in_order)
 
     def curves(self) -> Frame:
         """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` but for `per_sae`."""
@@ -120,8 +120,6 @@ def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
     )
 
 
-def by_value(column: Any) -> Any:
-    """Sort key of a column: numbers by their value, then words, where runs have either."""
-    return column.map(
-        lambda value: (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
-    )
+def in_order(column: Any) -> Any:
+    """Sort keys of a column, where runs have numbers or words."""
+    return column.map(by_value)

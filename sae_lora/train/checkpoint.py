@@ -6,7 +6,6 @@ checkpoints/step-00000200/
     manifest.json         the run's hash, and size and SHA-256 of the other two; written last
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.common.files import as_json, new_folder, write_atomically
+from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
 
 VERSION = 1
 KEPT = 2
@@ -143,6 +142,4 @@ def _verify(path: Path, run_hash: str) -> str | None:
 
 
 def _identity(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

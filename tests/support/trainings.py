@@ -78,6 +78,11 @@ def pack(model: LanguageModel, *trainings: TrainState, micro_batch: int | None =
     return DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model), micro_batch)
 
 
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two states have the same tensors, to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def comparable(point: CurvePoint) -> CurvePoint:
     """The point without what no two runs share: how long they took."""
     return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)

@@ -17,7 +17,7 @@ from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import topk_sae
 from tests.support.families import small_model
-from tests.support.trainings import batches, comparable, pack, training
+from tests.support.trainings import batches, comparable, pack, same, training
 
 STEPS = 11
 BATCHES = batches(STEPS)
@@ -39,15 +39,12 @@ def points(
         yield comparable(point)
 
 
-def same(one: Snapshot, other: Snapshot) -> bool:
-    assert one.tensors.keys() == other.tensors.keys()
+def alike(one: Snapshot, other: Snapshot) -> bool:
     timeless = [
         {key: value for key, value in state.values.items() if key not in ("train_seconds", "interval")}
         for state in (one, other)
     ]
-    return timeless[0] == timeless[1] and all(
-        torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
-    )
+    return timeless[0] == timeless[1] and same(one.tensors, other.tensors)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +76,7 @@ def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) 
     torch.rand(7)  # whatever else has drawn from the generator meanwhile
     second.restore(state)
     assert kept + list(points(second, BATCHES[second.step :])) == whole[0]
-    assert same(second.state(), whole[1])
+    assert alike(second.state(), whole[1])
 
 
 def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
@@ -98,7 +95,7 @@ def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
     one = new_training()
     one.restore(whole[1])
     assert list(points(one, [])) == []
-    assert same(one.state(), whole[1])
+    assert alike(one.state(), whole[1])
 
 
 class TestCheckpoints:
@@ -115,7 +112,7 @@ class TestCheckpoints:
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
         found = checkpoint.newest(folder, "hash", pytest.fail)
         assert found is not None
-        assert same(found, state_at(30))
+        assert alike(found, state_at(30))
 
     def test_none_was_written(self, tmp_path: Path) -> None:
         assert checkpoint.newest(tmp_path / "checkpoints", "hash", pytest.fail) is None
@@ -157,7 +154,7 @@ class TestCheckpoints:
         said: list[str] = []
         found = checkpoint.newest(folder, "hash", said.append)
         assert found is not None
-        assert same(found, state_at(20))
+        assert alike(found, state_at(20))
         assert len(said) == 1
         assert "step-00000030" in said[0]
         damage(folder / "step-00000020")

@@ -42,7 +42,7 @@ from tests.support.stepping import (
     trained,
     whole_kl,
 )
-from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl
+from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl, same
 
 MODEL = small_model("llama")
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -78,10 +78,6 @@ def mezo(train: TrainConfig = PLAIN, **settings: Any) -> Made:
 def direction(one: Made) -> dict[str, Tensor]:
     assert isinstance(one.training, MeZOState)
     return dict(zip(one.weights, one.training._direction(), strict=True))
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def slope_of(one: Made, epsilon: float, tokens: Tensor = TOKENS) -> float:

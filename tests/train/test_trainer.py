@@ -32,6 +32,7 @@ from tests.support.trainings import (
     fill,
     kl,
     pack,
+    same,
     training,
 )
 
@@ -71,10 +72,6 @@ def variants(family: str) -> list[Callable[[], TrainState]]:
 
 def ended(one: TrainState) -> dict[str, torch.Tensor]:
     return one.state().tensors
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 Alone = list[tuple[list[CurvePoint], Snapshot]]
