@@ -1,6 +1,7 @@
 """Messages for people: plain lines, tables, and a live bar in a terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,7 +10,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -48,51 +48,30 @@ class _Rate(ProgressColumn):
         return Text("" if rate is None else f"{rate:,.0f} {unit}/s", style="cyan")
 
 
-class Display:
-    """The stages and the progress of one process."""
+@contextmanager
+def progress_bar(description: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A live bar in a terminal. It appears with the first call of `count(done, total, note)`."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}", style="green"),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("ETA", style="dim"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    task = progress.add_task(description, start=False, visible=False, unit=unit, note="")
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}", style="green"),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("ETA", style="dim"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task: TaskID | None = None
+    def count(done: int, total: int, note: str = "") -> None:
+        progress.start_task(task)
+        progress.update(task, completed=done, total=total, note=note, visible=True)
 
-    def stage(self, text: str) -> None:
-        """Says what is done next."""
-        say(text)
-
-    def counter(self, description: str, unit: str) -> Callable[..., None]:
-        """A bar that appears with the first call of `count(done, total, note)`."""
-
-        def count(done: int, total: int, note: str = "") -> None:
-            if self._task is None:
-                self._task = self._progress.add_task(description, total=total, unit=unit, note="")
-            self._progress.update(self._task, completed=done, total=total, note=note)
-
-        return count
-
-    def end(self) -> None:
-        """Removes the bar."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
-
-    def __enter__(self) -> "Display":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    with progress:
+        yield count
 
 
 def percent(share: float | None) -> str:

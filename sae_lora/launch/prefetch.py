@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from transformers import logging as transformers_logging
 
-from sae_lora.common.console import Display
+from sae_lora.common.console import progress_bar, say
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
@@ -22,16 +22,14 @@ def prefetched(configs: Sequence[Config]) -> list[Config]:
         UserError: For files that cannot be fetched, and text that is too short.
     """
     transformers_logging.disable_progress_bar()
-    with Display() as show:
-        fetcher = _Fetcher(show)
-        return [fetcher.fetched(config) for config in configs]
+    fetcher = _Fetcher()
+    return [fetcher.fetched(config) for config in configs]
 
 
 class _Fetcher:
     """Fetches everything once, however many runs read it."""
 
-    def __init__(self, show: Display) -> None:
-        self._show = show
+    def __init__(self) -> None:
         self._commits: dict[tuple[str, str | None], str | None] = {}
         self._versions: dict[str, str] = {}
         self._saes: dict[tuple[str, str | None], str | None] = {}
@@ -48,30 +46,25 @@ class _Fetcher:
         if key not in self._saes:
             from sae_lora.saes import loading  # sae-lens takes seconds to import
 
-            self._show.stage(f"fetching SAE {choice.release} {choice.id}")
+            say(f"fetching SAE {choice.release} {choice.id}")
             self._saes[key] = loading.fetch(config, choice)
         return choice.commit or self._saes[key]
 
     def _model(self, config: ModelConfig) -> str | None:
+        if config.name == EMBEDDED_NAME:
+            return None
         key = (config.name, config.pinned_revision)
         if key not in self._commits:
-            if config.name == EMBEDDED_NAME:
-                return None
-            self._show.stage(f"fetching model {config.name}")
+            say(f"fetching model {config.name}")
             self._commits[key] = fetch_model(config)
         return self._commits[key]
 
     def _text(self, config: Config, model: ModelConfig) -> str:
-        sequences = train_steps(config) * config.train.batch_size
+        batch_size = config.train.batch_size
+        sequences = train_steps(config) * batch_size
         key = json.dumps([asdict(config.data), model.name, model.commit, sequences], default=str)
         if key not in self._versions:
-            text = corpus.load(
-                config.data,
-                load_tokenizer(model),
-                sequences,
-                config.train.batch_size,
-                self._show.counter("tokenising", "sequences"),
-            )
-            self._show.end()
+            with progress_bar("tokenising", "sequences") as count:
+                text = corpus.load(config.data, load_tokenizer(model), sequences, batch_size, count)
             self._versions[key] = corpus.version_of(text.description)
         return self._versions[key]

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sae_lora.common import hub
-from sae_lora.common.console import Display, complain
+from sae_lora.common.console import complain, progress_bar, say
 from sae_lora.common.errors import (
     EXIT_FAILED,
     EXIT_HELD,
@@ -47,16 +47,11 @@ class _Execution:
     """
 
     def __init__(
-        self,
-        runs: Sequence[ActiveRun],
-        interruption: Interruption,
-        display: Display,
-        layout: ProcessLayout,
+        self, runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
     ) -> None:
         self._runs = Isolation(runs, ActiveRun.fail)
         self._layout = layout
         self._interruption = interruption
-        self._display = display
         self._started = time.perf_counter()
 
     def run(self) -> None:
@@ -83,14 +78,10 @@ class _Execution:
         # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
         families = ", ".join(sorted({run.config.sae.family.name for run in runs.active}))
         self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
-        text = corpus.load(
-            config.data,
-            load_tokenizer(config.model),
-            train_steps(config) * config.train.batch_size,
-            config.train.batch_size,
-            self._display.counter("tokenising", "sequences"),
-        )
-        self._display.end()
+        batch_size = config.train.batch_size
+        sequences = train_steps(config) * batch_size
+        with progress_bar("tokenising", "sequences") as count:
+            text = corpus.load(config.data, load_tokenizer(config.model), sequences, batch_size, count)
         runs.each(lambda run: builder.saes.of(run.config.sae))
         if not runs.active:
             return
@@ -101,7 +92,7 @@ class _Execution:
         with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
             others = f" with {self._layout.size - 1} other processes" if self._layout.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {builder.device}{others}")
-            first = next(text.batches(config.train.batch_size, config.data.seed))
+            first = next(text.batches(batch_size, config.data.seed))
             sample = Sample(first, text.special_ids)
             _ = builder.model  # loaded here, since an error in it concerns all runs
             runs.each(lambda run: builder.build(run, sample))
@@ -114,7 +105,7 @@ class _Execution:
         self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
     ) -> None:
         """Train all runs that have not failed to the end, and write their results."""
-        model, steps = builder.model, train_steps(config)
+        model = builder.model
         runs = {run.training: run for run in self._runs.active}
 
         def fail(training: TrainState, error: Exception) -> None:
@@ -124,7 +115,6 @@ class _Execution:
         trainings = Isolation(runs, fail)
         special_ids = text.special_ids.to(model.device)
         trainer = builder.trainer(trainings, special_ids, text.validation_tokens, processes)
-        report = Reporter(self._display, runs, steps, trainings)
 
         def save(due: Sequence[TrainState]) -> None:
             """Write checkpoints while training stands still and cannot be interrupted."""
@@ -149,6 +139,8 @@ class _Execution:
             )
 
         with ExitStack() as begun:
+            count = begun.enter_context(progress_bar("training", "tokens"))
+            report = Reporter(count, runs, train_steps(config), trainings)
             begun.callback(_end, list(runs.values()))
             made_with = environment(model.device)
             trainings.each(lambda training: runs[training].begin(made_with))
@@ -202,7 +194,7 @@ class _Execution:
 
     def _stage(self, text: str) -> None:
         """Announce what is done next, in this process's output and in the run folders."""
-        self._display.stage(text)
+        say(text)
         self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
 
 
@@ -250,8 +242,7 @@ def _outcomes(
 ) -> list[Summary | Exception] | None:
     """The outcomes of the runs; `None` where they failed together and may succeed alone."""
     try:
-        with Display() as display:
-            _Execution(runs, interruption, display, layout).run()
+        _Execution(runs, interruption, layout).run()
         return [run.outcome for run in runs if run.outcome is not None]
     except GoneError as error:
         complain("ended", str(error))

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from sae_lora.common.console import Display, percent, say
+from sae_lora.common.console import percent, say
 from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint, Progress
 from sae_lora.run.active_run import ActiveRun
@@ -21,17 +21,16 @@ class Reporter:
 
     def __init__(
         self,
-        display: Display,
+        count: Callable[..., None],
         runs: Mapping[TrainState, ActiveRun],
         steps: int,
         isolation: Isolation[TrainState],
     ) -> None:
-        self._display = display
+        self._count = count
         self._runs = runs
         self._steps = steps
         self._isolation = isolation
         self._train_tokens = next(iter(runs.values())).config.train.train_tokens
-        self._count = display.counter("training", "tokens")
         self._last_time = time.monotonic()
         self._last_tokens: dict[TrainState, int] = {}
 
@@ -41,11 +40,11 @@ class Reporter:
         for training, run in self._runs.items():
             if step := training.step:
                 prefix = f"{run.name}: " if len(runs) > 1 else ""
-                self._display.stage(f"{prefix}going on from step {step:,} of {self._steps:,}")
+                say(f"{prefix}going on from step {step:,} of {self._steps:,}")
             self._write(training, training.loss, rate=None)
         weights = ", ".join(f"{run.trainable:,}" for run in runs)
         together = f" in {len(runs)} runs" if len(runs) > 1 else ""
-        self._display.stage(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
+        say(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
 
     def point(self, training: TrainState, point: CurvePoint) -> None:
         """Print an evaluation, after the run's name where there are several."""

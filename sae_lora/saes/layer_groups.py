@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sae_lora.common.console import Display
+from sae_lora.common.console import progress_bar, say
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.schema import Config
@@ -107,39 +107,37 @@ def _distances(config: Config) -> Sequence[Sequence[float]]:
     from sae_lora.data import corpus
     from sae_lora.models import loading  # bring torch in
 
-    with Display() as show:
-        text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
+    text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
 
-        def file() -> Path:
-            name, revision = config.model.name, config.model.revision
-            commit = config.model.commit or hub.cached_commit(name, revision)
-            measured_on = [name, revision, commit, text.description["corpus"], config.train.dtype.name]
-            key = hashlib.sha256(json.dumps(measured_on).encode()).hexdigest()[:16]
-            return Path(config.data.cache_dir).expanduser() / "distances" / f"{key}.json"
+    def file() -> Path:
+        name, revision = config.model.name, config.model.revision
+        commit = config.model.commit or hub.cached_commit(name, revision)
+        measured_on = [name, revision, commit, text.description["corpus"], config.train.dtype.name]
+        key = hashlib.sha256(json.dumps(measured_on).encode()).hexdigest()[:16]
+        return Path(config.data.cache_dir).expanduser() / "distances" / f"{key}.json"
 
-        if file().exists():
-            return json.loads(file().read_text())
-        distances = _measure(config, text, show)
-        file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file(), as_json(distances))  # by now the model's commit is known
-        return distances
+    if file().exists():
+        return json.loads(file().read_text())
+    distances = _measure(config, text)
+    file().parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file(), as_json(distances))  # by now the model's commit is known
+    return distances
 
 
-def _measure(config: Config, text: "Corpus", show: Display) -> list[list[float]]:
+def _measure(config: Config, text: "Corpus") -> list[list[float]]:
     from sae_lora.models import loading
     from sae_lora.saes import block_distances  # bring torch in
 
-    show.stage(f"measuring distances between the blocks of {config.model.name}")
+    say(f"measuring distances between the blocks of {config.model.name}")
     model = loading.load_model(config.model, config.train.dtype, loading.device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
-    count, total = show.counter("measuring", "tokens"), text.validation.size
-    distances = block_distances.angular_distances(
-        model,
-        text.validation_tokens.split(at_once),
-        text.special_ids,
-        lambda tokens: count(tokens, total),
-    )
-    show.end()
+    with progress_bar("measuring", "tokens") as count:
+        distances = block_distances.angular_distances(
+            model,
+            text.validation_tokens.split(at_once),
+            text.special_ids,
+            lambda tokens: count(tokens, text.validation.size),
+        )
     return distances.tolist()
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sae_lora.common.console import Display, say
+from sae_lora.common.console import progress_bar, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.isolation import Isolation
@@ -327,8 +327,7 @@ def run(
         rows.insert(0, (compare_saes, WIDE))
     whole = len(rows) + len(wanted) + (not packs)
     table = _Table(record["peak_flops_per_second"])
-    with Display() as display:
-        count = display.counter("comparing", "rows")
+    with progress_bar("comparing", "rows") as count:
 
         def keep(lines: Sequence[Sequence[str]]) -> None:
             for line in lines:
