@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import re
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -160,51 +159,37 @@ class RunFolder:
 
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""
-        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
-        points = [json.loads(line) for line in lines if line.endswith("\n")]
         known = {field.name for field in dataclasses.fields(CurvePoint)}  # another version has others
         return [
-            CurvePoint(**{key: value for key, value in point.items() if key in known})
-            for point in points
+            CurvePoint(**{key: value for key, value in json.loads(line).items() if key in known})
+            for line in self._curve_lines()
         ]
 
+    def cut_curve(self, points: int) -> None:
+        """Keep the first points of an earlier attempt; those after its checkpoint are measured again.
 
-class CurveWriter(AbstractContextManager["CurveWriter"]):
-    """Appends points to `curve.jsonl`, each on the disk before the next line of code runs.
-
-    Args:
-        path: The file.
-        keep: Points to keep of an attempt before; what it measured after its checkpoint comes again.
-
-    Raises:
-        UserError: Where the file holds fewer.
-    """
-
-    def __init__(self, path: Path, keep: int = 0) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines[:keep] if line.endswith("\n")]
-        if len(kept) < keep:
+        Raises:
+            UserError: Where there are fewer.
+        """
+        lines = self._curve_lines()
+        if len(lines) < points:
             raise UserError(
-                f"{path} holds {len(kept)} points, and the checkpoint was made after {keep}; "
+                f"{self.curve} holds {len(lines)} points, and the checkpoint was made after {points}; "
                 "delete the run folder to begin this run anew"
             )
-        if len(lines) > keep:
-            write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-        self.points = keep
-        """Points in the file."""
+        write_atomically(self.curve, "".join(lines[:points]))
 
-    def append(self, point: CurvePoint) -> None:
-        self.points += 1
-        self._file.write(json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def append_point(self, point: CurvePoint) -> None:
+        """Append a point to the curve. It is on the disk when this returns."""
+        line = json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n"
+        with self.curve.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def close(self) -> None:
-        self._file.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _curve_lines(self) -> list[str]:
+        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
+        return [line for line in lines if line.endswith("\n")]
 
 
 def runs_of(sweep: Path) -> list[RunFolder]:

@@ -17,11 +17,11 @@ from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.run.summary import summarise
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
-from sae_lora.tracking import tracker
+from sae_lora.tracking.tracker import Tracker
 from sae_lora.train import checkpoint, methods
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.cost import estimate
@@ -43,6 +43,7 @@ class ActiveRun:
 
     config: Config
     training: TrainState
+    _tracker: Tracker
 
     def __init__(
         self,
@@ -59,8 +60,7 @@ class ActiveRun:
         self._release = release
         self._saved: Snapshot | None = None
         self._saes: list[LoadedSAE] = []
-        self._curve: CurveWriter | None = None
-        self._tracker = tracker.Tracker()
+        self._has_begun = False
 
     def read(self) -> None:
         """Read the config and the newest checkpoint; write nothing.
@@ -112,20 +112,20 @@ class ActiveRun:
             self.checkpoint_step = self.training.step
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Open the curve and the W&B run.
+        """Cut the curve to the checkpoint, and open the W&B run.
 
         Raises:
             UserError: Where the curve is not the one that the checkpoint was made with.
         """
         points = self._saved.values["points"] if self._saved else 0
-        self._curve = CurveWriter(self.folder.curve, points)
-        self._tracker = tracker.start(self.config, self.folder, environment)
+        self.folder.cut_curve(points)
+        self._tracker = Tracker(self.config, self.folder, environment)
+        self._has_begun = True
         self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:
         """Append a point to the curve."""
-        assert self._curve is not None
-        self._curve.append(replace(point, train_flops=self._flops_per_step * point.step))
+        self.folder.append_point(replace(point, train_flops=self._flops_per_step * point.step))
 
     def save(self, total_seconds: float) -> None:
         """Write a checkpoint. The points in it are final, and W&B may show them."""
@@ -194,12 +194,12 @@ class ActiveRun:
         self._release()
 
     def end(self) -> None:
-        """Close the curve and the W&B run."""
+        """End the W&B run."""
+        if not self._has_begun:
+            return
         goes_on = self.outcome is None or isinstance(self.outcome, LostError)
-        if self._curve is not None:
-            self._curve.close()
-            if not goes_on:
-                self._tracker.show(self._curve.points)
+        if not goes_on:
+            self._tracker.show(None)
         summary = self.outcome if isinstance(self.outcome, Summary) else None
         self._tracker.finish(summary, goes_on=goes_on)
 

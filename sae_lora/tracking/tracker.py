@@ -29,39 +29,17 @@ _PLACE_TIMEOUT_S = 10
 
 
 class Tracker:
-    """A view of a run's curve while it trains; this one shows nothing."""
+    """A run's curve in W&B while it trains. Whatever goes wrong with W&B, the run goes on.
 
-    @property
-    def place(self) -> str | None:
-        """An address or a folder for people; `None` where the run is not tracked, or not in time."""
-        return None
+    Args:
+        config: The run's config; with `tracking.mode=disabled` nothing is shown.
+        folder: Its folder.
+        environment: Versions and machine.
+    """
 
-    def show(self, points: int) -> None:
-        """Show the first `points` points of the curve, which are final."""
-
-    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
-        """End the view.
-
-        Args:
-            summary: The results; `None` for a run that has failed, or that `goes_on` later.
-            goes_on: Whether the run was only interrupted.
-        """
-
-
-def start(config: Config, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
-    """The tracker that the config asks for. Whatever goes wrong with W&B, the run goes on."""
-    mode = _asked_mode(config.tracking.mode)
-    if mode is TrackingMode.disabled:
-        return Tracker()
-    return _Background(WandbView(folder, config, environment), mode)
-
-
-class _Background(Tracker):
-    """A W&B run in a thread of its own."""
-
-    def __init__(self, shown: WandbView, mode: TrackingMode) -> None:
-        self._shown = shown
-        self._mode = mode
+    def __init__(self, config: Config, folder: RunFolder, environment: dict[str, Any]) -> None:
+        self._view = WandbView(folder, config, environment)
+        self._mode = _asked_mode(config.tracking.mode)
         self._place: str | None = None
         self._is_cut_off = False
         self._orders: queue.SimpleQueue[Callable[[WandbRun], object] | None] = queue.SimpleQueue()
@@ -72,20 +50,28 @@ class _Background(Tracker):
 
     @property
     def place(self) -> str | None:
+        """An address or a folder for people; `None` where the run is not tracked, or not in time."""
         self._began.wait(max(0.0, self._place_is_due - time.monotonic()))
         return self._place
 
-    def show(self, points: int) -> None:
+    def show(self, points: int | None) -> None:
+        """Show the first points of the curve, which are final; `None` for all."""
         self._orders.put(lambda run: run.show(points))
 
     def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
+        """End the W&B run.
+
+        Args:
+            summary: The results; `None` for a run that has failed, or that `goes_on` later.
+            goes_on: Whether the run was only interrupted.
+        """
         results = None if summary is None else dataclasses.asdict(summary)
         self._orders.put(lambda run: run.finish(results, goes_on=goes_on))
         self._orders.put(None)
-        most_s = self._shown.config.tracking.finish_timeout_s
+        most_s = self._view.config.tracking.finish_timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
-            command = f"python -m sae_lora sync {self._shown.folder.path.parent}"
+            command = f"python -m sae_lora sync {self._view.folder.path.parent}"
             log.warning("W&B has not ended after %g s; `%s` uploads the rest", most_s, command)
             self._is_cut_off = True
             wandb_run.cut_off()  # or it would hold up the end of this process
@@ -93,8 +79,9 @@ class _Background(Tracker):
     def _work(self) -> None:
         run: WandbRun | None = None
         try:
-            run = self._open()
-            self._place = run.place
+            if self._mode is not TrackingMode.disabled:
+                run = self._open()
+                self._place = run.place
         except Exception as error:  # W&B must never stop a run, whatever it raises
             self._warn("W&B is off for this run: %s", error)
         self._began.set()
@@ -108,13 +95,13 @@ class _Background(Tracker):
     def _open(self) -> WandbRun:
         if _settled_mode(self._mode) == "online":
             try:
-                run = WandbRun(self._shown, online=True)
+                run = WandbRun(self._view, online=True)
             except Exception as error:  # as above
                 self._warn("W&B: %s; going on offline", error)
             else:
-                say(f"W&B shows {self._shown.name} at {run.place}")
+                say(f"W&B shows {self._view.name} at {run.place}")
                 return run
-        return WandbRun(self._shown, online=False)
+        return WandbRun(self._view, online=False)
 
     def _warn(self, text: str, error: Exception) -> None:
         if not self._is_cut_off:

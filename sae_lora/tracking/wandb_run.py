@@ -89,8 +89,8 @@ class WandbRun:
         """The address, or the folder of an offline run."""
         return str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
-    def show(self, points: int) -> int:
-        """Show those of the first `points` points that W&B does not have; returns their number."""
+    def show(self, points: int | None) -> int:
+        """Show the points that W&B lacks, of the first `points` or of all; return their number."""
         new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
         for point in new:
             values = {key: value for key, value in vars(point).items() if value is not None}

@@ -11,7 +11,7 @@ from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons.interpolate import first_reached
 from sae_lora.comparisons.recipes import savings
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from tests.support.sweeps import curve_point, finished
 
@@ -38,9 +38,8 @@ def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolde
     }
     folder.summary.write_text(json.dumps(summary))
     folder.curve.unlink()
-    with CurveWriter(folder.curve) as written:
-        for one in points:
-            written.append(one)
+    for one in points:
+        folder.append_point(one)
     return folder
 
 

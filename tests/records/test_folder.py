@@ -9,7 +9,7 @@ import pytest
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder, write_atomically
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 from sae_lora.records.schema import CurvePoint, Summary, gap_closed
 from tests.support.sweeps import curve_point
@@ -25,18 +25,17 @@ def test_gap_closed() -> None:
 
 def test_curve_round_trip_and_a_line_cut_short(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with CurveWriter(folder.curve) as curve:
-        curve.append(curve_point(0))
-        curve.append(curve_point(1))
-        assert folder.read_curve() == [curve_point(0), curve_point(1)]
+    folder.append_point(curve_point(0))
+    folder.append_point(curve_point(1))
+    assert folder.read_curve() == [curve_point(0), curve_point(1)]
     with folder.curve.open("a") as file:
         file.write('{"step": 2, "tok')
     assert folder.read_curve() == [curve_point(0), curve_point(1)]
 
 
 def test_a_curve_holds_no_nan(tmp_path: Path) -> None:
-    with CurveWriter(tmp_path / "curve.jsonl") as curve, pytest.raises(ValueError, match="JSON"):
-        curve.append(dataclasses.replace(curve_point(0), kl=float("nan")))
+    with pytest.raises(ValueError, match="JSON"):
+        RunFolder(tmp_path).append_point(dataclasses.replace(curve_point(0), kl=float("nan")))
 
 
 def test_states(tmp_path: Path) -> None:
@@ -55,8 +54,7 @@ def test_states(tmp_path: Path) -> None:
 def test_what_an_unfinished_attempt_left_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for attempt in (1, 2):
-        with CurveWriter(folder.curve) as curve:
-            curve.append(curve_point(attempt))
+        folder.append_point(curve_point(attempt))
         folder.set_aside(curve=True)
         assert not folder.curve.exists()
     kept = sorted(tmp_path.glob("unfinished-*/curve.jsonl"))

@@ -13,7 +13,7 @@ import yaml
 from sae_lora.config.serialize import as_dict
 from sae_lora.launch.plan import plan
 from sae_lora.models.hookpoints import resid_post
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from tests.support.composing import composed
 
@@ -54,9 +54,8 @@ class MadeUp:
     def begun(self, points: int = 5, **factors: Any) -> RunFolder:
         """One that has a curve."""
         folder = self.folder(**factors)
-        with CurveWriter(folder.curve) as curve:
-            for point in self._points(points, **factors):
-                curve.append(point)
+        for point in self._points(points, **factors):
+            folder.append_point(point)
         return folder
 
     def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
@@ -84,9 +83,8 @@ class MadeUp:
             (values[group] if group else values)[own] = value
         folder = RunFolder(self.home / name)
         folder.write_config(yaml.safe_dump(values))
-        with CurveWriter(folder.curve) as written:
-            for point in curve:
-                written.append(point)
+        for point in curve:
+            folder.append_point(point)
         return _summed_up(folder, summary) if curve else folder
 
     def saes_at(

@@ -19,7 +19,7 @@ from sae_lora.common.locks import held
 from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import suite_records
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.tracking import tracker as tracking
 from sae_lora.tracking import wandb_run
@@ -81,7 +81,7 @@ def run_in(home: Path, *overrides: str) -> RunFolder:
 
 
 def begin(folder: RunFolder) -> Tracker:
-    return tracking.start(load(folder.config.read_text()), folder, ENVIRONMENT)
+    return Tracker(load(folder.config.read_text()), folder, ENVIRONMENT)
 
 
 def attempt(
@@ -109,9 +109,9 @@ def measured(step: int, seconds: float = 1.0) -> CurvePoint:
 
 def measure(folder: RunFolder, *steps: int, keep: int = 0, seconds: float = 1.0) -> None:
     """Adds to the curve, as an attempt does that goes on from a checkpoint with so many points."""
-    with CurveWriter(folder.curve, keep) as curve:
-        for step in steps:
-            curve.append(measured(step, seconds))
+    folder.cut_curve(keep)
+    for step in steps:
+        folder.append_point(measured(step, seconds))
 
 
 def finish(folder: RunFolder) -> Summary:
@@ -263,9 +263,8 @@ class TestOnline:
         secret = "correct horse battery"
         monkeypatch.setenv("MY_SERVICE_TOKEN", secret)
         monkeypatch.setattr(sys, "argv", [*sys.argv, f"--password={secret}"])
-        tracker = tracking.start(
-            load(folder.config.read_text()), folder, ENVIRONMENT | {"host": f"at {secret}"}
-        )
+        environment = ENVIRONMENT | {"host": f"at {secret}"}
+        tracker = Tracker(load(folder.config.read_text()), folder, environment)
         measure(folder, 0)
         tracker.show(1)
         tracker.finish(finish(folder), goes_on=False)
@@ -408,10 +407,10 @@ class TestWhateverGoesWrong:
         folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
         measure(folder, 0)
         code = (
-            "import sys; from pathlib import Path; from sae_lora.tracking import tracker as tracking;"
+            "import sys; from pathlib import Path; from sae_lora.tracking.tracker import Tracker;"
             "from sae_lora.config.serialize import load; from sae_lora.records.folder import RunFolder;"
             "folder = RunFolder(Path(sys.argv[1]));"
-            "tracker = tracking.start(load(folder.config.read_text()), folder, {});"
+            "tracker = Tracker(load(folder.config.read_text()), folder, {});"
             "print(tracker.place, flush=True); input(); tracker.show(1);"
             "tracker.finish(None, goes_on=False); print('ended', flush=True)"
         )
@@ -516,17 +515,16 @@ SMALL = (
 ATTEMPT = """
 import sys
 from pathlib import Path
-from sae_lora.tracking import tracker as tracking
+from sae_lora.run import active_run
+from sae_lora.tracking.tracker import Tracker
 from tests.support.attempts import _child
 
-begin = tracking.start
-
 def begun(*arguments):  # training is so short here that it would be over before wandb is there
-    tracker = begin(*arguments)
+    tracker = Tracker(*arguments)
     assert tracker.place.startswith("http")
     return tracker
 
-tracking.start = begun
+active_run.Tracker = begun
 _child([Path(sys.argv[1])], int(sys.argv[2]), "9", None, [])
 """
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_lora.common.signals import Interrupted
-from sae_lora.records.folder import CurveWriter, RunFolder
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
 from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
@@ -205,13 +205,12 @@ def edit_manifest(path: Path, **changes: object) -> None:
 
 def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) -> None:
     folder = RunFolder(tmp_path)
-    with CurveWriter(folder.curve) as curve:
-        for point in whole[0][:3]:
-            curve.append(point)
+    for point in whole[0][:3]:
+        folder.append_point(point)
     with folder.curve.open("a") as file:
         file.write('{"step": 9, "tok')
-    with CurveWriter(folder.curve, keep=2) as curve:
-        curve.append(whole[0][2])
+    folder.cut_curve(2)
+    folder.append_point(whole[0][2])
     assert folder.read_curve() == whole[0][:3]
 
 
