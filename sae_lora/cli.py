@@ -123,13 +123,13 @@ def _logs(chosen: Namespace) -> None:
         say(folder.log.read_text(errors="replace").rstrip())
     failure = folder.read_failure()
     if failure is not None:
-        say(f"\nfailed: {failure.message}\n\n{failure.details.rstrip()}")
+        say(f"\nfailed: {failure['message']}\n\n{failure['details'].rstrip()}")
     elif not folder.log.exists():
         say(f"{folder.path.name} has printed nothing yet")
 
 
 def _cancel(chosen: Namespace) -> None:
-    from sae_lora.launch.cancel import cancel
+    from sae_lora.launch.submit import cancel
 
     cancel(runs_of(chosen.sweep))
 

@@ -1,4 +1,4 @@
-"""Submission of packs: on this machine as places become free, or to SLURM as array jobs."""
+"""Packs and jobs: run here as places become free, submitted to SLURM as array jobs, cancelled."""
 
 import contextlib
 import os
@@ -25,8 +25,8 @@ from sae_lora.launch.live_view import Watch
 from sae_lora.launch.packs import places
 from sae_lora.launch.plan import Pack
 from sae_lora.records import slurm
-from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import read_statuses
+from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.status import State, read_statuses
 from sae_lora.tracking import tracker
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
@@ -220,6 +220,27 @@ def wait_for(folders: Sequence[RunFolder]) -> None:
                     return
             watch.update()
             time.sleep(_ASK_SLURM_EVERY_S)
+
+
+def cancel(folders: Sequence[RunFolder]) -> None:
+    """Cancel the jobs of unfinished runs. Their checkpoints stay, and the runs can resume.
+
+    Raises:
+        UserError: Where SLURM does not answer, or refuses.
+    """
+    queue = slurm.queue() if any(folder.job for folder in folders) else {}
+    under_way = [folder for folder in folders if not folder.is_finished]
+    jobs = {job for folder in under_way if (job := folder.job) in queue}
+    if jobs:
+        slurm.cancel(sorted(jobs))
+    say(f"{len(jobs)} jobs cancelled")
+    named = {folder.path for folder in folders}
+    for other in runs_of(folders[0].path.parent):
+        if other.path not in named and not other.is_finished and other.job in jobs:
+            say(f"{other.path.name} trains there too, and stops")
+    for folder, status in zip(folders, read_statuses(folders), strict=True):
+        if status.state is State.running and folder.job not in jobs:
+            complain("left alone", f"{folder.path.name} is running {status.note}; Ctrl-C there stops it")
 
 
 @contextmanager

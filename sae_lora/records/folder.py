@@ -29,7 +29,7 @@ import yaml
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.secrets import redacted
-from sae_lora.records.schema import CurvePoint, Failure, Progress, Summary
+from sae_lora.records.schema import CurvePoint, Progress, Summary
 
 
 class RunFolder:
@@ -119,9 +119,14 @@ class RunFolder:
         return json.loads(self.summary.read_text())
 
     def write_failure(self, message: str, details: str) -> None:
-        """Records why the run ended early, without secrets; the arguments are those of `Failure`."""
-        failure = Failure(redacted(message), redacted(details))
-        write_atomically(self.failure, as_json(dataclasses.asdict(failure)))
+        """Record why the run ended early, without secrets.
+
+        Args:
+            message: The cause, in a line or a few.
+            details: The traceback, or the end of its output.
+        """
+        failure = {"message": redacted(message), "details": redacted(details)}
+        write_atomically(self.failure, as_json(failure))
 
     def write_progress(self, progress: Progress) -> None:
         """Writes the progress of the run. It is not made to last: after a crash it is written anew."""
@@ -145,17 +150,17 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def read_failure(self) -> Failure | None:
-        """The cause of an early end of the last attempt; `None` where it has none."""
+    def read_failure(self) -> dict[str, str] | None:
+        """The `message` and `details` of the last attempt's failure; `None` where it has none."""
         try:
-            return Failure(**json.loads(self.failure.read_text()))
+            return json.loads(self.failure.read_text())
         except FileNotFoundError:
             return None
 
     @property
     def failure_message(self) -> str | None:
         failure = self.read_failure()
-        return failure.message if failure is not None else None
+        return failure["message"] if failure is not None else None
 
     def read_curve(self) -> list[CurvePoint]:
         """The evaluations in order; a last line cut short by a crash is left out."""

@@ -1,4 +1,4 @@
-"""Contents of the files in a run folder: points of a curve, the summary, failures."""
+"""Contents of the files in a run folder: points of a curve, progress, the summary."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -58,16 +58,6 @@ class Progress:
     """Over the last few seconds."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint; null before the first."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The cause of an early end."""
-
-    message: str
-    """In a line or a few."""
-    details: str
-    """The traceback, or the end of what it printed."""
 
 
 def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:

@@ -74,6 +74,7 @@ class Builder:
             processes: The processes that share the batches.
         """
         config, train = self._config, self._config.train
+        special_ids = special_ids.to(self.device)
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
         evaluate = Evaluator(
             self.model,

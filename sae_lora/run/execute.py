@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from torch import Tensor
+
 from sae_lora.common import hub
 from sae_lora.common.console import complain, progress_bar, say
 from sae_lora.common.errors import (
@@ -33,7 +35,6 @@ from sae_lora.records.schema import Progress, Summary
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter
-from sae_lora.run.worker import Beginning
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
 from sae_lora.train.methods import Sample
 from sae_lora.train.train_state import TrainState
@@ -97,8 +98,8 @@ class _Execution:
             _ = builder.model  # loaded here, since an error in it concerns all runs
             runs.each(lambda run: builder.build(run, sample))
             if runs.active:
-                trainings = {shared.index(run): run.training for run in runs.active}
-                processes.broadcast(Beginning.of(trainings, text.special_ids, text.validation_tokens))
+                states = {shared.index(run): _state(run.training) for run in runs.active}
+                processes.broadcast((states, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes)
 
     def _train(
@@ -113,8 +114,7 @@ class _Execution:
             runs[training].fail(error)
 
         trainings = Isolation(runs, fail)
-        special_ids = text.special_ids.to(model.device)
-        trainer = builder.trainer(trainings, special_ids, text.validation_tokens, processes)
+        trainer = builder.trainer(trainings, text.special_ids, text.validation_tokens, processes)
 
         def save(due: Sequence[TrainState]) -> None:
             """Write checkpoints while training stands still and cannot be interrupted."""
@@ -196,6 +196,12 @@ class _Execution:
         """Announce what is done next, in this process's output and in the run folders."""
         say(text)
         self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
+
+
+def _state(training: TrainState) -> tuple[int, dict[str, Tensor]]:
+    """Steps taken and trained weights, since the same seed may give other last bits elsewhere."""
+    weights = training.student.weights
+    return training.step, {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def _end(runs: Sequence[ActiveRun]) -> None:

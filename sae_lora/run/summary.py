@@ -27,10 +27,18 @@ def summarise(
         contributions: The contribution of each of several SAEs, by hookpoint.
         others: The fields of the summary that do not follow from these.
     """
+    first, last = points[0], points[-1]
+    closed = [point.gap_closed for point in points if point.gap_closed is not None]
+    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
     return Summary(
-        **_of_curve(points),
+        **{name: getattr(last, name) for name in both},
+        initial_gap=last.spliced_ce - last.base_ce,
+        initial_kl=first.kl,
+        best_gap_closed=max(closed, default=None),
+        train_tokens=last.tokens,
+        train_steps=last.step,
         sae=[
-            {**sae, **points[-1].per_sae[sae["hookpoint"]]}
+            {**sae, **last.per_sae[sae["hookpoint"]]}
             | (contributions[sae["hookpoint"]]._asdict() if sae["hookpoint"] in contributions else {})
             for sae in saes
         ],
@@ -43,20 +51,6 @@ def summarise(
         seed=config.train.seed,
         **others,
     )
-
-
-def _of_curve(points: Sequence[CurvePoint]) -> dict[str, Any]:
-    """Fields that follow from the curve: those of its last point, and figures of the whole."""
-    first, last = points[0], points[-1]
-    closed = [point.gap_closed for point in points if point.gap_closed is not None]
-    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
-    return {name: getattr(last, name) for name in both} | {
-        "initial_gap": last.spliced_ce - last.base_ce,
-        "initial_kl": first.kl,
-        "best_gap_closed": max(closed, default=None),
-        "train_tokens": last.tokens,
-        "train_steps": last.step,
-    }
 
 
 def _describe_lora(config: LoRAConfig) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from sae_lora.common.console import complain
 from sae_lora.common.isolation import Isolation
@@ -19,33 +17,6 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
 from sae_lora.train.distributed import Distributed, GoneError, following
-from sae_lora.train.train_state import TrainState
-
-
-class Beginning(NamedTuple):
-    """The leader's first message.
-
-    Args:
-        trainings: Steps taken and trained weights, by the number of a run's folder. The same seed may
-            give weights with other last bits on another machine.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-        validation_tokens: Held-out tokens `[sequence, pos]`.
-    """
-
-    trainings: dict[int, tuple[int, dict[str, Tensor]]]
-    special_ids: Tensor
-    validation_tokens: Tensor
-
-    @classmethod
-    def of(
-        cls, trainings: Mapping[int, TrainState], special_ids: Tensor, validation_tokens: Tensor
-    ) -> "Beginning":
-        """The message about trainings, by the number of their folder."""
-        states = {}
-        for number, training in trainings.items():
-            weights = training.student.weights
-            states[number] = training.step, {name: weights[name].detach().cpu() for name in weights}
-        return cls(states, special_ids, validation_tokens)
 
 
 def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
@@ -53,12 +24,13 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
     builder = Builder(runs[0].config)
     for run in runs:
         builder.saes.of(run.config.sae)
-    model = builder.model
-    beginning: Beginning | None = processes.receive()
+    _ = builder.model  # loaded now, at the same time as the leader's
+    beginning = processes.receive()
     if beginning is None:
         return
+    states, special_ids, validation_tokens = beginning
     trainings = []
-    for number, (step, weights) in beginning.trainings.items():
+    for number, (step, weights) in states.items():
         run = runs[number]
         builder.build(run)
         if run.training.step != step:
@@ -66,8 +38,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
         for name, weight in run.training.student.weights.items():
             weight.data.copy_(weights[name])
         trainings.append(run.training)
-    special_ids = beginning.special_ids.to(model.device)
-    trainer = builder.trainer(Isolation(trainings), special_ids, beginning.validation_tokens, processes)
+    trainer = builder.trainer(Isolation(trainings), special_ids, validation_tokens, processes)
     while (task := processes.receive()) is not None:
         trainer.follow(task)
 
