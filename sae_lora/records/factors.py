@@ -61,14 +61,9 @@ def _method(config: Values) -> Values:
     return config.get("method", {"kind": Method.lora.name, "rank": None})
 
 
-def _lora(config: Values) -> Values | None:
-    """The adapters' config; `None` with a method that trains none."""
-    return config["lora"] if trains_adapters(config) else None
-
-
 def _of_lora(config: Values, name: str) -> Any:
-    lora = _lora(config)
-    value = None if lora is None else lora[name]
+    """A setting of the adapters; `None` with a method that trains none."""
+    value = config["lora"][name] if trains_adapters(config) else None
     return _joined(value) if isinstance(value, list) else value
 
 
@@ -123,7 +118,7 @@ _ALL = (
     ),
     Factor(
         "rank",
-        lambda config, _: _of_lora(config, "rank") if _lora(config) else _method(config)["rank"],
+        lambda config, _: (config["lora"] if trains_adapters(config) else _method(config))["rank"],
         axis="LoRA rank",
         keys=("lora.rank", "method.rank"),
         tag="rank",

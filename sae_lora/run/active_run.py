@@ -13,7 +13,7 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
 from sae_lora.common.locks import LostError
-from sae_lora.config.identity import identity, readable_name
+from sae_lora.config.identity import identity, readable_name, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
@@ -71,6 +71,7 @@ class ActiveRun:
         self.config = load(self.folder.config.read_text())
         self.name = readable_name(self.config)
         self._hash = identity(self.config)
+        self._steps = train_steps(self.config)
         self._saved = checkpoint.newest(
             self.folder.checkpoints, self._hash, lambda text: complain("damaged", text)
         )
@@ -81,12 +82,13 @@ class ActiveRun:
         """Move the unfinished files of an earlier attempt aside."""
         self.folder.set_aside(curve=self._saved is None)
 
-    def build(
-        self, model: LanguageModel, saes: list[LoadedSAE], steps: int, sample: Sample | None = None
-    ) -> None:
+    def build(self, model: LanguageModel, saes: list[LoadedSAE], sample: Sample | None = None) -> None:
         """Build its student and its training, new or from the checkpoint.
 
-        Without SAEs it makes new ones, which need a sample of their training text.
+        Args:
+            model: The plain model.
+            saes: The SAEs of its config; with none of them it makes new ones.
+            sample: Training text for new SAEs.
 
         Raises:
             ConfigError: Where what is trained does not fit the model.
@@ -98,15 +100,14 @@ class ActiveRun:
         self._saes = saes
         self._keeps = keeps_special_tokens(self.config.sae, saes)
         self.training, self._artifact = methods.build(
-            self.config, model, splices(self.config.sae, saes), steps
+            self.config, model, splices(self.config.sae, saes), self._steps
         )
         self.trainable = sum(weight.numel() for weight in self.training.student.weights.values())
         """Number of trainable parameters."""
         as_loaded = copy.deepcopy(self.config)
         for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
             choice.width = loaded.description["width"]
-        self._steps = steps
-        self._flops_per_step = estimate([as_loaded]).flops / steps
+        self._flops_per_step = estimate([as_loaded]).flops / self._steps
         if self._saved is not None:
             self.training.restore(self._saved)
             self.checkpoint_step = self.training.step

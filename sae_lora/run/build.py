@@ -1,4 +1,4 @@
-"""SAEs, model and trainer of a pack, built alike in all its processes."""
+"""SAEs, model and trainer of a pack, alike in all its processes."""
 
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from sae_lora.config.schema import Config
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of, load_model
-from sae_lora.run.active_run import ActiveRun
 from sae_lora.saes.loading import SAEs
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.splice.head import Head
@@ -20,7 +19,6 @@ from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.methods import Sample
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from sae_lora.train.trainer import Trainer
 
@@ -44,19 +42,6 @@ class Builder:
     def model(self) -> LanguageModel:
         """The plain model, loaded at the first access."""
         return load_model(self._config.model, self._config.train.dtype, self.device)
-
-    def build(self, run: ActiveRun, sample: Sample | None = None) -> None:
-        """Build the training of a run, new or from its checkpoint.
-
-        Args:
-            run: A run of the pack, its config read.
-            sample: Text for new SAEs, where the run makes some.
-
-        Raises:
-            ConfigError: Where what is trained does not fit the model.
-        """
-        saes = self.saes.of(run.config.sae)
-        run.build(self.model, saes, train_steps(self._config), sample)
 
     def trainer(
         self,

@@ -96,7 +96,7 @@ class _Execution:
             first = next(text.batches(batch_size, config.data.seed))
             sample = Sample(first, text.special_ids)
             _ = builder.model  # loaded here, since an error in it concerns all runs
-            runs.each(lambda run: builder.build(run, sample))
+            runs.each(lambda run: run.build(builder.model, builder.saes.of(run.config.sae), sample))
             if runs.active:
                 states = {shared.index(run): _state(run.training) for run in runs.active}
                 processes.broadcast((states, text.special_ids, text.validation_tokens))
@@ -140,7 +140,7 @@ class _Execution:
 
         with ExitStack() as begun:
             count = begun.enter_context(progress_bar("training", "tokens"))
-            report = Reporter(count, runs, train_steps(config), trainings)
+            report = Reporter(count, runs, trainings)
             begun.callback(_end, list(runs.values()))
             made_with = environment(model.device)
             trainings.each(lambda training: runs[training].begin(made_with))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sae_lora.common.console import percent, say
 from sae_lora.common.isolation import Isolation
+from sae_lora.config.identity import train_steps
 from sae_lora.records.schema import CurvePoint, Progress
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.train.train_state import TrainState
@@ -23,14 +24,14 @@ class Reporter:
         self,
         count: Callable[..., None],
         runs: Mapping[TrainState, ActiveRun],
-        steps: int,
         isolation: Isolation[TrainState],
     ) -> None:
         self._count = count
         self._runs = runs
-        self._steps = steps
         self._isolation = isolation
-        self._train_tokens = next(iter(runs.values())).config.train.train_tokens
+        config = next(iter(runs.values())).config  # batches and tokens are the same for all
+        self._steps = train_steps(config)
+        self._train_tokens = config.train.train_tokens
         self._last_time = time.monotonic()
         self._last_tokens: dict[TrainState, int] = {}
 

@@ -32,7 +32,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
     trainings = []
     for number, (step, weights) in states.items():
         run = runs[number]
-        builder.build(run)
+        run.build(builder.model, builder.saes.of(run.config.sae))
         if run.training.step != step:
             raise RuntimeError(f"{run.name}: step {run.training.step} here, {step} at the leader")
         for name, weight in run.training.student.weights.items():

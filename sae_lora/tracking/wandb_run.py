@@ -4,13 +4,8 @@ These calls wait for whatever wandb waits for; `tracker.py` keeps training from 
 """
 
 import contextlib
-import json
 import netrc
 import os
-import ssl
-import urllib.error
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -137,20 +132,15 @@ def is_logged_in(settings: Any) -> bool:
 
 def _answers(url: str) -> bool:
     """Whether a server that works answers at the address."""
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/graphql",
-        json.dumps({"query": "query Viewer { viewer { id } }"}).encode(),
-        {"Content-Type": "application/json"},
-    )
+    import requests  # wandb brings it
+
+    query = {"query": "query Viewer { viewer { id } }"}
     try:
-        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except urllib.error.URLError as error:
-        # There is a server. wandb has certificates of its own, and will check it itself.
-        return isinstance(error.reason, ssl.SSLError)
-    except (OSError, HTTPException):
+        answer = requests.post(f"{url.rstrip('/')}/graphql", json=query, timeout=_PROBE_TIMEOUT_S)
+        return answer.status_code < 500
+    except requests.exceptions.SSLError:
+        return True  # there is a server; wandb has certificates of its own, and will check it itself
+    except requests.RequestException:
         return False
 
 

@@ -257,7 +257,7 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     member.read()
     text, model = text_of(member.config), loading.load_model(member.config.model, DType.float32, CPU)
     tokens = next(text.batches(member.config.train.batch_size, member.config.data.seed))
-    member.build(model, [], train_steps(member.config), Sample(tokens, text.special_ids))
+    member.build(model, [], Sample(tokens, text.special_ids))
     student = member.training.student
     assert len({id(splice.sae) for splice in student.splices}) == len(student.modules) == 2
     names = {"+".join(map(resid_post, group)): group for group in home.groups}
