@@ -28,13 +28,7 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
     A pack that does not fit into the memory is halved until its parts do. Runs with the same SAEs come
     into the same pack, and among them runs that are adapted from the same block on.
     """
-    match settings.pack:
-        case "auto":
-            most = _MOST
-        case "off" | False:  # YAML reads the word as false
-            most = 1
-        case _:
-            most = settings.pack
+    most = {"auto": _MOST, "off": 1, False: 1}.get(settings.pack, settings.pack)  # YAML: off is false
     if most == 1 or len(runs) < 2:
         return [[run] for run in runs]
     groups: dict[str, Pack] = {}

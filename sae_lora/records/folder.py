@@ -1,21 +1,4 @@
-"""The run folder, the truth that every view is made from. Imports no torch.
-
-outputs/<sweep>/<name>-<hash>/
-    config.yaml     the resolved config, written first
-    curve.jsonl     one line per evaluation, appended and fsynced
-    summary.json    written last: its presence is what "finished" means
-    failure.json    instead, where the run failed
-    adapter/        the trained adapters in peft's format (method=lora, mezo)
-    sae/            the trained SAEs in sae-lens's format, by hookpoint (method=sae, e2e, sae_finetune);
-                    sae_at/<share>/ as they were after a share of the tokens (method.checkpoints)
-    groups.json     with layer=groups: the blocks that share an SAE, and how they were found
-    output_adapter/ trained maps on what SAEs put back, by hookpoint (method=linear_adapter, mlp_adapter)
-    checkpoints/    while it is under way: what it goes on from
-    progress.json   while it is under way: where it stands; a view, replaced every second
-    log.txt         what its attempts have printed
-    job.json        the SLURM job that it was last submitted with
-    evaluation/     <suite>.json: results of `sae_lora evaluate` (`evaluation/suite_records.py`)
-"""
+"""The run folder, the truth that every view is made from. Imports no torch."""
 
 import dataclasses
 import json
@@ -37,20 +20,20 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.curve = path / "curve.jsonl"
-        self.summary = path / "summary.json"
-        self.failure = path / "failure.json"
-        self.adapter = path / "adapter"
-        self.sae = path / "sae"
-        self.sae_at = path / "sae_at"
-        self.groups = path / "groups.json"
-        self.output_adapter = path / "output_adapter"
-        self.checkpoints = path / "checkpoints"
-        self.progress = path / "progress.json"
-        self.log = path / "log.txt"
-        self.job_file = path / "job.json"
-        self.evaluation = path / "evaluation"
+        self.config = path / "config.yaml"  # the resolved config, written first
+        self.curve = path / "curve.jsonl"  # one line per evaluation, appended and fsynced
+        self.summary = path / "summary.json"  # written last: its presence is what "finished" means
+        self.failure = path / "failure.json"  # instead, where the run failed
+        self.adapter = path / "adapter"  # the trained adapters in peft's format (method=lora, mezo)
+        self.sae = path / "sae"  # the trained SAEs in sae-lens's format, by hookpoint
+        self.sae_at = path / "sae_at"  # <share>/: the same after a share of the tokens
+        self.groups = path / "groups.json"  # with layer=groups: blocks that share an SAE, how found
+        self.output_adapter = path / "output_adapter"  # by hookpoint (linear_adapter, mlp_adapter)
+        self.checkpoints = path / "checkpoints"  # while it is under way: what it goes on from
+        self.progress = path / "progress.json"  # while it is under way: a view, replaced every second
+        self.log = path / "log.txt"  # what its attempts have printed
+        self.job_file = path / "job.json"  # the SLURM job that it was last submitted with
+        self.evaluation = path / "evaluation"  # <suite>.json: results (`evaluation/suite_records.py`)
 
     def before(self, init: str) -> "RunFolder":
         """The run that this one began with: at `init`, or beside this one where a sweep was moved.
