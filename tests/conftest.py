@@ -20,6 +20,7 @@ import pytest
 if TYPE_CHECKING:  # imported where they are used: the process that hands out tests needs none of it
     from sae_lora.models.language_model import LanguageModel
     from tests.support.cluster import Cluster
+    from tests.support.points import Point
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -62,6 +63,14 @@ def model(family: str) -> "LanguageModel":
     from tests.support.families import small_model
 
     return small_model(family)
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> "Point":
+    """Composes small points whose runs land in the test's own folder."""
+    from tests.support.points import points_in
+
+    return points_in(tmp_path)
 
 
 @pytest.fixture(scope="module")

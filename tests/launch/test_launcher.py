@@ -21,11 +21,6 @@ from tests.support.points import SMALL, Point, folders_in, points_in
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return points_in(tmp_path)
-
-
 def test_a_sweep_runs_each_point_once_and_compares(point: Point, tmp_path: Path, capsys) -> None:
     points = [point(f"lora.rank={rank}") for rank in (1, 2)]
     assert launcher.launch([*points, points[0]]) == 0

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,7 @@ from sae_lora.config.identity import pack_key
 from sae_lora.launch.packs import packed, places
 from sae_lora.launch.plan import Pack, Run, plan
 from sae_lora.train.cost import estimate, first_own_block
-from tests.support.points import Point, points_in
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return points_in(tmp_path)
+from tests.support.points import Point
 
 
 def runs(point: Point, *each: str, launcher: str = "") -> list[Run]:

@@ -8,12 +8,7 @@ import pytest
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.config.serialize import load
 from sae_lora.launch.plan import plan
-from tests.support.points import Point, folders_in, points_in
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return points_in(tmp_path)
+from tests.support.points import Point, folders_in
 
 
 def test_requests_for_the_same_sae_are_the_same_run(point: Point) -> None:

@@ -1,19 +1,12 @@
 """How far a run is, as its folder and SLURM show it."""
 
-from pathlib import Path
-
 import pytest
 
 from sae_lora.common.locks import held
 from sae_lora.launch.plan import plan
 from sae_lora.records import slurm
 from sae_lora.records.status import State, read_statuses
-from tests.support.points import Point, points_in
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return points_in(tmp_path)
+from tests.support.points import Point
 
 
 def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,7 @@ from sae_lora.launch.launcher import run_now
 from sae_lora.launch.plan import plan
 from sae_lora.models.loading import load_model
 from sae_lora.run import execute
-from tests.support.points import Point, folders_in, points_in, run_here
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Point:
-    return points_in(tmp_path)
+from tests.support.points import Point, folders_in, run_here
 
 
 def test_one_run_leaves_everything(point: Point) -> None:

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.support.attempts import attempt, frozen, results
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
 from tests.support.points import SMALL, points_in
+from tests.support.submission import until
 from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
@@ -66,13 +66,6 @@ def followers(process: subprocess.Popen[str]) -> list[psutil.Process]:
             if "sae_lora.run.worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
-
-
-def until(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def step_of(folder: RunFolder) -> int:
@@ -207,7 +200,7 @@ def test_stopped_they_go_on_as_if_they_had_not(folder: RunFolder, tmp_path: Path
     code, output = ended(begun([whole], 2))
     assert code == 0, output
     process = begun([folder], 2)
-    until(lambda: step_of(folder) >= 5)
+    until(lambda: step_of(folder) >= 5, "step 5")
     process.send_signal(signal.SIGUSR2)
     for one in followers(process):  # a terminal, or SLURM, would tell them too
         with contextlib.suppress(psutil.NoSuchProcess):  # it has gone already, told by the first
@@ -224,7 +217,7 @@ def test_stopped_they_go_on_as_if_they_had_not(folder: RunFolder, tmp_path: Path
 @pytest.mark.parametrize("dies", ["follower", "leader"])
 def test_none_of_them_is_left_where_one_dies(folder: RunFolder, dies: str) -> None:
     process = begun([folder], 3)
-    until(lambda: step_of(folder) >= 4)
+    until(lambda: step_of(folder) >= 4, "step 4")
     others = followers(process)
     assert len(others) == 2
     (process if dies == "leader" else others[0]).send_signal(signal.SIGKILL)
@@ -247,16 +240,17 @@ def test_none_of_them_is_left_where_one_dies(folder: RunFolder, dies: str) -> No
 def test_asked_to_stop_while_others_are_killed(folder: RunFolder, when: str) -> None:
     """As `scancel` ends a job of several nodes: it has not failed, and goes on."""
     process = begun([folder], 2)
-    until(lambda: step_of(folder) >= 4 if when == "while they train" else bool(followers(process)))
+    trains = when == "while they train"
+    until(lambda: step_of(folder) >= 4 if trains else followers(process), when)
     (other,) = followers(process)
     other.send_signal(signal.SIGTERM)  # which it does not hear
     process.send_signal(signal.SIGTERM)
-    if when == "while they train":
+    if trains:
         other.kill()
     code, output = ended(process)
     assert code == EXIT_INTERRUPTED, output
     assert not folder.has_failed
-    if when == "while they train":
+    if trains:
         reached = step_of(folder)
         found = attempt(folder)
         assert found.returncode == 0, found.stderr
