@@ -20,8 +20,8 @@ def page() -> str:
     """The page as Markdown."""
     rows = []
     for metric in METRICS.values():
-        better = metric.better.value if metric.better else ""
-        rows.append(f"| {metric.name} | `{metric.key}` | {metric.unit} | {better} | {metric.text} |")
+        cells = metric.name, f"`{metric.key}`", metric.unit, metric.better, metric.text
+        rows.append(f"| {' | '.join(cells)} |")
     return _HEAD + "\n".join(rows) + "\n"
 
 

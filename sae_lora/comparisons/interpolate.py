@@ -4,7 +4,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
-from sae_lora.records.metrics import METRICS, Better
+from sae_lora.records.metrics import METRICS
 from sae_lora.records.schema import CurvePoint
 
 
@@ -31,7 +31,7 @@ def first_reached(curve: Sequence[CurvePoint], measure: str, value: float, wante
         value: The value to reach.
         wanted: The field to read; a point that does not know it counts as zero.
     """
-    sign = 1 if METRICS[measure].better is Better.higher else -1
+    sign = 1 if METRICS[measure].better == "higher" else -1
     known = [point for point in curve if getattr(point, measure) is not None]
     if known and sign * _value(known[0], measure) >= sign * value:
         return _value(known[0], wanted)

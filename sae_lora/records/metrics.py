@@ -11,13 +11,6 @@ from enum import Enum
 from sae_lora.common.console import duration, percent
 
 
-class Better(Enum):
-    """The better direction of a measure."""
-
-    lower = "lower"
-    higher = "higher"
-
-
 class Kind(Enum):
     """Notation of a value: a format, or the name of the function that writes it."""
 
@@ -43,7 +36,8 @@ class Metric:
     text: str
     """Its meaning, in a sentence."""
     unit: str = ""
-    better: Better | None = None
+    better: str = ""
+    """`lower` or `higher`, where one of them is."""
     heading: str = ""
     """A shorter name, for the head of a column."""
     axis: str = ""
@@ -78,7 +72,6 @@ class Metric:
 
 
 _NATS = "nats/token"
-_LOW, _HIGH = Better.lower, Better.higher
 _ALL = (
     Metric("base_ce", "base CE", Kind.decimal, "Cross-entropy of the plain model, the teacher.", _NATS),
     Metric(
@@ -89,7 +82,7 @@ _ALL = (
     Metric(
         *("student_ce", "student CE", Kind.decimal),
         "Cross-entropy with the SAE in place and with what was trained.",
-        *(_NATS, _LOW),
+        *(_NATS, "lower"),
     ),
     Metric(
         *("initial_gap", "gap before", Kind.signed),
@@ -99,20 +92,20 @@ _ALL = (
     Metric(
         *("ce_gap", "gap after", Kind.signed),
         "student CE − base CE: what the SAE costs after training; positive is worse.",
-        *(_NATS, _LOW),
+        *(_NATS, "lower"),
         axis="CE gap (nats per token)",
     ),
     Metric(
         *("gap_closed", "gap closed", Kind.share),
         "1 − gap after / gap before, where 1 is a closed gap. Undefined where the SAE opens no gap, and "
         "where it is new.",
-        better=_HIGH,
+        better="higher",
         axis="CE gap closed",
     ),
     Metric(
         *("best_gap_closed", "best gap closed", Kind.share),
         "The largest share of the gap that was closed at any evaluation.",
-        better=_HIGH,
+        better="higher",
     ),
     Metric(
         *("initial_kl", "KL before", Kind.decimal),
@@ -122,13 +115,13 @@ _ALL = (
     Metric(
         *("kl", "KL", Kind.decimal),
         "KL(plain model ‖ student) over the whole vocabulary: the training loss, on held-out text.",
-        *(_NATS, _LOW),
+        *(_NATS, "lower"),
     ),
     Metric(
         *("top1_agreement", "top-1 agreement", Kind.share),
         "Share of positions at which plain model and student put the same token first.",
         remark="with the base model",
-        better=_HIGH,
+        better="higher",
         heading="top-1",
     ),
     Metric(
@@ -136,7 +129,7 @@ _ALL = (
         "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
         " over SAEs.",
         remark="of the SAE's input",
-        better=_LOW,
+        better="lower",
     ),
     Metric(
         *("l0", "L0", Kind.tenths),
@@ -146,7 +139,7 @@ _ALL = (
     Metric(
         *("dead_latents", "dead latents", Kind.share),
         "Share of latents that none of the held-out tokens makes active; mean over SAEs.",
-        better=_LOW,
+        better="lower",
     ),
     Metric(
         *("trainable_parameters", "trainable parameters", Kind.count),
@@ -160,41 +153,41 @@ _ALL = (
     Metric(
         *("train_flops", "training FLOPs", Kind.power),
         "Floating-point operations of the training, if the run had trained alone.",
-        better=_LOW,
+        better="lower",
         heading="FLOPs",
     ),
     Metric(
         *("train_seconds", "time training", Kind.seconds),
         "Seconds spent in training steps; where runs train together, this run's share.",
-        better=_LOW,
+        better="lower",
         heading="training",
         axis="seconds of training",
     ),
     Metric(
         *("total_seconds", "time in all", Kind.seconds),
         "Seconds that the run took, loading and evaluations included.",
-        better=_LOW,
+        better="lower",
     ),
     Metric(
         *("closed_per_million_parameters", "closed per million parameters", Kind.share),
         "Gap closed over trained parameters.",
-        better=_HIGH,
+        better="higher",
     ),
     Metric(
         *("closed_per_petaflop", "closed per petaFLOP", Kind.share),
         "Gap closed over 10^15 operations of training.",
-        better=_HIGH,
+        better="higher",
     ),
     Metric(
         *("closed_per_minute", "closed per minute", Kind.share),
         "Gap closed over minutes of training.",
-        better=_HIGH,
+        better="higher",
     ),
     Metric(
         *("train_loss", "training loss", Kind.decimal),
         "Mean training KL since the last evaluation; with method=sae the squared error of a residual, "
         "summed over d_model.",
-        *(_NATS, _LOW),
+        *(_NATS, "lower"),
     ),
     Metric("lr", "learning rate", Kind.number, "Learning rate of the last step."),
     Metric(
@@ -204,13 +197,13 @@ _ALL = (
     Metric(
         *("tokens_per_second", "tokens/s", Kind.count),
         "Training tokens per second since the last evaluation.",
-        better=_HIGH,
+        better="higher",
     ),
     Metric(
         *("peak_memory_gb", "peak memory", Kind.number),
         "The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes "
         "on one, else of the machine.",
-        *("GB", _LOW),
+        *("GB", "lower"),
     ),
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.records.metrics import METRICS, Better
+from sae_lora.records.metrics import METRICS
 from sae_lora.tracking.wandb_view import AXES, CURVES, WandbView, without_secrets
 
 INIT_TIMEOUT_S = 20
@@ -73,8 +73,7 @@ class WandbRun:
         for axis in AXES:
             self._run.define_metric(axis)
         for name in CURVES:
-            better = METRICS[name].better
-            best = {Better.lower: "min,", Better.higher: "max,", None: ""}[better]
+            best = {"lower": "min,", "higher": "max,", "": ""}[METRICS[name].better]
             self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
         self._next_step: int = self._run.starting_step
         """The step from which on W&B has no rows yet."""
