@@ -25,19 +25,19 @@ errors = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """Prints a line for people, as it is: brackets in it are no markup, long lines stay whole."""
+    """Print a line for people, as it is: brackets in it are no markup, long lines stay whole."""
     console.print(redacted(text), markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:
-    """Prints a table; where the output is no terminal, as wide as the table needs."""
+    """Print a table; where the output is no terminal, as wide as the table needs."""
     needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     wide = Console(width=max(console.width, needed), highlight=False)
     (console if console.is_terminal else wide).print(table)
 
 
 def complain(what: str, text: str) -> None:
-    """Prints what went wrong to the error stream, as `what: text`."""
+    """Print what went wrong to the error stream, as `what: text`."""
     errors.print(f"[red]{what}[/red]: {escape(redacted(text))}", soft_wrap=True)
 
 

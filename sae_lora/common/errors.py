@@ -62,7 +62,7 @@ def listed(names: Iterable[object], most: int = 12) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, on a GPU or not."""
+    """True where there was too little memory, on a GPU or not."""
     words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
     # torch's error is known by its name, because this module works without torch.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -14,7 +14,7 @@ from sae_lora.common.errors import UserError
 
 
 def check_writable(folder: Path, asked_by: str) -> None:
-    """Makes the folder and writes into it, to know before anything else that there is room.
+    """Make the folder and write into it, to know before anything else that there is room.
 
     Args:
         folder: The folder.
@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
-    """Writes the file whole or not at all.
+    """Write the file whole or not at all.
 
     Args:
         path: The file.
@@ -81,7 +81,7 @@ def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Makes the content of a file last, or the entries of a folder (a rename, say)."""
+    """Make the content of a file last, or the entries of a folder (a rename, say)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

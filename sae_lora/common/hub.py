@@ -23,7 +23,7 @@ _BROKEN = "the hub cannot be reached, or the connection broke; check the network
 
 @contextmanager
 def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None]:
-    """Turns what loading from the hub can raise into a `UserError` that names the config field.
+    """Turn what loading from the hub can raise into a `UserError` that names the config field.
 
     Args:
         field: The config key that named the repository.
@@ -131,7 +131,7 @@ _NOT_TAKEN = {
 
 
 def send(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Sends a folder's files to a model's repository and branch, made where there are none.
+    """Send a folder's files to a model's repository and branch, made where there are none.
 
     Returns:
         Their address.

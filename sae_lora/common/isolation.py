@@ -28,7 +28,7 @@ class Isolation(Generic[Run]):
 
     @contextmanager
     def only(self, run: Run) -> Iterator[None]:
-        """Assigns each error inside the block to this run alone.
+        """Assign each error inside the block to this run alone.
 
         Raises:
             Exception: Where it concerns the device, and so all of several runs: out of memory, or a
@@ -46,7 +46,7 @@ class Isolation(Generic[Run]):
             self._on_failure(run, error)
 
     def each(self, action: Callable[[Run], object]) -> None:
-        """Applies the action to each run that has not failed."""
+        """Apply the action to each run that has not failed."""
         for run in self.active.copy():
             with self.only(run):
                 action(run)

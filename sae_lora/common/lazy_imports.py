@@ -16,7 +16,7 @@ _LARGE = "torch transformers peft sae_lens datasets pandas plotly wandb lm_eval"
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules of large libraries as Python does, and has them executed without a search."""
+    """Finder of modules of large libraries, which has them executed without a search."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,13 +42,13 @@ class _Finder(MetaPathFinder):
 
 
 def import_quickly() -> None:
-    """From now on, this process imports large libraries without searching them for garbage."""
+    """Let this process import large libraries without a search for garbage, from now on."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def main() -> int:
-    """Runs the module of that name as a program, with the arguments that follow it."""
+    """Run the module of that name as a program, with the arguments that follow it."""
     import_quickly()
     del sys.argv[0]
     return importlib.import_module(sys.argv[0]).main()

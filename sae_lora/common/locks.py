@@ -49,7 +49,7 @@ class Holder:
     machine: str
     """Tells machines and containers of one name apart: a process number means nothing elsewhere."""
     started: str
-    """When the process began, in its system's own count: process numbers are used again."""
+    """Start of the process, in its system's own count: process numbers are used again."""
     slurm_job: str | None = None
     slurm_restart: int = 0
 
@@ -68,7 +68,7 @@ class Holder:
 
     @property
     def is_alive(self) -> bool | None:
-        """Whether the process still runs; `None` where that cannot be known from here."""
+        """True while the process runs; `None` where that cannot be known from here."""
         here = Holder.here()
         if self.machine == here.machine:
             return _start_of(self.pid) == self.started
@@ -86,7 +86,7 @@ class Lease:
         self._lost = False
 
     def check(self) -> None:
-        """Makes sure that the run is still held, before anything is written that counts.
+        """Make sure that the run is still held, before anything is written that counts.
 
         Raises:
             LostError: Where another process holds it now.
@@ -113,7 +113,7 @@ class Lease:
 
 @contextmanager
 def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
-    """Holds the run of this folder inside the block.
+    """Hold the run of this folder inside the block.
 
     Args:
         folder: The run folder.
@@ -215,7 +215,7 @@ def _now(folder: Path) -> float:
 
 
 def _start_of(pid: int) -> str | None:
-    """When the process began, in the kernel's ticks; `None` where it has ended."""
+    """Start of the process, in the kernel's ticks; `None` where it has ended."""
     if not Path("/proc/self/stat").exists():  # macOS: no more is known than whether it runs
         return "" if psutil.pid_exists(pid) else None
     with contextlib.suppress(OSError):

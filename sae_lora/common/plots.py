@@ -55,7 +55,7 @@ def finished(figure: go.Figure) -> go.Figure:
 
 
 def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
-    """Writes figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
+    """Write figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
 
     Args:
         wanted: Figures, and files whose names end in .svg or .png.

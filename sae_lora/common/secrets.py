@@ -21,7 +21,7 @@ _SHORTEST = 8
 
 
 def secret_in(text: str) -> bool:
-    """Whether the text looks as if it held a secret. A git commit is none, nor is `$HF_TOKEN`."""
+    """True where the text looks as if it held a secret. A git commit is none, nor is `$HF_TOKEN`."""
     return _SECRETS.search(text) is not None
 
 

@@ -15,23 +15,23 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Turns the first of `SIGNALS` into `Interrupted`, except inside `held()`."""
+    """Turn the first of `SIGNALS` into `Interrupted`, except inside `held()`."""
 
     def __init__(self) -> None:
         self.asked = False
-        """Whether the request has come."""
+        """True once the request has come."""
         self._raised = False
         self._held = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Listens inside the block only; must be entered in the main thread."""
+        """Listen inside the block only; must be entered in the main thread."""
         with handling(SIGNALS, self._ask):
             yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Makes a request wait until the block has ended: what it does must not be left half done."""
+        """Make a request wait until the block has ended: what it does must not be left half done."""
         self._held += 1
         try:
             yield

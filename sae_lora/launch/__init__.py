@@ -1,1 +1,1 @@
-"""Plans a sweep, packs its runs, and dispatches them, here or to SLURM."""
+"""From a sweep's points to jobs: plan, packs, dispatch here or to SLURM."""

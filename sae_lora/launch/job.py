@@ -218,7 +218,7 @@ def halves(pack: list[Item]) -> list[list[Item]]:
 
 
 def _has_ended(child: int) -> bool:
-    """Whether the child process has ended.
+    """True once the child process has ended.
 
     This runs in a signal handler, and the interrupted code may be inside `Popen.wait`, whose lock keeps
     `Popen` itself from seeing that the child ends.

@@ -92,7 +92,7 @@ def status_table(statuses: Sequence[StatusRow]) -> Table:
 
 
 class Watch:
-    """Shows runs until the block ends; `update()` reads their folders again."""
+    """A view of runs until the block ends; `update()` reads their folders again."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = folders

@@ -106,7 +106,7 @@ def _in_order(points: Sequence[Config]) -> Iterator[Config]:
 
 
 def _is_named(point: Config, by: Config) -> bool:
-    """Whether a point has the method that another's `init` names, and the same model, layer, seeds."""
+    """True where a point has the method that another's `init` names, and the same model, layer, seeds."""
     return point is not by and point.method.kind.name == by.init and _place(point) == _place(by)
 
 
@@ -120,7 +120,7 @@ _MOST_NAMED = 3
 
 
 class _Planner:
-    """Plans one point after another.
+    """The plan as it grows, point by point.
 
     Args:
         strict: Whether a point without an SAE is an error; otherwise it is left out.

@@ -27,7 +27,7 @@ def prefetched(configs: Sequence[Config]) -> list[Config]:
 
 
 class _Fetcher:
-    """Fetches everything once, however many runs read it."""
+    """Everything is fetched once, however many runs read it."""
 
     def __init__(self) -> None:
         self._commits: dict[tuple[str, str | None], str | None] = {}

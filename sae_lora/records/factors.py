@@ -33,7 +33,7 @@ class Factor:
     tag: str = ""
     """The beginning of a W&B tag with its value."""
     is_logarithmic: bool = False
-    """Whether its axis is logarithmic."""
+    """True for a logarithmic axis."""
 
 
 def text(value: object) -> str:

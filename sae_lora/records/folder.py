@@ -53,11 +53,11 @@ class RunFolder:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last attempt ended with an error."""
+        """True where the last attempt ended with an error."""
         return self.failure.exists() and not self.is_finished
 
     def write_config(self, text: str) -> None:
-        """Writes the resolved config of the next attempt.
+        """Write the resolved config of the next attempt.
 
         Raises:
             UserError: Where the folder cannot be written.
@@ -69,7 +69,7 @@ class RunFolder:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
     def clear_failure(self) -> None:
-        """Removes an old job, and sets the cause of a failure aside."""
+        """Remove an old job, and set the cause of a failure aside."""
         self._set_aside(self.failure)
         self.job_file.unlink(missing_ok=True)
 
@@ -90,7 +90,7 @@ class RunFolder:
             path.rename(aside / path.name)
 
     def write_summary(self, summary: Summary) -> None:
-        """Writes the summary; from then on the run is finished."""
+        """Write the summary; from then on the run is finished."""
         write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
 
     def read_config(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class RunFolder:
         write_atomically(self.failure, as_json(failure))
 
     def write_progress(self, progress: Progress) -> None:
-        """Writes the progress of the run. It is not made to last: after a crash it is written anew."""
+        """Write the progress of the run. It is not made to last: after a crash it is written anew."""
         write_atomically(self.progress, as_json(dataclasses.asdict(progress)), lasting=False)
 
     def read_progress(self) -> Progress | None:
@@ -194,5 +194,5 @@ def runs_of(sweep: Path) -> list[RunFolder]:
 
 
 def _by_numbers(name: str) -> list[str | int]:
-    """Sorts s2 before s10."""
+    """Sort key that puts s2 before s10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

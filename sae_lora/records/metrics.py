@@ -43,7 +43,7 @@ class Metric:
     axis: str = ""
     """The title of an axis, where that is not the name with the unit."""
     remark: str = ""
-    """Stands behind the value in a table, where the value has no unit."""
+    """Text behind the value in a table, where the value has no unit."""
 
     @property
     def column(self) -> str:

@@ -42,7 +42,7 @@ def ends(jobs: Collection[str]) -> dict[str, str]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Takes the jobs out of the queue; those that run are stopped.
+    """Take the jobs out of the queue; those that run are stopped.
 
     Raises:
         UserError: Where SLURM cannot be asked, or refuses.
@@ -52,7 +52,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def check_partition(partition: str | None) -> None:
-    """Refuses a partition that the cluster does not have.
+    """Refuse a partition that the cluster does not have.
 
     Raises:
         ConfigError: Names the partitions that there are.

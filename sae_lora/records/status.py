@@ -38,7 +38,7 @@ class RunStatus:
 
     @property
     def is_to_do(self) -> bool:
-        """Whether it has yet to be run, and no process or job has it."""
+        """True where it has yet to be run, and no process or job has it."""
         return self.state in (State.new, State.resumable)
 
 

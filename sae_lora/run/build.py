@@ -1,4 +1,4 @@
-"""SAEs, model and trainer of a pack, alike in all its processes."""
+"""A pack's parts, built alike in all its processes."""
 
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from sae_lora.train.trainer import Trainer
 
 
 class Builder:
-    """Builds a pack, in the process that leads and in those that follow.
+    """SAEs, model and trainer of a pack, in the process that leads and in those that follow.
 
     Args:
         config: The config of any run of the pack: model, data and batches are the same for all.

@@ -15,7 +15,7 @@ _SHOW_EVERY_S = 1.0
 
 
 class Reporter:
-    """Shows progress about once a second, since reading a loss from a GPU is not free.
+    """Progress, shown about once a second, since reading a loss from a GPU is not free.
 
     A folder that cannot be written fails one run alone.
     """

@@ -1,4 +1,4 @@
-"""Makes W&B show what run folders hold, wherever and however the runs were tracked."""
+"""Upload of run folders to W&B, wherever and however the runs were tracked."""
 
 import threading
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _TIMEOUT_S = 120.0
 
 
 def upload(folders: Sequence[RunFolder]) -> Table:
-    """Send the server what it does not have of the runs; returns a table of it.
+    """Send the server what it does not have of the runs; return a table of it.
 
     A run that a process holds is left alone: that process shows it.
 
@@ -43,7 +43,7 @@ def upload(folders: Sequence[RunFolder]) -> Table:
 
 
 def _upload(folder: RunFolder) -> tuple[int, int, str]:
-    """Uploads a run; returns the rows that the server had, the new ones, and the run's address."""
+    """Upload a run; return the rows that the server had, the new ones, and the run's address."""
     config = load(folder.config.read_text())
     goes_on = not folder.is_finished and not folder.has_failed
     # Points of a run that goes on are final once its checkpoint holds them.

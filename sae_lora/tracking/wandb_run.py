@@ -120,7 +120,7 @@ def obstacle(*, probe: bool) -> str | None:
 
 
 def is_logged_in(settings: Any) -> bool:
-    """Whether W&B would find a key: in the environment, its settings, or where `wandb login` puts it."""
+    """True where W&B finds a key: in the environment, its settings, or where `wandb login` puts it."""
     if settings.api_key or settings.identity_token_file:
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -130,7 +130,7 @@ def is_logged_in(settings: Any) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server that works answers at the address."""
+    """True where a server that works answers at the address."""
     import requests  # wandb brings it
 
     query = {"query": "query Viewer { viewer { id } }"}

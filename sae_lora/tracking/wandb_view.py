@@ -31,13 +31,13 @@ class WandbView:
 
     folder: RunFolder
     config: Config
-    """With its SAEs resolved."""
+    """Its config, SAEs resolved."""
     environment: dict[str, Any] | None = None
     """Versions and machine, where they are known (`provenance.environment`)."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for people."""
         return readable_name(self.config)
 
     @property
