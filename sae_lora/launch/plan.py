@@ -106,7 +106,7 @@ def _in_order(points: Sequence[Config]) -> Iterator[Config]:
 
 
 def _is_named(point: Config, by: Config) -> bool:
-    """True where a point has the method that another's `init` names, and the same model, layer, seeds."""
+    """True for a point with the method that another's `init` names, and its model, layer and seeds."""
     return point is not by and point.method.kind.name == by.init and _place(point) == _place(by)
 
 
