@@ -84,11 +84,7 @@ def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) 
 
 
 def _common_settings(points: Sequence[Config]) -> LauncherConfig:
-    """The launcher's settings, equal for all points.
-
-    Raises:
-        ConfigError: Where points differ in them.
-    """
+    """The launcher's settings; refuse points that differ in them."""
     first = asdict(points[0].launcher)
     for point in points[1:]:
         for name, value in asdict(point.launcher).items():

@@ -28,7 +28,7 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
     A pack that does not fit into the memory is halved until its parts do. Runs with the same SAEs come
     into the same pack, and among them runs that are adapted from the same block on.
     """
-    most = {"auto": _MOST, "off": 1, False: 1}.get(settings.pack, settings.pack)  # YAML: off is false
+    most = {"auto": _MOST, "off": 1, False: 1}.get(settings.pack) or settings.pack  # YAML: off is false
     if most == 1 or len(runs) < 2:
         return [[run] for run in runs]
     groups: dict[str, Pack] = {}

@@ -183,11 +183,7 @@ class _Planner:
         self.runs.setdefault(path, Run(_as_begun(config, folder), folder, shared))
 
     def run_before(self, point: Config) -> Run:
-        """The run of this plan that a point's `init` names by its method.
-
-        Raises:
-            ConfigError: Where there is none, or more than one.
-        """
+        """The run of this plan that a point's `init` names by its method; refuse none and several."""
         paths = {path for asked, path in self._planned if _is_named(asked, point)}
         if len(paths) != 1:
             number = len(paths) or "none"
@@ -197,11 +193,7 @@ class _Planner:
         return self.runs[paths.pop()]
 
     def check_waiting(self, point: Config, before: Run) -> None:
-        """Check a point now that is planned when the run before it has finished, perhaps hours later.
-
-        Raises:
-            ConfigError: For a point that cannot work.
-        """
+        """Check a point now that is planned when the run before it has finished, perhaps hours later."""
         check_goes_on(point, before.config)
         _check_fits(point, before.config.sae.used, self._dimensions(point))
 

@@ -31,7 +31,7 @@ from sae_lora.config.schema import Config
 from sae_lora.data import corpus
 from sae_lora.models.loading import load_tokenizer, silence_transformers
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import Progress, Summary
+from sae_lora.records.schema import Progress
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter
@@ -151,8 +151,7 @@ class _Execution:
                 "model": {
                     "name": config.model.name,
                     "revision": config.model.revision,
-                    "commit": config.model.commit
-                    or hub.cached_commit(config.model.name, config.model.revision),
+                    "commit": hub.cached_commit(config.model.name, config.model.pinned_revision),
                     "class": type(model.model).__name__,
                     "blocks": len(model.blocks),
                     "loaded_as": config.model.dtype.name,
@@ -233,36 +232,33 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                 else:
                     if not folder.is_finished:
                         runs.append(ActiveRun(folder, lease.check, lock.close))
-            outcomes = _outcomes(runs, interruption, layout)
+            code = _execute(runs, interruption, layout)
     except Interrupted:
         return EXIT_INTERRUPTED
-    if outcomes is None:
-        return EXIT_NOT_TOGETHER
-    if held_elsewhere or any(isinstance(outcome, LostError) for outcome in outcomes):
-        return EXIT_HELD
-    return EXIT_FAILED if any(isinstance(outcome, Exception) for outcome in outcomes) else 0
+    return EXIT_HELD if held_elsewhere and code != EXIT_NOT_TOGETHER else code
 
 
-def _outcomes(
-    runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
-) -> list[Summary | Exception] | None:
-    """The outcomes of the runs; `None` where they failed together and may succeed alone."""
+def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout) -> int:
+    """Train the runs together and return the exit code."""
     try:
         _Execution(runs, interruption, layout).run()
-        return [run.outcome for run in runs if run.outcome is not None]
+        outcomes = [run.outcome for run in runs]
     except GoneError as error:
         complain("ended", str(error))
-        return None
+        return EXIT_NOT_TOGETHER
     except Exception as error:
         unsettled = [
             run.folder for run in runs if not run.folder.is_finished and not run.folder.has_failed
         ]
         if len(unsettled) > 1 and not isinstance(error, UserError):
             sys.stderr.write(redacted("".join(traceback.format_exception(error))))
-            return None
+            return EXIT_NOT_TOGETHER
         for folder in unsettled:
             write_failure(folder, error)
-        return [error]
+        outcomes = [error]
+    if any(isinstance(outcome, LostError) for outcome in outcomes):
+        return EXIT_HELD
+    return EXIT_FAILED if any(isinstance(outcome, Exception) for outcome in outcomes) else 0
 
 
 def main() -> int:

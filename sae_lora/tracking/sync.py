@@ -60,11 +60,7 @@ def _upload(folder: RunFolder) -> tuple[int, int, str]:
 
 
 def _within(most_s: float, folder: RunFolder) -> tuple[int, int, str]:
-    """`_upload`, for at most so long; wandb itself would wait for a server for days.
-
-    Raises:
-        UserError: Where it takes longer, or fails.
-    """
+    """`_upload`, for at most so long; wandb itself would wait for a server for days."""
     outcome: list[tuple[int, int, str] | Exception] = []
 
     def work() -> None:
