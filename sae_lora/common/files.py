@@ -16,12 +16,8 @@ from sae_lora.common.errors import UserError
 def check_writable(folder: Path, asked_by: str) -> None:
     """Make the folder and write into it, to know before anything else that there is room.
 
-    Args:
-        folder: The folder.
-        asked_by: The field or option that names it, for the message.
-
     Raises:
-        UserError: Where that cannot be done.
+        UserError: Where that cannot be done; names `asked_by`, the option for the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +55,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str, *, lasting: bool = True) -> None:
-    """Write the file whole or not at all.
-
-    Args:
-        path: The file.
-        text: All of it.
-        lasting: Whether it must be there also when the machine stops a moment later.
-    """
+    """Write the file whole or not at all; if `lasting`, also where the machine stops a moment later."""
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:

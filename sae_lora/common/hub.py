@@ -23,12 +23,7 @@ _BROKEN = "the hub cannot be reached, or the connection broke; check the network
 
 @contextmanager
 def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None]:
-    """Turn what loading from the hub can raise into a `UserError` that names the config field.
-
-    Args:
-        field: The config key that named the repository.
-        name: The repository.
-        cannot: What was tried, for the message.
+    """Turn what loading from the hub can raise into `<field> = <name> cannot <cannot>: <reason>`.
 
     Raises:
         UserError: In place of the libraries' own errors; the original is its cause.

@@ -21,12 +21,7 @@ def ticks(values: Sequence[float], most: int) -> dict[str, Any]:
 
 
 def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
-    """A logarithmic axis around these values, with whole numbers at its ticks: 1, 2, 5, 10 …
-
-    Args:
-        values: Above zero.
-        tickformat: In plotly's notation.
-    """
+    """A logarithmic axis around values above zero, with whole numbers at its ticks: 1, 2, 5, 10 …"""
     low, high = 0.9 * min(values), 1.1 * max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
@@ -55,10 +50,7 @@ def finished(figure: go.Figure) -> go.Figure:
 
 
 def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
-    """Write figures as pictures, in the size of their layout. It takes a browser, as kaleido wants it.
-
-    Args:
-        wanted: Figures, and files whose names end in .svg or .png.
+    """Write figures to .svg or .png files, in the size of their layout; kaleido needs a browser for it.
 
     Returns:
         Messages about pictures that cannot be made here; none where all are there.

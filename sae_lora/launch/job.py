@@ -230,12 +230,7 @@ def _has_ended(child: int) -> bool:
 
 
 def how_it_ended(code: int, output: str = "") -> str:
-    """The end of a process that wrote no failure itself, in words.
-
-    Args:
-        code: The exit code; negative where a signal ended it.
-        output: The end of its output.
-    """
+    """The end of a process that wrote no failure itself, in words; `output` is its last output."""
     lines = output.strip().splitlines()
     last_line = lines[-1] if lines else ""
     if code == EXIT_NOT_TOGETHER:

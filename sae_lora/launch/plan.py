@@ -120,11 +120,7 @@ _MOST_NAMED = 3
 
 
 class _Planner:
-    """The plan as it grows, point by point.
-
-    Args:
-        strict: Whether a point without an SAE is an error; otherwise it is left out.
-    """
+    """The plan as it grows. A point without an SAE is left out, or an error if `strict`."""
 
     def __init__(self, *, strict: bool) -> None:
         self.runs: dict[Path, Run] = {}

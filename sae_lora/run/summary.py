@@ -18,12 +18,9 @@ def summarise(
     contributions: Mapping[str, Contribution],
     **others: Any,
 ) -> Summary:
-    """The summary of a run.
+    """The summary of a run from its curve and its SAEs' descriptions.
 
     Args:
-        config: The run's config.
-        points: All points of its curve.
-        saes: Descriptions of its SAEs.
         contributions: The contribution of each of several SAEs, by hookpoint.
         others: The fields of the summary that do not follow from these.
     """

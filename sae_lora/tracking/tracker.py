@@ -29,12 +29,9 @@ _PLACE_TIMEOUT_S = 10
 
 
 class Tracker:
-    """A run's curve in W&B while it trains. Whatever goes wrong with W&B, the run goes on.
+    """A run's curve in W&B while it trains, or nothing with `tracking.mode=disabled`.
 
-    Args:
-        config: The run's config; with `tracking.mode=disabled` nothing is shown.
-        folder: Its folder.
-        environment: Versions and machine.
+    Whatever goes wrong with W&B, the run goes on.
     """
 
     def __init__(self, config: Config, folder: RunFolder, environment: dict[str, Any]) -> None:

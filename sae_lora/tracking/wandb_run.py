@@ -108,8 +108,7 @@ class WandbRun:
 def obstacle(*, probe: bool) -> str | None:
     """The reason why no run can be online, in words; `None` where there is none.
 
-    Args:
-        probe: Whether to check that the server answers, for at most a few seconds.
+    With `probe` it asks whether the server answers, for at most a few seconds.
     """
     settings = _library().setup().settings
     if not is_logged_in(settings):
