@@ -43,11 +43,7 @@ class _Part:
     @property
     def unsettled(self) -> list[RunFolder]:
         """Runs that have neither finished nor failed; a deleted folder is left alone."""
-        return [
-            folder
-            for folder in self.folders
-            if folder.path.exists() and not folder.is_finished and not folder.has_failed
-        ]
+        return [folder for folder in self.folders if folder.path.exists() and folder.is_unsettled]
 
 
 class Job:

@@ -56,6 +56,11 @@ class RunFolder:
         """True where the last attempt ended with an error."""
         return self.failure.exists() and not self.is_finished
 
+    @property
+    def is_unsettled(self) -> bool:
+        """True until it has finished or failed."""
+        return not self.is_finished and not self.has_failed
+
     def write_config(self, text: str) -> None:
         """Write the resolved config of the next attempt.
 

@@ -247,9 +247,7 @@ def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: Proc
         complain("ended", str(error))
         return EXIT_NOT_TOGETHER
     except Exception as error:
-        unsettled = [
-            run.folder for run in runs if not run.folder.is_finished and not run.folder.has_failed
-        ]
+        unsettled = [run.folder for run in runs if run.folder.is_unsettled]
         if len(unsettled) > 1 and not isinstance(error, UserError):
             sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             return EXIT_NOT_TOGETHER

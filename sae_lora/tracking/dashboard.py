@@ -72,51 +72,44 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
             groupby_rangefunc="minmax",
         )
 
+    def section(name: str, *contents: Any) -> Any:
+        return workspaces.Section(name=name, is_open=True, panels=list(contents))
+
     closed = panels.SummaryMetric(_CLOSED)
-    columns = {factor.tag: panels.Config(factor.keys[0]) for factor in _SHOWN} | {"gap closed": closed}
+    keys = {factor.tag: panels.Config(factor.keys[0]) for factor in _SHOWN}
+    scatters = [
+        panels.ScatterPlot(
+            title=f"gap closed against {factor.tag}",
+            x=keys[factor.tag],
+            y=closed,
+            log_x=factor.is_logarithmic,
+        )
+        for factor in _SHOWN
+    ]
+    columns = [
+        ParallelCoordinatesPlotColumn(metric, display_name=name)
+        for name, metric in (keys | {"gap closed": closed}).items()
+    ]
     return workspaces.Workspace(
         entity=entity or "",
         project=project,
         name=f"sae_lora {configs[0].sweep}",
         sections=[
-            workspaces.Section(
-                name="CE gap by rank",
-                is_open=True,
-                panels=[
-                    curves("CE gap over tokens, by rank", "ce_gap", "tokens"),
-                    curves("CE gap over seconds of training, by rank", "ce_gap", "train_seconds"),
-                    curves("KL over tokens, by rank", "kl", "tokens"),
-                ],
+            section(
+                "CE gap by rank",
+                curves("CE gap over tokens, by rank", "ce_gap", "tokens"),
+                curves("CE gap over seconds of training, by rank", "ce_gap", "train_seconds"),
+                curves("KL over tokens, by rank", "kl", "tokens"),
             ),
-            workspaces.Section(
-                name="What closes the gap",
-                is_open=True,
-                panels=[
-                    *(
-                        panels.ScatterPlot(
-                            title=f"gap closed against {factor.tag}",
-                            x=panels.Config(factor.keys[0]),
-                            y=closed,
-                            log_x=factor.is_logarithmic,
-                        )
-                        for factor in _SHOWN
-                    ),
-                    panels.ParallelCoordinatesPlot(
-                        title="all of it at once",
-                        columns=[
-                            ParallelCoordinatesPlotColumn(metric, display_name=name)
-                            for name, metric in columns.items()
-                        ],
-                    ),
-                ],
+            section(
+                "What closes the gap",
+                *scatters,
+                panels.ParallelCoordinatesPlot(title="all of it at once", columns=columns),
             ),
-            workspaces.Section(
-                name="The best runs",
-                is_open=True,
-                panels=[
-                    panels.BarPlot(title="gap closed", metrics=[closed], max_bars_to_show=20),
-                    panels.RunComparer(diff_only="split"),
-                ],
+            section(
+                "The best runs",
+                panels.BarPlot(title="gap closed", metrics=[closed], max_bars_to_show=20),
+                panels.RunComparer(diff_only="split"),
             ),
         ],
         # The table of runs beside the panels, the best on top.

@@ -45,13 +45,11 @@ def upload(folders: Sequence[RunFolder]) -> Table:
 def _upload(folder: RunFolder) -> tuple[int, int, str]:
     """Upload a run; return the rows that the server had, the new ones, and the run's address."""
     config = load(folder.config.read_text())
-    goes_on = not folder.is_finished and not folder.has_failed
-    # Points of a run that goes on are final once its checkpoint holds them.
-    points = (
-        checkpoint.points(folder.checkpoints, identity(config)) if goes_on else len(folder.read_curve())
-    )
-    if goes_on and not points:
-        return 0, 0, "nothing to show yet"
+    goes_on, points = folder.is_unsettled, len(folder.read_curve())
+    if goes_on:  # points are final once its checkpoint holds them
+        points = checkpoint.points(folder.checkpoints, identity(config))
+        if not points:
+            return 0, 0, "nothing to show yet"
     summary = folder.read_summary() if folder.is_finished else None
     run = WandbRun(WandbView(folder, config, summary and summary["environment"]), online=True)
     rows = run.show(points)
