@@ -1,11 +1,10 @@
 """One run among those that train together: its folder, its training, its outcome."""
 
 import copy
-import math
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import set_seed
@@ -14,12 +13,13 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
 from sae_lora.common.locks import LostError
-from sae_lora.config.identity import ADAPTING, identity, readable_name, train_steps
-from sae_lora.config.schema import Config, LoRAConfig
+from sae_lora.config.identity import identity, readable_name, train_steps
+from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
+from sae_lora.run.summary import summarise
 from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
 from sae_lora.tracking.tracker import Tracker
 from sae_lora.train import checkpoint, methods
@@ -165,27 +165,11 @@ class ActiveRun:
         self._check()
         with new_folder(self.folder.path / self._artifact.name) as beside:
             self._artifact.save(beside)
-        points = self.folder.read_curve()
-        first, last = points[0], points[-1]
-        closed = [point.gap_closed for point in points if point.gap_closed is not None]
-        both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
-        saes = []
-        for sae in self._saes:
-            hookpoint = sae.description["hookpoint"]
-            contribution = contributions[hookpoint]._asdict() if hookpoint in contributions else {}
-            saes.append(sae.description | last.per_sae[hookpoint] | contribution)
-        config = self.config
-        summary = Summary(
-            **{name: getattr(last, name) for name in both},
-            initial_gap=last.spliced_ce - last.base_ce,
-            initial_kl=first.kl,
-            best_gap_closed=max(closed, default=None),
-            train_tokens=last.tokens,
-            train_steps=last.step,
-            sae=saes,
-            lora=_describe_lora(config.lora) if config.method.kind in ADAPTING else {},
-            method={"kind": config.method.kind.name, "rank": config.method.rank, "init": config.init},
-            seed=config.train.seed,
+        summary = summarise(
+            self.config,
+            self.folder.read_curve(),
+            [sae.description for sae in self._saes],
+            contributions,
             name=self.name,
             hash=self._hash,
             trainable_parameters=self.trainable,
@@ -219,19 +203,6 @@ class ActiveRun:
             self._tracker.show(None)
         summary = self.outcome if isinstance(self.outcome, Summary) else None
         self._tracker.finish(summary, goes_on=goes_on)
-
-
-def _describe_lora(config: LoRAConfig) -> dict[str, Any]:
-    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilised else config.rank)
-    return {
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "scale": scale,
-        "init": config.init.name,
-        "dropout": config.dropout,
-        "targets": config.targets,
-        "blocks": config.blocks,
-    }
 
 
 def write_failure(folder: RunFolder, error: Exception) -> None:
