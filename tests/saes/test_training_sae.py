@@ -35,7 +35,7 @@ from sae_lora.saes.sparse import SparseSAE
 from sae_lora.saes.training import training_sae
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL
-from tests.support.learners import CPU, HOOKPOINT, WIDTH, K, in_training, learner, request, residuals
+from tests.support.learners import HOOKPOINT, WIDTH, K, in_training, learner, new, residuals
 
 SCALE = 0.37
 SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
@@ -287,9 +287,8 @@ def test_penalties_are_those_of_sae_lens(architecture: str) -> None:
 
 
 def test_a_new_sae_is_as_sae_lens_has_it_by_default() -> None:
-    about = {"model_name": "small", "exclude_special_tokens": True}
     torch.manual_seed(1)
-    found = training_sae.new(request("matryoshka"), CPU, about)
+    found = new("matryoshka", exclude_special_tokens=True)
     torch.manual_seed(1)
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=D_MODEL, d_sae=WIDTH, k=K, matryoshka_widths=[8, 16, 32, 64]
@@ -309,12 +308,12 @@ def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
     architecture: str, name: str
 ) -> None:
     for asked, expected in ((None, 1.0), (0.2, 0.2)):
-        sae = training_sae.new(request(architecture, sparsity_coefficient=asked), CPU, {})
+        sae = new(architecture, sparsity_coefficient=asked)
         assert training_sae.coefficients(sae) == {name: expected}
 
 
 def test_what_sae_lens_calls_them() -> None:
-    kinds = {one: type(training_sae.new(request(one), CPU, {})) for one in [*Architecture.__members__]}
+    kinds = {one: type(new(one)) for one in [*Architecture.__members__]}
     assert kinds["topk"] is TopKTrainingSAE
     assert kinds["standard"] is StandardTrainingSAE
     assert len(set(kinds.values())) == len([*Architecture.__members__])
@@ -327,4 +326,4 @@ def test_what_sae_lens_calls_them() -> None:
 )
 def test_a_k_that_cannot_be_is_refused(architecture: str, k: float | None) -> None:
     with pytest.raises(ConfigError, match=r"sae\.l0.*\n.*64"):
-        training_sae.new(request(architecture, k=k), CPU, {})
+        new(architecture, k=k)

@@ -25,6 +25,7 @@ class SteppedSAETrainer:
         steps: Number of steps in all.
         batch_tokens: Tokens per step, about: where special positions are left out they vary.
         lr: Adam's peak rate.
+        scale: The factor of residuals before the SAE reads them.
         warm_up_steps: Steps over which the rate rises.
         decay_steps: Steps over which it falls, the last ones.
         dead_window_steps: A latent that was not active for more steps than these is dead.
@@ -38,6 +39,7 @@ class SteppedSAETrainer:
         steps: int,
         batch_tokens: int,
         lr: float,
+        scale: float,
         warm_up_steps: int,
         decay_steps: int,
         dead_window_steps: int,
@@ -62,27 +64,19 @@ class SteppedSAETrainer:
             self.sae,
             data_provider=iter(()),
         )
+        self._trainer.activation_scaler.scaling_factor = scale
 
     @property
     def scale(self) -> float:
         """The factor of residuals before the SAE reads them."""
-        return self._trainer.activation_scaler.scaling_factor or 1.0
+        scale = self._trainer.activation_scaler.scaling_factor
+        assert scale is not None
+        return scale
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self._trainer.optimizer.param_groups[0]["lr"])
-
-    def begin(self, scale: float) -> None:
-        """Sets the scale, once, before the first step.
-
-        Raises:
-            RuntimeError: When called again or later.
-        """
-        scaler = self._trainer.activation_scaler
-        if scaler.scaling_factor is not None or self._trainer.n_training_steps:
-            raise RuntimeError("the scale of an SAE in training is settled once, before its first step")
-        scaler.scaling_factor = scale
 
     def step(self, activations: Tensor) -> Tensor:
         """Takes one step on residuals `[token, d_in]` and returns the MSE before it.
@@ -113,7 +107,7 @@ class SteppedSAETrainer:
         tensors |= {f"firing/{name}": getattr(trainer, name) for name in _FIRING}
         schedulers = trainer.coefficient_schedulers
         values = {name: getattr(trainer, name) for name in _COUNTERS} | {
-            "scale": trainer.activation_scaler.scaling_factor,
+            "scale": self.scale,
             "lr": self.lr,
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "coefficient_schedulers": {
