@@ -12,8 +12,10 @@ from scipy.cluster import hierarchy
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
+from sae_lora.config.schema import Config, LayerConfig
+from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.language_model import LanguageModel, outputs_of
-from sae_lora.saes import block_distances
+from sae_lora.saes import block_distances, layer_groups
 from sae_lora.saes.block_distances import angular_distances
 from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, linkage
 from sae_lora.splice.hooks import special_positions
@@ -316,8 +318,9 @@ def test_two_blocks_leave_one_group_and_one_block_none() -> None:
 
 @pytest.mark.parametrize(("n_groups", "nearest"), [(5, 4), (0, 1), (-3, 1)])
 def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: int) -> None:
+    config = Config(layer=LayerConfig(n_groups=n_groups))
     with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={nearest}\b") as refused:
-        group_blocks(BY_HAND, n_groups=n_groups)
+        layer_groups.groups(config, Dimensions(D_MODEL, len(BY_HAND), 96, None), {})
     assert (refused.value.field, refused.value.nearest) == ("layer.n_groups", nearest)
 
 
