@@ -196,6 +196,6 @@ def _check_same(saes: Sequence[LoadedSAE], folder: RunFolder) -> None:
     for sae, before in zip(saes, folder.read_summary()["sae"], strict=True):
         if sae.description["sha256"] != before["sha256"]:
             raise UserError(
-                f"{folder.path}: the SAE at {sae.hookpoint} has other weights than the one it was "
+                f"{folder.path}: the SAE at {before['hookpoint']} has other weights than the one it was "
                 f"trained around (SHA-256 {sae.description['sha256']}, then {before['sha256']})"
             )

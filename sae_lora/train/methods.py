@@ -231,12 +231,6 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
             spliced = SplicedSAE(sae, dead_after_steps(config))
             spliced.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
             shared[group[0]] = spliced
-        saes.append(
-            LoadedSAE(
-                hookpoint=str(Place.of(choice)),
-                sae=shared[group[0]],
-                description=describe(config.sae, choice, architecture, choice.width) | {"sha256": None},
-                excludes_special_tokens=keeps,
-            )
-        )
+        description = describe(config.sae, choice, architecture, choice.width)
+        saes.append(LoadedSAE(shared[group[0]], description, excludes_special_tokens=keeps))
     return saes
