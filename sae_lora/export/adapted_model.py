@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,10 @@ class Adapted:
         """
         self._check_plain()
         splices = self.splices if instead is None else instead
-        with ExitStack() as scope:
-            for model in (self._base, self._adapted):
-                scope.enter_context(self._in_every_pass(model, splices, observe))
+        with (
+            self._in_every_pass(self._base, splices, observe),
+            self._in_every_pass(self._adapted, splices, observe),
+        ):
             self._is_spliced = True
             try:
                 yield

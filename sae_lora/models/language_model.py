@@ -198,11 +198,10 @@ class LanguageModel:
         def take(name: str, value: Any) -> None:
             seen[name] = (value[0] if isinstance(value, tuple) else value).double()
 
-        def take_input(module: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            take("resid_pre", given[0] if given else named["hidden_states"])
-
-        module = self.blocks[block]
-        hooks.callback(module.register_forward_pre_hook(take_input, with_kwargs=True).remove)
+        handle = self.blocks[block].register_forward_pre_hook(
+            lambda _, given, named: take("resid_pre", given or named["hidden_states"]), with_kwargs=True
+        )
+        hooks.callback(handle.remove)
         for hook in (Hook.attn_out, Hook.mlp_out, Hook.resid_post):
             part = self.module_at(str(Place(block, hook)))
             handle = part.register_forward_hook(lambda *given, name=hook.name: take(name, given[2]))

@@ -97,11 +97,9 @@ class ActivationBuffer:
         """Replaces the fill that is held."""
         self._fill, self._count = None, 0
         draws = {group: self._random(fill, *group) for group in set(self._groups.values())}
-        for number in range(self.batches_per_fill):
+        for _ in range(self.batches_per_fill):
             tokens = next(batches).to(self._model.device)
-            if number == 0 and tokens.shape != self._shape:
-                self._held.clear()
-                self._shape = tokens.shape
+            self._shape = self._shape or tokens.shape
             if tokens.shape != self._shape:
                 raise ValueError(f"a batch of {[*tokens.shape]} in a fill of {[*self._shape]} each")
             self._append(tokens, draws)
