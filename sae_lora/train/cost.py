@@ -188,7 +188,7 @@ def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
     for run in runs:
         trunk |= {
             # With the SAEs inside the block.
-            (block, tuple(sae for sae in run.frozen if sae.place < Place(block)))
+            (block, tuple(sae for sae in run.frozen if sae.place.begins <= block))
             for block in range(run.first)
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
