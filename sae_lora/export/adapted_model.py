@@ -1,7 +1,7 @@
 """The result of a finished run: its model with the trained adapters, and its SAEs to splice in."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -122,21 +122,19 @@ class Adapted:
         """
         self._check_plain()
         splices = self.splices if instead is None else instead
-        with (
-            self._in_every_pass(self._base, splices, observe),
-            self._in_every_pass(self._adapted, splices, observe),
-        ):
-            self._is_spliced = True
-            try:
-                yield
-            finally:
-                self._is_spliced = False
+        self._is_spliced = True
+        for model in (self._base, self._adapted):
+            model.model.forward = self._with_saes(model, splices, observe)
+        try:
+            yield
+        finally:
+            del self.base.forward, self.model.forward
+            self._is_spliced = False
 
-    @contextmanager
-    def _in_every_pass(
+    def _with_saes(
         self, model: LanguageModel, splices: Splices, observe: Observer | None
-    ) -> Iterator[None]:
-        """Put SAEs into each forward pass by itself, as `generate` makes passes with other tokens."""
+    ) -> Callable[..., Any]:
+        """A forward pass that puts the SAEs in for itself: `generate` makes passes with other tokens."""
         forward = model.model.forward
         saes = {splice.hookpoint: splice.sae for splice in splices}
 
@@ -150,11 +148,7 @@ class Adapted:
             with spliced(model, saes, keep, observe):
                 return forward(input_ids, *arguments, **keywords)
 
-        model.model.forward = with_saes
-        try:
-            yield
-        finally:
-            del model.model.forward
+        return with_saes
 
     def _check_plain(self) -> None:
         if self._is_spliced:

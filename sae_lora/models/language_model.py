@@ -55,11 +55,8 @@ class LanguageModel:
     ) -> Tensor:
         """The residual stream that a block reads, `[batch, pos, d_model]`.
 
-        Args:
-            block: The block; one more than the last for the output of the last.
-            tokens: `[batch, pos]`.
-            first: The block to begin with, before `block`.
-            resid: As for `hidden`.
+        For the output of the last block, `block` is one more. `first` comes before `block`; it and the
+        other arguments are as for `hidden`.
         """
         with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
             self._backbone(input_ids=tokens, use_cache=False)

@@ -48,12 +48,7 @@ class LayerGroups:
 def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> LayerGroups | None:
     """The groups that `layer` asks for; `None` where it asks for none, or `init` gives the SAEs.
 
-    The model is loaded where its distances are not known yet.
-
-    Args:
-        config: The config of a point.
-        model: The dimensions of its model.
-        known: Distances that were read or measured before; new ones are added.
+    The model is loaded where its distances are not in `known`, to which they are then added.
 
     Raises:
         ConfigError: For more groups than there are blocks without the last.
@@ -152,8 +147,7 @@ def group_blocks(
 def linkage(distances: ArrayLike) -> np.ndarray:
     """The tree of the blocks without the last, by complete linkage, `[n - 1, 4]`, as scipy lays it out.
 
-    Args:
-        distances: `[block, block]`, with the last block.
+    The distances, `[block, block]`, are those of all blocks.
     """
     from scipy.cluster import hierarchy  # takes a while, which most plans need not
     from scipy.spatial.distance import squareform

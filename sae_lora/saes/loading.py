@@ -34,11 +34,9 @@ class IdentitySAE(nn.Module):
     """An SAE that returns its input exactly: the splice with no gap, for checks and controls."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """The residual itself, `[..., d_model]`."""
         return x
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The residual itself, `[..., d_model]`."""
         return feature_acts
 
 

@@ -59,11 +59,9 @@ class AdaptedCoder(nn.Module):
         self.adapter = adapter
 
     def encode(self, x: Tensor) -> Tensor:
-        """The SAE's latents `[..., d_sae]` of residuals `[..., d_model]`."""
         return self.sae.encode(x)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The adapted reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
         return self.adapter(self.sae.decode(feature_acts))
 
 

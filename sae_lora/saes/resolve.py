@@ -33,10 +33,7 @@ class Resolution(NamedTuple):
 def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | None = None) -> Resolution:
     """The existing SAEs that are nearest to what the config asks for, or new ones.
 
-    Args:
-        config: The config of a run.
-        model: The dimensions of its model.
-        groups: The groups of blocks that share a new SAE, where `layer` asks for groups.
+    Where `layer` asks for groups, `groups` are the blocks that share a new SAE.
 
     Raises:
         NoSuchCellError: Where no SAE exists for that block and width, or with `launcher.strict` for that
@@ -91,10 +88,7 @@ def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:
 def _wanted(config: Config, blocks: Collection[int]) -> list[int]:
     """The blocks that `layer` asks for, in its own terms.
 
-    Args:
-        config: The config of a run.
-        blocks: Blocks that have such SAEs, for `layer.every`: it takes every n-th block, from the first
-            to the last of them.
+    `layer.every` takes every n-th block, from the first to the last of `blocks`, which have such SAEs.
 
     Raises:
         NoSuchCellError: Where `layer.every` meets a block that has no such SAE.

@@ -24,8 +24,7 @@ class ActivationBuffer:
 
     A fill holds the activations of `batches_per_fill` batches. It is served in as many parts of the same
     size, one per step; the remainder of the division is dropped. The part of step n depends only on the
-    seed, n, and the text from batch `first_batch_of(n)` on. So a run that stopped in the middle of a
-    fill makes the fill again and goes on with the same parts.
+    seed, n, and the text from batch `first_batch_of(n)` on: a run that resumes makes its fill again.
 
     The memory is one fill in the model's precision, once for all names with the same hookpoints, and
     beside it one batch and one part.
@@ -131,9 +130,7 @@ class ActivationBuffer:
     def _keeping(self, rows: Tensor, taken: Sequence[tuple[_Group, Tensor]]) -> Any:
         """A forward hook that puts activations of one batch into the fill.
 
-        Args:
-            rows: The batch's tokens that are read, `[row]`.
-            taken: By group, the indices of its tokens in `rows`.
+        The batch's tokens that are read are `rows`; each group takes those at its indices in `rows`.
         """
 
         def hook(module: object, arguments: object, output: Any) -> None:
@@ -161,11 +158,7 @@ def activations(
 ) -> Iterator[dict[str, Tensor]]:
     """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
 
-    Args:
-        model: The language model.
-        hookpoints: Where to read.
-        batches: The tokens.
-        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
+    Positions of the special ids `[n]` are left out.
     """
     controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
     for tokens in batches:

@@ -64,14 +64,7 @@ class SteppedSAETrainer:
             self.sae,
             data_provider=iter(()),
         )
-        self._trainer.activation_scaler.scaling_factor = scale
-
-    @property
-    def scale(self) -> float:
-        """The factor of residuals before the SAE reads them."""
-        scale = self._trainer.activation_scaler.scaling_factor
-        assert scale is not None
-        return scale
+        self.scale = self._trainer.activation_scaler.scaling_factor = scale
 
     @property
     def lr(self) -> float:
@@ -128,7 +121,7 @@ class SteppedSAETrainer:
             setattr(trainer, name, tensors[f"firing/{name}"].to(self.sae.device, copy=True))
         for name in _COUNTERS:
             setattr(trainer, name, values[name])
-        trainer.activation_scaler.scaling_factor = values["scale"]
+        self.scale = trainer.activation_scaler.scaling_factor = values["scale"]
 
     def _restore_optimizer(self, tensors: Mapping[str, Tensor], lr: float) -> None:
         optimizer = self._trainer.optimizer

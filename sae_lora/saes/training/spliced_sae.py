@@ -49,7 +49,6 @@ class SplicedSAE(nn.Module):
         self.train()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
         if not self.training:
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
@@ -87,10 +86,7 @@ class SplicedSAE(nn.Module):
         self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:
-        """Sets `scale` to bring the mean norm of residuals to √d_model, as sae-lens does.
-
-        Args:
-            resid: Some of the residuals that it will read, `[token, d_model]`.
+        """Set `scale`, by which residuals `[token, d_model]` get the mean norm √d_model.
 
         Raises:
             UserError: Where there are none, or all are zero, or not finite.

@@ -185,11 +185,8 @@ def coefficients(sae: TrainingSAE[Any]) -> dict[str, float]:
 def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
     """A frozen copy of the SAE, as sae-lens would load it once saved.
 
-    Draws nothing from torch's random state.
-
-    Args:
-        sae: The SAE in training.
-        scale: The factor of its inputs. The copy reads them as they are.
+    Draws nothing from torch's random state. In training, the SAE's inputs are multiplied by the scale;
+    the copy reads them as they are.
 
     Raises:
         UserError: For a scale other than 1 with an SAE that normalises what it reads.
