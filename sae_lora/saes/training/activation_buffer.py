@@ -1,9 +1,6 @@
 """Activations for SAEs in training: streamed, shuffled, the same again for a run that resumes."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +8,8 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
-from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.hooks import Reading, special_positions, spliced
+from sae_lora.models.language_model import LanguageModel, observed
+from sae_lora.splice.hooks import special_positions
 
 _Group = tuple[str, ...]
 """Hookpoints of which each token takes one."""
@@ -115,34 +111,25 @@ class ActivationBuffer:
         rows = torch.arange(tokens.numel(), device=tokens.device)
         if self._special_ids is not None:
             rows = rows[~special_positions(tokens, self._special_ids).flatten()]
-        taken: dict[str, list[tuple[_Group, Tensor]]] = defaultdict(list)
+        taken: dict[tuple[_Group, str], Tensor] = {}
         for group, draw in draws.items():
             choices = torch.from_numpy(draw.integers(len(group), size=len(rows))).to(tokens.device)
             for choice, hookpoint in enumerate(group):
-                taken[hookpoint].append((group, (choices == choice).nonzero()[:, 0]))
-        with ExitStack() as hooks:
-            for hookpoint, module in self._modules.items():
-                hook = self._keeping(rows, taken[hookpoint])
-                hooks.callback(module.register_forward_hook(hook).remove)
+                taken[group, hookpoint] = (choices == choice).nonzero()[:, 0]
+
+        def take(hookpoint: str, resid: Tensor) -> None:
+            resid = resid.flatten(0, 1)
+            for group in draws:
+                if hookpoint in group:
+                    if group not in self._held:
+                        capacity = self._shape.numel() * self.batches_per_fill
+                        self._held[group] = resid.new_empty(capacity, resid.shape[-1])
+                    which = taken[group, hookpoint]
+                    self._held[group][self._count + which] = resid[rows[which]]
+
+        with observed(self._modules, take):
             self._model.resid_entering(self._end, tokens)
         self._count += len(rows)
-
-    def _keeping(self, rows: Tensor, taken: Sequence[tuple[_Group, Tensor]]) -> Any:
-        """A forward hook that puts activations of one batch into the fill.
-
-        The batch's tokens that are read are `rows`; each group takes those at its indices in `rows`.
-        """
-
-        def hook(module: object, arguments: object, output: Any) -> None:
-            resid: Tensor = output[0] if isinstance(output, tuple) else output
-            resid = resid.flatten(0, 1)
-            for group, which in taken:
-                if group not in self._held:
-                    capacity = self._shape.numel() * self.batches_per_fill
-                    self._held[group] = resid.new_empty(capacity, resid.shape[-1])
-                self._held[group][self._count + which] = resid[rows[which]]
-
-        return hook
 
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
         """The random numbers of one fill, for one purpose."""
@@ -160,11 +147,13 @@ def activations(
 
     Positions of the special ids `[n]` are left out.
     """
-    controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
+    modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
     for tokens in batches:
-        readings: list[Reading] = []
         tokens = tokens.to(model.device)
-        left_out = None if special_ids is None else special_positions(tokens, special_ids)
-        with spliced(model, controls, left_out, observe=readings.append):
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+        if special_ids is not None:
+            counted = ~special_positions(tokens, special_ids)
+        seen: dict[str, Tensor] = {}
+        with observed(modules, seen.__setitem__):
             model.hidden(tokens)
-        yield {reading.hookpoint: reading.resid for reading in readings}
+        yield {hookpoint: resid[counted] for hookpoint, resid in seen.items()}
