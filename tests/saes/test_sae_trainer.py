@@ -20,7 +20,17 @@ from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from tests.support.families import D_MODEL, random_tokens, small_model
-from tests.support.learners import HOOKPOINT, TOKENS, WIDTH, K, in_training, learner, new, residuals
+from tests.support.learners import (
+    HOOKPOINT,
+    TOKENS,
+    WIDTH,
+    K,
+    in_training,
+    learner,
+    new,
+    residuals,
+    trainer,
+)
 
 STEPS, SCALE = 24, 0.37
 
@@ -190,7 +200,7 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
 
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 0), (0, 10), (4, 6)])
 def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
-    one = scheduled(warm_up, decay)
+    one = trainer(new("topk"), steps=10, warm_up_steps=warm_up, decay_steps=decay)
     rates = []
     for step in range(10):
         rates.append(one.lr)
@@ -198,20 +208,6 @@ def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
     assert max(rates) == pytest.approx(1e-2)
     assert rates[0] == pytest.approx(1e-2 / max(warm_up, 1))
     assert rates[-1] == pytest.approx(1e-2 / max(decay, 1))
-
-
-def scheduled(warm_up_steps: int, decay_steps: int) -> SteppedSAETrainer:
-    return SteppedSAETrainer(
-        new("topk"),
-        steps=10,
-        batch_tokens=TOKENS,
-        lr=1e-2,
-        scale=1.0,
-        warm_up_steps=warm_up_steps,
-        decay_steps=decay_steps,
-        dead_window_steps=5,
-        sampling_window_steps=5,
-    )
 
 
 def test_the_scale_is_sae_lenss() -> None:
@@ -252,17 +248,7 @@ def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
 
 def test_a_trained_sae_goes_on_to_learn() -> None:
     original = training_sae.inference(in_training("batchtopk"), SCALE)
-    one = SteppedSAETrainer(
-        training_sae.trainable(original),
-        steps=STEPS,
-        batch_tokens=TOKENS,
-        lr=1e-2,
-        scale=1.0,
-        warm_up_steps=0,
-        decay_steps=STEPS,
-        dead_window_steps=5,
-        sampling_window_steps=5,
-    )
+    one = trainer(training_sae.trainable(original), steps=STEPS, decay_steps=STEPS)
     resid = residuals(60, 500)
 
     def mse(sae: SAE[Any]) -> float:
@@ -280,7 +266,7 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     first_served = buffer.serve(0, batches)["sae"]
     torch.manual_seed(0)
-    one = SteppedSAETrainer(
+    one = trainer(
         new(architecture, sparsity_coefficient=0.02),
         steps=steps,
         batch_tokens=96,

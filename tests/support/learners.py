@@ -60,14 +60,26 @@ def learner(
     sae = new(architecture, **changes)
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "gated" else "b_enc")[:6] = -50
-    return SteppedSAETrainer(
+    return trainer(
         sae,
         steps=steps,
-        batch_tokens=TOKENS,
-        lr=1e-2,
         scale=scale,
         warm_up_steps=steps // 4,
         decay_steps=steps // 3,
         dead_window_steps=2,
         sampling_window_steps=7,
     )
+
+
+def trainer(sae: TrainingSAE[Any], **changes: Any) -> SteppedSAETrainer:
+    """A trainer of this SAE, whose rate stays the same unless changed."""
+    values: dict[str, Any] = {
+        "batch_tokens": TOKENS,
+        "lr": 1e-2,
+        "scale": 1.0,
+        "warm_up_steps": 0,
+        "decay_steps": 0,
+        "dead_window_steps": 5,
+        "sampling_window_steps": 5,
+    }
+    return SteppedSAETrainer(sae, **values | changes)
