@@ -71,13 +71,8 @@ class LanguageModel:
         The others keep their places, because the backbone looks things up by index (Gemma's masks), and
         pass on their input; the one before `first` passes on `resid`.
         """
-        if first == 0 and end == len(self.blocks):
-            yield
-            return
-        passing: list[nn.Module] = [_Passing() for _ in range(first)]
-        if first > 0:
-            passing[-1] = _Passing(resid)
-        blocks = [*passing, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
+        before = [_Passing(resid if block == first - 1 else None) for block in range(first)]
+        blocks = [*before, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
         holder, name = self._blocks_at
         holder._modules[name] = nn.ModuleList(blocks)
         try:

@@ -21,7 +21,7 @@ _NUMBERS_AT_ONCE = 2**23
 def angular_distances(
     model: LanguageModel,
     batches: Iterable[Tensor],
-    special_ids: Tensor | None = None,
+    special_ids: Tensor,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """The angles between the residual streams after any two blocks, `[block, block]`, float64, on CPU.
@@ -47,9 +47,7 @@ def angular_distances(
             tokens = tokens.to(model.device)
             streams.clear()
             model.hidden(tokens)
-            counted = torch.ones_like(tokens, dtype=torch.bool)
-            if special_ids is not None:
-                counted = ~special_positions(tokens, special_ids.to(model.device))
+            counted = ~special_positions(tokens, special_ids.to(model.device))
             for angles in _angles(streams, counted.flatten().nonzero()[:, 0]):
                 sums += angles.sum(0)
             count += int(counted.sum())
