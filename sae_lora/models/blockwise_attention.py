@@ -129,7 +129,7 @@ class _Blocks:
         self.precise = torch.promote_types(query.dtype, torch.float32)
         """The dtype of scores and sums."""
         self.are_bounded = softcap is not None and softcap <= LARGEST_EXPONENT
-        """Whether the exponential of every score is finite."""
+        """True where the exponential of every score is finite."""
 
     def __iter__(self) -> Iterator[tuple[slice, int]]:
         """The queries of each block, and the number of positions that they see."""

@@ -61,7 +61,7 @@ class Place:
 
     @property
     def is_inside(self) -> bool:
-        """Whether it lies inside its block, rather than behind it."""
+        """True inside its block, false behind it."""
         return self.hook is not Hook.resid_post
 
     @property

@@ -73,7 +73,7 @@ def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float
 
 
 def check_as_planned(adapters: Adapters) -> None:
-    """Refuses trained weights that have changed since the run was planned."""
+    """Refuse trained weights that have changed since the run was planned."""
     if _weights(Path(adapters.path)).sha256 != adapters.sha256:
         raise UserError(f"init: {adapters.path} holds other weights than when this run was planned")
 

@@ -108,7 +108,7 @@ def describe(
 
 
 def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
-    """Downloads an SAE of the registry, to load it without a network; returns its repository's commit.
+    """Download an SAE of the registry, to load it without a network; return its repository's commit.
 
     Raises:
         ConfigError: Where it was made for another place.
@@ -123,7 +123,7 @@ def _commit(choice: SAEChoice) -> str | None:
 
 
 def _check_as_planned(choice: SAEChoice) -> None:
-    """Refuses an SAE that has been exchanged under its name since the run was planned."""
+    """Refuse an SAE that has been exchanged under its name since the run was planned."""
     if choice.commit is not None and _commit(choice) != choice.commit:
         raise UserError(
             f"sae.release = {choice.release!r}: the cache holds another commit of it than when this run "

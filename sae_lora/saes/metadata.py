@@ -125,7 +125,7 @@ def settled(trained: Place | None, index: int | None, hook: Hook | None, name: s
 
 
 def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
-    """Refuses an SAE of another width than the model's, which is the same at all places.
+    """Refuse an SAE of another width than the model's, which is the same at all places.
 
     Raises:
         ConfigError: Names both widths.

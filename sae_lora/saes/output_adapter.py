@@ -66,7 +66,7 @@ class AdaptedCoder(nn.Module):
 
 
 def save(adapter: OutputAdapter, folder: Path) -> None:
-    """Writes an adapter into a folder that exists."""
+    """Write an adapter into a folder that exists."""
     weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / _WEIGHTS)
     shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
@@ -74,7 +74,7 @@ def save(adapter: OutputAdapter, folder: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> OutputAdapter:
-    """Reads an adapter that `save` wrote, frozen.
+    """Read an adapter that `save` wrote, frozen.
 
     Raises:
         UserError: Where it is missing or damaged.

@@ -89,7 +89,7 @@ class ActivationBuffer:
 
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
-        """Replaces the fill that is held."""
+        """Replace the fill that is held."""
         self._fill, self._count = None, 0
         draws = {group: self._random(fill, *group) for group in set(self._groups.values())}
         for _ in range(self.batches_per_fill):
@@ -107,7 +107,7 @@ class ActivationBuffer:
         self._fill = fill
 
     def _append(self, tokens: Tensor, draws: Mapping[_Group, np.random.Generator]) -> None:
-        """Adds the activations of one batch."""
+        """Add the activations of one batch."""
         rows = torch.arange(tokens.numel(), device=tokens.device)
         if self._special_ids is not None:
             rows = rows[~special_positions(tokens, self._special_ids).flatten()]

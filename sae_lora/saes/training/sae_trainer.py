@@ -72,7 +72,7 @@ class SteppedSAETrainer:
         return float(self._trainer.optimizer.param_groups[0]["lr"])
 
     def step(self, activations: Tensor) -> Tensor:
-        """Takes one step on residuals `[token, d_in]` and returns the MSE before it.
+        """Take one step on residuals `[token, d_in]`; return the MSE before it.
 
         The MSE is of residuals times the scale: summed over d_in, mean over tokens. It is on the device,
         which is not waited for.
@@ -110,7 +110,7 @@ class SteppedSAETrainer:
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Puts the result of `state()` back, in this process or another."""
+        """Put the result of `state()` back, in this process or another."""
         trainer = self._trainer
         self.sae.load_state_dict({name: tensors[f"sae/{name}"] for name in self.sae.state_dict()})
         self._restore_optimizer(tensors, values["lr"])

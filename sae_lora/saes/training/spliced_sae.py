@@ -71,18 +71,18 @@ class SplicedSAE(nn.Module):
         return self._frozen[0]
 
     def save(self, folder: Path) -> None:
-        """Writes the SAE of now in sae-lens's format."""
+        """Write the SAE of now in sae-lens's format."""
         training_sae.save(self._plain(), folder, float(self.scale))
 
     def moved(self, active: Tensor) -> None:
-        """Counts a step in which these latents `[d_sae]` (true) were active."""
+        """Count a step in which these latents `[d_sae]` (true) were active."""
         self.step += 1
         self.since_active += 1
         self.since_active[active] = 0
         self.has_moved()
 
     def has_moved(self) -> None:
-        """Must be called when its weights have changed."""
+        """Drop the frozen copy; to be called when weights have changed."""
         self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:

@@ -206,7 +206,7 @@ def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
 
 
 def save(sae: TrainingSAE[Any], folder: Path, scale: float = 1.0) -> None:
-    """Writes what `inference` gives, in sae-lens's format, into a folder that need not exist."""
+    """Write the result of `inference` in sae-lens's format into a folder that need not exist."""
     inference(sae, scale).to("cpu", torch.float32).save_model(folder)
 
 
