@@ -36,12 +36,8 @@ class Adapted:
     place, adapters on. `logits` gives those without SAEs or adapters too. Inside a `with` block of
     `spliced`, the SAEs are in the transformers models for any use.
 
-    Args:
-        config: Config of the run.
-        tokenizer: Tokenizer of the model.
-        model: The plain model.
-        adapter: Folder of the trained adapters; `None` where something else was trained.
-        splices: The SAEs at their places.
+    It is made of the plain model and the folder of the trained adapters; `None` for the folder where
+    something else was trained.
 
     Raises:
         UserError: Where the adapters cannot be loaded.

@@ -78,10 +78,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
 def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
     """Write the model with adapters merged into its weights, and compare the written model.
 
-    Args:
-        model: The plain model in float32; changed in place.
-        adapter: Folder of the adapters.
-        to: An existing folder.
+    The plain model, in float32, is changed in place.
 
     Returns:
         The largest difference of a logit from the model with separate adapters, as a share of the

@@ -41,10 +41,9 @@ class LanguageModel:
         return self.model.device
 
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
-        """The states that the head reads, `[batch, pos, d_model]`.
+        """The states that the head reads, `[batch, pos, d_model]`, of tokens `[batch, pos]`.
 
         Args:
-            tokens: `[batch, pos]`.
             first: The block to begin with.
             resid: The residual stream that this block reads, `[batch, pos, d_model]`; `None` where
                 it is the first of all.

@@ -39,7 +39,7 @@ class LayerGroups:
     """AMAD of the tree of blocks cut into 1, 2, … groups."""
     distances: Distances
     evenly: bool
-    """True for neighbours in equal numbers, false for blocks that lie close."""
+    """True for neighbours, in groups as equal in size as possible: the baseline of distances."""
     sae_flops_saved: float
     """Share of the SAEs' own training FLOPs that is saved over one SAE for each block, where each SAE is
     as wide and sees as many tokens. The model's forward passes cost the same either way."""
@@ -68,7 +68,7 @@ def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> La
     distances = known[key]
     chosen, amads = group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
     if layer.evenly:
-        chosen = evenly_spaced(n_blocks, len(chosen))
+        chosen = [part.tolist() for part in np.array_split(np.arange(n_blocks), len(chosen))]
     return LayerGroups(
         groups=chosen,
         amad=amad(distances, chosen),
@@ -168,11 +168,6 @@ def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
     values = np.asarray(distances, dtype=float)
     widest = [float(values[np.ix_(group, group)].max()) for group in groups]
     return sum(widest) / len(widest)
-
-
-def evenly_spaced(n_blocks: int, n_groups: int) -> Groups:
-    """Groups of neighbouring blocks, as equal in size as possible: the baseline of distances."""
-    return [part.tolist() for part in np.array_split(np.arange(n_blocks), n_groups)]
 
 
 def _cuts(merges: np.ndarray, n: int) -> list[Groups]:

@@ -17,9 +17,10 @@ from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.saes import block_distances, layer_groups
 from sae_lora.saes.block_distances import angular_distances
-from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, linkage
+from sae_lora.saes.layer_groups import amad, group_blocks, linkage
 from sae_lora.splice.hooks import special_positions
 from tests.support import families
+from tests.support.composing import composed
 from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
 from tests.support.trainings import NO_IDS
 
@@ -325,14 +326,14 @@ def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: in
     assert (refused.value.field, refused.value.nearest) == ("layer.n_groups", nearest)
 
 
-def test_evenly_spaced_groups_hold_every_block_once() -> None:
-    assert evenly_spaced(7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
-    for n in range(1, 14):
-        for count in range(1, n + 1):
-            groups = evenly_spaced(n, count)
-            assert len(groups) == count
-            assert list(itertools.chain(*groups)) == list(range(n))
-            assert max(map(len, groups)) - min(map(len, groups)) <= 1
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_evenly_spaced_groups_are_neighbours(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_groups, "_distances", lambda config: random_distances(8, 0).tolist())
+    config = composed("method=sae", f"layer.n_groups={count}", "layer.evenly=true")
+    found = layer_groups.groups(config, Dimensions(D_MODEL, 8, 96, None), {})
+    assert found is not None and len(found.groups) == count
+    assert list(itertools.chain(*found.groups)) == list(range(7))
+    assert max(map(len, found.groups)) - min(map(len, found.groups)) <= 1
 
 
 def test_the_map_frames_what_lies_within_groups() -> None:
