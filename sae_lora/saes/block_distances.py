@@ -1,7 +1,4 @@
-"""Angular distances between the residual streams after a model's blocks.
-
-Source: Group-SAE, arXiv 2410.21508.
-"""
+"""Angular distances between the residual streams after a model's blocks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -38,7 +35,7 @@ def angular_distances(
     Raises:
         UserError: Where no token is left to measure.
 
-    Source: arXiv 2410.21508, angular distance: arccos(cosine) / π.
+    Source: Group-SAE, arXiv 2410.21508, angular distance: arccos(cosine) / π.
     """
     n_blocks, count = len(model.blocks), 0
     sums = torch.zeros(n_blocks, n_blocks, dtype=torch.float64, device=model.device)

@@ -129,8 +129,6 @@ def group_blocks(
 
     Raises:
         UserError: For a model of one block.
-
-    Source: arXiv 2410.21508.
     """
     n = len(np.asarray(distances)) - 1
     if n < 1:

@@ -31,6 +31,7 @@ from tests.support.learners import (
     residuals,
     trainer,
 )
+from tests.support.trainings import same
 
 STEPS, SCALE = 24, 0.37
 
@@ -63,8 +64,7 @@ def scale_for(resid: torch.Tensor) -> float:
 def is_same(one: SteppedSAETrainer, other: SteppedSAETrainer) -> bool:
     """Whether all of two trainings is the same, to the bit."""
     (ours, values), (theirs, others) = one.state(), other.state()
-    assert set(ours) == set(theirs)
-    return values == others and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return values == others and same(ours, theirs)
 
 
 def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder: Path) -> Any:
@@ -147,7 +147,7 @@ def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
     theirs.activation_scaler.scaling_factor = SCALE
     taken(ours, 0, STEPS)
     found, expected = inference(ours), training_sae.inference(theirs.fit())
-    assert all(torch.equal(found.state_dict()[name], one) for name, one in expected.state_dict().items())
+    assert same(found.state_dict(), expected.state_dict())
     found.cfg.metadata = expected.cfg.metadata
     assert found.cfg == expected.cfg
 
