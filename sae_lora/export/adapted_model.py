@@ -1,8 +1,8 @@
 """The result of a finished run: its model with the trained adapters, and its SAEs to splice in."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,8 @@ class Adapted:
     place, adapters on. `logits` gives those without SAEs or adapters too. Inside a `with` block of
     `spliced`, the SAEs are in the transformers models for any use.
 
-    Args:
-        config: Config of the run.
-        tokenizer: Tokenizer of the model.
-        model: The plain model.
-        adapter: Folder of the trained adapters; `None` where something else was trained.
-        splices: The SAEs at their places.
+    It is made of the plain model and the folder of the trained adapters; `None` for the folder where
+    something else was trained.
 
     Raises:
         UserError: Where the adapters cannot be loaded.
@@ -122,20 +118,19 @@ class Adapted:
         """
         self._check_plain()
         splices = self.splices if instead is None else instead
-        with ExitStack() as scope:
-            for model in (self._base, self._adapted):
-                scope.enter_context(self._in_every_pass(model, splices, observe))
-            self._is_spliced = True
-            try:
-                yield
-            finally:
-                self._is_spliced = False
+        self._is_spliced = True
+        for model in (self._base, self._adapted):
+            model.model.forward = self._with_saes(model, splices, observe)
+        try:
+            yield
+        finally:
+            del self.base.forward, self.model.forward
+            self._is_spliced = False
 
-    @contextmanager
-    def _in_every_pass(
+    def _with_saes(
         self, model: LanguageModel, splices: Splices, observe: Observer | None
-    ) -> Iterator[None]:
-        """Put SAEs into each forward pass by itself, as `generate` makes passes with other tokens."""
+    ) -> Callable[..., Any]:
+        """A forward pass that puts the SAEs in for itself: `generate` makes passes with other tokens."""
         forward = model.model.forward
         saes = {splice.hookpoint: splice.sae for splice in splices}
 
@@ -149,11 +144,7 @@ class Adapted:
             with spliced(model, saes, keep, observe):
                 return forward(input_ids, *arguments, **keywords)
 
-        model.model.forward = with_saes
-        try:
-            yield
-        finally:
-            del model.model.forward
+        return with_saes
 
     def _check_plain(self) -> None:
         if self._is_spliced:
@@ -196,6 +187,6 @@ def _check_same(saes: Sequence[LoadedSAE], folder: RunFolder) -> None:
     for sae, before in zip(saes, folder.read_summary()["sae"], strict=True):
         if sae.description["sha256"] != before["sha256"]:
             raise UserError(
-                f"{folder.path}: the SAE at {sae.hookpoint} has other weights than the one it was "
+                f"{folder.path}: the SAE at {before['hookpoint']} has other weights than the one it was "
                 f"trained around (SHA-256 {sae.description['sha256']}, then {before['sha256']})"
             )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from transformers import logging as transformers_logging
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, new_folder, write_atomically
@@ -48,7 +47,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")
     check_writable(to.parent, "--to")
-    transformers_logging.disable_progress_bar()
+    loading.silence_transformers()
     summary = _public_summary(folder.read_summary())
     base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
     values = _public_config(dataclasses.replace(config, model=base))
@@ -79,10 +78,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
 def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
     """Write the model with adapters merged into its weights, and compare the written model.
 
-    Args:
-        model: The plain model in float32; changed in place.
-        adapter: Folder of the adapters.
-        to: An existing folder.
+    The plain model, in float32, is changed in place.
 
     Returns:
         The largest difference of a logit from the model with separate adapters, as a share of the

@@ -23,7 +23,7 @@ from sae_lora.data.documents import files_matching
 from sae_lora.models.dimensions import Dimensions, read_dimensions
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.from_run import begun, check_goes_on
-from sae_lora.saes.layer_groups import Distances, LayerGroups, are_wanted, groups
+from sae_lora.saes.layer_groups import Distances, LayerGroups, groups
 from sae_lora.saes.resolve import Resolution, resolve
 
 
@@ -127,7 +127,7 @@ class _Planner:
         self.notes: list[str] = []
         self._strict = strict
         self._sizes: dict[tuple[str, str | None], Dimensions] = {}
-        self._distances = Distances()
+        self._distances: dict[str, Distances] = {}
         self._planned: list[tuple[Config, Path]] = []
         """Points, and the folders of their runs."""
 
@@ -151,8 +151,7 @@ class _Planner:
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
-            grouped = are_wanted(point) and not point.init
-            shared = groups(point, dimensions, self._distances) if grouped else None
+            shared = groups(point, dimensions, self._distances)
             resolution = (
                 Resolution(point.sae.used, [])
                 if point.sae.used

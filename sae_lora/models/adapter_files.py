@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
@@ -30,17 +29,11 @@ def load(model: LanguageModel, folder: Path) -> PeftModel:
     Raises:
         UserError: Where they are missing, damaged, or another model's.
     """
-    try:
-        with warnings.catch_warnings():
-            # peft only warns of weights that the file lacks.
-            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            adapters = PeftModel.from_pretrained(
-                model.model, str(folder), torch_device=str(model.device)
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-        raise UserError(f"the adapters in {folder} cannot be loaded: {error}") from error
-    return adapters.eval()
+    with _explained(folder), warnings.catch_warnings():
+        # peft only warns of weights that the file lacks.
+        warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return PeftModel.from_pretrained(model.model, str(folder), torch_device=str(model.device)).eval()
 
 
 def begin_with(adapters: PeftModel, folder: Path) -> None:
@@ -49,11 +42,9 @@ def begin_with(adapters: PeftModel, folder: Path) -> None:
     Raises:
         UserError: Where they are missing, damaged or of another shape.
     """
-    try:
+    with _explained(folder, "init: "):
         weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         result = set_peft_model_state_dict(adapters, weights)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"init: the adapters in {folder} cannot be loaded: {error}") from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise UserError(
@@ -72,7 +63,7 @@ def saved_inputs(folder: Path) -> list[tuple[str, int]]:
     Raises:
         UserError: Where the adapters are missing or damaged.
     """
-    with _opened(folder) as file:
+    with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
         keys: list[str] = file.keys()
         return sorted(
             (key.removeprefix(_BEFORE).removesuffix(_A), int(file.get_slice(key).get_shape()[1]))
@@ -87,17 +78,16 @@ def saved_a(folder: Path, name: str) -> Tensor:
     Raises:
         UserError: Where the adapters are missing or damaged.
     """
-    with _opened(folder) as file:
+    with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
         return file.get_tensor(f"{_BEFORE}{name}{_A}")
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
+def _explained(folder: Path, before: str = "") -> Iterator[None]:
     try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
+        raise UserError(f"{before}the adapters in {folder} cannot be loaded: {error}") from error
 
 
 def republish(folder: Path, to: Path, base_model: str | None, revision: str | None) -> None:
@@ -107,12 +97,10 @@ def republish(folder: Path, to: Path, base_model: str | None, revision: str | No
         UserError: Where they are missing or damaged.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    try:
+    with _explained(folder):
         load_file(weights)  # a file that is cut short is found here
         config = PeftConfig.from_pretrained(str(folder))
-        shutil.copyfile(weights, to / weights.name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read: {error}") from error
+    shutil.copyfile(weights, to / weights.name)
     config.base_model_name_or_path = base_model
     config.revision = revision
     config.save_pretrained(str(to))

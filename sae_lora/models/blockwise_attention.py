@@ -22,12 +22,12 @@ _ROWS = 128
 
 def register() -> None:
     """Register it with transformers."""
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # none, where causality says all
 
 
-def _attend(
-    module: nn.Module,
+def attend(
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,33 +37,24 @@ def _attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with the signature of transformers; without dropout, because the model is frozen."""
-    if dropout:
-        raise NotImplementedError("dropout in blockwise attention")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = blockwise_attention(query, key, value, attention_mask, scale, softcap)
-    return output.transpose(1, 2).contiguous(), None
+    """Causal attention `[batch, query, head, d_head]`; the queries are the last of the positions.
 
-
-def blockwise_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention `[batch, head, query, d_head]`; the queries are the last of the positions.
+    The signature is transformers'. Dropout must be 0: the model is frozen.
 
     Args:
         query: `[batch, head, query, d_head]`.
         key: `[batch, kv_head, pos, d_head]`; each serves an equal share of the heads.
         value: `[batch, kv_head, pos, d_head]`.
-        mask: `[batch, 1, query, pos]`, true where a position may be seen; `None` for all before.
-        scale: Factor of the scores.
+        attention_mask: `[batch, 1, query, pos]`, true where a position may be seen; `None` for all
+            before.
+        scaling: Factor of the scores; `None` for 1 / √d_head.
         softcap: Scores become `softcap · tanh(score / softcap)`; `None` for none.
     """
-    return _Blockwise.apply(query, key, value, mask, scale, softcap)
+    if dropout:
+        raise NotImplementedError("dropout in blockwise attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _Blockwise.apply(query, key, value, attention_mask, scale, softcap)
+    return output.transpose(1, 2).contiguous(), None
 
 
 class _Blockwise(torch.autograd.Function):
@@ -138,7 +129,7 @@ class _Blocks:
         self.precise = torch.promote_types(query.dtype, torch.float32)
         """The dtype of scores and sums."""
         self.are_bounded = softcap is not None and softcap <= LARGEST_EXPONENT
-        """Whether the exponential of every score is finite."""
+        """True where the exponential of every score is finite."""
 
     def __iter__(self) -> Iterator[tuple[slice, int]]:
         """The queries of each block, and the number of positions that they see."""

@@ -9,8 +9,6 @@ from sae_lora.config.schema import SAEChoice
 
 PLACES = "hook_resid_post, hook_resid_pre (but of block 0), hook_attn_out or hook_mlp_out"
 """Places that an SAE may have, for messages."""
-_INSIDE_OUT = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
-"""Places in a block, in the order of the forward pass."""
 
 
 def canonical_hook(hook: Hook | None) -> Hook:
@@ -20,7 +18,7 @@ def canonical_hook(hook: Hook | None) -> Hook:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an SAE in a model. The forward pass comes to the smaller of two first.
+    """The place of an SAE in a model.
 
     A block reads the output of the one before: `resid_pre` of block `l` is `resid_post` of block
     `l − 1`, and has that name here.
@@ -63,7 +61,7 @@ class Place:
 
     @property
     def is_inside(self) -> bool:
-        """Whether it lies inside its block, rather than behind it."""
+        """True inside its block, false behind it."""
         return self.hook is not Hook.resid_post
 
     @property
@@ -77,10 +75,6 @@ class Place:
 
     def __str__(self) -> str:
         return f"blocks.{self.block}.hook_{self.hook.name}"
-
-    def __lt__(self, other: "Place") -> bool:
-        order, other_order = _INSIDE_OUT.index(self.hook), _INSIDE_OUT.index(other.hook)
-        return (self.block, order) < (other.block, other_order)
 
 
 def resid_post(block: int) -> str:

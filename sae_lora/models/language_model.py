@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from sae_lora.common.errors import ConfigError, UserError, nearest_name
 from sae_lora.config.enums import Hook
 from sae_lora.models.hookpoints import PLACES, Place, resid_post
+
+Key = TypeVar("Key")
 
 
 class LanguageModel:
@@ -39,10 +41,9 @@ class LanguageModel:
         return self.model.device
 
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
-        """The states that the head reads, `[batch, pos, d_model]`.
+        """The states that the head reads, `[batch, pos, d_model]`, of tokens `[batch, pos]`.
 
         Args:
-            tokens: `[batch, pos]`.
             first: The block to begin with.
             resid: The residual stream that this block reads, `[batch, pos, d_model]`; `None` where
                 it is the first of all.
@@ -55,11 +56,8 @@ class LanguageModel:
     ) -> Tensor:
         """The residual stream that a block reads, `[batch, pos, d_model]`.
 
-        Args:
-            block: The block; one more than the last for the output of the last.
-            tokens: `[batch, pos]`.
-            first: The block to begin with, before `block`.
-            resid: As for `hidden`.
+        For the output of the last block, `block` is one more. `first` comes before `block`; it and the
+        other arguments are as for `hidden`.
         """
         with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
             self._backbone(input_ids=tokens, use_cache=False)
@@ -72,13 +70,8 @@ class LanguageModel:
         The others keep their places, because the backbone looks things up by index (Gemma's masks), and
         pass on their input; the one before `first` passes on `resid`.
         """
-        if first == 0 and end == len(self.blocks):
-            yield
-            return
-        passing: list[nn.Module] = [_Passing() for _ in range(first)]
-        if first > 0:
-            passing[-1] = _Passing(resid)
-        blocks = [*passing, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
+        before = [_Passing(resid if block == first - 1 else None) for block in range(first)]
+        blocks = [*before, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
         holder, name = self._blocks_at
         holder._modules[name] = nn.ModuleList(blocks)
         try:
@@ -195,18 +188,17 @@ class LanguageModel:
         """The activations of a block in the next forward pass, by name of the hook."""
         seen: dict[str, Tensor] = {}
 
-        def take(name: str, value: Any) -> None:
-            seen[name] = (value[0] if isinstance(value, tuple) else value).double()
+        def take(name: str, value: Tensor) -> None:
+            seen[name] = value.double()
 
         def take_input(module: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             take("resid_pre", given[0] if given else named["hidden_states"])
 
-        module = self.blocks[block]
-        hooks.callback(module.register_forward_pre_hook(take_input, with_kwargs=True).remove)
-        for hook in (Hook.attn_out, Hook.mlp_out, Hook.resid_post):
-            part = self.module_at(str(Place(block, hook)))
-            handle = part.register_forward_hook(lambda *given, name=hook.name: take(name, given[2]))
-            hooks.callback(handle.remove)
+        handle = self.blocks[block].register_forward_pre_hook(take_input, with_kwargs=True)
+        hooks.callback(handle.remove)
+        adding = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
+        parts = {hook.name: self.module_at(str(Place(block, hook))) for hook in adding}
+        hooks.enter_context(observed(parts, take))
         return seen
 
     @property
@@ -242,20 +234,28 @@ class LanguageModel:
 
 
 @contextmanager
-def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """A list to which a forward pass adds the output of each module, or the first of several outputs.
+def observed(modules: Mapping[Key, nn.Module], take: Callable[[Key, Tensor], None]) -> Iterator[None]:
+    """Inside the block, each pass of a module gives its key and its output, or the first of several.
 
     A block's output is the residual stream after it, `[batch, pos, d_model]`, as the next block reads
     it: inside `spliced`, after the SAE.
     """
-    outputs: list[Tensor] = []
 
-    def take(module: object, arguments: object, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+    def hook(key: Key, output: Any) -> None:
+        take(key, output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_hook(take).remove)
+        for key, module in modules.items():
+            handle = module.register_forward_hook(lambda *given, key=key: hook(key, given[2]))
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list to which a forward pass adds the output of each module, as `observed` gives it."""
+    outputs: list[Tensor] = []
+    with observed(dict(enumerate(modules)), lambda _, output: outputs.append(output)):
         yield outputs
 
 

@@ -55,9 +55,6 @@ def load_shapes(config: ModelConfig) -> LanguageModel:
         return LanguageModel(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
 
 
-_TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
-
-
 def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
     """The frozen model on the device, in evaluation mode.
 
@@ -69,10 +66,10 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     Raises:
         UserError: Where it cannot be found, fetched or used.
     """
-    model = _load(AutoModelForCausalLM, config, dtype=_TORCH_DTYPES[config.dtype])
+    model = _load(AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype.name))
     # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
     for weight in model.parameters():
-        weight.data = weight.data.to(_TORCH_DTYPES[compute])
+        weight.data = weight.data.to(getattr(torch, compute.name))
     model = model.to(device)
     choose_attention(model, config.attention, device)
     language_model = LanguageModel(model)

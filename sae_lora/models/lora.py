@@ -14,35 +14,32 @@ from sae_lora.config.lora_targets import adapted_blocks, listed_matrices, target
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.language_model import LanguageModel
 
-_ROLES: dict[str, frozenset[str]] = {
-    name: frozenset(roles.split())
-    for name, roles in {
-        # Llama, Gemma, Qwen, Mistral and most others
-        "q_proj": "q",
-        "k_proj": "k",
-        "v_proj": "v",
-        "o_proj": "o",
-        "gate_proj": "gate",
-        "up_proj": "up",
-        "down_proj": "down",
-        # Phi-3
-        "qkv_proj": "q k v",
-        "gate_up_proj": "gate up",
-        # GPT-NeoX (Pythia)
-        "query_key_value": "q k v",
-        "attention.dense": "o",
-        "dense_h_to_4h": "up",
-        "dense_4h_to_h": "down",
-        # GPT-2
-        "c_attn": "q k v",
-        "attn.c_proj": "o",
-        "c_fc": "up",
-        "mlp.c_proj": "down",
-        # OPT
-        "out_proj": "o",
-        "fc1": "up",
-        "fc2": "down",
-    }.items()
+_ROLES = {
+    # Llama, Gemma, Qwen, Mistral and most others
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    # Phi-3
+    "qkv_proj": "q k v",
+    "gate_up_proj": "gate up",
+    # GPT-NeoX (Pythia)
+    "query_key_value": "q k v",
+    "attention.dense": "o",
+    "dense_h_to_4h": "up",
+    "dense_4h_to_h": "down",
+    # GPT-2
+    "c_attn": "q k v",
+    "attn.c_proj": "o",
+    "c_fc": "up",
+    "mlp.c_proj": "down",
+    # OPT
+    "out_proj": "o",
+    "fc1": "up",
+    "fc2": "down",
 }
 """The roles of a matrix, by the end of its name. Fused matrices have several."""
 _MORE_DIRECTIONS = 16
@@ -117,7 +114,7 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
     for block in blocks:
         for module in model.blocks[block].modules():
             name = names[id(module)]
-            roles = _roles_of(name) if not isinstance(module, nn.ModuleList) else frozenset()
+            roles = _roles_of(name) if not isinstance(module, nn.ModuleList) else set()
             roles_seen |= roles
             if roles and roles <= wanted:
                 matrices.append(name)
@@ -137,11 +134,11 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
     return matrices
 
 
-def _roles_of(name: str) -> frozenset[str]:
+def _roles_of(name: str) -> set[str]:
     for end, roles in _ROLES.items():
         if name == end or name.endswith(f".{end}"):
-            return roles
-    return frozenset()
+            return set(roles.split())
+    return set()
 
 
 def set_adapter_dropout(model: LanguageModel, training: bool) -> None:

@@ -1,7 +1,4 @@
-"""Angular distances between the residual streams after a model's blocks.
-
-Source: Group-SAE, arXiv 2410.21508.
-"""
+"""Angular distances between the residual streams after a model's blocks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,7 +18,7 @@ _NUMBERS_AT_ONCE = 2**23
 def angular_distances(
     model: LanguageModel,
     batches: Iterable[Tensor],
-    special_ids: Tensor | None = None,
+    special_ids: Tensor,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """The angles between the residual streams after any two blocks, `[block, block]`, float64, on CPU.
@@ -38,7 +35,7 @@ def angular_distances(
     Raises:
         UserError: Where no token is left to measure.
 
-    Source: arXiv 2410.21508, angular distance: arccos(cosine) / π.
+    Source: Group-SAE, arXiv 2410.21508, angular distance: arccos(cosine) / π.
     """
     n_blocks, count = len(model.blocks), 0
     sums = torch.zeros(n_blocks, n_blocks, dtype=torch.float64, device=model.device)
@@ -47,9 +44,7 @@ def angular_distances(
             tokens = tokens.to(model.device)
             streams.clear()
             model.hidden(tokens)
-            counted = torch.ones_like(tokens, dtype=torch.bool)
-            if special_ids is not None:
-                counted = ~special_positions(tokens, special_ids.to(model.device))
+            counted = ~special_positions(tokens, special_ids.to(model.device))
             for angles in _angles(streams, counted.flatten().nonzero()[:, 0]):
                 sums += angles.sum(0)
             count += int(counted.sum())

@@ -21,10 +21,6 @@ _MAPS = (Method.linear_adapter, Method.mlp_adapter)
 def begun(config: Config, model: Dimensions) -> Config:
     """The config with the result of the run that `init` names: SAEs, maps on them, or adapters.
 
-    Args:
-        config: A config with `init`.
-        model: The dimensions of its model.
-
     Raises:
         ConfigError: Where that is no finished run of this model, or its result does not fit.
         UserError: Where its files cannot be read.
@@ -51,11 +47,7 @@ def begun(config: Config, model: Dimensions) -> Config:
 def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float = 1.0) -> SAEConfig:
     """The SAEs that a finished run has left: trained, or with trained maps on them.
 
-    Args:
-        config: The run's config.
-        folder: Its folder.
-        model: The dimensions of its model.
-        at: The share of its training after which its SAEs are taken.
+    `at` is the share of its training after which they are taken.
 
     Raises:
         UserError: Where its files cannot be read.
@@ -81,7 +73,7 @@ def trained_saes(config: Config, folder: RunFolder, model: Dimensions, at: float
 
 
 def check_as_planned(adapters: Adapters) -> None:
-    """Refuses trained weights that have changed since the run was planned."""
+    """Refuse trained weights that have changed since the run was planned."""
     if _weights(Path(adapters.path)).sha256 != adapters.sha256:
         raise UserError(f"init: {adapters.path} holds other weights than when this run was planned")
 
@@ -100,11 +92,7 @@ def _no_result(init: str, folder: RunFolder) -> ConfigError:
 
 
 def check_goes_on(config: Config, before: Config) -> None:
-    """Refuses a result that the method cannot begin with, also before that result exists.
-
-    Args:
-        config: The run that would begin with it.
-        before: The run that makes it.
+    """Refuse a result of `before` that the method of `config` cannot begin with; it need not exist yet.
 
     Raises:
         ConfigError: Names `init`, or `init_at` where the run keeps nothing at that share.

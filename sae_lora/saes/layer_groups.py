@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,11 +21,10 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
 from sae_lora.models.dimensions import Dimensions
 
-if TYPE_CHECKING:
-    from sae_lora.data.corpus import Corpus
-
 Groups = list[list[int]]
 """Sorted block indices of each group; the groups by their first block."""
+Distances = list[list[float]]
+"""Angular distance between the residual streams after two blocks, a share of a half turn."""
 
 
 @dataclass(frozen=True)
@@ -39,73 +37,54 @@ class LayerGroups:
     """Mean over groups of the widest angular distance in each."""
     amad_by_count: list[float]
     """AMAD of the tree of blocks cut into 1, 2, … groups."""
-    distances: list[list[float]]
-    """Angular distance between residual streams after two blocks, a share of a half turn."""
+    distances: Distances
     evenly: bool
-    """True for neighbours in equal numbers, false for blocks that lie close."""
+    """True for neighbours, in groups as equal in size as possible: the baseline of distances."""
     sae_flops_saved: float
     """Share of the SAEs' own training FLOPs that is saved over one SAE for each block, where each SAE is
     as wide and sees as many tokens. The model's forward passes cost the same either way."""
 
 
-def are_wanted(config: Config) -> bool:
-    """Tell whether SAEs are asked for by groups of blocks."""
-    return config.layer.amad_max is not None or config.layer.n_groups is not None
+def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> LayerGroups | None:
+    """The groups that `layer` asks for; `None` where it asks for none, or `init` gives the SAEs.
 
-
-class Distances:
-    """Angular distances between the blocks of models, each read or measured once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Sequence[Sequence[float]]] = {}
-
-    def of(self, config: Config) -> Sequence[Sequence[float]]:
-        """Distances of a config's model on its held-out text.
-
-        Raises:
-            UserError: Where the model or the text cannot be loaded.
-        """
-        values = as_dict(config)
-        asked = json.dumps([values["model"], values["data"], values["train"]["dtype"]], sort_keys=True)
-        if asked not in self._known:
-            self._known[asked] = _distances(config)
-        return self._known[asked]
-
-
-def groups(config: Config, model: Dimensions, known: Distances) -> LayerGroups:
-    """The groups that `layer` asks for. The model is loaded where its distances are not known yet.
-
-    Args:
-        config: The config of a point.
-        model: The dimensions of its model.
-        known: Distances that were measured before.
+    The model is loaded where its distances are not in `known`, to which they are then added.
 
     Raises:
         ConfigError: For more groups than there are blocks without the last.
         UserError: Where the model or the text cannot be loaded.
     """
     layer, n_blocks = config.layer, model.n_blocks - 1
-    if layer.n_groups is not None:  # before a model is loaded
-        _check_count(n_blocks, layer.n_groups)
-    distances = known.of(config)
+    if config.init is not None or (layer.amad_max is None and layer.n_groups is None):
+        return None
+    if layer.n_groups is not None and not 1 <= layer.n_groups <= n_blocks:
+        allowed = f"groups from 1 to {n_blocks}, the blocks without the last"
+        nearest = max(1, min(layer.n_groups, n_blocks))
+        raise ConfigError("layer.n_groups", layer.n_groups, allowed, nearest)
+    values = as_dict(config)
+    key = json.dumps([values["model"], values["data"], values["train"]["dtype"]], sort_keys=True)
+    if key not in known:
+        known[key] = _distances(config)
+    distances = known[key]
     chosen, amads = group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
     if layer.evenly:
-        chosen = evenly_spaced(n_blocks, len(chosen))
+        chosen = [part.tolist() for part in np.array_split(np.arange(n_blocks), len(chosen))]
     return LayerGroups(
         groups=chosen,
         amad=amad(distances, chosen),
         amad_by_count=amads,
-        distances=[list(row) for row in distances],
+        distances=distances,
         evenly=layer.evenly,
         sae_flops_saved=1 - len(chosen) / n_blocks,
     )
 
 
-def _distances(config: Config) -> Sequence[Sequence[float]]:
+def _distances(config: Config) -> Distances:
     """Angular distances between blocks on the held-out text, from the cache or measured."""
     from sae_lora.common import hub
     from sae_lora.data import corpus
-    from sae_lora.models import loading  # bring torch in
+    from sae_lora.models import loading
+    from sae_lora.saes import block_distances  # bring torch in
 
     text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
 
@@ -118,16 +97,6 @@ def _distances(config: Config) -> Sequence[Sequence[float]]:
 
     if file().exists():
         return json.loads(file().read_text())
-    distances = _measure(config, text)
-    file().parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file(), as_json(distances))  # by now the model's commit is known
-    return distances
-
-
-def _measure(config: Config, text: "Corpus") -> list[list[float]]:
-    from sae_lora.models import loading
-    from sae_lora.saes import block_distances  # bring torch in
-
     say(f"measuring distances between the blocks of {config.model.name}")
     model = loading.load_model(config.model, config.train.dtype, loading.device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
@@ -137,8 +106,10 @@ def _measure(config: Config, text: "Corpus") -> list[list[float]]:
             text.validation_tokens.split(at_once),
             text.special_ids,
             lambda tokens: count(tokens, text.validation.size),
-        )
-    return distances.tolist()
+        ).tolist()
+    file().parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file(), as_json(distances))  # by now the model's commit is known
+    return distances
 
 
 def group_blocks(
@@ -149,17 +120,14 @@ def group_blocks(
     Args:
         distances: `[block, block]`, as shares of half a turn, with the last block.
         amad_max: Takes the fewest groups whose AMAD is below this, above 0 and up to 1.
-        n_groups: Takes this many. Exactly one of the two is given.
+        n_groups: Takes this many, up to the number of blocks. Exactly one of the two is given.
 
     Returns:
         The groups, and the AMAD of the tree cut into 1, 2, … groups. It may rise where a wide group is
         divided.
 
     Raises:
-        ConfigError: For more groups than blocks, or less than one.
         UserError: For a model of one block.
-
-    Source: arXiv 2410.21508.
     """
     n = len(np.asarray(distances)) - 1
     if n < 1:
@@ -170,15 +138,13 @@ def group_blocks(
         # Blocks that are all alone have an AMAD of 0, which is always below.
         n_groups = 1 + next(index for index, value in enumerate(amads) if value < amad_max)
     assert n_groups is not None  # exactly one of the two is given
-    _check_count(n, n_groups)
     return by_count[n_groups - 1], amads
 
 
 def linkage(distances: ArrayLike) -> np.ndarray:
     """The tree of the blocks without the last, by complete linkage, `[n - 1, 4]`, as scipy lays it out.
 
-    Args:
-        distances: `[block, block]`, with the last block.
+    The distances, `[block, block]`, are those of all blocks.
     """
     from scipy.cluster import hierarchy  # takes a while, which most plans need not
     from scipy.spatial.distance import squareform
@@ -201,11 +167,6 @@ def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
     return sum(widest) / len(widest)
 
 
-def evenly_spaced(n_blocks: int, n_groups: int) -> Groups:
-    """Groups of neighbouring blocks, as equal in size as possible: the baseline of distances."""
-    return [part.tolist() for part in np.array_split(np.arange(n_blocks), n_groups)]
-
-
 def _cuts(merges: np.ndarray, n: int) -> list[Groups]:
     """The tree of n blocks cut into 1, 2, … n groups.
 
@@ -217,9 +178,3 @@ def _cuts(merges: np.ndarray, n: int) -> list[Groups]:
         clusters[number] = sorted(clusters.pop(first) + clusters.pop(second))
         cuts.append(sorted(clusters.values()))
     return cuts[::-1]
-
-
-def _check_count(n: int, n_groups: int) -> None:
-    if not 1 <= n_groups <= n:
-        allowed = f"groups from 1 to {n}, the blocks without the last"
-        raise ConfigError("layer.n_groups", n_groups, allowed, nearest=max(1, min(n_groups, n)))

@@ -34,11 +34,9 @@ class IdentitySAE(nn.Module):
     """An SAE that returns its input exactly: the splice with no gap, for checks and controls."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """The residual itself, `[..., d_model]`."""
         return x
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The residual itself, `[..., d_model]`."""
         return feature_acts
 
 
@@ -46,18 +44,11 @@ class IdentitySAE(nn.Module):
 class LoadedSAE:
     """One SAE, ready to be spliced."""
 
-    hookpoint: str
     sae: Coder
     description: dict[str, Any]
     """Values that identify it, for the summary."""
     excludes_special_tokens: bool
     """True where its own config says that it was not trained on positions of BOS or EOS."""
-
-    def at(self, choice: SAEChoice) -> "LoadedSAE":
-        """The same SAE at another of the blocks that share it."""
-        hookpoint = str(Place.of(choice))
-        description = self.description | {"block": choice.block, "hookpoint": hookpoint}
-        return replace(self, hookpoint=hookpoint, description=description)
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
@@ -73,12 +64,11 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
         values = {"architecture": "identity", "d_in": model.d_model, "d_sae": model.d_model}
     else:
         module, values = _through_sae_lens(config, choice, str(device))
-    name = _name(choice)
-    _check_place(values, choice)
+    name = choice.id or choice.path or "identity"
     check_width(values.get("d_in"), model, field="sae.path" if choice.path else "sae.id", name=name)
     module = module.to(device).requires_grad_(False).eval()
-    description = describe(config, choice, values["architecture"], values.get("d_sae"))
-    description["sha256"] = _digest(module)
+    width, digest = values.get("d_sae"), _digest(module)
+    description = describe(config, choice, values["architecture"], width, digest)
     metadata = values.get("metadata") or {}
     if processing := metadata.get("model_from_pretrained_kwargs"):
         log.warning(
@@ -88,14 +78,17 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     if choice.adapter is not None:
         adapter = output_adapter.load(Path(choice.adapter.path), device)
         sae = AdaptedCoder(sae, adapter).eval()
-    excludes = bool(metadata.get("exclude_special_tokens"))
-    return LoadedSAE(str(Place.of(choice)), sae, description, excludes)
+    return LoadedSAE(sae, description, bool(metadata.get("exclude_special_tokens")))
 
 
 def describe(
-    config: SAEConfig, choice: SAEChoice, architecture: str, width: int | None
+    config: SAEConfig,
+    choice: SAEChoice,
+    architecture: str,
+    width: int | None,
+    sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Values that identify an SAE, for the summary, without the hash of its weights."""
+    """Values that identify an SAE, for the summary; `sha256` of its weights, where they are trained."""
     return {
         "family": config.family.name,
         "block": choice.block,
@@ -110,27 +103,19 @@ def describe(
         "width": width,
         "stated_l0": choice.l0,
         "dtype": config.dtype.name,
+        "sha256": sha256,
     }
 
 
 def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
-    """Downloads an SAE of the registry, to load it without a network; returns its repository's commit.
+    """Download an SAE of the registry, to load it without a network; return its repository's commit.
 
     Raises:
         ConfigError: Where it was made for another place.
         UserError: Where it cannot be found or fetched.
     """
-    _, values = _through_sae_lens(config, choice, "cpu")
-    _check_place(values, choice)
+    _through_sae_lens(config, choice, "cpu")
     return _commit(choice)
-
-
-def _check_place(values: dict[str, Any], choice: SAEChoice) -> None:
-    settled(trained_at(values, choice.block), choice.block, choice.hook, _name(choice))
-
-
-def _name(choice: SAEChoice) -> str:
-    return choice.id or choice.path or "identity"
 
 
 def _commit(choice: SAEChoice) -> str | None:
@@ -138,7 +123,7 @@ def _commit(choice: SAEChoice) -> str | None:
 
 
 def _check_as_planned(choice: SAEChoice) -> None:
-    """Refuses an SAE that has been exchanged under its name since the run was planned."""
+    """Refuse an SAE that has been exchanged under its name since the run was planned."""
     if choice.commit is not None and _commit(choice) != choice.commit:
         raise UserError(
             f"sae.release = {choice.release!r}: the cache holds another commit of it than when this run "
@@ -155,8 +140,7 @@ def _check_as_planned(choice: SAEChoice) -> None:
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
     """Tell whether positions of BOS or EOS keep their activation: as asked, or as the SAEs need it.
 
-    An SAE that was not trained on these positions cannot reconstruct them: Gemma Scope's, and those
-    whose own config says that special tokens were left out.
+    An SAE that was not trained on these positions cannot reconstruct them.
     """
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
@@ -177,20 +161,20 @@ def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
 def _through_sae_lens(
     config: SAEConfig, choice: SAEChoice, device: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """An SAE, and the values of its own config."""
-    dtype = config.dtype.name
-    with quiet():
+    """An SAE, and the values of its own config, which must name the place of the choice."""
+    dtype, path = config.dtype.name, choice.path or str(EMBEDDED_SAES / str(choice.id))
+    field, name = ("sae.release", choice.release) if choice.release else ("sae.path", path)
+    with quiet(), hub.explained(field, name):
         if choice.release is not None and choice.id is not None:
-            with hub.explained("sae.release", choice.release):
-                sae = SAE.from_pretrained(choice.release, choice.id, device=device, dtype=dtype)
+            sae = SAE.from_pretrained(choice.release, choice.id, device=device, dtype=dtype)
         else:
-            path = choice.path or str(EMBEDDED_SAES / str(choice.id))
-            with hub.explained("sae.path", path):
-                try:
-                    sae = SAE.load_from_disk(path, device=device, dtype=dtype)
-                except (OSError, KeyError, RuntimeError) as error:
-                    raise UserError(f"sae.path = {path!r} cannot be loaded: {error}") from error
-    return sae, sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()}
+            try:
+                sae = SAE.load_from_disk(path, device=device, dtype=dtype)
+            except (OSError, KeyError, RuntimeError) as error:
+                raise UserError(f"sae.path = {path!r} cannot be loaded: {error}") from error
+    values = sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()}
+    settled(trained_at(values, choice.block), choice.block, choice.hook, choice.id or path)
+    return sae, values
 
 
 @contextmanager
@@ -228,5 +212,7 @@ class SAEs:
             key = repr((config.family, config.dtype, config.sparse, first))
             if key not in self._loaded:
                 self._loaded[key] = load(config, first, self._model, self._device)
-            saes.append(self._loaded[key].at(choice))
+            loaded, hookpoint = self._loaded[key], str(Place.of(choice))
+            description = loaded.description | {"block": choice.block, "hookpoint": hookpoint}
+            saes.append(replace(loaded, description=description))
         return saes

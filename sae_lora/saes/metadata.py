@@ -15,11 +15,7 @@ from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
     """The SAE in a folder of sae-lens's format, checked against its own cfg.json.
 
-    Args:
-        path: The folder.
-        index: `layer.index`; `None` takes the block of its cfg.json.
-        hook: `layer.hook`; `None` takes the hook of its cfg.json.
-        model: The model it is for.
+    `index` and `hook` are those of `layer`; where they are `None`, cfg.json says the place.
 
     Raises:
         ConfigError: Where the folder holds no SAE, or one that does not fit.
@@ -105,14 +101,13 @@ def known_place(hookpoint: str) -> Place:
 def settled(trained: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
     """The place of an SAE: where it was trained, which must be the place that is asked for.
 
+    It is `None` where neither the SAE nor `layer.index` names a block.
+
     Args:
         trained: Where it was trained; `None` where it does not say.
         index: `layer.index`; `None` for any.
         hook: `layer.hook`; `None` for any.
         name: The SAE's name, for messages.
-
-    Returns:
-        The place; `None` where neither the SAE nor `index` names a block.
 
     Raises:
         ConfigError: Where it was trained at another place; names both.
@@ -130,7 +125,7 @@ def settled(trained: Place | None, index: int | None, hook: Hook | None, name: s
 
 
 def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
-    """Refuses an SAE of another width than the model's, which is the same at all places.
+    """Refuse an SAE of another width than the model's, which is the same at all places.
 
     Raises:
         ConfigError: Names both widths.

@@ -59,16 +59,14 @@ class AdaptedCoder(nn.Module):
         self.adapter = adapter
 
     def encode(self, x: Tensor) -> Tensor:
-        """The SAE's latents `[..., d_sae]` of residuals `[..., d_model]`."""
         return self.sae.encode(x)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The adapted reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
         return self.adapter(self.sae.decode(feature_acts))
 
 
 def save(adapter: OutputAdapter, folder: Path) -> None:
-    """Writes an adapter into a folder that exists."""
+    """Write an adapter into a folder that exists."""
     weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / _WEIGHTS)
     shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
@@ -76,7 +74,7 @@ def save(adapter: OutputAdapter, folder: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> OutputAdapter:
-    """Reads an adapter that `save` wrote, frozen.
+    """Read an adapter that `save` wrote, frozen.
 
     Raises:
         UserError: Where it is missing or damaged.

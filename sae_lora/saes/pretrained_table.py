@@ -48,10 +48,7 @@ SUBLAYERS = {"r": Hook.resid_post, "a": Hook.attn_out, "m": Hook.mlp_out}
 def place_in(sae_id: str, hook: Hook | None) -> Place | None:
     """The place that an id such as `layer_12/…`, `l12m_8x` or `blocks.12.hook_resid_post` names.
 
-    Args:
-        sae_id: The id.
-        hook: `layer.hook`. It is taken where the id names no more than a block, until the SAE is loaded
-            and its own config is checked.
+    Where the id names no more than a block, `layer.hook` is taken; loading the SAE checks it.
     """
     hooks = "|".join(hook.name for hook in Hook)
     if match := re.match(rf"blocks\.\d+\.hook_(?:{hooks})(?![a-z])", sae_id):

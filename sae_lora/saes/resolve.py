@@ -33,10 +33,7 @@ class Resolution(NamedTuple):
 def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | None = None) -> Resolution:
     """The existing SAEs that are nearest to what the config asks for, or new ones.
 
-    Args:
-        config: The config of a run.
-        model: The dimensions of its model.
-        groups: The groups of blocks that share a new SAE, where `layer` asks for groups.
+    Where `layer` asks for groups, `groups` are the blocks that share a new SAE.
 
     Raises:
         NoSuchCellError: Where no SAE exists for that block and width, or with `launcher.strict` for that
@@ -91,10 +88,7 @@ def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:
 def _wanted(config: Config, blocks: Collection[int]) -> list[int]:
     """The blocks that `layer` asks for, in its own terms.
 
-    Args:
-        config: The config of a run.
-        blocks: Blocks that have such SAEs, for `layer.every`: it takes every n-th block, from the first
-            to the last of them.
+    `layer.every` takes every n-th block, from the first to the last of `blocks`, which have such SAEs.
 
     Raises:
         NoSuchCellError: Where `layer.every` meets a block that has no such SAE.
@@ -259,6 +253,12 @@ def _release_candidates(release: str, config: Config) -> list[SAEChoice]:
     return candidates
 
 
+def _made_for(models: str, config: Config) -> ConfigError:
+    allowed = f"with a model that it was made for: {models}"
+    because = f"model.name is {config.model.name!r}"
+    return ConfigError("sae.family", config.sae.family.name, allowed, because=because)
+
+
 def _gemma_scope_release(config: Config) -> str:
     model, hook = config.model, config.layer.hook
     if hook is Hook.attn_out:
@@ -278,12 +278,10 @@ def _gemma_scope_release(config: Config) -> str:
     else:
         release = ""
     if release.format("res") not in table():
-        raise ConfigError(
-            "sae.family",
-            "gemma_scope",
-            "with a model that it was made for: gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-2-9b-it, "
-            "gemma-3-270m, gemma-3-1b-pt, gemma-3-4b-pt, gemma-3-12b-pt, gemma-3-27b-pt (or their -it)",
-            because=f"model.name is {model.name!r}",
+        raise _made_for(
+            "gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-2-9b-it, gemma-3-270m, gemma-3-1b-pt, "
+            "gemma-3-4b-pt, gemma-3-12b-pt, gemma-3-27b-pt (or their -it)",
+            config,
         )
     if release.format(kind) not in table():
         raise ConfigError(
@@ -298,12 +296,7 @@ _LLAMA_SCOPE = {"8x": 32_768, "32x": 131_072}
 def _llama_scope_candidates(config: Config) -> list[SAEChoice]:
     expected = release_named("llama_scope_lxr_8x")["model"].split("/")[-1]
     if config.model.name.rstrip("/").split("/")[-1] != expected:
-        raise ConfigError(
-            "sae.family",
-            "llama_scope",
-            f"with the model it was made for, {expected}",
-            because=f"model.name is {config.model.name!r}",
-        )
+        raise _made_for(expected, config)
     asked = canonical_hook(config.layer.hook)
     sublayer = next(letter for letter, hook in SUBLAYERS.items() if hook is asked)
     return [

@@ -15,18 +15,14 @@ _AFFINE = ("standard", "topk", "jumprelu")
 
 
 def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
-    """The SAE, as a `SparseSAE` where `sae.sparse` is true, or is null and that is quicker.
-
-    Args:
-        sae: A frozen SAE of sae-lens, or another that can encode and decode.
-        sparse: `sae.sparse`.
+    """The frozen SAE, as a `SparseSAE` where `sae.sparse` is true, or is null and that is quicker.
 
     Raises:
         ConfigError: Where `sae.sparse` is true for an SAE that cannot be a `SparseSAE`.
     """
     config: Any = getattr(sae, "cfg", None)
     if config is not None and config.architecture() in _AFFINE and config.reshape_activations == "none":
-        return SparseSAE(sae) if (is_wide(config.d_sae) if sparse is None else sparse) else sae
+        return SparseSAE(sae) if is_sparse(sparse, config.d_sae) else sae
     if sparse:
         raise ConfigError(
             "sae.sparse",
@@ -37,9 +33,9 @@ def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
     return sae
 
 
-def is_wide(d_sae: int) -> bool:
-    """Tell whether an SAE has so many latents that a `SparseSAE` is quicker."""
-    return d_sae >= _WIDE
+def is_sparse(sparse: bool | None, d_sae: int) -> bool:
+    """Tell whether `sae.sparse` means a `SparseSAE`; where it is null, a wide SAE is one."""
+    return d_sae >= _WIDE if sparse is None else sparse
 
 
 class SparseSAE(nn.Module):
@@ -62,7 +58,6 @@ class SparseSAE(nn.Module):
         """Norms of the decoder's rows, where latents are in units of them, `[d_sae]`."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
         with torch.no_grad():
             latents = self.sae.encode(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -70,7 +65,6 @@ class SparseSAE(nn.Module):
         return _Encoded.apply(self.sae.process_sae_in(x), latents, self.sae.W_enc.T, self._norms)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
         sae, active = self.sae, _Active.of(feature_acts)
         values = feature_acts.flatten().index_select(0, active.places)
         if self._norms is not None:

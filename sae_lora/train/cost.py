@@ -57,7 +57,7 @@ from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes
 from sae_lora.models.lora import target_modules
-from sae_lora.saes.sparse import is_wide
+from sae_lora.saes.sparse import is_sparse
 from sae_lora.splice.kl import room_bytes
 from sae_lora.train.distill import turns
 
@@ -188,7 +188,7 @@ def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
     for run in runs:
         trunk |= {
             # With the SAEs inside the block.
-            (block, tuple(sae for sae in run.frozen if sae.place < Place(block)))
+            (block, tuple(sae for sae in run.frozen if sae.place.begins <= block))
             for block in range(run.first)
         }
         coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
@@ -245,7 +245,7 @@ class _Run:
                 name=f"{choice.release} {choice.id} {choice.path}",
                 width=choice.width or 0,
                 bytes=_BYTES[config.sae.dtype],
-                sparse=is_wide(choice.width or 0) if config.sae.sparse is None else config.sae.sparse,
+                sparse=is_sparse(config.sae.sparse, choice.width or 0),
                 group=tuple(choice.group),
             )
             for choice in config.sae.used

@@ -166,12 +166,12 @@ def _sae_trainers(config: Config, student: Student, steps: int) -> dict[str, Ste
             steps=steps,
             batch_tokens=step_tokens(config),
             lr=config.train.lr,
+            scale=float(sae.scale),
             warm_up_steps=warm_up,
             decay_steps=steps - warm_up if falls else 0,
             dead_window_steps=dead_after_steps(config),
             sampling_window_steps=max(2, steps // 4),
         )
-        trainers[name].begin(float(sae.scale))
     return trainers
 
 
@@ -221,32 +221,16 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     tokens, special_ids = (part.to(model.device) for part in sample)
     hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
     read = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
-    architecture = config.sae.architecture
+    architecture = config.sae.architecture.name
     saes: list[LoadedSAE] = []
     shared: dict[int, SplicedSAE] = {}
     for choice in config.sae.used:
-        request = training_sae.SAERequest(
-            str(Place.of(choice)),
-            architecture,
-            model.config.hidden_size,
-            choice.width or 0,
-            choice.l0,
-            config.sae.sparsity_coefficient,
-        )
-        group_blocks = {"group_blocks": choice.group} if choice.group else {}
-        sae = training_sae.new(request, model.device, metadata | group_blocks)
+        sae = training_sae.new(config.sae, choice, model.config.hidden_size, model.device, metadata)
         group = choice.group or [choice.block]
         if group[0] not in shared:
             spliced = SplicedSAE(sae, dead_after_steps(config))
             spliced.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
             shared[group[0]] = spliced
-        saes.append(
-            LoadedSAE(
-                hookpoint=str(Place.of(choice)),
-                sae=shared[group[0]],
-                description=describe(config.sae, choice, architecture.name, choice.width)
-                | {"sha256": None},
-                excludes_special_tokens=keeps,
-            )
-        )
+        description = describe(config.sae, choice, architecture, choice.width)
+        saes.append(LoadedSAE(shared[group[0]], description, excludes_special_tokens=keeps))
     return saes

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sae_lora.models import blockwise_attention as attention
-from sae_lora.models.blockwise_attention import blockwise_attention
 from sae_lora.models.language_model import LanguageModel
 from tests.support.families import random_tokens
 
@@ -43,7 +42,8 @@ def test_it_is_the_whole_one(
         seen = seen.triu(1 - window)
     mask = seen[positions - queries :].expand(2, 1, queries, positions)
     whole = whole_attention(*inputs, mask, 0.3, softcap)
-    blocks = blockwise_attention(*inputs, None if window is None else mask, 0.3, softcap)
+    given = None if window is None else mask
+    blocks = attention.attend(None, *inputs, given, scaling=0.3, softcap=softcap)[0].transpose(1, 2)
     torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-12)
     weight = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
     for one, other in zip(

@@ -14,7 +14,7 @@ from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
 from tests.support.families import N_BLOCKS, random_tokens, small_model
-from tests.support.trainings import fill
+from tests.support.trainings import fill, same
 
 
 @pytest.mark.parametrize("blocks", ["after", "all", [2]])
@@ -136,7 +136,7 @@ def test_where_it_begins_is_the_seeds_choice_alone(model: LanguageModel) -> None
         torch.manual_seed(seed)
         lora.attach(view, LoRAConfig(rank=2, init=Initialisation.svd), first_sae=1)
         weights.append({name: one.detach() for name, one in lora.trainable_weights(view).items()})
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same(*weights)
 
 
 def test_dora_learns_lengths_apart_from_directions(family: str, tmp_path: Path) -> None:

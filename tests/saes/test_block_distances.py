@@ -12,13 +12,17 @@ from scipy.cluster import hierarchy
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.comparisons.layer_group_figures import amad_by_groups, distance_map, tree
+from sae_lora.config.schema import Config, LayerConfig
+from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.language_model import LanguageModel, outputs_of
-from sae_lora.saes import block_distances
+from sae_lora.saes import block_distances, layer_groups
 from sae_lora.saes.block_distances import angular_distances
-from sae_lora.saes.layer_groups import amad, evenly_spaced, group_blocks, linkage
+from sae_lora.saes.layer_groups import amad, group_blocks, linkage
 from sae_lora.splice.hooks import special_positions
 from tests.support import families
+from tests.support.composing import composed
 from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
+from tests.support.trainings import NO_IDS
 
 TOKENS = random_tokens(batch=4, length=12)
 SPECIAL = torch.unique(TOKENS[:, ::3])
@@ -73,7 +77,7 @@ def test_angles_between_known_vectors() -> None:
     put_out(model, 1, in_a_plane([60, 30], length=5))
     put_out(model, 2, in_a_plane([90, 90], length=0.1))
     put_out(model, 3, in_a_plane([180, 90], length=1000))
-    found = angular_distances(model, [torch.tensor([[1, 2]])])
+    found = angular_distances(model, [torch.tensor([[1, 2]])], NO_IDS)
     # In degrees, of the first token and of the second:
     #   0–1: 60 and 30, mean 45, of 180 a quarter    1–2: 30 and 60, a quarter
     #   0–2: 90 and 90, a half                       1–3: 120 and 60, a half
@@ -87,14 +91,14 @@ def test_same_and_opposite_directions_are_the_ends_of_the_scale() -> None:
     model, resid = small_model("gpt2"), torch.randn(*TOKENS.shape, D_MODEL)
     for block, factor in enumerate((1, 4, -8, 0.25)):
         put_out(model, block, factor * resid)
-    found = angular_distances(model, [TOKENS])
+    found = angular_distances(model, [TOKENS], NO_IDS)
     expected = of_pairs(4, {(0, 1): 0.0, (0, 3): 0.0, (1, 3): 0.0}, 1.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert float(found.min()) >= 0 and float(found.max()) <= 1
 
 
 def test_distances_are_those_of_each_token_and_pair(model: LanguageModel) -> None:
-    found = angular_distances(model, [TOKENS])
+    found = angular_distances(model, [TOKENS], NO_IDS)
     assert (found.shape, found.dtype, found.device.type) == ((N_BLOCKS,) * 2, torch.float64, "cpu")
     assert torch.equal(found, found.T) and not found.diagonal().any()
     expected = naive(model, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
@@ -111,7 +115,7 @@ def test_many_blocks_have_distances_that_are_symmetric_to_the_last_bit(
     model = small_model("llama")
     for block in range(n_blocks):
         put_out(model, block, torch.randn(*TOKENS.shape, D_MODEL))
-    found = angular_distances(model, [TOKENS])
+    found = angular_distances(model, [TOKENS], NO_IDS)
     assert len(found) == n_blocks and torch.equal(found, found.T)
 
 
@@ -120,15 +124,15 @@ def test_special_positions_are_left_out(model: LanguageModel) -> None:
     assert 0 < int(counted.sum()) < counted.numel()
     found = angular_distances(model, [TOKENS], SPECIAL)
     torch.testing.assert_close(found, naive(model, TOKENS, counted), rtol=0, atol=1e-9)
-    assert not torch.allclose(found, angular_distances(model, [TOKENS]), rtol=0, atol=1e-5)
+    assert not torch.allclose(found, angular_distances(model, [TOKENS], NO_IDS), rtol=0, atol=1e-5)
 
 
 def test_every_token_weighs_the_same_however_batched(model: LanguageModel) -> None:
     """Batches of one row and of three: the mean of their means would be another."""
-    together = angular_distances(model, [TOKENS])
+    together = angular_distances(model, [TOKENS], NO_IDS)
     rows = TOKENS.split([1, 3])
-    torch.testing.assert_close(angular_distances(model, rows), together, rtol=0, atol=1e-5)
-    of_batches = torch.stack([angular_distances(model, [row]) for row in rows]).mean(0)
+    torch.testing.assert_close(angular_distances(model, rows, NO_IDS), together, rtol=0, atol=1e-5)
+    of_batches = torch.stack([angular_distances(model, [row], NO_IDS) for row in rows]).mean(0)
     assert not torch.allclose(of_batches, together, rtol=0, atol=1e-4)
 
 
@@ -181,10 +185,10 @@ def test_no_hook_is_left_after_an_exception(model: LanguageModel) -> None:
         raise RuntimeError("while reading")
 
     with pytest.raises(RuntimeError, match="while reading"):
-        angular_distances(model, broken())
+        angular_distances(model, broken(), NO_IDS)
     assert hooks(model) == before
     with pytest.raises(IndexError):
-        angular_distances(model, [torch.full((1, 4), 10**6)])
+        angular_distances(model, [torch.full((1, 4), 10**6)], NO_IDS)
     assert hooks(model) == before
 
 
@@ -316,19 +320,20 @@ def test_two_blocks_leave_one_group_and_one_block_none() -> None:
 
 @pytest.mark.parametrize(("n_groups", "nearest"), [(5, 4), (0, 1), (-3, 1)])
 def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: int) -> None:
+    config = Config(layer=LayerConfig(n_groups=n_groups))
     with pytest.raises(ConfigError, match=rf"nearest valid: layer\.n_groups={nearest}\b") as refused:
-        group_blocks(BY_HAND, n_groups=n_groups)
+        layer_groups.groups(config, Dimensions(D_MODEL, len(BY_HAND), 96, None), {})
     assert (refused.value.field, refused.value.nearest) == ("layer.n_groups", nearest)
 
 
-def test_evenly_spaced_groups_hold_every_block_once() -> None:
-    assert evenly_spaced(7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
-    for n in range(1, 14):
-        for count in range(1, n + 1):
-            groups = evenly_spaced(n, count)
-            assert len(groups) == count
-            assert list(itertools.chain(*groups)) == list(range(n))
-            assert max(map(len, groups)) - min(map(len, groups)) <= 1
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_evenly_spaced_groups_are_neighbours(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_groups, "_distances", lambda config: random_distances(8, 0).tolist())
+    config = composed("method=sae", f"layer.n_groups={count}", "layer.evenly=true")
+    found = layer_groups.groups(config, Dimensions(D_MODEL, 8, 96, None), {})
+    assert found is not None and len(found.groups) == count
+    assert list(itertools.chain(*found.groups)) == list(range(7))
+    assert max(map(len, found.groups)) - min(map(len, found.groups)) <= 1
 
 
 def test_the_map_frames_what_lies_within_groups() -> None:

@@ -202,7 +202,7 @@ def test_special_tokens_are_kept_where_the_sae_does_not_know_them(
 ) -> None:
     from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens
 
-    loaded = LoadedSAE("blocks.1.hook_resid_post", IdentitySAE(), {}, excluded)
+    loaded = LoadedSAE(IdentitySAE(), {}, excluded)
     config = SAEConfig(family=SAEFamily[family], keep_special_tokens=asked)
     assert keeps_special_tokens(config, [loaded]) is keeps
 
@@ -220,7 +220,7 @@ def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> N
     fits = Dimensions(d_model=16, n_blocks=4, d_vocab=1, max_context=None)
     choice = SAEChoice(block=2, path=str(tmp_path / "sae"))
     loaded = load(config, choice, fits, torch.device("cpu"))
-    assert loaded.hookpoint == "blocks.2.hook_resid_post"
+    assert loaded.description["hookpoint"] == "blocks.2.hook_resid_post"
     assert loaded.description["width"] == 32
     assert not any(weight.requires_grad for weight in loaded.sae.parameters())
     with pytest.raises(ConfigError, match=r"layer\.index = 3"):

@@ -21,16 +21,17 @@ from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from tests.support.families import D_MODEL, random_tokens, small_model
 from tests.support.learners import (
-    CPU,
     HOOKPOINT,
     TOKENS,
     WIDTH,
     K,
     in_training,
     learner,
-    request,
+    new,
     residuals,
+    trainer,
 )
+from tests.support.trainings import same
 
 STEPS, SCALE = 24, 0.37
 
@@ -55,7 +56,7 @@ def inference(one: SteppedSAETrainer) -> SAE[Any]:
 
 def scale_for(resid: torch.Tensor) -> float:
     """The scale that a new SAE takes from residuals `[token, d_in]`."""
-    sae = SplicedSAE(training_sae.new(request("topk"), CPU, {}), dead_after_steps=10)
+    sae = SplicedSAE(new("topk"), dead_after_steps=10)
     sae.fit_scale(resid)
     return float(sae.scale)
 
@@ -63,8 +64,7 @@ def scale_for(resid: torch.Tensor) -> float:
 def is_same(one: SteppedSAETrainer, other: SteppedSAETrainer) -> bool:
     """Whether all of two trainings is the same, to the bit."""
     (ours, values), (theirs, others) = one.state(), other.state()
-    assert set(ours) == set(theirs)
-    return values == others and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return values == others and same(ours, theirs)
 
 
 def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder: Path) -> Any:
@@ -80,8 +80,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(
     architecture: str, stop: int, tmp_path: Path
 ) -> None:
     """In the warm-up, at the end of a window, and while the rate falls."""
-    whole = learner(architecture)
-    whole.begin(SCALE)
+    whole = learner(architecture, scale=SCALE)
     losses = taken(whole, 0, stop)
     dead_before = dead(whole)
     assert dead_before > 0
@@ -108,15 +107,13 @@ def test_what_a_training_was_restored_from_stays_as_it_was(tmp_path: Path) -> No
 
 
 def test_a_training_may_be_stopped_before_it_has_begun(tmp_path: Path) -> None:
-    whole = learner("topk")
+    whole = learner("topk", scale=SCALE)
     kept = through_files(whole.state(), tmp_path)
     resumed = learner("topk")
     with torch.no_grad():
         resumed.sae.W_enc.normal_()
     resumed.restore(*kept)
-    assert resumed.scale == 1
-    resumed.begin(SCALE)
-    whole.begin(SCALE)
+    assert resumed.scale == SCALE
     assert taken(resumed, 0, 5) == taken(whole, 0, 5)
     assert is_same(resumed, whole)
 
@@ -132,8 +129,7 @@ def test_dead_latents_change_the_training() -> None:
 
 
 def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
-    ours = learner(architecture)
-    ours.begin(SCALE)
+    ours = learner(architecture, scale=SCALE)
     theirs = SAETrainer(
         SAETrainerConfig(
             total_training_samples=STEPS * TOKENS,
@@ -151,15 +147,13 @@ def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
     theirs.activation_scaler.scaling_factor = SCALE
     taken(ours, 0, STEPS)
     found, expected = inference(ours), training_sae.inference(theirs.fit())
-    assert all(torch.equal(found.state_dict()[name], one) for name, one in expected.state_dict().items())
+    assert same(found.state_dict(), expected.state_dict())
     found.cfg.metadata = expected.cfg.metadata
     assert found.cfg == expected.cfg
 
 
 def test_saving_does_not_disturb_it(architecture: str, tmp_path: Path) -> None:
-    left_alone, saved = learner(architecture), learner(architecture)
-    for one in (left_alone, saved):
-        one.begin(SCALE)
+    left_alone, saved = (learner(architecture, scale=SCALE) for _ in range(2))
     expected = taken(left_alone, 0, STEPS)
     losses = taken(saved, 0, 10)
     random = torch.get_rng_state()
@@ -177,8 +171,7 @@ def test_saving_does_not_disturb_it(architecture: str, tmp_path: Path) -> None:
 
 
 def test_a_step_returns_the_mse_before_it() -> None:
-    one = learner("standard")
-    one.begin(SCALE)
+    one = learner("standard", scale=SCALE)
     taken(one, 0, 4)
     before, resid = copy.deepcopy(one.sae), SCALE * residuals(4)
     found = one.step(residuals(4))
@@ -188,9 +181,7 @@ def test_a_step_returns_the_mse_before_it() -> None:
 
 
 def test_activations_of_less_precision_are_scaled_in_float32() -> None:
-    one, other = learner("topk"), learner("topk")
-    for each in (one, other):
-        each.begin(SCALE)
+    one, other = (learner("topk", scale=SCALE) for _ in range(2))
     rounded = residuals(0).to(torch.bfloat16)
     assert one.step(rounded) == other.step(rounded.float())
 
@@ -209,7 +200,7 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
 
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 0), (0, 10), (4, 6)])
 def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
-    one = scheduled(warm_up, decay)
+    one = trainer(new("topk"), steps=10, warm_up_steps=warm_up, decay_steps=decay)
     rates = []
     for step in range(10):
         rates.append(one.lr)
@@ -219,20 +210,7 @@ def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
     assert rates[-1] == pytest.approx(1e-2 / max(decay, 1))
 
 
-def scheduled(warm_up_steps: int, decay_steps: int) -> SteppedSAETrainer:
-    return SteppedSAETrainer(
-        training_sae.new(request("topk"), CPU, {}),
-        steps=10,
-        batch_tokens=TOKENS,
-        lr=1e-2,
-        warm_up_steps=warm_up_steps,
-        decay_steps=decay_steps,
-        dead_window_steps=5,
-        sampling_window_steps=5,
-    )
-
-
-def test_the_scale_is_sae_lenss_and_settled_once() -> None:
+def test_the_scale_is_sae_lenss() -> None:
     batches = [residuals(step) for step in range(4)]
     norms = torch.cat(batches).norm(dim=-1)
     scale = scale_for(torch.cat(batches))
@@ -240,16 +218,7 @@ def test_the_scale_is_sae_lenss_and_settled_once() -> None:
     scaler.estimate_scaling_factor(batches[0].shape[-1], iter(batches), len(batches))
     assert scale == pytest.approx(scaler.scaling_factor)
     assert float((norms * scale).mean()) == pytest.approx(batches[0].shape[-1] ** 0.5)
-    one = learner("topk")
-    assert one.scale == 1
-    one.begin(scale)
-    assert one.scale == scale
-    with pytest.raises(RuntimeError, match="once"):
-        one.begin(scale)
-    begun = learner("topk")
-    begun.step(residuals(0))
-    with pytest.raises(RuntimeError, match="before its first step"):
-        begun.begin(scale)
+    assert learner("topk", scale=scale).scale == scale
 
 
 @pytest.mark.parametrize(("value", "tokens"), [(0.0, 5), (0.0, 0), (float("nan"), 5), (float("inf"), 5)])
@@ -279,16 +248,7 @@ def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
 
 def test_a_trained_sae_goes_on_to_learn() -> None:
     original = training_sae.inference(in_training("batchtopk"), SCALE)
-    one = SteppedSAETrainer(
-        training_sae.trainable(original),
-        steps=STEPS,
-        batch_tokens=TOKENS,
-        lr=1e-2,
-        warm_up_steps=0,
-        decay_steps=STEPS,
-        dead_window_steps=5,
-        sampling_window_steps=5,
-    )
+    one = trainer(training_sae.trainable(original), steps=STEPS, decay_steps=STEPS)
     resid = residuals(60, 500)
 
     def mse(sae: SAE[Any]) -> float:
@@ -304,12 +264,14 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     steps = 80
     buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, None, seed=0, batches_per_fill=4)
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
+    first_served = buffer.serve(0, batches)["sae"]
     torch.manual_seed(0)
-    one = SteppedSAETrainer(
-        training_sae.new(request(architecture, sparsity_coefficient=0.02), CPU, {}),
+    one = trainer(
+        new(architecture, sparsity_coefficient=0.02),
         steps=steps,
         batch_tokens=96,
         lr=4e-3,
+        scale=scale_for(first_served),
         warm_up_steps=10,
         decay_steps=30,
         dead_window_steps=50,
@@ -317,10 +279,7 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     )
     losses = []
     for step in range(steps):
-        resid = buffer.serve(step, batches)["sae"]
-        if step == 0:
-            one.begin(scale_for(resid))
-        losses.append(float(one.step(resid)))
+        losses.append(float(one.step(buffer.serve(step, batches)["sae"])))
     first, last = sum(losses[:10]), sum(losses[-10:])
     assert last < 0.7 * first
     held_out = model.resid_entering(2, random_tokens(batch=8, length=24, seed=999)).flatten(0, 1)

@@ -35,7 +35,8 @@ from sae_lora.saes.sparse import SparseSAE
 from sae_lora.saes.training import training_sae
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL
-from tests.support.learners import CPU, HOOKPOINT, WIDTH, K, in_training, learner, request, residuals
+from tests.support.learners import HOOKPOINT, WIDTH, K, in_training, learner, new, residuals
+from tests.support.trainings import same
 
 SCALE = 0.37
 SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
@@ -46,12 +47,6 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def same(found: Any, expected: Any) -> bool:
-    """Whether two SAEs have the same weights, to the bit."""
-    ours, theirs = found.state_dict(), expected.state_dict()
-    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 def test_reloaded_by_sae_lens_alone_it_is_the_same(
     architecture: str, scale: float, tmp_path: Path
@@ -59,7 +54,7 @@ def test_reloaded_by_sae_lens_alone_it_is_the_same(
     sae = in_training(architecture)
     training_sae.save(sae, tmp_path, scale)
     found, expected = SAE.load_from_disk(tmp_path), training_sae.inference(sae, scale)
-    assert same(found, expected)
+    assert same(found.state_dict(), expected.state_dict())
     assert found.cfg == expected.cfg
     assert found.cfg.architecture() == SAVED_AS.get(architecture, architecture)
     latents = found.encode(residuals(9))
@@ -78,8 +73,7 @@ def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
     ours, theirs = (
         load_file(tmp_path / name / "sae_weights.safetensors") for name in ("ours", "theirs")
     )
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(ours, theirs)
     ours, theirs = (
         json.loads((tmp_path / name / "cfg.json").read_text()) for name in ("ours", "theirs")
     )
@@ -106,7 +100,7 @@ def test_making_it_leaves_the_sae_and_the_random_state_as_they_are(
     before, random = copy.deepcopy(sae), torch.get_rng_state()
     found = training_sae.inference(sae, SCALE)
     training_sae.save(sae, tmp_path, SCALE)
-    assert same(sae, before)
+    assert same(sae.state_dict(), before.state_dict())
     assert sae.cfg == before.cfg
     assert torch.equal(torch.get_rng_state(), random)
     assert not found.training
@@ -118,7 +112,7 @@ def test_making_it_leaves_the_sae_and_the_random_state_as_they_are(
     with torch.no_grad():
         for weight in sae.parameters():
             weight.zero_()
-    assert all(torch.equal(weight, before[name]) for name, weight in held.state_dict().items())
+    assert same(held.state_dict(), before)
 
 
 def random_weights(sae: SAE[Any]) -> SAE[Any]:
@@ -164,7 +158,7 @@ def test_a_trained_sae_in_training_gives_what_it_gave(name: str) -> None:
     for weight in sae.parameters():
         assert weight.grad is not None
         weight.data.zero_()
-    assert all(torch.equal(weight, before[key]) for key, weight in original.state_dict().items())
+    assert same(original.state_dict(), before)
 
 
 def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
@@ -244,7 +238,7 @@ def test_a_forward_pass_is_that_of_sae_lens_in_two_parts(architecture: str) -> N
     expected.loss.backward()
     for ours, theirs in zip(sae.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert same(sae, reference)  # thresholds have moved alike
+    assert same(sae.state_dict(), reference.state_dict())  # thresholds have moved alike
 
 
 def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> None:
@@ -287,15 +281,14 @@ def test_penalties_are_those_of_sae_lens(architecture: str) -> None:
 
 
 def test_a_new_sae_is_as_sae_lens_has_it_by_default() -> None:
-    about = {"model_name": "small", "exclude_special_tokens": True}
     torch.manual_seed(1)
-    found = training_sae.new(request("matryoshka"), CPU, about)
+    found = new("matryoshka", exclude_special_tokens=True)
     torch.manual_seed(1)
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=D_MODEL, d_sae=WIDTH, k=K, matryoshka_widths=[8, 16, 32, 64]
     )
     expected = MatryoshkaBatchTopKTrainingSAE(config)
-    assert same(found, expected)
+    assert same(found.state_dict(), expected.state_dict())
     assert found.cfg.metadata.hook_name == HOOKPOINT
     assert found.cfg.metadata.exclude_special_tokens
     found.cfg.metadata = expected.cfg.metadata
@@ -309,12 +302,12 @@ def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
     architecture: str, name: str
 ) -> None:
     for asked, expected in ((None, 1.0), (0.2, 0.2)):
-        sae = training_sae.new(request(architecture, sparsity_coefficient=asked), CPU, {})
+        sae = new(architecture, sparsity_coefficient=asked)
         assert training_sae.coefficients(sae) == {name: expected}
 
 
 def test_what_sae_lens_calls_them() -> None:
-    kinds = {one: type(training_sae.new(request(one), CPU, {})) for one in [*Architecture.__members__]}
+    kinds = {one: type(new(one)) for one in [*Architecture.__members__]}
     assert kinds["topk"] is TopKTrainingSAE
     assert kinds["standard"] is StandardTrainingSAE
     assert len(set(kinds.values())) == len([*Architecture.__members__])
@@ -327,4 +320,4 @@ def test_what_sae_lens_calls_them() -> None:
 )
 def test_a_k_that_cannot_be_is_refused(architecture: str, k: float | None) -> None:
     with pytest.raises(ConfigError, match=r"sae\.l0.*\n.*64"):
-        training_sae.new(request(architecture, k=k), CPU, {})
+        new(architecture, k=k)

@@ -6,6 +6,7 @@ import torch
 from sae_lens import TrainingSAE
 
 from sae_lora.config.enums import Architecture
+from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from tests.support.families import D_MODEL
@@ -24,17 +25,20 @@ def residuals(seed: int, tokens: int = TOKENS) -> torch.Tensor:
     return torch.where(amounts > 0.8, 4 * amounts, 0) @ directions + directions[0]
 
 
-def request(architecture: str, **changes: Any) -> training_sae.SAERequest:
-    """A small one."""
-    return training_sae.SAERequest(HOOKPOINT, Architecture[architecture], D_MODEL, WIDTH, K)._replace(
-        **changes
-    )
+def new(
+    architecture: str, *, k: float | None = K, sparsity_coefficient: float | None = None, **metadata: Any
+) -> TrainingSAE[Any]:
+    """A small SAE before its first step."""
+    kind = Architecture[architecture]
+    config = SAEConfig(architecture=kind, sparsity_coefficient=sparsity_coefficient)
+    choice = SAEChoice(block=1, width=WIDTH, l0=k)
+    return training_sae.new(config, choice, D_MODEL, CPU, {"model_name": "small"} | metadata)
 
 
 def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE[Any]:
     """An SAE after a few steps, of which no weight is zero any more, with some latents dead."""
     torch.manual_seed(seed)
-    sae = training_sae.new(request(architecture, **changes), CPU, {"model_name": "small"})
+    sae = new(architecture, **changes)
     dead = torch.arange(WIDTH) > WIDTH // 2
     optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
     for step in range(5):
@@ -48,19 +52,34 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
     return sae
 
 
-def learner(architecture: str, *, steps: int = 24, **changes: Any) -> SteppedSAETrainer:
+def learner(
+    architecture: str, *, steps: int = 24, scale: float = 1.0, **changes: Any
+) -> SteppedSAETrainer:
     """One whose rate rises over a quarter of the steps and falls over a third; some latents are dead."""
     torch.manual_seed(5)
-    sae = training_sae.new(request(architecture, **changes), CPU, {"model_name": "small"})
+    sae = new(architecture, **changes)
     with torch.no_grad():
         getattr(sae, "b_gate" if architecture == "gated" else "b_enc")[:6] = -50
-    return SteppedSAETrainer(
+    return trainer(
         sae,
         steps=steps,
-        batch_tokens=TOKENS,
-        lr=1e-2,
+        scale=scale,
         warm_up_steps=steps // 4,
         decay_steps=steps // 3,
         dead_window_steps=2,
         sampling_window_steps=7,
     )
+
+
+def trainer(sae: TrainingSAE[Any], **changes: Any) -> SteppedSAETrainer:
+    """A trainer of this SAE, whose rate stays the same unless changed."""
+    values: dict[str, Any] = {
+        "batch_tokens": TOKENS,
+        "lr": 1e-2,
+        "scale": 1.0,
+        "warm_up_steps": 0,
+        "decay_steps": 0,
+        "dead_window_steps": 5,
+        "sampling_window_steps": 5,
+    }
+    return SteppedSAETrainer(sae, **values | changes)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import Reading, spliced
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
@@ -34,14 +33,10 @@ def check_trunk(model: LanguageModel, tokens: Tensor, rows: Sequence[Splices], c
         assert torch.equal(trunk.hidden(row), expected)
         assert trunk.hidden(row) is trunk.hidden(row)
         assert len(seen) == len(row)
-        for whole, reading in zip(prefixes(row), sorted(seen, key=_place), strict=True):
+        by_hookpoint = {reading.hookpoint: reading for reading in seen}
+        for whole in prefixes(row):
             (found,) = readings[whole]  # once, however many rows begin so
-            assert found.hookpoint == reading.hookpoint == whole[-1].hookpoint
+            reading = by_hookpoint[whole[-1].hookpoint]
+            assert found.hookpoint == reading.hookpoint
             for one, other in zip(found[1:], reading[1:], strict=True):
                 assert torch.equal(one, other)
-
-
-def _place(reading: Reading) -> Place:
-    place = Place.named(reading.hookpoint)
-    assert place is not None
-    return place

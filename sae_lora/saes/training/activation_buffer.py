@@ -1,9 +1,6 @@
 """Activations for SAEs in training: streamed, shuffled, the same again for a run that resumes."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +8,8 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
-from sae_lora.models.language_model import LanguageModel
-from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.hooks import Reading, special_positions, spliced
+from sae_lora.models.language_model import LanguageModel, observed
+from sae_lora.splice.hooks import special_positions
 
 _Group = tuple[str, ...]
 """Hookpoints of which each token takes one."""
@@ -24,8 +20,7 @@ class ActivationBuffer:
 
     A fill holds the activations of `batches_per_fill` batches. It is served in as many parts of the same
     size, one per step; the remainder of the division is dropped. The part of step n depends only on the
-    seed, n, and the text from batch `first_batch_of(n)` on. So a run that stopped in the middle of a
-    fill makes the fill again and goes on with the same parts.
+    seed, n, and the text from batch `first_batch_of(n)` on: a run that resumes makes its fill again.
 
     The memory is one fill in the model's precision, once for all names with the same hookpoints, and
     beside it one batch and one part.
@@ -94,14 +89,12 @@ class ActivationBuffer:
 
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
-        """Replaces the fill that is held."""
+        """Replace the fill that is held."""
         self._fill, self._count = None, 0
         draws = {group: self._random(fill, *group) for group in set(self._groups.values())}
-        for number in range(self.batches_per_fill):
+        for _ in range(self.batches_per_fill):
             tokens = next(batches).to(self._model.device)
-            if number == 0 and tokens.shape != self._shape:
-                self._held.clear()
-                self._shape = tokens.shape
+            self._shape = self._shape or tokens.shape
             if tokens.shape != self._shape:
                 raise ValueError(f"a batch of {[*tokens.shape]} in a fill of {[*self._shape]} each")
             self._append(tokens, draws)
@@ -114,40 +107,29 @@ class ActivationBuffer:
         self._fill = fill
 
     def _append(self, tokens: Tensor, draws: Mapping[_Group, np.random.Generator]) -> None:
-        """Adds the activations of one batch."""
+        """Add the activations of one batch."""
         rows = torch.arange(tokens.numel(), device=tokens.device)
         if self._special_ids is not None:
             rows = rows[~special_positions(tokens, self._special_ids).flatten()]
-        taken: dict[str, list[tuple[_Group, Tensor]]] = defaultdict(list)
+        taken: dict[tuple[_Group, str], Tensor] = {}
         for group, draw in draws.items():
             choices = torch.from_numpy(draw.integers(len(group), size=len(rows))).to(tokens.device)
             for choice, hookpoint in enumerate(group):
-                taken[hookpoint].append((group, (choices == choice).nonzero()[:, 0]))
-        with ExitStack() as hooks:
-            for hookpoint, module in self._modules.items():
-                hook = self._keeping(rows, taken[hookpoint])
-                hooks.callback(module.register_forward_hook(hook).remove)
+                taken[group, hookpoint] = (choices == choice).nonzero()[:, 0]
+
+        def take(hookpoint: str, resid: Tensor) -> None:
+            resid = resid.flatten(0, 1)
+            for group in draws:
+                if hookpoint in group:
+                    if group not in self._held:
+                        capacity = self._shape.numel() * self.batches_per_fill
+                        self._held[group] = resid.new_empty(capacity, resid.shape[-1])
+                    which = taken[group, hookpoint]
+                    self._held[group][self._count + which] = resid[rows[which]]
+
+        with observed(self._modules, take):
             self._model.resid_entering(self._end, tokens)
         self._count += len(rows)
-
-    def _keeping(self, rows: Tensor, taken: Sequence[tuple[_Group, Tensor]]) -> Any:
-        """A forward hook that puts activations of one batch into the fill.
-
-        Args:
-            rows: The batch's tokens that are read, `[row]`.
-            taken: By group, the indices of its tokens in `rows`.
-        """
-
-        def hook(module: object, arguments: object, output: Any) -> None:
-            resid: Tensor = output[0] if isinstance(output, tuple) else output
-            resid = resid.flatten(0, 1)
-            for group, which in taken:
-                if group not in self._held:
-                    capacity = self._shape.numel() * self.batches_per_fill
-                    self._held[group] = resid.new_empty(capacity, resid.shape[-1])
-                self._held[group][self._count + which] = resid[rows[which]]
-
-        return hook
 
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
         """The random numbers of one fill, for one purpose."""
@@ -163,17 +145,15 @@ def activations(
 ) -> Iterator[dict[str, Tensor]]:
     """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
 
-    Args:
-        model: The language model.
-        hookpoints: Where to read.
-        batches: The tokens.
-        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
+    Positions of the special ids `[n]` are left out.
     """
-    controls = {hookpoint: IdentitySAE() for hookpoint in hookpoints}
+    modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
     for tokens in batches:
-        readings: list[Reading] = []
         tokens = tokens.to(model.device)
-        left_out = None if special_ids is None else special_positions(tokens, special_ids)
-        with spliced(model, controls, left_out, observe=readings.append):
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+        if special_ids is not None:
+            counted = ~special_positions(tokens, special_ids)
+        seen: dict[str, Tensor] = {}
+        with observed(modules, seen.__setitem__):
             model.hidden(tokens)
-        yield {reading.hookpoint: reading.resid for reading in readings}
+        yield {hookpoint: resid[counted] for hookpoint, resid in seen.items()}

@@ -25,6 +25,7 @@ class SteppedSAETrainer:
         steps: Number of steps in all.
         batch_tokens: Tokens per step, about: where special positions are left out they vary.
         lr: Adam's peak rate.
+        scale: The factor of residuals before the SAE reads them.
         warm_up_steps: Steps over which the rate rises.
         decay_steps: Steps over which it falls, the last ones.
         dead_window_steps: A latent that was not active for more steps than these is dead.
@@ -38,6 +39,7 @@ class SteppedSAETrainer:
         steps: int,
         batch_tokens: int,
         lr: float,
+        scale: float,
         warm_up_steps: int,
         decay_steps: int,
         dead_window_steps: int,
@@ -62,30 +64,15 @@ class SteppedSAETrainer:
             self.sae,
             data_provider=iter(()),
         )
-
-    @property
-    def scale(self) -> float:
-        """The factor of residuals before the SAE reads them."""
-        return self._trainer.activation_scaler.scaling_factor or 1.0
+        self.scale = self._trainer.activation_scaler.scaling_factor = scale
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self._trainer.optimizer.param_groups[0]["lr"])
 
-    def begin(self, scale: float) -> None:
-        """Sets the scale, once, before the first step.
-
-        Raises:
-            RuntimeError: When called again or later.
-        """
-        scaler = self._trainer.activation_scaler
-        if scaler.scaling_factor is not None or self._trainer.n_training_steps:
-            raise RuntimeError("the scale of an SAE in training is settled once, before its first step")
-        scaler.scaling_factor = scale
-
     def step(self, activations: Tensor) -> Tensor:
-        """Takes one step on residuals `[token, d_in]` and returns the MSE before it.
+        """Take one step on residuals `[token, d_in]`; return the MSE before it.
 
         The MSE is of residuals times the scale: summed over d_in, mean over tokens. It is on the device,
         which is not waited for.
@@ -113,7 +100,7 @@ class SteppedSAETrainer:
         tensors |= {f"firing/{name}": getattr(trainer, name) for name in _FIRING}
         schedulers = trainer.coefficient_schedulers
         values = {name: getattr(trainer, name) for name in _COUNTERS} | {
-            "scale": trainer.activation_scaler.scaling_factor,
+            "scale": self.scale,
             "lr": self.lr,
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "coefficient_schedulers": {
@@ -123,7 +110,7 @@ class SteppedSAETrainer:
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Puts the result of `state()` back, in this process or another."""
+        """Put the result of `state()` back, in this process or another."""
         trainer = self._trainer
         self.sae.load_state_dict({name: tensors[f"sae/{name}"] for name in self.sae.state_dict()})
         self._restore_optimizer(tensors, values["lr"])
@@ -134,7 +121,7 @@ class SteppedSAETrainer:
             setattr(trainer, name, tensors[f"firing/{name}"].to(self.sae.device, copy=True))
         for name in _COUNTERS:
             setattr(trainer, name, values[name])
-        trainer.activation_scaler.scaling_factor = values["scale"]
+        self.scale = trainer.activation_scaler.scaling_factor = values["scale"]
 
     def _restore_optimizer(self, tensors: Mapping[str, Tensor], lr: float) -> None:
         optimizer = self._trainer.optimizer

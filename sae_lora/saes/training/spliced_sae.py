@@ -49,7 +49,6 @@ class SplicedSAE(nn.Module):
         self.train()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
         if not self.training:
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
@@ -72,25 +71,22 @@ class SplicedSAE(nn.Module):
         return self._frozen[0]
 
     def save(self, folder: Path) -> None:
-        """Writes the SAE of now in sae-lens's format."""
+        """Write the SAE of now in sae-lens's format."""
         training_sae.save(self._plain(), folder, float(self.scale))
 
     def moved(self, active: Tensor) -> None:
-        """Counts a step in which these latents `[d_sae]` (true) were active."""
+        """Count a step in which these latents `[d_sae]` (true) were active."""
         self.step += 1
         self.since_active += 1
         self.since_active[active] = 0
         self.has_moved()
 
     def has_moved(self) -> None:
-        """Must be called when its weights have changed."""
+        """Drop the frozen copy; to be called when weights have changed."""
         self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:
-        """Sets `scale` to bring the mean norm of residuals to √d_model, as sae-lens does.
-
-        Args:
-            resid: Some of the residuals that it will read, `[token, d_model]`.
+        """Set `scale`, by which residuals `[token, d_model]` get the mean norm √d_model.
 
         Raises:
             UserError: Where there are none, or all are zero, or not finite.

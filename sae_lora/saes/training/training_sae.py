@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sae_lens
 import torch
-from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.nn.utils import parametrize
 
 from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Architecture
+from sae_lora.config.schema import SAEChoice, SAEConfig
+from sae_lora.models.hookpoints import Place
 from sae_lora.saes.loading import quiet
 from sae_lora.saes.sparse import SparseSAE
 from sae_lora.splice.hooks import Coder
@@ -30,70 +33,54 @@ _LEVELS = (8, 4, 2, 1)
 """The groups of a Matryoshka SAE are its first eighth, fourth, half, and all of it."""
 
 
-class SAERequest(NamedTuple):
-    """One SAE to train.
-
-    Args:
-        hookpoint: The hookpoint in its own config.
-        architecture: The kind of SAE.
-        d_in: Width of its input.
-        width: Number of latents.
-        k: Latents active per token: a whole number for topk, the mean over a batch for batchtopk and
-            matryoshka. The target of jumprelu's penalty, which is then quadratic, as in Gemma Scope 2;
-            with `None` that penalty counts active latents. The others do not read it.
-        sparsity_coefficient: Weight of the sparsity penalty of jumprelu (L0), standard and gated (L1);
-            `None` takes sae-lens's own. The others do not read it.
-    """
-
-    hookpoint: str
-    architecture: Architecture
-    d_in: int
-    width: int
-    k: float | None = None
-    sparsity_coefficient: float | None = None
-
-
-def new(request: SAERequest, device: torch.device, metadata: Mapping[str, Any]) -> TrainingSAE[Any]:
+def new(
+    config: SAEConfig, choice: SAEChoice, d_in: int, device: torch.device, metadata: Mapping[str, Any]
+) -> TrainingSAE[Any]:
     """An SAE before its first step, with sae-lens's own defaults.
 
     Its values come from torch's global random state on the CPU, and so are the same for any device.
 
     Args:
-        request: The SAE to make.
+        config: Its architecture, and the weight of its sparsity penalty.
+        choice: Its place, width and k. topk has k latents active per token, batchtopk and matryoshka as
+            their mean over a batch. For jumprelu, k is the target of its penalty, which is then
+            quadratic, as in Gemma Scope 2; with `None` that penalty counts active latents.
+        d_in: Width of its input.
         device: Its device.
-        metadata: Values about model and data for its own config, beside the hookpoint. JSON-able;
-            `exclude_special_tokens` says whether it will never see them.
+        metadata: Values about model and data for its own config. JSON-able; `exclude_special_tokens`
+            says whether it will never see them.
 
     Raises:
         ConfigError: For a k that it cannot have.
     """
-    name = request.architecture.name
-    values = _penalty(name, request.sparsity_coefficient)
-    match request.architecture:
+    name, width = config.architecture.name, choice.width
+    assert width is not None
+    values = _penalty(name, config.sparsity_coefficient)
+    match config.architecture:
         case Architecture.topk:
-            values["k"] = int(_active(request))
+            values["k"] = int(_active(config, choice))
         case Architecture.batchtopk:
-            values["k"] = _active(request)
+            values["k"] = _active(config, choice)
         case Architecture.matryoshka:
             name = "matryoshka_batchtopk"  # sae-lens's name
-            widths = [request.width // part for part in _LEVELS if part <= request.width]
-            values |= {"k": _active(request), "matryoshka_widths": widths}
-        case Architecture.jumprelu if request.k is not None:
-            values |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(request)}
+            widths = [width // part for part in _LEVELS if part <= width]
+            values |= {"k": _active(config, choice), "matryoshka_widths": widths}
+        case Architecture.jumprelu if choice.l0 is not None:
+            values |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(config, choice)}
     kind, config_kind = get_sae_training_class(name)
-    about = SAEMetadata(hook_name=request.hookpoint, **metadata)
-    config = config_kind(d_in=request.d_in, d_sae=request.width, metadata=about, **values)
+    group = {"group_blocks": choice.group} if choice.group else {}
+    about = SAEMetadata(hook_name=str(Place.of(choice)), **metadata, **group)
     with quiet():
-        return kind(config).to(device)
+        return kind(config_kind(d_in=d_in, d_sae=width, metadata=about, **values)).to(device)
 
 
-def _active(request: SAERequest) -> float:
-    k, whole = request.k, request.architecture is Architecture.topk
-    if k is None or not 0 < k <= request.width or (whole and k != int(k)):
+def _active(config: SAEConfig, choice: SAEChoice) -> float:
+    k, whole = choice.l0, config.architecture is Architecture.topk
+    assert choice.width is not None
+    if k is None or not 0 < k <= choice.width or (whole and k != int(k)):
         kind = "a whole number from 1" if whole else "a number above 0"
-        raise ConfigError(
-            "sae.l0", k, f"{kind} to {request.width}, for the {request.architecture.name} SAE"
-        )
+        allowed = f"{kind} to {choice.width}, for the {config.architecture.name} SAE"
+        raise ConfigError("sae.l0", k, allowed)
     return k
 
 
@@ -112,7 +99,8 @@ def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> Train
 
     Args:
         loaded: The trained SAE of sae-lens, or a `SparseSAE` of it.
-        sparsity_coefficient: As in `SAERequest`: a trained SAE does not state its own.
+        sparsity_coefficient: Weight of its sparsity penalty, which a trained SAE does not state; `None`
+            takes sae-lens's own.
 
     Raises:
         ConfigError: For an SAE that cannot be trained on.
@@ -197,11 +185,8 @@ def coefficients(sae: TrainingSAE[Any]) -> dict[str, float]:
 def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
     """A frozen copy of the SAE, as sae-lens would load it once saved.
 
-    Draws nothing from torch's random state.
-
-    Args:
-        sae: The SAE in training.
-        scale: The factor of its inputs. The copy reads them as they are.
+    Draws nothing from torch's random state. In training, the SAE's inputs are multiplied by the scale;
+    the copy reads them as they are.
 
     Raises:
         UserError: For a scale other than 1 with an SAE that normalises what it reads.
@@ -213,7 +198,7 @@ def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
         sae.fold_activation_norm_scaling_factor(scale)
     weights = dict(sae.state_dict())
     sae.process_state_dict_for_saving_inference(weights)
-    config = SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
+    config = sae_lens.SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
     config.device = "meta"
     kind, _ = get_sae_class(config.architecture())
     copies = {name: weight.clone() for name, weight in weights.items()}
@@ -221,7 +206,7 @@ def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
 
 
 def save(sae: TrainingSAE[Any], folder: Path, scale: float = 1.0) -> None:
-    """Writes what `inference` gives, in sae-lens's format, into a folder that need not exist."""
+    """Write the result of `inference` in sae-lens's format into a folder that need not exist."""
     inference(sae, scale).to("cpu", torch.float32).save_model(folder)
 
 
