@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Observer, Reading
@@ -155,19 +155,6 @@ def _observer(saes: Mapping[str, _SAE]) -> Observer:
     return lambda reading: saes[reading.hookpoint].add(reading)
 
 
-class _Constant:
-    """An SAE in form alone: it puts back the same vector for all residuals."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._value.expand_as(feature_acts)
-
-
 def _ablations(subject: Subject) -> dict[str, Splices]:
     """Splices that replace the SAEs' activations by zeros, and by their mean over the text."""
     identities = tuple(splice._replace(sae=IdentitySAE().eval()) for splice in subject.after)
@@ -177,7 +164,8 @@ def _ablations(subject: Subject) -> dict[str, Splices]:
     means = {hookpoint: sae.sums[3:] / sae.sums[0] for hookpoint, sae in readings.items()}
     return {
         name: tuple(
-            splice._replace(sae=_Constant(factor * means[splice.hookpoint])) for splice in subject.after
+            splice._replace(sae=Replacement((factor * means[splice.hookpoint]).expand_as))
+            for splice in subject.after
         )
         for name, factor in (("zero", 0), ("mean", 1))
     }
@@ -219,7 +207,6 @@ def _core(
     bootstrap: Bootstrap,
 ) -> Core:
     sequences, length = subject.tokens.shape
-    interval = bootstrap.interval
 
     def mean(measure: str, name: str) -> Resampled:
         sums = measures[measure, name].sum(1)

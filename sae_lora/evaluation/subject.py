@@ -1,7 +1,7 @@
 """A finished run, loaded to be measured: its models, its SAEs and its held-out text."""
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,19 @@ class Cell(enum.StrEnum):
     """With the SAEs and everything that the run has trained."""
     adapted = "adapted"
     """With the adapters and no SAE."""
+
+
+class Replacement:
+    """A stand-in for an SAE, by what it puts back for residuals `[..., d_model]`."""
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        self._replace = replace
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self._replace(feature_acts)
 
 
 class Subject:
@@ -97,9 +110,15 @@ class Subject:
         Args:
             sequences: Number of sequences, from the first on; `None` for all.
         """
-        at_once = max(1, self.config.train.eval_batch_tokens // self.tokens.shape[1])
-        for batch in self.tokens[:sequences].split(at_once):
-            yield batch.to(self.device)
+        tokens = self.tokens[:sequences]
+        for rows in self.slices(tokens):
+            yield tokens[rows].to(self.device)
+
+    def slices(self, tokens: Tensor) -> Iterator[slice]:
+        """Rows of tokens `[text, pos]` that go through the model at once."""
+        at_once = max(1, self.config.train.eval_batch_tokens // tokens.shape[1])
+        for start in range(0, len(tokens), at_once):
+            yield slice(start, start + at_once)
 
     @torch.no_grad()
     def hidden(

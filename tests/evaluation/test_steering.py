@@ -329,8 +329,7 @@ def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject,
             ):
                 assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
         for place in range(3):
-            numbers = [int(texts.of(place, positive=label).sum()) for label in (True, False)]
-            assert numbers == [4, 4]
+            assert texts.groups[place].sum(-1).tolist() == [4, 4]
     assert rows(halves.validation).isdisjoint(rows(halves.test))
 
 
@@ -418,8 +417,8 @@ def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -
     texts = halves.test
     lines = [
         row(latent, tokenizer.decode(texts.tokens[place], skip_special_tokens=True), label)
-        for label, positive in (("positive", True), ("negative", False))
-        for place in texts.of(0, positive=positive).nonzero()[:3, 0]
+        for label, mask in zip(("positive", "negative"), texts.groups[0], strict=True)
+        for place in mask.nonzero()[:3, 0]
     ]
     file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # what stands twice counts once
     config = EvaluationConfig(**(QUICK | {"steering_texts": file}))

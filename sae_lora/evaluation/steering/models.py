@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.evaluation.steering.texts import Halves, Texts, batches, residuals
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.steering.texts import Halves, Texts, residuals
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced
@@ -23,23 +23,6 @@ from sae_lora.splice.kl import log_probabilities
 from sae_lora.train.evaluator import NO_LABEL, next_tokens
 
 _LOGITS_AT_ONCE = 2**22
-
-
-class _Pushed:
-    """A stand-in for an SAE that adds a vector to its input.
-
-    Args:
-        added: Added to the residuals `[batch, pos, d_model]`, `[batch, 1, d_model]`.
-    """
-
-    def __init__(self, added: Tensor) -> None:
-        self._added = added
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts + self._added
 
 
 class _Raised:
@@ -94,7 +77,7 @@ class SteeredModels:
             strengths: Strengths of the latent of each text, `[strength, text]`.
         """
         effects = []
-        for rows in batches(self._subject, texts.tokens):
+        for rows in self._subject.slices(texts.tokens):
             tokens = texts.tokens[rows].to(self._subject.device)
             which = texts.which[rows].to(self._subject.device)
             hidden = self._hidden(cell, tokens, which, strengths[:, rows].to(self._subject.device))
@@ -140,7 +123,8 @@ class SteeredModels:
     def _coder(self, sae: Coder | None, which: Tensor, strengths: Tensor) -> Coder:
         """The coder at the SAE's place, for texts of these latents `[text]` at these strengths."""
         if sae is None:
-            return _Pushed((strengths[:, None] * self.pushes[which])[:, None])
+            added = (strengths[:, None] * self.pushes[which])[:, None]
+            return Replacement(lambda resid: resid + added)
         return _Raised(sae, self._latents[which], strengths * self.activations[which])
 
 

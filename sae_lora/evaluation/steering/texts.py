@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def of(self, place: int, *, positive: bool) -> Tensor:
-        """Mask `[text]` of the texts of one latent with this label."""
-        return (self.which == place) & (self.positive == positive)
+    @property
+    def groups(self) -> Tensor:
+        """Masks of the texts of each latent with each label, positive first, `[latent, label, text]`."""
+        of_latent = self.which == torch.arange(int(self.which.max()) + 1)[:, None]
+        return torch.stack([of_latent & self.positive, of_latent & ~self.positive], dim=1)
 
     @property
     def scored(self) -> Tensor:
@@ -70,7 +71,7 @@ class Halves(NamedTuple):
 
 
 class _Example(NamedTuple):
-    latent: int
+    place: int
     tokens: Tensor
     positive: bool
 
@@ -115,19 +116,12 @@ def residuals(
     """
     readings: list[Reading] = []
     identity = splice._replace(sae=IdentitySAE(), keeps=False)
-    for rows in batches(subject, tokens):
+    for rows in subject.slices(tokens):
         batch = tokens[rows].to(subject.device)
         subject.hidden(Cell.base, batch, readings.append, instead=(identity,))
         resid = readings.pop().resid.reshape(*batch.shape, -1)
         kept = subject.kept_positions(batch, (splice,))
         yield rows, resid, torch.zeros_like(batch, dtype=torch.bool) if kept is None else kept
-
-
-def batches(subject: Subject, tokens: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `[text, pos]` that go through the model at once."""
-    at_once = max(1, subject.config.train.eval_batch_tokens // tokens.shape[1])
-    for start in range(0, len(tokens), at_once):
-        yield slice(start, start + at_once)
 
 
 def _held_out(
@@ -148,7 +142,7 @@ def _held_out(
     texts = []
     for half in halves:
         examples: list[_Example] = []
-        for latent in latents:
+        for place, latent in enumerate(latents):
             heights = peaks[:, latent]
             active = (strong[:, latent] & half).nonzero()[:, 0]
             order = heights[active].argsort(descending=True, stable=True)
@@ -156,11 +150,11 @@ def _held_out(
             if not len(active) or not len(silent):
                 raise _no_texts(latent, counts[:, latent], len(tokens))
             for row in active[order[: config.steering_examples]]:
-                examples.append(_Example(latent, tokens[row], True))
+                examples.append(_Example(place, tokens[row], True))
             number = min(len(silent), config.steering_examples)
             for row in silent[torch.arange(number) * len(silent) // number]:  # evenly spread
-                examples.append(_Example(latent, tokens[row], False))
-        texts.append(_texts(examples, latents))
+                examples.append(_Example(place, tokens[row], False))
+        texts.append(_texts(examples))
     return Halves(list(latents), *texts)
 
 
@@ -213,11 +207,11 @@ def _no_texts(latent: int, counts: Tensor, texts: int) -> ConfigError:
     )
 
 
-def _texts(examples: Sequence[_Example], latents: Sequence[int]) -> Texts:
+def _texts(examples: Sequence[_Example]) -> Texts:
     return Texts(
         pad_sequence([example.tokens for example in examples], batch_first=True),
         torch.tensor([len(example.tokens) for example in examples]),
-        torch.tensor([latents.index(example.latent) for example in examples]),
+        torch.tensor([example.place for example in examples]),
         torch.tensor([example.positive for example in examples]),
     )
 
@@ -230,21 +224,22 @@ def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae
     """Texts of a file; every other text of each latent and label is for validation."""
     labels = _labels(path, d_sae)
     latents = list(wanted or dict.fromkeys(latent for latent, _ in labels))
-    counts = Counter((latent, positive) for (latent, _), positive in labels.items())
-    for latent, (label, positive) in itertools.product(latents, _LABELS.items()):
-        if (number := counts[latent, positive]) < len(_HALVES):
-            raise UserError(
-                f"evaluation.steering_texts = {str(path)!r}: latent {latent} has {number} {label} texts "
-                "there; it needs two, one to choose the strength on and one to measure on"
-            )
-    used = {key: positive for key, positive in labels.items() if key[0] in latents}
-    examples = _tokenised(path, used, subject)
     halves: tuple[list[_Example], list[_Example]] = ([], [])
-    for kind in itertools.product(latents, _LABELS.values()):
-        alike = [example for example in examples if (example.latent, example.positive) == kind]
-        halves[0].extend(alike[::2])
-        halves[1].extend(alike[1::2])
-    return Halves(latents, *(_texts(half, latents) for half in halves))
+    for (place, latent), (label, positive) in itertools.product(enumerate(latents), _LABELS.items()):
+        documents = [
+            Document(f"latent {latent}", text)
+            for (of_latent, text), is_positive in labels.items()
+            if (of_latent, is_positive) == (latent, positive)
+        ]
+        if len(documents) < len(_HALVES):
+            raise UserError(
+                f"evaluation.steering_texts = {str(path)!r}: latent {latent} has {len(documents)} "
+                f"{label} texts there; it needs two, one to choose the strength on and one to measure on"
+            )
+        examples = [_Example(place, ids, positive) for ids in _tokenised(path, documents, subject)]
+        halves[0].extend(examples[::2])
+        halves[1].extend(examples[1::2])
+    return Halves(latents, *map(_texts, halves))
 
 
 def _labels(path: Path, d_sae: int) -> _Labels:
@@ -282,19 +277,16 @@ def _row(line: str, where: str, d_sae: int) -> tuple[int, str, bool]:
     return latent, text, _LABELS[label]
 
 
-def _tokenised(path: Path, labels: _Labels, subject: Subject) -> list[_Example]:
+def _tokenised(path: Path, documents: Sequence[Document], subject: Subject) -> Iterator[Tensor]:
     """Texts as tokens, with the model's BOS, and no longer than the run's sequences."""
     tokenizer = subject.adapted.tokenizer
     bos = convention_of(tokenizer).bos
     head = [] if bos is None else [bos]
-    documents = [Document(str(latent), text) for latent, text in labels]
-    examples = []
-    for (document, ids), positive in zip(tokenised(documents, tokenizer), labels.values(), strict=True):
+    for document, ids in tokenised(documents, tokenizer):
         tokens = (head + ids)[: subject.config.data.context_length]
         if len(tokens) < SHORTEST_TEXT:
             raise UserError(
-                f"{path}: the text {document.text!r} of latent {document.key} is a single token, which "
-                "has none before it to be predicted from"
+                f"{path}: the text {document.text!r} of {document.key} is a single token, which has "
+                "none before it to be predicted from"
             )
-        examples.append(_Example(int(document.key), torch.tensor(tokens), positive))
-    return examples
+        yield torch.tensor(tokens)
