@@ -5,17 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
-from sae_lora.config.compose import explanation
+from sae_lora.config.compose import checked, explanation
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.config.serialize import keys, load, typed, unknown_key
-from sae_lora.config.validate import check
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
 from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench
@@ -60,20 +58,13 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
     Raises:
         UserError: For an unknown key or an invalid value.
     """
-    config = OmegaConf.structured(load(folder.config.read_text()))
     dotlist = [f"evaluation.{assignment.removeprefix('evaluation.')}" for assignment in assignments]
-    for assignment in dotlist:
-        key = assignment.partition("=")[0]
-        if key not in keys():
-            raise unknown_key(key)
+    config = OmegaConf.create(folder.config.read_text())
     try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist))
-        assert isinstance(merged, DictConfig)
-        result = typed(merged)
+        config.merge_with_dotlist(dotlist)
+        return checked(config).evaluation
     except OmegaConfBaseException as error:
         raise UserError(explanation(error)) from error
-    check(result)
-    return result.evaluation
 
 
 def evaluate(
@@ -116,12 +107,13 @@ def evaluate(
         complain(f"{suite.name} of {folder.path.name} left out", str(reason))
         failed.append(suite)
 
+    ready = []
     for suite in suites:
         try:
             _SUITES[suite].check(config)
+            ready.append(suite)
         except UserError as error:
             leave_out(suite, error)
-    ready = [suite for suite in suites if suite not in failed]
     if not ready:
         return failed
     subject = Subject(folder, device)

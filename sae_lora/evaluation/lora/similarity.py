@@ -80,15 +80,10 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
 
 
 class _Similarities(NamedTuple):
-    """Similarities of one matrix in two runs.
-
-    Args:
-        kind: Path of the matrix inside its block.
-        grid: φ, `[i, j]`.
-        inputs: Inputs of the matrix.
-    """
+    """Similarities φ `[i, j]` of one matrix in two runs."""
 
     kind: str
+    """Path of the matrix inside its block."""
     grid: Tensor
     inputs: int
 

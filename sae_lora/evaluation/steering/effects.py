@@ -116,7 +116,8 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
     halves = texts_of(subject, splice, config)
     steered = SteeredModels(subject, splice, halves)
     strengths = sorted(config.steering_strengths, key=abs)
-    validation_texts, test_texts = (half.groups.sum(-1).tolist() for half in halves[1:])
+    validation_texts = halves.validation.groups.sum(-1).tolist()
+    test_texts = halves.test.groups.sum(-1).tolist()
     # The same resamples in every model: models are compared text by text.
     bootstraps = [
         Bootstrap(texts, config.resamples, seed=2 * place + positive)
