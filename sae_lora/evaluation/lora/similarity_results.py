@@ -1,4 +1,4 @@
-"""Directions that adapters of two runs have in common: `evaluation/similarity.json` of a sweep, and maps.
+"""Directions that adapters have in common: `evaluation/similarity.json` of a sweep, and maps of it.
 
 Imports no torch.
 """
@@ -71,10 +71,8 @@ def read(sweep: Path) -> list[Pair]:
 
 def similarity_map(pair: Pair) -> go.Figure:
     """Maps of φ of i directions of one run and j of the other, beside that of random subspaces."""
-    parts = [
-        ("measured", pair["of_all"]["similarity"]),
-        ("random subspaces", pair["of_all"]["expected"]),
-    ]
+    grid = pair["of_all"]
+    parts = [("measured", grid["similarity"]), ("random subspaces", grid["expected"])]
     return _maps(parts, pair, with_numbers=True).update_layout(height=460)
 
 
@@ -125,18 +123,16 @@ def _maps(
     sizes: dict[str, Any] = {"type": "category", "showgrid": False, "tickangle": 0}
     figure.update_xaxes(**sizes)
     figure.update_yaxes(autorange="reversed", **sizes)
-    first, second = (
-        name.rpartition("-")[2] for name in (pair["first"], pair["second"])
-    )  # the runs' hashes
+    hashes = [name.rpartition("-")[2] for name in (pair["first"], pair["second"])]
     for number in range(len(parts))[-columns:]:  # the lowest of each column
         figure.update_xaxes(
-            title=f"j of {second}",
+            title=f"j of {hashes[1]}",
             showticklabels=True,
             row=1 + number // columns,
             col=1 + number % columns,
         )
     for row in range(1, rows + 1):
-        figure.update_yaxes(title=f"i of {first}", row=row, col=1)
+        figure.update_yaxes(title=f"i of {hashes[0]}", row=row, col=1)
     figure.update_layout(
         coloraxis=_WHOLE | {"colorbar": {"title": {"text": "subspace similarity φ", "side": "right"}}}
     )
