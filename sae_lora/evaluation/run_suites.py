@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_lora.common.console import complain, say
@@ -60,6 +60,7 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
     """
     dotlist = [f"evaluation.{assignment.removeprefix('evaluation.')}" for assignment in assignments]
     config = OmegaConf.create(folder.config.read_text())
+    assert isinstance(config, DictConfig)
     try:
         config.merge_with_dotlist(dotlist)
         return checked(config).evaluation
