@@ -172,15 +172,11 @@ def _ablations(subject: Subject) -> dict[str, Splices]:
 
 
 def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Measures of models at each position, `[batch, pos]`, on the CPU in float64.
+    """Measures at each position of tokens `[batch, pos]`, in their shape, on the CPU in float64.
 
     By measure and model: `ce`, zero at the last position, where there is no label; `forward` and
-    `reverse` KL to the plain model; `top1`, 1 where both put the same token first.
-
-    Args:
-        head: The models' head.
-        tokens: `[batch, pos]`.
-        hidden: The head's input of each model, `[batch, pos, d_model]`, the plain model first.
+    `reverse` KL to the plain model; `top1`, 1 where both put the same token first. `hidden` is the
+    head's input of each model, `[batch, pos, d_model]`.
     """
     labels = next_tokens(tokens).flatten()
     states = {name: each.flatten(0, 1) for name, each in hidden.items()}
@@ -188,10 +184,9 @@ def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[
     parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)
-        log_p: Tensor | None = None
-        for name in states:
-            log_q = log_probabilities(head.logits(states[name][rows]))
-            log_p = log_q if log_p is None else log_p
+        log_probs = {name: log_probabilities(head.logits(each[rows])) for name, each in states.items()}
+        log_p = log_probs[Cell.base]
+        for name, log_q in log_probs.items():
             losses = -log_q.gather(-1, labels[rows].clamp(min=0)[:, None])[:, 0]
             parts["ce", name].append(torch.where(labels[rows] == NO_LABEL, 0.0, losses))
             parts["forward", name].append((log_p.exp() * (log_p - log_q)).sum(-1))

@@ -255,8 +255,7 @@ def _by_document(name: str, key: str, results: Mapping[str, Any]) -> list[float]
 def paired_error(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Standard error of the mean difference between two measures of the same documents, in order.
 
-    Returns:
-        `None` for fewer than two documents.
+    `None` for fewer than two documents.
     """
     if len(first) != len(second) or len(first) < 2:
         return None
@@ -268,18 +267,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Restrict the harness to errors inside the block, with no progress bar in a log."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with bars:
-            yield
-    finally:
-        logger.setLevel(level)
+def _silenced() -> contextlib.AbstractContextManager[Any]:
+    """Restrict the harness to errors; inside the block, it draws no progress bar into a log."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    is_terminal = sys.stderr.isatty()
+    return contextlib.nullcontext() if is_terminal else contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager

@@ -121,10 +121,7 @@ def shared(matrix: AdaptedMatrix, others: Tensor) -> Shared:
 class _Statistics:
     """Statistics of an SAE's error and of its active latents, on held-out text.
 
-    Args:
-        subject: The run; the SAE sits before all its adapters.
-        splice: The SAE.
-        sequences: Sequences to read, at most.
+    The SAE sits before all adapters of the run. At most so many sequences are read.
     """
 
     def __init__(self, subject: Subject, splice: Splice, sequences: int) -> None:

@@ -128,11 +128,7 @@ def _requirements(packages: Path) -> list[str]:
 
 
 def _run(command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
-    """Run a command that prints into the log.
-
-    Raises:
-        UserError: Where it fails, with the end of the log.
-    """
+    """Run a command that prints into the log; where it fails, raise the end of the log."""
     with log.open("a") as printed:
         done = subprocess.run(command, stdout=printed, stderr=printed, env=variables, check=False)
     if done.returncode != 0:

@@ -122,11 +122,7 @@ def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
 
 
 def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
-    """Run the benchmarks in a child process and repeat its output.
-
-    Raises:
-        UserError: Where the child fails.
-    """
+    """Run the benchmarks in a child process and repeat its output."""
     log = folder / "saebench.log"
     with (
         log.open("a") as printed,

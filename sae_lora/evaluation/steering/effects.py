@@ -225,12 +225,7 @@ def _on_test(
 ) -> np.ndarray:
     """Effects on the test texts in nats per token, `[latent, label, 1 + resamples]`, positive first.
 
-    Args:
-        steered: The models.
-        cell: The model to steer.
-        texts: The texts.
-        best: The strength of each latent.
-        bootstraps: The resamples of each latent and label.
+    `best` are the strengths of the latents, `bootstraps` the resamples of each latent and label.
     """
     (effects,) = steered.effects(cell, texts, torch.tensor(best)[None, texts.which])
     means = [

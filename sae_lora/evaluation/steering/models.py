@@ -26,25 +26,19 @@ _LOGITS_AT_ONCE = 2**22
 
 
 class _Raised:
-    """An SAE with one latent raised in each text.
+    """An SAE that adds amounts `[batch]` to one latent of each text, `[batch]`."""
 
-    Args:
-        sae: The SAE.
-        latents: The latent of each text, `[batch]`.
-        by: The amount, `[batch]`.
-    """
-
-    def __init__(self, sae: Coder, latents: Tensor, by: Tensor) -> None:
-        self._sae, self._latents, self._by = sae, latents, by
+    def __init__(self, sae: Coder, latents: Tensor, amounts: Tensor) -> None:
+        self._sae, self._latents, self._amounts = sae, latents, amounts
+        self.decode = sae.decode
 
     def encode(self, x: Tensor) -> Tensor:
         code = self._sae.encode(x)
         shape = (*code.shape[:-1], 1)
-        latents, by = (values[:, None, None].expand(shape) for values in (self._latents, self._by))
-        return code.scatter_add(-1, latents, by.to(code.dtype))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._sae.decode(feature_acts)
+        latents, amounts = (
+            values[:, None, None].expand(shape) for values in (self._latents, self._amounts)
+        )
+        return code.scatter_add(-1, latents, amounts.to(code.dtype))
 
 
 class SteeredModels:

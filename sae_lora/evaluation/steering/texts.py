@@ -216,10 +216,6 @@ def _texts(examples: Sequence[_Example]) -> Texts:
     )
 
 
-_Labels = dict[tuple[int, str], bool]
-"""Labels by latent and text, true for positive. Keys are unique: a repeated text counts once."""
-
-
 def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae: int) -> Halves:
     """Texts of a file; every other text of each latent and label is for validation."""
     labels = _labels(path, d_sae)
@@ -242,12 +238,13 @@ def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae
     return Halves(latents, *map(_texts, halves))
 
 
-def _labels(path: Path, d_sae: int) -> _Labels:
+def _labels(path: Path, d_sae: int) -> dict[tuple[int, str], bool]:
+    """Labels by latent and text, true for positive; a repeated text counts once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluation.steering_texts = {str(path)!r} cannot be read: {error}") from error
-    labels: _Labels = {}
+    labels: dict[tuple[int, str], bool] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
