@@ -29,11 +29,6 @@ class Bootstrap:
     Sequences are drawn and not tokens, because tokens of one sequence are alike.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
-
-    Args:
-        sequences: Number of sequences.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
     """
 
     def __init__(self, sequences: int, resamples: int, seed: int = 0) -> None:
@@ -43,12 +38,7 @@ class Bootstrap:
         """Number of times that each sequence is in each resample, `[1 + resamples, sequence]`."""
 
     def mean(self, sums: Tensor, counts: Tensor) -> Resampled:
-        """Mean over tokens.
-
-        Args:
-            sums: Sum over the tokens of each sequence, `[sequence]`.
-            counts: Tokens of each sequence, `[sequence]`.
-        """
+        """Mean over tokens, from their sum and their number in each sequence, `[sequence]`."""
         total, tokens = (self._times @ values.double().cpu().numpy() for values in (sums, counts))
         return total / tokens
 

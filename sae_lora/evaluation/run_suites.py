@@ -51,9 +51,7 @@ _SUITES: dict[Suite, _Suite] = {
 def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
     """The `evaluation` section of a run's own config, with some keys replaced.
 
-    Args:
-        folder: The run.
-        assignments: `key=value`, keys of `evaluation`, values as on the command line.
+    The assignments are `key=value`, with keys of `evaluation` and values as on the command line.
 
     Raises:
         UserError: For an unknown key or an invalid value.
@@ -76,19 +74,11 @@ def evaluate(
     again: bool = False,
     device: str | None = None,
 ) -> list[Suite]:
-    """Run suites on a finished run, as far as they apply to it and are not done yet.
+    """Run suites on a finished run, as far as they apply to it; return those that failed.
 
-    A suite that lacks something, a download or a package, is reported, and the others go on.
-
-    Args:
-        folder: A finished run.
-        wanted: The suites.
-        config: Settings of the suites.
-        again: Whether to repeat suites that are done.
-        device: auto, cpu or cuda; by default the run's `train.device`.
-
-    Returns:
-        The suites that failed.
+    A suite that lacks something, a download or a package, is reported, and the others go on. Suites that
+    are done are repeated if asked for `again`. The device is auto, cpu or cuda; by default the run's
+    `train.device`.
 
     Raises:
         UserError: Where the run is not finished, or something of it is missing.

@@ -105,11 +105,7 @@ class Subject:
             yield self.model_of(cell).model
 
     def batches(self, sequences: int | None = None) -> Iterator[Tensor]:
-        """The held-out text, `[batch, pos]`, on the device.
-
-        Args:
-            sequences: Number of sequences, from the first on; `None` for all.
-        """
+        """The first sequences of the held-out text, or all, `[batch, pos]`, on the device."""
         tokens = self.tokens[:sequences]
         for rows in self.slices(tokens):
             yield tokens[rows].to(self.device)
@@ -128,13 +124,9 @@ class Subject:
         observe: Observer | None = None,
         instead: Splices | None = None,
     ) -> Tensor:
-        """The head's input, `[batch, pos, d_model]`.
+        """The head's input, `[batch, pos, d_model]`, for tokens `[batch, pos]`.
 
-        Args:
-            cell: The model and its SAEs.
-            tokens: `[batch, pos]`.
-            observe: Called each time an SAE has been applied.
-            instead: Splices to use instead of the cell's SAEs.
+        `observe` is called each time an SAE has been applied; `instead` replaces the cell's SAEs.
         """
         splices = self.splices_of(cell) if instead is None else instead
         with self._spliced(cell, tokens, splices, observe) as model:

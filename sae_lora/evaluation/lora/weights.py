@@ -138,12 +138,7 @@ def energy(values: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(matrix: AdaptedMatrix, random: torch.Generator) -> Matrix:
-    """Measure the change of one matrix.
-
-    Args:
-        matrix: The matrix with its adapter.
-        random: Draws the random directions.
-    """
+    """Measure the change of one matrix; `random` draws the random directions."""
     weight, delta = matrix.weight.double(), matrix.delta.double()
     outputs, values, inputs = decomposed(matrix)
     r = min(len(matrix.a), *weight.shape)

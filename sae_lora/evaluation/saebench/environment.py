@@ -37,10 +37,7 @@ _LINES = 15
 
 
 def python(given: str | None) -> Path:
-    """The Python of an environment that has SAEBench.
-
-    Args:
-        given: The Python of the user's own environment, if any.
+    """The Python of an environment that has SAEBench: the user's own if given, else that of `make`.
 
     Raises:
         UserError: Where there is none; names the command that makes one.

@@ -16,14 +16,7 @@ from sae_lora.splice.hooks import Splice
 
 
 class Model(HookedProxyLM):
-    """A transformers model with one hook.
-
-    Args:
-        model: The model, with or without adapters.
-        tokenizer: The model's tokenizer; changed in place.
-        hookpoint: Hookpoint of the SAE.
-        name: Name of the model in SAEBench.
-    """
+    """A transformers model with one hook, at an SAE's hookpoint. Changes the tokenizer in place."""
 
     def __init__(self, model: LanguageModel, tokenizer: Any, hookpoint: str, name: str) -> None:
         module = model.name_at(hookpoint)

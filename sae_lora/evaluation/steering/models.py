@@ -42,12 +42,7 @@ class _Raised:
 
 
 class SteeredModels:
-    """A run's models, with a latent added to each text.
-
-    Args:
-        subject: The run.
-        splice: The SAE whose latents are added.
-        halves: The latents and texts; typical activations are those on the validation texts.
+    """A run's models, with a latent of one SAE added to each text.
 
     Raises:
         UserError: For a latent that is active nowhere on its positive validation texts.
@@ -63,12 +58,9 @@ class SteeredModels:
 
     @torch.no_grad()
     def effects(self, cell: Cell, texts: Texts, strengths: Tensor) -> Tensor:
-        """Change of the log-probability of each text in nats, `[strength, text]`, float64.
+        """Change of the log-probability of each text in nats, at strengths of its latent.
 
-        Args:
-            cell: The model.
-            texts: The texts.
-            strengths: Strengths of the latent of each text, `[strength, text]`.
+        The strengths are `[strength, text]`, and the changes too, in float64.
         """
         effects = []
         for rows in self._subject.slices(texts.tokens):
@@ -162,11 +154,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
 def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
 
-    Args:
-        head: Head of the model.
-        hidden: Input of the head, `[text, pos, d_model]`.
-        tokens: `[text, pos]`.
-        lengths: Tokens of each text, `[text]`; tokens after them are not scored.
+    The head's input is `[text, pos, d_model]`, the tokens are `[text, pos]`. Those beyond a text's length,
+    `[text]`, are not scored.
     """
     labels = next_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)

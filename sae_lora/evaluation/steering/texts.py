@@ -103,12 +103,7 @@ def texts_of(subject: Subject, splice: Splice, config: EvaluationConfig) -> Halv
 def residuals(
     subject: Subject, splice: Splice, tokens: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Input of an SAE in the plain model, with no SAE in place.
-
-    Args:
-        subject: The run.
-        splice: The SAE.
-        tokens: `[text, pos]`.
+    """Input of an SAE in the plain model, with no SAE in place, for tokens `[text, pos]`.
 
     Yields:
         Rows of the texts; their residuals `[batch, pos, d_model]`; a mask `[batch, pos]` of positions
@@ -171,11 +166,8 @@ def _peaks(subject: Subject, splice: Splice, tokens: Tensor) -> Tensor:
 def _sharpest(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
     """Latents with the largest Welch's t between peaks on positive and on negative texts (all zero).
 
-    Args:
-        peaks: `[text, d_sae]`.
-        strong: Mask of the positive texts, `[text, d_sae]`.
-        counts: Number of texts of each half and label, `[4, d_sae]`.
-        most: Number of latents wanted.
+    Peaks are `[text, d_sae]`, `strong` is a mask of the positive texts in the same shape, and counts
+    `[4, d_sae]` are the numbers of texts of each half and label.
     """
     enough = counts.amin(0) >= _FEWEST
     if not enough.any():
