@@ -33,12 +33,10 @@ class _Raised:
         self.decode = sae.decode
 
     def encode(self, x: Tensor) -> Tensor:
-        code = self._sae.encode(x)
-        shape = (*code.shape[:-1], 1)
-        latents, amounts = (
-            values[:, None, None].expand(shape) for values in (self._latents, self._amounts)
-        )
-        return code.scatter_add(-1, latents, amounts.to(code.dtype))
+        code = self._sae.encode(x).clone()
+        texts = torch.arange(len(code), device=code.device)
+        code[texts, :, self._latents] += self._amounts[:, None].to(code.dtype)
+        return code
 
 
 class SteeredModels:
@@ -82,14 +80,9 @@ class SteeredModels:
         subject, place = self._subject, self._splice.place
         model, splices = subject.model_of(cell), subject.splices_of(cell)
         keep = subject.kept_positions(tokens, (self._splice,))
-        before, behind = (
-            {
-                splice.hookpoint: splice.sae
-                for splice in splices
-                if splice.place != place and (splice.block < place.begins) == is_before
-            }
-            for is_before in (True, False)
-        )
+        others = [splice for splice in splices if splice.place != place]
+        before = {splice.hookpoint: splice.sae for splice in others if splice.block < place.begins}
+        behind = {splice.hookpoint: splice.sae for splice in others if splice.block >= place.begins}
         resid = None
         if place.begins:
             with spliced(model, before, keep):
@@ -154,8 +147,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
 def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
 
-    The head's input is `[text, pos, d_model]`, the tokens are `[text, pos]`. Those beyond a text's length,
-    `[text]`, are not scored.
+    The head's input is `[text, pos, d_model]`, the tokens are `[text, pos]`. Tokens beyond the length of
+    their text, `[text]`, are not scored.
     """
     labels = next_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
