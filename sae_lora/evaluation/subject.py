@@ -128,26 +128,27 @@ class Subject:
 
         `observe` is called each time an SAE has been applied; `instead` replaces the cell's SAEs.
         """
-        splices = self.splices_of(cell) if instead is None else instead
-        with self._spliced(cell, tokens, splices, observe) as model:
+        with self._spliced(cell, tokens, observe, instead) as model:
             return model.hidden(tokens)
 
     @torch.no_grad()
     def streams(self, cell: Cell, tokens: Tensor) -> list[Tensor]:
         """The residual stream after each block, `[batch, pos, d_model]`, as the next block reads it."""
         # Hooks run in this order: a block's SAE first, then the reader of its output.
-        with (
-            self._spliced(cell, tokens, self.splices_of(cell)) as model,
-            outputs_of(model.blocks) as streams,
-        ):
+        with self._spliced(cell, tokens) as model, outputs_of(model.blocks) as streams:
             model.hidden(tokens)
         return streams
 
     @contextmanager
     def _spliced(
-        self, cell: Cell, tokens: Tensor, splices: Splices, observe: Observer | None = None
+        self,
+        cell: Cell,
+        tokens: Tensor,
+        observe: Observer | None = None,
+        instead: Splices | None = None,
     ) -> Iterator[LanguageModel]:
         model = self.model_of(cell)
+        splices = self.splices_of(cell) if instead is None else instead
         saes = {splice.hookpoint: splice.sae for splice in splices}
         with spliced(model, saes, self.kept_positions(tokens, splices), observe):
             yield model

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow  # many seconds in all
 
 QUICK = EvaluationConfig(resamples=50)
 ADAPTERS = LoRAConfig(rank=2, blocks="all")
+SPLICES = (Splice(1, topk_sae(), keeps=False),)
 
 
 def values(found: list[Interval]) -> list[float]:
@@ -63,7 +64,7 @@ def test_distances_are_those_of_transformers_own_hidden_states(model: LanguageMo
 
 
 def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
-    subject = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), LoRAConfig(rank=2))
+    subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
     errors = []
 
     def observe(reading: Reading) -> None:
@@ -81,7 +82,7 @@ def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
 
 
 def test_the_share_is_of_the_last_blocks_distance() -> None:
-    subject = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), LoRAConfig(rank=2))
+    subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
     found = evaluate(subject, QUICK)
     assert found.shortened is not None
     for kind in ("l2", "cosine"):
@@ -108,15 +109,15 @@ def test_special_tokens_that_keep_their_activation_are_left_out() -> None:
     expected = float((moved - clean).double().norm(dim=-1).mean())
     assert values(found.distance["adapted"]["l2"])[2] == pytest.approx(expected, rel=1e-5)
     # Where none keeps its activation, all are measured.
-    replaced = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), tokens=tokens)
+    replaced = Made(small_model("llama"), SPLICES, tokens=tokens)
     assert evaluate(replaced, QUICK).tokens == tokens.numel()
 
 
 def test_the_first_sequences_are_read() -> None:
-    model, splices = small_model("llama"), (Splice(1, topk_sae(), keeps=False),)
+    model = small_model("llama")
     tokens = random_tokens(batch=6, length=12, seed=3)
-    few = evaluate(Made(model, splices, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
-    alone = evaluate(Made(model, splices, tokens=tokens[:3]), QUICK)
+    few = evaluate(Made(model, SPLICES, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
+    alone = evaluate(Made(model, SPLICES, tokens=tokens[:3]), QUICK)
     assert few.sequences == alone.sequences == 3
     assert values(few.distance["student"]["l2"]) == pytest.approx(
         values(alone.distance["student"]["l2"])
@@ -124,17 +125,16 @@ def test_the_first_sequences_are_read() -> None:
 
 
 def test_sequences_that_are_alike_leave_no_doubt() -> None:
-    splices = (Splice(1, topk_sae(), keeps=False),)
     alike = random_tokens(batch=1, length=12).expand(5, -1)
     for tokens, sure in ((alike, True), (random_tokens(batch=5, length=12), False)):
-        found = evaluate(Made(small_model("llama"), splices, tokens=tokens), QUICK)
+        found = evaluate(Made(small_model("llama"), SPLICES, tokens=tokens), QUICK)
         last = found.distance["spliced"]["l2"][-1]
         assert last.low is not None and last.high is not None
         assert (last.high - last.low < 1e-9 * last.high) == sure
 
 
 def test_the_residual_stream_has_the_models_width() -> None:
-    subject = Made(small_model("gpt2"), (Splice(1, topk_sae(), keeps=False),), ADAPTERS)
+    subject = Made(small_model("gpt2"), SPLICES, ADAPTERS)
     for cell in Cell:
         streams = subject.streams(cell, subject.tokens)
         assert [stream.shape for stream in streams] == [(*subject.tokens.shape, D_MODEL)] * N_BLOCKS
