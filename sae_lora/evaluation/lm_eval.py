@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -206,10 +206,7 @@ def _scores(name: str, results: Mapping[Cell, Mapping[str, Any]]) -> TaskScores:
             for metric, value in base["higher_is_better"].get(name, {}).items()
             if value is not None
         },
-        cells={
-            cell.value: _metrics(name, each, None if cell is Cell.base else base)
-            for cell, each in results.items()
-        },
+        cells={cell.value: _metrics(name, each, base) for cell, each in results.items()},
     )
 
 
@@ -221,23 +218,21 @@ def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
     return [leaf for child in children for leaf in _leaves(child, results)]
 
 
-def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Score]:
+def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Score]:
     """A task's scores by metric, compared to the plain model's results."""
     values = results["results"][name]
-    scores = {}
+    scores: dict[str, Score] = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not _is_number(value):
             continue
         stderr = values.get(f"{metric}_stderr,{filtered}")
-        scores[metric if filtered == "none" else key] = Score(
-            value=float(value),
-            stderr=float(stderr) if _is_number(stderr) else None,
-            over_base=None if base is None else float(value - base["results"][name][key]),
-            over_base_stderr=None
-            if base is None
-            else paired_error(_by_document(name, key, results), _by_document(name, key, base)),
-        )
+        score = Score(float(value), float(stderr) if _is_number(stderr) else None)
+        if results is not base:
+            over_base = float(value - base["results"][name][key])
+            documents = (_by_document(name, key, each) for each in (results, base))
+            score = replace(score, over_base=over_base, over_base_stderr=paired_error(*documents))
+        scores[metric if filtered == "none" else key] = score
     return scores
 
 

@@ -25,17 +25,12 @@ from sae_lora.records.folder import RunFolder
 
 
 class _Suite(NamedTuple):
-    """Functions and settings of a suite.
-
-    Args:
-        measure: Measures a run; returns a dataclass of plain values.
-        depends_on: The keys of `evaluation` that the results depend on.
-        check: Refuses a config that cannot work, before anything is loaded.
-    """
-
     measure: Callable[[Subject, EvaluationConfig], Any]
+    """Measures a run; returns a dataclass of plain values."""
     depends_on: tuple[str, ...]
+    """The keys of `evaluation` that the results depend on."""
     check: Callable[[EvaluationConfig], None] = lambda config: None
+    """Refuses a config that cannot work, before anything is loaded."""
 
 
 _SUITES: dict[Suite, _Suite] = {

@@ -191,19 +191,14 @@ def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 class SuiteFigure(NamedTuple):
-    """A figure in the report.
-
-    Args:
-        suite: The suite whose results it shows.
-        draw: Draws it from the results of runs, by their names.
-        heading: Its heading.
-        note: A sentence below it.
-    """
+    """A figure in the report."""
 
     suite: Suite
+    """The suite whose results it shows."""
     draw: Callable[[_Runs], go.Figure]
     heading: str
     note: str
+    """A sentence below the figure."""
 
     @property
     def name(self) -> str:

@@ -27,19 +27,16 @@ _HALVES = ("validation", "test")
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of several latents. A text of two latents is contained twice.
-
-    Args:
-        tokens: Padded at the end, `[text, pos]`.
-        lengths: Tokens of each text, without padding, `[text]`.
-        which: Latent of each text, by its place among those steered, `[text]`.
-        positive: Whether the text shows the latent, `[text]`.
-    """
+    """Texts of several latents. A text of two latents is contained twice."""
 
     tokens: Tensor
+    """Padded at the end, `[text, pos]`."""
     lengths: Tensor
+    """Tokens of each text, without padding, `[text]`."""
     which: Tensor
+    """Latent of each text, by its place among those steered, `[text]`."""
     positive: Tensor
+    """True for texts that show the latent, `[text]`."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -57,17 +54,13 @@ class Texts:
 
 
 class Halves(NamedTuple):
-    """Latents to steer with, and texts to steer on.
-
-    Args:
-        latents: Indices of the latents.
-        validation: Texts on which strengths are chosen.
-        test: Texts on which effects are measured.
-    """
+    """Indices of latents to steer with, and texts to steer on."""
 
     latents: list[int]
     validation: Texts
+    """Texts on which strengths are chosen."""
     test: Texts
+    """Texts on which effects are measured."""
 
 
 class _Example(NamedTuple):
