@@ -194,7 +194,7 @@ def _evaluate(chosen: Namespace) -> int:
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
     """Compare the adapters of each sweep that has several alike; write and draw the results."""
-    from sae_lora.evaluation.lora import similarity, similarity_figures, similarity_results
+    from sae_lora.evaluation.lora import similarity, similarity_results
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
         pairs = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
@@ -202,7 +202,7 @@ def _compare_adapters(folders: list[RunFolder]) -> None:
             similarity_results.write(sweep, pairs)
             path = similarity_results.path_in(sweep)
             say(f"{len(pairs)} pairs of adapters compared: {path}")
-            _draw(path.parent, similarity_figures.figures(pairs))
+            _draw(path.parent, similarity_results.figures(pairs))
 
 
 def _setup(chosen: Namespace) -> None:

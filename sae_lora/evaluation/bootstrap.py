@@ -29,35 +29,25 @@ class Bootstrap:
     Sequences are drawn and not tokens, because tokens of one sequence are alike.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
-
-    Args:
-        sequences: Number of sequences.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
-        share: Share of the resamples within the bounds.
     """
 
-    def __init__(self, sequences: int, resamples: int, seed: int = 0, share: float = 0.95) -> None:
+    def __init__(self, sequences: int, resamples: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         draws = random.multinomial(sequences, [1 / sequences] * sequences, size=resamples)
         self._times = np.concatenate([np.ones((1, sequences)), draws])
         """Number of times that each sequence is in each resample, `[1 + resamples, sequence]`."""
-        self._share = share
 
-    def mean(self, sums: Tensor, counts: Tensor | None = None) -> Resampled:
-        """Mean over tokens.
+    def mean(self, sums: Tensor, counts: Tensor) -> Resampled:
+        """Mean over tokens, from their sum and their number in each sequence, `[sequence]`."""
+        total, tokens = (self._times @ values.double().cpu().numpy() for values in (sums, counts))
+        return total / tokens
 
-        Args:
-            sums: Sum over the tokens of each sequence, `[sequence]`.
-            counts: Tokens of each sequence, `[sequence]`; by default 1.
-        """
-        tokens = np.ones(len(sums)) if counts is None else counts.double().cpu().numpy()
-        return (self._times @ sums.double().cpu().numpy()) / (self._times @ tokens)
 
-    def interval(self, measure: Resampled) -> Interval:
-        value = float(measure[0])
-        if not np.isfinite(measure).all():
-            return Interval(value if np.isfinite(value) else None, None, None)
-        outside = (1 - self._share) / 2
-        low, high = np.quantile(measure[1:], [outside, 1 - outside])
-        return Interval(value, float(low), float(high))
+def interval(measure: Resampled, share: float = 0.95) -> Interval:
+    """A measure, with bounds that hold this share of its resamples."""
+    value = float(measure[0])
+    if not np.isfinite(measure).all():
+        return Interval(value if np.isfinite(value) else None, None, None)
+    outside = (1 - share) / 2
+    low, high = np.quantile(measure[1:], [outside, 1 - outside])
+    return Interval(value, float(low), float(high))

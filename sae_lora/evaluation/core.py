@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Observer, Reading
@@ -155,19 +155,6 @@ def _observer(saes: Mapping[str, _SAE]) -> Observer:
     return lambda reading: saes[reading.hookpoint].add(reading)
 
 
-class _Constant:
-    """An SAE in form alone: it puts back the same vector for all residuals."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._value.expand_as(feature_acts)
-
-
 def _ablations(subject: Subject) -> dict[str, Splices]:
     """Splices that replace the SAEs' activations by zeros, and by their mean over the text."""
     identities = tuple(splice._replace(sae=IdentitySAE().eval()) for splice in subject.after)
@@ -177,22 +164,19 @@ def _ablations(subject: Subject) -> dict[str, Splices]:
     means = {hookpoint: sae.sums[3:] / sae.sums[0] for hookpoint, sae in readings.items()}
     return {
         name: tuple(
-            splice._replace(sae=_Constant(factor * means[splice.hookpoint])) for splice in subject.after
+            splice._replace(sae=Replacement((factor * means[splice.hookpoint]).expand_as))
+            for splice in subject.after
         )
         for name, factor in (("zero", 0), ("mean", 1))
     }
 
 
 def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Measures of models at each position, `[batch, pos]`, on the CPU in float64.
+    """Measures at each position of tokens `[batch, pos]`, in their shape, on the CPU in float64.
 
     By measure and model: `ce`, zero at the last position, where there is no label; `forward` and
-    `reverse` KL to the plain model; `top1`, 1 where both put the same token first.
-
-    Args:
-        head: The models' head.
-        tokens: `[batch, pos]`.
-        hidden: The head's input of each model, `[batch, pos, d_model]`, the plain model first.
+    `reverse` KL to the plain model; `top1`, 1 where both put the same token first. `hidden` is the
+    head's input of each model, `[batch, pos, d_model]`.
     """
     labels = next_tokens(tokens).flatten()
     states = {name: each.flatten(0, 1) for name, each in hidden.items()}
@@ -200,10 +184,9 @@ def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[
     parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)
-        log_p: Tensor | None = None
-        for name in states:
-            log_q = log_probabilities(head.logits(states[name][rows]))
-            log_p = log_q if log_p is None else log_p
+        log_probs = {name: log_probabilities(head.logits(each[rows])) for name, each in states.items()}
+        log_p = log_probs[Cell.base]
+        for name, log_q in log_probs.items():
             losses = -log_q.gather(-1, labels[rows].clamp(min=0)[:, None])[:, 0]
             parts["ce", name].append(torch.where(labels[rows] == NO_LABEL, 0.0, losses))
             parts["forward", name].append((log_p.exp() * (log_p - log_q)).sum(-1))
@@ -219,7 +202,6 @@ def _core(
     bootstrap: Bootstrap,
 ) -> Core:
     sequences, length = subject.tokens.shape
-    interval = bootstrap.interval
 
     def mean(measure: str, name: str) -> Resampled:
         sums = measures[measure, name].sum(1)

@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -206,10 +206,7 @@ def _scores(name: str, results: Mapping[Cell, Mapping[str, Any]]) -> TaskScores:
             for metric, value in base["higher_is_better"].get(name, {}).items()
             if value is not None
         },
-        cells={
-            cell.value: _metrics(name, each, None if cell is Cell.base else base)
-            for cell, each in results.items()
-        },
+        cells={cell.value: _metrics(name, each, base) for cell, each in results.items()},
     )
 
 
@@ -221,23 +218,21 @@ def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
     return [leaf for child in children for leaf in _leaves(child, results)]
 
 
-def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Score]:
+def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Score]:
     """A task's scores by metric, compared to the plain model's results."""
     values = results["results"][name]
-    scores = {}
+    scores: dict[str, Score] = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not _is_number(value):
             continue
         stderr = values.get(f"{metric}_stderr,{filtered}")
-        scores[metric if filtered == "none" else key] = Score(
-            value=float(value),
-            stderr=float(stderr) if _is_number(stderr) else None,
-            over_base=None if base is None else float(value - base["results"][name][key]),
-            over_base_stderr=None
-            if base is None
-            else paired_error(_by_document(name, key, results), _by_document(name, key, base)),
-        )
+        score = Score(float(value), float(stderr) if _is_number(stderr) else None)
+        if results is not base:
+            over_base = float(value - base["results"][name][key])
+            documents = (_by_document(name, key, each) for each in (results, base))
+            score = replace(score, over_base=over_base, over_base_stderr=paired_error(*documents))
+        scores[metric if filtered == "none" else key] = score
     return scores
 
 
@@ -255,8 +250,7 @@ def _by_document(name: str, key: str, results: Mapping[str, Any]) -> list[float]
 def paired_error(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Standard error of the mean difference between two measures of the same documents, in order.
 
-    Returns:
-        `None` for fewer than two documents.
+    `None` for fewer than two documents.
     """
     if len(first) != len(second) or len(first) < 2:
         return None
@@ -268,18 +262,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Restrict the harness to errors inside the block, with no progress bar in a log."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with bars:
-            yield
-    finally:
-        logger.setLevel(level)
+def _silenced() -> contextlib.AbstractContextManager[Any]:
+    """Restrict the harness to errors; inside the block, it draws no progress bar into a log."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    is_terminal = sys.stderr.isatty()
+    return contextlib.nullcontext() if is_terminal else contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager

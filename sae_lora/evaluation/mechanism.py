@@ -1,6 +1,6 @@
 """The suite `mechanism`: distances of the residual stream to the plain model's, block by block."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled
+from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
 from sae_lora.evaluation.subject import Cell, Subject
 
 _SHARE = 0.9
@@ -16,29 +16,16 @@ _SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Distances to the residual stream `h_clean` of the plain model, per token, after each block.
+class Mechanism:
+    """The suite `mechanism`. Means over tokens, with 90% bootstrap intervals over sequences.
+
+    Distances to the residual stream `h_clean` of the plain model are:
+
+    - `l2`, ‖h − h_clean‖;
+    - `cosine`, 1 − cos(h, h_clean): 0 where both point the same way, 1 where they are orthogonal.
 
     After a block whose output an SAE replaces, `h` is what the SAE puts back.
     """
-
-    l2: list[Interval]
-    """‖h − h_clean‖, by block."""
-    cosine: list[Interval]
-    """1 − cos(h, h_clean), by block: 0 where both point the same way, 1 where they are orthogonal."""
-
-
-@dataclass(frozen=True)
-class Shortened:
-    """Share of a distance that training removes, `1 − student / spliced`; negative where it adds."""
-
-    l2: Interval
-    cosine: Interval
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The suite `mechanism`. Means over tokens, with 90% bootstrap intervals over sequences."""
 
     sequences: int
     """Held-out sequences measured, from the first on."""
@@ -46,10 +33,11 @@ class Mechanism:
     """Positions measured. Special tokens that keep their activation are left out."""
     norm: list[Interval]
     """‖h_clean‖, by block: the scale of an L2 distance."""
-    distance: dict[str, Moved]
-    """By cell: spliced, student, adapted."""
-    shortened: Shortened | None
-    """After the last block. Undefined where the SAE is new, or makes no error."""
+    distance: dict[str, dict[str, list[Interval]]]
+    """By cell (spliced, student, adapted), distance and block."""
+    shortened: dict[str, Interval] | None
+    """Share of each distance after the last block that training removes, `1 − student / spliced`;
+    negative where it adds. Undefined where the SAE is new, or makes no error."""
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
@@ -64,17 +52,17 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
     batches = [_sums(subject, cells, tokens) for tokens in subject.batches(config.sequences)]
     sums = {key: torch.cat([batch[key] for batch in batches], dim=-1) for key in batches[0]}
     counts = sums["tokens"]
-    bootstrap = Bootstrap(len(counts), config.resamples, share=_SHARE)
+    bootstrap = Bootstrap(len(counts), config.resamples)
 
     def means(key: str) -> list[Resampled]:
         return [bootstrap.mean(block, counts) for block in sums[key]]
 
     def intervals(key: str) -> list[Interval]:
-        return [bootstrap.interval(mean) for mean in means(key)]
+        return [interval(mean, _SHARE) for mean in means(key)]
 
     def shortened(kind: str) -> Interval:
         student, spliced = (means(f"{kind} {cell}")[-1] for cell in (Cell.student, Cell.spliced))
-        return bootstrap.interval(1 - student / spliced)
+        return interval(1 - student / spliced, _SHARE)
 
     has_error = Cell.spliced in cells and bool(sums[f"l2 {Cell.spliced}"][-1].any())
     return Mechanism(
@@ -82,10 +70,9 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
         tokens=int(counts.sum()),
         norm=intervals("norm"),
         distance={
-            cell.value: Moved(l2=intervals(f"l2 {cell}"), cosine=intervals(f"cosine {cell}"))
-            for cell in cells
+            cell.value: {kind: intervals(f"{kind} {cell}") for kind in _DISTANCES} for cell in cells
         },
-        shortened=Shortened(l2=shortened("l2"), cosine=shortened("cosine")) if has_error else None,
+        shortened={kind: shortened(kind) for kind in _DISTANCES} if has_error else None,
     )
 
 
@@ -104,8 +91,8 @@ def _sums(subject: Subject, cells: list[Cell], tokens: Tensor) -> dict[str, Tens
     }
     for cell in cells:
         moved = subject.streams(cell, tokens)
-        sums[f"l2 {cell}"] = summed(map(_l2, moved, clean))
-        sums[f"cosine {cell}"] = summed(map(_cosine_distance, moved, clean))
+        for kind, distance in _DISTANCES.items():
+            sums[f"{kind} {cell}"] = summed(map(distance, moved, clean))
     return sums
 
 
@@ -116,3 +103,6 @@ def _l2(h: Tensor, h_clean: Tensor) -> Tensor:
 def _cosine_distance(h: Tensor, h_clean: Tensor) -> Tensor:
     # In float32, a cosine near 1 would hide its distance to 1.
     return (1 - cosine_similarity(h.double(), h_clean.double(), dim=-1)).clamp(min=0)
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": _l2, "cosine": _cosine_distance}

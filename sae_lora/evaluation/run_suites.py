@@ -11,11 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
-from sae_lora.config.compose import explanation
+from sae_lora.config.compose import checked, explanation
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.config.serialize import keys, load, typed, unknown_key
-from sae_lora.config.validate import check
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
 from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench
@@ -27,17 +25,12 @@ from sae_lora.records.folder import RunFolder
 
 
 class _Suite(NamedTuple):
-    """Functions and settings of a suite.
-
-    Args:
-        measure: Measures a run; returns a dataclass of plain values.
-        depends_on: The keys of `evaluation` that the results depend on.
-        check: Refuses a config that cannot work, before anything is loaded.
-    """
-
     measure: Callable[[Subject, EvaluationConfig], Any]
+    """Measures a run; returns a dataclass of plain values."""
     depends_on: tuple[str, ...]
+    """The keys of `evaluation` that the results depend on."""
     check: Callable[[EvaluationConfig], None] = lambda config: None
+    """Refuses a config that cannot work, before anything is loaded."""
 
 
 _SUITES: dict[Suite, _Suite] = {
@@ -53,27 +46,19 @@ _SUITES: dict[Suite, _Suite] = {
 def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
     """The `evaluation` section of a run's own config, with some keys replaced.
 
-    Args:
-        folder: The run.
-        assignments: `key=value`, keys of `evaluation`, values as on the command line.
+    The assignments are `key=value`, with keys of `evaluation` and values as on the command line.
 
     Raises:
         UserError: For an unknown key or an invalid value.
     """
-    config = OmegaConf.structured(load(folder.config.read_text()))
     dotlist = [f"evaluation.{assignment.removeprefix('evaluation.')}" for assignment in assignments]
-    for assignment in dotlist:
-        key = assignment.partition("=")[0]
-        if key not in keys():
-            raise unknown_key(key)
+    config = OmegaConf.create(folder.config.read_text())
+    assert isinstance(config, DictConfig)
     try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist))
-        assert isinstance(merged, DictConfig)
-        result = typed(merged)
+        config.merge_with_dotlist(dotlist)
+        return checked(config).evaluation
     except OmegaConfBaseException as error:
         raise UserError(explanation(error)) from error
-    check(result)
-    return result.evaluation
 
 
 def evaluate(
@@ -84,19 +69,11 @@ def evaluate(
     again: bool = False,
     device: str | None = None,
 ) -> list[Suite]:
-    """Run suites on a finished run, as far as they apply to it and are not done yet.
+    """Run suites on a finished run, as far as they apply to it; return those that failed.
 
-    A suite that lacks something, a download or a package, is reported, and the others go on.
-
-    Args:
-        folder: A finished run.
-        wanted: The suites.
-        config: Settings of the suites.
-        again: Whether to repeat suites that are done.
-        device: auto, cpu or cuda; by default the run's `train.device`.
-
-    Returns:
-        The suites that failed.
+    A suite that lacks something, a download or a package, is reported, and the others go on. Suites that
+    are done are repeated if asked for `again`. The device is auto, cpu or cuda; by default the run's
+    `train.device`.
 
     Raises:
         UserError: Where the run is not finished, or something of it is missing.
@@ -116,12 +93,13 @@ def evaluate(
         complain(f"{suite.name} of {folder.path.name} left out", str(reason))
         failed.append(suite)
 
+    ready = []
     for suite in suites:
         try:
             _SUITES[suite].check(config)
+            ready.append(suite)
         except UserError as error:
             leave_out(suite, error)
-    ready = [suite for suite in suites if suite not in failed]
     if not ready:
         return failed
     subject = Subject(folder, device)

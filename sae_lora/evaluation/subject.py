@@ -1,7 +1,7 @@
 """A finished run, loaded to be measured: its models, its SAEs and its held-out text."""
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,19 @@ class Cell(enum.StrEnum):
     """With the SAEs and everything that the run has trained."""
     adapted = "adapted"
     """With the adapters and no SAE."""
+
+
+class Replacement:
+    """A stand-in for an SAE, by what it puts back for residuals `[..., d_model]`."""
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        self._replace = replace
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self._replace(feature_acts)
 
 
 class Subject:
@@ -92,14 +105,16 @@ class Subject:
             yield self.model_of(cell).model
 
     def batches(self, sequences: int | None = None) -> Iterator[Tensor]:
-        """The held-out text, `[batch, pos]`, on the device.
+        """The first sequences of the held-out text, or all, `[batch, pos]`, on the device."""
+        tokens = self.tokens[:sequences]
+        for rows in self.slices(tokens):
+            yield tokens[rows].to(self.device)
 
-        Args:
-            sequences: Number of sequences, from the first on; `None` for all.
-        """
-        at_once = max(1, self.config.train.eval_batch_tokens // self.tokens.shape[1])
-        for batch in self.tokens[:sequences].split(at_once):
-            yield batch.to(self.device)
+    def slices(self, tokens: Tensor) -> Iterator[slice]:
+        """Rows of tokens `[text, pos]` that go through the model at once."""
+        at_once = max(1, self.config.train.eval_batch_tokens // tokens.shape[1])
+        for start in range(0, len(tokens), at_once):
+            yield slice(start, start + at_once)
 
     @torch.no_grad()
     def hidden(
@@ -109,34 +124,31 @@ class Subject:
         observe: Observer | None = None,
         instead: Splices | None = None,
     ) -> Tensor:
-        """The head's input, `[batch, pos, d_model]`.
+        """The head's input, `[batch, pos, d_model]`, for tokens `[batch, pos]`.
 
-        Args:
-            cell: The model and its SAEs.
-            tokens: `[batch, pos]`.
-            observe: Called each time an SAE has been applied.
-            instead: Splices to use instead of the cell's SAEs.
+        `observe` is called each time an SAE has been applied; `instead` replaces the cell's SAEs.
         """
-        splices = self.splices_of(cell) if instead is None else instead
-        with self._spliced(cell, tokens, splices, observe) as model:
+        with self._spliced(cell, tokens, observe, instead) as model:
             return model.hidden(tokens)
 
     @torch.no_grad()
     def streams(self, cell: Cell, tokens: Tensor) -> list[Tensor]:
         """The residual stream after each block, `[batch, pos, d_model]`, as the next block reads it."""
         # Hooks run in this order: a block's SAE first, then the reader of its output.
-        with (
-            self._spliced(cell, tokens, self.splices_of(cell)) as model,
-            outputs_of(model.blocks) as streams,
-        ):
+        with self._spliced(cell, tokens) as model, outputs_of(model.blocks) as streams:
             model.hidden(tokens)
         return streams
 
     @contextmanager
     def _spliced(
-        self, cell: Cell, tokens: Tensor, splices: Splices, observe: Observer | None = None
+        self,
+        cell: Cell,
+        tokens: Tensor,
+        observe: Observer | None = None,
+        instead: Splices | None = None,
     ) -> Iterator[LanguageModel]:
         model = self.model_of(cell)
+        splices = self.splices_of(cell) if instead is None else instead
         saes = {splice.hookpoint: splice.sae for splice in splices}
         with spliced(model, saes, self.kept_positions(tokens, splices), observe):
             yield model

@@ -191,48 +191,37 @@ def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 class SuiteFigure(NamedTuple):
-    """A figure in the report.
-
-    Args:
-        suite: The suite whose results it shows.
-        name: Name of its files.
-        draw: Draws it from the results of runs, by their names.
-        heading: Its heading.
-        note: A sentence below it.
-    """
+    """A figure in the report."""
 
     suite: Suite
-    name: str
+    """The suite whose results it shows."""
     draw: Callable[[_Runs], go.Figure]
     heading: str
     note: str
+    """A sentence below the figure."""
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return self.draw.__name__
 
 
 FIGURES = (
     SuiteFigure(
-        *(Suite.core, "loss_change", loss_change, "What training does to single tokens"),
+        Suite.core,
+        loss_change,
+        "What training does to single tokens",
         "Held-out tokens; left of zero are those that training makes likelier.",
     ),
+    SuiteFigure(Suite.core, by_position, "CE gap over the position", "Dotted: before training."),
     SuiteFigure(
-        *(Suite.core, "by_position", by_position, "CE gap over the position"),
-        "Dotted: before training.",
-    ),
-    SuiteFigure(
-        *(Suite.mechanism, "distances", distances),
+        Suite.mechanism,
+        distances,
         "Distance of the residual stream to the plain model's",
         "Dotted: before training. Bars: 90% intervals.",
     ),
-    SuiteFigure(
-        *(Suite.tasks, "tasks", tasks, "What the models can do"),
-        "Bars: 1.96 standard errors.",
-    ),
-    SuiteFigure(
-        *(Suite.steering, "steering", steering, "How well latents steer"),
-        "Bars: 95% intervals.",
-    ),
-    SuiteFigure(
-        *(Suite.saebench, "saebench", saebench, "SAEBench"),
-        "Of the plain model and of the adapted one.",
-    ),
+    SuiteFigure(Suite.tasks, tasks, "What the models can do", "Bars: 1.96 standard errors."),
+    SuiteFigure(Suite.steering, steering, "How well latents steer", "Bars: 95% intervals."),
+    SuiteFigure(Suite.saebench, saebench, "SAEBench", "Of the plain model and of the adapted one."),
 )
 """The figures of suites, in the order of the report."""

@@ -59,12 +59,9 @@ def pending(folder: RunFolder) -> list[Suite]:
 def applicable(
     suites: Sequence[Suite], config: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> list[Suite]:
-    """The suites that apply to a run, each once: `lora` needs adapters.
+    """The suites that apply to a run, each once: `lora` needs adapters, `downstream` stands for several.
 
-    Args:
-        suites: Suites; `downstream` stands for several.
-        config: The run's `config.yaml`.
-        evaluation: The settings of the suites.
+    `config` is the run's `config.yaml`, `evaluation` the settings of the suites.
     """
     downstream = [
         *([Suite.tasks] if evaluation.get("tasks") else []),

@@ -27,7 +27,7 @@ from sae_lora.common import plots
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import suite_figures, suite_records
-from sae_lora.evaluation.lora import similarity_figures, similarity_results
+from sae_lora.evaluation.lora import similarity_results
 from sae_lora.records.factors import SEED, label
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
@@ -164,10 +164,10 @@ class Report:
             View(
                 f"similarity_{number}",
                 "Directions that adapters have in common",
-                similarity_figures.similarity_map(pair),
-                f"{pair.first} and {pair.second}.",
+                similarity_results.similarity_map(pair),
+                f"{pair['first']} and {pair['second']}.",
             )
-            for number, pair in enumerate(pairs[: similarity_figures.MOST_PAIRS], 1)
+            for number, pair in enumerate(pairs[: similarity_results.MOST_PAIRS], 1)
         ]
 
     def summary(self) -> dict[str, Any]:

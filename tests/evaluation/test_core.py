@@ -21,7 +21,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation import core, run_suites, suite_records
-from sae_lora.evaluation.bootstrap import Bootstrap
+from sae_lora.evaluation.bootstrap import Bootstrap, interval
 from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
 from sae_lora.records.folder import RunFolder
@@ -153,9 +153,9 @@ def test_as_sae_lens_measures_it(runs: dict[str, RunFolder], measured: dict[str,
         "ce_loss_score": found.recovered["zero"].spliced,
         "kl_div_with_sae": found.distance["spliced"].forward_kl,
     }
-    for key, interval in ours.items():
-        assert interval is not None
-        assert interval.value == pytest.approx(theirs[key], abs=1e-4), key
+    for key, measure in ours.items():
+        assert measure is not None
+        assert measure.value == pytest.approx(theirs[key], abs=1e-4), key
     metrics, by_latent = get_sparsity_and_variance_metrics(
         sae,
         model,
@@ -198,8 +198,7 @@ def test_latents_by_how_often_they_are_active() -> None:
 
 class TestBootstrap:
     def test_what_does_not_vary_has_no_width(self) -> None:
-        bootstrap = Bootstrap(5, 50)
-        found = bootstrap.interval(bootstrap.mean(torch.full((5,), 6.0), torch.full((5,), 3.0)))
+        found = interval(Bootstrap(5, 50).mean(torch.full((5,), 6.0), torch.full((5,), 3.0)))
         assert (found.value, found.low, found.high) == (2, pytest.approx(2), pytest.approx(2))
 
     def test_means_are_weighted_by_tokens(self) -> None:
@@ -209,14 +208,13 @@ class TestBootstrap:
 
     def test_a_difference_is_paired(self) -> None:
         """Two measures that differ by the same in every sequence differ by that in every resample."""
-        bootstrap, values = Bootstrap(50, 100), torch.randn(50)
-        apart = bootstrap.mean(values + 0.5) - bootstrap.mean(values)
+        bootstrap, values, ones = Bootstrap(50, 100), torch.randn(50), torch.ones(50)
+        apart = bootstrap.mean(values + 0.5, ones) - bootstrap.mean(values, ones)
         assert apart == pytest.approx(np.full(101, 0.5))
 
     def test_its_width_is_that_of_the_normal_distribution(self) -> None:
         values = torch.randn(400, generator=torch.Generator().manual_seed(0))
-        bootstrap = Bootstrap(400, 4000)
-        found = bootstrap.interval(bootstrap.mean(values))
+        found = interval(Bootstrap(400, 4000).mean(values, torch.ones(400)))
         assert found.low is not None and found.high is not None
         expected = 2 * 1.96 * float(values.std()) / math.sqrt(400)
         assert found.high - found.low == pytest.approx(expected, rel=0.1)
@@ -225,10 +223,9 @@ class TestBootstrap:
         assert (Bootstrap(9, 9)._times == Bootstrap(9, 9)._times).all()
 
     def test_what_is_undefined_has_no_bounds(self) -> None:
-        bootstrap = Bootstrap(3, 5)
-        nothing = bootstrap.mean(torch.zeros(3))
+        nothing = Bootstrap(3, 5).mean(torch.zeros(3), torch.ones(3))
         with np.errstate(all="ignore"):
-            found = bootstrap.interval(nothing / nothing)
+            found = interval(nothing / nothing)
         assert (found.value, found.low, found.high) == (None, None, None)
 
 

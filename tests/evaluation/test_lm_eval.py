@@ -29,7 +29,7 @@ from sae_lora.data.documents import in_validation
 from sae_lora.evaluation import lm_eval as harness
 from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.lm_eval import Tasks, paired_error
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.evaluation.tasks import FOLDER
 from sae_lora.evaluation.tasks.reading import rows
 from sae_lora.models import loading
@@ -273,20 +273,14 @@ def test_a_cell_is_the_one_that_other_suites_measure(
     cell: Cell, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the SAEs were others before the run; special tokens keep their activation."""
-    others = tuple(splice._replace(sae=_Halved()) for splice in subject.after)
+    halving = Replacement(lambda resid: resid / 2)
+    others = tuple(splice._replace(sae=halving) for splice in subject.after)
     monkeypatch.setattr(subject, "before", others)
     tokens = subject.tokens[:2]
     expected = subject.head.logits(subject.hidden(cell, tokens).flatten(0, 1))
     with subject.in_place(cell) as model:
         found = model(tokens).logits.flatten(0, 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-class _Halved(IdentitySAE):
-    """Puts back half of what it reads."""
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts / 2
 
 
 def test_groups_are_compared_document_by_document(

@@ -20,7 +20,7 @@ from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.lora import similarity, similarity_results, weights
 from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap, shared
 from sae_lora.evaluation.lora.similarity import directions, expected, similarities
-from sae_lora.evaluation.lora.similarity_figures import figures, kinds_map, similarity_map
+from sae_lora.evaluation.lora.similarity_results import figures, kinds_map, similarity_map
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
@@ -357,26 +357,26 @@ def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:
         make_run(tmp_path, model, LoRAConfig(rank=rank, targets=targets), seed)
     folders = runs_of(tmp_path)
     (pair,) = similarity.compare(folders)  # the third adapts others
-    assert sorted([pair.first, pair.second]) == ["tiny-l3-l0_4-r12-s1", "tiny-l3-l0_4-r2-s0"]
-    sizes = {pair.first: pair.first_sizes, pair.second: pair.second_sizes}
+    assert sorted([pair["first"], pair["second"]]) == ["tiny-l3-l0_4-r12-s1", "tiny-l3-l0_4-r2-s0"]
+    sizes = {pair["first"]: pair["first_sizes"], pair["second"]: pair["second_sizes"]}
     assert sizes["tiny-l3-l0_4-r2-s0"] == [1, 2]
     assert sizes["tiny-l3-l0_4-r12-s1"] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
-    assert pair.matrices == 7 * 2 and len(pair.of_kinds) == 7
+    assert pair["matrices"] == 7 * 2 and len(pair["of_kinds"]) == 7
     by_name = {folder.path.name: folder for folder in folders}
-    one, other = (by_name[name].adapter for name in (pair.first, pair.second))
+    one, other = (by_name[name].adapter for name in (pair["first"], pair["second"]))
     names = adapter_files.saved_inputs(one)
     read = adapter_files.saved_a
     assert {inputs for _, inputs in names} == {D_MODEL, 48}
-    for row, i in enumerate(pair.first_sizes):
-        for column, j in enumerate(pair.second_sizes):
+    for row, i in enumerate(pair["first_sizes"]):
+        for column, j in enumerate(pair["second_sizes"]):
             each = {name: phi(read(one, name), read(other, name), i, j) for name, _ in names}
             mean = sum(each.values()) / len(each)
-            assert pair.of_all.similarity[row][column] == pytest.approx(mean)
+            assert pair["of_all"]["similarity"][row][column] == pytest.approx(mean)
             of_q = [value for name, value in each.items() if name.endswith("q_proj")]
-            assert pair.of_kinds["self_attn.q_proj"].similarity[row][column] == pytest.approx(
+            assert pair["of_kinds"]["self_attn.q_proj"]["similarity"][row][column] == pytest.approx(
                 sum(of_q) / len(of_q)
             )
-            assert pair.of_kinds["mlp.down_proj"].expected[row][column] == max(i, j) / 48
+            assert pair["of_kinds"]["mlp.down_proj"]["expected"][row][column] == max(i, j) / 48
 
 
 def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Pa
     shutil.rmtree(other.adapter)
     shutil.copytree(one.adapter, other.adapter)
     (pair,) = found = similarity.compare([one, other])
-    assert [pair.of_all.similarity[n][n] for n in range(3)] == pytest.approx([1] * 3)
-    assert set(pair.of_kinds) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert [pair["of_all"]["similarity"][n][n] for n in range(3)] == pytest.approx([1] * 3)
+    assert set(pair["of_kinds"]) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     assert similarity_results.read(tmp_path) == []
     similarity_results.write(tmp_path, found)
     assert similarity_results.read(tmp_path) == found
@@ -412,8 +412,8 @@ def test_figures_show_the_grids(tmp_path: Path) -> None:
     whole: Any = similarity_map(pair)
     kinds: Any = kinds_map(pair)
     measured, random = whole.data
-    assert [list(row) for row in measured.z] == pair.of_all.similarity
-    assert [list(row) for row in random.z] == pair.of_all.expected
+    assert [list(row) for row in measured.z] == pair["of_all"]["similarity"]
+    assert [list(row) for row in random.z] == pair["of_all"]["expected"]
     assert list(measured.x) == ["1", "2"]
     assert len(kinds.data) == 7
     assert len(figures(found * 2)) == 12  # of the first six pairs two each
@@ -445,7 +445,7 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
         error = there.results["overlap"]["matrices"]["self_attn.q_proj"]["error"]
         assert error["other_directions"] == 4
     (pair,) = similarity_results.read(sweep)
-    assert {pair.first, pair.second} == {folder.path.name for folder in folders}
+    assert {pair["first"], pair["second"]} == {folder.path.name for folder in folders}
     said = capsys.readouterr()
     rows = [line.split("│")[1:-1] for line in said.out.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["0", "1"]  # a row for each seed

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow  # many seconds in all
 
 QUICK = EvaluationConfig(resamples=50)
 ADAPTERS = LoRAConfig(rank=2, blocks="all")
+SPLICES = (Splice(1, topk_sae(), keeps=False),)
 
 
 def values(found: list[Interval]) -> list[float]:
@@ -37,8 +38,8 @@ def test_what_changes_nothing_moves_nothing(model: LanguageModel) -> None:
     found = evaluate(subject, QUICK)
     assert list(found.distance) == ["spliced", "student", "adapted"]
     for moved in found.distance.values():
-        assert values(moved.l2) == [0.0] * N_BLOCKS
-        assert values(moved.cosine) == pytest.approx([0.0] * N_BLOCKS, abs=1e-12)
+        assert values(moved["l2"]) == [0.0] * N_BLOCKS
+        assert values(moved["cosine"]) == pytest.approx([0.0] * N_BLOCKS, abs=1e-12)
     assert found.shortened is None
 
 
@@ -56,14 +57,14 @@ def test_distances_are_those_of_transformers_own_hidden_states(model: LanguageMo
     adapted = found.distance["adapted"]
     l2 = (moved - clean).norm(dim=-1).mean((1, 2))
     assert l2.min() > 0.01
-    assert values(adapted.l2)[:-1] == pytest.approx(l2.tolist(), rel=1e-5)
-    assert values(adapted.cosine)[:-1] == pytest.approx((1 - cosine).mean((1, 2)).tolist(), rel=1e-4)
+    assert values(adapted["l2"])[:-1] == pytest.approx(l2.tolist(), rel=1e-5)
+    assert values(adapted["cosine"])[:-1] == pytest.approx((1 - cosine).mean((1, 2)).tolist(), rel=1e-4)
     assert values(found.norm)[:-1] == pytest.approx(clean.norm(dim=-1).mean((1, 2)).tolist(), rel=1e-5)
-    assert len(adapted.l2) == N_BLOCKS
+    assert len(adapted["l2"]) == N_BLOCKS
 
 
 def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
-    subject = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), LoRAConfig(rank=2))
+    subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
     errors = []
 
     def observe(reading: Reading) -> None:
@@ -72,7 +73,7 @@ def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
     for tokens in subject.batches():
         subject.hidden(Cell.spliced, tokens, observe)
     distance = evaluate(subject, QUICK).distance
-    spliced, student, adapted = (values(one.l2) for one in distance.values())
+    spliced, student, adapted = (values(one["l2"]) for one in distance.values())
     assert spliced[0] == student[0] == adapted[0] == 0.0
     assert spliced[1] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-6)
     assert adapted[1] == 0.0 and adapted[2] > 0  # adapters stand after the SAE alone
@@ -81,14 +82,12 @@ def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
 
 
 def test_the_share_is_of_the_last_blocks_distance() -> None:
-    subject = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), LoRAConfig(rank=2))
+    subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
     found = evaluate(subject, QUICK)
     assert found.shortened is not None
     for kind in ("l2", "cosine"):
-        spliced, student = (
-            values(getattr(found.distance[one], kind))[-1] for one in ("spliced", "student")
-        )
-        share = getattr(found.shortened, kind)
+        spliced, student = (values(found.distance[cell][kind])[-1] for cell in ("spliced", "student"))
+        share = found.shortened[kind]
         assert share.value == pytest.approx(1 - student / spliced, rel=1e-9)
         assert share.low <= share.value <= share.high
 
@@ -108,33 +107,34 @@ def test_special_tokens_that_keep_their_activation_are_left_out() -> None:
     assert found.tokens == int(counted.sum()) < tokens.numel()
     moved, clean = (subject.streams(cell, tokens)[2][counted] for cell in (Cell.adapted, Cell.base))
     expected = float((moved - clean).double().norm(dim=-1).mean())
-    assert values(found.distance["adapted"].l2)[2] == pytest.approx(expected, rel=1e-5)
+    assert values(found.distance["adapted"]["l2"])[2] == pytest.approx(expected, rel=1e-5)
     # Where none keeps its activation, all are measured.
-    replaced = Made(small_model("llama"), (Splice(1, topk_sae(), keeps=False),), tokens=tokens)
+    replaced = Made(small_model("llama"), SPLICES, tokens=tokens)
     assert evaluate(replaced, QUICK).tokens == tokens.numel()
 
 
 def test_the_first_sequences_are_read() -> None:
-    model, splices = small_model("llama"), (Splice(1, topk_sae(), keeps=False),)
+    model = small_model("llama")
     tokens = random_tokens(batch=6, length=12, seed=3)
-    few = evaluate(Made(model, splices, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
-    alone = evaluate(Made(model, splices, tokens=tokens[:3]), QUICK)
+    few = evaluate(Made(model, SPLICES, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
+    alone = evaluate(Made(model, SPLICES, tokens=tokens[:3]), QUICK)
     assert few.sequences == alone.sequences == 3
-    assert values(few.distance["student"].l2) == pytest.approx(values(alone.distance["student"].l2))
+    assert values(few.distance["student"]["l2"]) == pytest.approx(
+        values(alone.distance["student"]["l2"])
+    )
 
 
 def test_sequences_that_are_alike_leave_no_doubt() -> None:
-    splices = (Splice(1, topk_sae(), keeps=False),)
     alike = random_tokens(batch=1, length=12).expand(5, -1)
     for tokens, sure in ((alike, True), (random_tokens(batch=5, length=12), False)):
-        found = evaluate(Made(small_model("llama"), splices, tokens=tokens), QUICK)
-        last = found.distance["spliced"].l2[-1]
+        found = evaluate(Made(small_model("llama"), SPLICES, tokens=tokens), QUICK)
+        last = found.distance["spliced"]["l2"][-1]
         assert last.low is not None and last.high is not None
         assert (last.high - last.low < 1e-9 * last.high) == sure
 
 
 def test_the_residual_stream_has_the_models_width() -> None:
-    subject = Made(small_model("gpt2"), (Splice(1, topk_sae(), keeps=False),), ADAPTERS)
+    subject = Made(small_model("gpt2"), SPLICES, ADAPTERS)
     for cell in Cell:
         streams = subject.streams(cell, subject.tokens)
         assert [stream.shape for stream in streams] == [(*subject.tokens.shape, D_MODEL)] * N_BLOCKS

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sae_lora.cli import main
@@ -27,9 +26,8 @@ from sae_lora.embedded import MODEL, SAES
 from sae_lora.evaluation import headlines, run_suites, suite_records
 from sae_lora.evaluation.saebench import environment as layer
 from sae_lora.evaluation.saebench import suite as saebench
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.records.folder import RunFolder
-from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.kl import kl_divergence
 from tests.support.hub import serving
 from tests.support.points import Point, points_in, run_here
@@ -164,13 +162,6 @@ def test_every_benchmark_has_scores_of_both_models(measured: dict[str, Any], run
     assert {name.split(",")[0] for name in shown} >= {f"saebench/{one}" for one in {*measured} - without}
 
 
-class _Zeros(IdentitySAE):
-    """Puts back nothing."""
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return torch.zeros_like(feature_acts)
-
-
 @pytest.mark.parametrize("cell", [Cell.spliced, Cell.student])
 @torch.no_grad()
 def test_core_is_what_our_own_models_give(cell: Cell, measured: dict[str, Any], run: RunFolder) -> None:
@@ -178,7 +169,8 @@ def test_core_is_what_our_own_models_give(cell: Cell, measured: dict[str, Any], 
     subject = Subject(run)
     tokens = subject.tokens
     plain = {Cell.spliced: Cell.base, Cell.student: Cell.adapted}[cell]
-    ablated = tuple(one._replace(sae=_Zeros()) for one in subject.splices_of(cell))
+    zeros = Replacement(torch.zeros_like)
+    ablated = tuple(splice._replace(sae=zeros) for splice in subject.splices_of(cell))
     seen: list[Any] = []
     counted = ~torch.isin(tokens, subject.special_ids)
     logits = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -329,8 +330,7 @@ def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject,
             ):
                 assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
         for place in range(3):
-            numbers = [int(texts.of(place, positive=label).sum()) for label in (True, False)]
-            assert numbers == [4, 4]
+            assert texts.groups[place].sum(-1).tolist() == [4, 4]
     assert rows(halves.validation).isdisjoint(rows(halves.test))
 
 
@@ -377,13 +377,9 @@ def _check_consistent(found: Steering) -> None:
             assert difference[0] == pytest.approx(positive[0] - negative[0])
             assert difference[1] <= difference[0] <= difference[2]
     for cell, effect in found.cells.items():
-        own = [one.cells[cell].effect.difference.value for one in found.latents]
-        assert effect.difference.value == pytest.approx(sum(map(float, map(_given, own))) / len(own))
-
-
-def _given(value: float | None) -> float:
-    assert value is not None
-    return value
+        differences = [latent.cells[cell].effect.difference.value for latent in found.latents]
+        mean = np.array(differences, dtype=float).mean()
+        assert effect.difference.value == pytest.approx(mean)
 
 
 def test_a_run_without_adapters_says_what_there_is_not(subjects: dict[str, Subject]) -> None:
@@ -418,8 +414,8 @@ def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -
     texts = halves.test
     lines = [
         row(latent, tokenizer.decode(texts.tokens[place], skip_special_tokens=True), label)
-        for label, positive in (("positive", True), ("negative", False))
-        for place in texts.of(0, positive=positive).nonzero()[:3, 0]
+        for label, mask in zip(("positive", "negative"), texts.groups[0], strict=True)
+        for place in mask.nonzero()[:3, 0]
     ]
     file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # what stands twice counts once
     config = EvaluationConfig(**(QUICK | {"steering_texts": file}))

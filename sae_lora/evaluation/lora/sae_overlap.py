@@ -61,10 +61,8 @@ class Overlap:
 def overlap(subject: Subject, sequences: int, n: int) -> Overlap | str:
     """Overlap of the first adapted block with the last SAE before it, or the reason why there is none.
 
-    Args:
-        subject: A run with adapters.
-        sequences: Held-out sequences to read, at most.
-        n: Directions of the error and of the decoder to compare with, at most.
+    At most so many held-out sequences are read, and at most n directions of the error and of the decoder
+    are compared.
     """
     by_block = itertools.groupby(
         lora.adapted_matrices(subject.with_adapters), key=lambda matrix: matrix.block
@@ -97,12 +95,7 @@ def overlap(subject: Subject, sequences: int, n: int) -> Overlap | str:
 
 
 def shared(matrix: AdaptedMatrix, others: Tensor) -> Shared:
-    """Overlap of an adapter's input subspace with other directions.
-
-    Args:
-        matrix: The adapted matrix.
-        others: Orthonormal columns, `[input, n]`.
-    """
+    """Overlap of an adapter's input subspace with other directions, orthonormal columns `[input, n]`."""
     inputs = directions(matrix.a)
     d, i = inputs.shape
     j = others.shape[1]
@@ -121,10 +114,7 @@ def shared(matrix: AdaptedMatrix, others: Tensor) -> Shared:
 class _Statistics:
     """Statistics of an SAE's error and of its active latents, on held-out text.
 
-    Args:
-        subject: The run; the SAE sits before all its adapters.
-        splice: The SAE.
-        sequences: Sequences to read, at most.
+    The SAE sits before all adapters of the run. At most so many sequences are read.
     """
 
     def __init__(self, subject: Subject, splice: Splice, sequences: int) -> None:

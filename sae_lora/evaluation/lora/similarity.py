@@ -23,12 +23,9 @@ _EACH_UP_TO = 8
 
 
 def directions(matrix: Tensor) -> Tensor:
-    """The right-singular vectors of a matrix, `[d, n]`, float64, the largest first.
+    """The right-singular vectors of a matrix `[rows, d]`, `[d, n]`, float64, the largest first.
 
     Vectors whose singular value is zero but for rounding are left out.
-
-    Args:
-        matrix: `[rows, d]`.
     """
     _, values, vectors = torch.linalg.svd(matrix.double(), full_matrices=False)
     # Rounding in float32 gives a matrix of low rank small singular values in place of zeros.
@@ -40,11 +37,8 @@ def similarities(first: Tensor, second: Tensor) -> Tensor:
     """Similarity φ of the first i directions of one matrix and the first j of another, `[i, j]`.
 
     φ = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j), the mean squared cosine of the angles between the two subspaces: 0
-    where they are orthogonal, 1 where the smaller lies in the larger.
-
-    Args:
-        first: Orthonormal columns, `[d, n]`.
-        second: Orthonormal columns, `[d, m]`.
+    where they are orthogonal, 1 where the smaller lies in the larger. The matrices are orthonormal
+    columns, `[d, n]` and `[d, m]`.
 
     Source: arXiv 2106.09685, equation 4.
     """
@@ -59,13 +53,10 @@ def expected(i: int, j: int, d: int) -> float:
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Pair]:
-    """Compare all pairs of runs that adapt the same matrices of the same model.
+    """Compare all pairs of finished runs that adapt the same matrices of the same model.
 
     Adapters that start along the singular vectors of the model's matrices (`lora.init=svd`) have these
     directions in common from the first step on.
-
-    Args:
-        folders: Finished runs; those without adapters are left out.
 
     Raises:
         UserError: Where adapters are missing or damaged.
@@ -80,15 +71,10 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
 
 
 class _Similarities(NamedTuple):
-    """Similarities of one matrix in two runs.
-
-    Args:
-        kind: Path of the matrix inside its block.
-        grid: φ, `[i, j]`.
-        inputs: Inputs of the matrix.
-    """
+    """Similarities φ `[i, j]` of one matrix in two runs."""
 
     kind: str
+    """Path of the matrix inside its block."""
     grid: Tensor
     inputs: int
 

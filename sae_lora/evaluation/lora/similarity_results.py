@@ -1,21 +1,31 @@
-"""`evaluation/similarity.json` in a sweep's folder: directions that adapters have in common.
+"""Directions that adapters have in common: `evaluation/similarity.json` of a sweep, and maps of it.
 
 Imports no torch.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypedDict
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.plots import finished
 
 VERSION = 1
 """Version of the schema; fields are only ever added within a version."""
+MOST_PAIRS = 6
+"""Pairs of a sweep that are drawn."""
+_MOST_WITH_NUMBERS = 9
+"""Sizes along a map, at most, for cells with room for a number."""
+_MOST_KINDS = 8
+_WHOLE = {"cmin": 0, "cmax": 1, "colorscale": "Cividis"}
+"""The same colours in all figures, for all values of φ, so that pairs can be compared."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(TypedDict):
     """Subspace similarities φ of i directions of the first run and j of the second, `[i, j]`."""
 
     similarity: list[list[float]]
@@ -24,8 +34,7 @@ class Grid:
     """Expected similarities of random subspaces of these sizes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(TypedDict):
     """Two runs that adapt the same matrices of the same model."""
 
     first: str
@@ -50,23 +59,81 @@ def write(sweep: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs into the sweep's folder, in place of older ones."""
     path = path_in(sweep)
     path.parent.mkdir(exist_ok=True)
-    values = {"pairs": [dataclasses.asdict(pair) for pair in pairs], "version": VERSION}
-    write_atomically(path, as_json(values))
+    write_atomically(path, as_json({"pairs": pairs, "version": VERSION}))
 
 
 def read(sweep: Path) -> list[Pair]:
     """Pairs of a sweep; none where no file of this version exists."""
     path = path_in(sweep)
     values = json.loads(path.read_text()) if path.exists() else {}
-    if values.get("version") != VERSION:
-        return []
-    return [
-        Pair(
-            **pair
-            | {
-                "of_all": Grid(**pair["of_all"]),
-                "of_kinds": {kind: Grid(**grid) for kind, grid in pair["of_kinds"].items()},
-            }
+    return values["pairs"] if values.get("version") == VERSION else []
+
+
+def similarity_map(pair: Pair) -> go.Figure:
+    """Maps of φ of i directions of one run and j of the other, beside that of random subspaces."""
+    grid = pair["of_all"]
+    parts = [("measured", grid["similarity"]), ("random subspaces", grid["expected"])]
+    return _maps(parts, pair, with_numbers=True).update_layout(height=460)
+
+
+def kinds_map(pair: Pair) -> go.Figure:
+    """Maps of measured φ for the first few kinds of matrices."""
+    parts = [(kind, grid["similarity"]) for kind, grid in pair["of_kinds"].items()]
+    return _maps(parts[:_MOST_KINDS], pair, with_numbers=False)
+
+
+def figures(pairs: Sequence[Pair]) -> dict[str, go.Figure]:
+    """Figures of a sweep's first pairs, by file name."""
+    drawn = {}
+    for number, pair in enumerate(pairs[:MOST_PAIRS], 1):
+        drawn[f"similarity_{number}"] = similarity_map(pair)
+        drawn[f"similarity_{number}_kinds"] = kinds_map(pair)
+    return drawn
+
+
+def _maps(
+    parts: Sequence[tuple[str, list[list[float]]]], pair: Pair, *, with_numbers: bool
+) -> go.Figure:
+    """A map for each part, in rows of at most four."""
+    columns = min(4, len(parts))
+    rows = -(-len(parts) // columns)
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[name for name, _ in parts],
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.12,
+    )
+    few = max(len(pair["first_sizes"]), len(pair["second_sizes"])) <= _MOST_WITH_NUMBERS
+    for number, (name, values) in enumerate(parts):
+        figure.add_heatmap(
+            x=list(map(str, pair["second_sizes"])),
+            y=list(map(str, pair["first_sizes"])),
+            z=values,
+            coloraxis="coloraxis",
+            texttemplate="%{z:.2f}" if with_numbers and few else None,
+            textfont={"size": 10},
+            hovertemplate=f"{name}, i %{{y}}, j %{{x}}: %{{z:.3f}}<extra></extra>",
+            row=1 + number // columns,
+            col=1 + number % columns,
         )
-        for pair in values["pairs"]
-    ]
+    # A category axis, since sizes double after the first few.
+    sizes: dict[str, Any] = {"type": "category", "showgrid": False, "tickangle": 0}
+    figure.update_xaxes(**sizes)
+    figure.update_yaxes(autorange="reversed", **sizes)
+    hashes = [name.rpartition("-")[2] for name in (pair["first"], pair["second"])]
+    for number in range(len(parts))[-columns:]:  # the lowest of each column
+        figure.update_xaxes(
+            title=f"j of {hashes[1]}",
+            showticklabels=True,
+            row=1 + number // columns,
+            col=1 + number % columns,
+        )
+    for row in range(1, rows + 1):
+        figure.update_yaxes(title=f"i of {hashes[0]}", row=row, col=1)
+    figure.update_layout(
+        coloraxis=_WHOLE | {"colorbar": {"title": {"text": "subspace similarity φ", "side": "right"}}}
+    )
+    return finished(figure)

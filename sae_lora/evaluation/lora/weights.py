@@ -3,7 +3,7 @@
 Source: arXiv 2106.09685, section 7, for amplification and subspace similarity.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -106,11 +106,11 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Weights:
         raise UserError(f"method.kind={kind} trains no LoRA adapters; the suite is about those alone")
     random = torch.Generator().manual_seed(_SEED)
     matrices = [measured(matrix, random) for matrix in lora.adapted_matrices(subject.with_adapters)]
-    names = [field.name for field in fields(Cost)]
+    costs = zip(*(astuple(matrix.cost) for matrix in matrices), strict=True)
     result = overlap(subject, config.sequences, config.directions)
     return Weights(
         matrices=matrices,
-        cost=Cost(**{name: sum(getattr(matrix.cost, name) for matrix in matrices) for name in names}),
+        cost=Cost(*map(sum, costs)),
         overlap=result if isinstance(result, Overlap) else None,
         no_overlap=result if isinstance(result, str) else None,
     )
@@ -138,12 +138,7 @@ def energy(values: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(matrix: AdaptedMatrix, random: torch.Generator) -> Matrix:
-    """Measure the change of one matrix.
-
-    Args:
-        matrix: The matrix with its adapter.
-        random: Draws the random directions.
-    """
+    """Measure the change of one matrix; `random` draws the random directions."""
     weight, delta = matrix.weight.double(), matrix.delta.double()
     outputs, values, inputs = decomposed(matrix)
     r = min(len(matrix.a), *weight.shape)

@@ -1,4 +1,4 @@
-"""SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request.json>`.
+"""SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request as JSON>`.
 
 Runs in the environment that has SAEBench (`environment.py`). Without a request it checks the imports.
 """
@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def evaluate(request: Mapping[str, Any]) -> None:
             first, *others = files.values()
             for file in others if once and first.exists() else ():
                 write_atomically(file, first.read_text())
+    shutil.rmtree(to / "scratch", ignore_errors=True)
     write_atomically(to / "failed.json", json.dumps(failed))
 
 
@@ -69,29 +70,21 @@ def check(request: Mapping[str, Any]) -> dict[str, str]:
 
 def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) -> str:
     """Run a benchmark and return SAEBench's own file of results, as text."""
-    with _emptied(to / "scratch") as folder, (to / "saebench.log").open("a") as log:
+    scratch = to / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    with (to / "saebench.log").open("a") as log:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 what SAEBench draws from
         torch.manual_seed(0)
         torch.set_grad_enabled(True)
         log.write(f"\n{benchmark}, {pair.name}, {pair.splice.hookpoint}\n")
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            benchmarks.RUN[benchmark](pair, options, folder)
-        results = list(folder.rglob("*_eval_results.json"))
-        if len(results) != 1:
-            raise RuntimeError(f"SAEBench gives no result, and says why in {log.name}")
-        return results[0].read_text()
-
-
-@contextlib.contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    """The folder, emptied before and removed afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            benchmarks.RUN[benchmark](pair, options, scratch)
+    results = list(scratch.rglob("*_eval_results.json"))
+    if len(results) != 1:
+        raise RuntimeError(f"SAEBench gives no result, and says why in {log.name}")
+    return results[0].read_text()
 
 
 def _reported(error: Exception) -> str:
@@ -104,7 +97,7 @@ def main(arguments: list[str]) -> None:
     """Run or check the benchmarks of a request."""
     if not arguments:
         return
-    request = json.loads(Path(arguments[0]).read_text())
+    request = json.loads(arguments[0])
     if "run" in request:
         evaluate(request)
     else:

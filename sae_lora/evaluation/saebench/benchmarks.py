@@ -147,11 +147,7 @@ RUN: dict[str, Callable[[Pair, Options, Path], None]] = {
 
 
 def _config(name: str, options: Options, pair: Pair | None = None) -> Any:
-    """A benchmark's own config, with the user's settings and those of the pair.
-
-    Raises:
-        ValueError: For a setting that it does not have.
-    """
+    """A benchmark's own config, with the user's settings and those of the pair."""
     kind: Any = _CONFIGS[name]
     fields = list(kind.__dataclass_fields__)
     for option in options:

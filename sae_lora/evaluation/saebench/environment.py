@@ -37,10 +37,7 @@ _LINES = 15
 
 
 def python(given: str | None) -> Path:
-    """The Python of an environment that has SAEBench.
-
-    Args:
-        given: The Python of the user's own environment, if any.
+    """The Python of an environment that has SAEBench: the user's own if given, else that of `make`.
 
     Raises:
         UserError: Where there is none; names the command that makes one.
@@ -128,11 +125,7 @@ def _requirements(packages: Path) -> list[str]:
 
 
 def _run(command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
-    """Run a command that prints into the log.
-
-    Raises:
-        UserError: Where it fails, with the end of the log.
-    """
+    """Run a command that prints into the log; where it fails, raise the end of the log."""
     with log.open("a") as printed:
         done = subprocess.run(command, stdout=printed, stderr=printed, env=variables, check=False)
     if done.returncode != 0:

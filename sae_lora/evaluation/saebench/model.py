@@ -16,14 +16,7 @@ from sae_lora.splice.hooks import Splice
 
 
 class Model(HookedProxyLM):
-    """A transformers model with one hook.
-
-    Args:
-        model: The model, with or without adapters.
-        tokenizer: The model's tokenizer; changed in place.
-        hookpoint: Hookpoint of the SAE.
-        name: Name of the model in SAEBench.
-    """
+    """A transformers model with one hook, at an SAE's hookpoint. Changes the tokenizer in place."""
 
     def __init__(self, model: LanguageModel, tokenizer: Any, hookpoint: str, name: str) -> None:
         module = model.name_at(hookpoint)
@@ -78,16 +71,13 @@ class Model(HookedProxyLM):
 class Pair:
     """A model of a run and one of its SAEs."""
 
+    name: str
+    """Name of the model in SAEBench."""
     subject: Subject
     splice: Splice
     model: Model
     sae: Any
     """A copy of the SAE with the config that SAEBench expects, and decoder rows of length 1."""
-
-    @property
-    def name(self) -> str:
-        """Name of the model in SAEBench."""
-        return self.model.cfg.model_name
 
 
 def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
@@ -100,7 +90,7 @@ def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
                 name = f"{subject.folder.path.name}-{cell}"
                 tokenizer = copy.deepcopy(subject.adapted.tokenizer)
                 model = Model(subject.model_of(cell), tokenizer, hookpoint, name)
-                by_cell[cell] = Pair(subject, splice, model, _described(splice, name, subject))
+                by_cell[cell] = Pair(name, subject, splice, model, _described(splice, name, subject))
     return by_cell
 
 

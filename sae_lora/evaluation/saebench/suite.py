@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,13 @@ def _request(config: EvaluationConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=2)
 def _lacking(python: Path, request: str) -> dict[str, str]:
     """Benchmarks of a request that cannot run, and the reason."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(request)
-        file.flush()
-        done = subprocess.run(
-            [str(python), "-m", _CHILD, file.name],
-            capture_output=True,
-            text=True,
-            env=environment.environment(),
-            check=False,
-        )
+    done = subprocess.run(
+        [str(python), "-m", _CHILD, request],
+        capture_output=True,
+        text=True,
+        env=environment.environment(),
+        check=False,
+    )
     if done.returncode != 0:
         end = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(
@@ -126,17 +122,12 @@ def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
 
 
 def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
-    """Run the benchmarks in a child process and repeat its output.
-
-    Raises:
-        UserError: Where the child fails.
-    """
-    file, log = folder / "request.json", folder / "saebench.log"
-    write_atomically(file, as_json(request))
+    """Run the benchmarks in a child process and repeat its output."""
+    log = folder / "saebench.log"
     with (
         log.open("a") as printed,
         subprocess.Popen(
-            [str(python), "-m", _CHILD, str(file)],
+            [str(python), "-m", _CHILD, json.dumps(request)],
             stdout=subprocess.PIPE,
             stderr=printed,
             text=True,
@@ -150,7 +141,6 @@ def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
         except BaseException:
             child.kill()
             raise
-    file.unlink()
     if child.returncode != 0:
         raise UserError(f"SAEBench has stopped with exit code {child.returncode}; {log} says why")
 

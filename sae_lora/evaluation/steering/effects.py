@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.evaluation.bootstrap import Bootstrap, Interval
+from sae_lora.evaluation.bootstrap import Bootstrap, Interval, interval
 from sae_lora.evaluation.steering.models import SteeredModels
-from sae_lora.evaluation.steering.texts import Halves, texts_of
+from sae_lora.evaluation.steering.texts import Texts, texts_of
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.trunk import Splices
@@ -116,30 +116,26 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
     halves = texts_of(subject, splice, config)
     steered = SteeredModels(subject, splice, halves)
     strengths = sorted(config.steering_strengths, key=abs)
-    places = range(len(halves.latents))
+    validation_texts = halves.validation.groups.sum(-1).tolist()
+    test_texts = halves.test.groups.sum(-1).tolist()
     # The same resamples in every model: models are compared text by text.
-    bootstraps = {
-        (place, positive): Bootstrap(
-            int(halves.test.of(place, positive=positive).sum()),
-            config.resamples,
-            seed=2 * place + positive,
-        )
-        for place in places
-        for positive in (True, False)
-    }
+    bootstraps = [
+        Bootstrap(texts, config.resamples, seed=2 * place + positive)
+        for place, numbers in enumerate(test_texts)
+        for texts, positive in zip(numbers, (True, False), strict=True)
+    ]
     curves: dict[Cell, Tensor] = {}
     best: dict[Cell, list[float]] = {}
     measured: dict[Cell, np.ndarray] = {}
     for cell in subject.cells:
-        curves[cell] = _on_validation(steered, cell, halves, strengths)
+        curves[cell] = _on_validation(steered, cell, halves.validation, strengths)
         best[cell] = [
             strengths[index] for index in best_strengths(curves[cell], config.steering_max_harm)
         ]
-        measured[cell] = _on_test(steered, cell, halves, best[cell], bootstraps)
+        measured[cell] = _on_test(steered, cell, halves.test, best[cell], bootstraps)
 
     def effect(resampled: np.ndarray) -> Effect:
         positive, negative = resampled
-        interval = bootstraps[0, True].interval
         return Effect(interval(positive), interval(negative), interval(positive - negative))
 
     def changes(resampled: dict[Cell, np.ndarray]) -> dict[str, Effect]:
@@ -151,12 +147,12 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
 
     latents = [
         SteeredLatent(
-            latent=halves.latents[place],
+            latent=latent,
             activation=float(steered.activations[place]),
             push=float(steered.pushes[place].norm()),
-            positive_texts=int(halves.test.of(place, positive=True).sum()),
-            negative_texts=int(halves.test.of(place, positive=False).sum()),
-            validation_texts=int((halves.validation.which == place).sum()),
+            positive_texts=test_texts[place][0],
+            negative_texts=test_texts[place][1],
+            validation_texts=sum(validation_texts[place]),
             cells={
                 cell.value: Tuned(
                     strength=best[cell][place],
@@ -168,7 +164,7 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
             },
             changes=changes({cell: resampled[place] for cell, resampled in measured.items()}),
         )
-        for place in places
+        for place, latent in enumerate(halves.latents)
     ]
     means = {cell: resampled.mean(0) for cell, resampled in measured.items()}
     return Steering(
@@ -197,19 +193,13 @@ def _splice_at(splices: Splices, block: int | None) -> Splice:
 
 
 def _on_validation(
-    steered: SteeredModels, cell: Cell, halves: Halves, strengths: Sequence[float]
+    steered: SteeredModels, cell: Cell, texts: Texts, strengths: Sequence[float]
 ) -> Tensor:
     """Effects on the validation texts in nats per token, `[label, strength, latent]`, positive first."""
-    texts = halves.validation
     effects = steered.effects(cell, texts, torch.tensor(strengths)[:, None].expand(-1, len(texts)))
-
-    def means(*, positive: bool) -> Tensor:
-        rows_of = [texts.of(place, positive=positive) for place in range(len(halves.latents))]
-        return torch.stack(
-            [effects[:, rows].sum(1) / texts.scored[rows].sum() for rows in rows_of], dim=1
-        )
-
-    return torch.stack([means(positive=True), means(positive=False)])
+    groups = texts.groups.flatten(0, 1)
+    means = [effects[:, rows].sum(1) / texts.scored[rows].sum() for rows in groups]
+    return torch.stack(means).unflatten(0, (-1, 2)).permute(1, 2, 0)
 
 
 def best_strengths(curves: Tensor, max_harm: float | None) -> list[int]:
@@ -229,23 +219,17 @@ def best_strengths(curves: Tensor, max_harm: float | None) -> list[int]:
 def _on_test(
     steered: SteeredModels,
     cell: Cell,
-    halves: Halves,
+    texts: Texts,
     best: Sequence[float],
-    bootstraps: dict[tuple[int, bool], Bootstrap],
+    bootstraps: Sequence[Bootstrap],
 ) -> np.ndarray:
     """Effects on the test texts in nats per token, `[latent, label, 1 + resamples]`, positive first.
 
-    Args:
-        steered: The models.
-        cell: The model to steer.
-        halves: The texts.
-        best: The strength of each latent.
-        bootstraps: The resamples of each latent and label, in this order.
+    `best` are the strengths of the latents, `bootstraps` the resamples of each latent and label.
     """
-    texts = halves.test
     (effects,) = steered.effects(cell, texts, torch.tensor(best)[None, texts.which])
-    means = []
-    for (place, positive), bootstrap in bootstraps.items():
-        rows = texts.of(place, positive=positive)
-        means.append(bootstrap.mean(effects[rows], texts.scored[rows]))
-    return np.stack(means).reshape(len(halves.latents), 2, -1)
+    means = [
+        bootstrap.mean(effects[rows], texts.scored[rows])
+        for rows, bootstrap in zip(texts.groups.flatten(0, 1), bootstraps, strict=True)
+    ]
+    return np.stack(means).reshape(len(best), 2, -1)

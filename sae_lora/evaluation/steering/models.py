@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.evaluation.steering.texts import Halves, Texts, batches, residuals
-from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.evaluation.steering.texts import Halves, Texts, residuals
+from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced
@@ -25,52 +25,22 @@ from sae_lora.train.evaluator import NO_LABEL, next_tokens
 _LOGITS_AT_ONCE = 2**22
 
 
-class _Pushed:
-    """A stand-in for an SAE that adds a vector to its input.
-
-    Args:
-        added: Added to the residuals `[batch, pos, d_model]`, `[batch, 1, d_model]`.
-    """
-
-    def __init__(self, added: Tensor) -> None:
-        self._added = added
-
-    def encode(self, x: Tensor) -> Tensor:
-        return x
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts + self._added
-
-
 class _Raised:
-    """An SAE with one latent raised in each text.
+    """An SAE that adds amounts `[batch]` to one latent of each text, `[batch]`."""
 
-    Args:
-        sae: The SAE.
-        latents: The latent of each text, `[batch]`.
-        by: The amount, `[batch]`.
-    """
-
-    def __init__(self, sae: Coder, latents: Tensor, by: Tensor) -> None:
-        self._sae, self._latents, self._by = sae, latents, by
+    def __init__(self, sae: Coder, latents: Tensor, amounts: Tensor) -> None:
+        self._sae, self._latents, self._amounts = sae, latents, amounts
+        self.decode = sae.decode
 
     def encode(self, x: Tensor) -> Tensor:
-        code = self._sae.encode(x)
-        shape = (*code.shape[:-1], 1)
-        latents, by = (values[:, None, None].expand(shape) for values in (self._latents, self._by))
-        return code.scatter_add(-1, latents, by.to(code.dtype))
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return self._sae.decode(feature_acts)
+        code = self._sae.encode(x).clone()
+        texts = torch.arange(len(code), device=code.device)
+        code[texts, :, self._latents] += self._amounts[:, None].to(code.dtype)
+        return code
 
 
 class SteeredModels:
-    """A run's models, with a latent added to each text.
-
-    Args:
-        subject: The run.
-        splice: The SAE whose latents are added.
-        halves: The latents and texts; typical activations are those on the validation texts.
+    """A run's models, with a latent of one SAE added to each text.
 
     Raises:
         UserError: For a latent that is active nowhere on its positive validation texts.
@@ -86,15 +56,12 @@ class SteeredModels:
 
     @torch.no_grad()
     def effects(self, cell: Cell, texts: Texts, strengths: Tensor) -> Tensor:
-        """Change of the log-probability of each text in nats, `[strength, text]`, float64.
+        """Change of the log-probability of each text in nats, at strengths of its latent.
 
-        Args:
-            cell: The model.
-            texts: The texts.
-            strengths: Strengths of the latent of each text, `[strength, text]`.
+        The strengths are `[strength, text]`, and the changes too, in float64.
         """
         effects = []
-        for rows in batches(self._subject, texts.tokens):
+        for rows in self._subject.slices(texts.tokens):
             tokens = texts.tokens[rows].to(self._subject.device)
             which = texts.which[rows].to(self._subject.device)
             hidden = self._hidden(cell, tokens, which, strengths[:, rows].to(self._subject.device))
@@ -113,14 +80,9 @@ class SteeredModels:
         subject, place = self._subject, self._splice.place
         model, splices = subject.model_of(cell), subject.splices_of(cell)
         keep = subject.kept_positions(tokens, (self._splice,))
-        before, behind = (
-            {
-                splice.hookpoint: splice.sae
-                for splice in splices
-                if splice.place != place and (splice.block < place.begins) == is_before
-            }
-            for is_before in (True, False)
-        )
+        others = [splice for splice in splices if splice.place != place]
+        before = {splice.hookpoint: splice.sae for splice in others if splice.block < place.begins}
+        behind = {splice.hookpoint: splice.sae for splice in others if splice.block >= place.begins}
         resid = None
         if place.begins:
             with spliced(model, before, keep):
@@ -140,7 +102,8 @@ class SteeredModels:
     def _coder(self, sae: Coder | None, which: Tensor, strengths: Tensor) -> Coder:
         """The coder at the SAE's place, for texts of these latents `[text]` at these strengths."""
         if sae is None:
-            return _Pushed((strengths[:, None] * self.pushes[which])[:, None])
+            added = (strengths[:, None] * self.pushes[which])[:, None]
+            return Replacement(lambda resid: resid + added)
         return _Raised(sae, self._latents[which], strengths * self.activations[which])
 
 
@@ -184,11 +147,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
 def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
 
-    Args:
-        head: Head of the model.
-        hidden: Input of the head, `[text, pos, d_model]`.
-        tokens: `[text, pos]`.
-        lengths: Tokens of each text, `[text]`; tokens after them are not scored.
+    The head's input is `[text, pos, d_model]`, the tokens are `[text, pos]`. Tokens beyond the length of
+    their text, `[text]`, are not scored.
     """
     labels = next_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,26 +27,25 @@ _HALVES = ("validation", "test")
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of several latents. A text of two latents is contained twice.
-
-    Args:
-        tokens: Padded at the end, `[text, pos]`.
-        lengths: Tokens of each text, without padding, `[text]`.
-        which: Latent of each text, by its place among those steered, `[text]`.
-        positive: Whether the text shows the latent, `[text]`.
-    """
+    """Texts of several latents. A text of two latents is contained twice."""
 
     tokens: Tensor
+    """Padded at the end, `[text, pos]`."""
     lengths: Tensor
+    """Tokens of each text, without padding, `[text]`."""
     which: Tensor
+    """Latent of each text, by its place among those steered, `[text]`."""
     positive: Tensor
+    """True for texts that show the latent, `[text]`."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def of(self, place: int, *, positive: bool) -> Tensor:
-        """Mask `[text]` of the texts of one latent with this label."""
-        return (self.which == place) & (self.positive == positive)
+    @property
+    def groups(self) -> Tensor:
+        """Masks of the texts of each latent with each label, positive first, `[latent, label, text]`."""
+        of_latent = self.which == torch.arange(int(self.which.max()) + 1)[:, None]
+        return torch.stack([of_latent & self.positive, of_latent & ~self.positive], dim=1)
 
     @property
     def scored(self) -> Tensor:
@@ -56,21 +54,17 @@ class Texts:
 
 
 class Halves(NamedTuple):
-    """Latents to steer with, and texts to steer on.
-
-    Args:
-        latents: Indices of the latents.
-        validation: Texts on which strengths are chosen.
-        test: Texts on which effects are measured.
-    """
+    """Indices of latents to steer with, and texts to steer on."""
 
     latents: list[int]
     validation: Texts
+    """Texts on which strengths are chosen."""
     test: Texts
+    """Texts on which effects are measured."""
 
 
 class _Example(NamedTuple):
-    latent: int
+    place: int
     tokens: Tensor
     positive: bool
 
@@ -102,12 +96,7 @@ def texts_of(subject: Subject, splice: Splice, config: EvaluationConfig) -> Halv
 def residuals(
     subject: Subject, splice: Splice, tokens: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Input of an SAE in the plain model, with no SAE in place.
-
-    Args:
-        subject: The run.
-        splice: The SAE.
-        tokens: `[text, pos]`.
+    """Input of an SAE in the plain model, with no SAE in place, for tokens `[text, pos]`.
 
     Yields:
         Rows of the texts; their residuals `[batch, pos, d_model]`; a mask `[batch, pos]` of positions
@@ -115,19 +104,12 @@ def residuals(
     """
     readings: list[Reading] = []
     identity = splice._replace(sae=IdentitySAE(), keeps=False)
-    for rows in batches(subject, tokens):
+    for rows in subject.slices(tokens):
         batch = tokens[rows].to(subject.device)
         subject.hidden(Cell.base, batch, readings.append, instead=(identity,))
         resid = readings.pop().resid.reshape(*batch.shape, -1)
         kept = subject.kept_positions(batch, (splice,))
         yield rows, resid, torch.zeros_like(batch, dtype=torch.bool) if kept is None else kept
-
-
-def batches(subject: Subject, tokens: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `[text, pos]` that go through the model at once."""
-    at_once = max(1, subject.config.train.eval_batch_tokens // tokens.shape[1])
-    for start in range(0, len(tokens), at_once):
-        yield slice(start, start + at_once)
 
 
 def _held_out(
@@ -148,7 +130,7 @@ def _held_out(
     texts = []
     for half in halves:
         examples: list[_Example] = []
-        for latent in latents:
+        for place, latent in enumerate(latents):
             heights = peaks[:, latent]
             active = (strong[:, latent] & half).nonzero()[:, 0]
             order = heights[active].argsort(descending=True, stable=True)
@@ -156,11 +138,11 @@ def _held_out(
             if not len(active) or not len(silent):
                 raise _no_texts(latent, counts[:, latent], len(tokens))
             for row in active[order[: config.steering_examples]]:
-                examples.append(_Example(latent, tokens[row], True))
+                examples.append(_Example(place, tokens[row], True))
             number = min(len(silent), config.steering_examples)
             for row in silent[torch.arange(number) * len(silent) // number]:  # evenly spread
-                examples.append(_Example(latent, tokens[row], False))
-        texts.append(_texts(examples, latents))
+                examples.append(_Example(place, tokens[row], False))
+        texts.append(_texts(examples))
     return Halves(list(latents), *texts)
 
 
@@ -177,11 +159,8 @@ def _peaks(subject: Subject, splice: Splice, tokens: Tensor) -> Tensor:
 def _sharpest(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
     """Latents with the largest Welch's t between peaks on positive and on negative texts (all zero).
 
-    Args:
-        peaks: `[text, d_sae]`.
-        strong: Mask of the positive texts, `[text, d_sae]`.
-        counts: Number of texts of each half and label, `[4, d_sae]`.
-        most: Number of latents wanted.
+    Peaks are `[text, d_sae]`, `strong` is a mask of the positive texts in the same shape, and counts
+    `[4, d_sae]` are the numbers of texts of each half and label.
     """
     enough = counts.amin(0) >= _FEWEST
     if not enough.any():
@@ -213,46 +192,44 @@ def _no_texts(latent: int, counts: Tensor, texts: int) -> ConfigError:
     )
 
 
-def _texts(examples: Sequence[_Example], latents: Sequence[int]) -> Texts:
+def _texts(examples: Sequence[_Example]) -> Texts:
     return Texts(
         pad_sequence([example.tokens for example in examples], batch_first=True),
         torch.tensor([len(example.tokens) for example in examples]),
-        torch.tensor([latents.index(example.latent) for example in examples]),
+        torch.tensor([example.place for example in examples]),
         torch.tensor([example.positive for example in examples]),
     )
-
-
-_Labels = dict[tuple[int, str], bool]
-"""Labels by latent and text, true for positive. Keys are unique: a repeated text counts once."""
 
 
 def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae: int) -> Halves:
     """Texts of a file; every other text of each latent and label is for validation."""
     labels = _labels(path, d_sae)
     latents = list(wanted or dict.fromkeys(latent for latent, _ in labels))
-    counts = Counter((latent, positive) for (latent, _), positive in labels.items())
-    for latent, (label, positive) in itertools.product(latents, _LABELS.items()):
-        if (number := counts[latent, positive]) < len(_HALVES):
-            raise UserError(
-                f"evaluation.steering_texts = {str(path)!r}: latent {latent} has {number} {label} texts "
-                "there; it needs two, one to choose the strength on and one to measure on"
-            )
-    used = {key: positive for key, positive in labels.items() if key[0] in latents}
-    examples = _tokenised(path, used, subject)
     halves: tuple[list[_Example], list[_Example]] = ([], [])
-    for kind in itertools.product(latents, _LABELS.values()):
-        alike = [example for example in examples if (example.latent, example.positive) == kind]
-        halves[0].extend(alike[::2])
-        halves[1].extend(alike[1::2])
-    return Halves(latents, *(_texts(half, latents) for half in halves))
+    for (place, latent), (label, positive) in itertools.product(enumerate(latents), _LABELS.items()):
+        documents = [
+            Document(f"latent {latent}", text)
+            for (of_latent, text), is_positive in labels.items()
+            if (of_latent, is_positive) == (latent, positive)
+        ]
+        if len(documents) < len(_HALVES):
+            raise UserError(
+                f"evaluation.steering_texts = {str(path)!r}: latent {latent} has {len(documents)} "
+                f"{label} texts there; it needs two, one to choose the strength on and one to measure on"
+            )
+        examples = [_Example(place, ids, positive) for ids in _tokenised(path, documents, subject)]
+        halves[0].extend(examples[::2])
+        halves[1].extend(examples[1::2])
+    return Halves(latents, *map(_texts, halves))
 
 
-def _labels(path: Path, d_sae: int) -> _Labels:
+def _labels(path: Path, d_sae: int) -> dict[tuple[int, str], bool]:
+    """Labels by latent and text, true for positive; a repeated text counts once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluation.steering_texts = {str(path)!r} cannot be read: {error}") from error
-    labels: _Labels = {}
+    labels: dict[tuple[int, str], bool] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -282,19 +259,16 @@ def _row(line: str, where: str, d_sae: int) -> tuple[int, str, bool]:
     return latent, text, _LABELS[label]
 
 
-def _tokenised(path: Path, labels: _Labels, subject: Subject) -> list[_Example]:
+def _tokenised(path: Path, documents: Sequence[Document], subject: Subject) -> Iterator[Tensor]:
     """Texts as tokens, with the model's BOS, and no longer than the run's sequences."""
     tokenizer = subject.adapted.tokenizer
     bos = convention_of(tokenizer).bos
     head = [] if bos is None else [bos]
-    documents = [Document(str(latent), text) for latent, text in labels]
-    examples = []
-    for (document, ids), positive in zip(tokenised(documents, tokenizer), labels.values(), strict=True):
+    for document, ids in tokenised(documents, tokenizer):
         tokens = (head + ids)[: subject.config.data.context_length]
         if len(tokens) < SHORTEST_TEXT:
             raise UserError(
-                f"{path}: the text {document.text!r} of latent {document.key} is a single token, which "
-                "has none before it to be predicted from"
+                f"{path}: the text {document.text!r} of {document.key} is a single token, which has "
+                "none before it to be predicted from"
             )
-        examples.append(_Example(int(document.key), torch.tensor(tokens), positive))
-    return examples
+        yield torch.tensor(tokens)

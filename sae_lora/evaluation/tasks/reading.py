@@ -6,11 +6,7 @@ from typing import Any
 
 
 def rows(file: str, **_: Any) -> dict[str, Any]:
-    """The data set of a task, whose one split is `test`.
-
-    Args:
-        file: The name of a file beside this one, with a row as JSON in each line.
-    """
+    """The data set of a task, whose one split is `test`: a file beside this one, a JSON row per line."""
     import datasets  # takes a second to import
 
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
