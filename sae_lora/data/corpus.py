@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, sha256, write_atomically
+from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig, as_list
 from sae_lora.data.documents import (
@@ -220,17 +218,14 @@ def _make(
         on_progress(len(train) + len(validation), wanted)
         if train.full and validation.full:
             break
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        np.save(beside / "train.npy", train.sequences)
-        np.save(beside / "validation.npy", validation.sequences)
-        write_atomically(beside / "recipe.json", as_json(recipe))
-        beside.rename(folder)
+        with new_folder(folder) as beside:
+            np.save(beside / "train.npy", train.sequences)
+            np.save(beside / "validation.npy", validation.sequences)
+            write_atomically(beside / "recipe.json", as_json(recipe))
     except OSError:
         if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
             raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_length(

@@ -100,8 +100,7 @@ class Packer:
     @property
     def sequences(self) -> np.ndarray:
         """The sequences so far, `[sequence, pos]`."""
-        empty = np.empty((0, self._length), dtype=self._dtype)
-        return np.stack(self._sequences) if self._sequences else empty
+        return np.array(self._sequences, dtype=self._dtype).reshape(-1, self._length)
 
 
 def shuffled_batches(

@@ -39,10 +39,6 @@ class Snapshot(NamedTuple):
     values: dict[str, Any]
 
 
-class DamagedCheckpointError(UserError):
-    """There are checkpoints, and none of them can be used."""
-
-
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:
     """Writes a checkpoint and removes all but the newest `KEPT`.
 
@@ -83,8 +79,8 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
         complain: Called with a line about each damaged checkpoint.
 
     Raises:
-        DamagedCheckpointError: Where there are some and none is sound: a silent start from the
-            beginning would throw them away.
+        UserError: Where there are some and none is sound: a silent start from the beginning would
+            throw them away.
     """
     faults = []
     for path in _paths(folder):
@@ -97,7 +93,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
         faults.append(f"{path.name}: {fault}")
         complain(f"checkpoint {faults[-1]}; not used")
     if faults:
-        raise DamagedCheckpointError(
+        raise UserError(
             f"no checkpoint in {folder} can be used ({'; '.join(faults)}). "
             "Delete that folder to begin this run anew"
         )

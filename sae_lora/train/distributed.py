@@ -163,7 +163,7 @@ def leading(
         try:
             followers.meet(store, layout.size)
             _join(store, 0, layout.size, on_gpus)
-            processes = Distributed(0, layout.size, followers.may_end)
+            processes = Distributed(0, layout.size, followers.may_end.set)
             yield processes
             processes.release()
             processes.broadcast(None)
@@ -241,24 +241,20 @@ class _Followers:
     ) -> None:
         self._processes = processes
         self._asked_to_stop = asked_to_stop
-        self._over = threading.Event()
+        self.may_end = threading.Event()
 
     def __enter__(self) -> "_Followers":
         threading.Thread(target=self._look, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._over.set()
+        self.may_end.set()
         for process in self._processes:
             try:
                 process.wait(_END_S if kind is None else 0)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-    def may_end(self) -> None:
-        """Lets them end from now on."""
-        self._over.set()
 
     def meet(self, store: TCPStore, size: int) -> None:
         """Waits until all have arrived.
@@ -286,9 +282,9 @@ class _Followers:
         return [code for process in self._processes if (code := process.poll()) is not None]
 
     def _look(self) -> None:
-        while not self._over.wait(_LOOK_EVERY_S):
+        while not self.may_end.wait(_LOOK_EVERY_S):
             # The main thread notices too, and saves checkpoints, unless it waits for ever (NCCL).
-            if self._codes and not self._over.wait(_NOTICE_S):
+            if self._codes and not self.may_end.wait(_NOTICE_S):
                 try:
                     complain("ended", self.what_is_wrong())
                     for process in self._processes:

@@ -28,12 +28,8 @@ class Evaluation(NamedTuple):
     """KL(teacher ‖ student)."""
     top1_agreement: float
     """Share of positions where teacher and student put the same token first."""
-    fvu: dict[str, float]
-    """By hookpoint: residual variance / total variance, on what the student's SAE reads."""
-    l0: dict[str, float]
-    """By hookpoint: mean number of active latents per token."""
-    dead: dict[str, float]
-    """By hookpoint: share of the latents that no token made active."""
+    per_sae: dict[str, dict[str, float]]
+    """By hookpoint: `fvu`, `l0` and `dead`, as in `Reconstruction`, on what the student's SAE reads."""
 
 
 class Contribution(NamedTuple):
@@ -82,7 +78,7 @@ class Reconstruction:
 
     @property
     def fvu(self) -> float:
-        """Share of the variance that the reconstruction misses."""
+        """Residual variance / total variance."""
         tokens, squared_error, squared_norm = self.sums[:3].tolist()
         variance = squared_norm - float(self.sums[3:].square().sum()) / tokens
         return squared_error / variance if variance > 0 else 0.0
@@ -192,7 +188,8 @@ class Evaluator:
         for splice in student.splices:
             name = splice.hookpoint
             alone, left_out = self([student.alone(name, self._model), student.without(name)])
-            contributions[name] = Contribution(alone.student_ce, alone.fvu[name], left_out.student_ce)
+            alone_fvu = alone.per_sae[name]["fvu"]
+            contributions[name] = Contribution(alone.student_ce, alone_fvu, left_out.student_ce)
         return contributions
 
     def _compare(
@@ -234,9 +231,10 @@ class Evaluator:
             student_ce=float(sums.ce) / self._predictions,
             kl=float(sums.kl) / self._positions,
             top1_agreement=float(sums.agreements) / self._positions,
-            fvu={hookpoint: sae.fvu for hookpoint, sae in saes.items()},
-            l0={hookpoint: sae.l0 for hookpoint, sae in saes.items()},
-            dead={hookpoint: sae.dead for hookpoint, sae in saes.items()},
+            per_sae={
+                hookpoint: {"fvu": sae.fvu, "l0": sae.l0, "dead": sae.dead}
+                for hookpoint, sae in saes.items()
+            },
         )
 
 

@@ -21,12 +21,10 @@ from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
-from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
-from sae_lora.train.optim import GradientState, MeZOState
+from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
 from sae_lora.train.reconstruct import ReconstructState, sources_of
-from sae_lora.train.sae_optim import SAEGradientState
 from sae_lora.train.train_state import TrainState
 
 
@@ -121,15 +119,19 @@ def _output_adapters(
 def _trained_saes(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
+    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
     by_hookpoint: dict[str, SplicedSAE] = {}  # a shared SAE is listed under its first block
     by_given: dict[int, SplicedSAE] = {}
     for splice in splices:
-        if id(splice.sae) not in by_given:
-            sae = _in_training(config, splice.sae)
-            by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
+        sae = splice.sae
+        if id(sae) in by_given:
+            continue
+        if not isinstance(sae, SplicedSAE):
+            copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
+            sae = SplicedSAE(copied, dead_after_steps(config), rank)
+        by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
     trained = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
-    is_new = config.sae.family is SAEFamily.new
-    before = splices
+    before, is_new = splices, config.sae.family is SAEFamily.new
     if is_new:
         before = tuple(splice._replace(sae=by_given[id(splice.sae)].frozen) for splice in splices)
     student = _student(model, trained, before, by_hookpoint, is_new=is_new)
@@ -145,14 +147,6 @@ def _trained_saes(
         mse = config.method.kind is Method.sae_finetune and config.method.mse
         training = SAEGradientState(student, config.train, steps, mse=mse)
     return training, Artifact("sae", save)
-
-
-def _in_training(config: Config, sae: Coder) -> SplicedSAE:
-    if isinstance(sae, SplicedSAE):
-        return sae
-    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
-    return SplicedSAE(copied, dead_after_steps(config), rank)
 
 
 def _sae_trainers(config: Config, student: Student, steps: int) -> dict[str, SteppedSAETrainer]:

@@ -14,7 +14,7 @@ from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.student import Student
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.train_state import StepInfo, TrainState, zero
+from sae_lora.train.train_state import TrainState, zero
 from sae_lora.train.trainer import Trainer
 
 
@@ -53,11 +53,6 @@ class ReconstructState(TrainState):
         self._trainers = trainers
         self._saes = {name: source.sae for name, source in sources_of(student).items()}
         self._activations: Mapping[str, Tensor] = {}
-        self.reset()
-
-    @property
-    def total(self) -> Tensor:
-        return self._total
 
     def read(self, activations: Mapping[str, Tensor]) -> None:
         """Takes the activations of the coming step, `[token, d_model]` by name.
@@ -66,19 +61,18 @@ class ReconstructState(TrainState):
         """
         self._activations = activations
 
-    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
+    def _update(self, lr: float, batch: torch.Size) -> None:
         # sae-lens's schedule rises a little otherwise than ours.
-        lr = next(iter(self._trainers.values())).lr
+        self.lr = next(iter(self._trainers.values())).lr
         for name, trainer in self._trainers.items():
             # In the residuals' own units; a mean over SAEs.
             mse = trainer.step(self._activations[name]).double() / trainer.scale**2
-            self._total += batch.numel() * mse / len(self._trainers)
+            self.total += batch.numel() * mse / len(self._trainers)
             self._saes[name].has_moved()
-        return StepInfo(lr, None)
 
     def reset(self) -> None:
         self._activations = {}
-        self._total = zero(self._device)
+        self.total = zero(self._device)
 
     def _own_state(self) -> Snapshot:
         tensors, values = {}, {}

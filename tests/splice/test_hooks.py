@@ -285,12 +285,10 @@ def test_what_is_measured_is_that_of_whole_passes(model: LanguageModel) -> None:
             hookpoint = one.hookpoint
             resid, recon = one.resid.double(), one.recon.double()
             variance = (resid - resid.mean(0)).square().sum()
-            assert found.fvu[hookpoint] == pytest.approx(
-                float((resid - recon).square().sum() / variance), rel=1e-4
-            )
-            assert found.l0[hookpoint] == pytest.approx(
-                float((one.latents != 0).sum() / len(resid)), rel=1e-6
-            )
+            fvu = float((resid - recon).square().sum() / variance)
+            l0 = float((one.latents != 0).sum() / len(resid))
+            assert found.per_sae[hookpoint]["fvu"] == pytest.approx(fvu, rel=1e-4)
+            assert found.per_sae[hookpoint]["l0"] == pytest.approx(l0, rel=1e-6)
 
 
 @pytest.mark.parametrize("hook", [ATTENTION, OUTPUT])

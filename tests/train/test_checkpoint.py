@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_lora.common.errors import UserError
 from sae_lora.common.signals import Interrupted
 from sae_lora.records.folder import CurveWriter, RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
-from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
+from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import topk_sae
 from tests.support.families import small_model
@@ -158,11 +159,11 @@ class TestCheckpoints:
         assert len(said) == 1
         assert "step-00000030" in said[0]
         damage(folder / "step-00000020")
-        with pytest.raises(DamagedCheckpointError, match="step-00000020"):
+        with pytest.raises(UserError, match="step-00000020"):
             checkpoint.newest(folder, "hash", said.append)
 
     def test_another_runs_is_never_used(self, folder: Path) -> None:
-        with pytest.raises(DamagedCheckpointError, match="another run"):
+        with pytest.raises(UserError, match="another run"):
             checkpoint.newest(folder, "other", lambda text: None)
 
     def test_a_disk_that_is_full_leaves_the_old_ones(

@@ -90,7 +90,8 @@ def check(
     (whole,) = evaluate([student])
     full = naive(student.model, saes, keep)
     assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
-    assert whole.fvu == pytest.approx(full.fvu, rel=1e-4)
+    fvu = {name: figures["fvu"] for name, figures in whole.per_sae.items()}
+    assert fvu == pytest.approx(full.fvu, rel=1e-4)
     found = evaluate.contributions(student)
     assert list(found) == list(saes)
     for name, one in found.items():

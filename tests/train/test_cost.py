@@ -21,8 +21,7 @@ from sae_lora.train import methods
 from sae_lora.train.cost import estimate
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
-from sae_lora.train.optim import GradientState
-from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.optim import GradientState, SAEGradientState
 from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.families import small_model

@@ -112,8 +112,9 @@ def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae, bl
     (reading,) = readings
     residual = (reading.resid - reading.recon).square().sum()
     total = (reading.resid - reading.resid.mean(0)).square().sum()
-    assert found.fvu[resid_post(1)] == pytest.approx(float(residual / total), rel=1e-4)
-    assert found.l0[resid_post(1)] == pytest.approx(float((reading.latents != 0).sum(-1).float().mean()))
+    sae_figures = found.per_sae[resid_post(1)]
+    assert sae_figures["fvu"] == pytest.approx(float(residual / total), rel=1e-4)
+    assert sae_figures["l0"] == pytest.approx(float((reading.latents != 0).sum(-1).float().mean()))
 
 
 def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
@@ -122,7 +123,8 @@ def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
     (whole,), (parts,) = evaluator(model, 10, 1000)([one]), evaluator(model, 3, 7)([one])
     for together, apart in zip(whole[:5], parts[:5], strict=True):
         assert together == pytest.approx(apart, rel=1e-5, abs=1e-6)
-    assert whole.fvu == pytest.approx(parts.fvu, rel=1e-5)
+    (of_whole,), (of_parts,) = whole.per_sae.values(), parts.per_sae.values()
+    assert of_whole == pytest.approx(of_parts, rel=1e-5)
 
 
 def test_what_is_kept_between_evaluations_changes_no_bit(model: LanguageModel) -> None:
