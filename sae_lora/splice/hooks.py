@@ -17,27 +17,21 @@ class Coder(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
-        ...
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
-        ...
 
 
 class Reading(NamedTuple):
-    """Input, latents and output of one SAE in one forward pass, at the positions where it applied.
-
-    Args:
-        hookpoint: Its place.
-        resid: Its input, `[token, d_model]`.
-        latents: Its code, `[token, d_sae]`.
-        recon: Its output, `[token, d_model]`.
-    """
+    """Input, latents and output of one SAE in one forward pass, at the positions where it applied."""
 
     hookpoint: str
     resid: Tensor
+    """Its input, `[token, d_model]`."""
     latents: Tensor
+    """Its code, `[token, d_sae]`."""
     recon: Tensor
+    """Its output, `[token, d_model]`."""
 
 
 Observer = Callable[[Reading], None]
@@ -45,19 +39,14 @@ Observer = Callable[[Reading], None]
 
 
 class Splice(NamedTuple):
-    """An SAE at its place. Two are the same where the SAE is the same object.
-
-    Args:
-        block: Its block.
-        sae: The SAE.
-        keeps: Whether positions that hold special tokens keep their activation.
-        hook: The activation of the block that it replaces.
-    """
+    """An SAE at its place. Two are the same where the SAE is the same object."""
 
     block: int
     sae: Coder
     keeps: bool
+    """Whether positions that hold special tokens keep their activation."""
     hook: Hook = Hook.resid_post
+    """The activation of the block that it replaces."""
 
     @property
     def place(self) -> Place:

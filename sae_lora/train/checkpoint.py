@@ -28,15 +28,12 @@ _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.js
 
 
 class Snapshot(NamedTuple):
-    """Everything that training needs to go on as if it had never stopped.
-
-    Args:
-        tensors: By name: adapters, optimizer, random states.
-        values: Values that JSON can hold: the step, and counters.
-    """
+    """Everything that training needs to go on as if it had never stopped."""
 
     tensors: dict[str, Tensor]
+    """By name: adapters, optimizer, random states."""
     values: dict[str, Any]
+    """Values that JSON can hold: the step, and counters."""
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:

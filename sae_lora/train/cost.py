@@ -65,17 +65,14 @@ _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 
 
 class _OwnLosses(NamedTuple):
-    """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token.
-
-    Args:
-        forward: A pass with all losses.
-        with_mse: Their gradient and that of the squared error, together.
-        without: Their gradient alone.
-    """
+    """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token."""
 
     forward: int = 4
+    """A pass with all losses."""
     with_mse: int = 8
+    """Their gradient and that of the squared error, together."""
     without: int = 0
+    """Their gradient alone."""
 
 
 _OWN_LOSSES = {

@@ -29,27 +29,21 @@ from sae_lora.train.train_state import TrainState
 
 
 class Sample(NamedTuple):
-    """Some of the text that a run is trained on.
-
-    Args:
-        tokens: Token ids, `[batch, pos]`.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-    """
+    """Some of the text that a run is trained on."""
 
     tokens: Tensor
+    """Token ids, `[batch, pos]`."""
     special_ids: Tensor
+    """Ids `[n]` whose positions some SAEs leave as they are."""
 
 
 class Artifact(NamedTuple):
-    """Files that are kept of a training.
-
-    Args:
-        name: Name of their folder in the run folder.
-        save: Writes them into an empty folder.
-    """
+    """Files that are kept of a training."""
 
     name: str
+    """Name of their folder in the run folder."""
     save: Callable[[Path], None]
+    """Writes them into an empty folder."""
 
 
 def build(

@@ -17,17 +17,14 @@ from sae_lora.train.train_state import State
 
 
 class Task(NamedTuple):
-    """Work of all processes, as the leader sends it to the others.
-
-    Args:
-        numbers: The trainings, by their place among all.
-        tokens: Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation.
-        of_each: Whether to evaluate the contribution of each SAE.
-    """
+    """Work of all processes, as the leader sends it to the others."""
 
     numbers: list[int]
+    """The trainings, by their place among all."""
     tokens: Tensor | None = None
+    """Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation."""
     of_each: bool = False
+    """Whether to evaluate the contribution of each SAE."""
 
 
 class Trainer(ABC, Generic[State]):

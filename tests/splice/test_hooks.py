@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -111,38 +111,16 @@ def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, place
     assert torch.equal(model.hidden(TOKENS), plain)
 
 
-class _Part(nn.Module):
-    """A part of a block whose output comes alone, or as the first of several."""
-
-    def __init__(self, part: nn.Module, change: Callable[[object], object]) -> None:
-        super().__init__()
-        self.part, self.change = part, change
-
-    def forward(self, *arguments: object, **keywords: object) -> object:
-        return self.change(self.part(*arguments, **keywords))
-
-
-def test_an_output_may_be_a_tensor_or_the_first_of_several() -> None:
+@pytest.mark.parametrize("hook", [MLP, OUTPUT])
+def test_an_output_may_be_a_tensor_or_the_first_of_several(hook: Hook) -> None:
     """As MLPs with a router have it. What stands beside it stays."""
-    model, sae = small_model("llama"), topk_sae()
-    block = model.blocks[1]
-    alone = with_splices(model, (Splice(1, sae, False, MLP),))
-    seen: list[object] = []
-    mlp: nn.Module = block.mlp  # pyright: ignore[reportAssignmentType]
-    block.mlp = _Part(mlp, lambda output: (output, "router"))
-    original = block.forward
-
-    def forward(*arguments: object, **keywords: object) -> object:
-        handle = block.mlp.register_forward_hook(  # pyright: ignore[reportCallIssue]
-            lambda module, given, output: seen.append(output) or output[0]
-        )
-        try:
-            return original(*arguments, **keywords)
-        finally:
-            handle.remove()
-
-    block.forward = forward
-    assert torch.equal(with_splices(model, (Splice(1, sae, False, MLP),)), alone)
+    model, splice = small_model("llama"), Splice(1, topk_sae(), False, hook)
+    alone = with_splices(model, (splice,))
+    module, seen = model.module_at(splice.hookpoint), []
+    module.register_forward_hook(lambda module, arguments, output: (output, "router"))
+    with spliced(model, {splice.hookpoint: splice.sae}):
+        module.register_forward_hook(lambda module, arguments, output: seen.append(output) or output[0])
+        assert torch.equal(model.hidden(TOKENS), alone)
     (output,) = seen
     assert isinstance(output, tuple) and output[1] == "router"
 

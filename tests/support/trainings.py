@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
+import pytest
 import torch
 
 from sae_lora.common.isolation import Isolation
+from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import KLComputation
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
@@ -73,9 +75,16 @@ def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
     return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
 
 
-def pack(model: LanguageModel, *trainings: TrainState, micro_batch: int | None = None) -> DistillTrainer:
+def pack(
+    model: LanguageModel,
+    *trainings: TrainState,
+    special_ids: torch.Tensor = NO_IDS,
+    micro_batch: int | None = None,
+) -> DistillTrainer:
     """The trainings together."""
-    return DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model), micro_batch)
+    return DistillTrainer(
+        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
+    )
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -86,6 +95,22 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def comparable(point: CurvePoint) -> CurvePoint:
     """The point without what no two runs share: how long they took."""
     return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
+
+
+def stopped(together: DistillTrainer, step: int, steps: int) -> list[CurvePoint]:
+    """Trains one run until it has taken this step, and not what follows; its points, without times."""
+    (training,) = together.active
+    points: list[CurvePoint] = []
+
+    def stop(trained: object) -> None:
+        if training.step == step:
+            raise Interrupted
+
+    if step > 0:
+        with pytest.raises(Interrupted):
+            for _, point in together.points(batches(steps), stop):
+                points.append(comparable(point))
+    return points
 
 
 def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:

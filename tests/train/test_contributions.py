@@ -55,15 +55,12 @@ def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: f
 
 
 class Naive(NamedTuple):
-    """What one pass with whole logits finds.
-
-    Args:
-        ce: Cross-entropy.
-        fvu: By hookpoint.
-    """
+    """What one pass with whole logits finds."""
 
     ce: float
+    """Cross-entropy."""
     fvu: dict[str, float]
+    """By hookpoint."""
 
 
 def naive(model: LanguageModel, saes: Mapping[str, Coder], keep: Tensor | None = None) -> Naive:
@@ -230,15 +227,12 @@ def test_an_sae_that_is_all_alone_contributes_nothing_to_say() -> None:
 
 
 class Measured(NamedTuple):
-    """Two runs of two SAEs.
-
-    Args:
-        each: One that has measured what each contributes.
-        whole: The same, which has not.
-    """
+    """Two runs of two SAEs."""
 
     each: RunFolder
+    """One that has measured what each contributes."""
     whole: RunFolder
+    """The same, which has not."""
 
 
 @pytest.fixture(scope="module")

@@ -56,15 +56,10 @@ CASES = [
     ("method=e2e sae=tiny",),
     ("method=sae_finetune",),
     ("layer.index=[2,5] method=e2e sae=tiny",),
-    *(
-        pytest.param(those, marks=pytest.mark.slow)
-        for those in (
-            ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
-            ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
-            (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
-            tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
-        )
-    ),
+    ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
+    ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
+    (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
+    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
 ]
 """Runs that train together, by what sets them apart from the defaults."""
 

@@ -1,14 +1,13 @@
 """Runs that train together: each is to the last bit what it is alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.isolation import Isolation
-from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.language_model import LanguageModel
@@ -33,6 +32,7 @@ from tests.support.trainings import (
     kl,
     pack,
     same,
+    stopped,
     training,
 )
 
@@ -126,31 +126,15 @@ def test_company_does_not_matter(alone: tuple[str, Alone], order: tuple[int, ...
         assert same(ended(one), expected[number][1].tensors)
 
 
-def stopped_at(step: int, family: str, number: int) -> tuple[list[CurvePoint], Snapshot]:
-    """A run's points and state where it was stopped, alone, after a step."""
-    one, points = variants(family)[number](), []
-
-    def stop(trained: Sequence[TrainState]) -> None:
-        if one.step == step:
-            raise Interrupted
-
-    if step > 0:
-        with pytest.raises(Interrupted):
-            for _, point in pack(MODELS[family], one).points(batches(STEPS), stop):
-                points.append(comparable(point))
-    return points, one.state()
-
-
 def test_some_are_further_than_others(alone: tuple[str, Alone]) -> None:
     """Taken up at different steps, they meet, and each ends as if it had never stopped."""
     family, expected = alone
     trainings, kept = [], []
     for number, stop in ((0, 0), (3, 5), (5, 2), (7, STEPS)):
-        points, state = stopped_at(stop, family, number)
-        one = variants(family)[number]()
-        one.restore(state)
+        before, one = (variants(family)[number]() for _ in range(2))
+        kept.append(stopped(pack(MODELS[family], before), stop, STEPS))
+        one.restore(before.state())
         trainings.append((number, one))
-        kept.append(points)
     found = curves(pack(MODELS[family], *(one for _, one in trainings)), STEPS)
     for (number, one), points in zip(trainings, kept, strict=True):
         assert points + found[one] == expected[number][0]
