@@ -79,10 +79,10 @@ def stdlib_documents(*, tests: bool = False) -> tuple[Document, ...]:
 
 
 def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on the seed and their keys alone."""
+    """The documents in an order that depends on the seed and their keys alone; read when asked for."""
     ordered = sorted(documents, key=lambda document: document.key)
     random.Random(seed).shuffle(ordered)
-    return iter(ordered)
+    yield from ordered
 
 
 def files_matching(patterns: Sequence[str]) -> list[Path]:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora.config.enums import Method, SAEFamily, Schedule
-from sae_lora.config.identity import dead_after_steps, step_tokens
+from sae_lora.config.enums import Method, SAEFamily
+from sae_lora.config.identity import dead_after_steps
 from sae_lora.config.schema import Config
 from sae_lora.models import adapter_files
 from sae_lora.models.dimensions import source
@@ -19,12 +19,11 @@ from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
-from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
-from sae_lora.train.reconstruct import ReconstructState, sources_of
+from sae_lora.train.reconstruct import ReconstructState
 from sae_lora.train.train_state import TrainState
 
 
@@ -135,32 +134,11 @@ def _trained_saes(
             sae.save(folder / hookpoint)
 
     if config.method.kind is Method.sae:
-        trainers = _sae_trainers(config, student, steps)
-        training = ReconstructState(student, config.train, steps, trainers)
+        training = ReconstructState(student, config, steps)
     else:
         mse = config.method.kind is Method.sae_finetune and config.method.mse
         training = SAEGradientState(student, config.train, steps, mse=mse)
     return training, Artifact("sae", save)
-
-
-def _sae_trainers(config: Config, student: Student, steps: int) -> dict[str, SteppedSAETrainer]:
-    """One trainer for each SAE of a student, by the names of `sources_of`."""
-    warm_up = round(config.train.warmup_share * steps)
-    falls = config.train.schedule is Schedule.linear
-    trainers = {}
-    for name, (sae, _) in sources_of(student).items():
-        trainers[name] = SteppedSAETrainer(
-            sae.sae,
-            steps=steps,
-            batch_tokens=step_tokens(config),
-            lr=config.train.lr,
-            warm_up_steps=warm_up,
-            decay_steps=steps - warm_up if falls else 0,
-            dead_window_steps=dead_after_steps(config),
-            sampling_window_steps=max(2, steps // 4),
-        )
-        trainers[name].begin(float(sae.scale))
-    return trainers
 
 
 def _student(

@@ -233,10 +233,17 @@ class MeZOState(DistillState):
 
     @torch.no_grad()
     def hidden(self, trunk: Trunk) -> list[Tensor]:
+        weights = list(self.student.weights.values())
+        before = [weight.data for weight in weights]
         passes = []
-        for distance in (self._epsilon, -self._epsilon):
-            with self._moved(distance):
+        try:
+            for distance in (self._epsilon, -self._epsilon):
+                for weight, data, direction in zip(weights, before, self._direction(), strict=True):
+                    weight.data = torch.add(data, direction, alpha=distance)
                 passes.append(self.student.hidden(trunk))
+        finally:
+            for weight, data in zip(weights, before, strict=True):
+                weight.data = data
         return passes
 
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
@@ -257,19 +264,6 @@ class MeZOState(DistillState):
 
     def reset(self) -> None:
         self._above, self._below = zero(self._device), zero(self._device)
-
-    @contextmanager
-    def _moved(self, distance: float) -> Iterator[None]:
-        """Inside the block, the weights lie this far along the direction of the step."""
-        weights = list(self.student.weights.values())
-        before = [weight.data for weight in weights]
-        for weight, direction in zip(weights, self._direction(), strict=True):
-            weight.data = torch.add(weight.data, direction, alpha=distance)
-        try:
-            yield
-        finally:
-            for weight, data in zip(weights, before, strict=True):
-                weight.data = data
 
     def _direction(self) -> Iterator[Tensor]:
         """The direction of the step, weight by weight, normally distributed."""

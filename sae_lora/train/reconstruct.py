@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.isolation import Isolation
-from sae_lora.config.schema import TrainConfig
+from sae_lora.config.enums import Schedule
+from sae_lora.config.identity import dead_after_steps, step_tokens
+from sae_lora.config.schema import Config
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
@@ -38,20 +40,30 @@ class ReconstructState(TrainState):
     """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
 
     Args:
-        student, config, steps: As in `TrainState`.
-        trainers: By the names of `sources_of`.
+        student, steps: As in `TrainState`.
+        config: Config of the run.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        config: TrainConfig,
-        steps: int,
-        trainers: Mapping[str, SteppedSAETrainer],
-    ) -> None:
-        super().__init__(student, config, steps)
-        self._trainers = trainers
+    def __init__(self, student: Student, config: Config, steps: int) -> None:
+        super().__init__(student, config.train, steps)
         self._saes = {name: source.sae for name, source in sources_of(student).items()}
+        warm_up = round(config.train.warmup_share * steps)
+        falls = config.train.schedule is Schedule.linear
+        self._trainers = {
+            name: SteppedSAETrainer(
+                sae.sae,
+                steps=steps,
+                batch_tokens=step_tokens(config),
+                lr=config.train.lr,
+                warm_up_steps=warm_up,
+                decay_steps=steps - warm_up if falls else 0,
+                dead_window_steps=dead_after_steps(config),
+                sampling_window_steps=max(2, steps // 4),
+            )
+            for name, sae in self._saes.items()
+        }
+        for name, trainer in self._trainers.items():
+            trainer.begin(float(self._saes[name].scale))
         self._activations: Mapping[str, Tensor] = {}
 
     def read(self, activations: Mapping[str, Tensor]) -> None:
