@@ -47,11 +47,6 @@ class Reconstruction:
     """Sums over tokens from which FVU, L0 and dead latents of one SAE follow, exact for any batching.
 
     Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over all tokens measured.
-
-    Args:
-        sae: The SAE.
-        d_model: Width of the residuals that it reads.
-        device: Device of the residuals.
     """
 
     def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:

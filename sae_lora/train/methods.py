@@ -53,10 +53,9 @@ def build(
     Initial values come from torch's global random state.
 
     Args:
-        config: Config of the run.
+        config, steps: The run, and its number of steps in all.
         model: The plain model; it is not changed.
         splices: The SAEs in the order of their places: loaded, or new ones before training.
-        steps: Number of steps in all.
 
     Raises:
         ConfigError: Where the method cannot train this model or these SAEs.
@@ -173,8 +172,7 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     """The new SAEs of a run, untrained. Initial values come from torch's global random state.
 
     Args:
-        config: Config of the run.
-        model: The plain model.
+        config, model: The run, and the plain model.
         sample: Text whose residuals have the mean length that the SAEs will read.
     """
     keeps = keeps_special_tokens(config.sae, [])

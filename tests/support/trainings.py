@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from sae_lora.common.isolation import Isolation
 from sae_lora.common.signals import Interrupted
@@ -13,7 +15,7 @@ from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Splice
+from sae_lora.splice.hooks import Coder, Reading, Splice, spliced
 from sae_lora.splice.kl import KL, Comparison, kl_of
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.train.distill import DistillTrainer
@@ -68,6 +70,35 @@ def evaluator(
     """On the held-out tokens."""
     comparison = Comparison(Head.of(model), chunk_tokens)
     return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
+
+
+class WholePass(NamedTuple):
+    """What one plain pass over the held-out tokens gives, whole logits at once."""
+
+    logits: torch.Tensor
+    ce: float
+    fvu: dict[str, float]
+    """By hookpoint."""
+    l0: dict[str, float]
+    """By hookpoint."""
+
+
+@torch.no_grad()
+def whole_pass(
+    model: LanguageModel, saes: Mapping[str, Coder], keep: torch.Tensor | None = None
+) -> WholePass:
+    """One pass of the model with these SAEs in it, by hookpoint."""
+    readings: list[Reading] = []
+    with spliced(model, saes, keep, readings.append):
+        logits = model.model(HELD_OUT, use_cache=False).logits
+    ce = cross_entropy(logits[:, :-1].double().flatten(0, 1), HELD_OUT[:, 1:].flatten())
+    fvu, l0 = {}, {}
+    for reading in readings:
+        resid, recon = reading.resid.double(), reading.recon.double()
+        variance = (resid - resid.mean(0)).square().sum()
+        fvu[reading.hookpoint] = float((resid - recon).square().sum() / variance)
+        l0[reading.hookpoint] = float((reading.latents != 0).sum() / len(resid))
+    return WholePass(logits, float(ce), fvu, l0)
 
 
 def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:

@@ -18,7 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Reading, Splice, kept_positions, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Splice, kept_positions, special_positions, spliced
 from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
@@ -29,7 +29,7 @@ from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, N_BLOCKS, small_model
 from tests.support.points import points_in, run_here
 from tests.support.stepping import SPECIAL, step, trained
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill
+from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, whole_pass
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -54,28 +54,6 @@ def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: f
     )
 
 
-class Naive(NamedTuple):
-    """What one pass with whole logits finds."""
-
-    ce: float
-    """Cross-entropy."""
-    fvu: dict[str, float]
-    """By hookpoint."""
-
-
-def naive(model: LanguageModel, saes: Mapping[str, Coder], keep: Tensor | None = None) -> Naive:
-    """The plain way."""
-    readings: list[Reading] = []
-    with torch.no_grad(), spliced(model, saes, keep, readings.append):
-        logits = model.model(HELD_OUT, use_cache=False).logits[:, :-1].double()
-    fvu = {}
-    for one in readings:
-        resid, recon = one.resid.double(), one.recon.double()
-        variance = (resid - resid.mean(0)).square().sum()
-        fvu[one.hookpoint] = float((resid - recon).square().sum() / variance)
-    return Naive(float(cross_entropy(logits.flatten(0, 1), HELD_OUT[:, 1:].flatten())), fvu)
-
-
 def check(
     model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
 ) -> None:
@@ -85,18 +63,18 @@ def check(
         for one in student.splices
     }
     (whole,) = evaluate([student])
-    full = naive(student.model, saes, keep)
+    full = whole_pass(student.model, saes, keep)
     assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
     fvu = {name: figures["fvu"] for name, figures in whole.per_sae.items()}
     assert fvu == pytest.approx(full.fvu, rel=1e-4)
     found = evaluate.contributions(student)
     assert list(found) == list(saes)
     for name, one in found.items():
-        alone = naive(model, {name: saes[name]}, keep)
+        alone = whole_pass(model, {name: saes[name]}, keep)
         assert one.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
         assert one.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
         others = {other: sae for other, sae in saes.items() if other != name}
-        left_out = naive(student.model, others, keep).ce
+        left_out = whole_pass(student.model, others, keep).ce
         assert one.left_out_ce == pytest.approx(left_out, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
@@ -198,7 +176,7 @@ def test_of_maps_on_what_saes_put_back() -> None:
                 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
             )
     check(model, one.student, evaluator(model))
-    plain = naive(model, {resid_post(0): frozen[Place(0)]})
+    plain = whole_pass(model, {resid_post(0): frozen[Place(0)]})
     found = evaluator(model).contributions(one.student)
     assert abs(found[resid_post(0)].alone_ce - plain.ce) > 1e-4
 
