@@ -18,9 +18,11 @@ class Coder(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
+        ...
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction `[..., d_model]` of latents `[..., d_sae]`."""
+        ...
 
 
 class Reading(NamedTuple):

@@ -156,16 +156,8 @@ def _student(
         for name, weight in module.named_parameters()
         if weight.requires_grad
     }
-    return Student(
-        model.view(),
-        splices,
-        first=splices[0].place.begins,
-        live=len(splices),
-        weights=weights,
-        before=before,
-        modules=modules,
-        is_new=is_new,
-    )
+    first = splices[0].place.begins
+    return Student(model.view(), (), splices, first, weights, before, modules, is_new)
 
 
 def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[LoadedSAE]:

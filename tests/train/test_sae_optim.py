@@ -402,7 +402,8 @@ def test_evaluated_it_is_what_it_is_once_saved(tmp_path: Path) -> None:
     (found,) = evaluator(MODEL)([one.training.student])
     one.kept.save(tmp_path)
     loaded = SAE.load_from_disk(tmp_path / HOOKPOINT)
-    student = Student(MODEL, (Splice(1, loaded, False),), first=2, live=1, weights={})
+    splices = (Splice(1, loaded, False),)
+    student = Student(MODEL, (), splices, first=2, weights={}, before=splices)
     (expected,) = evaluator(MODEL)([student])
     assert found.student_ce == expected.student_ce
     assert found.kl == expected.kl

@@ -21,6 +21,7 @@ from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
+from tests.support.stepping import gradients
 from tests.support.trainings import (
     CONFIG,
     NO_IDS,
@@ -282,20 +283,13 @@ def test_what_is_computed_once_more_changes_no_bit(model: LanguageModel, blocks:
 def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Reduction) -> None:
     config = dataclasses.replace(CONFIG, kl_reduction=reduction)
     tokens = random_tokens(batch=2, length=16, seed=0)
-    gradients: list[dict[str, torch.Tensor]] = []
-    losses = []
-    for micro_batch in (None, 1):
-        one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
-        weights = one.student.weights
-        one._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
-            {name: weight.grad.clone() for name, weight in weights.items()}
-        )
-        pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
-        assert one.tokens == tokens.numel()
-        losses.append(one.loss)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+    whole, parts = (training(model, topk_sae(), config, adapters=LoRAConfig(rank=2)) for _ in range(2))
+    expected = gradients(model, whole, tokens=tokens)
+    found = gradients(model, parts, tokens=tokens, micro_batch=1)
+    assert parts.tokens == whole.tokens == tokens.numel()
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_micro_batches_go_on_with_what_dropout_draws() -> None:
