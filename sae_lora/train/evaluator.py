@@ -116,8 +116,8 @@ class Evaluator:
         processes: ProcessGroup | None = None,
     ) -> None:
         self._model = model
-        self._processes = processes or ProcessGroup()
-        self._batches = self._processes.shard(tokens.split(batch_size))
+        self.processes = processes or ProcessGroup()
+        self._batches = self.processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
@@ -166,7 +166,7 @@ class Evaluator:
                     trunks[number] = trunk
         self._trunks = trunks
         summed = base, *spliced.values(), *sums, *self._new_frozen.values()
-        self._processes.all_reduce([total for each in summed for total in each.totals])
+        self.processes.all_reduce([total for each in summed for total in each.totals])
         for splices, of_spliced in spliced.items():
             self._spliced_ce[splices] = float(of_spliced.ce) / self._predictions
         self._frozen |= self._new_frozen
