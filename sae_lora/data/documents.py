@@ -23,7 +23,7 @@ class Document(NamedTuple):
 
 
 def in_validation(key: str, share: float) -> bool:
-    """Whether the document with this key is held out, as this share of all documents is.
+    """True where the document with this key is held out, as this share of all documents is.
 
     The split depends on key and share alone, not on the order of reading, the seed or the amount
     read: runs of the same data and share never train on text that another validates on.

@@ -83,7 +83,7 @@ class Packer:
 
     @property
     def full(self) -> bool:
-        """Whether as many sequences as wanted are there."""
+        """True once there are as many sequences as wanted."""
         return self._most is not None and len(self) >= self._most
 
     def add(self, tokens: list[int]) -> None:

@@ -47,7 +47,7 @@ class Splice(NamedTuple):
     block: int
     sae: Coder
     keeps: bool
-    """Whether positions that hold special tokens keep their activation."""
+    """True where positions that hold special tokens keep their activation."""
     hook: Hook = Hook.resid_post
     """The activation of the block that it replaces."""
 

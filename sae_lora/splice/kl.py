@@ -95,7 +95,7 @@ class LogitChunk(NamedTuple):
     """KL(teacher ‖ student) of each token in nats, `[token, 1]` in float64."""
 
     def puts_first(self, tokens: Tensor) -> Tensor:
-        """Whether no token is more likely than the given `[token]`. Faster than an argmax."""
+        """True where no token is more likely than the given `[token]`. Faster than an argmax."""
         return self.scores.gather(-1, tokens[:, None])[:, 0] == self.scores.amax(-1)
 
 

@@ -36,7 +36,7 @@ class Student:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     """Trained modules beside the model, by name: SAEs, adapters on their output."""
     is_new: bool = False
-    """Whether the SAEs were untrained before, so that there was no gap to close."""
+    """True where the SAEs were untrained before, so that there was no gap to close."""
 
     @property
     def splices(self) -> Splices:

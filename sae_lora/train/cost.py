@@ -236,7 +236,7 @@ class _Run:
         self.kind = config.method.kind
         self.trains_saes = self.kind in TRAINING_SAES
         self.mse = self.kind is Method.sae_finetune and config.method.mse
-        """Whether the SAEs' own error is part of the loss."""
+        """True where the SAEs' own error is part of the loss."""
         # Own losses of an SAE that is not new are not known before it is loaded.
         known = _OWN_LOSSES if config.sae.family is SAEFamily.new else {}
         self.own_losses = known.get(config.sae.architecture, _OwnLosses())

@@ -92,7 +92,7 @@ class Reconstruction:
 class Evaluator:
     """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
-    Values that training cannot change are found once: spliced CE, the reconstruction of SAEs before
+    Values that training cannot change are computed once: spliced CE, the reconstruction of SAEs before
     the first adapted block and, where there is room, the hidden states that enter it.
 
     Args:

@@ -68,7 +68,9 @@ class GradientState(DistillState):
         self.total = zero(self._device)
 
     def seed_rank(self, rank: int) -> None:
-        self._randomness.seed(_seed_of(f"{self._config.seed} {self.step} {rank}"))
+        with self._randomness.in_use():
+            torch.manual_seed(_seed_of(f"{self._config.seed} {self.step} {rank}"))
+        self._randomness.advance()
 
     def _own_state(self) -> Snapshot:
         tensors, values = super()._own_state()
@@ -311,12 +313,6 @@ class _Randomness:
     def rewind(self) -> None:
         """Begins the step anew: it draws the same once more."""
         self._after = self.kept
-
-    def seed(self, seed: int) -> None:
-        """Has the next step draw from this seed."""
-        with self.in_use():
-            torch.manual_seed(seed)
-        self.advance()
 
     def _now(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

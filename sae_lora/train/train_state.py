@@ -58,7 +58,7 @@ class TrainState(ABC):
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
-        """Whether training can go on from `state()`: no error has left a step half taken."""
+        """True where training can go on from `state()`: no error has left a step half taken."""
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
@@ -105,7 +105,7 @@ class TrainState(ABC):
 
     @property
     def has_ended(self) -> bool:
-        """Whether all its steps are taken."""
+        """True once all its steps are taken."""
         return self.step == self._steps
 
     @property
@@ -138,7 +138,7 @@ class TrainState(ABC):
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether this step needs a point of the curve, and none has been taken over yet."""
+        """True where this step needs a point of the curve, and none has been taken over yet."""
         is_time = self.tokens >= self.next_evaluation or self.has_ended
         return is_time and self.evaluated_at != self.step
 
@@ -231,7 +231,7 @@ class DistillState(TrainState):
     """
 
     needs_gradient: bool
-    """Whether `backward` wants the gradient of the KL."""
+    """True where `backward` needs the gradient of the KL."""
 
     @property
     @abstractmethod

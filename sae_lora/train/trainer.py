@@ -23,7 +23,7 @@ class Task(NamedTuple):
     tokens: Tensor | None = None
     """Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation."""
     of_each: bool = False
-    """Whether to evaluate the contribution of each SAE."""
+    """True for an evaluation of what each SAE contributes."""
 
 
 class Trainer(ABC, Generic[State]):

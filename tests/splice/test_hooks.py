@@ -40,7 +40,7 @@ SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
 
 
 def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
-    """What there is at these places, `[token, d_model]`, read through splices that change nothing."""
+    """Activations at these places, `[token, d_model]`, read through splices that change nothing."""
     seen: dict[str, Tensor] = {}
     control = IdentitySAE()
     with (

@@ -36,12 +36,11 @@ STEPS = 6
 
 
 class Made(NamedTuple):
-    """What a run would build."""
+    """A training as a run would build it."""
 
     training: TrainState
-    """Of the student."""
     kept: Artifact
-    """What is kept of it."""
+    """The files that are kept of it."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -105,7 +104,7 @@ def step(
 
 
 def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
-    """What the optimiser is given in one step, which moves nothing."""
+    """The gradients that the optimiser gets in one step, which moves nothing."""
     found: dict[str, Tensor] = {}
     weights = one.student.weights.items()
     one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})

@@ -73,7 +73,7 @@ def evaluator(
 
 
 class WholePass(NamedTuple):
-    """What one plain pass over the held-out tokens gives, whole logits at once."""
+    """Results of one plain pass over the held-out tokens, whole logits at once."""
 
     logits: torch.Tensor
     ce: float
@@ -119,7 +119,7 @@ def pack(
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Whether two states have the same tensors, to the bit."""
+    """True where two states have the same tensors, to the bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -86,7 +86,7 @@ def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
 
 
 class TestCheckpoints:
-    """What lies on the disk."""
+    """The files on the disk."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What each of several SAEs contributes: alone in the plain model, and left out of the student."""
+"""Contributions of several SAEs: each alone in the plain model, and left out of the student."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def test_where_special_tokens_keep_their_activation(blocks: Any) -> None:
 def training_of(
     model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], keeps: bool = False
 ) -> TrainState:
-    """Of SAEs at these places, or of what is put on them."""
+    """The training of SAEs at these places, or of maps on them."""
     is_new = any(isinstance(sae, SplicedSAE) for sae in saes.values())
     config = Config(
         sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),

@@ -1,4 +1,4 @@
-"""What a run is said to cost is what a step of it costs."""
+"""Estimated costs of runs are those of their steps."""
 
 import gc
 from collections.abc import Iterable, Iterator

@@ -79,7 +79,7 @@ def direction(one: Made) -> dict[str, Tensor]:
 
 
 def slope_of(one: Made, epsilon: float, tokens: Tensor = TOKENS) -> float:
-    """What the mean KL differs by on both sides of where the weights are, by moving them by hand."""
+    """Slope of the mean KL along the direction, from weights that are moved by hand to both sides."""
     student, totals = one.training.student, []
     weights, along, before = student.weights, direction(one), one.weights
     for distance in (epsilon, -epsilon):
@@ -240,7 +240,7 @@ class TestMeZO:
 
 
 def direction_before(one: Made) -> list[tuple[str, Tensor]]:
-    """That of the step that was taken last."""
+    """The direction of the step that was taken last."""
     one.training.step -= 1
     found = list(direction(one).items())
     one.training.step += 1
@@ -290,7 +290,7 @@ class TestMaps:
     def test_the_gradient_is_that_of_one_plain_pass(
         self, kind: Method, rank: int | None, keeps: bool
     ) -> None:
-        """Of two SAEs, the second reads what the first one's map has changed."""
+        """The second of two SAEs reads what the first one's map has changed."""
         one = made(MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps)
         student = one.training.student
         fill(student.weights)

@@ -34,7 +34,7 @@ from tests.support.stepping import (
 from tests.support.trainings import CONFIG, NO_IDS, evaluator
 
 MODEL = small_model("gpt2")
-"""Of a family whose every part computes in float64 where it is told to."""
+"""A family whose every part computes in float64 where it is told to."""
 LLAMA = small_model("llama")
 HOOKPOINT = resid_post(1)
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -47,7 +47,7 @@ def double(model: LanguageModel) -> LanguageModel:
 
 
 class Parts(NamedTuple):
-    """What a loss is made of, mean over tokens."""
+    """The parts of a loss, mean over tokens."""
 
     kl: Tensor
     mse: Tensor

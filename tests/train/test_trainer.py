@@ -80,7 +80,7 @@ Alone = list[tuple[list[CurvePoint], Snapshot]]
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def alone(request: pytest.FixtureRequest) -> tuple[str, Alone]:
-    """What each run finds in a pack of its own."""
+    """Curve and last state of each run in a pack of its own."""
     found = []
     for make in variants(request.param):
         one = make()
