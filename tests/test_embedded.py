@@ -76,14 +76,14 @@ def test_the_model_has_learnt_its_text(model: LanguageModel, text: corpus.Corpus
 @pytest.mark.parametrize("block", recipe.BLOCKS)
 def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Corpus, block: int) -> None:
     found = evaluations(model, text, [f"block_{block}-width_1024-l0_{l0}" for l0 in recipe.SPARSITIES])
-    fvus = [next(iter(one.fvu.values())) for one in found]
+    fvus = [next(iter(one.per_sae.values()))["fvu"] for one in found]
     gaps = [one.spliced_ce - one.base_ce for one in found]
     assert 0.02 < fvus[-1] < fvus[0] < 0.7
     assert fvus == sorted(fvus, reverse=True)
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] > 0
     for one, l0 in zip(found, recipe.SPARSITIES, strict=True):
-        assert next(iter(one.l0.values())) == pytest.approx(l0, rel=0.02)
+        assert next(iter(one.per_sae.values()))["l0"] == pytest.approx(l0, rel=0.02)
 
 
 @pytest.mark.slow

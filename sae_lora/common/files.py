@@ -41,7 +41,7 @@ def sha256(file: Path) -> str:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under its own name only when the block ends well."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
     beside.mkdir()
     try:

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, sha256, write_atomically
+from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig, as_list
 from sae_lora.data.documents import (
@@ -30,7 +28,6 @@ from sae_lora.data.documents import (
     stdlib_documents,
 )
 from sae_lora.data.packing import (
-    Convention,
     Packer,
     convention_of,
     shuffled_batches,
@@ -87,7 +84,7 @@ def load(
         UserError: Where the text cannot be read, or has changed since the run was planned.
     """
     convention = convention_of(tokenizer)
-    source = _describe_source(config)
+    source, documents = _source(config)
     if config.version not in (None, version_of(source)):
         raise UserError(
             f"the text ({config.source.name}) is another than when this run was planned: files have "
@@ -107,7 +104,7 @@ def load(
     key = _digest(json.dumps(recipe, sort_keys=True))
     folder = _cache(config, "corpora") / key
     if not (folder / "recipe.json").exists():
-        _make(config, tokenizer, recipe, convention, folder, on_progress)
+        _make(config, tokenizer, documents, recipe, folder, on_progress)
     train = np.load(folder / "train.npy", mmap_mode="r")
     validation = np.load(folder / "validation.npy", mmap_mode="r")
     _check_length(config, len(train), len(validation), train_sequences, batch_size)
@@ -144,21 +141,25 @@ def _cache(config: DataConfig, kind: str) -> Path:
     return folder
 
 
-def _describe_source(config: DataConfig) -> dict[str, Any]:
+def _source(config: DataConfig) -> tuple[dict[str, Any], Iterator[Document]]:
+    """The description of the text, and its documents in order, which are read only when asked for."""
     match config.source:
         case TextSource.stdlib:
-            texts = [f"{document.key}\n{_digest(document.text)}" for document in stdlib_documents()]
-            return {"source": "stdlib", "content": _digest("\n".join(texts))}
+            library = stdlib_documents()
+            texts = [f"{document.key}\n{_digest(document.text)}" for document in library]
+            description = {"source": "stdlib", "content": _digest("\n".join(texts))}
+            return description, shuffled(library, config.seed)
         case TextSource.text_files:
             files = files_matching(as_list(config.files))
-            return {
+            description = {
                 "source": "text_files",
                 "files": len(files),
                 "column": config.column,
                 "content": _digest("\n".join(map(sha256, files))),
             }
+            return description, shuffled(file_documents(files, config.column), config.seed)
         case TextSource.hub:
-            return {
+            description = {
                 "source": "hub",
                 "name": config.name,
                 "subset": config.subset,
@@ -167,6 +168,8 @@ def _describe_source(config: DataConfig) -> dict[str, Any]:
                 "revision": config.version or _dataset_commit(config),
                 "shuffle_buffer": config.shuffle_buffer if config.streaming else None,
             }
+            at_commit = dataclasses.replace(config, revision=description["revision"])
+            return description, hub_documents(at_commit)
 
 
 def _dataset_commit(config: DataConfig) -> str:
@@ -183,26 +186,16 @@ def _dataset_commit(config: DataConfig) -> str:
     return commit
 
 
-def _documents(config: DataConfig, source: dict[str, Any]) -> Iterator[Document]:
-    match config.source:
-        case TextSource.stdlib:
-            return shuffled(stdlib_documents(), config.seed)
-        case TextSource.text_files:
-            files = files_matching(as_list(config.files))
-            return shuffled(file_documents(files, config.column), config.seed)
-        case TextSource.hub:
-            return hub_documents(dataclasses.replace(config, revision=source["revision"]))
-
-
 def _make(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    documents: Iterator[Document],
     recipe: dict[str, Any],
-    convention: Convention,
     folder: Path,
     on_progress: Progress,
 ) -> None:
     """Reads documents until both splits are full or the text ends, then writes the folder at once."""
+    convention = convention_of(tokenizer)
     train, validation = (
         Packer(config.context_length, convention, len(tokenizer), recipe[f"{split}_sequences"])
         for split in ("train", "validation")
@@ -213,24 +206,20 @@ def _make(
         return validation if held_out else train
 
     wanted = recipe["train_sequences"] + recipe["validation_sequences"]
-    documents = _documents(config, recipe["source"])
     needed = (document for document in documents if not packer_of(document).full)
     for document, tokens in tokenised(needed, tokenizer):
         packer_of(document).add(tokens)
         on_progress(len(train) + len(validation), wanted)
         if train.full and validation.full:
             break
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        np.save(beside / "train.npy", train.sequences)
-        np.save(beside / "validation.npy", validation.sequences)
-        write_atomically(beside / "recipe.json", as_json(recipe))
-        beside.rename(folder)
+        with new_folder(folder) as beside:
+            np.save(beside / "train.npy", train.sequences)
+            np.save(beside / "validation.npy", validation.sequences)
+            write_atomically(beside / "recipe.json", as_json(recipe))
     except OSError:
         if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
             raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_length(

@@ -23,7 +23,7 @@ class Document(NamedTuple):
 
 
 def in_validation(key: str, share: float) -> bool:
-    """Whether the document with this key is held out, as this share of all documents is.
+    """True where the document with this key is held out, as this share of all documents is.
 
     The split depends on key and share alone, not on the order of reading, the seed or the amount
     read: runs of the same data and share never train on text that another validates on.
@@ -79,10 +79,10 @@ def stdlib_documents(*, tests: bool = False) -> tuple[Document, ...]:
 
 
 def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on the seed and their keys alone."""
+    """The documents in an order that depends on the seed and their keys alone; read when asked for."""
     ordered = sorted(documents, key=lambda document: document.key)
     random.Random(seed).shuffle(ordered)
-    return iter(ordered)
+    yield from ordered
 
 
 def files_matching(patterns: Sequence[str]) -> list[Path]:

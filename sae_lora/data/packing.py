@@ -83,7 +83,7 @@ class Packer:
 
     @property
     def full(self) -> bool:
-        """Whether as many sequences as wanted are there."""
+        """True once there are as many sequences as wanted."""
         return self._most is not None and len(self) >= self._most
 
     def add(self, tokens: list[int]) -> None:
@@ -100,8 +100,7 @@ class Packer:
     @property
     def sequences(self) -> np.ndarray:
         """The sequences so far, `[sequence, pos]`."""
-        empty = np.empty((0, self._length), dtype=self._dtype)
-        return np.stack(self._sequences) if self._sequences else empty
+        return np.array(self._sequences, dtype=self._dtype).reshape(-1, self._length)
 
 
 def shuffled_batches(

@@ -66,7 +66,7 @@ class ActiveRun:
         """Read the config and the newest checkpoint; write nothing.
 
         Raises:
-            DamagedCheckpointError: Where no checkpoint can be used.
+            UserError: Where no checkpoint can be used.
         """
         self.config = load(self.folder.config.read_text())
         self.name = readable_name(self.config)

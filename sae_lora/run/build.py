@@ -72,9 +72,7 @@ class Builder:
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-            return DistillTrainer(
-                self.model, trainings, evaluate, special_ids, kl, micro_batch, processes
-            )
+            return DistillTrainer(self.model, trainings, evaluate, special_ids, kl, micro_batch)
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,

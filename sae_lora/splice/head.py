@@ -12,20 +12,17 @@ from sae_lora.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen map from hidden states to logits.
-
-    Args:
-        logits: The map from `[..., d_model]` to `[..., d_vocab]`.
-        d_vocab: Size of the vocabulary.
-        matrix: `[d_vocab, d_model]`, where that is the whole map except for the soft-cap.
-        softcap: With a matrix, logits are `softcap · tanh(logits / softcap)`, as in Gemma 2; `None` for
-            none. At most `LARGEST_EXPONENT`.
-    """
+    """The frozen map from hidden states to logits."""
 
     logits: Callable[[Tensor], Tensor]
+    """The map from `[..., d_model]` to `[..., d_vocab]`."""
     d_vocab: int
+    """Size of the vocabulary."""
     matrix: Tensor | None = None
+    """`[d_vocab, d_model]`, where that is the whole map except for the soft-cap."""
     softcap: float | None = None
+    """With a matrix, logits are `softcap · tanh(logits / softcap)`, as in Gemma 2; `None` for none. At
+    most `LARGEST_EXPONENT`."""
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Head":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,19 +26,15 @@ class Coder(Protocol):
 
 
 class Reading(NamedTuple):
-    """Input, latents and output of one SAE in one forward pass, at the positions where it applied.
-
-    Args:
-        hookpoint: Its place.
-        resid: Its input, `[token, d_model]`.
-        latents: Its code, `[token, d_sae]`.
-        recon: Its output, `[token, d_model]`.
-    """
+    """Input, latents and output of one SAE in one forward pass, at the positions where it applied."""
 
     hookpoint: str
     resid: Tensor
+    """Its input, `[token, d_model]`."""
     latents: Tensor
+    """Its code, `[token, d_sae]`."""
     recon: Tensor
+    """Its output, `[token, d_model]`."""
 
 
 Observer = Callable[[Reading], None]
@@ -45,19 +42,14 @@ Observer = Callable[[Reading], None]
 
 
 class Splice(NamedTuple):
-    """An SAE at its place. Two are the same where the SAE is the same object.
-
-    Args:
-        block: Its block.
-        sae: The SAE.
-        keeps: Whether positions that hold special tokens keep their activation.
-        hook: The activation of the block that it replaces.
-    """
+    """An SAE at its place. Two are the same where the SAE is the same object."""
 
     block: int
     sae: Coder
     keeps: bool
+    """True where positions that hold special tokens keep their activation."""
     hook: Hook = Hook.resid_post
+    """The activation of the block that it replaces."""
 
     @property
     def place(self) -> Place:
@@ -92,50 +84,40 @@ def spliced(
     """
     with ExitStack() as hooks:
         for hookpoint, sae in saes.items():
-            hook = _replacing(hookpoint, sae, keep, observe)
-            handle = model.module_at(hookpoint).register_forward_hook(hook)
+            replace = partial(reconstructed, hookpoint, sae, keep=keep, observe=observe)
+            handle = model.module_at(hookpoint).register_forward_hook(partial(_replaced, replace))
             hooks.callback(handle.remove)
         yield
 
 
-def _replacing(hookpoint: str, sae: Coder, keep: Tensor | None, observe: Observer | None) -> Any:
-    def hook(module: object, arguments: object, output: Any) -> Any:
-        # Blocks and attentions return the activation alone, or as the first of a tuple.
-        resid: Tensor = output[0] if isinstance(output, tuple) else output
-        recon = reconstructed(hookpoint, sae, resid, keep, observe)
-        return (recon, *output[1:]) if isinstance(output, tuple) else recon
-
-    return hook
+def _replaced(
+    replace: Callable[[Tensor], Tensor], module: object, arguments: object, output: Any
+) -> Any:
+    """A module's output with its activation replaced, which comes alone or as the first of a tuple."""
+    return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
 
 def reconstructed(
     hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor | None, observe: Observer | None = None
 ) -> Tensor:
-    """The residuals `[batch, pos, d_model]` after the SAE; the arguments are as in `spliced`."""
+    """The residuals `[batch, pos, d_model]` after the SAE; the arguments are as in `spliced`.
+
+    An SAE in training does not read positions that are kept: it must not learn from them, and BatchTopK
+    divides its active latents among all positions that it reads.
+    """
     if keep is not None and getattr(sae, "training", False):
-        return _reconstructed_alone(hookpoint, sae, resid, keep, observe)
+        read = resid[~keep]
+        latents = sae.encode(read)
+        recon = sae.decode(latents).to(resid.dtype)
+        if observe is not None:
+            observe(Reading(hookpoint, read, latents, recon))
+        return resid.masked_scatter(~keep[..., None], recon)
     latents = sae.encode(resid)
     recon = sae.decode(latents).to(resid.dtype)
     if observe is not None:
         applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
         observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
     return recon if keep is None else torch.where(keep[..., None], resid, recon)
-
-
-def _reconstructed_alone(
-    hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor, observe: Observer | None
-) -> Tensor:
-    """`reconstructed` for an SAE in training, which must not learn from positions that are kept.
-
-    BatchTopK also divides its active latents among all positions that it reads.
-    """
-    applied = ~keep
-    read = resid[applied]
-    latents = sae.encode(read)
-    recon = sae.decode(latents).to(resid.dtype)
-    if observe is not None:
-        observe(Reading(hookpoint, read, latents, recon))
-    return resid.masked_scatter(applied[..., None], recon)
 
 
 def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:

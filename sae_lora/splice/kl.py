@@ -35,16 +35,13 @@ def kl_to(teacher: Tensor, student_logits: Tensor) -> Tensor:
 
 
 class SummedKL(NamedTuple):
-    """A student's KL to its teacher, and its gradient.
-
-    Args:
-        total: KL(teacher ‖ student) summed over all tokens, in nats; a scalar, float32 or float64.
-        gradient: Gradient of the total times the student's weight, in the shape of its hidden states;
-            `None` where the weight is.
-    """
+    """A student's KL to its teacher, and its gradient."""
 
     total: Tensor
+    """KL(teacher ‖ student) summed over all tokens, in nats; a scalar, float32 or float64."""
     gradient: Tensor | None
+    """Gradient of the total times the student's weight, in the shape of its hidden states; `None` where
+    the weight is."""
 
 
 KL = Callable[[Tensor, Sequence[Tensor], Sequence[float | None]], list[SummedKL]]
@@ -82,26 +79,23 @@ def whole_kl(
 
 
 class LogitChunk(NamedTuple):
-    """A few tokens of a student, beside its teacher; valid until the next ones are computed.
-
-    Args:
-        rows: The tokens' rows in the chunk.
-        scores: The student's logits in the head's unit, `[token, d_vocab]`.
-        numerators: Numerators of its softmax, `[token, d_vocab]`.
-        sums: Sums of the numerators, `[token, 1]`.
-        log_sums: ln Σ e^logit, `[token, 1]` in float64.
-        kl: KL(teacher ‖ student) of each token in nats, `[token, 1]` in float64.
-    """
+    """A few tokens of a student, beside its teacher; valid until the next ones are computed."""
 
     rows: slice
+    """The tokens' rows in the chunk."""
     scores: Tensor
+    """The student's logits in the head's unit, `[token, d_vocab]`."""
     numerators: Tensor
+    """Numerators of its softmax, `[token, d_vocab]`."""
     sums: Tensor
+    """Sums of the numerators, `[token, 1]`."""
     log_sums: Tensor
+    """ln Σ e^logit, `[token, 1]` in float64."""
     kl: Tensor
+    """KL(teacher ‖ student) of each token in nats, `[token, 1]` in float64."""
 
     def puts_first(self, tokens: Tensor) -> Tensor:
-        """Whether no token is more likely than the given `[token]`. Faster than an argmax."""
+        """True where no token is more likely than the given `[token]`. Faster than an argmax."""
         return self.scores.gather(-1, tokens[:, None])[:, 0] == self.scores.amax(-1)
 
 

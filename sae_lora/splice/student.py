@@ -1,6 +1,7 @@
 """The student of a run: a frozen model with SAEs in place, and the few weights that are trained."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -13,47 +14,34 @@ from sae_lora.splice.hooks import Observer, reconstructed, spliced
 from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 
 
+@dataclass(eq=False)
 class Student:
     """A model with SAEs in place, and the weights that are trained, in it or in the SAEs.
 
     Its work on a batch begins where something is trained: the trunk does the work before.
-
-    Args:
-        model: The model that computes its part; frozen except for `weights`.
-        splices: The SAEs, in the order of their places, as they are in training.
-        first: The first block that it computes itself. It also applies an SAE right before this block
-            that is `live`.
-        live: Number of the SAEs, from the last on, that are trained or read what training has changed.
-        weights: The trained weights, by name.
-        before: The SAEs as they were before training, to which `spliced_ce` belongs; by default
-            `splices`.
-        modules: Trained modules beside the model, by name: SAEs, adapters on their output.
-        is_new: Whether the SAEs were untrained before, so that there was no gap to close.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        splices: Splices,
-        first: int,
-        live: int,
-        weights: Mapping[str, nn.Parameter],
-        before: Splices | None = None,
-        modules: Mapping[str, nn.Module] | None = None,
-        *,
-        is_new: bool = False,
-    ) -> None:
-        self.model = model
-        self.splices = splices
-        self.before = splices if before is None else before
-        self.first = first
-        self.frozen: Splices = splices[: len(splices) - live]
-        """The SAEs whose work does not depend on training."""
-        self.live: Splices = splices[len(splices) - live :]
-        """The SAEs that are trained, or that read what training has changed."""
-        self.weights = dict(weights)
-        self.modules = dict(modules or {})
-        self.is_new = is_new
+    model: LanguageModel
+    """The model that computes its part; frozen except for `weights`."""
+    frozen: Splices
+    """The SAEs whose work does not depend on training, in the order of their places."""
+    live: Splices
+    """The SAEs after these: they are trained, or read what training has changed."""
+    first: int
+    """The first block that it computes itself. It also applies a live SAE right before this block."""
+    weights: dict[str, nn.Parameter]
+    """The trained weights, by name."""
+    before: Splices
+    """The SAEs as they were before training, to which `spliced_ce` belongs."""
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Trained modules beside the model, by name: SAEs, adapters on their output."""
+    is_new: bool = False
+    """True where the SAEs were untrained before, so that there was no gap to close."""
+
+    @property
+    def splices(self) -> Splices:
+        """All SAEs, in the order of their places."""
+        return self.frozen + self.live
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -71,15 +59,17 @@ class Student:
 
     def without(self, hookpoint: str) -> "Student":
         """This student without one of its SAEs; the two share their weights."""
-        others = tuple(splice for splice in self.splices if splice.hookpoint != hookpoint)
-        live = sum(splice.hookpoint != hookpoint for splice in self.live)
+        frozen, live = (
+            tuple(splice for splice in splices if splice.hookpoint != hookpoint)
+            for splices in (self.frozen, self.live)
+        )
         # No SAEs before training: nobody asks for their CE, and without SAEs it is known already.
-        return Student(self.model, others, self.first, live, self.weights, (), self.modules)
+        return Student(self.model, frozen, live, self.first, self.weights, (), self.modules)
 
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
         """One of its SAEs alone in a model; the two share its weights."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
-        return Student(model, (splice,), splice.place.begins, 1, {}, (), self.modules)
+        return Student(model, (), (splice,), splice.place.begins, {}, (), self.modules)
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:
         """The states that the head reads, `[batch, pos, d_model]`, with the weights as they are now.
@@ -122,8 +112,9 @@ class LoRAStudent(Student):
         """peft's view of the model, for saving."""
         lora.set_adapter_dropout(view, True)
         first = min(adapted_blocks(config.blocks, first_sae, len(model.blocks)))
-        live = sum(splice.block >= first for splice in splices)
-        super().__init__(view, splices, first, live, lora.trainable_weights(view))
+        n_frozen = sum(splice.block < first for splice in splices)
+        frozen, live = splices[:n_frozen], splices[n_frozen:]
+        super().__init__(view, frozen, live, first, lora.trainable_weights(view), before=splices)
 
 
 def cuts(students: Iterable[Student]) -> set[int]:

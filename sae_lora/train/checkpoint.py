@@ -28,19 +28,12 @@ _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.js
 
 
 class Snapshot(NamedTuple):
-    """Everything that training needs to go on as if it had never stopped.
-
-    Args:
-        tensors: By name: adapters, optimizer, random states.
-        values: Values that JSON can hold: the step, and counters.
-    """
+    """Everything that training needs to go on as if it had never stopped."""
 
     tensors: dict[str, Tensor]
+    """By name: adapters, optimizer, random states."""
     values: dict[str, Any]
-
-
-class DamagedCheckpointError(UserError):
-    """There are checkpoints, and none of them can be used."""
+    """Values that JSON can hold: the step, and counters."""
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:
@@ -83,8 +76,8 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
         complain: Called with a line about each damaged checkpoint.
 
     Raises:
-        DamagedCheckpointError: Where there are some and none is sound: a silent start from the
-            beginning would throw them away.
+        UserError: Where there are some and none is sound: a silent start from the beginning would
+            throw them away.
     """
     faults = []
     for path in _paths(folder):
@@ -97,7 +90,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
         faults.append(f"{path.name}: {fault}")
         complain(f"checkpoint {faults[-1]}; not used")
     if faults:
-        raise DamagedCheckpointError(
+        raise UserError(
             f"no checkpoint in {folder} can be used ({'; '.join(faults)}). "
             "Delete that folder to begin this run anew"
         )

@@ -65,17 +65,14 @@ _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 
 
 class _OwnLosses(NamedTuple):
-    """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token.
-
-    Args:
-        forward: A pass with all losses.
-        with_mse: Their gradient and that of the squared error, together.
-        without: Their gradient alone.
-    """
+    """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token."""
 
     forward: int = 4
+    """A pass with all losses."""
     with_mse: int = 8
+    """Their gradient and that of the squared error, together."""
     without: int = 0
+    """Their gradient alone."""
 
 
 _OWN_LOSSES = {
@@ -237,6 +234,12 @@ class _Run:
     def __init__(self, model: LanguageModel, config: Config) -> None:
         self.config = config
         self.kind = config.method.kind
+        self.trains_saes = self.kind in TRAINING_SAES
+        self.mse = self.kind is Method.sae_finetune and config.method.mse
+        """True where the SAEs' own error is part of the loss."""
+        # Own losses of an SAE that is not new are not known before it is loaded.
+        known = _OWN_LOSSES if config.sae.family is SAEFamily.new else {}
+        self.own_losses = known.get(config.sae.architecture, _OwnLosses())
         self.first = first_own_block(config)
         """The first block that it computes itself."""
         self.saes = tuple(
@@ -250,6 +253,11 @@ class _Run:
             )
             for choice in config.sae.used
         )
+        self.live = tuple(
+            sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
+        )
+        """The SAEs that are trained, or that read what training changes."""
+        self.frozen = tuple(sae for sae in self.saes if sae not in self.live)
         self.adapted: list[tuple[int, int]] = []
         """Inputs and outputs of every adapted matrix of the model."""
         if self.kind in ADAPTING:
@@ -263,34 +271,6 @@ class _Run:
             weights = sum(_own_weights(config, d_model, sae.width) for sae in _each_once(self.saes))
         self.weights = weights
         """Trainable parameters."""
-
-    @property
-    def trains_saes(self) -> bool:
-        return self.kind in TRAINING_SAES
-
-    @property
-    def mse(self) -> bool:
-        """Whether the SAEs' own error is part of the loss."""
-        return self.kind is Method.sae_finetune and self.config.method.mse
-
-    @property
-    def own_losses(self) -> _OwnLosses:
-        """Own losses of a new SAE; those of another are not known before it is loaded."""
-        sae = self.config.sae
-        is_new = sae.family is SAEFamily.new
-        return _OWN_LOSSES.get(sae.architecture, _OwnLosses()) if is_new else _OwnLosses()
-
-    @property
-    def live(self) -> tuple[_SAE, ...]:
-        """The SAEs that are trained, or that read what training changes."""
-        return tuple(
-            sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
-        )
-
-    @property
-    def frozen(self) -> tuple[_SAE, ...]:
-        """The other SAEs."""
-        return tuple(sae for sae in self.saes if sae not in self.live)
 
     def times(self, sae: _SAE, *, is_first: bool) -> int:
         """Operations of a live SAE per token, in d_model · d_sae."""
@@ -371,13 +351,13 @@ class _Sizes:
         self.d_attention: int = heads * (getattr(config, "head_dim", None) or self.d_model // heads)
         """Heads times their width: what scores and mixing cost depends on."""
         self.weights = sum(weight.numel() for weight in model.model.parameters())
-        self.blocks = [_matrices(block) for block in model.blocks]
+        self.blocks = [
+            [
+                _inputs_and_outputs(module)
+                for module in block.modules()
+                if getattr(module, "weight", None) is not None
+                and module.get_parameter("weight").dim() == 2
+            ]
+            for block in model.blocks
+        ]
         """Inputs and outputs of every matrix, block by block."""
-
-
-def _matrices(block: nn.Module) -> list[tuple[int, int]]:
-    return [
-        _inputs_and_outputs(module)
-        for module in block.modules()
-        if getattr(module, "weight", None) is not None and module.get_parameter("weight").dim() == 2
-    ]

@@ -10,7 +10,6 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Trunk
-from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.train_state import DistillState
 from sae_lora.train.trainer import Task, Trainer
@@ -26,7 +25,7 @@ class DistillTrainer(Trainer[DistillState]):
 
     Args:
         model: The plain model.
-        trainings, evaluate, processes: As in `Trainer`.
+        trainings, evaluate: As in `Trainer`.
         special_ids: Ids `[n]` whose positions some SAEs leave as they are.
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; all of a step if `None`.
@@ -40,9 +39,8 @@ class DistillTrainer(Trainer[DistillState]):
         special_ids: Tensor,
         kl: KL,
         micro_batch: int | None = None,
-        processes: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(model.device, trainings, evaluate, processes)
+        super().__init__(model.device, trainings, evaluate)
         self._model = model
         self._special_ids = special_ids
         self._kl = kl

@@ -29,6 +29,7 @@ from sae_lora.common.signals import unheard
 _LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
 """Variables by which a follower finds the others; SLURM has a variable of its own for the rank."""
 Rows = TypeVar("Rows", Tensor, Sequence[Any])
+_Processes = Sequence[subprocess.Popen[bytes]]
 _START_S = 600
 """Time for all processes to find each other; they load the model later."""
 _PATIENCE = timedelta(days=7)
@@ -159,17 +160,29 @@ def leading(
     store = TCPStore(host, 0, layout.size, True, patience, wait_for_workers=False)
     command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.worker", *arguments]
     variables = {_LEADER: f"{host}:{store.port}", _SIZE: str(layout.size)}
-    with _Followers(_started(layout, command, variables), asked_to_stop) as followers:
-        try:
-            followers.meet(store, layout.size)
-            _join(store, 0, layout.size, on_gpus)
-            processes = Distributed(0, layout.size, followers.may_end)
-            yield processes
-            processes.release()
-            processes.broadcast(None)
-            dist.destroy_process_group()
-        except GoneError as error:
-            raise GoneError(followers.what_is_wrong()) from error
+    followers, may_end = _started(layout, command, variables), threading.Event()
+    watch = threading.Thread(target=_watch, args=(followers, may_end, asked_to_stop), daemon=True)
+    watch.start()
+    seconds_to_end = 0
+    try:
+        _meet(followers, store, layout.size)
+        _join(store, 0, layout.size, on_gpus)
+        processes = Distributed(0, layout.size, may_end.set)
+        yield processes
+        processes.release()
+        processes.broadcast(None)
+        dist.destroy_process_group()
+        seconds_to_end = _END_S
+    except GoneError as error:
+        raise GoneError(_what_is_wrong(followers)) from error
+    finally:
+        may_end.set()
+        for process in followers:
+            try:
+                process.wait(seconds_to_end)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextmanager
@@ -215,9 +228,7 @@ def _join(store: TCPStore, rank: int, size: int, on_gpus: bool) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
 
-def _started(
-    layout: ProcessLayout, command: Sequence[str], variables: Mapping[str, str]
-) -> list[subprocess.Popen[bytes]]:
+def _started(layout: ProcessLayout, command: Sequence[str], variables: Mapping[str, str]) -> _Processes:
     if layout.nodes == 1:
         with unheard():  # the leader heeds signals, and needs the others to end a step
             return [
@@ -233,65 +244,41 @@ def _started(
     return [subprocess.Popen([srun, *step, *command], env=os.environ | variables)]
 
 
-class _Followers:
-    """Processes that end with the block; where one ends earlier, this process does not wait for ever."""
+def _meet(followers: _Processes, store: TCPStore, size: int) -> None:
+    """Waits until all followers have arrived.
 
-    def __init__(
-        self, processes: Sequence[subprocess.Popen[bytes]], asked_to_stop: Callable[[], bool]
-    ) -> None:
-        self._processes = processes
-        self._asked_to_stop = asked_to_stop
-        self._over = threading.Event()
+    Raises:
+        GoneError: Where one has ended instead, or is too late.
+    """
+    deadline = time.monotonic() + _START_S
+    while not store.check([_arrival(rank) for rank in range(1, size)]):
+        if _exit_codes(followers) or time.monotonic() > deadline:
+            raise GoneError("a process that shares the batches has not come")
+        time.sleep(0.05)
 
-    def __enter__(self) -> "_Followers":
-        threading.Thread(target=self._look, daemon=True).start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._over.set()
-        for process in self._processes:
+def _exit_codes(followers: _Processes) -> list[int]:
+    """Exit codes of the followers that have ended."""
+    return [code for process in followers if (code := process.poll()) is not None]
+
+
+def _what_is_wrong(followers: _Processes) -> str:
+    """The exit code of a follower that has ended, as soon as that can be seen."""
+    deadline = time.monotonic() + 4 * _LOOK_EVERY_S
+    while not (codes := _exit_codes(followers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    how = f"exit code {codes[0]}" if codes else "it does not answer"
+    return f"a process that shares the batches ({how})"
+
+
+def _watch(followers: _Processes, may_end: threading.Event, asked_to_stop: Callable[[], bool]) -> None:
+    """Ends all processes where a follower ends too early, so that the leader does not wait for ever."""
+    while not may_end.wait(_LOOK_EVERY_S):
+        # The main thread notices too, and saves checkpoints, unless it waits for ever (NCCL).
+        if _exit_codes(followers) and not may_end.wait(_NOTICE_S):
             try:
-                process.wait(_END_S if kind is None else 0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def may_end(self) -> None:
-        """Lets them end from now on."""
-        self._over.set()
-
-    def meet(self, store: TCPStore, size: int) -> None:
-        """Waits until all have arrived.
-
-        Raises:
-            GoneError: Where one has ended instead, or is too late.
-        """
-        deadline = time.monotonic() + _START_S
-        while not store.check([_arrival(rank) for rank in range(1, size)]):
-            if self._codes or time.monotonic() > deadline:
-                raise GoneError("a process that shares the batches has not come")
-            time.sleep(0.05)
-
-    def what_is_wrong(self) -> str:
-        """The exit code of a process that has ended, as soon as that can be seen."""
-        deadline = time.monotonic() + 4 * _LOOK_EVERY_S
-        while not self._codes and time.monotonic() < deadline:
-            time.sleep(0.05)
-        how = f"exit code {self._codes[0]}" if self._codes else "it does not answer"
-        return f"a process that shares the batches ({how})"
-
-    @property
-    def _codes(self) -> list[int]:
-        """Exit codes of the processes that have ended."""
-        return [code for process in self._processes if (code := process.poll()) is not None]
-
-    def _look(self) -> None:
-        while not self._over.wait(_LOOK_EVERY_S):
-            # The main thread notices too, and saves checkpoints, unless it waits for ever (NCCL).
-            if self._codes and not self._over.wait(_NOTICE_S):
-                try:
-                    complain("ended", self.what_is_wrong())
-                    for process in self._processes:
-                        process.kill()
-                finally:
-                    os._exit(EXIT_INTERRUPTED if self._asked_to_stop() else EXIT_NOT_TOGETHER)
+                complain("ended", _what_is_wrong(followers))
+                for process in followers:
+                    process.kill()
+            finally:
+                os._exit(EXIT_INTERRUPTED if asked_to_stop() else EXIT_NOT_TOGETHER)

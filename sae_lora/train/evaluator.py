@@ -28,12 +28,8 @@ class Evaluation(NamedTuple):
     """KL(teacher ‖ student)."""
     top1_agreement: float
     """Share of positions where teacher and student put the same token first."""
-    fvu: dict[str, float]
-    """By hookpoint: residual variance / total variance, on what the student's SAE reads."""
-    l0: dict[str, float]
-    """By hookpoint: mean number of active latents per token."""
-    dead: dict[str, float]
-    """By hookpoint: share of the latents that no token made active."""
+    per_sae: dict[str, dict[str, float]]
+    """By hookpoint: `fvu`, `l0` and `dead`, as in `Reconstruction`, on what the student's SAE reads."""
 
 
 class Contribution(NamedTuple):
@@ -51,11 +47,6 @@ class Reconstruction:
     """Sums over tokens from which FVU, L0 and dead latents of one SAE follow, exact for any batching.
 
     Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over all tokens measured.
-
-    Args:
-        sae: The SAE.
-        d_model: Width of the residuals that it reads.
-        device: Device of the residuals.
     """
 
     def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:
@@ -82,7 +73,7 @@ class Reconstruction:
 
     @property
     def fvu(self) -> float:
-        """Share of the variance that the reconstruction misses."""
+        """Residual variance / total variance."""
         tokens, squared_error, squared_norm = self.sums[:3].tolist()
         variance = squared_norm - float(self.sums[3:].square().sum()) / tokens
         return squared_error / variance if variance > 0 else 0.0
@@ -101,7 +92,7 @@ class Reconstruction:
 class Evaluator:
     """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
 
-    Values that training cannot change are found once: spliced CE, the reconstruction of SAEs before
+    Values that training cannot change are computed once: spliced CE, the reconstruction of SAEs before
     the first adapted block and, where there is room, the hidden states that enter it.
 
     Args:
@@ -125,8 +116,8 @@ class Evaluator:
         processes: ProcessGroup | None = None,
     ) -> None:
         self._model = model
-        self._processes = processes or ProcessGroup()
-        self._batches = self._processes.shard(tokens.split(batch_size))
+        self.processes = processes or ProcessGroup()
+        self._batches = self.processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._special_ids = special_ids
@@ -175,7 +166,7 @@ class Evaluator:
                     trunks[number] = trunk
         self._trunks = trunks
         summed = base, *spliced.values(), *sums, *self._new_frozen.values()
-        self._processes.all_reduce([total for each in summed for total in each.totals])
+        self.processes.all_reduce([total for each in summed for total in each.totals])
         for splices, of_spliced in spliced.items():
             self._spliced_ce[splices] = float(of_spliced.ce) / self._predictions
         self._frozen |= self._new_frozen
@@ -192,7 +183,8 @@ class Evaluator:
         for splice in student.splices:
             name = splice.hookpoint
             alone, left_out = self([student.alone(name, self._model), student.without(name)])
-            contributions[name] = Contribution(alone.student_ce, alone.fvu[name], left_out.student_ce)
+            alone_fvu = alone.per_sae[name]["fvu"]
+            contributions[name] = Contribution(alone.student_ce, alone_fvu, left_out.student_ce)
         return contributions
 
     def _compare(
@@ -234,9 +226,10 @@ class Evaluator:
             student_ce=float(sums.ce) / self._predictions,
             kl=float(sums.kl) / self._positions,
             top1_agreement=float(sums.agreements) / self._positions,
-            fvu={hookpoint: sae.fvu for hookpoint, sae in saes.items()},
-            l0={hookpoint: sae.l0 for hookpoint, sae in saes.items()},
-            dead={hookpoint: sae.dead for hookpoint, sae in saes.items()},
+            per_sae={
+                hookpoint: {"fvu": sae.fvu, "l0": sae.l0, "dead": sae.dead}
+                for hookpoint, sae in saes.items()
+            },
         )
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lora.config.enums import Method, SAEFamily, Schedule
-from sae_lora.config.identity import dead_after_steps, step_tokens
+from sae_lora.config.enums import Method, SAEFamily
+from sae_lora.config.identity import dead_after_steps
 from sae_lora.config.schema import Config
 from sae_lora.models import adapter_files
 from sae_lora.models.dimensions import source
@@ -19,39 +19,30 @@ from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
-from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
-from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
-from sae_lora.train.optim import GradientState, MeZOState
-from sae_lora.train.reconstruct import ReconstructState, sources_of
-from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
+from sae_lora.train.reconstruct import ReconstructState
 from sae_lora.train.train_state import TrainState
 
 
 class Sample(NamedTuple):
-    """Some of the text that a run is trained on.
-
-    Args:
-        tokens: Token ids, `[batch, pos]`.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
-    """
+    """Some of the text that a run is trained on."""
 
     tokens: Tensor
+    """Token ids, `[batch, pos]`."""
     special_ids: Tensor
+    """Ids `[n]` whose positions some SAEs leave as they are."""
 
 
 class Artifact(NamedTuple):
-    """Files that are kept of a training.
-
-    Args:
-        name: Name of their folder in the run folder.
-        save: Writes them into an empty folder.
-    """
+    """Files that are kept of a training."""
 
     name: str
+    """Name of their folder in the run folder."""
     save: Callable[[Path], None]
+    """Writes them into an empty folder."""
 
 
 def build(
@@ -62,10 +53,9 @@ def build(
     Initial values come from torch's global random state.
 
     Args:
-        config: Config of the run.
+        config, steps: The run, and its number of steps in all.
         model: The plain model; it is not changed.
         splices: The SAEs in the order of their places: loaded, or new ones before training.
-        steps: Number of steps in all.
 
     Raises:
         ConfigError: Where the method cannot train this model or these SAEs.
@@ -121,15 +111,19 @@ def _output_adapters(
 def _trained_saes(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
+    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
     by_hookpoint: dict[str, SplicedSAE] = {}  # a shared SAE is listed under its first block
     by_given: dict[int, SplicedSAE] = {}
     for splice in splices:
-        if id(splice.sae) not in by_given:
-            sae = _in_training(config, splice.sae)
-            by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
+        sae = splice.sae
+        if id(sae) in by_given:
+            continue
+        if not isinstance(sae, SplicedSAE):
+            copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
+            sae = SplicedSAE(copied, dead_after_steps(config), rank)
+        by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
     trained = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
-    is_new = config.sae.family is SAEFamily.new
-    before = splices
+    before, is_new = splices, config.sae.family is SAEFamily.new
     if is_new:
         before = tuple(splice._replace(sae=by_given[id(splice.sae)].frozen) for splice in splices)
     student = _student(model, trained, before, by_hookpoint, is_new=is_new)
@@ -139,40 +133,11 @@ def _trained_saes(
             sae.save(folder / hookpoint)
 
     if config.method.kind is Method.sae:
-        trainers = _sae_trainers(config, student, steps)
-        training = ReconstructState(student, config.train, steps, trainers)
+        training = ReconstructState(student, config, steps)
     else:
         mse = config.method.kind is Method.sae_finetune and config.method.mse
         training = SAEGradientState(student, config.train, steps, mse=mse)
     return training, Artifact("sae", save)
-
-
-def _in_training(config: Config, sae: Coder) -> SplicedSAE:
-    if isinstance(sae, SplicedSAE):
-        return sae
-    rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
-    return SplicedSAE(copied, dead_after_steps(config), rank)
-
-
-def _sae_trainers(config: Config, student: Student, steps: int) -> dict[str, SteppedSAETrainer]:
-    """One trainer for each SAE of a student, by the names of `sources_of`."""
-    warm_up = round(config.train.warmup_share * steps)
-    falls = config.train.schedule is Schedule.linear
-    trainers = {}
-    for name, (sae, _) in sources_of(student).items():
-        trainers[name] = SteppedSAETrainer(
-            sae.sae,
-            steps=steps,
-            batch_tokens=step_tokens(config),
-            lr=config.train.lr,
-            scale=float(sae.scale),
-            warm_up_steps=warm_up,
-            decay_steps=steps - warm_up if falls else 0,
-            dead_window_steps=dead_after_steps(config),
-            sampling_window_steps=max(2, steps // 4),
-        )
-    return trainers
 
 
 def _student(
@@ -191,24 +156,15 @@ def _student(
         for name, weight in module.named_parameters()
         if weight.requires_grad
     }
-    return Student(
-        model.view(),
-        splices,
-        first=splices[0].place.begins,
-        live=len(splices),
-        weights=weights,
-        before=before,
-        modules=modules,
-        is_new=is_new,
-    )
+    first = splices[0].place.begins
+    return Student(model.view(), (), splices, first, weights, before, modules, is_new)
 
 
 def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[LoadedSAE]:
     """The new SAEs of a run, untrained. Initial values come from torch's global random state.
 
     Args:
-        config: Config of the run.
-        model: The plain model.
+        config, model: The run, and the plain model.
         sample: Text whose residuals have the mean length that the SAEs will read.
     """
     keeps = keeps_special_tokens(config.sae, [])

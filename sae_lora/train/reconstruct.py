@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.isolation import Isolation
-from sae_lora.config.schema import TrainConfig
+from sae_lora.config.enums import Schedule
+from sae_lora.config.identity import dead_after_steps, step_tokens
+from sae_lora.config.schema import Config
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.student import Student
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.train_state import StepInfo, TrainState, zero
+from sae_lora.train.train_state import TrainState, zero
 from sae_lora.train.trainer import Trainer
 
 
@@ -38,26 +40,30 @@ class ReconstructState(TrainState):
     """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
 
     Args:
-        student, config, steps: As in `TrainState`.
-        trainers: By the names of `sources_of`.
+        student, steps: As in `TrainState`.
+        config: Config of the run.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        config: TrainConfig,
-        steps: int,
-        trainers: Mapping[str, SteppedSAETrainer],
-    ) -> None:
-        super().__init__(student, config, steps)
-        self._trainers = trainers
+    def __init__(self, student: Student, config: Config, steps: int) -> None:
+        super().__init__(student, config.train, steps)
         self._saes = {name: source.sae for name, source in sources_of(student).items()}
+        warm_up = round(config.train.warmup_share * steps)
+        falls = config.train.schedule is Schedule.linear
+        self._trainers = {
+            name: SteppedSAETrainer(
+                sae.sae,
+                steps=steps,
+                batch_tokens=step_tokens(config),
+                lr=config.train.lr,
+                scale=float(sae.scale),
+                warm_up_steps=warm_up,
+                decay_steps=steps - warm_up if falls else 0,
+                dead_window_steps=dead_after_steps(config),
+                sampling_window_steps=max(2, steps // 4),
+            )
+            for name, sae in self._saes.items()
+        }
         self._activations: Mapping[str, Tensor] = {}
-        self.reset()
-
-    @property
-    def total(self) -> Tensor:
-        return self._total
 
     def read(self, activations: Mapping[str, Tensor]) -> None:
         """Takes the activations of the coming step, `[token, d_model]` by name.
@@ -66,19 +72,18 @@ class ReconstructState(TrainState):
         """
         self._activations = activations
 
-    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
+    def _update(self, lr: float, batch: torch.Size) -> None:
         # sae-lens's schedule rises a little otherwise than ours.
-        lr = next(iter(self._trainers.values())).lr
+        self.lr = next(iter(self._trainers.values())).lr
         for name, trainer in self._trainers.items():
             # In the residuals' own units; a mean over SAEs.
             mse = trainer.step(self._activations[name]).double() / trainer.scale**2
-            self._total += batch.numel() * mse / len(self._trainers)
+            self.total += batch.numel() * mse / len(self._trainers)
             self._saes[name].has_moved()
-        return StepInfo(lr, None)
 
     def reset(self) -> None:
         self._activations = {}
-        self._total = zero(self._device)
+        self.total = zero(self._device)
 
     def _own_state(self) -> Snapshot:
         tensors, values = {}, {}

@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,8 @@ from sae_lora.train.lr_schedule import lr_factor
 State = TypeVar("State", bound="TrainState")
 
 
-class StepInfo(NamedTuple):
-    """The learning rate of a step, and the norm of its gradient before clipping where that is known."""
-
-    lr: float
-    norm: Tensor | float | None
+_PROGRESS = ("step", "tokens", "train_seconds", "points", "evaluated_at", "next_evaluation", "lr")
+"""Attributes of a training that a checkpoint holds under the same names."""
 
 
 @dataclass
@@ -61,34 +58,37 @@ class TrainState(ABC):
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
-        """Whether training can go on from `state()`: no error has left a step half taken."""
+        """True where training can go on from `state()`: no error has left a step half taken."""
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
+        self.total = zero(self._device)
+        """The loss of this step, summed over its tokens: KL(teacher ‖ student) in nats, or the squared
+        error of SAEs that learn to reconstruct. `_update` may complete it."""
         self._interval = _Interval(zero(self._device))
-        self._train_seconds = 0.0
-        self._points = 0
-        self._evaluated_at: int | None = None
-        self._next_evaluation = 0
-        self._lr: float | None = None
+        self.train_seconds = 0.0
+        """Seconds of training up to the last evaluation."""
+        self.points = 0
+        """Points of the curve that were taken over."""
+        self.evaluated_at: int | None = None
+        """Step of the last of them."""
+        self.next_evaluation = 0
+        """Tokens after which the next one is due."""
+        self.lr: float | None = None
+        """Learning rate of the last step."""
         self._last_norm: Tensor | float | None = None
         self._last_loss: Tensor | None = None
 
-    @property
     @abstractmethod
-    def total(self) -> Tensor:
-        """The loss of this step before it moves the weights, summed over its tokens.
-
-        KL(teacher ‖ student) in nats; the squared error of SAEs that learn to reconstruct.
-        """
-
-    @abstractmethod
-    def _update(self, lr: float, batch: torch.Size) -> StepInfo:
+    def _update(self, lr: float, batch: torch.Size) -> Tensor | float | None:
         """Moves the weights at the end of a step.
 
         Args:
             lr: The rate of this step.
             batch: Shape of its tokens, `[batch, pos]`, in all processes together.
+
+        Returns:
+            The norm of the gradient before clipping, where it is known.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class TrainState(ABC):
 
     @property
     def has_ended(self) -> bool:
-        """Whether all its steps are taken."""
+        """True once all its steps are taken."""
         return self.step == self._steps
 
     @property
@@ -115,15 +115,14 @@ class TrainState(ABC):
 
     def take_step(self, batch: torch.Size) -> None:
         """Ends the step on tokens of this shape, `[batch, pos]`, in all processes together."""
-        lr = self._config.lr * lr_factor(self._config, self._steps, self.step)
         tokens = batch.numel()
         self.is_between_steps = False
-        info = self._update(lr, batch)
-        total = self.total
+        self.lr = self._config.lr * lr_factor(self._config, self._steps, self.step)
+        self._last_norm = self._update(self.lr, batch)
         self.step += 1
         self.tokens += tokens
-        self._lr, self._last_norm, self._last_loss = info.lr, info.norm, total / tokens
-        self._interval.kl += total
+        self._last_loss = self.total / tokens
+        self._interval.kl += self.total
         self._interval.tokens += tokens
         self.reset()
         self.is_between_steps = True
@@ -139,9 +138,9 @@ class TrainState(ABC):
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether this step needs a point of the curve, and none has been taken over yet."""
-        is_time = self.tokens >= self._next_evaluation or self.has_ended
-        return is_time and self._evaluated_at != self.step
+        """True where this step needs a point of the curve, and none has been taken over yet."""
+        is_time = self.tokens >= self.next_evaluation or self.has_ended
+        return is_time and self.evaluated_at != self.step
 
     def point(self, measured: Evaluation) -> CurvePoint:
         """The point of the curve that this evaluation makes.
@@ -151,10 +150,14 @@ class TrainState(ABC):
         """
         interval, kl = self._interval, self._finite_kl()
         closed = gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce)
+
+        def mean(measure: str) -> float:
+            return sum(sae[measure] for sae in measured.per_sae.values()) / len(measured.per_sae)
+
         return CurvePoint(
             step=self.step,
             tokens=self.tokens,
-            train_seconds=self._train_seconds + interval.seconds,
+            train_seconds=self.train_seconds + interval.seconds,
             base_ce=measured.base_ce,
             spliced_ce=measured.spliced_ce,
             student_ce=measured.student_ce,
@@ -162,31 +165,28 @@ class TrainState(ABC):
             gap_closed=None if self.student.is_new else closed,
             kl=measured.kl,
             top1_agreement=measured.top1_agreement,
-            fvu=sum(measured.fvu.values()) / len(measured.fvu),
-            l0=sum(measured.l0.values()) / len(measured.l0),
-            dead_latents=sum(measured.dead.values()) / len(measured.dead),
-            per_sae={
-                hookpoint: {
-                    "fvu": measured.fvu[hookpoint],
-                    "l0": measured.l0[hookpoint],
-                    "dead": measured.dead[hookpoint],
-                }
-                for hookpoint in measured.l0
-            },
+            fvu=mean("fvu"),
+            l0=mean("l0"),
+            dead_latents=mean("dead"),
+            per_sae=measured.per_sae,
             train_loss=kl / interval.tokens if interval.tokens else None,
-            lr=self._lr,
-            grad_norm=None if self._last_norm is None else float(self._last_norm),
+            lr=self.lr,
+            grad_norm=self._grad_norm(),
             tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
             peak_memory_gb=_peak_memory_gb(self._device),
         )
 
     def note_evaluation(self) -> None:
         """Begins the next interval, once the point has been taken over."""
-        self._train_seconds += self._interval.seconds
+        self.train_seconds += self._interval.seconds
         self._interval = _Interval(zero(self._device))
-        self._points += 1
-        self._evaluated_at = self.step
-        self._next_evaluation = self.tokens + self._config.eval_every_tokens
+        self.points += 1
+        self.evaluated_at = self.step
+        self.next_evaluation = self.tokens + self._config.eval_every_tokens
+
+    def _grad_norm(self) -> float | None:
+        """The norm of the last gradient. Waits for the device."""
+        return None if self._last_norm is None else float(self._last_norm)
 
     def _finite_kl(self) -> float:
         """The summed KL of the interval. Waits for the device."""
@@ -206,31 +206,18 @@ class TrainState(ABC):
         Raises:
             UserError: When the loss has stopped being a number: no training can go on from there.
         """
-        values = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "train_seconds": self._train_seconds,
-            "points": self._points,
-            "evaluated_at": self._evaluated_at,
-            "next_evaluation": self._next_evaluation,
-            "lr": self._lr,
-            "grad_norm": None if self._last_norm is None else float(self._last_norm),
-            "interval": vars(self._interval) | {"kl": self._finite_kl()},
-        }
-        rest = self._own_state()
-        return Snapshot(rest.tensors, values | {"learner": rest.values})
+        tensors, values = self._own_state()
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        interval = vars(self._interval) | {"kl": self._finite_kl()}
+        progress |= {"grad_norm": self._grad_norm(), "interval": interval, "learner": values}
+        return Snapshot(tensors, progress)
 
     def restore(self, kept: Snapshot) -> None:
         """Puts back what `state()` gave, in this process or another."""
         values = kept.values
         self._restore_own(Snapshot(kept.tensors, values.get("learner", {})))
-        self.step = values["step"]
-        self.tokens = values["tokens"]
-        self._train_seconds = values["train_seconds"]
-        self._points = values["points"]
-        self._evaluated_at = values["evaluated_at"]
-        self._next_evaluation = values["next_evaluation"]
-        self._lr = values["lr"]
+        for name in _PROGRESS:
+            setattr(self, name, values[name])
         self._last_norm = values["grad_norm"]
         interval = values["interval"]
         kl = torch.tensor(interval["kl"], dtype=torch.float64, device=self._device)
@@ -244,7 +231,7 @@ class DistillState(TrainState):
     """
 
     needs_gradient: bool
-    """Whether `backward` wants the gradient of the KL."""
+    """True where `backward` needs the gradient of the KL."""
 
     @property
     @abstractmethod

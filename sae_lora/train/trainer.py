@@ -11,23 +11,19 @@ from torch import Tensor
 
 from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint
-from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Contribution, Evaluator
 from sae_lora.train.train_state import State
 
 
 class Task(NamedTuple):
-    """Work of all processes, as the leader sends it to the others.
-
-    Args:
-        numbers: The trainings, by their place among all.
-        tokens: Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation.
-        of_each: Whether to evaluate the contribution of each SAE.
-    """
+    """Work of all processes, as the leader sends it to the others."""
 
     numbers: list[int]
+    """The trainings, by their place among all."""
     tokens: Tensor | None = None
+    """Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation."""
     of_each: bool = False
+    """True for an evaluation of what each SAE contributes."""
 
 
 class Trainer(ABC, Generic[State]):
@@ -38,8 +34,8 @@ class Trainer(ABC, Generic[State]):
     Args:
         device: Device of the model.
         trainings: Trainings of students of the same model, with equal numbers of steps.
-        evaluate: Measures students on held-out tokens.
-        processes: The processes that share the batches, each with a trainer like this one.
+        evaluate: Measures students on held-out tokens. The processes that share these also share the
+            batches, each with a trainer like this one.
     """
 
     def __init__(
@@ -47,10 +43,9 @@ class Trainer(ABC, Generic[State]):
         device: torch.device,
         trainings: Isolation[State],
         evaluate: Evaluator,
-        processes: ProcessGroup | None = None,
     ) -> None:
         self._trainings = trainings
-        self._processes = processes or ProcessGroup()
+        self._processes = evaluate.processes
         self._device = device
         self._evaluate = evaluate
         self._timed_from: float | None = None

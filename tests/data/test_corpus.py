@@ -172,12 +172,27 @@ def test_tables_hold_the_same_text(
     assert error.value.nearest == "body"
 
 
-def test_one_document_cannot_be_split(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("files", "{folder}/book.txt", UserError, "too few documents"),  # one cannot be split
+        ("files", "/no/such/*.txt", ConfigError, r"data\.files"),
+        ("cache_dir", "{folder}/book.txt/cache", UserError, r"data\.cache_dir"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_named(
+    key: str,
+    value: str,
+    error: type[UserError],
+    message: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "book.txt").write_text("a long story " * 500)
-    with pytest.raises(UserError, match="too few documents"):
-        corpus.load(dataclasses.replace(config, files=str(tmp_path / "book.txt")), tokenizer, 20)
+    changed = dataclasses.replace(config, **{key: value.format(folder=tmp_path)})
+    with pytest.raises(error, match=message):
+        corpus.load(changed, tokenizer, 20)
 
 
 def test_rows_without_text(
@@ -192,21 +207,6 @@ def test_rows_without_text(
     )
     with pytest.raises(ConfigError, match="a column of text"):
         corpus.load(dataclasses.replace(table, column="n"), tokenizer, 20)
-
-
-def test_a_cache_that_cannot_be_written(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache_dir"):
-        corpus.load(
-            dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache")), tokenizer, 20
-        )
-
-
-def test_files_that_are_not_there(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match=r"data\.files"):
-        corpus.load(dataclasses.replace(config, files="/no/such/*.txt"), tokenizer, 20)
 
 
 def test_the_standard_library_is_there() -> None:

@@ -124,9 +124,7 @@ def test_workers_train_what_one_does(micro_batch: int | None) -> None:
         ]
         comparison = Comparison(Head.of(model))  # of 10 sequences by 3: the last batch is one alone
         evaluate = Evaluator(model, HELD_OUT, NO_IDS, 3, comparison, processes=processes)
-        return DistillTrainer(
-            model, Isolation(those), evaluate, NO_IDS, kl(model), micro_batch, processes=processes
-        )
+        return DistillTrainer(model, Isolation(those), evaluate, NO_IDS, kl(model), micro_batch)
 
     wide = [random_tokens(batch=3, length=16, seed=seed) for seed in range(steps)]
     alone = packed(ProcessGroup())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -30,7 +30,7 @@ from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, curves, evaluator, fill, pack
+from tests.support.trainings import CONFIG, NO_IDS, curves, evaluator, fill, pack, whole_pass
 from tests.support.trunks import check_trunk
 
 LAST = N_BLOCKS - 1
@@ -40,7 +40,7 @@ SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
 
 
 def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
-    """What there is at these places, `[token, d_model]`, read through splices that change nothing."""
+    """Activations at these places, `[token, d_model]`, read through splices that change nothing."""
     seen: dict[str, Tensor] = {}
     control = IdentitySAE()
     with (
@@ -111,38 +111,16 @@ def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, place
     assert torch.equal(model.hidden(TOKENS), plain)
 
 
-class _Part(nn.Module):
-    """A part of a block whose output comes alone, or as the first of several."""
-
-    def __init__(self, part: nn.Module, change: Callable[[object], object]) -> None:
-        super().__init__()
-        self.part, self.change = part, change
-
-    def forward(self, *arguments: object, **keywords: object) -> object:
-        return self.change(self.part(*arguments, **keywords))
-
-
-def test_an_output_may_be_a_tensor_or_the_first_of_several() -> None:
+@pytest.mark.parametrize("hook", [MLP, OUTPUT])
+def test_an_output_may_be_a_tensor_or_the_first_of_several(hook: Hook) -> None:
     """As MLPs with a router have it. What stands beside it stays."""
-    model, sae = small_model("llama"), topk_sae()
-    block = model.blocks[1]
-    alone = with_splices(model, (Splice(1, sae, False, MLP),))
-    seen: list[object] = []
-    mlp: nn.Module = block.mlp  # pyright: ignore[reportAssignmentType]
-    block.mlp = _Part(mlp, lambda output: (output, "router"))
-    original = block.forward
-
-    def forward(*arguments: object, **keywords: object) -> object:
-        handle = block.mlp.register_forward_hook(  # pyright: ignore[reportCallIssue]
-            lambda module, given, output: seen.append(output) or output[0]
-        )
-        try:
-            return original(*arguments, **keywords)
-        finally:
-            handle.remove()
-
-    block.forward = forward
-    assert torch.equal(with_splices(model, (Splice(1, sae, False, MLP),)), alone)
+    model, splice = small_model("llama"), Splice(1, topk_sae(), False, hook)
+    alone = with_splices(model, (splice,))
+    module, seen = model.module_at(splice.hookpoint), []
+    module.register_forward_hook(lambda module, arguments, output: (output, "router"))
+    with spliced(model, {splice.hookpoint: splice.sae}):
+        module.register_forward_hook(lambda module, arguments, output: seen.append(output) or output[0])
+        assert torch.equal(model.hidden(TOKENS), alone)
     (output,) = seen
     assert isinstance(output, tuple) and output[1] == "router"
 
@@ -274,23 +252,13 @@ def test_what_is_measured_is_that_of_whole_passes(model: LanguageModel) -> None:
     row: Splices = tuple(splice._replace(keeps=False) for splice in MIXED[:3])
     evaluate = evaluator(model, cache_bytes=1e9)
     shared = LoRAStudent(model, row[:1], LoRAConfig(rank=2)), LoRAStudent(model, row, LoRAConfig(rank=2))
+    expected = whole_pass(model, {splice.hookpoint: splice.sae for splice in row})
     for _ in range(2):  # the second time from what was kept
-        found = evaluate(shared)[1]
-        readings: list[Reading] = []
-        saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, observe=readings.append):
-            model.hidden(HELD_OUT)
-        assert len(readings) == len(row)
-        for one in readings:
-            hookpoint = one.hookpoint
-            resid, recon = one.resid.double(), one.recon.double()
-            variance = (resid - resid.mean(0)).square().sum()
-            assert found.fvu[hookpoint] == pytest.approx(
-                float((resid - recon).square().sum() / variance), rel=1e-4
-            )
-            assert found.l0[hookpoint] == pytest.approx(
-                float((one.latents != 0).sum() / len(resid)), rel=1e-6
-            )
+        found = evaluate(shared)[1].per_sae
+        assert found.keys() == expected.fvu.keys()
+        for hookpoint, figures in found.items():
+            assert figures["fvu"] == pytest.approx(expected.fvu[hookpoint], rel=1e-4)
+            assert figures["l0"] == pytest.approx(expected.l0[hookpoint], rel=1e-6)
 
 
 @pytest.mark.parametrize("hook", [ATTENTION, OUTPUT])

@@ -7,7 +7,7 @@ from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import Coder, spliced
 from tests.support.coders import jumprelu_sae, topk_sae
-from tests.support.families import D_MODEL, random_tokens, small_model
+from tests.support.families import D_MODEL, random_tokens
 
 
 def logits(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,19 +47,6 @@ def test_it_sits_at_the_output_of_its_block(model: LanguageModel, make_sae) -> N
         assert torch.equal(read_by(model, 1, tokens), before)
         torch.testing.assert_close(read_by(model, 2, tokens), sae(states[2]))
     torch.testing.assert_close(readings[0].resid, states[2].flatten(0, 1))
-
-
-def test_a_tuple_keeps_its_other_entries() -> None:
-    model = small_model("llama")
-    block = model.blocks[1]
-    seen = []
-    block.register_forward_hook(lambda module, arguments, output: (output, "extra"))
-    with spliced(model, {resid_post(1): topk_sae()}):
-        block.register_forward_hook(lambda module, arguments, output: seen.append(output) or output[0])
-        model.hidden(random_tokens())
-    (output,) = seen
-    assert isinstance(output, tuple)
-    assert output[1] == "extra"
 
 
 def test_several_saes_read_what_the_ones_before_changed(model: LanguageModel) -> None:

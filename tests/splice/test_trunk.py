@@ -1,4 +1,4 @@
-"""What is computed once for several is to the last bit what each would compute alone."""
+"""Work that is done once for several runs is, to the last bit, the work of each alone."""
 
 import pytest
 import torch

@@ -8,7 +8,6 @@ from sae_lens import StandardSAE
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Hook, Method, SAEFamily
 from sae_lora.config.schema import (
     Config,
@@ -24,12 +23,11 @@ from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
 from sae_lora.train import methods
-from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.methods import Artifact
 from sae_lora.train.train_state import TrainState
 from tests.support.families import random_tokens
 from tests.support.learners import in_training
-from tests.support.trainings import CONFIG, NO_IDS, evaluator, kl
+from tests.support.trainings import CONFIG, NO_IDS, pack
 
 TOKENS = random_tokens(batch=4, length=16, seed=21)
 SPECIAL = torch.arange(6)
@@ -38,15 +36,11 @@ STEPS = 6
 
 
 class Made(NamedTuple):
-    """What a run would build.
-
-    Args:
-        training: Of the student.
-        kept: What is kept of it.
-    """
+    """A training as a run would build it."""
 
     training: TrainState
     kept: Artifact
+    """The files that are kept of it."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -97,18 +91,6 @@ def frozen_standard(seed: int = 3) -> StandardSAE:
     return sae
 
 
-def together(
-    model: LanguageModel,
-    *trainings: TrainState,
-    special_ids: Tensor = NO_IDS,
-    micro_batch: int | None = None,
-) -> DistillTrainer:
-    """The trainings in one pack."""
-    return DistillTrainer(
-        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
-    )
-
-
 def step(
     model: LanguageModel,
     *trainings: TrainState,
@@ -117,12 +99,12 @@ def step(
     micro_batch: int | None = None,
 ) -> None:
     """One step of each."""
-    pack = together(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
-    pack._take_step(trainings, tokens)
+    together = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
+    together._take_step(trainings, tokens)
 
 
 def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
-    """What the optimiser is given in one step, which moves nothing."""
+    """The gradients that the optimiser gets in one step, which moves nothing."""
     found: dict[str, Tensor] = {}
     weights = one.student.weights.items()
     one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})

@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
+import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from sae_lora.common.isolation import Isolation
+from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import KLComputation
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Splice
+from sae_lora.splice.hooks import Coder, Reading, Splice, spliced
 from sae_lora.splice.kl import KL, Comparison, kl_of
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.train.distill import DistillTrainer
@@ -68,24 +72,76 @@ def evaluator(
     return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
 
 
+class WholePass(NamedTuple):
+    """Results of one plain pass over the held-out tokens, whole logits at once."""
+
+    logits: torch.Tensor
+    ce: float
+    fvu: dict[str, float]
+    """By hookpoint."""
+    l0: dict[str, float]
+    """By hookpoint."""
+
+
+@torch.no_grad()
+def whole_pass(
+    model: LanguageModel, saes: Mapping[str, Coder], keep: torch.Tensor | None = None
+) -> WholePass:
+    """One pass of the model with these SAEs in it, by hookpoint."""
+    readings: list[Reading] = []
+    with spliced(model, saes, keep, readings.append):
+        logits = model.model(HELD_OUT, use_cache=False).logits
+    ce = cross_entropy(logits[:, :-1].double().flatten(0, 1), HELD_OUT[:, 1:].flatten())
+    fvu, l0 = {}, {}
+    for reading in readings:
+        resid, recon = reading.resid.double(), reading.recon.double()
+        variance = (resid - resid.mean(0)).square().sum()
+        fvu[reading.hookpoint] = float((resid - recon).square().sum() / variance)
+        l0[reading.hookpoint] = float((reading.latents != 0).sum() / len(resid))
+    return WholePass(logits, float(ce), fvu, l0)
+
+
 def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
     """A few tokens at a time."""
     return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
 
 
-def pack(model: LanguageModel, *trainings: TrainState, micro_batch: int | None = None) -> DistillTrainer:
+def pack(
+    model: LanguageModel,
+    *trainings: TrainState,
+    special_ids: torch.Tensor = NO_IDS,
+    micro_batch: int | None = None,
+) -> DistillTrainer:
     """The trainings together."""
-    return DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model), micro_batch)
+    return DistillTrainer(
+        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
+    )
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Whether two states have the same tensors, to the bit."""
+    """True where two states have the same tensors, to the bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def comparable(point: CurvePoint) -> CurvePoint:
     """The point without what no two runs share: how long they took."""
     return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
+
+
+def stopped(together: DistillTrainer, step: int, steps: int) -> list[CurvePoint]:
+    """Trains one run until it has taken this step, and not what follows; its points, without times."""
+    (training,) = together.active
+    points: list[CurvePoint] = []
+
+    def stop(trained: object) -> None:
+        if training.step == step:
+            raise Interrupted
+
+    if step > 0:
+        with pytest.raises(Interrupted):
+            for _, point in together.points(batches(steps), stop):
+                points.append(comparable(point))
+    return points
 
 
 def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lora.common.signals import Interrupted
+from sae_lora.common.errors import UserError
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
-from sae_lora.train.checkpoint import DamagedCheckpointError, Snapshot
+from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import topk_sae
 from tests.support.families import small_model
-from tests.support.trainings import batches, comparable, pack, same, training
+from tests.support.trainings import batches, comparable, pack, same, stopped, training
 
 STEPS = 11
 BATCHES = batches(STEPS)
@@ -29,13 +29,9 @@ def new_training() -> TrainState:
     return training(MODEL, topk_sae(), steps=STEPS)
 
 
-def points(
-    one: TrainState,
-    from_batches: list[torch.Tensor],
-    after_step: Callable[[object], None] = lambda trained: None,
-) -> Iterator[CurvePoint]:
-    """The training's points, without times."""
-    for _, point in pack(MODEL, one).points(from_batches, after_step):
+def points(one: TrainState) -> Iterator[CurvePoint]:
+    """The training's points from now on, without times."""
+    for _, point in pack(MODEL, one).points(BATCHES[one.step :]):
         yield comparable(point)
 
 
@@ -51,55 +47,46 @@ def alike(one: Snapshot, other: Snapshot) -> bool:
 def whole() -> tuple[list[CurvePoint], Snapshot]:
     """The curve and the last state of a training that nothing stopped."""
     one = new_training()
-    return list(points(one, BATCHES)), one.state()
+    return list(points(one)), one.state()
 
 
 @pytest.mark.parametrize("stop", range(STEPS + 1))
 def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
     """Saved after a step, before the evaluation that follows it; restored from the disk."""
     first = new_training()
-
-    def stop_there(trained: object) -> None:
-        if first.step == stop:
-            checkpoint.save(tmp_path, "hash", first.state())
-            raise Interrupted
-
-    if stop == 0:
-        checkpoint.save(tmp_path, "hash", first.state())
-    else:
-        with pytest.raises(Interrupted):
-            list(points(first, BATCHES, stop_there))
+    stopped(pack(MODEL, first), stop, STEPS)
+    checkpoint.save(tmp_path, "hash", first.state())
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
     kept = whole[0][: state.values["points"]]
     second = new_training()
     torch.rand(7)  # whatever else has drawn from the generator meanwhile
     second.restore(state)
-    assert kept + list(points(second, BATCHES[second.step :])) == whole[0]
+    assert kept + list(points(second)) == whole[0]
     assert alike(second.state(), whole[1])
 
 
 def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
     """Asked to stop between the evaluation and its line in the file."""
     first = new_training()
-    source = points(first, BATCHES)
+    source = points(first)
     taken = [next(source), next(source)]
     state = first.state()
     assert state.values["points"] == 1
     second = new_training()
     second.restore(state)
-    assert [taken[0], *points(second, BATCHES[second.step :])] == whole[0]
+    assert [taken[0], *points(second)] == whole[0]
 
 
 def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
     one = new_training()
     one.restore(whole[1])
-    assert list(points(one, [])) == []
+    assert list(points(one)) == []
     assert alike(one.state(), whole[1])
 
 
 class TestCheckpoints:
-    """What lies on the disk."""
+    """The files on the disk."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -158,11 +145,11 @@ class TestCheckpoints:
         assert len(said) == 1
         assert "step-00000030" in said[0]
         damage(folder / "step-00000020")
-        with pytest.raises(DamagedCheckpointError, match="step-00000020"):
+        with pytest.raises(UserError, match="step-00000020"):
             checkpoint.newest(folder, "hash", said.append)
 
     def test_another_runs_is_never_used(self, folder: Path) -> None:
-        with pytest.raises(DamagedCheckpointError, match="another run"):
+        with pytest.raises(UserError, match="another run"):
             checkpoint.newest(folder, "other", lambda text: None)
 
     def test_a_disk_that_is_full_leaves_the_old_ones(
@@ -216,7 +203,7 @@ def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) ->
 
 def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None:
     one = new_training()
-    list(points(one, BATCHES))
+    list(points(one))
     checkpoint.save(tmp_path, "hash", one.state())
     saved = load_file(tmp_path / f"step-{STEPS:08d}" / "tensors.safetensors")
     weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}

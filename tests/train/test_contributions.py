@@ -1,4 +1,4 @@
-"""What each of several SAEs contributes: alone in the plain model, and left out of the student."""
+"""Contributions of several SAEs: each alone in the plain model, and left out of the student."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Reading, Splice, kept_positions, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Splice, kept_positions, special_positions, spliced
 from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
@@ -29,7 +29,7 @@ from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, N_BLOCKS, small_model
 from tests.support.points import points_in, run_here
 from tests.support.stepping import SPECIAL, step, trained
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill
+from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, whole_pass
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -54,31 +54,6 @@ def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: f
     )
 
 
-class Naive(NamedTuple):
-    """What one pass with whole logits finds.
-
-    Args:
-        ce: Cross-entropy.
-        fvu: By hookpoint.
-    """
-
-    ce: float
-    fvu: dict[str, float]
-
-
-def naive(model: LanguageModel, saes: Mapping[str, Coder], keep: Tensor | None = None) -> Naive:
-    """The plain way."""
-    readings: list[Reading] = []
-    with torch.no_grad(), spliced(model, saes, keep, readings.append):
-        logits = model.model(HELD_OUT, use_cache=False).logits[:, :-1].double()
-    fvu = {}
-    for one in readings:
-        resid, recon = one.resid.double(), one.recon.double()
-        variance = (resid - resid.mean(0)).square().sum()
-        fvu[one.hookpoint] = float((resid - recon).square().sum() / variance)
-    return Naive(float(cross_entropy(logits.flatten(0, 1), HELD_OUT[:, 1:].flatten())), fvu)
-
-
 def check(
     model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
 ) -> None:
@@ -88,17 +63,18 @@ def check(
         for one in student.splices
     }
     (whole,) = evaluate([student])
-    full = naive(student.model, saes, keep)
+    full = whole_pass(student.model, saes, keep)
     assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
-    assert whole.fvu == pytest.approx(full.fvu, rel=1e-4)
+    fvu = {name: figures["fvu"] for name, figures in whole.per_sae.items()}
+    assert fvu == pytest.approx(full.fvu, rel=1e-4)
     found = evaluate.contributions(student)
     assert list(found) == list(saes)
     for name, one in found.items():
-        alone = naive(model, {name: saes[name]}, keep)
+        alone = whole_pass(model, {name: saes[name]}, keep)
         assert one.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
         assert one.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
         others = {other: sae for other, sae in saes.items() if other != name}
-        left_out = naive(student.model, others, keep).ce
+        left_out = whole_pass(student.model, others, keep).ce
         assert one.left_out_ce == pytest.approx(left_out, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
@@ -138,7 +114,7 @@ def test_where_special_tokens_keep_their_activation(blocks: Any) -> None:
 def training_of(
     model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], keeps: bool = False
 ) -> TrainState:
-    """Of SAEs at these places, or of what is put on them."""
+    """The training of SAEs at these places, or of maps on them."""
     is_new = any(isinstance(sae, SplicedSAE) for sae in saes.values())
     config = Config(
         sae=SAEConfig(family=SAEFamily.new if is_new else SAEFamily.disk),
@@ -200,7 +176,7 @@ def test_of_maps_on_what_saes_put_back() -> None:
                 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
             )
     check(model, one.student, evaluator(model))
-    plain = naive(model, {resid_post(0): frozen[Place(0)]})
+    plain = whole_pass(model, {resid_post(0): frozen[Place(0)]})
     found = evaluator(model).contributions(one.student)
     assert abs(found[resid_post(0)].alone_ce - plain.ce) > 1e-4
 
@@ -229,15 +205,12 @@ def test_an_sae_that_is_all_alone_contributes_nothing_to_say() -> None:
 
 
 class Measured(NamedTuple):
-    """Two runs of two SAEs.
-
-    Args:
-        each: One that has measured what each contributes.
-        whole: The same, which has not.
-    """
+    """Two runs of two SAEs."""
 
     each: RunFolder
+    """One that has measured what each contributes."""
     whole: RunFolder
+    """The same, which has not."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a run is said to cost is what a step of it costs."""
+"""Estimated costs of runs are those of their steps."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -21,8 +21,7 @@ from sae_lora.train import methods
 from sae_lora.train.cost import estimate
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
-from sae_lora.train.optim import GradientState
-from sae_lora.train.sae_optim import SAEGradientState
+from sae_lora.train.optim import GradientState, SAEGradientState
 from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.families import small_model
@@ -57,15 +56,10 @@ CASES = [
     ("method=e2e sae=tiny",),
     ("method=sae_finetune",),
     ("layer.index=[2,5] method=e2e sae=tiny",),
-    *(
-        pytest.param(those, marks=pytest.mark.slow)
-        for those in (
-            ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
-            ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
-            (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
-            tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
-        )
-    ),
+    ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
+    ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
+    (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
+    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
 ]
 """Runs that train together, by what sets them apart from the defaults."""
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from sae_lora.common.errors import UserError
-from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import Config, LoRAConfig, MethodConfig, TrainConfig
 from sae_lora.models.language_model import LanguageModel
@@ -38,11 +37,10 @@ from tests.support.stepping import (
     gradients,
     made,
     step,
-    together,
     trained,
     whole_kl,
 )
-from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl, same
+from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl, pack, same, stopped
 
 MODEL = small_model("llama")
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -81,7 +79,7 @@ def direction(one: Made) -> dict[str, Tensor]:
 
 
 def slope_of(one: Made, epsilon: float, tokens: Tensor = TOKENS) -> float:
-    """What the mean KL differs by on both sides of where the weights are, by moving them by hand."""
+    """Slope of the mean KL along the direction, from weights that are moved by hand to both sides."""
     student, totals = one.training.student, []
     weights, along, before = student.weights, direction(one), one.weights
     for distance in (epsilon, -epsilon):
@@ -210,9 +208,9 @@ class TestMeZO:
                 action()
             return memory.peak
 
-        passes = [together(MODEL, one) for one in (mezo, gradient)]
+        packs = [pack(MODEL, one) for one in (mezo, gradient)]
         by_forward_passes, by_gradient = (
-            peak(lambda pack=pack: pack._take_step(pack.active, tokens)) for pack in passes
+            peak(lambda one=one: one._take_step(one.active, tokens)) for one in packs
         )
         weights = sum(weight.numel() for weight in mezo.student.weights.values())
         other_pass = tokens.numel() * D_MODEL
@@ -232,17 +230,17 @@ class TestMeZO:
 
         expected = []
         for one in variants():
-            (curve,) = curves(together(MODEL, one.training), STEPS).values()
+            (curve,) = curves(pack(MODEL, one.training), STEPS).values()
             expected.append((curve, one.weights))
         found = variants()
-        packed = curves(together(MODEL, *(one.training for one in found)), STEPS)
+        packed = curves(pack(MODEL, *(one.training for one in found)), STEPS)
         for one, (curve, weights) in zip(found, expected, strict=True):
             assert packed[one.training] == curve
             assert same(one.weights, weights)
 
 
 def direction_before(one: Made) -> list[tuple[str, Tensor]]:
-    """That of the step that was taken last."""
+    """The direction of the step that was taken last."""
     one.training.step -= 1
     found = list(direction(one).items())
     one.training.step += 1
@@ -281,7 +279,7 @@ class TestMaps:
         frozen = {**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}
         frozen = {name: weight.clone() for name, weight in frozen.items()}
         before = one.weights
-        points = [point for _, point in together(MODEL, one.training).points(batches(STEPS))]
+        points = [point for _, point in pack(MODEL, one.training).points(batches(STEPS))]
         assert points[-1].kl < points[0].kl
         assert same({**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}, frozen)
         assert not any(torch.equal(weight, before[name]) for name, weight in one.weights.items())
@@ -292,7 +290,7 @@ class TestMaps:
     def test_the_gradient_is_that_of_one_plain_pass(
         self, kind: Method, rank: int | None, keeps: bool
     ) -> None:
-        """Of two SAEs, the second reads what the first one's map has changed."""
+        """The second of two SAEs reads what the first one's map has changed."""
         one = made(MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps)
         student = one.training.student
         fill(student.weights)
@@ -410,7 +408,7 @@ STOPPED: dict[str, Callable[[], Made]] = {
 def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
     """The curve of a training that nothing stopped, and its state at the end."""
     training = STOPPED[name]().training
-    (curve,) = curves(together(MODEL, training), STEPS).values()
+    (curve,) = curves(pack(MODEL, training), STEPS).values()
     return curve, training
 
 
@@ -420,18 +418,12 @@ def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: P
     """After a step between two evaluations, and before the one that follows a step."""
     first, second = (STOPPED[name]() for _ in range(2))
     expected, ended = whole(name)
-
-    def halt(trained: object) -> None:
-        if first.training.step == stop:
-            checkpoint.save(tmp_path, "hash", first.training.state())
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        list(together(MODEL, first.training).points(batches(STEPS), halt))
+    stopped(pack(MODEL, first.training), stop, STEPS)
+    checkpoint.save(tmp_path, "hash", first.training.state())
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
     torch.rand(7)  # whatever else has drawn from the generator meanwhile
     second.training.restore(state)
-    (rest,) = curves(together(MODEL, second.training), STEPS).values()
+    (rest,) = curves(pack(MODEL, second.training), STEPS).values()
     assert expected[: state.values["points"]] + rest == expected
     assert same(second.training.state().tensors, ended.state().tensors)

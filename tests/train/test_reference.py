@@ -1,4 +1,4 @@
-"""What is quick is, to the last bit, what the published loop computes; fused, up to rounding."""
+"""A pack computes what the published loop does: to the last bit, or fused, up to rounding."""
 
 import dataclasses
 

@@ -34,7 +34,7 @@ from tests.support.stepping import (
 from tests.support.trainings import CONFIG, NO_IDS, evaluator
 
 MODEL = small_model("gpt2")
-"""Of a family whose every part computes in float64 where it is told to."""
+"""A family whose every part computes in float64 where it is told to."""
 LLAMA = small_model("llama")
 HOOKPOINT = resid_post(1)
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -47,7 +47,7 @@ def double(model: LanguageModel) -> LanguageModel:
 
 
 class Parts(NamedTuple):
-    """What a loss is made of, mean over tokens."""
+    """The parts of a loss, mean over tokens."""
 
     kl: Tensor
     mse: Tensor
@@ -402,9 +402,10 @@ def test_evaluated_it_is_what_it_is_once_saved(tmp_path: Path) -> None:
     (found,) = evaluator(MODEL)([one.training.student])
     one.kept.save(tmp_path)
     loaded = SAE.load_from_disk(tmp_path / HOOKPOINT)
-    student = Student(MODEL, (Splice(1, loaded, False),), first=2, live=1, weights={})
+    splices = (Splice(1, loaded, False),)
+    student = Student(MODEL, (), splices, first=2, weights={}, before=splices)
     (expected,) = evaluator(MODEL)([student])
     assert found.student_ce == expected.student_ce
     assert found.kl == expected.kl
-    assert found.l0 == expected.l0
+    assert found.per_sae[HOOKPOINT]["l0"] == expected.per_sae[HOOKPOINT]["l0"]
     assert found.spliced_ce != expected.spliced_ce

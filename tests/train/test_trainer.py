@@ -1,14 +1,13 @@
 """Runs that train together: each is to the last bit what it is alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.isolation import Isolation
-from sae_lora.common.signals import Interrupted
 from sae_lora.config.enums import Reduction, Schedule
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.language_model import LanguageModel
@@ -22,6 +21,7 @@ from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
+from tests.support.stepping import gradients
 from tests.support.trainings import (
     CONFIG,
     NO_IDS,
@@ -33,6 +33,7 @@ from tests.support.trainings import (
     kl,
     pack,
     same,
+    stopped,
     training,
 )
 
@@ -79,7 +80,7 @@ Alone = list[tuple[list[CurvePoint], Snapshot]]
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def alone(request: pytest.FixtureRequest) -> tuple[str, Alone]:
-    """What each run finds in a pack of its own."""
+    """Curve and last state of each run in a pack of its own."""
     found = []
     for make in variants(request.param):
         one = make()
@@ -126,31 +127,15 @@ def test_company_does_not_matter(alone: tuple[str, Alone], order: tuple[int, ...
         assert same(ended(one), expected[number][1].tensors)
 
 
-def stopped_at(step: int, family: str, number: int) -> tuple[list[CurvePoint], Snapshot]:
-    """A run's points and state where it was stopped, alone, after a step."""
-    one, points = variants(family)[number](), []
-
-    def stop(trained: Sequence[TrainState]) -> None:
-        if one.step == step:
-            raise Interrupted
-
-    if step > 0:
-        with pytest.raises(Interrupted):
-            for _, point in pack(MODELS[family], one).points(batches(STEPS), stop):
-                points.append(comparable(point))
-    return points, one.state()
-
-
 def test_some_are_further_than_others(alone: tuple[str, Alone]) -> None:
     """Taken up at different steps, they meet, and each ends as if it had never stopped."""
     family, expected = alone
     trainings, kept = [], []
     for number, stop in ((0, 0), (3, 5), (5, 2), (7, STEPS)):
-        points, state = stopped_at(stop, family, number)
-        one = variants(family)[number]()
-        one.restore(state)
+        before, one = (variants(family)[number]() for _ in range(2))
+        kept.append(stopped(pack(MODELS[family], before), stop, STEPS))
+        one.restore(before.state())
         trainings.append((number, one))
-        kept.append(points)
     found = curves(pack(MODELS[family], *(one for _, one in trainings)), STEPS)
     for (number, one), points in zip(trainings, kept, strict=True):
         assert points + found[one] == expected[number][0]
@@ -298,20 +283,13 @@ def test_what_is_computed_once_more_changes_no_bit(model: LanguageModel, blocks:
 def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Reduction) -> None:
     config = dataclasses.replace(CONFIG, kl_reduction=reduction)
     tokens = random_tokens(batch=2, length=16, seed=0)
-    gradients: list[dict[str, torch.Tensor]] = []
-    losses = []
-    for micro_batch in (None, 1):
-        one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2))
-        weights = one.student.weights
-        one._optimizer.step = lambda weights=weights: gradients.append(  # pyright: ignore
-            {name: weight.grad.clone() for name, weight in weights.items()}
-        )
-        pack(model, one, micro_batch=micro_batch)._take_step([one], tokens)
-        assert one.tokens == tokens.numel()
-        losses.append(one.loss)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+    whole, parts = (training(model, topk_sae(), config, adapters=LoRAConfig(rank=2)) for _ in range(2))
+    expected = gradients(model, whole, tokens=tokens)
+    found = gradients(model, parts, tokens=tokens, micro_batch=1)
+    assert parts.tokens == whole.tokens == tokens.numel()
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_micro_batches_go_on_with_what_dropout_draws() -> None:
