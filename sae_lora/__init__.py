@@ -6,13 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lora.api import launch
     from sae_lora.export.adapted_model import load_adapted
-    from sae_lora.report.frames import load_sweep
+    from sae_lora.report.sweep import load_sweep
 
-__all__ = ["load_adapted", "load_sweep"]
+__all__ = ["launch", "load_adapted", "load_sweep"]
 
-_MODULES = {"load_adapted": "export.adapted_model", "load_sweep": "report.frames"}
-"""By name, the module that is imported at the first use, since torch takes seconds."""
+_MODULES = {
+    "launch": "api",
+    "load_adapted": "export.adapted_model",
+    "load_sweep": "report.sweep",
+}
+"""By name, the module that is imported at the first use, because torch takes seconds."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,124 +1,161 @@
-"""The command line: `python -m sae_lora --help`. Each command is a few lines that call a room.
+"""The command line: `sae-lora --help`. Each command is a few lines that call a room.
 
 A command imports a room that needs torch, plotly or pandas by itself.
 """
 
-import argparse
 import dataclasses
 import importlib
+import os
 import sys
-from argparse import Namespace
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sae_lora.common.console import complain, say, show
-from sae_lora.common.errors import UserError
+import typer
+from typer.core import TyperCommand
+
+from sae_lora.common.console import complain, count, say, show
+from sae_lora.common.errors import UserError, listed
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.lazy_imports import import_quickly
+from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts
 from sae_lora.report.tables import comparison_table, evaluation_tables
 
+PROGRAM = "sae-lora"
+_RUN, _LOOK, _SHARE = "Run", "Look", "Share"
+_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 _EVERY_SUITE = ("core", "mechanism", "lora", "downstream")
-_TIME_TO_CE = "how soon LoRA around an SAE reaches what an SAE trained end to end does"
-_COMPARISONS = {
-    "budget": ("methods", "methods", "methods side by side, after the same tokens and the same seconds"),
-    "time_to_ce": ("time_to_ce", "time_to_ce", _TIME_TO_CE),
-    "saes": ("saes", "multi_sae", "what each SAE costs, of runs that have several"),
-    "groups": ("layer_groups", "groups", "SAEs that serve groups of blocks, side by side"),
+"""The suites that `all` stands for."""
+_RENAMED = {
+    "reach": "recipes",
+    "budget": "methods",
+    "time_to_ce": "time-to-ce",
+    "saes": "saes",
+    "groups": "groups",
 }
-"""By command: the module in `comparisons/`, the experiment, and the help text."""
+"""Commands of version 0.1, and their names below `compare`."""
+
+
+class _Command(TyperCommand):
+    """A command whose repeatable options take several values at once: `--suite core lora`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {
+            name for option in self.params if getattr(option, "multiple", False) for name in option.opts
+        }
+        spread: list[str] = []
+        flag: str | None = None
+        for argument in args:
+            if argument.startswith("-"):
+                flag = argument if argument in repeatable else None
+            elif flag is not None and spread[-1] != flag:
+                spread.append(flag)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+compare = typer.Typer(help="Compare the runs of an experiment.", no_args_is_help=True)
+app.add_typer(compare, name="compare", rich_help_panel=_LOOK)
+
+Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
+Runs = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>, or one run in it")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="outputs/<sweep>/<run>")]
+ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numbers and figures.")]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command, and return its exit code."""
+    """Run a command, and return its exit code. An error that a user can mend is one message."""
     import_quickly()
-    description = "Show, compare, evaluate and share runs."
-    parser = argparse.ArgumentParser(prog="python -m sae_lora", description=description)
-    _add_commands(parser.add_subparsers(dest="command", required=True))
-    chosen = parser.parse_args(arguments)
     try:
-        return chosen.do(chosen) or 0
+        app(sys.argv[1:] if arguments is None else arguments, prog_name=PROGRAM)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
     except UserError as error:
+        if os.environ.get(compose.TRACEBACK_VARIABLE) == "1":
+            traceback.print_exc()
         complain("error", str(error))
         return 1
+    except KeyboardInterrupt:
+        complain("stopped", "what was reached is saved; the same command continues from there")
+        return 130  # as a shell reports SIGINT
+    return 0
 
 
-def _add_commands(commands: Any) -> None:
-    """Declare every command, its arguments, and the function that carries it out."""
-
-    def add(
-        name: str, do: Callable[[Namespace], int | None], text: str, **paths: str
-    ) -> argparse.ArgumentParser:
-        """Declare a command and, by name, the help of each path that it takes."""
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(do=do)
-        for path, about in paths.items():
-            command.add_argument(path, type=Path, help=about)
-        return command
-
-    sweep, run = "outputs/<sweep>", "outputs/<sweep>/<run>"
-    runs = f"{sweep}, or one run in it"
-    add("status", _status, "how far each run is; exit code 1 where one has failed", sweep=runs)
-    add("logs", _logs, "what a run has printed, and why it failed", run=run)
-    add("cancel", _cancel, "take a sweep's runs out of SLURM's queue", sweep=runs)
-    add("table", _table, "the finished runs of a sweep side by side", sweep=sweep)
-    reach = add("reach", _reach, "how soon a sweep reaches the gap that another ends at, run by run")
-    reach.add_argument("other", type=Path, help=f"{sweep} that sets the gap")
-    reach.add_argument("sweep", type=Path, help=f"{sweep} that reaches it")
-    reach.add_argument("--to", type=Path, help="file for the figures, .json")
-    for name, (_, experiment, text) in _COMPARISONS.items():
-        about = f"{sweep} of experiment={experiment}, or one like it"
-        comparison = add(name, _compare, text, sweep=about)
-        comparison.add_argument("--to", type=Path, help="folder for the numbers and the figures")
-    report = add("report", _report, "a page with all that sweeps have found, and its figures")
-    report.add_argument("sweep", type=Path, nargs="+", help=f"{sweep}, one or more")
-    report.add_argument("--to", type=Path, help="folder for it; by default report/ in the first sweep's")
-    report.add_argument("--no-pictures", action="store_true", help="no SVG and PNG: they need a browser")
-    evaluate = add("evaluate", _evaluate, "suites of measures for finished runs", sweep=runs)
-    suites = [*(suite.name for suite in Suite), "all"]
-    evaluate.add_argument("--suite", nargs="+", choices=suites, default=["core"])
-    evaluate.add_argument("--again", action="store_true", help="also what was measured before")
-    evaluate.add_argument("--device", help="auto, cpu or cuda; by default the run's own")
-    keys = "keys of `evaluation`, as for launch.py"
-    evaluate.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=keys)
-    setup = add("setup", _setup, "what a suite needs that cannot be installed beside it")
-    setup.add_argument("what", choices=["saebench"], help="SAEBench, in an environment of its own")
-    export = add("export", _export, "a run's adapters as a folder for others, with a card", run=run)
-    export.add_argument("--to", type=Path, required=True, help="the folder: a new or an empty one")
-    export.add_argument("--merge", action="store_true", help="the whole model, adapters merged into it")
-    push = add("push", _push, "send an exported folder to the Hugging Face hub", folder="made by export")
-    push.add_argument("--repo", required=True, help="org/name; made where there is none")
-    push.add_argument("--private", action="store_true", help="make it for its owners alone")
-    push.add_argument("--revision", help="the branch; made where there is none")
-    add("sync", _sync, "make W&B show what it does not have of a sweep's runs", sweep=runs)
-    dashboard = add("dashboard", _dashboard, "make a W&B workspace for a sweep", sweep=sweep)
-    dashboard.add_argument("--dry-run", action="store_true", help="print what it would be, in JSON")
-    benchmark = add("benchmark", _benchmark, "how fast training is, against the published loop")
-    option = benchmark.add_argument
-    option("--style", nargs="+", choices=["gemma2", "llama"], help="whose layers; by default both")
-    option("--context", nargs="+", type=int, help="tokens per sequence; by default 256 and 1024")
-    option("--pack", nargs="+", type=int, choices=[1, 5, 25], help="runs that train together")
-    option("--rounds", type=int, default=5, help="pairs of times for each row; by default 5")
-    option("--tuned", action="store_true", help="with the C allocator's thresholds raised, for both")
-    option("--to", type=Path, help="file for the record, .json")
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        say(f"sae_lora {version('sae_lora')}")
+        raise typer.Exit
 
 
-def _status(chosen: Namespace) -> int:
-    from sae_lora.launch.live_view import status_rows, status_table
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps."""
 
-    statuses = status_rows(runs_of(chosen.sweep))
+
+def _among(*allowed: str | int) -> Callable[[list[Any] | None], list[Any] | None]:
+    """A check of an option that takes several values."""
+
+    def check(values: list[Any] | None) -> list[Any] | None:
+        for value in values or ():
+            if value not in allowed:
+                raise typer.BadParameter(f"{value!r} is not one of {listed(map(str, allowed), 20)}")
+        return values
+
+    return check
+
+
+# ---- run ----------------------------------------------------------------------------------------
+
+
+@app.command("launch", rich_help_panel=_RUN, context_settings=_PASSED_ON, add_help_option=False)
+def _launch(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-m] [GROUP=OPTION] [KEY=VALUE]")
+    ] = None,
+) -> None:
+    """Train a run, or with -m a sweep, here or on SLURM; `launch --help` lists every key."""
+    words = arguments or []
+    if {"-h", "--help"} & set(words):
+        reference.show_help([word for word in words if word not in ("-h", "--help")])
+        return
+    from sae_lora.launcher import launch as launcher
+
+    raise typer.Exit(launcher.launch(compose.points(words, launcher.run_now)))
+
+
+@app.command("status", rich_help_panel=_RUN)
+def _status(sweep: Runs) -> None:
+    """Show how far each run is; exit code 1 where one has failed."""
+    from sae_lora.launcher.live_view import status_rows, status_table
+
+    statuses = status_rows(runs_of(sweep))
     show(status_table(statuses))
     say(counts(status.state for status in statuses))
-    return int(any(status.state is State.failed for status in statuses))
+    raise typer.Exit(any(status.state is State.failed for status in statuses))
 
 
-def _logs(chosen: Namespace) -> None:
-    (folder, *others) = runs_of(chosen.run)
+@app.command("logs", rich_help_panel=_RUN)
+def _logs(run: Run) -> None:
+    """Show what a run has printed, and why it failed."""
+    (folder, *others) = runs_of(run)
     if others:
-        raise UserError(f"{chosen.run} holds {len(others) + 1} runs; name one: {folder.path}")
+        raise UserError(f"{run} holds {len(others) + 1} runs; name one: {folder.path}")
     if folder.log.exists():
         say(folder.log.read_text(errors="replace").rstrip())
     failure = folder.read_failure()
@@ -128,68 +165,127 @@ def _logs(chosen: Namespace) -> None:
         say(f"{folder.path.name} has printed nothing yet")
 
 
-def _cancel(chosen: Namespace) -> None:
-    from sae_lora.launch.submit import cancel
+@app.command("cancel", rich_help_panel=_RUN)
+def _cancel(sweep: Runs) -> None:
+    """Take the runs of a sweep out of SLURM's queue; what they have saved stays."""
+    from sae_lora.launcher.submit import cancel
 
-    cancel(runs_of(chosen.sweep))
-
-
-def _table(chosen: Namespace) -> None:
-    show(comparison_table(runs_of(chosen.sweep)))
+    cancel(runs_of(sweep))
 
 
-def _reach(chosen: Namespace) -> None:
-    from sae_lora.comparisons.recipes import savings, savings_table
+@app.command("setup", rich_help_panel=_RUN)
+def _setup(
+    what: Annotated[Literal["saebench"], typer.Argument(help="SAEBench, in an environment of its own")],
+) -> None:
+    """Install what a suite needs and cannot share an environment with."""
+    from sae_lora.evaluation.saebench import environment
 
-    results = savings(runs_of(chosen.other), runs_of(chosen.sweep))
-    show(savings_table(results))
-    if chosen.to is not None:
-        chosen.to.parent.mkdir(parents=True, exist_ok=True)
-        _write_results(chosen.to, results)
-
-
-def _compare(chosen: Namespace) -> None:
-    module, experiment, _ = _COMPARISONS[chosen.command]
-    comparison = importlib.import_module(f"sae_lora.comparisons.{module}")
-    folders = runs_of(chosen.sweep)
-    results = comparison.compare(folders)
-    show(comparison.table(results))
-    if chosen.to is not None:
-        chosen.to.mkdir(parents=True, exist_ok=True)
-        _write_results(chosen.to / f"{experiment}.json", results)
-        _draw(chosen.to, comparison.figures(folders))
+    say(f"ready: {environment.make()}")
 
 
-def _report(chosen: Namespace) -> None:
-    from sae_lora.report import frames, page
+@app.command("benchmark", rich_help_panel=_RUN, cls=_Command)
+def _benchmark(
+    style: Annotated[
+        list[str] | None,
+        typer.Option(callback=_among("gemma2", "llama"), help="gemma2 or llama; default: both."),
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens per sequence; default: 256 and 1024.")
+    ] = None,
+    pack: Annotated[
+        list[int] | None,
+        typer.Option(
+            callback=_among(1, 5, 25), help="Runs that train together: 1, 5 or 25; default: all three."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of times for each row.")] = 5,
+    tuned: Annotated[bool, typer.Option(help="Raise the C allocator's thresholds, for both.")] = False,
+    to: Annotated[Path | None, typer.Option(help="File for the record, .json.")] = None,
+) -> None:
+    """Time training against the published loop. Needs a clone of the repository."""
+    repository = Path(__file__).parents[1]
+    if not (repository / "scripts" / "benchmark").is_dir():
+        raise UserError("the benchmark is not part of the installed package: run it in a clone")
+    sys.path.insert(0, str(repository))
+    from scripts.benchmark import compare
 
-    runs = frames.load_sweep(*chosen.sweep)
-    folder = chosen.to or chosen.sweep[0] / "report"
-    for note in page.write(runs, folder, pictures=not chosen.no_pictures):
+    compare.run(styles=style, contexts=context, packs=pack, rounds=rounds, tuned=tuned, to=to)
+
+
+# ---- look ---------------------------------------------------------------------------------------
+
+
+@app.command("table", rich_help_panel=_LOOK)
+def _table(sweep: Sweep) -> None:
+    """Show the finished runs of a sweep side by side."""
+    folders = runs_of(sweep)
+    if not any(folder.is_finished for folder in folders):
+        raise UserError(f"no run in {sweep} is finished; `{PROGRAM} status {sweep}` shows them")
+    show(comparison_table(folders))
+
+
+@app.command("report", rich_help_panel=_LOOK)
+def _report(
+    sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP", help="outputs/<sweep>, one or more")],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for it; default: report/ in the first sweep's.")
+    ] = None,
+    no_pictures: Annotated[
+        bool, typer.Option("--no-pictures", help="No SVG and PNG: they need a browser.")
+    ] = False,
+) -> None:
+    """Write a page with the results of sweeps, and its figures."""
+    from sae_lora.report import page
+    from sae_lora.report.sweep import load_sweep
+
+    runs = load_sweep(*sweeps)
+    folder = to or sweeps[0] / "report"
+    for note in page.write(runs, folder, pictures=not no_pictures):
         complain("left out", note)
-    say(f"report of {len(runs)} runs: {folder / 'index.html'}")
+    say(f"report of {count(len(runs), 'run')}: {folder / 'index.html'}")
 
 
-def _evaluate(chosen: Namespace) -> int:
+@app.command("evaluate", rich_help_panel=_LOOK, cls=_Command)
+def _evaluate(
+    sweep: Runs,
+    suite: Annotated[
+        list[str],
+        typer.Option(
+            callback=_among(*Suite.__members__, "all"), help=f"{listed(Suite.__members__, 20)}, or all."
+        ),
+    ] = ["core"],  # noqa: B006 typer copies it
+    again: Annotated[
+        bool, typer.Option("--again", help="Also measure what was measured before.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda; default: the run's own.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Keys of `evaluation`, as for launch."),
+    ] = None,
+) -> None:
+    """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench."""
     from sae_lora.evaluation import run_suites, suite_records
 
-    folders = [folder for folder in runs_of(chosen.sweep) if folder.is_finished]
+    folders = [folder for folder in runs_of(sweep) if folder.is_finished]
     if not folders:
         raise UserError("none of these runs is finished")
-    names = [name for asked in chosen.suite for name in (_EVERY_SUITE if asked == "all" else [asked])]
+    names = [name for asked in suite for name in (_EVERY_SUITE if asked == "all" else [asked])]
     suites = [Suite[name] for name in names]
     failed: list[Suite] = []
     applicable: list[Suite] = []
     for folder in folders:
-        config = run_suites.settings(folder, chosen.set)
+        config = run_suites.settings(folder, settings or [])
         applicable += suite_records.applicable(suites, folder.read_config(), vars(config))
-        failed += run_suites.evaluate(folder, suites, config, again=chosen.again, device=chosen.device)
+        failed += run_suites.evaluate(folder, suites, config, again=again, device=device)
     for table in evaluation_tables(folders, dict.fromkeys(applicable)):
         show(table)
-    say(f"evaluation/*.json in the folders of {len(folders)} runs")
+    if applicable:
+        say(f"written into the folders of {count(len(folders), 'run')}: evaluation/*.json")
     if Suite.lora in suites:
         _compare_adapters(folders)
-    return int(bool(failed))
+    raise typer.Exit(bool(failed))
 
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
@@ -201,56 +297,60 @@ def _compare_adapters(folders: list[RunFolder]) -> None:
         if pairs:
             similarity_results.write(sweep, pairs)
             path = similarity_results.path_in(sweep)
-            say(f"{len(pairs)} pairs of adapters compared: {path}")
+            say(f"{count(len(pairs), 'pair')} of adapters compared: {path}")
             _draw(path.parent, similarity_results.figures(pairs))
 
 
-def _setup(chosen: Namespace) -> None:
-    from sae_lora.evaluation.saebench import environment
+@compare.command("recipes")
+def _compare_recipes(
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="outputs/<sweep> that sets the gap")],
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep> that reaches it")],
+    to: Annotated[Path | None, typer.Option(help="File for the numbers, .json.")] = None,
+) -> None:
+    """Count how much sooner a sweep reaches the gap that another ends at, run by run."""
+    from sae_lora.comparisons.recipes import savings, savings_table
 
-    say(f"ready: {environment.make()}")
-
-
-def _export(chosen: Namespace) -> None:
-    from sae_lora.export.export import export
-
-    say(f"exported: {export(chosen.run, chosen.to, merge=chosen.merge)}")
-
-
-def _push(chosen: Namespace) -> None:
-    from sae_lora.export.push import push
-
-    say(push(chosen.folder, chosen.repo, private=chosen.private, revision=chosen.revision))
+    results = savings(runs_of(other), runs_of(sweep))
+    show(savings_table(results))
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        _write_results(to, results)
 
 
-def _sync(chosen: Namespace) -> None:
-    from sae_lora.tracking.sync import upload
-
-    show(upload(runs_of(chosen.sweep)))
-
-
-def _dashboard(chosen: Namespace) -> None:
-    from sae_lora.tracking import dashboard
-
-    make = dashboard.specification if chosen.dry_run else dashboard.save
-    say(make(runs_of(chosen.sweep)))
+@compare.command("methods")
+def _compare_methods(sweep: Sweep, to: ToFolder = None) -> None:
+    """Compare methods after the same tokens and the same seconds (experiment=methods)."""
+    _compare("methods", sweep, to, "methods")
 
 
-def _benchmark(chosen: Namespace) -> None:
-    repository = Path(__file__).parents[1]
-    if not (repository / "scripts" / "benchmark").is_dir():
-        raise UserError("the benchmark is no part of the installed package: run it in a clone")
-    sys.path.insert(0, str(repository))
-    from scripts.benchmark import compare
+@compare.command("time-to-ce")
+def _compare_time_to_ce(sweep: Sweep, to: ToFolder = None) -> None:
+    """Time LoRA around an SAE against an SAE trained end to end (experiment=time_to_ce)."""
+    _compare("time_to_ce", sweep, to, "time_to_ce")
 
-    compare.run(
-        styles=chosen.style,
-        contexts=chosen.context,
-        packs=chosen.pack,
-        rounds=chosen.rounds,
-        tuned=chosen.tuned,
-        to=chosen.to,
-    )
+
+@compare.command("saes")
+def _compare_saes(sweep: Sweep, to: ToFolder = None) -> None:
+    """Show the cost of each SAE in runs with several (experiment=multi_sae)."""
+    _compare("saes", sweep, to, "multi_sae")
+
+
+@compare.command("groups")
+def _compare_groups(sweep: Sweep, to: ToFolder = None) -> None:
+    """Compare SAEs that are shared by groups of blocks (experiment=groups)."""
+    _compare("layer_groups", sweep, to, "groups")
+
+
+def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:
+    """Show a comparison, and write its numbers as `<name>.json` and its figures into a folder."""
+    comparison = importlib.import_module(f"sae_lora.comparisons.{module}")
+    folders = runs_of(sweep)
+    results = comparison.compare(folders)
+    show(comparison.table(results))
+    if to is not None:
+        to.mkdir(parents=True, exist_ok=True)
+        _write_results(to / f"{name}.json", results)
+        _draw(to, comparison.figures(folders))
 
 
 def _write_results(file: Path, results: Sequence[Any]) -> None:
@@ -264,3 +364,70 @@ def _draw(to: Path, figures: Mapping[str, Any]) -> None:
     pictures = [(figure, to / f"{name}.svg") for name, figure in figures.items()]
     for note in plots.try_pictures(pictures):
         complain("left out", note)
+
+
+# ---- share --------------------------------------------------------------------------------------
+
+
+@app.command("export", rich_help_panel=_SHARE)
+def _export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="The folder: a new or an empty one.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model, adapters merged into it.")
+    ] = False,
+) -> None:
+    """Write a run's adapters as a folder for others, with a model card."""
+    from sae_lora.export.export import export
+
+    say(f"exported: {export(run, to, merge=merge)}")
+
+
+@app.command("push", rich_help_panel=_SHARE)
+def _push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="made by `export`")],
+    repo: Annotated[str, typer.Option(help="org/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch; created if it does not exist.")
+    ] = None,
+) -> None:
+    """Upload an exported folder to the Hugging Face hub."""
+    from sae_lora.export.push import push
+
+    say(push(folder, repo, private=private, revision=revision))
+
+
+@app.command("sync", rich_help_panel=_SHARE)
+def _sync(sweep: Runs) -> None:
+    """Upload to W&B what it does not have of a sweep's runs."""
+    from sae_lora.tracking.sync import upload
+
+    show(upload(runs_of(sweep)))
+
+
+@app.command("dashboard", rich_help_panel=_SHARE)
+def _dashboard(
+    sweep: Sweep,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print it as JSON instead.")] = False,
+) -> None:
+    """Create a W&B workspace for a sweep."""
+    from sae_lora.tracking import dashboard
+
+    make = dashboard.specification if dry_run else dashboard.save
+    say(make(runs_of(sweep)))
+
+
+# ---- commands of version 0.1 --------------------------------------------------------------------
+
+
+def _renamed(old: str, new: str) -> None:
+    """Declare a hidden command that says what its old name is called now."""
+
+    @app.command(old, hidden=True, context_settings=_PASSED_ON, add_help_option=False)
+    def _(_words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+        raise UserError(f"`{old}` is called `{PROGRAM} compare {new}` now")
+
+
+for _old, _new in _RENAMED.items():
+    _renamed(_old, _new)

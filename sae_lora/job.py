@@ -3,6 +3,6 @@
 A job that waits in SLURM's queue is a pickle, which names its classes by module.
 """
 
-from sae_lora.launch.job import Job, _Part
+from sae_lora.launcher.job import Job, _Part
 
 __all__ = ["Job", "_Part"]

@@ -2,7 +2,7 @@
 
 python -m scripts.faults                      everything, half an hour on two cores
 python -m scripts.faults kills mutations      some of: kills, mutations, sweep, launches, refusals
-python -m scripts.faults --to docs/faults.md  writes the table there, too
+python -m scripts.faults --to docs/results/faults.md  writes the table there, too
 """
 
 import argparse
@@ -26,8 +26,8 @@ from tempfile import TemporaryDirectory
 from rich.progress import Progress
 
 from sae_lora.config.serialize import load
-from sae_lora.launch.launcher import launch
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.launch import launch
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import FORKS, attempt, frozen, results

@@ -50,9 +50,9 @@ AFTERWARDS = (
     "evaluate @default --suite all --set task_limit=20 sequences=64",
     "evaluate @mixed --suite core mechanism lora --set sequences=64 resamples=200",
     "report @default @mixed @methods --no-pictures --to report",
-    "budget @methods --to budget",
-    "saes @mixed --to saes",
-    "groups @groups --to groups",
+    "compare methods @methods --to budget",
+    "compare saes @mixed --to saes",
+    "compare groups @groups --to groups",
     "table @mixed",
     "status @mixed",
 )

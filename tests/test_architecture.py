@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"tracking"},
     {"run"},
     {"report"},
-    {"comparisons", "launch"},
+    {"comparisons", "launcher"},
 ]
 """Rooms, from the ground up. A room imports only rooms of floors below; those of one floor are apart."""
 ARTEFACTS = "embedded"
@@ -34,7 +34,7 @@ LIBRARIES = {
     "peft": {"models"},
     "wandb": {"tracking"},
     "wandb_workspaces": {"tracking"},
-    "submitit": {"launch"},
+    "submitit": {"launcher"},
     "hydra": {"config"},
     "lm_eval": {"evaluation"},
     "sae_bench": {"evaluation"},
@@ -42,7 +42,7 @@ LIBRARIES = {
 }
 """The rooms that may import a library."""
 NO_TORCH = ("common", "config", "records", "report", "comparisons")
-"""Rooms that import no torch; `launch` imports it when it must, and is tested as a whole."""
+"""Rooms that import no torch; `launcher` imports it when it must, and is tested as a whole."""
 
 
 @cache
@@ -135,9 +135,9 @@ def test_planning_and_looking_need_no_torch() -> None:
     here = [
         f"sae_lora.{name}"
         for name in sorted(modules())
-        if (room_of(name) in NO_TORCH or name.startswith("launch.")) and "__main__" not in name
+        if (room_of(name) in NO_TORCH or name.startswith("launcher.")) and "__main__" not in name
     ]
-    without = [name for name in here if not name.endswith(("launch.prefetch", "common.provenance"))]
+    without = [name for name in here if not name.endswith(("launcher.prefetch", "common.provenance"))]
     code = f"import sys, {', '.join(without)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -74,6 +74,11 @@ def progress_bar(description: str, unit: str) -> Iterator[Callable[..., None]]:
         yield count
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: `1 run`, `2 runs`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def percent(share: float | None) -> str:
     """A share as per cent, or `undefined`."""
     return "undefined" if share is None else f"{share:.1%}"

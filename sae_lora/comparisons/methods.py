@@ -16,7 +16,7 @@ from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves
-from sae_lora.report.frames import Sweep
+from sae_lora.report.frames import curves_frame, runs_frame
 from sae_lora.report.tables import in_whole_words, mean_and_range, right_aligned
 
 
@@ -90,8 +90,7 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
 
     The axis of the gap is logarithmic and ends where the worst method ends: a new SAE begins far above.
     """
-    runs = Sweep(folders)
-    frame, curves = runs.frame(), runs.curves()
+    frame, curves = runs_frame(folders), curves_frame(folders)
     frame["method"] = [method_of(RunFolder(Path(path))) for path in frame["folder"]]
     gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]
     drawn = {}

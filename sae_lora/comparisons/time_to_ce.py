@@ -45,7 +45,7 @@ class Branch:
     """Cost of end-to-end training until `ce`."""
 
 
-class _Arm:
+class _Run:
     """A run of the experiment."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -53,10 +53,10 @@ class _Arm:
         self.config = load(folder.config.read_text())
         self.curve = folder.read_curve()
 
-    def before(self) -> "_Arm":
+    def before(self) -> "_Run":
         """The run whose result this one begins with."""
         assert self.config.init is not None
-        return _Arm(self.folder.before(self.config.init))
+        return _Run(self.folder.before(self.config.init))
 
     def matching(self) -> tuple[object, ...]:
         """Model, blocks and seed: the same in runs that are compared."""
@@ -73,12 +73,12 @@ def compare(folders: Sequence[RunFolder]) -> list[Branch]:
     Raises:
         UserError: Where one of the three is missing.
     """
-    arms = [_Arm(folder) for folder in folders if folder.is_finished]
+    runs = [_Run(folder) for folder in folders if folder.is_finished]
     branches = []
-    for lora in _of(arms, Method.lora):
+    for lora in _of(runs, Method.lora):
         sae = lora.before()
         branches += [
-            _branch(lora, sae, e2e) for e2e in _of(arms, Method.e2e) if e2e.matching() == lora.matching()
+            _branch(lora, sae, e2e) for e2e in _of(runs, Method.e2e) if e2e.matching() == lora.matching()
         ]
     if not branches:
         raise UserError(
@@ -88,13 +88,13 @@ def compare(folders: Sequence[RunFolder]) -> list[Branch]:
     return sorted(branches, key=lambda branch: (branch.at, branch.seed))
 
 
-def _of(arms: Sequence[_Arm], kind: Method) -> list[_Arm]:
+def _of(runs: Sequence[_Run], kind: Method) -> list[_Run]:
     """The runs of a method; with LoRA, those that begin with another run's SAE."""
-    chosen = [arm for arm in arms if arm.config.method.kind is kind]
-    return [arm for arm in chosen if kind is not Method.lora or arm.config.init is not None]
+    chosen = [run for run in runs if run.config.method.kind is kind]
+    return [run for run in chosen if kind is not Method.lora or run.config.init is not None]
 
 
-def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
+def _branch(lora: _Run, sae: _Run, e2e: _Run) -> Branch:
     lora_ce, e2e_ce = lora.curve[-1].student_ce, e2e.curve[-1].student_ce
     ce = max(lora_ce, e2e_ce)
     before = {cost: _kept_at(sae, lora.config.init_at, cost) for cost in COSTS}
@@ -110,16 +110,16 @@ def _branch(lora: _Arm, sae: _Arm, e2e: _Arm) -> Branch:
     )
 
 
-def _cost_of(arm: _Arm, ce: float, cost: str) -> float:
+def _cost_of(run: _Run, ce: float, cost: str) -> float:
     """Cost of a run's training until its student first reached a cross-entropy."""
-    reached = first_reached(arm.curve, "student_ce", ce, cost)
+    reached = first_reached(run.curve, "student_ce", ce, cost)
     assert reached is not None  # a point of the curve is as low
     return reached
 
 
-def _kept_at(arm: _Arm, share: float, cost: str) -> float:
+def _kept_at(run: _Run, share: float, cost: str) -> float:
     """Cost of an SAE's training after a share of its tokens."""
-    return value_at(arm.curve, "tokens", share * arm.curve[-1].tokens, cost)
+    return value_at(run.curve, "tokens", share * run.curve[-1].tokens, cost)
 
 
 def table(branches: Sequence[Branch]) -> Table:
@@ -157,27 +157,27 @@ def _sooner_alone(branch: Branch, cost: str) -> float:
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     """Cross-entropy of the first seed over seconds and FLOPs: SAE, LoRA that branches off, and e2e."""
-    arms = [_Arm(folder) for folder in folders if folder.is_finished]
-    seed = min(arm.config.train.seed for arm in arms)
-    arms = [arm for arm in arms if arm.config.train.seed == seed]
+    runs = [_Run(folder) for folder in folders if folder.is_finished]
+    seed = min(run.config.train.seed for run in runs)
+    runs = [run for run in runs if run.config.train.seed == seed]
     lines = [
-        *(("reconstruction", COLOURS[6], arm) for arm in _of(arms, Method.sae)),
-        *(("end to end", COLOURS[5], arm) for arm in _of(arms, Method.e2e)),
-        *(("LoRA", COLOURS[0], arm) for arm in _of(arms, Method.lora)),
+        *(("reconstruction", COLOURS[6], run) for run in _of(runs, Method.sae)),
+        *(("end to end", COLOURS[5], run) for run in _of(runs, Method.e2e)),
+        *(("LoRA", COLOURS[0], run) for run in _of(runs, Method.lora)),
     ]
     drawn = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
     axes = ("seconds of training", ".3~g"), ("training FLOPs", ".2~s")
     for column, (cost, (title, tickformat)) in enumerate(zip(COSTS, axes, strict=True), 1):
         amounts: list[float] = []
         named: set[str] = set()
-        for name, colour, arm in lines:
-            start = _kept_at(arm.before(), arm.config.init_at, cost) if name == "LoRA" else 0.0
+        for name, colour, run in lines:
+            start = _kept_at(run.before(), run.config.init_at, cost) if name == "LoRA" else 0.0
             # The first point of a curve is at zero, where a logarithmic axis has no place.
-            costs = [start + (getattr(point, cost) or 0.0) or None for point in arm.curve]
+            costs = [start + (getattr(point, cost) or 0.0) or None for point in run.curve]
             amounts += [amount for amount in costs if amount]
             drawn.add_scatter(
                 x=costs,
-                y=[point.student_ce for point in arm.curve],
+                y=[point.student_ce for point in run.curve],
                 mode="lines",
                 line={"color": colour, "width": 2},
                 name=name,
@@ -188,9 +188,9 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
             )
             named.add(name)
         drawn.update_xaxes(title=title, row=1, col=column, **logarithmic(amounts, tickformat))
-    base = arms[0].curve[-1].base_ce
+    base = runs[0].curve[-1].base_ce
     drawn.add_hline(base, line={"color": "#999999", "dash": "dot", "width": 1})
     drawn.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
-    ends = [arm.curve[-1].student_ce for arm in arms]
+    ends = [run.curve[-1].student_ce for run in runs]
     drawn.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
     return {"time_to_ce": finished(drawn)}

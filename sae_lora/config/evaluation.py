@@ -8,52 +8,55 @@ from sae_lora.config.enums import Suite
 BENCHMARKS = ("core", "sparse_probing", "scr", "tpp", "absorption")
 """The benchmarks of SAEBench that need no account and no judge, whatever the model."""
 SHORTEST_TEXT = 2
-"""Tokens of a text for steering, at least: the first is context alone."""
+"""Least number of tokens of a text for steering: the first token is only context."""
 
 
 @dataclass
 class EvaluationConfig:
-    """The measurements of a run that has ended. Does not change its result."""
+    """The measurements of finished runs. Does not change their training."""
 
     suites: list[Suite] = field(default_factory=list)
-    """core, mechanism, lora, tasks, steering, saebench, or downstream for the last three: at the end of
-    every run; `python -m sae_lora evaluate` does so at any time."""
+    """Suites at the end of each run: core, mechanism, lora, tasks, steering, saebench, or downstream for
+    the last three. `sae-lora evaluate` runs them at any time."""
     resamples: int = 1000
-    """Resamples of the held-out sequences, for the intervals around means."""
+    """Number of bootstrap resamples of held-out sequences, for intervals of means."""
     sequences: int = 500
-    """Held-out sequences that the suites mechanism and lora read, at most."""
+    """Largest number of held-out sequences that the suites mechanism and lora read."""
     directions: int = 16
-    """Suite lora: directions of an SAE's error and of its decoder, at most, to compare with adapters."""
+    """Suite lora: largest number of directions of the SAE's error and decoder to compare with
+    adapters."""
     steering_latents: Any = 8
-    """A list of latents to steer with; or a number of them, whose activations tell texts apart best."""
+    """Latents to steer with: a list of indices, or a number; then the latents whose activations separate
+    texts best."""
     steering_block: int | None = None
-    """The block whose SAE has these latents; null: the first SAE's."""
+    """Block of the SAE with these latents; null: the first SAE."""
     steering_strengths: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5, 1.0])
-    """Amounts of a latent to add, in units of its mean activation where it is active. Each latent gets,
-    in each model, the strength that is best on half of the texts; the other half is measured."""
+    """Strengths to try, in units of the latent's mean activation where it is active. For each latent and
+    model the strength that is best on one half of the texts is measured on the other half."""
     steering_max_harm: float | None = 0.0
-    """Nats per token that positive texts may lose by a strength that is chosen: 0 asks that they become
-    likelier. Null: any number, also by a strength that makes negative texts yet more unlikely."""
+    """Largest loss of positive texts, in nats per token, that a strength may cause; with 0 they must
+    become likelier. Null: no limit."""
     steering_texts: str | None = None
-    """A .jsonl file of text to steer on, with `latent` (its index), `text`, and `label`: positive where
-    the text has what the latent stands for, else negative. Null: held-out text, told apart by
+    """A .jsonl file of text to steer on, with the fields `latent` (index), `text` and `label` (positive
+    if the text has what the latent stands for, else negative). Null: held-out text, labelled by
     activation."""
     steering_examples: int = 8
-    """Held-out text: a latent's positive texts in each half, at most, and as many negative ones."""
+    """Held-out text: largest number of positive texts per latent in each half, and of negative ones."""
     steering_text_tokens: int = 64
-    """Held-out text: tokens of each, from the beginning of a sequence; at most `sequences` texts."""
+    """Held-out text: tokens per text, from the beginning of a sequence."""
     tasks: list[str] = field(default_factory=lambda: ["mmlu", "hellaswag", "truthfulqa_mc2"])
-    """Tasks or groups of lm-evaluation-harness; or tiny_continuation and tiny_generation, which ship."""
+    """Tasks or groups of lm-evaluation-harness, or the included tiny_continuation and
+    tiny_generation."""
     task_limit: int | None = None
-    """Documents of each task, from the first on; null: all."""
+    """Number of documents per task, from the first; null: all."""
     few_shot: int | None = None
-    """Examples before each document; null: as many as the task says. A task that says none gets none."""
+    """Number of examples before each document; null: the task's own number, or none."""
     task_batch_size: int = 8
-    """Texts in a forward pass of a task. Changes memory and time; the result by rounding alone."""
+    """Texts per forward pass of a task. Results differ only by rounding."""
     saebench: list[str] = field(default_factory=lambda: list(BENCHMARKS))
-    """Benchmarks of SAEBench, in the environment that `python -m sae_lora setup saebench` makes."""
+    """Benchmarks of SAEBench, which needs `sae-lora setup saebench` once."""
     saebench_options: Any = None
-    """By benchmark, fields of its own config (SAEBench's `EvalConfig` classes) and their values, such as
-    `{sparse_probing: {probe_train_set_size: 400}}`; null: all as SAEBench has them."""
+    """Fields of SAEBench's config classes, by benchmark, such as `{sparse_probing:
+    {probe_train_set_size: 400}}`; null: SAEBench's own values."""
     saebench_python: str | None = None
-    """The Python of an environment that has SAEBench; null: of the environment that `setup` has made."""
+    """Python of an environment with SAEBench; null: the environment of `sae-lora setup saebench`."""

@@ -7,35 +7,31 @@ from contextlib import suppress
 from functools import cache, reduce
 from typing import Any
 
-from sae_lora.config.compose import CONF, default
+from sae_lora.config.compose import default
+from sae_lora.config.schema import WRITTEN_BY_PLANNER
 from sae_lora.config.serialize import as_dict, keys
 
-_NOT_ASKED_FOR = {
-    *("launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"),
-    *("model.commit", "data.version", "sae.used", "lora.begun"),
-}
-"""Keys that say where a run is made, or that the planner writes."""
+_OF_THE_PLACE = {"launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"}
+"""Keys that say where a run is made, not what it computes."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 _WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
 """Plain words that Hydra does not read as text."""
 
 
-def command(config: dict[str, Any]) -> str | None:
+def command(config: dict[str, Any]) -> str:
     """The command that makes the same run, with every value that is not the default's.
 
     Args:
         config: As `config.yaml` holds it.
 
     Returns:
-        The command, quoted for a shell; `None` where `conf/` is not beside the package.
+        The command, quoted for a shell.
     """
-    if not CONF.is_dir():
-        return None
     defaults = flat(as_dict(default()))
     overrides = [
         f"{key}={written(value)}" for key, value in flat(config).items() if value != defaults[key]
     ]
-    return " ".join(["python launch.py", *map(shlex.quote, overrides)])
+    return " ".join(["sae-lora launch", *map(shlex.quote, overrides)])
 
 
 def written(value: Any) -> str:
@@ -78,4 +74,5 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def _settable() -> list[str]:
     known = keys()
     groups = {key.rpartition(".")[0] for key in known}
-    return [key for key in known if not {key, key.split(".")[0]} & _NOT_ASKED_FOR and key not in groups]
+    left_out = WRITTEN_BY_PLANNER | _OF_THE_PLACE
+    return [key for key in known if key not in groups and not {key, key.split(".")[0]} & left_out]

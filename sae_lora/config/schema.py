@@ -30,25 +30,25 @@ from sae_lora.config.evaluation import EvaluationConfig
 
 @dataclass
 class ModelConfig:
-    """The language model. It is frozen; the teacher is this model as it is."""
+    """The language model. It is frozen, and it is the teacher."""
 
     name: str = MISSING
     """Hugging Face repository (`org/name`), a local folder, or `tiny` for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of the repository; null is its default branch."""
     commit: str | None = None
-    """Commit of `revision` when the run was planned. The launcher writes it."""
+    """Commit of `revision` when the run was planned. The planner writes it."""
     dtype: DType = DType.float32
-    """Precision the weights are loaded in."""
+    """Precision of the loaded weights."""
     attention: Attention = Attention.auto
-    """auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise, our own, which auto takes for
-    soft-capped scores (Gemma-2) on a CPU. Changes time and memory; the result by rounding alone."""
+    """Attention implementation: auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise. auto
+    takes blockwise for soft-capped scores (Gemma-2) on a CPU. Results differ only by rounding."""
     middle_block: int = 0
-    """The block of an SAE when `layer.index` is null and the SAE does not say."""
+    """Block of the SAE if `layer.index` is null and the SAE's metadata names no block."""
 
     @property
     def pinned_revision(self) -> str | None:
-        """The revision to read: the commit where the run was planned with one, else `revision`."""
+        """The revision to read: the planned commit, or else `revision`."""
         return self.commit or self.revision
 
 
@@ -64,12 +64,12 @@ class Adapters:
 
 @dataclass
 class SAEChoice:
-    """One SAE that exists. The planner writes these; they are not for the command line."""
+    """One existing SAE. The planner writes these; they are not for the command line."""
 
     block: int = MISSING
     """The block that the SAE is in."""
     hook: Hook = Hook.resid_post
-    """The part of the block that the SAE replaces: attn_out, mlp_out, or its output, resid_post."""
+    """The activation that the SAE replaces: resid_pre, attn_out, mlp_out or resid_post."""
     release: str | None = None
     """Registry release."""
     id: str | None = None
@@ -79,15 +79,15 @@ class SAEChoice:
     commit: str | None = None
     """Commit of the release's repository when the run was planned."""
     sha256: str | None = None
-    """SHA-256 of the weights file in that folder: another SAE there is another run."""
+    """SHA-256 of the weights file in that folder. Other weights make another run."""
     width: int | None = None
     """Number of latents, where known before loading."""
     l0: float | None = None
-    """Mean active latents per token, as the SAE's makers state it."""
+    """Mean number of active latents per token, as published with the SAE."""
     adapter: Adapters | None = None
     """A trained map on the SAE's output."""
     group: list[int] = field(default_factory=list)
-    """The blocks that share the SAE, where it is one for several."""
+    """The blocks that share the SAE, if there are several."""
 
 
 @dataclass
@@ -95,80 +95,84 @@ class SAEConfig:
     """The sparse autoencoder. It is frozen. Everything is loaded through sae-lens."""
 
     family: SAEFamily = MISSING
-    """tiny, gemma_scope, llama_scope, registry, disk, identity, or new: the run makes it (sae, e2e)."""
+    """Source of the SAE: tiny, gemma_scope, llama_scope, registry, disk, identity, or new, which the run
+    trains."""
     width: str | None = None
-    """Number of latents: `16k`, `131k`, `1m` or a number. The nearest that exists is taken."""
+    """Number of latents: `16k`, `131k`, `1m` or a number. The nearest existing SAE is used."""
     l0: float | None = None
-    """Active latents per token. The nearest that exists is taken. New SAE: the k of topk, batchtopk
-    and matryoshka, or the target of jumprelu; standard and gated have none."""
+    """Active latents per token. The nearest existing SAE is used. New SAE: k of topk, batchtopk and
+    matryoshka, or the target of jumprelu; standard and gated have none."""
     architecture: Architecture = Architecture.topk
-    """New SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
+    """Architecture of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
     sparsity_coefficient: float | None = None
-    """New jumprelu, standard or gated SAE: weight of its sparsity penalty; null: sae-lens's own."""
+    """Weight of the sparsity penalty of a new jumprelu, standard or gated SAE; null: sae-lens's
+    default."""
     release: str | None = None
     """sae-lens registry release (family `registry`)."""
     id: str | None = None
     """sae-lens registry id within the release (family `registry`)."""
     path: str | None = None
-    """Folder in sae-lens's format (family `disk`); `{block}` in it stands for the block's index."""
+    """Folder in sae-lens's format (family `disk`). `{block}` in it is replaced by the block's index."""
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
     sparse: bool | None = None
-    """Multiply active latents alone, in decoding and in every gradient, of a TopK, JumpReLU or ReLU SAE.
-    Null: from 16k latents on. Changes time and memory; the result by rounding alone."""
+    """Compute decoding and gradients of a TopK, JumpReLU or ReLU SAE from its active latents only. Null:
+    true for 16k latents or more. Results differ only by rounding."""
     keep_special_tokens: bool | None = None
-    """Whether positions of BOS and EOS keep their activation. Null is true for SAEs that were not
-    trained on them (Gemma Scope, and those whose own config says so), false otherwise."""
+    """Keep the original activation at BOS and EOS. Null: true for SAEs that were not trained on these
+    positions (Gemma Scope, and SAEs whose own config says so), false otherwise."""
     used: list[SAEChoice] = field(default_factory=list)
-    """The SAEs that the request resolved to. Written by the planner."""
+    """The SAEs that the request resolved to. The planner writes them."""
 
 
 @dataclass
 class LayerConfig:
-    """Place of the SAE in the model."""
+    """The place of the SAE in the model."""
 
     index: Any = None
-    """A block's index or a list of them. Null: the SAE's own metadata, or the model's `middle_block`."""
+    """Index of a block, or a list of indices. Null: from the SAE's metadata, or `model.middle_block`."""
     hook: Hook | None = None
-    """resid_pre or resid_post, the residual stream before or after the block; attn_out or mlp_out, which
-    its attention or its MLP adds to that. Null: the SAE's own metadata, or resid_post."""
+    """The activation that the SAE replaces: resid_pre or resid_post (the residual stream before or after
+    the block), attn_out or mlp_out (the output of attention or MLP). Null: from the SAE's metadata, or
+    resid_post."""
     every: int | None = None
-    """An SAE at every n-th block, all at once, as far as there are such SAEs; instead of `index`."""
+    """Put an SAE at every n-th block that has one, all at once; instead of `index`."""
     first: int | None = None
-    """The first block of `every`; null: the first that has such an SAE."""
+    """First block of `every`; null: the first block that has an SAE."""
     amad_max: float | None = None
-    """method=sae: one SAE for each group of blocks that lie close, in as few groups as keep the mean of
-    their widest angular distances below this (arXiv 2410.21508). Every block but the last has one."""
+    """method=sae: train one SAE per group of similar blocks, in the fewest groups with an AMAD below
+    this. AMAD is the mean over groups of the largest angular distance between two blocks (arXiv
+    2410.21508). The last block has no SAE."""
     n_groups: int | None = None
-    """method=sae: the same in so many groups."""
+    """method=sae: train one SAE per group of similar blocks, in this number of groups."""
     evenly: bool = False
-    """With `n_groups`: groups of neighbouring blocks of equal size, whatever their distances."""
+    """With `n_groups`: groups of neighbouring blocks of equal size, without regard to distances."""
 
 
 @dataclass
 class LoRAConfig:
-    """The adapters. They are peft's, and the only weights that move."""
+    """The LoRA adapters, peft's, which are the only trained weights."""
 
     rank: int = 16
     """Rank r of every adapter."""
     alpha: Any = 6.0
-    """Scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if rank-stabilised. A
-    number, or a multiple of the rank such as 2r. The planner writes the number."""
+    """Numerator of the scale: an adapter adds (alpha / rank) · B · A, or (alpha / √rank) · B · A if
+    rank-stabilised. A number, or a multiple of the rank such as 2r."""
     dropout: float = 0.0
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input during training."""
     targets: Any = "all"
-    """Matrices: all, attn, mlp, qv, one of q k v o gate up down, or a list of these."""
+    """Adapted matrices: all, attn, mlp, qkv, qv, one of q k v o gate up down, or a list of these."""
     blocks: Any = "after"
-    """Blocks: after (the first SAE), all, or a list of indices."""
+    """Adapted blocks: after (those after the first SAE), all, or a list of indices."""
     rank_stabilised: bool = True
     """Scale by alpha / √rank instead of alpha / rank (arXiv 2312.03732)."""
     init: Initialisation = Initialisation.svd
-    """A begins with kaiming, peft's random numbers, or svd, the directions of its input that the matrix
-    stretches most, in the same length. B begins with zeros."""
+    """Initial A: kaiming (peft's random numbers), or svd (the largest right-singular vectors of the
+    matrix, in the same length). B is zero."""
     begun: Adapters | None = None
-    """The trained adapters that `init` stands for, with which these begin. The planner writes it."""
+    """The trained adapters that these begin with, from `init`. The planner writes it."""
     dora: bool = False
-    """Learn the length of each of the matrix's columns apart from their direction (arXiv 2402.09353)."""
+    """DoRA: learn the length and the direction of weight columns separately (arXiv 2402.09353)."""
 
 
 @dataclass
@@ -176,60 +180,62 @@ class MethodConfig:
     """The method: the weights that are trained, and how."""
 
     kind: Method = Method.lora
-    """lora, mezo (LoRA by forward passes alone), linear_adapter or mlp_adapter (on the SAE's output),
-    sae_finetune, e2e (the SAE, end to end) or sae (the SAE, to reconstruct)."""
+    """What is trained: lora, mezo (LoRA by forward passes only), linear_adapter or mlp_adapter (on the
+    SAE's output), sae_finetune, e2e (an SAE, end to end) or sae (an SAE, to reconstruct)."""
     rank: int | None = None
-    """linear_adapter: rank of its map; mlp_adapter: its hidden width; null: the model's width.
-    sae_finetune: rank of LoRA on the SAE's two matrices; null: all of its weights move."""
+    """linear_adapter: rank of the map; mlp_adapter: hidden width; null: the model's width. sae_finetune:
+    rank of LoRA on the SAE's encoder and decoder; null: train all SAE weights."""
     mse: bool = True
-    """sae_finetune: KL and reconstruction error, balanced (arXiv 2503.17272); false: KL alone."""
+    """sae_finetune: train with KL and reconstruction error, balanced (arXiv 2503.17272); false: KL
+    only."""
     epsilon: float = 1e-3
-    """mezo: distance that weights are moved to measure the loss."""
+    """mezo: length of the step along a random direction to measure the loss."""
     dead_after_tokens: int = 100_000
-    """sae_finetune, e2e, sae: tokens without being active after which a latent counts as dead, and is
-    revived by an auxiliary loss where the SAE's architecture has one."""
+    """sae_finetune, e2e, sae: a latent that is inactive for this many tokens counts as dead. The
+    auxiliary loss of the architecture, if any, revives it."""
     buffer_tokens: int = 65_536
-    """sae: tokens whose activations are held and shuffled among each other."""
+    """sae: number of tokens whose activations are buffered and shuffled."""
     checkpoints: list[float] = field(default_factory=list)
-    """sae, e2e, sae_finetune: shares of the training tokens after which the SAE is saved: [0.1,0.5]."""
+    """sae, e2e, sae_finetune: save the SAE after these shares of the training tokens, such as
+    [0.1,0.5]."""
 
 
 @dataclass
 class DataConfig:
-    """Text, and how it becomes sequences."""
+    """The text, and how it is cut into sequences."""
 
     source: TextSource = MISSING
-    """stdlib (the embedded default), text_files or hub."""
+    """Source of the text: stdlib (the Python standard library), text_files or hub."""
     name: str | None = None
-    """Hugging Face data set (`org/name`), for source `hub`."""
+    """Hugging Face data set (`org/name`), for source hub."""
     subset: str | None = None
-    """The data set's configuration, where it has several."""
+    """Configuration of the data set, if it has several."""
     split: str = "train"
-    """The data set's split."""
+    """Split of the data set."""
     revision: str | None = None
     """Branch, tag or commit of the data set."""
     version: str | None = None
-    """Commit of the data set, or hash of the text, when the run was planned. The launcher writes it."""
+    """Commit of the data set, or hash of the text, when the run was planned. The planner writes it."""
     column: str = "text"
     """The column that holds the text."""
     streaming: bool = True
-    """Read the data set as a stream, rather than download it whole."""
+    """Read the data set as a stream instead of downloading it whole."""
     shuffle_buffer: int = 10_000
-    """Documents in the buffer that a stream is shuffled in."""
+    """Number of documents in the shuffle buffer of a stream."""
     files: Any = None
-    """Paths or glob patterns, for source `text_files`: .txt and other text, .jsonl, .jsonl.zst."""
+    """Paths or glob patterns, for source text_files: text, .jsonl (also .zst, .gz), .parquet, .csv."""
     context_length: int = 128
-    """Tokens per sequence, BOS included."""
+    """Tokens per sequence, including BOS."""
     validation_tokens: int = 32_768
-    """Held-out tokens that every evaluation reads."""
+    """Held-out tokens that each evaluation reads."""
     validation_share: float = 0.1
-    """Share of documents that are held out; the same documents for every run of the same data."""
+    """Share of documents that are held out. All runs on the same data hold out the same documents."""
     seed: int = 42
-    """Order of the documents and of the training sequences."""
+    """Seed of the order of documents and training sequences."""
     repeat: bool = False
-    """Go round again when the text ends before `train.train_tokens`; else that is an error."""
+    """Repeat the text if it ends before `train.train_tokens`; if false, that is an error."""
     cache_dir: str = "~/.cache/sae_lora"
-    """Folder for tokenised text. Does not change a result."""
+    """Cache folder for tokenised text. Does not change results."""
 
 
 @dataclass
@@ -237,106 +243,109 @@ class TrainConfig:
     """The optimisation."""
 
     train_tokens: int = 400_000
-    """Tokens trained on."""
+    """Number of training tokens."""
     batch_size: int = 4
     """Sequences per step."""
     micro_batch_size: int | None = None
-    """Sequences per forward and backward pass, whose gradients add up to the step's; null: all of them.
-    Changes memory; the result by rounding and by the inputs that dropout hits."""
+    """Sequences per forward and backward pass; gradients are accumulated over a step. Null: the batch.
+    Saves memory. Results differ only by rounding and by the random draws of dropout."""
     activation_checkpointing: bool = False
-    """Compute live blocks again in the backward pass. Changes memory and time, not the result."""
+    """Recompute adapted blocks in the backward pass. Saves memory, takes time, does not change
+    results."""
     lr: float = 4.5e-3
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.linear
-    """constant, or linear: falling to zero at the end."""
+    """Learning rate schedule: constant, or linear, which falls to zero at the end."""
     warmup_share: float = 0.15
-    """Share of the steps over which the rate rises from zero."""
+    """Share of the steps in which the rate rises from zero."""
     loraplus_ratio: float = 1.0
-    """Learning rate of the adapters' B over that of A (LoRA+, arXiv 2402.12354)."""
+    """Learning rate of B divided by the learning rate of A (LoRA+, arXiv 2402.12354)."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Weight decay of AdamW."""
     grad_clip: float | None = 1.0
-    """Largest norm of the adapters' gradient; null does not clip."""
+    """Largest norm of the gradient; null: no clipping."""
     kl_reduction: Reduction = Reduction.token_mean
-    """token_mean: nats per token. sequence_sum: summed over each sequence, as in the published code,
-    so that `grad_clip` binds in nearly every step."""
+    """Reduction of KL to the loss: token_mean (nats per token), or sequence_sum (summed over each
+    sequence, as in the published code, so that `grad_clip` acts in nearly every step)."""
     kl: KLComputation = KLComputation.fused
-    """fused, or full: all logits at once, to check against. The result differs by rounding alone."""
+    """Computation of KL: fused (a few tokens at a time), or full (all logits at once, as a reference).
+    Results differ only by rounding."""
     kl_chunk_tokens: int | None = None
-    """Tokens whose logits are held at once; null: those of 4M logits on a CPU and of 256M on a GPU, but
-    at least 88. Changes memory; the result by rounding alone."""
+    """Tokens whose logits are in memory at once. Null: as many as make 4M logits on a CPU or 256M on a
+    GPU, but at least 88. Results differ only by rounding."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_each_sae: bool = True
-    """At the end, also evaluate each of several SAEs alone, and left out. Does not change training."""
+    """With several SAEs, also evaluate each one alone and each one left out, at the end."""
     eval_batch_tokens: int = 4096
-    """Tokens per forward pass of an evaluation; changes memory, not the result."""
+    """Tokens per forward pass of an evaluation. Changes memory, not results."""
     eval_cache_gb: float = 2.0
-    """Room for hidden states kept between evaluations, where all fit. Changes time, not the result."""
+    """Memory for hidden states that are kept between evaluations, if all fit. Saves time."""
     checkpoint_every_steps: int = 200
-    """Steps between two checkpoints, the most that a crash can cost. Does not change a result."""
+    """Steps between two checkpoints: the most work that a crash can lose."""
     seed: int = 0
-    """The adapters' initial values and dropout."""
+    """Seed of initial weights and dropout."""
     device: Device = Device.auto
-    """auto, cpu or cuda."""
+    """Device: auto, cpu or cuda."""
     dtype: DType = DType.float32
-    """Precision the forward and backward pass computes in. Adapters are always float32."""
+    """Precision of the forward and backward pass. Adapters are always float32."""
     tf32: bool = False
-    """Multiply float32 matrices in TF32 where a GPU has it: results change in their third digit."""
+    """Multiply float32 matrices in TF32 on GPUs. Results change in the third digit."""
 
 
 @dataclass
 class LauncherConfig:
-    """Place and manner in which the plan runs. Does not change a result."""
+    """Where and how runs are executed. Does not change results."""
 
     kind: LauncherKind = LauncherKind.local
-    """local: on this machine. slurm: as array jobs on a cluster."""
+    """Where runs are executed: local (this machine) or slurm (array jobs on a cluster)."""
     pack: Any = "auto"
-    """Runs that train together in one process and share the frozen part of their work: auto (as many as
-    fit, up to eight), off, or the largest number. Each run is the same as alone."""
+    """Runs that train together in one process and share the frozen model's work: auto (as many as fit,
+    up to eight), off, or the largest number. Each run gives the same result as alone."""
     gpu_mem_gb: float | None = None
-    """Memory of a GPU, which packs must fit into; null: this machine's, and 40 on a cluster."""
+    """Memory of a GPU, in GB, which limits packs; null: this machine's GPU, or 40 on a cluster."""
     dry_run: bool = False
     """Print the plan and stop."""
     strict: bool = False
-    """Refuse a width or an L0 that does not exist, rather than take the nearest, and a point of a sweep
-    without an SAE, rather than drop it."""
+    """Refuse a width or an L0 that does not exist instead of taking the nearest, and a point of a sweep
+    without an SAE instead of dropping it."""
     retry_failed: bool = False
-    """Run again what failed before."""
+    """Run failed runs again."""
     timeout_min: int | None = None
-    """Minutes a job is given before it saves and is started again; null: no limit. SLURM needs one."""
+    """Time limit of a job, in minutes, after which it saves and is started again; null: none. slurm
+    needs one."""
     signal_delay_s: int = 90
-    """Seconds before the end of that time at which a run is asked to save."""
+    """Seconds before the time limit at which runs are asked to save."""
     cpus_per_task: int | None = None
-    """CPU cores of a run; null: an equal share of this machine's, or what the cluster gives."""
+    """CPU cores of a job; null: an equal share of this machine, or the cluster's default."""
     max_parallel: int | None = None
-    """local: runs at a time; null: one per GPU, or one where there is none."""
+    """local: jobs at a time; null: one per GPU, or one without GPUs."""
     partition: str | None = None
     """slurm: the partition; null: the cluster's default."""
     account: str | None = None
-    """slurm: the account that pays."""
+    """slurm: the account to charge."""
     qos: str | None = None
     """slurm: quality of service."""
     constraint: str | None = None
     """slurm: features that a node must have."""
     gpus_per_node: int = 1
-    """GPUs of a job on each of its nodes; 0 for none. Several share the batches of its pack."""
+    """GPUs of a job on each node; 0 for none. Several GPUs share each batch."""
     nodes: int = 1
-    """slurm: nodes of a job, which share the batches of its pack."""
+    """slurm: nodes of a job. Several nodes share each batch."""
     processes_per_node: int | None = None
-    """Processes that share the batches of a pack on each node; null: as many as GPUs, or one."""
+    """Processes on each node that share each batch; null: one per GPU, or one."""
     mem_gb: float | None = None
-    """slurm: main memory of a job; null: the partition's default."""
+    """slurm: main memory of a job, in GB; null: the partition's default."""
     setup: list[str] = field(default_factory=list)
-    """slurm: shell commands at the beginning of a job (`module load …`)."""
+    """slurm: shell commands at the beginning of a job, such as `module load cuda`."""
     array_parallelism: int = 256
-    """slurm: jobs of an array that may run at the same time."""
+    """slurm: largest number of jobs of an array that run at the same time."""
     max_array_size: int = 1000
-    """slurm: jobs in one array; a larger sweep becomes several."""
+    """slurm: largest number of jobs in one array. A larger sweep becomes several arrays."""
     sbatch: Any = None
-    """slurm: any further sbatch option, as `{option: value}`."""
+    """slurm: further sbatch options, as `{option: value}`."""
     wait: bool = False
-    """slurm: stay and show the runs until they have ended."""
+    """slurm: wait until the runs end, and show their progress."""
 
     @property
     def node_processes(self) -> int:
@@ -346,21 +355,21 @@ class LauncherConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. Does not change a result."""
+    """Weights & Biases. Does not change results."""
 
     mode: TrackingMode = TrackingMode.auto
-    """auto: online when logged in and the server answers, else offline."""
+    """auto (online if logged in and the server answers, else offline), online, offline or disabled."""
     project: str = "sae_lora"
     """W&B project."""
     entity: str | None = None
-    """W&B user or team; null is the account's default."""
+    """W&B user or team; null: the account's default."""
     finish_timeout_s: float = 30.0
     """Seconds that the end of a run may wait for uploads."""
 
 
 @dataclass
 class Config:
-    """One run, completely, as `config.yaml` in a run folder holds it."""
+    """The complete config of one run, as `config.yaml` in a run folder holds it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -373,16 +382,20 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: str | None = None
-    """Folder of a finished run whose SAE or adapters this one begins with. Or the method of another run
-    of the same command, of the same model, layer and seed, which then comes first."""
+    """Begin with the SAE or the adapters of another run: the folder of a finished run, or a method,
+    which stands for the run of the same command with this method and the same model, layer and seed."""
     init_at: float = 1.0
-    """Share of that run's training after which its SAE is taken: 1, or one of `method.checkpoints`."""
+    """Use the SAE of `init` after this share of its training: 1, or one of `method.checkpoints`."""
     sweep: str = "main"
-    """Name of the folder under `output_dir` that the runs of one sweep share."""
+    """Name of the sweep: the folder under `output_dir` that holds its runs."""
     output_dir: str = "outputs"
-    """Folder that holds the sweeps. Does not change a result."""
+    """Folder of all sweeps."""
+
+
+WRITTEN_BY_PLANNER = frozenset({"model.commit", "data.version", "sae.used", "lora.begun"})
+"""Keys that the planner fills in. Nobody sets them on the command line."""
 
 
 def as_list(value: Any) -> list[Any]:
-    """A key that takes one value or a list of them, as a list."""
+    """The value of a key that takes one value or a list, as a list."""
     return list(value) if isinstance(value, list) else [value]

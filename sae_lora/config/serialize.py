@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from sae_lora.common.errors import UserError, listed, nearest_name
-from sae_lora.config.schema import Config
+from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 
 
 def typed(composed: DictConfig) -> Config:
@@ -60,7 +60,7 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
 
 def unknown_key(key: str) -> UserError:
     """The error for a key that the schema does not have, with the keys beside it."""
-    known = keys()
+    known = [name for name in keys() if name not in WRITTEN_BY_PLANNER]
     group, _, name = key.rpartition(".")
     beside = [other for other in known if other.rpartition(".")[0] == group]
     siblings = beside or [other for other in known if "." not in other]

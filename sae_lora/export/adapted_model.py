@@ -102,6 +102,36 @@ class Adapted:
         with self.spliced() if sae else nullcontext():
             return model(input_ids=tokens.to(model.device), use_cache=False).logits
 
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 40,
+        *,
+        sae: bool = True,
+        adapters: bool = True,
+        **options: Any,
+    ) -> str:
+        """The prompt and its continuation.
+
+        Args:
+            prompt: Text to continue.
+            max_new_tokens: The most tokens to add.
+            sae: Whether the SAEs are in place.
+            adapters: Whether the adapters are on.
+            options: Further options of transformers' `generate`, such as `do_sample=True`; by default
+                each token is the likeliest one.
+
+        Raises:
+            UserError: Inside `spliced`, where the SAEs are always in place.
+        """
+        self._check_plain()
+        model = self.model if adapters else self.base
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
+        with self.spliced() if sae else nullcontext():
+            (tokens,) = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
     @contextmanager
     def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
         """Put the SAEs into `model` and `base` inside the block, for every forward pass.
@@ -167,6 +197,7 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
         if device not in Device.__members__:
             raise ConfigError("device", device, listed(Device.__members__), nearest="auto")
         config = replace(config, train=replace(config.train, device=Device[device]))
+    loading.silence_transformers()
     where = device_of(config)
     dimensions = read_dimensions(config.model)
     sae = trained_saes(config, folder, dimensions)

@@ -42,7 +42,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         made = "in sae-lens's format" if folder.sae.exists() else "as safetensors"
         result = folder.sae if folder.sae.exists() else folder.output_adapter
         raise UserError(
-            f"{run} has trained no LoRA adapters; what it has trained lies {made} in {result}"
+            f"{run} has no LoRA adapters, and only these can be exported; its result: {result}, {made}"
         )
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to: {to} is there, and not an empty folder; nothing is overwritten")

@@ -31,7 +31,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     missing = [name for name in _OF_EVERY_EXPORT if not (folder / name).is_file()]
     if missing or not any((folder / name).is_file() for name in _WEIGHTS):
         raise UserError(
-            f"{folder} is not what `python -m sae_lora export <run> --to DIR` writes: it lacks "
+            f"{folder} is not what `sae-lora export <run> --to DIR` writes: it lacks "
             f"{', '.join(missing) or 'the weights'}"
         )
     if repo.count("/") != 1:

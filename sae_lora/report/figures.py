@@ -89,8 +89,8 @@ def gap_curves(
     """The CE gap of each run over its training.
 
     Args:
-        frame: Runs, as `Sweep.frame` gives them.
-        curves: Their points, as `Sweep.curves` gives them.
+        frame: Runs, as `runs_frame` gives them.
+        curves: Their points, as `curves_frame` gives them.
         over: `tokens`, `train_seconds` or `train_flops`.
         by: Factors that the legend names; by default those in which the runs differ.
     """
@@ -131,7 +131,7 @@ def gap_closed_against(
     Error bars are the confidence interval of that mean, where there are several seeds.
 
     Args:
-        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        frame: Finished runs with a gap closed, as `runs_frame` gives them.
         factor: Column of the factor.
         others: The other factors in which the runs differ, without the seed.
         fitted: Lines to draw, thin and grey.
@@ -180,7 +180,7 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
     """The gap closed over two factors; over three, a map for each value of the third.
 
     Args:
-        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        frame: Finished runs with a gap closed, as `runs_frame` gives them.
         by: The two or three factors; a cell is the mean over all others.
     """
     across, down, *third = by
@@ -215,7 +215,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
     """The gap closed over its cost: trained parameters, FLOPs, seconds.
 
     Args:
-        frame: Finished runs with a gap closed, as `Sweep.frame` gives them.
+        frame: Finished runs with a gap closed, as `runs_frame` gives them.
         by: The factors in which they differ, without the seed; the first two are told apart.
     """
     by = by[:2]

@@ -55,7 +55,7 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
     """The gap closed over the logarithm of a factor, or a sentence that says why there is no fit.
 
     Args:
-        frame: Finished runs, as `Sweep.frame` gives them.
+        frame: Finished runs, as `runs_frame` gives them.
         factor: Column of the factor.
         others: The other factors in which runs differ, without the seed.
     """

@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas
@@ -11,7 +10,7 @@ import pandas
 from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.factors import FACTORS, by_value, values_of, varying
-from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.records.status import RunStatus, read_statuses
 from sae_lora.report.fits import Frame
@@ -25,70 +24,46 @@ _MEASURED = [
 """Keys of `summary.json`; unfinished runs have those that their curve knows too."""
 
 
-class Sweep:
-    """The runs of one sweep, or of several.
+def runs_frame(folders: Sequence[RunFolder]) -> Frame:
+    """A row per run in any state, ordered by the factors in which the runs differ.
 
-    Args:
-        folders: The run folders, which are read when a table is asked for.
+    Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and other
+    config keys that differ; measures (cross-entropies and KL in nats per token), from the curve's
+    last point where a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop`
+    and `closed_per_minute` of training; `command` and `folder`; headlines of evaluations by
+    `suite/name`.
     """
-
-    def __init__(self, folders: Sequence[RunFolder]) -> None:
-        self.folders = list(folders)
-
-    def __len__(self) -> int:
-        return len(self.folders)
-
-    def frame(self) -> Frame:
-        """A row per run in any state, ordered by the factors in which the runs differ.
-
-        Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and other
-        config keys that differ; measures (cross-entropies and KL in nats per token), from the curve's
-        last point where a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop`
-        and `closed_per_minute` of training; `command` and `folder`; headlines of evaluations by
-        `suite/name`.
-        """
-        rows = list(map(_row, self.folders, read_statuses(self.folders)))
-        frame: Frame = pandas.DataFrame(rows)
-        keys = [name for name in frame if "." in name]
-        same = [name for name in keys if frame[name].map(repr).nunique() == 1]
-        frame = frame.drop(columns=same)
-        closed = frame["gap_closed"].astype(float)
-        for name, of, unit in (
-            ("closed_per_million_parameters", "trainable_parameters", 1e6),
-            ("closed_per_petaflop", "train_flops", 1e15),
-            ("closed_per_minute", "train_seconds", 60),
-        ):
-            amount = frame[of].astype(float)
-            frame[name] = closed / (amount / unit).where(amount > 0)
-        first = ["sweep", "run", "state", "note", *FACTORS, *(key for key in keys if key not in same)]
-        frame = frame[list(dict.fromkeys([*first, *frame]))]
-        return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=in_order)
-
-    def curves(self) -> Frame:
-        """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` but for `per_sae`."""
-        names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
-        fields_of = operator.attrgetter(*names)
-        rows = []
-        for folder in self.folders:
-            run = _sweep_of(folder), folder.path.name
-            rows += [(*run, *fields_of(point)) for point in folder.read_curve()]
-        return pandas.DataFrame(rows, columns=["sweep", "run", *names])
+    rows = list(map(_row, folders, read_statuses(folders)))
+    frame: Frame = pandas.DataFrame(rows)
+    keys = [name for name in frame if "." in name]
+    same = [name for name in keys if frame[name].map(repr).nunique() == 1]
+    frame = frame.drop(columns=same)
+    closed = frame["gap_closed"].astype(float)
+    for name, of, unit in (
+        ("closed_per_million_parameters", "trainable_parameters", 1e6),
+        ("closed_per_petaflop", "train_flops", 1e15),
+        ("closed_per_minute", "train_seconds", 60),
+    ):
+        amount = frame[of].astype(float)
+        frame[name] = closed / (amount / unit).where(amount > 0)
+    first = ["sweep", "run", "state", "note", *FACTORS, *(key for key in keys if key not in same)]
+    frame = frame[list(dict.fromkeys([*first, *frame]))]
+    return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=in_order)
 
 
-def load_sweep(*paths: Path | str) -> Sweep:
-    """The runs of one sweep or several: `load_sweep("outputs/ranks").frame()`.
-
-    Args:
-        paths: `outputs/<sweep>`, or single runs.
-
-    Raises:
-        UserError: Where one of them holds no runs.
-    """
-    return Sweep([folder for path in paths for folder in runs_of(Path(path))])
+def curves_frame(folders: Sequence[RunFolder]) -> Frame:
+    """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` but for `per_sae`."""
+    names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
+    fields_of = operator.attrgetter(*names)
+    rows = []
+    for folder in folders:
+        run = _sweep_of(folder), folder.path.name
+        rows += [(*run, *fields_of(point)) for point in folder.read_curve()]
+    return pandas.DataFrame(rows, columns=["sweep", "run", *names])
 
 
 def factors(frame: Frame) -> list[str]:
-    """The factors in which the runs of a `Sweep.frame` differ, as `varying` names them."""
+    """The factors in which the runs of a frame differ, as `varying` names them."""
     names = [*FACTORS, *(name for name in frame if "." in name)]
     return varying(frame[names].to_dict("records"))
 

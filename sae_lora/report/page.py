@@ -33,7 +33,8 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
-from sae_lora.report.frames import Sweep, factors
+from sae_lora.report.frames import factors
+from sae_lora.report.sweep import Sweep
 
 VERSION = 1
 _KIND = "sae_lora report"

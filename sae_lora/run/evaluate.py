@@ -1,6 +1,6 @@
 """The suites that configs ask for, after training: `python -m sae_lora.run.evaluate <run folder> …`.
 
-A job runs this; `python -m sae_lora evaluate` is for people.
+A job runs this; `sae-lora evaluate` is for people.
 """
 
 import sys

@@ -68,7 +68,7 @@ class Tracker:
         most_s = self._view.config.tracking.finish_timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
-            command = f"python -m sae_lora sync {self._view.folder.path.parent}"
+            command = f"sae-lora sync {self._view.folder.path.parent}"
             log.warning("W&B has not ended after %g s; `%s` uploads the rest", most_s, command)
             self._is_cut_off = True
             wandb_run.cut_off()  # or it would hold up the end of this process

@@ -1,4 +1,4 @@
-"""`python -m sae_lora benchmark`: training and evaluation here against the published loop.
+"""`sae-lora benchmark`: training and evaluation here against the published loop.
 
 Both take turns in one process, a fresh one for each comparison, on the same model, SAEs and tokens,
 dropout on. Ratios are of the paired times, per run and step. Beside them stands that both find the same.

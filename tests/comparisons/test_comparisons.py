@@ -1,4 +1,4 @@
-"""Arms of an experiment side by side: readings between points, tables and figures of made-up runs."""
+"""Runs of an experiment side by side: readings between points, tables and figures of made-up runs."""
 
 import io
 import json
@@ -135,7 +135,7 @@ LORA = curve((0, 0, 0, 5.0), (100, 10, 2e3, 3.5), (200, 20, 4e3, 2.5))
 """At E2E's end between two points: after 15 seconds, 3e3 FLOPs."""
 
 
-class Arms:
+class Runs:
     """The three methods of `experiment=time_to_ce`, seed by seed.
 
     Args:
@@ -167,43 +167,43 @@ class Arms:
 
 
 @pytest.fixture
-def arms(tmp_path: Path) -> Arms:
-    return Arms(tmp_path / "arms")
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path / "runs")
 
 
-def test_lora_costs_what_its_sae_cost_until_it_was_kept(arms: Arms) -> None:
-    arms.seed(0)
-    (found,) = time_to_ce.compare(arms.folders)
+def test_lora_costs_what_its_sae_cost_until_it_was_kept(runs: Runs) -> None:
+    runs.seed(0)
+    (found,) = time_to_ce.compare(runs.folders)
     assert (found.at, found.seed) == (0.5, 0)
     assert (found.ce, found.lora_ce, found.e2e_ce) == (3.0, 2.5, 3.0)
     assert found.lora == pytest.approx({"train_seconds": 50 + 15, "train_flops": 5e3 + 3e3})
     assert found.e2e == pytest.approx({"train_seconds": 200, "train_flops": 4e4})
 
 
-def test_the_target_is_the_higher_of_the_two_ends(arms: Arms) -> None:
+def test_the_target_is_the_higher_of_the_two_ends(runs: Runs) -> None:
     """LoRA ends at 3.5, which e2e passes three quarters through its training."""
-    arms.seed(0, lora=LORA[:2])
-    (found,) = time_to_ce.compare(arms.folders)
+    runs.seed(0, lora=LORA[:2])
+    (found,) = time_to_ce.compare(runs.folders)
     assert (found.ce, found.lora_ce, found.e2e_ce) == (3.5, 3.5, 3.0)
     assert found.lora == pytest.approx({"train_seconds": 50 + 10, "train_flops": 5e3 + 2e3})
     assert found.e2e == pytest.approx({"train_seconds": 150, "train_flops": 3e4})
 
 
-def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(arms: Arms) -> None:
-    arms.seed(0, e2e=E2E[:1])
-    (found,) = time_to_ce.compare(arms.folders)
+def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(runs: Runs) -> None:
+    runs.seed(0, e2e=E2E[:1])
+    (found,) = time_to_ce.compare(runs.folders)
     assert found.ce == 8.0
     assert found.lora == pytest.approx({"train_seconds": 50, "train_flops": 5e3})
     assert found.e2e == {"train_seconds": 0, "train_flops": 0}
 
 
-def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
+def test_shares_and_seeds_in_the_table(runs: Runs) -> None:
     """With two seeds, the second e2e twice as slow: 200/65 and 400/65 times sooner, median 4.6."""
     twice = [CurvePoint(**vars(one) | {"train_seconds": 2 * one.train_seconds}) for one in E2E]
-    arms.seed(0)
-    arms.seed(1, e2e=twice)
-    arms.add("lora", LORA, init=str(arms.folders[0].path))  # around the whole SAE: 100 + 15 s
-    found = time_to_ce.compare(arms.folders)
+    runs.seed(0)
+    runs.seed(1, e2e=twice)
+    runs.add("lora", LORA, init=str(runs.folders[0].path))  # around the whole SAE: 100 + 15 s
+    found = time_to_ce.compare(runs.folders)
     assert [(one.at, one.seed) for one in found] == [(0.5, 0), (0.5, 1), (1.0, 0)]
     table = time_to_ce.table(found)
     assert cells(table) == [
@@ -233,53 +233,53 @@ def test_shares_and_seeds_in_the_table(arms: Arms) -> None:
     assert_fits(table)
 
 
-def test_only_runs_of_the_same_seed_and_place_are_paired(arms: Arms) -> None:
-    arms.seed(0)
-    sae = arms.folders[0].path
-    arms.add("lora", LORA, seed=1, init=str(sae), init_at=0.5)  # no e2e of this seed
-    arms.add("lora", LORA, block=5, init=str(sae), init_at=0.5)  # nor at this block
-    arms.add("lora", LORA, seed=2)  # around an SAE that is there, rather than one of the sweep
-    arms.add("e2e", [], seed=1)  # not finished
-    arms.add("e2e", E2E, seed=0, block=4)
-    assert [(one.at, one.seed) for one in time_to_ce.compare(arms.folders)] == [(0.5, 0)]
+def test_only_runs_of_the_same_seed_and_place_are_paired(runs: Runs) -> None:
+    runs.seed(0)
+    sae = runs.folders[0].path
+    runs.add("lora", LORA, seed=1, init=str(sae), init_at=0.5)  # no e2e of this seed
+    runs.add("lora", LORA, block=5, init=str(sae), init_at=0.5)  # nor at this block
+    runs.add("lora", LORA, seed=2)  # around an SAE that is there, rather than one of the sweep
+    runs.add("e2e", [], seed=1)  # not finished
+    runs.add("e2e", E2E, seed=0, block=4)
+    assert [(one.at, one.seed) for one in time_to_ce.compare(runs.folders)] == [(0.5, 0)]
 
 
 @pytest.mark.parametrize("there", [(), ("sae",), ("sae", "lora"), ("sae", "e2e"), ("lora alone", "e2e")])
-def test_an_arm_that_is_missing_is_said(there: tuple[str, ...], arms: Arms) -> None:
-    sae = arms.add("sae", SAE)
+def test_a_run_that_is_missing_is_said(there: tuple[str, ...], runs: Runs) -> None:
+    sae = runs.add("sae", SAE)
     if "lora" in there:
-        arms.add("lora", LORA, init=str(sae.path))
+        runs.add("lora", LORA, init=str(sae.path))
     if "lora alone" in there:
-        arms.add("lora", LORA)
+        runs.add("lora", LORA)
     if "e2e" in there:
-        arms.add("e2e", E2E)
+        runs.add("e2e", E2E)
     if "sae" not in there:
-        arms.folders.remove(sae)
+        runs.folders.remove(sae)
     with pytest.raises(UserError, match="no finished run of method=lora begins with an SAE"):
-        time_to_ce.compare(arms.folders)
+        time_to_ce.compare(runs.folders)
 
 
-def test_a_sweep_that_was_moved_finds_its_saes_beside_it(arms: Arms, tmp_path: Path) -> None:
-    arms.seed(0)
-    moved = arms.made.home.rename(tmp_path / "elsewhere")
-    (found,) = time_to_ce.compare([RunFolder(moved / one.path.name) for one in arms.folders])
+def test_a_sweep_that_was_moved_finds_its_saes_beside_it(runs: Runs, tmp_path: Path) -> None:
+    runs.seed(0)
+    moved = runs.made.home.rename(tmp_path / "elsewhere")
+    (found,) = time_to_ce.compare([RunFolder(moved / one.path.name) for one in runs.folders])
     assert found.lora["train_seconds"] == pytest.approx(65)
-    assert budget.method_of(RunFolder(moved / arms.folders[2].path.name)) == "lora after sae"
+    assert budget.method_of(RunFolder(moved / runs.folders[2].path.name)) == "lora after sae"
 
 
-def test_an_sae_that_was_deleted_is_said(arms: Arms, capsys: pytest.CaptureFixture[str]) -> None:
-    arms.seed(0)
-    shutil.rmtree(arms.folders[0].path)
-    for command in ("time_to_ce", "budget"):
-        assert main([command, str(arms.made.home)]) == 1
+def test_an_sae_that_was_deleted_is_said(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.seed(0)
+    shutil.rmtree(runs.folders[0].path)
+    for command in ("time-to-ce", "methods"):
+        assert main(["compare", command, str(runs.made.home)]) == 1
         assert "the run that it has begun with is gone" in capsys.readouterr().err
 
 
-def test_branches_begin_in_the_figure_where_the_sae_was_kept(arms: Arms) -> None:
-    arms.seed(0)
-    arms.seed(1)
-    arms.add("lora", LORA, init=str(arms.folders[0].path))
-    drawn = time_to_ce.figures(arms.folders)["time_to_ce"]
+def test_branches_begin_in_the_figure_where_the_sae_was_kept(runs: Runs) -> None:
+    runs.seed(0)
+    runs.seed(1)
+    runs.add("lora", LORA, init=str(runs.folders[0].path))
+    drawn = time_to_ce.figures(runs.folders)["time_to_ce"]
     seconds = [trace for trace in drawn.data if trace.xaxis in (None, "x")]
     assert [trace.name for trace in seconds] == ["reconstruction", "end to end", "LoRA", "LoRA"]
     assert [trace.name for trace in drawn.data if trace.showlegend] == [
@@ -603,13 +603,13 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
 
 
 def test_the_command_for_time_to_ce(
-    arms: Arms, pictures: list[tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, pictures: list[tuple[Any, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arms.seed(0)
-    to = tmp_path / "docs" / "arms"
-    assert main(["time_to_ce", str(arms.made.home)]) == 0
+    runs.seed(0)
+    to = tmp_path / "docs" / "runs"
+    assert main(["compare", "time-to-ce", str(runs.made.home)]) == 0
     assert not to.exists()
-    assert main(["time_to_ce", str(arms.made.home), "--to", str(to)]) == 0
+    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(to)]) == 0
     assert "3.1 (3.1–3.1)" in capsys.readouterr().out
     (found,) = json.loads((to / "time_to_ce.json").read_text())
     assert found["lora"]["train_seconds"] == pytest.approx(65)
@@ -622,7 +622,7 @@ def test_the_command_for_methods(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["budget", str(methods.home), "--to", str(tmp_path / "to")]) == 0
+    assert main(["compare", "methods", str(methods.home), "--to", str(tmp_path / "to")]) == 0
     assert "lora after sae_finetune" in capsys.readouterr().out
     names = [one["method"] for one in json.loads((tmp_path / "to/methods.json").read_text())]
     assert names == ["lora after sae_finetune", "lora", "sae_finetune"]
@@ -641,11 +641,11 @@ def test_the_command_for_several_saes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["saes", str(several.home), "--to", str(tmp_path / "to")]) == 0
+    assert main(["compare", "saes", str(several.home), "--to", str(tmp_path / "to")]) == 0
     assert resid_post(2) in capsys.readouterr().out
     assert len(json.loads((tmp_path / "to/multi_sae.json").read_text())) == 2
     assert [path for _, path in pictures] == [tmp_path / "to/multi_sae.svg"]
-    assert main(["saes", str(several.home / "r16")]) == 1
+    assert main(["compare", "saes", str(several.home / "r16")]) == 1
     assert "several SAEs" in capsys.readouterr().err
 
 
@@ -655,38 +655,38 @@ def test_the_command_for_groups(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["groups", str(groups.home), "--to", str(tmp_path / "to")]) == 0
+    assert main(["compare", "groups", str(groups.home), "--to", str(tmp_path / "to")]) == 0
     assert "2 (evenly)" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "to/groups.json").read_text())) == 4
     names = {path.name for _, path in pictures}
     assert names == {f"{name}.svg" for name in ("distances", "tree", "amad", "blocks")}
 
 
-@pytest.mark.parametrize("command", ["budget", "saes", "groups", "time_to_ce"])
+@pytest.mark.parametrize("command", ["methods", "saes", "groups", "time-to-ce"])
 def test_a_sweep_without_the_runs_is_one_message(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     MadeUp(tmp_path / "sweep").told("begun", [], {})
-    assert main([command, str(tmp_path / "sweep")]) == 1
+    assert main(["compare", command, str(tmp_path / "sweep")]) == 1
     assert capsys.readouterr().err.startswith("error: no")
 
 
 def test_without_a_browser_the_numbers_are_there(
-    arms: Arms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise ValueError("Image export needs the kaleido package\nand more words")
 
     monkeypatch.setattr("plotly.io.write_images", fail)
-    arms.seed(0)
-    assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path / "to")]) == 0
+    runs.seed(0)
+    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(tmp_path / "to")]) == 0
     assert "left out: no pictures (Image export needs the kaleido package)" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["time_to_ce.json"]
 
 
 @pytest.mark.slow
 @in_a_browser
-def test_pictures_for_papers(arms: Arms, tmp_path: Path) -> None:
-    arms.seed(0)
-    assert main(["time_to_ce", str(arms.made.home), "--to", str(tmp_path)]) == 0
+def test_pictures_for_papers(runs: Runs, tmp_path: Path) -> None:
+    runs.seed(0)
+    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(tmp_path)]) == 0
     assert (tmp_path / "time_to_ce.svg").read_bytes().startswith(b"<svg")

@@ -78,6 +78,11 @@ def test_the_command_shows_it_and_writes_it_down(
     run(tmp_path / "slow", 4, 0, (0.0, 0.1, 0.2))
     run(tmp_path / "quick", 4, 0, (0.0, 0.4))
     record = tmp_path / "docs" / "reach.json"
-    assert main(["reach", str(tmp_path / "slow"), str(tmp_path / "quick"), "--to", str(record)]) == 0
+    assert (
+        main(
+            ["compare", "recipes", str(tmp_path / "slow"), str(tmp_path / "quick"), "--to", str(record)]
+        )
+        == 0
+    )
     assert "4.0 (4.0–4.0)" in capsys.readouterr().out
     assert json.loads(record.read_text())[0]["tokens"] == [4.0]

@@ -8,7 +8,7 @@ import pytest
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import identity
 from sae_lora.config.schema import Config
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from tests.support.composing import composed
 
 KINDS = [kind.name for kind in Method]

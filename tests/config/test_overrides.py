@@ -23,8 +23,8 @@ from tests.support.composing import composed
 )
 def test_it_composes_the_same_config(overrides: str) -> None:
     config = composed(*shlex.split(overrides))
-    words = shlex.split(command(as_dict(config)) or "")
-    assert words[:2] == ["python", "launch.py"]
+    words = shlex.split(command(as_dict(config)))
+    assert words[:2] == ["sae-lora", "launch"]
     again, expected = as_dict(composed(*words[2:])), as_dict(config)
     for where in ("launcher", "evaluation", "tracking"):
         del again[where], expected[where]
@@ -32,8 +32,8 @@ def test_it_composes_the_same_config(overrides: str) -> None:
 
 
 def test_the_default_needs_no_word_more() -> None:
-    assert command(as_dict(composed())) == "python launch.py"
-    assert command(as_dict(composed("lora.rank=4"))) == "python launch.py lora.rank=4"
+    assert command(as_dict(composed())) == "sae-lora launch"
+    assert command(as_dict(composed("lora.rank=4"))) == "sae-lora launch lora.rank=4"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ NEEDS = {
 
 def test_the_groups_are_the_interface() -> None:
     wanted = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "evaluation"}
-    assert set(GROUPS) == wanted | {"tracking", "experiment", "arm"}
+    assert set(GROUPS) == wanted | {"tracking", "experiment", "variant"}
 
 
 @pytest.mark.parametrize(

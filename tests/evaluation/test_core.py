@@ -25,8 +25,8 @@ from sae_lora.evaluation.bootstrap import Bootstrap, interval
 from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.frames import Sweep
 from sae_lora.report.page import Report, page
+from sae_lora.report.sweep import Sweep
 from tests.support.points import points_in, run_here
 
 pytestmark = pytest.mark.slow  # many seconds in all

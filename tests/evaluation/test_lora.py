@@ -450,7 +450,7 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
     rows = [line.split("│")[1:-1] for line in said.out.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["0", "1"]  # a row for each seed
     assert "amplification" in said.out
-    assert "1 pairs of adapters compared" in said.out
+    assert "1 pair of adapters compared" in said.out
     assert "left out: no pictures" in said.err
     names = ["similarity_1.svg", "similarity_1_kinds.svg"]
     assert drawn == [sweep / "evaluation" / name for name in names]

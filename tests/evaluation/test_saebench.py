@@ -62,7 +62,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     _write_bios(home / "hub/datasets" / BIOS)
     with pytest.MonkeyPatch.context() as patch, serving(home / "hub") as hub:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        with pytest.raises(UserError, match="python -m sae_lora setup saebench"):
+        with pytest.raises(UserError, match="sae-lora setup saebench"):
             saebench.check(EVERY)
         assert main(["setup", "saebench"]) == 0
         patch.setenv("HF_ENDPOINT", hub.address)
@@ -250,7 +250,7 @@ def test_without_a_benchmark_there_is_no_suite() -> None:
 def test_an_environment_of_other_versions_is_to_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     there = layer._shared()
     monkeypatch.setattr(layer, "_shared", lambda: there | {"torch": "9"})
-    with pytest.raises(UserError, match="make it anew: python -m sae_lora setup saebench"):
+    with pytest.raises(UserError, match="make it anew: sae-lora setup saebench"):
         layer.python(None)
     with pytest.raises(UserError, match="no such file"):
         layer.python("/no/python")

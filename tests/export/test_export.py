@@ -227,7 +227,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def pushed(
     hub: Hub | None, *arguments: str, token: str | None = "hf_test"
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m sae_lora push …` with the hub in place of the real one."""
+    """`sae-lora push …` with the hub in place of the real one."""
     address = "http://127.0.0.1:9" if hub is None else hub.address
     changed = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": token or "", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "sae_lora", "push", *arguments]

@@ -1,6 +1,7 @@
 """SAEs in cached generation: a token at a time is what the whole sequence at once is."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention
 from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
 from sae_lora.export.adapted_model import Adapted
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
@@ -193,6 +195,20 @@ def check_generated(adapted: Adapted, tokens: Tensor) -> None:
 
 def test_generated_tokens_are_the_likeliest(family: str, made: Made) -> None:
     check_generated(made(family, keeps=True), sequences(length=14))
+
+
+def test_text_is_generated_in_each_of_the_four_cells(embedded: Adapted) -> None:
+    """With and without SAE and adapters: as many likeliest tokens of `logits`, one after another."""
+    prompt, n = "import os\n\ndef", 5
+    for sae, adapters in itertools.product((True, False), repeat=2):
+        tokens = embedded.tokenizer(prompt, return_tensors="pt").input_ids
+        for _ in range(n):
+            likeliest = embedded.logits(tokens, sae=sae, adapters=adapters)[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, likeliest], dim=1)
+        expected = embedded.tokenizer.decode(tokens[0], skip_special_tokens=True)
+        assert embedded.generate(prompt, n, sae=sae, adapters=adapters) == expected
+    with embedded.spliced(), pytest.raises(UserError, match="in place already"):
+        embedded.generate(prompt)
 
 
 def test_the_embedded_model_generates_with_its_sae(embedded: Adapted) -> None:

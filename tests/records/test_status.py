@@ -3,7 +3,7 @@
 import pytest
 
 from sae_lora.common.locks import held
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.records import slurm
 from sae_lora.records.status import State, read_statuses
 from tests.support.points import Point

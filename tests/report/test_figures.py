@@ -9,7 +9,7 @@ from scipy import stats
 from sae_lora.common.plots import COLOURS
 from sae_lora.report.figures import by_prominence, efficiency, gap_closed_against, gap_curves, heat_map
 from sae_lora.report.fits import Fit, fit
-from sae_lora.report.frames import Sweep, load_sweep
+from sae_lora.report.sweep import Sweep, load_sweep
 from tests.support.sweeps import MadeUp
 
 

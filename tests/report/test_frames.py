@@ -11,7 +11,8 @@ import sae_lora
 from sae_lora.common.errors import UserError
 from sae_lora.config.overrides import command
 from sae_lora.config.serialize import as_dict
-from sae_lora.report.frames import factors, load_sweep
+from sae_lora.report.frames import factors
+from sae_lora.report.sweep import load_sweep
 from tests.support.points import folders_in, points_in, run_here
 from tests.support.sweeps import MadeUp
 

@@ -13,8 +13,8 @@ from playwright.sync_api import Page, sync_playwright
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import as_dict
-from sae_lora.report.frames import load_sweep
 from sae_lora.report.page import Report, page, write
+from sae_lora.report.sweep import load_sweep
 from tests.support.browser import BROWSER, in_a_browser
 from tests.support.composing import composed
 from tests.support.sweeps import MadeUp

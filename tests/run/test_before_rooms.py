@@ -13,8 +13,8 @@ from submitit.core.utils import DelayedSubmission
 
 from sae_lora.cli import main
 from sae_lora.config.overrides import command
-from sae_lora.launch.job import Job
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.job import Job
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import State, read_statuses
 from sae_lora.run import execute

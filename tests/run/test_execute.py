@@ -12,8 +12,8 @@ from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.common.locks import held
 from sae_lora.config.schema import ModelConfig
 from sae_lora.config.serialize import load
-from sae_lora.launch.launcher import run_now
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.launch import run_now
+from sae_lora.launcher.plan import plan
 from sae_lora.models.loading import load_model
 from sae_lora.run import execute
 from tests.support.points import Point, folders_in, run_here

@@ -16,7 +16,7 @@ from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.data import corpus
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.models.dimensions import source
 from sae_lora.models.loading import load_tokenizer
 from sae_lora.records.folder import RunFolder

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, ConfigError
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.splice.head import Head
 from sae_lora.splice.kl import Comparison

@@ -24,7 +24,7 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.config.validate import check
 from sae_lora.data import corpus
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.models import language_model, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.hookpoints import resid_post

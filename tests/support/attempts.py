@@ -15,13 +15,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launch.launcher"])
+FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launcher.launch"])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.identity import train_steps
 from sae_lora.config.schema import Config
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.loading import load_model
 from sae_lora.saes import loading

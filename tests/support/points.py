@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sae_lora.config.schema import Config
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.run import execute
 from tests.support.composing import composed

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sae_lora.config.serialize import as_dict
-from sae_lora.launch.plan import plan
+from sae_lora.launcher.plan import plan
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint

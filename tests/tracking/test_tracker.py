@@ -397,7 +397,7 @@ class TestWhateverGoesWrong:
         tracker.show(3)
         tracker.finish(finish(folder), goes_on=False)
         (message,) = said(caplog)
-        assert message.startswith("W&B has not ended after 1 s; `python -m sae_lora sync ")
+        assert message.startswith("W&B has not ended after 1 s; `sae-lora sync ")
         server.become("up")
         upload([folder])
         assert server.rows(shown(folder).id) == in_file(folder)

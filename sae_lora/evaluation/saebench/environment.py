@@ -24,7 +24,7 @@ from sae_lora.common.files import check_writable, write_atomically
 
 VERSION = "0.6.0"
 """Version of SAEBench; others may have other names of settings and results."""
-COMMAND = "python -m sae_lora setup saebench"
+COMMAND = "sae-lora setup saebench"
 """The command that makes the environment."""
 _SHARED = ("torch", "transformers", "transformer-lens", "sae-lens", "peft", "safetensors")
 """Packages of this environment, so that models and SAEs are the same to the bit."""

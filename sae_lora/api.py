@@ -1,0 +1,36 @@
+"""Runs from Python: `sae_lora.launch([...])` does what `sae-lora launch` does in a terminal."""
+
+from collections.abc import Sequence
+
+from sae_lora.common.errors import ConfigError
+from sae_lora.common.lazy_imports import import_quickly
+from sae_lora.config import compose
+from sae_lora.report.sweep import Sweep
+
+
+def launch(overrides: Sequence[str] = ()) -> Sweep:
+    """Plan, pack and run, and return the runs.
+
+    Finished runs are not run again, and interrupted runs resume, as in a terminal. A run that fails does
+    not stop the others; its `state` is failed, and its `summary` raises an error with the cause.
+
+    Args:
+        overrides: Groups and keys, such as `["sae=tiny", "lora.rank=1,4"]`; commas make a sweep.
+
+    Returns:
+        The runs, in the order of the plan.
+
+    Raises:
+        UserError: For a point that cannot work, before anything runs.
+        KeyboardInterrupt: When asked to stop, after the runs have saved their state.
+    """
+    for override in overrides:
+        if override.startswith("-"):
+            raise ConfigError("overrides", override, "group=option or key=value", override.lstrip("-"))
+    import_quickly()
+    from sae_lora.launcher import launch as launcher
+    from sae_lora.launcher.plan import plan
+
+    points = compose.points(["--multirun", *overrides], launcher.run_now)
+    launcher.launch(points)
+    return Sweep([run.folder for run in plan(points).runs])

@@ -1,0 +1,268 @@
+"""The launcher: plans all points of a sweep, and dispatches the runs that are not done."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from sae_lora.common.console import complain, count, say, show
+from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
+from sae_lora.common.files import check_writable
+from sae_lora.common.locks import HeldError, held
+from sae_lora.config.enums import LauncherKind
+from sae_lora.config.schema import Config, LauncherConfig
+from sae_lora.evaluation.suite_records import pending
+from sae_lora.launcher.packs import packed
+from sae_lora.launcher.plan import Plan, Run, plan, unpinned
+from sae_lora.launcher.submit import run_here, submit, wait_for
+from sae_lora.records import slurm
+from sae_lora.records.status import RunStatus, State, counts, read_statuses
+from sae_lora.report.tables import comparison_table, run_table
+
+_LOOK_EVERY_S = 0.5
+_MOST_LINES = 5
+"""Runs that are named one by one; the others are counted."""
+
+
+def launch(points: Sequence[Config]) -> int:
+    """Plan the points, run or submit those that are not done, and print a table.
+
+    Returns:
+        The exit code: 0 where every run of the plan is finished or submitted.
+
+    Raises:
+        UserError: Where a point cannot work, before anything runs.
+    """
+    if not points:  # Hydra was asked for help, or to show a config
+        return 0
+    settings = _common_settings(points)
+    if settings.kind is LauncherKind.slurm:
+        try:
+            slurm.check_partition(settings.partition)
+        except slurm.UnreachableError as error:
+            if not settings.dry_run:  # a plan may be made on another machine
+                raise
+            say(f"note: the partition is not checked: {error}")
+    planned = plan(points)
+    for note in planned.notes:
+        say(f"note: {note}")
+    if planned.waiting:
+        points_to_come = count(len(planned.waiting), "point")
+        say(f"{points_to_come} will follow, which begin with the results of these runs")
+    if settings.dry_run:
+        _show_plan(planned, settings)
+        return 0
+    code = _carry_out(planned, settings)
+    while code == 0 and planned.waiting and (settings.kind is LauncherKind.local or settings.wait):
+        planned = plan(points)
+        code = _carry_out(planned, settings, again=True)
+    if code == 0 and planned.waiting:
+        waiting = count(len(planned.waiting), "point")
+        say(f"{waiting} still to submit: run the same command again when these runs are done")
+    return code
+
+
+def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
+    """Run or submit the plan, perhaps `again` in the same command, and return the exit code."""
+    sweeps = sorted({run.folder.path.parent for run in planned.runs})
+    for sweep in sweeps:
+        check_writable(sweep, "output_dir")
+    on_slurm = settings.kind is LauncherKind.slurm
+    with _alone_in(sweeps):
+        packs = packed(_to_do(planned, settings, again=again), settings)
+        if packs and on_slurm:
+            submit(packs, settings)
+    if packs and not on_slurm:
+        run_here(packs, settings)
+    if on_slurm:
+        if not settings.wait:
+            return 0
+        try:
+            wait_for([run.folder for run in planned.runs])
+        except KeyboardInterrupt:
+            say("the jobs go on without this command")
+            return 130
+    _conclude(planned)
+    return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+
+
+def _common_settings(points: Sequence[Config]) -> LauncherConfig:
+    """The launcher's settings; refuse points that differ in them."""
+    first = asdict(points[0].launcher)
+    for point in points[1:]:
+        for name, value in asdict(point.launcher).items():
+            if value != first[name]:
+                raise ConfigError(
+                    f"launcher.{name}", value, "the same for all points of a sweep", first[name]
+                )
+    return points[0].launcher
+
+
+def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
+    """Print every run of the plan: its SAEs, its state, its pack, its cost."""
+    from sae_lora.train.cost import estimate  # brings torch in
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("run", "state", "SAE"):
+        table.add_column(name, no_wrap=True)
+    for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
+        table.add_column(name, justify="right")
+    # Commits are left out, or runs that were begun would not share packs with new ones.
+    runs = _with_status([replace(run, config=unpinned(run.config)) for run in planned.runs])
+    to_run = _states_to_run(settings)
+    to_do = [run for run, status in runs if status.state in to_run]
+    packs = packed(to_do, settings)
+    numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
+    flops_alone = 0.0
+    for run, status in runs:
+        cost = estimate([run.config])
+        flops_alone += cost.flops if status.state in to_run else 0.0
+        table.add_row(
+            run.name,
+            status.state.value,
+            _named(run.config),
+            str(numbers.get(run.name, "–")),
+            f"{cost.adapter_weights:,}",
+            f"{cost.flops:.2e}",
+            f"{cost.peak_bytes / 1e9:.2f} GB",
+        )
+    show(table)
+    say(f"{count(len(runs), 'run')}: {counts(status.state for _, status in runs)}")
+    costs = [estimate([run.config for run in pack]) for pack in packs]
+    flops = sum(cost.flops for cost in costs)
+    memory = max((cost.peak_bytes for cost in costs), default=0.0)
+    say(
+        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {flops:.2e} training FLOPs "
+        f"({flops_alone:.2e} if each were alone; evaluations come on top), at most {memory / 1e9:.2f} GB"
+    )
+
+
+def _named(config: Config) -> str:
+    """The SAEs of a run; of many, the first and the last."""
+    names = [choice.id or choice.path or config.sae.family.name for choice in config.sae.used]
+    if len(names) > 3:
+        return f"{len(names)} SAEs, {names[0]} to {names[-1]}"
+    return ", ".join(names)
+
+
+def _states_to_run(settings: LauncherConfig) -> set[State]:
+    return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
+
+
+def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
+    """The runs to start now, with their data fetched and their configs frozen.
+
+    Prints why other runs are left out; with `again` not those that are done.
+    """
+    before = _with_status(planned.runs)
+    states = Counter(status.state for _, status in before)
+    if states[State.done] and not again:
+        say(f"{states[State.done]} of {len(planned.runs)} done before, not run again")
+    if states[State.failed]:
+        advice = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
+        complain(f"{states[State.failed]} failed before", advice)
+    elsewhere = [
+        f"{run.name} is {status.state.value}, {status.note}"
+        for run, status in before
+        if status.state in (State.running, State.queued)
+    ]
+    for line in elsewhere[:_MOST_LINES]:
+        complain("left alone", line)
+    if len(elsewhere) > _MOST_LINES:
+        complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
+
+    to_run = _states_to_run(settings)
+    runs = [run for run, status in before if status.state in to_run]
+    if not runs:
+        return []
+    from sae_lora.launcher.prefetch import prefetched  # brings torch in
+
+    configs = prefetched([run.config for run in runs])
+    fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
+    # Fetching may have taken an hour, in which another launch's runs have gone on.
+    ready = [run for run, status in _with_status(fetched) if status.state in to_run]
+    for run in ready:
+        run.freeze()
+    return ready
+
+
+def _with_status(runs: Sequence[Run]) -> list[tuple[Run, RunStatus]]:
+    """Runs, each with its status."""
+    return list(zip(runs, read_statuses([run.folder for run in runs]), strict=True))
+
+
+@contextmanager
+def _alone_in(sweeps: Sequence[Path]) -> Iterator[None]:
+    """Let one launch at a time choose runs, so that none is frozen or submitted twice."""
+    with ExitStack() as stack:
+        for sweep in sweeps:
+            has_told = False
+            while True:
+                try:
+                    stack.enter_context(held(sweep))
+                    break
+                except HeldError:
+                    if not has_told:
+                        say(f"another launch of {sweep.name} is at work; waiting for it")
+                    has_told = True
+                    time.sleep(_LOOK_EVERY_S)
+        yield
+
+
+def run_now(point: Config) -> float:
+    """Run one point in this process, for Hydra's own launchers and adaptive sweepers.
+
+    Returns:
+        The objective to minimise: the remaining CE gap, in nats per token.
+
+    Raises:
+        UserError: Where the point cannot work, or its run fails.
+        KeyboardInterrupt: When asked to stop, after a checkpoint is saved.
+    """
+    from sae_lora.run.evaluate import evaluate_pending
+    from sae_lora.run.execute import attempt
+
+    (run,) = plan([point]).runs
+    if not run.folder.is_finished:
+        with held(run.folder.path):
+            if not run.folder.is_finished:  # another process may have finished it meanwhile
+                run.freeze()
+        if attempt([run.folder]) == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if not run.folder.is_finished:
+            raise UserError(run.folder.failure_message or f"{run.name} was not finished")
+        evaluate_pending([run.folder])
+    return run.folder.read_summary()["ce_gap"]
+
+
+def _conclude(planned: Plan) -> None:
+    """Print the table of results, the folders, and the runs that are not finished."""
+    finished = [run for run in planned.runs if run.folder.is_finished]
+    if len(planned.runs) == 1 and finished:
+        summary = finished[0].folder.read_summary()
+        show(run_table(summary))
+        say(f"run folder  {finished[0].folder.path}")
+        say(f"W&B run     {summary['tracked_at'] or 'none'}")
+    elif finished:
+        show(comparison_table([run.folder for run in finished]))
+        say(f"run folders  {finished[0].folder.path.parent}")
+    now = _with_status(planned.runs)
+    for run, status in now:
+        if status.state is State.failed:
+            complain("failed", f"{status.note}\n        {run.folder.failure}")
+        elif status.state is not State.done:
+            note = f" ({status.note})" if status.note else ""
+            complain("not finished", f"{run.name} is {status.state.value}{note}")
+    for run in finished:  # most ask for no suites, and `pending` reads a config anew
+        if run.config.evaluation.suites and (missing := pending(run.folder)):
+            names = ", ".join(suite.name for suite in missing)
+            complain(
+                "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"
+            )
+    failed = sum(status.state is State.failed for _, status in now)
+    if failed:
+        complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")

@@ -1,0 +1,275 @@
+"""Packs and jobs: run here as places become free, submitted to SLURM as array jobs, cancelled."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
+
+from sae_lora.common.console import complain, count, say
+from sae_lora.common.errors import UserError
+from sae_lora.common.locks import holder
+from sae_lora.common.signals import handling
+from sae_lora.config.schema import LauncherConfig
+from sae_lora.launcher.job import Job, halves
+from sae_lora.launcher.live_view import Watch
+from sae_lora.launcher.packs import places
+from sae_lora.launcher.plan import Pack
+from sae_lora.records import slurm
+from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.status import State, read_statuses
+from sae_lora.tracking import tracker
+
+_NO_LIMIT_MIN = 10 * 365 * 24 * 60
+_TIMEOUTS = 1_000
+"""Times that a job may be started again after its time limit; a run that hangs ends by itself."""
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""Everything was fetched before, and many nodes have no internet."""
+_LOOK_EVERY_S = 0.5
+_ASK_SLURM_EVERY_S = 10.0
+
+
+# ---- this machine -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A pack that has a place."""
+
+    pack: Pack
+    job: submitit.Job[None]
+    place: dict[str, str]
+    milestones: set[Path]
+    """Milestones that the pack had reached before."""
+
+
+def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+    """Execute the packs on this machine, as many at a time as there are places, and show their progress.
+
+    Raises:
+        KeyboardInterrupt: When asked to stop, after the runs have saved their state.
+    """
+    runs = [run for pack in packs for run in pack]
+    folder = _new_folder(runs[0].folder.path.parent)
+    executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
+    timeout_min = settings.timeout_min or _NO_LIMIT_MIN
+    executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
+    variables = _OFFLINE | tracker.settled(runs[0].config.tracking)
+    free, waiting = deque(places(runs, settings)), deque(packs)
+    started: list[_Started] = []
+    # A kill, or a terminal that is closed, has the effect of Ctrl-C.
+    stops = handling((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
+    with _hearing_interrupts(), stops, Watch([run.folder for run in runs]) as watch:
+        try:
+            while waiting or started:
+                while waiting and free:
+                    place, pack = free.popleft(), waiting.popleft()
+                    with _errors_to(folder / "controllers.log"):
+                        job = executor.submit(_job(pack, variables | place, settings))
+                    started.append(_Started(pack, job, place, _milestones(pack)))
+                time.sleep(_LOOK_EVERY_S)
+                watch.update()
+                ended = [entry for entry in started if entry.job.done()]
+                started = [entry for entry in started if entry not in ended]
+                free.extend(entry.place for entry in ended)
+                waiting.extend(pack for entry in ended for pack in _remaining(entry))
+        except KeyboardInterrupt:
+            say("stopping: what runs saves where it stands")
+            _stop(started, settings.signal_delay_s, watch)
+            raise
+
+
+@contextmanager
+def _hearing_interrupts() -> Iterator[None]:
+    """Inside the block, processes that are started receive SIGINT, by which submitit stops them.
+
+    A script's background processes ignore SIGINT, and so do all that they start. To keep Ctrl-C in that
+    script from stopping this process after all, it gets a process group of its own.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _errors_to(file: Path) -> Iterator[None]:
+    """Send the errors of processes that are started inside the block to a file: submitit's at Ctrl-C."""
+    before = os.dup(2)
+    with file.open("ab") as opened:
+        os.dup2(opened.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def _remaining(ended: _Started) -> list[Pack]:
+    """Packs of the runs to start again, since submitit starts a job only so often.
+
+    Runs that made progress stay together, others go on in halves; a single run without progress is left
+    for another launch.
+    """
+    now = read_statuses([run.folder for run in ended.pack])
+    to_do = [run for run, status in zip(ended.pack, now, strict=True) if status.is_to_do]
+    if to_do and not _milestones(ended.pack) <= ended.milestones:
+        return [to_do]
+    return halves(to_do) if len(to_do) > 1 else []
+
+
+def _milestones(pack: Pack) -> set[Path]:
+    """Checkpoints, summaries and failures of the runs."""
+    ends = {path for run in pack for path in (run.folder.summary, run.folder.failure) if path.exists()}
+    return ends | {path for run in pack for path in run.folder.checkpoints.glob("step-*")}
+
+
+def _stop(started: Sequence[_Started], most_s: float, watch: Watch) -> None:
+    """Stop the jobs, and wait so many seconds for their runs."""
+    for entry in started:
+        entry.job.cancel()
+    deadline = time.monotonic() + most_s
+    runs = [run for entry in started for run in entry.pack]
+    while any(holder(run.folder.path) for run in runs):
+        if time.monotonic() > deadline:
+            for run in runs:
+                if (process := holder(run.folder.path)) is not None:
+                    complain("does not stop", f"{run.name}, process {process.pid} on {process.host}")
+            return
+        time.sleep(_LOOK_EVERY_S)
+        watch.update()
+
+
+# ---- SLURM --------------------------------------------------------------------------------------
+
+
+def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+    """Submit the packs to SLURM as array jobs, and write the job of each run into its folder.
+
+    Raises:
+        UserError: Where SLURM refuses.
+    """
+    runs = [run for pack in packs for run in pack]
+    sweep = runs[0].folder.path.parent
+    executor = submitit.AutoExecutor(_new_folder(sweep), "slurm", slurm_max_num_timeout=_TIMEOUTS)
+    cores = settings.cpus_per_task
+    executor.update_parameters(
+        name=slurm.JOB_NAME + runs[0].config.sweep,
+        timeout_min=settings.timeout_min,
+        nodes=settings.nodes,
+        gpus_per_node=settings.gpus_per_node or None,
+        cpus_per_task=cores,
+        mem_gb=settings.mem_gb,
+        slurm_partition=settings.partition,
+        slurm_account=settings.account,
+        slurm_qos=settings.qos,
+        slurm_constraint=settings.constraint,
+        slurm_setup=settings.setup or None,
+        slurm_signal_delay_s=settings.signal_delay_s,
+        slurm_array_parallelism=settings.array_parallelism,
+        slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
+        slurm_srun_args=[
+            # One process, on the first node; it starts the others (`sae_lora.train.distributed`).
+            *(["--nodes=1", "--ntasks=1"] if settings.nodes > 1 else []),
+            # Since SLURM 22.05 srun does not inherit it from sbatch.
+            *([f"--cpus-per-task={cores}"] if cores else []),
+        ],
+    )
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // settings.node_processes))} if cores else {}
+    variables = _OFFLINE | threads
+    for start in range(0, len(packs), settings.max_array_size):
+        part = packs[start : start + settings.max_array_size]
+        try:
+            with _as_outside_a_job(), executor.batch():
+                jobs = [executor.submit(_job(pack, variables, settings)) for pack in part]
+        except FailedJobError as error:
+            lines = [line for line in str(error).splitlines() if "error" in line or "unrec" in line]
+            reason = "\n  ".join(lines or [str(error)])
+            raise UserError(
+                f"launcher=slurm: sbatch refused {len(part)} jobs ({start} are in):\n  {reason}"
+            ) from error
+        for pack, job in zip(part, jobs, strict=True):
+            for run in pack:
+                run.folder.write_job(job.job_id)
+    in_jobs = f" in {count(len(packs), 'job')}" if len(packs) < len(runs) else ""
+    say(f"{count(len(runs), 'run')} submitted to SLURM{in_jobs}; `sae-lora status {sweep}` shows them")
+
+
+def wait_for(folders: Sequence[RunFolder]) -> None:
+    """Show the runs until SLURM has none of their jobs."""
+    jobs = {job for folder in folders if (job := folder.job) is not None}
+    with Watch(folders) as watch:
+        while True:
+            with contextlib.suppress(slurm.UnreachableError):  # it may answer next time
+                if not slurm.queue().keys() & jobs:
+                    return
+            watch.update()
+            time.sleep(_ASK_SLURM_EVERY_S)
+
+
+def cancel(folders: Sequence[RunFolder]) -> None:
+    """Cancel the jobs of unfinished runs. Their checkpoints stay, and the runs can resume.
+
+    Raises:
+        UserError: Where SLURM does not answer, or refuses.
+    """
+    queue = slurm.queue() if any(folder.job for folder in folders) else {}
+    under_way = [folder for folder in folders if not folder.is_finished]
+    jobs = {job for folder in under_way if (job := folder.job) in queue}
+    if jobs:
+        slurm.cancel(sorted(jobs))
+    say(f"{count(len(jobs), 'job')} cancelled")
+    named = {folder.path for folder in folders}
+    for other in runs_of(folders[0].path.parent):
+        if other.path not in named and not other.is_finished and other.job in jobs:
+            say(f"{other.path.name} trains there too, and stops")
+    for folder, status in zip(folders, read_statuses(folders), strict=True):
+        if status.state is State.running and folder.job not in jobs:
+            complain("left alone", f"{folder.path.name} is running {status.note}; Ctrl-C there stops it")
+
+
+@contextmanager
+def _as_outside_a_job() -> Iterator[None]:
+    """Keep a job that is submitted from within another from inheriting its variables."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    configuration = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if configuration is not None:
+            os.environ["SLURM_CONF"] = configuration
+        yield
+
+
+# ---- both ---------------------------------------------------------------------------------------
+
+
+def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job:
+    return Job(
+        [run.folder.path.absolute() for run in pack],
+        variables,
+        time_s=60 * (settings.timeout_min or _NO_LIMIT_MIN) - settings.signal_delay_s,
+        answer_s=0.8 * settings.signal_delay_s,
+        options=[f"--nodes={settings.nodes}", f"--processes-per-node={settings.node_processes}"],
+    )
+
+
+def _new_folder(sweep: Path) -> Path:
+    """A folder of this launch for submitit's own files, which it names by process number."""
+    launch = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    return sweep.absolute() / ".submitit" / launch

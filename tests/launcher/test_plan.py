@@ -1,0 +1,95 @@
+"""The plan: what points mean, which are the same, which cannot work, how far each is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
+from sae_lora.config.serialize import load
+from sae_lora.launcher.plan import plan
+from tests.support.points import Point, folders_in
+
+
+def test_requests_for_the_same_sae_are_the_same_run(point: Point) -> None:
+    planned = plan([point("sae.l0=4"), point("sae.l0=5"), point("sae.width=1k")])
+    assert len(planned.runs) == 1
+    assert any("sae.l0 5 does not exist; the nearest is 4" in note for note in planned.notes)
+
+
+def test_the_same_request_in_other_words_is_the_same_run(point: Point) -> None:
+    forms = (
+        ("lora.blocks=[5]", "lora.blocks=5"),
+        ("lora.blocks=[4,5]", "lora.blocks=[5,4]"),
+        ("lora.alpha=2r", "lora.alpha=4"),
+        ("lora.alpha=r", "lora.alpha=2.0"),
+    )
+    for one, other in forms:
+        assert len(plan([point(one), point(other)]).runs) == 1
+
+
+def test_cells_that_do_not_exist_are_dropped_from_a_sweep(point: Point) -> None:
+    """SAEs of 4,096 latents were made for block 3 alone."""
+    sweep = [point("sae.width=4k", f"layer.index={block}") for block in (2, 3, 4)]
+    planned = plan(sweep)
+    assert [run.config.sae.used[0].block for run in planned.runs] == [3]
+    assert [note.split(",")[0] for note in planned.notes if "dropped" in note] == [
+        "dropped: layer.index=2 sae.width=4k sae.l0=4",
+        "dropped: layer.index=4 sae.width=4k sae.l0=4",
+    ]
+    with pytest.raises(NoSuchCellError):
+        plan(sweep[:1])
+    with pytest.raises(UserError, match="no point of this sweep has an SAE"):
+        plan([sweep[0], sweep[2]])
+
+
+def test_a_strict_plan_takes_nothing_else_than_what_is_asked_for(point: Point) -> None:
+    exact = point("sae.l0=8", "launcher.strict=true")
+    assert len(plan([exact]).runs) == 1
+    for override in ("sae.l0=9", "sae.width=3k", "layer.index=2 sae.width=4k"):
+        with pytest.raises(NoSuchCellError):
+            plan([exact, point("launcher.strict=true", *override.split())])
+
+
+def test_planning_writes_nothing(point: Point, tmp_path: Path) -> None:
+    plan([point()])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_retry_takes_what_the_new_command_says(point: Point) -> None:
+    (first,) = plan([point("train.kl_chunk_tokens=1024")]).runs
+    first.freeze()
+    (again,) = plan([point("train.kl_chunk_tokens=64")]).runs
+    again.freeze()
+    assert first.folder.path == again.folder.path
+    assert load(again.folder.config.read_text()).train.kl_chunk_tokens == 64
+
+
+def test_a_run_that_was_begun_reads_what_it_read_before(point: Point) -> None:
+    (first,) = plan([point()]).runs
+    config = replace(first.config, data=replace(first.config.data, version="as it was"))
+    replace(first, config=config).freeze()
+    (new,) = plan([point()]).runs
+    assert new.config.data.version is None  # nothing was begun: it reads the text as it is now
+    first.folder.checkpoints.mkdir()
+    (begun,) = plan([point()]).runs
+    assert begun.config.data.version == "as it was"
+    assert begun.folder.path == first.folder.path
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "nearest"),
+    [
+        ("lora.blocks=[1,99]", "lora.blocks", [1]),
+        ("layer.index=7", "layer.index", 6),
+        ("sae=gemma_scope", "sae.family", None),
+        ("data.context_length=512 train.batch_size=1", "data.context_length", 256),
+    ],
+)
+def test_what_the_plan_refuses(
+    point: Point, override: str, field: str, nearest: object, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan([point(*override.split())])
+    assert (error.value.field, error.value.nearest) == (field, nearest)
+    assert not folders_in(tmp_path)

@@ -1,0 +1,218 @@
+"""The launcher on a real SLURM: array jobs, packs, failures, cancellation."""
+
+import getpass
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from sae_lora.cli import main
+from sae_lora.common.locks import holder
+from sae_lora.config.serialize import load
+from sae_lora.records.status import State, read_statuses
+from tests.support.attempts import results
+from tests.support.cluster import Cluster
+from tests.support.commands import REPOSITORY
+from tests.support.hub import COMMIT, serving
+from tests.support.points import SMALL, folders_in, points_in, run_here
+from tests.support.repositories import write_all
+from tests.support.submission import (
+    LONG,
+    NEEDS_SLURM,
+    ON_CLUSTER,
+    go_on,
+    halt,
+    jobs,
+    occupy,
+    submitted,
+    the_run,
+    until,
+)
+
+pytestmark = NEEDS_SLURM
+
+
+def ended(cluster: Cluster, job: str) -> str:
+    """How SLURM's accounting says that the job ended."""
+    until(
+        lambda: job not in cluster.command("squeue", "--noheader", "--array", "--format=%i").split(), job
+    )
+    state = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job]
+    until(lambda: cluster.command(*state) not in ("", "RUNNING", "PENDING"), f"{job} is in the accounts")
+    return cluster.command(*state)
+
+
+def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
+    points = ["-m", "lora.rank=1,2", "layer.index=1,2", "launcher.max_array_size=1"]
+    there, here = tmp_path / "there", tmp_path / "here"
+    started = submitted(there, *points, "launcher.pack=2")
+    assert started.returncode == 0, started.stderr
+    assert "4 runs submitted to SLURM in 2 jobs" in started.stdout
+    ids = [one.job for one in folders_in(there) if one.job]
+    assert len(ids) == 4
+    assert len(set(ids)) == 2  # packs of 2
+    assert len({job.split("_")[0] for job in ids}) == 2  # in arrays of one
+    point = points_in(here)
+    run_here(
+        *(point(f"lora.rank={rank}", f"layer.index={block}") for rank in (1, 2) for block in (1, 2))
+    )
+    until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
+    assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
+    for one, other in zip(folders_in(there), folders_in(here), strict=True):
+        assert results(one) == results(other)
+        assert {path.name for path in one.path.iterdir()} == {
+            path.name for path in other.path.iterdir()
+        } | {"job.json", "log.txt"}
+    assert main(["status", str(there / "main")]) == 0
+    again = submitted(there, *points)
+    assert "4 of 4 done before" in again.stdout
+    assert not jobs(cluster)
+
+
+def test_what_begins_with_another_is_submitted_once_that_is_done(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    arms = "variant=time_to_ce/sae,time_to_ce/lora", "init_at=0.5,1", "train.seed=0"
+    sweep = "experiment=time_to_ce", "sweep=main", *arms, "sae.width=64", "train.train_tokens=5120"
+    started = submitted(tmp_path, *sweep)
+    assert started.returncode == 0, started.stderr
+    assert "2 points still to submit" in started.stdout
+    sae = the_run(tmp_path)
+    until(lambda: sae.is_finished, "the SAE")
+    again = submitted(tmp_path, *sweep, "launcher.wait=true")
+    assert again.returncode == 0, again.stderr
+    assert "2 runs submitted to SLURM" in again.stdout
+    around = [folder for folder in folders_in(tmp_path) if folder.path != sae.path]
+    assert len(around) == 2
+    at_its_end = [f for f in around if load(f.config.read_text()).init_at == 1]
+    assert [folder.read_summary()["spliced_ce"] for folder in at_its_end] == [
+        pytest.approx(sae.read_summary()["student_ce"], abs=1e-6)
+    ]
+
+
+def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
+    apart = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", *apart).returncode == 0
+    folders = folders_in(tmp_path)
+    until(lambda: all(one.is_finished for one in folders), "the sweep")
+    gpus = {one.read_summary()["environment"]["visible_gpus"] for one in folders}
+    assert gpus == {"0", "1"}
+
+
+def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
+    files = tmp_path / "conf/train"
+    files.mkdir(parents=True)
+    mine = files / "mine.yaml"
+    mine.write_text("defaults: [default]\nlr: 1e-3\n")
+    occupy(cluster, 60)
+    mine_too = f"--config-dir={tmp_path}/conf", "train=mine"
+    assert submitted(tmp_path, *mine_too).returncode == 0
+    folder = the_run(tmp_path)
+    assert read_statuses([folder])[0].state is State.queued
+    mine.write_text("defaults: [default]\nlr: 1\n")
+    before = folder.config.read_text()
+    again = submitted(
+        tmp_path, *mine_too
+    )  # another run, since its rate differs; the first stays as it is
+    assert again.returncode == 0
+    assert folder.config.read_text() == before
+    mine.unlink()
+    cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
+    until(lambda: folder.is_finished, "the run")
+    assert "lr: 0.001" in folder.config.read_text()
+
+
+def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> None:
+    """Model, SAE and text come from a hub that is gone before the jobs begin."""
+    write_all(tmp_path / "hub")
+    occupy(cluster, 100)
+    gemma = (
+        "model=gemma2_2b",
+        "sae=gemma_scope",
+        "sae.width=16k",
+        "sae.l0=82",
+        "layer.index=12",
+        "data=pile",
+    )
+    tokens = "data.context_length=32", "data.validation_tokens=128", "train.train_tokens=128"
+    with serving(tmp_path / "hub") as hub:
+        places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
+        started = submitted(tmp_path, "-m", *gemma, *tokens, "lora.rank=1,2", **places)
+        assert started.returncode == 0, started.stderr
+        weights = [one for one in hub.requests if one.startswith("GET") and "model.safetensors" in one]
+    assert len(weights) == 1
+    cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
+    folders = folders_in(tmp_path)
+    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the sweep")
+    assert [one.failure_message for one in folders] == [None, None]
+    assert {one.read_summary()["model"]["commit"] for one in folders} == {COMMIT}
+    assert all(load(one.config.read_text()).model.commit == COMMIT for one in folders)
+
+
+def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
+    rates = "train.lr=1e-3,2e-3,1e30", "train.seed=0,1"
+    waited = submitted(tmp_path, "-m", *rates, "launcher.pack=3", "launcher.wait=true")
+    folders = folders_in(tmp_path)
+    assert all(one.is_finished or one.has_failed for one in folders)
+    assert waited.returncode == 1
+    assert "gap closed" in waited.stdout
+    assert "2 failed" in waited.stderr
+    of_job: dict[str, list[float]] = defaultdict(list)
+    for folder in folders:
+        assert folder.job is not None
+        rate = load(folder.config.read_text()).train.lr
+        assert folder.has_failed is (rate > 1)
+        of_job[folder.job].append(rate)
+    assert sorted(sorted(rates) for rates in of_job.values()) == [[1e-3, 1e-3, 2e-3], [2e-3, 1e30, 1e30]]
+    for job, trained in of_job.items():
+        assert ended(cluster, job) == ("FAILED" if max(trained) > 1 else "COMPLETED")
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "main")]) == 1
+    assert "2 failed, 4 done" in capsys.readouterr().out
+    (failed, _) = [folder for folder in folders if folder.has_failed]
+    assert main(["logs", str(failed.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "trains together with" in printed
+    assert "failed: " in printed
+    assert "Traceback" in printed
+
+
+def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> None:
+    """A run whose job is cancelled, and with it another that trains there."""
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", *LONG).returncode == 0
+    folders = folders_in(tmp_path)
+    pid = halt(*folders, step=15)
+    assert main(["cancel", str(folders[0].path)]) == 0
+    go_on(pid)
+    printed = capsys.readouterr().out
+    assert "1 job cancelled" in printed
+    assert f"{folders[1].path.name} trains there too, and stops" in printed
+    assert folders[0].job is not None
+    assert ended(cluster, folders[0].job).startswith("CANCELLED")
+    until(lambda: not any(holder(one.path) for one in folders), "the runs are free")
+    for status in read_statuses(folders):
+        assert status.state is State.resumable
+        assert "CANCELLED" in str(status.note)
+
+
+def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: Path) -> None:
+    here = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+    command = [sys.executable, "launch.py", "-m", *SMALL, *ON_CLUSTER, *here, "lora.rank=1,2,4"]
+    command.append("launcher.pack=off")
+    both = [
+        subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        for _ in range(2)
+    ]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert len(jobs(cluster)) == 3
+    until(lambda: all(one.is_finished for one in folders_in(tmp_path)), "the sweep")
+
+
+def test_a_partition_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    refused = submitted(tmp_path, "launcher.partition=hihg")
+    assert refused.returncode == 1
+    assert "nearest valid: launcher.partition=high" in refused.stderr
+    assert not folders_in(tmp_path)
