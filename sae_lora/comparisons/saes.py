@@ -119,8 +119,8 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     figure = go.Figure()
     for name, colour, values in (
         ("sum of each SAE alone", "#bbbbbb", [sum(sae.alone for sae in run.saes) for run in by_number]),
-        ("all at once", COLOURS[1], [run.initial_gap for run in by_number]),
-        ("after training", COLOURS[0], [run.ce_gap for run in by_number]),
+        ("all SAEs, before training", COLOURS[1], [run.initial_gap for run in by_number]),
+        ("all SAEs, after training", COLOURS[0], [run.ce_gap for run in by_number]),
     ):
         figure.add_bar(x=blocks, y=values, name=name, marker={"color": colour})
     figure.update_layout(

@@ -63,7 +63,7 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
 
 def evaluate(
     folder: RunFolder,
-    wanted: Sequence[Suite],
+    requested: Sequence[Suite],
     config: EvaluationConfig,
     *,
     again: bool = False,
@@ -80,7 +80,7 @@ def evaluate(
     """
     suites = [
         suite
-        for suite in suite_records.applicable(wanted, folder.read_config(), vars(config))
+        for suite in suite_records.applicable(requested, folder.read_config(), vars(config))
         if again or not _is_done(folder, suite, config)
     ]
     if not suites:

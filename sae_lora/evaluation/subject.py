@@ -105,13 +105,13 @@ class Subject:
             yield self.model_of(cell).model
 
     def batches(self, sequences: int | None = None) -> Iterator[Tensor]:
-        """The first sequences of the held-out text, or all, `[batch, pos]`, on the device."""
+        """Batches of the held-out text, `[batch, pos]` on the device: its first sequences, or all."""
         tokens = self.tokens[:sequences]
         for rows in self.slices(tokens):
             yield tokens[rows].to(self.device)
 
     def slices(self, tokens: Tensor) -> Iterator[slice]:
-        """Rows of tokens `[text, pos]` that go through the model at once."""
+        """Slices of tokens `[text, pos]` that fit into one forward pass."""
         at_once = max(1, self.config.train.eval_batch_tokens // tokens.shape[1])
         for start in range(0, len(tokens), at_once):
             yield slice(start, start + at_once)

@@ -27,7 +27,7 @@ def by_prominence(factors: Sequence[str]) -> list[str]:
     return first + [name for name in factors if name not in first]
 
 
-class _Look:
+class _GroupStyle:
     """Style of groups of runs: their first factor sets the colour, the second the dash and the symbol.
 
     The legend has an entry for each combination if there are few, or else for each value of the two
@@ -97,14 +97,14 @@ def gap_curves(
         by: Factors that the legend names; by default the factors in which the runs differ.
     """
     by = by_prominence(factors(frame)) if by is None else by
-    look = _Look(frame, by)
+    styles = _GroupStyle(frame, by)
     points = dict(iter(curves.groupby(["sweep", "run"], sort=False)))
     traces = []  # added all at once: adding a trace takes longer the more traces there are
     for (_, run), group in zip(frame.iterrows(), group_of(frame, by), strict=True):
         curve = points.get((run["sweep"], run["run"]))
         if curve is None:
             continue
-        style = look.of(group)
+        style = styles.of(group)
         unfinished = "" if run["state"] == "done" else f" ({run['state']})"
         hover = f"{run['run']}{unfinished}<br>%{{x:,.6~g}}: gap %{{y:.4f}}<extra></extra>"
         traces.append(
@@ -121,7 +121,7 @@ def gap_curves(
         xaxis={"title": METRICS[over].title, "rangemode": "tozero"},
         yaxis={"title": METRICS["ce_gap"].title, "rangemode": "tozero"},
     )
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 
@@ -138,7 +138,7 @@ def gap_closed_against(
         others: The other factors in which the runs differ, without the seed.
         fitted: Fit whose lines are drawn, thin and grey.
     """
-    look = _Look(frame, others)
+    styles = _GroupStyle(frame, others)
     figure = go.Figure()
     groups = group_of(frame, others)
     numeric = [value for value in frame[factor] if isinstance(value, int | float)]
@@ -153,7 +153,7 @@ def gap_closed_against(
             mode="lines+markers" if has_order else "markers",
             customdata=means["runs"],
             hovertemplate=f"{title(factor)} %{{x}}: %{{y:.1%}}<br>%{{customdata}} runs<extra></extra>",
-            **look.of(group),
+            **styles.of(group),
         )
         if fitted is not None and group in fitted.intercepts:
             figure.add_scatter(
@@ -174,7 +174,7 @@ def gap_closed_against(
     if has_order and len(distinct) <= _MOST_IN_LEGEND:
         axis |= ticks(distinct, _MOST_IN_LEGEND)
     figure.update_layout(xaxis=axis, yaxis=_CLOSED_AXIS)
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 
@@ -221,13 +221,13 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         by: The factors in which the runs differ, without the seed. Only the first two are shown.
     """
     by = by[:2]
-    look = _Look(frame, by)
+    styles = _GroupStyle(frame, by)
     costs = ("trainable_parameters", "train_flops", "train_seconds")
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
     groups = group_of(frame, by)
     traces = []
     for group in dict.fromkeys(groups):
-        part, style = frame[groups == group], look.of(group)
+        part, style = frame[groups == group], styles.of(group)
         for number, cost in enumerate(costs):
             traces.append(
                 go.Scatter(
@@ -247,7 +247,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         kind: dict[str, Any] = {"type": "log", "nticks": 4} if is_wide else {"rangemode": "tozero"}
         figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis=_CLOSED_AXIS)
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 

@@ -94,7 +94,7 @@ class Report:
     def best(self) -> dict[str, Any] | None:
         """The run that closes the largest share of the gap."""
         closed = self.done["gap_closed"].astype(float)
-        return None if closed.isna().all() else _plain(self.done.loc[closed.idxmax()].to_dict())
+        return None if closed.isna().all() else _json_row(self.done.loc[closed.idxmax()].to_dict())
 
     @property
     def missing(self) -> list[str]:
@@ -185,7 +185,7 @@ class Report:
             "best": self.best,
             "fits": [asdict(fitted) | {"intercepts": _intercepts(fitted)} for fitted in self.fits],
             "missing": self.missing,
-            "runs": [_plain(row) for row in self.frame.to_dict("records")],
+            "runs": [_json_row(row) for row in self.frame.to_dict("records")],
         }
 
 
@@ -248,7 +248,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         for view in curves
     ]
     runs = [
-        _plain(row)
+        _json_row(row)
         | {
             "href": os.path.relpath(row["folder"], to),
             "config": RunFolder(Path(row["folder"])).config.read_text(),
@@ -316,7 +316,7 @@ def _intercepts(fitted: Fit) -> list[dict[str, Any]]:
     return [{"group": list(group), "at_1": value} for group, value in fitted.intercepts.items()]
 
 
-def _plain(row: dict[Any, Any]) -> dict[str, Any]:
+def _json_row(row: dict[Any, Any]) -> dict[str, Any]:
     """A row of a frame for JSON, with `None` instead of NaN."""
     return {
         name: None if isinstance(value, float) and value != value else value

@@ -29,7 +29,7 @@ class Grid(TypedDict):
     """Subspace similarities φ of i directions of the first run and j of the second, `[i, j]`."""
 
     similarity: list[list[float]]
-    """From 0, orthogonal, to 1, the smaller subspace lies in the larger. Mean over matrices."""
+    """Mean over matrices, from 0 (orthogonal) to 1 (the smaller subspace lies in the larger)."""
     expected: list[list[float]]
     """Expected similarities of random subspaces of these sizes."""
 

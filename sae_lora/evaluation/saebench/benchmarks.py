@@ -51,10 +51,12 @@ def check(name: str, options: Options) -> None:
         settings = set(inspect.signature(core.multiple_evals).parameters)
         if unknown := sorted(set(options) - settings):
             raise ValueError(f"core has no setting {unknown[0]}; it has {', '.join(sorted(settings))}")
-        wanted = {options["dataset"]} if "dataset" in options else set()
+        data_sets = {options["dataset"]} if "dataset" in options else set()
     else:
-        wanted = set(getattr(_config(name, options), "dataset_names", ()))
-    for dataset in sorted({name.split("_class_set")[0].removesuffix("_sentiment") for name in wanted}):
+        data_sets = set(getattr(_config(name, options), "dataset_names", ()))
+    for dataset in sorted(
+        {name.split("_class_set")[0].removesuffix("_sentiment") for name in data_sets}
+    ):
         try:
             datasets.load_dataset_builder(dataset, trust_remote_code=False)
         except ValueError as error:

@@ -111,14 +111,14 @@ def _lacking(python: Path, request: str) -> dict[str, str]:
 
 def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
     """Make the folder; empty it unless it contains an unfinished attempt with the same settings."""
-    wanted = {name: getattr(config, name) for name in DEPENDS_ON}
+    current = {name: getattr(config, name) for name in DEPENDS_ON}
     settings = folder / "settings.json"
     record = suite_records.read(subject.folder, Suite.saebench)
     complete = record is not None and not record.results["missing"]
-    if complete or not settings.exists() or json.loads(settings.read_text()) != wanted:
+    if complete or not settings.exists() or json.loads(settings.read_text()) != current:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings, as_json(wanted))
+    write_atomically(settings, as_json(current))
 
 
 def _run(python: Path, request: dict[str, Any], folder: Path) -> None:

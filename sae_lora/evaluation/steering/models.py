@@ -25,7 +25,7 @@ from sae_lora.train.evaluator import NO_LABEL, next_tokens
 _LOGITS_AT_ONCE = 2**22
 
 
-class _Raised:
+class _SteeredSAE:
     """An SAE that adds amounts `[batch]` to the activations of latents `[batch]`, one per text."""
 
     def __init__(self, sae: Coder, latents: Tensor, amounts: Tensor) -> None:
@@ -50,7 +50,7 @@ class SteeredModels:
         self._subject = subject
         self._splice = splice
         self._latents = torch.tensor(halves.latents, device=subject.device)
-        self.activations, self.pushes = _typical(subject, splice, halves)
+        self.activations, self.pushes = _typical_activations(subject, splice, halves)
         """Typical activation of each latent, `[latent]`, and its contribution to the residual stream,
         `[latent, d_model]`."""
 
@@ -104,11 +104,11 @@ class SteeredModels:
         if sae is None:
             added = (strengths[:, None] * self.pushes[which])[:, None]
             return Replacement(lambda resid: resid + added)
-        return _Raised(sae, self._latents[which], strengths * self.activations[which])
+        return _SteeredSAE(sae, self._latents[which], strengths * self.activations[which])
 
 
 @torch.no_grad()
-def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
+def _typical_activations(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
     """Mean activation of each latent, `[latent]`, and mean contribution to the reconstruction,
     `[latent, d_model]`, over the tokens of its positive validation texts on which it is active.
 

@@ -79,8 +79,8 @@ def texts_of(subject: Subject, splice: Splice, config: EvaluationConfig) -> Halv
     with torch.no_grad():
         zeros = torch.zeros(1, subject.model.config.hidden_size, device=subject.device)
         d_sae = splice.sae.encode(zeros).shape[-1]
-    wanted = config.steering_latents if isinstance(config.steering_latents, list) else None
-    for latent in wanted or []:
+    requested = config.steering_latents if isinstance(config.steering_latents, list) else None
+    for latent in requested or []:
         if latent >= d_sae:
             raise ConfigError(
                 "evaluation.steering_latents",
@@ -89,8 +89,8 @@ def texts_of(subject: Subject, splice: Splice, config: EvaluationConfig) -> Halv
                 nearest=d_sae - 1,
             )
     if config.steering_texts is not None:
-        return _from_file(Path(config.steering_texts).expanduser(), subject, wanted, d_sae)
-    return _held_out(subject, splice, wanted, config)
+        return _from_file(Path(config.steering_texts).expanduser(), subject, requested, d_sae)
+    return _held_out(subject, splice, requested, config)
 
 
 def residuals(
@@ -113,7 +113,7 @@ def residuals(
 
 
 def _held_out(
-    subject: Subject, splice: Splice, wanted: Sequence[int] | None, config: EvaluationConfig
+    subject: Subject, splice: Splice, requested: Sequence[int] | None, config: EvaluationConfig
 ) -> Halves:
     """Beginnings of held-out sequences, labelled by activation.
 
@@ -127,7 +127,11 @@ def _held_out(
     silent = peaks <= 0
     halves = [torch.arange(len(tokens)) % 2 == half for half in range(len(_HALVES))]
     counts = torch.stack([label[half].sum(0) for half in halves for label in (strong, silent)])
-    latents = _sharpest(peaks, strong, counts, config.steering_latents) if wanted is None else wanted
+    latents = (
+        _most_selective(peaks, strong, counts, config.steering_latents)
+        if requested is None
+        else requested
+    )
     texts = []
     for half in halves:
         examples: list[_Example] = []
@@ -156,7 +160,7 @@ def _peaks(subject: Subject, splice: Splice, tokens: Tensor) -> Tensor:
     return torch.cat(peaks)
 
 
-def _sharpest(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
+def _most_selective(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
     """Latents with the largest Welch's t between their peaks on positive and on negative texts.
 
     Peaks on negative texts are zero. `peaks` are `[text, d_sae]`, `strong` is a mask of the positive
@@ -202,10 +206,10 @@ def _texts(examples: Sequence[_Example]) -> Texts:
     )
 
 
-def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae: int) -> Halves:
+def _from_file(path: Path, subject: Subject, requested: Sequence[int] | None, d_sae: int) -> Halves:
     """Texts of a file; every second text of each latent and label is for validation."""
     labels = _labels(path, d_sae)
-    latents = list(wanted or dict.fromkeys(latent for latent, _ in labels))
+    latents = list(requested or dict.fromkeys(latent for latent, _ in labels))
     halves: tuple[list[_Example], list[_Example]] = ([], [])
     for (place, latent), (label, positive) in itertools.product(enumerate(latents), _LABELS.items()):
         documents = [
