@@ -1,7 +1,7 @@
-"""Makes the rows of the tasks that ship: `python -m scripts.cut_tasks`, in a moment.
+"""Make the rows of the shipped tasks: `python -m scripts.cut_tasks`, in a few seconds.
 
-They are cut from held-out files of the Python standard library. The same for the same Python: what is
-drawn of a file depends on its name alone.
+Rows are cut from held-out files of the Python standard library. They are the same for the same version
+of Python, because the random choices in a file depend only on its name.
 """
 
 import json
@@ -16,25 +16,25 @@ from sae_lora.data.documents import Document, in_validation, stdlib_documents
 from sae_lora.evaluation.tasks import FOLDER
 
 CHOICES = 4
-"""Ends of a line to choose from."""
+"""Number of ends of a line to choose from."""
 LONGEST_TEXT = 300
-"""Characters of what is to be continued."""
+"""Largest length of the text to be continued, in characters."""
 _ROWS_PER_FILE = 6
-_ALIKE = 12
-"""Ends nearest in length to the real one, of which the wrong ones are drawn."""
+_NEAREST = 12
+"""Number of ends nearest in length to the real one. Wrong ends are drawn from them."""
 _LINE = range(24, 80)
 _SHORTEST_END = 8
 _NAME = re.compile(r"(?<=[.(\[])[A-Za-z][A-Za-z0-9_]{2,23}\b")
 
 
 class Continuation(NamedTuple):
-    """A row of `tiny_continuation`: the text may end in one of several ways.
+    """A row of `tiny_continuation`: choose the end of a text.
 
     Args:
-        document: The file it is from.
-        text: Some lines, and the beginning of the next.
-        choices: Ends of that line, without the space between.
-        answer: Index of the real one.
+        document: The file of the text.
+        text: Some lines, and the beginning of the next line.
+        choices: Ends of this line, without the space before them.
+        answer: Index of the real end.
     """
 
     document: str
@@ -44,11 +44,11 @@ class Continuation(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """A row of `tiny_generation`: a name comes next.
+    """A row of `tiny_generation`: generate the name after a text.
 
     Args:
-        document: The file it is from.
-        text: Some lines, in which the name stands, and the beginning of the next, up to it.
+        document: The file of the text.
+        text: Some lines that contain the name, and the next line up to the name.
         answer: The name.
     """
 
@@ -58,43 +58,50 @@ class Generation(NamedTuple):
 
 
 def held_out() -> list[Document]:
-    """The library's files that neither the embedded model nor a run of the default trains on."""
+    """The library's files on which neither the embedded model nor a default run is trained."""
     share = DataConfig().validation_share
-    return [one for one in stdlib_documents() if in_validation(one.key, share)]
+    return [document for document in stdlib_documents() if in_validation(document.key, share)]
 
 
 def continuations(documents: Iterable[Document]) -> Iterator[Continuation]:
-    """The rows of `tiny_continuation`, some of each file that has lines enough."""
+    """The rows of `tiny_continuation`: some from each file that has enough lines."""
     for document in documents:
         draw = random.Random(document.key)
         divided = list(_divided(document.text))
-        if len({end for _, end in divided}) <= _ALIKE:
+        if len({end for _, end in divided}) <= _NEAREST:
             continue
         for text, end in draw.sample(divided, _ROWS_PER_FILE):
-            others = {other for _, other in divided} - {end}
-            choices = [end, *draw.sample(_nearest_in_length(others, end), CHOICES - 1)]
+            wrong = {candidate for _, candidate in divided} - {end}
+            choices = [end, *draw.sample(_nearest_in_length(wrong, end), CHOICES - 1)]
             draw.shuffle(choices)
             yield Continuation(document.key, text, choices, choices.index(end))
 
 
 def generations(documents: Iterable[Document]) -> Iterator[Generation]:
-    """The rows of `tiny_generation`, some of each file."""
+    """The rows of `tiny_generation`: some from each file."""
     for document in documents:
         draw = random.Random(document.key)
-        found = [
+        candidates = [
             Generation(document.key, text, match[0])
             for match in _NAME.finditer(document.text)
             if re.search(rf"\b{match[0]}\b", text := _shortened(document.text[: match.start()]))
         ]
-        yield from draw.sample(found, min(len(found), _ROWS_PER_FILE))
+        yield from draw.sample(candidates, min(len(candidates), _ROWS_PER_FILE))
 
 
-def _nearest_in_length(others: Iterable[str], end: str) -> list[str]:
-    return sorted(others, key=lambda other: (abs(len(other) - len(end)), other))[:_ALIKE]
+def _nearest_in_length(ends: Iterable[str], end: str) -> list[str]:
+    def distance(candidate: str) -> tuple[int, str]:
+        return abs(len(candidate) - len(end)), candidate
+
+    return sorted(ends, key=distance)[:_NEAREST]
 
 
 def _divided(text: str) -> Iterator[tuple[str, str]]:
-    """Each line that can be divided, with those before it: up to a space near its middle; its end."""
+    """Divide each suitable line at the space nearest to its middle.
+
+    Yields:
+        The text up to this space, shortened; the end of the line after it.
+    """
     start = 0
     for line in text.splitlines(keepends=True):
         whole = line.rstrip()
@@ -102,7 +109,7 @@ def _divided(text: str) -> Iterator[tuple[str, str]]:
         if len(whole) - indented in _LINE:
             middle = (indented + len(whole)) // 2
             spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", whole)]
-            space = min(spaces, key=lambda place: abs(place - middle), default=len(whole))
+            space = min(spaces, key=lambda index: abs(index - middle), default=len(whole))
             end = whole[space + 1 :]
             if len(end) >= _SHORTEST_END:
                 yield _shortened(text[: start + space]), end
@@ -110,7 +117,7 @@ def _divided(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _shortened(text: str) -> str:
-    """The end of the text, from the beginning of a line."""
+    """The end of the text, beginning with a complete line."""
     if len(text) <= LONGEST_TEXT:
         return text
     cut = text[-LONGEST_TEXT:]
@@ -118,11 +125,7 @@ def _shortened(text: str) -> str:
 
 
 def make(folder: Path) -> None:
-    """Writes the rows, a file for each task.
-
-    Args:
-        folder: Where.
-    """
+    """Write a file of rows for each task into a folder."""
     documents = held_out()
     _write(folder / "tiny_continuation.jsonl", continuations(documents))
     _write(folder / "tiny_generation.jsonl", generations(documents))
@@ -130,7 +133,7 @@ def make(folder: Path) -> None:
 
 def _write(file: Path, rows: Iterable[Continuation | Generation]) -> None:
     lines = [json.dumps(row._asdict(), ensure_ascii=False) for row in rows]
-    random.Random(0).shuffle(lines)  # so that the first ones are of many files
+    random.Random(0).shuffle(lines)  # the first rows are then from many files
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md and docs/configuration.md: `python -m scripts.reference_pages`."""
+"""Write docs/metrics.md and docs/configuration.md: `python -m scripts.reference_pages`."""
 
 import enum
 import operator
@@ -32,7 +32,7 @@ value with `key=value`. `python -m scripts.reference_pages` writes this page fro
 
 
 def metrics() -> str:
-    """The page of metrics, as Markdown."""
+    """The metrics page, as Markdown."""
     rows = []
     for metric in METRICS.values():
         rows.append(
@@ -42,7 +42,7 @@ def metrics() -> str:
 
 
 def configuration() -> str:
-    """The configuration reference, as Markdown: options and keys of each group."""
+    """The configuration reference, as Markdown, with the options and keys of each group."""
     sections: dict[str, str] = {}
     for group, options in groups().items():
         rows = [f"| `{option}` | {_about(group, option)} |" for option in options]
@@ -59,7 +59,7 @@ def configuration() -> str:
 
 
 def _about(group: str, option: str) -> str:
-    """The first sentences of an option's file: the comment below the command that uses it."""
+    """The description of an option: the comment of its file, without the command."""
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     comments = [line for line in lines if line.startswith("#") and "# @package" not in line]
     prose = [line.removeprefix("# ") for line in comments if "python launch.py" not in line]
@@ -72,12 +72,12 @@ def _code(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text without what ends a table's cell."""
+    """Text with escaped `|`, which would end a cell of a table."""
     return text.replace("|", "\\|")
 
 
 PAGES = {"metrics.md": metrics, "configuration.md": configuration}
-"""By file, the function that makes its text."""
+"""Functions that make the pages, by file."""
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -1,19 +1,19 @@
-"""Checks that two versions of this package compute the same, to the last bit.
+"""Check that two versions of this package compute bit-identical results.
 
 python scripts/same_results.py record CHECKOUT --to FOLDER   run everything with the code in CHECKOUT
-python scripts/same_results.py compare FOLDER FOLDER         list what differs between two recordings
+python scripts/same_results.py compare FOLDER FOLDER         list the differences of two recordings
 
-A recording takes about ten minutes on one core. It holds a default run, a pack of nine mixed runs, a run
-of every other method, all evaluation suites, the report's tables, the comparisons, an export, and the
-plan (names, hashes, SAEs, costs) of every experiment. Only the command line is used, so the two versions
-may be laid out in any way. To check a change:
+A recording takes about ten minutes on one core. It contains a default run, a pack of nine mixed runs, a
+run of every other method, all evaluation suites, the report's tables, the comparisons, an export, and
+the plan (names, hashes, SAEs, costs) of every experiment. It uses only the command line, so the internal
+structure of the two versions may differ. To check a change:
 
     git worktree add /tmp/before main
     python scripts/same_results.py record /tmp/before --to /tmp/recording-before
     python scripts/same_results.py record . --to /tmp/recording-after
     python scripts/same_results.py compare /tmp/recording-before /tmp/recording-after
 
-Bits depend on the processor, on torch and on the number of threads: record both on the same machine.
+Results depend on the processor, on torch and on the number of threads: record both on the same machine.
 Seconds, memory, hosts, commits and absolute paths are not compared.
 """
 
@@ -56,7 +56,7 @@ AFTERWARDS = (
     "table @mixed",
     "status @mixed",
 )
-"""Commands of `python -m sae_lora`; `@` stands before the name of a sweep."""
+"""Commands of `python -m sae_lora` that follow the sweeps. `@name` is the folder of a sweep."""
 _NOT_COMPARED = {
     *("train_seconds", "total_seconds", "seconds", "tokens_per_second", "peak_memory_gb", "environment"),
     *("tracked_at", "host", "git_commit", "closed_per_minute", "made", "gap_after_seconds"),
@@ -65,7 +65,7 @@ _NUMBERS_OF_TIME = re.compile(r"\d[\d,.]*( ?(s|min|h|tokens/s|GB))\b")
 
 
 def main() -> int:
-    """Reads the command line; returns 1 where two recordings differ."""
+    """Parse the command line and run it; return 1 if two recordings differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
@@ -77,18 +77,18 @@ def main() -> int:
     if chosen.command == "record":
         record(chosen.checkout.resolve(), chosen.to.resolve())
         return 0
-    before, after = (json.loads((folder / "recording.json").read_text()) for folder in chosen.folders)
-    differences = list(differing(before, after))
+    first, second = (json.loads((folder / "recording.json").read_text()) for folder in chosen.folders)
+    differences = list(differing(first, second))
     for line in differences:
         print(line)
-    print(f"{len(before)} and {len(after)} recorded parts, {len(differences)} differences")
+    print(f"{len(first)} and {len(second)} recorded parts, {len(differences)} differences")
     return int(bool(differences))
 
 
 def record(checkout: Path, to: Path) -> None:
-    """Runs everything with the code of a checkout and writes `recording.json`.
+    """Run everything with the code of a checkout and write `recording.json`.
 
-    Runs that are finished in the folder are not run again, so a recording that was cut off can go on.
+    Finished runs in the folder are not run again, so an interrupted recording can be resumed.
     """
     outputs = to / "outputs"
     outputs.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,9 @@ def record(checkout: Path, to: Path) -> None:
     parts: dict[str, Any] = {}
     for experiment in sorted((checkout / "conf/experiment").glob("*.yaml")):
         name = experiment.stem
-        # How many fit into a pack depends on the memory that is free just then.
-        asked = f"experiment={name}", "launcher.dry_run=true", "launcher.pack=off"
-        plan = recorder.run("launch.py", *asked)
+        # Without pack=off, the size of packs would depend on the free memory.
+        overrides = f"experiment={name}", "launcher.dry_run=true", "launcher.pack=off"
+        plan = recorder.run("launch.py", *overrides)
         parts[f"plan of {name}"] = plan
     for sweep, overrides in SWEEPS.items():
         recorder.run("launch.py", *overrides, f"sweep={sweep}", must_succeed=True)
@@ -118,11 +118,11 @@ def record(checkout: Path, to: Path) -> None:
 
 
 class Recorder:
-    """Runs commands with the code of one checkout.
+    """Runner of commands with the code of one checkout.
 
     Args:
         checkout: The folder with launch.py.
-        to: Folder for everything that the commands write.
+        to: Folder for all files that the commands write.
     """
 
     def __init__(self, checkout: Path, to: Path) -> None:
@@ -138,12 +138,12 @@ class Recorder:
         }
 
     def run(self, *arguments: str, must_succeed: bool = False) -> dict[str, Any]:
-        """The output and the exit code of a command, times left out."""
+        """Run a command; return its output, without times, and its exit code."""
         settings: tuple[str, ...] = ()
         if arguments[0] == "launch.py":
             settings = ("tracking=disabled", f"output_dir={self._to / 'outputs'}")
         print("python", *arguments, flush=True)
-        ended = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *arguments, *settings],
             cwd=self._checkout,
             env=self._variables,
@@ -151,17 +151,17 @@ class Recorder:
             text=True,
             check=False,
         )
-        if must_succeed and ended.returncode != 0:
-            raise SystemExit(f"exit code {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
+        if must_succeed and process.returncode != 0:
+            raise SystemExit(f"exit code {process.returncode}:\n{process.stdout}\n{process.stderr}")
         return {
-            "exit code": ended.returncode,
-            "printed": [without_times(line, (self._to,)) for line in ended.stdout.splitlines()],
-            "complained": [without_times(line, (self._to,)) for line in ended.stderr.splitlines()],
+            "exit code": process.returncode,
+            "printed": [without_times(line, (self._to,)) for line in process.stdout.splitlines()],
+            "complained": [without_times(line, (self._to,)) for line in process.stderr.splitlines()],
         }
 
 
 def write_hub_cache(folder: Path) -> None:
-    """Writes the configs of the models that experiments name, as the hub's cache holds them."""
+    """Write the configs of the experiments' models in the layout of the Hugging Face cache."""
     from transformers import Gemma2Config, LlamaConfig
 
     gemma = {
@@ -205,29 +205,29 @@ def write_hub_cache(folder: Path) -> None:
 
 
 def without_times(line: str, roots: Sequence[Path]) -> str:
-    """A printed line without what differs from one run of the same code to the next."""
+    """A printed line without times and folders, which differ between runs of the same code."""
     return _NUMBERS_OF_TIME.sub("#", without_roots(line, roots)).rstrip()
 
 
 def without_roots(text: str, roots: Sequence[Path]) -> str:
-    """A text without the folders that a recording lies in and was made from."""
+    """A text without the paths of the recording's folder and of its checkout."""
     for root in roots:
         text = text.replace(str(root), "")
     return text
 
 
 def files(to: Path) -> Iterator[Path]:
-    """The recorded files: results and what was made from them."""
+    """The recorded files: results, and files that were made from results."""
     kinds = {".json", ".jsonl", ".yaml", ".csv", ".parquet", ".safetensors"}
     for path in sorted(to.rglob("*")):
         inside = path.relative_to(to).parts
-        left_out = {"hub", ".lease", ".submitit", "recording.json"}  # the last of an earlier recording
-        if path.is_file() and path.suffix in kinds and not left_out & {*inside}:
+        excluded = {"hub", ".lease", ".submitit", "recording.json"}
+        if path.is_file() and path.suffix in kinds and not excluded & {*inside}:
             yield path
 
 
 def content(path: Path, roots: Sequence[Path]) -> Any:
-    """The part of a file that is compared."""
+    """The content of a file that is compared."""
     match path.suffix:
         case ".safetensors":
             return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -245,35 +245,35 @@ def content(path: Path, roots: Sequence[Path]) -> Any:
 
 
 def cleaned(value: Any, roots: Sequence[Path]) -> Any:
-    """Nested values without what is not compared."""
+    """Nested values without `_NOT_COMPARED` and paths."""
     match value:
-        case {"target_modules": list(modules), **rest}:  # peft writes a set, in any order
-            return {"target_modules": sorted(modules)} | cleaned(rest, roots)
+        case {"target_modules": list(modules), **others}:  # peft writes a set, in any order
+            return {"target_modules": sorted(modules)} | cleaned(others, roots)
         case dict():
-            return {key: cleaned(one, roots) for key, one in value.items() if key not in _NOT_COMPARED}
+            return {key: cleaned(item, roots) for key, item in value.items() if key not in _NOT_COMPARED}
         case list():
-            return [cleaned(one, roots) for one in value]
+            return [cleaned(item, roots) for item in value]
         case str():
             return without_roots(value, roots)
         case _:
             return value
 
 
-def differing(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    """A line for every place at which two nested values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            if key not in after:
+def differing(first: Any, second: Any, at: str = "") -> Iterator[str]:
+    """A line for each difference between two nested values; `at` is their path."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in sorted(first.keys() | second.keys()):
+            if key not in second:
                 yield f"{at}/{key}: only in the first"
-            elif key not in before:
+            elif key not in first:
                 yield f"{at}/{key}: only in the second"
             else:
-                yield from differing(before[key], after[key], f"{at}/{key}")
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for number, (one, other) in enumerate(zip(before, after, strict=True)):
-            yield from differing(one, other, f"{at}[{number}]")
-    elif before != after or type(before) is not type(after):
-        yield f"{at}: {str(before)[:200]} != {str(after)[:200]}"
+                yield from differing(first[key], second[key], f"{at}/{key}")
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        for number, items in enumerate(zip(first, second, strict=True)):
+            yield from differing(*items, f"{at}[{number}]")
+    elif first != second or type(first) is not type(second):
+        yield f"{at}: {str(first)[:200]} != {str(second)[:200]}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures of layer groups: distances between blocks, the tree that groups are cut from, and its AMAD.
 
-Imports no torch: what is drawn may come from a file.
+Imports no torch.
 """
 
 import itertools
@@ -16,18 +16,18 @@ from sae_lora.common.plots import COLOURS, finished, ticks
 _DISTANCE = "angular distance"
 _GREY = "#888888"
 _MOST_WITH_NUMBERS = 13
-"""Blocks along a map whose cells still have room for a number."""
+"""Largest number of blocks along a map at which a number fits into a cell."""
 _MOST_TICKS = 16
-"""Blocks or counts that an axis names one by one."""
+"""Largest number of named ticks of an axis."""
 _MOST_LARGE_LEAVES = 30
-"""Blocks below a tree whose names still have room in the usual size."""
+"""Largest number of leaves of a tree whose names fit in the usual font size."""
 
 
 def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
-    """The distance between any two blocks, with a frame around each group.
+    """The distance between each two blocks, with a frame around each group.
 
     Args:
-        distances: `[block, block]`, as shares of half a turn.
+        distances: Angular distances, `[block, block]`, as shares of π.
         groups: Block indices of each group, sorted. A group with gaps has several frames.
     """
     values = np.asarray(distances, dtype=float)
@@ -69,19 +69,19 @@ def tree(linkage: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
     """The tree of merges, each group in a colour, with the cut that makes the groups.
 
     Args:
-        linkage: The merges of two blocks or more, `[n - 1, 4]`, as scipy lays them out.
+        linkage: The merges of n blocks, `[n - 1, 4]`, in scipy's format.
         groups: Block indices of each group that the tree is cut into.
     """
     merges, first_block = _by_first_block(np.asarray(linkage, dtype=float))
     n = len(merges) + 1
-    made = n - len(groups)  # merges below the cut
+    n_below = n - len(groups)  # merges below the cut
     colour_of = {
         block: COLOURS[number % len(COLOURS)] for number, group in enumerate(groups) for block in group
     }
-    drawn = hierarchy.dendrogram(
+    dendrogram = hierarchy.dendrogram(
         merges,
         no_plot=True,
-        link_color_func=lambda node: colour_of[first_block[node]] if node < n + made else _GREY,
+        link_color_func=lambda node: colour_of[first_block[node]] if node < n + n_below else _GREY,
     )
     figure = go.Figure(
         [
@@ -92,13 +92,15 @@ def tree(linkage: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
                 line={"color": colour, "width": 2},
                 hovertemplate="%{y:.4f}<extra></extra>",
             )
-            for x, y, colour in zip(drawn["icoord"], drawn["dcoord"], drawn["color_list"], strict=True)
+            for x, y, colour in zip(
+                dendrogram["icoord"], dendrogram["dcoord"], dendrogram["color_list"], strict=True
+            )
         ]
     )
-    blocks = list(map(int, drawn["leaves"]))
-    places = [5 + 10 * place for place in range(n)]  # where scipy puts leaves
+    blocks = list(map(int, dendrogram["leaves"]))
+    positions = [5 + 10 * number for number in range(n)]  # scipy's positions of leaves
     figure.add_scatter(
-        x=places,
+        x=positions,
         y=[0] * n,
         mode="markers",
         marker={"color": [colour_of[block] for block in blocks], "size": 9},
@@ -107,10 +109,10 @@ def tree(linkage: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
         cliponaxis=False,
     )
     heights = [0.0, *merges[:, 2].tolist()]
-    # One group is cut a little above the last merge.
-    above = heights[made + 1] if made + 1 < n else heights[-1] * 1.1
+    # With one group, the cut is a little above the last merge.
+    above = heights[n_below + 1] if n_below + 1 < n else heights[-1] * 1.1
     figure.add_hline(
-        y=(heights[made] + above) / 2,
+        y=(heights[n_below] + above) / 2,
         line={"color": _GREY, "width": 1.5, "dash": "dash"},
         annotation={"text": count(len(groups)), "font": {"color": "#555555"}},
         annotation_position="top right",
@@ -118,16 +120,16 @@ def tree(linkage: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Figure:
     figure.update_layout(
         showlegend=False,
         xaxis={"title": "block", "showgrid": False, "zeroline": False, "range": [-4, 10 * n + 4]}
-        | {"tickvals": places, "ticktext": list(map(str, blocks))}
+        | {"tickvals": positions, "ticktext": list(map(str, blocks))}
         | {"ticks": "outside", "ticklen": 8, "tickcolor": "rgba(0, 0, 0, 0)"}  # room for the markers
         | ({"tickfont": {"size": 9}} if n > _MOST_LARGE_LEAVES else {}),
-        yaxis={"title": f"largest {_DISTANCE} within", "rangemode": "tozero"},
+        yaxis={"title": f"largest {_DISTANCE} in the group", "rangemode": "tozero"},
     )
     return finished(figure)
 
 
 def amad_by_groups(amads: Sequence[float], n_groups: int) -> go.Figure:
-    """The AMAD of 1, 2, … n groups over their number, with a mark at the number chosen."""
+    """The AMAD of 1, 2, … n groups over their number, with a mark at the chosen number."""
     counts = list(range(1, len(amads) + 1))
     figure = go.Figure()
     figure.add_scatter(
@@ -163,10 +165,10 @@ def count(n_groups: int) -> str:
 
 
 def _by_first_block(merges: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The tree with the branch that holds the earlier block on the left of each merge.
+    """The tree in which the left branch of each merge contains the earlier block.
 
     Returns:
-        The merges, and the first block below each node.
+        The merges, and the first block of each node.
     """
     ordered, first = merges.copy(), list(range(len(merges) + 1))
     for merge in ordered:

@@ -1,4 +1,4 @@
-"""Ways to share SAEs among the blocks of a model, side by side: a table and figures."""
+"""Comparison of SAEs that are shared by groups of blocks: a table and figures."""
 
 import json
 import statistics
@@ -26,15 +26,15 @@ class Shared:
 
     groups: list[list[int]]
     evenly: bool
-    """True where the groups are neighbouring blocks in equal numbers."""
+    """True if the groups are neighbouring blocks in equal numbers."""
     amad: float
-    """Mean over groups of the widest angular distance in each."""
+    """Mean over groups of the largest angular distance in each."""
     sae_flops_saved: float
-    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block."""
+    """Share of the SAEs' training FLOPs that is saved, compared to one SAE for each block."""
     fvu_alone: float
     """Mean FVU over blocks, each SAE alone in the plain model."""
     ce_alone: float
-    """Mean CE over blocks, each SAE alone in the plain model, less the plain model's CE."""
+    """Mean CE over blocks, each SAE alone in the plain model, minus the plain model's CE."""
     gap: float
     """CE gap with all SAEs in place."""
     gaps_with_lora: list[float]
@@ -48,7 +48,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Shared]:
         folders: Runs of method=sae with `layer.n_groups` or `layer.amad_max`, and of LoRA around them.
 
     Raises:
-        UserError: Where there are no such runs of method=sae.
+        UserError: If there is no finished run of method=sae with groups.
     """
     gaps_with_lora: dict[str, list[float]] = defaultdict(list)
     for folder in folders:
@@ -75,14 +75,14 @@ def compare(folders: Sequence[RunFolder]) -> list[Shared]:
         )
     if not rows:
         raise UserError(
-            "no finished run here has SAEs that serve groups of blocks (layer=groups) and has measured "
-            "what each contributes (train.eval_each_sae)"
+            "no finished run has SAEs for groups of blocks (layer=groups) that were also evaluated one "
+            "by one (train.eval_each_sae)"
         )
     return sorted(rows, key=lambda row: (len(row.groups), row.evenly))
 
 
 def _measured(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, Any]]]:
-    """Finished runs with `groups.json` and its contents, where each SAE's contribution was measured."""
+    """Finished runs and the content of their `groups.json`, if each SAE was also evaluated alone."""
     return [
         (folder, json.loads(folder.groups.read_text()))
         for folder in folders
@@ -96,9 +96,9 @@ def table(rows: Sequence[Shared]) -> Table:
     """A row for each way of sharing blocks; the mean over several LoRA runs."""
     numbers = "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone", "gap with all", "with LoRA"
     columns = "groups", Column("blocks", overflow="fold"), *numbers
-    made = right_aligned("SAEs that share blocks", columns)
+    lines = right_aligned("SAEs shared by groups of blocks", columns)
     for row in rows:
-        made.add_row(
+        lines.add_row(
             f"{len(row.groups)}{' (evenly)' if row.evenly else ''}",
             " ".join(map(_in_words, row.groups)),
             f"{row.amad:.3f}",
@@ -108,7 +108,7 @@ def table(rows: Sequence[Shared]) -> Table:
             f"{row.gap:+.3f}",
             f"{statistics.mean(row.gaps_with_lora):+.3f}" if row.gaps_with_lora else "–",
         )
-    return in_whole_words(made, but="blocks")
+    return in_whole_words(lines, breakable="blocks")
 
 
 def _in_words(group: Sequence[int]) -> str:
@@ -119,12 +119,12 @@ def _in_words(group: Sequence[int]) -> str:
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """Distances, tree, AMAD and the blocks' FVU and CE, by name.
+    """Figures of distances, tree, AMAD, and FVU and CE of each block, by file name.
 
-    Distances and tree mark the fewest groups that some run has, but more than one if possible.
+    Distances and tree show the groups of the run with the fewest groups, but more than one if possible.
     """
     runs = _measured(folders)
-    # Groups of equal size are a baseline, drawn only where there are no others.
+    # Groups of equal size are a baseline. They are drawn only if there are no others.
     runs = [(folder, sharing) for folder, sharing in runs if not sharing["evenly"]] or runs
     runs.sort(key=lambda run: len(run[1]["groups"]))
     _, marked = next((run for run in runs if len(run[1]["groups"]) > 1), runs[0])

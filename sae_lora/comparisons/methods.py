@@ -22,19 +22,19 @@ from sae_lora.report.tables import in_whole_words, mean_and_range, right_aligned
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of one method; CE gaps in nats per token, a value for each seed."""
+    """Results of one method, with a value for each seed. CE gaps are in nats per token."""
 
     method: str
-    """Name of the method; of both methods where a run begins with another's result."""
+    """Name of the method; names of both methods if a run begins with another run's result."""
     trained_weights: int
     seconds: list[float]
-    """Seconds of training, up to the tokens that all runs have been trained on."""
+    """Seconds of training until the number of tokens that all runs reach."""
     flops: list[float]
-    """FLOPs of training, up to the same tokens."""
+    """FLOPs of training until the same number of tokens."""
     gap_after_tokens: list[float]
-    """CE gap after the tokens that all runs have been trained on."""
+    """CE gap after the same number of tokens."""
     gap_after_seconds: list[float]
-    """CE gap after the seconds that the quickest run took for them."""
+    """CE gap after the seconds that the fastest run takes for this number of tokens."""
     initial_gap: float
     """CE gap before training, of the first seed."""
     fvu: list[float]
@@ -45,11 +45,11 @@ def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
     """The results of each method of a sweep, the smallest gap after the same tokens first.
 
     Args:
-        folders: Runs on the same text, trained one by one (`launcher.pack=off`): in packs, a run's
-            seconds are shares.
+        folders: Runs on the same text, trained one by one (`launcher.pack=off`), because in a pack a
+            run's seconds are only its share of the pack's.
 
     Raises:
-        UserError: Where none of them is finished, or a run that one has begun with is gone.
+        UserError: If no run is finished, or the run whose result one begins with is missing.
     """
     finished = [folder for folder in folders if folder.is_finished]
     if not finished:
@@ -80,44 +80,45 @@ def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
 
 
 def _values_at(
-    curves: Sequence[Sequence[CurvePoint]], over: str, amount: float, wanted: str
+    curves: Sequence[Sequence[CurvePoint]], over: str, amount: float, field: str
 ) -> list[float]:
-    return [value_at(curve, over, amount, wanted) for curve in curves]
+    return [value_at(curve, over, amount, field) for curve in curves]
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """The CE gap of each method while it trains, over tokens, seconds and FLOPs, by file name.
+    """The CE gap of each method over its training: over tokens, seconds and FLOPs, by file name.
 
-    The axis of the gap is logarithmic and ends where the worst method ends: a new SAE begins far above.
+    The axis of the gap is logarithmic and covers the runs' final gaps, because the gap of a new SAE
+    begins far above them.
     """
     frame, curves = runs_frame(folders), curves_frame(folders)
     frame["method"] = [method_of(RunFolder(Path(path))) for path in frame["folder"]]
     gaps = [gap for gap in frame["ce_gap"] if gap is not None and gap > 0]
-    drawn = {}
+    by_axis = {}
     for over in ("tokens", "train_seconds", "train_flops"):
         figure = gap_curves(frame, curves, over, ["method"])
         if gaps:
             figure.update_yaxes(logarithmic(gaps))
-        drawn[f"methods_{over}"] = figure
-    return drawn
+        by_axis[f"methods_{over}"] = figure
+    return by_axis
 
 
 def method_of(folder: RunFolder) -> str:
-    """The method of a run; of both runs where it begins with another's result.
+    """The method of a run; both methods if the run begins with another run's result.
 
     Raises:
-        UserError: Where that other run is gone.
+        UserError: If the other run is missing.
     """
     config = load(folder.config.read_text())
     name = config.method.kind.name
     if config.init is None:
         return name
-    before = load(folder.before(config.init).config.read_text())
-    return f"{name} after {before.method.kind.name}"
+    previous = load(folder.before(config.init).config.read_text())
+    return f"{name} after {previous.method.kind.name}"
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each method; means over seeds, in brackets the least and the largest."""
+    """A row for each method: means over seeds, with the smallest and the largest value in brackets."""
     columns = "method", "before", "after the same tokens", "after the same seconds", "FVU", "weights"
     rows = right_aligned("CE gap in nats per token", [*columns, "seconds", "FLOPs"])
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""Tokens and seconds that a better recipe saves until the gap that another sweep ends at."""
+"""Tokens and seconds that a recipe needs to close as much of the gap as another sweep at its end."""
 
 import statistics
 from collections import defaultdict
@@ -15,61 +15,64 @@ from sae_lora.records.factors import FACTORS, SEED, FinishedRun, finished_runs, 
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import right_aligned, spread
 
-_ALIKE = [name for name in FACTORS if name not in ("alpha", "tokens", SEED)]
-"""Factors that two compared runs have in common; the others are recipe and seed."""
+_SHARED = [name for name in FACTORS if name not in ("alpha", "tokens", SEED)]
+"""Factors that two compared runs have in common. Recipe and seed are the others."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Savings of a sweep against another, for runs that are alike but for recipe and seed."""
+    """Savings of a sweep over another, for runs that differ only in recipe and seed."""
 
     factors: dict[str, str]
     """The factors that the runs have in common."""
     gap_closed: float
     """Gap closed at the end of the other sweep's runs; mean over seeds."""
     gap_closed_here: float
-    """The same of this sweep's runs."""
+    """Gap closed at the end of this sweep's runs; mean over seeds."""
     tokens: list[float]
-    """Tokens of the other run over tokens until its end is reached, for each seed that reaches it."""
+    """Training tokens of the other run, divided by the tokens that this run needs to close as much of
+    the gap; for each seed that does."""
     seconds: list[float]
-    """The same ratio of seconds of training."""
+    """The same ratio for seconds of training."""
     seeds: int
     """Number of seeds."""
 
 
 def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[Saving]:
-    """Compares the runs of two sweeps, seed by seed.
+    """Compare the runs of two sweeps, seed by seed.
 
     Args:
-        others: Runs that set the gap to reach.
-        folders: Runs that may reach it.
+        others: Runs whose final gap closed is the goal.
+        folders: Runs that may reach the goal.
 
     Raises:
-        UserError: Where no run of one sweep has a counterpart in the other.
+        UserError: If no run of one sweep has a counterpart in the other.
     """
     summaries = {_key(run): run.summary for run in finished_runs(others)}
     groups: dict[tuple[str, ...], list[tuple[FinishedRun, dict[str, Any]]]] = defaultdict(list)
     for run in finished_runs(folders):
-        alike, seed = _key(run)
-        other = summaries.get((alike, seed))
-        if other is not None and other["gap_closed"] is not None:
-            groups[alike].append((run, other))
+        shared, seed = _key(run)
+        reference = summaries.get((shared, seed))
+        if reference is not None and reference["gap_closed"] is not None:
+            groups[shared].append((run, reference))
     if not groups:
-        raise UserError("no finished run of one sweep has its like in the other, with the same seed")
+        raise UserError(
+            "no finished run of one sweep has a counterpart in the other, with the same factors and seed"
+        )
     rows = []
-    for alike, pairs in groups.items():
+    for shared, pairs in groups.items():
         tokens, seconds = [], []
-        for run, other in pairs:
-            curve, goal = run.folder.read_curve(), other["gap_closed"]
+        for run, reference in pairs:
+            curve, goal = run.folder.read_curve(), reference["gap_closed"]
             at_tokens = first_reached(curve, "gap_closed", goal, "tokens")
             at_seconds = first_reached(curve, "gap_closed", goal, "train_seconds")
             if at_tokens is not None and at_seconds is not None:
-                tokens.append(other["train_tokens"] / at_tokens)
-                seconds.append(other["train_seconds"] / at_seconds)
+                tokens.append(reference["train_tokens"] / at_tokens)
+                seconds.append(reference["train_seconds"] / at_seconds)
         rows.append(
             Saving(
-                factors=dict(zip(_ALIKE, alike, strict=True)),
-                gap_closed=statistics.mean(other["gap_closed"] for _, other in pairs),
+                factors=dict(zip(_SHARED, shared, strict=True)),
+                gap_closed=statistics.mean(reference["gap_closed"] for _, reference in pairs),
                 gap_closed_here=statistics.mean(run.summary["gap_closed"] for run, _ in pairs),
                 tokens=tokens,
                 seconds=seconds,
@@ -80,11 +83,11 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
 
 
 def savings_table(rows: Sequence[Saving]) -> Table:
-    """A row for each group of runs; medians, and in brackets the least and the largest over seeds."""
+    """A row for each group of runs: medians over seeds, with smallest and largest value in brackets."""
     varying = [name for name in rows[0].factors if len({row.factors[name] for row in rows}) > 1]
-    numbers = "gap closed there", "gap closed here", "times fewer tokens", "times fewer seconds"
-    columns = *map(label, varying), *numbers, "seeds"
-    table = right_aligned("until the gap that the other sweep ends at", columns)
+    gaps = "gap closed, other sweep", "gap closed, this sweep"
+    columns = *map(label, varying), *gaps, "times fewer tokens", "times fewer seconds", "seeds"
+    table = right_aligned("tokens and seconds to the other sweep's gap closed", columns)
     for row in rows:
         table.add_row(
             *(row.factors[name] for name in varying),
@@ -92,11 +95,11 @@ def savings_table(rows: Sequence[Saving]) -> Table:
             percent(row.gap_closed_here),
             spread(row.tokens),
             spread(row.seconds),
-            f"{len(row.tokens)} of {row.seeds} got there",
+            f"{len(row.tokens)} of {row.seeds} reach it",
         )
     return table
 
 
 def _key(run: FinishedRun) -> tuple[tuple[str, ...], str]:
     """The factors that a run has in common with its counterpart, and its seed."""
-    return tuple(text(run.factors[name]) for name in _ALIKE), text(run.factors[SEED])
+    return tuple(text(run.factors[name]) for name in _SHARED), text(run.factors[SEED])

@@ -1,4 +1,4 @@
-"""Costs of several SAEs in a model, each alone and all together."""
+"""Cost of several SAEs in a model, each alone and all together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from sae_lora.report.tables import right_aligned
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of one of several SAEs, in nats per token."""
+    """Cost of one of several SAEs, in nats per token."""
 
     hookpoint: str
     block: int
     alone_fvu: float
-    """FVU, alone in the plain model."""
+    """FVU of the SAE alone in the plain model."""
     fvu: float
     """FVU with all SAEs in place, after training."""
     alone: float
-    """CE over the plain model's, alone in it."""
+    """CE with the SAE alone in the plain model, minus CE of the plain model."""
     without: float
-    """CE of the student without this SAE over CE with it: below zero where the SAE costs."""
+    """CE of the student without this SAE minus CE with it: negative if the SAE increases CE."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Several:
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Several]:
-    """The runs with several SAEs whose contributions were measured, ordered by what they differ in.
+    """The finished runs with several SAEs that were also evaluated one by one.
+
+    Runs are ordered by the factors in which they differ.
 
     Raises:
-        UserError: Where there are none.
+        UserError: If there are none.
     """
     runs = [
         _several(run.summary)
@@ -57,7 +59,9 @@ def compare(folders: Sequence[RunFolder]) -> list[Several]:
         if all("alone_ce" in sae for sae in run.summary["sae"])
     ]
     if not runs:
-        raise UserError("no finished run here has several SAEs whose contributions were measured")
+        raise UserError(
+            "no finished run has several SAEs that were also evaluated one by one (train.eval_each_sae)"
+        )
     return runs
 
 
@@ -87,7 +91,7 @@ def table(runs: Sequence[Several]) -> Table:
     gaps = "SAEs", "gap before", "gap after", "closed"
     hookpoint = Column("hook point", no_wrap=True, min_width=longest)
     columns = *gaps, hookpoint, "FVU alone", "FVU with all", "CE alone", "CE without it"
-    rows = right_aligned("each SAE of the runs with several", columns)
+    rows = right_aligned("SAEs of runs with several SAEs", columns)
     for run in runs:
         first = [
             str(len(run.saes)),
@@ -109,31 +113,31 @@ def table(runs: Sequence[Several]) -> Table:
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """The gap of all SAEs together, before and after, beside the sum of their costs alone."""
+    """The gap of all SAEs together, before and after training, beside the sum of each SAE's CE alone."""
     by_number = sorted(compare(folders), key=lambda run: len(run.saes))
     blocks = ["+".join(str(sae.block) for sae in run.saes) for run in by_number]
-    drawn = go.Figure()
+    figure = go.Figure()
     for name, colour, values in (
-        ("sum of each alone", "#bbbbbb", [sum(sae.alone for sae in run.saes) for run in by_number]),
-        ("all at once", COLOURS[1], [run.initial_gap for run in by_number]),
-        ("after training", COLOURS[0], [run.ce_gap for run in by_number]),
+        ("sum of each SAE alone", "#bbbbbb", [sum(sae.alone for sae in run.saes) for run in by_number]),
+        ("all SAEs, before training", COLOURS[1], [run.initial_gap for run in by_number]),
+        ("all SAEs, after training", COLOURS[0], [run.ce_gap for run in by_number]),
     ):
-        drawn.add_bar(x=blocks, y=values, name=name, marker={"color": colour})
-    drawn.update_layout(
+        figure.add_bar(x=blocks, y=values, name=name, marker={"color": colour})
+    figure.update_layout(
         xaxis={"title": "blocks with an SAE", "type": "category"},
         yaxis={"title": "CE gap (nats per token)"},
     )
-    return {"multi_sae": finished(drawn)}
+    return {"multi_sae": finished(figure)}
 
 
 def by_block(runs: Sequence[Several], names: Sequence[str]) -> go.Figure:
-    """FVU and CE of each SAE alone in the plain model, over its block; a line with a name per run."""
-    drawn = make_subplots(1, 2, horizontal_spacing=0.12)
+    """FVU and CE of each SAE alone in the plain model, over its block, with a named line per run."""
+    figure = make_subplots(1, 2, horizontal_spacing=0.12)
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         fvus, costs = [sae.alone_fvu for sae in run.saes], [sae.alone for sae in run.saes]
         for column, values in ((1, fvus), (2, costs)):
-            drawn.add_scatter(
+            figure.add_scatter(
                 x=[sae.block for sae in run.saes],
                 y=values,
                 mode="lines+markers",
@@ -145,7 +149,7 @@ def by_block(runs: Sequence[Several], names: Sequence[str]) -> go.Figure:
                 row=1,
                 col=column,
             )
-    drawn.update_xaxes(title="block", dtick=1)
-    drawn.update_yaxes(title="FVU of the SAE alone", rangemode="tozero", row=1, col=1)
-    drawn.update_yaxes(title="CE of it alone (nats per token)", rangemode="tozero", row=1, col=2)
-    return finished(drawn)
+    figure.update_xaxes(title="block", dtick=1)
+    figure.update_yaxes(title="FVU of the SAE alone", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="CE gap, SAE alone (nats per token)", rangemode="tozero", row=1, col=2)
+    return finished(figure)

@@ -1,4 +1,4 @@
-"""Time that LoRA around an SAE takes to the CE of an SAE trained end to end: a table and a figure."""
+"""Time that LoRA around an SAE needs to reach the CE of an SAE trained end to end."""
 
 import math
 import statistics
@@ -18,21 +18,21 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import in_whole_words, right_aligned, spread
 
 COSTS = ("train_seconds", "train_flops")
-"""Fields of a curve's points that count the cost of training."""
+"""Fields of a curve's points that measure the cost of training."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """LoRA around an SAE that training has kept, beside an SAE trained end to end.
+    """LoRA around a saved SAE, compared to an SAE trained end to end.
 
-    Costs of LoRA include those of the SAE's training until it was kept.
+    Costs of LoRA include the SAE's training until it was saved.
     """
 
     at: float
-    """Share of the SAE's training after which it was kept."""
+    """Share of the SAE's training after which it was saved."""
     seed: int
     ce: float
-    """Held-out cross-entropy that both reach, in nats per token: the higher of the two at the end."""
+    """Held-out cross-entropy that both reach, in nats per token: the higher of their final values."""
     lora_ce: float
     """Cross-entropy at the end of LoRA."""
     e2e_ce: float
@@ -40,7 +40,7 @@ class Branch:
     lora: dict[str, float]
     """Cost of LoRA until `ce`, by name of `COSTS`."""
     sae: dict[str, float]
-    """The part of it that trained the SAE; an SAE that exists already does not cost it."""
+    """The part of `lora` that trains the SAE. It is not needed if the SAE already exists."""
     e2e: dict[str, float]
     """Cost of end-to-end training until `ce`."""
 
@@ -53,43 +53,43 @@ class _Run:
         self.config = load(folder.config.read_text())
         self.curve = folder.read_curve()
 
-    def before(self) -> "_Run":
-        """The run whose result this one begins with."""
+    def previous(self) -> "_Run":
+        """The run whose result this run begins with."""
         assert self.config.init is not None
         return _Run(self.folder.before(self.config.init))
 
     def matching(self) -> tuple[object, ...]:
-        """Model, blocks and seed: the same in runs that are compared."""
+        """Model, blocks and seed, which are the same in runs that are compared."""
         blocks = tuple(choice.block for choice in self.config.sae.used)
         return self.config.model.name, blocks, self.config.train.seed
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Branch]:
-    """Every finished LoRA run of a sweep beside the end-to-end run of the same seed.
+    """Compare every finished LoRA run of a sweep to the end-to-end run with the same seed.
 
     Args:
-        folders: Runs of `experiment=time_to_ce`, or of one like it: method=sae, lora and e2e.
+        folders: Runs of `experiment=time_to_ce` or of a similar one, with method=sae, lora and e2e.
 
     Raises:
-        UserError: Where one of the three is missing.
+        UserError: If one of the three methods is missing.
     """
     runs = [_Run(folder) for folder in folders if folder.is_finished]
     branches = []
     for lora in _of(runs, Method.lora):
-        sae = lora.before()
+        sae = lora.previous()
         branches += [
             _branch(lora, sae, e2e) for e2e in _of(runs, Method.e2e) if e2e.matching() == lora.matching()
         ]
     if not branches:
         raise UserError(
-            "no finished run of method=lora begins with an SAE (init=) beside a finished one of "
-            "method=e2e with the same model, block and seed"
+            "no finished run of method=lora that begins with an SAE (init=) has a finished counterpart "
+            "of method=e2e with the same model, block and seed"
         )
     return sorted(branches, key=lambda branch: (branch.at, branch.seed))
 
 
 def _of(runs: Sequence[_Run], kind: Method) -> list[_Run]:
-    """The runs of a method; with LoRA, those that begin with another run's SAE."""
+    """The runs of a method; for LoRA, only the runs that begin with another run's SAE."""
     chosen = [run for run in runs if run.config.method.kind is kind]
     return [run for run in chosen if kind is not Method.lora or run.config.init is not None]
 
@@ -97,39 +97,39 @@ def _of(runs: Sequence[_Run], kind: Method) -> list[_Run]:
 def _branch(lora: _Run, sae: _Run, e2e: _Run) -> Branch:
     lora_ce, e2e_ce = lora.curve[-1].student_ce, e2e.curve[-1].student_ce
     ce = max(lora_ce, e2e_ce)
-    before = {cost: _kept_at(sae, lora.config.init_at, cost) for cost in COSTS}
+    sae_costs = {cost: _saved_at(sae, lora.config.init_at, cost) for cost in COSTS}
     return Branch(
         at=lora.config.init_at,
         seed=lora.config.train.seed,
         ce=ce,
         lora_ce=lora_ce,
         e2e_ce=e2e_ce,
-        lora={cost: before[cost] + _cost_of(lora, ce, cost) for cost in COSTS},
-        sae=before,
+        lora={cost: sae_costs[cost] + _cost_of(lora, ce, cost) for cost in COSTS},
+        sae=sae_costs,
         e2e={cost: _cost_of(e2e, ce, cost) for cost in COSTS},
     )
 
 
 def _cost_of(run: _Run, ce: float, cost: str) -> float:
-    """Cost of a run's training until its student first reached a cross-entropy."""
+    """Cost of a run's training until its student first reaches a cross-entropy."""
     reached = first_reached(run.curve, "student_ce", ce, cost)
-    assert reached is not None  # a point of the curve is as low
+    assert reached is not None  # the last point of the curve is at or below `ce`
     return reached
 
 
-def _kept_at(run: _Run, share: float, cost: str) -> float:
+def _saved_at(run: _Run, share: float, cost: str) -> float:
     """Cost of an SAE's training after a share of its tokens."""
     return value_at(run.curve, "tokens", share * run.curve[-1].tokens, cost)
 
 
 def table(branches: Sequence[Branch]) -> Table:
-    """A row for each share of the SAE's training; medians, in brackets the range over seeds.
+    """A row for each share of the SAE's training: medians over seeds, with the range in brackets.
 
-    `LoRA alone` is how many times sooner it reaches the cross-entropy where the SAE exists already.
+    `LoRA alone` is the factor of time that LoRA saves if the SAE already exists.
     """
     columns = "SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e", "times sooner"
     rows = right_aligned(
-        "until both are at the same cross-entropy",
+        "training to the same cross-entropy",
         [*columns, "times fewer FLOPs", "LoRA alone", "seeds"],
     )
     seconds, flops = COSTS
@@ -150,13 +150,13 @@ def table(branches: Sequence[Branch]) -> Table:
 
 
 def _sooner_alone(branch: Branch, cost: str) -> float:
-    """Cost of end-to-end training over that of LoRA alone, where the SAE exists already."""
+    """Cost of end-to-end training divided by the cost of LoRA without the SAE's training."""
     alone = branch.lora[cost] - branch.sae[cost]
     return branch.e2e[cost] / alone if alone else math.inf
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """Cross-entropy of the first seed over seconds and FLOPs: SAE, LoRA that branches off, and e2e."""
+    """Cross-entropy of the first seed over seconds and FLOPs: SAE, LoRA branches from it, and e2e."""
     runs = [_Run(folder) for folder in folders if folder.is_finished]
     seed = min(run.config.train.seed for run in runs)
     runs = [run for run in runs if run.config.train.seed == seed]
@@ -165,17 +165,17 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
         *(("end to end", COLOURS[5], run) for run in _of(runs, Method.e2e)),
         *(("LoRA", COLOURS[0], run) for run in _of(runs, Method.lora)),
     ]
-    drawn = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05)
     axes = ("seconds of training", ".3~g"), ("training FLOPs", ".2~s")
     for column, (cost, (title, tickformat)) in enumerate(zip(COSTS, axes, strict=True), 1):
         amounts: list[float] = []
         named: set[str] = set()
         for name, colour, run in lines:
-            start = _kept_at(run.before(), run.config.init_at, cost) if name == "LoRA" else 0.0
-            # The first point of a curve is at zero, where a logarithmic axis has no place.
+            start = _saved_at(run.previous(), run.config.init_at, cost) if name == "LoRA" else 0.0
+            # The first point of a curve is at zero, which a logarithmic axis cannot show.
             costs = [start + (getattr(point, cost) or 0.0) or None for point in run.curve]
             amounts += [amount for amount in costs if amount]
-            drawn.add_scatter(
+            figure.add_scatter(
                 x=costs,
                 y=[point.student_ce for point in run.curve],
                 mode="lines",
@@ -187,10 +187,10 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
                 col=column,
             )
             named.add(name)
-        drawn.update_xaxes(title=title, row=1, col=column, **logarithmic(amounts, tickformat))
+        figure.update_xaxes(title=title, row=1, col=column, **logarithmic(amounts, tickformat))
     base = runs[0].curve[-1].base_ce
-    drawn.add_hline(base, line={"color": "#999999", "dash": "dot", "width": 1})
-    drawn.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
+    figure.add_hline(base, line={"color": "#999999", "dash": "dot", "width": 1})
+    figure.update_yaxes(title="held-out CE (nats per token)", row=1, col=1)
     ends = [run.curve[-1].student_ce for run in runs]
-    drawn.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
-    return {"time_to_ce": finished(drawn)}
+    figure.update_yaxes(range=[base - 0.1, max(ends) + 1.2])
+    return {"time_to_ce": finished(figure)}

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 Resampled = np.ndarray
-"""A measure `[1 + resamples]`: on the text as it is, then on each resample of its sequences.
+"""A measure `[1 + resamples]`: on the text itself, then on each resample of its sequences.
 
 Arithmetic on two measures pairs them resample by resample.
 """
@@ -14,19 +14,19 @@ Arithmetic on two measures pairs them resample by resample.
 
 @dataclass(frozen=True)
 class Interval:
-    """A measure and its bounds; `None` where undefined."""
+    """A measure and its bounds; `None` if undefined."""
 
     value: float | None
-    """On the text as it is."""
+    """On the text itself."""
     low: float | None
-    """Undefined where the measure is undefined in one of the resamples."""
+    """Undefined if the measure is undefined in one of the resamples."""
     high: float | None
 
 
 class Bootstrap:
     """The same resamples of a text's sequences for all measures on it.
 
-    Sequences are drawn and not tokens, because tokens of one sequence are alike.
+    Sequences are drawn instead of tokens, because the tokens of a sequence are not independent.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
     """
@@ -44,7 +44,7 @@ class Bootstrap:
 
 
 def interval(measure: Resampled, share: float = 0.95) -> Interval:
-    """A measure, with bounds that hold this share of its resamples."""
+    """A measure, with bounds that contain this share of its resamples."""
     value = float(measure[0])
     if not np.isfinite(measure).all():
         return Interval(value if np.isfinite(value) else None, None, None)

@@ -45,7 +45,7 @@ class Distance:
     reverse_kl: Interval
     """KL(model ‖ base), in nats."""
     top1_agreement: Interval
-    """Share of positions at which both put the same token first."""
+    """Share of positions at which both models predict the same most likely token."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Read:
     fvu: float
     """Residual variance / total variance."""
     cosine: float
-    """Mean cosine similarity of what it reads and what it puts back."""
+    """Mean cosine similarity of the SAE's input and its reconstruction."""
     l0: float
     """Mean number of active latents per token."""
     dead: float
     """Share of latents that are active on no token."""
     density: list[int]
-    """Latents by the log10 of the share of tokens that they are active on: below the first of
-    `density_edges`, between each and the next, above the last. Dead latents are not counted."""
+    """Histogram of latents by the log10 of the share of tokens that they are active on: below the first
+    of `density_edges`, between neighbouring edges, above the last. Dead latents are not counted."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LossChange:
     """Changes of the loss of single tokens, in nats."""
 
     tokens: list[int]
-    """Tokens below the first of `change_edges`, between each and the next, above the last."""
+    """Number of tokens below the first of `change_edges`, between neighbouring edges, above the last."""
     mean: float
     worse: float
     """Share of the tokens whose loss rises."""
@@ -87,11 +87,11 @@ class Core:
     initial_gap: Interval | None
     ce_gap: Interval
     gap_closed: Interval | None
-    """Undefined where the SAE opens no gap, or is new."""
+    """Undefined if there was no gap, or the SAE is new."""
     harm: Interval | None
-    """CE of adapted − base: what the adapters cost the plain model."""
+    """CE of adapted − base: the cost of the adapters without an SAE."""
     recovered: dict[str, Recovered]
-    """By what replaces the activation: zero, mean."""
+    """By the replacement of the activation: zero, mean."""
     distance: dict[str, Distance]
     """By cell."""
     saes: dict[str, dict[str, Read]]
@@ -172,19 +172,19 @@ def _ablations(subject: Subject) -> dict[str, Splices]:
 
 
 def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Measures at each position of tokens `[batch, pos]`, in their shape, on the CPU in float64.
+    """Measures at each position of tokens, `[batch, pos]` in float64 on the CPU, by measure and model.
 
-    By measure and model: `ce`, zero at the last position, where there is no label; `forward` and
-    `reverse` KL to the plain model; `top1`, 1 where both put the same token first. `hidden` is the
-    head's input of each model, `[batch, pos, d_model]`.
+    `ce` is zero at the last position, which has no label; `forward` and `reverse` are KL(base ‖ model)
+    and KL(model ‖ base); `top1` is 1 where the most likely token is the same. `hidden` is the head's
+    input of each model, `[batch, pos, d_model]`.
     """
     labels = next_tokens(tokens).flatten()
-    states = {name: each.flatten(0, 1) for name, each in hidden.items()}
+    states = {name: inputs.flatten(0, 1) for name, inputs in hidden.items()}
     chunk = max(1, _LOGITS_AT_ONCE // (len(states) * head.d_vocab))
     parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)
-        log_probs = {name: log_probabilities(head.logits(each[rows])) for name, each in states.items()}
+        log_probs = {name: log_probabilities(head.logits(flat[rows])) for name, flat in states.items()}
         log_p = log_probs[Cell.base]
         for name, log_q in log_probs.items():
             losses = -log_q.gather(-1, labels[rows].clamp(min=0)[:, None])[:, 0]
@@ -267,6 +267,6 @@ def _change(losses: Tensor) -> LossChange:
 
 
 def _histogram(values: Tensor, edges: Sequence[float]) -> list[int]:
-    """Counts of values below the first edge, between each and the next, and above the last."""
-    places = torch.bucketize(values.double().cpu(), torch.tensor(edges, dtype=torch.float64))
-    return torch.bincount(places, minlength=len(edges) + 1).tolist()
+    """Number of values below the first edge, between neighbouring edges, and above the last."""
+    bins = torch.bucketize(values.double().cpu(), torch.tensor(edges, dtype=torch.float64))
+    return torch.bincount(bins, minlength=len(edges) + 1).tolist()

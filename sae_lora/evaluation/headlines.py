@@ -22,7 +22,7 @@ SHOWN_FIRST = {
 
 
 def headlines(folder: RunFolder) -> dict[str, float]:
-    """Headline numbers of a run, by `suite/name`, of the suites that were run on it."""
+    """Headline numbers of a run by `suite/name`, from its suites' records."""
     numbers = {}
     for suite, numbers_of in _HEADLINES.items():
         if (record := suite_records.read(folder, suite)) is not None:
@@ -38,14 +38,14 @@ def first_metric(task: Mapping[str, Any]) -> str:
 
 
 def _core(results: Results) -> dict[str, float | None]:
-    after = [read["after"] for read in results["saes"].values()]
+    saes = [reconstruction["after"] for reconstruction in results["saes"].values()]
     return {
         "harm": _value(results["harm"]),
         "CE recovered": _value(results["recovered"]["zero"]["student"]),
         "reverse KL": _value(results["distance"]["student"]["reverse_kl"]),
         "tokens worse": results["loss_change"].get("student over spliced", {}).get("worse"),
-        "cosine": mean(read["cosine"] for read in after),
-        "dead latents": mean(read["dead"] for read in after),
+        "cosine": mean(sae["cosine"] for sae in saes),
+        "dead latents": mean(sae["dead"] for sae in saes),
     }
 
 
@@ -93,7 +93,7 @@ def _saebench(results: Results) -> dict[str, float | None]:
             for cell, metrics in cells.items():
                 if (value := metrics.get(SHOWN_FIRST[benchmark])) is not None:
                     values[f"{benchmark}, {cell}"].append(value)
-    return {name: mean(each) for name, each in values.items()}
+    return {name: mean(of_saes) for name, of_saes in values.items()}
 
 
 _HEADLINES: dict[Suite, Callable[[Results], dict[str, float | None]]] = {

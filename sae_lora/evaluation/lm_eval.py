@@ -33,11 +33,11 @@ class Score:
 
     value: float
     stderr: float | None
-    """Standard error; `None` where the harness gives none."""
+    """Standard error; `None` if the harness gives none."""
     over_base: float | None = None
     """Value minus the plain model's; `None` for the plain model."""
     over_base_stderr: float | None = None
-    """Standard error of `over_base`, paired by document. `None` where the metric is no mean over
+    """Standard error of `over_base`, paired by document. `None` if the metric is not a mean over
     documents."""
 
 
@@ -47,15 +47,15 @@ class TaskScores:
 
     documents: int
     few_shot: int | None
-    """Examples before each document; `None` where a group's tasks differ."""
+    """Number of examples before each document; `None` if the tasks of a group differ in it."""
     version: str | None
     """The harness's version of the task."""
     subtasks: list[str]
-    """Tasks of a group, which have scores of their own."""
+    """Tasks of a group. They have their own scores."""
     higher_is_better: dict[str, bool]
     """By metric."""
     cells: dict[str, dict[str, Score]]
-    """By cell and metric; `metric,filter` where the filter's name is not `none`."""
+    """Scores by cell and metric; by `metric,filter` if the filter's name is not `none`."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class Tasks:
     harness: str
     """Version of lm-evaluation-harness."""
     scores: dict[str, TaskScores]
-    """By task."""
+    """Scores by task or group."""
 
 
 def check(config: EvaluationConfig) -> None:
     """Refuse tasks that cannot be run, before a model is loaded.
 
     Raises:
-        ConfigError: For an unknown task, or one that runs code or needs more than text.
-        UserError: Where the harness, or the data set of a task, is missing.
+        ConfigError: For an unknown task, or a task that runs code or needs more than text.
+        UserError: If the harness, or the data set of a task, is missing.
     """
     if not config.tasks:
         raise ConfigError(_FIELD, [], "at least one task", "[tiny_continuation]")
@@ -105,13 +105,14 @@ def _check(names: tuple[str, ...]) -> None:
         raise UserError(
             "\n".join(map(str, missing.values()))
             + f"\n  data sets: {listed(sets)}"
-            + "\n  where there is a network, this puts them into the Hugging Face cache (HF_HOME): "
+            + "\n  on a machine with a network, this command downloads them into the Hugging Face cache "
+            + "(HF_HOME): "
             + f'python -c "from lm_eval.tasks import TaskManager; TaskManager().load({list(missing)})"'
         )
 
 
 def score(subject: Subject, config: EvaluationConfig) -> Tasks:
-    """Run tasks, which `check` has accepted, with each of a run's models."""
+    """Run tasks that `check` has accepted with each of a run's models."""
     results = {}
     for cell in subject.cells:
         say(f"  {listed(config.tasks)}: {cell}")
@@ -122,14 +123,14 @@ def score(subject: Subject, config: EvaluationConfig) -> Tasks:
 
 
 def _manager(names: Collection[str]) -> Any:
-    """The task manager of the tasks that ship with this package, or of all tasks where needed."""
+    """The task manager of the tasks that ship with this package, or of all tasks if needed."""
     shipped = _manager_of(all_tasks=False)
     return shipped if set(names) <= set(shipped.all_tasks) else _manager_of(all_tasks=True)
 
 
 @functools.cache
 def _manager_of(*, all_tasks: bool) -> Any:
-    # Cached: all tasks are some ten thousand files.
+    # Cached, because all tasks together are some ten thousand files.
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -141,14 +142,15 @@ def _manager_of(*, all_tasks: bool) -> Any:
 
 
 def _check_task(name: str, task: Any, owners: dict[str, str]) -> None:
-    """Refuse a task that is not of text alone, or that another name includes too."""
+    """Refuse a task that needs more than text, runs code, or is also part of another name."""
     leaf = task.task_name
     unfit = {"UNSAFE_CODE": "runs code that a model writes", "MULTIMODAL": "needs more than text"}
     for kind, because in unfit.items():
         if getattr(task, kind, False):
-            raise ConfigError(_FIELD, name, "tasks of text alone", because=f"{leaf} {because}")
+            raise ConfigError(_FIELD, name, "tasks that need only text", because=f"{leaf} {because}")
     if leaf in owners:
-        raise ConfigError(_FIELD, name, "each task once", because=f"{leaf} is of {owners[leaf]} already")
+        because = f"{leaf} is already part of {owners[leaf]}"
+        raise ConfigError(_FIELD, name, "each task once", because=because)
     owners[leaf] = name
 
 
@@ -160,7 +162,7 @@ def _data_sets(manager: Any, name: str) -> Iterator[str]:
     config = entry.cfg or {}
     if "dataset_path" in config:
         yield config["dataset_path"]
-    elif entry.kind.name == "TAG":  # in a task's entry, `tags` are its tags, here its members
+    elif entry.kind.name == "TAG":  # a task's entry lists its tags here, a tag's entry its members
         for member in sorted(entry.tags):
             yield from _data_sets(manager, member)
     else:
@@ -171,7 +173,7 @@ def _data_sets(manager: Any, name: str) -> Iterator[str]:
 
 
 def _results(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -> Mapping[str, Any]:
-    """Results of the harness, with those of each document."""
+    """Results of the harness, in total and by document."""
     import lm_eval
     from lm_eval.models import huggingface
 
@@ -206,12 +208,12 @@ def _scores(name: str, results: Mapping[Cell, Mapping[str, Any]]) -> TaskScores:
             for metric, value in base["higher_is_better"].get(name, {}).items()
             if value is not None
         },
-        cells={cell.value: _metrics(name, each, base) for cell, each in results.items()},
+        cells={cell.value: _metrics(name, of_cell, base) for cell, of_cell in results.items()},
     )
 
 
 def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
-    """The tasks of a group; of a task, itself."""
+    """The tasks of a group, or a single task itself."""
     children = results["group_subtasks"].get(name)
     if children is None:
         return [name]
@@ -230,14 +232,14 @@ def _metrics(name: str, results: Mapping[str, Any], base: Mapping[str, Any]) -> 
         score = Score(float(value), float(stderr) if _is_number(stderr) else None)
         if results is not base:
             over_base = float(value - base["results"][name][key])
-            documents = (_by_document(name, key, each) for each in (results, base))
+            documents = (_by_document(name, key, of_cell) for of_cell in (results, base))
             score = replace(score, over_base=over_base, over_base_stderr=paired_error(*documents))
         scores[metric if filtered == "none" else key] = score
     return scores
 
 
 def _by_document(name: str, key: str, results: Mapping[str, Any]) -> list[float]:
-    """Values of a metric by document; none where their mean is not what the harness reports."""
+    """Values of a metric by document; empty if their mean is not the value that the harness reports."""
     metric, _, filtered = key.partition(",")
     samples = (sample for leaf in _leaves(name, results) for sample in results["samples"][leaf])
     values = [sample.get(metric) for sample in samples if sample["filter"] == filtered]
@@ -263,7 +265,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _silenced() -> contextlib.AbstractContextManager[Any]:
-    """Restrict the harness to errors; inside the block, it draws no progress bar into a log."""
+    """Restrict the harness's log to errors; inside the block, keep progress bars out of log files."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     is_terminal = sys.stderr.isatty()
     return contextlib.nullcontext() if is_terminal else contextlib.redirect_stderr(io.StringIO())

@@ -12,7 +12,7 @@ from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interv
 from sae_lora.evaluation.subject import Cell, Subject
 
 _SHARE = 0.9
-"""Share of the resamples within the bounds."""
+"""Share of the resamples between the bounds."""
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,29 @@ class Mechanism:
     Distances to the residual stream `h_clean` of the plain model are:
 
     - `l2`, ‖h − h_clean‖;
-    - `cosine`, 1 − cos(h, h_clean): 0 where both point the same way, 1 where they are orthogonal.
+    - `cosine`, 1 − cos(h, h_clean): 0 if both point the same way, 1 if they are orthogonal.
 
-    After a block whose output an SAE replaces, `h` is what the SAE puts back.
+    After a block whose output an SAE replaces, `h` is the SAE's reconstruction.
     """
 
     sequences: int
-    """Held-out sequences measured, from the first on."""
+    """Number of measured sequences: the first of the held-out text."""
     tokens: int
-    """Positions measured. Special tokens that keep their activation are left out."""
+    """Number of measured positions. Special tokens that keep their activation are not measured."""
     norm: list[Interval]
     """‖h_clean‖, by block: the scale of an L2 distance."""
     distance: dict[str, dict[str, list[Interval]]]
     """By cell (spliced, student, adapted), distance and block."""
     shortened: dict[str, Interval] | None
     """Share of each distance after the last block that training removes, `1 − student / spliced`;
-    negative where it adds. Undefined where the SAE is new, or makes no error."""
+    negative if training adds to it. Undefined if the SAE is new, or reconstructs without error."""
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
     """Measure a run on the first of its held-out sequences.
 
-    Positions of special tokens that keep their activation are left out of all cells: no SAE applies
-    there, and the residual stream of BOS, far longer than others, would dominate an L2 distance.
+    Special tokens that keep their activation are left out in all cells: no SAE applies to them, and the
+    residual stream at BOS has a far larger norm than others, which would dominate an L2 distance.
 
     Source: arXiv 2501.19406, distances to the clean activations.
     """
@@ -90,9 +90,9 @@ def _sums(subject: Subject, cells: list[Cell], tokens: Tensor) -> dict[str, Tens
         "norm": summed(h.double().norm(dim=-1) for h in clean),
     }
     for cell in cells:
-        moved = subject.streams(cell, tokens)
+        streams = subject.streams(cell, tokens)
         for kind, distance in _DISTANCES.items():
-            sums[f"{kind} {cell}"] = summed(map(distance, moved, clean))
+            sums[f"{kind} {cell}"] = summed(map(distance, streams, clean))
     return sums
 
 
@@ -101,7 +101,7 @@ def _l2(h: Tensor, h_clean: Tensor) -> Tensor:
 
 
 def _cosine_distance(h: Tensor, h_clean: Tensor) -> Tensor:
-    # In float32, a cosine near 1 would hide its distance to 1.
+    # In float32, 1 − cosine loses its digits if the cosine is near 1.
     return (1 - cosine_similarity(h.double(), h_clean.double(), dim=-1)).clamp(min=0)
 
 

@@ -26,11 +26,11 @@ from sae_lora.records.folder import RunFolder
 
 class _Suite(NamedTuple):
     measure: Callable[[Subject, EvaluationConfig], Any]
-    """Measures a run; returns a dataclass of plain values."""
+    """Function that measures a run and returns a dataclass of plain values."""
     depends_on: tuple[str, ...]
     """The keys of `evaluation` that the results depend on."""
     check: Callable[[EvaluationConfig], None] = lambda config: None
-    """Refuses a config that cannot work, before anything is loaded."""
+    """Function that raises for a config that cannot work, before anything is loaded."""
 
 
 _SUITES: dict[Suite, _Suite] = {
@@ -63,24 +63,24 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
 
 def evaluate(
     folder: RunFolder,
-    wanted: Sequence[Suite],
+    requested: Sequence[Suite],
     config: EvaluationConfig,
     *,
     again: bool = False,
     device: str | None = None,
 ) -> list[Suite]:
-    """Run suites on a finished run, as far as they apply to it; return those that failed.
+    """Run the suites that apply to a finished run; return those that failed.
 
-    A suite that lacks something, a download or a package, is reported, and the others go on. Suites that
-    are done are repeated if asked for `again`. The device is auto, cpu or cuda; by default the run's
+    A suite that cannot run, because a download or a package is missing, is reported and skipped. Suites
+    that are done run only if `again` is true. The device is auto, cpu or cuda; by default the run's
     `train.device`.
 
     Raises:
-        UserError: Where the run is not finished, or something of it is missing.
+        UserError: If the run is not finished, or one of its files is missing.
     """
     suites = [
         suite
-        for suite in suite_records.applicable(wanted, folder.read_config(), vars(config))
+        for suite in suite_records.applicable(requested, folder.read_config(), vars(config))
         if again or not _is_done(folder, suite, config)
     ]
     if not suites:
@@ -89,8 +89,8 @@ def evaluate(
     say(f"evaluating {folder.path.name}: {', '.join(suite.name for suite in suites)}")
     failed: list[Suite] = []
 
-    def leave_out(suite: Suite, reason: object) -> None:
-        complain(f"{suite.name} of {folder.path.name} left out", str(reason))
+    def skip(suite: Suite, reason: object) -> None:
+        complain(f"skipped {suite.name} of {folder.path.name}", str(reason))
         failed.append(suite)
 
     ready = []
@@ -99,7 +99,7 @@ def evaluate(
             _SUITES[suite].check(config)
             ready.append(suite)
         except UserError as error:
-            leave_out(suite, error)
+            skip(suite, error)
     if not ready:
         return failed
     subject = Subject(folder, device)
@@ -108,7 +108,7 @@ def evaluate(
         try:
             results = _SUITES[suite].measure(subject, config)
         except UserError as error:
-            leave_out(suite, error)
+            skip(suite, error)
             continue
         record = Record(
             suite=suite.name,
@@ -119,7 +119,7 @@ def evaluate(
         )
         suite_records.write(folder, record)
         for part, reason in record.results.get("missing", {}).items():
-            leave_out(suite, f"{part}: {reason}")
+            skip(suite, f"{part}: {reason}")
     return list(dict.fromkeys(failed))
 
 
@@ -127,7 +127,7 @@ def _is_done(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:
     record = suite_records.read(folder, suite)
     if record is None or record.settings != _settings(suite, config):
         return False
-    return not record.results.get("missing")  # what was missing may be available now
+    return not record.results.get("missing")  # the missing part may be available now
 
 
 def _settings(suite: Suite, config: EvaluationConfig) -> dict[str, Any]:

@@ -29,13 +29,13 @@ class Cell(enum.StrEnum):
     spliced = "spliced"
     """With the SAEs as they were before the run."""
     student = "student"
-    """With the SAEs and everything that the run has trained."""
+    """With the SAEs and all weights that the run has trained."""
     adapted = "adapted"
     """With the adapters and no SAE."""
 
 
 class Replacement:
-    """A stand-in for an SAE, by what it puts back for residuals `[..., d_model]`."""
+    """A stand-in for an SAE: a function from residuals `[..., d_model]` to their replacement."""
 
     def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
         self._replace = replace
@@ -55,7 +55,7 @@ class Subject:
         device: auto, cpu or cuda; by default the run's `train.device`.
 
     Raises:
-        UserError: Where the run is not finished, or something of it is missing or has changed.
+        UserError: If the run is not finished, or one of its files is missing or has changed.
     """
 
     def __init__(self, folder: RunFolder, device: str | None = None) -> None:
@@ -63,7 +63,7 @@ class Subject:
         self.folder = folder
         self.config = self.adapted.config
         self.model, self.with_adapters = self.adapted.parts
-        """The plain model, and the model with adapters; the same where there are none."""
+        """The plain model, and the model with adapters; the same object if the run has no adapters."""
         self.device = self.model.device
         text = corpus.load(self.config.data, self.adapted.tokenizer, 1)
         self.tokens: Tensor = text.validation_tokens
@@ -73,7 +73,7 @@ class Subject:
         self.after: Splices = self.adapted.splices
         """The SAEs after the run."""
         self.before: Splices = self._before()
-        """The SAEs before the run; none where the run has made them."""
+        """The SAEs before the run; empty if the run has trained new SAEs."""
 
     def _before(self) -> Splices:
         config = self.config.sae
@@ -87,8 +87,8 @@ class Subject:
     @property
     def cells(self) -> list[Cell]:
         """The cells that this run has."""
-        has = {Cell.spliced: bool(self.before), Cell.adapted: self.with_adapters is not self.model}
-        return [cell for cell in Cell if has.get(cell, True)]
+        exists = {Cell.spliced: bool(self.before), Cell.adapted: self.with_adapters is not self.model}
+        return [cell for cell in Cell if exists.get(cell, True)]
 
     def model_of(self, cell: Cell) -> LanguageModel:
         """The language model of a cell."""
@@ -100,18 +100,18 @@ class Subject:
 
     @contextmanager
     def in_place(self, cell: Cell) -> Iterator[PreTrainedModel]:
-        """The transformers model of a cell; inside the block its SAEs are in every forward pass."""
+        """The transformers model of a cell, whose SAEs are in every forward pass inside the block."""
         with self.adapted.spliced(instead=self.splices_of(cell)):
             yield self.model_of(cell).model
 
     def batches(self, sequences: int | None = None) -> Iterator[Tensor]:
-        """The first sequences of the held-out text, or all, `[batch, pos]`, on the device."""
+        """Batches of the held-out text, `[batch, pos]` on the device: its first sequences, or all."""
         tokens = self.tokens[:sequences]
         for rows in self.slices(tokens):
             yield tokens[rows].to(self.device)
 
     def slices(self, tokens: Tensor) -> Iterator[slice]:
-        """Rows of tokens `[text, pos]` that go through the model at once."""
+        """Slices of tokens `[text, pos]` that fit into one forward pass."""
         at_once = max(1, self.config.train.eval_batch_tokens // tokens.shape[1])
         for start in range(0, len(tokens), at_once):
             yield slice(start, start + at_once)
@@ -126,7 +126,7 @@ class Subject:
     ) -> Tensor:
         """The head's input, `[batch, pos, d_model]`, for tokens `[batch, pos]`.
 
-        `observe` is called each time an SAE has been applied; `instead` replaces the cell's SAEs.
+        `observe` is called after each SAE; `instead` replaces the cell's SAEs.
         """
         with self._spliced(cell, tokens, observe, instead) as model:
             return model.hidden(tokens)
@@ -154,5 +154,5 @@ class Subject:
             yield model
 
     def kept_positions(self, tokens: Tensor, splices: Splices) -> Tensor | None:
-        """Positions `[batch, pos]` (true) that keep their activation; `None` where all are replaced."""
+        """Mask `[batch, pos]` of positions that keep their activation; `None` if all are replaced."""
         return kept_positions(tokens, self.special_ids, splices)

@@ -14,20 +14,20 @@ from sae_lora.config.enums import Suite
 from sae_lora.evaluation.headlines import SHOWN_FIRST, Results, first_metric
 
 MOST_RUNS = len(COLOURS)
-"""Runs that a figure can tell apart."""
+"""Largest number of runs in a figure: one per colour."""
 _DASHES = {"spliced": "dot", "student": "solid"}
-"""Cells that are drawn as lines, before training and after it."""
+"""Cells that are drawn as lines, before and after training."""
 _CELLS = ["base", "spliced", "student", "adapted"]
-"""From left to right."""
+"""Order of the cells from left to right."""
 
 _Runs = Mapping[str, Results]
-"""Results of a suite, by name of the run; at most `MOST_RUNS`."""
+"""Results of a suite by name of the run, of at most `MOST_RUNS` runs."""
 _Values = dict[str, dict[str, tuple[float, float, float]]]
-"""By run and cell: a value, and the lengths of its error bar downwards and upwards."""
+"""A value and the lengths of its error bar downwards and upwards, by run and cell."""
 
 
 def loss_change(runs: _Runs) -> go.Figure:
-    """Shares of tokens by the change of their loss in training; of `core`."""
+    """Suite `core`: share of tokens over the change of their loss by training."""
     figure = go.Figure()
     for colour, (name, results) in zip(COLOURS, runs.items(), strict=False):
         change = results["loss_change"].get("student over spliced")
@@ -51,7 +51,7 @@ def loss_change(runs: _Runs) -> go.Figure:
 
 
 def by_position(runs: _Runs) -> go.Figure:
-    """The CE gap over the position in the sequence; of `core`."""
+    """Suite `core`: CE gap over the position in the sequence."""
     figure = go.Figure()
     for colour, (name, results) in zip(COLOURS, runs.items(), strict=False):
         losses = results["ce_by_position"]
@@ -67,7 +67,7 @@ def by_position(runs: _Runs) -> go.Figure:
 
 
 def distances(runs: _Runs) -> go.Figure:
-    """Distance of the residual stream to the plain model's after each block; of `mechanism`."""
+    """Suite `mechanism`: distance of the residual stream to the plain model's, after each block."""
     figure = go.Figure()
     for colour, (name, results) in zip(COLOURS, runs.items(), strict=False):
         for cell in _drawn_cells(results["distance"]):
@@ -86,7 +86,7 @@ def distances(runs: _Runs) -> go.Figure:
 
 
 def tasks(runs: _Runs) -> go.Figure:
-    """The first metric of each task, with 1.96 standard errors; of `tasks`."""
+    """Suite `tasks`: the first metric of each task, with bars of 1.96 standard errors."""
     panels: dict[str, _Values] = defaultdict(dict)
     for name, results in runs.items():
         for task, scores in results["scores"].items():
@@ -100,7 +100,7 @@ def tasks(runs: _Runs) -> go.Figure:
 
 
 def steering(runs: _Runs) -> go.Figure:
-    """The effect of steering on each model, with 95% intervals; of `steering`."""
+    """Suite `steering`: effect of steering on each model, with 95% intervals."""
     values: _Values = {
         name: {
             cell: _bounded(effect["difference"])
@@ -113,7 +113,7 @@ def steering(runs: _Runs) -> go.Figure:
 
 
 def saebench(runs: _Runs) -> go.Figure:
-    """The metric that SAEBench shows first of each benchmark; of `saebench`, for a run's first SAE."""
+    """Suite `saebench`: the metric that SAEBench shows first, by benchmark, of a run's first SAE."""
     panels: dict[str, _Values] = defaultdict(dict)
     for name, results in runs.items():
         for benchmark, cells in next(iter(results["scores"].values()), {}).items():
@@ -125,7 +125,7 @@ def saebench(runs: _Runs) -> go.Figure:
 
 
 def _by_cell(panels: Mapping[str, _Values]) -> go.Figure:
-    """Panels by title, two in a row; in each the cells from left to right, by run."""
+    """A figure with a panel per title, two in a row. A panel shows the cells from left to right."""
     across = min(2, len(panels)) or 1
     down = math.ceil(len(panels) / across) or 1
     figure = make_subplots(down, across, horizontal_spacing=0.16, vertical_spacing=0.24 / down)
@@ -167,7 +167,7 @@ def _drawn_cells(cells: Mapping[str, Any]) -> list[str]:
 
 
 def _line(colour: str, name: str, cell: str) -> dict[str, Any]:
-    """Line of a run's cell; the legend names the run once."""
+    """Style of a run's line in a cell; the run has one entry in the legend."""
     return {
         "mode": "lines+markers",
         "line": {"color": colour, "width": 2, "dash": _DASHES[cell]},
@@ -179,7 +179,7 @@ def _line(colour: str, name: str, cell: str) -> dict[str, Any]:
 
 
 def _in_octaves(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The middles of positions 1, 2–3, 4–7 …, and the means of values over them."""
+    """The geometric middle of positions 1, 2–3, 4–7 …, and the mean of the values there."""
     middles, means = [], []
     start = 1
     while start <= len(values):
@@ -202,7 +202,7 @@ class SuiteFigure(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Name of the figure's files."""
         return self.draw.__name__
 
 
@@ -210,18 +210,18 @@ FIGURES = (
     SuiteFigure(
         Suite.core,
         loss_change,
-        "What training does to single tokens",
-        "Held-out tokens; left of zero are those that training makes likelier.",
+        "Change of the loss of single tokens",
+        "Held-out tokens. Left of zero: tokens that become likelier.",
     ),
-    SuiteFigure(Suite.core, by_position, "CE gap over the position", "Dotted: before training."),
+    SuiteFigure(Suite.core, by_position, "CE gap by position", "Dotted: before training."),
     SuiteFigure(
         Suite.mechanism,
         distances,
         "Distance of the residual stream to the plain model's",
         "Dotted: before training. Bars: 90% intervals.",
     ),
-    SuiteFigure(Suite.tasks, tasks, "What the models can do", "Bars: 1.96 standard errors."),
-    SuiteFigure(Suite.steering, steering, "How well latents steer", "Bars: 95% intervals."),
-    SuiteFigure(Suite.saebench, saebench, "SAEBench", "Of the plain model and of the adapted one."),
+    SuiteFigure(Suite.tasks, tasks, "Task scores", "Bars: 1.96 standard errors."),
+    SuiteFigure(Suite.steering, steering, "Effect of steering", "Bars: 95% intervals."),
+    SuiteFigure(Suite.saebench, saebench, "SAEBench", "The first SAE of each run."),
 )
 """The figures of suites, in the order of the report."""

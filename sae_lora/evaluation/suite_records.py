@@ -31,14 +31,14 @@ class Record:
 
 
 def write(folder: RunFolder, record: Record) -> None:
-    """Write a record into the run's folder; replace an older one."""
+    """Write a record into the run's folder, over an older one."""
     folder.evaluation.mkdir(exist_ok=True)
     path = folder.evaluation / f"{record.suite}.json"
     write_atomically(path, as_json(dataclasses.asdict(record)))
 
 
 def read(folder: RunFolder, suite: Suite) -> Record | None:
-    """The record of a suite; `None` where it is absent or of another version."""
+    """The record of a suite; `None` if it is missing or of another version."""
     path = folder.evaluation / f"{suite.name}.json"
     if not path.exists():
         return None
@@ -47,7 +47,7 @@ def read(folder: RunFolder, suite: Suite) -> Record | None:
 
 
 def pending(folder: RunFolder) -> list[Suite]:
-    """The suites that a run's own config asks for at its end, and that have no record yet."""
+    """The suites that a finished run's config asks for and that have no record yet."""
     if not (folder.is_finished and folder.config.exists()):
         return []
     config = folder.read_config()
@@ -59,7 +59,7 @@ def pending(folder: RunFolder) -> list[Suite]:
 def applicable(
     suites: Sequence[Suite], config: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> list[Suite]:
-    """The suites that apply to a run, each once: `lora` needs adapters, `downstream` stands for several.
+    """The suites that apply to a run, each once. `lora` needs adapters; `downstream` is three suites.
 
     `config` is the run's `config.yaml`, `evaluation` the settings of the suites.
     """

@@ -1,1 +1,1 @@
-"""Tables, figures and the page of a sweep, made from run folders alone. Imports no torch."""
+"""Tables, figures and the page of a sweep, made only from run folders. Imports no torch."""

@@ -15,9 +15,9 @@ from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
 from sae_lora.report.frames import factors, in_order
 
 _MOST_IN_LEGEND = 10
-"""Entries of a legend, and ticks of an axis."""
+"""Largest number of entries of a legend, and of named ticks of an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
-"""Factors that readers of a sweep ask for first."""
+"""Factors that come first in figures and legends."""
 _CLOSED_AXIS = {"title": METRICS["gap_closed"].title, "tickformat": ".2~%"}
 
 
@@ -27,10 +27,11 @@ def by_prominence(factors: Sequence[str]) -> list[str]:
     return first + [name for name in factors if name not in first]
 
 
-class _Look:
-    """Look of the runs of a group: their first factor sets the colour, the second the dash and symbol.
+class _GroupStyle:
+    """Style of groups of runs: their first factor sets the colour, the second the dash and the symbol.
 
-    The legend names each combination where there are few, else the values of each of the two factors.
+    The legend has an entry for each combination if there are few, or else for each value of the two
+    factors.
     """
 
     def __init__(self, frame: Frame, by: Sequence[str]) -> None:
@@ -39,7 +40,8 @@ class _Look:
         count = len(self._values[0]) if by else 1
         self._colours: Sequence[Any] = COLOURS
         if count > len(COLOURS):
-            self._colours = sample_colorscale("Cividis", [at / (count - 1) for at in range(count)])
+            shares = [number / (count - 1) for number in range(count)]
+            self._colours = sample_colorscale("Cividis", shares)
         self._names_combinations = len(set(group_of(frame, by))) <= _MOST_IN_LEGEND
         self._named: set[str] = set()
 
@@ -56,7 +58,7 @@ class _Look:
         return entry | _line_and_markers(self._colours[first % len(self._colours)], second)
 
     def explain(self, figure: go.Figure) -> None:
-        """Adds the title of the legend, and entries for the second factor where it has none yet."""
+        """Add the title of the legend, and entries for the second factor if it has none yet."""
         named = self._by if self._names_combinations else self._by[:1]
         title = ", ".join(map(label, named))
         figure.update_layout(legend={"title": {"text": title}, "tracegroupgap": 0})
@@ -73,7 +75,7 @@ class _Look:
 
 
 def _line_and_markers(colour: str, number: int) -> dict[str, Any]:
-    """A line and its markers in a colour, with the dash and the symbol of a number."""
+    """Style of a line and its markers: a colour, and the dash and the symbol with a number."""
     return {
         "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
         "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 7},
@@ -90,19 +92,19 @@ def gap_curves(
 
     Args:
         frame: Runs, as `runs_frame` gives them.
-        curves: Their points, as `curves_frame` gives them.
+        curves: The points of their curves, as `curves_frame` gives them.
         over: `tokens`, `train_seconds` or `train_flops`.
-        by: Factors that the legend names; by default those in which the runs differ.
+        by: Factors that the legend names; by default the factors in which the runs differ.
     """
     by = by_prominence(factors(frame)) if by is None else by
-    look = _Look(frame, by)
+    styles = _GroupStyle(frame, by)
     points = dict(iter(curves.groupby(["sweep", "run"], sort=False)))
-    traces = []  # added all at once: adding one takes longer the more there are
+    traces = []  # added all at once: adding a trace takes longer the more traces there are
     for (_, run), group in zip(frame.iterrows(), group_of(frame, by), strict=True):
         curve = points.get((run["sweep"], run["run"]))
         if curve is None:
             continue
-        style = look.of(group)
+        style = styles.of(group)
         unfinished = "" if run["state"] == "done" else f" ({run['state']})"
         hover = f"{run['run']}{unfinished}<br>%{{x:,.6~g}}: gap %{{y:.4f}}<extra></extra>"
         traces.append(
@@ -119,24 +121,24 @@ def gap_curves(
         xaxis={"title": METRICS[over].title, "rangemode": "tozero"},
         yaxis={"title": METRICS["ce_gap"].title, "rangemode": "tozero"},
     )
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 
 def gap_closed_against(
     frame: Frame, factor: str, others: Sequence[str], fitted: Fit | None = None
 ) -> go.Figure:
-    """The gap closed over a factor: a line for each combination of the others, seeds as their mean.
+    """The gap closed over a factor: a line for each combination of the other factors.
 
-    Error bars are the confidence interval of that mean, where there are several seeds.
+    Points are means over seeds. With several seeds, error bars are the confidence interval of the mean.
 
     Args:
         frame: Finished runs with a gap closed, as `runs_frame` gives them.
         factor: Column of the factor.
         others: The other factors in which the runs differ, without the seed.
-        fitted: Lines to draw, thin and grey.
+        fitted: Fit whose lines are drawn, thin and grey.
     """
-    look = _Look(frame, others)
+    styles = _GroupStyle(frame, others)
     figure = go.Figure()
     groups = group_of(frame, others)
     numeric = [value for value in frame[factor] if isinstance(value, int | float)]
@@ -151,7 +153,7 @@ def gap_closed_against(
             mode="lines+markers" if has_order else "markers",
             customdata=means["runs"],
             hovertemplate=f"{title(factor)} %{{x}}: %{{y:.1%}}<br>%{{customdata}} runs<extra></extra>",
-            **look.of(group),
+            **styles.of(group),
         )
         if fitted is not None and group in fitted.intercepts:
             figure.add_scatter(
@@ -168,20 +170,20 @@ def gap_closed_against(
         axis["type"] = "category"
     elif factor in FACTORS and FACTORS[factor].is_logarithmic and min(numeric) > 0:
         axis["type"] = "log"
-    different = sorted(set(numeric))
-    if has_order and len(different) <= _MOST_IN_LEGEND:
-        axis |= ticks(different, _MOST_IN_LEGEND)
+    distinct = sorted(set(numeric))
+    if has_order and len(distinct) <= _MOST_IN_LEGEND:
+        axis |= ticks(distinct, _MOST_IN_LEGEND)
     figure.update_layout(xaxis=axis, yaxis=_CLOSED_AXIS)
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 
 def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
-    """The gap closed over two factors; over three, a map for each value of the third.
+    """The gap closed over two factors. With a third factor, there is a map for each of its values.
 
     Args:
         frame: Finished runs with a gap closed, as `runs_frame` gives them.
-        by: The two or three factors; a cell is the mean over all others.
+        by: The two or three factors. A cell is the mean over all runs with its values.
     """
     across, down, *third = by
     parts = list(frame.groupby(third[0])) if third else [("", frame)]
@@ -216,16 +218,16 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
 
     Args:
         frame: Finished runs with a gap closed, as `runs_frame` gives them.
-        by: The factors in which they differ, without the seed; the first two are told apart.
+        by: The factors in which the runs differ, without the seed. Only the first two are shown.
     """
     by = by[:2]
-    look = _Look(frame, by)
+    styles = _GroupStyle(frame, by)
     costs = ("trainable_parameters", "train_flops", "train_seconds")
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
     groups = group_of(frame, by)
     traces = []
     for group in dict.fromkeys(groups):
-        part, style = frame[groups == group], look.of(group)
+        part, style = frame[groups == group], styles.of(group)
         for number, cost in enumerate(costs):
             traces.append(
                 go.Scatter(
@@ -245,7 +247,7 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
         kind: dict[str, Any] = {"type": "log", "nticks": 4} if is_wide else {"rangemode": "tozero"}
         figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", row=1, col=number, **kind)
     figure.update_layout(yaxis=_CLOSED_AXIS)
-    look.explain(figure)
+    styles.explain(figure)
     return finished(figure)
 
 
@@ -266,5 +268,5 @@ def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
 
 
 def _numbers(column: Any) -> list[float | None]:
-    """The values of a column as floats, `None` where there is none."""
+    """The values of a column as floats; `None` for missing values."""
     return [None if value is None or value != value else float(value) for value in column]

@@ -1,4 +1,4 @@
-"""Growth of the gap closed with a factor: one slope over the logarithm, with its confidence interval."""
+"""Growth of the gap closed with a factor: a slope over log2 of the factor, with confidence interval."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import pandas
 from sae_lora.records.factors import label, text
 
 Frame = Any
-"""A `pandas.DataFrame`, whose own types do not say what most of its operations return."""
+"""A `pandas.DataFrame`; its type stubs leave most results of its operations open."""
 
 CONFIDENCE = 0.95
 _FEWEST_VALUES = 3
-"""Different values of the factor; a line fits any two exactly."""
+"""Smallest number of different values of the factor: a line fits any two points exactly."""
 _FEWEST_TO_SPARE = 2
-"""Degrees of freedom; with fewer, the interval is wider than any finding."""
+"""Smallest number of degrees of freedom: with fewer, the interval is too wide to be of use."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Fit:
     high: float
     """The slope's confidence interval, from Student's distribution."""
     intercepts: dict[tuple[str, ...], float]
-    """By group of runs that differ in factor and seed only: the values of the other factors."""
+    """Intercepts by group. A group is the runs with the same values of all factors except this factor
+    and the seed; the key holds these values."""
     values: tuple[float, float]
-    """The least and the largest value of the factor."""
+    """The smallest and the largest value of the factor."""
     runs: int
     r_squared: float
     """Share of the variance within groups that the slope explains."""
@@ -43,7 +44,8 @@ class Fit:
 
     def __str__(self) -> str:
         more = "more" if self.per_doubling >= 0 else "less"
-        groups = f", {len(self.intercepts)} lines with one slope" if len(self.intercepts) > 1 else ""
+        n_groups = len(self.intercepts)
+        groups = f", {n_groups} lines with the same slope" if n_groups > 1 else ""
         return (
             f"each doubling of {label(self.factor)} closes {100 * abs(self.per_doubling):.1f} points "
             f"{more} of the gap ({CONFIDENCE:.0%} interval {100 * self.low:+.1f} to "
@@ -52,7 +54,7 @@ class Fit:
 
 
 def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
-    """The gap closed over the logarithm of a factor, or a sentence that says why there is no fit.
+    """A fit of the gap closed over the logarithm of a factor, or the reason why there is none.
 
     Args:
         frame: Finished runs, as `runs_frame` gives them.
@@ -69,12 +71,12 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
     x, y, groups = numbers[usable].map(math.log2), closed[usable], groups[usable]
     refusal = f"no fit over {label(factor)}"
     if (values := x.nunique()) < _FEWEST_VALUES:
-        alike = "values of it in runs that are otherwise alike"
-        return f"{refusal}: {values} {alike}, and {_FEWEST_VALUES} needed"
+        equal = "in runs that are otherwise equal"
+        return f"{refusal}: {values} values {equal}; at least {_FEWEST_VALUES} are needed"
     n_groups = groups.nunique()
     if (spare := len(x) - n_groups - 1) < _FEWEST_TO_SPARE:
         needed = n_groups + 1 + _FEWEST_TO_SPARE
-        return f"{refusal}: {len(x)} runs in {n_groups} groups, and {needed} needed"
+        return f"{refusal}: {len(x)} runs in {n_groups} groups; at least {needed} are needed"
     mean_x, mean_y = x.groupby(groups).transform("mean"), y.groupby(groups).transform("mean")
     dx, dy = x - mean_x, y - mean_y
     slope = float((dx * dy).sum() / (dx**2).sum())
@@ -96,11 +98,11 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
 
 
 def _number(value: object) -> float:
-    """A value as a number, NaN where it is none."""
+    """A value as a float; NaN if it is not a number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def group_of(frame: Frame, others: Sequence[str]) -> Any:
-    """The values of some factors as text, a tuple for each run."""
+    """The values of factors as text, a tuple for each run."""
     rows = frame[list(others)].itertuples(index=False, name=None)
     return pandas.Series([tuple(map(text, row)) for row in rows], index=frame.index, dtype=object)

@@ -1,4 +1,4 @@
-"""Sweeps as tables, made from run folders alone: a row per run, or per point. Imports no torch."""
+"""Sweeps as data frames with a row per run or per evaluation, from run folders. Imports no torch."""
 
 import dataclasses
 import operator
@@ -21,17 +21,16 @@ _MEASURED = [
     *("trainable_parameters", "train_tokens", "train_seconds", "total_seconds", "train_flops"),
     *("trained_together", "tracked_at"),
 ]
-"""Keys of `summary.json`; unfinished runs have those that their curve knows too."""
+"""Keys of `summary.json`. Unfinished runs have only the ones that are also fields of their curve."""
 
 
 def runs_frame(folders: Sequence[RunFolder]) -> Frame:
     """A row per run in any state, ordered by the factors in which the runs differ.
 
-    Columns: `sweep`, `run`, `state`, `note` (who has it, why it failed); all `FACTORS`, and other
-    config keys that differ; measures (cross-entropies and KL in nats per token), from the curve's
-    last point where a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop`
-    and `closed_per_minute` of training; `command` and `folder`; headlines of evaluations by
-    `suite/name`.
+    Columns: `sweep`, `run`, `state`, `note` (where it runs, why it failed); all `FACTORS`, and other
+    config keys that differ; measures (cross-entropies and KL in nats per token), from the last point of
+    the curve if a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop` and
+    `closed_per_minute` of training; `command` and `folder`; headline numbers of suites by `suite/name`.
     """
     rows = list(map(_row, folders, read_statuses(folders)))
     frame: Frame = pandas.DataFrame(rows)
@@ -39,12 +38,12 @@ def runs_frame(folders: Sequence[RunFolder]) -> Frame:
     same = [name for name in keys if frame[name].map(repr).nunique() == 1]
     frame = frame.drop(columns=same)
     closed = frame["gap_closed"].astype(float)
-    for name, of, unit in (
+    for name, cost, unit in (
         ("closed_per_million_parameters", "trainable_parameters", 1e6),
         ("closed_per_petaflop", "train_flops", 1e15),
         ("closed_per_minute", "train_seconds", 60),
     ):
-        amount = frame[of].astype(float)
+        amount = frame[cost].astype(float)
         frame[name] = closed / (amount / unit).where(amount > 0)
     first = ["sweep", "run", "state", "note", *FACTORS, *(key for key in keys if key not in same)]
     frame = frame[list(dict.fromkeys([*first, *frame]))]
@@ -52,7 +51,7 @@ def runs_frame(folders: Sequence[RunFolder]) -> Frame:
 
 
 def curves_frame(folders: Sequence[RunFolder]) -> Frame:
-    """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` but for `per_sae`."""
+    """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` except `per_sae`."""
     names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
     fields_of = operator.attrgetter(*names)
     rows = []
@@ -73,7 +72,7 @@ def _sweep_of(folder: RunFolder) -> str:
 
 
 def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
-    """The values of one run in the frame, by column."""
+    """A run's row of the frame, by column."""
     config = folder.read_config()
     measured: dict[str, Any] = {}
     if folder.is_finished:
@@ -96,5 +95,5 @@ def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
 
 
 def in_order(column: Any) -> Any:
-    """Sort keys of a column, where runs have numbers or words."""
+    """Sort keys of a column that holds numbers or text."""
     return column.map(by_value)

@@ -5,9 +5,9 @@
     figures/*.svg, *.png       the same figures
     runs.csv, runs.parquet     a row per run
     curves.parquet             a row per evaluation
-    summary.json               what the page says, for programs; written last
+    summary.json               the content of the page, for programs; written last
 
-It is made from run folders alone, and can be made again. Imports no torch.
+It is made only from run folders and can be made again. Imports no torch.
 """
 
 import json
@@ -39,13 +39,13 @@ from sae_lora.report.sweep import Sweep
 VERSION = 1
 _KIND = "sae_lora report"
 _FITTED = ("rank", "l0", "width")
-"""Factors that a fit is made over."""
+"""Factors over which the gap closed is fitted."""
 _CURVES = "gap_over_"
-"""Prefix of the names of the curves' figures."""
+"""Prefix of the names of the figures of curves."""
 _OVER = ("tokens", "train_seconds", "train_flops")
-"""Measures that the curves are drawn over."""
+"""Horizontal axes of the curves."""
 _MOST_MAPPED = 3
-"""Factors that a heat map shows."""
+"""Largest number of factors in a heat map."""
 _SHOWN = (
     *("base_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement", "fvu"),
     *("trainable_parameters", "train_flops", "train_seconds"),
@@ -59,19 +59,19 @@ class View:
     """One figure of a report."""
 
     name: str
-    """Name of its files."""
+    """Name of the figure's files."""
     heading: str
     figure: Any
-    """plotly's."""
+    """A plotly figure."""
     note: str = ""
     """A sentence below the figure."""
 
 
 class Report:
-    """Findings about sweeps, before any of them is drawn.
+    """Results of sweeps, for the page and for programs.
 
     Args:
-        sweep: The runs, read as they are now.
+        sweep: The runs. Their folders are read once.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -83,7 +83,7 @@ class Report:
         self.varying = [name for name in figures.by_prominence(factors(self.frame)) if name != SEED]
         """The factors in which runs differ, without the seed."""
         fits = [
-            fit(self.done, name, [other for other in self.varying if other != name])
+            fit(self.done, name, [factor for factor in self.varying if factor != name])
             for name in _FITTED
             if name in self.varying
         ]
@@ -94,11 +94,11 @@ class Report:
     def best(self) -> dict[str, Any] | None:
         """The run that closes the largest share of the gap."""
         closed = self.done["gap_closed"].astype(float)
-        return None if closed.isna().all() else _plain(self.done.loc[closed.idxmax()].to_dict())
+        return None if closed.isna().all() else _json_row(self.done.loc[closed.idxmax()].to_dict())
 
     @property
     def missing(self) -> list[str]:
-        """Sentences about what cannot be shown, and why."""
+        """Reasons for missing runs, values and fits."""
         missing = [
             f"{number} of {len(self.frame)} runs: {state}"
             for state, number in self.states.items()
@@ -106,14 +106,16 @@ class Report:
         ]
         no_gap = int(self.done["gap_closed"].isna().sum())
         if no_gap:
-            missing.append(f"gap closed is undefined in {no_gap} runs, whose SAE opens no gap or is new")
+            missing.append(
+                f"gap closed is undefined for {no_gap} runs, because their SAE opens no gap or is new"
+            )
         no_flops = int(self.done["train_flops"].isna().sum())
         if no_flops:
-            missing.append(f"training FLOPs are not known of {no_flops} runs, made by an older version")
+            missing.append(f"training FLOPs are unknown for {no_flops} runs of an older version")
         return missing + self._refusals
 
     def views(self) -> list[View]:
-        """The figures: curves, suites of evaluation, and then the gap closed over the factors."""
+        """The figures: curves, evaluation suites, and the gap closed over the factors."""
         views = [
             View(f"{_CURVES}{over}", f"CE gap over {METRICS[over].title}", curves)
             for over in _OVER
@@ -126,7 +128,7 @@ class Report:
             return views
         fits = {fitted.factor: fitted for fitted in self.fits}
         for name in self.varying:
-            others = [other for other in self.varying if other != name]
+            others = [factor for factor in self.varying if factor != name]
             fitted = fits.get(name)
             figure = figures.gap_closed_against(done, name, others, fitted)
             note = f"Grey: {fitted}." if fitted else ""
@@ -136,10 +138,10 @@ class Report:
             heading = f"Gap closed over {' and '.join(map(label, self.varying))}"
             views.append(View("heat_map", heading, figures.heat_map(done, self.varying)))
         figure = figures.efficiency(done, self.varying)
-        return [*views, View("efficiency", "Gap closed against what it cost", figure)]
+        return [*views, View("efficiency", "Gap closed against cost", figure)]
 
     def _suite_views(self) -> list[View]:
-        """Figures of evaluations, each with as many runs as it can tell apart."""
+        """Figures of suites, each with at most `MOST_RUNS` runs."""
         names = [", ".join(group) or "run" for group in group_of(self.done, self.varying)]
         folders = {
             name if names.count(name) == 1 else f"{name}, seed {seed}": RunFolder(Path(path))
@@ -151,20 +153,20 @@ class Report:
                 (name, suite_records.read(folder, figure.suite)) for name, folder in folders.items()
             )
             results = ((name, record.results) for name, record in records if record is not None)
-            if few := dict(islice(results, suite_figures.MOST_RUNS)):
-                views.append(View(figure.name, figure.heading, figure.draw(few), figure.note))
+            if shown := dict(islice(results, suite_figures.MOST_RUNS)):
+                views.append(View(figure.name, figure.heading, figure.draw(shown), figure.note))
         for view in views:
             view.figure.update_layout(legend_title_text=", ".join(map(label, self.varying)))
         return views
 
     def _similarity_views(self) -> list[View]:
-        """Figures of what the adapters of two runs have in common."""
+        """Figures of the similarity between the adapters of two runs."""
         sweeps = dict.fromkeys(Path(path).parent for path in self.done["folder"])
         pairs = [pair for sweep in sweeps for pair in similarity_results.read(sweep)]
         return [
             View(
                 f"similarity_{number}",
-                "Directions that adapters have in common",
+                "Similarity of adapters' directions",
                 similarity_results.similarity_map(pair),
                 f"{pair['first']} and {pair['second']}.",
             )
@@ -172,7 +174,7 @@ class Report:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """The findings for programs: the contents of the report's `summary.json`."""
+        """The results for programs: the content of the report's `summary.json`."""
         return {
             "kind": _KIND,
             "version": VERSION,
@@ -183,20 +185,20 @@ class Report:
             "best": self.best,
             "fits": [asdict(fitted) | {"intercepts": _intercepts(fitted)} for fitted in self.fits],
             "missing": self.missing,
-            "runs": [_plain(row) for row in self.frame.to_dict("records")],
+            "runs": [_json_row(row) for row in self.frame.to_dict("records")],
         }
 
 
 def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
-    """Writes a report, and returns notes on what could not be made.
+    """Write a report; return notes on pictures that could not be written.
 
     Args:
         sweep: The runs.
-        to: Folder of the report; an older report there is replaced.
-        pictures: Whether the figures are also written as SVG and PNG.
+        to: Folder of the report. An older report in it is replaced.
+        pictures: True to also write the figures as SVG and PNG.
 
     Raises:
-        UserError: Where the folder holds something else, or cannot be written.
+        UserError: If the folder contains other files, or cannot be written.
     """
     _check_free(to)
     report = Report(sweep)
@@ -207,9 +209,9 @@ def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
         write_atomically(to / "index.html", page(report, views, to))
         write_atomically(to / "runs.csv", report.frame.to_csv(index=False))
         for name, table in (("runs", report.frame), ("curves", report.curves)):
-            beside = to / f".{name}.parquet"
-            _uniform(table).to_parquet(beside, index=False)
-            beside.replace(to / f"{name}.parquet")
+            unfinished = to / f".{name}.parquet"
+            _uniform(table).to_parquet(unfinished, index=False)
+            unfinished.replace(to / f"{name}.parquet")
         if pictures:
             files = [
                 (view.figure, to / "figures" / f"{view.name}.{kind}")
@@ -227,7 +229,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     """The complete page as HTML.
 
     Args:
-        report: The findings.
+        report: The results.
         views: The report's figures.
         to: Folder of the page; links to run folders are relative to it.
     """
@@ -246,7 +248,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         for view in curves
     ]
     runs = [
-        _plain(row)
+        _json_row(row)
         | {
             "href": os.path.relpath(row["folder"], to),
             "config": RunFolder(Path(row["folder"])).config.read_text(),
@@ -256,7 +258,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     return templates.get_template("report.html").render(
         report=report,
         sweeps=sorted(set(report.frame["sweep"])),
-        made=time.strftime("%Y-%m-%d %H:%M"),
+        created=time.strftime("%Y-%m-%d %H:%M"),
         methods=["LoRA" if name == "lora" else name for name in report.frame["method"].unique()],
         columns=_columns(report.frame),
         runs=runs,
@@ -269,19 +271,22 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
 
 
 def _check_free(to: Path) -> None:
-    """Makes sure that nothing but an older report is replaced.
+    """Check that the folder contains at most an older report, which may be replaced.
 
     Raises:
-        UserError: Where there is something else.
+        UserError: If it contains other files.
     """
     if not to.exists():
         return
     if not to.is_dir():
         raise UserError(f"--to: {to} is a file, not a folder")
     ours = {"index.html", "figures", "runs.csv", "runs.parquet", "curves.parquet", "summary.json"}
-    others = sorted(path.name for path in to.iterdir() if path.name.lstrip(".") not in ours)
-    if others:
-        raise UserError(f"--to: {to} holds something else than a report: {', '.join(others[:3])}")
+    foreign = sorted(path.name for path in to.iterdir() if path.name.lstrip(".") not in ours)
+    if foreign:
+        raise UserError(
+            f"--to: {to} contains files that are not part of a report ({', '.join(foreign[:3])}); "
+            "choose another folder"
+        )
 
 
 def _columns(frame: Frame) -> list[tuple[str, str]]:
@@ -307,12 +312,12 @@ def _cell(value: Any, column: str) -> str:
 
 
 def _intercepts(fitted: Fit) -> list[dict[str, Any]]:
-    """The intercepts as JSON can hold them."""
+    """The intercepts of a fit for JSON, whose keys cannot be tuples."""
     return [{"group": list(group), "at_1": value} for group, value in fitted.intercepts.items()]
 
 
-def _plain(row: dict[Any, Any]) -> dict[str, Any]:
-    """A row of a frame as JSON can hold it, with `None` for NaN."""
+def _json_row(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of a frame for JSON, with `None` instead of NaN."""
     return {
         name: None if isinstance(value, float) and value != value else value
         for name, value in row.items()
@@ -320,7 +325,7 @@ def _plain(row: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _uniform(table: Frame) -> Frame:
-    """The table with one type in each column: one that holds numbers and words holds words."""
+    """The table with one type per column: columns that mix numbers and text become text."""
     mixed = [
         name
         for name in table.columns

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run, as its folder shows it now.
+    """One run. Its folder is read at each access.
 
     Args:
         folder: `outputs/<sweep>/<run>`.
@@ -52,7 +52,7 @@ class Run:
         """The results of the finished run; `sae_lora.records.schema.Summary` names the keys.
 
         Raises:
-            UserError: Where the run is not finished, with the cause.
+            UserError: If the run is not finished; with the cause.
         """
         return finished(self.folder).read_summary()
 
@@ -61,13 +61,13 @@ class Run:
         return curves_frame([self._folder]).drop(columns=["sweep", "run"])
 
     def adapted(self, device: str | None = None) -> "Adapted":
-        """The model with SAEs and adapters, as `load_adapted` gives it.
+        """The model with SAEs and adapters, from `load_adapted`.
 
         Args:
             device: auto, cpu or cuda; by default the run's `train.device`.
 
         Raises:
-            UserError: Where the run is not finished, or one of its files is missing or has changed.
+            UserError: If the run is not finished, or one of its files is missing or has changed.
         """
         from sae_lora.export.adapted_model import load_adapted
 
@@ -78,10 +78,10 @@ class Run:
 
 
 class Sweep(Sequence[Run]):
-    """The runs of one sweep, or of several, in the order of their folders.
+    """The runs of one or several sweeps, in the order of their folders.
 
     Args:
-        folders: The run folders, which are read each time that something is asked for.
+        folders: The run folders. They are read at each access.
     """
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
@@ -102,7 +102,7 @@ class Sweep(Sequence[Run]):
         return f"Sweep of {count(len(self), 'run')}: {', '.join(run.name for run in self)}"
 
     def frame(self) -> Frame:
-        """A row per run: its state, factors, measures and the command that makes it once more.
+        """A row per run: its state, factors, measures and the command that repeats it.
 
         `sae_lora.report.frames.runs_frame` lists the columns.
         """
@@ -124,12 +124,12 @@ class Sweep(Sequence[Run]):
 
 
 def load_sweep(*paths: Path | str) -> Sweep:
-    """The runs of one sweep or several: `load_sweep("outputs/ranks").frame()`.
+    """The runs of one or several sweeps: `load_sweep("outputs/ranks").frame()`.
 
     Args:
-        paths: `outputs/<sweep>`, or single runs.
+        paths: Folders of sweeps, `outputs/<sweep>`, or of single runs.
 
     Raises:
-        UserError: Where one of them holds no runs.
+        UserError: If one of the folders contains no runs.
     """
     return Sweep([folder for path in paths for folder in runs_of(Path(path))])

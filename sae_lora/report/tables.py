@@ -1,4 +1,4 @@
-"""Tables for a terminal, made from the run folders alone. Imports no torch."""
+"""Tables for a terminal, made only from run folders. Imports no torch."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 
 _RUN = "run"
-"""The head of the column of names, where runs differ in nothing else."""
+"""Heading of the column with the runs' names, which is there if the runs differ in no factor."""
 _OF_ONE_RUN = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "initial_kl", "kl"),
     *("top1_agreement", "fvu", "l0", "trainable_parameters", "train_tokens"),
@@ -25,11 +25,11 @@ _OF_SEVERAL = (
     *("trainable_parameters", "train_seconds"),
 )
 _IN_TITLE = ("model", "block", "width", "l0", "rank"), ("base_ce", "spliced_ce", "initial_gap")
-"""Factors and metrics that stand in a table's title where all its rows have the same value."""
+"""Factors and metrics that move into a table's title if all rows have the same value."""
 
 
 def run_table(summary: dict[str, Any]) -> Table:
-    """One finished run in full, from its `summary.json`."""
+    """All results of one finished run, from its `summary.json`."""
     columns = Column(style="bold"), Column(justify="right"), Column(style="dim")
     table = Table(*columns, title=summary["name"], title_justify="left", show_header=False)
     for key in _OF_ONE_RUN:
@@ -46,7 +46,7 @@ def _why_undefined(summary: dict[str, Any]) -> str:
 
 
 def right_aligned(title: str, columns: Iterable[str | Column]) -> Table:
-    """An empty table; columns that are given by their heading alone are aligned to the right."""
+    """An empty table. Columns that are given as strings, their headings, are aligned to the right."""
     aligned = [
         Column(column, justify="right") if isinstance(column, str) else column for column in columns
     ]
@@ -54,34 +54,36 @@ def right_aligned(title: str, columns: Iterable[str | Column]) -> Table:
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """The median of ratios, and in brackets the least and the largest."""
+    """The median of ratios, with the smallest and the largest in brackets."""
     if not ratios:
         return "never"
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """The mean of values over seeds, and in brackets the least and the largest."""
+    """The mean of values over seeds, with the smallest and the largest in brackets."""
     mean = f"{statistics.mean(values):+.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):+.3f} to {max(values):+.3f})"
 
 
-def in_whole_words(table: Table, but: str | None = None) -> Table:
-    """The complete table, with columns so wide that a narrow terminal breaks cells between words only.
+def in_whole_words(table: Table, breakable: str | None = None) -> Table:
+    """The table, with columns that are wide enough for their longest word.
+
+    In a narrow terminal, cells then break only between words.
 
     Args:
-        table: The table, changed in place.
-        but: Heading of a column that may be broken anywhere.
+        table: The complete table, changed in place.
+        breakable: Heading of a column whose cells may break anywhere.
     """
     for column in table.columns:
-        if column.header != but:
+        if column.header != breakable:
             words = " ".join([str(column.header), *map(str, column.cells)]).split()
             column.min_width = max(map(len, words))
     return table
 
 
 def comparison_table(folders: Sequence[RunFolder]) -> Table:
-    """Finished runs side by side, a row each; the title holds what all of them have in common."""
+    """A row for each finished run. The title has the values that all runs have in common."""
     runs = finished_runs(folders)
     columns = _differences(runs)
     columns |= {
@@ -96,9 +98,9 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
 
 
 def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> Iterator[Table]:
-    """A table for each suite with results: a row for each finished run, with the suite's headlines.
+    """A table for each suite with results: a row for each finished run, with its headline numbers.
 
-    Runs that the suite has not measured have dashes.
+    A dash stands for a run that the suite has not measured.
     """
     runs = finished_runs(folders)
     differences = _differences(runs)
@@ -117,7 +119,7 @@ def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> 
 
 
 def _differences(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
-    """The factors in which finished runs differ, by column; the runs' names where there are none."""
+    """Columns of the factors in which finished runs differ, or of the runs' names if none differs."""
     names = varying([run.factors for run in runs], with_followers=True)
     if not names:
         return {_RUN: [run.summary["name"] for run in runs]}
@@ -125,7 +127,7 @@ def _differences(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
 
 
 def _table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
-    """A table of complete columns by heading."""
+    """A table of columns, by heading."""
     table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name == _RUN else "right", no_wrap=name != _RUN)

@@ -1,1 +1,1 @@
-"""Speed of training against the loop that the method was published with, and proof that both agree."""
+"""Speed of training compared to the published code of the method, and a check that both agree."""

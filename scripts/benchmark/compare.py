@@ -1,7 +1,7 @@
-"""`sae-lora benchmark`: training and evaluation here against the published loop.
+"""`sae-lora benchmark`: speed of training and evaluation, compared to the published loop.
 
-Both take turns in one process, a fresh one for each comparison, on the same model, SAEs and tokens,
-dropout on. Ratios are of the paired times, per run and step. Beside them stands that both find the same.
+Each comparison has a new process, in which both take turns on the same model, SAEs and tokens, with
+dropout. Ratios are of paired times, per run and step. The benchmark also checks that results are equal.
 """
 
 import ctypes
@@ -44,9 +44,9 @@ from scripts.benchmark.reference import Reference, evaluate
 from scripts.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 
 RANKS = (1, 4, 16, 64, 256)
-"""Ranks of a pack of five; a pack of 25 has each of them around five SAEs."""
+"""Ranks of a pack of five; a pack of 25 has these ranks around each of five SAEs."""
 SINGLE = 16
-"""The rank of a run alone."""
+"""Rank of a run that is trained alone."""
 SIZES = (1, 5, 25)
 """Sizes of packs."""
 CONTEXTS = (256, 1024)
@@ -55,10 +55,10 @@ TRAIN = TrainConfig(
     train_tokens=2**40, batch_size=1, lr=5e-5, schedule=Schedule.constant, warmup_share=0.0
 )
 WIDE = dataclasses.replace(SMALL, d_model=2304, d_sae=65_536)
-"""Shape of the row about the SAE: the widths of Gemma-2-2B and of a Gemma Scope SAE."""
+"""Shape of the comparison of SAEs: the widths of Gemma-2-2B and of a Gemma Scope SAE."""
 Result = TypeVar("Result")
 _STEPS = 4
-"""After which adapters are compared."""
+"""Number of steps after which adapters are compared."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Equality:
-    """Distance between the adapters of this package and those of the published loop."""
+    """Distance between the trained adapters of this package and of the published loop."""
 
     what: str
     style: str
     error: float
-    """Norm of the difference between adapters, over the norm of what training changed of the
-    reference's. AdamW turns rounding into whole steps where a gradient is as good as zero."""
+    """Norm of the difference between both adapters, divided by the norm of the change of the published
+    loop's adapters by training. If a gradient is nearly zero, AdamW turns rounding into full steps."""
 
 
 def adapters(rank: int) -> LoRAConfig:
-    """The paper's, at a rank."""
+    """The paper's config of adapters, with a rank."""
     return LoRAConfig(
         rank=rank, alpha=32.0, dropout=0.1, rank_stabilised=False, init=Initialisation.kaiming
     )
 
 
 def training(model: LanguageModel, splice: Splice, rank: int) -> GradientState:
-    """One run, as a pack trains it."""
+    """A run of this package, for a pack."""
     torch.manual_seed(rank)
     student = LoRAStudent(model, (splice,), adapters(rank))
     return GradientState(student, TRAIN, 2**30)
@@ -105,17 +105,17 @@ def training(model: LanguageModel, splice: Splice, rank: int) -> GradientState:
 def reference(
     model: LanguageModel, splice: Splice, rank: int, dropout: Callable[[float], nn.Module] = nn.Dropout
 ) -> Reference:
-    """The same run, as it was published."""
+    """The same run, trained by the published loop."""
     torch.manual_seed(rank)
     return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
 def pack(model: LanguageModel, trainings: Sequence[GradientState], how: KLComputation) -> DistillTrainer:
-    """Trainings together."""
+    """A pack of runs, without evaluations."""
     no_ids = torch.empty(0, dtype=torch.long, device=model.device)
-    beside = Comparison(Head.of(model))
-    nothing = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, beside)
-    return DistillTrainer(model, Isolation(trainings), nothing, no_ids, kl_of(beside, how))
+    comparison = Comparison(Head.of(model))
+    evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, comparison)
+    return DistillTrainer(model, Isolation(trainings), evaluator, no_ids, kl_of(comparison, how))
 
 
 def compare_steps(
@@ -127,7 +127,7 @@ def compare_steps(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Row:
-    """Training steps of one run, of five ranks, or of these around five SAEs."""
+    """Compare training steps of one run, of five ranks, or of five ranks around each of five SAEs."""
     model = random_model(style, shape, device, dtype)
     ranks = [SINGLE] if size == 1 else RANKS
     splices = [random_splice(shape, seed, device, dtype) for seed in range(size // len(ranks))]
@@ -137,23 +137,22 @@ def compare_steps(
     together = pack(model, trainings, KLComputation.fused)
     tokens = _Tokens(shape, context, device)
     calls: dict[str, Callable[[], object]] = {
-        name: lambda one=one: one.step(tokens.next()) for name, one in references.items()
+        name: lambda run=run: run.step(tokens.next()) for name, run in references.items()
     }
     calls["here"] = lambda: together._take_step(together.active, tokens.next())
-    found = taking_turns(calls, rounds, device)
-    naive = [
-        len(splices) * sum(times) for times in zip(*(found[name] for name in references), strict=True)
-    ]
+    measured = taking_turns(calls, rounds, device)
+    of_ranks = (measured[name] for name in references)
+    naive = [len(splices) * sum(times) for times in zip(*of_ranks, strict=True)]
     what = "a run alone" if size == 1 else f"a pack of {size} runs"
-    times = ratio(naive, found["here"])
-    seconds = statistics.median(found["here"]) / size
+    times = ratio(naive, measured["here"])
+    seconds = statistics.median(measured["here"]) / size
     return Row(what, style.name, context, times, seconds, work_of(calls["here"], device))
 
 
 def compare_evaluations(
     style: Style, shape: Shape, context: int, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> Row:
-    """Base, spliced and four students, again: what is kept from the first evaluation is there."""
+    """Compare evaluations of base, spliced and four students, with a filled cache."""
     model = random_model(style, shape, device, dtype)
     splice = random_splice(shape, 0, device, dtype)
     ranks = RANKS[:4]
@@ -169,15 +168,15 @@ def compare_evaluations(
     for ours, theirs in zip(evaluator(students), evaluate(references, held_out), strict=True):
         for name, value in theirs._asdict().items():
             assert abs(getattr(ours, name) - value) < 1e-3, name
-    found = taking_turns(calls, rounds, device)
-    times = ratio(found["reference"], found["here"])
+    measured = taking_turns(calls, rounds, device)
+    times = ratio(measured["reference"], measured["here"])
     what = "an evaluation of base, spliced and 4 students"
-    seconds = statistics.median(found["here"])
+    seconds = statistics.median(measured["here"])
     return Row(what, style.name, context, times, seconds, work_of(calls["here"], device))
 
 
 def compare_saes(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> Row:
-    """A wide SAE with the gradient passing through it: active latents alone, against whole products."""
+    """Compare a wide SAE and its gradient, computed from active latents only and from all latents."""
     tokens = 1024
     whole, sparse = (cast(nn.Module, random_splice(shape, 0, device, dtype).sae) for _ in range(2))
     saes: dict[str, Any] = {"whole": whole, "sparse": multiplied(sparse, True)}
@@ -185,26 +184,27 @@ def compare_saes(shape: Shape, rounds: int, device: torch.device, dtype: torch.d
     resid, direction = torch.randn(2, tokens, shape.d_model, dtype=dtype, device=device)
 
     def gradient(sae: Any) -> Tensor:
-        read = resid.clone().requires_grad_()
-        sae.decode(sae.encode(read)).backward(direction)
-        assert read.grad is not None
-        return read.grad
+        leaf = resid.clone().requires_grad_()
+        sae.decode(sae.encode(leaf)).backward(direction)
+        assert leaf.grad is not None
+        return leaf.grad
 
-    expected, sparsely = (gradient(sae).double() for sae in saes.values())
-    assert float((sparsely - expected).norm() / expected.norm()) < (
+    expected, result = (gradient(sae).double() for sae in saes.values())
+    assert float((result - expected).norm() / expected.norm()) < (
         1e-5 if dtype is torch.float32 else 0.1
     )
     calls = {name: lambda sae=sae: gradient(sae) for name, sae in saes.items()}
-    found = taking_turns(calls, rounds, device)
-    times = ratio(found["whole"], found["sparse"])
+    measured = taking_turns(calls, rounds, device)
+    times = ratio(measured["whole"], measured["sparse"])
     what = f"an SAE of {shape.d_sae:,} latents and its gradient"
-    seconds = statistics.median(found["sparse"])
+    seconds = statistics.median(measured["sparse"])
     return Row(what, f"top {shape.k}", tokens, times, seconds, work_of(calls["sparse"], device))
 
 
 def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Equality]:
-    """Adapters after a few steps, from the same seeds: with the same attention and whole logits, and as
-    training is by default.
+    """Compare adapters after a few steps from the same seeds.
+
+    The first comparison has the published loop's attention and full logits, the second the defaults.
     """
     ranks = (1, SINGLE, 256)
     rows = []
@@ -218,25 +218,25 @@ def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Eq
         steps = [batches.next() for _ in range(_STEPS)]
         for tokens in steps:
             together._take_step(trainings, tokens)
-        apart = moved = 0.0
-        for one, rank in zip(trainings, ranks, strict=True):
+        difference = change = 0.0  # sums of squares
+        for state, rank in zip(trainings, ranks, strict=True):
             kind = Dropout if device.type == "cpu" else nn.Dropout
-            other = reference(model, splice, rank, kind)
-            before = {name: weight.detach().clone() for name, weight in other.weights.items()}
+            published = reference(model, splice, rank, kind)
+            initial = {name: weight.detach().clone() for name, weight in published.weights.items()}
             for tokens in steps:
-                other.step(tokens)
-            for name, weight in other.weights.items():
-                theirs, ours = weight.detach(), one.student.weights[name].detach()
-                apart += float((ours - theirs).double().square().sum())
-                moved += float((theirs - before[name]).double().square().sum())
-        error = (apart / moved) ** 0.5
+                published.step(tokens)
+            for name, weight in published.weights.items():
+                theirs, ours = weight.detach(), state.student.weights[name].detach()
+                difference += float((ours - theirs).double().square().sum())
+                change += float((theirs - initial[name]).double().square().sum())
+        error = (difference / change) ** 0.5
         what = f"train.kl={how.name} model.attention={attention.name}"
         rows.append(Equality(what, style.name, error))
     return rows
 
 
 def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -> tuple[float, float]:
-    """Bytes that the KL needs at most beside its inputs: with whole logits, and fused."""
+    """Peak bytes of the KL without its inputs: with full logits, and fused."""
     torch.manual_seed(0)
     head = Head.linear(torch.randn(d_vocab, d_model) / d_model**0.5)
     teacher, student = torch.randn(2, tokens, d_model)
@@ -253,20 +253,23 @@ def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -
 
 
 class _Tokens:
-    """Random tokens, always the same ones."""
+    """Random tokens from a fixed seed."""
 
     def __init__(self, shape: Shape, context: int, device: torch.device) -> None:
         self._shape, self._context, self._device = shape, context, device
         self._generator = torch.Generator().manual_seed(1)
 
     def next(self, sequences: int = 1) -> Tensor:
-        """The next `[sequence, pos]`."""
+        """The next tokens, `[sequence, pos]`."""
         size = sequences, self._context
         return torch.randint(0, self._shape.d_vocab, size, generator=self._generator).to(self._device)
 
 
 def raise_allocator_thresholds() -> bool:
-    """Lets glibc keep memory that is freed, up to what it allows; returns whether there is a glibc."""
+    """Let glibc keep freed memory, up to its limits; return true if glibc accepts this.
+
+    Returns false if there is no glibc.
+    """
     try:
         glibc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -284,21 +287,21 @@ def run(
     tuned: bool = False,
     to: Path | None = None,
 ) -> None:
-    """Measures what is asked for, prints each row as soon as it is measured, and writes the record.
+    """Run comparisons, print each row as soon as it is measured, and write the record.
 
     Args:
         styles: Names of `Style`; `None` for all.
         contexts: Tokens per sequence; `None` for `CONTEXTS`.
-        packs: Sizes of packs; `None` for `SIZES`, and for the rows that are about no pack: evaluations
-            and, where nothing at all is asked for, the SAE and the memory of the KL.
-        rounds: Pairs of times for each row.
-        tuned: Whether the C allocator's thresholds are raised, for both sides.
-        to: File for the record; it is written after each row.
+        packs: Sizes of packs; `None` for `SIZES`. Only with `None`, evaluations and the memory of the KL
+            are measured too, and also SAEs if `styles` and `contexts` are `None`.
+        rounds: Number of paired times for each row.
+        tuned: True to raise the thresholds of the C allocator for both sides.
+        to: File for the record. It is written after each row.
 
     Raises:
-        UserError: Where the record cannot be written, or a comparison is killed.
+        UserError: If the record cannot be written, or a comparison is killed.
     """
-    if to is not None:  # what cannot be written is better known before all the measuring
+    if to is not None:  # a path that cannot be written is refused before the long measurements
         if to.is_dir():
             raise UserError(f"--to: {to} is a folder, not a file")
         check_writable(to.parent, "--to")
@@ -316,35 +319,35 @@ def run(
         "equalities": [],
         "kl_bytes": None,
     }
-    wanted = [Style[name] for name in styles] if styles else list(Style)
+    chosen = [Style[name] for name in styles] if styles else list(Style)
     rows: list[tuple[Any, ...]] = []
-    for style in wanted:
+    for style in chosen:
         for context in contexts or CONTEXTS:
             rows += [(compare_steps, style, SMALL, context, size) for size in packs or SIZES]
             if not packs:
                 rows.append((compare_evaluations, style, SMALL, context))
     if not (styles or contexts or packs):
         rows.insert(0, (compare_saes, WIDE))
-    whole = len(rows) + len(wanted) + (not packs)
+    whole = len(rows) + len(chosen) + (not packs)
     table = _Table(record["peak_flops_per_second"])
     with progress_bar("comparing", "rows") as count:
 
         def keep(lines: Sequence[Sequence[str]]) -> None:
             for line in lines:
                 table.add(line)
-            if to is not None:  # after each: the next may be too large for the machine
+            if to is not None:  # after each row, because the next one may be too large for the machine
                 write_atomically(to, as_json(record))
             count(count_done(record), whole)
 
         count(0, whole)
-        for compare, *of in rows:
-            row = _alone(tuned, compare, *of, rounds, device, dtype)
+        for compare, *arguments in rows:
+            row = _in_own_process(tuned, compare, *arguments, rounds, device, dtype)
             record["rows"].append(dataclasses.asdict(row))
             keep([table.row(row)])
-        for style in wanted:
-            equalities = _alone(tuned, compare_results, style, SMALL, device)
-            record["equalities"] += [dataclasses.asdict(one) for one in equalities]
-            keep([table.equality(one) for one in equalities])
+        for style in chosen:
+            equalities = _in_own_process(tuned, compare_results, style, SMALL, device)
+            record["equalities"] += [dataclasses.asdict(equality) for equality in equalities]
+            keep([table.equality(equality) for equality in equalities])
         if not packs:
             whole_bytes, fused_bytes = head_memory()
             record["kl_bytes"] = {"whole": whole_bytes, "fused": fused_bytes}
@@ -352,45 +355,47 @@ def run(
 
 
 def count_done(record: dict[str, Any]) -> int:
-    """Number of parts that a record has so far; the equalities of a style are one part."""
-    styles = {one["style"] for one in record["equalities"]}
+    """Number of finished parts of a record. The equalities of a style are one part."""
+    styles = {equality["style"] for equality in record["equalities"]}
     return len(record["rows"]) + len(styles) + (record["kl_bytes"] is not None)
 
 
-def _alone(tuned: bool, compare: Callable[..., Result], *arguments: object) -> Result:
-    """Compares in a process of its own: memory that another comparison has freed is memory that a
-    naive loop need not ask the system for.
+def _in_own_process(tuned: bool, compare: Callable[..., Result], *arguments: object) -> Result:
+    """Run a comparison in its own process.
+
+    In a shared process, the published loop would reuse memory that an earlier comparison has freed,
+    instead of requesting it from the system.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=silence_transformers) as process:
         if tuned and not process.submit(raise_allocator_thresholds).result():
-            raise UserError("--tuned raises thresholds of glibc's allocator, and there is no glibc here")
+            raise UserError("--tuned needs glibc, whose allocator it tunes; this machine has none")
         try:
             return process.submit(compare, *arguments).result()
         except BrokenProcessPool as error:
-            what = f"{compare.__name__} of {', '.join(str(one) for one in arguments)}"
-            raise UserError(f"killed, perhaps for want of memory: {what}") from error
+            what = f"{compare.__name__}({', '.join(map(str, arguments))})"
+            raise UserError(f"a comparison was killed, perhaps out of memory: {what}") from error
 
 
 class _Table:
-    """Rows that are printed one by one, in columns of fixed width.
+    """Table that prints its rows one by one, in columns of fixed width.
 
     Args:
-        peak: Floating-point operations per second that products reach on this device.
+        peak: FLOPs per second of matrix products on this device.
     """
 
     COLUMNS = (
-        *(("what", -46), ("style", -8), ("tokens", 6), ("times quicker per run", 22)),
-        *(("least–most", 11), ("seconds here", 12), ("in products", 11), ("at", 11), ("memory", 8)),
+        *(("comparison", -46), ("style", -8), ("tokens", 6), ("speedup per run", 22)),
+        *(("range", 11), ("seconds here", 12), ("in products", 11), ("rate", 11), ("memory", 8)),
     )
-    """Headings and widths; a negative one stands for a column that is set to the left."""
+    """Headings and widths. Columns with a negative width are aligned to the left."""
 
     def __init__(self, peak: float) -> None:
         self._peak = peak
         self.add([name for name, _ in self.COLUMNS])
 
     def add(self, cells: Sequence[str]) -> None:
-        """Prints a row."""
+        """Print a row."""
         padded = zip(cells, self.COLUMNS, strict=False)
         say(
             "  ".join(
@@ -407,11 +412,12 @@ class _Table:
             *(f"{work.flops_per_second / self._peak:.0%} of peak", f"{work.peak_bytes / 1e9:.1f} GB"),
         ]
 
-    def equality(self, one: Equality) -> list[str]:
-        """The cells of what proves that both find the same."""
-        return [f"adapters apart by {one.error:.1e} with {one.what}", one.style, "256"]
+    def equality(self, equality: Equality) -> list[str]:
+        """The cells of a check that adapters are equal."""
+        what = f"adapters differ by {equality.error:.1e} with {equality.what}"
+        return [what, equality.style, "256"]
 
     def memory(self, whole: float, fused: float) -> list[str]:
-        """The cells of what the KL needs."""
-        what = f"memory of the KL, 65,536 words: {fused / 1e6:.0f} MB"
+        """The cells of the KL's memory."""
+        what = f"memory of the KL, vocabulary of 65,536: {fused / 1e6:.0f} MB"
         return [what, "", "1,024", f"{whole / fused:.1f} times less"]

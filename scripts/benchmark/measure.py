@@ -1,4 +1,4 @@
-"""Paired times: what is compared takes turns in one process, so that what slows one slows the other."""
+"""Paired times: compared functions take turns in one process, so that disturbances slow both."""
 
 import gc
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """Times of one call over those of a quicker one, round by round."""
+    """Ratio of the times of a call and a faster call, over rounds."""
 
     median: float
     least: float
@@ -19,7 +19,7 @@ class Ratio:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, its work on a GPU included."""
+    """Seconds of a call, including its work on a GPU."""
     _wait(device)
     started = time.perf_counter()
     call()
@@ -30,28 +30,28 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def taking_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """The seconds of each call in each round, after a round that is not counted.
+    """Seconds of each call in each round, after a warm-up round.
 
     Args:
-        calls: What is compared, by name.
-        rounds: How often.
-        device: Where it computes.
+        calls: The compared functions, by name.
+        rounds: Number of rounds.
+        device: Device of the functions.
     """
     for call in calls.values():
         call()
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
-        # Every second round backwards: what comes after what makes no difference then.
+        # Every second round has the reverse order, so that the order has no effect on average.
         order = list(calls) if number % 2 == 0 else list(calls)[::-1]
         for name in order:
             gc.collect()
-            found[name].append(seconds(calls[name], device))
-    return found
+            times[name].append(seconds(calls[name], device))
+    return times
 
 
 def ratio(slower: Sequence[float], quicker: Sequence[float]) -> Ratio:
-    """The ratio of paired times, round by round."""
-    ratios = [one / other for one, other in zip(slower, quicker, strict=True)]
+    """Ratio of paired times."""
+    ratios = [slow / quick for slow, quick in zip(slower, quicker, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of torch code, counted storage by storage, on any device."""
+"""Peak memory of torch code on any device, as the sum of tensor storages."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside the block, while they live."""
+    """Context in which the bytes of all new tensors are counted until they are freed.
+
+    `now` and `peak` are the current and the largest number of bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,10 +22,10 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
     ) -> Any:
-        given = {storage._cdata for storage in _storages((arguments, keywords))}
+        inputs = {storage._cdata for storage in _storages((arguments, keywords))}
         result = function(*arguments, **(keywords or {}))
         for storage in _storages(result):
-            if storage._cdata not in given:  # a view of what was there before is nothing new
+            if storage._cdata not in inputs:  # a view of an input needs no new memory
                 self._count(storage)
         return result
 

@@ -1,4 +1,4 @@
-"""Time of a piece of torch code: in products of matrices, their rate, and the rest."""
+"""Time of torch code, its share in matrix products, and the rate of these."""
 
 import os
 import time
@@ -20,7 +20,7 @@ _ON_CPU = {
         lambda output, query, key, value, *_, **__: sdpa_backward_flop_count(output, query, key, value)
     ),
 }
-"""Operations in attention on a CPU, which torch does not count; as it counts a GPU's, masked or not."""
+"""Counts of FLOPs of attention on a CPU, which torch does not count. Masks are ignored, as on a GPU."""
 _LISTED = 10
 _SIDE = {"cpu": 4096, "cuda": 8192}
 _TIMES = 5
@@ -31,23 +31,23 @@ class Work:
     """The work of a call."""
 
     flops: float
-    """Floating-point operations in products of matrices and in attention, two to a multiply-add."""
+    """FLOPs of matrix products and attention; a multiply-add counts as two."""
     in_products: float
-    """Share of the time that goes into them."""
+    """Share of the time that matrix products and attention take."""
     flops_per_second: float
-    """While it does; 0 where it never does."""
+    """FLOPs divided by this time; 0 if there are none."""
     peak_bytes: float
     """Peak bytes of all tensors that the call makes."""
     operators: dict[str, float]
-    """Share of the time in each of torch's operators itself, of those with the largest."""
+    """Share of the time in torch's operators without the ones they call; the largest shares only."""
 
 
 def work_of(call: Callable[[], object], device: torch.device) -> Work:
-    """Profiles a call, which is made twice.
+    """Profile a function by calling it twice.
 
     Args:
-        call: The call; it has been made before, so that nothing is set up while it is profiled.
-        device: Its device; on a GPU, the GPU's time counts.
+        call: The function. It must have been called before, so that its set-up is not profiled.
+        device: Device of the function. On a GPU, the GPU's time counts.
     """
     with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter, PeakMemory() as memory:
         call()
@@ -55,40 +55,40 @@ def work_of(call: Callable[[], object], device: torch.device) -> Work:
     flops = {str(operator).replace(".", "::"): number for operator, number in counted.items()}
 
     on_gpu = device.type == "cuda"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines of its own on the error stream
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no messages of the profiler on the error stream
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as found:
+    with profile(activities=activities, acc_events=True) as profiler:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
     seconds: Counter[str] = Counter()
     in_products = 0.0
-    for operator in found.key_averages():
-        if operator.device_type.name == "CPU":  # and no kernel, whose time its operator has
-            own = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
-            seconds[operator.key] += own / 1e6
-            if operator.key in flops:  # attention leaves its kernel to an operator inside of it
-                inside = operator.device_time_total if on_gpu else operator.cpu_time_total
-                in_products += inside / 1e6
+    for operator in profiler.key_averages():
+        if operator.device_type.name == "CPU":  # a GPU kernel's time is also counted in its operator
+            self_time = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
+            seconds[operator.key] += self_time / 1e6
+            if operator.key in flops:  # total time, because attention calls another operator
+                total_time = operator.device_time_total if on_gpu else operator.cpu_time_total
+                in_products += total_time / 1e6
     whole = seconds.total()
     return Work(
         flops=sum(flops.values()),
         in_products=in_products / whole,
         flops_per_second=sum(flops.values()) / in_products if in_products else 0.0,
         peak_bytes=memory.peak,
-        operators={name: one / whole for name, one in seconds.most_common(_LISTED)},
+        operators={name: time / whole for name, time in seconds.most_common(_LISTED)},
     )
 
 
 def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """The most that a product of two large matrices reached."""
+    """The largest measured rate of a product of two large matrices."""
     side = _SIDE[device.type]
-    one, other = torch.randn(2, side, side, device=device).to(dtype)
-    into = torch.empty_like(one)
+    first, second = torch.randn(2, side, side, device=device).to(dtype)
+    into = torch.empty_like(first)
     best = float("inf")
     for _ in range(_TIMES):
         started = time.perf_counter()
-        torch.mm(one, other, out=into)
+        torch.mm(first, second, out=into)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)

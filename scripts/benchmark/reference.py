@@ -1,4 +1,4 @@
-"""The published loop as it is, for comparison only: what everything faster must agree with."""
+"""The training loop of the published code, only for comparison."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,18 +17,18 @@ from sae_lora.train.evaluator import NO_LABEL, next_tokens
 
 
 class Reference:
-    """One run in the shape of the published code.
+    """One run, trained as in the published code.
 
-    Two whole forward passes, eager attention, softmaxes of all tokens over the whole vocabulary, peft
-    as it comes. Adapters and dropout come from torch's global random state. No position keeps its
-    activation.
+    It has two complete forward passes, eager attention, softmaxes of all tokens over the whole
+    vocabulary, and peft's default adapters. Adapters and dropout use torch's global random state. No
+    position keeps its activation.
 
     Args:
-        model: The plain model; it is not changed.
+        model: The plain model. It is not changed.
         splices: The SAEs.
-        adapters: Their config.
-        config: The optimisation; the rate is constant.
-        dropout: Dropout of the adapters: torch's, as in peft, or ours for equal masks.
+        adapters: Config of the adapters.
+        config: The optimisation, with a constant rate.
+        dropout: Class of the adapters' dropout: torch's, as in peft, or ours for equal masks.
 
     Source: arXiv 2501.19406 and the code published with it.
     """
@@ -55,7 +55,7 @@ class Reference:
         )
 
     def step(self, tokens: Tensor) -> float:
-        """One step on `[batch, pos]`; returns the KL summed over tokens, in nats."""
+        """Make one step on tokens `[batch, pos]`; return the KL in nats, summed over tokens."""
         with torch.no_grad(), self._adapters.disable_adapter():
             teacher = self._logits(tokens)
         with spliced(self._model, self._saes):
@@ -71,7 +71,7 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits of the student, dropout off, `[batch, pos, d_vocab]`."""
+        """Logits of the student without dropout, `[batch, pos, d_vocab]`."""
         lora.set_adapter_dropout(self._model, False)
         with spliced(self._model, self._saes):
             logits = self._logits(tokens)
@@ -80,7 +80,7 @@ class Reference:
 
     @torch.no_grad()
     def untrained_logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the plain model, and with the SAEs alone."""
+        """Logits of the plain model, and of the plain model with the SAEs, `[batch, pos, d_vocab]`."""
         with self._adapters.disable_adapter():
             base = self._logits(tokens)
             with spliced(self._model, self._saes):
@@ -101,11 +101,11 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
-    """Evaluates runs with the same SAEs: a whole pass for base, one for spliced, one for each student.
+    """Evaluate runs with the same SAEs, with complete passes for base, spliced and each student.
 
     Args:
         runs: The runs.
-        tokens: Held-out tokens `[sequence, pos]`; each pass takes one sequence.
+        tokens: Held-out tokens `[sequence, pos]`. Each pass reads one sequence.
     """
     predictions = tokens.numel() - len(tokens)
     base_ce = spliced_ce = 0.0
@@ -121,9 +121,12 @@ def evaluate(runs: Sequence[Reference], tokens: Tensor) -> list[Measured]:
             kl[number] += float(kl_divergence(base, student).sum())
     return [
         Measured(
-            base_ce / predictions, spliced_ce / predictions, one / predictions, other / tokens.numel()
+            base_ce=base_ce / predictions,
+            spliced_ce=spliced_ce / predictions,
+            student_ce=ce_sum / predictions,
+            kl=kl_sum / tokens.numel(),
         )
-        for one, other in zip(ce, kl, strict=True)
+        for ce_sum, kl_sum in zip(ce, kl, strict=True)
     ]
 
 
@@ -131,7 +134,7 @@ def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> float:
     """Next-token cross-entropy in nats, summed over labelled tokens.
 
     Args:
-        logits: `[token, d_vocab]`, of any dtype; computed in float32.
+        logits: `[token, d_vocab]`, of any dtype. The loss is computed in float32.
         labels: `[token]`; `NO_LABEL` is left out.
     """
     losses = torch.nn.functional.cross_entropy(

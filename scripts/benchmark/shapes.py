@@ -1,4 +1,4 @@
-"""Models and SAEs with random weights, in shapes whose head has a realistic share of the work."""
+"""Models and SAEs with random weights. The head's share of the work is as in real models."""
 
 import enum
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ SMALL = Shape()
 
 
 def random_model(style: Style, shape: Shape, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A frozen model with random weights, always the same."""
+    """A frozen model with random weights from a fixed seed."""
     sizes: dict[str, Any] = {
         "vocab_size": shape.d_vocab,
         "hidden_size": shape.d_model,
@@ -59,13 +59,13 @@ def random_model(style: Style, shape: Shape, device: torch.device, dtype: torch.
             model = LlamaForCausalLM(LlamaConfig(**sizes))
         case _:
             raise NotImplementedError(style)
-    for weight in model.parameters():  # and no buffers: rotary frequencies stay float32
+    for weight in model.parameters():  # not buffers: rotary frequencies stay float32
         weight.data = weight.data.to(dtype)
     return LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
 
 
 def random_splice(shape: Shape, seed: int, device: torch.device, dtype: torch.dtype) -> Splice:
-    """A TopK SAE with random weights, after the shape's block."""
+    """A TopK SAE with random weights, after block `shape.sae_block`."""
     torch.manual_seed(seed)
     sae = TopKSAE(TopKSAEConfig(d_in=shape.d_model, d_sae=shape.d_sae, k=shape.k))
     frozen = sae.to(device=device, dtype=dtype).requires_grad_(False).eval()

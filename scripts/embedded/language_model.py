@@ -18,11 +18,11 @@ class Budget(NamedTuple):
     """Length and speed of the language model's training.
 
     Args:
-        tokens: Training tokens; several passes over the text.
+        tokens: Training tokens. They are several passes over the text.
         batch_size: Sequences per step.
-        lr: Peak learning rate, reached after the warm-up and falling linearly to zero.
-        warmup: Share of the steps that the learning rate rises.
-        weight_decay: AdamW's, on the matrices.
+        lr: Peak learning rate, after the warm-up. It then falls linearly to zero.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Weight decay of AdamW, only for matrices.
     """
 
     tokens: int = 24_000_000
@@ -33,7 +33,7 @@ class Budget(NamedTuple):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts, which begins every encoding with BOS."""
+    """Train a byte-level BPE tokenizer on texts. It begins every encoding with BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -91,14 +91,14 @@ def train(
     seed: int,
     report: Callable[[int, int, float], None],
 ) -> None:
-    """Trains the model in place.
+    """Train the model in place.
 
     Args:
         model: The untrained model.
-        sequences: Training tokens `[sequence, pos]`; each pass takes them in a new order.
-        budget: How long and how fast.
-        seed: Fixes the order of the sequences.
-        report: Called as `report(step, steps, loss)` after every step.
+        sequences: Training tokens `[sequence, pos]`. Each pass has a new order.
+        budget: Length and speed of training.
+        seed: Seed of the order of the sequences.
+        report: Function that is called as `report(step, steps, loss)` after every step.
     """
     steps = max(1, budget.tokens // (budget.batch_size * sequences.shape[1]))
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]

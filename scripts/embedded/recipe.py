@@ -1,6 +1,6 @@
-"""The recipe of the embedded default: tokenizer, language model, SAEs, all from the standard library.
+"""The recipe of the embedded tokenizer, language model and SAEs, all from the standard library.
 
-Deterministic given its seed, on one kind of machine with the same number of threads.
+Results are determined by the seed, on one kind of machine with the same number of threads.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from scripts.embedded.saes import SAEBudget, TopKRequest, train_topk
 VOCABULARY = 2048
 CONTEXT_LENGTH = 128
 VALIDATION_SHARE = 0.1
-"""The default of `data.validation_share`: what is held out here is held out there."""
+"""The default of `data.validation_share`, so that runs hold out the same documents."""
 
 BLOCKS = range(1, 7)
 SPARSITIES = (4, 8, 16, 32)
@@ -32,22 +32,22 @@ WIDTHS = (256, 512, 2048, 4096)
 
 
 def requests() -> dict[str, TopKRequest]:
-    """The SAEs that ship: every sparsity at every block, and every width at block 3."""
-    wanted = [TopKRequest(block, 1024, k) for block in BLOCKS for k in SPARSITIES]
-    wanted += [TopKRequest(3, width, 8) for width in WIDTHS]
-    return {f"block_{one.block}-width_{one.width}-l0_{one.k}": one for one in wanted}
+    """The embedded SAEs by name: every sparsity at every block, and every width at block 3."""
+    saes = [TopKRequest(block, 1024, k) for block in BLOCKS for k in SPARSITIES]
+    saes += [TopKRequest(3, width, 8) for width in WIDTHS]
+    return {f"block_{sae.block}-width_{sae.width}-l0_{sae.k}": sae for sae in saes}
 
 
 def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
-    """Trains tokenizer and language model and writes them in transformers' format, in bfloat16."""
+    """Train tokenizer and language model and write them in transformers' format, in bfloat16."""
     train, validation = _documents(seed)
     tokenizer = language_model.train_tokenizer((document.text for document in train), VOCABULARY)
-    # The library alone is 2M tokens, which a model of this size learns by heart in a few passes.
-    more = [document for document in stdlib_documents(tests=True) if not _held_out(document)]
-    sequences = _packed(shuffled([*train, *more], seed), tokenizer)
+    # A model of this size memorises the library's 2M tokens in a few passes, so its tests are added.
+    tests = [document for document in stdlib_documents(tests=True) if not _held_out(document)]
+    sequences = _packed(shuffled([*train, *tests], seed), tokenizer)
     held_out = _packed(validation, tokenizer)
     console.print(
-        f"{len(train):,} documents of the library and {len(more):,} of its tests: "
+        f"{len(train):,} documents of the library and {len(tests):,} of its tests: "
         f"{len(sequences):,} training sequences of {CONTEXT_LENGTH} tokens"
     )
     set_seed(seed)
@@ -66,7 +66,7 @@ def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
 
 
 def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) -> None:
-    """Trains the SAEs on the model's activations and writes them in sae-lens's format, in float16."""
+    """Train the SAEs on the model's activations and write them in sae-lens's format, in float16."""
     config = ModelConfig(name=str(model_folder))
     model = load_model(config, DType.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(config)
@@ -83,8 +83,8 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
             "context_size": CONTEXT_LENGTH,
             "prepend_bos": True,
         },
-        # The residual at BOS is an order of magnitude larger than elsewhere: an SAE that must also
-        # reconstruct it learns little else, and its FVU says nothing.
+        # The residual stream at BOS has ten times the norm of other positions. An SAE that must also
+        # reconstruct it learns little else, and its FVU is then dominated by BOS.
         special_ids=torch.tensor(convention_of(tokenizer)),
     )
     for name, sae in trained.items():
@@ -92,18 +92,18 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
 
 
 def make(folder: Path, budget: language_model.Budget, sae_budget: SAEBudget, seed: int) -> None:
-    """Makes everything anew; the folder's old content is replaced at the end."""
-    beside = folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(beside, ignore_errors=True)
-    make_model(beside / "model", budget, seed)
-    make_saes(beside / "saes", beside / "model", sae_budget, seed)
+    """Make model and SAEs in a new folder, which replaces the old one at the end."""
+    unfinished = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_model(unfinished / "model", budget, seed)
+    make_saes(unfinished / "saes", unfinished / "model", sae_budget, seed)
     if folder.exists():
         shutil.rmtree(folder)
-    beside.rename(folder)
+    unfinished.rename(folder)
 
 
 def _documents(seed: int) -> tuple[list[Document], list[Document]]:
-    """The library's documents: those to train on, and those to hold out."""
+    """The library's documents for training, and its held-out documents."""
     train: list[Document] = []
     validation: list[Document] = []
     for document in shuffled(stdlib_documents(), seed):

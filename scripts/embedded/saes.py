@@ -1,6 +1,6 @@
-"""SAEs of our own, through sae-lens's trainer, on activations of a Hugging Face model.
+"""Train SAEs with sae-lens's trainer on activations of a Hugging Face model.
 
-Several SAEs train in lockstep on one pass of the model, whatever their blocks, widths and k.
+Several SAEs, of any block, width and k, are trained together on the same forward passes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,9 +22,9 @@ class TopKRequest(NamedTuple):
     """One TopK SAE to train.
 
     Args:
-        block: Block whose output it reconstructs.
+        block: Block whose output the SAE reconstructs.
         width: Number of latents.
-        k: Latents active per token.
+        k: Number of active latents per token.
     """
 
     block: int
@@ -38,8 +38,8 @@ class SAEBudget(NamedTuple):
     Args:
         tokens: Training tokens of each SAE.
         batch_tokens: Tokens per step.
-        buffer_tokens: Tokens that activations are shuffled among.
-        lr: Adam's learning rate, which falls linearly to zero over the last third.
+        buffer_tokens: Number of tokens whose activations are buffered and shuffled.
+        lr: Learning rate of Adam. It falls linearly to zero over the last third.
     """
 
     tokens: int = 1_000_000
@@ -57,15 +57,15 @@ def train_topk(
     metadata: Mapping[str, Any],
     special_ids: Tensor,
 ) -> dict[str, TrainingSAE[Any]]:
-    """Trains the SAEs together. Initial values and shuffling come from torch's global random state.
+    """Train SAEs together. Initial values and shuffling use torch's global random state.
 
     Args:
         requests: The SAEs, by name.
-        model: The model whose activations they learn.
-        batches: Tokens `[batch, pos]`; must not end before the budget and the buffer are filled.
-        budget: How long and how fast.
-        metadata: Facts about model and data, recorded in each SAE's own config.
-        special_ids: Ids `[n]` whose positions the SAEs never see; recorded in their configs.
+        model: The model whose activations they reconstruct.
+        batches: Tokens `[batch, pos]`, enough for the budget and the buffer.
+        budget: Length and speed of training.
+        metadata: Facts about model and data for the config of each SAE.
+        special_ids: Ids `[n]` of special tokens. SAEs are not trained on their positions.
     """
     hookpoints = {name: resid_post(request.block) for name, request in requests.items()}
     saes: dict[str, TrainingSAE[Any]] = {

@@ -1,4 +1,4 @@
-"""Runs of an experiment side by side: readings between points, tables and figures of made-up runs."""
+"""Comparisons of made-up runs: values between points of a curve, tables and figures."""
 
 import io
 import json
@@ -28,7 +28,7 @@ BASE_CE = 2.0
 
 
 def curve(*points: tuple[int, float, float, float], spliced_ce: float = 4.0) -> list[CurvePoint]:
-    """Points after so many tokens, seconds and FLOPs, at a student's CE."""
+    """A curve from points of tokens, seconds, FLOPs and the student's CE."""
     return [
         CurvePoint(
             step=tokens // 10,
@@ -50,11 +50,11 @@ def curve(*points: tuple[int, float, float, float], spliced_ce: float = 4.0) -> 
 
 
 BENT = curve((0, 0, 0, 4.0), (100, 10, 1e3, 3.0), (300, 20, 3e3, 2.5), (400, 40, 4e3, 2.75))
-"""Quick at first, and worse at the end than before."""
+"""Fast at first, and worse at the end than in between."""
 
 
 @pytest.mark.parametrize(
-    ("over", "amount", "wanted", "expected"),
+    ("over", "amount", "field", "expected"),
     [
         ("tokens", 100, "train_seconds", 10),  # at points
         ("tokens", 400, "student_ce", 2.75),
@@ -67,18 +67,18 @@ BENT = curve((0, 0, 0, 4.0), (100, 10, 1e3, 3.0), (300, 20, 3e3, 2.5), (400, 40,
         ("train_seconds", 99, "student_ce", 2.75),
     ],
 )
-def test_a_measure_where_another_has_come_to_an_amount(
-    over: str, amount: float, wanted: str, expected: float
+def test_the_value_of_a_field_at_an_amount_of_another(
+    over: str, amount: float, field: str, expected: float
 ) -> None:
-    assert value_at(BENT, over, amount, wanted) == pytest.approx(expected)
+    assert value_at(BENT, over, amount, field) == pytest.approx(expected)
 
 
-def test_before_the_first_point_there_is_the_first() -> None:
+def test_before_the_first_point_the_first_is_read() -> None:
     assert value_at(BENT[1:], "tokens", 20, "train_seconds") == 10
     assert value_at(BENT[:1], "tokens", 20, "student_ce") == 4.0
 
 
-def test_what_was_not_counted_before_the_first_step_is_nothing() -> None:
+def test_a_missing_value_of_the_first_point_counts_as_zero() -> None:
     (first,) = curve((0, 0, 0, 4.0))
     begun = [CurvePoint(**vars(first) | {"train_flops": None}), *BENT[1:]]
     assert value_at(begun, "tokens", 50, "train_flops") == pytest.approx(500)
@@ -90,17 +90,17 @@ def test_what_was_not_counted_before_the_first_step_is_nothing() -> None:
         (3.0, "train_seconds", 10),  # at a point
         (3.5, "tokens", 50),  # between
         (2.6, "train_flops", 2.6e3),
-        (2.75, "train_seconds", 15),  # the first time, though it ends there again
+        (2.75, "train_seconds", 15),  # the first time, although it ends there again
         (2.5, "tokens", 300),
         (4.0, "train_seconds", 0),  # from the start
         (9.0, "tokens", 0),
     ],
 )
-def test_when_a_cross_entropy_was_first_reached(ce: float, cost: str, expected: float) -> None:
+def test_the_cost_until_a_cross_entropy_is_first_reached(ce: float, cost: str, expected: float) -> None:
     assert first_reached(BENT, "student_ce", ce, cost) == pytest.approx(expected)
 
 
-def test_a_curve_that_starts_below_takes_what_its_first_point_took() -> None:
+def test_a_curve_that_starts_below_has_the_cost_of_its_first_point() -> None:
     assert first_reached(BENT[1:], "student_ce", 3.2, "train_seconds") == 10
 
 
@@ -109,12 +109,13 @@ def test_a_cross_entropy_that_is_never_reached() -> None:
 
 
 def cells(table: Table) -> list[list[str]]:
-    """Row by row, without columns' names."""
-    return [list(row) for row in zip(*(map(str, one.cells) for one in table.columns), strict=True)]
+    """The cells of a table, row by row, without headings."""
+    columns = (map(str, column.cells) for column in table.columns)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def assert_fits(table: Table, width: int = 100, folded: str | None = None) -> None:
-    """Nothing is cut off, however its cells are broken into lines: between words, but in one column."""
+    """Check that no cell is cut off, and that cells break only between words, except in one column."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -129,38 +130,38 @@ def assert_fits(table: Table, width: int = 100, folded: str | None = None) -> No
 # ---- time_to_ce -----------------------------------------------------------------------------------
 
 SAE = curve((0, 0, 0, 8.0), (400, 40, 4e3, 5.0), (1000, 100, 1e4, 4.0), spliced_ce=8.0)
-"""After half of its tokens, between two points: 50 seconds, 5e3 FLOPs."""
+"""Half of the tokens are between two points, at 50 seconds and 5e3 FLOPs."""
 E2E = curve((0, 0, 0, 8.0), (500, 100, 2e4, 4.0), (1000, 200, 4e4, 3.0), spliced_ce=8.0)
 LORA = curve((0, 0, 0, 5.0), (100, 10, 2e3, 3.5), (200, 20, 4e3, 2.5))
-"""At E2E's end between two points: after 15 seconds, 3e3 FLOPs."""
+"""The final CE of E2E is between two points, at 15 seconds and 3e3 FLOPs."""
 
 
 class Runs:
-    """The three methods of `experiment=time_to_ce`, seed by seed.
+    """Runs of the three methods of `experiment=time_to_ce`.
 
     Args:
         home: The sweep's folder.
     """
 
     def __init__(self, home: Path) -> None:
-        self.made = MadeUp(home)
+        self.sweep = MadeUp(home)
         self.folders: list[RunFolder] = []
 
     def add(
-        self, kind: str, points: Sequence[CurvePoint], seed: int = 0, block: int = 3, **other: Any
+        self, kind: str, points: Sequence[CurvePoint], seed: int = 0, block: int = 3, **keys: Any
     ) -> RunFolder:
-        """One run; without points, an unfinished one."""
-        used = self.made.saes_at(block)
-        config = {"method.kind": kind, "train.seed": seed, "sae.used": used} | other
-        name = f"{kind}-b{block}-s{seed}-at{other.get('init_at', 1)}"
-        folder = self.made.told(name, points, config)
+        """Add a run; without points, it is unfinished. `keys` are more keys of its config."""
+        used = self.sweep.saes_at(block)
+        config = {"method.kind": kind, "train.seed": seed, "sae.used": used} | keys
+        name = f"{kind}-b{block}-s{seed}-at{keys.get('init_at', 1)}"
+        folder = self.sweep.told(name, points, config)
         self.folders.append(folder)
         return folder
 
     def seed(
         self, seed: int, lora: Sequence[CurvePoint] = LORA, e2e: Sequence[CurvePoint] = E2E
     ) -> None:
-        """The SAE, e2e and LoRA from half of the SAE's training on."""
+        """Add the runs of a seed: the SAE, e2e, and LoRA around the SAE after half of its training."""
         sae = self.add("sae", SAE, seed)
         self.add("e2e", e2e, seed)
         self.add("lora", lora, seed, init=str(sae.path), init_at=0.5)
@@ -171,41 +172,41 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path / "runs")
 
 
-def test_lora_costs_what_its_sae_cost_until_it_was_kept(runs: Runs) -> None:
+def test_the_cost_of_lora_includes_its_sae_until_it_was_saved(runs: Runs) -> None:
     runs.seed(0)
-    (found,) = time_to_ce.compare(runs.folders)
-    assert (found.at, found.seed) == (0.5, 0)
-    assert (found.ce, found.lora_ce, found.e2e_ce) == (3.0, 2.5, 3.0)
-    assert found.lora == pytest.approx({"train_seconds": 50 + 15, "train_flops": 5e3 + 3e3})
-    assert found.e2e == pytest.approx({"train_seconds": 200, "train_flops": 4e4})
+    (branch,) = time_to_ce.compare(runs.folders)
+    assert (branch.at, branch.seed) == (0.5, 0)
+    assert (branch.ce, branch.lora_ce, branch.e2e_ce) == (3.0, 2.5, 3.0)
+    assert branch.lora == pytest.approx({"train_seconds": 50 + 15, "train_flops": 5e3 + 3e3})
+    assert branch.e2e == pytest.approx({"train_seconds": 200, "train_flops": 4e4})
 
 
-def test_the_target_is_the_higher_of_the_two_ends(runs: Runs) -> None:
-    """LoRA ends at 3.5, which e2e passes three quarters through its training."""
+def test_the_target_is_the_higher_final_ce(runs: Runs) -> None:
+    """LoRA ends at 3.5, which e2e reaches after three quarters of its training."""
     runs.seed(0, lora=LORA[:2])
-    (found,) = time_to_ce.compare(runs.folders)
-    assert (found.ce, found.lora_ce, found.e2e_ce) == (3.5, 3.5, 3.0)
-    assert found.lora == pytest.approx({"train_seconds": 50 + 10, "train_flops": 5e3 + 2e3})
-    assert found.e2e == pytest.approx({"train_seconds": 150, "train_flops": 3e4})
+    (branch,) = time_to_ce.compare(runs.folders)
+    assert (branch.ce, branch.lora_ce, branch.e2e_ce) == (3.5, 3.5, 3.0)
+    assert branch.lora == pytest.approx({"train_seconds": 50 + 10, "train_flops": 5e3 + 2e3})
+    assert branch.e2e == pytest.approx({"train_seconds": 150, "train_flops": 3e4})
 
 
-def test_lora_that_starts_where_e2e_ends_costs_its_sae_alone(runs: Runs) -> None:
+def test_lora_that_starts_below_e2es_end_costs_only_its_sae(runs: Runs) -> None:
     runs.seed(0, e2e=E2E[:1])
-    (found,) = time_to_ce.compare(runs.folders)
-    assert found.ce == 8.0
-    assert found.lora == pytest.approx({"train_seconds": 50, "train_flops": 5e3})
-    assert found.e2e == {"train_seconds": 0, "train_flops": 0}
+    (branch,) = time_to_ce.compare(runs.folders)
+    assert branch.ce == 8.0
+    assert branch.lora == pytest.approx({"train_seconds": 50, "train_flops": 5e3})
+    assert branch.e2e == {"train_seconds": 0, "train_flops": 0}
 
 
 def test_shares_and_seeds_in_the_table(runs: Runs) -> None:
-    """With two seeds, the second e2e twice as slow: 200/65 and 400/65 times sooner, median 4.6."""
-    twice = [CurvePoint(**vars(one) | {"train_seconds": 2 * one.train_seconds}) for one in E2E]
+    """The e2e of the second seed is half as fast: 200/65 and 400/65 times sooner, with median 4.6."""
+    slow = [CurvePoint(**vars(point) | {"train_seconds": 2 * point.train_seconds}) for point in E2E]
     runs.seed(0)
-    runs.seed(1, e2e=twice)
-    runs.add("lora", LORA, init=str(runs.folders[0].path))  # around the whole SAE: 100 + 15 s
-    found = time_to_ce.compare(runs.folders)
-    assert [(one.at, one.seed) for one in found] == [(0.5, 0), (0.5, 1), (1.0, 0)]
-    table = time_to_ce.table(found)
+    runs.seed(1, e2e=slow)
+    runs.add("lora", LORA, init=str(runs.folders[0].path))  # around the final SAE: 100 + 15 s
+    branches = time_to_ce.compare(runs.folders)
+    assert [(branch.at, branch.seed) for branch in branches] == [(0.5, 0), (0.5, 1), (1.0, 0)]
+    table = time_to_ce.table(branches)
     assert cells(table) == [
         [
             "50%",
@@ -233,59 +234,62 @@ def test_shares_and_seeds_in_the_table(runs: Runs) -> None:
     assert_fits(table)
 
 
-def test_only_runs_of_the_same_seed_and_place_are_paired(runs: Runs) -> None:
+def test_only_runs_of_the_same_seed_and_block_are_paired(runs: Runs) -> None:
     runs.seed(0)
     sae = runs.folders[0].path
     runs.add("lora", LORA, seed=1, init=str(sae), init_at=0.5)  # no e2e of this seed
-    runs.add("lora", LORA, block=5, init=str(sae), init_at=0.5)  # nor at this block
-    runs.add("lora", LORA, seed=2)  # around an SAE that is there, rather than one of the sweep
+    runs.add("lora", LORA, block=5, init=str(sae), init_at=0.5)  # no e2e at this block
+    runs.add("lora", LORA, seed=2)  # around an existing SAE instead of an SAE of the sweep
     runs.add("e2e", [], seed=1)  # not finished
     runs.add("e2e", E2E, seed=0, block=4)
-    assert [(one.at, one.seed) for one in time_to_ce.compare(runs.folders)] == [(0.5, 0)]
+    branches = time_to_ce.compare(runs.folders)
+    assert [(branch.at, branch.seed) for branch in branches] == [(0.5, 0)]
 
 
-@pytest.mark.parametrize("there", [(), ("sae",), ("sae", "lora"), ("sae", "e2e"), ("lora alone", "e2e")])
-def test_a_run_that_is_missing_is_said(there: tuple[str, ...], runs: Runs) -> None:
+@pytest.mark.parametrize(
+    "methods", [(), ("sae",), ("sae", "lora"), ("sae", "e2e"), ("lora alone", "e2e")]
+)
+def test_a_missing_method_is_an_error(methods: tuple[str, ...], runs: Runs) -> None:
     sae = runs.add("sae", SAE)
-    if "lora" in there:
+    if "lora" in methods:
         runs.add("lora", LORA, init=str(sae.path))
-    if "lora alone" in there:
+    if "lora alone" in methods:
         runs.add("lora", LORA)
-    if "e2e" in there:
+    if "e2e" in methods:
         runs.add("e2e", E2E)
-    if "sae" not in there:
+    if "sae" not in methods:
         runs.folders.remove(sae)
-    with pytest.raises(UserError, match="no finished run of method=lora begins with an SAE"):
+    with pytest.raises(UserError, match="no finished run of method=lora that begins with an SAE"):
         time_to_ce.compare(runs.folders)
 
 
-def test_a_sweep_that_was_moved_finds_its_saes_beside_it(runs: Runs, tmp_path: Path) -> None:
+def test_the_saes_of_a_moved_sweep_are_read_from_its_new_folder(runs: Runs, tmp_path: Path) -> None:
     runs.seed(0)
-    moved = runs.made.home.rename(tmp_path / "elsewhere")
-    (found,) = time_to_ce.compare([RunFolder(moved / one.path.name) for one in runs.folders])
-    assert found.lora["train_seconds"] == pytest.approx(65)
+    moved = runs.sweep.home.rename(tmp_path / "elsewhere")
+    (branch,) = time_to_ce.compare([RunFolder(moved / folder.path.name) for folder in runs.folders])
+    assert branch.lora["train_seconds"] == pytest.approx(65)
     assert budget.method_of(RunFolder(moved / runs.folders[2].path.name)) == "lora after sae"
 
 
-def test_an_sae_that_was_deleted_is_said(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deleted_sae_is_an_error(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs.seed(0)
     shutil.rmtree(runs.folders[0].path)
     for command in ("time-to-ce", "methods"):
-        assert main(["compare", command, str(runs.made.home)]) == 1
+        assert main(["compare", command, str(runs.sweep.home)]) == 1
         assert "the run that it has begun with is gone" in capsys.readouterr().err
 
 
-def test_branches_begin_in_the_figure_where_the_sae_was_kept(runs: Runs) -> None:
+def test_branches_of_the_figure_begin_at_the_time_that_the_sae_was_saved(runs: Runs) -> None:
     runs.seed(0)
     runs.seed(1)
     runs.add("lora", LORA, init=str(runs.folders[0].path))
-    drawn = time_to_ce.figures(runs.folders)["time_to_ce"]
-    seconds = [trace for trace in drawn.data if trace.xaxis in (None, "x")]
+    figure = time_to_ce.figures(runs.folders)["time_to_ce"]
+    seconds = [trace for trace in figure.data if trace.xaxis in (None, "x")]
     assert [trace.name for trace in seconds] == ["reconstruction", "end to end", "LoRA", "LoRA"]
-    assert [trace.name for trace in drawn.data if trace.showlegend] == [
+    assert [trace.name for trace in figure.data if trace.showlegend] == [
         *("reconstruction", "end to end", "LoRA"),
     ]
-    # Of the first seed alone; a logarithmic axis has no place for nothing.
+    # Only the first seed is drawn; a logarithmic axis cannot show zero.
     assert [list(trace.x) for trace in seconds] == [
         [None, 40, 100],
         [None, 100, 200],
@@ -293,9 +297,9 @@ def test_branches_begin_in_the_figure_where_the_sae_was_kept(runs: Runs) -> None
         [100, 110, 120],
     ]
     assert list(seconds[2].y) == [5.0, 3.5, 2.5]
-    flops = [trace for trace in drawn.data if trace.xaxis == "x2"]
+    flops = [trace for trace in figure.data if trace.xaxis == "x2"]
     assert [list(trace.x) for trace in flops[1:3]] == [[None, 2e4, 4e4], [5e3, 7e3, 9e3]]
-    (line,) = {(shape.y0, shape.y1) for shape in drawn.layout.shapes}
+    (line,) = {(shape.y0, shape.y1) for shape in figure.layout.shapes}
     assert line == (BASE_CE, BASE_CE)
 
 
@@ -304,51 +308,56 @@ def test_branches_begin_in_the_figure_where_the_sae_was_kept(runs: Runs) -> None
 
 @pytest.fixture
 def methods(tmp_path: Path) -> MadeUp:
-    """Three methods, of which the last is quick and was trained longer.
+    """Three methods. The last one is faster and is trained on more tokens.
 
-    All have 200 tokens, which took LoRA 20 and 30 seconds, the SAE 40, and LoRA after it 10.
+    200 tokens take 20 and 30 seconds for LoRA, 40 for sae_finetune, and 10 for LoRA after it.
     """
-    made = MadeUp(tmp_path / "methods")
-    slow = [CurvePoint(**vars(one) | {"train_seconds": 1.5 * one.train_seconds}) for one in LORA]
-    made.told("lora-s0", LORA, {"train.seed": 0}, trainable_parameters=1_310_720)
-    made.told("lora-s1", slow, {"train.seed": 1}, trainable_parameters=1_310_720)
-    sae = made.told(
+    sweep = MadeUp(tmp_path / "methods")
+    slow = [CurvePoint(**vars(point) | {"train_seconds": 1.5 * point.train_seconds}) for point in LORA]
+    sweep.told("lora-s0", LORA, {"train.seed": 0}, trainable_parameters=1_310_720)
+    sweep.told("lora-s1", slow, {"train.seed": 1}, trainable_parameters=1_310_720)
+    sae = sweep.told(
         "sae_finetune-s0",
         curve((0, 0, 0, 4.0), (100, 20, 1e4, 3.0), (200, 40, 2e4, 2.75)),
         {"method.kind": "sae_finetune"},
         trainable_parameters=263_296,
     )
-    made.told(
+    sweep.told(
         "after-s0",
         curve((0, 0, 0, 2.8), (400, 20, 8e3, 2.0), spliced_ce=2.8),
         {"init": str(sae.path)},
         trainable_parameters=1_310_720,
     )
-    made.told("mezo-s0", [], {"method.kind": "mezo"})
-    return made
+    sweep.told("mezo-s0", [], {"method.kind": "mezo"})
+    return sweep
 
 
-def folders(made: MadeUp) -> list[RunFolder]:
-    return [RunFolder(path.parent) for path in sorted(made.home.glob("*/config.yaml"))]
+def folders(sweep: MadeUp) -> list[RunFolder]:
+    return [RunFolder(path.parent) for path in sorted(sweep.home.glob("*/config.yaml"))]
 
 
 def test_methods_after_the_same_tokens_and_after_the_same_seconds(methods: MadeUp) -> None:
-    """After 200 tokens of each, and after the 10 seconds that the quickest took for them."""
-    found = {one.method: one for one in budget.compare(folders(methods))}
-    assert list(found) == ["lora after sae_finetune", "lora", "sae_finetune"]
-    after, lora, sae = found.values()
-    assert after.gap_after_tokens == pytest.approx([0.4])
+    """After 200 tokens, and after the 10 seconds that the fastest run takes for them."""
+    outcomes = budget.compare(folders(methods))
+    assert [outcome.method for outcome in outcomes] == [
+        "lora after sae_finetune",
+        "lora",
+        "sae_finetune",
+    ]
+    lora_after_sae, lora, sae = outcomes
+    assert lora_after_sae.gap_after_tokens == pytest.approx([0.4])
     assert lora.gap_after_tokens == pytest.approx([0.5, 0.5])
     assert sae.gap_after_tokens == pytest.approx([0.75])
-    assert after.gap_after_seconds == pytest.approx([0.4])
+    assert lora_after_sae.gap_after_seconds == pytest.approx([0.4])
     # 10 of 20 seconds is a point; 10 of 30, two thirds of the way to it; 10 of 40, half of the way.
     assert lora.gap_after_seconds == pytest.approx([1.5, 3.0 - 2 / 3 * 1.5])
     assert sae.gap_after_seconds == pytest.approx([1.5])
-    assert after.seconds == pytest.approx([10]) and after.flops == pytest.approx([4e3])
+    assert lora_after_sae.seconds == pytest.approx([10])
+    assert lora_after_sae.flops == pytest.approx([4e3])
     assert lora.seconds == pytest.approx([20, 30]) and sae.flops == pytest.approx([2e4])
-    assert [one.initial_gap for one in found.values()] == pytest.approx([0.8, 2.0, 2.0])
-    assert [one.trained_weights for one in found.values()] == [1_310_720, 1_310_720, 263_296]
-    assert after.fvu == [0.2] and lora.fvu == [0.25, 0.25]
+    assert [outcome.initial_gap for outcome in outcomes] == pytest.approx([0.8, 2.0, 2.0])
+    assert [outcome.trained_weights for outcome in outcomes] == [1_310_720, 1_310_720, 263_296]
+    assert lora_after_sae.fvu == [0.2] and lora.fvu == [0.25, 0.25]
 
 
 def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
@@ -362,25 +371,25 @@ def test_means_over_seeds_in_the_table(methods: MadeUp) -> None:
 
 
 def test_no_run_is_finished(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "none")
-    made.told("begun", [], {})
+    sweep = MadeUp(tmp_path / "none")
+    sweep.told("begun", [], {})
     for compare in (budget.compare, layer_groups.compare, per_block.compare, time_to_ce.compare):
         with pytest.raises(UserError):
-            compare(folders(made))
+            compare(folders(sweep))
 
 
 # ---- several SAEs ---------------------------------------------------------------------------------
 
 
 def measured(block: int, **costs: float) -> dict[str, Any]:
-    """One SAE's part of a summary."""
+    """The entry of an SAE in a summary."""
     return {"block": block, "hookpoint": resid_post(block), "width": 1024} | costs
 
 
 @pytest.fixture
 def several(tmp_path: Path) -> MadeUp:
-    """A run with two SAEs, one with three, and one with a single one."""
-    made = MadeUp(tmp_path / "several")
+    """Three runs, with two SAEs, three SAEs and one SAE."""
+    sweep = MadeUp(tmp_path / "several")
     for rank, blocks in ((4, (2, 5)), (8, (1, 3, 5)), (16, (3,))):
         saes = [
             measured(
@@ -398,51 +407,50 @@ def several(tmp_path: Path) -> MadeUp:
             )
             for block in blocks
         ]
-        config = {"lora.rank": rank, "sae.used": made.saes_at(*blocks)}
-        made.told(f"r{rank}", LORA, config, sae=saes)
-    return made
+        config = {"lora.rank": rank, "sae.used": sweep.saes_at(*blocks)}
+        sweep.told(f"r{rank}", LORA, config, sae=saes)
+    return sweep
 
 
 def test_a_row_for_each_sae(several: MadeUp) -> None:
-    """CE alone is over the plain model's; left out, over the student's, which ends at 2.5."""
+    """CE alone is minus the plain model's CE; CE without the SAE is minus the student's CE, 2.5."""
     table = per_block.table(per_block.compare(folders(several)))
-    found = cells(table)
-    assert {tuple(row[:5]) for row in found if row[0] == "2"} == {
+    rows = cells(table)
+    assert {tuple(row[:5]) for row in rows if row[0] == "2"} == {
         ("2", "+2.000", "+0.500", "75.0%", resid_post(2))
     }
-    assert sorted(row[5:] for row in found) == [
+    assert sorted(row[5:] for row in rows) == [
         ["0.125", "0.260", "+0.100", "-0.100"],
         ["0.250", "0.270", "+0.200", "-0.200"],
         ["0.375", "0.280", "+0.300", "-0.300"],
         ["0.625", "0.300", "+0.500", "-0.500"],
         ["0.625", "0.300", "+0.500", "-0.500"],
     ]
-    assert [row[0] for row in found if row[0]] in (["2", "3"], ["3", "2"])
+    assert [row[0] for row in rows if row[0]] in (["2", "3"], ["3", "2"])
     assert_fits(table, folded="hook point")
 
 
 def test_no_run_has_several_saes(several: MadeUp) -> None:
-    with pytest.raises(UserError, match="has several SAEs whose contributions were measured"):
+    with pytest.raises(UserError, match="has several SAEs that were also evaluated one by one"):
         per_block.compare([RunFolder(several.home / "r16")])
 
 
 def test_each_sae_in_the_figure(several: MadeUp) -> None:
-    drawn = per_block.by_block(per_block.compare(folders(several)), ["three", "two"])
-    assert [trace.name for trace in drawn.data] == ["three", "three", "two", "two"]
-    assert [trace.name for trace in drawn.data if trace.showlegend] == ["three", "two"]
-    assert [list(trace.x) for trace in drawn.data] == [[1, 3, 5], [1, 3, 5], [2, 5], [2, 5]]
-    assert list(drawn.data[2].y) == [0.25, 0.625]
-    assert list(drawn.data[1].y) == pytest.approx([0.1, 0.3, 0.5])
-    assert len({trace.line.color for trace in drawn.data}) == 2
+    figure = per_block.by_block(per_block.compare(folders(several)), ["three", "two"])
+    assert [trace.name for trace in figure.data] == ["three", "three", "two", "two"]
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["three", "two"]
+    assert [list(trace.x) for trace in figure.data] == [[1, 3, 5], [1, 3, 5], [2, 5], [2, 5]]
+    assert list(figure.data[2].y) == [0.25, 0.625]
+    assert list(figure.data[1].y) == pytest.approx([0.1, 0.3, 0.5])
+    assert len({trace.line.color for trace in figure.data}) == 2
 
 
-def test_what_they_cost_together_stands_beside_what_each_costs(several: MadeUp) -> None:
-    drawn = per_block.figures(folders(several))["multi_sae"]
-    alone, before, after = drawn.data
+def test_the_cost_of_all_saes_is_drawn_beside_the_sum_of_each(several: MadeUp) -> None:
+    alone, untrained, trained = per_block.figures(folders(several))["multi_sae"].data
     assert list(alone.x) == ["2+5", "1+3+5"]
     assert list(alone.y) == pytest.approx([0.7, 0.9])
-    assert list(before.y) == pytest.approx([2.0, 2.0])
-    assert list(after.y) == pytest.approx([0.5, 0.5])
+    assert list(untrained.y) == pytest.approx([2.0, 2.0])
+    assert list(trained.y) == pytest.approx([0.5, 0.5])
 
 
 # ---- groups ---------------------------------------------------------------------------------------
@@ -453,7 +461,7 @@ DISTANCES = [
     [0.3, 0.2, 0.0, 0.3],
     [0.5, 0.4, 0.3, 0.0],
 ]
-"""Between four blocks; the last is in no group."""
+"""Distances between four blocks. The last block is in no group."""
 WAYS: dict[str, tuple[list[list[int]], bool, float]] = {
     "three": ([[0], [1], [2]], False, 0.0),
     "two": ([[0, 1], [2]], False, 0.05),
@@ -464,14 +472,14 @@ WAYS: dict[str, tuple[list[list[int]], bool, float]] = {
 
 @pytest.fixture
 def groups(tmp_path: Path) -> MadeUp:
-    """SAEs that share blocks in four ways, and LoRA around those of three."""
-    made = MadeUp(tmp_path / "groups")
-    made.told("another", LORA, {})  # LoRA around an SAE that is there
-    for number, (name, (found, evenly, amad)) in enumerate(WAYS.items()):
-        shared_by = {block: group for group in found for block in group}
+    """SAEs for groups of blocks in four ways, and LoRA around three of them."""
+    sweep = MadeUp(tmp_path / "groups")
+    sweep.told("another", LORA, {})  # LoRA around an existing SAE
+    for number, (name, (partition, evenly, amad)) in enumerate(WAYS.items()):
+        shared_by = {block: group for group in partition for block in group}
         config = {
             "method.kind": "sae",
-            "sae.used": made.saes_at(0, 1, 2, group=shared_by),
+            "sae.used": sweep.saes_at(0, 1, 2, group=shared_by),
         }
         saes = [
             measured(
@@ -484,46 +492,44 @@ def groups(tmp_path: Path) -> MadeUp:
             for block in range(3)
         ]
         ce = 3.0 + number / 4
-        run = made.told(f"sae-{name}", curve((0, 0, 0, 9.0), (1000, 9, 1e4, ce)), config, sae=saes)
-        told = {
-            "groups": found,
+        run = sweep.told(f"sae-{name}", curve((0, 0, 0, 9.0), (1000, 9, 1e4, ce)), config, sae=saes)
+        record = {
+            "groups": partition,
             "amad": amad,
             "amad_by_count": [0.3, 0.05, 0.0],
             "distances": DISTANCES,
             "evenly": evenly,
-            "sae_flops_saved": 1 - len(found) / 3,
+            "sae_flops_saved": 1 - len(partition) / 3,
         }
-        run.groups.write_text(json.dumps(told))
-        if name == "one":  # of which LoRA is not finished
-            made.told(f"lora-{name}", [], {"init": str(run.path)})
+        run.groups.write_text(json.dumps(record))
+        if name == "one":  # its LoRA run is not finished
+            sweep.told(f"lora-{name}", [], {"init": str(run.path)})
         else:
             lora = curve((0, 0, 0, ce), (100, 9, 1e3, ce - 0.5))
-            made.told(f"lora-{name}", lora, {"init": str(run.path), "sae.used": config["sae.used"]})
-    return made
+            sweep.told(f"lora-{name}", lora, {"init": str(run.path), "sae.used": config["sae.used"]})
+    return sweep
 
 
 def test_each_way_of_sharing_blocks_has_the_lora_around_it(groups: MadeUp) -> None:
-    found = layer_groups.compare(folders(groups))
-    assert [(one.groups, one.evenly, one.amad) for one in found] == [
+    rows = layer_groups.compare(folders(groups))
+    assert [(row.groups, row.evenly, row.amad) for row in rows] == [
         WAYS[name] for name in ("one", "two", "two-evenly", "three")
     ]
-    assert [one.gap for one in found] == pytest.approx([1.75, 1.25, 1.5, 1.0])
-    assert found[0].gaps_with_lora == []
-    assert [one.gaps_with_lora for one in found[1:]] == [
-        [pytest.approx(gap)] for gap in (0.75, 1.0, 0.5)
-    ]
-    assert [one.fvu_alone for one in found] == pytest.approx([0.5, 0.25, 0.375, 0.125])
-    assert [one.ce_alone for one in found] == pytest.approx([0.25] * 4)
-    assert [one.sae_flops_saved for one in found] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
+    assert [row.gap for row in rows] == pytest.approx([1.75, 1.25, 1.5, 1.0])
+    assert rows[0].gaps_with_lora == []
+    assert [row.gaps_with_lora for row in rows[1:]] == [[pytest.approx(gap)] for gap in (0.75, 1.0, 0.5)]
+    assert [row.fvu_alone for row in rows] == pytest.approx([0.5, 0.25, 0.375, 0.125])
+    assert [row.ce_alone for row in rows] == pytest.approx([0.25] * 4)
+    assert [row.sae_flops_saved for row in rows] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
 
 
 def test_a_sweep_of_groups_may_be_moved(groups: MadeUp, tmp_path: Path) -> None:
     groups.home = groups.home.rename(tmp_path / "elsewhere")
-    found = [one.gaps_with_lora for one in layer_groups.compare(folders(groups))]
-    assert found == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
+    gaps = [row.gaps_with_lora for row in layer_groups.compare(folders(groups))]
+    assert gaps == [[], *([pytest.approx(gap)] for gap in (0.75, 1.0, 0.5))]
 
 
-def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> None:
+def test_several_lora_runs_around_the_same_saes_are_averaged(groups: MadeUp) -> None:
     saes = groups.home / "sae-three"
     groups.told("again", curve((0, 0, 0, 3.0), (100, 9, 1e3, 2.9)), {"init": str(saes)})
     *_, three = layer_groups.compare(folders(groups))
@@ -531,8 +537,8 @@ def test_several_lora_runs_around_the_same_saes_count_as_one(groups: MadeUp) -> 
     assert cells(layer_groups.table([three]))[0][-1] == "+0.700"
 
 
-def test_what_was_not_measured_of_groups_is_left_out(groups: MadeUp) -> None:
-    """As with `train.eval_each_sae=false`."""
+def test_groups_whose_saes_were_not_evaluated_alone_are_left_out(groups: MadeUp) -> None:
+    """This is the case with `train.eval_each_sae=false`."""
     for number, name in enumerate(WAYS):
         run = RunFolder(groups.home / f"sae-{name}")
         summary = run.read_summary()
@@ -557,36 +563,36 @@ def test_ways_of_sharing_blocks_in_the_table(groups: MadeUp) -> None:
 
 
 def test_many_blocks_with_gaps_fit_too() -> None:
-    """A model of 26 blocks, of which every second is in one group."""
+    """A model of 26 blocks with two groups of every second block."""
     halves = [list(range(0, 25, 2)), list(range(1, 25, 2))]
     table = layer_groups.table([layer_groups.Shared(halves, False, 0.2, 0.92, 0.3, 0.1, 1.0, [0.5])])
     assert_fits(table, folded="blocks")
 
 
-def test_groups_are_drawn_as_they_were_found(groups: MadeUp) -> None:
-    drawn = layer_groups.figures(folders(groups))
-    assert set(drawn) == {"distances", "tree", "amad", "blocks"}
-    (shown,) = drawn["distances"].data
-    assert [list(row) for row in shown.z] == DISTANCES
-    # Framed and marked: the fewest groups that are there, but for all in one.
-    assert len(drawn["distances"].layout.shapes) == 2
-    by_distance, chosen = drawn["amad"].data
+def test_the_figures_of_groups(groups: MadeUp) -> None:
+    figures = layer_groups.figures(folders(groups))
+    assert set(figures) == {"distances", "tree", "amad", "blocks"}
+    (heatmap,) = figures["distances"].data
+    assert [list(row) for row in heatmap.z] == DISTANCES
+    # Frames and marks are of the run with the fewest groups, but more than one.
+    assert len(figures["distances"].layout.shapes) == 2
+    by_distance, chosen = figures["amad"].data
     assert list(by_distance.y) == [0.3, 0.05, 0.0]
     assert (list(chosen.x), list(chosen.y)) == ([2], [0.05])
-    # Two merges of three blocks, at their widest distances, and the blocks below.
-    *merges, leaves = drawn["tree"].data
+    # Two merges of three blocks, at their largest distances, and the blocks below.
+    *merges, leaves = figures["tree"].data
     assert sorted(max(merge.y) for merge in merges) == pytest.approx([0.1, 0.3])
     assert sorted(leaves.customdata) == [0, 1, 2]
-    # By distance alone, a line of FVU and one of CE each.
-    names = [trace.name for trace in drawn["blocks"].data]
+    # Without the equal groups, each run has a line of FVU and a line of CE.
+    names = [trace.name for trace in figures["blocks"].data]
     assert names == [name for name in ("1 group", "2 groups", "3 groups") for _ in range(2)]
-    assert list(drawn["blocks"].data[2].y) == [0.125, 0.25, 0.375]
+    assert list(figures["blocks"].data[2].y) == [0.125, 0.25, 0.375]
 
 
-def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
-    drawn = layer_groups.figures([RunFolder(groups.home / "sae-two-evenly")])
-    assert list(drawn["amad"].data[1].x) == [2]
-    assert [trace.name for trace in drawn["blocks"].data] == ["2 groups"] * 2
+def test_groups_of_equal_size_are_drawn_if_there_are_no_others(groups: MadeUp) -> None:
+    figures = layer_groups.figures([RunFolder(groups.home / "sae-two-evenly")])
+    assert list(figures["amad"].data[1].x) == [2]
+    assert [trace.name for trace in figures["blocks"].data] == ["2 groups"] * 2
 
 
 # ---- commands -------------------------------------------------------------------------------------
@@ -594,12 +600,10 @@ def test_groups_of_equal_size_alone_are_drawn_too(groups: MadeUp) -> None:
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
-    """Figures and files that would be written."""
-    written: list[tuple[Any, Path]] = []
-    monkeypatch.setattr(
-        "sae_lora.common.plots.try_pictures", lambda wanted: written.extend(wanted) or []
-    )
-    return written
+    """Figures and their files, which are listed instead of written."""
+    pictures: list[tuple[Any, Path]] = []
+    monkeypatch.setattr("sae_lora.common.plots.try_pictures", lambda files: pictures.extend(files) or [])
+    return pictures
 
 
 def test_the_command_for_time_to_ce(
@@ -607,12 +611,12 @@ def test_the_command_for_time_to_ce(
 ) -> None:
     runs.seed(0)
     to = tmp_path / "docs" / "runs"
-    assert main(["compare", "time-to-ce", str(runs.made.home)]) == 0
+    assert main(["compare", "time-to-ce", str(runs.sweep.home)]) == 0
     assert not to.exists()
-    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(to)]) == 0
+    assert main(["compare", "time-to-ce", str(runs.sweep.home), "--to", str(to)]) == 0
     assert "3.1 (3.1–3.1)" in capsys.readouterr().out
-    (found,) = json.loads((to / "time_to_ce.json").read_text())
-    assert found["lora"]["train_seconds"] == pytest.approx(65)
+    (branch,) = json.loads((to / "time_to_ce.json").read_text())
+    assert branch["lora"]["train_seconds"] == pytest.approx(65)
     assert [path for _, path in pictures] == [to / "time_to_ce.svg"]
 
 
@@ -624,12 +628,12 @@ def test_the_command_for_methods(
 ) -> None:
     assert main(["compare", "methods", str(methods.home), "--to", str(tmp_path / "to")]) == 0
     assert "lora after sae_finetune" in capsys.readouterr().out
-    names = [one["method"] for one in json.loads((tmp_path / "to/methods.json").read_text())]
-    assert names == ["lora after sae_finetune", "lora", "sae_finetune"]
-    drawn = {path.name: figure for figure, path in pictures}
-    over = "tokens", "train_seconds", "train_flops"
-    assert set(drawn) == {f"methods_{one}.svg" for one in over}
-    tokens = drawn["methods_tokens.svg"].data
+    outcomes = json.loads((tmp_path / "to/methods.json").read_text())
+    assert [row["method"] for row in outcomes] == ["lora after sae_finetune", "lora", "sae_finetune"]
+    figures = {path.name: figure for figure, path in pictures}
+    axes = "tokens", "train_seconds", "train_flops"
+    assert set(figures) == {f"methods_{axis}.svg" for axis in axes}
+    tokens = figures["methods_tokens.svg"].data
     named = [trace.name for trace in tokens if trace.showlegend]
     assert sorted(named) == ["lora", "lora after sae_finetune", "sae_finetune"]
     assert sorted(tuple(trace.y) for trace in tokens)[0] == pytest.approx((0.8, 0.0))
@@ -663,7 +667,7 @@ def test_the_command_for_groups(
 
 
 @pytest.mark.parametrize("command", ["methods", "saes", "groups", "time-to-ce"])
-def test_a_sweep_without_the_runs_is_one_message(
+def test_a_sweep_without_finished_runs_is_one_message(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     MadeUp(tmp_path / "sweep").told("begun", [], {})
@@ -671,7 +675,7 @@ def test_a_sweep_without_the_runs_is_one_message(
     assert capsys.readouterr().err.startswith("error: no")
 
 
-def test_without_a_browser_the_numbers_are_there(
+def test_without_a_browser_the_numbers_are_still_written(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
@@ -679,7 +683,7 @@ def test_without_a_browser_the_numbers_are_there(
 
     monkeypatch.setattr("plotly.io.write_images", fail)
     runs.seed(0)
-    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(tmp_path / "to")]) == 0
+    assert main(["compare", "time-to-ce", str(runs.sweep.home), "--to", str(tmp_path / "to")]) == 0
     assert "left out: no pictures (Image export needs the kaleido package)" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["time_to_ce.json"]
 
@@ -688,5 +692,5 @@ def test_without_a_browser_the_numbers_are_there(
 @in_a_browser
 def test_pictures_for_papers(runs: Runs, tmp_path: Path) -> None:
     runs.seed(0)
-    assert main(["compare", "time-to-ce", str(runs.made.home), "--to", str(tmp_path)]) == 0
+    assert main(["compare", "time-to-ce", str(runs.sweep.home), "--to", str(tmp_path)]) == 0
     assert (tmp_path / "time_to_ce.svg").read_bytes().startswith(b"<svg")

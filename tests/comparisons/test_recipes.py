@@ -1,4 +1,4 @@
-"""When a gap was reached, worked by hand, and two sweeps compared run by run."""
+"""The first time that a gap is reached, computed by hand, and two sweeps compared run by run."""
 
 import dataclasses
 import json
@@ -38,12 +38,12 @@ def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolde
     }
     folder.summary.write_text(json.dumps(summary))
     folder.curve.unlink()
-    for one in points:
-        folder.append_point(one)
+    for point in points:
+        folder.append_point(point)
     return folder
 
 
-def test_the_first_time_counts_and_lies_between_evaluations() -> None:
+def test_the_first_time_counts_and_is_interpolated_between_evaluations() -> None:
     def at(value: float, *closed: float) -> list[float | None]:
         points = curve(*closed)
         return [first_reached(points, "gap_closed", value, name) for name in ("tokens", "train_seconds")]
@@ -54,25 +54,25 @@ def test_the_first_time_counts_and_lies_between_evaluations() -> None:
     assert at(0.3, 0.0, 0.2) == [None, None]
 
 
-def test_each_run_is_compared_with_its_like(tmp_path: Path) -> None:
+def test_each_run_is_compared_with_its_counterpart(tmp_path: Path) -> None:
     slow = [run(tmp_path / "slow", 4, seed, (0.0, 0.1, 0.2)) for seed in (0, 1, 2)]
     slow.append(run(tmp_path / "slow", 16, 0, (0.0, 0.5)))
     quick = [
-        run(tmp_path / "quick", 4, 0, (0.0, 0.4)),  # half way: 50 tokens rather than 200
+        run(tmp_path / "quick", 4, 0, (0.0, 0.4)),  # half way: 50 tokens instead of 200
         run(tmp_path / "quick", 4, 1, (0.0, 0.2, 0.3)),
-        run(tmp_path / "quick", 4, 2, (0.0, 0.1)),  # never
-        run(tmp_path / "quick", 4, 3, (0.0, 0.9)),  # without its like
+        run(tmp_path / "quick", 4, 2, (0.0, 0.1)),  # never reaches it
+        run(tmp_path / "quick", 4, 3, (0.0, 0.9)),  # without a counterpart
     ]
-    (found,) = savings(slow, quick)
-    assert found.factors["rank"] == "4"
-    assert (found.tokens, found.seconds, found.seeds) == ([4.0, 2.0], [4.0, 2.0], 3)
-    assert found.gap_closed == pytest.approx(0.2)
-    assert found.gap_closed_here == pytest.approx((0.4 + 0.3 + 0.1) / 3)
-    with pytest.raises(UserError, match="has its like"):
+    (saving,) = savings(slow, quick)
+    assert saving.factors["rank"] == "4"
+    assert (saving.tokens, saving.seconds, saving.seeds) == ([4.0, 2.0], [4.0, 2.0], 3)
+    assert saving.gap_closed == pytest.approx(0.2)
+    assert saving.gap_closed_here == pytest.approx((0.4 + 0.3 + 0.1) / 3)
+    with pytest.raises(UserError, match="has a counterpart in the other"):
         savings(slow[3:], quick)
 
 
-def test_the_command_shows_it_and_writes_it_down(
+def test_the_command_prints_a_table_and_writes_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path / "slow", 4, 0, (0.0, 0.1, 0.2))

@@ -1,4 +1,4 @@
-"""Benchmarks: what lm-evaluation-harness reports is what our own model does, SAEs in place."""
+"""Scores of lm-evaluation-harness equal a direct computation with our models and SAEs."""
 
 import dataclasses
 import json
@@ -41,14 +41,14 @@ from tests.support.points import points_in, run_here
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
-OWN = ["tiny_continuation", "tiny_generation"]
+SHIPPED = ["tiny_continuation", "tiny_generation"]
 LIMIT = 8
-CONFIG = EvaluationConfig(tasks=OWN, task_limit=LIMIT, task_batch_size=4, resamples=50)
+CONFIG = EvaluationConfig(tasks=SHIPPED, task_limit=LIMIT, task_batch_size=4, resamples=50)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_environment() -> Iterator[None]:
-    """The harness asks pip each time what is installed."""
+    """The harness would ask pip for the installed packages each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
         yield
@@ -56,8 +56,8 @@ def no_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    (made,) = run_here(points_in(tmp_path_factory.mktemp("outputs"))("train.lr=0.05"))
-    return made
+    (run,) = run_here(points_in(tmp_path_factory.mktemp("outputs"))("train.lr=0.05"))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -70,33 +70,33 @@ def scores(subject: Subject) -> Tasks:
     return harness.score(subject, CONFIG)
 
 
-def asked(task: str) -> list[dict[str, Any]]:
+def first_rows(task: str) -> list[dict[str, Any]]:
     """The first rows of a task."""
     return list(rows(f"{task}.jsonl")["test"])[:LIMIT]
 
 
 def logits(subject: Subject, cell: Cell, tokens: Tensor) -> Tensor:
-    """Of a text `[pos]`, `[pos, d_vocab]`."""
+    """Logits `[pos, d_vocab]` of a text `[pos]`."""
     sae, adapters = cell in (Cell.spliced, Cell.student), cell in (Cell.adapted, Cell.student)
     return subject.adapted.logits(tokens[None], sae=sae, adapters=adapters)[0]
 
 
 def log_likelihoods(subject: Subject, cell: Cell, row: dict[str, Any]) -> list[float]:
-    """Of each choice, after the text."""
-    found = []
+    """Log-likelihood of each choice after the text."""
+    sums = []
     for choice in row["choices"]:
         text, whole = (
-            subject.adapted.tokenizer(one, return_tensors="pt").input_ids[0]
-            for one in (row["text"], f"{row['text']} {choice}")
+            subject.adapted.tokenizer(string, return_tensors="pt").input_ids[0]
+            for string in (row["text"], f"{row['text']} {choice}")
         )
         assert torch.equal(whole[: len(text)], text)
-        after = logits(subject, cell, whole)[len(text) - 1 : -1].log_softmax(-1)
-        found.append(float(after.gather(-1, whole[len(text) :, None]).sum()))
-    return found
+        log_probs = logits(subject, cell, whole)[len(text) - 1 : -1].log_softmax(-1)
+        sums.append(float(log_probs.gather(-1, whole[len(text) :, None]).sum()))
+    return sums
 
 
 def greedy(subject: Subject, cell: Cell, row: dict[str, Any]) -> str:
-    """What comes next, up to the end of the name, without a cache."""
+    """The continuation of a text up to the end of the name, generated greedily without a cache."""
     task = yaml.load((FOLDER / "tiny_generation.yaml").read_text(), _Loader)
     tokens = subject.adapted.tokenizer(row["text"], return_tensors="pt").input_ids[0]
     start = len(tokens)
@@ -107,7 +107,7 @@ def greedy(subject: Subject, cell: Cell, row: dict[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads a task's file, functions as their names."""
+    """Loader of a task's file that reads functions as their names."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
@@ -115,36 +115,36 @@ _Loader.add_constructor("!function", lambda loader, node: loader.construct_scala
 
 @pytest.mark.parametrize("cell", list(Cell))
 @torch.no_grad()
-def test_scores_are_those_of_our_own_model(cell: Cell, subject: Subject, scores: Tasks) -> None:
-    """Log-likelihoods of whole texts, one after another."""
-    found = scores.scores["tiny_continuation"].cells[cell]
+def test_scores_equal_those_of_our_model(cell: Cell, subject: Subject, scores: Tasks) -> None:
+    """Our log-likelihoods are of whole texts, one by one."""
+    result = scores.scores["tiny_continuation"].cells[cell]
     right, right_by_length = [], []
-    for row in asked("tiny_continuation"):
+    for row in first_rows("tiny_continuation"):
         sums = log_likelihoods(subject, cell, row)
-        means = [one / len(choice) for one, choice in zip(sums, row["choices"], strict=True)]
+        means = [total / len(choice) for total, choice in zip(sums, row["choices"], strict=True)]
         right.append(sums.index(max(sums)) == row["answer"])
         right_by_length.append(means.index(max(means)) == row["answer"])
-    assert found["acc"].value == pytest.approx(sum(right) / LIMIT)
-    assert found["acc_norm"].value == pytest.approx(sum(right_by_length) / LIMIT)
+    assert result["acc"].value == pytest.approx(sum(right) / LIMIT)
+    assert result["acc_norm"].value == pytest.approx(sum(right_by_length) / LIMIT)
 
 
 @pytest.mark.parametrize("cell", [Cell.base, Cell.student])
 @torch.no_grad()
-def test_texts_are_those_that_our_own_model_writes(cell: Cell, subject: Subject, scores: Tasks) -> None:
-    """Token after token with nothing kept, where the harness has a cache and batches of prompts."""
-    config = dataclasses.replace(CONFIG, tasks=OWN[1:])
+def test_generated_texts_equal_those_of_our_model(cell: Cell, subject: Subject, scores: Tasks) -> None:
+    """Our texts are generated token by token; the harness uses a cache and batches of prompts."""
+    config = dataclasses.replace(CONFIG, tasks=SHIPPED[1:])
     with subject.in_place(cell) as model:
         results = harness._results(model, subject.adapted.tokenizer, config)
-    written = [sample["filtered_resps"][0] for sample in results["samples"][OWN[1]]]
-    expected = [greedy(subject, cell, row) for row in asked(OWN[1])]
+    written = [sample["filtered_resps"][0] for sample in results["samples"][SHIPPED[1]]]
+    expected = [greedy(subject, cell, row) for row in first_rows(SHIPPED[1])]
     assert written == expected
-    right = [text == row["answer"] for text, row in zip(expected, asked(OWN[1]), strict=True)]
-    found = scores.scores[OWN[1]].cells[cell]["exact_match"]
-    assert found.value == pytest.approx(sum(right) / LIMIT)
+    right = [text == row["answer"] for text, row in zip(expected, first_rows(SHIPPED[1]), strict=True)]
+    result = scores.scores[SHIPPED[1]].cells[cell]["exact_match"]
+    assert result.value == pytest.approx(sum(right) / LIMIT)
 
 
-def test_scores_say_what_they_are_of(scores: Tasks) -> None:
-    assert list(scores.scores) == OWN
+def test_the_fields_of_scores(scores: Tasks) -> None:
+    assert list(scores.scores) == SHIPPED
     for name, task in scores.scores.items():
         assert (task.documents, task.few_shot, task.version) == (LIMIT, 0, "1.0"), name
         assert list(task.cells) == ["base", "spliced", "student", "adapted"]
@@ -157,8 +157,8 @@ def test_scores_say_what_they_are_of(scores: Tasks) -> None:
                     continue
                 assert score.over_base == pytest.approx(score.value - base.value)
                 assert score.over_base_stderr is not None
-    # What is measured tells the models apart.
-    values = {cell: str(scores.scores[OWN[0]].cells[cell]) for cell in Cell}
+    # The models have different scores.
+    values = {cell: str(scores.scores[SHIPPED[0]].cells[cell]) for cell in Cell}
     assert len(set(values.values())) > 1
 
 
@@ -168,8 +168,8 @@ def test_an_sae_that_changes_nothing_changes_no_score(
     same = tuple(splice._replace(sae=IdentitySAE()) for splice in subject.after)
     monkeypatch.setattr(subject, "before", same)
     monkeypatch.setattr(subject, "after", same)
-    found = harness.score(subject, dataclasses.replace(CONFIG, task_limit=4))
-    for task in found.scores.values():
+    result = harness.score(subject, dataclasses.replace(CONFIG, task_limit=4))
+    for task in result.scores.values():
         for metric, base in task.cells["base"].items():
             spliced = task.cells["spliced"][metric]
             assert (spliced.value, spliced.stderr) == (base.value, base.stderr)
@@ -177,15 +177,15 @@ def test_an_sae_that_changes_nothing_changes_no_score(
         assert task.cells["student"] == task.cells["adapted"]
 
 
-def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tasks) -> None:
-    """By another subject; what is there is not taken again."""
-    config = dataclasses.replace(CONFIG, tasks=OWN[:1])
+def test_the_suite_is_reproducible_and_recorded(folder: RunFolder, scores: Tasks) -> None:
+    """Another subject gives the same results. A recorded suite is not run again."""
+    config = dataclasses.replace(CONFIG, tasks=SHIPPED[:1])
     assert run_suites.evaluate(folder, [Suite.tasks], config) == []
-    kept = suite_records.read(folder, Suite.tasks)
-    assert kept is not None
-    before = json.loads(json.dumps(dataclasses.asdict(scores.scores[OWN[0]])))
-    assert kept.results["scores"] == {OWN[0]: before}
-    assert kept.settings["tasks"] == OWN[:1] and kept.settings["task_limit"] == LIMIT
+    record = suite_records.read(folder, Suite.tasks)
+    assert record is not None
+    expected = json.loads(json.dumps(dataclasses.asdict(scores.scores[SHIPPED[0]])))
+    assert record.results["scores"] == {SHIPPED[0]: expected}
+    assert record.settings["tasks"] == SHIPPED[:1] and record.settings["task_limit"] == LIMIT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
         assert run_suites.evaluate(folder, [Suite.tasks], config) == []
@@ -193,7 +193,7 @@ def test_the_suite_is_kept_and_the_same_once_more(folder: RunFolder, scores: Tas
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is loaded, and no data set is on this machine."""
+    """Loading a model fails the test, and the cache of data sets is empty."""
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model is loaded"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     harness._check.cache_clear()
@@ -201,18 +201,18 @@ def no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that ship, one whose data set is not here, and a group of it and another."""
+    """The shipped tasks, a task whose data set is not in the cache, and a group of it and another."""
     shutil.copytree(FOLDER, tmp_path / "tasks")
     elsewhere = {"task": "elsewhere", "dataset_path": "org/nothing", "test_split": "test"}
-    group = {"group": "several", "task": ["elsewhere", OWN[0]]}
-    for one in (elsewhere, group):
-        (tmp_path / "tasks" / f"{len(one)}.yaml").write_text(yaml.dump(one))
+    group = {"group": "several", "task": ["elsewhere", SHIPPED[0]]}
+    for name, entry in (("elsewhere", elsewhere), ("several", group)):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.dump(entry))
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     monkeypatch.setattr(harness, "_manager_of", lambda all_tasks: manager)
 
 
 def refused(folder: RunFolder, tasks: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said where the suite is asked for with these tasks."""
+    """The message with which the suite refuses these tasks."""
     config = EvaluationConfig(tasks=tasks)
     assert run_suites.evaluate(folder, [Suite.tasks], config) == [Suite.tasks]
     return " ".join(capsys.readouterr().err.split())
@@ -220,22 +220,25 @@ def refused(folder: RunFolder, tasks: list[str], capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("no_model", "few_tasks")
 @pytest.mark.parametrize("name", ["elsewhere", "several"])
-def test_a_data_set_that_is_not_here_is_named(
+def test_a_data_set_that_is_not_cached_is_named(
     name: str, folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(folder, [OWN[0], name], capsys)
-    assert said.startswith(f"tasks of {folder.path.name} left out")
-    assert f"evaluation.tasks = '{name}' cannot be loaded: the hub cannot be reached" in said
-    assert "data sets: org/nothing where" in said
-    assert f"TaskManager().load(['{name}'])" in said
+    message = refused(folder, [SHIPPED[0], name], capsys)
+    assert message.startswith(f"skipped tasks of {folder.path.name}: ")
+    assert f"evaluation.tasks = '{name}' cannot be loaded: the hub cannot be reached" in message
+    assert "data sets: org/nothing on a machine" in message
+    assert f"TaskManager().load(['{name}'])" in message
 
 
 @pytest.mark.usefixtures("no_model", "few_tasks")
 @pytest.mark.parametrize(
     ("tasks", "got", "nearest"),
-    [(["tiny_continuations"], "tiny_continuations", OWN[0]), ([*OWN, OWN[0]], OWN[0], None)],
+    [
+        (["tiny_continuations"], "tiny_continuations", SHIPPED[0]),
+        ([*SHIPPED, SHIPPED[0]], SHIPPED[0], None),
+    ],
 )
-def test_tasks_that_cannot_be_taken_are_refused(
+def test_unknown_and_repeated_tasks_are_refused(
     tasks: list[str],
     got: str,
     nearest: str | None,
@@ -250,16 +253,16 @@ def test_tasks_that_cannot_be_taken_are_refused(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_the_real_benchmarks_are_known_and_what_they_lack_is_named(
+def test_the_default_benchmarks_are_known_and_their_missing_data_sets_are_named(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(folder, EvaluationConfig().tasks, capsys)
-    assert "data sets: Rowan/hellaswag, cais/mmlu, truthfulqa/truthful_qa" in said
-    assert "TaskManager().load(['mmlu', 'hellaswag', 'truthfulqa_mc2'])" in said
-    assert "nearest valid: evaluation.tasks=hellaswag" in refused(folder, [*OWN, "helaswag"], capsys)
+    message = refused(folder, EvaluationConfig().tasks, capsys)
+    assert "data sets: Rowan/hellaswag, cais/mmlu, truthfulqa/truthful_qa" in message
+    assert "TaskManager().load(['mmlu', 'hellaswag', 'truthfulqa_mc2'])" in message
+    assert "nearest valid: evaluation.tasks=hellaswag" in refused(folder, [*SHIPPED, "helaswag"], capsys)
 
 
-def test_the_harness_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.setattr(harness, "_manager_of", harness._manager_of.__wrapped__)
     harness._check.cache_clear()
@@ -269,24 +272,24 @@ def test_the_harness_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.
 
 @pytest.mark.parametrize("cell", list(Cell))
 @torch.no_grad()
-def test_a_cell_is_the_one_that_other_suites_measure(
+def test_cells_are_the_same_as_in_other_suites(
     cell: Cell, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the SAEs were others before the run; special tokens keep their activation."""
+    """The SAEs before the run are different here; special tokens keep their activation."""
     halving = Replacement(lambda resid: resid / 2)
-    others = tuple(splice._replace(sae=halving) for splice in subject.after)
-    monkeypatch.setattr(subject, "before", others)
+    splices = tuple(splice._replace(sae=halving) for splice in subject.after)
+    monkeypatch.setattr(subject, "before", splices)
     tokens = subject.tokens[:2]
     expected = subject.head.logits(subject.hidden(cell, tokens).flatten(0, 1))
     with subject.in_place(cell) as model:
-        found = model(tokens).logits.flatten(0, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        result = model(tokens).logits.flatten(0, 1)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_groups_are_compared_document_by_document(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the harness's own aggregation, over tasks that it gives other names."""
+    """The harness aggregates tasks of a group, under names of its own."""
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
     text = (tmp_path / "tiny_continuation.yaml").read_text()
     (tmp_path / "more.yaml").write_text(text.replace("task: tiny_continuation", "task: more"))
@@ -299,34 +302,34 @@ def test_groups_are_compared_document_by_document(
     monkeypatch.setattr(harness, "FOLDER", tmp_path)
     monkeypatch.setattr(harness, "_manager_of", harness._manager_of.__wrapped__)
     monkeypatch.setattr(Subject, "cells", [Cell.base, Cell.spliced])
-    found = harness.score(subject, dataclasses.replace(CONFIG, tasks=["both"], task_limit=6)).scores
+    result = harness.score(subject, dataclasses.replace(CONFIG, tasks=["both"], task_limit=6)).scores
 
-    together, one = found["both"], found[found["both"].subtasks[0]]
-    assert len(together.subtasks) == 2
-    assert (together.documents, one.documents, together.few_shot) == (12, 6, 0)
-    ours, theirs = together.cells["spliced"]["acc"], one.cells["spliced"]["acc"]
-    assert ours.value == pytest.approx(theirs.value)
-    assert ours.over_base == pytest.approx(theirs.over_base)
-    assert ours.over_base_stderr is not None
-    assert theirs.over_base_stderr is not None
+    whole, part = result["both"], result[result["both"].subtasks[0]]
+    assert len(whole.subtasks) == 2
+    assert (whole.documents, part.documents, whole.few_shot) == (12, 6, 0)
+    of_group, of_task = whole.cells["spliced"]["acc"], part.cells["spliced"]["acc"]
+    assert of_group.value == pytest.approx(of_task.value)
+    assert of_group.over_base == pytest.approx(of_task.over_base)
+    assert of_group.over_base_stderr is not None
+    assert of_task.over_base_stderr is not None
     # The same six documents twice: sums of squares double, degrees of freedom are 11 and 5.
-    expected = theirs.over_base_stderr * (5 / 11) ** 0.5
-    assert ours.over_base_stderr == pytest.approx(expected)
+    expected = of_task.over_base_stderr * (5 / 11) ** 0.5
+    assert of_group.over_base_stderr == pytest.approx(expected)
 
 
 def test_paired_errors() -> None:
-    # Differences 1, 0, 0, 1 about 0.5: variance 1/3, and 1/12 of their mean.
+    # Differences 1, 0, 0, 1 around 0.5: their variance is 1/3, and the variance of their mean 1/12.
     assert paired_error([1, 1, 0, 1], [0, 1, 0, 0]) == pytest.approx((1 / 12) ** 0.5)
     assert paired_error([0.2, 0.4], [0.2, 0.4]) == 0
     assert paired_error([1], [0]) is None
 
 
-@pytest.mark.parametrize("task", OWN)
-def test_tasks_that_ship_are_of_held_out_files(task: str) -> None:
-    found = list(rows(f"{task}.jsonl")["test"])
-    assert len(found) > 100
-    assert len({row["document"] for row in found[:20]}) > 8
-    for row in found:
+@pytest.mark.parametrize("task", SHIPPED)
+def test_shipped_tasks_are_from_held_out_files(task: str) -> None:
+    examples = list(rows(f"{task}.jsonl")["test"])
+    assert len(examples) > 100
+    assert len({row["document"] for row in examples[:20]}) > 8
+    for row in examples:
         assert in_validation(row["document"], DataConfig().validation_share)
         assert len(row["text"]) <= cut_tasks.LONGEST_TEXT
         if task == "tiny_continuation":
@@ -336,13 +339,13 @@ def test_tasks_that_ship_are_of_held_out_files(task: str) -> None:
             assert re.search(rf"\b{row['answer']}\b", row["text"])
 
 
-def test_rows_are_cut_the_same_each_time(tmp_path: Path) -> None:
-    """Of lines that there are."""
+def test_cutting_rows_is_reproducible(tmp_path: Path) -> None:
+    """Each row is a part of its document."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         cut_tasks.make(tmp_path / name)
     texts = {document.key: document.text for document in cut_tasks.held_out()}
-    for task in OWN:
+    for task in SHIPPED:
         file = f"{task}.jsonl"
         assert (tmp_path / "first" / file).read_text() == (tmp_path / "second" / file).read_text()
         for line in (tmp_path / "first" / file).read_text().splitlines():
@@ -353,12 +356,12 @@ def test_rows_are_cut_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path) -> None:
-    """As they lie on the hub, some documents of each: the harness's own tasks read and score them."""
+    """The harness's own tasks read and score some documents of each, in the layout of the hub."""
     copy = RunFolder(tmp_path / "run")
     shutil.copytree(folder.path, copy.path, ignore=shutil.ignore_patterns("evaluation"))
     tasks = "hellaswag,truthfulqa_mc2,mmlu_anatomy"
     command = ["evaluate", str(copy.path), "--suite", "tasks", "--set", f"tasks=[{tasks}]"]
-    asked = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "sae_lora", *command],
         env=os.environ
         | {"HF_HOME": str(published.root / "home"), "HF_HUB_OFFLINE": "0"}
@@ -367,10 +370,10 @@ def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path)
         text=True,
         check=False,
     )
-    assert asked.returncode == 0, asked.stderr
-    kept = suite_records.read(copy, Suite.tasks)
-    assert kept is not None
-    scores = kept.results["scores"]
+    assert process.returncode == 0, process.stderr
+    record = suite_records.read(copy, Suite.tasks)
+    assert record is not None
+    scores = record.results["scores"]
     assert {name: task["documents"] for name, task in scores.items()} == dict.fromkeys(scores, 3)
     assert list(scores) == tasks.split(",")
     for task in scores.values():
@@ -380,7 +383,7 @@ def test_published_benchmarks(folder: RunFolder, published: Hub, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A hub with the beginnings of three data sets, in their published layouts."""
+    """A hub with a few documents of three data sets, in their published layouts."""
     root = tmp_path_factory.mktemp("hub")
     sets = root / "datasets"
     for split in ("train", "validation"):

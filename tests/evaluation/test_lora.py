@@ -1,4 +1,4 @@
-"""What LoRA has done to matrices: worked by hand where that can be, else held against torch's own."""
+"""The suite `lora`: results computed by hand, or compared to torch's functions."""
 
 import dataclasses
 import shutil
@@ -52,17 +52,19 @@ def measured(matrix: AdaptedMatrix) -> weights.Matrix:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("stabilised", [False, True])
-def test_delta_is_what_the_adapter_adds(model: LanguageModel, dora: bool, stabilised: bool) -> None:
-    """To the output of each layer, as peft computes it; names are those of the model's modules."""
+def test_delta_is_the_change_that_peft_computes(
+    model: LanguageModel, dora: bool, stabilised: bool
+) -> None:
+    """The change of each layer's output. Names are the names of the model's modules."""
     config = LoRAConfig(rank=3, alpha=5.0, blocks=[1, 3], dora=dora, rank_stabilised=stabilised)
     lora.attach(model, config, first_sae=0)
     fill(lora.trainable_weights(model))
     layers: dict[str, Any] = {
         name: module for name, module in model.model.named_modules() if isinstance(module, LoraLayer)
     }
-    found = {matrix.name: matrix for matrix in adapted_matrices(model)}
-    assert found.keys() == layers.keys()
-    for name, matrix in found.items():
+    matrices = {matrix.name: matrix for matrix in adapted_matrices(model)}
+    assert matrices.keys() == layers.keys()
+    for name, matrix in matrices.items():
         layer = layers[name]
         x = torch.randn(5, matrix.weight.shape[1])
         with torch.no_grad():
@@ -72,15 +74,15 @@ def test_delta_is_what_the_adapter_adds(model: LanguageModel, dora: bool, stabil
         assert (matrix.magnitude is not None) == dora
         if not dora:
             torch.testing.assert_close(matrix.delta, matrix.scale * matrix.b @ matrix.a)
-    # Some of a block's matrices read the residual stream, others do not; the former are as wide.
-    reading = [matrix for matrix in found.values() if matrix.reads_stream]
-    assert 0 < len(reading) < len(found)
+    # Some of a block's matrices read the residual stream; these have d_model inputs.
+    reading = [matrix for matrix in matrices.values() if matrix.reads_stream]
+    assert 0 < len(reading) < len(matrices)
     assert all(matrix.weight.shape[1] == D_MODEL for matrix in reading)
 
 
 @pytest.mark.parametrize(("rank", "dora"), [(3, False), (3, True), (40, False)])
 def test_singular_vectors_are_those_of_delta(rank: int, dora: bool) -> None:
-    """Of a rank beyond the matrix's own there are as many as that has."""
+    """If the rank is larger than the matrix's smaller size, there are as many vectors as this size."""
     model = small_model("llama")
     lora.attach(model, LoRAConfig(rank=rank, blocks=[1], dora=dora), first_sae=0)
     fill(lora.trainable_weights(model))
@@ -96,44 +98,44 @@ def test_singular_vectors_are_those_of_delta(rank: int, dora: bool) -> None:
 
 
 def test_one_direction_by_hand() -> None:
-    """ΔW = 2 · 5 · e₀ e₁ᵀ, where W has 0.5; W's own largest direction has 3 of its √13.25."""
+    """ΔW = 2 · 5 · e₀ e₁ᵀ, W is 0.5 at this entry, and W's largest singular value is 3; ‖W‖ = √13.25."""
     weight = torch.tensor([[0.0, 0.5, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
     b, a = torch.tensor([[5.0], [0.0], [0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
-    found = measured(plain(weight, b, a, scale=2.0))
-    assert found.delta_norm == pytest.approx(10)
-    assert found.weight_norm == pytest.approx(13.25**0.5)
-    assert found.singular_values == pytest.approx([10])
-    assert found.effective_rank == pytest.approx(1)
-    assert found.energy == {"1": pytest.approx(1)}
-    assert found.projection.delta == pytest.approx(0.5)
-    assert found.projection.weight == pytest.approx(3)
-    assert 0 < found.projection.random < 3
-    assert found.amplification == pytest.approx(20)
-    assert dataclasses.astuple(found.cost) == (6, 9, 36, 18)
+    result = measured(plain(weight, b, a, scale=2.0))
+    assert result.delta_norm == pytest.approx(10)
+    assert result.weight_norm == pytest.approx(13.25**0.5)
+    assert result.singular_values == pytest.approx([10])
+    assert result.effective_rank == pytest.approx(1)
+    assert result.energy == {"1": pytest.approx(1)}
+    assert result.projection.delta == pytest.approx(0.5)
+    assert result.projection.weight == pytest.approx(3)
+    assert 0 < result.projection.random < 3
+    assert result.amplification == pytest.approx(20)
+    assert dataclasses.astuple(result.cost) == (6, 9, 36, 18)
 
 
 def test_two_directions_by_hand() -> None:
     """ΔW = diag(3, 1, 0) around W = diag(1, 2, 4): 9 of 10 of its energy in the first direction."""
     weight = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     b = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    found = measured(plain(weight, b, torch.eye(3)[:2]))
-    assert found.singular_values == pytest.approx([3, 1])
-    assert found.energy == {"1": pytest.approx(0.9)}
-    assert found.projection.delta == pytest.approx(5**0.5)
-    assert found.projection.weight == pytest.approx(20**0.5)
-    assert found.amplification == pytest.approx(2**0.5)
-    # Shares 3/4 and 1/4 of the singular values, and exp of their entropy.
-    assert found.effective_rank == pytest.approx((4 / 3) ** 0.75 * 4**0.25)
+    result = measured(plain(weight, b, torch.eye(3)[:2]))
+    assert result.singular_values == pytest.approx([3, 1])
+    assert result.energy == {"1": pytest.approx(0.9)}
+    assert result.projection.delta == pytest.approx(5**0.5)
+    assert result.projection.weight == pytest.approx(20**0.5)
+    assert result.amplification == pytest.approx(2**0.5)
+    # exp of the entropy of the shares 3/4 and 1/4.
+    assert result.effective_rank == pytest.approx((4 / 3) ** 0.75 * 4**0.25)
 
 
 def test_random_directions_have_their_share_of_a_matrix() -> None:
-    """E ‖UᵀWV‖² = r² ‖W‖² / (outputs · inputs), of which many draws come within a tenth."""
+    """E ‖UᵀWV‖² = r² ‖W‖² / (outputs · inputs); the mean of many draws is within a tenth of it."""
     weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
     random = torch.Generator().manual_seed(0)
     b, a = torch.ones(12, 3), torch.ones(3, 20)
-    found = [weights.measured(plain(weight, b, a), random).projection.random ** 2 for _ in range(20)]
+    squares = [weights.measured(plain(weight, b, a), random).projection.random ** 2 for _ in range(20)]
     share = 9 / (12 * 20) * float(weight.square().sum())
-    assert sum(found) / len(found) == pytest.approx(share, rel=0.1)
+    assert sum(squares) / len(squares) == pytest.approx(share, rel=0.1)
 
 
 def test_effective_rank() -> None:
@@ -143,69 +145,69 @@ def test_effective_rank() -> None:
     assert weights.effective_rank(torch.zeros(3)) is None
 
 
-def test_energy_is_told_where_there_are_so_many_directions() -> None:
+def test_energy_is_reported_up_to_the_number_of_directions() -> None:
     assert weights.energy(torch.ones(5)) == {"1": pytest.approx(1 / 5), "4": pytest.approx(4 / 5)}
     assert weights.energy(torch.zeros(5)) == {}
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_fresh_adapters_have_done_nothing(model: LanguageModel, dora: bool) -> None:
+def test_untrained_adapters_change_nothing(model: LanguageModel, dora: bool) -> None:
     subject = Made(model, at_block_1(), LoRAConfig(rank=2, dora=dora), filled=False)
-    found = weights.evaluate(subject, CONFIG)
-    for one in found.matrices:
-        assert one.delta_norm == pytest.approx(0, abs=1e-5 * one.weight_norm)
+    for matrix in weights.evaluate(subject, CONFIG).matrices:
+        assert matrix.delta_norm == pytest.approx(0, abs=1e-5 * matrix.weight_norm)
         if not dora:
-            assert one.delta_norm == 0 and one.singular_values == [0.0, 0.0]
-            assert one.effective_rank is one.amplification is one.projection.delta is None
-            assert one.energy == {}
+            assert matrix.delta_norm == 0 and matrix.singular_values == [0.0, 0.0]
+            assert matrix.effective_rank is matrix.amplification is matrix.projection.delta is None
+            assert matrix.energy == {}
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_parameters_are_counted_as_the_tensors_are(model: LanguageModel, dora: bool) -> None:
+def test_parameters_are_the_elements_of_the_tensors(model: LanguageModel, dora: bool) -> None:
     subject = Made(model, at_block_1(), LoRAConfig(rank=3, dora=dora))
-    found = weights.evaluate(subject, CONFIG)
-    there = lora.trainable_weights(subject.with_adapters).values()
-    assert found.cost.parameters == sum(one.cost.parameters for one in found.matrices)
-    assert found.cost.parameters == sum(weight.numel() for weight in there)
+    result = weights.evaluate(subject, CONFIG)
+    adapters = lora.trainable_weights(subject.with_adapters).values()
+    assert result.cost.parameters == sum(matrix.cost.parameters for matrix in result.matrices)
+    assert result.cost.parameters == sum(weight.numel() for weight in adapters)
     of_blocks = [
         weight.numel()
         for block in model.blocks[2:]
         for name, weight in block.named_parameters()
         if weight.ndim == 2 and "norm" not in name
     ]
-    assert found.cost.whole_parameters == sum(of_blocks)
-    assert found.cost.whole_flops == 2 * sum(of_blocks)
+    assert result.cost.whole_parameters == sum(of_blocks)
+    assert result.cost.whole_flops == 2 * sum(of_blocks)
     if not dora:
-        assert found.cost.flops == 6 * found.cost.parameters
+        assert result.cost.flops == 6 * result.cost.parameters
 
 
-def test_no_direction_of_a_matrix_has_more_than_its_own(model: LanguageModel) -> None:
-    for one in weights.evaluate(Made(model, at_block_1(), LoRAConfig(rank=4)), CONFIG).matrices:
-        assert one.projection.delta is not None and one.amplification is not None
-        assert one.projection.delta < one.projection.weight < one.weight_norm
-        assert one.projection.random < one.projection.weight
-        assert one.amplification == pytest.approx(one.delta_norm / one.projection.delta)
-        assert one.singular_values == sorted(one.singular_values, reverse=True)
-        assert sum(one**2 for one in one.singular_values) == pytest.approx(one.delta_norm**2, rel=1e-4)
+def test_the_projection_on_its_own_singular_vectors_is_the_largest(model: LanguageModel) -> None:
+    for matrix in weights.evaluate(Made(model, at_block_1(), LoRAConfig(rank=4)), CONFIG).matrices:
+        projection, values = matrix.projection, matrix.singular_values
+        assert projection.delta is not None and matrix.amplification is not None
+        assert projection.delta < projection.weight < matrix.weight_norm
+        assert projection.random < projection.weight
+        assert matrix.amplification == pytest.approx(matrix.delta_norm / projection.delta)
+        assert values == sorted(values, reverse=True)
+        assert sum(value**2 for value in values) == pytest.approx(matrix.delta_norm**2, rel=1e-4)
 
 
-def test_a_run_without_adapters_is_told_so() -> None:
+def test_a_run_without_adapters_is_refused() -> None:
     with pytest.raises(UserError, match="trains no LoRA adapters"):
         weights.evaluate(Made(small_model("llama"), at_block_1()), CONFIG)
 
 
 def phi(first: Tensor, second: Tensor, i: int, j: int) -> float:
-    """Similarity of the i largest directions that one matrix reads and the j of another."""
+    """Similarity of the i largest directions of one matrix and the j largest of another."""
     return float(similarities(directions(first)[:, :i], directions(second)[:, :j])[i - 1, j - 1])
 
 
 def test_subspaces() -> None:
     random = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 6, 40, generator=random)
+    first, second = torch.randn(2, 6, 40, generator=random)
     for i in range(1, 7):
-        assert phi(one, one, i, i) == pytest.approx(1)
-        assert phi(one, one, i, 6) == pytest.approx(1)  # the smaller lies in the larger
-        assert phi(one, other, i, 3) == pytest.approx(phi(other, one, 3, i))
+        assert phi(first, first, i, i) == pytest.approx(1)
+        assert phi(first, first, i, 6) == pytest.approx(1)  # the smaller lies in the larger
+        assert phi(first, second, i, 3) == pytest.approx(phi(second, first, 3, i))
     # Along axes: {e₀, e₁} and {e₁, e₂, e₃} share one of two directions, {e₄} none.
     axes = torch.eye(8)
     assert phi(axes[:2], axes[1:4], 2, 3) == pytest.approx(0.5)
@@ -215,20 +217,20 @@ def test_subspaces() -> None:
     assert phi(torch.tensor([[1.0, 0.0]]), slanted, 1, 1) == pytest.approx(0.25)
 
 
-def test_all_sizes_at_once_are_each_of_them() -> None:
-    one, other = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1))
-    grid = similarities(directions(one), directions(other)[:, :3])
+def test_the_grid_equals_the_similarities_of_each_size() -> None:
+    first, second = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1))
+    grid = similarities(directions(first), directions(second)[:, :3])
     assert grid.shape == (5, 3)
     for i in range(1, 6):
         for j in range(1, 4):
-            u, v = torch.linalg.svd(one)[2][:i], torch.linalg.svd(other)[2][:j]
+            u, v = torch.linalg.svd(first)[2][:i], torch.linalg.svd(second)[2][:j]
             assert float(grid[i - 1, j - 1]) == pytest.approx(
                 float((u @ v.T).square().sum()) / min(i, j), rel=1e-4
             )
 
 
 @pytest.mark.parametrize(("i", "j"), [(1, 1), (4, 4), (3, 8)])
-def test_random_subspaces_have_what_is_expected(i: int, j: int) -> None:
+def test_random_subspaces_have_the_expected_similarity(i: int, j: int) -> None:
     random = torch.Generator().manual_seed(2)
     draws = [
         phi(torch.randn(i, 32, generator=random), torch.randn(j, 32, generator=random), i, j)
@@ -237,7 +239,7 @@ def test_random_subspaces_have_what_is_expected(i: int, j: int) -> None:
     assert sum(draws) / len(draws) == pytest.approx(expected(i, j, 32), rel=0.2)
 
 
-def test_directions_that_are_not_there_are_left_out() -> None:
+def test_directions_without_a_singular_value_are_left_out() -> None:
     rows = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     assert directions(torch.cat([rows, rows[:2] + rows[1:]])).shape == (20, 3)
     assert directions(torch.zeros(2, 20)).shape == (20, 0)
@@ -245,7 +247,7 @@ def test_directions_that_are_not_there_are_left_out() -> None:
 
 
 class Cut:
-    """An SAE in form alone: each latent is a coordinate, and the first few are lost."""
+    """A stand-in for an SAE: each latent is a coordinate, and the first few are lost."""
 
     def __init__(self, lost: int) -> None:
         self._lost = lost
@@ -258,7 +260,7 @@ class Cut:
 
 
 class Rarer(Cut):
-    """Of which the second latent is active on every second token, the third on every third …"""
+    """A stand-in whose second latent is active on every second token, the third on every third …"""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -268,9 +270,8 @@ class Rarer(Cut):
         return torch.where(token[..., None] % torch.arange(1, 1 + x.shape[-1]) == 0, x, 0.0)
 
 
-def test_overlap_with_what_an_sae_loses_and_what_it_puts_back() -> None:
-    """The SAE loses e₀ … e₃ whole; adapters that read them alone, those alone, read its error."""
-
+def test_overlap_with_the_error_and_the_decoder_of_an_sae() -> None:
+    """The SAE's error is the whole of e₀ … e₃, so only adapters that read these overlap with it."""
     subject = Made(small_model("llama"), at_block_1(Cut(4)), LoRAConfig(rank=2, targets="all"))
     axes = torch.eye(D_MODEL)
     rows = {"self_attn.q_proj": axes[:2], "self_attn.v_proj": axes[[3, 9]], "mlp.up_proj": axes[5:7]}
@@ -278,20 +279,20 @@ def test_overlap_with_what_an_sae_loses_and_what_it_puts_back() -> None:
         layer = subject.with_adapters.blocks[2].get_submodule(kind)
         assert isinstance(layer, LoraLayer)
         layer.lora_A["default"].weight.data = values.clone()
-    found = overlap(subject, 500, 16)
-    assert isinstance(found, Overlap)
-    assert (found.block, found.hookpoint) == (2, "blocks.1.hook_resid_post")
-    assert found.tokens == subject.tokens.numel()
-    assert found.error_share == pytest.approx(1)
-    assert {kind.split(".")[1] for kind in found.matrices} == {
+    result = overlap(subject, 500, 16)
+    assert isinstance(result, Overlap)
+    assert (result.block, result.hookpoint) == (2, "blocks.1.hook_resid_post")
+    assert result.tokens == subject.tokens.numel()
+    assert result.error_share == pytest.approx(1)
+    assert {kind.split(".")[1] for kind in result.matrices} == {
         *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     }
     for kind, share in (("self_attn.q_proj", 1), ("self_attn.v_proj", 0.5), ("mlp.up_proj", 0)):
-        error = found.matrices[kind].error
-        assert (error.adapter_directions, error.other_directions) == (2, 4)  # it loses no more
+        error = result.matrices[kind].error
+        assert (error.adapter_directions, error.other_directions) == (2, 4)  # the error has no more
         assert error.similarity == pytest.approx(share, abs=1e-6)
         assert error.expected == 4 / D_MODEL
-    reads_error, reads_else = found.matrices["self_attn.q_proj"], found.matrices["mlp.up_proj"]
+    reads_error, reads_else = result.matrices["self_attn.q_proj"], result.matrices["mlp.up_proj"]
     assert reads_error.error.energy == pytest.approx(1, rel=1e-5)
     assert reads_else.error.energy == pytest.approx(0, abs=1e-9)
     assert reads_error.decoder.similarity == pytest.approx(0, abs=1e-9)
@@ -300,23 +301,23 @@ def test_overlap_with_what_an_sae_loses_and_what_it_puts_back() -> None:
     assert reads_else.error.expected_energy == 4 / D_MODEL
 
 
-def test_the_decoder_directions_are_of_the_latents_that_are_active_most() -> None:
+def test_the_decoder_directions_are_of_the_most_active_latents() -> None:
     subject = Made(small_model("llama"), at_block_1(Rarer()), LoRAConfig(rank=2, targets="q"))
     layer = subject.with_adapters.blocks[2].get_submodule("self_attn.q_proj")
     assert isinstance(layer, LoraLayer)
     for latents, share in (([0, 1], 1), ([2, 7], 0.5), ([4, 5], 0)):
         layer.lora_A["default"].weight.data = torch.eye(D_MODEL)[latents]
-        found = overlap(subject, 500, 3)
-        assert isinstance(found, Overlap)
-        assert found.matrices["self_attn.q_proj"].decoder.similarity == pytest.approx(share, abs=1e-6)
+        result = overlap(subject, 500, 3)
+        assert isinstance(result, Overlap)
+        assert result.matrices["self_attn.q_proj"].decoder.similarity == pytest.approx(share, abs=1e-6)
 
 
-def test_energy_is_what_delta_reads() -> None:
-    """3² of 3² + 4² lie along the first axis, whatever A looks like."""
+def test_energy_is_the_share_that_delta_reads() -> None:
+    """3² of 3² + 4² are along the first axis, for any A."""
     b, a = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.eye(5)[:2]
-    found = shared(plain(torch.eye(2, 5), b, a), torch.eye(5, dtype=torch.float64)[:, :1])
-    assert found.energy == pytest.approx(9 / 25)
-    assert (found.similarity, found.expected) == (pytest.approx(1), 2 / 5)
+    result = shared(plain(torch.eye(2, 5), b, a), torch.eye(5, dtype=torch.float64)[:, :1])
+    assert result.energy == pytest.approx(9 / 25)
+    assert (result.similarity, result.expected) == (pytest.approx(1), 2 / 5)
     untouched = shared(plain(torch.eye(2, 5), 0 * b, a), torch.eye(5, dtype=torch.float64)[:, :1])
     assert untouched.energy is None
 
@@ -324,27 +325,27 @@ def test_energy_is_what_delta_reads() -> None:
 @pytest.mark.parametrize(
     ("sae", "adapters", "reason"),
     [
-        (topk_sae(), LoRAConfig(rank=2, blocks="all"), "no SAE sits before block 0"),
+        (topk_sae(), LoRAConfig(rank=2, blocks="all"), "there is no SAE before block 0"),
         (topk_sae(), LoRAConfig(rank=2, targets="o"), "reads the residual stream"),
         (IdentitySAE(), LoRAConfig(rank=2), "makes no error"),
-        (Cut(D_MODEL), LoRAConfig(rank=2), "no latent that is active"),
+        (Cut(D_MODEL), LoRAConfig(rank=2), "no active latent"),
     ],
 )
-def test_where_there_is_no_overlap_the_reason_is_said(sae, adapters: LoRAConfig, reason: str) -> None:
-    found = weights.evaluate(Made(small_model("llama"), at_block_1(sae), adapters), CONFIG)
-    assert found.overlap is None
-    assert found.no_overlap is not None and reason in found.no_overlap
+def test_a_missing_overlap_has_a_reason(sae, adapters: LoRAConfig, reason: str) -> None:
+    result = weights.evaluate(Made(small_model("llama"), at_block_1(sae), adapters), CONFIG)
+    assert result.overlap is None
+    assert result.no_overlap is not None and reason in result.no_overlap
 
 
-def test_of_several_saes_the_last_before_the_adapters_is_compared() -> None:
+def test_the_last_sae_before_the_adapters_is_compared() -> None:
     splices = tuple(Splice(block, topk_sae(seed=block), keeps=False) for block in (0, 1, 2))
-    found = overlap(Made(small_model("llama"), splices, LoRAConfig(rank=2, blocks=[2, 3])), 500, 4)
-    assert isinstance(found, Overlap)
-    assert (found.block, found.hookpoint) == (2, "blocks.1.hook_resid_post")
+    result = overlap(Made(small_model("llama"), splices, LoRAConfig(rank=2, blocks=[2, 3])), 500, 4)
+    assert isinstance(result, Overlap)
+    assert (result.block, result.hookpoint) == (2, "blocks.1.hook_resid_post")
 
 
 def make_run(home: Path, model: LanguageModel, config: LoRAConfig, seed: int) -> None:
-    """A finished run, with adapters that nobody has trained."""
+    """Make a finished run with untrained adapters."""
     view = model.view()
     torch.manual_seed(seed)
     adapters = lora.attach(view, config, first_sae=1)
@@ -356,42 +357,44 @@ def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:
     for rank, seed, targets in ((2, 0, "all"), (12, 1, "all"), (2, 5, "qv")):
         make_run(tmp_path, model, LoRAConfig(rank=rank, targets=targets), seed)
     folders = runs_of(tmp_path)
-    (pair,) = similarity.compare(folders)  # the third adapts others
+    (pair,) = similarity.compare(folders)  # the third adapts other matrices
     assert sorted([pair["first"], pair["second"]]) == ["tiny-l3-l0_4-r12-s1", "tiny-l3-l0_4-r2-s0"]
     sizes = {pair["first"]: pair["first_sizes"], pair["second"]: pair["second_sizes"]}
     assert sizes["tiny-l3-l0_4-r2-s0"] == [1, 2]
     assert sizes["tiny-l3-l0_4-r12-s1"] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
     assert pair["matrices"] == 7 * 2 and len(pair["of_kinds"]) == 7
     by_name = {folder.path.name: folder for folder in folders}
-    one, other = (by_name[name].adapter for name in (pair["first"], pair["second"]))
-    names = adapter_files.saved_inputs(one)
-    read = adapter_files.saved_a
+    first, second = (by_name[name].adapter for name in (pair["first"], pair["second"]))
+    names = adapter_files.saved_inputs(first)
+    saved_a = adapter_files.saved_a
     assert {inputs for _, inputs in names} == {D_MODEL, 48}
     for row, i in enumerate(pair["first_sizes"]):
         for column, j in enumerate(pair["second_sizes"]):
-            each = {name: phi(read(one, name), read(other, name), i, j) for name, _ in names}
-            mean = sum(each.values()) / len(each)
+            by_matrix = {
+                name: phi(saved_a(first, name), saved_a(second, name), i, j) for name, _ in names
+            }
+            mean = sum(by_matrix.values()) / len(by_matrix)
             assert pair["of_all"]["similarity"][row][column] == pytest.approx(mean)
-            of_q = [value for name, value in each.items() if name.endswith("q_proj")]
+            of_q = [value for name, value in by_matrix.items() if name.endswith("q_proj")]
             assert pair["of_kinds"]["self_attn.q_proj"]["similarity"][row][column] == pytest.approx(
                 sum(of_q) / len(of_q)
             )
             assert pair["of_kinds"]["mlp.down_proj"]["expected"][row][column] == max(i, j) / 48
 
 
-def test_the_same_adapters_are_the_same_and_what_is_written_is_read(tmp_path: Path) -> None:
+def test_equal_adapters_have_similarity_one_and_results_are_read_as_written(tmp_path: Path) -> None:
     model, config = small_model("gpt2"), LoRAConfig(rank=3)
     make_run(tmp_path, model, config, seed=0)
     make_run(tmp_path, model, config, seed=1)
-    one, other = runs_of(tmp_path)
-    shutil.rmtree(other.adapter)
-    shutil.copytree(one.adapter, other.adapter)
-    (pair,) = found = similarity.compare([one, other])
+    first, second = runs_of(tmp_path)
+    shutil.rmtree(second.adapter)
+    shutil.copytree(first.adapter, second.adapter)
+    (pair,) = pairs = similarity.compare([first, second])
     assert [pair["of_all"]["similarity"][n][n] for n in range(3)] == pytest.approx([1] * 3)
     assert set(pair["of_kinds"]) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     assert similarity_results.read(tmp_path) == []
-    similarity_results.write(tmp_path, found)
-    assert similarity_results.read(tmp_path) == found
+    similarity_results.write(tmp_path, pairs)
+    assert similarity_results.read(tmp_path) == pairs
 
 
 def test_damaged_adapters_are_named(tmp_path: Path) -> None:
@@ -406,9 +409,9 @@ def test_damaged_adapters_are_named(tmp_path: Path) -> None:
 def test_figures_show_the_grids(tmp_path: Path) -> None:
     for seed in range(4):
         make_run(tmp_path, small_model("llama"), LoRAConfig(rank=2), seed)
-    found = similarity.compare(runs_of(tmp_path))
-    assert len(found) == 6
-    pair = found[0]
+    pairs = similarity.compare(runs_of(tmp_path))
+    assert len(pairs) == 6
+    pair = pairs[0]
     whole: Any = similarity_map(pair)
     kinds: Any = kinds_map(pair)
     measured, random = whole.data
@@ -416,17 +419,17 @@ def test_figures_show_the_grids(tmp_path: Path) -> None:
     assert [list(row) for row in random.z] == pair["of_all"]["expected"]
     assert list(measured.x) == ["1", "2"]
     assert len(kinds.data) == 7
-    assert len(figures(found * 2)) == 12  # of the first six pairs two each
+    assert len(figures(pairs * 2)) == 12  # two for each of the first six pairs
 
 
 def test_the_command_measures_a_sweep_and_compares_its_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[Path] = []
+    paths: list[Path] = []
 
-    def no_browser(wanted: Sequence[tuple[object, Path]]) -> list[str]:
-        drawn.extend(path for _, path in wanted)
-        return ["no pictures (that takes a browser)"]
+    def no_browser(files: Sequence[tuple[object, Path]]) -> list[str]:
+        paths.extend(path for _, path in files)
+        return ["no pictures (a browser is needed)"]
 
     monkeypatch.setattr("sae_lora.common.plots.try_pictures", no_browser)
     point = quick_points_in(tmp_path)
@@ -435,22 +438,22 @@ def test_the_command_measures_a_sweep_and_compares_its_runs(
     arguments = ["evaluate", str(sweep), "--suite", "lora", "--set", "directions=4"]
     assert main(arguments) == 0
     for folder in folders:
-        there = suite_records.read(folder, Suite.lora)
-        assert there is not None
-        assert there.settings == {"sequences": 500, "directions": 4}
+        record = suite_records.read(folder, Suite.lora)
+        assert record is not None
+        assert record.settings == {"sequences": 500, "directions": 4}
         summary = folder.read_summary()
-        assert there.results["cost"]["parameters"] == summary["trainable_parameters"]
-        assert {one["block"] for one in there.results["matrices"]} == {4, 5, 6, 7}
-        assert there.results["overlap"]["hookpoint"] == "blocks.3.hook_resid_post"
-        error = there.results["overlap"]["matrices"]["self_attn.q_proj"]["error"]
+        assert record.results["cost"]["parameters"] == summary["trainable_parameters"]
+        assert {matrix["block"] for matrix in record.results["matrices"]} == {4, 5, 6, 7}
+        assert record.results["overlap"]["hookpoint"] == "blocks.3.hook_resid_post"
+        error = record.results["overlap"]["matrices"]["self_attn.q_proj"]["error"]
         assert error["other_directions"] == 4
     (pair,) = similarity_results.read(sweep)
     assert {pair["first"], pair["second"]} == {folder.path.name for folder in folders}
-    said = capsys.readouterr()
-    rows = [line.split("│")[1:-1] for line in said.out.splitlines() if line.startswith("│")]
+    output = capsys.readouterr()
+    rows = [line.split("│")[1:-1] for line in output.out.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["0", "1"]  # a row for each seed
-    assert "amplification" in said.out
-    assert "1 pair of adapters compared" in said.out
-    assert "left out: no pictures" in said.err
+    assert "amplification" in output.out
+    assert "1 pair of adapters compared" in output.out
+    assert "left out: no pictures" in output.err
     names = ["similarity_1.svg", "similarity_1_kinds.svg"]
-    assert drawn == [sweep / "evaluation" / name for name in names]
+    assert paths == [sweep / "evaluation" / name for name in names]

@@ -1,4 +1,4 @@
-"""Distances to the plain model are zero where nothing is changed, and elsewhere what they say."""
+"""Distances to the plain model: zero without a change, and else equal to a direct computation."""
 
 from pathlib import Path
 
@@ -27,43 +27,43 @@ ADAPTERS = LoRAConfig(rank=2, blocks="all")
 SPLICES = (Splice(1, topk_sae(), keeps=False),)
 
 
-def values(found: list[Interval]) -> list[float]:
-    assert all(one.value is not None for one in found)
-    return [one.value for one in found if one.value is not None]
+def values(intervals: list[Interval]) -> list[float]:
+    assert all(interval.value is not None for interval in intervals)
+    return [interval.value for interval in intervals if interval.value is not None]
 
 
-def test_what_changes_nothing_moves_nothing(model: LanguageModel) -> None:
-    """An SAE that puts back what it reads, and adapters whose B is zero."""
+def test_without_a_change_all_distances_are_zero(model: LanguageModel) -> None:
+    """With an SAE without error and adapters whose B is zero."""
     subject = Made(model, (Splice(1, IdentitySAE(), keeps=False),), ADAPTERS, filled=False)
-    found = evaluate(subject, QUICK)
-    assert list(found.distance) == ["spliced", "student", "adapted"]
-    for moved in found.distance.values():
-        assert values(moved["l2"]) == [0.0] * N_BLOCKS
-        assert values(moved["cosine"]) == pytest.approx([0.0] * N_BLOCKS, abs=1e-12)
-    assert found.shortened is None
+    result = evaluate(subject, QUICK)
+    assert list(result.distance) == ["spliced", "student", "adapted"]
+    for distance in result.distance.values():
+        assert values(distance["l2"]) == [0.0] * N_BLOCKS
+        assert values(distance["cosine"]) == pytest.approx([0.0] * N_BLOCKS, abs=1e-12)
+    assert result.shortened is None
 
 
-def test_distances_are_those_of_transformers_own_hidden_states(model: LanguageModel) -> None:
-    """Of the adapted cell, as transformers gives it and without any hook; the last is behind a norm."""
+def test_distances_equal_those_of_transformers_hidden_states(model: LanguageModel) -> None:
+    """For the adapted cell, without any hook. Transformers' last hidden state is after the norm."""
     subject = Made(model, (Splice(1, IdentitySAE(), keeps=False),), ADAPTERS)
     with torch.no_grad():
         states = [
-            torch.stack(one.model(subject.tokens, output_hidden_states=True).hidden_states).double()
-            for one in (subject.with_adapters, model)
+            torch.stack(lm.model(subject.tokens, output_hidden_states=True).hidden_states).double()
+            for lm in (subject.with_adapters, model)
         ]
-    moved, clean = (one[1:N_BLOCKS] for one in states)
+    moved, clean = (hidden[1:N_BLOCKS] for hidden in states)
     cosine = (moved * clean).sum(-1) / (moved.norm(dim=-1) * clean.norm(dim=-1))
-    found = evaluate(subject, QUICK)
-    adapted = found.distance["adapted"]
+    result = evaluate(subject, QUICK)
+    adapted = result.distance["adapted"]
     l2 = (moved - clean).norm(dim=-1).mean((1, 2))
     assert l2.min() > 0.01
     assert values(adapted["l2"])[:-1] == pytest.approx(l2.tolist(), rel=1e-5)
     assert values(adapted["cosine"])[:-1] == pytest.approx((1 - cosine).mean((1, 2)).tolist(), rel=1e-4)
-    assert values(found.norm)[:-1] == pytest.approx(clean.norm(dim=-1).mean((1, 2)).tolist(), rel=1e-5)
+    assert values(result.norm)[:-1] == pytest.approx(clean.norm(dim=-1).mean((1, 2)).tolist(), rel=1e-5)
     assert len(adapted["l2"]) == N_BLOCKS
 
 
-def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
+def test_the_distance_after_the_saes_block_is_its_error() -> None:
     subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
     errors = []
 
@@ -73,21 +73,21 @@ def test_an_sae_moves_from_its_own_block_on_and_by_its_error_there() -> None:
     for tokens in subject.batches():
         subject.hidden(Cell.spliced, tokens, observe)
     distance = evaluate(subject, QUICK).distance
-    spliced, student, adapted = (values(one["l2"]) for one in distance.values())
+    spliced, student, adapted = (values(by_kind["l2"]) for by_kind in distance.values())
     assert spliced[0] == student[0] == adapted[0] == 0.0
     assert spliced[1] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-6)
-    assert adapted[1] == 0.0 and adapted[2] > 0  # adapters stand after the SAE alone
+    assert adapted[1] == 0.0 and adapted[2] > 0  # only blocks after the SAE have adapters
     assert student[1] == spliced[1] and student[2] != spliced[2]
     assert min(spliced[1:]) > 0
 
 
-def test_the_share_is_of_the_last_blocks_distance() -> None:
+def test_the_removed_share_is_of_the_distance_after_the_last_block() -> None:
     subject = Made(small_model("llama"), SPLICES, LoRAConfig(rank=2))
-    found = evaluate(subject, QUICK)
-    assert found.shortened is not None
+    result = evaluate(subject, QUICK)
+    assert result.shortened is not None
     for kind in ("l2", "cosine"):
-        spliced, student = (values(found.distance[cell][kind])[-1] for cell in ("spliced", "student"))
-        share = found.shortened[kind]
+        spliced, student = (values(result.distance[cell][kind])[-1] for cell in ("spliced", "student"))
+        share = result.shortened[kind]
         assert share.value == pytest.approx(1 - student / spliced, rel=1e-9)
         assert share.low <= share.value <= share.high
 
@@ -103,12 +103,12 @@ def test_special_tokens_that_keep_their_activation_are_left_out() -> None:
         special_ids=special,
     )
     counted = ~torch.isin(tokens, special)
-    found = evaluate(subject, QUICK)
-    assert found.tokens == int(counted.sum()) < tokens.numel()
+    result = evaluate(subject, QUICK)
+    assert result.tokens == int(counted.sum()) < tokens.numel()
     moved, clean = (subject.streams(cell, tokens)[2][counted] for cell in (Cell.adapted, Cell.base))
     expected = float((moved - clean).double().norm(dim=-1).mean())
-    assert values(found.distance["adapted"]["l2"])[2] == pytest.approx(expected, rel=1e-5)
-    # Where none keeps its activation, all are measured.
+    assert values(result.distance["adapted"]["l2"])[2] == pytest.approx(expected, rel=1e-5)
+    # All tokens are measured if none keeps its activation.
     replaced = Made(small_model("llama"), SPLICES, tokens=tokens)
     assert evaluate(replaced, QUICK).tokens == tokens.numel()
 
@@ -116,24 +116,24 @@ def test_special_tokens_that_keep_their_activation_are_left_out() -> None:
 def test_the_first_sequences_are_read() -> None:
     model = small_model("llama")
     tokens = random_tokens(batch=6, length=12, seed=3)
-    few = evaluate(Made(model, SPLICES, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
-    alone = evaluate(Made(model, SPLICES, tokens=tokens[:3]), QUICK)
-    assert few.sequences == alone.sequences == 3
-    assert values(few.distance["student"]["l2"]) == pytest.approx(
-        values(alone.distance["student"]["l2"])
+    limited = evaluate(Made(model, SPLICES, tokens=tokens), EvaluationConfig(resamples=50, sequences=3))
+    expected = evaluate(Made(model, SPLICES, tokens=tokens[:3]), QUICK)
+    assert limited.sequences == expected.sequences == 3
+    assert values(limited.distance["student"]["l2"]) == pytest.approx(
+        values(expected.distance["student"]["l2"])
     )
 
 
-def test_sequences_that_are_alike_leave_no_doubt() -> None:
-    alike = random_tokens(batch=1, length=12).expand(5, -1)
-    for tokens, sure in ((alike, True), (random_tokens(batch=5, length=12), False)):
-        found = evaluate(Made(small_model("llama"), SPLICES, tokens=tokens), QUICK)
-        last = found.distance["spliced"]["l2"][-1]
+def test_equal_sequences_have_an_interval_of_no_width() -> None:
+    repeated = random_tokens(batch=1, length=12).expand(5, -1)
+    for tokens, has_no_width in ((repeated, True), (random_tokens(batch=5, length=12), False)):
+        result = evaluate(Made(small_model("llama"), SPLICES, tokens=tokens), QUICK)
+        last = result.distance["spliced"]["l2"][-1]
         assert last.low is not None and last.high is not None
-        assert (last.high - last.low < 1e-9 * last.high) == sure
+        assert (last.high - last.low < 1e-9 * last.high) == has_no_width
 
 
-def test_the_residual_stream_has_the_models_width() -> None:
+def test_the_shape_of_the_residual_stream() -> None:
     subject = Made(small_model("gpt2"), SPLICES, ADAPTERS)
     for cell in Cell:
         streams = subject.streams(cell, subject.tokens)
@@ -148,19 +148,17 @@ def test_the_residual_stream_has_the_models_width() -> None:
         ("e2e", ["student"]),
     ],
 )
-def test_each_cell_that_a_run_has_is_kept_in_its_folder(
-    method: str, cells: list[str], tmp_path: Path
-) -> None:
+def test_the_record_has_the_cells_of_the_run(method: str, cells: list[str], tmp_path: Path) -> None:
     (folder,) = run_here(quick_points_in(tmp_path)(f"method={method}"))
     config = EvaluationConfig(resamples=20, sequences=3)
     assert run_suites.evaluate(folder, [Suite.mechanism], config) == []
-    there = suite_records.read(folder, Suite.mechanism)
-    assert there is not None
-    assert there.settings == {"resamples": 20, "sequences": 3}
-    results = there.results
+    record = suite_records.read(folder, Suite.mechanism)
+    assert record is not None
+    assert record.settings == {"resamples": 20, "sequences": 3}
+    results = record.results
     assert list(results["distance"]) == cells
     assert results["sequences"] == 3
     assert (results["shortened"] is None) == ("spliced" not in cells)
     if "spliced" in cells:
-        l2 = [one["value"] for one in results["distance"]["spliced"]["l2"]]
-        assert l2[:3] == [0.0] * 3 and l2[3] > 0  # the embedded SAE sits after block 3
+        l2 = [interval["value"] for interval in results["distance"]["spliced"]["l2"]]
+        assert l2[:3] == [0.0] * 3 and l2[3] > 0  # the embedded SAE is after block 3

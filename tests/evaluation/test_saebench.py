@@ -1,4 +1,4 @@
-"""SAEBench in its own environment: its benchmarks see the run's models and SAEs, and say what we do."""
+"""SAEBench in its own environment: its scores of a run's models and SAEs equal ours."""
 
 import random
 import shutil
@@ -32,7 +32,7 @@ from sae_lora.splice.kl import kl_divergence
 from tests.support.hub import serving
 from tests.support.points import Point, points_in, run_here
 
-pytestmark = pytest.mark.slow  # makes an environment, and processes that import much
+pytestmark = pytest.mark.slow  # creates an environment, and processes with slow imports
 
 BIOS = "LabHC/bias_in_bios"
 SET = f"{BIOS}_class_set1"
@@ -51,19 +51,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | {"prompt_token_pos": -5}
     | {"k_sparse_probe_num_epochs": 1, "precalc_k_sparse_probe_sae_acts": True},
 }
-"""So little of each that it takes seconds."""
-EVERY = EvaluationConfig(saebench=["core", *OPTIONS], saebench_options=OPTIONS)
+"""Settings that are small enough to take seconds."""
+ALL = EvaluationConfig(saebench=["core", *OPTIONS], saebench_options=OPTIONS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SAEBench's environment, made by the command; and a hub with the data that benchmarks ask for."""
+    """SAEBench's environment, created by the command, and a hub with the benchmarks' data."""
     home = tmp_path_factory.mktemp("home")
     _write_bios(home / "hub/datasets" / BIOS)
     with pytest.MonkeyPatch.context() as patch, serving(home / "hub") as hub:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         with pytest.raises(UserError, match="sae-lora setup saebench"):
-            saebench.check(EVERY)
+            saebench.check(ALL)
         assert main(["setup", "saebench"]) == 0
         patch.setenv("HF_ENDPOINT", hub.address)
         patch.setenv("HF_HOME", str(home / "hf"))
@@ -74,44 +74,47 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _write_bios(repository: Path) -> None:
     draw = random.Random(0)
     rows = [
-        {"hard_text": _bio(draw, name, who), "profession": profession, "gender": gender}
+        {"hard_text": _bio(draw, name, pronoun), "profession": profession, "gender": gender}
         for profession, name in PROFESSIONS.items()
-        for gender, who in enumerate(("he", "she"))
+        for gender, pronoun in enumerate(("he", "she"))
         for _ in range(45)
     ]
     draw.shuffle(rows)
     repository.mkdir(parents=True)
-    for split, share in {
+    for split, part in {
         "train": rows[: len(rows) * 3 // 4],
         "test": rows[len(rows) * 3 // 4 :],
     }.items():
-        table = pyarrow.Table.from_pylist(share)
+        table = pyarrow.Table.from_pylist(part)
         pyarrow.parquet.write_table(table, repository / f"{split}-00000-of-00001.parquet")
 
 
-def _bio(draw: random.Random, profession: str, who: str) -> str:
-    places = draw.sample(["york", "leeds", "bath", "derby", "ely"], 2)
-    return f"{who} is a {profession} in {places[0]} . before , {who} was in {places[1]} ."
+def _bio(draw: random.Random, profession: str, pronoun: str) -> str:
+    towns = draw.sample(["york", "leeds", "bath", "derby", "ely"], 2)
+    return f"{pronoun} is a {profession} in {towns[0]} . before , {pronoun} was in {towns[1]} ."
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Point:
-    """Points of the embedded model's weights under a tokenizer to which each word is one token.
+    """Points with the embedded model's weights and a tokenizer for which each word is one token.
 
-    As benchmarks want it that ask for the first letter of a word.
+    Benchmarks about the first letter of a word need this.
     """
     home = tmp_path_factory.mktemp("outputs")
     shutil.copytree(MODEL, home / "model")
     draw = random.Random(0)
     letters = string.ascii_lowercase
-    words = sorted({one + "".join(draw.sample(letters, 4)) for one in letters for _ in range(12)})
-    phrases = " ".join(_bio(draw, name, who) for name in PROFESSIONS.values() for who in ("he", "she"))
+    words = sorted({first + "".join(draw.sample(letters, 4)) for first in letters for _ in range(12)})
+    phrases = " ".join(
+        _bio(draw, name, pronoun) for name in PROFESSIONS.values() for pronoun in ("he", "she")
+    )
     known = [*phrases.split(), *"has the first letter: york leeds bath derby ely".split()]
-    every = dict.fromkeys(["<|bos|>", "<|eos|>", "?", *letters.upper(), *known, *words])
-    made = Tokenizer(WordLevel({word: number for number, word in enumerate(every)}, unk_token="?"))
-    made.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    named = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "unk_token": "?"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(home / "model")
+    vocabulary = dict.fromkeys(["<|bos|>", "<|eos|>", "?", *letters.upper(), *known, *words])
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="?"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    special = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(home / "model")
     (home / "text").mkdir()
     for number in range(40):
         text = " ".join(draw.choice(words) for _ in range(600))
@@ -130,127 +133,130 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Point:
 
 @pytest.fixture(scope="module")
 def run(small: Point) -> RunFolder:
-    """Its adapters are before the SAE too, so that what this reads changes."""
-    (made,) = run_here(small("lora.blocks=all", "train.lr=0.02", "sae.keep_special_tokens=false"))
-    return made
+    """A run with adapters also before the SAE, so that the SAE's input changes."""
+    (folder,) = run_here(small("lora.blocks=all", "train.lr=0.02", "sae.keep_special_tokens=false"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def measured(run: RunFolder) -> dict[str, Any]:
-    """All benchmarks, by benchmark and cell."""
-    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
-    kept = suite_records.read(run, Suite.saebench)
-    assert kept is not None and kept.results["version"] == layer.VERSION
-    (scores,) = kept.results["scores"].values()
+    """Scores of all benchmarks, by benchmark and cell."""
+    assert run_suites.evaluate(run, [Suite.saebench], ALL) == []
+    record = suite_records.read(run, Suite.saebench)
+    assert record is not None and record.results["version"] == layer.VERSION
+    (scores,) = record.results["scores"].values()
     return scores
 
 
 def test_every_benchmark_has_scores_of_both_models(measured: dict[str, Any], run: RunFolder) -> None:
     assert set(measured) == {"core", *OPTIONS}
     assert all(set(cells) == {"spliced", "student"} for cells in measured.values())
-    for name in ("core", "sparse_probing", "absorption"):  # a student in blocks before the SAE
+    for name in ("core", "sparse_probing", "absorption"):  # the student has adapters before the SAE
         assert measured[name]["spliced"] != measured[name]["student"]
     for cell in ("spliced", "student"):
-        assert measured["sparse_probing"][cell]["llm_test_accuracy"] > 0.5  # the texts say it outright
+        assert (
+            measured["sparse_probing"][cell]["llm_test_accuracy"] > 0.5
+        )  # the texts name the profession
         assert 0 <= measured["sparse_probing"][cell]["sae_top_1_test_accuracy"] <= 1
         assert "tpp_threshold_20_total_metric" in measured["tpp"][cell]
         assert "scr_dir1_threshold_20" in measured["scr"][cell]
         assert 0 <= measured["absorption"][cell]["mean_absorption_fraction_score"] <= 1
     shown = headlines.headlines(run)
     assert shown["saebench/core, student"] == measured["core"]["student"]["ce_loss_score"]
-    without = {"scr"}  # whose score is of the harder of two directions, and here they are as hard
-    assert {name.split(",")[0] for name in shown} >= {f"saebench/{one}" for one in {*measured} - without}
+    # SCR's headline score is of the harder of two directions, and is missing if both are equally hard.
+    expected = {f"saebench/{name}" for name in {*measured} - {"scr"}}
+    assert {name.split(",")[0] for name in shown} >= expected
 
 
 @pytest.mark.parametrize("cell", [Cell.spliced, Cell.student])
 @torch.no_grad()
-def test_core_is_what_our_own_models_give(cell: Cell, measured: dict[str, Any], run: RunFolder) -> None:
-    """On the same tokens; like SAEBench without those that BOS and EOS are at."""
+def test_core_equals_a_direct_computation(cell: Cell, measured: dict[str, Any], run: RunFolder) -> None:
+    """On the same tokens, without BOS and EOS, as in SAEBench."""
     subject = Subject(run)
     tokens = subject.tokens
     plain = {Cell.spliced: Cell.base, Cell.student: Cell.adapted}[cell]
     zeros = Replacement(torch.zeros_like)
     ablated = tuple(splice._replace(sae=zeros) for splice in subject.splices_of(cell))
-    seen: list[Any] = []
+    readings: list[Any] = []
     counted = ~torch.isin(tokens, subject.special_ids)
     logits = {
         "without_sae": subject.head.logits(subject.hidden(plain, tokens)),
-        "with_sae": subject.head.logits(subject.hidden(cell, tokens, observe=seen.append)),
+        "with_sae": subject.head.logits(subject.hidden(cell, tokens, observe=readings.append)),
         "with_ablation": subject.head.logits(subject.hidden(cell, tokens, instead=ablated)),
     }
-    found = measured["core"][cell]
+    scores = measured["core"][cell]
     for name, values in logits.items():
         losses = torch.nn.functional.cross_entropy(
             values[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
         expected = float(losses[counted[:, :-1].flatten()].mean())
-        assert found[f"ce_loss_{name}"] == pytest.approx(expected, abs=1e-4), name
+        assert scores[f"ce_loss_{name}"] == pytest.approx(expected, abs=1e-4), name
         if name != "without_sae":
             divergence = kl_divergence(logits["without_sae"], values)
-            assert found[f"kl_div_{name}"] == pytest.approx(float(divergence[counted].mean()), abs=1e-4)
-    (reading,) = seen
-    resid, latents, recon = (one[counted.flatten()] for one in reading[1:])
-    assert found["l0"] == pytest.approx(float((latents != 0).sum(-1).float().mean()), abs=1e-4)
+            assert scores[f"kl_div_{name}"] == pytest.approx(float(divergence[counted].mean()), abs=1e-4)
+    (reading,) = readings
+    resid, latents, recon = (values[counted.flatten()] for values in reading[1:])
+    assert scores["l0"] == pytest.approx(float((latents != 0).sum(-1).float().mean()), abs=1e-4)
     cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1).mean()
-    assert found["cossim"] == pytest.approx(float(cosine), abs=1e-4)
-    read = resid.norm(dim=-1).mean()
-    assert found["l2_norm_in"] == pytest.approx(float(read), rel=1e-4)
-    assert found["frac_alive"] == pytest.approx(float((latents != 0).any(0).float().mean()), abs=1e-4)
+    assert scores["cossim"] == pytest.approx(float(cosine), abs=1e-4)
+    norm = resid.norm(dim=-1).mean()
+    assert scores["l2_norm_in"] == pytest.approx(float(norm), rel=1e-4)
+    assert scores["frac_alive"] == pytest.approx(float((latents != 0).any(0).float().mean()), abs=1e-4)
 
 
-def test_what_is_there_is_not_taken_again(
+def test_a_recorded_suite_is_not_run_again(
     measured: dict[str, Any], run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process is begun"))
-    assert run_suites.evaluate(run, [Suite.saebench], EVERY) == []
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process is started"))
+    assert run_suites.evaluate(run, [Suite.saebench], ALL) == []
 
 
-def test_what_it_lacks_is_named_and_the_rest_is_kept(
+def test_a_missing_data_set_is_reported_and_other_results_are_written(
     small: Point, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Around an SAE that the run has left as it was, and adapters behind it, a probe is taken once."""
-    (made,) = run_here(small())
+    """The SAE and its input are the same before and after the run, so each benchmark runs once."""
+    (folder,) = run_here(small())
     lacking = {"dataset_names": ["fancyzhx/ag_news"]}
     config = EvaluationConfig(
         saebench=["tpp", "sparse_probing"],
         saebench_options={"tpp": OPTIONS["tpp"], "sparse_probing": lacking},
     )
-    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
-    told = capsys.readouterr()
-    assert "fancyzhx/ag_news cannot be loaded" in " ".join(told.err.split())
-    assert "tpp, spliced" in told.out and "tpp, student" not in told.out
-    kept = suite_records.read(made, Suite.saebench)
-    assert kept is not None and list(kept.results["missing"]) == ["sparse_probing"]
-    (scores,) = kept.results["scores"].values()
+    assert run_suites.evaluate(folder, [Suite.saebench], config) == [Suite.saebench]
+    output = capsys.readouterr()
+    assert "fancyzhx/ag_news cannot be loaded" in " ".join(output.err.split())
+    assert "tpp, spliced" in output.out and "tpp, student" not in output.out
+    record = suite_records.read(folder, Suite.saebench)
+    assert record is not None and list(record.results["missing"]) == ["sparse_probing"]
+    (scores,) = record.results["scores"].values()
     assert scores["tpp"]["student"] == scores["tpp"]["spliced"]
-    # It is asked for again, and what was taken is not.
+    # The missing benchmark is tried again; the other result is reused.
     monkeypatch.setattr(saebench, "_run", lambda python, request, folder: None)
-    assert run_suites.evaluate(made, [Suite.saebench], config) == [Suite.saebench]
-    again = suite_records.read(made, Suite.saebench)
-    assert again is not None and again.results == kept.results
+    assert run_suites.evaluate(folder, [Suite.saebench], config) == [Suite.saebench]
+    again = suite_records.read(folder, Suite.saebench)
+    assert again is not None and again.results == record.results
 
 
-def test_what_cannot_be_asked_for_is_said_at_once() -> None:
+def test_invalid_requests_are_refused_at_once() -> None:
     options = {"tpp": {"n_value": [2]}, "scr": {"dataset_names": ["org/none"]}, "core": {"context": 3}}
     with pytest.raises(UserError) as error:
         saebench.check(EvaluationConfig(saebench=list(options), saebench_options=options))
-    for said in (
+    for message in (
         "ScrAndTppEvalConfig has no setting n_value",
         "data set org/none cannot be loaded",
         "core has no setting context",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
-def test_without_a_benchmark_there_is_no_suite() -> None:
+def test_an_empty_list_of_benchmarks_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one benchmark"):
         saebench.check(EvaluationConfig(saebench=[]))
 
 
-def test_an_environment_of_other_versions_is_to_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = layer._shared()
-    monkeypatch.setattr(layer, "_shared", lambda: there | {"torch": "9"})
-    with pytest.raises(UserError, match="make it anew: sae-lora setup saebench"):
+def test_an_environment_of_other_versions_must_be_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = layer._shared()
+    monkeypatch.setattr(layer, "_shared", lambda: versions | {"torch": "9"})
+    with pytest.raises(UserError, match="create it again with: sae-lora setup saebench"):
         layer.python(None)
     with pytest.raises(UserError, match="no such file"):
         layer.python("/no/python")

@@ -1,4 +1,4 @@
-"""Steering: effects that are known by hand, texts that are told apart, halves that share nothing."""
+"""The suite `steering`: effects computed by hand, labels of texts, and halves without common texts."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {
 
 
 class Line:
-    """A language model of one block that passes on its input, and of a factor behind it."""
+    """A language model of one block, the identity, whose final hidden states are scaled by a factor."""
 
     def __init__(self, embedding: Tensor, factor: float = 1.0) -> None:
         self.embedding, self.factor, self.block = embedding, factor, nn.Identity()
@@ -59,13 +59,13 @@ class Line:
 
 
 class Planted:
-    """An SAE that reads off what the embedding says: latent 0 is active on token 1 alone, latent 1 on
-    every token and latent 2 on none. The first two raise the logits of token 1 and of token 0.
+    """An SAE with three latents: latent 0 is active only on token 1, latent 1 on every token, latent 2
+    on no token. Latents 0 and 1 raise the logits of token 1 and of token 0.
     """
 
     def encode(self, x: Tensor) -> Tensor:
-        one = x[..., 1].relu()
-        return torch.stack([one, torch.ones_like(one), torch.zeros_like(one)], -1)
+        first = x[..., 1].relu()
+        return torch.stack([first, torch.ones_like(first), torch.zeros_like(first)], -1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         directions = torch.tensor([[0.0, 2.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
@@ -77,8 +77,8 @@ TEXTS = torch.tensor([[BOS, 1, 1, 1, 1], [BOS, 1, 1, 1, 1], [BOS, 0, 0, 0, 0], [
 
 
 class ByHand(Subject):
-    """A run with that SAE and that model, of three tokens: token 1 is embedded as (0, 1, 0), the others
-    as zeros, and logits are the residual stream times a factor, 2 with adapters.
+    """A run with this SAE and this model, with three tokens. The embedding of token 1 is (0, 1, 0), the
+    others are zero. Logits are the residual stream, times 2 with adapters.
     """
 
     def __init__(self, *, keeps: bool = False, adapters: bool = True) -> None:
@@ -96,34 +96,34 @@ class ByHand(Subject):
 
 
 def by_hand(strength: float, factor: float, *, positive: bool) -> float:
-    """The effect on a token that follows its like: logits are (0, z, 0), and z is raised.
+    """The effect on a token that follows the same token: logits are (0, z, 0), and steering raises z.
 
-    The latent's typical activation is 1, and its decoder direction 2 long.
+    The latent's typical activation is 1, and its decoder direction has norm 2.
     """
-    before, after = factor * positive, factor * (positive + 2 * strength)
-    own = after - before if positive else 0.0
-    return own - (math.log(2 + math.exp(after)) - math.log(2 + math.exp(before)))
+    plain, steered = factor * positive, factor * (positive + 2 * strength)
+    of_logit = steered - plain if positive else 0.0
+    return of_logit - (math.log(2 + math.exp(steered)) - math.log(2 + math.exp(plain)))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("cell", [Cell.base, Cell.adapted])
-def test_effects_are_those_worked_out_by_hand(cell: Cell, keeps: bool) -> None:
+def test_effects_equal_those_computed_by_hand(cell: Cell, keeps: bool) -> None:
     subject = ByHand(keeps=keeps)
     config = EvaluationConfig(resamples=20, steering_strengths=[-1.0, 0.25, 0.75])
-    found = steer(subject, config)
+    result = steer(subject, config)
     factor = {Cell.base: 1.0, Cell.adapted: 2.0}[cell]
-    assert [one.latent for one in found.latents] == [0]
-    latent = found.latents[0]
+    (latent,) = result.latents
+    assert latent.latent == 0
     assert (latent.activation, latent.push) == (1.0, 2.0)
     tuned = latent.cells[cell]
-    assert tuned.strength == 0.75 and found.strengths == [0.25, 0.75, -1.0]
-    # Of four scored tokens the first follows BOS, whose logits are (0, 0, 0) before.
+    assert tuned.strength == 0.75 and result.strengths == [0.25, 0.75, -1.0]
+    # The first of four scored tokens follows BOS, where the plain logits are (0, 0, 0).
     after_bos = by_hand(0.75, factor, positive=False)
-    own = 2 * 0.75 * factor
+    of_logit = 2 * 0.75 * factor
     for positive, effect in ((True, tuned.effect.positive), (False, tuned.effect.negative)):
-        first = 0.0 if keeps else after_bos + own * positive
+        first = 0.0 if keeps else after_bos + of_logit * positive
         expected = (3 * by_hand(0.75, factor, positive=positive) + first) / 4
-        # All texts of a label are alike.
+        # All texts of a label are equal.
         assert dataclasses.astuple(effect) == pytest.approx((expected,) * 3, rel=1e-5)
     assert tuned.effect.positive.value > 0 > tuned.effect.negative.value
     assert tuned.positive[1] == pytest.approx(tuned.effect.positive.value, rel=1e-6)
@@ -131,21 +131,21 @@ def test_effects_are_those_worked_out_by_hand(cell: Cell, keeps: bool) -> None:
     assert tuned.positive[2] < 0 < tuned.positive[0] < tuned.positive[1]
 
 
-def test_steering_tells_models_apart() -> None:
-    found = steer(ByHand(), EvaluationConfig(resamples=20, steering_strengths=[0.5]))
-    change = found.changes["adapted over base"]
-    assert list(found.changes) == ["adapted over base", "student over spliced"] and not found.absent
+def test_changes_are_differences_between_models() -> None:
+    result = steer(ByHand(), EvaluationConfig(resamples=20, steering_strengths=[0.5]))
+    change = result.changes["adapted over base"]
+    assert list(result.changes) == ["adapted over base", "student over spliced"] and not result.absent
     for label in ("positive", "negative", "difference"):
-        adapted, base = (getattr(found.cells[cell], label).value for cell in ("adapted", "base"))
+        adapted, base = (getattr(result.cells[cell], label).value for cell in ("adapted", "base"))
         assert getattr(change, label).value == pytest.approx(adapted - base, rel=1e-9)
-    # The SAE puts back (0.5·1 − 0.5, 2·x − 1, 0): in place, it doubles and shifts what is there.
-    spliced = found.cells["spliced"].negative.value
+    # The SAE's reconstruction is (0.5·1 − 0.5, 2·x − 1, 0).
+    spliced = result.cells["spliced"].negative.value
     expected = -(math.log(2 + math.exp(0.0)) - math.log(2 + math.exp(-1.0)))
     assert spliced == pytest.approx(expected, rel=1e-5)
 
 
-def test_text_is_steered_towards_by_the_latent_that_it_shows() -> None:
-    """Labelled the wrong way round, the same latent steers away from what is called positive."""
+def test_a_latent_makes_texts_that_show_it_likelier() -> None:
+    """And it makes other texts less likely."""
     subject = ByHand()
     halves = texts_of(subject, subject.after[0], EvaluationConfig(steering_latents=[0]))
     steered = SteeredModels(subject, subject.after[0], halves)
@@ -156,8 +156,8 @@ def test_text_is_steered_towards_by_the_latent_that_it_shows() -> None:
     assert (texts.tokens[~texts.positive, 1:] == 0).all()
 
 
-def test_the_strength_is_the_best_of_those_that_do_not_harm() -> None:
-    """Negative text loses the more the stronger a latent is; here, positive text does so too."""
+def test_the_strength_is_the_best_of_those_without_harm() -> None:
+    """A stronger latent makes negative texts less likely; in this case positive texts too."""
     positive = torch.tensor([[0.1, -0.1], [0.0, -0.3], [-2.0, -0.2]])
     negative = torch.tensor([[0.0, 0.0], [-0.5, 0.0], [-4.0, 0.1]])
     curves = torch.stack([positive, negative])
@@ -167,42 +167,42 @@ def test_the_strength_is_the_best_of_those_that_do_not_harm() -> None:
     assert best_strengths(torch.zeros(2, 3, 1), None) == [0]
 
 
-def test_a_latent_without_texts_of_both_kinds_is_refused() -> None:
+def test_a_latent_without_texts_of_both_labels_is_refused() -> None:
     subject = ByHand()
     with pytest.raises(ConfigError, match="it has 16 positive for validation, 0 negative") as refused:
         steer(subject, EvaluationConfig(steering_latents=[1]))
     assert refused.value.field == "evaluation.steering_latents"
     with pytest.raises(
-        ConfigError, match="steering_latents = 2 cannot be used: of 32 held-out texts it has 0 positive"
+        ConfigError, match="steering_latents = 2 cannot be used: it has 0 positive for validation"
     ):
         steer(subject, EvaluationConfig(steering_latents=[2]))
-    subject.tokens = subject.tokens[:12]  # three of each kind in each half
-    with pytest.raises(ConfigError, match="4 of each kind in each half of 12 texts"):
+    subject.tokens = subject.tokens[:12]  # three of each label in each half
+    with pytest.raises(ConfigError, match="4 positive and 4 negative texts in each half of 12 texts"):
         steer(subject, EvaluationConfig())
 
 
-def test_log_probabilities_are_those_of_the_next_tokens() -> None:
+def test_log_probabilities_are_of_the_next_tokens() -> None:
     torch.manual_seed(0)
     head = Head.linear(torch.randn(11, 5))
     hidden, tokens = torch.randn(4, 7, 5), torch.randint(0, 11, (4, 7))
     lengths = torch.tensor([7, 4, 2, 5])
-    found = text_log_probability(head, hidden, tokens, lengths)
+    scores = text_log_probability(head, hidden, tokens, lengths)
     for row, length in enumerate(lengths.tolist()):
         logits = head.logits(hidden[row, : length - 1]).double()
         expected = -cross_entropy(logits, tokens[row, 1:length], reduction="sum")
-        assert float(found[row]) == pytest.approx(float(expected), rel=1e-5)
-    # The first token is context: another one there, before the same hidden states, is no less likely.
+        assert float(scores[row]) == pytest.approx(float(expected), rel=1e-5)
+    # The first token is context and is not scored.
     tokens[:, 0] = (tokens[:, 0] + 1) % 11
-    assert torch.equal(text_log_probability(head, hidden, tokens, lengths), found)
+    assert torch.equal(text_log_probability(head, hidden, tokens, lengths), scores)
 
 
 def test_log_probabilities_by_hand() -> None:
-    """Two tokens; at the first position the second is e times as likely, at the next one e² times."""
+    """Two tokens. The second is e times as likely at the first position, and e² times at the next."""
     head = Head.linear(torch.eye(2))
     hidden = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [9.0, 0.0]]])
-    found = text_log_probability(head, hidden, torch.tensor([[0, 1, 0]]), torch.tensor([3]))
+    score = text_log_probability(head, hidden, torch.tensor([[0, 1, 0]]), torch.tensor([3]))
     e = math.e
-    assert float(found) == pytest.approx(math.log(e / (1 + e)) + math.log(1 / (1 + e * e)), rel=1e-6)
+    assert float(score) == pytest.approx(math.log(e / (1 + e)) + math.log(1 / (1 + e * e)), rel=1e-6)
 
 
 PLACES = ("blocks.1.hook_attn_out", "blocks.3.hook_mlp_out", "blocks.5.hook_resid_post")
@@ -248,23 +248,23 @@ def rows(texts: Texts) -> set[tuple[int, ...]]:
     }
 
 
-def test_strength_zero_does_nothing_at_all(lora: Subject, halves: Halves) -> None:
+def test_strength_zero_has_no_effect(lora: Subject, halves: Halves) -> None:
     steered = SteeredModels(lora, lora.after[0], halves)
     assert lora.cells == [Cell.base, Cell.spliced, Cell.student, Cell.adapted]
     for cell in lora.cells:
         strengths = torch.tensor([0.0, 1.0])[:, None].expand(-1, len(halves.test))
-        nothing, something = steered.effects(cell, halves.test, strengths)
-        assert (nothing == 0).all()
-        assert (something != 0).all()
+        at_zero, at_one = steered.effects(cell, halves.test, strengths)
+        assert (at_zero == 0).all()
+        assert (at_one != 0).all()
 
 
 @pytest.mark.parametrize(
     ("name", "sae"), [("lora", 0), ("several", 0), ("several", 1), ("several", 2), ("sae_finetune", 0)]
 )
-def test_what_comes_before_the_sae_is_shared_and_nothing_else(
+def test_sharing_the_blocks_before_the_sae_does_not_change_effects(
     name: str, sae: int, subjects: dict[str, Subject]
 ) -> None:
-    """The effects of whole passes with hooks that the test sets itself, one strength after another."""
+    """Compared to complete forward passes with the test's own hooks."""
     subject = subjects[name]
     splice = subject.after[sae]
     halves = texts_of(subject, splice, EvaluationConfig(steering_latents=2, steering_examples=4))
@@ -282,18 +282,19 @@ def test_what_comes_before_the_sae_is_shared_and_nothing_else(
     def raising(sae: Any) -> Any:
         def encode(x: Tensor) -> Tensor:
             code = sae.encode(x)
-            for place, latent in enumerate(latents):
-                code[place, :, latent] += strength * steered.activations[texts.which[place]]
+            for text, latent in enumerate(latents):
+                code[text, :, latent] += strength * steered.activations[texts.which[text]]
             return code
 
         return type("Raising", (), {"encode": staticmethod(encode), "decode": sae.decode})
 
     for cell in subject.cells:
-        there = subject.splices_of(cell)
+        splices = subject.splices_of(cell)
         plain = subject.hidden(cell, texts.tokens)
-        if there:
+        if splices:
             instead = tuple(
-                one._replace(sae=raising(one.sae)) if one.place == splice.place else one for one in there
+                each._replace(sae=raising(each.sae)) if each.place == splice.place else each
+                for each in splices
             )
             moved = subject.hidden(cell, texts.tokens, instead=instead)
         else:
@@ -301,16 +302,16 @@ def test_what_comes_before_the_sae_is_shared_and_nothing_else(
             handle = hooked.register_forward_hook(pushing)
             moved = subject.hidden(cell, texts.tokens)
             handle.remove()
-        before, after = (
+        score, moved_score = (
             text_log_probability(subject.head, hidden, texts.tokens, texts.lengths)
             for hidden in (plain, moved)
         )
-        (found,) = steered.effects(cell, texts, torch.full((1, len(texts)), strength))
-        assert torch.allclose(found, after - before, atol=2e-3), cell
-        assert found.abs().max() > 0.01
+        (effects,) = steered.effects(cell, texts, torch.full((1, len(texts)), strength))
+        assert torch.allclose(effects, moved_score - score, atol=2e-3), cell
+        assert effects.abs().max() > 0.01
 
 
-def test_what_is_added_is_the_decoders_direction(lora: Subject, halves: Halves) -> None:
+def test_the_added_vector_is_the_decoder_direction(lora: Subject, halves: Halves) -> None:
     splice = lora.after[0]
     steered = SteeredModels(lora, splice, halves)
     decoder = splice.sae.W_dec[halves.latents]  # pyright: ignore[reportAttributeAccessIssue]
@@ -319,7 +320,7 @@ def test_what_is_added_is_the_decoders_direction(lora: Subject, halves: Halves) 
     assert (steered.activations > 0).all()
 
 
-def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject, halves: Halves) -> None:
+def test_texts_are_labelled_by_activation_and_halves_share_none(lora: Subject, halves: Halves) -> None:
     splice = lora.after[0]
     assert len(set(halves.latents)) == 3
     for texts in (halves.validation, halves.test):
@@ -329,12 +330,12 @@ def test_texts_are_told_apart_by_activation_and_halves_share_none(lora: Subject,
                 code, texts.which[chunk], texts.positive[chunk], strict=True
             ):
                 assert bool((code_of[:, halves.latents[which]] > 0).any()) == bool(positive)
-        for place in range(3):
-            assert texts.groups[place].sum(-1).tolist() == [4, 4]
+        for group in texts.groups:
+            assert group.sum(-1).tolist() == [4, 4]
     assert rows(halves.validation).isdisjoint(rows(halves.test))
 
 
-def test_the_sharpest_latents_come_first_and_the_same_each_time(lora: Subject, halves: Halves) -> None:
+def test_the_choice_of_latents_is_reproducible_and_ordered(lora: Subject, halves: Halves) -> None:
     again = texts_of(lora, lora.after[0], EvaluationConfig(steering_latents=1))
     assert again.latents == halves.latents[:1]
     named = texts_of(
@@ -344,63 +345,65 @@ def test_the_sharpest_latents_come_first_and_the_same_each_time(lora: Subject, h
     assert rows(named.test) == rows(halves.test)
 
 
-def test_what_is_padded_does_not_count(lora: Subject, halves: Halves) -> None:
+def test_padding_has_no_effect(lora: Subject, halves: Halves) -> None:
     steered = SteeredModels(lora, lora.after[0], halves)
     texts = halves.test
     shorter = texts.tokens.clone()
     shorter[:, 9:] = 5
     lengths = torch.full_like(texts.lengths, 9)
     padded = Texts(shorter, lengths, texts.which, texts.positive)
-    alone = Texts(texts.tokens[:, :9], lengths, texts.which, texts.positive)
+    without_padding = Texts(texts.tokens[:, :9], lengths, texts.which, texts.positive)
     ones = torch.ones(1, len(lengths))
     for cell in lora.cells:
-        found, expected = (steered.effects(cell, one, ones) for one in (padded, alone))
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+        effects, expected = (steered.effects(cell, each, ones) for each in (padded, without_padding))
+        assert torch.allclose(effects, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_run_as_a_whole(lora: Subject) -> None:
-    found = steer(lora, EvaluationConfig(**QUICK))
-    assert found == steer(lora, EvaluationConfig(**QUICK))
-    as_json(dataclasses.asdict(found))  # plain values, and no not-a-number
-    assert list(found.cells) == ["base", "spliced", "student", "adapted"] and not found.absent
-    _check_consistent(found)
+def test_all_results_of_a_run(lora: Subject) -> None:
+    result = steer(lora, EvaluationConfig(**QUICK))
+    assert result == steer(lora, EvaluationConfig(**QUICK))
+    as_json(dataclasses.asdict(result))  # raises for NaN
+    assert list(result.cells) == ["base", "spliced", "student", "adapted"] and not result.absent
+    _check_consistent(result)
 
 
-def _check_consistent(found: Steering) -> None:
-    assert found.source == "held out"
-    for one in found.latents:
-        for cell, tuned in one.cells.items():
-            both = zip(tuned.positive, tuned.negative, strict=True)
-            differences = [positive - negative for positive, negative in both]
-            assert tuned.strength == found.strengths[differences.index(max(differences))], cell
+def _check_consistent(result: Steering) -> None:
+    assert result.source == "held out"
+    for latent in result.latents:
+        for cell, tuned in latent.cells.items():
+            effects = zip(tuned.positive, tuned.negative, strict=True)
+            differences = [positive - negative for positive, negative in effects]
+            assert tuned.strength == result.strengths[differences.index(max(differences))], cell
             positive, negative, difference = dataclasses.astuple(tuned.effect)
             assert difference[0] == pytest.approx(positive[0] - negative[0])
             assert difference[1] <= difference[0] <= difference[2]
-    for cell, effect in found.cells.items():
-        differences = [latent.cells[cell].effect.difference.value for latent in found.latents]
+    for cell, effect in result.cells.items():
+        differences = [latent.cells[cell].effect.difference.value for latent in result.latents]
         mean = np.array(differences, dtype=float).mean()
         assert effect.difference.value == pytest.approx(mean)
 
 
-def test_a_run_without_adapters_says_what_there_is_not(subjects: dict[str, Subject]) -> None:
-    found = steer(subjects["sae_finetune"], EvaluationConfig(**QUICK))
-    assert list(found.cells) == ["base", "spliced", "student"]
-    assert list(found.absent) == ["adapted"] and "no adapters" in found.absent["adapted"]
-    assert list(found.changes) == ["student over spliced"]
-    _check_consistent(found)
+def test_a_run_without_adapters_has_no_adapted_cell(subjects: dict[str, Subject]) -> None:
+    result = steer(subjects["sae_finetune"], EvaluationConfig(**QUICK))
+    assert list(result.cells) == ["base", "spliced", "student"]
+    assert list(result.absent) == ["adapted"] and "no adapters" in result.absent["adapted"]
+    assert list(result.changes) == ["student over spliced"]
+    _check_consistent(result)
 
 
-def test_a_block_is_named(subjects: dict[str, Subject]) -> None:
+def test_the_block_of_the_sae(subjects: dict[str, Subject]) -> None:
     several = subjects["several"]
-    once = QUICK | {"steering_strengths": [0.5]}
-    first, named = (steer(several, EvaluationConfig(**once, steering_block=one)) for one in (None, 3))
-    assert (first.hookpoint, named.hookpoint) == PLACES[:2]
+    options = QUICK | {"steering_strengths": [0.5]}
+    default, chosen = (
+        steer(several, EvaluationConfig(**options, steering_block=block)) for block in (None, 3)
+    )
+    assert (default.hookpoint, chosen.hookpoint) == PLACES[:2]
     with pytest.raises(ConfigError, match=r"nearest valid: evaluation\.steering_block=5"):
         steer(several, EvaluationConfig(steering_block=7))
 
 
 def write(path: Path, lines: Sequence[Any]) -> str:
-    path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines))
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     return str(path)
 
 
@@ -409,7 +412,7 @@ def row(latent: Any, text: Any, label: Any) -> dict[str, Any]:
 
 
 def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -> None:
-    """Those of held-out text that a latent is active on, and others, written down as text."""
+    """Held-out texts of both labels are written into a file and read from it."""
     latent, tokenizer = halves.latents[0], lora.adapted.tokenizer
     texts = halves.test
     lines = [
@@ -417,42 +420,41 @@ def test_texts_come_from_a_file(lora: Subject, halves: Halves, tmp_path: Path) -
         for label, mask in zip(("positive", "negative"), texts.groups[0], strict=True)
         for place in mask.nonzero()[:3, 0]
     ]
-    file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # what stands twice counts once
+    file = write(tmp_path / "texts.jsonl", [*lines, "", lines[0]])  # a repeated line counts once
     config = EvaluationConfig(**(QUICK | {"steering_texts": file}))
-    read = texts_of(lora, lora.after[0], config)
-    assert read.latents == [latent]
-    assert rows(read.validation).isdisjoint(rows(read.test))
-    assert [len(half.tokens) for half in (read.validation, read.test)] == [4, 2]
-    assert (read.test.tokens[:, 0] == tokenizer.bos_token_id).all()
-    found = steer(lora, config)
-    assert found.source == file
-    assert [(one.latent, one.positive_texts, one.negative_texts) for one in found.latents] == [
-        (latent, 1, 1)
-    ]
+    from_file = texts_of(lora, lora.after[0], config)
+    assert from_file.latents == [latent]
+    assert rows(from_file.validation).isdisjoint(rows(from_file.test))
+    assert [len(half.tokens) for half in (from_file.validation, from_file.test)] == [4, 2]
+    assert (from_file.test.tokens[:, 0] == tokenizer.bos_token_id).all()
+    result = steer(lora, config)
+    assert result.source == file
+    (steered,) = result.latents
+    assert (steered.latent, steered.positive_texts, steered.negative_texts) == (latent, 1, 1)
 
 
 def labelled(latent: Any = 3, texts: str = "abcdefgh") -> list[dict[str, Any]]:
-    """Two positive texts and two negative ones, and more."""
+    """A text for each letter, negative and positive in turn."""
     return [
-        row(latent, f"import {letter}", "positive" if place % 2 else "negative")
-        for place, letter in enumerate(texts)
+        row(latent, f"import {letter}", "positive" if number % 2 else "negative")
+        for number, letter in enumerate(texts)
     ]
 
 
 FILES: dict[str, tuple[Sequence[Any], str]] = {
-    "one label alone": ([row(3, text, "positive") for text in "abcd"], "has 0 negative texts"),
+    "only one label": ([row(3, text, "positive") for text in "abcd"], "has 0 negative texts"),
     "too few": (labelled(texts="abc"), "latent 3 has 1 positive texts"),
     "another label": (
         [row(3, "a b", "maybe")],
-        "line 1: `label` is 'maybe'; it may be positive, negative",
+        "line 1: `label` is 'maybe'; it must be one of positive, negative",
     ),
-    "a latent too far": (labelled(1024), "`latent` is 1024; it may be from 0 to 1023"),
+    "a latent too far": (labelled(1024), "`latent` is 1024; it must be from 0 to 1023"),
     "no latent": ([{"text": "a", "label": "positive"}], "line 1: `latent` is None"),
     "no text": ([*labelled(), row(3, 7, "positive")], "line 9: `text` is 7"),
-    "no JSON": ([*labelled(), "{"], "line 9: no JSON"),
+    "no JSON": ([*labelled(), "{"], "line 9: not valid JSON"),
     "a list": (["[1]"], "line 1: `latent` is None"),
-    "both labels": ([row(3, "a b", "positive"), row(3, "a b", "negative")], "has the other label too"),
-    "nothing": ([], "there is no text in it"),
+    "both labels": ([row(3, "a b", "positive"), row(3, "a b", "negative")], "also has the other label"),
+    "nothing": ([], "contains no text"),
 }
 
 
@@ -467,10 +469,10 @@ def test_files_that_cannot_be_used(
 
 
 def _unwanted(*_: Any, **__: Any) -> Tensor:
-    raise AssertionError("something is computed before what was asked for is checked")
+    raise AssertionError("something is computed before the request is checked")
 
 
-def test_what_is_not_there_is_refused_before_anything_is_computed(
+def test_missing_latents_blocks_and_files_are_refused_before_anything_is_computed(
     lora: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Subject, "hidden", _unwanted)
@@ -506,8 +508,8 @@ def test_settings_that_cannot_work(name: str) -> None:
         assert refused.value.field == f"evaluation.{name}"
 
 
-def test_settings_that_can() -> None:
+def test_valid_settings() -> None:
     config = composed("evaluation.steering_latents=[3,17]", "evaluation.steering_strengths=[0,-1,2.5]")
     assert config.evaluation.steering_latents == [3, 17]
     check(config)
-    assert set(DEPENDS_ON) <= {one.name for one in dataclasses.fields(EvaluationConfig)}
+    assert set(DEPENDS_ON) <= {field.name for field in dataclasses.fields(EvaluationConfig)}

@@ -1,4 +1,4 @@
-"""Figures of what suites have found: each model's value, as far as it may be off, once for each run."""
+"""Figures of suites' results: each model's value with its error bar, for each run."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sae_lora.evaluation.headlines import SHOWN_FIRST
 
 
 def points(figure: go.Figure, name: str) -> list[tuple[str, float]]:
-    """What is drawn of a run, panel after panel."""
+    """The points of a run, panel by panel."""
     traces = [trace for trace in figure.data if trace.name == name]
     return [point for trace in traces for point in zip(trace.x, trace.y, strict=True)]
 
@@ -21,17 +21,18 @@ def scored(value: float, stderr: float | None) -> dict[str, Any]:
 
 
 def test_tasks_show_their_first_metric() -> None:
-    both = {"acc": True, "acc_norm": True}
-    one = {"higher_is_better": both, "cells": {"base": scored(0.7, 0.02), "student": scored(0.6, 0.01)}}
-    other = {"higher_is_better": both, "cells": {"base": scored(0.5, None)}}
+    metrics = {"acc": True, "acc_norm": True}
+    cells = {"base": scored(0.7, 0.02), "student": scored(0.6, 0.01)}
+    mmlu = {"higher_is_better": metrics, "cells": cells}
+    piqa = {"higher_is_better": metrics, "cells": {"base": scored(0.5, None)}}
     figure = suite_figures.tasks(
-        {"a": {"scores": {"mmlu": one, "piqa": other}}, "b": {"scores": {"mmlu": one}}}
+        {"a": {"scores": {"mmlu": mmlu, "piqa": piqa}}, "b": {"scores": {"mmlu": mmlu}}}
     )
     assert points(figure, "a") == [("base", 0.7), ("student", 0.6), ("base", 0.5)]
     assert points(figure, "b") == [("base", 0.7), ("student", 0.6)]
     first, second = figure.data[0], figure.data[2]
     assert list(first.error_y.array) == pytest.approx([1.96 * 0.02, 1.96 * 0.01])
-    assert second.error_y.array is None  # the harness knows none
+    assert second.error_y.array is None  # the harness gives none
     assert [trace.showlegend for trace in figure.data] == [True, True, False]
     titles = {axis.title.text for axis in (figure.layout.yaxis, figure.layout.yaxis2)}
     assert titles == {"mmlu, acc", "piqa, acc"}
@@ -48,7 +49,7 @@ def test_steering_shows_its_interval() -> None:
     assert list(trace.error_y.arrayminus) == pytest.approx([0.2])
 
 
-def test_saebench_shows_the_metric_that_it_shows_first() -> None:
+def test_saebench_shows_its_first_metric() -> None:
     assert set(SHOWN_FIRST) == set(BENCHMARKS)
     cells = {"spliced": {"ce_loss_score": 0.9, "l0": 8.0}, "student": {"ce_loss_score": 0.95}}
     lacking = {"spliced": {"scr_dir1_threshold_2": 0.1}}

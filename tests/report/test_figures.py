@@ -1,4 +1,4 @@
-"""Figures show what the tables hold."""
+"""The figures of a sweep show the values of its tables."""
 
 from pathlib import Path
 
@@ -47,19 +47,19 @@ def test_a_large_legend_names_the_values_of_both_factors(tmp_path: Path) -> None
     assert shown == ["1", "2", "4", "8", "SAE at block 1", "SAE at block 2", "SAE at block 3"]
 
 
-def test_many_values_have_colours_of_their_own(tmp_path: Path) -> None:
+def test_many_values_have_different_colours(tmp_path: Path) -> None:
     MadeUp(tmp_path / "grid").grid(ranks=range(1, 13), blocks=(3,))
     sweep = load_sweep(tmp_path / "grid")
     colours = [trace.line.color for trace in gap_curves(sweep.frame(), sweep.curves()).data]
     assert len(set(colours)) == 12
 
 
-def test_seeds_are_a_mean_with_its_interval(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "seeds")
+def test_seeds_are_drawn_as_their_mean_with_its_interval(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "seeds")
     closed = {1: [0.1, 0.2, 0.3], 4: [0.4, 0.4, 0.7]}
     for rank, values in closed.items():
         for seed, value in enumerate(values):
-            made.finished(rank=rank, seed=seed, closed=value)
+            sweep.finished(rank=rank, seed=seed, closed=value)
     (trace,) = gap_closed_against(load_sweep(tmp_path / "seeds").frame(), "rank", []).data
     assert list(trace.x) == [1, 4] and list(trace.y) == pytest.approx([0.2, 0.5])
     assert list(trace.customdata) == [3, 3]
@@ -70,59 +70,59 @@ def test_seeds_are_a_mean_with_its_interval(tmp_path: Path) -> None:
     assert list(trace.error_y.array) == pytest.approx(expected)
 
 
-def test_the_fit_is_drawn_where_it_holds(grid: Sweep) -> None:
+def test_the_fit_is_drawn_over_the_range_of_the_factor(grid: Sweep) -> None:
     frame = grid.frame()
-    found = fit(frame, "rank", ["block"])
-    assert isinstance(found, Fit)
-    figure = gap_closed_against(frame, "rank", ["block"], found)
+    fitted = fit(frame, "rank", ["block"])
+    assert isinstance(fitted, Fit)
+    figure = gap_closed_against(frame, "rank", ["block"], fitted)
     lines = [trace for trace in figure.data if trace.mode == "lines"]
     assert len(lines) == 2
-    for line, group in zip(lines, found.intercepts, strict=True):
+    for line, group in zip(lines, fitted.intercepts, strict=True):
         assert list(line.x) == [1, 16]
-        assert list(line.y) == pytest.approx([found.at(group, 1), found.at(group, 16)])
+        assert list(line.y) == pytest.approx([fitted.at(group, 1), fitted.at(group, 16)])
     assert figure.layout.xaxis.type == "log"
 
 
-def test_maps_hold_each_mean_in_its_place(grid: Sweep) -> None:
+def test_each_cell_of_a_map_shows_its_mean(grid: Sweep) -> None:
     frame = grid.frame()
-    (shown,) = heat_map(frame, ["rank", "block"]).data
-    for down, row in zip(shown.y, shown.z, strict=True):
-        for across, value in zip(shown.x, row, strict=True):
-            one = frame[(frame["rank"] == int(across)) & (frame["block"] == int(down))]
-            assert value == pytest.approx(one["gap_closed"].item())
+    (heatmap,) = heat_map(frame, ["rank", "block"]).data
+    for down, row in zip(heatmap.y, heatmap.z, strict=True):
+        for across, value in zip(heatmap.x, row, strict=True):
+            run = frame[(frame["rank"] == int(across)) & (frame["block"] == int(down))]
+            assert value == pytest.approx(run["gap_closed"].item())
 
 
-def test_a_point_that_is_missing_is_a_hole_in_the_map(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "holed")
-    made.grid(ranks=(1, 4), blocks=(1,), l0s=(4.0, 8.0))
-    made.finished(rank=1, block=3)
-    first, second = heat_map(load_sweep(tmp_path / "holed").frame(), ["rank", "l0", "block"]).data
+def test_a_missing_point_is_an_empty_cell_of_the_map(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "incomplete")
+    sweep.grid(ranks=(1, 4), blocks=(1,), l0s=(4.0, 8.0))
+    sweep.finished(rank=1, block=3)
+    first, second = heat_map(load_sweep(tmp_path / "incomplete").frame(), ["rank", "l0", "block"]).data
     assert second.z[0][1] is None
     assert all(value is not None for row in first.z for value in row)
 
 
 def test_a_map_names_blocks_of_several_saes_after_single_ones(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "blocks")
-    made.grid(ranks=(1, 4), blocks=(1, 3))
+    sweep = MadeUp(tmp_path / "blocks")
+    sweep.grid(ranks=(1, 4), blocks=(1, 3))
     for rank in (1, 4):
-        folder = made.finished(rank=rank, block=5)
+        folder = sweep.finished(rank=rank, block=5)
         config = folder.read_config()
-        config["sae"]["used"] = made.saes_at(2, 5)
+        config["sae"]["used"] = sweep.saes_at(2, 5)
         folder.write_config(yaml.safe_dump(config))
-    (shown,) = heat_map(load_sweep(tmp_path / "blocks").frame(), ["rank", "block"]).data
-    assert list(shown.y) == ["1", "3", "2+5"]
+    (heatmap,) = heat_map(load_sweep(tmp_path / "blocks").frame(), ["rank", "block"]).data
+    assert list(heatmap.y) == ["1", "3", "2+5"]
 
 
-def test_costs_are_those_of_the_runs(grid: Sweep) -> None:
+def test_the_costs_of_all_runs_are_drawn(grid: Sweep) -> None:
     frame = grid.frame()
     figure = efficiency(frame, by_prominence(["block", "rank"]))
-    drawn = {
+    costs = {
         axis: sorted(x for trace in figure.data if (trace.xaxis or "x") == axis for x in trace.x)
         for axis in ("x", "x2", "x3")
     }
-    for axis, cost in zip(drawn, ("trainable_parameters", "train_flops", "train_seconds"), strict=True):
-        assert drawn[axis] == sorted(frame[cost])
+    for axis, cost in zip(costs, ("trainable_parameters", "train_flops", "train_seconds"), strict=True):
+        assert costs[axis] == sorted(frame[cost])
 
 
-def test_what_is_asked_for_most_comes_first() -> None:
+def test_prominent_factors_come_first() -> None:
     assert by_prominence(["model", "block", "l0", "rank"]) == ["rank", "l0", "block", "model"]

@@ -1,4 +1,4 @@
-"""A sweep as tables: what its folders say, whatever state they are in."""
+"""Data frames of a sweep, for run folders in any state."""
 
 import subprocess
 import sys
@@ -17,9 +17,8 @@ from tests.support.points import folders_in, points_in, run_here
 from tests.support.sweeps import MadeUp
 
 
-def test_a_row_per_run_in_the_order_of_what_differs(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "grid")
-    made.grid(ranks=(16, 1), blocks=(3, 1))
+def test_a_row_per_run_in_the_order_of_the_factors(tmp_path: Path) -> None:
+    MadeUp(tmp_path / "grid").grid(ranks=(16, 1), blocks=(3, 1))
     frame = load_sweep(tmp_path / "grid").frame()
     assert factors(frame) == ["block", "rank"]
     assert list(zip(frame["block"], frame["rank"], strict=True)) == [(1, 1), (1, 16), (3, 1), (3, 16)]
@@ -31,12 +30,12 @@ def test_a_row_per_run_in_the_order_of_what_differs(tmp_path: Path) -> None:
     )
 
 
-def test_runs_that_are_not_finished_say_how_far_they_are(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "half")
-    made.finished(rank=1)
-    made.folder(rank=2)
-    begun = made.begun(3, rank=4)
-    failed = made.begun(2, rank=8)
+def test_unfinished_runs_show_their_progress(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "half")
+    sweep.finished(rank=1)
+    sweep.folder(rank=2)
+    begun = sweep.begun(3, rank=4)
+    failed = sweep.begun(2, rank=8)
     failed.write_failure("out of memory", "…")
     frame = load_sweep(tmp_path / "half").frame().set_index("rank")
     assert dict(frame["state"]) == {1: "done", 2: "new", 4: "new", 8: "failed"}
@@ -46,22 +45,22 @@ def test_runs_that_are_not_finished_say_how_far_they_are(tmp_path: Path) -> None
     assert frame["gap_closed"].isna().to_dict() == {1: False, 2: True, 4: False, 8: False}
 
 
-def test_what_follows_another_factor_is_not_named_beside_it(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "sweep")
+def test_a_factor_that_is_determined_by_another_is_not_listed(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "sweep")
     for rank, seed in ((1, 0), (4, 1)):
-        made.finished(rank=rank, seed=seed, lr=0.1 * rank)
+        sweep.finished(rank=rank, seed=seed, lr=0.1 * rank)
     frame = load_sweep(tmp_path / "sweep").frame()
-    assert factors(frame) == ["rank", "seed"]  # the seed is never taken for what follows
+    assert factors(frame) == ["rank", "seed"]  # the seed is always listed
     assert list(frame["train.lr"]) == pytest.approx([0.1, 0.4])
-    made.finished(rank=4, seed=2, lr=0.1)
+    sweep.finished(rank=4, seed=2, lr=0.1)
     assert factors(load_sweep(tmp_path / "sweep").frame()) == ["rank", "train.lr", "seed"]
 
 
-def test_what_saes_replace_is_a_factor(tmp_path: Path) -> None:
-    """Also where some runs are of a version that knew the output alone."""
-    made = MadeUp(tmp_path / "hooks")
+def test_the_hook_of_the_saes_is_a_factor(tmp_path: Path) -> None:
+    """Runs of an older version have no hook in their config; it is resid_post."""
+    sweep = MadeUp(tmp_path / "hooks")
     for rank, hook in ((1, "mlp_out"), (2, "resid_post"), (4, None)):
-        folder = made.finished(rank=rank)
+        folder = sweep.finished(rank=rank)
         config = yaml.safe_load(folder.config.read_text())
         config["layer"] |= {"hook": hook}
         (used,) = config["sae"]["used"]
@@ -79,9 +78,9 @@ def test_what_saes_replace_is_a_factor(tmp_path: Path) -> None:
     assert "layer.hook" not in frame
 
 
-def test_curves_are_what_the_folders_hold(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "sweep")
-    folders = [made.begun(points, rank=points) for points in (2, 3)]
+def test_curves_have_the_points_of_all_folders(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "sweep")
+    folders = [sweep.begun(points, rank=points) for points in (2, 3)]
     curves = load_sweep(tmp_path / "sweep").curves()
     assert len(curves) == 5
     expected = [point.student_ce for folder in folders for point in folder.read_curve()]
@@ -91,14 +90,14 @@ def test_curves_are_what_the_folders_hold(tmp_path: Path) -> None:
 def test_several_sweeps_single_runs_and_none(tmp_path: Path) -> None:
     for name in ("one", "two"):
         MadeUp(tmp_path / name).grid(ranks=(1, 4), blocks=(3,))
-    both = load_sweep(tmp_path / "one", str(tmp_path / "two"))
-    assert len(both) == 4 and len(load_sweep(both.folders[0].path)) == 1
-    assert sorted(both.frame()["sweep"]) == ["one", "one", "two", "two"]
+    sweeps = load_sweep(tmp_path / "one", str(tmp_path / "two"))
+    assert len(sweeps) == 4 and len(load_sweep(sweeps.folders[0].path)) == 1
+    assert sorted(sweeps.frame()["sweep"]) == ["one", "one", "two", "two"]
     with pytest.raises(UserError, match="holds no runs"):
         load_sweep(tmp_path / "none")
 
 
-def test_of_a_run_that_was_trained(tmp_path: Path) -> None:
+def test_the_frame_of_a_trained_run(tmp_path: Path) -> None:
     point = points_in(tmp_path)()
     run_here(point)
     (run,) = load_sweep(*(folder.path for folder in folders_in(tmp_path))).frame().to_dict("records")
@@ -108,7 +107,7 @@ def test_of_a_run_that_was_trained(tmp_path: Path) -> None:
     assert run["command"] == command(as_dict(point))
 
 
-def test_the_package_offers_it_without_torch() -> None:
+def test_load_sweep_imports_no_torch() -> None:
     assert sae_lora.load_sweep is load_sweep
     code = "import sys, sae_lora; sae_lora.load_sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The report: complete in one folder, true to the run folders, and at work in a real browser."""
+"""The report: complete in one folder, equal to the run folders, and working in a real browser."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, Request, sync_playwright
 
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
@@ -21,23 +21,23 @@ from tests.support.sweeps import MadeUp
 
 
 def half_finished(home: Path) -> Path:
-    """A grid of which some runs are missing."""
-    made = MadeUp(home / "grid")
-    made.grid(ranks=(1, 4, 16, 64), blocks=(1, 3))
-    made.begun(3, rank=256, block=1)
-    made.begun(2, rank=256, block=3).write_failure("out of memory: </script><b id='evil'>", "…")
-    return made.home
+    """A grid with an unfinished and a failed run."""
+    sweep = MadeUp(home / "grid")
+    sweep.grid(ranks=(1, 4, 16, 64), blocks=(1, 3))
+    sweep.begun(3, rank=256, block=1)
+    sweep.begun(2, rank=256, block=3).write_failure("out of memory: </script><b id='evil'>", "…")
+    return sweep.home
 
 
-def test_it_is_complete_and_true(tmp_path: Path) -> None:
+def test_the_report_is_complete_and_equals_the_sweep(tmp_path: Path) -> None:
     home = half_finished(tmp_path)
     sweep = load_sweep(home)
     assert main(["report", str(home), "--no-pictures"]) == 0
     to = home / "report"
     frame = sweep.frame()
-    for read in (pandas.read_csv(to / "runs.csv"), pandas.read_parquet(to / "runs.parquet")):
-        assert list(read["run"]) == list(frame["run"])
-        assert list(read["gap_closed"]) == pytest.approx(list(frame["gap_closed"]))
+    for table in (pandas.read_csv(to / "runs.csv"), pandas.read_parquet(to / "runs.parquet")):
+        assert list(table["run"]) == list(frame["run"])
+        assert list(table["gap_closed"]) == pytest.approx(list(frame["gap_closed"]))
     pandas.testing.assert_frame_equal(
         pandas.read_parquet(to / "curves.parquet"), sweep.curves(), check_dtype=False
     )
@@ -45,15 +45,15 @@ def test_it_is_complete_and_true(tmp_path: Path) -> None:
     assert summary["states"] == {"done": 8, "new": 1, "failed": 1}
     done = frame[frame["state"] == "done"]
     assert summary["best"]["run"] == done.loc[done["gap_closed"].idxmax(), "run"]
-    (found,) = summary["fits"]
-    assert found["factor"] == "rank"
-    assert found["low"] <= found["per_doubling"] <= found["high"]
+    (fitted,) = summary["fits"]
+    assert fitted["factor"] == "rank"
+    assert fitted["low"] <= fitted["per_doubling"] <= fitted["high"]
     assert "1 of 10 runs: failed" in summary["missing"]
-    # Once more, over the older one.
+    # An older report is replaced.
     assert main(["report", str(home), "--no-pictures"]) == 0
 
 
-def test_each_point_has_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_the_page_has_the_command_of_each_run(tmp_path: Path) -> None:
     home = half_finished(tmp_path)
     frame = load_sweep(home).frame()
     text = page(report := Report(load_sweep(home)), report.views(), home / "report")
@@ -69,22 +69,23 @@ def test_nothing_finished_yet(tmp_path: Path) -> None:
     assert report.views() == [] and report.best is None
     assert report.missing == ["1 of 1 runs: new"]
     write(sweep, tmp_path / "report", pictures=False)
-    assert "There is nothing to draw yet" in (tmp_path / "report" / "index.html").read_text()
+    assert "There are no figures yet" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_no_gap_to_close(tmp_path: Path) -> None:
-    made = MadeUp(tmp_path / "sweep")
-    made.finished(rank=1, closed=None)
-    made.finished(rank=4, closed=None)
+    sweep = MadeUp(tmp_path / "sweep")
+    sweep.finished(rank=1, closed=None)
+    sweep.finished(rank=4, closed=None)
     report = Report(load_sweep(tmp_path / "sweep"))
-    assert "gap closed is undefined in 2 runs, whose SAE opens no gap or is new" in report.missing
-    over = ("tokens", "train_seconds", "train_flops")
-    assert [view.name for view in report.views()] == [f"gap_over_{one}" for one in over]
+    reason = "gap closed is undefined for 2 runs, because their SAE opens no gap or is new"
+    assert reason in report.missing
+    axes = ("tokens", "train_seconds", "train_flops")
+    assert [view.name for view in report.views()] == [f"gap_over_{axis}" for axis in axes]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     home = half_finished(tmp_path)
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains files that are not part of a report"):
         write(load_sweep(home), home)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
@@ -106,16 +107,21 @@ def test_pictures_for_papers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Page]:
-    """A page of a report, in a browser; whatever the console complains of fails the test."""
+    """The page of a report in a browser. Console messages and requests to a network fail the test."""
     write(load_sweep(half_finished(tmp_path)), tmp_path / "report", pictures=False)
     with sync_playwright() as playwright:
         options: dict[str, Any] = {"executable_path": BROWSER, "args": ["--no-sandbox", "--disable-gpu"]}
         browser = playwright.chromium.launch(**options)
         opened = browser.new_page()
         complaints: list[str] = []
+
+        def on_request(request: Request) -> None:
+            if "://" in request.url[5:]:  # the page itself is at file://
+                complaints.append(request.url)
+
         opened.on("console", lambda line: complaints.append(line.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on("request", lambda one: complaints.append(one.url) if "://" in one.url[5:] else None)
+        opened.on("request", on_request)
         opened.goto((tmp_path / "report" / "index.html").as_uri())
         yield opened
         assert complaints == []
@@ -129,16 +135,16 @@ def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
     for view in report.views():
         if view.name in ("gap_over_train_seconds", "gap_over_train_flops"):
             continue
-        drawn = browser.evaluate("name => document.getElementById(name).data.length", view.name)
-        assert drawn == len(view.figure.data)
+        traces = browser.evaluate("name => document.getElementById(name).data.length", view.name)
+        assert traces == len(view.figure.data)
         kind = ".heatmaplayer" if view.name == "heat_map" else ".scatterlayer .trace"
         assert browser.locator(f"#{view.name} {kind}").count() >= 1
-    assert browser.locator("#evil").count() == 0  # what an error says is text
+    assert browser.locator("#evil").count() == 0  # error messages are escaped
 
     def axis() -> tuple[str, float]:
-        of = "document.getElementById('gap_over_tokens')"
-        title = browser.evaluate(f"{of}.layout.xaxis.title.text")
-        return title, browser.evaluate(f"{of}.data[0].x.at(-1)")
+        figure = "document.getElementById('gap_over_tokens')"
+        title = browser.evaluate(f"{figure}.layout.xaxis.title.text")
+        return title, browser.evaluate(f"{figure}.data[0].x.at(-1)")
 
     seconds, tokens, flops = (
         report.curves.groupby("run")[over].max()[report.frame["run"][0]]

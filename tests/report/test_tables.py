@@ -1,4 +1,4 @@
-"""Tables are made from run folders alone, and show what differs."""
+"""Tables of finished runs show the factors in which the runs differ."""
 
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from sae_lora.report.tables import comparison_table, run_table
 from tests.support.sweeps import finished
 
 
-def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_column_per_varying_factor_and_the_rest_in_its_title(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = [finished(tmp_path, f"run{rank}", rank, 3, rank / 10) for rank in (1, 4)]
     table = comparison_table([*folders, RunFolder(tmp_path / "unfinished")])
     headers = [str(column.header) for column in table.columns]
@@ -28,14 +30,14 @@ def test_the_table_shows_what_varies_once(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_one_run_and_runs_that_differ_in_several_ways(tmp_path: Path) -> None:
-    one = finished(tmp_path, "one", 1, 3, None)
-    assert comparison_table([one]).columns[0].header == "run"
-    other = finished(tmp_path, "other", 4, 5, 0.5)
-    headers = [str(column.header) for column in comparison_table([one, other]).columns]
+    first = finished(tmp_path, "one", 1, 3, None)
+    assert comparison_table([first]).columns[0].header == "run"
+    second = finished(tmp_path, "other", 4, 5, 0.5)
+    headers = [str(column.header) for column in comparison_table([first, second]).columns]
     assert headers[:2] == ["SAE at block", "rank"]
 
 
-def test_what_saes_replace_is_named_where_runs_differ_in_it(tmp_path: Path) -> None:
+def test_the_hook_is_a_column_if_runs_differ_in_it(tmp_path: Path) -> None:
     folders = [finished(tmp_path, f"run{block}", 4, block, 0.5) for block in (3, 5)]
     config = folders[1].read_config()
     (used,) = config["sae"]["used"]
@@ -71,5 +73,5 @@ def test_percent() -> None:
 
 
 def test_a_dash_stands_for_a_factor_that_a_run_does_not_have() -> None:
-    """Data frames hold NaN where one run of several has no rank, say."""
+    """Data frames contain NaN if, for example, one run of several has no rank."""
     assert [text(value) for value in (None, float("nan"), 4.0, "all")] == ["–", "–", "4", "all"]

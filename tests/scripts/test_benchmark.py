@@ -1,4 +1,4 @@
-"""The benchmark counts what there is to count, and its command writes the record that it shows."""
+"""The benchmark counts FLOPs, time and memory, and its command writes the record that it prints."""
 
 import json
 from functools import partial
@@ -32,11 +32,11 @@ TINY = Shape(
 
 def test_the_work_of_products() -> None:
     """Forward and backward pass of a product: three products of one size."""
-    left = torch.ones(3, 5, requires_grad=True)
-    right = torch.ones(5, 7, requires_grad=True)
+    first = torch.ones(3, 5, requires_grad=True)
+    second = torch.ones(5, 7, requires_grad=True)
 
     def call() -> None:
-        (left @ right).sum().backward()
+        (first @ second).sum().backward()
 
     work = work_of(call, CPU)
     assert work.flops == 3 * 2 * 3 * 5 * 7
@@ -47,7 +47,7 @@ def test_the_work_of_products() -> None:
 
 
 def test_the_work_of_attention() -> None:
-    """Two products forward; backward, five: scores once more, and two for each of them."""
+    """Two products forward; five backward: the scores again, and two for each of the two."""
     query, key, value = (torch.ones(2, 4, 6, 8, requires_grad=True) for _ in range(3))
 
     def call() -> None:
@@ -58,20 +58,20 @@ def test_the_work_of_attention() -> None:
     assert 0 < work.in_products < 1
 
 
-def test_the_work_of_anything_else() -> None:
-    held: list[Tensor] = []
-    work = work_of(lambda: held.append(torch.zeros(1000)), CPU)
+def test_other_operations_count_as_memory_only() -> None:
+    tensors: list[Tensor] = []
+    work = work_of(lambda: tensors.append(torch.zeros(1000)), CPU)
     assert (work.flops, work.in_products, work.flops_per_second) == (0, 0, 0)
     assert work.peak_bytes == 4000
 
 
 @pytest.mark.slow
 def test_comparisons() -> None:
-    how = 1, CPU, torch.float32
+    options = 1, CPU, torch.float32
     for row in (
-        compare_steps(Style.llama, TINY, 16, 5, *how),
-        compare_evaluations(Style.gemma2, TINY, 16, *how),
-        compare_saes(TINY, *how),
+        compare_steps(Style.llama, TINY, 16, 5, *options),
+        compare_evaluations(Style.gemma2, TINY, 16, *options),
+        compare_saes(TINY, *options),
     ):
         assert row.times.least == row.times.median == row.times.most > 0
         assert row.seconds > 0
@@ -85,13 +85,13 @@ def test_the_command(
     monkeypatch.setattr(compare, "SIZES", (1,))
     for shape in ("SMALL", "WIDE"):
         monkeypatch.setattr(compare, shape, TINY)
-    little = partial(compare.head_memory, tokens=64, d_vocab=4096, d_model=32)
-    monkeypatch.setattr(compare, "head_memory", little)
+    small = partial(compare.head_memory, tokens=64, d_vocab=4096, d_model=32)
+    monkeypatch.setattr(compare, "head_memory", small)
     monkeypatch.setitem(profile._SIDE, "cpu", 256)
     record = tmp_path / "here" / "record.json"
     assert main([*"benchmark --style llama --context 32 --rounds 1 --to".split(), str(record)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(record.read_text())
-    assert len(found["rows"]) == 2  # a pack of each size, and the evaluation
-    assert all(row["what"] in printed for row in found["rows"])
-    assert found["equalities"][0]["error"] == 0
+    written = json.loads(record.read_text())
+    assert len(written["rows"]) == 2  # a pack of each size, and the evaluation
+    assert all(row["what"] in printed for row in written["rows"])
+    assert written["equalities"][0]["error"] == 0

@@ -1,1 +1,1 @@
-"""The suite `lora`: what adapters have done to the model's matrices."""
+"""The suite `lora`: changes of the model's matrices by adapters."""

@@ -24,7 +24,7 @@ class Shared:
     expected: float
     """Similarity of a random subspace of the same size."""
     energy: float | None
-    """Share of ‖ΔW‖²_F that reads the other directions; undefined where ΔW is zero."""
+    """Share of ‖ΔW‖²_F that reads the other directions; undefined if ΔW is zero."""
     expected_energy: float
     """Energy of a ΔW that reads random directions."""
 
@@ -43,7 +43,8 @@ class OfMatrix:
 class Overlap:
     """Overlaps of the first adapted block with the last SAE before it.
 
-    The norm before a matrix scales coordinates of the residual stream; rows of A are taken as they are.
+    The norm before a matrix scales coordinates of the residual stream. This scale is not applied to the
+    rows of A.
     """
 
     block: int
@@ -51,7 +52,7 @@ class Overlap:
     hookpoint: str
     """Hookpoint of the SAE."""
     tokens: int
-    """Number of tokens that the SAE has read."""
+    """Number of tokens that the SAE's statistics are from."""
     error_share: float
     """Share of the variance of the SAE's error in the principal components."""
     matrices: dict[str, OfMatrix]
@@ -61,8 +62,8 @@ class Overlap:
 def overlap(subject: Subject, sequences: int, n: int) -> Overlap | str:
     """Overlap of the first adapted block with the last SAE before it, or the reason why there is none.
 
-    At most so many held-out sequences are read, and at most n directions of the error and of the decoder
-    are compared.
+    `sequences` is the largest number of held-out sequences to read, n the largest number of directions
+    of the error and of the decoder to compare.
     """
     by_block = itertools.groupby(
         lora.adapted_matrices(subject.with_adapters), key=lambda matrix: matrix.block
@@ -71,17 +72,17 @@ def overlap(subject: Subject, sequences: int, n: int) -> Overlap | str:
     matrices = [matrix for matrix in adapted if matrix.reads_stream]
     before = [splice for splice in subject.after if splice.block < first]
     if not before:
-        return f"no SAE sits before block {first}, the first that is adapted"
+        return f"there is no SAE before block {first}, the first adapted block"
     if not matrices:
-        return f"no matrix that is adapted in block {first}, the first, reads the residual stream"
+        return f"no adapted matrix of block {first}, the first adapted block, reads the residual stream"
     statistics = _Statistics(subject, before[-1], sequences)
     components, share = statistics.error_components(n)
     decoder = statistics.decoder_directions(n)
     hookpoint = before[-1].hookpoint
     if components.shape[1] == 0:
-        return f"the SAE at {hookpoint} makes no error, or the same on all tokens"
+        return f"the SAE at {hookpoint} makes no error, or the same error on all tokens"
     if decoder.shape[1] == 0:
-        return f"the SAE at {hookpoint} has no latent that is active and puts something back"
+        return f"the SAE at {hookpoint} has no active latent with a decoder direction"
     return Overlap(
         block=first,
         hookpoint=hookpoint,
@@ -114,7 +115,7 @@ def shared(matrix: AdaptedMatrix, others: Tensor) -> Shared:
 class _Statistics:
     """Statistics of an SAE's error and of its active latents, on held-out text.
 
-    The SAE sits before all adapters of the run. At most so many sequences are read.
+    The SAE is before all adapters of the run. `sequences` is the largest number of sequences to read.
     """
 
     def __init__(self, subject: Subject, splice: Splice, sequences: int) -> None:
@@ -142,8 +143,8 @@ class _Statistics:
         """Largest principal components of the error, and their share of its variance.
 
         Returns:
-            The components `[d_model, m]`, m at most n, without those whose variance is zero but for
-            rounding; and the share.
+            The components `[d_model, m]`, m at most n, except those whose variance is zero up to
+            rounding; and their share.
         """
         mean = self._sum / self.tokens
         covariance = self._squares / self.tokens - torch.outer(mean, mean)
@@ -157,10 +158,10 @@ class _Statistics:
 
     @torch.no_grad()
     def decoder_directions(self, n: int) -> Tensor:
-        """Directions that the latents active on most tokens put back, as orthonormal columns.
+        """Span of the decoder directions of the latents that are active on most tokens.
 
         Returns:
-            `[d_model, m]`, m at most n: fewer where directions depend on each other.
+            Orthonormal columns `[d_model, m]`, m at most n: less if directions are linearly dependent.
         """
         counts, active = self._active.topk(min(n, len(self._active)))
         active = active[counts > 0]
@@ -168,7 +169,7 @@ class _Statistics:
         latents = torch.zeros(rows, len(self._active), device=active.device, dtype=self._dtype)
         latents[torch.arange(1, rows, device=active.device), active] = 1
         # An SAE that normalises its input scales its output by its last input.
-        read = torch.linspace(-1, 1, len(self._sum), device=active.device, dtype=self._dtype)
-        self._splice.sae.encode(read.expand(rows, -1))
+        resid = torch.linspace(-1, 1, len(self._sum), device=active.device, dtype=self._dtype)
+        self._splice.sae.encode(resid.expand(rows, -1))
         recon = self._splice.sae.decode(latents).float()
         return directions(recon[1:] - recon[0])

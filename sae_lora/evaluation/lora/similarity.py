@@ -1,4 +1,4 @@
-"""Directions that adapters of several runs read in common.
+"""Similarity of the directions that the adapters of two runs read.
 
 Source: arXiv 2106.09685, section 7.2.
 """
@@ -19,16 +19,16 @@ from sae_lora.models import adapter_files
 from sae_lora.records.folder import RunFolder
 
 _EACH_UP_TO = 8
-"""Sizes of a grid: all numbers up to this one, then each twice the one before."""
+"""A grid has all sizes up to this one; each further size is twice the one before."""
 
 
 def directions(matrix: Tensor) -> Tensor:
-    """The right-singular vectors of a matrix `[rows, d]`, `[d, n]`, float64, the largest first.
+    """Right-singular vectors of a matrix `[rows, d]`: `[d, n]` in float64, the largest first.
 
-    Vectors whose singular value is zero but for rounding are left out.
+    Vectors whose singular value is zero up to rounding are left out.
     """
     _, values, vectors = torch.linalg.svd(matrix.double(), full_matrices=False)
-    # Rounding in float32 gives a matrix of low rank small singular values in place of zeros.
+    # Rounding in float32 turns the zero singular values of a matrix of low rank into small ones.
     least = max(matrix.shape) * torch.finfo(torch.float32).eps * values[:1]
     return vectors[values > least].T
 
@@ -36,9 +36,9 @@ def directions(matrix: Tensor) -> Tensor:
 def similarities(first: Tensor, second: Tensor) -> Tensor:
     """Similarity φ of the first i directions of one matrix and the first j of another, `[i, j]`.
 
-    φ = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j), the mean squared cosine of the angles between the two subspaces: 0
-    where they are orthogonal, 1 where the smaller lies in the larger. The matrices are orthonormal
-    columns, `[d, n]` and `[d, m]`.
+    φ = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j), the mean squared cosine of the angles between the two subspaces: 0 if
+    they are orthogonal, 1 if the smaller lies in the larger. The matrices have orthonormal columns,
+    `[d, n]` and `[d, m]`.
 
     Source: arXiv 2106.09685, equation 4.
     """
@@ -48,7 +48,7 @@ def similarities(first: Tensor, second: Tensor) -> Tensor:
 
 
 def expected(i: int, j: int, d: int) -> float:
-    """The mean of φ where one of the two subspaces is random: i · j / d cosines, over min(i, j)."""
+    """Expected φ if one of the two subspaces is random: (i · j / d) / min(i, j)."""
     return max(i, j) / d
 
 
@@ -59,15 +59,15 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
     directions in common from the first step on.
 
     Raises:
-        UserError: Where adapters are missing or damaged.
+        UserError: If adapters are missing or damaged.
     """
-    alike: dict[str, list[RunFolder]] = defaultdict(list)
+    comparable: dict[str, list[RunFolder]] = defaultdict(list)
     for folder in folders:
         config = folder.read_config()
         if trains_adapters(config):
             model = [config["model"][key] for key in ("name", "revision")]
-            alike[repr((model, adapter_files.saved_inputs(folder.adapter)))].append(folder)
-    return [pair for runs in alike.values() if len(runs) > 1 for pair in _pairs(runs)]
+            comparable[repr((model, adapter_files.saved_inputs(folder.adapter)))].append(folder)
+    return [pair for runs in comparable.values() if len(runs) > 1 for pair in _pairs(runs)]
 
 
 class _Similarities(NamedTuple):
@@ -86,9 +86,9 @@ def _pairs(runs: Sequence[RunFolder]) -> list[Pair]:
     }
     for name, inputs in adapter_files.saved_inputs(runs[0].adapter):
         kind = re.sub(r"^.*?\.\d+\.", "", name)
-        read = [directions(adapter_files.saved_a(run.adapter, name)) for run in runs]
+        of_runs = [directions(adapter_files.saved_a(run.adapter, name)) for run in runs]
         for (first, second), matrices in pairs.items():
-            matrices.append(_Similarities(kind, similarities(read[first], read[second]), inputs))
+            matrices.append(_Similarities(kind, similarities(of_runs[first], of_runs[second]), inputs))
     return [
         _pair(runs[first].path.name, runs[second].path.name, matrices)
         for (first, second), matrices in pairs.items()
@@ -97,10 +97,12 @@ def _pairs(runs: Sequence[RunFolder]) -> list[Pair]:
 
 def _pair(first: str, second: str, matrices: Sequence[_Similarities]) -> Pair:
     """Means over the matrices of two runs with these names."""
-    most = [min(matrix.grid.shape[axis] for matrix in matrices) for axis in (0, 1)]
-    if 0 in most:
-        raise UserError(f"{first} and {second}: an adapter's A is zero, and reads no direction")
-    sizes = [_sizes(n) for n in most]
+    n_directions = [min(matrix.grid.shape[axis] for matrix in matrices) for axis in (0, 1)]
+    if 0 in n_directions:
+        raise UserError(
+            f"{first} and {second}: the matrix A of an adapter is zero and has no directions"
+        )
+    sizes = [_sizes(n) for n in n_directions]
     by_kind: dict[str, list[_Similarities]] = defaultdict(list)
     for matrix in matrices:
         by_kind[matrix.kind].append(matrix)
@@ -111,7 +113,7 @@ def _pair(first: str, second: str, matrices: Sequence[_Similarities]) -> Pair:
         first_sizes=sizes[0],
         second_sizes=sizes[1],
         of_all=_mean(matrices, sizes),
-        of_kinds={kind: _mean(alike, sizes) for kind, alike in by_kind.items()},
+        of_kinds={kind: _mean(of_kind, sizes) for kind, of_kind in by_kind.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""Directions that adapters have in common: `evaluation/similarity.json` of a sweep, and maps of it.
+"""Similarity of adapters' directions: `evaluation/similarity.json` of a sweep, and maps of it.
 
 Imports no torch.
 """
@@ -17,19 +17,19 @@ from sae_lora.common.plots import finished
 VERSION = 1
 """Version of the schema; fields are only ever added within a version."""
 MOST_PAIRS = 6
-"""Pairs of a sweep that are drawn."""
+"""Largest number of pairs of a sweep that are drawn."""
 _MOST_WITH_NUMBERS = 9
-"""Sizes along a map, at most, for cells with room for a number."""
+"""Largest number of sizes along a map at which a number fits into a cell."""
 _MOST_KINDS = 8
 _WHOLE = {"cmin": 0, "cmax": 1, "colorscale": "Cividis"}
-"""The same colours in all figures, for all values of φ, so that pairs can be compared."""
+"""The same colour for the same φ in all figures, so that pairs can be compared."""
 
 
 class Grid(TypedDict):
     """Subspace similarities φ of i directions of the first run and j of the second, `[i, j]`."""
 
     similarity: list[list[float]]
-    """From 0, orthogonal, to 1, where the smaller subspace lies in the larger. Mean over matrices."""
+    """Mean over matrices, from 0 (orthogonal) to 1 (the smaller subspace lies in the larger)."""
     expected: list[list[float]]
     """Expected similarities of random subspaces of these sizes."""
 
@@ -51,26 +51,27 @@ class Pair(TypedDict):
 
 
 def path_in(sweep: Path) -> Path:
-    """File that keeps the pairs of a sweep."""
+    """File that holds the pairs of a sweep."""
     return sweep / "evaluation" / "similarity.json"
 
 
 def write(sweep: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs into the sweep's folder, in place of older ones."""
+    """Write pairs into the sweep's folder, over older ones."""
     path = path_in(sweep)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, as_json({"pairs": pairs, "version": VERSION}))
 
 
 def read(sweep: Path) -> list[Pair]:
-    """Pairs of a sweep; none where no file of this version exists."""
+    """Pairs of a sweep; empty if there is no file of this version."""
     path = path_in(sweep)
     values = json.loads(path.read_text()) if path.exists() else {}
     return values["pairs"] if values.get("version") == VERSION else []
 
 
 def similarity_map(pair: Pair) -> go.Figure:
-    """Maps of φ of i directions of one run and j of the other, beside that of random subspaces."""
+    """Two maps of φ between i directions of one run and j of the other: measured, and expected of random
+    subspaces."""
     grid = pair["of_all"]
     parts = [("measured", grid["similarity"]), ("random subspaces", grid["expected"])]
     return _maps(parts, pair, with_numbers=True).update_layout(height=460)
@@ -84,11 +85,11 @@ def kinds_map(pair: Pair) -> go.Figure:
 
 def figures(pairs: Sequence[Pair]) -> dict[str, go.Figure]:
     """Figures of a sweep's first pairs, by file name."""
-    drawn = {}
+    maps = {}
     for number, pair in enumerate(pairs[:MOST_PAIRS], 1):
-        drawn[f"similarity_{number}"] = similarity_map(pair)
-        drawn[f"similarity_{number}_kinds"] = kinds_map(pair)
-    return drawn
+        maps[f"similarity_{number}"] = similarity_map(pair)
+        maps[f"similarity_{number}_kinds"] = kinds_map(pair)
+    return maps
 
 
 def _maps(
@@ -106,25 +107,25 @@ def _maps(
         horizontal_spacing=0.04,
         vertical_spacing=0.12,
     )
-    few = max(len(pair["first_sizes"]), len(pair["second_sizes"])) <= _MOST_WITH_NUMBERS
+    has_room = max(len(pair["first_sizes"]), len(pair["second_sizes"])) <= _MOST_WITH_NUMBERS
     for number, (name, values) in enumerate(parts):
         figure.add_heatmap(
             x=list(map(str, pair["second_sizes"])),
             y=list(map(str, pair["first_sizes"])),
             z=values,
             coloraxis="coloraxis",
-            texttemplate="%{z:.2f}" if with_numbers and few else None,
+            texttemplate="%{z:.2f}" if with_numbers and has_room else None,
             textfont={"size": 10},
             hovertemplate=f"{name}, i %{{y}}, j %{{x}}: %{{z:.3f}}<extra></extra>",
             row=1 + number // columns,
             col=1 + number % columns,
         )
-    # A category axis, since sizes double after the first few.
+    # A category axis, because sizes double after the first few.
     sizes: dict[str, Any] = {"type": "category", "showgrid": False, "tickangle": 0}
     figure.update_xaxes(**sizes)
     figure.update_yaxes(autorange="reversed", **sizes)
     hashes = [name.rpartition("-")[2] for name in (pair["first"], pair["second"])]
-    for number in range(len(parts))[-columns:]:  # the lowest of each column
+    for number in range(len(parts))[-columns:]:  # the lowest map of each column
         figure.update_xaxes(
             title=f"j of {hashes[1]}",
             showticklabels=True,

@@ -20,7 +20,7 @@ _FIRST = (1, 4, 16, 64, 256)
 _SEED = 0
 """Seed of the random matrices."""
 _RANDOM_DIRECTIONS = 64
-"""Random directions that are drawn in all, since a single one says little."""
+"""Total number of random directions, because the result for a single one varies widely."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Projection:
     """‖Uᵀ W Vᵀ‖_F, where U and V are the r largest singular vectors of a matrix; r is the rank."""
 
     delta: float | None
-    """With the vectors of ΔW; undefined where ΔW is zero."""
+    """With the vectors of ΔW; undefined if ΔW is zero."""
     weight: float
     """With the vectors of W itself: the maximum."""
     random: float
-    """With the vectors of a Gaussian matrix; the root mean square over several matrices where r is
-    small."""
+    """With the vectors of a Gaussian matrix; root mean square over several matrices if r is small."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of training a matrix, by its adapter and as a whole.
+    """Cost of training a matrix, through its adapter or as a whole.
 
-    FLOPs are those that training adds to a step of the frozen matrix, per token. For each parameter of
-    an adapter these are two in the forward pass and, in the backward pass, two for its inputs and two
-    for itself. For the whole matrix they are those of its gradient. DoRA's lengths are left out.
+    FLOPs are the ones that training adds to a step with the frozen matrix, per token. Each parameter of
+    an adapter takes two in the forward pass and, in the backward pass, two for the gradient of its input
+    and two for its own gradient. The whole matrix adds only its own gradient. DoRA's lengths are not
+    counted.
     """
 
     parameters: int
@@ -71,11 +71,11 @@ class Matrix:
     delta_norm: float
     """‖ΔW‖_F."""
     singular_values: list[float]
-    """The largest of ΔW, in descending order, as many as the rank (DoRA's ΔW has more)."""
+    """The r largest of ΔW, in descending order; r is the rank (DoRA's ΔW has more than r)."""
     effective_rank: float | None
-    """exp of the entropy of the singular values as shares of their sum; undefined where ΔW is zero."""
+    """exp of the entropy of the singular values as shares of their sum; undefined if ΔW is zero."""
     energy: dict[str, float]
-    """Share of ‖ΔW‖²_F in the first directions, by their number; empty where ΔW is zero."""
+    """Share of ‖ΔW‖²_F in the first directions, by their number; empty if ΔW is zero."""
     projection: Projection
     amplification: float | None
     """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, with U and V of ΔW: how much larger its directions are than in W."""
@@ -99,11 +99,11 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Weights:
     """Measure a run's adapters.
 
     Raises:
-        UserError: Where the run has none.
+        UserError: If the run has no adapters.
     """
     if subject.adapted.peft is None:
         kind = subject.config.method.kind.name
-        raise UserError(f"method.kind={kind} trains no LoRA adapters; the suite is about those alone")
+        raise UserError(f"method.kind={kind} trains no LoRA adapters, which the suite lora needs")
     random = torch.Generator().manual_seed(_SEED)
     matrices = [measured(matrix, random) for matrix in lora.adapted_matrices(subject.with_adapters)]
     costs = zip(*(astuple(matrix.cost) for matrix in matrices), strict=True)
@@ -117,9 +117,9 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Weights:
 
 
 def effective_rank(values: Tensor) -> float | None:
-    """Effective rank of a matrix with these singular values `[n]`; undefined where all are zero.
+    """Effective rank of a matrix with these singular values `[n]`; undefined if all are zero.
 
-    It is exp of the entropy, in nats, of the values as shares of their sum: n for n equal values.
+    It is exp of the entropy, in nats, of the values as shares of their sum: n if n values are equal.
 
     Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality (2007).
     """
@@ -171,10 +171,10 @@ def measured(matrix: AdaptedMatrix, random: torch.Generator) -> Matrix:
 
 
 def decomposed(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    """ΔW's singular vectors of outputs `[output, n]`, values `[n]`, and vectors of inputs `[input, n]`.
+    """ΔW's left singular vectors `[output, n]`, values `[n]` and right singular vectors `[input, n]`.
 
-    Plain LoRA's ΔW lies in the columns of B and the rows of A, so a square matrix of the rank's size is
-    decomposed. DoRA also scales W, and its ΔW is decomposed whole.
+    The ΔW of plain LoRA lies in the columns of B and the rows of A, so only a square matrix of the
+    rank's size is decomposed. DoRA also scales W, so its whole ΔW is decomposed.
     """
     delta = matrix.delta.double()
     if matrix.magnitude is not None:
@@ -191,7 +191,7 @@ def _projected(weight: Tensor, outputs: Tensor, inputs: Tensor) -> float:
 
 
 def _largest(weight: Tensor, r: int) -> float:
-    """Projection of a matrix onto its own r largest singular vectors: the norm of their values."""
+    """Projection of a matrix onto its r largest singular vectors: the norm of these singular values."""
     square = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
     return float(torch.linalg.eigvalsh(square)[-r:].clamp(min=0).sum().sqrt())
 

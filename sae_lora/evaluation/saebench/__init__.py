@@ -1,1 +1,1 @@
-"""SAEBench, whose pins clash with this package's: `suite` here, `__main__` in its own environment."""
+"""SAEBench, in its own environment, because its pinned versions conflict with this package's."""

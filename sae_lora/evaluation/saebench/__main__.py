@@ -1,6 +1,6 @@
 """SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request as JSON>`.
 
-Runs in the environment that has SAEBench (`environment.py`). Without a request it checks the imports.
+It runs in SAEBench's environment (`environment.py`). Without a request it only checks the imports.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 
 from sae_lora.common.files import write_atomically
 from sae_lora.evaluation.saebench import benchmarks
-from sae_lora.evaluation.saebench.model import Pair, pairs, read_the_same
+from sae_lora.evaluation.saebench.model import Pair, have_same_input, pairs
 from sae_lora.evaluation.subject import Subject
 from sae_lora.records.folder import RunFolder
 
@@ -26,7 +26,7 @@ from sae_lora.records.folder import RunFolder
 def evaluate(request: Mapping[str, Any]) -> None:
     """Run the benchmarks that have no result yet, and print the name of each.
 
-    Failures are written to `failed.json`, and the other benchmarks go on.
+    Failures are written to `failed.json`, and do not stop the other benchmarks.
 
     Args:
         request: `run`, `device`, `benchmarks`, `options`, and `to`, the folder for SAEBench's own
@@ -37,10 +37,10 @@ def evaluate(request: Mapping[str, Any]) -> None:
     failed: dict[str, str] = {}
     for hookpoint in [splice.hookpoint for splice in subject.after]:
         by_cell = pairs(subject, hookpoint)
-        same = read_the_same(by_cell)
+        same = have_same_input(by_cell)
         for benchmark in request["benchmarks"]:
             files = {cell: to / f"{benchmark} {cell} {hookpoint}.json" for cell in by_cell}
-            once = same and benchmark in benchmarks.READ_THE_STREAM_ALONE
+            once = same and benchmark in benchmarks.NEED_ONLY_ACTIVATIONS
             for cell in list(by_cell)[: 1 if once else None]:
                 if files[cell].exists():
                     continue
@@ -48,22 +48,22 @@ def evaluate(request: Mapping[str, Any]) -> None:
                 options = request["options"].get(benchmark, {})
                 try:
                     write_atomically(files[cell], _result(benchmark, by_cell[cell], options, to))
-                except Exception as error:  # anything that SAEBench raises
+                except Exception as error:  # SAEBench may raise anything
                     failed[f"{benchmark}, {cell}, {hookpoint}"] = _reported(error)
-            first, *others = files.values()
-            for file in others if once and first.exists() else ():
-                write_atomically(file, first.read_text())
+            first, *copies = files.values()
+            for copy in copies if once and first.exists() else ():
+                write_atomically(copy, first.read_text())
     shutil.rmtree(to / "scratch", ignore_errors=True)
     write_atomically(to / "failed.json", json.dumps(failed))
 
 
 def check(request: Mapping[str, Any]) -> dict[str, str]:
-    """Benchmarks of a request that cannot run, and the reason: an unknown setting, or missing data."""
+    """Reasons for the benchmarks of a request that cannot run: an unknown setting, or missing data."""
     lacking = {}
     for name in request["benchmarks"]:
         try:
             benchmarks.check(name, request["options"].get(name, {}))
-        except Exception as error:  # of the hub, of a data set, of a setting
+        except Exception as error:  # the hub, a data set or a setting may raise anything
             lacking[name] = _reported(error)
     return lacking
 
@@ -75,7 +75,7 @@ def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) ->
     scratch.mkdir()
     with (to / "saebench.log").open("a") as log:
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 what SAEBench draws from
+        np.random.seed(0)  # noqa: NPY002 SAEBench uses this generator
         torch.manual_seed(0)
         torch.set_grad_enabled(True)
         log.write(f"\n{benchmark}, {pair.name}, {pair.splice.hookpoint}\n")
@@ -83,7 +83,7 @@ def _result(benchmark: str, pair: Pair, options: Mapping[str, Any], to: Path) ->
             benchmarks.RUN[benchmark](pair, options, scratch)
     results = list(scratch.rglob("*_eval_results.json"))
     if len(results) != 1:
-        raise RuntimeError(f"SAEBench gives no result, and says why in {log.name}")
+        raise RuntimeError(f"SAEBench gives no result; see {log.name}")
     return results[0].read_text()
 
 

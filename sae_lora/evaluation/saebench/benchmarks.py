@@ -1,4 +1,4 @@
-"""SAEBench's benchmarks, with its own data and scores, of our models and SAEs."""
+"""SAEBench's benchmarks, with its data and scores, on our models and SAEs."""
 
 # pyright: reportMissingImports=false
 
@@ -24,12 +24,12 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lora.evaluation.saebench.model import Model, Pair
 
-READ_THE_STREAM_ALONE = {"sparse_probing", "scr", "tpp", "absorption"}
-"""Benchmarks that use nothing of a model but the input of its SAE."""
+NEED_ONLY_ACTIVATIONS = {"sparse_probing", "scr", "tpp", "absorption"}
+"""Benchmarks that use only the input of the SAE and not the model's predictions."""
 _HELD_OUT = "the run's held-out text"
-"""Data set of core, unless another one is asked for."""
+"""Default data set of core."""
 _RUNS_CODE = {"codeparrot/github-code"}
-"""Data sets that need code of their own, which is never run here."""
+"""Data sets that need their own code, which is never run here."""
 _CONFIGS = {
     "sparse_probing": SparseProbingEvalConfig,
     "scr": ScrAndTppEvalConfig,
@@ -37,32 +37,34 @@ _CONFIGS = {
     "absorption": AbsorptionEvalConfig,
 }
 Options = Mapping[str, Any]
-"""Settings of the user, in place of SAEBench's own."""
+"""Settings of the user, which replace SAEBench's defaults."""
 
 
 def check(name: str, options: Options) -> None:
     """Check that a benchmark can run.
 
     Raises:
-        ValueError: For a setting that it does not have.
+        ValueError: For a setting that the benchmark does not have.
         RuntimeError: For a data set that cannot be fetched.
     """
     if name == "core":
         settings = set(inspect.signature(core.multiple_evals).parameters)
         if unknown := sorted(set(options) - settings):
             raise ValueError(f"core has no setting {unknown[0]}; it has {', '.join(sorted(settings))}")
-        wanted = {options["dataset"]} if "dataset" in options else set()
+        data_sets = {options["dataset"]} if "dataset" in options else set()
     else:
-        wanted = set(getattr(_config(name, options), "dataset_names", ()))
-    for dataset in sorted({name.split("_class_set")[0].removesuffix("_sentiment") for name in wanted}):
+        data_sets = set(getattr(_config(name, options), "dataset_names", ()))
+    for dataset in sorted(
+        {name.split("_class_set")[0].removesuffix("_sentiment") for name in data_sets}
+    ):
         try:
             datasets.load_dataset_builder(dataset, trust_remote_code=False)
         except ValueError as error:
-            # The data set exists where only the name of its part is missing, which SAEBench gives.
+            # If only the name of its part is missing, the data set exists; SAEBench gives that name.
             if "config name" not in str(error).lower():
                 raise
         except Exception as error:
-            raise RuntimeError(f"its data set {dataset} cannot be loaded: {error}") from error
+            raise RuntimeError(f"the data set {dataset} cannot be loaded: {error}") from error
 
 
 def _core(pair: Pair, options: Options, folder: Path) -> None:
@@ -91,14 +93,14 @@ def _core(pair: Pair, options: Options, folder: Path) -> None:
         "device": str(pair.subject.device),
     }
     stores = SimpleNamespace(from_sae=store)
-    with mock.patch.multiple(core, HookedTransformer=_giving(pair.model), ActivationsStore=stores):
+    with mock.patch.multiple(core, HookedTransformer=_stand_in(pair.model), ActivationsStore=stores):
         core.multiple_evals(
             [(pair.name, pair.sae)], **(settings | dict(options)), output_folder=str(folder)
         )
 
 
 def _probed(name: str, module: ModuleType, pair: Pair, options: Options, folder: Path) -> None:
-    with mock.patch.multiple(module, HookedTransformer=_giving(pair.model)):
+    with mock.patch.multiple(module, HookedTransformer=_stand_in(pair.model)):
         module.run_eval(
             _config(name, options, pair),
             [(pair.name, pair.sae)],
@@ -110,7 +112,7 @@ def _probed(name: str, module: ModuleType, pair: Pair, options: Options, folder:
 
 
 def _absorption(pair: Pair, options: Options, folder: Path) -> None:
-    # By default both keep files in SAEBench's own folder, by the model's name.
+    # By default both functions write into SAEBench's own folder, under the model's name.
     probing = functools.partial(
         absorption.run_k_sparse_probing_experiment,
         probes_dir=folder / "probes",
@@ -126,7 +128,7 @@ def _absorption(pair: Pair, options: Options, folder: Path) -> None:
         contextlib.chdir(folder),
         mock.patch.multiple(
             absorption,
-            HookedTransformer=_giving(pair.model),
+            HookedTransformer=_stand_in(pair.model),
             run_k_sparse_probing_experiment=probing,
             run_feature_absortion_experiment=absorbing,
         ),
@@ -157,16 +159,16 @@ def _config(name: str, options: Options, pair: Pair | None = None) -> Any:
     if pair is not None:
         train = pair.subject.config.train
         values = {"model_name": pair.name, "llm_dtype": train.dtype.name}
-        if name != "absorption":  # SAEBench has its own small batches there
+        if name != "absorption":  # SAEBench has its own small batches for it
             values["llm_batch_size"] = max(1, train.eval_batch_tokens // 128)
     if "perform_scr" in fields:
         values["perform_scr"] = name == "scr"
     config = kind(**(values | dict(options)))
     if name == "sparse_probing" and "dataset_names" not in options:
-        config.dataset_names = [each for each in config.dataset_names if each not in _RUNS_CODE]
+        config.dataset_names = [data for data in config.dataset_names if data not in _RUNS_CODE]
     return config
 
 
-def _giving(model: Model) -> Any:
-    """A stand-in for the class that SAEBench asks for a model by name."""
+def _stand_in(model: Model) -> Any:
+    """A stand-in for HookedTransformer, which SAEBench asks for a model by name."""
     return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)

@@ -33,21 +33,21 @@ class Model(HookedProxyLM):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
-        # The tokenizer's own order differs between processes.
+        # The tokenizer lists its vocabulary in an order that differs between processes.
         vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
         tokenizer.get_vocab = lambda: vocabulary
 
-    def run_with_cache(self, *given: Any, **named: Any) -> Any:
-        """Accept texts too, unlike `HookedProxyLM`."""
-        return super(HookedProxyLM, self).run_with_cache(*given, **named)
+    def run_with_cache(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run on tokens or, unlike `HookedProxyLM`, on texts."""
+        return super(HookedProxyLM, self).run_with_cache(*arguments, **keywords)
 
-    def forward(self, tokens: Tensor | str | list[str], *given: Any, **named: Any) -> Any:
-        """Forward pass as in a HookedTransformer; with `stop_at_layer`, it stops behind the hook."""
+    def forward(self, tokens: Tensor | str | list[str], *arguments: Any, **keywords: Any) -> Any:
+        """Forward pass as in a HookedTransformer; with `stop_at_layer`, it stops after the hook."""
         if not isinstance(tokens, Tensor):
             tokens = self.to_tokens(tokens)
-        stops = named.get("stop_at_layer") is not None
-        named["_names_filter"] = [self.hookpoint] if stops else None
-        return super().forward(tokens.to(self.cfg.device), *given, **named)
+        stops = keywords.get("stop_at_layer") is not None
+        keywords["_names_filter"] = [self.hookpoint] if stops else None
+        return super().forward(tokens.to(self.cfg.device), *arguments, **keywords)
 
     def to_tokens(
         self,
@@ -81,8 +81,8 @@ class Pair:
 
 
 def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
-    """The plain model with the SAE before the run, if there was one, and the adapted model with the SAE
-    after it."""
+    """The plain model with the SAE before the run, if it existed, and the adapted model with the SAE
+    after the run."""
     by_cell = {}
     for cell in (Cell.spliced, Cell.student):
         for splice in subject.splices_of(cell):
@@ -95,18 +95,18 @@ def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
 
 
 @torch.no_grad()
-def read_the_same(pairs: dict[Cell, Pair]) -> bool:
-    """True for two models with the same SAE, which reads the same in both."""
+def have_same_input(pairs: dict[Cell, Pair]) -> bool:
+    """True if two models have the same SAE and it reads the same activations in both."""
     if len(pairs) < 2:
         return False
-    before, after = pairs.values()
-    if before.splice.sae is not after.splice.sae:
+    untrained, trained = pairs.values()
+    if untrained.splice.sae is not trained.splice.sae:
         return False
     first, second = (
         pair.model.run_with_cache(pair.subject.tokens[:2], stop_at_layer=pair.splice.block + 1)[1]
-        for pair in (before, after)
+        for pair in (untrained, trained)
     )
-    return torch.equal(first[before.splice.hookpoint], second[after.splice.hookpoint])
+    return torch.equal(first[untrained.splice.hookpoint], second[trained.splice.hookpoint])
 
 
 def _described(splice: Splice, model_name: str, subject: Subject) -> Any:

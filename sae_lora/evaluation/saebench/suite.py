@@ -1,4 +1,4 @@
-"""The suite `saebench`: SAEBench's benchmarks of a run's SAEs, before the run and after it."""
+"""The suite `saebench`: SAEBench's benchmarks of a run's SAEs, before and after the run."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ DEPENDS_ON = ("saebench", "saebench_options")
 """The keys of `evaluation` that the suite depends on."""
 _CHILD = "sae_lora.evaluation.saebench"
 _NO_NUMBER = -1
-"""SAEBench's mark for a missing score."""
+"""SAEBench's value for a missing score."""
 
 
 @dataclass(frozen=True)
@@ -33,48 +33,48 @@ class SAEBench:
     version: str
     """Version of SAEBench."""
     scores: dict[str, dict[str, dict[str, dict[str, float]]]]
-    """SAEBench's metrics by hookpoint, benchmark and cell: `spliced` is the plain model and the SAE as
-    it was, `student` the model and the SAE as the run has left them."""
+    """SAEBench's metrics by hookpoint, benchmark and cell: `spliced` is the plain model with the SAE
+    before the run, `student` the adapted model with the SAE after the run."""
     missing: dict[str, str]
-    """Benchmarks that failed, and the reason; they are tried again next time."""
+    """Reasons of the benchmarks that failed; the next evaluation runs them again."""
 
 
 def check(config: EvaluationConfig) -> None:
-    """Report, before a model is loaded, the benchmarks that cannot run.
+    """Report the benchmarks that cannot run, before a model is loaded.
 
     Raises:
-        ConfigError: Where no benchmark is asked for.
-        UserError: Where there is no environment with SAEBench, or no benchmark can run.
+        ConfigError: If `evaluation.saebench` is empty.
+        UserError: If there is no environment with SAEBench, or no benchmark can run.
     """
     if not config.saebench:
         raise ConfigError("evaluation.saebench", [], "at least one benchmark", list(BENCHMARKS[:1]))
     lacking = _lacking(environment.python(config.saebench_python), json.dumps(_request(config)))
     if len(lacking) == len(config.saebench):
-        raise UserError("\n".join(f"{name}: {why}" for name, why in lacking.items()))
-    for name, why in lacking.items():
-        complain(f"saebench's {name} left out", why)
+        raise UserError("\n".join(f"{name}: {reason}" for name, reason in lacking.items()))
+    for name, reason in lacking.items():
+        complain(f"skipped {name} of saebench", reason)
 
 
 def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
-    """Run the benchmarks in the environment that has SAEBench.
+    """Run the benchmarks in SAEBench's environment.
 
-    SAEBench's own files are kept in the run's `evaluation/saebench`. Results in it of an earlier attempt
-    that was stopped or incomplete are used again.
+    SAEBench's files are written into the run's `evaluation/saebench`. If an earlier attempt with the
+    same settings was stopped or incomplete, its results are reused.
 
     Raises:
-        UserError: Where there is no environment with SAEBench; or for SAEs that are not SAELens's alone.
+        UserError: If there is no environment with SAEBench, or an SAE is not a plain SAE of SAELens.
     """
     for splice in subject.after:
         if isinstance(splice.sae, AdaptedCoder | IdentitySAE):
             raise UserError(
-                f"SAEBench measures SAEs of SAELens alone, not the {type(splice.sae).__name__} at "
+                f"SAEBench measures only SAEs of SAELens, not the {type(splice.sae).__name__} at "
                 f"{splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
     python, request = environment.python(config.saebench_python), _request(config)
     lacking = _lacking(python, json.dumps(request))
     _begin(subject, folder, config)
-    say(f"  SAEBench, which says more in {folder / 'saebench.log'}")
+    say(f"  SAEBench, with its log in {folder / 'saebench.log'}")
     request |= {
         "run": str(subject.folder.path.absolute()),
         "device": subject.device.type,
@@ -92,7 +92,7 @@ def _request(config: EvaluationConfig) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _lacking(python: Path, request: str) -> dict[str, str]:
-    """Benchmarks of a request that cannot run, and the reason."""
+    """Reasons for the benchmarks of a request that cannot run."""
     done = subprocess.run(
         [str(python), "-m", _CHILD, request],
         capture_output=True,
@@ -103,22 +103,22 @@ def _lacking(python: Path, request: str) -> dict[str, str]:
     if done.returncode != 0:
         end = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(
-            f"{python} cannot run SAEBench; what makes an environment that can is "
+            f"{python} cannot run SAEBench; create an environment for it with "
             f"{environment.COMMAND}:\n{end}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _begin(subject: Subject, folder: Path, config: EvaluationConfig) -> None:
-    """Make the folder, and empty it unless it holds an unfinished attempt with the same settings."""
-    wanted = {name: getattr(config, name) for name in DEPENDS_ON}
+    """Make the folder; empty it unless it contains an unfinished attempt with the same settings."""
+    current = {name: getattr(config, name) for name in DEPENDS_ON}
     settings = folder / "settings.json"
     record = suite_records.read(subject.folder, Suite.saebench)
     complete = record is not None and not record.results["missing"]
-    if complete or not settings.exists() or json.loads(settings.read_text()) != wanted:
+    if complete or not settings.exists() or json.loads(settings.read_text()) != current:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings, as_json(wanted))
+    write_atomically(settings, as_json(current))
 
 
 def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
@@ -142,7 +142,7 @@ def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
             child.kill()
             raise
     if child.returncode != 0:
-        raise UserError(f"SAEBench has stopped with exit code {child.returncode}; {log} says why")
+        raise UserError(f"SAEBench exited with code {child.returncode}; see {log}")
 
 
 def _scores(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:

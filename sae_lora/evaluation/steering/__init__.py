@@ -1,1 +1,1 @@
-"""The suite `steering`: text that a latent makes likelier."""
+"""The suite `steering`: effect of adding a latent on the log-probability of text."""

@@ -1,7 +1,7 @@
-"""The suite `steering`: how much likelier a latent's direction makes text that shows the latent.
+"""The suite `steering`: gain in log-probability of text that shows a latent, when the latent is added.
 
-`models.py` defines how a latent is added. The strength is chosen on one half of the texts, for each
-latent and in each model; the other half is measured.
+`models.py` defines how a latent is added. For each latent and each model, the strength is chosen on one
+half of the texts and the effect is measured on the other half.
 """
 
 from collections.abc import Sequence
@@ -26,26 +26,26 @@ DEPENDS_ON = (
 )
 """The keys of `evaluation` that steering depends on."""
 _ABSENT = {
-    Cell.spliced: "the run has made its SAEs: before it there were none",
-    Cell.adapted: "the run has trained no adapters: without an SAE, its model is the plain one",
+    Cell.spliced: "the run trains new SAEs, so there are none before it",
+    Cell.adapted: "the run trains no adapters, so its model without an SAE is the plain model",
 }
 _CHANGES = ((Cell.adapted, Cell.base), (Cell.student, Cell.spliced))
-"""Pairs of cells that are steered in the same way, after the run and before it."""
+"""Pairs of cells after and before the run that are steered in the same way."""
 
 
 @dataclass(frozen=True)
 class Effect:
     """Change of the log-probability of text by steering, in nats per token.
 
-    The bounds are of 95% bootstrap intervals over the texts of each latent and label.
+    Bounds are 95% bootstrap intervals over the texts of each latent and label.
     """
 
     positive: Interval
     """On texts that show the latent."""
     negative: Interval
-    """On texts that do not."""
+    """On texts that do not show it."""
     difference: Interval
-    """Positive minus negative: how well the latent steers."""
+    """Positive minus negative: the quality of steering."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,20 @@ class SteeredLatent:
     latent: int
     """Its index."""
     activation: float
-    """Its typical activation: the mean over the tokens of positive validation texts it is active on."""
+    """Typical activation: the mean over the tokens of positive validation texts on which the latent is
+    active."""
     push: float
-    """Length of the vector that strength 1 adds to the residual stream."""
+    """Norm of the vector that strength 1 adds to the residual stream."""
     positive_texts: int
-    """Positive texts of the test."""
+    """Number of positive test texts."""
     negative_texts: int
-    """Negative texts of the test."""
+    """Number of negative test texts."""
     validation_texts: int
-    """Validation texts of both labels."""
+    """Number of validation texts of both labels."""
     cells: dict[str, Tuned]
     """By cell."""
     changes: dict[str, Effect]
-    """Changes by the run: `adapted over base`, without the SAE, and `student over spliced`."""
+    """Changes by the run: `adapted over base` without the SAE, `student over spliced` with it."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,16 @@ class Steering:
     changes: dict[str, Effect]
     """Mean over latents of the changes by the run."""
     absent: dict[str, str]
-    """Cells that the run does not have, and the reason."""
+    """Reasons for the cells that the run does not have, by cell."""
 
 
 def steer(subject: Subject, config: EvaluationConfig) -> Steering:
-    """Measure how well the latents of one of a run's SAEs steer, before the run and after it.
+    """Measure the effect of steering with the latents of one of a run's SAEs, before and after the run.
 
-    Latents and texts are chosen with the SAE as the run has left it, reading the plain model.
+    Latents and texts are chosen with the SAE after the run, on activations of the plain model.
 
     Raises:
-        ConfigError: For a block or a latent that does not exist, or a latent that no text shows.
+        ConfigError: For a block or a latent that does not exist, or a latent without texts.
         UserError: For a file of texts that cannot be used, or a latent that is not active on its texts.
     """
     splice = _splice_at(subject.after, config.steering_block)
@@ -118,10 +119,10 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
     strengths = sorted(config.steering_strengths, key=abs)
     validation_texts = halves.validation.groups.sum(-1).tolist()
     test_texts = halves.test.groups.sum(-1).tolist()
-    # The same resamples in every model: models are compared text by text.
+    # Every model gets the same resamples, so that models are compared text by text.
     bootstraps = [
-        Bootstrap(texts, config.resamples, seed=2 * place + positive)
-        for place, numbers in enumerate(test_texts)
+        Bootstrap(texts, config.resamples, seed=2 * index + positive)
+        for index, numbers in enumerate(test_texts)
         for texts, positive in zip(numbers, (True, False), strict=True)
     ]
     curves: dict[Cell, Tensor] = {}
@@ -130,7 +131,7 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
     for cell in subject.cells:
         curves[cell] = _on_validation(steered, cell, halves.validation, strengths)
         best[cell] = [
-            strengths[index] for index in best_strengths(curves[cell], config.steering_max_harm)
+            strengths[place] for place in best_strengths(curves[cell], config.steering_max_harm)
         ]
         measured[cell] = _on_test(steered, cell, halves.test, best[cell], bootstraps)
 
@@ -140,31 +141,31 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
 
     def changes(resampled: dict[Cell, np.ndarray]) -> dict[str, Effect]:
         return {
-            f"{after.value} over {before.value}": effect(resampled[after] - resampled[before])
-            for after, before in _CHANGES
-            if after in resampled and before in resampled
+            f"{trained.value} over {untrained.value}": effect(resampled[trained] - resampled[untrained])
+            for trained, untrained in _CHANGES
+            if trained in resampled and untrained in resampled
         }
 
     latents = [
         SteeredLatent(
             latent=latent,
-            activation=float(steered.activations[place]),
-            push=float(steered.pushes[place].norm()),
-            positive_texts=test_texts[place][0],
-            negative_texts=test_texts[place][1],
-            validation_texts=sum(validation_texts[place]),
+            activation=float(steered.activations[index]),
+            push=float(steered.pushes[index].norm()),
+            positive_texts=test_texts[index][0],
+            negative_texts=test_texts[index][1],
+            validation_texts=sum(validation_texts[index]),
             cells={
                 cell.value: Tuned(
-                    strength=best[cell][place],
-                    positive=curves[cell][0, :, place].tolist(),
-                    negative=curves[cell][1, :, place].tolist(),
-                    effect=effect(measured[cell][place]),
+                    strength=best[cell][index],
+                    positive=curves[cell][0, :, index].tolist(),
+                    negative=curves[cell][1, :, index].tolist(),
+                    effect=effect(measured[cell][index]),
                 )
                 for cell in subject.cells
             },
-            changes=changes({cell: resampled[place] for cell, resampled in measured.items()}),
+            changes=changes({cell: resampled[index] for cell, resampled in measured.items()}),
         )
-        for place, latent in enumerate(halves.latents)
+        for index, latent in enumerate(halves.latents)
     ]
     means = {cell: resampled.mean(0) for cell, resampled in measured.items()}
     return Steering(
@@ -174,7 +175,7 @@ def steer(subject: Subject, config: EvaluationConfig) -> Steering:
         latents=latents,
         cells={cell.value: effect(mean) for cell, mean in means.items()},
         changes=changes(means),
-        absent={cell.value: why for cell, why in _ABSENT.items() if cell not in subject.cells},
+        absent={cell.value: reason for cell, reason in _ABSENT.items() if cell not in subject.cells},
     )
 
 
@@ -203,12 +204,14 @@ def _on_validation(
 
 
 def best_strengths(curves: Tensor, max_harm: float | None) -> list[int]:
-    """Index of the strength that tells positive from negative texts best (first of equals), by latent.
+    """Index of the best strength of each latent; of equal strengths, the first.
+
+    The best strength has the largest difference between positive and negative texts.
 
     Args:
         curves: Effects on validation texts, `[label, strength, latent]`, positive texts first.
-        max_harm: The most that positive texts may lose. Where they lose more at every strength, the one
-            with the smallest loss is taken.
+        max_harm: Largest loss of log-probability that positive texts may have, in nats per token. If
+            every strength loses more, the one with the smallest loss is chosen.
     """
     positive, negative = curves
     allowed = positive >= (-torch.inf if max_harm is None else -max_harm)
@@ -225,7 +228,7 @@ def _on_test(
 ) -> np.ndarray:
     """Effects on the test texts in nats per token, `[latent, label, 1 + resamples]`, positive first.
 
-    `best` are the strengths of the latents, `bootstraps` the resamples of each latent and label.
+    `best` has the strength of each latent, `bootstraps` the resamples of each latent and label.
     """
     (effects,) = steered.effects(cell, texts, torch.tensor(best)[None, texts.which])
     means = [

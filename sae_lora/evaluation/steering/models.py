@@ -1,10 +1,10 @@
 """A run's models with a latent added to each text, and the log-probability that they give the text.
 
-Without the SAE, in the plain and in the adapted model, the residual stream gets the latent's mean
-contribution to the reconstruction on its positive texts, times the strength: its decoder's direction in
-the length of its typical activation. With the SAE in place, in the spliced model and in the student,
-the latent's typical activation times the strength is added to the code. The amount is the same before
-and after the run, also where the run has trained the SAE. Both happen at every position but those whose
+Models without the SAE (base, adapted): the latent's mean contribution to the reconstruction on its
+positive texts, times the strength, is added to the residual stream. This is the latent's decoder
+direction, scaled by its typical activation. Models with the SAE (spliced, student): the latent's typical
+activation, times the strength, is added to its activation. The amount is the same before and after the
+run, even if the run has trained the SAE. The latent is added at every position except those whose
 activation the SAE keeps.
 """
 
@@ -25,8 +25,8 @@ from sae_lora.train.evaluator import NO_LABEL, next_tokens
 _LOGITS_AT_ONCE = 2**22
 
 
-class _Raised:
-    """An SAE that adds amounts `[batch]` to one latent of each text, `[batch]`."""
+class _SteeredSAE:
+    """An SAE that adds amounts `[batch]` to the activations of latents `[batch]`, one per text."""
 
     def __init__(self, sae: Coder, latents: Tensor, amounts: Tensor) -> None:
         self._sae, self._latents, self._amounts = sae, latents, amounts
@@ -43,22 +43,22 @@ class SteeredModels:
     """A run's models, with a latent of one SAE added to each text.
 
     Raises:
-        UserError: For a latent that is active nowhere on its positive validation texts.
+        UserError: For a latent that is not active on any of its positive validation texts.
     """
 
     def __init__(self, subject: Subject, splice: Splice, halves: Halves) -> None:
         self._subject = subject
         self._splice = splice
         self._latents = torch.tensor(halves.latents, device=subject.device)
-        self.activations, self.pushes = _typical(subject, splice, halves)
-        """Typical activation of each latent, `[latent]`, and what it adds to the residual stream,
+        self.activations, self.pushes = _typical_activations(subject, splice, halves)
+        """Typical activation of each latent, `[latent]`, and its contribution to the residual stream,
         `[latent, d_model]`."""
 
     @torch.no_grad()
     def effects(self, cell: Cell, texts: Texts, strengths: Tensor) -> Tensor:
-        """Change of the log-probability of each text in nats, at strengths of its latent.
+        """Change of the log-probability of each text in nats, `[strength, text]` in float64.
 
-        The strengths are `[strength, text]`, and the changes too, in float64.
+        `strengths` are the strengths of each text's latent, `[strength, text]`.
         """
         effects = []
         for rows in self._subject.slices(texts.tokens):
@@ -73,19 +73,19 @@ class SteeredModels:
         return torch.cat(effects, dim=1)
 
     def _hidden(self, cell: Cell, tokens: Tensor, which: Tensor, strengths: Tensor) -> Iterator[Tensor]:
-        """Inputs of the head `[text, pos, d_model]`, of the model as it is and at each strength.
+        """Inputs of the head, `[text, pos, d_model]`: first without steering, then at each strength.
 
-        The part of the model before the SAE's place is computed once for all.
+        The part of the model before the SAE is computed once for all of them.
         """
         subject, place = self._subject, self._splice.place
         model, splices = subject.model_of(cell), subject.splices_of(cell)
         keep = subject.kept_positions(tokens, (self._splice,))
-        others = [splice for splice in splices if splice.place != place]
-        before = {splice.hookpoint: splice.sae for splice in others if splice.block < place.begins}
-        behind = {splice.hookpoint: splice.sae for splice in others if splice.block >= place.begins}
+        elsewhere = [splice for splice in splices if splice.place != place]
+        earlier = {splice.hookpoint: splice.sae for splice in elsewhere if splice.block < place.begins}
+        later = {splice.hookpoint: splice.sae for splice in elsewhere if splice.block >= place.begins}
         resid = None
         if place.begins:
-            with spliced(model, before, keep):
+            with spliced(model, earlier, keep):
                 resid = model.resid_entering(place.begins, tokens)
         sae = next((splice.sae for splice in splices if splice.place == place), None)
         plain = IdentitySAE().eval() if sae is None else sae
@@ -95,24 +95,25 @@ class SteeredModels:
             if not place.is_inside:
                 assert resid is not None  # a block's output enters the next one
                 entering = reconstructed(str(place), coder, resid, keep)
-            with spliced(model, inside | behind, keep):
+            with spliced(model, inside | later, keep):
                 hidden = model.hidden(tokens, place.begins, entering)
             yield hidden
 
     def _coder(self, sae: Coder | None, which: Tensor, strengths: Tensor) -> Coder:
-        """The coder at the SAE's place, for texts of these latents `[text]` at these strengths."""
+        """The coder at the SAE's place, for the latent and the strength of each text, `[text]`."""
         if sae is None:
             added = (strengths[:, None] * self.pushes[which])[:, None]
             return Replacement(lambda resid: resid + added)
-        return _Raised(sae, self._latents[which], strengths * self.activations[which])
+        return _SteeredSAE(sae, self._latents[which], strengths * self.activations[which])
 
 
 @torch.no_grad()
-def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
-    """Mean activation of each latent `[latent]`, and its mean contribution to the reconstruction
-    `[latent, d_model]`, both where it is active on its positive validation texts.
+def _typical_activations(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, Tensor]:
+    """Mean activation of each latent, `[latent]`, and mean contribution to the reconstruction,
+    `[latent, d_model]`, over the tokens of its positive validation texts on which it is active.
 
-    The contribution is found by leaving the latent out, which works for every kind of decoder.
+    The contribution is the reconstruction minus the one without the latent, which works for every kind
+    of decoder.
     """
     texts = halves.validation
     number, d_model = len(halves.latents), subject.model.config.hidden_size
@@ -138,8 +139,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
     for latent, count in zip(halves.latents, tokens.tolist(), strict=True):
         if count == 0:
             raise UserError(
-                f"latent {latent} at {splice.hookpoint} is active on no token of its positive texts for "
-                "validation, so that there is no strength to add it with"
+                f"latent {latent} at {splice.hookpoint} is not active on any token of its positive "
+                "validation texts, so its typical activation is unknown"
             )
     return activations / tokens, pushes / tokens[:, None]
 
@@ -147,8 +148,8 @@ def _typical(subject: Subject, splice: Splice, halves: Halves) -> tuple[Tensor, 
 def text_log_probability(head: Head, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of each text in nats, given its first token, `[text]` in float64 on the CPU.
 
-    The head's input is `[text, pos, d_model]`, the tokens are `[text, pos]`. Tokens beyond the length of
-    their text, `[text]`, are not scored.
+    `hidden` is the head's input, `[text, pos, d_model]`; tokens are `[text, pos]`. `lengths`, `[text]`,
+    excludes padding.
     """
     labels = next_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -1,4 +1,4 @@
-"""Texts that latents are steered on: texts that show a latent and texts that do not, in two halves."""
+"""Texts to measure steering on: texts that show a latent and texts that do not, in two halves."""
 
 import itertools
 import json
@@ -20,21 +20,21 @@ from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice
 
 _FEWEST = 4
-"""Positive texts, and negative ones, that a latent needs in each half to be chosen."""
+"""Number of positive and of negative texts in each half that a latent needs to be chosen."""
 _LABELS = {"positive": True, "negative": False}
 _HALVES = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of several latents. A text of two latents is contained twice."""
+    """Texts of several latents. A text that two latents use occurs twice."""
 
     tokens: Tensor
     """Padded at the end, `[text, pos]`."""
     lengths: Tensor
-    """Tokens of each text, without padding, `[text]`."""
+    """Number of tokens of each text, without padding, `[text]`."""
     which: Tensor
-    """Latent of each text, by its place among those steered, `[text]`."""
+    """Latent of each text, as an index into `Halves.latents`, `[text]`."""
     positive: Tensor
     """True for texts that show the latent, `[text]`."""
 
@@ -49,7 +49,7 @@ class Texts:
 
     @property
     def scored(self) -> Tensor:
-        """Tokens of each text that follow another, `[text]`."""
+        """Number of scored tokens of each text, `[text]`: all except the first."""
         return self.lengths - 1
 
 
@@ -73,33 +73,33 @@ def texts_of(subject: Subject, splice: Splice, config: EvaluationConfig) -> Halv
     """Collect the texts that `evaluation.steering_…` asks for.
 
     Raises:
-        ConfigError: For a latent that the SAE does not have, or one without texts of both kinds.
-        UserError: Where the file of texts cannot be used.
+        ConfigError: For a latent that the SAE does not have, or a latent without texts of both labels.
+        UserError: If the file of texts cannot be used.
     """
     with torch.no_grad():
         zeros = torch.zeros(1, subject.model.config.hidden_size, device=subject.device)
         d_sae = splice.sae.encode(zeros).shape[-1]
-    wanted = config.steering_latents if isinstance(config.steering_latents, list) else None
-    for latent in wanted or []:
+    requested = config.steering_latents if isinstance(config.steering_latents, list) else None
+    for latent in requested or []:
         if latent >= d_sae:
             raise ConfigError(
                 "evaluation.steering_latents",
                 latent,
-                f"latents from 0 to {d_sae - 1}, those of the SAE at {splice.hookpoint}",
+                f"latents from 0 to {d_sae - 1} of the SAE at {splice.hookpoint}",
                 nearest=d_sae - 1,
             )
     if config.steering_texts is not None:
-        return _from_file(Path(config.steering_texts).expanduser(), subject, wanted, d_sae)
-    return _held_out(subject, splice, wanted, config)
+        return _from_file(Path(config.steering_texts).expanduser(), subject, requested, d_sae)
+    return _held_out(subject, splice, requested, config)
 
 
 def residuals(
     subject: Subject, splice: Splice, tokens: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Input of an SAE in the plain model, with no SAE in place, for tokens `[text, pos]`.
+    """Input of an SAE in the plain model without any SAE, for tokens `[text, pos]`.
 
     Yields:
-        Rows of the texts; their residuals `[batch, pos, d_model]`; a mask `[batch, pos]` of positions
+        A slice of the texts; their residuals `[batch, pos, d_model]`; a mask `[batch, pos]` of positions
         that keep their activation.
     """
     readings: list[Reading] = []
@@ -113,34 +113,38 @@ def residuals(
 
 
 def _held_out(
-    subject: Subject, splice: Splice, wanted: Sequence[int] | None, config: EvaluationConfig
+    subject: Subject, splice: Splice, requested: Sequence[int] | None, config: EvaluationConfig
 ) -> Halves:
     """Beginnings of held-out sequences, labelled by activation.
 
-    On a latent's positive texts its peak is at least half of its highest activation on any text; on its
-    negative texts it is not active at all. Every other sequence is for validation, for all latents.
+    A text is positive for a latent if the latent's peak on it is at least half of its highest activation
+    on any text, and negative if the latent is not active on it. Every second sequence is for validation,
+    the others are for the test.
     """
     tokens = subject.tokens[: config.sequences, : config.steering_text_tokens]
     peaks = _peaks(subject, splice, tokens)
     strong = (peaks > 0) & (peaks >= peaks.amax(0) / 2)
-    quiet = peaks <= 0
+    silent = peaks <= 0
     halves = [torch.arange(len(tokens)) % 2 == half for half in range(len(_HALVES))]
-    counts = torch.stack([label[half].sum(0) for half in halves for label in (strong, quiet)])
-    latents = _sharpest(peaks, strong, counts, config.steering_latents) if wanted is None else wanted
+    counts = torch.stack([label[half].sum(0) for half in halves for label in (strong, silent)])
+    latents = (
+        _most_selective(peaks, strong, counts, config.steering_latents)
+        if requested is None
+        else requested
+    )
     texts = []
     for half in halves:
         examples: list[_Example] = []
         for place, latent in enumerate(latents):
-            heights = peaks[:, latent]
-            active = (strong[:, latent] & half).nonzero()[:, 0]
-            order = heights[active].argsort(descending=True, stable=True)
-            silent = (quiet[:, latent] & half).nonzero()[:, 0]
-            if not len(active) or not len(silent):
+            positive = (strong[:, latent] & half).nonzero()[:, 0]
+            order = peaks[positive, latent].argsort(descending=True, stable=True)
+            negative = (silent[:, latent] & half).nonzero()[:, 0]
+            if not len(positive) or not len(negative):
                 raise _no_texts(latent, counts[:, latent], len(tokens))
-            for row in active[order[: config.steering_examples]]:
+            for row in positive[order[: config.steering_examples]]:
                 examples.append(_Example(place, tokens[row], True))
-            number = min(len(silent), config.steering_examples)
-            for row in silent[torch.arange(number) * len(silent) // number]:  # evenly spread
+            number = min(len(negative), config.steering_examples)
+            for row in negative[torch.arange(number) * len(negative) // number]:  # evenly spaced
                 examples.append(_Example(place, tokens[row], False))
         texts.append(_texts(examples))
     return Halves(list(latents), *texts)
@@ -156,21 +160,22 @@ def _peaks(subject: Subject, splice: Splice, tokens: Tensor) -> Tensor:
     return torch.cat(peaks)
 
 
-def _sharpest(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
-    """Latents with the largest Welch's t between peaks on positive and on negative texts (all zero).
+def _most_selective(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[int]:
+    """Latents with the largest Welch's t between their peaks on positive and on negative texts.
 
-    Peaks are `[text, d_sae]`, `strong` is a mask of the positive texts in the same shape, and counts
-    `[4, d_sae]` are the numbers of texts of each half and label.
+    Peaks on negative texts are zero. `peaks` are `[text, d_sae]`, `strong` is a mask of the positive
+    texts in the same shape, `counts` `[4, d_sae]` are the numbers of texts of each half and label. At
+    most `most` latents are chosen.
     """
     enough = counts.amin(0) >= _FEWEST
     if not enough.any():
         raise ConfigError(
             "evaluation.steering_latents",
             most,
-            "a list of latents, here: none is active on some texts and silent on others often enough to "
-            f"be chosen ({_FEWEST} of each kind in each half of {len(peaks)} texts). More held-out text "
-            "(data.validation_tokens) or another evaluation.steering_text_tokens may help, and "
-            "evaluation.steering_texts takes labelled text",
+            "a list of latents. More held-out text (data.validation_tokens), another "
+            "evaluation.steering_text_tokens or labelled texts (evaluation.steering_texts) may help",
+            because=f"no latent has {_FEWEST} positive and {_FEWEST} negative texts in each half of "
+            f"{len(peaks)} texts",
         )
     texts = strong.sum(0)
     mean = (peaks * strong).sum(0) / texts
@@ -181,14 +186,14 @@ def _sharpest(peaks: Tensor, strong: Tensor, counts: Tensor, most: int) -> list[
 
 
 def _no_texts(latent: int, counts: Tensor, texts: int) -> ConfigError:
-    """Refusal of a latent that was asked for and cannot be steered on held-out text."""
+    """The error for a requested latent that lacks held-out texts of one label."""
     names = [f"{label} for {half}" for half in _HALVES for label in _LABELS]
     available = listed(f"{count} {name}" for count, name in zip(counts.tolist(), names, strict=True))
     return ConfigError(
         "evaluation.steering_latents",
         latent,
         "a latent with positive and negative texts in both halves; or evaluation.steering_texts",
-        because=f"of {texts} held-out texts it has {available}",
+        because=f"it has {available}, among {texts} held-out texts",
     )
 
 
@@ -201,10 +206,10 @@ def _texts(examples: Sequence[_Example]) -> Texts:
     )
 
 
-def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae: int) -> Halves:
-    """Texts of a file; every other text of each latent and label is for validation."""
+def _from_file(path: Path, subject: Subject, requested: Sequence[int] | None, d_sae: int) -> Halves:
+    """Texts of a file; every second text of each latent and label is for validation."""
     labels = _labels(path, d_sae)
-    latents = list(wanted or dict.fromkeys(latent for latent, _ in labels))
+    latents = list(requested or dict.fromkeys(latent for latent, _ in labels))
     halves: tuple[list[_Example], list[_Example]] = ([], [])
     for (place, latent), (label, positive) in itertools.product(enumerate(latents), _LABELS.items()):
         documents = [
@@ -215,7 +220,7 @@ def _from_file(path: Path, subject: Subject, wanted: Sequence[int] | None, d_sae
         if len(documents) < len(_HALVES):
             raise UserError(
                 f"evaluation.steering_texts = {str(path)!r}: latent {latent} has {len(documents)} "
-                f"{label} texts there; it needs two, one to choose the strength on and one to measure on"
+                f"{label} texts; it needs two, one for validation and one for the test"
             )
         examples = [_Example(place, ids, positive) for ids in _tokenised(path, documents, subject)]
         halves[0].extend(examples[::2])
@@ -236,10 +241,10 @@ def _labels(path: Path, d_sae: int) -> dict[tuple[int, str], bool]:
         latent, text, positive = _row(line, f"{path}, line {number}", d_sae)
         if labels.setdefault((latent, text), positive) != positive:
             raise UserError(
-                f"{path}, line {number}: this text of latent {latent} has the other label too"
+                f"{path}, line {number}: this text of latent {latent} also has the other label"
             )
     if not labels:
-        raise UserError(f"evaluation.steering_texts = {str(path)!r}: there is no text in it")
+        raise UserError(f"evaluation.steering_texts = {str(path)!r} contains no text")
     return labels
 
 
@@ -247,20 +252,20 @@ def _row(line: str, where: str, d_sae: int) -> tuple[int, str, bool]:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: no JSON: {error}") from error
+        raise UserError(f"{where}: not valid JSON: {error}") from error
     fields = row if isinstance(row, dict) else {}
     latent, text, label = (fields.get(name) for name in ("latent", "text", "label"))
     if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < d_sae:
-        raise UserError(f"{where}: `latent` is {latent!r}; it may be from 0 to {d_sae - 1}")
+        raise UserError(f"{where}: `latent` is {latent!r}; it must be from 0 to {d_sae - 1}")
     if not isinstance(text, str) or not text:
-        raise UserError(f"{where}: `text` is {text!r}; it may be any text")
+        raise UserError(f"{where}: `text` is {text!r}; it must be a text that is not empty")
     if not isinstance(label, str) or label not in _LABELS:
-        raise UserError(f"{where}: `label` is {label!r}; it may be {listed(_LABELS)}")
+        raise UserError(f"{where}: `label` is {label!r}; it must be one of {listed(_LABELS)}")
     return latent, text, _LABELS[label]
 
 
 def _tokenised(path: Path, documents: Sequence[Document], subject: Subject) -> Iterator[Tensor]:
-    """Texts as tokens, with the model's BOS, and no longer than the run's sequences."""
+    """Tokens of each text, with BOS if the model has one, cut to the length of the run's sequences."""
     tokenizer = subject.adapted.tokenizer
     bos = convention_of(tokenizer).bos
     head = [] if bos is None else [bos]
@@ -268,7 +273,7 @@ def _tokenised(path: Path, documents: Sequence[Document], subject: Subject) -> I
         tokens = (head + ids)[: subject.config.data.context_length]
         if len(tokens) < SHORTEST_TEXT:
             raise UserError(
-                f"{path}: the text {document.text!r} of {document.key} is a single token, which has "
-                "none before it to be predicted from"
+                f"{path}: the text {document.text!r} of {document.key} is a single token; the model "
+                "needs at least one token before it"
             )
         yield torch.tensor(tokens)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def rows(file: str, **_: Any) -> dict[str, Any]:
-    """The data set of a task, whose one split is `test`: a file beside this one, a JSON row per line."""
+    """The data set of a task, with one split, `test`, from a file in this folder with a row per line."""
     import datasets  # takes a second to import
 
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
