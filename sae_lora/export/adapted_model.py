@@ -125,12 +125,12 @@ class Adapted:
             UserError: Inside `spliced`, where the SAEs are always in place.
         """
         self._check_plain()
-        model = self.model if adapters else self.base
+        model: Any = self.model if adapters else self.base  # transformers adds `generate` to most classes
         inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
         with self.spliced() if sae else nullcontext():
             (tokens,) = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @contextmanager
     def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
