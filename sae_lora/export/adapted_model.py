@@ -125,7 +125,7 @@ class Adapted:
             UserError: Inside `spliced`, where the SAEs are always in place.
         """
         self._check_plain()
-        model: Any = self.model if adapters else self.base  # transformers adds `generate` to most classes
+        model: Any = self.model if adapters else self.base  # most classes have `generate`, not all
         inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
         with self.spliced() if sae else nullcontext():
