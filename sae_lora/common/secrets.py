@@ -1,4 +1,4 @@
-"""Secrets in text (keys, tokens, passwords, addresses with credentials): detected, hidden, never written."""
+"""Secrets in text (keys, tokens, passwords, addresses with credentials): detected and hidden."""
 
 import os
 import re

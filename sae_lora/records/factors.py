@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lora.config.enums import Method
-from sae_lora.config.identity import OF_NO_RESULT, trains_adapters
+from sae_lora.config.identity import NOT_HASHED_KEYS, trains_adapters
 from sae_lora.config.overrides import flat
 from sae_lora.records.folder import RunFolder
 
@@ -160,7 +160,7 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
     return named | {
         key: value
         for key, value in flat(dict(config)).items()
-        if key not in _NAMED_KEYS and key not in OF_NO_RESULT
+        if key not in _NAMED_KEYS and key not in NOT_HASHED_KEYS
     }
 
 
