@@ -272,7 +272,7 @@ def test_an_sae_that_was_deleted_is_said(runs: Runs, capsys: pytest.CaptureFixtu
     shutil.rmtree(runs.folders[0].path)
     for command in ("time-to-ce", "methods"):
         assert main(["compare", command, str(runs.made.home)]) == 1
-        assert "the run that it has begun with is gone" in capsys.readouterr().err
+        assert "the run that it began with no longer exists" in capsys.readouterr().err
 
 
 def test_branches_begin_in_the_figure_where_the_sae_was_kept(runs: Runs) -> None:
