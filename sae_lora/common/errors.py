@@ -54,11 +54,11 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def listed(names: Iterable[object], most: int = 12) -> str:
-    """The names in one line, cut after `most` of them."""
+def listed(names: Iterable[object], limit: int = 12) -> str:
+    """The names in one line, cut after `limit` names."""
     words = [str(name) for name in names]
-    end = f", … ({len(words)} in total)" if len(words) > most else ""
-    return ", ".join(words[:most]) + end
+    end = f", … ({len(words)} in total)" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + end
 
 
 def is_out_of_memory(error: BaseException) -> bool:

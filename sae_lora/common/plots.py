@@ -14,9 +14,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
-def ticks(values: Sequence[float], most: int) -> dict[str, Any]:
-    """An axis with a tick at each value, or at every n-th value: at most `most` ticks."""
-    shown = values[:: max(1, math.ceil(len(values) / most))]
+def ticks(values: Sequence[float], limit: int) -> dict[str, Any]:
+    """An axis with a tick at each value, or at every n-th value: at most `limit` ticks."""
+    shown = values[:: max(1, math.ceil(len(values) / limit))]
     return {"tickvals": list(shown), "ticktext": [f"{value:,.6g}" for value in shown]}
 
 

@@ -102,18 +102,18 @@ def _check_ranges(config: Config) -> None:
     for key in _POSITIVE:
         value = attrgetter(key)(config)
         if value is not None and not 0 < value < math.inf:
-            whole = isinstance(value, int)
-            allowed = "a whole number above 0" if whole else "a finite number above 0"
-            raise _refusal(config, key, allowed, 1 if whole else None)
+            is_int = isinstance(value, int)
+            allowed = "a whole number above 0" if is_int else "a finite number above 0"
+            raise _refusal(config, key, allowed, 1 if is_int else None)
     for key in _NOT_NEGATIVE:
         value = attrgetter(key)(config)
         if value is not None and not 0 <= value < math.inf:
             raise _refusal(config, key, "a number of 0 or more", 0)
-    for key, (least, most) in _SHARES.items():
+    for key, (low, high) in _SHARES.items():
         value = attrgetter(key)(config)
-        if not least <= value <= most:
-            nearest = least if value < least else most
-            raise _refusal(config, key, f"a share from {least:g} to {most:g}", nearest)
+        if not low <= value <= high:
+            nearest = low if value < low else high
+            raise _refusal(config, key, f"a share from {low:g} to {high:g}", nearest)
     for key in ("train.seed", "data.seed"):
         if attrgetter(key)(config) > _LARGEST_SEED:
             raise _refusal(config, key, f"at most {_LARGEST_SEED}", _LARGEST_SEED)

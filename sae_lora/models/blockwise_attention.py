@@ -72,13 +72,13 @@ class _Blockwise(torch.autograd.Function):
         output = torch.empty_like(query)
         shape = *query.shape[:-1], 1
         sums, peaks = (query.new_empty(shape, dtype=blocks.precise) for _ in range(2))
-        for rows, seen in blocks:
-            scores = blocks.scores(rows, seen)
+        for rows, n_visible in blocks:
+            scores = blocks.scores(rows, n_visible)
             peak = blocks.peaks(scores, rows)
             weights = blocks.exponentials(scores, peak, rows, into=scores)
             summed = weights.sum(-1, keepdim=True)
             summed.masked_fill_(summed == 0, 1)  # a query at padding, which sees no position
-            mixed = (weights.to(value.dtype) @ value[:, :, :seen]).div_(summed)
+            mixed = (weights.to(value.dtype) @ value[:, :, :n_visible]).div_(summed)
             output[:, :, rows] = blocks.ungrouped(mixed)
             sums[:, :, rows] = blocks.ungrouped(summed)
             if peak is not None:
@@ -94,21 +94,21 @@ class _Blockwise(torch.autograd.Function):
         blocks = _Blocks(query, key, mask, ctx.scale, ctx.softcap)
         for_query = torch.empty_like(query)
         for_key, for_value = torch.zeros_like(key), torch.zeros_like(value)
-        for rows, seen in blocks:
-            scores = blocks.scores(rows, seen)
+        for rows, n_visible in blocks:
+            scores = blocks.scores(rows, n_visible)
             peak = None if blocks.are_bounded else blocks.grouped(peaks[:, :, rows])
             weights = blocks.exponentials(scores, peak, rows, into=torch.empty_like(scores))
             # The weights are not normalised, so the gradient is divided by their sums instead.
             for_output = blocks.grouped((gradient[:, :, rows] / sums[:, :, rows]).to(query.dtype))
-            for_value[:, :, :seen] += weights.to(value.dtype).transpose(-1, -2) @ for_output
+            for_value[:, :, :n_visible] += weights.to(value.dtype).transpose(-1, -2) @ for_output
             along = (for_output * blocks.grouped(output[:, :, rows])).sum(-1, keepdim=True)
-            slope = (for_output @ value[:, :, :seen].transpose(-1, -2)).sub_(along).mul_(weights)
+            slope = (for_output @ value[:, :, :n_visible].transpose(-1, -2)).sub_(along).mul_(weights)
             if ctx.softcap is not None:
                 slope.addcmul_(torch.mul(slope, scores, out=weights), scores, value=-1)
             slope = slope.to(query.dtype)
-            for_query[:, :, rows] = blocks.ungrouped(slope @ key[:, :, :seen]).mul_(ctx.scale)
+            for_query[:, :, rows] = blocks.ungrouped(slope @ key[:, :, :n_visible]).mul_(ctx.scale)
             scaled_query = blocks.grouped(query[:, :, rows]) * ctx.scale
-            for_key[:, :, :seen] += slope.transpose(-1, -2) @ scaled_query
+            for_key[:, :, :n_visible] += slope.transpose(-1, -2) @ scaled_query
         return for_query, for_key, for_value, None, None, None
 
 
@@ -138,10 +138,10 @@ class _Blocks:
             end = min(start + _ROWS, n_queries)
             yield slice(start, end), self._n_before + end
 
-    def scores(self, rows: slice, seen: int) -> Tensor:
+    def scores(self, rows: slice, n_visible: int) -> Tensor:
         """Scores `[batch, kv_head, share · query, pos]`, also of hidden positions."""
         query = self.grouped(self._query[:, :, rows]) * self._factor
-        scores = (query @ self._key[:, :, :seen].transpose(-1, -2)).to(self.precise)
+        scores = (query @ self._key[:, :, :n_visible].transpose(-1, -2)).to(self.precise)
         return scores if self._softcap is None else scores.tanh_()
 
     def peaks(self, scores: Tensor, rows: slice) -> Tensor | None:

@@ -223,10 +223,10 @@ class LanguageModel:
         probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         half = len(self.blocks) // 2
         with torch.no_grad():
-            whole = self.model(input_ids=probe, use_cache=False).logits
+            expected = self.model(input_ids=probe, use_cache=False).logits
             resid = self.resid_entering(half, probe) if half else None
-            parts = self.logits(self.hidden(probe, half, resid))
-        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+            logits = self.logits(self.hidden(probe, half, resid))
+        if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} is not supported: a block reads more than the previous "
                 "block's output, or the head reads more than the last hidden state"

@@ -249,5 +249,5 @@ class Dropout(nn.Module):
             return inputs
         words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         levels = words.view(torch.int16)[: inputs.numel()].view(inputs.shape)
-        kept = levels >= round(self.p * _LEVELS) - _LEVELS // 2
-        return inputs * kept.to(inputs.dtype).mul_(1 / (1 - self.p))
+        mask = levels >= round(self.p * _LEVELS) - _LEVELS // 2
+        return inputs * mask.to(inputs.dtype).mul_(1 / (1 - self.p))

@@ -31,10 +31,10 @@ def ends(jobs: Collection[str]) -> dict[str, str]:
     """Final states (such as `NODE_FAIL`) of jobs that left the queue, if SLURM's accounting has them."""
     if not jobs:
         return {}
-    whole = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    ids = ",".join(sorted({job.split("_")[0] for job in jobs}))
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format", "JobID,State"]
     try:
-        lines = _output([*command, "--jobs", whole]).splitlines()
+        lines = _output([*command, "--jobs", ids]).splitlines()
     except UserError:  # some clusters have no accounting
         return {}
     states = dict(line.split("|", 1) for line in lines)

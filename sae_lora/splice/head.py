@@ -27,18 +27,18 @@ class Head:
     @classmethod
     def of(cls, model: LanguageModel) -> "Head":
         """The head of a model, with its matrix if possible."""
-        whole = cls(model.logits, model.config.vocab_size)
+        general = cls(model.logits, model.config.vocab_size)
         matrix = model.model.get_output_embeddings()
         softcap = getattr(model.config, "final_logit_softcapping", None)
         if not isinstance(matrix, nn.Linear) or matrix.bias is not None:
-            return whole
+            return general
         if softcap is not None and softcap > LARGEST_EXPONENT:
-            return whole
+            return general
         linear = cls.linear(matrix.weight, softcap)
         probe = torch.linspace(-3, 3, 2 * matrix.in_features).reshape(2, -1).to(matrix.weight)
         with torch.no_grad():
-            logits, expected = linear.logits(probe).float(), whole.logits(probe).float()
-        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else whole
+            logits, expected = linear.logits(probe).float(), general.logits(probe).float()
+        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else general
 
     @classmethod
     def linear(cls, matrix: Tensor, softcap: float | None = None) -> "Head":

@@ -148,17 +148,17 @@ class Comparison:
             )
             yield LogitChunk(part, scores, numerators, sums, student_log_sums, kl)
 
-    def slope_(self, few: LogitChunk) -> None:
+    def slope_(self, part: LogitChunk) -> None:
         """Overwrite the student's scores with d KL / d z, where z are its logits before the soft-cap.
 
         With the teacher's probabilities p, the student's probabilities q and the soft-cap c, this is
         (q − p) · (1 − tanh²(z / c)). Without a soft-cap, the last factor is 1.
         """
-        minus_p, scores, reciprocals = self._minus_p[few.rows], few.scores, few.sums.reciprocal()
+        minus_p, scores, reciprocals = self._minus_p[part.rows], part.scores, part.sums.reciprocal()
         if self.head.softcap is None:
-            torch.addcmul(minus_p, few.numerators, reciprocals, out=scores)
+            torch.addcmul(minus_p, part.numerators, reciprocals, out=scores)
         else:
-            slope = torch.addcmul(minus_p, few.numerators, reciprocals, out=few.numerators)
+            slope = torch.addcmul(minus_p, part.numerators, reciprocals, out=part.numerators)
             product = torch.mul(slope, scores, out=self._part_buffers[1][: len(scores)])
             torch.addcmul(slope, product, scores, value=-1, out=scores)
 
@@ -229,10 +229,10 @@ def fused_kl(
     totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
     for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
         for states, gradient, total in zip(hidden, gradients, totals, strict=True):
-            for few in comparison.students(states[rows]):
-                total += few.kl.sum()
+            for part in comparison.students(states[rows]):
+                total += part.kl.sum()
                 if gradient is not None:
-                    comparison.slope_(few)
+                    comparison.slope_(part)
             if gradient is not None:
                 comparison.head.pull_back(comparison.student_scores, states[rows], gradient[rows])
     shape = teacher_hidden.shape

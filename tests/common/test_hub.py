@@ -122,8 +122,8 @@ def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -
     )
     assert again.returncode == 0, again.stderr
     (path,) = tmp_path.glob("outputs/unlisted/*/summary.json")
-    same = json.loads(path.read_text())
-    assert same["spliced_ce"] == summary["spliced_ce"]
+    unlisted = json.loads(path.read_text())
+    assert unlisted["spliced_ce"] == summary["spliced_ce"]
 
 
 def test_a_users_sae_and_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
