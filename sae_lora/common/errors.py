@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 EXIT_FAILED, EXIT_HELD, EXIT_NOT_TOGETHER, EXIT_INTERRUPTED = 1, 73, 74, 75
 """Exit codes of a process that did not finish its runs: a run failed (its `failure.json` has the cause);
-another process holds a run; the runs cannot train together (too little memory, for example), but fewer
-of them may; the runs were asked to stop and can resume from their checkpoints."""
+another process holds a run; the runs cannot train together (too little memory, for example), but a
+part of them may; the runs were asked to stop and can resume from their checkpoints."""
 
 
 class UserError(Exception):

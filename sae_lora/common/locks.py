@@ -98,7 +98,7 @@ class Lease:
         if self._lost or _newest(self._file.parent) != int(self._file.name):
             raise LostError(
                 "another process has taken over this run, because this process did not renew its lease "
-                f"for {STALE_S:g} s; this process stops"
+                f"for {STALE_S:g} s; this process leaves the run"
             )
 
     def _renew_until(self, stop: threading.Event, every_s: float) -> None:
