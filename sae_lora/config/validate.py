@@ -348,7 +348,7 @@ def _check_processes(config: Config) -> None:
         check_processes(launcher)
     if config.train.batch_size < processes:
         allowed = (
-            f"at least {processes}, one sequence per process "
+            f"at least {processes}, one sequence for each of {processes} processes "
             "(launcher.nodes × launcher.processes_per_node or launcher.gpus_per_node)"
         )
         raise _refusal(config, "train.batch_size", allowed, processes)
