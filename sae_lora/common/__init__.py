@@ -1,1 +1,1 @@
-"""Errors, files, locks, signals and the console, which every room uses."""
+"""Errors, files, locks, signals and the console, for all rooms."""

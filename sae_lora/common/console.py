@@ -25,19 +25,19 @@ errors = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """Print a line for people, as it is: brackets in it are no markup, long lines stay whole."""
+    """Print a line as it is: no markup, no line breaks, secrets hidden."""
     console.print(redacted(text), markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:
-    """Print a table; where the output is no terminal, as wide as the table needs."""
-    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    wide = Console(width=max(console.width, needed), highlight=False)
+    """Print a table. If the output is not a terminal, the table takes the width that it needs."""
+    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    wide = Console(width=max(console.width, width), highlight=False)
     (console if console.is_terminal else wide).print(table)
 
 
 def complain(what: str, text: str) -> None:
-    """Print what went wrong to the error stream, as `what: text`."""
+    """Print a problem to the error stream, as `what: text`."""
     errors.print(f"[red]{what}[/red]: {escape(redacted(text))}", soft_wrap=True)
 
 
@@ -50,7 +50,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(description: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A live bar in a terminal. It appears with the first call of `count(done, total, note)`."""
+    """A live progress bar in a terminal. The first call of `count(done, total, note)` shows it."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
@@ -80,14 +80,14 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as per cent, or `undefined`."""
+    """A share in per cent; `undefined` for `None`."""
     return "undefined" if share is None else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them."""
+    """A duration in seconds as text: `3.2 s`, `4 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole_seconds:02d} s"

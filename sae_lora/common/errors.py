@@ -1,16 +1,16 @@
-"""Errors that a user can cause: one message that says what is wrong and what would be right."""
+"""Errors that a user can cause. Each has one message: the problem, and the way to correct it."""
 
 import difflib
 from collections.abc import Iterable, Iterator
 
 EXIT_FAILED, EXIT_HELD, EXIT_NOT_TOGETHER, EXIT_INTERRUPTED = 1, 73, 74, 75
-"""Exit codes of an attempt that did not finish its runs: the cause is in `failure.json`; another
-process holds a run; the runs cannot train together (too little memory, say), but fewer of them may; they
-were asked to stop and go on from their checkpoints."""
+"""Exit codes of a process that did not finish its runs: a run failed (its `failure.json` has the cause);
+another process holds a run; the runs cannot train together (too little memory, for example), but a
+part of them may; the runs were asked to stop and can resume from their checkpoints."""
 
 
 class UserError(Exception):
-    """Something the user can mend. Shown as one message, without a traceback."""
+    """An error that the user can correct. It is shown as one message, without a traceback."""
 
 
 class ConfigError(UserError):
@@ -18,10 +18,10 @@ class ConfigError(UserError):
 
     Args:
         field: The dotted key, as typed on the command line.
-        got: The value found there.
-        allowed: What it may be, in words.
-        nearest: The closest valid value, where there is one.
-        because: Why this value cannot work, where `allowed` alone does not say it.
+        got: The refused value.
+        allowed: The allowed values, in words.
+        nearest: The closest valid value, if there is one.
+        because: The reason, if `allowed` does not make it clear.
     """
 
     def __init__(
@@ -38,39 +38,39 @@ class ConfigError(UserError):
         self.nearest = nearest
         typed = "null" if got is None else repr(got) if isinstance(got, str) else str(got)
         lines = [f"{field} = {typed} cannot be used" + (f": {because}" if because else "")]
-        lines.append(f"  it may be: {allowed}")
+        lines.append(f"  allowed: {allowed}")
         if nearest is not None:
             lines.append(f"  nearest valid: {field}={nearest}")
         super().__init__("\n".join(lines))
 
 
 class NoSuchCellError(ConfigError):
-    """A point of a grid at which there is no SAE: dropped from a sweep, refused alone."""
+    """A point without an SAE. A sweep drops this point; a single run is refused."""
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The name closest in spelling, or `None` where nothing is close."""
+    """The name that is closest in spelling; `None` if no name is close."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
-def listed(names: Iterable[object], most: int = 12) -> str:
-    """The names in one line, cut after `most` of them."""
-    every = [str(name) for name in names]
-    rest = f", … ({len(every)} in all)" if len(every) > most else ""
-    return ", ".join(every[:most]) + rest
+def listed(names: Iterable[object], limit: int = 12) -> str:
+    """The names in one line, cut after `limit` names."""
+    words = [str(name) for name in names]
+    end = f", … ({len(words)} in total)" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + end
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where there was too little memory, on a GPU or not."""
+    """True if the error means too little memory, of a GPU or of the machine."""
     words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
-    # torch's error is known by its name, because this module works without torch.
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(word in str(error) for word in words)
+    # The name of torch's class is compared, because this module does not import torch.
+    is_known_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known_class or any(word in str(error) for word in words)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, the one it was raised from, and so on: libraries wrap each other's errors."""
+    """The error and the chain of its causes: libraries wrap each other's errors."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

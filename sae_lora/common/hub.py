@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face hub in one clear message, whatever library raised them."""
+"""Errors of the Hugging Face hub as one clear message, whichever library raised them."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from sae_lora.common.errors import UserError, causes
 
 
 class UnreachableError(UserError):
-    """The hub does not answer, and what is asked for is not in the cache."""
+    """The hub does not answer, and the requested files are not in the cache."""
 
 
 _OFFLINE = "it is not in the local cache, and the hub cannot be reached (no network, or offline mode)"
@@ -23,10 +23,10 @@ _BROKEN = "the hub cannot be reached, or the connection broke; check the network
 
 @contextmanager
 def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None]:
-    """Turn what loading from the hub can raise into `<field> = <name> cannot <cannot>: <reason>`.
+    """Turn errors of loading from the hub into `<field> = <name> cannot <cannot>: <reason>`.
 
     Raises:
-        UserError: In place of the libraries' own errors; the original is its cause.
+        UserError: Replaces the library's error, which is its cause.
     """
     try:
         yield
@@ -40,16 +40,16 @@ def explained(field: str, name: str, cannot: str = "be loaded") -> Iterator[None
 
 
 def _reason(error: BaseException) -> str | None:
-    """A reason in words, or `None` for an error that has nothing to do with fetching files.
+    """The reason in words; `None` for an error that is not about fetching files.
 
-    Libraries wrap each other's errors, so the whole chain is looked at, the most telling kind first.
+    Libraries wrap each other's errors, so all causes are searched, for the most specific kind first.
     """
     chain = list(causes(error))
     text = "\n".join(map(str, chain)).lower()
-    names = {type(link).__name__ for link in chain}
+    names = {type(cause).__name__ for cause in chain}
 
     def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
+        return any(isinstance(cause, kinds) for cause in chain)
 
     def says(*words: str) -> bool:
         return any(word in text for word in words)
@@ -66,19 +66,19 @@ def _reason(error: BaseException) -> str | None:
     if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         return _OFFLINE
     if has(hub.RemoteEntryNotFoundError, hub.EntryNotFoundError):
-        return "the repository lacks a file that is needed; is it of the kind that the config says?"
+        return "the repository lacks a required file; check that it is the right kind of repository"
     if has(hub.HFValidationError):
-        return "that is neither a folder on this machine nor a repository's name (org/name)"
+        return "it is neither a folder on this machine nor the name of a repository (org/name)"
     if says("dataset scripts are no longer supported"):
         return (
-            "it holds a loading script, and none is ever run here. Most such data sets have a copy that "
-            "the hub converted itself: data.revision=refs/convert/parquet"
+            "it needs a loading script, and scripts from the hub are never run. Most of these data sets "
+            "have a copy that the hub converted: data.revision=refs/convert/parquet"
         )
     if has(SafetensorError) or says("consistency check failed", "not a zip file", "incomplete"):
         return "a downloaded file is damaged. Delete it from the Hugging Face cache and try again"
     if has(ConnectionError, TimeoutError) or any(
-        type(link).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "aiohttp"))
-        for link in chain
+        type(cause).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "aiohttp"))
+        for cause in chain
     ):
         return _BROKEN
     if has(hub.HfHubHTTPError):
@@ -92,7 +92,7 @@ _COMMIT = r"[0-9a-f]{40}"
 
 
 def cached_commit(repo: str, revision: str | None = None) -> str | None:
-    """The commit of the cached copy of a model's repository; `None` for what is not from the hub."""
+    """The commit of the cached copy of a model's repository; `None` if it is not from the hub."""
     if revision is not None and re.fullmatch(_COMMIT, revision):
         return revision
     try:
@@ -104,10 +104,10 @@ def cached_commit(repo: str, revision: str | None = None) -> str | None:
 
 
 def dataset_commit(name: str, revision: str | None) -> str:
-    """The commit that a data set's revision stands for now; a commit stands for itself, offline too.
+    """The current commit of a data set's revision. If `revision` is a commit, no network is needed.
 
     Raises:
-        UserError: Where the data set cannot be found or the hub cannot be asked.
+        UserError: If the data set does not exist or the hub does not answer.
     """
     if revision is not None and re.fullmatch(_COMMIT, revision):
         return revision

@@ -1,4 +1,4 @@
-"""Runs that go on together, and each fails alone: the one policy for errors in a pack."""
+"""The rule for errors in a pack: a run that fails is dropped, and the others continue."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,34 +10,34 @@ Run = TypeVar("Run")
 
 
 class Isolation(Generic[Run]):
-    """Runs that go on together. An error in one of them leaves it out, and the others go on.
+    """Runs that train together. An error in one run drops this run, and the others continue.
 
     Args:
-        runs: All of them.
-        on_failure: Called with a run that is left out and its error. `None` raises the error.
+        runs: The runs.
+        on_failure: Called with a dropped run and its error. `None` raises the error.
     """
 
     def __init__(
         self, runs: Iterable[Run], on_failure: Callable[[Run, Exception], None] | None = None
     ) -> None:
         self.runs = list(runs)
-        """All of them, also those that have failed."""
+        """All runs, also the failed ones."""
         self.active = self.runs.copy()
         """The runs that have not failed."""
         self._on_failure = on_failure
 
     @contextmanager
     def only(self, run: Run) -> Iterator[None]:
-        """Assign each error inside the block to this run alone.
+        """Assign each error inside the block to this run only.
 
         Raises:
-            Exception: Where it concerns the device, and so all of several runs: out of memory, or a
-                failed GPU. Also where no `on_failure` was given.
+            Exception: If several runs are active and the error concerns the device that they share: out
+                of memory, or a failed GPU. Also if there is no `on_failure`.
         """
         try:
             yield
         except Exception as error:
-            # torch's error is known by its name, because this module works without torch.
+            # The name of torch's class is compared, because this module does not import torch.
             is_of_device = is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
             if self._on_failure is None or (is_of_device and len(self.active) > 1):
                 raise

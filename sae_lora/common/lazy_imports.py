@@ -1,7 +1,7 @@
-"""Large libraries are imported sooner: `python -m sae_lora.common.lazy_imports MODULE …` runs one so.
+"""Faster imports of large libraries: `python -m sae_lora.common.lazy_imports MODULE …` runs a module so.
 
-Objects of torch, transformers and the like stay in memory. Python would search them for garbage again
-and again during the import, for nothing: a third of the time that such an import takes.
+The garbage collector is off during these imports. It would search the many new objects of torch or
+transformers again and again and free none of them, which takes a third of the time of the import.
 """
 
 import gc
@@ -16,7 +16,7 @@ _LARGE = "torch transformers peft sae_lens datasets pandas plotly wandb lm_eval"
 
 
 class _Finder(MetaPathFinder):
-    """Finder of modules of large libraries, which has them executed without a search."""
+    """Import finder that executes modules of large libraries without garbage collection."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,13 +42,13 @@ class _Finder(MetaPathFinder):
 
 
 def import_quickly() -> None:
-    """Let this process import large libraries without a search for garbage, from now on."""
+    """From now on, import large libraries in this process without garbage collection."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def main() -> int:
-    """Run the module of that name as a program, with the arguments that follow it."""
+    """Run `main` of the module named by the first argument, with the other arguments."""
     import_quickly()
     del sys.argv[0]
     return importlib.import_module(sys.argv[0]).main()

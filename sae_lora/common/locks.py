@@ -1,13 +1,14 @@
-"""A run belongs to one process at a time, and is free again when that process ends, however it ends.
+"""Leases: a run belongs to one process at a time, and is free again when this process ends or is killed.
 
-Nothing is needed but a file system that creates a file exclusively and says when one was last
-touched; several machines may share it, and their clocks may differ.
+A lease needs only a file system that creates files exclusively and records modification times. Several
+machines may share it, and their clocks may differ.
 
-.lease/00000007    the file with the largest number counts: who holds the run, or that nobody does.
-                   Its holder touches it every few seconds; one that is not touched has no holder.
+.lease/00000007    Only the file with the largest number counts. It names the process that holds the run,
+                   or is `null` if the run is free. The holder touches the file every few seconds; a file
+                   that is not touched has no living holder.
 
-The library filelock does not do this: its `FileLock` needs a file server that passes locks on between
-machines, and a lease of another machine can only be judged after watching it for as long as it lasts.
+The library filelock does not do this: its `FileLock` needs a file server that shares locks between
+machines, and to judge a lease of another machine it must watch the lease for its whole duration.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import write_atomically
 
 RENEW_S = 10.0
-"""Seconds between two touches."""
+"""Seconds between two touches of the lease file."""
 STALE_S = 90.0
-"""Seconds without a touch after which the holder is taken for dead, where it cannot be asked."""
+"""Seconds without a touch after which a holder counts as dead, if its process cannot be looked up."""
 
 
 class HeldError(UserError):
-    """Another process is at work on the run."""
+    """Another process holds the run."""
 
 
 class LostError(UserError):
-    """The process did not touch its lease for so long that another has taken the run over."""
+    """Another process took over the run, because this process did not touch its lease for too long."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Holder:
     host: str
     pid: int
     machine: str
-    """Tells machines and containers of one name apart: a process number means nothing elsewhere."""
+    """Identifies the machine and the container, also if names are equal: a PID is valid only there."""
     started: str
-    """Start of the process, in its system's own count: process numbers are used again."""
+    """Start time of the process, in ticks of its kernel: the system reuses PIDs."""
     slurm_job: str | None = None
     slurm_restart: int = 0
 
     @classmethod
-    def here(cls) -> "Holder":
+    def this_process(cls) -> "Holder":
         """This process."""
         pid, variables = os.getpid(), os.environ
         return cls(
@@ -68,13 +69,13 @@ class Holder:
 
     @property
     def is_alive(self) -> bool | None:
-        """True while the process runs; `None` where that cannot be known from here."""
-        here = Holder.here()
-        if self.machine == here.machine:
+        """True while the process runs; `None` if this process cannot know it."""
+        current = Holder.this_process()
+        if self.machine == current.machine:
             return _start_of(self.pid) == self.started
-        if self.slurm_job is not None and self.slurm_job == here.slurm_job:
-            # SLURM runs a job once at a time: what an earlier start of it left has been cut off.
-            return False if self.slurm_restart < here.slurm_restart else None
+        if self.slurm_job is not None and self.slurm_job == current.slurm_job:
+            # SLURM has ended the earlier start of a job before it starts the job again.
+            return False if self.slurm_restart < current.slurm_restart else None
         return None
 
 
@@ -86,28 +87,28 @@ class Lease:
         self._lost = False
 
     def check(self) -> None:
-        """Make sure that the run is still held, before anything is written that counts.
+        """Check that this process still holds the run; call it before results are written.
 
         Raises:
-            LostError: Where another process holds it now.
-            UserError: Where its folder is gone.
+            LostError: If another process holds the run now.
+            UserError: If the run folder was deleted.
         """
         if not self._file.parent.exists():
-            raise UserError("the folder of this run has been deleted; it stops here")
+            raise UserError("the folder of this run has been deleted; the run stops")
         if self._lost or _newest(self._file.parent) != int(self._file.name):
             raise LostError(
-                "another process has taken this run over, because this one gave no sign of life "
-                f"for {STALE_S:g} s; it stops here"
+                "another process has taken over this run, because this process did not renew its lease "
+                f"for {STALE_S:g} s; this process leaves the run"
             )
 
     def _renew_until(self, stop: threading.Event, every_s: float) -> None:
         while not stop.wait(every_s):
             try:
                 os.utime(self._file)
-            except FileNotFoundError:  # who takes a run over clears the old leases away
+            except FileNotFoundError:  # a process that takes over a run deletes the old leases
                 self._lost = True
                 return
-            except OSError:  # a file server that is away for a moment; the next touch may succeed
+            except OSError:  # a short outage of the file server; the next touch may succeed
                 continue
 
 
@@ -117,10 +118,10 @@ def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
     Args:
         folder: The run folder.
-        renew_s: Seconds between two signs of life.
+        renew_s: Seconds between two touches of the lease file.
 
     Raises:
-        HeldError: Where another process holds it.
+        HeldError: If another process holds the run.
     """
     file = _take(folder / ".lease")
     lease = Lease(file)
@@ -137,14 +138,14 @@ def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
 
 def holder(folder: Path) -> Holder | None:
-    """The process that holds the run of this folder now; `None` where nobody does."""
+    """The process that holds the run of this folder now; `None` if the run is free."""
     return _look(folder / ".lease")[1]
 
 
 def _look(leases: Path) -> tuple[int, Holder | None]:
-    """The largest number, and its holder."""
+    """The largest lease number, and the living holder of this lease, if any."""
     while number := _newest(leases):
-        with contextlib.suppress(FileNotFoundError):  # taken over meanwhile: look again
+        with contextlib.suppress(FileNotFoundError):  # taken over in the meantime: look again
             return number, _living(leases / f"{number:08d}")
     return 0, None
 
@@ -152,22 +153,22 @@ def _look(leases: Path) -> tuple[int, Holder | None]:
 def _take(leases: Path) -> Path:
     leases.mkdir(parents=True, exist_ok=True)
     while True:
-        number, other = _look(leases)
-        if other is not None:
+        number, process = _look(leases)
+        if process is not None:
             raise HeldError(
                 f"{leases.parent.name} is being run by another process "
-                f"(number {other.pid} on {other.host})"
+                f"(PID {process.pid} on {process.host})"
             )
-        # The next number after the one that was found free: of all who found so, one can make it.
+        # Several processes may see that this lease is free; only one of them can create the next file.
         file = leases / f"{number + 1:08d}"
         try:
             descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:  # somebody was quicker: see who it is
+        except FileExistsError:  # another process was faster: find out which
             continue
-        with os.fdopen(descriptor, "w") as opened:
-            json.dump(asdict(Holder.here()), opened)
-            opened.flush()
-            os.fsync(opened.fileno())
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(asdict(Holder.this_process()), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         for path in leases.iterdir():
             if path.name.isdigit() and int(path.name) <= number:
                 path.unlink(missing_ok=True)
@@ -175,7 +176,7 @@ def _take(leases: Path) -> Path:
 
 
 def _newest(leases: Path) -> int:
-    """The largest number; 0 where there is none."""
+    """The largest lease number; 0 if there is no lease."""
     try:
         return max((int(path.name) for path in leases.iterdir() if path.name.isdigit()), default=0)
     except (FileNotFoundError, NotADirectoryError):
@@ -183,15 +184,15 @@ def _newest(leases: Path) -> int:
 
 
 def _living(file: Path) -> Holder | None:
-    """The lease's holder, if it lives.
+    """The holder of the lease, if it is alive.
 
     Raises:
-        FileNotFoundError: Where the lease has been cleared away.
+        FileNotFoundError: If the lease has been deleted.
     """
     touched = file.stat().st_mtime
     try:
         values = json.loads(file.read_text())
-    except ValueError:  # just made, and not yet written
+    except ValueError:  # created a moment ago and still empty
         values = {"host": "?", "pid": 0, "machine": "", "started": ""}
     if values is None:
         return None
@@ -203,20 +204,20 @@ def _living(file: Path) -> Holder | None:
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock of the folder's file system, which touches are counted in."""
+    """The time by the clock of the folder's file system, which also sets the times of touches."""
     probe = folder / f".now-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     try:
         probe.write_text("")
         now = probe.stat().st_mtime
         probe.unlink(missing_ok=True)
-    except OSError:  # who may only read the folder has to trust the clock of this machine
+    except OSError:  # without write access, only the clock of this machine is available
         return time.time()
     return now
 
 
 def _start_of(pid: int) -> str | None:
-    """Start of the process, in the kernel's ticks; `None` where it has ended."""
-    if not Path("/proc/self/stat").exists():  # macOS: no more is known than whether it runs
+    """Start time of the process, in ticks of the kernel; `None` if the process has ended."""
+    if not Path("/proc/self/stat").exists():  # macOS: only its existence is known, not its start
         return "" if psutil.pid_exists(pid) else None
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -226,7 +227,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """A name for what process numbers belong to: this start of this kernel, this container in it."""
+    """An id for where PIDs are unique: this host, this boot of its kernel, this container."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -1,4 +1,4 @@
-"""The look of all figures, and files of them. Imports no torch."""
+"""The common style of all figures, and export to files. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
-def ticks(values: Sequence[float], most: int) -> dict[str, Any]:
-    """An axis with a tick at each value, or at every second or third where `most` are fewer."""
-    shown = values[:: max(1, math.ceil(len(values) / most))]
+def ticks(values: Sequence[float], limit: int) -> dict[str, Any]:
+    """An axis with a tick at each value, or at every n-th value: at most `limit` ticks."""
+    shown = values[:: max(1, math.ceil(len(values) / limit))]
     return {"tickvals": list(shown), "ticktext": [f"{value:,.6g}" for value in shown]}
 
 
 def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, Any]:
-    """A logarithmic axis around values above zero, with whole numbers at its ticks: 1, 2, 5, 10 …"""
+    """A logarithmic axis around positive values, with ticks at round numbers: 1, 2, 5, 10 …"""
     low, high = 0.9 * min(values), 1.1 * max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
@@ -36,7 +36,7 @@ def logarithmic(values: Sequence[float], tickformat: str = ".3~g") -> dict[str, 
 
 
 def finished(figure: go.Figure) -> go.Figure:
-    """The figure in the look of all: wide enough for a column of a paper, the legend beside the data."""
+    """The figure in the common style: one column of a paper wide, the legend beside the data."""
     figure.update_layout(
         template="plotly_white",
         width=760,
@@ -49,19 +49,19 @@ def finished(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def try_pictures(wanted: Sequence[tuple[go.Figure, Path]]) -> list[str]:
-    """Write figures to .svg or .png files, in the size of their layout; kaleido needs a browser for it.
+def try_pictures(targets: Sequence[tuple[go.Figure, Path]]) -> list[str]:
+    """Write figures to .svg or .png files, in the size of their layout. kaleido needs a browser for it.
 
     Returns:
-        Messages about pictures that cannot be made here; none where all are there.
+        Messages about pictures that could not be written; empty if all were written.
     """
-    figures = [figure for figure, _ in wanted]
-    # Without a size for each, all are of plotly's default size.
+    figures = [figure for figure, _ in targets]
+    # Without explicit sizes, plotly writes all figures in its default size.
     layouts = [figure.to_dict()["layout"] for figure in figures]
     try:
         plotly.io.write_images(
             figures,
-            [path for _, path in wanted],
+            [path for _, path in targets],
             width=[layout.get("width") for layout in layouts],
             height=[layout.get("height") for layout in layouts],
             scale=2,

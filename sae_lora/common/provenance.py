@@ -1,4 +1,4 @@
-"""The machine, the packages and the commit that made a result, for the record."""
+"""The machine, the package versions and the commit with which a result was computed."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "sae_lora": metadata.version("sae_lora"),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        # torch's own word on its version also names its CUDA build.
+        # torch.__version__ also names the CUDA build, unlike the metadata of the package.
         "packages": {"torch": torch.__version__} | {name: metadata.version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -28,17 +28,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit that this code is at, marked where files differ from it; `None` outside git."""
-    here = Path(__file__)
-    package = here.parents[1]
+    """The commit of this code, with `-dirty` if files differ from it; `None` outside git."""
+    module = Path(__file__)
+    package = module.parents[1]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
-        # Where this file is not tracked, the commit is some other project's.
-        git("ls-files", "--error-unmatch", str(here.relative_to(package)))
+        # If git does not track this file, the commit belongs to another project.
+        git("ls-files", "--error-unmatch", str(module.relative_to(package)))
         commit = git("rev-parse", "HEAD").strip()
         return commit + ("-dirty" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Secrets in text: keys, tokens, passwords, addresses with credentials. None may be written anywhere."""
+"""Secrets in text (keys, tokens, passwords, addresses with credentials): detected and hidden."""
 
 import os
 import re
@@ -17,22 +17,22 @@ _SECRETS = re.compile(
 _HIDDEN = "***"
 _NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _SHORTEST = 8
-"""Characters of a variable's value; what is shorter stands in ordinary text too."""
+"""Shortest value of a variable to hide, in characters: shorter values occur in ordinary text too."""
 
 
 def secret_in(text: str) -> bool:
-    """True where the text looks as if it held a secret. A git commit is none, nor is `$HF_TOKEN`."""
+    """True if the text seems to contain a secret. A git commit or `$HF_TOKEN` is not a secret."""
     return _SECRETS.search(text) is not None
 
 
 def redacted(text: str) -> str:
-    """The text without its secrets, and without the values of variables that hold some."""
-    held = [
+    """The text without secrets, and without the values of environment variables that contain some."""
+    values = [
         value
         for name, value in os.environ.items()
         if name.upper().endswith(_NAMES) and len(value) >= _SHORTEST
     ]
-    for value in sorted(held, key=len, reverse=True):
+    for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, _HIDDEN)
     return _SECRETS.sub(_hide, text)
 

@@ -1,4 +1,4 @@
-"""A request to stop, by signal, becomes an exception at a moment when nothing is half done."""
+"""Signals that ask a process to stop, as an exception that is raised when no step is half done."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""SLURM's warning before a preemption or the time limit (as submitit sets it), a kill, Ctrl-C, a
-terminal that is closed."""
+"""SLURM's warning before preemption or the time limit (as submitit sets it), `kill`, Ctrl-C, and the end
+of the terminal."""
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop; it can go on from where it stands."""
+    """The process was asked to stop; its runs can resume later."""
 
 
 class Interruption:
@@ -19,19 +19,19 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
-        """True once the request has come."""
+        """True after the request to stop."""
         self._raised = False
         self._held = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Listen inside the block only; must be entered in the main thread."""
+        """Receive the signals inside the block only. Enter it in the main thread."""
         with handling(SIGNALS, self._ask):
             yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make a request wait until the block has ended: what it does must not be left half done."""
+        """Delay a request until the block ends, for work that must not be interrupted."""
         self._held += 1
         try:
             yield
@@ -44,7 +44,7 @@ class Interruption:
         self._raise_if_asked()
 
     def _raise_if_asked(self) -> None:
-        # Once is enough: SLURM and submitit send several signals, and the way out must not be cut short.
+        # Only once: SLURM and submitit send several signals, and the clean-up must not be interrupted.
         if self.asked and not self._held and not self._raised:
             self._raised = True
             raise Interrupted
@@ -52,23 +52,23 @@ class Interruption:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Processes that are started inside the block never get any of `SIGNALS`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Block `SIGNALS` for processes that are started inside the block."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextmanager
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Inside the block the handler gets these signals, but for those that are ignored (`nohup`)."""
+    """Handle these signals inside the block, except signals that are ignored already (`nohup`)."""
     handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in handled}
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)

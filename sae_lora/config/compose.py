@@ -1,4 +1,4 @@
-"""Hydra's side of a command: configs are composed, and errors become one clear message."""
+"""Composition of configs through Hydra, with errors as one clear message."""
 
 import os
 import re
@@ -28,18 +28,18 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
-"""The values: in the installed package, or beside it in a clone of the repository."""
+"""Folder of the config values: in the installed package, or beside it in a clone of the repository."""
 RENAMED_GROUPS = {"arm": "variant"}
-"""Config groups by their names in version 0.1, and their names now."""
+"""Names of config groups in version 0.1, with their present names."""
 TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
-"""Hydra's own name for "show me the traceback", which users know."""
+"""Hydra's environment variable that makes it print tracebacks."""
 
 
 def checked(composed: DictConfig) -> Config:
     """One composed point, typed and checked.
 
     Raises:
-        ConfigError: Where it cannot work.
+        ConfigError: If a value or a combination is impossible.
     """
     config = typed(composed)
     check(config)
@@ -48,21 +48,22 @@ def checked(composed: DictConfig) -> Config:
 
 @cache
 def default() -> Config:
-    """The config of `python launch.py`, typed; not checked."""
+    """The default config, that of `sae-lora launch` without overrides; typed, not checked."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed(compose("config"))
 
 
 def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list[Config]:
-    """The points that a command line stands for, as Hydra and its sweeper compose them.
+    """The points of a command line, as Hydra and its sweeper compose them.
 
     Args:
-        arguments: Overrides and Hydra's options: `["-m", "lora.rank=1,4"]`.
-        run_now: Runs a point and returns its objective, to be minimised. Hydra's other launchers and
-            sweepers call it, as they need each result before the next point; then no points are left.
+        arguments: Overrides and options of Hydra: `["-m", "lora.rank=1,4"]`.
+        run_now: Runs a point and returns its objective, which is minimised. Launchers and sweepers other
+            than Hydra's basic ones call it, because they may need a result before the next point. The
+            returned list is then empty.
 
     Raises:
-        UserError: For a point that cannot work.
+        UserError: For an impossible point.
     """
     composed: list[DictConfig] = []
 
@@ -73,23 +74,24 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
         composed.append(point)
         return None
 
-    before = sys.argv
-    sys.argv = [before[0], *map(_with_new_names, with_options_first(arguments))]  # Hydra reads no other
+    original_argv = sys.argv
+    # hydra.main reads its arguments only from sys.argv.
+    sys.argv = [original_argv[0], *map(_with_new_names, with_options_first(arguments))]
     try:
         with mistakes_explained():
             collect()
             return [checked(point) for point in composed]
     finally:
-        sys.argv = before
+        sys.argv = original_argv
 
 
 def with_options_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with overrides at the end: Hydra does not read options after overrides."""
+    """The arguments with overrides last: Hydra does not read options after overrides."""
     return sorted(arguments, key=lambda word: "=" in word and not word.startswith("-"))
 
 
 def _with_new_names(argument: str) -> str:
-    """An argument that names a group as version 0.1 did, with today's name."""
+    """The argument with the present name of its group, if it uses a name of version 0.1."""
     for old, new in RENAMED_GROUPS.items():
         if argument.startswith(f"{old}="):
             complain("note", f"the config group `{old}` is called `{new}` now")
@@ -98,7 +100,7 @@ def _with_new_names(argument: str) -> str:
 
 
 def _is_dispatched_by_hydra() -> bool:
-    """Whether the user chose another Hydra launcher, or a sweeper that needs each point's result."""
+    """True if the user chose another launcher or sweeper than Hydra's basic ones."""
     chosen = HydraConfig.get()
     basic = "hydra._internal.core_plugins.basic_"
     return not all(part._target_.startswith(basic) for part in (chosen.launcher, chosen.sweeper))
@@ -106,12 +108,12 @@ def _is_dispatched_by_hydra() -> bool:
 
 @contextmanager
 def mistakes_explained() -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's errors inside the block into one that names the field and the value.
+    """Turn errors of Hydra and OmegaConf inside the block into one that names the field and the value.
 
     Raises:
-        UserError: In their place.
+        UserError: Replaces these errors.
     """
-    before = os.environ.get(TRACEBACK_VARIABLE)
+    previous = os.environ.get(TRACEBACK_VARIABLE)
     os.environ[TRACEBACK_VARIABLE] = "1"  # otherwise Hydra prints errors itself and exits
     try:
         yield
@@ -119,12 +121,12 @@ def mistakes_explained() -> Iterator[None]:
         raise UserError(explanation(error)) from error
     finally:
         del os.environ[TRACEBACK_VARIABLE]
-        if before is not None:
-            os.environ[TRACEBACK_VARIABLE] = before
+        if previous is not None:
+            os.environ[TRACEBACK_VARIABLE] = previous
 
 
 def explanation(error: BaseException) -> str:
-    """The user's mistake in terms of fields and values, whichever library noticed it."""
+    """The mistake of the user in terms of fields and values, whichever library raised the error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -138,10 +140,10 @@ def explanation(error: BaseException) -> str:
             f"{error.override} cannot be read: {str(error).splitlines()[0]}\n"
             f"  text with special characters needs quotes inside quotes: {quoted}"
         )
-    for link in causes(error):
-        text = str(link)
-        if isinstance(link, ValidationError) and getattr(link, "full_key", None):
-            return _explain_type(str(link.full_key), text)
+    for cause in causes(error):
+        text = str(cause)
+        if isinstance(cause, ValidationError) and getattr(cause, "full_key", None):
+            return _explain_type(str(cause.full_key), text)
         if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
             key = (match[1] or match[2]).split("@")[0]
             if key in RENAMED_GROUPS:

@@ -1,17 +1,17 @@
-"""The words that a config may use, where only some are allowed."""
+"""Enums for the config keys that accept only certain words."""
 
 import enum
 
 
 class DType(enum.Enum):
-    """Floating-point formats a model can be held in."""
+    """Floating-point format of a model's weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class Device(enum.Enum):
-    """Device of a run; `auto` takes the GPU where there is one."""
+    """Device of a run; `auto` is a GPU if there is one, else the CPU."""
 
     auto = "auto"
     cpu = "cpu"
@@ -19,7 +19,7 @@ class Device(enum.Enum):
 
 
 class Attention(enum.Enum):
-    """Implementation of attention; `auto` is transformers' own choice, except where that is slow."""
+    """Implementation of attention; `auto` is transformers' choice, or blockwise if that is faster."""
 
     auto = "auto"
     eager = "eager"
@@ -30,7 +30,7 @@ class Attention(enum.Enum):
 
 
 class SAEFamily(enum.Enum):
-    """Source of an SAE; it also settles the facts that are known about it."""
+    """Source of an SAE. It also determines what is known about the SAE before loading."""
 
     tiny = "tiny"
     gemma_scope = "gemma_scope"
@@ -42,7 +42,7 @@ class SAEFamily(enum.Enum):
 
 
 class Architecture(enum.Enum):
-    """Architecture of a new SAE; sae-lens's names."""
+    """Architecture of a new SAE, by sae-lens's names."""
 
     topk = "topk"
     batchtopk = "batchtopk"
@@ -53,7 +53,7 @@ class Architecture(enum.Enum):
 
 
 class Suite(enum.Enum):
-    """Group of measurements of a finished run."""
+    """Suite: a group of measurements of a finished run."""
 
     core = "core"
     mechanism = "mechanism"
@@ -62,11 +62,11 @@ class Suite(enum.Enum):
     steering = "steering"
     saebench = "saebench"
     downstream = "downstream"
-    """tasks, steering and saebench together, as far as tasks and benchmarks are asked for."""
+    """tasks, steering and saebench together, without those for which nothing is configured."""
 
 
 class Method(enum.Enum):
-    """Method: the weights that are trained so that the model predicts better through its SAE."""
+    """Method: which weights are trained so that the model predicts better with its SAE."""
 
     lora = "lora"
     mezo = "mezo"
@@ -97,7 +97,7 @@ class TextSource(enum.Enum):
 
 
 class Schedule(enum.Enum):
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
 
     constant = "constant"
     linear = "linear"
@@ -111,28 +111,28 @@ class Reduction(enum.Enum):
 
 
 class Initialisation(enum.Enum):
-    """First values of an adapter's A. B begins with zeros, so that nothing is changed yet."""
+    """Initial values of an adapter's A. B is zero, so a new adapter changes nothing."""
 
     kaiming = "kaiming"
     svd = "svd"
 
 
 class KLComputation(enum.Enum):
-    """Computation of the KL: a few tokens at a time, or with the logits of all tokens at once."""
+    """Computation of KL: a few tokens at a time, or with the logits of all tokens at once."""
 
     fused = "fused"
     full = "full"
 
 
 class LauncherKind(enum.Enum):
-    """Place where the plan runs."""
+    """Place where runs are executed: this machine or SLURM."""
 
     local = "local"
     slurm = "slurm"
 
 
 class TrackingMode(enum.Enum):
-    """Use of Weights & Biases."""
+    """Mode of Weights & Biases."""
 
     auto = "auto"
     online = "online"

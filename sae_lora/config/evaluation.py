@@ -1,4 +1,4 @@
-"""The schema of `evaluation`: the measurements of a run that has ended."""
+"""The schema of `evaluation`: the measurements of finished runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from sae_lora.config.enums import Suite
 
 BENCHMARKS = ("core", "sparse_probing", "scr", "tpp", "absorption")
-"""The benchmarks of SAEBench that need no account and no judge, whatever the model."""
+"""The benchmarks of SAEBench that work with any model and need no account and no LLM judge."""
 SHORTEST_TEXT = 2
 """Least number of tokens of a text for steering: the first token is only context."""
 

@@ -1,4 +1,4 @@
-"""Names of runs, the hash that makes two the same, and the key of those that may train together."""
+"""The hash and the name of a run, and the key of runs that may train together."""
 
 import hashlib
 import itertools
@@ -11,7 +11,7 @@ from sae_lora.config.enums import Architecture, Hook, Method, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict
 
-_NOT_IDENTITY = {
+_NOT_HASHED = {
     "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
     "model": ("middle_block", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
@@ -21,8 +21,8 @@ _NOT_IDENTITY = {
         *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps"),
     ),
 }
-"""Keys that cannot change a result, or are a request whose answer stands in `sae.used`."""
-_OF_METHODS: dict[Method, tuple[str, ...]] = {
+"""Keys that cannot change a result, or requests that `sae.used` answers."""
+_METHOD_KEYS: dict[Method, tuple[str, ...]] = {
     Method.lora: (),
     Method.mezo: ("kind", "epsilon"),
     Method.linear_adapter: ("kind", "rank"),
@@ -32,32 +32,32 @@ _OF_METHODS: dict[Method, tuple[str, ...]] = {
     Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
 }
 """The keys of `method` that each method reads."""
-_UNHEEDED_BY_SAE = ("grad_clip", "weight_decay", "kl_reduction", "micro_batch_size")
-"""The keys of `train` that method=sae does not read: its steps are sae-lens's own."""
+_UNUSED_BY_SAE = ("grad_clip", "weight_decay", "kl_reduction", "micro_batch_size")
+"""The keys of `train` that method=sae does not read, because it takes sae-lens's training steps."""
 ADAPTING = (Method.lora, Method.mezo)
 """Methods that train LoRA adapters."""
 TRAINING_SAES = (Method.sae_finetune, Method.e2e, Method.sae)
 """Methods that train the SAE itself."""
-OF_NO_RESULT = frozenset(f"{group}.{name}" for group, names in _NOT_IDENTITY.items() for name in names)
-"""`_NOT_IDENTITY` as dotted keys."""
+NOT_HASHED_KEYS = frozenset(f"{group}.{name}" for group, names in _NOT_HASHED.items() for name in names)
+"""`_NOT_HASHED` as dotted keys."""
 
 
 def trains_adapters(config: Mapping[str, Any]) -> bool:
-    """Whether a run trains LoRA adapters, from its `config.yaml`; one without a method does."""
+    """True if the run with this `config.yaml` trains LoRA adapters, as all runs without `method` do."""
     return Method[config.get("method", {"kind": Method.lora.name})["kind"]] in ADAPTING
 
 
 def identity(config: Config) -> str:
-    """Eight hexadecimal digits that name what the run computes.
+    """Hash of a run: eight hexadecimal digits that identify its results.
 
-    Equal for two configs whose results are the same by construction: output folders, launchers, tracking
-    and the request for an SAE are left out.
+    It is equal for two configs with equal results by construction: it leaves out output folders,
+    launcher, tracking and the request for an SAE, which `sae.used` answers.
     """
-    values = _without(as_dict(config), _NOT_IDENTITY)
+    values = _without(as_dict(config), _NOT_HASHED)
     for choice in values["sae"]["used"]:
         del choice["commit"]
         _leave_out_path(choice, "adapter")
-        if choice["hook"] == Hook.resid_post.name:  # as hashed before there were other hooks
+        if choice["hook"] == Hook.resid_post.name:  # as in versions that had no other hooks
             del choice["hook"]
         if not choice["group"]:
             del choice["group"]
@@ -65,9 +65,9 @@ def identity(config: Config) -> str:
         del values["sae"]["architecture"]
     if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
         del values["sae"]["sparsity_coefficient"]
-    if names := _OF_METHODS[config.method.kind]:
+    if names := _METHOD_KEYS[config.method.kind]:
         values["method"] = {name: values["method"][name] for name in names}
-    else:  # as hashed before there were other methods
+    else:  # as in versions that had no other methods
         del values["method"]
     if config.method.kind in ADAPTING:
         _leave_out_path(values["lora"], "begun")
@@ -78,19 +78,19 @@ def identity(config: Config) -> str:
     if config.method.kind is not Method.lora:
         del values["train"]["loraplus_ratio"]
     if config.method.kind is Method.sae:
-        values = _without(values, {"train": _UNHEEDED_BY_SAE})
+        values = _without(values, {"train": _UNUSED_BY_SAE})
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
 
 
 def _leave_out_path(values: dict[str, Any], name: str) -> None:
-    """Has trained weights, if any, named by their content, not by their folder."""
+    """Identify trained weights by content only: remove their folder, or the key if it is null."""
     if values[name] is None:
         del values[name]
     else:
         del values[name]["path"]
 
 
-_OF_ONE_RUN = {
+_DIFFER_IN_PACK = {
     "": (
         *("sae", "layer", "lora", "launcher", "evaluation", "tracking"),
         *("sweep", "output_dir", "init", "init_at"),
@@ -107,9 +107,9 @@ _OF_ONE_RUN = {
 
 
 def pack_key(config: Config) -> str:
-    """Equal for runs that may train together: the same model goes through the same batches."""
-    values = _without(as_dict(config), _OF_ONE_RUN)
-    if config.method.kind is Method.sae:  # they are served the same activations
+    """A key that is equal for runs that may train together: they share the model and the batches."""
+    values = _without(as_dict(config), _DIFFER_IN_PACK)
+    if config.method.kind is Method.sae:  # they read the same activations
         values["keep_special_tokens"] = config.sae.keep_special_tokens
     return _canonical(values)
 
@@ -127,24 +127,24 @@ def _canonical(values: dict[str, Any]) -> str:
 
 
 def train_steps(config: Config) -> int:
-    """Optimiser steps of a run; the last one is whole, so a few more tokens may be trained on."""
+    """Optimiser steps of a run. Steps are whole, so a run may train on a few tokens more than asked."""
     return math.ceil(config.train.train_tokens / step_tokens(config))
 
 
 def step_tokens(config: Config) -> int:
-    """Tokens of a step."""
+    """Tokens per optimiser step."""
     return config.train.batch_size * config.data.context_length
 
 
 def dead_after_steps(config: Config) -> int:
-    """Steps without being active after which a latent of an SAE in training counts as dead."""
+    """Steps without activity after which a latent of an SAE in training counts as dead; at least 1."""
     return max(1, config.method.dead_after_tokens // step_tokens(config))
 
 
 def readable_name(config: Config) -> str:
-    """A short name for people: model, blocks, SAE, rank, and what else usually varies."""
+    """A short name for people: model, blocks, SAE, rank, and other settings that usually vary."""
     sae, method, lora = config.sae, config.method, config.lora
-    parts = [config.model.name.rstrip("/").split("/")[-1], "l" + _places_in_words(sae.used)]
+    parts = [config.model.name.rstrip("/").split("/")[-1], "l" + _short_places(sae.used)]
     if len(sae.used) == 1 and sae.used[0].width is not None:
         parts.append(f"w{sae.used[0].width}")
         if sae.used[0].l0 is not None:
@@ -160,7 +160,7 @@ def readable_name(config: Config) -> str:
         )
         if lora.targets != "all":
             parts.append("+".join(as_list(lora.targets)))
-    elif method.rank is not None and "rank" in _OF_METHODS[method.kind]:
+    elif method.rank is not None and "rank" in _METHOD_KEYS[method.kind]:
         parts.append(f"r{method.rank}")
     if config.init is not None:
         parts.append(f"init{config.init_at:g}" if config.init_at != 1 else "init")
@@ -169,12 +169,12 @@ def readable_name(config: Config) -> str:
 
 
 _MOST_BLOCKS = 8
-"""The most blocks that a name lists one by one."""
+"""Largest number of blocks that a name lists one by one."""
 
 
-def _places_in_words(used: Sequence[SAEChoice]) -> str:
-    """Places of the SAEs: `3`, `2+5`, `3mlp_out`, `0to30by2` for many at equal steps, or `0to6in3` for
-    three of which each serves a group of blocks.
+def _short_places(used: Sequence[SAEChoice]) -> str:
+    """Places of the SAEs in a name: `3`, `2+5`, `3mlp_out`; `0to30by2` for many blocks at equal steps;
+    `0to6in3` for three SAEs that each serve a group of blocks.
     """
     blocks, hooks = [choice.block for choice in used], {choice.hook for choice in used}
     if used and used[0].group:
@@ -183,8 +183,8 @@ def _places_in_words(used: Sequence[SAEChoice]) -> str:
         if len(used) > _MOST_BLOCKS:
             return f"{blocks[0]}to{blocks[-1]}mixed"
         return "+".join(f"{choice.block}{choice.hook.name}" for choice in used)
-    steps = {after - before for before, after in itertools.pairwise(blocks)}
-    listed = "+".join(map(str, blocks))
+    steps = {following - block for block, following in itertools.pairwise(blocks)}
+    text = "+".join(map(str, blocks))
     if len(blocks) > _MOST_BLOCKS and len(steps) == 1:
-        listed = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
-    return listed + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)
+        text = f"{blocks[0]}to{blocks[-1]}by{steps.pop()}"
+    return text + "".join(hook.name for hook in hooks if hook is not Hook.resid_post)

@@ -1,4 +1,4 @@
-"""The words of `lora`: which matrices of which blocks, and the scale."""
+"""Meaning of the values of `lora`: adapted matrices, adapted blocks, and alpha."""
 
 import math
 from typing import Any
@@ -16,23 +16,24 @@ TARGET_SETS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate", "up", "down"),
     **{matrix: (matrix,) for matrix in MATRICES},
 }
-"""Names a user may give in `lora.targets`, and the matrices each stands for."""
+"""Names for `lora.targets`, with the matrices that each stands for."""
 
 
 def target_matrices(targets: Any) -> tuple[str, ...]:
-    """The matrices that `lora.targets` names, in their usual order.
+    """The matrices that `lora.targets` names, in the order of `MATRICES`.
 
     Raises:
-        ConfigError: For a name that is not known.
+        ConfigError: For an unknown name.
     """
     names = [str(name) for name in as_list(targets)]
     allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
     if not names:
         raise ConfigError("lora.targets", targets, allowed, "all")
     if not set(names) <= set(TARGET_SETS):
-        near = [nearest_name(name, TARGET_SETS) for name in names]
-        nearest = ",".join(name for name in near if name is not None)
-        raise ConfigError("lora.targets", targets, allowed, f"[{nearest}]" if len(near) > 1 else near[0])
+        matches = [nearest_name(name, TARGET_SETS) for name in names]
+        joined = ",".join(name for name in matches if name is not None)
+        nearest = f"[{joined}]" if len(matches) > 1 else matches[0]
+        raise ConfigError("lora.targets", targets, allowed, nearest)
     return tuple(matrix for matrix in MATRICES if any(matrix in TARGET_SETS[name] for name in names))
 
 
@@ -40,7 +41,7 @@ def canonical_alpha(lora: LoRAConfig) -> float:
     """The number that `lora.alpha` stands for.
 
     Raises:
-        ConfigError: When it is neither a number nor a multiple of the rank.
+        ConfigError: If it is neither a positive number nor a multiple of the rank.
     """
     text = str(lora.alpha).strip().lower()
     unit = lora.rank if text.endswith("r") else 1
@@ -54,32 +55,32 @@ def canonical_alpha(lora: LoRAConfig) -> float:
 
 
 def canonical_blocks(blocks: Any) -> Any:
-    """The same request in the one form that is hashed and shown: a word, or a sorted list."""
+    """`lora.blocks` in the form that is hashed and shown: a word, or a sorted list."""
     return blocks if isinstance(blocks, str) else sorted(as_list(blocks))
 
 
 def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
-    """The indices that `lora.blocks` stands for.
+    """The block indices that `lora.blocks` stands for, sorted.
 
     Raises:
-        ConfigError: For blocks that the model does not have, and where none is left.
+        ConfigError: For blocks that the model does not have, and for `after` if no block follows.
     """
     if blocks == "all":
         return list(range(n_blocks))
     if blocks == "after":
-        after = list(range(first_sae + 1, n_blocks))
-        if not after:
+        following = list(range(first_sae + 1, n_blocks))
+        if not following:
             because = f"the SAE is at block {first_sae}, the last one"
             raise ConfigError("lora.blocks", blocks, "all or a list of indices", "all", because)
-        return after
-    wanted = as_list(blocks)
-    inside = [block for block in wanted if block < n_blocks]
-    if len(inside) < len(wanted):
-        nearest = inside or [n_blocks - 1]
+        return following
+    indices = as_list(blocks)
+    existing = [block for block in indices if block < n_blocks]
+    if len(existing) < len(indices):
+        nearest = existing or [n_blocks - 1]
         raise ConfigError("lora.blocks", blocks, f"blocks from 0 to {n_blocks - 1}", nearest)
-    return sorted(wanted)
+    return sorted(indices)
 
 
 def listed_matrices(matrices: set[str]) -> str:
-    """The names for `lora.targets` that need these matrices alone."""
+    """The names for `lora.targets` that need only these matrices."""
     return listed(name for name, needed in TARGET_SETS.items() if matrices.issuperset(needed))

@@ -1,4 +1,4 @@
-"""The command that makes a run once more, from its config alone."""
+"""The command that repeats a run, from its config."""
 
 import operator
 import re
@@ -11,18 +11,25 @@ from sae_lora.config.compose import default
 from sae_lora.config.schema import WRITTEN_BY_PLANNER
 from sae_lora.config.serialize import as_dict, keys
 
-_OF_THE_PLACE = {"launcher", "evaluation", "tracking", "output_dir", "data.cache_dir", "train.device"}
-"""Keys that say where a run is made, not what it computes."""
+_EXECUTION_KEYS = {
+    "launcher",
+    "evaluation",
+    "tracking",
+    "output_dir",
+    "data.cache_dir",
+    "train.device",
+}
+"""Keys for where and how a run is executed; they do not change what it computes."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 _WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
-"""Plain words that Hydra does not read as text."""
+"""Words that Hydra does not read as text unless they are quoted."""
 
 
 def command(config: dict[str, Any]) -> str:
-    """The command that makes the same run, with every value that is not the default's.
+    """The command that repeats a run, with an override for every value that differs from the default.
 
     Args:
-        config: As `config.yaml` holds it.
+        config: The content of `config.yaml`.
 
     Returns:
         The command, quoted for a shell.
@@ -50,7 +57,7 @@ def written(value: Any) -> str:
         case str():
             if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
                 return value
-            # A backslash stands for itself, except before a quote.
+            # Hydra reads a backslash literally, except before a quote.
             escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
             return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
         case _:
@@ -58,10 +65,10 @@ def written(value: Any) -> str:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by dotted key, those that a user sets and that say what is computed.
+    """Values by dotted key, only of keys that a user may set and that change what is computed.
 
     Args:
-        config: As `config.yaml` holds it. What an older version did not have is left out.
+        config: The content of `config.yaml`. Keys that an older version did not have are left out.
     """
     values = {}
     for key in _settable():
@@ -74,5 +81,5 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def _settable() -> list[str]:
     known = keys()
     groups = {key.rpartition(".")[0] for key in known}
-    left_out = WRITTEN_BY_PLANNER | _OF_THE_PLACE
+    left_out = WRITTEN_BY_PLANNER | _EXECUTION_KEYS
     return [key for key in known if key not in groups and not {key, key.split(".")[0]} & left_out]

@@ -1,4 +1,4 @@
-"""The reference of config keys: kind, value and docstring of each, from the schema."""
+"""The reference of config keys, for `--help` and the pages: type, value and docstring of each."""
 
 import ast
 import dataclasses
@@ -26,10 +26,10 @@ from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a user may set."""
+    """A config key that a user may set."""
 
     name: str
-    """Dotted, as on the command line: `lora.rank`."""
+    """The dotted key, as on the command line: `lora.rank`."""
     kind: str
     """Type or allowed words: `int`, `float or null`, `auto, cpu, cuda`."""
     text: str
@@ -37,7 +37,7 @@ class Key:
 
     @property
     def group(self) -> str:
-        """The group that it belongs to; empty for a key of the whole run."""
+        """The group of the key; empty for a key of the whole run."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -62,7 +62,7 @@ def _keys(schema: type, prefix: str) -> Iterator[Key]:
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, which Python itself does not keep."""
+    """The docstring under each field of a dataclass, from the source: Python does not keep it."""
     (definition,) = ast.parse(inspect.getsource(schema)).body
     assert isinstance(definition, ast.ClassDef)
     return {
@@ -75,7 +75,7 @@ def _docstrings(schema: type) -> dict[str, str]:
 
 
 def _in_words(kind: Any) -> str:
-    """A field's type as a reader of the command line thinks of it."""
+    """The type of a field in words, for readers of `--help`."""
     if isinstance(kind, types.UnionType):
         return " or ".join(_in_words(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is list:
@@ -86,7 +86,7 @@ def _in_words(kind: Any) -> str:
 
 
 def groups(*folders: Path) -> dict[str, list[str]]:
-    """The options of every config group, in the order of the schema; nested ones as `methods/lora`.
+    """The options of every config group, in the order of the schema; nested options as `methods/lora`.
 
     Args:
         folders: Folders with groups of the user's own.
@@ -100,13 +100,13 @@ def groups(*folders: Path) -> dict[str, list[str]]:
 
 
 def show_help(arguments: Sequence[str]) -> None:
-    """Print the config groups and all keys, with their values as the arguments compose them.
+    """Print the config groups and all keys, with the values that the arguments give them.
 
     Args:
-        arguments: Overrides and options of `launch`; of the options only `--config-dir` counts here.
+        arguments: Overrides and options of `launch`. Of the options, only `--config-dir` has an effect.
 
     Raises:
-        UserError: For an override that cannot work.
+        UserError: For an impossible override.
     """
     options, _ = get_args_parser().parse_known_args(with_options_first(arguments))
     folders = [Path(options.config_dir).absolute()] if options.config_dir else []
@@ -118,7 +118,7 @@ def show_help(arguments: Sequence[str]) -> None:
     for group, names in groups(*folders).items():
         table.add_row(Text(f"  {group}", "bold"), Text(", ".join(names)))
     console.print(table)
-    table = _table("Keys (key=value), with their values as composed now")
+    table = _table("Keys (key=value), with their current values")
     group = documented_keys()[0].group
     for key in documented_keys():
         if key.group != group:
@@ -143,9 +143,9 @@ def _table(title: str) -> Table:
 
 
 _WIDEST_KEY = 46
-"""Characters of a key and its value in one line."""
+"""Largest width of the column with key and value, in characters."""
 _INTRODUCTION = """\
-Closes the cross-entropy gap of an SAE spliced into a language model with LoRA adapters.
+Train LoRA adapters that close the cross-entropy gap of an SAE spliced into a language model.
 
   sae-lora launch                               the default run: embedded model, offline
   sae-lora launch -m lora.rank=1,4,16,64        a sweep over ranks
@@ -154,6 +154,6 @@ Closes the cross-entropy gap of an SAE spliced into a language model with LoRA a
 
 `python launch.py` does the same in a clone of the repository."""
 _END = """
-Options: -m (several values a key, by commas), --config-dir DIR (your own groups and experiments),
+Options: -m (several values per key, with commas), --config-dir DIR (your own groups and experiments),
          --cfg job (the composed config), --hydra-help (all of Hydra's options).
 Other commands (status, table, report, evaluate, compare, export): sae-lora --help"""

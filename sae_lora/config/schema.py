@@ -81,7 +81,7 @@ class SAEChoice:
     sha256: str | None = None
     """SHA-256 of the weights file in that folder. Other weights make another run."""
     width: int | None = None
-    """Number of latents, where known before loading."""
+    """Number of latents, if known before loading."""
     l0: float | None = None
     """Mean number of active latents per token, as published with the SAE."""
     adapter: Adapters | None = None
@@ -180,7 +180,7 @@ class MethodConfig:
     """The method: the weights that are trained, and how."""
 
     kind: Method = Method.lora
-    """What is trained: lora, mezo (LoRA by forward passes only), linear_adapter or mlp_adapter (on the
+    """Trained weights: lora, mezo (LoRA by forward passes only), linear_adapter or mlp_adapter (on the
     SAE's output), sae_finetune, e2e (an SAE, end to end) or sae (an SAE, to reconstruct)."""
     rank: int | None = None
     """linear_adapter: rank of the map; mlp_adapter: hidden width; null: the model's width. sae_finetune:
@@ -295,10 +295,10 @@ class TrainConfig:
 
 @dataclass
 class LauncherConfig:
-    """Where and how runs are executed. Does not change results."""
+    """Execution of runs. Does not change results."""
 
     kind: LauncherKind = LauncherKind.local
-    """Where runs are executed: local (this machine) or slurm (array jobs on a cluster)."""
+    """Place of execution: local (this machine) or slurm (array jobs on a cluster)."""
     pack: Any = "auto"
     """Runs that train together in one process and share the frozen model's work: auto (as many as fit,
     up to eight), off, or the largest number. Each run gives the same result as alone."""

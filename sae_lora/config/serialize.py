@@ -1,4 +1,4 @@
-"""The config as text and plain values, and back; keys that the schema does not have are refused."""
+"""Conversion of the config to text and plain values, and back. Unknown keys are refused."""
 
 import dataclasses
 import typing
@@ -13,7 +13,7 @@ from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 
 
 def typed(composed: DictConfig) -> Config:
-    """The composed config as typed objects, interpolations resolved.
+    """The composed config as typed objects, with interpolations resolved.
 
     Raises:
         UserError: For a key that the schema does not have (`+foo=1` gets past Hydra).
@@ -31,25 +31,25 @@ def typed(composed: DictConfig) -> Config:
 
 @cache
 def _schema() -> DictConfig:
-    # Cached: OmegaConf takes as long to make it as to merge a config into it.
+    # Cached, because building the schema takes as long as merging a config into it.
     return OmegaConf.structured(Config)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested values, enums as their names."""
+    """The config as plain nested values, with enums as their names."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     return typing.cast(dict[str, Any], plain)
 
 
 def load(text: str) -> Config:
-    """The config that `OmegaConf.to_yaml(as_dict(config))` came from."""
+    """The config in this YAML text, the inverse of `OmegaConf.to_yaml(as_dict(config))`."""
     loaded = OmegaConf.create(text)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type; groups are included."""
+    """Every dotted key of the schema, also of groups, with its type."""
     types: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
         types[f"{prefix}{name}"] = kind
@@ -59,13 +59,13 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def unknown_key(key: str) -> UserError:
-    """The error for a key that the schema does not have, with the keys beside it."""
+    """The error for an unknown key; it lists the keys of the same group."""
     known = [name for name in keys() if name not in WRITTEN_BY_PLANNER]
     group, _, name = key.rpartition(".")
-    beside = [other for other in known if other.rpartition(".")[0] == group]
-    siblings = beside or [other for other in known if "." not in other]
-    by_last_part = {other.rpartition(".")[2]: other for other in [*known, *siblings]}
-    lines = [f"there is no key {key}", f"  there are: {listed(siblings, 30)}"]
+    siblings = [known_key for known_key in known if known_key.rpartition(".")[0] == group]
+    siblings = siblings or [known_key for known_key in known if "." not in known_key]
+    by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in [*known, *siblings]}
+    lines = [f"there is no key {key}", f"  existing keys: {listed(siblings, 30)}"]
     if (nearest := nearest_name(name, by_last_part)) is not None:
         lines.append(f"  nearest valid: {by_last_part[nearest]}")
     return UserError("\n".join(lines))

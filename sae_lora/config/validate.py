@@ -1,4 +1,4 @@
-"""Checks of a config that no single type can make: impossible values and combinations."""
+"""Checks of a config beyond types: impossible values and combinations."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ from sae_lora.config.schema import Config, LauncherConfig, as_list
 
 
 def check(config: Config) -> None:
-    """Refuses what cannot work, from the values alone: nothing is read or loaded.
+    """Refuse a config that cannot work. Only its values are checked: nothing is read or loaded.
 
     Raises:
-        ConfigError: Names the field, what it got, what it may be and the nearest valid value.
+        ConfigError: Names the field, its value, the allowed values and the nearest valid value.
     """
-    _check_secrets(config)  # first: other refusals show the value
+    _check_secrets(config)  # first, because other messages show the value
     _check_ranges(config)
     _check_names(config)
     _check_groups(config)
@@ -51,18 +51,18 @@ def _check_secrets(config: Config) -> None:
             raise ConfigError(
                 key,
                 "***",
-                "a value without keys, tokens or passwords; they belong into the environment, or are "
-                "kept by `hf auth login` and `wandb login`",
-                because="it looks like a secret, and a config is written down and shown",
+                "a value without keys, tokens or passwords; put them into environment variables, or use "
+                "`hf auth login` and `wandb login`",
+                because="it looks like a secret, and configs are saved and shown",
             )
 
 
 def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every text in nested values: the config's key, the innermost name, the text itself."""
+    """Every text in nested values, as (config key, innermost name, text)."""
     match values:
         case dict():
             for inner, value in values.items():
-                # The schema has two levels; what is below belongs to one key.
+                # The schema has two levels; deeper values belong to one key.
                 yield from _texts(value, f"{key}.{inner}".lstrip(".") if "." not in key else key, inner)
         case list():
             for value in values:
@@ -102,18 +102,18 @@ def _check_ranges(config: Config) -> None:
     for key in _POSITIVE:
         value = attrgetter(key)(config)
         if value is not None and not 0 < value < math.inf:
-            whole = isinstance(value, int)
-            allowed = "a whole number above 0" if whole else "a finite number above 0"
-            raise _refusal(config, key, allowed, 1 if whole else None)
+            is_int = isinstance(value, int)
+            allowed = "a whole number above 0" if is_int else "a finite number above 0"
+            raise _refusal(config, key, allowed, 1 if is_int else None)
     for key in _NOT_NEGATIVE:
         value = attrgetter(key)(config)
         if value is not None and not 0 <= value < math.inf:
-            raise _refusal(config, key, "a number that is not negative", 0)
-    for key, (least, most) in _SHARES.items():
+            raise _refusal(config, key, "a number of 0 or more", 0)
+    for key, (low, high) in _SHARES.items():
         value = attrgetter(key)(config)
-        if not least <= value <= most:
-            nearest = least if value < least else most
-            raise _refusal(config, key, f"a share from {least:g} to {most:g}", nearest)
+        if not low <= value <= high:
+            nearest = low if value < low else high
+            raise _refusal(config, key, f"a share from {low:g} to {high:g}", nearest)
     for key in ("train.seed", "data.seed"):
         if attrgetter(key)(config) > _LARGEST_SEED:
             raise _refusal(config, key, f"at most {_LARGEST_SEED}", _LARGEST_SEED)
@@ -130,7 +130,7 @@ def _check_ranges(config: Config) -> None:
 def _check_names(config: Config) -> None:
     for key in ("sweep", "output_dir"):
         if not getattr(config, key).strip():
-            raise _refusal(config, key, "a folder's name", "main")
+            raise _refusal(config, key, "the name of a folder", "main")
     if "/" in config.sweep or config.sweep in {".", ".."}:
         nearest = config.sweep.strip("./").replace("/", "_")
         raise _refusal(config, "sweep", "one folder name", nearest)
@@ -143,9 +143,9 @@ def _is_whole(value: Any) -> bool:
 
 
 def _check_blocks(config: Config, key: str) -> None:
-    """Refuses at this key everything but a block's index or a list of them."""
+    """Refuse every value at this key except a block's index or a list of indices."""
     entries = as_list(attrgetter(key)(config))
-    allowed = "a block's index or a list of them, such as 3 or [1,4]"
+    allowed = "a block's index or a list of indices, such as 3 or [1,4]"
     if not entries:
         raise _refusal(config, key, allowed)
     for entry in entries:
@@ -155,11 +155,11 @@ def _check_blocks(config: Config, key: str) -> None:
 
 
 def _check_repeats(config: Config, key: str, entry: str) -> None:
-    """Refuses a list in which an entry stands twice."""
+    """Refuse a list with repeated entries."""
     entries = as_list(attrgetter(key)(config))
-    once = list(dict.fromkeys(entries))
-    if len(once) < len(entries):
-        raise _refusal(config, key, f"each {entry} once", once)
+    distinct = list(dict.fromkeys(entries))
+    if len(distinct) < len(entries):
+        raise _refusal(config, key, f"each {entry} once", distinct)
 
 
 def _check_layer(config: Config) -> None:
@@ -171,32 +171,32 @@ def _check_layer(config: Config) -> None:
             raise _refusal(config, "layer.first", "null without layer.every", "null")
         return
     if layer.index is not None:
-        allowed = "null with layer.index, which names the blocks; or layer.index=null"
+        allowed = "null, because layer.index names the blocks; or set layer.index=null"
         raise _refusal(config, "layer.every", allowed, "null", f"layer.index is {layer.index}")
     if layer.first is not None and layer.first < 0:
         raise _refusal(config, "layer.first", "a block's index, or null", 0)
 
 
 def _check_groups(config: Config) -> None:
-    """Whether blocks are asked for by groups, and in one way."""
+    """Refuse contradictory settings of layer groups."""
     layer = config.layer
-    asked = [f"layer.{name}" for name in ("amad_max", "n_groups") if getattr(layer, name) is not None]
+    group_keys = [
+        f"layer.{name}" for name in ("amad_max", "n_groups") if getattr(layer, name) is not None
+    ]
     if layer.evenly and layer.n_groups is None:
         raise _refusal(config, "layer.evenly", "false without layer.n_groups", "false")
-    if not asked:
+    if not group_keys:
         return
-    if len(asked) > 1:
-        raise _refusal(config, asked[0], "null with layer.n_groups", "null")
+    if len(group_keys) > 1:
+        raise _refusal(config, group_keys[0], "null with layer.n_groups", "null")
     if layer.amad_max is not None and not 0 < layer.amad_max <= 1:
         raise _refusal(config, "layer.amad_max", "a distance above 0 and up to 1", 0.2)
     if config.method.kind is not Method.sae and config.init is None:
-        allowed = (
-            "null, but with method=sae, which trains an SAE for each group; init=<that run> uses them"
-        )
-        raise _refusal(config, asked[0], allowed, "null")
+        allowed = "null, except with method=sae, which trains an SAE per group, or with init=<that run>"
+        raise _refusal(config, group_keys[0], allowed, "null")
     for name in ("index", "every", "hook"):
         if getattr(layer, name) is not None:
-            raise _refusal(config, f"layer.{name}", f"null with {asked[0]}", "null")
+            raise _refusal(config, f"layer.{name}", f"null with {group_keys[0]}", "null")
 
 
 def _check_lora(config: Config) -> None:
@@ -211,12 +211,13 @@ def _check_lora(config: Config) -> None:
 
 
 def latents(width: str) -> int:
-    """The number of latents that a width such as `16k`, `131k`, `1m` or `1024` means.
+    """The number of latents of a width such as `16k`, `131k`, `1m` or `1024`.
 
-    The `k` of SAE names is loose: 16k is 16,384, and 65k is 65,536. Powers of two win.
+    The `k` in names of SAEs is not exact: 16k is 16,384, and 65k is 65,536. With a unit, the next power
+    of two is taken if it is at most about 6% larger.
 
     Raises:
-        ConfigError: When it is no width.
+        ConfigError: If the text is not a width.
     """
     text = str(width).strip().lower()
     factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
@@ -241,19 +242,19 @@ def _check_sae(config: Config) -> None:
     if sae.id is not None or sae.family in (SAEFamily.disk, SAEFamily.identity):
         for key in ("sae.width", "sae.l0"):
             if attrgetter(key)(config) is not None:
-                allowed = "null, where sae.id, sae.path or sae=identity settles the SAE"
+                allowed = "null, because sae.id, sae.path or sae=identity already determines the SAE"
                 raise _refusal(config, key, allowed, "null")
     if sae.family is SAEFamily.registry:
         if sae.release is None:
             raise _refusal(config, "sae.release", "a release of the sae-lens registry")
     elif sae.family is SAEFamily.disk:
         if sae.path is None:
-            raise _refusal(config, "sae.path", "a folder that holds cfg.json and the weights")
+            raise _refusal(config, "sae.path", "a folder with cfg.json and the weights of an SAE")
     else:
         needs = {"sae.release": "registry", "sae.id": "registry", "sae.path": "disk"}
         for key, family in needs.items():
             if attrgetter(key)(config) is not None:
-                allowed = f"null with sae={sae.family.name}; use sae={family} for it"
+                allowed = f"null with sae={sae.family.name}; it belongs to sae={family}"
                 raise _refusal(config, key, allowed, "null")
 
 
@@ -262,10 +263,10 @@ def _check_method(config: Config) -> None:
     if kind is Method.mezo and config.lora.dropout > 0:
         raise _refusal(config, "lora.dropout", "0 with method=mezo", 0)
     if family is SAEFamily.new and kind not in (Method.e2e, Method.sae):
-        allowed = f"an SAE that exists, with method={kind.name}; method=sae and method=e2e make one"
+        allowed = f"an existing SAE with method={kind.name}; method=sae and method=e2e train new ones"
         raise _refusal(config, "sae.family", allowed)
     if kind is Method.sae and family is not SAEFamily.new:
-        raise _refusal(config, "sae.family", "new with method=sae, which makes one", "new")
+        raise _refusal(config, "sae.family", "new with method=sae, which trains a new SAE", "new")
     if kind in TRAINING_SAES and family is SAEFamily.identity:
         raise _refusal(config, "sae.family", f"an SAE that can be trained, with method={kind.name}")
     if method.checkpoints and kind not in TRAINING_SAES:
@@ -277,7 +278,7 @@ def _check_method(config: Config) -> None:
 
 
 TOPK_LIKE = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
-"""Architectures of which k latents are active."""
+"""Architectures with k active latents per token."""
 
 
 def _check_new_sae(config: Config) -> None:
@@ -294,7 +295,7 @@ def _check_new_sae(config: Config) -> None:
     if sae.architecture is Architecture.topk and sae.l0 != round(sae.l0):
         raise _refusal(config, "sae.l0", f"a whole number, with {kind}", round(sae.l0))
     if sae.l0 > latents(sae.width):
-        raise _refusal(config, "sae.l0", "no more than sae.width", latents(sae.width))
+        raise _refusal(config, "sae.l0", "at most sae.width", latents(sae.width))
     if sae.sparsity_coefficient is not None:
         allowed = f"null with {kind}, whose sparsity is sae.l0"
         raise _refusal(config, "sae.sparsity_coefficient", allowed, "null")
@@ -318,13 +319,13 @@ def _check_data(config: Config) -> None:
 
 def _check_launcher(config: Config) -> None:
     launcher, pack = config.launcher, config.launcher.pack
-    # YAML's off is False.
+    # YAML reads off as False.
     if pack is not False and pack not in ("auto", "off") and not (_is_whole(pack) and pack > 0):
         nearest = nearest_name(str(pack), ("auto", "off"))
         nearest = nearest or ("off" if isinstance(pack, int) else "auto")
         raise _refusal(config, "launcher.pack", "auto, off or a number of runs", nearest)
     if launcher.sbatch is not None and not isinstance(launcher.sbatch, dict):
-        raise _refusal(config, "launcher.sbatch", "options of sbatch: {option: value}")
+        raise _refusal(config, "launcher.sbatch", "options of sbatch, as {option: value}")
     if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
         raise _refusal(config, "launcher.timeout_min", "minutes, with launcher=slurm", 240)
     if launcher.timeout_min is not None and 60 * launcher.timeout_min <= launcher.signal_delay_s:
@@ -333,64 +334,65 @@ def _check_launcher(config: Config) -> None:
 
 
 def _check_processes(config: Config) -> None:
-    """Every process that shares a batch needs a sequence of it."""
+    """Refuse more processes than a batch has sequences, or than the method or the launcher supports."""
     launcher = config.launcher
     processes = launcher.nodes * launcher.node_processes
     if config.sae.family is SAEFamily.new and processes > 1:
         for name in ("nodes", "gpus_per_node", "processes_per_node"):
             if (getattr(launcher, name) or 0) > 1:
                 key = f"launcher.{name}"
-                raise _refusal(config, key, "1 with sae=new: one process makes it", 1)
+                raise _refusal(config, key, "1 with sae=new: one process trains a new SAE", 1)
     if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
-        raise _refusal(config, "launcher.nodes", "1, but with launcher=slurm", 1)
+        raise _refusal(config, "launcher.nodes", "1, except with launcher=slurm", 1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
         check_processes(launcher)
     if config.train.batch_size < processes:
         allowed = (
-            f"at least a sequence for each of {processes} processes "
-            "(launcher.nodes · launcher.gpus_per_node or launcher.processes_per_node)"
+            f"at least {processes}, one sequence for each of {processes} processes "
+            "(launcher.nodes × launcher.processes_per_node or launcher.gpus_per_node)"
         )
         raise _refusal(config, "train.batch_size", allowed, processes)
 
 
 def check_processes(launcher: LauncherConfig) -> None:
-    """Each process on a GPU needs one of its own.
+    """Refuse more processes than GPUs on a node: each process needs its own GPU.
 
     Raises:
-        ConfigError: Where there are more of them.
+        ConfigError: If there are more processes than GPUs.
     """
     if launcher.node_processes > launcher.gpus_per_node > 0:
         raise ConfigError(
             "launcher.processes_per_node",
             launcher.node_processes,
-            f"at most {launcher.gpus_per_node}, one to a GPU (launcher.gpus_per_node), but with "
+            f"at most {launcher.gpus_per_node}, one per GPU (launcher.gpus_per_node), except with "
             "train.device=cpu",
             nearest=launcher.gpus_per_node,
         )
 
 
 def _check_steering(config: Config) -> None:
-    asked = config.evaluation
+    evaluation = config.evaluation
     key = "evaluation.steering_latents"
     allowed = "a number of latents above 0, or a list of indices such as [3,17]"
-    value = asked.steering_latents
+    value = evaluation.steering_latents
     if isinstance(value, list):
         if not value or not all(_is_whole(latent) and latent >= 0 for latent in value):
             raise _refusal(config, key, allowed)
         _check_repeats(config, key, "latent")
     elif not _is_whole(value) or value < 1:
         raise _refusal(config, key, allowed, 1)
-    if asked.steering_block is not None and asked.steering_block < 0:
+    if evaluation.steering_block is not None and evaluation.steering_block < 0:
         raise _refusal(config, "evaluation.steering_block", "a block's index, or null", 0)
     key = "evaluation.steering_strengths"
-    if not asked.steering_strengths or not all(map(math.isfinite, asked.steering_strengths)):
+    strengths = evaluation.steering_strengths
+    if not strengths or not all(map(math.isfinite, strengths)):
         raise _refusal(config, key, "a list of finite numbers", "[1.0]")
     _check_repeats(config, key, "strength")
-    harm = asked.steering_max_harm
+    harm = evaluation.steering_max_harm
     if harm is not None and not 0 <= harm < math.inf:
-        allowed = "nats that are not negative, or null"
+        allowed = "0 or more nats per token, or null"
         raise _refusal(config, "evaluation.steering_max_harm", allowed, 0)
-    if asked.steering_text_tokens < SHORTEST_TEXT:
+    if evaluation.steering_text_tokens < SHORTEST_TEXT:
         allowed = f"at least {SHORTEST_TEXT}: the first token of a text is not scored"
         raise _refusal(config, "evaluation.steering_text_tokens", allowed, SHORTEST_TEXT)
 
@@ -401,13 +403,13 @@ def _check_saebench(config: Config) -> None:
     if not isinstance(options, dict):
         shape = "{benchmark: {setting: value}}, or null"
         raise _refusal(config, "evaluation.saebench_options", shape, "null")
-    for key, asked in (("saebench", names), ("saebench_options", options)):
-        for name in asked:
+    for key, benchmarks in (("saebench", names), ("saebench_options", options)):
+        for name in benchmarks:
             if name not in BENCHMARKS:
-                allowed = f"of SAEBench: {listed(BENCHMARKS)}"
+                allowed = f"one of SAEBench's {listed(BENCHMARKS)}"
                 raise ConfigError(f"evaluation.{key}", name, allowed, nearest_name(name, BENCHMARKS))
     _check_repeats(config, "evaluation.saebench", "benchmark")
     for name, values in options.items():
         if not isinstance(values, dict):
-            allowed = "fields of the benchmark's own config, and their values"
+            allowed = "fields of the benchmark's config class, as {setting: value}"
             raise ConfigError(f"evaluation.saebench_options.{name}", values, allowed)

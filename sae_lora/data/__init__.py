@@ -1,1 +1,1 @@
-"""Text as training sequences: `documents` reads and splits it, `packing` cuts it, `corpus` caches it."""
+"""Text as training sequences: `documents` reads and splits, `packing` tokenises, `corpus` caches."""

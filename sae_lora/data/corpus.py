@@ -1,4 +1,4 @@
-"""Training and validation sequences of a run, tokenised once and cached by their content."""
+"""Training and validation sequences of a run, tokenised once and cached by content."""
 
 import dataclasses
 import hashlib
@@ -36,13 +36,13 @@ from sae_lora.data.packing import (
 )
 
 Progress = Callable[[int, int], object]
-"""Called with the sequences made and wanted, while a corpus is made."""
+"""Called with the number of sequences so far and in total while a corpus is tokenised."""
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Packed sequences, training and validation disjoint by document."""
+    """Packed training and validation sequences; no document is in both splits."""
 
     train: np.ndarray
     """Token ids `[sequence, pos]`."""
@@ -51,10 +51,10 @@ class Corpus:
     special_ids: Tensor
     """Ids of BOS and EOS, `[n]`."""
     description: dict[str, Any]
-    """Identifies the text, for the record."""
+    """Source and version of the text, for `summary.json`."""
 
     def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
-        """Training batches `[batch, pos]`, as `shuffled_batches` makes them."""
+        """Endless training batches `[batch, pos]`; the arguments are those of `shuffled_batches`."""
         return shuffled_batches(self.train, batch_size, seed, first)
 
     @property
@@ -70,25 +70,25 @@ def load(
     batch_size: int = 1,
     on_progress: Progress = lambda done, total: None,
 ) -> Corpus:
-    """The corpus that the config describes, from the cache where it was made before.
+    """The corpus that the config describes, from the cache if possible.
 
     Args:
         config: The text, and how it is cut.
         tokenizer: The model's.
         train_sequences: Training sequences that the run needs.
-        batch_size: Sequences per step; a suggested number of tokens is whole steps.
-        on_progress: Shows how far the corpus is made.
+        batch_size: Sequences per step; error messages suggest numbers of tokens in whole steps.
+        on_progress: Called with the number of sequences so far and in total.
 
     Raises:
-        ConfigError: Where the text is too short for what is asked.
-        UserError: Where the text cannot be read, or has changed since the run was planned.
+        ConfigError: If the text is too short for the config.
+        UserError: If the text cannot be read, or has changed since the run was planned.
     """
     convention = convention_of(tokenizer)
     source, documents = _source(config)
     if config.version not in (None, version_of(source)):
         raise UserError(
-            f"the text ({config.source.name}) is another than when this run was planned: files have "
-            "changed or, for stdlib, this is another Python; sweep=… begins anew with the text of now"
+            f"the text ({config.source.name}) has changed since this run was planned (files, or for "
+            "stdlib the Python version); use another sweep=… to start again with the present text"
         )
     recipe = {
         "format": _FORMAT,
@@ -125,12 +125,12 @@ def load(
 
 
 def version_of(description: dict[str, Any]) -> str:
-    """The part of a corpus's description that tells this text from a later one of the same name."""
+    """The part of a corpus description that changes if the text changes: a commit or a hash."""
     return description["revision"] if "revision" in description else description["content"]
 
 
 def _cache(config: DataConfig, kind: str) -> Path:
-    """The folder of the cache for one kind of thing; made where it does not exist."""
+    """The cache folder for this kind of entry; created if it does not exist."""
     folder = Path(config.cache_dir).expanduser() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _cache(config: DataConfig, kind: str) -> Path:
 
 
 def _source(config: DataConfig) -> tuple[dict[str, Any], Iterator[Document]]:
-    """The description of the text, and its documents in order, which are read only when asked for."""
+    """The description of the text, and an iterator over its documents in order."""
     match config.source:
         case TextSource.stdlib:
             library = stdlib_documents()
@@ -173,16 +173,16 @@ def _source(config: DataConfig) -> tuple[dict[str, Any], Iterator[Document]]:
 
 
 def _dataset_commit(config: DataConfig) -> str:
-    """The data set's commit; without a network, the commit of last time."""
+    """The current commit of the data set; without a network, the commit of the last run."""
     assert config.name is not None
-    remembered = _cache(config, "revisions") / _digest(f"{config.name}@{config.revision}")
+    cached = _cache(config, "revisions") / _digest(f"{config.name}@{config.revision}")
     try:
         commit = hub.dataset_commit(config.name, config.revision)
     except hub.UnreachableError:
-        if not remembered.exists():
+        if not cached.exists():
             raise
-        return remembered.read_text()
-    write_atomically(remembered, commit)
+        return cached.read_text()
+    write_atomically(cached, commit)
     return commit
 
 
@@ -194,7 +194,7 @@ def _make(
     folder: Path,
     on_progress: Progress,
 ) -> None:
-    """Reads documents until both splits are full or the text ends, then writes the folder at once."""
+    """Read documents until both splits are full or the text ends, then write the folder atomically."""
     convention = convention_of(tokenizer)
     train, validation = (
         Packer(config.context_length, convention, len(tokenizer), recipe[f"{split}_sequences"])
@@ -205,20 +205,22 @@ def _make(
         held_out = in_validation(document.key, config.validation_share)
         return validation if held_out else train
 
-    wanted = recipe["train_sequences"] + recipe["validation_sequences"]
+    total = recipe["train_sequences"] + recipe["validation_sequences"]
     needed = (document for document in documents if not packer_of(document).full)
     for document, tokens in tokenised(needed, tokenizer):
         packer_of(document).add(tokens)
-        on_progress(len(train) + len(validation), wanted)
+        on_progress(len(train) + len(validation), total)
         if train.full and validation.full:
             break
     try:
-        with new_folder(folder) as beside:
-            np.save(beside / "train.npy", train.sequences)
-            np.save(beside / "validation.npy", validation.sequences)
-            write_atomically(beside / "recipe.json", as_json(recipe))
+        with new_folder(folder) as temporary:
+            np.save(temporary / "train.npy", train.sequences)
+            np.save(temporary / "validation.npy", validation.sequences)
+            write_atomically(temporary / "recipe.json", as_json(recipe))
     except OSError:
-        if not (folder / "recipe.json").exists():  # another run made the same one meanwhile
+        if not (
+            folder / "recipe.json"
+        ).exists():  # else another run has written the same corpus in the meantime
             raise
 
 
@@ -228,30 +230,30 @@ def _check_length(
     length = config.context_length
     if validation == 0 or train == 0:
         raise UserError(
-            "the text has too few documents: both the training and the held-out ones must fill a "
-            "sequence. A document is a file, or a row of a table such as .jsonl; give more or smaller "
-            f"ones, or another data.validation_share than {config.validation_share:g}"
+            "the text has too few documents: training documents and held-out documents must each fill a "
+            "sequence. A document is a file, or a row of a table such as .jsonl. Provide more or "
+            f"smaller documents, or change data.validation_share={config.validation_share:g}"
         )
     if validation < config.validation_tokens // length:
         raise ConfigError(
             "data.validation_tokens",
             config.validation_tokens,
-            f"at most {validation * length}, all the held-out text there is"
-            " (data.validation_share holds out more)",
+            f"at most {validation * length}, all available held-out text "
+            "(a larger data.validation_share holds out more)",
             nearest=validation * length,
         )
     if train < train_sequences and not config.repeat:
         raise ConfigError(
             "train.train_tokens",
             train_sequences * length,
-            f"at most {train * length}, all the training text there is; "
-            "or data.repeat=true to go round again",
+            f"at most {train * length}, all available training text; "
+            "or set data.repeat=true to repeat the text",
             nearest=train // batch_size * batch_size * length or None,
         )
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the tokenizer's content, whatever its name."""
+    """A hash of the tokenizer's content, independent of its name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _digest(backend.to_str())

@@ -1,4 +1,4 @@
-"""Sources of text: each is an iterator of `Document`s, and one rule splits them."""
+"""Sources of text, as iterators of `Document`s, and the split into training and validation."""
 
 import glob
 import hashlib
@@ -16,23 +16,23 @@ from sae_lora.config.schema import DataConfig
 
 
 class Document(NamedTuple):
-    """One text, and the key that decides on its split: equal keys always land in the same split."""
+    """A text, and the key that determines its split: documents with equal keys are in the same split."""
 
     key: str
     text: str
 
 
 def in_validation(key: str, share: float) -> bool:
-    """True where the document with this key is held out, as this share of all documents is.
+    """True if the document with this key is held out, which is true for this share of all documents.
 
-    The split depends on key and share alone, not on the order of reading, the seed or the amount
-    read: runs of the same data and share never train on text that another validates on.
+    The split depends only on key and share, not on the order of reading, the seed or the amount of text.
+    A run never trains on text that another run with the same data and share validates on.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-# Not on every machine (Linux distributions split these off), generated, or tables rather than text.
+# Missing on some machines (Linux distributions package them separately), generated, or tables.
 _STDLIB_LEFT_OUT = {
     *("idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
     *("site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config"),
@@ -45,13 +45,13 @@ _STDLIB_MAX_NON_ASCII = 0.005
 
 @cache
 def stdlib_documents(*, tests: bool = False) -> tuple[Document, ...]:
-    """The Python standard library's own sources, the text of the embedded default.
+    """The source files of the Python standard library, the default text.
 
-    Every machine that can run this project has them. The key is the path relative to the library, which
-    keeps the split stable between Python versions whose texts differ a little.
+    Every machine with Python has them. The key is the path relative to the library, so that the split is
+    stable between Python versions, whose texts differ a little.
 
     Args:
-        tests: Whether to read the library's own tests instead, which not every machine has.
+        tests: Read the tests of the library instead. Not every machine has them.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths: list[Path] = []
@@ -79,7 +79,7 @@ def stdlib_documents(*, tests: bool = False) -> tuple[Document, ...]:
 
 
 def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on the seed and their keys alone; read when asked for."""
+    """The documents in an order that depends only on the seed and their keys."""
     ordered = sorted(documents, key=lambda document: document.key)
     random.Random(seed).shuffle(ordered)
     yield from ordered
@@ -89,12 +89,12 @@ def files_matching(patterns: Sequence[str]) -> list[Path]:
     """The files that the paths or glob patterns name, in a fixed order.
 
     Raises:
-        ConfigError: Where a pattern matches no file.
+        ConfigError: If a pattern matches no file.
     """
     files: set[Path] = set()
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        matches = map(Path, glob.glob(expanded, recursive=True))  # noqa: PTH207 absolute patterns too
+        matches = map(Path, glob.glob(expanded, recursive=True))  # noqa: PTH207 patterns may be absolute
         matching = {path for path in matches if path.is_file()}
         if not matching:
             raise ConfigError("data.files", pattern, "a path or glob pattern that matches files")
@@ -108,15 +108,15 @@ _TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
     """One document per text file, or per row of .jsonl (also .zst, .gz), .parquet and .csv files.
 
-    The key is the text itself, so that a text that stands twice is never in both splits.
+    The key is the text itself, so that copies of a text are in the same split.
 
     Raises:
-        UserError: Where a file cannot be read or lacks the column.
+        UserError: If a file cannot be read or lacks the column.
     """
     for file in files:
-        kinds = [_TABULAR[end] for end in file.suffixes if end in _TABULAR]
+        kinds = [_TABULAR[suffix] for suffix in file.suffixes if suffix in _TABULAR]
         if kinds:
-            import datasets  # takes a second to import, and most runs do without
+            import datasets  # slow to import, and most runs do not need it
 
             rows = datasets.load_dataset(kinds[-1], data_files=str(file), split="train", streaming=True)
             yield from _rows(rows, column, f"data.files = {str(file)!r}")  # pyright: ignore[reportArgumentType]
@@ -131,12 +131,12 @@ def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
 def hub_documents(config: DataConfig) -> Iterator[Document]:
     """The rows of a Hugging Face data set, shuffled with the config's seed.
 
-    A stream is shuffled in a buffer and its shards; a downloaded data set as a whole.
+    For a stream, the shards and a buffer of rows are shuffled; for a downloaded data set, all rows.
 
     Raises:
-        UserError: Where the data set cannot be found, fetched or read.
+        UserError: If the data set cannot be found, fetched or read.
     """
-    import datasets  # takes a second to import, and most runs do without
+    import datasets  # slow to import, and most runs do not need it
 
     assert config.name is not None
     datasets.utils.logging.disable_progress_bar()
@@ -162,7 +162,7 @@ def _rows(rows: Iterable[dict[str, object]], column: str, source: str) -> Iterat
         text = row[column]
         if not isinstance(text, str | None):
             raise ConfigError(
-                "data.column", column, f"a column of text; in {source} it holds {type(text).__name__}"
+                "data.column", column, f"a column of text; in {source} it has type {type(text).__name__}"
             )
         if text:
             yield Document(text, text)

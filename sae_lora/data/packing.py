@@ -1,4 +1,4 @@
-"""From documents to full sequences of tokens, with the model's own BOS convention."""
+"""Conversion of documents to full token sequences, with the BOS convention of the model."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,23 +13,23 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sae_lora.data.documents import Document
 
 _MOST_PER_CALL = 64
-"""Documents that the tokenizer gets at once."""
+"""Largest number of documents in one call of the tokenizer."""
 
 
 class Convention(NamedTuple):
-    """The layout of text for a model family, as token ids."""
+    """The special tokens in text for a model family, as token ids."""
 
     bos: int | None
-    """Put at the start of every sequence; `None` where the model does not use one."""
+    """Token at the start of every sequence; `None` if the model uses no BOS."""
     separator: int | None
-    """Put after every document; `None` joins documents without a mark."""
+    """Token after every document; `None` joins documents without a separator."""
 
 
 def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
-    """The convention that the tokenizer itself follows.
+    """The convention of the tokenizer.
 
-    A tokenizer that begins an encoded text with BOS (Gemma, Llama) gets BOS at the start of every
-    sequence; one that does not (GPT-2, Pythia) gets none. EOS separates documents where it exists.
+    If the tokenizer begins an encoded text with BOS (Gemma, Llama), every sequence starts with BOS; else
+    (GPT-2, Pythia) none does. EOS separates documents if it exists.
     """
     bos = cast(int | None, tokenizer.bos_token_id)
     eos = cast(int | None, tokenizer.eos_token_id)
@@ -38,7 +38,7 @@ def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids of BOS and EOS, as far as the tokenizer has them, `[n]`."""
+    """Ids `[n]` of BOS and EOS, if the tokenizer has them."""
     ids = [cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)]
     return torch.tensor(sorted({id for id in ids if id is not None}), dtype=torch.long)
 
@@ -47,10 +47,10 @@ def tokenised(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document with its token ids, without special tokens; a batch of documents at a time."""
-    # The tokenizer warns of texts longer than the model's context; they are cut into sequences here.
+    # No warnings about texts longer than the model's context: `Packer` cuts them into sequences.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     documents = iter(documents)
-    per_call = 4  # few at first: a short run needs few documents
+    per_call = 4  # few at first, because a short run needs few documents
     while batch := list(islice(documents, per_call)):
         texts = [document.text for document in batch]
         yield from zip(batch, tokenizer(texts, add_special_tokens=False).input_ids, strict=True)
@@ -58,13 +58,13 @@ def tokenised(
 
 
 class Packer:
-    """Cuts documents into full sequences; tokens at the end that fill no sequence are dropped.
+    """Cut documents into full sequences; tokens at the end that do not fill a sequence are dropped.
 
     Args:
-        context_length: Tokens per sequence, BOS included.
-        convention: The special tokens to put in.
-        vocabulary: Number of token ids; settles the dtype.
-        most: Sequences wanted; `None` takes all.
+        context_length: Tokens per sequence, including BOS.
+        convention: The special tokens to insert.
+        vocabulary: Number of token ids; determines the dtype.
+        most: Largest number of sequences; `None` for no limit.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Packer:
 
     @property
     def full(self) -> bool:
-        """True once there are as many sequences as wanted."""
+        """True if the largest number of sequences is reached."""
         return self._most is not None and len(self) >= self._most
 
     def add(self, tokens: list[int]) -> None:
-        """Takes in one document's token ids, without special tokens."""
+        """Add a document, given its token ids without special tokens."""
         self._pending += tokens + self._tail
-        room = self._length - len(self._head)
+        size = self._length - len(self._head)
         start = 0
-        while len(self._pending) - start >= room and not self.full:
-            sequence = self._head + self._pending[start : start + room]
+        while len(self._pending) - start >= size and not self.full:
+            sequence = self._head + self._pending[start : start + size]
             self._sequences.append(np.array(sequence, dtype=self._dtype))
-            start += room
+            start += size
         del self._pending[:start]
 
     @property
@@ -106,13 +106,13 @@ class Packer:
 def shuffled_batches(
     sequences: np.ndarray, batch_size: int, seed: int, first: int = 0
 ) -> Iterator[Tensor]:
-    """Batches `[batch, pos]` of the sequences without end; every pass has an order of its own.
+    """Endless batches `[batch, pos]` of the sequences; each pass over them has a different order.
 
     Args:
         sequences: Token ids `[sequence, pos]`.
         batch_size: Sequences per batch; a batch may begin in one pass and end in the next.
-        seed: Fixes the orders.
-        first: Number of the batch to begin with; those before it are passed over, not read.
+        seed: Seed of the orders.
+        first: Index of the first batch to yield; earlier batches are skipped without reading them.
     """
     rng = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int64)

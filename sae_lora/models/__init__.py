@@ -1,1 +1,1 @@
-"""Language models through transformers and peft; knows nothing of SAEs and of training."""
+"""Language models through transformers, and adapters through peft. Independent of SAEs and training."""

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: saved, loaded and read."""
+"""Files of adapters in peft's format: save, load and read."""
 
 import shutil
 import warnings
@@ -17,30 +17,30 @@ from sae_lora.models.language_model import LanguageModel
 
 
 def save(adapters: PeftModel, folder: Path, base_model: str) -> None:
-    """Write adapters for `PeftModel.from_pretrained`; `base_model` is their model's name or folder."""
+    """Save adapters for `PeftModel.from_pretrained`; `base_model`: name or folder of their model."""
     adapters.peft_config["default"].base_model_name_or_path = base_model
-    # No embedding is adapted; to find that out itself, peft would look the base model up online.
+    # No embedding is adapted. Without this argument, peft would look up the base model online.
     adapters.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def load(model: LanguageModel, folder: Path) -> PeftModel:
-    """Put saved adapters into the model, frozen and without dropout; returns peft's view of it.
+    """Load saved adapters into the model, frozen and without dropout, and return peft's view of it.
 
     Raises:
-        UserError: Where they are missing, damaged, or another model's.
+        UserError: If they are missing or damaged, or belong to another model.
     """
     with _explained(folder), warnings.catch_warnings():
-        # peft only warns of weights that the file lacks.
+        # peft only warns if the file lacks weights; here that is an error.
         warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return PeftModel.from_pretrained(model.model, str(folder), torch_device=str(model.device)).eval()
 
 
 def begin_with(adapters: PeftModel, folder: Path) -> None:
-    """Give fresh adapters the values of saved ones of the same shape.
+    """Set new adapters to the values of saved adapters of the same shape.
 
     Raises:
-        UserError: Where they are missing, damaged or of another shape.
+        UserError: If the saved adapters are missing, damaged or of another shape.
     """
     with _explained(folder, "init: "):
         weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -48,57 +48,57 @@ def begin_with(adapters: PeftModel, folder: Path) -> None:
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise UserError(
-            f"init: the adapters in {folder} belong to other matrices than lora.targets and lora.blocks "
-            f"name, such as {[*missing, *result.unexpected_keys][0]}"
+            f"init: lora.targets and lora.blocks select other matrices than the adapters in {folder}, "
+            f"for example {[*missing, *result.unexpected_keys][0]}"
         )
 
 
-_BEFORE, _A = "base_model.model.", ".lora_A.weight"
-"""A's key in a file is the matrix's dotted path in the transformers model, between these two."""
+_PREFIX, _A = "base_model.model.", ".lora_A.weight"
+"""A file's key of an A is `_PREFIX`, the matrix's dotted path in the transformers model, and `_A`."""
 
 
 def saved_inputs(folder: Path) -> list[tuple[str, int]]:
-    """Name and number of inputs of each adapted matrix; reads no weights.
+    """Name and number of inputs of each adapted matrix, without reading weights.
 
     Raises:
-        UserError: Where the adapters are missing or damaged.
+        UserError: If the adapters are missing or damaged.
     """
     with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
         keys: list[str] = file.keys()
         return sorted(
-            (key.removeprefix(_BEFORE).removesuffix(_A), int(file.get_slice(key).get_shape()[1]))
+            (key.removeprefix(_PREFIX).removesuffix(_A), int(file.get_slice(key).get_shape()[1]))
             for key in keys
             if key.endswith(_A)
         )
 
 
 def saved_a(folder: Path, name: str) -> Tensor:
-    """A of a matrix, `[rank, input]`, by its name in `saved_inputs`.
+    """A of a matrix, `[rank, input]`, by its name from `saved_inputs`.
 
     Raises:
-        UserError: Where the adapters are missing or damaged.
+        UserError: If the adapters are missing or damaged.
     """
     with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        return file.get_tensor(f"{_BEFORE}{name}{_A}")
+        return file.get_tensor(f"{_PREFIX}{name}{_A}")
 
 
 @contextmanager
-def _explained(folder: Path, before: str = "") -> Iterator[None]:
+def _explained(folder: Path, prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-        raise UserError(f"{before}the adapters in {folder} cannot be loaded: {error}") from error
+        raise UserError(f"{prefix}the adapters in {folder} cannot be loaded: {error}") from error
 
 
 def republish(folder: Path, to: Path, base_model: str | None, revision: str | None) -> None:
-    """Copy saved adapters to an existing folder, with their model's repository, if any, and commit.
+    """Copy saved adapters to an existing folder, with the model's repository and commit, if any.
 
     Raises:
-        UserError: Where they are missing or damaged.
+        UserError: If they are missing or damaged.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     with _explained(folder):
-        load_file(weights)  # a file that is cut short is found here
+        load_file(weights)  # fails if the file is truncated
         config = PeftConfig.from_pretrained(str(folder))
     shutil.copyfile(weights, to / weights.name)
     config.base_model_name_or_path = base_model

@@ -1,4 +1,4 @@
-"""A model's size, before its weights are loaded. Imports no torch, so that a plan is quick."""
+"""The size of a model, before its weights are loaded. Imports no torch, so that planning is fast."""
 
 import json
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ EMBEDDED_NAME = "tiny"
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A model's size, from its config file."""
+    """The size of a model, from its config file."""
 
     d_model: int
     n_blocks: int
     d_vocab: int
     max_context: int | None
-    """Longest sequence the model was made for; `None` where its config does not say."""
+    """Longest sequence that the model supports, in tokens; `None` if its config does not say."""
 
 
 def source(config: ModelConfig) -> str:
-    """The repository, or the folder of a local or embedded model."""
+    """The repository, or the folder of a local or the embedded model."""
     return str(EMBEDDED_MODEL) if config.name == EMBEDDED_NAME else config.name
 
 
@@ -37,14 +37,14 @@ _NAMES = {
     "d_vocab": ("vocab_size",),
     "max_context": ("max_position_embeddings", "n_positions"),
 }
-"""Names of a dimension in config files: the usual one, and GPT-2's."""
+"""Names of each dimension in config files: the usual name, and GPT-2's."""
 
 
 def read_dimensions(config: ModelConfig) -> Dimensions:
-    """The model's dimensions, from its config file.
+    """The dimensions of a model, from its config file.
 
     Raises:
-        UserError: Where the config cannot be found or fetched.
+        UserError: If the config cannot be found or fetched.
     """
     with hub.explained("model.name", config.name):
         values = _config_file(config)
@@ -52,7 +52,7 @@ def read_dimensions(config: ModelConfig) -> Dimensions:
             name: next((values[key] for key in keys if key in values), None)
             for name, keys in _NAMES.items()
         }
-        if None in dimensions.values():  # left to a default that transformers knows
+        if None in dimensions.values():  # the file omits a value whose default transformers knows
             dimensions = _through_transformers(config)
     return Dimensions(**dimensions)
 
@@ -73,7 +73,7 @@ def _config_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def _through_transformers(config: ModelConfig) -> dict[str, Any]:
-    from transformers import AutoConfig  # brings torch in
+    from transformers import AutoConfig  # imports torch
 
     text = AutoConfig.from_pretrained(
         source(config), revision=config.pinned_revision, trust_remote_code=False

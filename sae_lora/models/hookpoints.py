@@ -1,4 +1,4 @@
-"""Places of SAEs in a model. Imports no torch."""
+"""Places of SAEs in a model, and their names. Imports no torch."""
 
 import re
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import SAEChoice
 
-PLACES = "hook_resid_post, hook_resid_pre (but of block 0), hook_attn_out or hook_mlp_out"
-"""Places that an SAE may have, for messages."""
+PLACES = "hook_resid_post, hook_resid_pre (except of block 0), hook_attn_out or hook_mlp_out"
+"""Possible places of an SAE, for messages."""
 
 
 def canonical_hook(hook: Hook | None) -> Hook:
-    """The hook of a `Place` that `layer.hook` means."""
+    """The hook of the `Place` that `layer.hook` names."""
     return Hook.resid_post if hook in (None, Hook.resid_pre) else hook
 
 
@@ -20,8 +20,8 @@ def canonical_hook(hook: Hook | None) -> Hook:
 class Place:
     """The place of an SAE in a model.
 
-    A block reads the output of the one before: `resid_pre` of block `l` is `resid_post` of block
-    `l − 1`, and has that name here.
+    `resid_pre` of block `l` is the same activation as `resid_post` of block `l − 1`. A `Place` has the
+    second form.
     """
 
     block: int
@@ -30,12 +30,12 @@ class Place:
 
     @classmethod
     def of(cls, choice: SAEChoice) -> "Place":
-        """The place of an SAE that is used."""
+        """The place of a resolved SAE."""
         return cls(choice.block, choice.hook)
 
     @classmethod
     def asked(cls, index: int, hook: Hook | None) -> "Place":
-        """The place that `layer.index` and `layer.hook` mean.
+        """The place that `layer.index` and `layer.hook` name.
 
         Raises:
             ConfigError: For the input of the first block.
@@ -46,13 +46,13 @@ class Place:
                 index,
                 "a block from 1 on, with layer.hook=resid_pre",
                 nearest=1,
-                because="what block 0 reads is the embedding, which no block puts out",
+                because="the input of block 0 is the embedding, which is not the output of a block",
             )
         return cls(index - (hook is Hook.resid_pre), canonical_hook(hook))
 
     @classmethod
     def named(cls, hookpoint: str) -> "Place | None":
-        """The place that a hookpoint such as `blocks.3.hook_mlp_out` names; `None` for other names."""
+        """The place of a hookpoint such as `blocks.3.hook_mlp_out`; `None` for other names."""
         hooks = "|".join(hook.name for hook in Hook)
         match = re.fullmatch(rf"blocks\.(\d+)\.hook_({hooks})", hookpoint)
         if match is None or hookpoint == f"blocks.0.hook_{Hook.resid_pre.name}":
@@ -61,16 +61,16 @@ class Place:
 
     @property
     def is_inside(self) -> bool:
-        """True inside its block, false behind it."""
+        """True inside the block (attn_out, mlp_out), false at its output (resid_post)."""
         return self.hook is not Hook.resid_post
 
     @property
     def begins(self) -> int:
-        """The first block that a change at this place affects."""
+        """The first block whose computation a change at this place affects."""
         return self.block if self.is_inside else self.block + 1
 
     def index(self, hook: Hook | None) -> int:
-        """The `layer.index` of this place with a `layer.hook`: one more with resid_pre."""
+        """The `layer.index` of this place with this `layer.hook`: with resid_pre, the next block."""
         return self.block + (hook is Hook.resid_pre)
 
     def __str__(self) -> str:
@@ -78,5 +78,5 @@ class Place:
 
 
 def resid_post(block: int) -> str:
-    """The hookpoint of a block's output, in the field's words."""
+    """The hookpoint of a block's output: `blocks.{block}.hook_resid_post`."""
     return str(Place(block))

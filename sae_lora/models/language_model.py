@@ -1,4 +1,4 @@
-"""Language models through transformers: loaded, and taken apart into backbone, blocks and head."""
+"""A transformers language model with access to its parts: backbone, blocks and head."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,13 +20,13 @@ Key = TypeVar("Key")
 
 
 class LanguageModel:
-    """A causal LM taken apart where this project needs it: backbone, blocks and head.
+    """A causal LM with access to its backbone, its blocks and its head.
 
     Args:
         model: The transformers model. It is frozen and put in evaluation mode.
 
     Raises:
-        UserError: For an architecture whose blocks cannot be told apart.
+        UserError: If the architecture has no list of blocks.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,12 +41,12 @@ class LanguageModel:
         return self.model.device
 
     def hidden(self, tokens: Tensor, first: int = 0, resid: Tensor | None = None) -> Tensor:
-        """The states that the head reads, `[batch, pos, d_model]`, of tokens `[batch, pos]`.
+        """The states that the head reads, `[batch, pos, d_model]`, for tokens `[batch, pos]`.
 
         Args:
             first: The block to begin with.
-            resid: The residual stream that this block reads, `[batch, pos, d_model]`; `None` where
-                it is the first of all.
+            resid: The residual stream that this block reads, `[batch, pos, d_model]`; `None` for block
+                0, which reads the embedding.
         """
         with self._segment(first, len(self.blocks), resid):
             return self._backbone(input_ids=tokens, use_cache=False).last_hidden_state
@@ -56,8 +56,8 @@ class LanguageModel:
     ) -> Tensor:
         """The residual stream that a block reads, `[batch, pos, d_model]`.
 
-        For the output of the last block, `block` is one more. `first` comes before `block`; it and the
-        other arguments are as for `hidden`.
+        `block` may be the number of blocks, for the output of the last block. `first` is smaller than
+        `block`; `first` and `resid` are as in `hidden`.
         """
         with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
             self._backbone(input_ids=tokens, use_cache=False)
@@ -65,13 +65,13 @@ class LanguageModel:
 
     @contextmanager
     def _segment(self, first: int, end: int, resid: Tensor | None) -> Iterator[None]:
-        """Inside the `with` block, the backbone's blocks are those from `first` to before `end`.
+        """Inside the `with` block, the backbone runs only the blocks from `first` to `end − 1`.
 
-        The others keep their places, because the backbone looks things up by index (Gemma's masks), and
-        pass on their input; the one before `first` passes on `resid`.
+        Stand-ins replace the other blocks, because the backbone uses indices of blocks (for Gemma's
+        masks). They return their input; the stand-in right before `first` returns `resid`.
         """
-        before = [_Passing(resid if block == first - 1 else None) for block in range(first)]
-        blocks = [*before, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
+        stand_ins = [_Passing(resid if block == first - 1 else None) for block in range(first)]
+        blocks = [*stand_ins, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
         holder, name = self._blocks_at
         holder._modules[name] = nn.ModuleList(blocks)
         try:
@@ -80,14 +80,14 @@ class LanguageModel:
             holder._modules[name] = self.blocks
 
     def view(self) -> "LanguageModel":
-        """The same model once more, for adapters of its own: its weights are shared, not copied."""
+        """A second model that shares the weights of this one, to which other adapters can be added."""
         shared = [*self.model.parameters(), *self.model.buffers()]
         return LanguageModel(copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared}))
 
     def recompute(self, first: int) -> None:
-        """From this block on, keep only the input of each block for the backward pass.
+        """From block `first` on, keep only block inputs, and recompute the blocks in the backward pass.
 
-        Hooks inside a block act again there as they did in the forward pass.
+        Hooks inside a block act in the recomputation as they did in the forward pass.
         """
         for block in self.blocks[first:]:
             block.forward = partial(_recomputed, block, block.forward)
@@ -95,8 +95,8 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., d_vocab]` of hidden states `[..., d_model]`.
 
-        The model's own forward pass computes them, with its backbone replaced by the given states,
-        so that soft-capping and scaling are those of transformers.
+        The forward pass of the transformers model computes them, with a stand-in for the backbone, so
+        that soft-capping and scaling are those of transformers.
         """
         name = self.model.base_model_prefix
         backbone = self.model._modules[name]
@@ -108,16 +108,16 @@ class LanguageModel:
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def module_at(self, hookpoint: str) -> nn.Module:
-        """The module whose output, or the first of whose outputs, the hookpoint names.
+        """The module whose output (the first, if it has several) is the activation at the hookpoint.
 
         Args:
             hookpoint: `blocks.{l}.hook_resid_post`, `blocks.{l}.hook_resid_pre` (the output of the
-                block before), `blocks.{l}.hook_attn_out` or `blocks.{l}.hook_mlp_out` (their additions
-                to the residual stream), or a dotted module path.
+                previous block), `blocks.{l}.hook_attn_out` or `blocks.{l}.hook_mlp_out` (what attention
+                or MLP adds to the residual stream), or the dotted path of a module.
 
         Raises:
-            ConfigError: For a hookpoint that this model does not have; names near ones.
-            UserError: For an architecture in which no module gives a block's addition.
+            ConfigError: For a hookpoint that this model does not have. The message has the nearest one.
+            UserError: If no module of the architecture outputs what attention or MLP adds.
         """
         place = Place.named(hookpoint)
         if place is not None:
@@ -130,24 +130,24 @@ class LanguageModel:
                     nearest=min(place.block, last),
                 )
             block = self.blocks[place.block]
-            return self._adding(block, place.hook) if place.is_inside else block
+            return self._adding_module(block, place.hook) if place.is_inside else block
         modules = dict(self.model.named_modules())
         if hookpoint in modules:
             return modules[hookpoint]
         raise ConfigError(
             "hookpoint",
             hookpoint,
-            f"blocks.{{l}}.{PLACES}, or a module's dotted path",
+            f"blocks.{{l}}.{PLACES}, or the dotted path of a module",
             nearest_name(hookpoint, [resid_post(len(self.blocks) - 1), *modules]),
         )
 
     def name_at(self, hookpoint: str) -> str:
-        """The dotted path, in the transformers model, of the module that `module_at` finds."""
-        wanted = self.module_at(hookpoint)
-        return next(name for name, module in self.model.named_modules() if module is wanted)
+        """The dotted path, in the transformers model, of the module that `module_at` returns."""
+        target = self.module_at(hookpoint)
+        return next(name for name, module in self.model.named_modules() if module is target)
 
-    def _adding(self, block: nn.Module, hook: Hook) -> nn.Module:
-        """The module of a block whose output is added to the residual stream, by its usual name."""
+    def _adding_module(self, block: nn.Module, hook: Hook) -> nn.Module:
+        """The module whose output the block adds to the residual stream, found by its usual names."""
         names = _ADDING[hook]
         if hasattr(block, _NORM_BEFORE_ADDING[Hook.mlp_out]):
             names = (_NORM_BEFORE_ADDING[hook],)
@@ -155,8 +155,8 @@ class LanguageModel:
             if isinstance(module := getattr(block, name, None), nn.Module):
                 return module
         raise UserError(
-            f"{type(self.model).__name__}: no SAE can sit at {hook.name} of a {type(block).__name__}, "
-            f"which has no {' or '.join(names)}"
+            f"{type(self.model).__name__}: an SAE at {hook.name} is not supported, because "
+            f"{type(block).__name__} has no module named {' or '.join(names)}"
         )
 
     @torch.no_grad()
@@ -164,81 +164,81 @@ class LanguageModel:
         """Check that these blocks add `attn_out` + `mlp_out` to the residual stream, up to rounding.
 
         Raises:
-            UserError: For an architecture in which they add something else.
+            UserError: If they add something else.
         """
-        wanted = set(blocks) - self._known_additions
-        if not wanted:
+        unchecked = set(blocks) - self._known_additions
+        if not unchecked:
             return
         with ExitStack() as hooks:
-            seen = {block: self._observed(block, hooks) for block in wanted}
+            activations = {block: self._observed(block, hooks) for block in unchecked}
             self.hidden(torch.arange(4, device=self.device)[None])
-        for block, values in seen.items():
-            # No sum of three, in whatever order, is rounded by more than this.
+        for block, values in activations.items():
+            # An upper bound of the rounding error of a sum of three, in any order.
             rounding = torch.finfo(self.model.dtype).eps * sum(value.abs() for value in values.values())
             added = values["attn_out"] + values["mlp_out"]
             if not ((values["resid_post"] - values["resid_pre"] - added).abs() <= rounding).all():
                 raise UserError(
-                    f"{type(self.model).__name__}: SAEs can sit at resid_post alone: what block {block} "
-                    "adds to the residual stream is something else than what its attention and its MLP "
-                    "put out"
+                    f"{type(self.model).__name__}: SAEs are supported only at resid_post, because block "
+                    f"{block} does not add exactly the outputs of its attention and its MLP to the "
+                    "residual stream"
                 )
-        self._known_additions |= wanted
+        self._known_additions |= unchecked
 
     def _observed(self, block: int, hooks: ExitStack) -> dict[str, Tensor]:
-        """The activations of a block in the next forward pass, by name of the hook."""
-        seen: dict[str, Tensor] = {}
+        """A dict that the next forward pass fills with a block's activations, by name of the hook."""
+        activations: dict[str, Tensor] = {}
 
         def take(name: str, value: Tensor) -> None:
-            seen[name] = value.double()
+            activations[name] = value.double()
 
-        def take_input(module: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            take("resid_pre", given[0] if given else named["hidden_states"])
+        def take_input(module: object, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            take("resid_pre", positional[0] if positional else named["hidden_states"])
 
         handle = self.blocks[block].register_forward_pre_hook(take_input, with_kwargs=True)
         hooks.callback(handle.remove)
-        adding = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
-        parts = {hook.name: self.module_at(str(Place(block, hook))) for hook in adding}
-        hooks.enter_context(observed(parts, take))
-        return seen
+        observed_hooks = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
+        modules = {hook.name: self.module_at(str(Place(block, hook))) for hook in observed_hooks}
+        hooks.enter_context(observed(modules, take))
+        return activations
 
     @property
     def _backbone(self) -> nn.Module:
         return getattr(self.model, self.model.base_model_prefix)
 
     def _find_blocks(self) -> tuple[nn.Module, str]:
-        """The module that holds the list of blocks, and the list's name there."""
+        """The module that contains the list of blocks, and the name of the list in it."""
         depth = self.config.num_hidden_layers
         for module in self.model.get_decoder().modules():
             for name, child in module.named_children():
                 if isinstance(child, nn.ModuleList) and len(child) == depth:
                     return module, name
-        raise UserError(f"{type(self.model).__name__}: found no list of its {depth} blocks")
+        raise UserError(f"{type(self.model).__name__}: cannot find the list of its {depth} blocks")
 
     def check_parts(self) -> None:
-        """Check that backbone, blocks and head together are the model.
+        """Check that backbone, blocks and head together compute the same logits as the model.
 
         Raises:
-            UserError: For an architecture in which they are not.
+            UserError: If the logits differ.
         """
         probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         half = len(self.blocks) // 2
         with torch.no_grad():
-            whole = self.model(input_ids=probe, use_cache=False).logits
+            expected = self.model(input_ids=probe, use_cache=False).logits
             resid = self.resid_entering(half, probe) if half else None
-            parts = self.logits(self.hidden(probe, half, resid))
-        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+            logits = self.logits(self.hidden(probe, half, resid))
+        if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
             raise UserError(
-                f"{type(self.model).__name__}: its logits depend on more than one block's output, or "
-                "than its last hidden state"
+                f"{type(self.model).__name__} is not supported: a block reads more than the previous "
+                "block's output, or the head reads more than the last hidden state"
             )
 
 
 @contextmanager
 def observed(modules: Mapping[Key, nn.Module], take: Callable[[Key, Tensor], None]) -> Iterator[None]:
-    """Inside the block, each pass of a module gives its key and its output, or the first of several.
+    """Inside the block, call `take` with the key and the output of each module that runs.
 
-    A block's output is the residual stream after it, `[batch, pos, d_model]`, as the next block reads
-    it: inside `spliced`, after the SAE.
+    If a module has several outputs, `take` gets the first. The output of a block is the residual stream
+    `[batch, pos, d_model]` that the next block reads; inside `spliced`, that is after the SAE.
     """
 
     def hook(key: Key, output: Any) -> None:
@@ -246,27 +246,27 @@ def observed(modules: Mapping[Key, nn.Module], take: Callable[[Key, Tensor], Non
 
     with ExitStack() as hooks:
         for key, module in modules.items():
-            handle = module.register_forward_hook(lambda *given, key=key: hook(key, given[2]))
+            handle = module.register_forward_hook(lambda *arguments, key=key: hook(key, arguments[2]))
             hooks.callback(handle.remove)
         yield
 
 
 @contextmanager
 def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """A list to which a forward pass adds the output of each module, as `observed` gives it."""
+    """A list to which each forward pass appends the outputs of the modules, as in `observed`."""
     outputs: list[Tensor] = []
     with observed(dict(enumerate(modules)), lambda _, output: outputs.append(output)):
         yield outputs
 
 
 _ADDING = {Hook.attn_out: ("self_attn", "attn", "attention"), Hook.mlp_out: ("mlp",)}
-"""Names in transformers of the modules whose output a block adds to the residual stream."""
+"""Names in transformers of modules whose output a block adds to the residual stream."""
 _NORM_BEFORE_ADDING = {
     Hook.attn_out: "post_attention_layernorm",
     Hook.mlp_out: "post_feedforward_layernorm",
 }
-"""The norms in between, where both exist (Gemma 2 and 3). Elsewhere the first alone is the norm before
-the MLP."""
+"""Norms of the outputs of attention and MLP, if a block has both (Gemma 2 and 3). In other models,
+`post_attention_layernorm` is the norm before the MLP."""
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -283,24 +283,24 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *arguments: Any, 
 
 
 class _Hooked:
-    """Inside the `with` block, the modules have their earlier hooks; entered in each backward pass."""
+    """Inside the `with` block, modules have the hooks of the forward pass. Recomputations enter it."""
 
-    def __init__(self, before: Mapping[nn.Module, Any]) -> None:
-        self._before = before
-        self._now: dict[nn.Module, Any] = {}
+    def __init__(self, forward_hooks: Mapping[nn.Module, Any]) -> None:
+        self._forward_hooks = forward_hooks
+        self._current_hooks: dict[nn.Module, Any] = {}
 
     def __enter__(self) -> None:
-        self._now = {module: module._forward_hooks for module in self._before}
-        for module, hooks in self._before.items():
+        self._current_hooks = {module: module._forward_hooks for module in self._forward_hooks}
+        for module, hooks in self._forward_hooks.items():
             module._forward_hooks = hooks
 
     def __exit__(self, *_: object) -> None:
-        for module, hooks in self._now.items():
+        for module, hooks in self._current_hooks.items():
             module._forward_hooks = hooks
 
 
 class _Passing(nn.Module):
-    """Stands in for a block: passes on its input, or the given states."""
+    """Stand-in for a block: returns its input, or the given states."""
 
     def __init__(self, given: Tensor | None = None) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class _Passing(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands in for a backbone: returns the hidden states it was given."""
+    """Stand-in for a backbone: returns the given hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class _Given(nn.Module):
 
 
 class _GivenOutput(BaseModelOutputWithPast):
-    """A backbone's output with nothing but the hidden states in it."""
+    """Output of a backbone that contains only the hidden states."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

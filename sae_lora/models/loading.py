@@ -1,4 +1,4 @@
-"""Language models and tokenizers, loaded through transformers."""
+"""Loading of language models and tokenizers through transformers."""
 
 import warnings
 from typing import Any
@@ -18,7 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 
 
 def _load(kind: Any, config: ModelConfig, **options: Any) -> Any:
-    """`kind.from_pretrained`, at the config's revision and without code of the repository."""
+    """`kind.from_pretrained` at the config's revision. Code in the repository is never run."""
     with hub.explained("model.name", config.name):
         return kind.from_pretrained(
             source(config), revision=config.pinned_revision, trust_remote_code=False, **options
@@ -26,29 +26,29 @@ def _load(kind: Any, config: ModelConfig, **options: Any) -> Any:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """The tokenizer of the model.
 
     Raises:
-        UserError: Where it cannot be found or fetched.
+        UserError: If it cannot be found or fetched.
     """
     return _load(AutoTokenizer, config)
 
 
 def fetch_model(config: ModelConfig) -> str | None:
-    """Download all files of the model that a run reads; returns their commit, if from the hub.
+    """Download all files of the model that a run reads. Return their commit, if they are from the hub.
 
     Raises:
-        UserError: Where it cannot be found or fetched.
+        UserError: If it cannot be found or fetched.
     """
     _load(AutoModelForCausalLM, config, device_map="meta")
     return config.commit or hub.cached_commit(config.name, config.revision)
 
 
 def load_shapes(config: ModelConfig) -> LanguageModel:
-    """The model without its weights (on torch's meta device), to count parameters before loading.
+    """The model without weights (on torch's meta device), to count parameters before loading.
 
     Raises:
-        UserError: Where its config cannot be found or fetched.
+        UserError: If its config cannot be found or fetched.
     """
     with torch.device("meta"):
         model_config = _load(AutoConfig, config)
@@ -60,14 +60,14 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
 
     Args:
         config: The model, and the precision to which its weights are rounded.
-        compute: Precision in which the weights are then held and computed with.
+        compute: Precision of the weights in memory and of the computation.
         device: The device.
 
     Raises:
-        UserError: Where it cannot be found, fetched or used.
+        UserError: If it cannot be found, fetched or used.
     """
     model = _load(AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype.name))
-    # The weights alone: rotary frequencies are buffers that must stay float32, or positions blur.
+    # Only weights: rotary frequencies are buffers and stay float32, or positions become inexact.
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
     model = model.to(device)
@@ -77,25 +77,25 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     return language_model
 
 
-def choose_attention(model: PreTrainedModel, wanted: Attention, device: torch.device) -> None:
-    """Set the way in which the model computes attention.
+def choose_attention(model: PreTrainedModel, attention: Attention, device: torch.device) -> None:
+    """Set the attention implementation of the model.
 
     Raises:
-        ConfigError: Where this model or this machine does not have it.
+        ConfigError: If this model or this machine does not support it.
     """
     soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if wanted is Attention.auto:
+    if attention is Attention.auto:
         if not (soft_capped and device.type == "cpu"):
             return
-        wanted = Attention.blockwise
+        attention = Attention.blockwise
     blockwise_attention.register()
     try:
-        model.set_attn_implementation(wanted.name)
+        model.set_attn_implementation(attention.name)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             "model.attention",
-            wanted.name,
-            f"one that {type(model).__name__} has here",
+            attention.name,
+            f"an implementation that {type(model).__name__} supports on this machine",
             nearest="auto",
             because=str(error).splitlines()[0],
         ) from error
@@ -108,15 +108,17 @@ def silence_transformers() -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a run; sets the precision of products there.
+    """The device of a run. On a GPU, also set the precision of float32 matrix products.
 
     Raises:
-        ConfigError: Where a GPU is wanted and there is none.
+        ConfigError: If the config requires a GPU and there is none.
     """
-    wanted = config.train.device
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise ConfigError("train.device", "cuda", "auto or cpu: torch finds no GPU here", nearest="auto")
-    if wanted is Device.cpu or not torch.cuda.is_available():
+    requested = config.train.device
+    if requested is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device", "cuda", "auto or cpu, because torch finds no GPU", nearest="auto"
+        )
+    if requested is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""Adapters, through peft: the matrices that they adapt, and fresh ones."""
+"""LoRA adapters through peft: new adapters, the matrices that they adapt, their dropout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,18 +41,18 @@ _ROLES = {
     "fc1": "up",
     "fc2": "down",
 }
-"""The roles of a matrix, by the end of its name. Fused matrices have several."""
+"""Roles of a matrix, by the end of its name. Fused matrices have several roles."""
 _MORE_DIRECTIONS = 16
-"""Directions that are computed beyond those needed: the last ones are inexact."""
+"""Number of additional singular vectors to compute, because the last ones are inexact."""
 
 
 def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftModel:
-    """Put fresh adapters into the model (B = 0: they change nothing yet); returns peft's view of it.
+    """Add new adapters (B = 0, so they change nothing yet) to the model, and return peft's view of it.
 
-    Initial values come from torch's global random state. `blocks=after` begins behind block `first_sae`.
+    Initial values come from torch's global random state. `blocks=after` begins after block `first_sae`.
 
     Raises:
-        ConfigError: Where the model has no such blocks or matrices.
+        ConfigError: If the model does not have these blocks or matrices.
     """
     blocks = adapted_blocks(config.blocks, first_sae, len(model.blocks))
     adapters = get_peft_model(
@@ -71,15 +71,15 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     if config.init is Initialisation.svd:
         for module in model.model.modules():
             if isinstance(module, LoraLayer):
-                _begin_along_the_matrix(module)
+                _initialise_by_svd(module)
     if model.device.type == "cpu":
         replace_dropout(model, Dropout)
     return adapters  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
-def _begin_along_the_matrix(module: Any) -> None:
-    """Set the rows of A to the largest right-singular vectors of the matrix, as far as it has any.
+def _initialise_by_svd(module: Any) -> None:
+    """Set the rows of A to the largest right-singular vectors of the matrix, as many as exist.
 
     Their length is the mean length of peft's rows, 1 / √3.
     """
@@ -87,13 +87,13 @@ def _begin_along_the_matrix(module: Any) -> None:
     weight = base.weight.float() if isinstance(base, nn.Linear) else base.weight.float().T
     for adapter in module.lora_A.values():
         rank = min(adapter.weight.shape[0], *weight.shape)
-        wanted = min(rank + _MORE_DIRECTIONS, *weight.shape)
-        _, _, directions = torch.svd_lowrank(weight, wanted, niter=4)
+        computed = min(rank + _MORE_DIRECTIONS, *weight.shape)
+        _, _, directions = torch.svd_lowrank(weight, computed, niter=4)
         adapter.weight[:rank] = directions.T[:rank] / 3**0.5
 
 
 def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
-    """Replace the modules that drop the adapters' inputs by `kind(share)`."""
+    """Replace the dropout modules of the adapters with `kind(share)`."""
     for module in model.model.modules():
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
@@ -105,9 +105,9 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
     """Full names of the matrices to adapt.
 
     Raises:
-        ConfigError: Where the architecture has none of the kind, or fuses it with others.
+        ConfigError: If the architecture has no such matrix, or fuses it with other matrices.
     """
-    wanted = set(target_matrices(targets))
+    requested = set(target_matrices(targets))
     names = {id(module): name for name, module in model.model.named_modules()}
     matrices: list[str] = []
     roles_seen: set[str] = set()
@@ -116,16 +116,16 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
             name = names[id(module)]
             roles = _roles_of(name) if not isinstance(module, nn.ModuleList) else set()
             roles_seen |= roles
-            if roles and roles <= wanted:
+            if roles and roles <= requested:
                 matrices.append(name)
-            elif roles & wanted:
+            elif roles & requested:
                 fused = "".join(matrix for matrix in ("q", "k", "v", "gate", "up") if matrix in roles)
                 raise ConfigError(
                     "lora.targets",
                     targets,
-                    "a set that takes all or none of them",
+                    "a set with all or none of them",
                     nearest="qkv" if fused == "qkv" else "mlp",
-                    because=f"this model holds {fused} in one matrix ({name})",
+                    because=f"this model has {fused} in one matrix ({name})",
                 )
     if not matrices:
         raise ConfigError(
@@ -135,8 +135,8 @@ def target_modules(model: LanguageModel, blocks: Sequence[int], targets: Any) ->
 
 
 def _roles_of(name: str) -> set[str]:
-    for end, roles in _ROLES.items():
-        if name == end or name.endswith(f".{end}"):
+    for suffix, roles in _ROLES.items():
+        if name == suffix or name.endswith(f".{suffix}"):
             return set(roles.split())
     return set()
 
@@ -144,8 +144,8 @@ def _roles_of(name: str) -> set[str]:
 def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
     """Switch the adapters' dropout on or off.
 
-    The rest of the model stays in evaluation mode: its own dropout (GPT-2 has some) would make
-    student and teacher differ for no reason.
+    Other modules stay in evaluation mode: the model's own dropout (GPT-2 has some) would add noise to
+    the difference between student and teacher.
     """
     for module in model.model.modules():
         if isinstance(module, LoraLayer):
@@ -153,7 +153,7 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
 
 
 def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
-    """The adapters' weights by name."""
+    """The weights of the adapters, by name."""
     return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
 
 
@@ -161,17 +161,17 @@ class AdaptedMatrix(NamedTuple):
     """A matrix of the model with its adapter.
 
     Args:
-        name: Its dotted path in the transformers model.
-        block: Its block.
-        kind: Its path inside the block, such as `self_attn.q_proj`.
-        reads_stream: Whether it reads the residual stream (through a norm), rather than states inside
-            attention or MLP.
+        name: Dotted path in the transformers model.
+        block: Index of the block.
+        kind: Path inside the block, such as `self_attn.q_proj`.
+        reads_stream: True if it reads the residual stream (through a norm), false if it reads states
+            inside attention or MLP.
         weight: W, `[output, input]`, without the adapter.
-        delta: ΔW, the same shape: the adapted matrix less W.
+        delta: ΔW, `[output, input]`: the adapted matrix minus W.
         a: A, `[rank, input]`.
         b: B, `[output, rank]`.
-        scale: Factor of B · A; the product is ΔW where there is no magnitude.
-        magnitude: DoRA's lengths of its outputs, `[output]`; `None` for plain LoRA.
+        scale: Factor of B · A. Without a magnitude, scale · B · A is ΔW.
+        magnitude: DoRA's magnitudes, `[output]`; `None` for plain LoRA.
     """
 
     name: str
@@ -187,16 +187,16 @@ class AdaptedMatrix(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Number of weights of the adapter."""
+        """Number of the adapter's weights."""
         magnitude = 0 if self.magnitude is None else self.magnitude.numel()
         return self.a.numel() + self.b.numel() + magnitude
 
 
 def adapted_matrices(model: LanguageModel) -> Iterator[AdaptedMatrix]:
-    """The matrices that have adapters, block by block; one at a time, as they may be large."""
+    """The adapted matrices, block by block; an iterator, because they may be large."""
     names = {id(module): name for name, module in model.model.named_modules()}
-    for block, inside in enumerate(model.blocks):
-        for kind, module in inside.named_modules():
+    for block, block_module in enumerate(model.blocks):
+        for kind, module in block_module.named_modules():
             if isinstance(module, LoraLayer):
                 yield _adapted_matrix(module, names[id(module)], block, kind)
 
@@ -206,7 +206,7 @@ def _adapted_matrix(module: Any, name: str, block: int, kind: str) -> AdaptedMat
     (adapter,) = module.active_adapters
     base = module.get_base_layer()
     weight, delta = base.weight.float(), module.get_delta_weight(adapter).float()
-    if not isinstance(base, nn.Linear):  # GPT-2's matrices lie the other way round
+    if not isinstance(base, nn.Linear):  # GPT-2's matrices are transposed
         weight, delta = weight.T, delta.T
     magnitude = None
     if adapter in module.lora_magnitude_vector:
@@ -231,13 +231,13 @@ _LEVELS = 2**16
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout`, with the share rounded to 1 / 65,536 and masks drawn four at a time.
+    """`nn.Dropout` with the share rounded to a multiple of 1 / 65,536, and four masks per random word.
 
-    The expectation of the output is the input, exactly: the scale follows the rounded share. Masks come
+    The expected output is exactly the input, because the scale follows the rounded share. Masks come
     from torch's global random state.
 
     Args:
-        p: Share of the elements that become zero while training.
+        p: Share of the elements that are zero in training.
     """
 
     def __init__(self, p: float) -> None:
@@ -249,5 +249,5 @@ class Dropout(nn.Module):
             return inputs
         words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         levels = words.view(torch.int16)[: inputs.numel()].view(inputs.shape)
-        kept = levels >= round(self.p * _LEVELS) - _LEVELS // 2
-        return inputs * kept.to(inputs.dtype).mul_(1 / (1 - self.p))
+        mask = levels >= round(self.p * _LEVELS) - _LEVELS // 2
+        return inputs * mask.to(inputs.dtype).mul_(1 / (1 - self.p))

@@ -1,5 +1,5 @@
-"""The run folder, and what it says of a run. Imports no torch."""
+"""The run folder and its content. Imports no torch."""
 
-from sae_lora.records.folder import RunFolder  # jobs pickled before version 0.2 find it here
+from sae_lora.records.folder import RunFolder  # jobs pickled before version 0.2 import it from here
 
 __all__ = ["RunFolder"]

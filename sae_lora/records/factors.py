@@ -1,6 +1,6 @@
-"""The factors in which runs of a sweep may differ, once: how each is read, named and drawn.
+"""The factors in which runs of a sweep may differ: how each is read, named and plotted.
 
-Tables, data frames, figures, comparisons and W&B read this table. A new factor is one entry.
+Tables, data frames, figures, comparisons and W&B use this list. A new factor is one entry.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lora.config.enums import Method
-from sae_lora.config.identity import OF_NO_RESULT, trains_adapters
+from sae_lora.config.identity import NOT_HASHED_KEYS, trains_adapters
 from sae_lora.config.overrides import flat
 from sae_lora.records.folder import RunFolder
 
 Values = Mapping[str, Any]
-"""A config as in `config.yaml`, or measures as in `summary.json`."""
+"""The content of `config.yaml`, or measures as in `summary.json`."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Factor:
     """A factor in which runs may differ."""
 
     name: str
-    """Its column in a data frame."""
+    """The column in a data frame."""
     read: Callable[[Values, Values], Any]
-    """Its value, from a run's config and measures; `None` where it has none."""
+    """The value, from the config and the measures of a run; `None` if the run has none."""
     label: str = ""
-    """Its name for people, where that is another."""
+    """The name in tables, if it differs from `name`."""
     axis: str = ""
-    """The title of an axis, where that is not its label."""
+    """The title of an axis, if it differs from the label."""
     keys: tuple[str, ...] = ()
-    """Keys of the config that say no more than it does; W&B shows its value at the first of them."""
+    """Config keys that the factor replaces; W&B shows the value at the first of them."""
     tag: str = ""
-    """The beginning of a W&B tag with its value."""
+    """The first part of a W&B tag that shows the value."""
     is_logarithmic: bool = False
     """True for a logarithmic axis."""
 
 
 def text(value: object) -> str:
-    """A factor's value as people read it; a dash where a run has none (`None`; in data frames, NaN)."""
+    """The value of a factor as text; a dash if the run has none (`None`; in data frames, NaN)."""
     if value is None or value != value:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -48,7 +48,7 @@ def _joined(values: Sequence[Any]) -> str:
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """The value that all have, or all of them in words."""
+    """The common value, if all are equal; else all values as text."""
     return values[0] if len(set(values)) == 1 else _joined(values)
 
 
@@ -57,26 +57,26 @@ def _of_saes(config: Values, name: str, default: Any = None) -> list[Any]:
 
 
 def _method(config: Values) -> Values:
-    """The method; a config older than the choice of methods has none."""
+    """The method of a run; configs of versions without methods mean lora."""
     return config.get("method", {"kind": Method.lora.name, "rank": None})
 
 
 def _of_lora(config: Values, name: str) -> Any:
-    """A setting of the adapters; `None` with a method that trains none."""
+    """A setting of the adapters; `None` if the method trains no adapters."""
     value = config["lora"][name] if trains_adapters(config) else None
     return _joined(value) if isinstance(value, list) else value
 
 
 def _l0(config: Values, measured: Values) -> Any:
-    """The L0 that the SAEs' makers state; where they state none, the one that was measured."""
-    stated, l0 = _of_saes(config, "l0"), measured.get("l0")
-    if None in stated and l0 is not None:
+    """The L0 that was published with the SAEs, or else the measured one."""
+    published, l0 = _of_saes(config, "l0"), measured.get("l0")
+    if None in published and l0 is not None:
         return float(f"{l0:.3g}")
-    return _one_or_all(stated)
+    return _one_or_all(published)
 
 
 SEED = "seed"
-"""The factor in which repetitions differ."""
+"""The factor in which repetitions of a run differ."""
 _ALL = (
     Factor("model", lambda config, _: config["model"]["name"], keys=("model.name",), tag="model"),
     Factor(
@@ -94,7 +94,7 @@ _ALL = (
     Factor(
         "hook",
         lambda config, _: _one_or_all(_of_saes(config, "hook", "resid_post")),
-        axis="what the SAE replaces",
+        axis="activation that the SAE replaces",
         keys=("layer.hook",),
         tag="hook",
     ),
@@ -137,48 +137,49 @@ _ALL = (
     Factor(SEED, lambda config, _: config["train"]["seed"], keys=("train.seed",)),
 )
 FACTORS: dict[str, Factor] = {factor.name: factor for factor in _ALL}
-"""By name, in the order in which people look at them."""
+"""The factors by name, in the order of display."""
 _NAMED_KEYS = {"sweep", *(key for factor in _ALL for key in factor.keys)}
 
 
 def label(name: str) -> str:
-    """The name for people of a factor; another key of the config has its own."""
+    """The name of a factor in tables; for another config key, the key."""
     return (FACTORS[name].label if name in FACTORS else "") or name
 
 
 def title(name: str) -> str:
-    """The title of an axis of a factor."""
+    """The title of the axis of a factor."""
     return (FACTORS[name].axis if name in FACTORS else "") or label(name)
 
 
 def values_of(config: Values, measured: Values) -> dict[str, Any]:
-    """The factors of a run by name, then by dotted key all other settings that may change a result.
+    """The factors of a run by name, then all other settings that may change a result, by dotted key.
 
-    `measured` holds the measures of its summary or its last point; it may be empty.
+    `measured` contains the measures of the summary or of the last point; it may be empty.
     """
     named = {name: factor.read(config, measured) for name, factor in FACTORS.items()}
     return named | {
         key: value
         for key, value in flat(dict(config)).items()
-        if key not in _NAMED_KEYS and key not in OF_NO_RESULT
+        if key not in _NAMED_KEYS and key not in NOT_HASHED_KEYS
     }
 
 
 def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
-    """The factors in which runs differ, in their usual order, the seed last.
+    """The factors in which runs differ, in the order of display; the seed is last.
 
-    One that only follows another (alpha, where it is twice the rank) is left out; `with_followers` it is
-    named if it is one of `FACTORS`. Each row holds the values of a run, as `values_of` gives them.
+    A follower, a factor whose values an earlier one determines (alpha, if it is twice the rank), is left
+    out; `with_followers` keeps it if it is one of `FACTORS`. Each row contains the values of a run, from
+    `values_of`.
     """
-    other = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
+    other_keys = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
     leaders: dict[str, list[str]] = {}
-    for name in (*(name for name in FACTORS if name != SEED), *other, SEED):
+    for name in (*(name for name in FACTORS if name != SEED), *other_keys, SEED):
         values = [repr(row.get(name)) for row in rows]
         follows = any(
             len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in leaders.values()
         )
-        stays = name == SEED or (with_followers and name in FACTORS)
-        if len(set(values)) > 1 and (stays or not follows):
+        is_kept = name == SEED or (with_followers and name in FACTORS)
+        if len(set(values)) > 1 and (is_kept or not follows):
             leaders[name] = values
     return list(leaders)
 
@@ -206,7 +207,7 @@ class FinishedRun:
 
 
 def by_value(value: Any) -> tuple[int, float, str]:
-    """Sort key of a factor's value: numbers by their value, then words by their letters."""
+    """Sort key of a factor's value: numbers first, by value, then words, by letters."""
     if isinstance(value, int | float):
         return 0, value, ""
     return 1, 0, str(value)

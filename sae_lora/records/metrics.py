@@ -1,8 +1,8 @@
-"""Every measure of a run, once: name, unit, format, better direction and meaning.
+"""The measures of a run: name, unit, format, better direction and meaning of each.
 
-Tables, data frames, figures, W&B, the report, the model card and docs/metrics.md read this table. A new
-measure of training is one entry here, a field of `CurvePoint` or `Summary` in `schema.py`, and the line
-that computes it, in `train/evaluator.py` or `train/train_state.py`.
+Tables, data frames, figures, W&B, the report, the model card and docs/metrics.md use this list. A new
+measure needs an entry here, a field of `CurvePoint` or `Summary` in `schema.py`, and the line that
+computes it, in `train/evaluator.py` or `train/train_state.py`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sae_lora.common.console import duration, percent
 
 
 class Kind(Enum):
-    """Notation of a value: a format, or the name of the function that writes it."""
+    """Notation of a value: a format, or the name of the function that formats it."""
 
     decimal = ".{digits}f"
     signed = "+.{digits}f"
@@ -26,33 +26,33 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Metric:
-    """One measure."""
+    """A measure of a run."""
 
     key: str
-    """Its field in `curve.jsonl` and `summary.json`, and its column in a data frame."""
+    """The field in `curve.jsonl` and `summary.json`, and the column in a data frame."""
     name: str
-    """Its name for people."""
+    """The name in tables and on pages."""
     kind: Kind
     text: str
-    """Its meaning, in a sentence."""
+    """The meaning, in a sentence."""
     unit: str = ""
     better: str = ""
-    """`lower` or `higher`, where one of them is."""
+    """`lower` or `higher`; empty if neither is better."""
     heading: str = ""
-    """A shorter name, for the head of a column."""
+    """A shorter name for the heading of a column."""
     axis: str = ""
-    """The title of an axis, where that is not the name with the unit."""
+    """The title of an axis, if it is not the name with the unit."""
     remark: str = ""
-    """Text behind the value in a table, where the value has no unit."""
+    """Text after a value without a unit, in a table."""
 
     @property
     def column(self) -> str:
-        """The head of a column."""
+        """The heading of a column."""
         return self.heading or self.name
 
     @property
     def suffix(self) -> str:
-        """The unit or the remark, behind a value."""
+        """The text after a value: the unit or the remark."""
         return self.unit or self.remark
 
     @property
@@ -61,7 +61,7 @@ class Metric:
         return self.axis or (f"{self.name} ({self.suffix})" if self.suffix else self.name)
 
     def written(self, value: float | None, digits: int = 3) -> str:
-        """The value as people read it, `None` too; with `digits` if it is decimal or signed."""
+        """The value as text, also of `None`. `digits` applies to decimal and signed values."""
         if self.kind is Kind.share:
             return percent(value)
         if value is None:
@@ -76,35 +76,34 @@ _ALL = (
     Metric("base_ce", "base CE", Kind.decimal, "Cross-entropy of the plain model, the teacher.", _NATS),
     Metric(
         *("spliced_ce", "spliced CE", Kind.decimal),
-        "Cross-entropy with the SAE in place and nothing trained.",
+        "Cross-entropy of the model with the SAE, before training.",
         _NATS,
     ),
     Metric(
         *("student_ce", "student CE", Kind.decimal),
-        "Cross-entropy with the SAE in place and with what was trained.",
+        "Cross-entropy of the model with the SAE and the trained weights.",
         *(_NATS, "lower"),
     ),
     Metric(
         *("initial_gap", "gap before", Kind.signed),
-        "spliced CE − base CE: what the SAE costs before training.",
+        "spliced CE − base CE: the cost of the SAE before training.",
         _NATS,
     ),
     Metric(
         *("ce_gap", "gap after", Kind.signed),
-        "student CE − base CE: what the SAE costs after training; positive is worse.",
+        "student CE − base CE: the cost of the SAE after training; positive is worse.",
         *(_NATS, "lower"),
         axis="CE gap (nats per token)",
     ),
     Metric(
         *("gap_closed", "gap closed", Kind.share),
-        "1 − gap after / gap before, where 1 is a closed gap. Undefined where the SAE opens no gap, and "
-        "where it is new.",
+        "1 − gap after / gap before; 1 is a closed gap. Undefined if the SAE opens no gap or is new.",
         better="higher",
         axis="CE gap closed",
     ),
     Metric(
         *("best_gap_closed", "best gap closed", Kind.share),
-        "The largest share of the gap that was closed at any evaluation.",
+        "Largest gap closed at any evaluation of the run.",
         better="higher",
     ),
     Metric(
@@ -114,20 +113,20 @@ _ALL = (
     ),
     Metric(
         *("kl", "KL", Kind.decimal),
-        "KL(plain model ‖ student) over the whole vocabulary: the training loss, on held-out text.",
+        "KL(plain model ‖ student) over the whole vocabulary, the training loss, on held-out text.",
         *(_NATS, "lower"),
     ),
     Metric(
         *("top1_agreement", "top-1 agreement", Kind.share),
-        "Share of positions at which plain model and student put the same token first.",
+        "Share of positions at which plain model and student have the same most likely token.",
         remark="with the base model",
         better="higher",
         heading="top-1",
     ),
     Metric(
         *("fvu", "FVU", Kind.decimal),
-        "Residual variance / total variance of the reconstruction, on what the student's SAEs read; mean"
-        " over SAEs.",
+        "Fraction of variance unexplained: residual variance / total variance of the reconstruction, on "
+        "the inputs of the student's SAEs; mean over SAEs.",
         remark="of the SAE's input",
         better="lower",
     ),
@@ -138,55 +137,55 @@ _ALL = (
     ),
     Metric(
         *("dead_latents", "dead latents", Kind.share),
-        "Share of latents that none of the held-out tokens makes active; mean over SAEs.",
+        "Share of latents that are active on no held-out token; mean over SAEs.",
         better="lower",
     ),
     Metric(
         *("trainable_parameters", "trainable parameters", Kind.count),
-        "Weights that were trained.",
+        "Number of trained weights.",
         heading="parameters",
         axis="trained parameters",
     ),
-    Metric(*("tokens", "tokens", Kind.count), "Tokens trained on so far.", axis="training tokens"),
-    Metric("train_tokens", "training tokens", Kind.count, "Tokens trained on."),
-    Metric("train_steps", "training steps", Kind.count, "Optimiser steps taken."),
+    Metric(*("tokens", "tokens", Kind.count), "Training tokens so far.", axis="training tokens"),
+    Metric("train_tokens", "training tokens", Kind.count, "Training tokens in total."),
+    Metric("train_steps", "training steps", Kind.count, "Number of optimiser steps."),
     Metric(
         *("train_flops", "training FLOPs", Kind.power),
-        "Floating-point operations of the training, if the run had trained alone.",
+        "Floating-point operations of the training, counted as if the run had trained alone.",
         better="lower",
         heading="FLOPs",
     ),
     Metric(
-        *("train_seconds", "time training", Kind.seconds),
-        "Seconds spent in training steps; where runs train together, this run's share.",
+        *("train_seconds", "training time", Kind.seconds),
+        "Seconds in training steps. For runs that train together: the share of this run.",
         better="lower",
         heading="training",
         axis="seconds of training",
     ),
     Metric(
-        *("total_seconds", "time in all", Kind.seconds),
-        "Seconds that the run took, loading and evaluations included.",
+        *("total_seconds", "total time", Kind.seconds),
+        "Seconds of the run, with loading and evaluations.",
         better="lower",
     ),
     Metric(
         *("closed_per_million_parameters", "closed per million parameters", Kind.share),
-        "Gap closed over trained parameters.",
+        "Gap closed per 10^6 trained parameters.",
         better="higher",
     ),
     Metric(
         *("closed_per_petaflop", "closed per petaFLOP", Kind.share),
-        "Gap closed over 10^15 operations of training.",
+        "Gap closed per 10^15 training FLOPs.",
         better="higher",
     ),
     Metric(
         *("closed_per_minute", "closed per minute", Kind.share),
-        "Gap closed over minutes of training.",
+        "Gap closed per minute of training time.",
         better="higher",
     ),
     Metric(
         *("train_loss", "training loss", Kind.decimal),
-        "Mean training KL since the last evaluation; with method=sae the squared error of a residual, "
-        "summed over d_model.",
+        "Mean training KL since the last evaluation. With method=sae: mean squared error of the "
+        "reconstruction, summed over d_model.",
         *(_NATS, "lower"),
     ),
     Metric("lr", "learning rate", Kind.number, "Learning rate of the last step."),
@@ -201,10 +200,10 @@ _ALL = (
     ),
     Metric(
         *("peak_memory_gb", "peak memory", Kind.number),
-        "The most memory that the process has held so far, in 10^9 bytes: of the GPU where it computes "
-        "on one, else of the machine.",
+        "Largest memory of the process so far, in 10^9 bytes: of the GPU if it uses one, else of the "
+        "machine.",
         *("GB", "lower"),
     ),
 )
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
-"""By key."""
+"""The measures by key."""

@@ -1,4 +1,4 @@
-"""Jobs and partitions of SLURM, through its own commands."""
+"""Jobs and partitions of SLURM, through its command line programs."""
 
 import getpass
 import subprocess
@@ -7,47 +7,47 @@ from collections.abc import Collection, Sequence
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 
 JOB_NAME = "sae_lora-"
-"""The beginning of the names of our jobs."""
+"""The beginning of the names of this program's jobs."""
 _TIMEOUT_S = 60
 
 
 class UnreachableError(UserError):
-    """There is no SLURM on this machine, or it does not answer."""
+    """SLURM does not exist on this machine, or does not answer."""
 
 
 def queue() -> dict[str, str]:
-    """Our jobs of this user that wait or run: state by number, `12`, or `12_3` in an array.
+    """States of this user's jobs in the queue, by number: `12`, or `12_3` in an array.
 
     Raises:
-        UnreachableError: Where SLURM cannot be asked.
+        UnreachableError: If SLURM does not answer.
     """
-    whose = ["--all", "--array", "--user", getpass.getuser()]
-    lines = _output(["squeue", "--noheader", *whose, "--format", "%i %T %j"]).splitlines()
+    selection = ["--all", "--array", "--user", getpass.getuser()]
+    lines = _output(["squeue", "--noheader", *selection, "--format", "%i %T %j"]).splitlines()
     jobs = (line.split(maxsplit=2) for line in lines)
     return {number: state for number, state, name in jobs if name.startswith(JOB_NAME)}
 
 
 def ends(jobs: Collection[str]) -> dict[str, str]:
-    """The end of jobs that have left the queue (`NODE_FAIL`), as far as SLURM's accounting knows it."""
+    """Final states (such as `NODE_FAIL`) of jobs that left the queue, if SLURM's accounting has them."""
     if not jobs:
         return {}
-    whole = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    ids = ",".join(sorted({job.split("_")[0] for job in jobs}))
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format", "JobID,State"]
     try:
-        lines = _output([*command, "--jobs", whole]).splitlines()
-    except UserError:  # a cluster need not keep accounts
+        lines = _output([*command, "--jobs", ids]).splitlines()
+    except UserError:  # some clusters have no accounting
         return {}
     states = dict(line.split("|", 1) for line in lines)
     return {job: states[job].split()[0] for job in jobs if job in states}
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Take the jobs out of the queue; those that run are stopped.
+    """Cancel the jobs, also running ones.
 
     Raises:
-        UserError: Where SLURM cannot be asked, or refuses.
+        UserError: If SLURM does not answer, or refuses.
     """
-    for start in range(0, len(jobs), 500):  # a command line has an end
+    for start in range(0, len(jobs), 500):  # the length of a command line is limited
         _output(["scancel", *jobs[start : start + 500]])
 
 
@@ -55,14 +55,14 @@ def check_partition(partition: str | None) -> None:
     """Refuse a partition that the cluster does not have.
 
     Raises:
-        ConfigError: Names the partitions that there are.
-        UnreachableError: Where SLURM cannot be asked.
+        ConfigError: If a partition does not exist. The message lists the existing ones.
+        UnreachableError: If SLURM does not answer.
     """
     known = sorted(set(_output(["sinfo", "--all", "--noheader", "--format", "%R"]).split()))
     unknown = set((partition or "").split(",")) - {"", *known}
     if unknown:
-        near = nearest_name(min(unknown), known)
-        raise ConfigError("launcher.partition", partition, f"one of {listed(known, 30)}", near)
+        nearest = nearest_name(min(unknown), known)
+        raise ConfigError("launcher.partition", partition, f"one of {listed(known, 30)}", nearest)
 
 
 def _output(command: list[str]) -> str:

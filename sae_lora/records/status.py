@@ -1,4 +1,4 @@
-"""States of runs, from their folders and, for submitted runs, from SLURM."""
+"""States of runs, read from their folders and, for submitted runs, from SLURM."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ class State(Enum):
     """The state of a run."""
 
     new = "new"
-    """Nothing exists but, at most, its config."""
+    """Not started: the folder contains at most a config."""
     queued = "queued"
-    """SLURM has a job for it, which has yet to start or resume it."""
+    """A SLURM job that will start or resume the run is in the queue."""
     running = "running"
-    """A process works on it."""
+    """A process holds the run."""
     resumable = "resumable"
     """Started, not running; resumes from its checkpoint."""
     failed = "failed"
@@ -33,17 +33,17 @@ class RunStatus:
 
     state: State
     note: str | None = None
-    """The process that has the run, the cause of its failure, or the end of its job; `None` where there
-    is no more to say."""
+    """The process that holds the run, the cause of its failure, or the final state of its job; else
+    `None`."""
 
     @property
     def is_to_do(self) -> bool:
-        """True where it has yet to be run, and no process or job has it."""
+        """True if the run is unfinished and neither failed, running nor queued."""
         return self.state in (State.new, State.resumable)
 
 
 def counts(states: Iterable[State]) -> str:
-    """The number of runs in each state, in words."""
+    """The number of runs in each state, as text: `3 new, 1 failed`."""
     numbers = Counter(states)
     return ", ".join(f"{numbers[state]} {state.value}" for state in State if numbers[state])
 
@@ -51,7 +51,7 @@ def counts(states: Iterable[State]) -> str:
 def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
     """The state of each run.
 
-    A run that was submitted counts as queued also where SLURM cannot be asked from this machine.
+    A submitted run counts as queued if SLURM does not answer from this machine.
     """
     states = [_in_folder(folder) for folder in folders]
     jobs = {
@@ -65,16 +65,16 @@ def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
         queue = slurm.queue()
     except slurm.UnreachableError as error:
         for number, job in jobs.items():
-            gone = f"if that job is gone for good, delete {folders[number].job_file}"
-            states[number] = RunStatus(State.queued, f"as job {job}, or no more: {error}; {gone}")
+            advice = f"if this job no longer exists, delete {folders[number].job_file}"
+            states[number] = RunStatus(State.queued, f"probably, as job {job}: {error}; {advice}")
         return states
     ends = slurm.ends([job for job in jobs.values() if job not in queue])
     for number, job in jobs.items():
         if job in queue:
             states[number] = RunStatus(State.queued, f"as job {job}, {queue[job]}")
         else:
-            how = ends.get(job, "how it ended is not known")
-            note = f"SLURM has its job {job} no more: {how}"
+            end = ends.get(job, "final state unknown")
+            note = f"job {job} has left the SLURM queue: {end}"
             states[number] = RunStatus(states[number].state, note)
     return states
 
@@ -83,25 +83,27 @@ def finished(path: Path) -> RunFolder:
     """The finished run in this folder.
 
     Raises:
-        UserError: Where there is no run, or it is not finished; says how far it is.
+        UserError: If the folder is not a run, or the run is not finished. The message has its state.
     """
     folder = RunFolder(path)
     if not folder.config.exists():
-        raise UserError(f"{path} is no run; a run's folder is outputs/<sweep>/<run>")
+        raise UserError(f"{path} is not a run; the folder of a run is outputs/<sweep>/<run>")
     (status,) = read_statuses([folder])
     if status.state is State.done:
         return folder
-    now = folder.read_progress()
-    how_far = f", at step {now.step:,} of {now.steps:,}" if now is not None and now.steps else ""
+    progress = folder.read_progress()
+    step = ""
+    if progress is not None and progress.steps:
+        step = f", at step {progress.step:,} of {progress.steps:,}"
     note = f" ({status.note})" if status.note else ""
-    raise UserError(f"{path} is not finished: it is {status.state.value}{how_far}{note}")
+    raise UserError(f"{path} is not finished: it is {status.state.value}{step}{note}")
 
 
 def _in_folder(folder: RunFolder) -> RunStatus:
     if folder.is_finished:
         return RunStatus(State.done)
-    if (at_work := holder(folder.path)) is not None:
-        return RunStatus(State.running, f"by process {at_work.pid} on {at_work.host}")
+    if (process := holder(folder.path)) is not None:
+        return RunStatus(State.running, f"by process {process.pid} on {process.host}")
     if (message := folder.failure_message) is not None:
         return RunStatus(State.failed, message)
     return RunStatus(State.resumable if folder.checkpoints.exists() else State.new)

@@ -1,1 +1,1 @@
-"""An SAE in a model, and what is computed with it."""
+"""SAEs spliced into a model: the student, the shared frozen part (trunk), and KL."""

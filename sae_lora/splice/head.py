@@ -1,4 +1,4 @@
-"""The model's head: the frozen map from hidden states to logits."""
+"""The head of a model: the frozen map from hidden states to logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,30 +19,30 @@ class Head:
     d_vocab: int
     """Size of the vocabulary."""
     matrix: Tensor | None = None
-    """`[d_vocab, d_model]`, where that is the whole map except for the soft-cap."""
+    """Matrix `[d_vocab, d_model]`, if the head is this matrix and at most a soft-cap; else `None`."""
     softcap: float | None = None
-    """With a matrix, logits are `softcap · tanh(logits / softcap)`, as in Gemma 2; `None` for none. At
-    most `LARGEST_EXPONENT`."""
+    """With a matrix, logits are `softcap · tanh(product / softcap)`, as in Gemma 2. At most
+    `LARGEST_EXPONENT`; `None`: no soft-cap."""
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Head":
-        """The head of a model, as a matrix where it is one."""
-        whole = cls(model.logits, model.config.vocab_size)
+        """The head of a model, with its matrix if possible."""
+        general = cls(model.logits, model.config.vocab_size)
         matrix = model.model.get_output_embeddings()
         softcap = getattr(model.config, "final_logit_softcapping", None)
         if not isinstance(matrix, nn.Linear) or matrix.bias is not None:
-            return whole
+            return general
         if softcap is not None and softcap > LARGEST_EXPONENT:
-            return whole
+            return general
         linear = cls.linear(matrix.weight, softcap)
         probe = torch.linspace(-3, 3, 2 * matrix.in_features).reshape(2, -1).to(matrix.weight)
         with torch.no_grad():
-            logits, expected = linear.logits(probe).float(), whole.logits(probe).float()
-        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else whole
+            logits, expected = linear.logits(probe).float(), general.logits(probe).float()
+        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else general
 
     @classmethod
     def linear(cls, matrix: Tensor, softcap: float | None = None) -> "Head":
-        """A head of one matrix `[d_vocab, d_model]`, as most models have."""
+        """A head that is one matrix `[d_vocab, d_model]`, as in most models, and perhaps a soft-cap."""
 
         def logits(hidden: Tensor) -> Tensor:
             product = hidden @ matrix.T
@@ -52,26 +52,26 @@ class Head:
 
     @property
     def unit(self) -> float:
-        """The unit of scores, in nats."""
+        """The unit of scores, in nats: the soft-cap, or 1."""
         return self.softcap or 1.0
 
     def score(self, hidden: Tensor, scores: Tensor) -> None:
-        """Writes the logits before their soft-cap, in units of it, `[token, d_vocab]`."""
+        """Write the logits before the soft-cap, in its units, into `scores` `[token, d_vocab]`."""
         if self.matrix is None:
             scores.copy_(self.logits(hidden))
         elif hidden.dtype == scores.dtype:
             torch.mm(hidden / self.unit, self.matrix.T, out=scores)
-        else:  # the model's own dtype would round once more
+        else:  # divide in the dtype of `scores`, because the model's dtype would round again
             scores.copy_(hidden @ self.matrix.T).div_(self.unit)
 
     @torch.no_grad()
     def pull_back(self, slope: Tensor, hidden: Tensor, gradient: Tensor) -> None:
-        """Writes the gradient for hidden states `[token, d_model]`.
+        """Write the gradient with respect to hidden states `[token, d_model]`.
 
         Args:
-            slope: The gradient for the logits before their soft-cap, `[token, d_vocab]`.
-            hidden: The hidden states.
-            gradient: Memory for the result.
+            slope: Gradient with respect to the logits before the soft-cap, `[token, d_vocab]`.
+            hidden: The hidden states, `[token, d_model]`.
+            gradient: Memory for the result, `[token, d_model]`.
         """
         if self.matrix is not None:
             torch.mm(slope.to(hidden.dtype), self.matrix, out=gradient)

@@ -1,4 +1,4 @@
-"""An SAE in a model, exactly inside a `with` block."""
+"""Splicing: SAEs replace activations of a model inside a `with` block, and nowhere else."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +14,10 @@ from sae_lora.models.language_model import LanguageModel
 
 
 class Coder(Protocol):
-    """The part of an SAE that splicing needs; every sae-lens SAE has it."""
+    """The methods of an SAE that splicing uses; every sae-lens SAE has them."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `[..., d_sae]` of residuals `[..., d_model]`."""
+        """Latents `[..., d_sae]` of activations `[..., d_model]`."""
         ...
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -26,30 +26,30 @@ class Coder(Protocol):
 
 
 class Reading(NamedTuple):
-    """Input, latents and output of one SAE in one forward pass, at the positions where it applied."""
+    """Input, latents and output of an SAE in a forward pass, only at positions that it replaced."""
 
     hookpoint: str
     resid: Tensor
-    """Its input, `[token, d_model]`."""
+    """The SAE's input, `[token, d_model]`."""
     latents: Tensor
-    """Its code, `[token, d_sae]`."""
+    """The latents, `[token, d_sae]`."""
     recon: Tensor
-    """Its output, `[token, d_model]`."""
+    """The SAE's output, `[token, d_model]`."""
 
 
 Observer = Callable[[Reading], None]
-"""Called each time a spliced SAE has been applied."""
+"""Called after each application of a spliced SAE."""
 
 
 class Splice(NamedTuple):
-    """An SAE at its place. Two are the same where the SAE is the same object."""
+    """An SAE at a place. Two splices are equal if all fields are, and the SAE is the same object."""
 
     block: int
     sae: Coder
     keeps: bool
-    """True where positions that hold special tokens keep their activation."""
+    """True if positions of special tokens keep their activation."""
     hook: Hook = Hook.resid_post
-    """The activation of the block that it replaces."""
+    """The activation of the block that the SAE replaces."""
 
     @property
     def place(self) -> Place:
@@ -57,7 +57,7 @@ class Splice(NamedTuple):
 
     @property
     def hookpoint(self) -> str:
-        """Its place in the field's words."""
+        """The place as a name: `blocks.3.hook_resid_post`."""
         return str(self.place)
 
 
@@ -68,19 +68,20 @@ def spliced(
     keep: Tensor | None = None,
     observe: Observer | None = None,
 ) -> Iterator[None]:
-    """The model with the SAEs' reconstructions in place of its activations, inside the block only.
+    """Inside the `with` block, replace activations of the model with the SAEs' reconstructions.
 
-    Gradients flow through the SAEs. When the block is left, also by an exception, no hook remains.
+    Gradients flow through the SAEs. All hooks are removed at the end of the block, also after an
+    exception.
 
     Args:
         model: The language model.
-        saes: SAE by hookpoint. Each reads what the ones before it have changed.
+        saes: SAEs by hookpoint. Each reads activations that earlier SAEs have changed.
         keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
         observe: Called after each SAE.
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
-        UserError: For a hookpoint inside a block in which no module gives the block's addition.
+        UserError: If no module of the architecture outputs what attention or MLP adds.
     """
     with ExitStack() as hooks:
         for hookpoint, sae in saes.items():
@@ -93,24 +94,24 @@ def spliced(
 def _replaced(
     replace: Callable[[Tensor], Tensor], module: object, arguments: object, output: Any
 ) -> Any:
-    """A module's output with its activation replaced, which comes alone or as the first of a tuple."""
+    """A module's output with its activation (the output, or the first of a tuple) replaced."""
     return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
 
 def reconstructed(
     hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor | None, observe: Observer | None = None
 ) -> Tensor:
-    """The residuals `[batch, pos, d_model]` after the SAE; the arguments are as in `spliced`.
+    """The activations `[batch, pos, d_model]` after the SAE. Arguments are as in `spliced`.
 
-    An SAE in training does not read positions that are kept: it must not learn from them, and BatchTopK
-    divides its active latents among all positions that it reads.
+    An SAE in training does not read kept positions: it must not learn from them, and BatchTopK
+    distributes its active latents over all positions that it reads.
     """
     if keep is not None and getattr(sae, "training", False):
-        read = resid[~keep]
-        latents = sae.encode(read)
+        inputs = resid[~keep]
+        latents = sae.encode(inputs)
         recon = sae.decode(latents).to(resid.dtype)
         if observe is not None:
-            observe(Reading(hookpoint, read, latents, recon))
+            observe(Reading(hookpoint, inputs, latents, recon))
         return resid.masked_scatter(~keep[..., None], recon)
     latents = sae.encode(resid)
     recon = sae.decode(latents).to(resid.dtype)
@@ -121,11 +122,11 @@ def reconstructed(
 
 
 def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:
-    """Special positions `[batch, pos]` (true) where one of the splices keeps them; else `None`."""
+    """Positions of special tokens `[batch, pos]` (true) if a splice keeps them; else `None`."""
     keeps = any(splice.keeps for splice in splices)
     return special_positions(tokens, special_ids) if keeps else None
 
 
 def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
-    """Positions of tokens `[batch, pos]` (true) that hold one of the special ids `[n]`."""
+    """Positions `[batch, pos]` (true) of tokens `[batch, pos]` that are one of the special ids `[n]`."""
     return torch.isin(tokens, special_ids)

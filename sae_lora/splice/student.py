@@ -1,4 +1,4 @@
-"""The student of a run: a frozen model with SAEs in place, and the few weights that are trained."""
+"""The student of a run: a frozen model with SAEs, and the trained weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,27 +16,27 @@ from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 
 @dataclass(eq=False)
 class Student:
-    """A model with SAEs in place, and the weights that are trained, in it or in the SAEs.
+    """A model with SAEs, and the trained weights, in the model or in the SAEs.
 
-    Its work on a batch begins where something is trained: the trunk does the work before.
+    The student computes a batch from the first trained weight on; the trunk computes everything before.
     """
 
     model: LanguageModel
-    """The model that computes its part; frozen except for `weights`."""
+    """The model; frozen except for `weights`."""
     frozen: Splices
-    """The SAEs whose work does not depend on training, in the order of their places."""
+    """The SAEs whose outputs training does not change, in the order of their places."""
     live: Splices
-    """The SAEs after these: they are trained, or read what training has changed."""
+    """The other SAEs, which come later: training changes them or their inputs."""
     first: int
-    """The first block that it computes itself. It also applies a live SAE right before this block."""
+    """The first block that the student computes. It also applies a live SAE right before this block."""
     weights: dict[str, nn.Parameter]
     """The trained weights, by name."""
     before: Splices
-    """The SAEs as they were before training, to which `spliced_ce` belongs."""
+    """The SAEs before training, which determine `spliced_ce`."""
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Trained modules beside the model, by name: SAEs, adapters on their output."""
+    """Trained modules outside the model, by name: SAEs, or adapters on their output."""
     is_new: bool = False
-    """True where the SAEs were untrained before, so that there was no gap to close."""
+    """True if the SAEs are new, so that gap closed is undefined."""
 
     @property
     def splices(self) -> Splices:
@@ -45,7 +45,7 @@ class Student:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """Tensors beside the weights that training changes, by name."""
+        """Buffers of the trained modules, which training changes besides the weights, by name."""
         return {
             f"{name}/{buffer_name}": buffer
             for name, module in self.modules.items()
@@ -54,7 +54,7 @@ class Student:
 
     @property
     def cuts(self) -> set[int]:
-        """The blocks whose input it needs from a trunk, before training and now."""
+        """The blocks whose input the student needs from the trunk, for SAEs before training and now."""
         return {self.first, *cuts_around(self.before), *cuts_around(self.frozen)}
 
     def without(self, hookpoint: str) -> "Student":
@@ -63,11 +63,11 @@ class Student:
             tuple(splice for splice in splices if splice.hookpoint != hookpoint)
             for splices in (self.frozen, self.live)
         )
-        # No SAEs before training: nobody asks for their CE, and without SAEs it is known already.
+        # `before` is empty, because the CE before training is not needed again.
         return Student(self.model, frozen, live, self.first, self.weights, (), self.modules)
 
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
-        """One of its SAEs alone in a model; the two share its weights."""
+        """A student with only one of the SAEs, in the given model; the SAE's weights are shared."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
         return Student(model, (), (splice,), splice.place.begins, {}, (), self.modules)
 
@@ -75,15 +75,15 @@ class Student:
         """The states that the head reads, `[batch, pos, d_model]`, with the weights as they are now.
 
         Args:
-            trunk: The batch.
-            observe: Called each time one of the `live` SAEs has been applied.
+            trunk: The trunk of the batch.
+            observe: Called after each application of a `live` SAE.
         """
         resid = trunk.resid_entering(self.first, self.frozen)
         keep = trunk.kept_positions(self.live)
         later = {}
         for splice in self.live:
             if splice.place == Place(self.first - 1):
-                assert resid is not None  # no SAE lies before the first block
+                assert resid is not None  # no SAE is before block 0
                 resid = reconstructed(splice.hookpoint, splice.sae, resid, keep, observe)
             else:
                 later[splice.hookpoint] = splice.sae
@@ -92,16 +92,16 @@ class Student:
 
 
 class LoRAStudent(Student):
-    """A model with LoRA adapters of its own, fresh; its other weights are those of the plain model.
+    """A student with new LoRA adapters; its other weights are shared with the plain model.
 
     Args:
-        model: The plain model; it is not changed.
+        model: The plain model, which is not changed.
         splices: The SAEs, in the order of their places.
         config: The adapters. Their initial values come from torch's global random state.
 
     Raises:
-        ConfigError: Where the model has no such blocks or matrices.
-        UserError: Where an SAE sits inside a block of an architecture that does not support that.
+        ConfigError: If the model does not have the blocks or matrices to adapt.
+        UserError: If an SAE is inside a block and the architecture does not support that.
     """
 
     def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
@@ -118,5 +118,5 @@ class LoRAStudent(Student):
 
 
 def cuts(students: Iterable[Student]) -> set[int]:
-    """The blocks whose input the students need from a trunk."""
+    """The blocks whose input the students need from the trunk."""
     return set().union(*(student.cuts for student in students))

@@ -1,4 +1,4 @@
-"""The frozen part of the work on one batch: every hidden state that runs share, computed once."""
+"""The frozen part of the computation of a batch: hidden states that runs share, computed once."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -10,19 +10,19 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.hooks import Observer, Reading, Splice, kept_positions, reconstructed, spliced
 
 Splices = tuple[Splice, ...]
-"""SAEs in the model, in the order of their places; each reads what the ones before it have changed."""
+"""SAEs in a model, in the order of their places. Each reads what earlier SAEs have changed."""
 
 
 def prefixes(splices: Splices) -> list[Splices]:
-    """Each SAE with all before it, on which its output depends."""
-    return [splices[: place + 1] for place in range(len(splices))]
+    """For each SAE, this SAE with all earlier ones, on which its output depends."""
+    return [splices[: index + 1] for index in range(len(splices))]
 
 
 def cuts_around(splices: Splices) -> set[int]:
-    """The blocks whose input is needed from a trunk where these SAEs are in place."""
-    after = {splice.block + 1 for splice in splices}
-    # A block with an SAE inside runs once for each row; its input is computed once for all.
-    return after | {splice.block for splice in splices if splice.place.is_inside}
+    """The blocks whose input is needed from the trunk if these SAEs are in the model."""
+    following = {splice.block + 1 for splice in splices}
+    # A block with an SAE inside runs once per combination of SAEs; all of these share its input.
+    return following | {splice.block for splice in splices if splice.place.is_inside}
 
 
 class Trunk:
@@ -31,9 +31,9 @@ class Trunk:
     Args:
         model: The model, without adapters.
         tokens: The batch, `[batch, pos]`.
-        special_ids: Ids `[n]` whose positions some splices keep.
-        cuts: Blocks whose input may be asked for. It is kept, so that several runs share it.
-        observe: Called after an SAE was applied, once for it and all SAEs before it.
+        special_ids: Ids `[n]` of special tokens, at whose positions some splices keep the activation.
+        cuts: Blocks whose input is stored, so that several runs share it.
+        observe: Called after an application of an SAE, once per combination of it and earlier SAEs.
     """
 
     def __init__(
@@ -54,27 +54,27 @@ class Trunk:
         self._observed: set[Splices] = set()
 
     def kept_positions(self, splices: Splices) -> Tensor | None:
-        """Positions `[batch, pos]` that keep their activation, or `None` where all are replaced."""
+        """Positions `[batch, pos]` that keep their activation; `None` if all are replaced."""
         return kept_positions(self.tokens, self._special_ids, splices)
 
     @torch.no_grad()
     def resid_entering(self, block: int, splices: Splices = ()) -> Tensor | None:
-        """The residual stream that a block reads, `[batch, pos, d_model]`; `None` for the first.
+        """The residual stream that a block reads, `[batch, pos, d_model]`; `None` for block 0.
 
         Args:
-            block: One of the cuts; one more than the last block for the output of the last.
-            splices: The SAEs in place, all before this block.
+            block: One of the cuts; the number of blocks, for the output of the last block.
+            splices: The SAEs in the model, all before this block.
         """
         if block == 0:
             return None
         key = splices, block
         if key not in self._entering:
-            self._entering[key] = self._find(block, splices)
+            self._entering[key] = self._compute(block, splices)
         return self._entering[key]
 
     @torch.no_grad()
     def hidden(self, splices: Splices = ()) -> Tensor:
-        """The states that the head reads, `[batch, pos, d_model]`, with these SAEs in place."""
+        """The states that the head reads, `[batch, pos, d_model]`, with these SAEs in the model."""
         if splices not in self._read_by_head:
             end = len(self._model.blocks)
             last = splices[-1].block + 1 if splices else 0
@@ -85,40 +85,40 @@ class Trunk:
 
     @property
     def bytes_held(self) -> int:
-        """Memory of the states that are kept."""
+        """Memory of the stored states, in bytes."""
         states = [*self._entering.values(), *self._read_by_head.values()]
         return sum(state.numel() * state.element_size() for state in states)
 
     def forget_all_but(self, entering: Iterable[tuple[Splices, int]]) -> None:
-        """Keep the plain model's states before the head, and those that enter blocks.
+        """Drop all states except the plain model's states before the head and the listed block inputs.
 
         Args:
-            entering: SAEs in place, and the block. Other states are computed again when asked for.
+            entering: Pairs of SAEs and a block; dropped states are computed again if needed.
         """
         kept = set(entering)
         self._entering = {key: resid for key, resid in self._entering.items() if key in kept}
         self._read_by_head = {key: hidden for key, hidden in self._read_by_head.items() if not key}
         self._observed.clear()
 
-    def _find(self, block: int, splices: Splices) -> Tensor:
-        near = [row for row in prefixes(splices) if row[-1].block == block - 1]
-        if near and not splices[-1].place.is_inside:
+    def _compute(self, block: int, splices: Splices) -> Tensor:
+        previous_block = [prefix for prefix in prefixes(splices) if prefix[-1].block == block - 1]
+        if previous_block and not splices[-1].place.is_inside:
             last, resid = splices[-1], self.resid_entering(block, splices[:-1])
-            assert resid is not None  # no SAE lies before the first block
+            assert resid is not None  # no SAE is before block 0
             keep = self.kept_positions((last,))
             return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
-        before = splices[: len(splices) - len(near)]
+        earlier = splices[: len(splices) - len(previous_block)]
         cut = self._cut_before(block)
-        resid = self.resid_entering(cut, before)
+        resid = self.resid_entering(cut, earlier)
         with ExitStack() as inside:
-            for row in near:
-                saes, keep = {row[-1].hookpoint: row[-1].sae}, self.kept_positions(row[-1:])
-                inside.enter_context(spliced(self._model, saes, keep, self._observer(row)))
+            for prefix in previous_block:
+                saes, keep = {prefix[-1].hookpoint: prefix[-1].sae}, self.kept_positions(prefix[-1:])
+                inside.enter_context(spliced(self._model, saes, keep, self._observer(prefix)))
             return self._model.resid_entering(block, self.tokens, cut, resid)
 
     def _observer(self, splices: Splices) -> Observer | None:
-        """The observer of the last SAE, the first time; then `None`, because an SAE inside a block is
-        applied again where the block runs for another row.
+        """The observer of the last SAE for its first application, then `None`: an SAE inside a block is
+        applied again when the block runs for another combination of SAEs.
         """
         observe = self._observe
         if observe is None or splices in self._observed:

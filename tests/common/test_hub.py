@@ -1,4 +1,4 @@
-"""The researcher's commands against a hub on loopback, through transformers, sae-lens and datasets."""
+"""Commands of a researcher against a local server that imitates the Hugging Face hub."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def hub(root: Path) -> Iterator[Hub]:
 
 
 def launch_from(address: str, home: Path, *overrides: str, **more: str) -> CompletedProcess[str]:
-    """The command with the hub in place of the real one, and nothing cached."""
+    """`sae-lora launch` with this address as the hub and with empty caches."""
     places = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"]
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": None} | more
     return launch(*overrides, *places, **environment)
@@ -49,16 +49,16 @@ def summary_in(home: Path) -> dict:
 
 
 def summaries_in(home: Path) -> list[dict]:
-    """Of several, that of the block's output first."""
-    found = [json.loads(path.read_text()) for path in home.glob("outputs/main/*/summary.json")]
-    return sorted(found, key=lambda one: "mlp" in one["name"])
+    """The summaries of all runs; those of SAEs at mlp_out come last."""
+    summaries = [json.loads(path.read_text()) for path in home.glob("outputs/main/*/summary.json")]
+    return sorted(summaries, key=lambda summary: "mlp" in summary["name"])
 
 
 def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    two = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
-    finished = launch_from(hub.address, tmp_path, *two)
+    sweep = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
+    finished = launch_from(hub.address, tmp_path, *sweep)
     assert finished.returncode == 0, finished.stderr
-    summary, of_mlp = summaries_in(tmp_path)
+    summary, mlp_summary = summaries_in(tmp_path)
     (sae,) = summary["sae"]
     assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
     assert (sae["width"], sae["block"], sae["stated_l0"]) == (GEMMA_WIDTH, 12, 82)
@@ -67,21 +67,21 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["data"]["revision"] == COMMIT
     assert summary["data"]["special_tokens_kept"] is True
     assert summary["data"]["bos"] is True
-    # The same command again finds it, also with the hub gone; and a new point needs no hub either.
-    both = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
-    again = launch_from("http://127.0.0.1:9", tmp_path, *both, HF_HUB_OFFLINE="1")
+    # Without the hub, a repeated command finds the finished run, and a new point runs from the cache.
+    ranks = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
+    again = launch_from("http://127.0.0.1:9", tmp_path, *ranks, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 2 done before" in again.stdout
     assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
-    # An MLP's sits where its own metadata says; asked for elsewhere it is refused before anything runs.
-    (sae,) = of_mlp["sae"]
+    # The metadata of an MLP's SAE names its place. Another place is refused before anything runs.
+    (sae,) = mlp_summary["sae"]
     assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108")
     assert (sae["hookpoint"], sae["block"]) == ("blocks.12.hook_mlp_out", 12)
-    assert "l12mlp_out" in of_mlp["name"]
-    assert of_mlp["initial_gap"] != 0
-    named = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
+    assert "l12mlp_out" in mlp_summary["name"]
+    assert mlp_summary["initial_gap"] != 0
+    request = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
     refused = launch_from(
-        hub.address, tmp_path, "model=gemma2_2b", *named, *SMALL, "data=pile", "sweep=guessed"
+        hub.address, tmp_path, "model=gemma2_2b", *request, *SMALL, "data=pile", "sweep=guessed"
     )
     assert refused.returncode == 1
     assert "was trained at blocks.12.hook_mlp_out" in refused.stderr
@@ -91,7 +91,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    """With the data set downloaded whole, not streamed."""
+    """The data set is downloaded, not streamed."""
     finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
     assert finished.returncode == 0, finished.stderr
     summary = summary_in(tmp_path)
@@ -102,7 +102,7 @@ def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    """GPT-2, whose tokenizer puts no BOS, and an SAE that normalises what it reads."""
+    """GPT-2, whose tokenizer adds no BOS, and an SAE that normalises its input."""
     release, name = "gpt2-small-resid-post-v5-32k", "blocks.6.hook_resid_post"
     sae = [f"sae.release={release}", f"sae.id={name}"]
     finished = launch_from(hub.address, tmp_path, "model=gpt2", "sae=registry", *sae, *SMALL)
@@ -114,7 +114,7 @@ def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -
     assert summary["model"]["class"] == "GPT2LMHeadModel"
     assert summary["data"]["bos"] is False
     assert summary["l0"] == pytest.approx(8, abs=0.5)
-    # Of the hub's repository itself, which no table lists.
+    # The same SAE from its hub repository, which no registry lists.
     repository = ["sae.release=jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "sae.id=v5_32k_layer_6.pt"]
     again = launch_from(
         *(hub.address, tmp_path, "model=gpt2", "sae=registry", *repository, *SMALL),
@@ -122,11 +122,11 @@ def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -
     )
     assert again.returncode == 0, again.stderr
     (path,) = tmp_path.glob("outputs/unlisted/*/summary.json")
-    same = json.loads(path.read_text())
-    assert same["spliced_ce"] == summary["spliced_ce"]
+    unlisted = json.loads(path.read_text())
+    assert unlisted["spliced_ce"] == summary["spliced_ce"]
 
 
-def test_own_sae_and_own_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
+def test_a_users_sae_and_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
     sae = TopKSAE(
         TopKSAEConfig(
             d_in=PYTHIA_D_MODEL,
@@ -152,7 +152,7 @@ def test_own_sae_and_own_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
-    """RedPajama is read from the hub's parquet conversion, and nothing else of it is."""
+    """RedPajama is read only from the hub's conversion to parquet."""
     finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama")
     assert finished.returncode == 0, finished.stderr
     assert summary_in(tmp_path)["data"]["revision"] == commit_of("refs/convert/parquet")
@@ -164,7 +164,7 @@ def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
 
 
 def refusal(finished: CompletedProcess[str]) -> str:
-    """The one message of a command that must fail without a traceback."""
+    """The error message of a command that must fail without a traceback."""
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr + finished.stdout
     return finished.stderr

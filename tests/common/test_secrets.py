@@ -1,4 +1,4 @@
-"""No secret gets into a config, a message or a file."""
+"""No secret appears in a config, a message or a file."""
 
 import json
 from pathlib import Path
@@ -38,21 +38,21 @@ ORDINARY = [
 
 
 @pytest.mark.parametrize(("text", "shown"), SECRETS.items())
-def test_secrets_are_seen_and_hidden(text: str, shown: str) -> None:
+def test_secrets_are_detected_and_hidden(text: str, shown: str) -> None:
     assert secret_in(text)
     assert redacted(text) == shown
     assert not secret_in(shown)
 
 
 @pytest.mark.parametrize("text", ORDINARY)
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert not secret_in(text)
     assert redacted(text) == text
 
 
-def test_what_secret_variables_hold_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse")
-    monkeypatch.setenv("MY_KEY", "tiny")  # too short to be told from ordinary words
+    monkeypatch.setenv("MY_KEY", "tiny")  # too short: it may be an ordinary word
     assert redacted("said: correct horse, a tiny model") == "said: ***, a tiny model"
 
 
@@ -65,15 +65,15 @@ def test_what_secret_variables_hold_is_hidden(monkeypatch: pytest.MonkeyPatch) -
         "launcher.sbatch={WANDB_API_KEY:hunter2}",
     ],
 )
-def test_a_config_holds_none(override: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_a_config_with_a_secret_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
         composed(override)
-    assert str(refused.value).startswith(override.partition("=")[0])
-    assert "wandb login" in str(refused.value)
-    assert "hunter2" not in str(refused.value)
+    assert str(refusal.value).startswith(override.partition("=")[0])
+    assert "wandb login" in str(refusal.value)
+    assert "hunter2" not in str(refusal.value)
 
 
-def test_nor_does_what_is_printed_or_written(
+def test_secrets_are_neither_printed_nor_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse")
@@ -82,9 +82,9 @@ def test_nor_does_what_is_printed_or_written(
     console.complain("error", text)
     folder = RunFolder(tmp_path)
     folder.write_failure(text, f"Traceback\n{text}")
-    told = capsys.readouterr()
-    assert told.out == "no access with *** or ***\n"
-    assert told.err == "error: no access with *** or ***\n"
+    printed = capsys.readouterr()
+    assert printed.out == "no access with *** or ***\n"
+    assert printed.err == "error: no access with *** or ***\n"
     assert json.loads(folder.failure.read_text()) == {
         "message": "no access with *** or ***",
         "details": "Traceback\nno access with *** or ***",

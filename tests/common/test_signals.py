@@ -1,4 +1,4 @@
-"""Signals become one exception, at a moment when nothing is half done."""
+"""Signals are raised as one exception, when no step is half done."""
 
 import signal
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from sae_lora.common.signals import Interrupted, Interruption
 
 @pytest.fixture
 def interruption() -> Iterator[Interruption]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     interruption = Interruption()
     with interruption.watching():
         yield interruption
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
-def test_at_once_where_nothing_is_held(interruption: Interruption, number: int) -> None:
+def test_a_signal_is_raised_at_once(interruption: Interruption, number: int) -> None:
     with pytest.raises(Interrupted):
         signal.raise_signal(number)
 
 
-def test_held_back_to_the_end_of_the_block(interruption: Interruption) -> None:
+def test_a_held_signal_is_raised_at_the_end_of_the_block(interruption: Interruption) -> None:
     ended = []
     with pytest.raises(Interrupted), interruption.held():
         with interruption.held():
@@ -33,14 +33,14 @@ def test_held_back_to_the_end_of_the_block(interruption: Interruption) -> None:
     assert ended == [True]
 
 
-def test_only_once(interruption: Interruption) -> None:
+def test_signals_are_raised_only_once(interruption: Interruption) -> None:
     with pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGUSR2)
-    signal.raise_signal(signal.SIGTERM)  # the way out is not cut short
+    signal.raise_signal(signal.SIGTERM)  # the clean-up is not interrupted
 
 
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_handlers_are_restored() -> None:
+    previous = signal.getsignal(signal.SIGTERM)
     with Interruption().watching():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert signal.getsignal(signal.SIGTERM) != previous
+    assert signal.getsignal(signal.SIGTERM) == previous

@@ -276,7 +276,7 @@ def test_a_deleted_sae_is_an_error(runs: Runs, capsys: pytest.CaptureFixture[str
     shutil.rmtree(runs.folders[0].path)
     for command in ("time-to-ce", "methods"):
         assert main(["compare", command, str(runs.sweep.home)]) == 1
-        assert "the run that it has begun with is gone" in capsys.readouterr().err
+        assert "the run that it began with no longer exists" in capsys.readouterr().err
 
 
 def test_branches_of_the_figure_begin_at_the_time_that_the_sae_was_saved(runs: Runs) -> None:

@@ -1,4 +1,4 @@
-"""Equal results hash equally whatever the method, and names tell methods apart."""
+"""Configs with equal results have equal hashes, for every method; names show the method."""
 
 from dataclasses import replace
 from functools import cache
@@ -12,7 +12,7 @@ from sae_lora.launcher.plan import plan
 from tests.support.composing import composed
 
 KINDS = [kind.name for kind in Method]
-UNHEEDED: dict[str, list[str]] = {
+UNUSED: dict[str, list[str]] = {
     "lora": ["method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"],
     "mezo": ["method.rank=3", "train.loraplus_ratio=4", "method.dead_after_tokens=5"],
     "linear_adapter": ["lora.rank=3", "method.epsilon=1", "train.loraplus_ratio=4"],
@@ -25,7 +25,7 @@ UNHEEDED: dict[str, list[str]] = {
         *("train.kl_reduction=sequence_sum", "train.loraplus_ratio=4"),
     ],
 }
-HEEDED: dict[str, list[str]] = {
+USED: dict[str, list[str]] = {
     "lora": ["lora.rank=3", "train.loraplus_ratio=4"],
     "mezo": ["lora.rank=3", "method.epsilon=1", "train.micro_batch_size=1"],
     "linear_adapter": ["method.rank=3"],
@@ -38,7 +38,7 @@ HEEDED: dict[str, list[str]] = {
 
 @cache
 def known(*overrides: str) -> Config:
-    """A config that is read alone."""
+    """A config, composed once; tests do not change it."""
     return composed(*overrides)
 
 
@@ -47,40 +47,38 @@ def name_of(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_method_does_not_heed_changes_no_hash(kind: str) -> None:
+def test_keys_that_a_method_does_not_read_change_no_hash(kind: str) -> None:
     plain = identity(known(f"method={kind}"))
-    for override in UNHEEDED[kind]:
+    for override in UNUSED[kind]:
         assert identity(known(f"method={kind}", override)) == plain, override
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_it_heeds_does(kind: str) -> None:
-    hashes = {identity(known(f"method={kind}", one)) for one in HEEDED[kind]}
+def test_keys_that_a_method_reads_change_the_hash(kind: str) -> None:
+    hashes = {identity(known(f"method={kind}", override)) for override in USED[kind]}
     hashes.add(identity(known(f"method={kind}")))
-    assert len(hashes) == 1 + len(HEEDED[kind])
+    assert len(hashes) == 1 + len(USED[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_a_run_belongs_follows_from_what_it_heeds(kind: str) -> None:
-    """Its folder's name, too: else the same run would be run twice."""
-    names = {
-        name_of(f"method={kind}", *one) for one in ([], *([override] for override in UNHEEDED[kind]))
-    }
-    assert len(names) == 1
+def test_keys_that_a_method_does_not_read_change_no_folder_name(kind: str) -> None:
+    """Otherwise the same run would be executed twice."""
+    names = {name_of(f"method={kind}", override) for override in UNUSED[kind]}
+    assert names == {name_of(f"method={kind}")}
 
 
-def test_lora_hashes_as_before_there_were_methods() -> None:
-    """As if its config had no group `method`, and no key that came with it."""
+def test_lora_hashes_are_those_of_versions_without_methods() -> None:
+    """The group `method` and the keys that were added with it do not change the hash."""
     plain = known()
-    other = replace(known("method=e2e", "method.rank=3").method, kind=plain.method.kind, mse=False)
-    assert other != plain.method
-    assert identity(replace(plain, method=other)) == identity(plain)
+    method = replace(known("method=e2e", "method.rank=3").method, kind=plain.method.kind, mse=False)
+    assert method != plain.method
+    assert identity(replace(plain, method=method)) == identity(plain)
     assert identity(replace(plain, init="elsewhere")) == identity(plain)
 
 
-def test_methods_are_told_apart() -> None:
-    same = ["sae=new", "train.lr=1e-3", "train.batch_size=4"]
-    assert identity(known("method=e2e", *same)) != identity(known("method=sae", *same))
+def test_methods_have_different_hashes() -> None:
+    common = ["sae=new", "train.lr=1e-3", "train.batch_size=4"]
+    assert identity(known("method=e2e", *common)) != identity(known("method=sae", *common))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
@@ -92,7 +90,7 @@ def test_names_show_method_and_architecture(kind: str) -> None:
         assert "topk" not in name_of(f"method={kind}")
 
 
-def test_names_show_a_rank_where_there_is_one() -> None:
+def test_names_show_the_rank_if_the_method_has_one() -> None:
     assert "-mezo-r3-after-" in name_of("method=mezo", "lora.rank=3")
     assert "-linear_adapter-r3-" in name_of("method=linear_adapter", "method.rank=3")
     assert "-r16" not in name_of("method=linear_adapter")

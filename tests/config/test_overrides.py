@@ -1,4 +1,4 @@
-"""A run's command composes its config once more."""
+"""The command of a run composes the same config."""
 
 import shlex
 
@@ -21,17 +21,17 @@ from tests.support.composing import composed
         "experiment=ranks launcher=slurm",
     ],
 )
-def test_it_composes_the_same_config(overrides: str) -> None:
+def test_the_command_composes_the_same_config(overrides: str) -> None:
     config = composed(*shlex.split(overrides))
     words = shlex.split(command(as_dict(config)))
     assert words[:2] == ["sae-lora", "launch"]
     again, expected = as_dict(composed(*words[2:])), as_dict(config)
-    for where in ("launcher", "evaluation", "tracking"):
-        del again[where], expected[where]
+    for group in ("launcher", "evaluation", "tracking"):
+        del again[group], expected[group]
     assert again == expected
 
 
-def test_the_default_needs_no_word_more() -> None:
+def test_the_default_needs_no_overrides() -> None:
     assert command(as_dict(composed())) == "sae-lora launch"
     assert command(as_dict(composed("lora.rank=4"))) == "sae-lora launch lora.rank=4"
 
@@ -44,17 +44,17 @@ def test_the_default_needs_no_word_more() -> None:
         *([1, "2", None], {"exclude": "node7", "n": 2}),
     ],
 )
-def test_hydra_reads_what_is_written(value: object) -> None:
-    found = OverridesParser.create().parse_override(f"key={written(value)}").value()
-    assert plain(found) == value
+def test_hydra_reads_written_values(value: object) -> None:
+    parsed = OverridesParser.create().parse_override(f"key={written(value)}").value()
+    assert plain(parsed) == value
 
 
-def plain(found: object) -> object:
-    """Without Hydra's marks of what was quoted."""
-    match found:
+def plain(parsed: object) -> object:
+    """A parsed value with plain text instead of Hydra's quoted strings."""
+    match parsed:
         case list():
-            return [plain(one) for one in found]
+            return [plain(entry) for entry in parsed]
         case dict():
-            return {key: plain(one) for key, one in found.items()}
+            return {key: plain(value) for key, value in parsed.items()}
         case _:
-            return getattr(found, "text", found)
+            return getattr(parsed, "text", parsed)

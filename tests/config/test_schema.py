@@ -1,4 +1,4 @@
-"""The schema: every file composes, what cannot work is refused by name, equal results hash equally."""
+"""The schema: every config file composes, impossible values are refused, and hashes follow results."""
 
 from pathlib import Path
 
@@ -27,12 +27,12 @@ NEEDS = {
     "data/hf": ["data.name=org/name"],
     "data/text_files": ["data.files=x"],
 }
-"""What a user must add to a choice that cannot stand alone."""
+"""Overrides that a user must add to an option."""
 
 
 def test_the_groups_are_the_interface() -> None:
-    wanted = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "evaluation"}
-    assert set(GROUPS) == wanted | {"tracking", "experiment", "variant"}
+    groups = {"model", "sae", "method", "lora", "layer", "data", "train", "launcher", "evaluation"}
+    assert set(GROUPS) == groups | {"tracking", "experiment", "variant"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_value_of_every_experiment_composes(file: Path) -> None:
     params = yaml.safe_load(file.read_text()).get("hydra", {}).get("sweeper", {}).get("params", {})
     assert params
     swept = [[f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()]
-    for number in range(max(map(len, swept))):  # points that have each value of each key at least once
+    for number in range(max(map(len, swept))):  # every value of every key occurs at least once
         composed(f"experiment={file.stem}", *(values[number % len(values)] for values in swept))
 
 
@@ -129,9 +129,9 @@ def test_every_value_of_every_experiment_composes(file: Path) -> None:
 )
 def test_impossible_values(override: str, field: str, nearest: object) -> None:
     overrides = override.split()
-    chooses = any(value.partition("=")[0] in GROUPS for value in overrides)
+    sets_group = any(value.partition("=")[0] in GROUPS for value in overrides)
     with pytest.raises(ConfigError) as error:
-        (composed if chooses else with_values)(*overrides)
+        (composed if sets_group else with_values)(*overrides)
     assert error.value.field == field
     assert error.value.nearest == nearest
     assert str(error.value).startswith(f"{field} = ")
@@ -155,7 +155,7 @@ def test_impossible_values(override: str, field: str, nearest: object) -> None:
         ("lora=[", ["lora=[", "cannot be read"]),
     ],
 )
-def test_what_hydra_notices_is_explained(override: str, words: list[str]) -> None:
+def test_errors_of_hydra_are_explained(override: str, words: list[str]) -> None:
     with pytest.raises(Exception) as error:
         composed(override)
     explained = explanation(error.value)
@@ -171,14 +171,14 @@ def test_added_keys_are_refused(override: str) -> None:
 
 
 def test_every_field_is_documented() -> None:
-    """Each dataclass field has a docstring under it, where a reader looks for it."""
+    """Each dataclass field has a docstring on the next line."""
     package = CONF.parent / "sae_lora"
     files = package / "config" / "schema.py", package / "config" / "evaluation.py"
     lines = [line for file in files for line in file.read_text().splitlines()]
     for name in {key.rsplit(".", 1)[-1] for key in keys() if "." in key}:
-        at = [n for n, line in enumerate(lines) if line.startswith(f"    {name}: ")]
-        assert at, name
-        assert all('"""' in lines[n + 1] for n in at), name
+        fields = [n for n, line in enumerate(lines) if line.startswith(f"    {name}: ")]
+        assert fields, name
+        assert all('"""' in lines[n + 1] for n in fields), name
 
 
 def test_yaml_round_trip() -> None:
@@ -198,11 +198,11 @@ def test_yaml_round_trip() -> None:
         "train.eval_batch_tokens=300",
     ],
 )
-def test_what_cannot_change_a_result_keeps_the_identity(override: str) -> None:
+def test_keys_without_effect_on_results_keep_the_hash(override: str) -> None:
     assert identity(composed(override)) == identity(composed())
 
 
-def test_what_can_change_a_result_changes_the_identity() -> None:
+def test_keys_with_an_effect_on_results_change_the_hash() -> None:
     overrides = [
         *("lora.rank=3", "lora.alpha=1", "lora.blocks=all", "lora.targets=qv", "train.seed=1"),
         *("train.lr=1e-5", "train.train_tokens=1024", "data.seed=1", "data.context_length=64"),
@@ -225,11 +225,12 @@ def test_defaults_of_schema_and_files_agree() -> None:
         assert schema == values
 
 
-def test_a_model_settles_which_tasks_it_is_asked() -> None:
-    """Whatever else is chosen, but for the command line."""
-    own, most = ["tiny_continuation", "tiny_generation"], EvaluationConfig().tasks
-    assert composed("evaluation=all").evaluation.tasks == own
-    assert composed("model=gpt2", "sae=identity", "evaluation=all").evaluation.tasks == most
+def test_the_model_determines_the_default_tasks() -> None:
+    """The command line has priority over the model."""
+    tiny_tasks, default_tasks = ["tiny_continuation", "tiny_generation"], EvaluationConfig().tasks
+    assert composed("evaluation=all").evaluation.tasks == tiny_tasks
+    gpt2 = composed("model=gpt2", "sae=identity", "evaluation=all")
+    assert gpt2.evaluation.tasks == default_tasks
     assert composed("evaluation.tasks=[piqa]").evaluation.tasks == ["piqa"]
 
 
@@ -263,7 +264,7 @@ def test_target_sets() -> None:
     assert target_matrices(["up", "qv", "v"]) == ("q", "v", "up")
 
 
-def test_readable_names_differ_where_configs_do() -> None:
+def test_readable_names_differ_if_configs_differ() -> None:
     names = {
         readable_name(composed(f"lora.rank={rank}", f"train.seed={seed}"))
         for rank in (1, 2)
@@ -293,15 +294,19 @@ def test_missing_values_are_reported() -> None:
         ("method=linear_adapter method.rank=0", "method.rank", "nearest valid: method.rank=1"),
         ("method=mezo lora.dropout=0.1", "lora.dropout", "nearest valid: lora.dropout=0"),
         ("method=e2e sae.sparsity_coefficient=2", "sae.sparsity_coefficient", "is sae.l0"),
-        ("method=sae launcher.gpus_per_node=2", "launcher.gpus_per_node", "one process makes it"),
+        (
+            "method=sae launcher.gpus_per_node=2",
+            "launcher.gpus_per_node",
+            "one process trains a new SAE",
+        ),
         (
             "method=e2e launcher.processes_per_node=2 train.device=cpu",
             "launcher.processes_per_node",
-            "one process makes it",
+            "one process trains a new SAE",
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(overrides: str, field: str, words: str) -> None:
+def test_impossible_combinations(overrides: str, field: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         composed(*overrides.split())
     assert error.value.field == field

@@ -1,4 +1,4 @@
-"""Text: full sequences with the right special tokens, disjoint splits, a cache that can be trusted."""
+"""Text: full sequences with the right special tokens, disjoint splits, a correct cache."""
 
 import dataclasses
 import gzip
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Iterator[DataConfig]:
     )
 
 
-def test_packing_loses_no_token_but_the_last_few() -> None:
+def test_packing_drops_only_the_last_few_tokens() -> None:
     documents = [list(range(10 * n, 10 * n + n)) for n in range(1, 9)]
     packer = Packer(5, Convention(bos=1000, separator=2000), 3000, most=None)
     for document in documents:
@@ -85,7 +85,7 @@ def test_splits_are_disjoint_by_document(config: DataConfig, tokenizer: PreTrain
     train, validation = contained(text.train), contained(text.validation)
     assert train and validation
     assert not train & validation
-    assert all(not in_validation(one, config.validation_share) for one in train)
+    assert all(not in_validation(document, config.validation_share) for document in train)
 
 
 def test_the_split_does_not_depend_on_seed_or_amount() -> None:
@@ -99,19 +99,19 @@ def test_cached_by_content(
     config: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = corpus.load(config, tokenizer, 20)
-    made = []
+    calls = []
     original = corpus._make
-    monkeypatch.setattr(corpus, "_make", lambda *arguments: made.append(1) or original(*arguments))
+    monkeypatch.setattr(corpus, "_make", lambda *arguments: calls.append(1) or original(*arguments))
     again = corpus.load(config, tokenizer, 20)
-    assert not made
+    assert not calls
     assert np.array_equal(first.train, again.train)
     for change in ({"seed": 1}, {"context_length": 12}, {"validation_share": 0.3}):
         corpus.load(dataclasses.replace(config, **change), tokenizer, 20)
-    assert len(made) == 3
+    assert len(calls) == 3
     changed = Path(str(config.files)).parent / "0.txt"
     changed.write_text("something else entirely")
     corpus.load(config, tokenizer, 20)
-    assert len(made) == 4
+    assert len(calls) == 4
 
 
 def test_too_little_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -140,14 +140,14 @@ def test_every_pass_takes_every_sequence_once(
     assert sorted(rows[:24]) == expected
     assert sorted(rows[24:]) == expected
     assert rows[:24] != rows[24:]
-    same = list(islice(text.batches(batch_size=4, seed=3), 12))
-    assert all((one == other).all() for one, other in zip(batches, same, strict=True))
+    repeated = list(islice(text.batches(batch_size=4, seed=3), 12))
+    assert all((batch == again).all() for batch, again in zip(batches, repeated, strict=True))
     other_seed = next(text.batches(batch_size=4, seed=4))
     assert not (other_seed == batches[0]).all()
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet"])
-def test_tables_hold_the_same_text(
+def test_tables_give_the_same_text_as_files(
     ending: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     lines = "\n".join(json.dumps({"body": text}) for text in TEXTS).encode()
@@ -175,12 +175,17 @@ def test_tables_hold_the_same_text(
 @pytest.mark.parametrize(
     ("key", "value", "error", "message"),
     [
-        ("files", "{folder}/book.txt", UserError, "too few documents"),  # one cannot be split
+        (
+            "files",
+            "{folder}/book.txt",
+            UserError,
+            "too few documents",
+        ),  # a single document cannot be split
         ("files", "/no/such/*.txt", ConfigError, r"data\.files"),
         ("cache_dir", "{folder}/book.txt/cache", UserError, r"data\.cache_dir"),
     ],
 )
-def test_what_cannot_be_read_or_written_is_named(
+def test_messages_name_unreadable_and_unwritable_paths(
     key: str,
     value: str,
     error: type[UserError],
@@ -209,7 +214,7 @@ def test_rows_without_text(
         corpus.load(dataclasses.replace(table, column="n"), tokenizer, 20)
 
 
-def test_the_standard_library_is_there() -> None:
+def test_the_standard_library_has_enough_text() -> None:
     documents = stdlib_documents()
     assert sum(len(document.text) for document in documents) > 3_000_000
     keys = [document.key for document in documents]
@@ -220,7 +225,7 @@ def test_the_standard_library_is_there() -> None:
     assert sum(len(document.text) for document in held_out) > 200_000
 
 
-def test_the_librarys_tests_are_read_only_when_asked_for() -> None:
+def test_the_tests_of_the_library_are_separate() -> None:
     library = {document.key for document in stdlib_documents()}
     tests = {document.key for document in stdlib_documents(tests=True)}
     assert not library & tests
@@ -229,7 +234,7 @@ def test_the_librarys_tests_are_read_only_when_asked_for() -> None:
     assert not any("site-packages" in key for key in library | tests)
 
 
-def test_order_depends_on_the_seed_alone() -> None:
+def test_the_order_depends_only_on_the_seed() -> None:
     documents = [Document(str(number), "") for number in range(50)]
     assert list(shuffled(documents, 1)) == list(shuffled(reversed(documents), 1))
     assert list(shuffled(documents, 1)) != list(shuffled(documents, 2))

@@ -138,7 +138,7 @@ def test_saes_are_in_place_once(adapted: Adapted) -> None:
 
 def test_what_is_not_there_is_said(runs: dict[str, RunFolder], tmp_path: Path) -> None:
     whole = runs["the default"]
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         sae_lora.load_adapted(whole.path.parent)
     with pytest.raises(UserError, match="device = 'gpu'"):
         sae_lora.load_adapted(whole, device="gpu")

@@ -179,7 +179,7 @@ def test_nothing_is_overwritten(
     assert main([*command, str(tmp_path / "mine/below")]) == 1
     assert "--to: cannot write" in capsys.readouterr().err
     assert main(["export", str(runs[0].path.parent), "--to", str(tmp_path / "new")]) == 1
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -1,4 +1,4 @@
-"""Loading: the weights in the precision asked for, everything else as transformers keeps it."""
+"""Loading: weights in the configured precision, everything else as in transformers."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from sae_lora.models.loading import load_model
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
 
-def test_bfloat16_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
-    """To the last bit, rotary frequencies included: those stay float32."""
+def test_bfloat16_models_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """Bit for bit, including the rotary frequencies, which stay float32."""
     small_model(family).model.save_pretrained(tmp_path)
-    own = Attention.eager if family == "gemma2" else Attention.auto  # as transformers chooses
-    config = ModelConfig(name=str(tmp_path), dtype=DType.bfloat16, attention=own)
+    attention = Attention.eager if family == "gemma2" else Attention.auto  # transformers' choice
+    config = ModelConfig(name=str(tmp_path), dtype=DType.bfloat16, attention=attention)
     loaded = load_model(config, DType.bfloat16, torch.device("cpu"))
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     tokens = random_tokens(length=48)
@@ -29,11 +29,11 @@ def test_bfloat16_is_what_transformers_loads(family: str, tmp_path: Path) -> Non
         assert loaded.model.get_buffer(name).dtype == buffer.dtype
 
 
-def test_weights_are_rounded_to_one_precision_and_held_in_another(tmp_path: Path) -> None:
+def test_weights_can_be_rounded_to_bfloat16_and_stored_as_float32(tmp_path: Path) -> None:
     small_model("llama").model.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), dtype=DType.bfloat16)
-    held = load_model(config, DType.float32, torch.device("cpu")).model
-    for weight in held.parameters():
+    loaded = load_model(config, DType.float32, torch.device("cpu")).model
+    for weight in loaded.parameters():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, weight.bfloat16().float())
 
@@ -48,16 +48,16 @@ def test_soft_capped_attention_is_blockwise_on_a_cpu(tmp_path: Path) -> None:
     small_model("gemma2").model.save_pretrained(tmp_path)
     cpu = torch.device("cpu")
     tokens = random_tokens(length=48)
-    found = {}
-    for own in (Attention.auto, Attention.eager):
-        config = ModelConfig(name=str(tmp_path), attention=own)
+    hidden = {}
+    for attention in (Attention.auto, Attention.eager):
+        config = ModelConfig(name=str(tmp_path), attention=attention)
         loaded = load_model(config, DType.float32, cpu)
-        found[loaded.model.config._attn_implementation] = loaded.hidden(tokens)
-    assert found.keys() == {"blockwise", "eager"}
-    torch.testing.assert_close(found["blockwise"], found["eager"], rtol=1e-4, atol=1e-5)
+        hidden[loaded.model.config._attn_implementation] = loaded.hidden(tokens)
+    assert hidden.keys() == {"blockwise", "eager"}
+    torch.testing.assert_close(hidden["blockwise"], hidden["eager"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_attention_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_attention_is_refused(tmp_path: Path) -> None:
     small_model("gemma2").model.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), attention=Attention.sdpa)
     with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa'"):

@@ -1,4 +1,4 @@
-"""The adapters: where they go, that fresh ones change nothing, that they can be switched off."""
+"""The adapters: their places, their initial values and scale, saving and loading."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.support.trainings import fill, same
 
 
 @pytest.mark.parametrize("blocks", ["after", "all", [2]])
-def test_fresh_adapters_are_the_teacher_exactly(model: LanguageModel, blocks) -> None:
+def test_new_adapters_change_nothing(model: LanguageModel, blocks) -> None:
     tokens = random_tokens()
     plain = model.hidden(tokens)
     view = model.view()
@@ -34,18 +34,18 @@ def test_fresh_adapters_are_the_teacher_exactly(model: LanguageModel, blocks) ->
 )
 def test_blocks(model: LanguageModel, blocks, expected: set[int]) -> None:
     lora.attach(model, LoRAConfig(rank=2, blocks=blocks), first_sae=1)
-    touched = {
+    adapted = {
         block
         for block in range(N_BLOCKS)
         if any(weight.requires_grad for weight in model.blocks[block].parameters())
     }
-    assert touched == expected
-    inside = sum(weight.requires_grad for block in model.blocks for weight in block.parameters())
-    assert inside == len(lora.trainable_weights(model))
+    assert adapted == expected
+    n_trainable = sum(weight.requires_grad for block in model.blocks for weight in block.parameters())
+    assert n_trainable == len(lora.trainable_weights(model))
 
 
-def test_all_takes_every_matrix_of_a_block(model: LanguageModel) -> None:
-    """Parameters are rank × (inputs + outputs), summed over every weight matrix in the blocks."""
+def test_all_adapts_every_matrix_of_a_block(model: LanguageModel) -> None:
+    """The number of parameters is rank × (inputs + outputs), summed over the matrices of the blocks."""
     sizes = [
         sum(weight.shape)
         for block in model.blocks
@@ -68,7 +68,7 @@ def test_targets_by_name() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_fused_matrices_are_taken_whole_or_not(family: str) -> None:
+def test_fused_matrices_are_adapted_as_a_whole(family: str) -> None:
     assert len(lora.target_modules(small_model(family), [0], "qkv")) == 1
     assert len(lora.target_modules(small_model(family), [0], "attn")) == 2
     with pytest.raises(ConfigError, match="qkv in one matrix") as error:
@@ -87,7 +87,7 @@ def test_impossible_blocks_are_refused() -> None:
     assert error.value.nearest == [2]
 
 
-def test_saved_adapters_load_with_peft_alone(family: str, tmp_path: Path) -> None:
+def test_peft_can_load_saved_adapters(family: str, tmp_path: Path) -> None:
     model, tokens = small_model(family), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
     fill(lora.trainable_weights(model))
@@ -98,7 +98,7 @@ def test_saved_adapters_load_with_peft_alone(family: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_scale(stabilised: bool) -> None:
-    """What an adapter adds is (alpha / r) · B · A, or alpha / √r if rank-stabilised."""
+    """An adapter adds (alpha / r) · B · A, or (alpha / √r) · B · A if rank-stabilised."""
     model = small_model("llama")
     config = LoRAConfig(rank=4, alpha=6.0, targets="o", blocks=[1], rank_stabilised=stabilised)
     lora.attach(model, config, first_sae=0)
@@ -111,8 +111,8 @@ def test_scale(stabilised: bool) -> None:
 
 
 @pytest.mark.parametrize("rank", [3, 100])
-def test_it_can_begin_along_what_the_matrix_stretches_most(model: LanguageModel, rank: int) -> None:
-    """The rows of A are then singular vectors; beyond those that there are they stay random."""
+def test_adapters_can_begin_with_singular_vectors(model: LanguageModel, rank: int) -> None:
+    """The rows of A are then right-singular vectors; rows beyond their number stay random."""
     lora.attach(model, LoRAConfig(rank=rank, init=Initialisation.svd, blocks=[1]), first_sae=0)
     layers = [module for module in model.blocks[1].modules() if isinstance(module, LoraLayer)]
     assert layers
@@ -129,24 +129,24 @@ def test_it_can_begin_along_what_the_matrix_stretches_most(model: LanguageModel,
         assert rows[known:].norm(dim=1).gt(0).all()
 
 
-def test_where_it_begins_is_the_seeds_choice_alone(model: LanguageModel) -> None:
+def test_initial_values_depend_only_on_the_seed(model: LanguageModel) -> None:
     weights = []
     for seed in (1, 1):
         view = model.view()
         torch.manual_seed(seed)
         lora.attach(view, LoRAConfig(rank=2, init=Initialisation.svd), first_sae=1)
-        weights.append({name: one.detach() for name, one in lora.trainable_weights(view).items()})
+        weights.append({name: weight.detach() for name, weight in lora.trainable_weights(view).items()})
     assert same(*weights)
 
 
-def test_dora_learns_lengths_apart_from_directions(family: str, tmp_path: Path) -> None:
-    """W' = m · (W + s·B·A) / ‖W + s·B·A‖ by output; fresh, that is W. peft alone loads it."""
+def test_dora_trains_lengths_separately_from_directions(family: str, tmp_path: Path) -> None:
+    """W' = m · (W + s·B·A) / ‖W + s·B·A‖ per output, which is W for new adapters. peft can load it."""
     model, tokens = small_model(family), random_tokens()
     plain = model.model(tokens).logits
     adapters = lora.attach(model, LoRAConfig(rank=2, targets="all", dora=True), first_sae=0)
     torch.testing.assert_close(model.model(tokens).logits, plain, rtol=1e-4, atol=1e-4)
     lengths = [name for name in lora.trainable_weights(model) if "magnitude" in name]
-    assert len(lengths) == sum(isinstance(one, LoraLayer) for one in model.model.modules())
+    assert len(lengths) == sum(isinstance(module, LoraLayer) for module in model.model.modules())
     fill(lora.trainable_weights(model))
     changed = model.model(tokens).logits
     assert not torch.allclose(changed, plain)
@@ -160,9 +160,9 @@ def test_adapters_begin_with_saved_ones(tmp_path: Path) -> None:
     adapters = lora.attach(model, LoRAConfig(rank=2), first_sae=0)
     fill(lora.trainable_weights(model))
     adapter_files.save(adapters, tmp_path, "org/base")
-    other = small_model("llama")
-    adapter_files.begin_with(lora.attach(other, LoRAConfig(rank=2), first_sae=0), tmp_path)
-    assert torch.equal(other.model(tokens).logits, model.model(tokens).logits)
+    second = small_model("llama")
+    adapter_files.begin_with(lora.attach(second, LoRAConfig(rank=2), first_sae=0), tmp_path)
+    assert torch.equal(second.model(tokens).logits, model.model(tokens).logits)
     fewer = lora.attach(small_model("llama"), LoRAConfig(rank=2, targets="qv"), first_sae=0)
     with pytest.raises(UserError, match="other matrices"):
         adapter_files.begin_with(fewer, tmp_path)

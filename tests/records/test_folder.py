@@ -1,4 +1,4 @@
-"""The run folder: whole or not there, never overwritten, readable after a crash."""
+"""The run folder: files are complete or absent, results are kept, and a crash leaves it readable."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def test_gap_closed() -> None:
     assert gap_closed(2.0, 1.9, 2.0) is None
 
 
-def test_curve_round_trip_and_a_line_cut_short(tmp_path: Path) -> None:
+def test_curve_round_trip_and_a_truncated_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.append_point(curve_point(0))
     folder.append_point(curve_point(1))
@@ -51,19 +51,19 @@ def test_states(tmp_path: Path) -> None:
     assert not folder.has_failed
 
 
-def test_what_an_unfinished_attempt_left_is_kept(tmp_path: Path) -> None:
+def test_results_of_unfinished_attempts_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for attempt in (1, 2):
         folder.append_point(curve_point(attempt))
         folder.set_aside(curve=True)
         assert not folder.curve.exists()
-    kept = sorted(tmp_path.glob("unfinished-*/curve.jsonl"))
-    assert [json.loads(path.read_text())["step"] for path in kept] == [1, 2]
+    curves = sorted(tmp_path.glob("unfinished-*/curve.jsonl"))
+    assert [json.loads(path.read_text())["step"] for path in curves] == [1, 2]
     folder.set_aside(curve=True)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 
-def test_writing_is_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomically(path, "old")
 
@@ -77,13 +77,13 @@ def test_writing_is_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "adapter") as beside:
-        (beside / "half").write_text("x")
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "adapter") as temporary:
+        (temporary / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with new_folder(tmp_path / "adapter") as beside:
-        (beside / "whole").write_text("x")
+    with new_folder(tmp_path / "adapter") as temporary:
+        (temporary / "whole").write_text("x")
     assert (tmp_path / "adapter" / "whole").read_text() == "x"
 
 
@@ -93,7 +93,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "sweep" / "run").write_config("a: 1\n")
 
 
-def test_the_schema_has_what_is_promised() -> None:
+def test_the_summary_keeps_its_promised_fields() -> None:
     names = {field.name for field in dataclasses.fields(Summary)}
     promised = (
         "base_ce spliced_ce student_ce initial_gap ce_gap gap_closed kl l0 fvu trainable_parameters "
@@ -102,7 +102,7 @@ def test_the_schema_has_what_is_promised() -> None:
     assert set(promised.split()) <= names
 
 
-def test_the_table_of_metrics_describes_every_measure() -> None:
+def test_every_measure_is_in_the_list_of_metrics() -> None:
     for schema in (CurvePoint, Summary):
         fields = dataclasses.fields(schema)
         measures = {field.name for field in fields if field.type in (float, float | None)}

@@ -1,4 +1,4 @@
-"""How far a run is, as its folder and SLURM show it."""
+"""The state of a run, from its folder and from SLURM."""
 
 import pytest
 
@@ -9,7 +9,9 @@ from sae_lora.records.status import State, read_statuses
 from tests.support.points import Point
 
 
-def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_of_a_run_follows_from_its_folder(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run,) = plan([point()]).runs
     folder = run.folder
 
@@ -26,7 +28,7 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     folder.write_failure("a reason", "and all of it")
     assert state() is State.failed
     folder.write_job("11")
-    run.freeze()  # a retry: what failed is put aside, and so is its job
+    run.freeze()  # a retry moves the failure away and forgets the job
     assert state() is State.resumable
     assert folder.job is None
     folder.write_job("12_3")
@@ -35,12 +37,12 @@ def test_how_far_a_run_is_stands_in_its_folder(point: Point, monkeypatch: pytest
     monkeypatch.setattr(slurm, "queue", lambda: {"12_4": "PENDING"})
     monkeypatch.setattr(slurm, "ends", lambda jobs: dict.fromkeys(jobs, "NODE_FAIL"))
     assert state() is State.resumable
-    assert "12_3 no more: NODE_FAIL" in str(read_statuses([folder])[0].note)
+    assert "12_3 has left the SLURM queue: NODE_FAIL" in str(read_statuses([folder])[0].note)
     folder.summary.write_text("{}")
     assert state() is State.done
 
 
-def test_where_slurm_cannot_be_asked_a_submitted_run_counts_as_queued(
+def test_a_submitted_run_counts_as_queued_if_slurm_does_not_answer(
     point: Point, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = plan([point()]).runs

@@ -1,4 +1,4 @@
-"""SAEs at and inside blocks: at the right place, exact in what is computed once, gone afterwards."""
+"""SAEs at and inside blocks: at the right place, exact with a shared trunk, and removed afterwards."""
 
 from collections.abc import Callable
 
@@ -41,18 +41,18 @@ SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
 
 def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
     """Activations at these places, `[token, d_model]`, read through splices that change nothing."""
-    seen: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     control = IdentitySAE()
     with (
         torch.no_grad(),
         spliced(
             model,
             {str(place): control for place in places},
-            observe=lambda reading: seen.update({reading.hookpoint: reading.resid}),
+            observe=lambda reading: activations.update({reading.hookpoint: reading.resid}),
         ),
     ):
         model.hidden(TOKENS)
-    return [seen[str(place)] for place in places]
+    return [activations[str(place)] for place in places]
 
 
 def hooks(model: LanguageModel) -> int:
@@ -60,31 +60,33 @@ def hooks(model: LanguageModel) -> int:
 
 
 def with_splices(model: LanguageModel, row: Splices, keep: Tensor | None = None) -> Tensor:
-    """The plain way: one pass with all of them."""
+    """Hidden states from one forward pass with all SAEs, as the reference."""
     with spliced(model, {splice.hookpoint: splice.sae for splice in row}, keep):
         return model.hidden(TOKENS)
 
 
 @pytest.mark.parametrize("block", range(1, N_BLOCKS))
-def test_what_attention_and_mlp_add_is_what_a_block_changes(model: LanguageModel, block: int) -> None:
-    before, attention, mlp, after = read_at(
+def test_a_block_adds_the_outputs_of_attention_and_mlp(model: LanguageModel, block: int) -> None:
+    resid_pre, attention, mlp, resid_post = read_at(
         model, Place(block - 1), Place(block, ATTENTION), Place(block, MLP), Place(block)
     )
-    torch.testing.assert_close(after - before, attention + mlp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resid_post - resid_pre, attention + mlp, rtol=1e-4, atol=1e-4)
     assert attention.abs().mean() > 1e-2 and mlp.abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("hook", [ATTENTION, MLP])
 @pytest.mark.parametrize("block", [0, 2])
-def test_what_is_put_back_is_what_is_added(model: LanguageModel, block: int, hook: Hook) -> None:
-    """The rest of the model sees the residual stream with the reconstruction in it, and nothing else."""
+def test_the_reconstruction_is_added_to_the_residual_stream(
+    model: LanguageModel, block: int, hook: Hook
+) -> None:
+    """The block adds the reconstruction instead of the original output, and changes nothing else."""
     place, sae = Place(block, hook), topk_sae()
     added, plain = read_at(model, place, Place(block))
     with spliced(model, {str(place): sae}):
         attention, mlp, changed = read_at(
             model, Place(block, ATTENTION), Place(block, MLP), Place(block)
         )
-    # The splice is seen by the later of two at one place.
+    # Of two splices at one place, the second reads the output of the first.
     torch.testing.assert_close(attention if hook is ATTENTION else mlp, sae(added), rtol=1e-4, atol=1e-4)
     if hook is MLP:
         torch.testing.assert_close(changed - plain, sae(added) - added, rtol=1e-3, atol=1e-3)
@@ -94,11 +96,11 @@ def test_what_is_put_back_is_what_is_added(model: LanguageModel, block: int, hoo
 @pytest.mark.parametrize(
     "place", [*map(Place, range(N_BLOCKS)), Place(1, ATTENTION), Place(1, MLP)], ids=str
 )
-def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, place: Place) -> None:
-    plain, before, name = model.hidden(TOKENS), hooks(model), str(place)
+def test_identity_changes_no_bit_and_hooks_are_removed(model: LanguageModel, place: Place) -> None:
+    plain, n_hooks, name = model.hidden(TOKENS), hooks(model), str(place)
     with spliced(model, {name: IdentitySAE()}):
         assert torch.equal(model.hidden(TOKENS), plain)
-        assert hooks(model) == before + 1
+        assert hooks(model) == n_hooks + 1
     with pytest.raises(RuntimeError, match="inside"), spliced(model, {name: topk_sae()}):
         assert not torch.allclose(model.hidden(TOKENS), plain)
         raise RuntimeError("inside")
@@ -107,21 +109,23 @@ def test_identity_changes_no_bit_and_no_hook_is_left(model: LanguageModel, place
         spliced(model, {name: topk_sae(), str(Place(99, place.hook)): topk_sae()}),
     ):
         pass
-    assert hooks(model) == before
+    assert hooks(model) == n_hooks
     assert torch.equal(model.hidden(TOKENS), plain)
 
 
 @pytest.mark.parametrize("hook", [MLP, OUTPUT])
 def test_an_output_may_be_a_tensor_or_the_first_of_several(hook: Hook) -> None:
-    """As MLPs with a router have it. What stands beside it stays."""
+    """MLPs with a router return a tuple; its other elements are unchanged."""
     model, splice = small_model("llama"), Splice(1, topk_sae(), False, hook)
-    alone = with_splices(model, (splice,))
-    module, seen = model.module_at(splice.hookpoint), []
+    expected = with_splices(model, (splice,))
+    module, outputs = model.module_at(splice.hookpoint), []
     module.register_forward_hook(lambda module, arguments, output: (output, "router"))
     with spliced(model, {splice.hookpoint: splice.sae}):
-        module.register_forward_hook(lambda module, arguments, output: seen.append(output) or output[0])
-        assert torch.equal(model.hidden(TOKENS), alone)
-    (output,) = seen
+        module.register_forward_hook(
+            lambda module, arguments, output: outputs.append(output) or output[0]
+        )
+        assert torch.equal(model.hidden(TOKENS), expected)
+    (output,) = outputs
     assert isinstance(output, tuple) and output[1] == "router"
 
 
@@ -130,13 +134,13 @@ def test_kept_positions_keep_their_activation(model: LanguageModel, hook: Hook) 
     keep = torch.zeros_like(TOKENS, dtype=torch.bool)
     keep[:, ::3] = True
     place, sae = Place(2, hook), topk_sae()
-    (before,) = read_at(model, place)
+    (original,) = read_at(model, place)
     readings: list[Reading] = []
     with spliced(model, {str(place): sae}, keep, readings.append):
-        (after,) = read_at(model, place)
+        (changed,) = read_at(model, place)
     flat = keep.flatten()
-    assert torch.equal(after[flat], before[flat])
-    torch.testing.assert_close(after[~flat], sae(before)[~flat])
+    assert torch.equal(changed[flat], original[flat])
+    torch.testing.assert_close(changed[~flat], sae(original)[~flat])
     assert len(readings[0].resid) == int((~keep).sum())
 
 
@@ -159,17 +163,17 @@ ROWS: list[Splices] = [
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_trunk_gives_what_splicing_gives(model: LanguageModel, share: bool) -> None:
-    """Rows that mix hooks, also several in one block; whether or not what they share is kept."""
+def test_a_trunk_equals_splicing(model: LanguageModel, share: bool) -> None:
+    """For rows that mix hooks, also several in one block; with and without storing shared inputs."""
     cuts = set().union(*map(cuts_around, ROWS))
     if not share:
         cuts = {splice.block + 1 for row in ROWS for splice in row}
-    before = hooks(model)
+    n_hooks = hooks(model)
     check_trunk(model, TOKENS, ROWS, cuts)
-    assert hooks(model) == before
+    assert hooks(model) == n_hooks
 
 
-def test_each_block_runs_once_for_what_is_the_same() -> None:
+def test_shared_computations_run_once() -> None:
     model = small_model("gemma2")
     runs: list[int] = []
     for number, block in enumerate(model.blocks):
@@ -183,7 +187,7 @@ def test_each_block_runs_once_for_what_is_the_same() -> None:
     trunk.hidden()
     for row in rows:
         trunk.hidden(row)
-    # The teacher; block 2 with each of the two SAEs inside; and what follows on each of the three.
+    # The teacher; block 2 with each of the two SAEs inside; block 3 for each of the three rows.
     assert sorted(runs) == [0, 1, 2, 2, 2, 3, 3, 3, 3]
 
 
@@ -197,73 +201,74 @@ MIXED: Splices = (
 
 @pytest.mark.parametrize("row", [MIXED, (Splice(1, SAES[0], True),)], ids=["mixed", "alone"])
 @pytest.mark.parametrize("blocks", ["after", "all", [0, 3], [1, 3], [2], [LAST]])
-def test_a_student_is_the_whole_model_with_saes_and_adapters(
+def test_a_student_equals_the_whole_model_with_saes_and_adapters(
     model: LanguageModel, row: Splices, blocks: object
 ) -> None:
-    """Also where the activations of its blocks are computed once more for the gradient."""
+    """Also if the blocks are recomputed in the backward pass."""
     special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
     student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
     fill(student.weights)
     weights = list(student.weights.values())
     whole = with_splices(student.model, row, keep)
     expected = torch.autograd.grad(whole.square().sum(), weights)
-    before = hooks(student.model)
+    n_hooks = hooks(student.model)
     for recomputes in (False, True):
         if recomputes:
             student.model.recompute(student.first)
         hidden = student.hidden(Trunk(model, TOKENS, special, student.cuts))
         assert torch.equal(hidden, whole)
-        assert hooks(student.model) == before
+        assert hooks(student.model) == n_hooks
         gradients = torch.autograd.grad(hidden.square().sum(), weights)
         assert all(map(torch.equal, gradients, expected))
-        assert hooks(student.model) == before
+        assert hooks(student.model) == n_hooks
 
 
-def test_adapters_after_an_sae_inside_of_a_block_begin_behind_that_block() -> None:
+def test_adapters_after_an_sae_inside_a_block_begin_with_the_next_block() -> None:
     for hook in (ATTENTION, MLP, OUTPUT):
-        one = LoRAStudent(small_model("llama"), (Splice(1, SAES[0], False, hook),), LoRAConfig(rank=2))
-        assert one.first == 2
-        assert (len(one.frozen), len(one.live)) == (1, 0)
-        assert one.cuts == ({2} if hook is OUTPUT else {1, 2})
+        row = (Splice(1, SAES[0], False, hook),)
+        student = LoRAStudent(small_model("llama"), row, LoRAConfig(rank=2))
+        assert student.first == 2
+        assert (len(student.frozen), len(student.live)) == (1, 0)
+        assert student.cuts == ({2} if hook is OUTPUT else {1, 2})
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
-def test_a_pack_of_hooks_is_each_run_alone(blocks: str) -> None:
-    """Curves, so losses, evaluations and what is measured of the SAEs, with what is frozen shared."""
+def test_runs_in_a_pack_of_hooks_equal_runs_alone(blocks: str) -> None:
+    """Their curves (losses, evaluations, measures of the SAEs) are equal, with shared frozen blocks."""
     rows: list[Splices] = [MIXED[:1], MIXED[:2], (Splice(1, SAES[1], True, MLP),), MIXED[2:3]]
     steps = 4
 
-    def made(model: LanguageModel, row: Splices) -> TrainState:
+    def state_of(model: LanguageModel, row: Splices) -> TrainState:
         torch.manual_seed(0)
         student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
         return GradientState(student, CONFIG, steps)
 
     model = small_model("gemma2")
-    together = [made(model, row) for row in rows]
-    found = curves(pack(model, *together), steps)
-    for row, one in zip(rows, together, strict=True):
-        alone = made(model, row)
-        assert curves(pack(model, alone), steps)[alone] == found[one]
-        assert set(found[one][0].per_sae) == {splice.hookpoint for splice in row}
+    states = [state_of(model, row) for row in rows]
+    results = curves(pack(model, *states), steps)
+    for row, state in zip(rows, states, strict=True):
+        alone = state_of(model, row)
+        assert curves(pack(model, alone), steps)[alone] == results[state]
+        assert set(results[state][0].per_sae) == {splice.hookpoint for splice in row}
 
 
-def test_what_is_measured_is_that_of_whole_passes(model: LanguageModel) -> None:
-    """FVU and L0 of every SAE in a row, from sums over batches, are those of all tokens at once."""
+def test_fvu_and_l0_equal_those_of_whole_passes(model: LanguageModel) -> None:
+    """FVU and L0 of each SAE, from sums over batches, equal those from all tokens at once."""
     row: Splices = tuple(splice._replace(keeps=False) for splice in MIXED[:3])
     evaluate = evaluator(model, cache_bytes=1e9)
     shared = LoRAStudent(model, row[:1], LoRAConfig(rank=2)), LoRAStudent(model, row, LoRAConfig(rank=2))
     expected = whole_pass(model, {splice.hookpoint: splice.sae for splice in row})
-    for _ in range(2):  # the second time from what was kept
-        found = evaluate(shared)[1].per_sae
-        assert found.keys() == expected.fvu.keys()
-        for hookpoint, figures in found.items():
+    for _ in range(2):  # the second time from cached states
+        measured = evaluate(shared)[1].per_sae
+        assert measured.keys() == expected.fvu.keys()
+        for hookpoint, figures in measured.items():
             assert figures["fvu"] == pytest.approx(expected.fvu[hookpoint], rel=1e-4)
             assert figures["l0"] == pytest.approx(expected.l0[hookpoint], rel=1e-6)
 
 
 @pytest.mark.parametrize("hook", [ATTENTION, OUTPUT])
-def test_an_sae_may_freeze_later_than_it_was_first_applied(hook: Hook) -> None:
-    """First around a student that adapts what it reads, then also around one that does not."""
+def test_a_student_with_a_frozen_sae_may_join_a_later_evaluation(hook: Hook) -> None:
+    """First a student that adapts the SAE's input is evaluated, then also one that does not."""
     model = small_model("llama")
     row: Splices = (Splice(1, SAES[0], False, hook),)
     reads_changed, reads_same = (
@@ -282,15 +287,15 @@ _SMALL = {
     "initializer_range": 0.3,
 }
 OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
-    # Norms before adding, and none before its MLP.
+    # Norms after attention and MLP, but none before the MLP.
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SMALL, intermediate_size=48, pad_token_id=0)),
-    # The residual stream is added inside of attention and MLP.
+    # Attention and MLP add the residual stream themselves.
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
-    # What is added is scaled.
+    # The outputs of attention and MLP are scaled before they are added.
     "granite": lambda: GraniteForCausalLM(
         GraniteConfig(**_SMALL, intermediate_size=48, residual_multiplier=0.5)
     ),
-    # No module is the MLP.
+    # No module computes the whole MLP.
     "opt": lambda: OPTForCausalLM(
         OPTConfig(
             vocab_size=64,
@@ -309,9 +314,9 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 def test_additions_are_found_and_checked(family: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = LanguageModel((FAMILIES | OTHERS)[family]().to(dtype=dtype))  # pyright: ignore[reportCallIssue]
-    before = hooks(model)
+    n_hooks = hooks(model)
     model.check_additions(range(len(model.blocks)))
-    assert hooks(model) == before
+    assert hooks(model) == n_hooks
 
 
 @pytest.mark.parametrize("family", ["bloom", "granite", "opt"])
@@ -319,13 +324,13 @@ def test_additions_are_found_and_checked(family: str, dtype: torch.dtype) -> Non
 def test_an_architecture_that_adds_something_else_is_refused(family: str, hook: Hook) -> None:
     torch.manual_seed(0)
     model = LanguageModel(OTHERS[family]())
-    before = hooks(model)
+    n_hooks = hooks(model)
     with pytest.raises(UserError, match=type(model.model).__name__):
         LoRAStudent(model, (Splice(0, topk_sae(), False, hook),), LoRAConfig(rank=2))
-    assert hooks(model) == before
+    assert hooks(model) == n_hooks
 
 
-def test_an_unknown_hookpoint_says_what_there_is() -> None:
+def test_the_message_for_an_unknown_hookpoint_names_the_known_ones() -> None:
     model = small_model("llama")
     for name in ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mpl_out"):
         with pytest.raises(ConfigError, match="hook_attn_out or hook_mlp_out") as error:

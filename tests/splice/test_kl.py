@@ -1,4 +1,4 @@
-"""The loss: its direction, its value worked by hand, and the chunked form against the whole."""
+"""The loss: its direction, a value computed by hand, and the fused form against the definition."""
 
 import math
 from functools import partial
@@ -12,16 +12,16 @@ from sae_lora.splice.kl import KL, Comparison, fused_kl, kl_divergence, whole_kl
 from tests.support.families import D_MODEL, random_tokens
 
 
-def test_worked_by_hand() -> None:
+def test_a_value_computed_by_hand() -> None:
     """Teacher (1/2, 1/2), student (3/4, 1/4): KL = ½ ln(½ / ¾) + ½ ln(½ / ¼) = ½ ln(4/3)."""
     teacher, student = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.75, 0.25]).log()
     assert kl_divergence(teacher, student).item() == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
-    other_way = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_divergence(student, teacher).item() == pytest.approx(other_way, rel=1e-6)
-    assert abs(other_way - 0.5 * math.log(4 / 3)) > 0.01
+    reverse = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_divergence(student, teacher).item() == pytest.approx(reverse, rel=1e-6)
+    assert abs(reverse - 0.5 * math.log(4 / 3)) > 0.01
 
 
-def test_nothing_between_equals_and_never_negative() -> None:
+def test_zero_for_equal_logits_and_positive_otherwise() -> None:
     first, second = torch.randn(2, 50, 97, generator=torch.Generator().manual_seed(0))
     assert torch.equal(kl_divergence(first, first), torch.zeros(50))
     assert (kl_divergence(first, second) > 0).all()
@@ -37,7 +37,7 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
 
 
 def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
-    """Every way to find it."""
+    """The implementations of KL, by name."""
     any_head = Head(model.logits, model.config.vocab_size)
     return {
         "fused": partial(fused_kl, comparison=Comparison(Head.of(model), chunk_tokens)),
@@ -47,25 +47,25 @@ def kls(model: LanguageModel, chunk_tokens: int) -> dict[str, KL]:
 
 
 def precise(head: Head) -> Head:
-    """In float64."""
+    """The head in float64."""
     assert head.matrix is not None
     return Head.linear(head.matrix.double(), head.softcap)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 48, 1000])
 @pytest.mark.parametrize("how", ["fused", "of any head", "full"])
-def test_value_and_gradient_are_those_of_the_definition(
+def test_value_and_gradient_equal_those_of_the_definition(
     model: LanguageModel, how: str, chunk_tokens: int
 ) -> None:
-    """For every family's head, soft-capping included, in float64."""
+    """For the head of every family, including soft-capping, against float64."""
     generator = torch.Generator().manual_seed(3)
     teacher, student = torch.randn(2, 3, 16, D_MODEL, generator=generator)
     exact, logits = student.double().requires_grad_(), precise(Head.of(model)).logits
     whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole * 0.5, exact)
-    (found,) = kls(model, chunk_tokens)[how](teacher, [student], [0.5])
-    assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
-    error = (found.gradient - expected).norm() / expected.norm()
+    (result,) = kls(model, chunk_tokens)[how](teacher, [student], [0.5])
+    assert float(result.total) == pytest.approx(float(whole.detach()), rel=1e-6)
+    error = (result.gradient - expected).norm() / expected.norm()
     assert error < 1e-6
 
 
@@ -77,7 +77,7 @@ def kl_of_float64(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("spread", [0.5, 2.0])
 def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
-    """32k tokens, logits as random and as trained models have them: each within 1e-6 of float64."""
+    """32k tokens, with logits as in random and in trained models: within 1e-6 of float64."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32_768, 64, generator=generator) * spread / 8
     teacher, student = torch.randn(2, 100, 64, generator=generator)
@@ -85,17 +85,17 @@ def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
     exact, logits = student.double().requires_grad_(), precise(head).logits
     whole = kl_of_float64(logits(teacher.double()), logits(exact))
     (expected,) = torch.autograd.grad(whole, exact)
-    (found,) = fused_kl(teacher, [student], [1.0], Comparison(head, 48))
-    assert float(found.total) == pytest.approx(float(whole.detach()), rel=1e-6)
-    assert (found.gradient - expected).norm() / expected.norm() < 1e-6
+    (result,) = fused_kl(teacher, [student], [1.0], Comparison(head, 48))
+    assert float(result.total) == pytest.approx(float(whole.detach()), rel=1e-6)
+    assert (result.gradient - expected).norm() / expected.norm() < 1e-6
 
 
-def test_equals_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
+def test_equal_states_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
     states = torch.randn(2, 16, D_MODEL)
     for kl in kls(model, 7).values():
-        (found,) = kl(states, [states.clone()], [1.0])
-        assert found.total == 0
-        assert found.gradient.abs().max() < 1e-7
+        (result,) = kl(states, [states.clone()], [1.0])
+        assert result.total == 0
+        assert result.gradient.abs().max() < 1e-7
 
 
 def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
@@ -103,15 +103,15 @@ def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
     assert head.matrix is not None
     rounded = Head.linear(matrix := head.matrix.bfloat16(), head.softcap)
     teacher, student = torch.randn(2, 64, D_MODEL).bfloat16()
-    (found,) = fused_kl(teacher, [student], [1.0], Comparison(rounded, 16))
+    (result,) = fused_kl(teacher, [student], [1.0], Comparison(rounded, 16))
     logits = [(states @ matrix.T).double() for states in (teacher, student)]
     if (cap := rounded.softcap) is not None:
-        logits = [cap * torch.tanh(one / cap) for one in logits]
-    assert float(found.total) == pytest.approx(float(kl_of_float64(*logits)), rel=1e-5)
-    assert found.gradient.dtype == torch.bfloat16
+        logits = [cap * torch.tanh(values / cap) for values in logits]
+    assert float(result.total) == pytest.approx(float(kl_of_float64(*logits)), rel=1e-5)
+    assert result.gradient.dtype == torch.bfloat16
 
 
-def test_a_head_that_is_more_than_a_matrix_is_not_taken_for_one(model: LanguageModel) -> None:
+def test_a_head_that_is_more_than_a_matrix_has_no_matrix(model: LanguageModel) -> None:
     assert Head.of(model).matrix is not None
     matrix = model.model.get_output_embeddings()
     assert isinstance(matrix, torch.nn.Linear)
@@ -125,20 +125,20 @@ def test_a_head_that_is_more_than_a_matrix_is_not_taken_for_one(model: LanguageM
     torch.testing.assert_close(fused.gradient, whole.gradient)
 
 
-def test_head_and_backbone_make_the_model(model: LanguageModel) -> None:
+def test_backbone_and_head_compute_the_models_logits(model: LanguageModel) -> None:
     tokens = random_tokens()
     whole = model.model(tokens, use_cache=False).logits
     assert torch.equal(model.logits(model.hidden(tokens)), whole)
 
 
 @pytest.mark.parametrize("how", ["fused", "of any head", "full"])
-def test_several_students_get_what_each_gets_alone(model: LanguageModel, how: str) -> None:
-    """To the last bit."""
+def test_each_of_several_students_gets_its_result_alone(model: LanguageModel, how: str) -> None:
+    """Bit for bit."""
     teacher, *students = torch.randn(4, 2, 16, D_MODEL, generator=torch.Generator().manual_seed(3))
     kl = kls(model, 7)[how]
     weights = [1.0, 0.25, 3.0]
     together = kl(teacher, students, weights)
-    for student, weight, found in zip(students, weights, together, strict=True):
+    for student, weight, result in zip(students, weights, together, strict=True):
         (alone,) = kl(teacher, [student], [weight])
-        assert torch.equal(found.total, alone.total)
-        assert torch.equal(found.gradient, alone.gradient)
+        assert torch.equal(result.total, alone.total)
+        assert torch.equal(result.gradient, alone.gradient)

@@ -1,4 +1,4 @@
-"""SAEs at the outputs of blocks, against hooks and finite differences of the tests' own."""
+"""SAEs at the outputs of blocks, checked with independent hooks and finite differences."""
 
 import pytest
 import torch
@@ -15,41 +15,41 @@ def logits(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def read_by(model: LanguageModel, block: int, tokens: torch.Tensor) -> torch.Tensor:
-    """The residual stream that a block reads, taken by a hook of the test's own."""
-    seen: list[torch.Tensor] = []
+    """The residual stream that a block reads, from an independent hook."""
+    inputs: list[torch.Tensor] = []
     handle = model.blocks[block].register_forward_pre_hook(
-        lambda module, arguments, named: seen.append(
+        lambda module, arguments, named: inputs.append(
             arguments[0] if arguments else named["hidden_states"]
         ),
         with_kwargs=True,
     )
     model.hidden(tokens)
     handle.remove()
-    return seen[0]
+    return inputs[0]
 
 
 def test_every_row_of_the_batch_is_replaced(model: LanguageModel) -> None:
-    """A block that returns a plain tensor must not lose all but its first row to `output[0]`."""
+    """If a block returns a plain tensor, `output[0]` would be only the first row of the batch."""
     tokens = random_tokens(batch=3)
     with spliced(model, {resid_post(1): topk_sae()}):
-        together = logits(model, tokens)
+        batched = logits(model, tokens)
         alone = torch.cat([logits(model, row[None]) for row in tokens])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batched, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
-def test_it_sits_at_the_output_of_its_block(model: LanguageModel, make_sae) -> None:
-    """It reads transformers' own hidden state after the block, the next block what it puts out."""
+def test_an_sae_is_at_the_output_of_its_block(model: LanguageModel, make_sae) -> None:
+    """The SAE reads the hidden state after the block, and the next block reads the SAE's output."""
     tokens, sae, readings = random_tokens(), make_sae(), []
     states = model.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    before = read_by(model, 1, tokens)
+    block_input = read_by(model, 1, tokens)
     with spliced(model, {resid_post(1): sae}, observe=readings.append):
-        assert torch.equal(read_by(model, 1, tokens), before)
+        assert torch.equal(read_by(model, 1, tokens), block_input)
         torch.testing.assert_close(read_by(model, 2, tokens), sae(states[2]))
     torch.testing.assert_close(readings[0].resid, states[2].flatten(0, 1))
 
 
-def test_several_saes_read_what_the_ones_before_changed(model: LanguageModel) -> None:
+def test_later_saes_read_what_earlier_saes_changed(model: LanguageModel) -> None:
     tokens, readings = random_tokens(), []
     first, second = topk_sae(seed=1), topk_sae(seed=2)
     with spliced(model, {resid_post(0): first}):
@@ -61,7 +61,7 @@ def test_several_saes_read_what_the_ones_before_changed(model: LanguageModel) ->
 
 
 class _Mixing:
-    """A smooth stand-in for an SAE: what it puts back is a fixed mix of what it reads."""
+    """A smooth stand-in for an SAE: its output is a fixed linear map of its input."""
 
     def __init__(self) -> None:
         self.matrix = torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(4)) / 4
@@ -73,8 +73,8 @@ class _Mixing:
         return feature_acts
 
 
-def gradient_below(model: LanguageModel, coder: Coder) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight below the spliced block, and its gradient of the mean squared logit."""
+def gradient_before(model: LanguageModel, coder: Coder) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight before the spliced block, and the gradient of the mean squared logit for it."""
     weight = next(weight for weight in model.blocks[0].parameters() if weight.ndim == 2)
     weight.requires_grad_(True)
     with spliced(model, {resid_post(1): coder}):
@@ -82,9 +82,9 @@ def gradient_below(model: LanguageModel, coder: Coder) -> tuple[torch.Tensor, to
     return weight, torch.autograd.grad(loss, weight)[0]
 
 
-def test_gradients_below_are_what_finite_differences_say(model: LanguageModel) -> None:
+def test_gradients_before_the_sae_equal_finite_differences(model: LanguageModel) -> None:
     coder, tokens = _Mixing(), random_tokens()
-    weight, gradient = gradient_below(model, coder)
+    weight, gradient = gradient_before(model, coder)
     direction = gradient / gradient.norm()
 
     def loss(step: float) -> float:
@@ -100,6 +100,6 @@ def test_gradients_below_are_what_finite_differences_say(model: LanguageModel) -
 
 @pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
 def test_gradients_flow_through_saes(model: LanguageModel, make_sae) -> None:
-    _, gradient = gradient_below(model, make_sae())
+    _, gradient = gradient_before(model, make_sae())
     assert gradient.isfinite().all()
     assert gradient.norm() > 0

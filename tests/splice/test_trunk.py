@@ -1,4 +1,4 @@
-"""Work that is done once for several runs is, to the last bit, the work of each alone."""
+"""Shared computations give, bit for bit, the results of each run alone."""
 
 import pytest
 import torch
@@ -17,19 +17,19 @@ TOKENS = random_tokens(length=24)  # longer than the sliding windows
 
 
 @pytest.mark.parametrize("block", range(1, N_BLOCKS + 1))
-def test_a_model_in_two_parts_is_the_model(model: LanguageModel, block: int) -> None:
+def test_a_model_in_two_parts_equals_the_model(model: LanguageModel, block: int) -> None:
     blocks = list(model.blocks)
     whole = model.hidden(TOKENS)
     resid = model.resid_entering(block, TOKENS)
     assert torch.equal(model.hidden(TOKENS, block, resid), whole)
     for first in range(1, block):
-        begun = model.resid_entering(first, TOKENS)
-        assert torch.equal(model.resid_entering(block, TOKENS, first, begun), resid)
+        entering = model.resid_entering(first, TOKENS)
+        assert torch.equal(model.resid_entering(block, TOKENS, first, entering), resid)
     assert torch.equal(model.hidden(TOKENS), whole)
     assert list(model.blocks) == blocks == list(getattr(*model._blocks_at))
 
 
-def test_a_part_that_fails_leaves_the_model_whole(model: LanguageModel) -> None:
+def test_a_failed_part_leaves_the_model_complete(model: LanguageModel) -> None:
     whole = model.hidden(TOKENS)
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         model.hidden(TOKENS, 2, torch.zeros(3, 24, 7))
@@ -42,7 +42,7 @@ def test_a_part_that_fails_leaves_the_model_whole(model: LanguageModel) -> None:
 SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
 
 
-def test_each_block_runs_once_for_what_is_the_same() -> None:
+def test_shared_computations_run_once() -> None:
     model = small_model("gemma2")
     runs: list[int] = []
     for number, block in enumerate(model.blocks):
@@ -57,11 +57,11 @@ def test_each_block_runs_once_for_what_is_the_same() -> None:
     trunk.hidden()
     for each in students:
         each.hidden(trunk)
-    # The teacher; and block 2 behind one SAE, for the run that is adapted after it.
+    # The teacher; and block 2 after SAES[0], for the run that adapts only the last block.
     assert sorted(runs) == [0, 1, 2, 2, 3]
 
 
-def test_views_share_the_weights_and_nothing_else(model: LanguageModel) -> None:
+def test_views_share_only_the_weights(model: LanguageModel) -> None:
     plain = model.hidden(TOKENS)
     first, second = model.view(), model.view()
     lora.attach(first, LoRAConfig(rank=2), first_sae=0)
@@ -71,8 +71,8 @@ def test_views_share_the_weights_and_nothing_else(model: LanguageModel) -> None:
     assert torch.equal(model.hidden(TOKENS), plain)
     fill(lora.trainable_weights(second))
     assert not torch.equal(first.hidden(TOKENS), second.hidden(TOKENS))
-    own = {weight.data_ptr() for weight in model.model.parameters()}
+    pointers = {weight.data_ptr() for weight in model.model.parameters()}
     for view in (first, second):
         frozen = [weight for weight in view.model.parameters() if not weight.requires_grad]
-        assert {weight.data_ptr() for weight in frozen} == own
+        assert {weight.data_ptr() for weight in frozen} == pointers
     assert not any("lora" in name for name, _ in model.model.named_parameters())

@@ -82,7 +82,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("data=text_files data.files={home}/nothing/*.txt data.context_length=128", ["data.files"]),
     # methods
     ("method=sea", ["method = 'sea'", "nearest valid: method=sae"]),
-    ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e make one"]),
+    ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e train new ones"]),
     ("method=sae sae=tiny", ["sae.family = 'tiny'", "new with method=sae"]),
     ("init=nowhere", ["init = 'nowhere'", "it is no run", "outputs/<sweep>/<run>"]),
     # an empty sweep

@@ -134,7 +134,7 @@ def test_a_step_costs_what_is_said(overrides: tuple[str, ...], tmp_path: Path) -
     measured._evaluate([one.student for one in measured.active])
     comparison = measured._evaluate._comparison
     tensors = [
-        *(comparison._room + comparison._spare),
+        *(comparison._chunk_buffers + comparison._part_buffers),
         *(tensor for one in measured.active for tensor in held_between_steps(one)),
     ]
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
