@@ -21,7 +21,7 @@ from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
-from sae_lora.train.cost import _own_weights
+from sae_lora.train.cost import _sae_weights
 from sae_lora.train.optim import MeZOState
 from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
@@ -352,7 +352,7 @@ class TestMaps:
             one = OutputAdapter(kind, d, rank)
             config = Config(method=MethodConfig(kind=kind, rank=rank))
             assert sum(weight.numel() for weight in one.parameters()) == weights
-            assert _own_weights(config, d, WIDTH) == weights
+            assert _sae_weights(config, d, WIDTH) == weights
 
     def test_a_linear_map_of_full_rank_is_one(self) -> None:
         """Worked by hand: x + W x + b, and with rank x + W₂ W₁ x + b."""

@@ -144,7 +144,7 @@ def test_several_saes_are_one_loss() -> None:
     one = made(MODEL, Method.sae_finetune, *saes, train=PLAIN)
     found = gradients(MODEL, one.training, micro_batch=3)
     loss = whole_kl(MODEL, MODEL, one.training.student.splices)
-    first, second = (sae.made for sae in saes)
+    first, second = (sae.last_forward for sae in saes)
     assert first is not None and second is not None
     mse, penalty = first.mse + second.mse, first.aux + second.aux
     balance = mse.item() / loss.item()
@@ -372,7 +372,7 @@ def test_what_is_computed_once_more_changes_no_bit(architecture: str, hook: Hook
         for _ in range(3):
             step(LLAMA, one.training, special_ids=SPECIAL, micro_batch=2)
         found.append(one.training.state().tensors)
-        assert all(sae.made is None for sae in saes)
+        assert all(sae.last_forward is None for sae in saes)
     plain, again = found
     assert [name for name, value in plain.items() if not torch.equal(again[name], value)] == []
 
