@@ -121,8 +121,8 @@ def attempt(
 
 def frozen(home: Path, *overrides: str) -> RunFolder:
     """The folder of a run of the embedded default as it is when a job begins: its config alone."""
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    config = composed("tracking=disabled", *here, *overrides)
+    folders = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    config = composed("tracking=disabled", *folders, *overrides)
     (planned,) = plan([config]).runs
     planned.freeze()
     return planned.folder
@@ -143,11 +143,11 @@ def results(folder: RunFolder) -> dict[str, object]:
         }
         for point in folder.read_curve()
     ]
-    made = {
+    tensors = {
         f"{path.parent.relative_to(folder.path)}/{name}": value.tolist()
-        for made in (folder.adapter, folder.sae, folder.output_adapter)
-        for path in sorted(made.rglob("*.safetensors"))
+        for artifact in (folder.adapter, folder.sae, folder.output_adapter)
+        for path in sorted(artifact.rglob("*.safetensors"))
         for name, value in load_file(path).items()
     }
-    assert made
-    return {"curve": curve} | made
+    assert tensors
+    return {"curve": curve} | tensors

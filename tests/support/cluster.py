@@ -264,14 +264,14 @@ AccountingStoragePass={root}/munge.socket
 def _free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
-def _wait_for(there: Callable[[], bool], what: str) -> None:
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + _START_S
-    while not there():
+    while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} has not started in {_START_S} s")
         time.sleep(0.1)
@@ -300,11 +300,11 @@ def _sql(root: Path, statement: str) -> str | None:
 
 def _processes_of(*variables: str) -> list[int]:
     """Every process that was started with all of these in its environment."""
-    wanted = {variable.encode() for variable in variables}
-    found = []
+    required = {variable.encode() for variable in variables}
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
-                    found.append(int(entry.name))
-    return found
+                if required <= set((entry / "environ").read_bytes().split(b"\0")):
+                    pids.append(int(entry.name))
+    return pids

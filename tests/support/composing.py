@@ -43,10 +43,10 @@ def combinations(experiment: str) -> list[tuple[str, ...]]:
     file = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
     swept = file["hydra"]["sweeper"]["params"].items()
     keys = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept]
-    return [(f"experiment={experiment}", *those) for those in itertools.product(*keys)]
+    return [(f"experiment={experiment}", *combination) for combination in itertools.product(*keys)]
 
 
-def each_composed(asked: Iterable[Sequence[str]], *overrides: str) -> list[Config]:
+def each_composed(points: Iterable[Sequence[str]], *overrides: str) -> list[Config]:
     """What each of these composes, with the overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [checked(compose("config", overrides=[*those, *overrides])) for those in asked]
+        return [checked(compose("config", overrides=[*point, *overrides])) for point in points]

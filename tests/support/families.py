@@ -90,5 +90,5 @@ def random_distances(n: int, seed: int) -> torch.Tensor:
         0
     )
     walk /= walk.norm(dim=1, keepdim=True)
-    found = (walk @ walk.T).clamp(-1, 1).acos() / math.pi
-    return ((found + found.T) / 2).fill_diagonal_(0)
+    angles = (walk @ walk.T).clamp(-1, 1).acos() / math.pi
+    return ((angles + angles.T) / 2).fill_diagonal_(0)

@@ -96,28 +96,28 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     if match := re.fullmatch(
         r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path
     ):
-        kind, repo, action, rest = match.groups()
-        revision, _, below = (rest or "main").partition("/")
+        kind, repo, action, remainder = match.groups()
+        revision, _, subfolder = (remainder or "main").partition("/")
         folder, commit = _branch(hub.root / kind / repo, unquote(revision))
         if _refused(request, hub, folder, repo):
             return None
         match action:
             case "tree":
-                below = unquote(below)
-                if not (folder / below).is_dir():
+                subfolder = unquote(subfolder)
+                if not (folder / subfolder).is_dir():
                     return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
                 recursive = "recursive=true" in urlsplit(request.path).query.lower()
-                return _send_json(request, _entries(folder, folder / below, recursive), with_body)
+                return _send_json(request, _entries(folder, folder / subfolder, recursive), with_body)
             case "paths-info":
-                wanted = json.loads(body)["paths"]
-                files = [folder / name for name in wanted if (folder / name).exists()]
+                names = json.loads(body)["paths"]
+                files = [folder / name for name in names if (folder / name).exists()]
                 return _send_json(request, [_entry(folder, file) for file in files], with_body)
             case _:
                 files = [entry for entry in _entries(folder, folder, True) if entry["type"] == "file"]
                 siblings = [{"rfilename": entry["path"]} for entry in files]
                 info = {"id": repo, "sha": commit, "siblings": siblings, "tags": []}
-                more = {"private": repo in hub.private, "lastModified": "2026-01-01T00:00:00.000Z"}
-                return _send_json(request, info | more, with_body)
+                details = {"private": repo in hub.private, "lastModified": "2026-01-01T00:00:00.000Z"}
+                return _send_json(request, info | details, with_body)
     if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
         kind, repo, revision, name = match.groups()
         name = unquote(name)
@@ -131,15 +131,15 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     return _send_error(request, HTTPStatus.NOT_FOUND, "RepoNotFound")
 
 
-def _create(request: BaseHTTPRequestHandler, hub: Hub, wanted: dict[str, Any]) -> None:
-    repo = f"{wanted['organization']}/{wanted['name']}"
+def _create(request: BaseHTTPRequestHandler, hub: Hub, request_body: dict[str, Any]) -> None:
+    repo = f"{request_body['organization']}/{request_body['name']}"
     folder = hub.root / "models" / repo
     if not request.headers.get("Authorization"):
         return _send_error(request, HTTPStatus.UNAUTHORIZED, "")
-    if wanted["organization"] in hub.closed:
+    if request_body["organization"] in hub.closed:
         return _send_error(request, HTTPStatus.FORBIDDEN, "")
     status = HTTPStatus.CONFLICT if folder.exists() else HTTPStatus.OK
-    if not folder.exists() and wanted.get("visibility") == "private":
+    if not folder.exists() and request_body.get("visibility") == "private":
         hub.private.add(repo)
     folder.mkdir(parents=True, exist_ok=True)
     return _send_json(request, {"url": f"{hub.address}/{repo}"}, True, status)

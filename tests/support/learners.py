@@ -42,8 +42,8 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
     dead = torch.arange(WIDTH) > WIDTH // 2
     optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
     for step in range(5):
-        found = training_sae.forward(sae, residuals(step), dead, step)
-        (found.mse + found.aux).backward()
+        forward = training_sae.forward(sae, residuals(step), dead, step)
+        (forward.mse + forward.aux).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():

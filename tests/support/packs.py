@@ -29,8 +29,8 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
     defaults = ["train.train_tokens=8192", "train.batch_size=8", "lora.rank=16"]
     points = points_in(home)
     write_topk_sae(home / "of_an_mlp", "blocks.3.hook_mlp_out", width=4096)
-    asked = [one.format(home=home).split() for one in overrides]
-    return [run.config for run in plan([points(*defaults, *one) for one in asked]).runs]
+    parsed = [of_run.format(home=home).split() for of_run in overrides]
+    return [run.config for run in plan([points(*defaults, *of_run) for of_run in parsed]).runs]
 
 
 def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTrainer:

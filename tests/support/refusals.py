@@ -64,7 +64,7 @@ WRONG: list[tuple[str, list[str]]] = [
         ["nearest valid: sae.id=layer_12/width_16k/average_l0_82"],
     ),
     ("sae=disk", ["sae.path = null"]),
-    ("sae=disk sae.path={home}/another_width", ["sae.path", "of width 64"]),
+    ("sae=disk sae.path={home}/another_width", ["sae.path", "its d_in is 64"]),
     (
         "sae=disk sae.path={home}/of_an_mlp layer.hook=resid_post",
         ["layer.hook = 'resid_post'", "blocks.3.hook_mlp_out", "nearest valid: layer.hook=mlp_out"],
@@ -84,7 +84,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("method=sea", ["method = 'sea'", "nearest valid: method=sae"]),
     ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e make one"]),
     ("method=sae sae=tiny", ["sae.family = 'tiny'", "new with method=sae"]),
-    ("init=nowhere", ["init = 'nowhere'", "it is no run", "outputs/<sweep>/<run>"]),
+    ("init=nowhere", ["init = 'nowhere'", "it is not a run folder", "outputs/<sweep>/<run>"]),
     # an empty sweep
     ("-m sae.width=4k layer.index=2,4", ["no point of this sweep has an SAE"]),
     ("-m lora.rank=", ["lora.rank"]),

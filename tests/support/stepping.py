@@ -35,20 +35,20 @@ SPECIAL = torch.arange(6)
 STEPS = 6
 
 
-class Made(NamedTuple):
+class BuiltTraining(NamedTuple):
     """A training as a run would build it."""
 
     training: TrainState
-    kept: Artifact
+    artifact: Artifact
     """The files that are kept of it."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The trained weights as they are now, copied."""
-        return {name: one.detach().clone() for name, one in self.training.student.weights.items()}
+        return {name: weight.detach().clone() for name, weight in self.training.student.weights.items()}
 
 
-def made(
+def build_training(
     model: LanguageModel,
     kind: Method,
     *saes: Coder,
@@ -59,7 +59,7 @@ def made(
     hook: Hook = Hook.resid_post,
     steps: int = STEPS,
     **method: Any,
-) -> Made:
+) -> BuiltTraining:
     """A training by this method with SAEs from a block on, from the config's seed."""
     is_new = isinstance(saes[0], SplicedSAE)
     config = Config(
@@ -71,11 +71,11 @@ def made(
         train=train,
     )
     torch.manual_seed(train.seed)
-    splices = tuple(Splice(block + place, sae, keeps, hook) for place, sae in enumerate(saes))
-    return Made(*methods.build(config, model, splices, steps))
+    splices = tuple(Splice(block + offset, sae, keeps, hook) for offset, sae in enumerate(saes))
+    return BuiltTraining(*methods.build(config, model, splices, steps))
 
 
-def trained(
+def spliced_sae(
     architecture: str, *, scale: float = 1.0, dead_after: int = 100, **changes: Any
 ) -> SplicedSAE:
     """An SAE in training none of whose weights is zero, as methods that make new ones have it."""
@@ -99,17 +99,19 @@ def step(
     micro_batch: int | None = None,
 ) -> None:
     """One step of each."""
-    together = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
-    together._take_step(trainings, tokens)
+    trainer = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
+    trainer._take_step(trainings, tokens)
 
 
-def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
+def gradients(model: LanguageModel, training: TrainState, **options: Any) -> dict[str, Tensor]:
     """The gradients that the optimiser gets in one step, which moves nothing."""
-    found: dict[str, Tensor] = {}
-    weights = one.student.weights.items()
-    one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})
-    step(model, one, **how)
-    return found
+    result: dict[str, Tensor] = {}
+    weights = training.student.weights.items()
+    training._optimizer.step = lambda: result.update(
+        {name: weight.grad.clone() for name, weight in weights}
+    )
+    step(model, training, **options)
+    return result
 
 
 def whole_kl(
@@ -123,6 +125,6 @@ def whole_kl(
     with torch.no_grad():
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
     keep = special_positions(tokens, special_ids) if saes[0].keeps else None
-    with spliced(student, {one.hookpoint: one.sae for one in saes}, keep):
+    with spliced(student, {splice.hookpoint: splice.sae for splice in saes}, keep):
         learner = log_softmax(student.model(tokens, use_cache=False).logits, -1)
     return (teacher.exp() * (teacher - learner)).sum(-1).mean()

@@ -69,9 +69,9 @@ def quick_points_in(home: Path) -> Point:
     texts = home / "texts"
     copy_few_texts(texts)
     point = points_in(home)
-    here = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
+    text = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
 
     def compose(*overrides: str) -> Config:
-        return point(*here.split(), *overrides)
+        return point(*text.split(), *overrides)
 
     return compose

@@ -35,9 +35,9 @@ def jobs(cluster: Cluster) -> list[str]:
     return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
 
 
-def until(there: Callable[[], object], what: str, limit_s: float = 300) -> None:
+def until(condition: Callable[[], object], what: str, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
-    while not there():
+    while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
         time.sleep(0.2)
 
@@ -47,8 +47,8 @@ def submitted(
 ) -> subprocess.CompletedProcess[str]:
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in options]
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides, **environment)
+    folders = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    return launch(*options, *SMALL, *ON_CLUSTER, *folders, *overrides, **environment)
 
 
 def the_run(home: Path) -> RunFolder:
@@ -73,11 +73,11 @@ def halt(*folders: RunFolder, step: int) -> int:
     Returns:
         Its number, for `go_on`.
     """
-    until(lambda: all(at_step(one, step) for one in folders), "at work")
-    at_work = holder(folders[0].path)
-    assert at_work is not None
-    os.kill(at_work.pid, signal.SIGSTOP)
-    return at_work.pid
+    until(lambda: all(at_step(folder, step) for folder in folders), "at work")
+    owner = holder(folders[0].path)
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGSTOP)
+    return owner.pid
 
 
 def go_on(pid: int) -> None:

@@ -61,10 +61,10 @@ class MadeUp:
     def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
         """One that has ended well; it closes so much, or what the factors say."""
         folder = self.begun(points, **factors)
-        told: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
+        summary: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
         if closed is None or not math.isnan(closed):
-            told["gap_closed"] = closed
-        return _summed_up(folder, told)
+            summary["gap_closed"] = closed
+        return _summed_up(folder, summary)
 
     def told(
         self, name: str, curve: Sequence[CurvePoint], config: Mapping[str, Any], **summary: Any
@@ -79,8 +79,8 @@ class MadeUp:
         """
         values = copy.deepcopy(self._config)
         for key, value in config.items():
-            group, _, own = key.rpartition(".")
-            (values[group] if group else values)[own] = value
+            group, _, field = key.rpartition(".")
+            (values[group] if group else values)[field] = value
         folder = RunFolder(self.home / name)
         folder.write_config(yaml.safe_dump(values))
         for point in curve:
@@ -96,8 +96,8 @@ class MadeUp:
             blocks: The blocks.
             group: By block, those that share its SAE.
         """
-        (one,) = self._config["sae"]["used"]
-        return [one | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
+        (template,) = self._config["sae"]["used"]
+        return [template | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
 
     def grid(self, ranks: Sequence[int], blocks: Sequence[int], l0s: Sequence[float] = (4.0,)) -> None:
         """A finished run for every combination."""
@@ -112,12 +112,12 @@ class MadeUp:
     ) -> list[CurvePoint]:
         end = 0.06 * math.log2(2 * rank) + 0.01 * block - 0.02 * math.log2(l0) + 0.005 * seed
         gap = 1.4 / math.sqrt(l0)
-        found = []
+        curve = []
         for step in range(points):
             share = step / max(1, points - 1)
             closed = end * (1 - math.exp(-3 * share))
             ce_gap = gap * (1 - closed)
-            found.append(
+            curve.append(
                 CurvePoint(
                     step=100 * step,
                     tokens=51_200 * step,
@@ -134,10 +134,10 @@ class MadeUp:
                     train_flops=2.5e12 * step,
                 )
             )
-        return found
+        return curve
 
 
-def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
+def _summed_up(folder: RunFolder, values: Mapping[str, Any]) -> RunFolder:
     """The run with its summary: what its config and its last point say, and what is told."""
     last, config = folder.read_curve()[-1], yaml.safe_load(folder.config.read_text())
     kind = config["method"]["kind"]
@@ -154,14 +154,14 @@ def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
         "tracked_at": None,
         "model": {"name": config["model"]["name"]},
         "sae": [
-            {"block": one["block"], "hookpoint": resid_post(one["block"]), "width": one["width"]}
-            for one in config["sae"]["used"]
+            {"block": sae["block"], "hookpoint": resid_post(sae["block"]), "width": sae["width"]}
+            for sae in config["sae"]["used"]
         ],
         "lora": config["lora"] if kind == "lora" else {},
         "method": {"kind": kind, "rank": config["method"]["rank"], "init": config["init"]},
         "seed": config["train"]["seed"],
     }
-    folder.summary.write_text(json.dumps(summary | dict(told)))
+    folder.summary.write_text(json.dumps(summary | dict(values)))
     return folder
 
 

@@ -118,9 +118,11 @@ def pack(
     )
 
 
-def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     """True where two states have the same tensors, to the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def comparable(point: CurvePoint) -> CurvePoint:
@@ -146,7 +148,7 @@ def stopped(together: DistillTrainer, step: int, steps: int) -> list[CurvePoint]
 
 def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:
     """Trains to the end; the curve of each, without times."""
-    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.active}
-    for one, point in together.points(batches(steps)[together.step :]):
-        found[one].append(comparable(point))
-    return found
+    result: dict[TrainState, list[CurvePoint]] = {run: [] for run in together.active}
+    for run, point in together.points(batches(steps)[together.step :]):
+        result[run].append(comparable(point))
+    return result

@@ -26,17 +26,17 @@ def check_trunk(model: LanguageModel, tokens: Tensor, rows: Sequence[Splices], c
     )
     for row in rows:
         keep = torch.isin(tokens, special) if row and row[0].keeps else None
-        seen: list[Reading] = []
+        spliced_readings: list[Reading] = []
         saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, keep, seen.append):
+        with torch.no_grad(), spliced(model, saes, keep, spliced_readings.append):
             expected = model.hidden(tokens)
         assert torch.equal(trunk.hidden(row), expected)
         assert trunk.hidden(row) is trunk.hidden(row)
-        assert len(seen) == len(row)
-        by_hookpoint = {reading.hookpoint: reading for reading in seen}
+        assert len(spliced_readings) == len(row)
+        by_hookpoint = {reading.hookpoint: reading for reading in spliced_readings}
         for whole in prefixes(row):
-            (found,) = readings[whole]  # once, however many rows begin so
+            (first,) = readings[whole]  # once, however many rows begin so
             reading = by_hookpoint[whole[-1].hookpoint]
-            assert found.hookpoint == reading.hookpoint
-            for one, other in zip(found[1:], reading[1:], strict=True):
-                assert torch.equal(one, other)
+            assert first.hookpoint == reading.hookpoint
+            for value, expected_value in zip(first[1:], reading[1:], strict=True):
+                assert torch.equal(value, expected_value)

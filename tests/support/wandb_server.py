@@ -28,8 +28,8 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """Its history, with `_step` and without wandb's other own values."""
         rows = [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
-        own = ("_timestamp", "_runtime")
-        return [{key: value for key, value in row.items() if key not in own} for row in rows]
+        internal = ("_timestamp", "_runtime")
+        return [{key: value for key, value in row.items() if key not in internal} for row in rows]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Without wandb's own values."""
         config = json.loads(self.values.get("config") or "{}")
-        return {key: one["value"] for key, one in config.items() if key != "_wandb"}
+        return {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
 
 
 @dataclass
