@@ -1,4 +1,4 @@
-"""Activations are served shuffled, each once, and the same again after a stop."""
+"""The activation buffer serves each activation once, shuffled, and the same after a resume."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ POST = [f"blocks.{block}.hook_resid_post" for block in range(N_BLOCKS)]
 
 
 def batches(first: int = 0) -> Iterator[Tensor]:
-    """Text without end, from one of its batches on."""
+    """Endless text, from the batch with this number on."""
     while True:
         yield random_tokens(BATCH, LENGTH, seed=1000 + first)
         first += 1
@@ -36,13 +36,13 @@ def buffer(
 
 
 def served(buffer: ActivationBuffer, first: int, last: int, name: str = "sae") -> list[Tensor]:
-    """The parts of the steps from one to before another."""
+    """The parts of the steps from `first` to before `last`."""
     text = batches(buffer.first_batch_of(first))
     return [buffer.serve(step, text)[name] for step in range(first, last)]
 
 
 def takes(parts: Sequence[Tensor], at_block: Tensor) -> list[bool]:
-    """Whether each of a block's activations `[token, d]` is among what was served."""
+    """For each of a block's activations `[token, d]`: true if it was served."""
     served_rows = bag(torch.cat([*parts]))
     return [row.numpy().tobytes() in served_rows for row in at_block]
 
@@ -52,12 +52,12 @@ def bytes_held(buffer: ActivationBuffer) -> int:
 
 
 def bag(rows: Tensor) -> Counter[bytes]:
-    """Activations `[token, d]`, as often as each is there."""
+    """Activations `[token, d]` with the number of times that each occurs."""
     return Counter(row.numpy().tobytes() for row in rows)
 
 
 def direct(model: LanguageModel, block: int, fill: int, special_ids: Tensor | None = None) -> Tensor:
-    """What leaves the block in all of the model's forward pass, over the batches of a fill."""
+    """The output of a block in the model's forward pass, over the batches of a fill, `[token, d]`."""
     resids = []
     for tokens in islice(batches(fill * PER_FILL), PER_FILL):
         outputs: list[Tensor] = []
@@ -120,7 +120,7 @@ def test_each_fill_has_another_order_that_follows_the_seed() -> None:
     for index, order in enumerate(orders):
         assert not any(torch.equal(order, earlier) for earlier in orders[:index])
     assert torch.equal(fills(0)[1], second)
-    # Every part has something of every batch.
+    # Every part has activations of every batch.
     of_batch = [bag(rows) for rows in unshuffled.split(BATCH * LENGTH)]
     assert all(
         (bag(part) & activations) for part in first.split(BATCH * LENGTH) for activations in of_batch
@@ -152,7 +152,7 @@ def test_it_never_holds_more_than_one_fill() -> None:
         assert bytes_held(activations) == 2 * PER_FILL * BATCH * LENGTH * D_MODEL * 4
         addresses.add(tuple(held.data_ptr() for held in activations._held.values()))
         assert parts["sae"] is parts["the same"]
-    assert len(addresses) == 1  # a fill is written where the one before it was
+    assert len(addresses) == 1  # each fill overwrites the last one
 
 
 def test_it_holds_the_models_precision() -> None:
@@ -191,7 +191,7 @@ def test_each_token_takes_one_of_several_blocks(special_ids: Tensor | None) -> N
         counts = [(served_rows & bag(at_block[block])).total() for block in blocks]
         assert sum(counts) == served_rows.total()
         assert all(0.7 * share < count < 1.3 * share for count in counts)
-        # One of each token: its activations at several blocks are never both there.
+        # Each token occurs once: its activations at two blocks are never both served.
         taken = [takes([part[name] for part in parts], at_block[block]) for block in blocks]
         dropped = len(at_block[0]) % PER_FILL
         repeated = len(at_block[0]) - len(bag(at_block[0]))  # a token that begins two sequences

@@ -1,4 +1,4 @@
-"""Layer groups are what distances say: angles by hand, complete linkage, and figures that show them."""
+"""Distances between blocks, the groups that follow from them, and their figures."""
 
 import itertools
 import math
@@ -33,12 +33,12 @@ def hooks(model: LanguageModel) -> int:
 
 
 def put_out(model: LanguageModel, block: int, resid: torch.Tensor) -> None:
-    """Makes this the block's residual stream, `[batch, pos, d_model]`."""
+    """Replace the output of a block by `resid`, `[batch, pos, d_model]`."""
     model.blocks[block].register_forward_hook(lambda *_: resid)
 
 
 def in_a_plane(degrees: Sequence[float], length: float) -> torch.Tensor:
-    """A vector of this length for each token of one sequence, in these directions of a plane."""
+    """One vector of this length per token of one sequence, in these directions in a plane."""
     resid = torch.zeros(1, len(degrees), D_MODEL)
     resid[..., 3] = length * torch.cos(torch.deg2rad(torch.tensor(degrees)))
     resid[..., 8] = length * torch.sin(torch.deg2rad(torch.tensor(degrees)))
@@ -46,7 +46,7 @@ def in_a_plane(degrees: Sequence[float], length: float) -> torch.Tensor:
 
 
 def naive(model: LanguageModel, tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """One token and one pair of blocks at a time."""
+    """The distances, from one token and one pair of blocks at a time."""
     streams = [model.resid_entering(block + 1, tokens) for block in range(N_BLOCKS)]
     distances = torch.zeros(N_BLOCKS, N_BLOCKS, dtype=torch.float64)
     for first, second in itertools.permutations(range(N_BLOCKS), 2):
@@ -59,7 +59,7 @@ def naive(model: LanguageModel, tokens: torch.Tensor, counted: torch.Tensor) -> 
 
 
 def of_pairs(n: int, pairs: dict[tuple[int, int], float], other: float) -> torch.Tensor:
-    """The distances `[n, n]` of these pairs, and one for all others."""
+    """Distances `[n, n]`: those of `pairs`, and `other` for all other pairs."""
     distances = torch.full((n, n), other, dtype=torch.float64).fill_diagonal_(0)
     for (first, second), distance in pairs.items():
         distances[first, second] = distances[second, first] = distance
@@ -71,23 +71,23 @@ def as_sets(groups: Sequence[Sequence[int]]) -> set[frozenset[int]]:
 
 
 def test_angles_between_known_vectors() -> None:
-    """Lengths do not matter; two tokens with angles of their own are averaged as angles."""
+    """Lengths do not matter; the angles of two tokens are averaged."""
     model = small_model("llama")
     put_out(model, 0, in_a_plane([0, 0], length=1))
     put_out(model, 1, in_a_plane([60, 30], length=5))
     put_out(model, 2, in_a_plane([90, 90], length=0.1))
     put_out(model, 3, in_a_plane([180, 90], length=1000))
     distances = angular_distances(model, [torch.tensor([[1, 2]])], NO_IDS)
-    # In degrees, of the first token and of the second:
-    #   0–1: 60 and 30, mean 45, of 180 a quarter    1–2: 30 and 60, a quarter
-    #   0–2: 90 and 90, a half                       1–3: 120 and 60, a half
-    #   0–3: 180 and 90, mean 135, three quarters    2–3: 90 and 0, a quarter
+    # Degrees between blocks for the first and the second token, their mean, and its share of 180:
+    #   0–1: 60 and 30, mean 45, 0.25      1–2: 30 and 60, mean 45, 0.25
+    #   0–2: 90 and 90, mean 90, 0.5       1–3: 120 and 60, mean 90, 0.5
+    #   0–3: 180 and 90, mean 135, 0.75    2–3: 90 and 0, mean 45, 0.25
     expected = of_pairs(4, {(0, 2): 0.5, (1, 3): 0.5, (0, 3): 0.75}, 0.25)
     torch.testing.assert_close(distances, expected, rtol=0, atol=1e-7)
 
 
 def test_same_and_opposite_directions_are_the_ends_of_the_scale() -> None:
-    """Also where rounding makes a cosine larger than 1, as it does for some of these."""
+    """Also if rounding makes a cosine larger than 1, as for some of these."""
     model, resid = small_model("gpt2"), torch.randn(*TOKENS.shape, D_MODEL)
     for block, factor in enumerate((1, 4, -8, 0.25)):
         put_out(model, block, factor * resid)
@@ -113,7 +113,7 @@ def test_distances_are_those_of_each_token_and_pair(model: LanguageModel) -> Non
 def test_many_blocks_have_distances_that_are_symmetric_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a few blocks a product is so by itself."""
+    """With only a few blocks the product itself is symmetric."""
     n_blocks = 33
     monkeypatch.setitem(families._llama_like, "num_hidden_layers", n_blocks)
     model = small_model("llama")
@@ -132,7 +132,7 @@ def test_special_positions_are_left_out(model: LanguageModel) -> None:
 
 
 def test_every_token_has_the_same_weight_for_any_batching(model: LanguageModel) -> None:
-    """Batches of one row and of three: the mean of their means would be another."""
+    """Batches of one and of three rows: the mean of their means would differ."""
     together = angular_distances(model, [TOKENS], NO_IDS)
     rows = TOKENS.split([1, 3])
     torch.testing.assert_close(angular_distances(model, rows, NO_IDS), together, rtol=0, atol=1e-5)
@@ -167,7 +167,7 @@ def test_one_forward_pass_per_batch_with_progress() -> None:
 
 
 def test_blocks_may_return_a_tensor_or_a_tuple() -> None:
-    """Of a plain tensor all rows are taken, not the first."""
+    """All rows of a plain tensor are used, not only the first."""
 
     class Tupled(torch.nn.Module):
         def forward(self, resid: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -221,8 +221,8 @@ BY_HAND = of_pairs(
 
 
 def test_groups_and_amad_by_hand() -> None:
-    # {0, 1} at 0.1. From there to 2 it is 0.5 (block 0's distance, the larger), so 2 joins 3 at 0.2,
-    # though it is nearer to 1; then all at 0.6. AMAD:
+    # {0, 1} merge at 0.1. Their distance to 2 is 0.5 (block 0's, the larger), so that 2 joins 3 at 0.2,
+    # although it is nearer to 1. All merge at 0.6. AMAD:
     #   1 group 0.6; 2 groups (0.1 + 0.2) / 2 = 0.15; 3 groups (0.1 + 0 + 0) / 3; 4 groups 0
     groups, amads = group_blocks(BY_HAND, amad_max=0.2)
     assert groups == [[0, 1], [2, 3]]
@@ -240,8 +240,9 @@ def test_the_amad_is_below_the_threshold_and_not_equal() -> None:
 
 
 def test_an_amad_that_rises_with_more_groups() -> None:
-    # 1 group: 1. 2: {0} and the rest, (0 + 0.3) / 2 = 0.15. 3: {0}, {1, 2}, {3, 4}, 0.56 / 3 = 0.187,
-    # more than before, as two pairs are as wide as the four. 4: 0.28 / 4 = 0.07.
+    # 1 group: 1. 2 groups: {0} and all others, (0 + 0.3) / 2 = 0.15. 3 groups: {0}, {1, 2}, {3, 4},
+    # 0.56 / 3 = 0.187, which is larger, because the two pairs are nearly as wide as the four blocks.
+    # 4 groups: 0.28 / 4 = 0.07.
     distances = of_pairs(
         6,
         {(1, 2): 0.28, (3, 4): 0.28} | {(0, block): 1.0 for block in range(1, 5)},
@@ -314,7 +315,7 @@ def test_ties_give_exactly_the_requested_number_of_groups() -> None:
             assert len(groups) == count
             assert sorted(itertools.chain(*groups)) == list(range(n))
             assert amads[count - 1] == amad(distances, groups)
-    # scipy itself takes all merges of one height, or none.
+    # scipy takes all merges of the same height or none.
     assert len(np.unique(hierarchy.fcluster(linkage(equal), 3, criterion="maxclust"))) == 1
 
 
@@ -344,7 +345,7 @@ def test_even_groups_are_consecutive_blocks(count: int, monkeypatch: pytest.Monk
 
 
 def test_the_map_frames_the_distances_within_groups() -> None:
-    """A group with a gap has a frame for each of its parts, and for what lies between two of them."""
+    """A group with a gap has a frame for each part, and for the distances between two parts."""
     distances, groups = random_distances(6, 0), [[0, 3], [1, 2], [4]]
     figure: Any = distance_map(distances, groups)
     assert np.array_equal(np.array(figure.data[0].z), distances.numpy())

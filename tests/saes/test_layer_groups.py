@@ -1,4 +1,4 @@
-"""layer=groups: which blocks share an SAE, how it is trained, and what begins with it."""
+"""layer=groups: the blocks that share an SAE, its training, and the runs that start from it."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.slow  # many seconds in all
 
 CPU = torch.device("cpu")
 LAST = 7
-"""Of the embedded model's blocks."""
+"""Index of the embedded model's last block."""
 TWO = ("method=sae", "layer.n_groups=2", "sae.width=256", "sae.l0=8", "method.buffer_tokens=1024")
 
 QUICK = "train.eval_each_sae=false"
@@ -57,7 +57,7 @@ def default(method: str) -> Config:
 
 
 def ask(method: str, layer: dict[str, Any], init: str | None = None) -> None:
-    """Checks what `python launch.py method=… layer.…=… init=…` would compose."""
+    """Check the config that `python launch.py method=… layer.…=… init=…` composes."""
     config = default(method)
     check(replace(config, init=init, layer=replace(config.layer, **layer)))
 
@@ -99,7 +99,7 @@ def test_one_way_to_choose_groups_is_accepted() -> None:
 
 
 def refuse(*_: object, **__: object) -> object:
-    pytest.fail("nothing is to be loaded")
+    pytest.fail("nothing may be loaded")
 
 
 @pytest.fixture
@@ -121,14 +121,14 @@ def test_more_groups_than_blocks_are_refused_before_a_model_is_loaded(
 
 @dataclass(frozen=True)
 class Home:
-    """A folder whose distances are known, and the run of two groups in it."""
+    """Points in a folder with cached distances, and a run with two groups."""
 
     point: Point
     run: RunFolder
 
     @property
     def groups(self) -> list[list[int]]:
-        """Of the run."""
+        """The groups of the run."""
         return json.loads(self.run.groups.read_text())["groups"]
 
 
@@ -194,7 +194,7 @@ def test_even_groups_are_neighbours(home: Home) -> None:
 
 
 def test_equal_groups_are_the_same_run(home: Home) -> None:
-    """No two blocks together: by number, by distance, and evenly."""
+    """Groups of one block: by number, by distance, and evenly."""
     requests = ["n_groups=7"], ["amad_max=1e-6"], ["n_groups=7", "evenly=true"]
     points = [home.point("method=sae", *(f"layer.{value}" for value in values)) for values in requests]
     (planned,) = plan(points).runs
@@ -237,7 +237,7 @@ def test_the_summary_lists_every_block(home: Home) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_within_a_fill_resumes_and_ends_the_same(home: Home, tmp_path: Path) -> None:
-    """Which block each token's activation is of is drawn anew, and is the same."""
+    """The block of each token is drawn again, and is the same."""
     cached = f"data.cache_dir={home.point(*TWO).data.cache_dir}"
     interrupted = frozen(tmp_path, *SMALL, *TWO, cached, "train.checkpoint_every_steps=1")
     assert killed(attempt(interrupted, step=2, what=signal.SIGKILL))
@@ -253,8 +253,7 @@ def text_of(config: Config) -> corpus.Corpus:
 
 
 def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
-    """As a run builds it: each that an SAE is given is one of a block of its group, at one of the
-    tokens, and none of its blocks is left out."""
+    """Every activation that an SAE reads comes from a block of its group, and every block occurs."""
     run = ActiveRun(home.run)
     run.read()
     text, model = text_of(run.config), loading.load_model(run.config.model, DType.float32, CPU)
@@ -291,13 +290,13 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
 def _resid(
     model: language_model.LanguageModel, block: int, tokens: torch.Tensor, special_ids: torch.Tensor
 ) -> torch.Tensor:
-    """What leaves a block at tokens that are not special, `[token, d_model]`."""
+    """The output of a block at tokens that are not special, `[token, d_model]`."""
     resid = model.resid_entering(block + 1, tokens)
     assert resid is not None
     return resid[~special_positions(tokens, special_ids)]
 
 
-# ---- what begins with them ------------------------------------------------------------------------
+# ---- runs that start from the SAEs ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +312,7 @@ def finetuned(home: Home) -> RunFolder:
 
 
 def ce(run: RunFolder) -> float:
-    """Of the model that a run has left, through transformers' own forward pass and whole logits."""
+    """The CE of a run's saved model, from transformers' forward pass and whole logits."""
     adapted = sae_lora.load_adapted(run)
     tokens = text_of(adapted.config).validation_tokens
     logits = adapted(tokens)[:, :-1].double()
@@ -333,7 +332,8 @@ def test_saved_runs_have_the_ce_of_their_summaries(home: Home, lora: RunFolder) 
         assert ce(run) == pytest.approx(run.read_summary()["student_ce"], rel=1e-6)
         saes = sae_lora.load_adapted(run).splices
         by_sae = {
-            id(splice.sae): [other.block for other in saes if other.sae is splice.sae] for splice in saes
+            id(splice.sae): [shared.block for shared in saes if shared.sae is splice.sae]
+            for splice in saes
         }
         assert sorted(by_sae.values()) == home.groups
 

@@ -1,4 +1,4 @@
-"""Where SAEs are asked for, by block and hook, and where they say they were trained."""
+"""Requested places of SAEs, by block and hook, and the places that SAEs were trained at."""
 
 import functools
 from dataclasses import replace
@@ -28,7 +28,7 @@ composed_once = functools.cache(composed)
 
 
 def asking(overrides: str, hook: str | None = None, **layer: object) -> Config:
-    """What these overrides compose, with this layer."""
+    """The config that these overrides compose, with this layer."""
     values = LayerConfig(hook=None if hook is None else Hook[hook], **layer)  # pyright: ignore[reportArgumentType]
     return replace(composed_once(*overrides.split()), layer=values)
 
@@ -36,7 +36,7 @@ def asking(overrides: str, hook: str | None = None, **layer: object) -> Config:
 def places(
     dimensions: Dimensions, overrides: str, hook: str | None = None, **layer: object
 ) -> list[Place]:
-    """Where the SAEs sit that this means."""
+    """The places of the SAEs that this request resolves to."""
     resolution = resolve.resolve(asking(overrides, hook, **layer), dimensions)
     return [Place.of(choice) for choice in resolution.choices]
 
@@ -81,7 +81,7 @@ def test_the_default_hook_is_resid_post(tmp_path: Path) -> None:
 
 
 def test_resid_pre_is_the_output_of_the_block_before(tmp_path: Path) -> None:
-    """By both names, in what is asked for and in what an SAE says."""
+    """Both names work, in the request and in the SAE's config."""
     for name, hook in (("before", "blocks.5.hook_resid_pre"), ("after", "blocks.4.hook_resid_post")):
         folder = write_cfg(tmp_path / name, hook_name=hook)
         for index, asked in ((None, None), (4, None), (4, Hook.resid_post), (5, Hook.resid_pre)):
@@ -185,7 +185,7 @@ def test_registry_takes_the_hook_from_the_id() -> None:
     with pytest.raises(ConfigError) as error:
         places(GPT2, of_gpt2("mlp-out-v5-32k", "blocks.7.hook_mlp_out"), "resid_post")
     assert (error.value.field, error.value.nearest) == ("layer.hook", "mlp_out")
-    # An id that says no more than the block: what is asked for is checked when it is loaded.
+    # The id names only the block; loading checks the hook.
     gemma = "model=gemma2_2b sae=registry sae.release=gemma-scope-2b-pt-mlp"
     assert places(GEMMA_2B, f"{gemma} sae.id=layer_5/width_65k/average_l0_22", "mlp_out") == of_mlps(5)
 
@@ -202,14 +202,14 @@ def test_registry_at_other_places_is_refused(release: str, identifier: str) -> N
     with pytest.raises(ConfigError) as error:
         places(GPT2, of_gpt2(release, identifier))
     assert (error.value.field, error.value.got) == ("sae", identifier)
-    if release != "res-jb":  # which has others
+    if release != "res-jb":  # this release also has SAEs at other places
         with pytest.raises(ConfigError, match=r"it contains blocks\.0\.hook_") as error:
             places(GPT2, of_gpt2(release), index=5)
         assert error.value.field == "sae.release"
 
 
 def test_no_release_mixes_hooks() -> None:
-    """So that one SAE at each block is left where no hook is asked for."""
+    """Without `layer.hook`, each block has one place with SAEs."""
     for name, release in resolve.table().items():
         stated = [place_in(entry["id"], None) for entry in release["saes"]]
         assert len({place.hook for place in stated if place is not None}) <= 1, name
@@ -226,7 +226,7 @@ def test_every_nth_block_of_the_embedded_saes(every: int, expected: list[int]) -
 @pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_every_nth_block_of_llama_scope(hook: str, every: int) -> None:
-    """The paper's several SAEs at once, of Llama-3.1-8B's 32 blocks."""
+    """Several SAEs at once, as in the paper, in the 32 blocks of Llama-3.1-8B."""
     for first in (None, 3):
         result = places(LLAMA_8B, "model=llama31_8b sae=llama_scope", hook, every=every, first=first)
         assert result == [Place(block, Hook[hook]) for block in range(first or 0, 32, every)]
@@ -234,7 +234,7 @@ def test_every_nth_block_of_llama_scope(hook: str, every: int) -> None:
 
 def test_every_nth_block_of_identity_saes_and_of_saes_on_disk(tmp_path: Path) -> None:
     assert places(TINY, "sae=identity", every=3) == after(0, 3, 6)
-    # In terms of what blocks read: of 1, 4 and 7, since no block puts out what 0 reads.
+    # The inputs of blocks 1, 4 and 7: the input of block 0 is not the output of a block.
     assert places(TINY, "sae=identity", "resid_pre", every=3) == after(0, 3, 6)
     assert places(TINY, "sae=identity", "attn_out", every=7) == [
         Place(0, Hook.attn_out),
@@ -262,7 +262,7 @@ def test_every_nth_block_must_have_an_sae() -> None:
         ("", {"first": 7}, "layer.first", 6),
         ("sae=disk sae.path=x", {}, "sae.path", None),
         ("sae=disk sae.path='x{block}'", {}, "sae.path", None),
-        ("sae.width=512", {}, "sae.width", 1024),  # there is one at block 3 alone
+        ("sae.width=512", {}, "sae.width", 1024),  # this width exists only at block 3
         (of_gpt2("res-jb", "blocks.7.hook_resid_pre"), {}, "layer.every", "null"),
     ],
 )
@@ -275,7 +275,7 @@ def test_impossible_every_nth_blocks_are_refused(
 
 
 def named(*sites: Place) -> Config:
-    """A config with identities there, as the planner leaves it."""
+    """A config with identity SAEs at these places, as the planner resolves it."""
     (first, *_), config = sites, composed_once("sae=identity")
     resolved = resolve.resolve(asking("sae=identity", first.hook.name, index=first.block), TINY)
     used = [replace(resolved.choices[0], block=place.block, hook=place.hook) for place in sites]
@@ -283,7 +283,7 @@ def named(*sites: Place) -> Config:
 
 
 def test_another_hook_is_another_run_with_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the output, names and hashes are what they were before there were others."""
+    """At resid_post, names and hashes are the same as before other hooks existed."""
     configs = [
         named(Place(3)),
         named(Place(3, Hook.mlp_out)),

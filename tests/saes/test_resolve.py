@@ -1,4 +1,4 @@
-"""Requests resolve to SAEs that exist, in sae-lens's own table; the rest is refused before loading."""
+"""Requests resolve to existing SAEs of sae-lens's table; all others are refused before loading."""
 
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def test_missing_saes_are_refused(overrides: tuple[str, ...], field: str, neares
 @pytest.mark.parametrize(
     ("overrides", "field", "nearest"),
     [
-        # 262k exists, at block 12 alone: another column of the grid does not take its place.
+        # 262k exists only at block 12, and another column of the grid does not replace it.
         (("layer.index=6", "sae.width=262k"), "sae.width", 65_536),
         (("sae.l0=80", "launcher.strict=true"), "sae.l0", "82"),
         (("sae.width=20k", "launcher.strict=true"), "sae.width", 16_384),

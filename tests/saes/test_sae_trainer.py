@@ -1,4 +1,4 @@
-"""An SAE learns as in sae-lens's own loop, and a training that was stopped goes on to the bit."""
+"""An SAE trains as in sae-lens's loop, and a stopped training resumes to the last bit."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 def taken(training: SteppedSAETrainer, first: int, last: int) -> list[float]:
-    """The MSE of the steps from one to before another."""
+    """The MSE of the steps from `first` to before `last`."""
     return [float(training.step(residuals(step))) for step in range(first, last)]
 
 
@@ -62,13 +62,13 @@ def scale_for(resid: torch.Tensor) -> float:
 
 
 def is_same(first: SteppedSAETrainer, second: SteppedSAETrainer) -> bool:
-    """Whether all of two trainings is the same, to the bit."""
+    """True if two trainings have the same state, to the last bit."""
     (tensors, values), (other_tensors, other_values) = first.state(), second.state()
     return values == other_values and same(tensors, other_tensors)
 
 
 def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder: Path) -> Any:
-    """The state as a checkpoint keeps it."""
+    """The state after it was written to files and read again."""
     tensors, values = state
     save_file(tensors, folder / "tensors.safetensors")
     (folder / "state.json").write_text(json.dumps(values, allow_nan=False))
@@ -88,7 +88,7 @@ def test_a_stopped_training_resumes_to_the_last_bit(
     losses += taken(whole, stop, STEPS)
 
     resumed = learner(architecture)
-    taken(resumed, 30, 32)  # it need not be as it was made
+    taken(resumed, 30, 32)  # `restore` does not need a fresh trainer
     resumed.restore(*state)
     assert dead(resumed) == dead_before
     assert taken(resumed, stop, STEPS) == losses[stop:]
@@ -119,7 +119,7 @@ def test_a_training_may_be_saved_before_its_first_step(tmp_path: Path) -> None:
 
 
 def test_dead_latents_change_the_training() -> None:
-    """And so the tests above are about them: without them the weights come out otherwise."""
+    """The tests above therefore cover dead latents: without them the weights differ."""
     training, without_dead = learner("topk"), learner("topk")
     without_dead._trainer.cfg.dead_feature_window = 1000
     assert taken(training, 0, 3) == taken(without_dead, 0, 3)
@@ -228,7 +228,7 @@ def test_residuals_without_a_finite_norm_are_refused(value: float, tokens: int) 
 
 
 def test_batches_may_vary_in_size() -> None:
-    """Special positions that are left out make them; sparsity is per token all the same."""
+    """They vary if special positions are left out; sparsity is still counted per token."""
     training = learner("topk")
     for step, tokens in enumerate((48, 40, 47, 33)):
         training.step(residuals(step, tokens))

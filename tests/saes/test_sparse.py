@@ -1,4 +1,4 @@
-"""Active latents alone say the same as whole products: values, gradients, and what they cost."""
+"""Sparse SAEs equal dense SAEs: values and gradients, at less cost."""
 
 import copy
 from typing import Any
@@ -30,7 +30,7 @@ NORMS = ["none", "expected_average_only_in", "layer_norm", "constant_norm_rescal
 
 
 def random_sae(kind: str, width: int = 64, **options: Any) -> nn.Module:
-    """With biases and thresholds, which at zero would hide what forgets them."""
+    """An SAE with non-zero biases and thresholds: at zero, code that forgets them would pass."""
     torch.manual_seed(9)
     sizes = {"d_in": D_MODEL, "d_sae": width, **options}
     match kind:
@@ -53,7 +53,7 @@ def random_sae(kind: str, width: int = 64, **options: Any) -> nn.Module:
 
 
 def reconstruction(sae: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, what is put back, and the gradient of one of its directions for what was read."""
+    """Latents, reconstruction, and the gradient of a random projection of it for the input."""
     inputs = resid.clone().requires_grad_()
     latents = sae.encode(inputs * 1.0)
     recon = sae.decode(latents)
@@ -102,7 +102,7 @@ def test_precision_is_that_of_the_sae(dtype: torch.dtype) -> None:
 
 
 def test_latents_have_a_gradient_outside_the_reconstruction() -> None:
-    """Also beside the reconstruction, as a penalty would read them."""
+    """A loss may also read latents directly, as a sparsity penalty does."""
     dense = random_sae("jumprelu")
     gradients = []
     for sae in (dense, SparseSAE(copy.deepcopy(dense))):

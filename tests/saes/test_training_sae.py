@@ -1,4 +1,4 @@
-"""SAEs in training are sae-lens's own, and so is what they become."""
+"""SAEs in training are those of sae-lens, and so are the SAEs that they are saved as."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def test_saved_files_equal_those_of_sae_lens_after_its_fold(architecture: str, t
 
 
 def test_the_scale_is_folded_in(architecture: str) -> None:
-    """Reading residuals as they are, it gives what it gave of scaled ones, scaled back."""
+    """On unscaled residuals it computes the same as on scaled residuals, divided by the scale."""
     sae = in_training(architecture)
     resid = residuals(9)
     expected = training_sae.inference(sae)(SCALE * resid) / SCALE
@@ -160,7 +160,7 @@ def test_a_trainable_copy_computes_the_same(name: str) -> None:
 
 
 def test_a_rescaled_topk_sae_stays_rescaled() -> None:
-    """Its rows, of norm 1 but for rounding, are divided by their norms once more."""
+    """The rows of its decoder, of norm 1 up to rounding, are divided by their norms again."""
     original = training_sae.inference(in_training("topk"), SCALE)
     assert original.cfg.rescale_acts_by_decoder_norm
     sae = training_sae.trainable(original)
@@ -195,7 +195,7 @@ def test_metadata_of_a_finetuned_sae_is_kept(tmp_path: Path, recwarn: pytest.War
     assert metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
     assert metadata["training_architecture_details"]["l1_coefficient"] == 0.3
     assert original.cfg.metadata.training_architecture_details["l1_coefficient"] == 1.0
-    assert not recwarn.list  # sae-lens warns of such a model whenever it makes an SAE
+    assert not recwarn.list  # sae-lens itself warns about such kwargs whenever it builds an SAE
 
 
 def test_saes_that_cannot_be_trained_further_are_refused() -> None:
@@ -234,11 +234,11 @@ def test_the_forward_pass_equals_sae_lenss_with_its_loss_in_two_parts(architectu
     expected.loss.backward()
     for ours, theirs in zip(sae.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert same(sae.state_dict(), reference.state_dict())  # thresholds have moved alike
+    assert same(sae.state_dict(), reference.state_dict())  # thresholds have changed equally
 
 
 def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> None:
-    """And what goes back to a model in bfloat16 has its precision."""
+    """The gradient for a model in bfloat16 has the precision of the model."""
     rounded, dead = residuals(9).to(torch.bfloat16), torch.arange(WIDTH) % 3 == 0
     results = []
     for resid in (rounded, rounded.float()):

@@ -1,6 +1,7 @@
-"""A Hugging Face hub on loopback: serves folders as repositories, enough for the real libraries.
+"""A Hugging Face hub on loopback, which serves folders as repositories.
 
-Not a stand-in for them: transformers, sae-lens and datasets talk to it over HTTP as to the real one.
+The libraries are not replaced: transformers, sae-lens and datasets talk to it over HTTP as to the real
+hub.
 """
 
 import base64
@@ -18,11 +19,11 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""What `main` of every repository is at."""
+"""The commit of `main` in every repository."""
 
 
 def commit_of(branch: str) -> str:
-    """What another branch than `main` is at."""
+    """The commit of a branch other than `main`."""
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
@@ -31,13 +32,13 @@ class Hub:
     """A running hub.
 
     Args:
-        root: `models/<org>/<name>/` and `datasets/<org>/<name>/` below it are the repositories, and
-            `<name>@<branch>/` beside one is another branch of it, with slashes as `%2F`.
-        address: For `HF_ENDPOINT`.
+        root: Folder of the repositories `models/<org>/<name>/` and `datasets/<org>/<name>/`. A folder
+            `<name>@<branch>/` is another branch, with slashes as `%2F`.
+        address: The address, for `HF_ENDPOINT`.
         gated: Repositories that answer 403.
-        truncated: Files (by name) that are cut in half on the way.
-        closed: Organisations that nobody's token may write to.
-        private: Repositories that are private.
+        truncated: Names of files of which only the first half is sent.
+        closed: Organisations that no token may write to.
+        private: Private repositories.
         requests: Every request line so far.
     """
 
@@ -52,7 +53,7 @@ class Hub:
 
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
-    """Serves the folder until the block ends."""
+    """Serve the folder until the block ends."""
     hub = Hub(root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -167,7 +168,7 @@ def _write(
 
 
 def _branch(repository: Path, revision: str) -> tuple[Path, str]:
-    """The folder that a revision (a branch, or the commit it is at) is served from, and the commit."""
+    """The folder of a revision (a branch, or its commit), and the commit."""
     for folder in repository.parent.glob(f"{repository.name}@*"):
         branch = unquote(folder.name.partition("@")[2])
         if revision in (branch, commit_of(branch)):

@@ -1,4 +1,4 @@
-"""Runs that train together, as a process would build them from their points."""
+"""Runs that train together, built from their points as in a process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
 
 
 def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTrainer:
-    """As a process would build it, without what it would evaluate on."""
+    """The trainer of the runs as a process builds it, but without held-out text."""
     common = configs[0]
     model = load_model(common.model, common.train.dtype, device)
     dimensions = read_dimensions(common.model)

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
+"""A stopped run resumes to the last bit as if it had not stopped, or it refuses."""
 
 import json
 import shutil
@@ -25,12 +25,12 @@ MODEL = small_model("llama")
 
 
 def new_training() -> TrainState:
-    """As a new process would build it, from the seed alone; dropout is on."""
+    """A training as a new process builds it, only from the seed; dropout is on."""
     return training(MODEL, topk_sae(), steps=STEPS)
 
 
 def points(state: TrainState) -> Iterator[CurvePoint]:
-    """The training's points from now on, without times."""
+    """The remaining points of a training, without times."""
     for _, point in pack(MODEL, state).points(BATCHES[state.step :]):
         yield comparable(point)
 
@@ -45,14 +45,14 @@ def alike(first: Snapshot, second: Snapshot) -> bool:
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[list[CurvePoint], Snapshot]:
-    """The curve and the last state of a training that nothing stopped."""
+    """The curve and the last state of a training that was not stopped."""
     state = new_training()
     return list(points(state)), state.state()
 
 
 @pytest.mark.parametrize("stop", range(STEPS + 1))
 def test_a_training_stopped_at_any_step_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
-    """Saved after a step, before the evaluation that follows it; restored from the disk."""
+    """Saved after a step and before its evaluation, then restored from disk."""
     first = new_training()
     stopped(pack(MODEL, first), stop, STEPS)
     checkpoint.save(tmp_path, "hash", first.state())
@@ -60,14 +60,14 @@ def test_a_training_stopped_at_any_step_ends_the_same(stop: int, whole, tmp_path
     assert state is not None
     curve = whole[0][: state.values["points"]]
     second = new_training()
-    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    torch.rand(7)  # other code may draw random numbers
     second.restore(state)
     assert curve + list(points(second)) == whole[0]
     assert alike(second.state(), whole[1])
 
 
 def test_a_point_that_was_not_recorded_is_measured_again(whole) -> None:
-    """Asked to stop between the evaluation and its line in the file."""
+    """The run stops between the evaluation and its line in the file."""
     first = new_training()
     source = points(first)
     taken = [next(source), next(source)]
@@ -86,7 +86,7 @@ def test_a_finished_training_does_nothing(whole) -> None:
 
 
 class TestCheckpoints:
-    """The files on the disk."""
+    """The files on disk."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Contributions of several SAEs: each alone in the plain model, and left out of the student."""
+"""Contributions of several SAEs: the plain model with only one, and the student without one."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: f
 def check(
     model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
 ) -> None:
-    """All that is said of a student's SAEs is what the plain way finds."""
+    """Check all measurements of a student's SAEs against plain forward passes."""
     saes = {
         splice.hookpoint: splice.sae.frozen if isinstance(splice.sae, SplicedSAE) else splice.sae
         for splice in student.splices
@@ -69,17 +69,19 @@ def check(
     assert fvu == pytest.approx(full.fvu, rel=1e-4)
     contributions = evaluate.contributions(student)
     assert list(contributions) == list(saes)
-    for name, splice in contributions.items():
+    for name, contribution in contributions.items():
         alone = whole_pass(model, {name: saes[name]}, keep)
-        assert splice.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
-        assert splice.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
+        assert contribution.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
+        assert contribution.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
         remaining = {other_name: sae for other_name, sae in saes.items() if other_name != name}
         left_out = whole_pass(student.model, remaining, keep).ce
-        assert splice.left_out_ce == pytest.approx(left_out, abs=1e-5), name
+        assert contribution.left_out_ce == pytest.approx(left_out, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
-    assert len({splice.left_out_ce for splice in contributions.values()}) == len(contributions)
-    # What was found on the way does not come back in what is evaluated later.
+    assert len({contribution.left_out_ce for contribution in contributions.values()}) == len(
+        contributions
+    )
+    # Contributions leave nothing in the cache that would change later evaluations.
     assert evaluate([student])[0].student_ce == whole.student_ce
 
 
@@ -100,7 +102,7 @@ def test_contributions_in_every_family(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("blocks", ["after", [0], [3]])
 def test_contributions_if_special_tokens_keep_their_activation(blocks: Any) -> None:
-    """And where adapters begin before, behind and after SAEs."""
+    """Adapters begin before, between and after SAEs."""
     model = small_model("gemma2")
     student = LoRAStudent(
         model, splices_at(PLACES["everywhere"], keeps=True), LoRAConfig(rank=2, blocks=blocks)
@@ -128,7 +130,7 @@ def training_of(
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_contributions_of_saes_in_training(keeps: bool) -> None:
-    """Also once they have moved, by an evaluator that knew them before; modes stay as they were."""
+    """Also after a step, with an evaluator that measured them before; training modes are restored."""
     model = small_model("llama")
     run = training_of(
         model,
@@ -155,7 +157,7 @@ def test_contributions_of_saes_in_training(keeps: bool) -> None:
 
 
 def test_contributions_of_an_sae_that_several_blocks_share() -> None:
-    """At each of them it is alone there, and left out there."""
+    """At each block: with only this SAE, and without it."""
     model, shared = small_model("llama"), spliced_sae("topk", scale=0.4)
     saes = {Place(0): shared, Place(1): spliced_sae("topk", seed=5), Place(2): shared}
     run = training_of(model, Method.e2e, saes)
@@ -165,7 +167,7 @@ def test_contributions_of_an_sae_that_several_blocks_share() -> None:
 
 
 def test_contributions_of_saes_with_maps() -> None:
-    """An SAE goes with its map, alone and left out."""
+    """An SAE and its map are added and left out together."""
     model = small_model("gpt2")
     frozen: dict[Place, Coder] = {Place(0): topk_sae(seed=1), Place(2): jumprelu_sae()}
     run = training_of(model, Method.linear_adapter, frozen)
@@ -208,9 +210,9 @@ class Measured(NamedTuple):
     """Two runs of two SAEs."""
 
     each: RunFolder
-    """One that has measured what each contributes."""
+    """A run with contributions."""
     whole: RunFolder
-    """The same, which has not."""
+    """The same run without contributions."""
 
 
 @pytest.fixture(scope="module")

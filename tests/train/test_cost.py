@@ -1,4 +1,4 @@
-"""Estimated costs of runs are those of their steps."""
+"""Estimated costs of runs equal the measured costs of their steps."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -59,9 +59,9 @@ CASES = [
     ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
     ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
     (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
-    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
+    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # more than eight runs: two groups
 ]
-"""Runs that train together, by what sets them apart from the defaults."""
+"""Runs that train together, by the values that differ from the defaults."""
 
 
 def use_attention(models: Iterable[LanguageModel], name: str) -> None:
@@ -78,7 +78,7 @@ def models_of(pack: DistillTrainer) -> list[LanguageModel]:
 def test_estimated_flops_of_new_saes_are_those_of_a_step(
     method: str, architecture: str, tmp_path: Path
 ) -> None:
-    """sae-lens's own losses among them, and the pass that fills the buffer of activations."""
+    """They include sae-lens's losses, and the pass that fills the activation buffer."""
     l0 = () if architecture in ("standard", "gated") else ("sae.l0=8",)
     overrides = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
     (config,) = resolved(
@@ -99,7 +99,7 @@ def test_estimated_flops_of_new_saes_are_those_of_a_step(
 
 
 def test_the_activation_buffer_takes_memory(tmp_path: Path) -> None:
-    """It is counted once for SAEs that read the same."""
+    """It counts once for SAEs with the same hookpoints."""
     defaults = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"
     larger = f"{defaults} method.buffer_tokens=90000"  # a fill holds whole steps
     small, large, both = (
@@ -131,12 +131,12 @@ def held_between_steps(training: TrainState) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("overrides", CASES)
 def test_a_step_costs_the_estimate(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    """Its memory, its trained weights and its FLOPs."""
+    """Memory, trained weights and FLOPs."""
     configs = resolved(tmp_path, tuple(f"train.eval_batch_tokens=128 {of_run}" for of_run in overrides))
     estimated = estimate(configs)
     trainer = pack_of(configs)
     take_step(trainer, configs[0])
-    # What SAEs in training are evaluated as is still there in the next step.
+    # The frozen copies of SAEs in training, made for an evaluation, still exist in the next step.
     trainer._evaluate([run.student for run in trainer.active])
     comparison = trainer._evaluate._comparison
     tensors = [

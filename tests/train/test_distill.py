@@ -1,4 +1,4 @@
-"""Training and evaluation: what moves, what does not, and that the numbers are what they say."""
+"""Training and evaluation: the weights that change, and the values of the results."""
 
 import dataclasses
 
@@ -116,7 +116,7 @@ def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
 
 
 def test_the_cache_of_evaluations_changes_no_bit(model: LanguageModel) -> None:
-    """Students that move, join, leave and come back; with room for all states, for none, for some."""
+    """Students that change, join, leave and return; with memory for all states, none, or some."""
     students = [
         student(model, topk_sae()),
         student(model, jumprelu_sae(), LoRAConfig(rank=2, blocks="all")),
@@ -159,7 +159,7 @@ def test_reconstruction_worked_by_hand() -> None:
 
 
 def test_a_step_equals_the_plain_step() -> None:
-    """One step of the loop is AdamW on the KL of whole logits, written out."""
+    """One step of the loop equals AdamW on the KL of whole logits, written out."""
     sae, tokens = topk_sae(), random_tokens(batch=2, length=16, seed=0)
     config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
     model = small_model("gemma2")
@@ -183,7 +183,7 @@ def test_a_step_equals_the_plain_step() -> None:
 
 
 def test_the_summed_loss_scales_the_gradient() -> None:
-    """The same first gradient, scaled by the tokens of a sequence."""
+    """The first gradient is larger by a factor of the sequence length."""
     norms = {}
     for reduction in Reduction:
         config = dataclasses.replace(CONFIG, kl_reduction=reduction, eval_every_tokens=1)
@@ -192,7 +192,7 @@ def test_the_summed_loss_scales_the_gradient() -> None:
 
 
 def test_lora_plus_multiplies_the_step_of_b() -> None:
-    """AdamW's first step is as long as the rate, and A has no gradient where B is zero."""
+    """AdamW's first step is as long as the rate, and A has no gradient while B is zero."""
     config = dataclasses.replace(CONFIG, warmup_share=0.0, grad_clip=None)
     tokens, weights = random_tokens(batch=2, length=16, seed=0), []
     for ratio in (1.0, 8.0):

@@ -67,8 +67,8 @@ def test_a_restored_run_continues_the_same() -> None:
         pass
     resumed = training(model, sae)
     resumed.restore(stopped.state())
-    rest = curves(pack(model, resumed), 6)[resumed]
-    assert rest == expected[-len(rest) :]
+    remaining = curves(pack(model, resumed), 6)[resumed]
+    assert remaining == expected[-len(remaining) :]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MeZOState, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
+"""`MeZOState` and maps on the output of SAEs: the effect of a step, and the state it keeps."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ MAPS = [
 
 
 class Smooth(nn.Module):
-    """An SAE whose latents have no kink where they begin: a difference is a derivative."""
+    """An SAE with smooth latents, so that finite differences approximate derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Smooth(nn.Module):
 
 
 def mezo(train: TrainConfig = PLAIN, **settings: Any) -> BuiltTraining:
-    """Whose adapters change the output."""
+    """A training by MeZO whose adapters change the output."""
     run = build_training(MODEL, Method.mezo, topk_sae(), train=train, **settings)
     fill(run.training.student.weights)
     return run
@@ -79,7 +79,7 @@ def direction(run: BuiltTraining) -> dict[str, Tensor]:
 
 
 def slope_of(run: BuiltTraining, epsilon: float, tokens: Tensor = TOKENS) -> float:
-    """Slope of the mean KL along the direction, from weights that are moved by hand to both sides."""
+    """Slope of the mean KL along the direction, from weights that are shifted by hand to both sides."""
     student, totals = run.training.student, []
     weights, directions, originals = student.weights, direction(run), run.weights
     for distance in (epsilon, -epsilon):
@@ -96,7 +96,7 @@ def slope_of(run: BuiltTraining, epsilon: float, tokens: Tensor = TOKENS) -> flo
 
 
 class TestMeZO:
-    """Training by forward passes alone."""
+    """Training by forward passes only."""
 
     def test_a_rate_of_zero_changes_no_bit(self) -> None:
         run = mezo(dataclasses.replace(PLAIN, lr=0.0, weight_decay=0.1))
@@ -111,7 +111,7 @@ class TestMeZO:
         run, hidden = mezo(), []
 
         def refuse(*_: object, **__: object) -> None:
-            raise AssertionError("a gradient was asked for")
+            raise AssertionError("a gradient was computed")
 
         plain = MeZOState.hidden
 
@@ -139,7 +139,7 @@ class TestMeZO:
         student = run.training.student
         fill(student.weights)
         for weight in student.weights.values():
-            weight.data *= 0.1  # over so short a way the loss is straight
+            weight.data *= 0.1  # the loss is nearly linear over a short distance
         loss = whole_kl(MODEL, student.model, student.splices)
         slopes = torch.autograd.grad(loss, list(student.weights.values()))
         directions = direction(run).values()
@@ -150,7 +150,7 @@ class TestMeZO:
         step(MODEL, run.training)
         slope = float(run.training._last_norm or 0)
         assert slope == pytest.approx(abs(expected), rel=2e-3)
-        # Down the slope: against the direction where the loss rises along it.
+        # The step goes down the slope: against the direction if the loss rises along it.
         name, part = next(iter(direction_before(run)))
         change = student.weights[name].detach() - originals[name]
         assert float((change * part).sum()) * expected < 0
@@ -161,7 +161,7 @@ class TestMeZO:
         assert same(direction(run), direction(same_seed))
         assert not same(direction(run), direction(other_seed))
         first = direction(run)
-        torch.rand(5)  # whoever else draws
+        torch.rand(5)  # other code may draw random numbers
         assert same(direction(run), first)
         step(MODEL, run.training)
         second = direction(run)
@@ -191,7 +191,7 @@ class TestMeZO:
 
     @pytest.mark.parametrize("blocks", ["after", "all"])
     def test_memory_is_that_of_a_forward_pass(self, blocks: str) -> None:
-        """Beside it there are the trained weights once more, and what its other pass has made."""
+        """In addition to it: a copy of the trained weights, and the result of the other pass."""
         tokens = random_tokens(batch=16, length=32)
         lora = LoRAConfig(rank=2, blocks=blocks)
         mezo, gradient = (
@@ -206,7 +206,7 @@ class TestMeZO:
                 comparison(trunk.hidden(), [mezo.student.hidden(trunk)], [None])
 
         def peak(action: Callable[[], object]) -> int:
-            action()  # room that is kept from one step to the next
+            action()  # the first call allocates memory that is kept between steps
             with PeakMemory() as memory:
                 action()
             return memory.peak
@@ -243,7 +243,7 @@ class TestMeZO:
 
 
 def direction_before(run: BuiltTraining) -> list[tuple[str, Tensor]]:
-    """The direction of the step that was taken last."""
+    """The direction of the last step."""
     run.training.step -= 1
     result = list(direction(run).items())
     run.training.step += 1
@@ -251,7 +251,7 @@ def direction_before(run: BuiltTraining) -> list[tuple[str, Tensor]]:
 
 
 class TestMaps:
-    """Linear maps and MLPs on what an SAE puts back."""
+    """Linear maps and MLPs on the output of an SAE."""
 
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
     @pytest.mark.parametrize("sae", [topk_sae, jumprelu_sae])
@@ -267,7 +267,7 @@ class TestMaps:
     def test_an_untrained_map_changes_nothing_with_special_tokens(
         self, kind: Method, rank: int | None
     ) -> None:
-        """The SAE reads the other positions alone, and products of fewer rows may round otherwise."""
+        """Equal up to rounding: the SAE reads fewer positions, and fewer rows may round differently."""
         student = build_training(MODEL, kind, topk_sae(), rank=rank, keeps=True).training.student
         trunk = Trunk(MODEL, TOKENS, SPECIAL, student.cuts)
         with torch.no_grad():
@@ -293,7 +293,7 @@ class TestMaps:
     def test_the_gradient_equals_that_of_one_plain_pass(
         self, kind: Method, rank: int | None, keeps: bool
     ) -> None:
-        """The second of two SAEs reads what the first one's map has changed."""
+        """The map on the first SAE changes the input of the second SAE."""
         run = build_training(
             MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps
         )
@@ -350,7 +350,7 @@ class TestMaps:
         assert str(tmp_path) in str(error.value)
 
     def test_the_number_of_weights(self) -> None:
-        """d + d² of a whole map, d + 2dr of one of rank r; an MLP's middle has its own bias."""
+        """d + d² for a map of full rank, d + 2dr for rank r; the middle of an MLP also has a bias."""
         d = D_MODEL
         expected = [d + d * d, d + 2 * d * 3, 2 * d * d + 2 * d, 2 * d * 5 + 5 + d]
         for (kind, rank), weights in zip(MAPS, expected, strict=True):
@@ -415,7 +415,7 @@ STOPPED: dict[str, Callable[[], BuiltTraining]] = {
 
 @functools.cache
 def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
-    """The curve of a training that nothing stopped, and its state at the end."""
+    """The curve of a training that was not stopped, and its state at the end."""
     training = STOPPED[name]().training
     (curve,) = curves(pack(MODEL, training), STEPS).values()
     return curve, training
@@ -424,14 +424,14 @@ def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_restored_training_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
-    """After a step between two evaluations, and before the one that follows a step."""
+    """Stopped after a step without an evaluation, and between a step and its evaluation."""
     first, second = (STOPPED[name]() for _ in range(2))
     expected, ended = whole(name)
     stopped(pack(MODEL, first.training), stop, STEPS)
     checkpoint.save(tmp_path, "hash", first.training.state())
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
-    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    torch.rand(7)  # other code may draw random numbers
     second.training.restore(state)
     (points,) = curves(pack(MODEL, second.training), STEPS).values()
     assert expected[: state.values["points"]] + points == expected

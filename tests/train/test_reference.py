@@ -1,4 +1,4 @@
-"""A pack computes what the published loop does: to the last bit, or fused, up to rounding."""
+"""A pack computes the same as the published loop: to the last bit, or up to rounding if fused."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def eager(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def references(model: LanguageModel) -> list[dict[str, torch.Tensor]]:
-    """The adapters after some steps of the published loop, one run after another."""
+    """The adapters after some steps of the published loop, for each run."""
     results = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def references(model: LanguageModel) -> list[dict[str, torch.Tensor]]:
 
 
 def together(model: LanguageModel, computation: KLComputation) -> list[dict[str, torch.Tensor]]:
-    """The same from a pack."""
+    """The adapters after the same steps in a pack."""
     trainings = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
@@ -70,7 +70,7 @@ def together(model: LanguageModel, computation: KLComputation) -> list[dict[str,
 
 
 def test_a_pack_equals_the_published_loop(eager: LanguageModel) -> None:
-    """Adapters after several steps of AdamW with dropout: ranks, SAEs, blocks, targets mixed."""
+    """Adapters after several steps of AdamW with dropout, for different ranks, SAEs, blocks, targets."""
     expected, results = references(eager), together(eager, KLComputation.full)
     for result, reference in zip(results, expected, strict=True):
         assert result.keys() == reference.keys()

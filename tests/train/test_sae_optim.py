@@ -1,4 +1,4 @@
-"""SAEs trained through the model: the gradient of the stated loss, and all that moves beside it."""
+"""SAEs trained through the model: the gradient of the stated loss, and all other state."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ from tests.support.stepping import (
 from tests.support.trainings import CONFIG, NO_IDS, evaluator
 
 MODEL = small_model("gpt2")
-"""A family whose every part computes in float64 where it is told to."""
+"""A family that computes entirely in float64 if it is converted to float64."""
 LLAMA = small_model("llama")
 HOOKPOINT = resid_post(1)
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -57,14 +57,14 @@ class Parts(NamedTuple):
 def written_out(
     weights: dict[str, Tensor], architecture: str, scale: float, exact: LanguageModel, keeps: bool
 ) -> Parts:
-    """The parts of the loss of one SAE, in float64 and plain words.
+    """The parts of the loss of one SAE, written out in float64.
 
     Args:
-        weights: Of the SAE, by its own names.
+        weights: The SAE's weights, by name.
         architecture: standard, jumprelu or topk.
-        scale: What it reads is multiplied by.
+        scale: The SAE's input is multiplied by this.
         exact: The model in float64.
-        keeps: Whether positions of `SPECIAL` ids stay as they are.
+        keeps: True if positions of `SPECIAL` ids keep their activation.
     """
     with torch.no_grad():
         teacher = exact.model(TOKENS, use_cache=False).logits.log_softmax(-1)
@@ -81,7 +81,7 @@ def written_out(
             active = pre_activations > weights["threshold"]
             latents = pre_activations * active
             penalty = COEFFICIENT * active.double().sum(-1).mean()
-        case _:  # in units of the decoder's norms
+        case _:  # latents are multiplied by the decoder's norms
             values, indices = (pre_activations * norms).topk(K, dim=-1)
             latents = torch.zeros_like(pre_activations).scatter(-1, indices, values.relu()) / norms
     recon = latents @ weights["W_dec"] + weights["b_dec"]
@@ -92,7 +92,7 @@ def written_out(
 
 
 def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
-    """As `SAEGradientState` states it, with a = `balance` held."""
+    """The loss as `SAEGradientState` states it, with a = `balance` constant."""
     if mse:
         return 0.5 * (balance * parts.kl + parts.mse) + parts.penalty
     return parts.kl + parts.penalty / balance
@@ -102,12 +102,12 @@ def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
 @pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
 def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, keeps: bool) -> None:
-    """Against differences of the loss, written out in float64, on both sides of the weights."""
+    """Compared with central differences of the loss, written out in float64."""
     changes: dict[str, Any] = {}
     if architecture != "topk":
         changes["sparsity_coefficient"] = COEFFICIENT
     if architecture == "jumprelu":
-        changes["k"] = None  # its penalty counts active latents
+        changes["k"] = None  # the penalty is proportional to the number of active latents
     sae = spliced_sae(architecture, scale=SCALE, **changes)
     run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=keeps)
     slopes = gradients(MODEL, run.training, special_ids=SPECIAL)
@@ -139,7 +139,7 @@ def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, k
 
 
 def test_several_saes_are_one_loss() -> None:
-    """The second reads what the first has changed; errors and penalties of both are added up."""
+    """The first SAE changes the input of the second; errors and penalties of both are added."""
     saes = [spliced_sae("standard", sparsity_coefficient=COEFFICIENT, seed=seed) for seed in (3, 4)]
     run = build_training(MODEL, Method.sae_finetune, *saes, train=PLAIN)
     result = gradients(MODEL, run.training, micro_batch=3)
@@ -157,7 +157,7 @@ def test_several_saes_are_one_loss() -> None:
 @pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
 def test_micro_batches_add_up(architecture: str, mse: bool) -> None:
-    """Also where special positions leave more of one part than of another."""
+    """Also if the parts of a batch have different numbers of special positions."""
     results = []
     for micro_batch in (None, 1, 3):
         sae = spliced_sae(architecture, scale=SCALE)
@@ -172,27 +172,27 @@ def test_micro_batches_add_up(architecture: str, mse: bool) -> None:
 
 
 def test_the_balance_worked_by_hand() -> None:
-    """A TopK SAE none of whose latents is dead has no penalty: what MSE adds is there to be seen."""
+    """A TopK SAE without dead latents has no penalty, so that the loss is only KL and MSE."""
     sae = spliced_sae("topk", scale=SCALE)
     runs = {
         mse: build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse)
         for mse in (True, False)
     }
-    both, of_kl = (gradients(MODEL, run.training) for run in runs.values())
+    combined, of_kl = (gradients(MODEL, run.training) for run in runs.values())
     loss = runs[True].training.loss
     assert loss == pytest.approx(whole_kl(MODEL, MODEL, [Splice(1, sae, False)]).item(), rel=1e-5)
     inputs = SCALE * MODEL.resid_entering(2, TOKENS).flatten(0, 1)
     error = (sae.sae(inputs) - inputs).square().sum(-1).mean()
     of_mse = torch.autograd.grad(error, list(sae.sae.parameters()))
     balance = error.item() / loss
-    for name, of_error in zip(both, of_mse, strict=True):
+    for name, of_error in zip(combined, of_mse, strict=True):
         expected = 0.5 * (balance * of_kl[name] + of_error)
-        torch.testing.assert_close(both[name], expected, rtol=1e-3, atol=1e-4 * balance)
+        torch.testing.assert_close(combined[name], expected, rtol=1e-3, atol=1e-4 * balance)
 
 
 def test_the_reduction_of_the_kl_does_not_matter_with_mse() -> None:
-    """a · KL is as large as MSE in either case; alone, the KL is as many times larger as a sequence is
-    long, and 1 / a with it."""
+    """a · KL equals MSE in both cases. Without MSE, the summed KL and 1 / a are larger by a factor of
+    the sequence length."""
     results: dict[tuple[Reduction, bool], dict[str, Tensor]] = {}
     for reduction in Reduction:
         config = dataclasses.replace(PLAIN, kl_reduction=reduction)
@@ -253,7 +253,7 @@ class TestLowRank:
 
     @pytest.mark.parametrize("name", FROZEN)
     def test_evaluation_and_saving_merge_lora(self, name: str, tmp_path: Path) -> None:
-        """However often, and in the middle of training."""
+        """Also several times in the middle of training."""
         original = FROZEN[name]()
         run = build_training(MODEL, Method.sae_finetune, original, rank=2)
         for number in range(2):
@@ -274,7 +274,7 @@ class TestLowRank:
 
 
 class TestSpecialPositions:
-    """Where an SAE does not apply, it neither reads nor changes anything."""
+    """At positions that keep their activation, an SAE neither reads nor changes anything."""
 
     @pytest.mark.parametrize("architecture", [*Architecture.__members__])
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
@@ -297,7 +297,7 @@ class TestSpecialPositions:
 
     @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
     def test_the_other_positions_share_the_active_latents(self, architecture: str) -> None:
-        """k for each of them, and none is left for special positions, however large those are."""
+        """They get k latents each on average, also if the norms of special positions are large."""
         keep = special_positions(TOKENS, SPECIAL)
         resid = residuals(5, TOKENS.numel()).unflatten(0, TOKENS.shape)
         resid[keep] *= 100
@@ -309,7 +309,7 @@ class TestSpecialPositions:
         assert len(set(active.tolist())) > 1
 
     def test_special_positions_do_not_enter_the_error(self) -> None:
-        """As far as the SAE's own error goes; the model reads them as ever."""
+        """Only the SAE's error ignores them; the model still reads them."""
         sae = spliced_sae("topk")
         run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, keeps=True)
         trunk = Trunk(MODEL, TOKENS, SPECIAL, run.training.student.cuts)
@@ -324,7 +324,7 @@ class TestSpecialPositions:
 def test_latents_are_dead_by_the_stated_rule(
     micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that were active in none of more than so many steps, special positions left out."""
+    """A latent is dead if it was inactive in more than `dead_after` steps, without special positions."""
     dead_after = 2
     sae = spliced_sae("topk", dead_after=dead_after)
     run = build_training(MODEL, Method.e2e, sae, keeps=True, steps=8)
@@ -351,7 +351,7 @@ def test_latents_are_dead_by_the_stated_rule(
 
 
 def test_dead_latents_have_a_gradient() -> None:
-    """And so they have a gradient where they count as dead, and else none."""
+    """Inactive latents have a gradient only if they count as dead."""
     results = []
     for dead_after in (0, 100):
         sae = spliced_sae("topk", dead_after=dead_after)
@@ -367,7 +367,7 @@ def test_dead_latents_have_a_gradient() -> None:
 @pytest.mark.parametrize("hook", [Hook.resid_post, Hook.mlp_out])
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
 def test_recomputation_changes_no_bit(architecture: str, hook: Hook) -> None:
-    """Also for two passes back through the blocks, and where an SAE in training is in a block."""
+    """Also with two backward passes through the blocks, and with an SAE in training inside a block."""
     states = []
     for recomputes in (False, True):
         config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
@@ -384,7 +384,7 @@ def test_recomputation_changes_no_bit(architecture: str, hook: Hook) -> None:
 @pytest.mark.parametrize("architecture", [*Architecture.__members__])
 @pytest.mark.parametrize("kind", [Method.e2e, Method.sae_finetune])
 def test_an_evaluation_changes_no_state(kind: Method, architecture: str) -> None:
-    """However often: thresholds too, which sae-lens moves outside of the optimiser."""
+    """Also the thresholds, which sae-lens changes outside the optimiser."""
     sae = spliced_sae(architecture, scale=SCALE)
     run = build_training(MODEL, kind, sae)
     step(MODEL, run.training)
@@ -398,7 +398,7 @@ def test_an_evaluation_changes_no_state(kind: Method, architecture: str) -> None
 
 
 def test_evaluation_equals_that_of_the_saved_sae(tmp_path: Path) -> None:
-    """A BatchTopK SAE by its threshold, in the units of the model's residuals."""
+    """A BatchTopK SAE is evaluated with its threshold, in the units of the model's residuals."""
     sae = spliced_sae("batchtopk", scale=SCALE)
     run = build_training(MODEL, Method.e2e, sae)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Runs that train together: each is to the last bit what it is alone."""
+"""Runs that train together: each equals the same run trained alone, to the last bit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_packed_runs_equal_single_runs(alone: tuple[str, Alone]) -> None:
 
 
 def test_groups_of_runs_change_no_bit(alone: tuple[str, Alone], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And holds activations of no more at once."""
+    """It also limits the activations in memory."""
     family, expected = alone
     peaks = []
     for at_once in (1, 4):
@@ -128,7 +128,7 @@ def test_other_runs_of_a_pack_do_not_matter(alone: tuple[str, Alone], order: tup
 
 
 def test_runs_may_resume_at_different_steps(alone: tuple[str, Alone]) -> None:
-    """Taken up at different steps, they meet, and each ends as if it had never stopped."""
+    """They meet at a later step, and each ends as if it had never stopped."""
     family, expected = alone
     trainings, earlier_points = [], []
     for number, stop in ((0, 0), (3, 5), (5, 2), (7, STEPS)):
@@ -143,7 +143,7 @@ def test_runs_may_resume_at_different_steps(alone: tuple[str, Alone]) -> None:
 
 
 class TestOneThatFails:
-    """It is dropped, and the others end as if it had not been there."""
+    """It is dropped, and the others end as if it had not been in the pack."""
 
     FAMILY = "llama"
 
@@ -172,7 +172,7 @@ class TestOneThatFails:
 
         def fails(run: GradientState | TrainState, *arguments: object) -> object:
             if run is failing and failing.step == 3:
-                raise ZeroDivisionError("befallen")
+                raise ZeroDivisionError("injected")
             return method(run, *arguments)
 
         monkeypatch.setattr(owner, at, fails)
@@ -209,7 +209,7 @@ class TestOneThatFails:
 
 
 def test_a_failed_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after too little memory: what was drawn for it is drawn once more."""
+    """For example after running out of memory: dropout draws the same numbers again."""
     model = MODELS["llama"]
     expected = variants("llama")[0]()
     whole = curves(pack(model, expected), STEPS)[expected]
@@ -234,7 +234,7 @@ def test_a_failed_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_training_cannot_resume_from_an_incomplete_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by too little memory inside the optimiser, when some weights have moved."""
+    """For example after running out of memory inside the optimiser, when some weights have changed."""
     run = variants("llama")[0]()
 
     def fails(optimizer: torch.optim.Optimizer) -> None:
@@ -248,7 +248,7 @@ def test_training_cannot_resume_from_an_incomplete_step(monkeypatch: pytest.Monk
 
 
 def test_seconds_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second between any two looks at the clock: what the pack took is the sum of its runs."""
+    """The clock advances a second per reading: the seconds of the runs add up to the pack's."""
     seconds = iter(range(1_000_000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
 
@@ -266,7 +266,7 @@ def test_seconds_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
 def test_recomputation_changes_no_bit(model: LanguageModel, blocks: str) -> None:
-    """Activation checkpointing, dropout and an SAE inside of the live part included."""
+    """Activation checkpointing with dropout, and with an SAE inside the live part."""
     results = []
     for recomputes in (False, True):
         config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
@@ -293,7 +293,7 @@ def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Redu
 
 
 def test_dropout_differs_between_micro_batches() -> None:
-    """Two parts of a step do not see the same mask; taken again, the step sees the same two."""
+    """The parts of a step have different dropout masks; a repeated step has the same masks again."""
     model, config = small_model("llama"), dataclasses.replace(CONFIG, grad_clip=None)
     tokens = random_tokens(batch=1, length=16, seed=0)
     run = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
