@@ -247,7 +247,7 @@ class TestRefusedBeginnings:
         other.summary.write_text("{}")
         error = self.refused(point(f"init={other.path}"))
         assert "a run of tiny" in str(error)
-        assert "that one is of gpt2" in str(error)
+        assert "it is a run of gpt2" in str(error)
 
     def test_adapters_of_another_shape(self, point: Point, finished: dict[str, RunFolder]) -> None:
         init = f"init={finished['lora'].path}"
