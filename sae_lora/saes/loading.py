@@ -128,8 +128,8 @@ def _check_as_planned(choice: SAEChoice) -> None:
     """Refuse an SAE whose files have changed since the run was planned."""
     if choice.commit is not None and _commit(choice) != choice.commit:
         raise UserError(
-            f"sae.release = {choice.release!r} has changed since this run was planned: the cache no "
-            f"longer has commit {choice.commit}"
+            f"sae.release = {choice.release!r} has changed since this run was planned: the cached "
+            f"commit is not {choice.commit}"
         )
     if choice.path is not None and choice.sha256 not in (None, weights_digest(Path(choice.path))):
         raise UserError(
