@@ -1,1 +1,1 @@
-"""Sparse autoencoders: `resolve` chooses one that exists, `loading` loads it through sae-lens."""
+"""Sparse autoencoders: `resolve` chooses an existing SAE, `loading` loads it through sae-lens."""

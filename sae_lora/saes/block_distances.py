@@ -11,7 +11,7 @@ from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.splice.hooks import special_positions
 
 _NUMBERS_AT_ONCE = 2**23
-"""Residuals and cosines that one step of the measurement holds in float64: 64 MiB."""
+"""Numbers (residuals and cosines) that one step of the measurement holds in float64: 64 MiB."""
 
 
 @torch.no_grad()
@@ -23,17 +23,17 @@ def angular_distances(
 ) -> Tensor:
     """The angles between the residual streams after any two blocks, `[block, block]`, float64, on CPU.
 
-    In shares of half a turn: 0 for the same direction, 0.5 for orthogonal ones, 1 for opposite ones; the
-    mean over tokens. One forward pass per batch measures all blocks.
+    Mean over tokens, in units of π: 0 for the same direction, 0.5 for orthogonal directions, 1 for
+    opposite directions. One forward pass per batch measures all blocks.
 
     Args:
         model: The model, without SAEs and adapters.
-        batches: Token ids `[batch, pos]`. Every token weighs the same, however they are batched.
+        batches: Token ids `[batch, pos]`. Every token has the same weight, however they are batched.
         special_ids: Ids `[n]` whose positions are left out.
-        on_progress: Called with the tokens measured so far, after each batch.
+        on_progress: Called after each batch with the number of tokens measured so far.
 
     Raises:
-        UserError: Where no token is left to measure.
+        UserError: If there is no token, or all tokens are special.
 
     Source: Group-SAE, arXiv 2410.21508, angular distance: arccos(cosine) / π.
     """
@@ -50,24 +50,25 @@ def angular_distances(
             count += int(counted.sum())
             on_progress(count)
     if count == 0:
-        raise UserError("no token to measure distances between blocks on: none given, or all special")
+        raise UserError("distances between blocks need tokens that are not special; the text has none")
     means = sums.cpu() / count
-    # A rounded product need not be symmetric, and arccos makes 1e-8 of a last bit missing from 1.
+    # A rounded product need not be symmetric, and if a cosine of 1 is rounded down in its last bit,
+    # arccos turns that into 1e-8.
     return ((means + means.T) / 2).fill_diagonal_(0)
 
 
-def _angles(streams: Sequence[Tensor], places: Tensor) -> Iterator[Tensor]:
-    """The angles between blocks at some tokens, `[token, block, block]`, a few tokens at a time.
+def _angles(streams: Sequence[Tensor], positions: Tensor) -> Iterator[Tensor]:
+    """Yield the angles between blocks, `[token, block, block]`, for a few tokens at a time.
 
     Args:
         streams: The residual stream after each block, `[batch, pos, d_model]`.
-        places: Indices of the tokens to measure, `[token]`, in the order of batch and pos.
+        positions: Indices of the tokens to measure, `[token]`, into the flattened batch and pos.
     """
     flat = [resid.flatten(0, 1) for resid in streams]
     n_blocks, d_model = len(flat), flat[0].shape[-1]
     at_once = max(1, _NUMBERS_AT_ONCE // (n_blocks * (n_blocks + d_model)))
-    for part in places.split(at_once):
-        # In float32, a cosine near 1 would blur the angle by 1e-4.
+    for part in positions.split(at_once):
+        # In float32, the rounding of a cosine near 1 would change the angle by 1e-4.
         states = torch.stack([resid[part] for resid in flat], dim=1).double()
         directions = F.normalize(states, dim=-1)
         yield (directions @ directions.mT).clamp_(-1, 1).acos_().div_(torch.pi)

@@ -1,6 +1,6 @@
-"""Groups of blocks that share an SAE, by distances that are measured once for a model and its text.
+"""Groups of blocks that share an SAE, from distances that are measured once per model and text.
 
-Imports torch only for measuring.
+Imports torch only for the measurement.
 
 Source: Group-SAE, arXiv 2410.21508.
 """
@@ -24,41 +24,45 @@ from sae_lora.models.dimensions import Dimensions
 Groups = list[list[int]]
 """Sorted block indices of each group; the groups by their first block."""
 Distances = list[list[float]]
-"""Angular distance between the residual streams after two blocks, a share of a half turn."""
+"""Angular distance between the residual streams after any two blocks, in units of π, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """Groups of blocks that share an SAE, and how they were found."""
+    """Groups of blocks that share an SAE, and the distances they come from."""
 
     groups: Groups
-    """Every block but the model's last, in one group each."""
+    """Each block except the model's last is in exactly one group."""
     amad: float
-    """Mean over groups of the widest angular distance in each."""
+    """Mean over groups of the largest angular distance within the group."""
     amad_by_count: list[float]
-    """AMAD of the tree of blocks cut into 1, 2, … groups."""
+    """AMAD if the tree of blocks is cut into 1, 2, … groups."""
     distances: Distances
     evenly: bool
-    """True for neighbours, in groups as equal in size as possible: the baseline of distances."""
+    """True if the groups are consecutive blocks in groups of nearly equal size: the baseline."""
     sae_flops_saved: float
-    """Share of the SAEs' own training FLOPs that is saved over one SAE for each block, where each SAE is
-    as wide and sees as many tokens. The model's forward passes cost the same either way."""
+    """Share of the SAEs' training FLOPs that is saved, compared to one SAE per block, if every SAE has
+    the same width and sees the same number of tokens. The model's forward passes are not counted: they
+    cost the same in both cases."""
 
 
 def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> LayerGroups | None:
-    """The groups that `layer` asks for; `None` where it asks for none, or `init` gives the SAEs.
+    """The groups that `layer` asks for; `None` if it asks for none, or `init` gives the SAEs.
 
-    The model is loaded where its distances are not in `known`, to which they are then added.
+    Args:
+        config: The config.
+        model: The size of the model.
+        known: Distances that were measured already; new distances are added to it.
 
     Raises:
-        ConfigError: For more groups than there are blocks without the last.
-        UserError: Where the model or the text cannot be loaded.
+        ConfigError: If there are fewer blocks than groups; the last block does not count.
+        UserError: If the model or the text cannot be loaded.
     """
     layer, n_blocks = config.layer, model.n_blocks - 1
     if config.init is not None or (layer.amad_max is None and layer.n_groups is None):
         return None
     if layer.n_groups is not None and not 1 <= layer.n_groups <= n_blocks:
-        allowed = f"groups from 1 to {n_blocks}, the blocks without the last"
+        allowed = f"1 to {n_blocks}, the number of blocks without the last"
         nearest = max(1, min(layer.n_groups, n_blocks))
         raise ConfigError("layer.n_groups", layer.n_groups, allowed, nearest)
     values = as_dict(config)
@@ -84,7 +88,7 @@ def _distances(config: Config) -> Distances:
     from sae_lora.common import hub
     from sae_lora.data import corpus
     from sae_lora.models import loading
-    from sae_lora.saes import block_distances  # bring torch in
+    from sae_lora.saes import block_distances  # imports torch
 
     text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
 
@@ -108,45 +112,48 @@ def _distances(config: Config) -> Distances:
             lambda tokens: count(tokens, text.validation.size),
         ).tolist()
     file().parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file(), as_json(distances))  # by now the model's commit is known
+    # `file()` is called again: only after loading is the model's commit known.
+    write_atomically(file(), as_json(distances))
     return distances
 
 
 def group_blocks(
     distances: ArrayLike, *, amad_max: float | None = None, n_groups: int | None = None
 ) -> tuple[Groups, list[float]]:
-    """The groups of blocks that complete linkage makes of their distances, the last block left out.
+    """Group the blocks by complete linkage of their distances, without the last block.
+
+    Exactly one of `amad_max` and `n_groups` is given.
 
     Args:
-        distances: `[block, block]`, as shares of half a turn, with the last block.
-        amad_max: Takes the fewest groups whose AMAD is below this, above 0 and up to 1.
-        n_groups: Takes this many, up to the number of blocks. Exactly one of the two is given.
+        distances: `[block, block]` in units of π, including the last block.
+        amad_max: Take the smallest number of groups whose AMAD is below this; above 0 and up to 1.
+        n_groups: Take this number of groups, up to the number of blocks without the last.
 
     Returns:
-        The groups, and the AMAD of the tree cut into 1, 2, … groups. It may rise where a wide group is
-        divided.
+        The groups, and the AMAD of the tree cut into 1, 2, … groups. The AMAD may rise with the number
+        of groups, when a wide group is divided.
 
     Raises:
-        UserError: For a model of one block.
+        UserError: If the model has only one block.
     """
     n = len(np.asarray(distances)) - 1
     if n < 1:
-        raise UserError("a model of one block has none to group: the last is left out")
+        raise UserError("blocks cannot be grouped: the model has one block, and the last is left out")
     by_count = _cuts(linkage(distances), n)
     amads = [amad(distances, groups) for groups in by_count]
     if amad_max is not None:
-        # Blocks that are all alone have an AMAD of 0, which is always below.
+        # n groups of one block each have an AMAD of 0, so that a number of groups always exists.
         n_groups = 1 + next(index for index, value in enumerate(amads) if value < amad_max)
-    assert n_groups is not None  # exactly one of the two is given
+    assert n_groups is not None
     return by_count[n_groups - 1], amads
 
 
 def linkage(distances: ArrayLike) -> np.ndarray:
-    """The tree of the blocks without the last, by complete linkage, `[n - 1, 4]`, as scipy lays it out.
+    """The tree of the n blocks without the last, by complete linkage, `[n - 1, 4]`, in scipy's format.
 
     The distances, `[block, block]`, are those of all blocks.
     """
-    from scipy.cluster import hierarchy  # takes a while, which most plans need not
+    from scipy.cluster import hierarchy  # slow to import, and most plans do not need it
     from scipy.spatial.distance import squareform
 
     among = np.asarray(distances, dtype=float)[:-1, :-1]
@@ -156,9 +163,9 @@ def linkage(distances: ArrayLike) -> np.ndarray:
 
 
 def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
-    """The mean over groups of the largest of the distances `[block, block]` within one.
+    """The mean over groups of the largest distance within a group; a group of one block counts as 0.
 
-    It is 0 for a group of one block.
+    The distances are `[block, block]`.
 
     Source: arXiv 2410.21508, average maximum angular distance.
     """
@@ -170,7 +177,8 @@ def amad(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> float:
 def _cuts(merges: np.ndarray, n: int) -> list[Groups]:
     """The tree of n blocks cut into 1, 2, … n groups.
 
-    Merges are counted, not cut at a height: of several at one height, `fcluster` takes all or none.
+    The cuts follow the order of merges, not a height: if several merges have the same height, scipy's
+    `fcluster` takes all of them or none.
     """
     clusters = {block: [block] for block in range(n)}
     cuts = [sorted(clusters.values())]

@@ -1,4 +1,4 @@
-"""SAEs through sae-lens, frozen, with what is known about them."""
+"""Frozen SAEs, loaded through sae-lens, and their descriptions."""
 
 import hashlib
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class IdentitySAE(nn.Module):
-    """An SAE that returns its input exactly: the splice with no gap, for checks and controls."""
+    """An SAE that returns its input exactly: a splice without a gap, for checks and controls."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -48,15 +48,15 @@ class LoadedSAE:
     description: dict[str, Any]
     """Values that identify it, for the summary."""
     excludes_special_tokens: bool
-    """True where its own config says that it was not trained on positions of BOS or EOS."""
+    """True if its config says that it was not trained at BOS and EOS."""
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
-    """The chosen SAE on the device, frozen, checked against its own metadata.
+    """The chosen SAE on the device, frozen, checked against its metadata.
 
     Raises:
-        ConfigError: Where it was made for another place or another width.
-        UserError: Where its files are missing, damaged, or others than when the run was planned.
+        ConfigError: If it was trained at another place, or its input has another width.
+        UserError: If its files are missing or damaged, or have changed since the run was planned.
     """
     _check_as_planned(choice)
     if config.family is SAEFamily.identity:
@@ -72,7 +72,9 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     metadata = values.get("metadata") or {}
     if processing := metadata.get("model_from_pretrained_kwargs"):
         log.warning(
-            "%s was trained on a model loaded with %s; here the model is as it is", name, processing
+            "%s was trained on a model loaded with %s, but the model is loaded unchanged",
+            name,
+            processing,
         )
     sae: Coder = multiplied(module, config.sparse)  # pyright: ignore[reportAssignmentType]
     if choice.adapter is not None:
@@ -88,7 +90,7 @@ def describe(
     width: int | None,
     sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Values that identify an SAE, for the summary; `sha256` of its weights, where they are trained."""
+    """Values that identify an SAE, for the summary; `sha256` is that of its weights, if they exist."""
     return {
         "family": config.family.name,
         "block": choice.block,
@@ -108,11 +110,11 @@ def describe(
 
 
 def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
-    """Download an SAE of the registry, to load it without a network; return its repository's commit.
+    """Download an SAE, so that it loads without a network; return the commit of its repository.
 
     Raises:
-        ConfigError: Where it was made for another place.
-        UserError: Where it cannot be found or fetched.
+        ConfigError: If it was trained at another place.
+        UserError: If it does not exist or cannot be downloaded.
     """
     _through_sae_lens(config, choice, "cpu")
     return _commit(choice)
@@ -123,30 +125,31 @@ def _commit(choice: SAEChoice) -> str | None:
 
 
 def _check_as_planned(choice: SAEChoice) -> None:
-    """Refuse an SAE that has been exchanged under its name since the run was planned."""
+    """Refuse an SAE whose files have changed since the run was planned."""
     if choice.commit is not None and _commit(choice) != choice.commit:
         raise UserError(
-            f"sae.release = {choice.release!r}: the cache holds another commit of it than when this run "
-            f"was planned ({choice.commit})"
+            f"sae.release = {choice.release!r} has changed since this run was planned: the cached "
+            f"commit is not {choice.commit}"
         )
     if choice.path is not None and choice.sha256 not in (None, weights_digest(Path(choice.path))):
         raise UserError(
-            f"sae.path = {choice.path!r}: another SAE is there than when this run was planned"
+            f"sae.path = {choice.path!r}: the weights have changed since this run was planned"
         )
     if choice.adapter is not None:
         from_run.check_as_planned(choice.adapter)
 
 
 def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
-    """Tell whether positions of BOS or EOS keep their activation: as asked, or as the SAEs need it.
+    """True if BOS and EOS keep their original activation: as configured, or by default if an SAE needs
+    it.
 
     An SAE that was not trained on these positions cannot reconstruct them.
     """
     if config.keep_special_tokens is not None:
         return config.keep_special_tokens
-    # New SAEs are not trained there: residuals at BOS are so large that they would learn little else.
-    without = (SAEFamily.gemma_scope, SAEFamily.new)
-    return config.family in without or any(sae.excludes_special_tokens for sae in saes)
+    # New SAEs are not trained at BOS: its residuals are so large that an SAE would learn little else.
+    excluding = (SAEFamily.gemma_scope, SAEFamily.new)
+    return config.family in excluding or any(sae.excludes_special_tokens for sae in saes)
 
 
 def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
@@ -161,7 +164,12 @@ def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
 def _through_sae_lens(
     config: SAEConfig, choice: SAEChoice, device: str
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """An SAE, and the values of its own config, which must name the place of the choice."""
+    """Load an SAE; return it and the values of its config.
+
+    Raises:
+        ConfigError: If its config names another place than `choice`.
+        UserError: If its files are missing or damaged, or cannot be downloaded.
+    """
     dtype, path = config.dtype.name, choice.path or str(EMBEDDED_SAES / str(choice.id))
     field, name = ("sae.release", choice.release) if choice.release else ("sae.path", path)
     with quiet(), hub.explained(field, name):
@@ -186,7 +194,7 @@ def quiet() -> Iterator[None]:
 
 
 def _digest(sae: nn.Module) -> str:
-    """SHA-256 of the weights as loaded, by name."""
+    """SHA-256 of the names and values of the loaded weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(sae.state_dict().items()):
         digest.update(name.encode())
@@ -195,7 +203,7 @@ def _digest(sae: nn.Module) -> str:
 
 
 class SAEs:
-    """Loaded SAEs for one model on one device, each loaded once for all runs that use it."""
+    """The SAEs of several runs, for one model on one device. Each SAE is loaded only once."""
 
     def __init__(self, model: Dimensions, device: torch.device) -> None:
         self._model = model
@@ -203,12 +211,13 @@ class SAEs:
         self._loaded: dict[str, LoadedSAE] = {}
 
     def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """The SAEs that a run uses, by block; none where it makes new ones."""
+        """The SAEs that a run uses, in the order of `config.used`; empty if it trains new SAEs."""
         if config.family is SAEFamily.new:
             return []
         saes = []
         for choice in config.used:
-            first = replace(choice, block=min([choice.block, *choice.group]))  # shared by its group
+            # Blocks of a group share an SAE, which is loaded as that of the first block.
+            first = replace(choice, block=min([choice.block, *choice.group]))
             key = repr((config.family, config.dtype, config.sparse, first))
             if key not in self._loaded:
                 self._loaded[key] = load(config, first, self._model, self._device)

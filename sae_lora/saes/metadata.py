@@ -13,13 +13,13 @@ from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
 
 
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
-    """The SAE in a folder of sae-lens's format, checked against its own cfg.json.
+    """The SAE in a folder of sae-lens's format, checked against its cfg.json.
 
-    `index` and `hook` are those of `layer`; where they are `None`, cfg.json says the place.
+    `index` and `hook` are those of `layer`; if they are `None`, cfg.json gives the place.
 
     Raises:
-        ConfigError: Where the folder holds no SAE, or one that does not fit.
-        UserError: Where its files cannot be read.
+        ConfigError: If the folder contains no SAE, or its SAE does not fit the model or the place.
+        UserError: If its files cannot be read.
     """
     folder = Path(path).expanduser()
     file = folder / "cfg.json"
@@ -35,11 +35,11 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
             because=f"{file}: {error.strerror}",
         ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"sae.path = {path!r} cannot be used: {file} is no JSON ({error})") from error
+        raise UserError(f"sae.path = {path!r} cannot be used: {file} is not JSON ({error})") from error
     place = settled(trained_at(values, index), index, hook, path)
     check_width(values.get("d_in"), model, field="sae.path", name=path)
     if place is None:
-        raise ConfigError("layer.index", None, f"a block's index: {file} names no hook point")
+        raise ConfigError("layer.index", None, f"the index of a block: {file} names no hook point")
     metadata = values.get("metadata") or {}
     return SAEChoice(
         block=place.block,
@@ -55,7 +55,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 of the weights file in a folder of sae-lens's format.
 
     Raises:
-        UserError: Where it cannot be read.
+        UserError: If it cannot be read.
     """
     file = folder / "sae_weights.safetensors"
     try:
@@ -65,20 +65,20 @@ def weights_digest(folder: Path) -> str:
 
 
 def trained_at(values: dict[str, Any], block: int | None = None) -> Place | None:
-    """The place that an SAE was trained at, as its own config says; `None` where it does not say.
+    """The place that an SAE was trained at, according to its config; `None` if the config names none.
 
     Args:
         values: The config in sae-lens's format, of version 6 or before.
-        block: The block it is wanted at: one SAE may have been trained at several.
+        block: The block that the SAE is requested for: an SAE may have been trained at several blocks.
 
     Raises:
-        ConfigError: For a place where no SAE can be spliced in, and for a transcoder.
+        ConfigError: If no SAE can be spliced in at that place, or the SAE is a transcoder.
     """
     stated = values | (values.get("metadata") or {})
     hook, writes = stated.get("hook_name"), stated.get("hook_name_out")
     if writes not in (None, hook) or "transcoder" in str(stated.get("architecture")):
         raise ConfigError(
-            "sae", writes or hook, "an SAE", because=f"it is a transcoder, and reads {hook}"
+            "sae", writes or hook, "an SAE", because=f"it is a transcoder, which reads {hook}"
         )
     place = None if hook is None else known_place(hook)
     if place is not None and block is not None and block in stated.get("group_blocks", ()):
@@ -90,7 +90,7 @@ def known_place(hookpoint: str) -> Place:
     """The place of an SAE's hookpoint.
 
     Raises:
-        ConfigError: For a place where no SAE can be spliced in.
+        ConfigError: If no SAE can be spliced in there.
     """
     place = Place.named(hookpoint)
     if place is None:
@@ -99,18 +99,19 @@ def known_place(hookpoint: str) -> Place:
 
 
 def settled(trained: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
-    """The place of an SAE: where it was trained, which must be the place that is asked for.
+    """The place that an SAE was trained at, checked against the place that `layer` asks for.
 
-    It is `None` where neither the SAE nor `layer.index` names a block.
+    If the training place is not known, it is the place that `layer` asks for; if `layer.index` is also
+    null, it is `None`.
 
     Args:
-        trained: Where it was trained; `None` where it does not say.
-        index: `layer.index`; `None` for any.
-        hook: `layer.hook`; `None` for any.
+        trained: The place that the SAE was trained at; `None` if it is not known.
+        index: `layer.index`; `None` accepts any block.
+        hook: `layer.hook`; `None` accepts any hook.
         name: The SAE's name, for messages.
 
     Raises:
-        ConfigError: Where it was trained at another place; names both.
+        ConfigError: If the two places differ.
     """
     asked = None if index is None else Place.asked(index, hook)
     if trained is None:
@@ -125,11 +126,11 @@ def settled(trained: Place | None, index: int | None, hook: Hook | None, name: s
 
 
 def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
-    """Refuse an SAE of another width than the model's, which is the same at all places.
+    """Check that the SAE's input is as wide as the model's residual stream.
 
     Raises:
-        ConfigError: Names both widths.
+        ConfigError: If the widths differ.
     """
     if d_in is not None and d_in != model.d_model:
-        allowed = f"an SAE of residuals of width {model.d_model}, the model's"
-        raise ConfigError(field, name, allowed, because=f"it reads residuals of width {d_in}")
+        allowed = f"an SAE with d_in={model.d_model}, the width of the model"
+        raise ConfigError(field, name, allowed, because=f"its d_in is {d_in}")

@@ -1,4 +1,4 @@
-"""A trained map on an SAE's reconstruction: linear, or with one hidden layer."""
+"""A trained map on an SAE's reconstruction: linear, or an MLP with one hidden layer."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,18 @@ _WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
 
 
 class OutputAdapter(nn.Module):
-    """A map that is added to reconstructions `[..., d_model]`; fresh, it adds nothing.
+    """A map on reconstructions `[..., d_model]`; before training it is the identity.
 
-    Source: the linear adapters of arXiv 2503.17272. With x the reconstruction, it gives
-    x + W₂ W₁ x + b (linear; of full rank x + W x + b) or x + W₂ gelu(W₁ x + b₁) + b₂ (mlp).
+    For a reconstruction x its output is x + W₂ W₁ x + b (linear; at full rank x + W x + b) or
+    x + W₂ gelu(W₁ x + b₁) + b₂ (mlp).
+
+    Source: the linear adapters of arXiv 2503.17272.
 
     Args:
         kind: `linear_adapter` or `mlp_adapter`.
         d_model: Width of reconstructions.
-        rank: Width in the middle; `None` for a linear map of full rank, or an MLP as wide as the model.
+        rank: Width of the middle layer; `None` for a linear map of full rank, or an MLP as wide as the
+            model.
     """
 
     def __init__(self, kind: Method, d_model: int, rank: int | None) -> None:
@@ -46,12 +49,12 @@ class OutputAdapter(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, recon: Tensor) -> Tensor:
-        """The mapped reconstruction `[..., d_model]`, in float32 like the weights."""
+        """The mapped reconstruction `[..., d_model]`, in float32, the precision of the weights."""
         return recon + self.added(recon.float())
 
 
 class AdaptedCoder(nn.Module):
-    """An SAE whose reconstruction goes through an adapter."""
+    """An SAE with an adapter on its reconstruction."""
 
     def __init__(self, sae: Coder, adapter: OutputAdapter) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class AdaptedCoder(nn.Module):
 
 
 def save(adapter: OutputAdapter, folder: Path) -> None:
-    """Write an adapter into a folder that exists."""
+    """Write an adapter into an existing folder."""
     weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / _WEIGHTS)
     shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
@@ -74,10 +77,10 @@ def save(adapter: OutputAdapter, folder: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> OutputAdapter:
-    """Read an adapter that `save` wrote, frozen.
+    """Load an adapter that `save` wrote, frozen.
 
     Raises:
-        UserError: Where it is missing or damaged.
+        UserError: If it is missing or damaged.
     """
     try:
         shape = json.loads((folder / _SHAPE).read_text())

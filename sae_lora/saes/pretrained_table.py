@@ -1,4 +1,4 @@
-"""sae-lens's own table of pretrained SAEs and its ids. Importing sae-lens itself takes seconds."""
+"""sae-lens's table of pretrained SAEs, read without importing sae-lens, which takes seconds."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ def table() -> dict[str, dict[str, Any]]:
 
 
 def repository_of(release: str) -> str:
-    """The hub's repository that holds a release; an unlisted release is itself a repository."""
+    """The hub repository of a release; a release that is not in the table is itself a repository."""
     return table()[release]["repo_id"] if release in table() else release
 
 
@@ -33,10 +33,10 @@ def release_named(name: str) -> dict[str, Any]:
     """A release of the table.
 
     Raises:
-        ConfigError: For a name that is not in the table; names the nearest.
+        ConfigError: If the name is not in the table; suggests the nearest name.
     """
     if name not in table():
-        allowed = f"a release of sae-lens's table, of {len(table())}"
+        allowed = f"one of the {len(table())} releases in sae-lens's table"
         raise ConfigError("sae.release", name, allowed, nearest_name(name, table()))
     return table()[name]
 
@@ -48,7 +48,7 @@ SUBLAYERS = {"r": Hook.resid_post, "a": Hook.attn_out, "m": Hook.mlp_out}
 def place_in(sae_id: str, hook: Hook | None) -> Place | None:
     """The place that an id such as `layer_12/…`, `l12m_8x` or `blocks.12.hook_resid_post` names.
 
-    Where the id names no more than a block, `layer.hook` is taken; loading the SAE checks it.
+    If the id names only a block, the hook is `layer.hook`; loading the SAE checks it.
     """
     hooks = "|".join(hook.name for hook in Hook)
     if match := re.match(rf"blocks\.\d+\.hook_(?:{hooks})(?![a-z])", sae_id):

@@ -1,4 +1,4 @@
-"""The SAE that a request means, from tables and small config files, before anything is loaded."""
+"""The SAEs that a config asks for, looked up in tables and small config files without loading them."""
 
 import math
 import re
@@ -19,11 +19,11 @@ from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, t
 
 
 class Resolution(NamedTuple):
-    """The SAEs that a request means.
+    """The SAEs that a config asks for.
 
     Args:
         choices: One SAE per block, in the order of their places.
-        notes: A line for each difference between them and the request.
+        notes: One line for each difference between an SAE and the request.
     """
 
     choices: list[SAEChoice]
@@ -31,15 +31,18 @@ class Resolution(NamedTuple):
 
 
 def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | None = None) -> Resolution:
-    """The existing SAEs that are nearest to what the config asks for, or new ones.
+    """Resolve the request of a config: the nearest existing SAEs, or new SAEs.
 
-    Where `layer` asks for groups, `groups` are the blocks that share a new SAE.
+    Args:
+        config: The config.
+        model: The size of the model.
+        groups: The blocks that share each new SAE, if `layer` asks for groups.
 
     Raises:
-        NoSuchCellError: Where no SAE exists for that block and width, or with `launcher.strict` for that
-            width and L0 exactly.
-        ConfigError: Where the request does not fit the model.
-        UserError: Where an SAE's files cannot be read.
+        NoSuchCellError: If no SAE exists for that block and width, or with `launcher.strict` for exactly
+            that width and L0.
+        ConfigError: If the request does not fit the model.
+        UserError: If an SAE's files cannot be read.
     """
     sae = config.sae
     for block in as_list(config.layer.index):
@@ -59,8 +62,8 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
                 raise ConfigError(
                     "sae.family",
                     "tiny",
-                    "an SAE of that model: gemma_scope, llama_scope, registry or disk",
-                    because=f"the tiny SAEs belong to model=tiny, not {config.model.name!r}",
+                    "gemma_scope, llama_scope, registry or disk",
+                    because=f"the tiny SAEs belong to model=tiny, not to {config.model.name!r}",
                 )
             resolution = _nearest_at_each_block(config, _embedded_candidates())
         case SAEFamily.gemma_scope:
@@ -85,13 +88,18 @@ def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:
         raise ConfigError("layer.index", block, allowed, nearest=max(0, min(block, last)))
 
 
-def _wanted(config: Config, blocks: Collection[int]) -> list[int]:
-    """The blocks that `layer` asks for, in its own terms.
+def _requested_blocks(config: Config, blocks: Collection[int]) -> list[int]:
+    """The blocks that `layer` asks for. With `resid_pre`, the SAE replaces the input of its block.
 
-    `layer.every` takes every n-th block, from the first to the last of `blocks`, which have such SAEs.
+    `layer.every` takes every n-th block from `layer.first`, or the first of `blocks`, to the last of
+    `blocks`.
+
+    Args:
+        config: The config.
+        blocks: The blocks that have a matching SAE.
 
     Raises:
-        NoSuchCellError: Where `layer.every` meets a block that has no such SAE.
+        NoSuchCellError: If `layer.first` or `layer.every` takes a block that has no matching SAE.
     """
     layer = config.layer
     if layer.every is None:
@@ -99,35 +107,35 @@ def _wanted(config: Config, blocks: Collection[int]) -> list[int]:
     first = min(blocks) if layer.first is None else layer.first
     if first not in blocks:
         nearest = min(blocks, key=lambda block: abs(block - first), default=None)
-        allowed = f"a block that has such an SAE: {listed(blocks, 50)}"
+        allowed = f"a block with a matching SAE: {listed(blocks, 50)}"
         raise NoSuchCellError("layer.first", first, allowed, nearest)
-    wanted = list(range(first, max(blocks) + 1, layer.every))
-    if missing := [block for block in wanted if block not in blocks]:
+    requested = list(range(first, max(blocks) + 1, layer.every))
+    if missing := [block for block in requested if block not in blocks]:
         raise NoSuchCellError(
             "layer.every",
             layer.every,
-            f"a step that meets no other blocks than {listed(blocks, 50)}, which have such an SAE",
-            because=f"from block {first} on it meets {listed(missing)} too",
+            f"a step that takes only blocks with a matching SAE: {listed(blocks, 50)}",
+            because=f"from block {first} on it also takes {listed(missing)}",
         )
-    return wanted
+    return requested
 
 
 def _anywhere(config: Config, model: Dimensions) -> list[SAEChoice]:
-    """SAEs that can be at any place, at those that are asked for."""
+    """SAEs at the requested places, for families that have an SAE at every place."""
     hook = config.layer.hook
-    blocks = range(hook is Hook.resid_pre, model.n_blocks)  # no block puts out what block 0 reads
-    places = [Place.asked(index, hook) for index in _wanted(config, blocks)]
+    blocks = range(hook is Hook.resid_pre, model.n_blocks)  # block 0 does not read the output of a block
+    places = [Place.asked(index, hook) for index in _requested_blocks(config, blocks)]
     return [SAEChoice(block=place.block, hook=place.hook) for place in places]
 
 
 def _new(config: Config, model: Dimensions, groups: Sequence[list[int]] | None) -> Resolution:
-    """SAEs that the run makes itself."""
+    """New SAEs, which the run trains."""
     sae = config.sae
     assert sae.width is not None
     l0, notes = sae.l0, []
     if sae.architecture in (Architecture.standard, Architecture.gated) and l0 is not None:
         name = sae.architecture.name
-        notes.append(f"sae.l0={l0:g} is not used: sae.sparsity_coefficient is what a {name} SAE has")
+        notes.append(f"sae.l0={l0:g} is not used: a {name} SAE has sae.sparsity_coefficient instead")
         l0 = None
     if groups is None:
         choices = _anywhere(config, model)
@@ -138,93 +146,102 @@ def _new(config: Config, model: Dimensions, groups: Sequence[list[int]] | None) 
 
 
 def _width(choice: SAEChoice) -> int:
-    """The width as the table states it; 0 where it does not."""
+    """The width that the table states; 0 if it states none."""
     return choice.width or 0
 
 
 def _l0(choice: SAEChoice) -> float:
-    """The L0 as the table states it; 0 where it does not."""
+    """The L0 that the table states; 0 if it states none."""
     return choice.l0 or 0.0
 
 
 def _nearest_at_each_block(config: Config, everywhere: Sequence[SAEChoice]) -> Resolution:
-    """The SAE nearest to `sae.width` and `sae.l0` at each block that is asked for."""
+    """The SAE nearest to `sae.width` and `sae.l0` at each requested block.
+
+    `everywhere` are all SAEs of the family, at all places.
+    """
     sae, hook, strict = config.sae, config.layer.hook, config.launcher.strict
     choices, notes = [], []
     candidates = _at_hook(hook, everywhere)
     blocks = sorted({Place.of(choice).index(hook) for choice in candidates})
-    for index in _wanted(config, blocks):
+    for index in _requested_blocks(config, blocks):
         block = Place.asked(index, hook).block
-        here = [choice for choice in candidates if choice.block == block]
-        if not here:
-            allowed = f"a block that has such an SAE: {listed(blocks, 50)}"
+        at_block = [choice for choice in candidates if choice.block == block]
+        if not at_block:
+            allowed = f"a block with a matching SAE: {listed(blocks, 50)}"
             nearest = min(blocks, key=lambda at: abs(at - index))
             raise NoSuchCellError("layer.index", index, allowed, nearest)
-        if sae.width is not None and any(map(_width, here)):
-            here = _of_width(sae.width, here, candidates, strict)
-        if sae.l0 is not None and any(map(_l0, here)):
-            sparsities = sorted(set(map(_l0, here)))
-            here = _nearest(here, _l0, sae.l0)
-            if strict and _l0(here[0]) != sae.l0:
-                allowed = f"with launcher.strict one that exists at block {block}: {listed(sparsities)}"
-                raise NoSuchCellError("sae.l0", sae.l0, allowed, f"{_l0(here[0]):g}")
-        widths, sparsities = sorted(set(map(_width, here))), sorted(set(map(_l0, here)))
+        if sae.width is not None and any(map(_width, at_block)):
+            at_block = _of_width(sae.width, at_block, candidates, strict)
+        if sae.l0 is not None and any(map(_l0, at_block)):
+            sparsities = sorted(set(map(_l0, at_block)))
+            at_block = _nearest(at_block, _l0, sae.l0)
+            if strict and _l0(at_block[0]) != sae.l0:
+                allowed = (
+                    f"with launcher.strict, an L0 that exists at block {block}: {listed(sparsities)}"
+                )
+                raise NoSuchCellError("sae.l0", sae.l0, allowed, f"{_l0(at_block[0]):g}")
+        widths, sparsities = sorted(set(map(_width, at_block))), sorted(set(map(_l0, at_block)))
         if len(widths) > 1:
             raise ConfigError("sae.width", None, f"one of {listed(widths)}", nearest=widths[0])
-        if len(here) > 1:
+        if len(at_block) > 1:
             raise ConfigError("sae.l0", None, f"one of {listed(sparsities)}", nearest=sparsities[0])
-        (choice,) = here
+        (choice,) = at_block
         choices.append(choice)
-        asked: list[tuple[str, float | None, float]] = [
+        values: list[tuple[str, float | None, float]] = [
             ("sae.width", None if sae.width is None else latents(sae.width), _width(choice)),
             ("sae.l0", sae.l0, _l0(choice)),
         ]
-        for name, wanted, got in asked:
-            if wanted is not None and wanted != got:
-                nearest = f"{name} {wanted:g} does not exist; the nearest is {got:g}"
-                unknown = f"the table does not state {name} of {choice.id}; {wanted:g} was not used"
-                notes.append(f"block {block}: {nearest if got else unknown}")
+        for name, requested, actual in values:
+            if requested is not None and requested != actual:
+                nearest = f"{name} {requested:g} does not exist; the nearest is {actual:g}"
+                unknown = f"{requested:g} is not used: the table does not state {name} of {choice.id}"
+                notes.append(f"block {block}: {nearest if actual else unknown}")
     return Resolution(choices, notes)
 
 
 def _at_hook(hook: Hook | None, candidates: Sequence[SAEChoice]) -> Sequence[SAEChoice]:
-    """The candidates at `layer.hook`; all of them where it is null."""
+    """The candidates at `layer.hook`; all candidates if it is null."""
     if hook is None:
         return candidates
     at_hook = [choice for choice in candidates if choice.hook is canonical_hook(hook)]
     if not at_hook:
         hooks = sorted({choice.hook.name for choice in candidates})
-        allowed = f"{listed(hooks)}: such SAEs were trained there"
+        allowed = f"a place with matching SAEs: {listed(hooks)}"
         raise NoSuchCellError("layer.hook", hook.name, allowed, nearest=hooks[0])
     return at_hook
 
 
 def _of_width(
-    asked: str, here: Sequence[SAEChoice], everywhere: Sequence[SAEChoice], strict: bool
+    requested: str, at_block: Sequence[SAEChoice], everywhere: Sequence[SAEChoice], strict: bool
 ) -> list[SAEChoice]:
-    """The candidates at a block with the width that is asked for, or the nearest that exists anywhere.
+    """The candidates at a block with the requested width, or the width nearest to it at any block.
 
-    A width that exists at other blocks alone is not replaced: it is another column of the grid.
+    If that width exists only at other blocks, no other width replaces it: widths are the columns of a
+    grid, and this cell of it is empty.
+
+    Raises:
+        NoSuchCellError: If the block has no SAE of that width.
     """
-    wanted = latents(asked)
-    column = wanted if strict else _width(_nearest(everywhere, _width, wanted)[0])
-    of_width = [choice for choice in here if _width(choice) == column]
+    width = latents(requested)
+    column = width if strict else _width(_nearest(everywhere, _width, width)[0])
+    of_width = [choice for choice in at_block if _width(choice) == column]
     if not of_width:
-        widths = sorted(set(map(_width, here)))
-        allowed = f"a width that there is at block {here[0].block}: {listed(widths)}"
-        nearest = _width(_nearest(here, _width, wanted)[0])
-        raise NoSuchCellError("sae.width", asked, allowed, nearest)
+        widths = sorted(set(map(_width, at_block)))
+        allowed = f"a width that exists at block {at_block[0].block}: {listed(widths)}"
+        nearest = _width(_nearest(at_block, _width, width)[0])
+        raise NoSuchCellError("sae.width", requested, allowed, nearest)
     return of_width
 
 
 def _nearest(
-    candidates: Sequence[SAEChoice], measure: Callable[[SAEChoice], float], wanted: float
+    candidates: Sequence[SAEChoice], measure: Callable[[SAEChoice], float], target: float
 ) -> list[SAEChoice]:
-    """The candidates whose measure is closest to what is wanted, by ratio."""
+    """The candidates whose measure is closest to the target, by ratio."""
 
     def distance(choice: SAEChoice) -> float:
         value = measure(choice)
-        return abs(math.log(value / wanted)) if value > 0 else math.inf
+        return abs(math.log(value / target)) if value > 0 else math.inf
 
     least = min(map(distance, candidates))
     return [choice for choice in candidates if distance(choice) == least]
@@ -249,12 +266,12 @@ def _release_candidates(release: str, config: Config) -> list[SAEChoice]:
             candidates.append(choice)
     if not candidates:
         allowed = f"a release of SAEs at {PLACES}"
-        raise ConfigError("sae.release", release, allowed, because=f"it holds {entries[0]['id']}")
+        raise ConfigError("sae.release", release, allowed, because=f"it contains {entries[0]['id']}")
     return candidates
 
 
 def _made_for(models: str, config: Config) -> ConfigError:
-    allowed = f"with a model that it was made for: {models}"
+    allowed = f"used with a model that it was trained on: {models}"
     because = f"model.name is {config.model.name!r}"
     return ConfigError("sae.family", config.sae.family.name, allowed, because=because)
 
@@ -266,8 +283,7 @@ def _gemma_scope_release(config: Config) -> str:
             "layer.hook",
             hook.name,
             "mlp_out, resid_pre or resid_post with sae=gemma_scope",
-            because="its SAEs of attention read hook_z, what the heads put out before it is mixed and "
-            "added to the residual stream",
+            because="its attention SAEs read hook_z, the output of the heads before W_O",
         )
     kind = "mlp" if hook is Hook.mlp_out else "res"
     name = model.name.rstrip("/").split("/")[-1]
@@ -307,7 +323,7 @@ def _llama_scope_candidates(config: Config) -> list[SAEChoice]:
 
 
 def _by_id(config: Config) -> SAEChoice:
-    """The SAE that release and id name, at the place in its id, or at `layer` where the id has none."""
+    """The SAE that release and id name, at the place in its id, or at `layer` if the id has none."""
     sae, layer = config.sae, config.layer
     assert sae.release is not None and sae.id is not None
     width, l0 = width_in(sae.id), None
@@ -323,13 +339,15 @@ def _by_id(config: Config) -> SAEChoice:
     if stated is None and sae.id.startswith("blocks."):
         known_place(sae.id)  # raises
     if layer.every is not None:
-        raise ConfigError("layer.every", layer.every, "null, where sae.id names one SAE", "null")
+        raise ConfigError("layer.every", layer.every, "null with sae.id, which names one SAE", "null")
     if isinstance(layer.index, list):
         nearest = None if stated is None else stated.index(layer.hook)
-        raise ConfigError("layer.index", layer.index, "one block, where sae.id names one SAE", nearest)
+        raise ConfigError(
+            "layer.index", layer.index, "one block with sae.id, which names one SAE", nearest
+        )
     place = settled(stated, layer.index, layer.hook, sae.id)
     if place is None:
-        allowed = f"the block of {sae.id!r}, whose id does not say it (loading checks it)"
+        allowed = f"the block of {sae.id!r}: the id does not name it"
         raise ConfigError("layer.index", None, allowed)
     return SAEChoice(place.block, place.hook, sae.release, sae.id, width=width, l0=l0)
 
@@ -340,12 +358,14 @@ def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
     if "{block}" not in path:
         for key, several in {"every": layer.every, "index": as_list(layer.index)[1:]}.items():
             if several:
-                allowed = f"a path with {{block}} in it, where layer.{key} names several blocks"
+                allowed = f"a path that contains {{block}}: layer.{key} asks for several blocks"
                 raise ConfigError("sae.path", path, allowed)
         (index,) = as_list(layer.index)
         return [read_folder(path, index, layer.hook, model)]
     paths = {index: path.replace("{block}", str(index)) for index in range(model.n_blocks)}
     blocks = [index for index in paths if Path(paths[index]).expanduser().is_dir()]
     if layer.every is not None and not blocks:
-        raise ConfigError("sae.path", path, f"a path that names a folder for one of {len(paths)} blocks")
-    return [read_folder(paths[index], index, layer.hook, model) for index in _wanted(config, blocks)]
+        allowed = f"a path with a folder for at least one of the {len(paths)} blocks"
+        raise ConfigError("sae.path", path, allowed)
+    requested = _requested_blocks(config, blocks)
+    return [read_folder(paths[index], index, layer.hook, model) for index in requested]

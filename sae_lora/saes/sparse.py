@@ -1,4 +1,4 @@
-"""SAEs that multiply active latents only: a few dozen of tens of thousands."""
+"""SAEs that compute with their active latents only: a few dozen out of tens of thousands."""
 
 from typing import Any, NamedTuple
 
@@ -9,16 +9,16 @@ from torch.nn.functional import embedding_bag
 from sae_lora.common.errors import ConfigError, listed
 
 _WIDE = 16_384
-"""Latents from which on a `SparseSAE` is quicker."""
+"""Number of latents from which a `SparseSAE` is faster."""
 _AFFINE = ("standard", "topk", "jumprelu")
 """sae-lens's architectures whose active latents are affine in the SAE's input."""
 
 
 def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
-    """The frozen SAE, as a `SparseSAE` where `sae.sparse` is true, or is null and that is quicker.
+    """The frozen SAE; as a `SparseSAE` if `sae.sparse` is true, or if it is null and the SAE is wide.
 
     Raises:
-        ConfigError: Where `sae.sparse` is true for an SAE that cannot be a `SparseSAE`.
+        ConfigError: If `sae.sparse` is true for an SAE that cannot be a `SparseSAE`.
     """
     config: Any = getattr(sae, "cfg", None)
     if config is not None and config.architecture() in _AFFINE and config.reshape_activations == "none":
@@ -27,26 +27,26 @@ def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
         raise ConfigError(
             "sae.sparse",
             sparse,
-            f"false or null, and true for an SAE that is {listed(_AFFINE)}",
-            because="latents of this SAE depend on each other, or not on all that it reads",
+            f"false or null; true only for an SAE of architecture {listed(_AFFINE)}",
+            because="the active latents of this SAE are no affine function of its input",
         )
     return sae
 
 
 def is_sparse(sparse: bool | None, d_sae: int) -> bool:
-    """Tell whether `sae.sparse` means a `SparseSAE`; where it is null, a wide SAE is one."""
+    """True if `sae.sparse` means a `SparseSAE`; if it is null, wide SAEs are sparse."""
     return d_sae >= _WIDE if sparse is None else sparse
 
 
 class SparseSAE(nn.Module):
-    """An SAE of sae-lens, equal apart from rounding, in less time and memory.
+    """An SAE of sae-lens in less time and memory; its results are equal apart from rounding.
 
-    Its latents are sae-lens's own. Reconstruction and gradients use the active ones alone: one of four
-    products with matrices of the SAE remains, and no graph holds latents.
+    sae-lens computes the latents. Reconstruction and gradients use only the active latents: of four
+    dense products with the SAE's matrices one remains, and no autograd graph holds latents.
 
     Args:
-        sae: A frozen SAE whose active latents are affine in its input. Its encoder is stored anew, by
-            latent.
+        sae: A frozen SAE whose active latents are affine in its input. The memory of its encoder is
+            reordered, one row per latent.
     """
 
     def __init__(self, sae: nn.Module) -> None:
@@ -55,7 +55,7 @@ class SparseSAE(nn.Module):
         self.sae.W_enc.data = self.sae.W_enc.data.T.contiguous().T
         rescaled = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
         self._norms: Tensor | None = self.sae.W_dec.norm(dim=-1) if rescaled else None
-        """Norms of the decoder's rows, where latents are in units of them, `[d_sae]`."""
+        """Norms of the decoder's rows, `[d_sae]`, if the latents are multiplied by them."""
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -66,7 +66,7 @@ class SparseSAE(nn.Module):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         sae, active = self.sae, _Active.of(feature_acts)
-        values = feature_acts.flatten().index_select(0, active.places)
+        values = feature_acts.flatten().index_select(0, active.positions)
         if self._norms is not None:
             values = values / self._norms[active.latents]
         recon = active.sum_of_rows(sae.W_dec, values).unflatten(0, feature_acts.shape[:-1])
@@ -78,30 +78,38 @@ class _Active(NamedTuple):
     """Active latents.
 
     Args:
-        places: Their indices among all latents of all tokens, `[active]`.
-        first: The index in `places` at which each token begins, `[token]`.
-        d_sae: Latents of a token.
+        positions: Their indices in the flattened latents of all tokens, `[active]`.
+        first: The index in `positions` at which each token begins, `[token]`.
+        d_sae: Number of latents per token.
     """
 
-    places: Tensor
+    positions: Tensor
     first: Tensor
     d_sae: int
 
     @classmethod
     def of(cls, latents: Tensor) -> "_Active":
-        """The active ones of latents `[..., d_sae]`. It waits for the device, to know their number."""
+        """The active latents in `[..., d_sae]`. Waits for the device, because their number is needed."""
         d_sae = latents.shape[-1]
-        places = latents.detach().flatten().nonzero()[:, 0]
+        positions = latents.detach().flatten().nonzero()[:, 0]
         tokens = torch.arange(latents.numel() // d_sae, device=latents.device)
-        return cls(places, torch.searchsorted(places, tokens * d_sae), d_sae)
+        return cls(positions, torch.searchsorted(positions, tokens * d_sae), d_sae)
 
     @property
     def latents(self) -> Tensor:
-        """Their indices in a token, `[active]`."""
-        return self.places % self.d_sae
+        """The index of each in its token, `[active]`."""
+        return self.positions % self.d_sae
 
     def sum_of_rows(self, matrix: Tensor, values: Tensor) -> Tensor:
-        """Sums over a token's latents of rows of `[d_sae, d]` times values `[active]`, `[token, d]`."""
+        """For each token, the sum over its active latents of `values` times rows of the matrix.
+
+        Args:
+            matrix: `[d_sae, d]`.
+            values: `[active]`.
+
+        Returns:
+            The sums, `[token, d]`.
+        """
         return embedding_bag(self.latents, matrix, self.first, mode="sum", per_sample_weights=values)
 
 
@@ -113,15 +121,15 @@ class _Encoded(torch.autograd.Function):
         ctx: Any, inputs: Tensor, latents: Tensor, by_latent: Tensor, norms: Tensor | None
     ) -> Tensor:
         active = _Active.of(latents)
-        ctx.save_for_backward(active.places, active.first, by_latent, norms)
+        ctx.save_for_backward(active.positions, active.first, by_latent, norms)
         return latents.view_as(latents)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        places, first, by_latent, norms = ctx.saved_tensors
+        positions, first, by_latent, norms = ctx.saved_tensors
         (gradient,) = outputs
-        active = _Active(places, first, gradient.shape[-1])
-        values = gradient.flatten().index_select(0, places)
+        active = _Active(positions, first, gradient.shape[-1])
+        values = gradient.flatten().index_select(0, positions)
         if norms is not None:
             values = values * norms[active.latents]
         to_inputs = active.sum_of_rows(by_latent, values).unflatten(0, gradient.shape[:-1])

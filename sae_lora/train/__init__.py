@@ -1,1 +1,1 @@
-"""The training loop, its steps and its optimisers; knows nothing of run folders."""
+"""The training loop, its steps and its optimisers. Nothing here depends on run folders."""

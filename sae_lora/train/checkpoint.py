@@ -1,9 +1,9 @@
-"""Checkpoints of an unfinished run: written whole or not at all, checked before they are used.
+"""Checkpoints of an unfinished run: written atomically, and verified before they are used.
 
 checkpoints/step-00000200/
-    tensors.safetensors   adapters, optimizer, random states
-    state.json            step, place in the data, what was measured since the last evaluation
-    manifest.json         the run's hash, and size and SHA-256 of the other two; written last
+    tensors.safetensors   trained weights, optimizer, random states
+    state.json            step, tokens, sums since the last evaluation
+    manifest.json         the run's hash, and size and SHA-256 of the other two files; written last
 """
 
 import json
@@ -22,33 +22,33 @@ from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
 
 VERSION = 1
 KEPT = 2
-"""Number of checkpoints that are kept of a run: where the newest is damaged, the one before is used."""
+"""Number of checkpoints that are kept per run. If the newest is damaged, the older one is used."""
 
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
 class Snapshot(NamedTuple):
-    """Everything that training needs to go on as if it had never stopped."""
+    """Everything that training needs to resume as if it had never stopped."""
 
     tensors: dict[str, Tensor]
-    """By name: adapters, optimizer, random states."""
+    """Trained weights, optimizer and random states, by name."""
     values: dict[str, Any]
-    """Values that JSON can hold: the step, and counters."""
+    """JSON-able values: the step, and counters."""
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:
-    """Writes a checkpoint and removes all but the newest `KEPT`.
+    """Write a checkpoint, then remove all except the newest `KEPT` checkpoints.
 
     Args:
         folder: The run's `checkpoints` folder.
-        run_hash: The run's identity; a checkpoint of another run is never used.
+        run_hash: The run's hash; a checkpoint of another run is never used.
         state: The state; its value `step` names the checkpoint.
 
     Raises:
-        OSError: Where it cannot be written; older checkpoints stay.
+        OSError: If the checkpoint cannot be written; older checkpoints stay.
     """
     folder.mkdir(exist_ok=True)
-    for unfinished in folder.glob(".step-*"):  # of an attempt that was killed while it wrote
+    for unfinished in folder.glob(".step-*"):  # from a process that was killed while it wrote
         shutil.rmtree(unfinished)
     step = state.values["step"]
     path = folder / f"step-{step:08d}"
@@ -57,7 +57,7 @@ def save(folder: Path, run_hash: str, state: Snapshot) -> None:
             return
         shutil.rmtree(path)
     with new_folder(path) as new:
-        # Tensors that share memory (a view, a tied weight) are refused by safetensors; none do here.
+        # safetensors refuses tensors that share memory (a view, a tied weight); a `Snapshot` has none.
         save_file({name: value.contiguous() for name, value in state.tensors.items()}, new / _TENSORS)
         write_atomically(new / _VALUES, as_json(state.values))
         files = {name: _identity(new / name) for name in (_TENSORS, _VALUES)}
@@ -68,16 +68,16 @@ def save(folder: Path, run_hash: str, state: Snapshot) -> None:
 
 
 def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snapshot | None:
-    """The newest checkpoint that is sound, or `None` where none was ever written.
+    """The newest valid checkpoint; `None` if there are no checkpoints.
 
     Args:
         folder: The run's `checkpoints` folder.
-        run_hash: The run's identity.
-        complain: Called with a line about each damaged checkpoint.
+        run_hash: The run's hash.
+        complain: Called with one line about each damaged checkpoint.
 
     Raises:
-        UserError: Where there are some and none is sound: a silent start from the beginning would
-            throw them away.
+        UserError: If there are checkpoints but none is valid: a silent start from the beginning would
+            discard their progress.
     """
     faults = []
     for path in _paths(folder):
@@ -92,15 +92,15 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
     if faults:
         raise UserError(
             f"no checkpoint in {folder} can be used ({'; '.join(faults)}). "
-            "Delete that folder to begin this run anew"
+            "Delete this folder to start the run from the beginning"
         )
     return None
 
 
 def points(folder: Path, run_hash: str) -> int:
-    """Number of points of the curve before the newest sound checkpoint; 0 where there is none."""
-    sound = (path for path in _paths(folder) if _verify(path, run_hash) is None)
-    newest = next(sound, None)
+    """Number of points of the curve up to the newest valid checkpoint; 0 if there is none."""
+    valid = (path for path in _paths(folder) if _verify(path, run_hash) is None)
+    newest = next(valid, None)
     return 0 if newest is None else json.loads((newest / _VALUES).read_text())["points"]
 
 
@@ -111,7 +111,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _verify(path: Path, run_hash: str) -> str | None:
-    """The fault of a checkpoint, in words; `None` for a sound one."""
+    """The fault of a checkpoint, as a message; `None` if the checkpoint is valid."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
     except OSError as error:
@@ -119,18 +119,18 @@ def _verify(path: Path, run_hash: str) -> str | None:
     except ValueError:
         return f"{_MANIFEST} is damaged"
     if not isinstance(manifest, Mapping) or manifest.get("version") != VERSION:
-        return f"{_MANIFEST} is not of version {VERSION}"
+        return f"the version in {_MANIFEST} is not {VERSION}"
     if manifest.get("run") != run_hash:
         return f"it belongs to another run ({manifest.get('run')}, not {run_hash})"
     if path.name != f"step-{manifest.get('step', -1):08d}":
-        return f"it is of step {manifest.get('step')}"
+        return f"{_MANIFEST} is that of step {manifest.get('step')}"
     for name in (_TENSORS, _VALUES):
         try:
             identity = _identity(path / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if identity != manifest.get("files", {}).get(name):
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 

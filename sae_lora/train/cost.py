@@ -1,13 +1,13 @@
-"""Cost of runs that train together, from shapes alone: floating-point operations and peak memory.
+"""Cost of runs that train together, from shapes only: floating-point operations and peak memory.
 
-Per token, with two operations to a multiply-add, and every matrix of the model counted once:
+Operations per token. A multiply-add counts as two; every matrix of the model counts once:
 
     block     = 2 · matrices + 4 · context · d_attention
     backward  = 2 · matrices + 8 · context · d_attention
     SAE       = 4 · d_model · d_sae, half of it with `sae.sparse`
     head      = 2 · d_model · d_vocab
 
-    a training step = blocks and SAEs of the trunk + head, once more for every eight runs
+    a training step = blocks and SAEs of the trunk + one head for every eight runs
                     + per run: blocks, their backward and SAEs of its live part (SAEs twice, for their
                                gradient; with `sae.sparse` once) + 6 · its adapters' weights + 2 heads
 
@@ -15,30 +15,31 @@ Per token, with two operations to a multiply-add, and every matrix of the model 
                       linear_adapter, mlp_adapter: the first SAE once; the others as above
                       sae_finetune, e2e: an SAE three times, with `method.mse` five times
                       sae: blocks up to the last SAE, SAEs three times; no head
-                      a new SAE that is standard, gated or matryoshka: its own losses too (`_OWN_LOSSES`)
+                      a new standard, gated or matryoshka SAE: also its own losses (`_SAE_LOSSES`)
 
-A run's live part begins at its first adapted block; the gradient passes through all of it. The trunk is
-the teacher and the blocks before the live parts, each block once for every row of SAEs before it, for
-however many runs. The model is frozen: its matrices get no gradient. Evaluations are not counted.
+The live part of a run begins at its first adapted block; the gradient passes through all of it. The
+trunk is the teacher, and the blocks before the live parts. Each block of it is computed once for each
+sequence of SAEs before the block, for any number of runs. The model is frozen: its matrices get no
+gradient. Evaluations are not counted.
 
-    memory = model + SAEs + 16 bytes per adapter weight (float32: itself, gradient, AdamW's two; with
-               several processes, the gradients once more as they are exchanged; for an SAE in training
-               24: the gradient of its own loss apart, and the SAE that is evaluated)
+    memory = model + SAEs + 16 bytes per adapter weight (float32: weight, gradient, two moments of AdamW)
+               (with several processes 4 more, for the exchange of gradients; for an SAE in training 24
+               instead of 16: also the gradient of its own loss, and the frozen copy for evaluation)
            + max(states for the backward passes, the SAEs' latents)
-           + room for logits: 3 float32 copies for a chunk, 2 for a few tokens
+           + logits: 3 float32 copies for a chunk, 2 for a few tokens
            + hidden states kept for evaluations (`train.eval_cache_gb`)
            + with method=sae, the buffer of activations; no backward pass goes through the model
 
-    states for a backward pass, per token and live block = input and output of every matrix, in the
-        precision of computing; for an adapted matrix also rank · 4 bytes, and with dropout or a
-        precision other than float32 its input once more in float32
-        (with `train.activation_checkpointing` those of one block, and a hidden state for each)
-    besides, 6 hidden states per token and run; with `train.kl=full` 7 float32 copies of its logits
-        (of eight runs at a time; others wait their turn)
+    states for a backward pass, per token and live block = input and output of every matrix, in
+        `train.dtype`; for an adapted matrix also rank · 4 bytes, and with dropout or a precision other
+        than float32 a float32 copy of its input
+        (with `train.activation_checkpointing`: those of one block, and one hidden state per block)
+    also 6 hidden states per token and run; with `train.kl=full` 7 float32 copies of its logits
+        (for eight runs at a time; the others wait)
     latents = 3 copies, for the tokens of a training or evaluation batch
 
-Tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of the
-batch. CUDA itself takes another half a gigabyte.
+The tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of
+the batch. CUDA itself takes another half a gigabyte.
 """
 
 from collections.abc import Collection, Sequence
@@ -64,46 +65,46 @@ from sae_lora.train.distill import turns
 _BYTES = {DType.float32: 4, DType.bfloat16: 2}
 
 
-class _OwnLosses(NamedTuple):
+class _SAELosses(NamedTuple):
     """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token."""
 
     forward: int = 4
-    """A pass with all losses."""
+    """The forward pass with all losses."""
     with_mse: int = 8
-    """Their gradient and that of the squared error, together."""
+    """The gradient of all losses together with that of the squared error."""
     without: int = 0
-    """Their gradient alone."""
+    """The gradient of the losses without the squared error."""
 
 
-_OWN_LOSSES = {
-    Architecture.standard: _OwnLosses(without=4),  # of the penalty, through the encoder
-    Architecture.gated: _OwnLosses(10, 16, 8),  # three encoders and two decoders
-    Architecture.matryoshka: _OwnLosses(5, 10, 6),  # half of the decoder once more
+_SAE_LOSSES = {
+    Architecture.standard: _SAELosses(without=4),  # gradient of the penalty, through the encoder
+    Architecture.gated: _SAELosses(10, 16, 8),  # three encoders and two decoders
+    Architecture.matryoshka: _SAELosses(5, 10, 6),  # half of the decoder a second time
 }
-"""By architecture, where they cost more than the squared error; without losses of dead latents."""
+"""Architectures whose losses cost more than the squared error. Losses of dead latents are left out."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of training a pack."""
+    """Cost of the training of a pack."""
 
     flops: float
     """Floating-point operations of all training steps, without evaluations."""
     peak_bytes: float
-    """Largest memory in use at any time."""
+    """Peak memory, in bytes."""
     adapter_weights: int
-    """Trainable parameters, of all runs."""
+    """Number of trainable parameters of all runs."""
 
 
 def estimate(configs: Sequence[Config]) -> Estimate:
-    """Estimate the cost of runs that train together. Neither downloads nor holds weights.
+    """Estimate the cost of runs that train together, without loading weights.
 
     Args:
         configs: Configs of the runs, with their SAEs resolved. An SAE whose width is not known before
-            loading counts as none.
+            loading counts as having width 0.
 
     Raises:
-        UserError: Where the model's config cannot be found or fetched.
+        UserError: If the model's config does not exist or cannot be downloaded.
     """
     common = configs[0]
     model = _shapes(common.model.name, common.model.pinned_revision)
@@ -139,14 +140,14 @@ def estimate(configs: Sequence[Config]) -> Estimate:
 
 
 def _kept_for_evaluation(config: Config, runs: Sequence["_Run"], state_bytes: int) -> float:
-    """Bytes of hidden states kept between evaluations, at `state_bytes` for each token."""
+    """Bytes of hidden states that are kept between evaluations; a state takes `state_bytes`."""
     entering = {(run.first, run.frozen) for run in runs}
     needed = (1 + len(entering)) * config.data.validation_tokens * state_bytes
     return needed if needed <= 1e9 * config.train.eval_cache_gb else 0
 
 
 def _kept_for_logits(d_vocab: int, at_once: int, config: TrainConfig) -> int:
-    """Bytes of the logits that are compared at a time."""
+    """Bytes of the logits that are compared at once; `at_once` is the number of training tokens."""
     on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
     tokens = config.eval_batch_tokens
     if config.kl is KLComputation.fused:
@@ -155,7 +156,7 @@ def _kept_for_logits(d_vocab: int, at_once: int, config: TrainConfig) -> int:
 
 
 def _buffered(config: Config, saes: Collection["_SAE"], state_bytes: int) -> int:
-    """Bytes of activations that are shuffled, at `state_bytes` for each token."""
+    """Bytes of the activation buffer; an activation takes `state_bytes`."""
     if config.method.kind is not Method.sae:
         return 0
     step = step_tokens(config)
@@ -164,7 +165,7 @@ def _buffered(config: Config, saes: Collection["_SAE"], state_bytes: int) -> int
 
 
 def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
-    """Operations of a step, per token."""
+    """Operations of a training step per token."""
     attention = 4 * context * sizes.d_attention
     forward = [
         2 * sum(inputs * outputs for inputs, outputs in block) + attention for block in sizes.blocks
@@ -173,24 +174,24 @@ def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
     if runs[0].kind is Method.sae:
         last = max(sae.place.block for run in runs for sae in run.saes)
         of_saes = sum(
-            (run.own_losses.forward + run.own_losses.with_mse) * sae.width
+            (run.sae_losses.forward + run.sae_losses.with_mse) * sae.width
             for run in runs
             for sae in _each_once(run.saes)
         )
         return sum(forward[: last + 1]) + sizes.d_model * of_saes
 
     trunk = {(block, ()) for block in range(len(forward))}
-    coded = set()
+    encoded = set()
     total = head
     for run in runs:
         trunk |= {
-            # With the SAEs inside the block.
+            # Including the SAEs inside the block.
             (block, tuple(sae for sae in run.frozen if sae.place.begins <= block))
             for block in range(run.first)
         }
-        coded |= {run.frozen[: place + 1] for place in range(len(run.frozen))}
+        encoded |= {run.frozen[: index + 1] for index in range(len(run.frozen))}
         live = forward[run.first :]
-        if run.mse:  # earlier SAEs change the input of later ones: the error of these goes back to them
+        if run.mse:  # the error of later SAEs has a gradient for earlier ones, which change their input
             last = run.live[-1].place.block
             total += sum(flops + attention for flops in forward[run.first : last + 1])
         if run.kind is Method.mezo:
@@ -200,46 +201,46 @@ def _flops(sizes: "_Sizes", runs: Sequence["_Run"], context: int) -> float:
             total += sum(2 * flops + attention for flops in live)
             total += 0 if run.trains_saes else 6 * run.weights
         total += sizes.d_model * sum(
-            run.times(sae, is_first=place == 0) * sae.width for place, sae in enumerate(run.live)
+            run.times(sae, is_first=index == 0) * sae.width for index, sae in enumerate(run.live)
         )
         total += 2 * head
     total += (len(turns(runs)) - 1) * head
     total += sum(forward[block] for block, _ in trunk)
-    last = [saes[-1] for saes in coded]
+    last = [saes[-1] for saes in encoded]
     return total + sum((2 if sae.sparse else 4) * sizes.d_model * sae.width for sae in last)
 
 
 @dataclass(frozen=True)
 class _SAE:
-    """The cost of an SAE, and its identity."""
+    """The properties of an SAE that costs depend on, and its identity."""
 
     place: Place
     name: str
     width: int
     bytes: int
-    """Bytes of a number."""
+    """Bytes per number."""
     sparse: bool
     group: tuple[int, ...]
-    """The blocks that share it; none where it has one to itself."""
+    """The blocks that share it; empty if it belongs to one block."""
 
 
 def _each_once(saes: Sequence[_SAE]) -> list[_SAE]:
-    """The SAEs, a shared one only once."""
+    """The SAEs; an SAE that several blocks share occurs once."""
     return list({sae.group or (sae.place, sae.name): sae for sae in saes}.values())
 
 
 class _Run:
-    """The part of a run in a pack."""
+    """The properties of a run that the costs of its pack depend on."""
 
     def __init__(self, model: LanguageModel, config: Config) -> None:
         self.config = config
         self.kind = config.method.kind
         self.trains_saes = self.kind in TRAINING_SAES
         self.mse = self.kind is Method.sae_finetune and config.method.mse
-        """True where the SAEs' own error is part of the loss."""
-        # Own losses of an SAE that is not new are not known before it is loaded.
-        known = _OWN_LOSSES if config.sae.family is SAEFamily.new else {}
-        self.own_losses = known.get(config.sae.architecture, _OwnLosses())
+        """True if the SAEs' squared error is part of the loss."""
+        # The architecture of an existing SAE is not known before it is loaded.
+        known = _SAE_LOSSES if config.sae.family is SAEFamily.new else {}
+        self.sae_losses = known.get(config.sae.architecture, _SAELosses())
         self.first = first_own_block(config)
         """The first block that it computes itself."""
         self.saes = tuple(
@@ -256,10 +257,10 @@ class _Run:
         self.live = tuple(
             sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
         )
-        """The SAEs that are trained, or that read what training changes."""
+        """The SAEs that are trained, or whose input training changes."""
         self.frozen = tuple(sae for sae in self.saes if sae not in self.live)
         self.adapted: list[tuple[int, int]] = []
-        """Inputs and outputs of every adapted matrix of the model."""
+        """Numbers of inputs and outputs of every adapted matrix of the model."""
         if self.kind in ADAPTING:
             blocks = _adapted_blocks(config, len(model.blocks))
             names = target_modules(model, blocks, config.lora.targets)
@@ -268,20 +269,20 @@ class _Run:
             weights += sum(outputs for _, outputs in self.adapted) if config.lora.dora else 0
         else:
             d_model = model.config.hidden_size
-            weights = sum(_own_weights(config, d_model, sae.width) for sae in _each_once(self.saes))
+            weights = sum(_sae_weights(config, d_model, sae.width) for sae in _each_once(self.saes))
         self.weights = weights
-        """Trainable parameters."""
+        """Number of trainable parameters."""
 
     def times(self, sae: _SAE, *, is_first: bool) -> int:
-        """Operations of a live SAE per token, in d_model · d_sae."""
+        """Operations of a live SAE per token, in units of d_model · d_sae."""
         once = 2 if sae.sparse else 4
         match self.kind:
             case Method.mezo:
                 return 2 * once
             case Method.sae_finetune | Method.e2e:
-                # LoRA on it moves no b_dec, to which a gradient would go through the encoder.
+                # With LoRA b_dec is not trained, so that the first SAE needs no gradient of its input.
                 is_low_rank = self.kind is Method.sae_finetune and self.config.method.rank
-                losses, back = self.own_losses, 6 if is_low_rank and is_first else 8
+                losses, back = self.sae_losses, 6 if is_low_rank and is_first else 8
                 back_from_losses = back + losses.with_mse - 8 if self.mse else losses.without
                 return losses.forward + back + back_from_losses
             case Method.linear_adapter | Method.mlp_adapter if is_first:
@@ -290,7 +291,7 @@ class _Run:
                 return 2 if sae.sparse else 8
 
     def saved(self, sizes: "_Sizes") -> int:
-        """Bytes per token that its backward pass needs."""
+        """Bytes per token that are saved for the backward pass."""
         if self.kind is Method.mezo:
             return 0
         lora, train = self.config.lora, self.config.train
@@ -303,8 +304,8 @@ class _Run:
         return states + (sum(4 * 4 * sae.width for sae in self.saes) if self.trains_saes else 0)
 
 
-def _own_weights(config: Config, d_model: int, width: int) -> int:
-    """Trainable parameters in the place of one SAE, which counts as two matrices and two biases."""
+def _sae_weights(config: Config, d_model: int, width: int) -> int:
+    """Number of trainable parameters at one SAE. The SAE itself has two matrices and two biases."""
     rank = config.method.rank
     match config.method.kind:
         case Method.linear_adapter:
@@ -349,7 +350,7 @@ class _Sizes:
         self.d_model: int = config.hidden_size
         self.d_vocab: int = config.vocab_size
         self.d_attention: int = heads * (getattr(config, "head_dim", None) or self.d_model // heads)
-        """Heads times their width: what scores and mixing cost depends on."""
+        """Number of heads times their width, on which the cost of attention depends."""
         self.weights = sum(weight.numel() for weight in model.model.parameters())
         self.blocks = [
             [
@@ -360,4 +361,4 @@ class _Sizes:
             ]
             for block in model.blocks
         ]
-        """Inputs and outputs of every matrix, block by block."""
+        """Numbers of inputs and outputs of every matrix, block by block."""

@@ -1,4 +1,4 @@
-"""Distillation: students learn the teacher's distribution from the same batches."""
+"""Distillation: students learn the teacher's distribution on the same batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -16,19 +16,19 @@ from sae_lora.train.trainer import Task, Trainer
 
 Run = TypeVar("Run")
 AT_ONCE = 8
-"""Students of a pack whose activations are held at once. For the next ones the teacher's logits are made
-once more, at a third of the cost of one student's logits and their gradient."""
+"""Number of students of a pack whose activations are held at once. For every further group the teacher's
+logits are computed again, at a third of the cost of one student's logits and their gradient."""
 
 
 class DistillTrainer(Trainer[DistillState]):
-    """Students that learn the teacher's distribution together, each as if it were alone.
+    """Students that learn the teacher's distribution together, each as if it were trained alone.
 
     Args:
         model: The plain model.
         trainings, evaluate: As in `Trainer`.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+        special_ids: Ids `[n]` whose positions some SAEs leave unchanged.
         kl: The KL of several students at once.
-        micro_batch: Sequences per forward and backward pass; all of a step if `None`.
+        micro_batch: Sequences per forward and backward pass; `None` for all sequences of the step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DistillTrainer(Trainer[DistillState]):
 
     def follow(self, task: Task) -> None:
         trainings = [self._trainings.runs[number] for number in task.numbers]
-        if task.of_each:
+        if task.contributions:
             for training in trainings:
                 self._evaluate.contributions(training.student)
             return
@@ -66,28 +66,28 @@ class DistillTrainer(Trainer[DistillState]):
             self._take_step(trained, self._on_device(tokens))
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """The tokens where the model is; a GPU fetches them from pinned memory while it computes."""
+        """The tokens on the model's device; a GPU copies them from pinned memory while it computes."""
         device = self._model.device
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
     def _take_step(self, trained: Sequence[DistillState], tokens: Tensor) -> None:
-        """Takes one step of each training on the tokens `[batch, pos]`."""
+        """Take one step of each training on the tokens `[batch, pos]`."""
         shard = self._processes.shard(tokens)
 
         # ---- the step -------------------------------------------------------------------------
         for part in shard.split(self._micro_batch or len(shard)):
             trunk = Trunk(self._model, part, self._special_ids, cuts(state.student for state in trained))
             teacher = trunk.hidden()
-            for turn in turns(self._still_left(trained)):
-                hidden: dict[DistillState, list[Tensor]] = {}
+            for turn in turns(self._still_active(trained)):
+                hidden: dict[DistillState, list[Tensor]] = {}  # one tensor for each pass of a student
                 for training in turn:
                     with self._trainings.only(training):
                         hidden[training] = training.hidden(trunk)
-                passes = [states for several in hidden.values() for states in several]
+                passes = [states for of_student in hidden.values() for states in of_student]
                 weights = [
                     training.weight(tokens.shape) if training.needs_gradient else None
-                    for training, several in hidden.items()
-                    for _ in several
+                    for training, of_student in hidden.items()
+                    for _ in of_student
                 ]
                 summed = iter(self._kl(teacher, passes, weights))
                 del passes
@@ -97,12 +97,12 @@ class DistillTrainer(Trainer[DistillState]):
                     with self._trainings.only(training):
                         training.backward(states, kl)
         self._processes.all_reduce([part for training in trained for part in training.sums])
-        for training in self._still_left(trained):
+        for training in self._still_active(trained):
             with self._trainings.only(training):
                 training.take_step(tokens.shape)
         # ---------------------------------------------------------------------------------------
 
 
 def turns(runs: Sequence[Run]) -> list[Sequence[Run]]:
-    """Runs of a pack, in groups that go through a batch at the same time."""
+    """The runs of a pack, in groups that process a batch at the same time."""
     return [runs[start : start + AT_ONCE] for start in range(0, len(runs), AT_ONCE)]

@@ -1,7 +1,7 @@
-"""Processes that share the batches of a pack: one leads, the others follow it step by step.
+"""Processes that share the batches of a pack: a leader, and followers that do the tasks it broadcasts.
 
-Each has model, SAEs and students, and takes its part of every batch; gradients and measurements are
-added up over all. The leader alone decides and writes, and sends the others each task.
+Each process has the model, SAEs and students, and computes its shard of every batch; gradients and
+measurements are summed over all processes. Only the leader makes decisions and writes files.
 """
 
 import os
@@ -27,42 +27,43 @@ from sae_lora.common.errors import EXIT_INTERRUPTED, EXIT_NOT_TOGETHER, is_out_o
 from sae_lora.common.signals import unheard
 
 _LEADER, _SIZE, _RANK = "SAE_LORA_LEADER", "SAE_LORA_PROCESSES", "SAE_LORA_RANK"
-"""Variables by which a follower finds the others; SLURM has a variable of its own for the rank."""
+"""Environment variables that tell a follower the address of the leader, the number of processes, and its
+rank; under SLURM the rank comes from SLURM's variable."""
 Rows = TypeVar("Rows", Tensor, Sequence[Any])
 _Processes = Sequence[subprocess.Popen[bytes]]
 _START_S = 600
-"""Time for all processes to find each other; they load the model later."""
+"""Time for all processes to connect; they load the model later."""
 _PATIENCE = timedelta(days=7)
-"""Followers wait while the leader saves, evaluates or is suspended."""
+"""Timeout of collective operations: followers wait while the leader saves, evaluates or is suspended."""
 _LOOK_EVERY_S = 0.5
 _NOTICE_S = 60
-"""Time for the leader to notice the end of a follower by itself: it may have to end a step first."""
+"""Time for the leader's main thread to notice that a follower has ended: it may first finish a step."""
 _END_S = 10
-"""Time for followers to end by themselves."""
+"""Time for followers to exit before they are killed."""
 
 
 class GoneError(Exception):
-    """Another of the processes has ended, and with it the work in common."""
+    """Another process has ended, so that the processes cannot continue together."""
 
 
 class ProcessGroup:
-    """The processes that train a pack, seen from one of them; this class is a group of one."""
+    """The processes that train a pack. This class is a group of one process."""
 
     rank = 0
-    """Place of this process in the group; the leader is the first, 0."""
+    """Rank of this process; the leader has rank 0."""
 
     def shard(self, rows: Rows) -> Rows:
         """The rows that this process works on."""
         return rows
 
     def broadcast(self, message: object) -> None:
-        """Sends a message to the others, who `receive` it. For the leader."""
+        """Send a message to the others, which call `receive`. Only the leader calls this."""
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over all processes, which call this at the same time."""
+        """Replace each tensor by its sum over all processes. All processes must call this."""
 
     def release(self) -> None:
-        """Lets the others end from now on. For the leader."""
+        """Allow the others to end from now on. Only the leader calls this."""
 
 
 class Distributed(ProcessGroup):
@@ -71,7 +72,7 @@ class Distributed(ProcessGroup):
     Args:
         rank: Place of this process.
         size: Number of processes.
-        release: Called when the leader does not need the others any more.
+        release: Called when the leader no longer needs the others.
     """
 
     def __init__(self, rank: int, size: int, release: Callable[[], None] = lambda: None) -> None:
@@ -83,31 +84,31 @@ class Distributed(ProcessGroup):
         return rows[self.rank :: self._size]
 
     def broadcast(self, message: object) -> None:
-        with self._in_touch():
+        with self._connected():
             dist.broadcast_object_list([message], src=0, device=torch.device("cpu"))
 
     def receive(self) -> Any:
         """The next message of the leader; waits for it."""
         messages = [None]
-        with self._in_touch():
+        with self._connected():
             dist.broadcast_object_list(messages, src=0, device=torch.device("cpu"))
         return messages[0]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            together = torch.cat([tensor.flatten() for tensor in alike])
-            with self._in_touch():
-                dist.all_reduce(together)
-            sums = together.split([tensor.numel() for tensor in alike])
-            for tensor, summed in zip(alike, sums, strict=True):
+            of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten() for tensor in of_dtype])
+            with self._connected():
+                dist.all_reduce(flat)
+            sums = flat.split([tensor.numel() for tensor in of_dtype])
+            for tensor, summed in zip(of_dtype, sums, strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
     def release(self) -> None:
         self._release()
 
     @contextmanager
-    def _in_touch(self) -> Iterator[None]:
+    def _connected(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -121,12 +122,12 @@ class ProcessLayout:
     """Number of processes for a pack."""
 
     nodes: int = 1
-    """Nodes of the SLURM job; 1 for this machine alone."""
+    """Nodes of the SLURM job; 1 for only this machine."""
     per_node: int = 1
 
     @property
     def size(self) -> int:
-        """Number of processes in all."""
+        """Total number of processes."""
         return self.nodes * self.per_node
 
 
@@ -140,17 +141,17 @@ def leading(
     on_gpus: bool,
     asked_to_stop: Callable[[], bool],
 ) -> Iterator[ProcessGroup]:
-    """Starts the other processes, and leads them inside the block.
+    """Start the other processes, and lead them inside the block.
 
     Args:
         layout: Number of processes.
         arguments: Arguments of `python -m sae_lora.run.worker`.
-        on_gpus: Whether each computes on a GPU.
-        asked_to_stop: Whether this process was asked to stop: then its end is no failure.
+        on_gpus: True if each process computes on a GPU.
+        asked_to_stop: True if this process was asked to stop; then its end is not a failure.
 
     Raises:
-        GoneError: Where one of them ends too early. A leader that waits for ever, and so cannot notice,
-            ends itself.
+        GoneError: If another process ends too early. If this process hangs in a collective operation and
+            cannot notice that, a thread ends it.
     """
     if layout.size == 1:
         yield ProcessGroup()
@@ -160,12 +161,14 @@ def leading(
     store = TCPStore(host, 0, layout.size, True, patience, wait_for_workers=False)
     command = [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.worker", *arguments]
     variables = {_LEADER: f"{host}:{store.port}", _SIZE: str(layout.size)}
-    followers, may_end = _started(layout, command, variables), threading.Event()
-    watch = threading.Thread(target=_watch, args=(followers, may_end, asked_to_stop), daemon=True)
+    followers, may_end = _start_followers(layout, command, variables), threading.Event()
+    watch = threading.Thread(
+        target=_watch_followers, args=(followers, may_end, asked_to_stop), daemon=True
+    )
     watch.start()
     seconds_to_end = 0
     try:
-        _meet(followers, store, layout.size)
+        _wait_for_followers(followers, store, layout.size)
         _join(store, 0, layout.size, on_gpus)
         processes = Distributed(0, layout.size, may_end.set)
         yield processes
@@ -174,7 +177,7 @@ def leading(
         dist.destroy_process_group()
         seconds_to_end = _END_S
     except GoneError as error:
-        raise GoneError(_what_is_wrong(followers)) from error
+        raise GoneError(_failure(followers)) from error
     finally:
         may_end.set()
         for process in followers:
@@ -187,15 +190,17 @@ def leading(
 
 @contextmanager
 def following(on_gpus: bool) -> Iterator[Distributed | None]:
-    """Joins the leader that has started this process; yields `None` where this process is not needed.
+    """Connect to the leader that started this process; yield `None` if this process is not needed.
 
-    Beside a leader on the first node of a job, SLURM starts as many processes there as elsewhere.
+    SLURM starts the same number of processes on every node. On the first node one of them is not needed,
+    because the leader runs there already.
 
     Args:
-        on_gpus: Whether each computes on a GPU; this process then has its own in use.
+        on_gpus: True if each process computes on a GPU; this process then uses the GPU of its local
+            rank.
 
     Raises:
-        GoneError: Where there is no leader, or no longer.
+        GoneError: If the leader does not answer.
     """
     size = int(os.environ[_SIZE])
     if _RANK in os.environ:
@@ -212,14 +217,14 @@ def following(on_gpus: bool) -> Iterator[Distributed | None]:
         store = TCPStore(host, int(port), size, False, timedelta(seconds=_START_S))
         store.set(_arrival(rank), "")
     except RuntimeError as error:
-        raise GoneError(f"nobody leads at {host}:{port}") from error
+        raise GoneError(f"no leader answers at {host}:{port}") from error
     _join(store, rank, size, on_gpus)
     yield Distributed(rank, size)
     dist.destroy_process_group()
 
 
 def _arrival(rank: int) -> str:
-    """Name that a follower sets in the store when it arrives."""
+    """The key that a follower sets in the store when it has started."""
     return f"here/{rank}"
 
 
@@ -228,9 +233,11 @@ def _join(store: TCPStore, rank: int, size: int, on_gpus: bool) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
 
-def _started(layout: ProcessLayout, command: Sequence[str], variables: Mapping[str, str]) -> _Processes:
+def _start_followers(
+    layout: ProcessLayout, command: Sequence[str], variables: Mapping[str, str]
+) -> _Processes:
     if layout.nodes == 1:
-        with unheard():  # the leader heeds signals, and needs the others to end a step
+        with unheard():  # only the leader handles signals; it needs the followers to finish a step
             return [
                 subprocess.Popen(command, env={**os.environ, **variables, _RANK: str(rank)})
                 for rank in range(1, layout.size)
@@ -244,16 +251,16 @@ def _started(layout: ProcessLayout, command: Sequence[str], variables: Mapping[s
     return [subprocess.Popen([srun, *step, *command], env=os.environ | variables)]
 
 
-def _meet(followers: _Processes, store: TCPStore, size: int) -> None:
-    """Waits until all followers have arrived.
+def _wait_for_followers(followers: _Processes, store: TCPStore, size: int) -> None:
+    """Wait until all followers have started.
 
     Raises:
-        GoneError: Where one has ended instead, or is too late.
+        GoneError: If a follower ends instead, or does not start in time.
     """
     deadline = time.monotonic() + _START_S
     while not store.check([_arrival(rank) for rank in range(1, size)]):
         if _exit_codes(followers) or time.monotonic() > deadline:
-            raise GoneError("a process that shares the batches has not come")
+            raise GoneError("a process that shares the batches did not start")
         time.sleep(0.05)
 
 
@@ -262,22 +269,24 @@ def _exit_codes(followers: _Processes) -> list[int]:
     return [code for process in followers if (code := process.poll()) is not None]
 
 
-def _what_is_wrong(followers: _Processes) -> str:
-    """The exit code of a follower that has ended, as soon as that can be seen."""
+def _failure(followers: _Processes) -> str:
+    """The message about a follower that has ended, with its exit code. Waits shortly for the code."""
     deadline = time.monotonic() + 4 * _LOOK_EVERY_S
     while not (codes := _exit_codes(followers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    how = f"exit code {codes[0]}" if codes else "it does not answer"
-    return f"a process that shares the batches ({how})"
+    reason = f"exit code {codes[0]}" if codes else "it does not answer"
+    return f"a process that shares the batches ({reason})"
 
 
-def _watch(followers: _Processes, may_end: threading.Event, asked_to_stop: Callable[[], bool]) -> None:
-    """Ends all processes where a follower ends too early, so that the leader does not wait for ever."""
+def _watch_followers(
+    followers: _Processes, may_end: threading.Event, asked_to_stop: Callable[[], bool]
+) -> None:
+    """End all processes if a follower ends too early, so that the leader does not wait for ever."""
     while not may_end.wait(_LOOK_EVERY_S):
-        # The main thread notices too, and saves checkpoints, unless it waits for ever (NCCL).
+        # The main thread also notices, and saves checkpoints, unless it hangs (NCCL).
         if _exit_codes(followers) and not may_end.wait(_NOTICE_S):
             try:
-                complain("ended", _what_is_wrong(followers))
+                complain("ended", _failure(followers))
                 for process in followers:
                     process.kill()
             finally:

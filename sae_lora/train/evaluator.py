@@ -1,4 +1,4 @@
-"""Evaluation on held-out tokens: the loss that SAEs cost, and the loss that training gives back."""
+"""Evaluation on held-out tokens: the loss that SAEs add, and the part of it that training removes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,43 +19,43 @@ class Evaluation(NamedTuple):
     """Results of one pass over the held-out tokens. Cross-entropies and KL in nats per token."""
 
     base_ce: float
-    """Cross-entropy of the teacher: no SAE, adapters off."""
+    """Cross-entropy of the teacher: without SAE and adapters."""
     spliced_ce: float
-    """Cross-entropy with the SAE, adapters off."""
+    """Cross-entropy with the SAE, without adapters."""
     student_ce: float
-    """Cross-entropy with the SAE, adapters on."""
+    """Cross-entropy with the SAE and adapters."""
     kl: float
     """KL(teacher ‖ student)."""
     top1_agreement: float
-    """Share of positions where teacher and student put the same token first."""
+    """Share of positions at which teacher and student have the same most likely token."""
     per_sae: dict[str, dict[str, float]]
-    """By hookpoint: `fvu`, `l0` and `dead`, as in `Reconstruction`, on what the student's SAE reads."""
+    """By hookpoint: `fvu`, `l0` and `dead` of `Reconstruction`, on the SAE's input in the student."""
 
 
 class Contribution(NamedTuple):
-    """Cost of one of several SAEs. Cross-entropies in nats per token."""
+    """Effect of one SAE of a student that has several. Cross-entropies in nats per token."""
 
     alone_ce: float
-    """Cross-entropy of the plain model with this SAE alone."""
+    """Cross-entropy of the plain model with only this SAE."""
     alone_fvu: float
-    """Residual variance / total variance in the plain model, where nothing else changes residuals."""
+    """FVU of the SAE on the residuals of the plain model, which nothing else changes."""
     left_out_ce: float
     """Cross-entropy of the student without this SAE."""
 
 
 class Reconstruction:
-    """Sums over tokens from which FVU, L0 and dead latents of one SAE follow, exact for any batching.
+    """Sums over tokens that give FVU, L0 and dead latents of one SAE, exactly for any batching.
 
-    Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over all tokens measured.
+    Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean over all measured tokens.
     """
 
     def __init__(self, sae: Coder, d_model: int, device: torch.device) -> None:
         with torch.no_grad():
             d_sae = sae.encode(torch.zeros(1, d_model, device=device)).shape[-1]
         self.sums = torch.zeros(3 + d_model, dtype=torch.float64, device=device)
-        """Tokens, ‖x − x̂‖², ‖x‖² and x, each summed."""
+        """Number of tokens, and the sums of ‖x − x̂‖², ‖x‖² and x, `[3 + d_model]`."""
         self.active = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        """Tokens that each latent was active on."""
+        """Number of tokens at which each latent was active, `[d_sae]`."""
 
     @property
     def totals(self) -> list[Tensor]:
@@ -63,7 +63,7 @@ class Reconstruction:
         return [self.sums, self.active]
 
     def add(self, reading: Reading) -> None:
-        """Adds one batch of tokens."""
+        """Add one batch of tokens."""
         resid, recon = reading.resid.double(), reading.recon.double()
         self.sums[0] += len(resid)
         self.sums[1] += (resid - recon).square().sum()
@@ -90,18 +90,18 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates students of one model on fixed tokens, as often as asked, in one pass for all.
+    """Evaluation of students of one model on fixed tokens. Each call is one pass for all students.
 
-    Values that training cannot change are computed once: spliced CE, the reconstruction of SAEs before
-    the first adapted block and, where there is room, the hidden states that enter it.
+    Values that training cannot change are computed once: spliced CE, the reconstruction by SAEs before
+    the first adapted block and, if they fit into `cache_bytes`, the hidden states that enter this block.
 
     Args:
         model: The plain language model.
         tokens: Held-out tokens `[sequence, pos]`.
-        special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+        special_ids: Ids `[n]` whose positions some SAEs leave unchanged.
         batch_size: Sequences per forward pass.
-        comparison: Compares students with the model.
-        cache_bytes: Room for hidden states that are kept from one evaluation to the next.
+        comparison: Compares the logits of students with those of the model.
+        cache_bytes: Memory for hidden states that are kept between evaluations.
         processes: The processes that share the batches.
     """
 
@@ -124,16 +124,16 @@ class Evaluator:
         self._comparison = comparison
         self._cache_bytes = cache_bytes
         self._trunks: dict[int, Trunk] = {}
-        """By number of the batch, as far as there is room."""
+        """Hidden states by number of the batch, for the batches that fit into the cache."""
         self._spliced_ce: dict[Splices, float] = {}
         self._frozen: dict[Splices, Reconstruction] = {}
         self._new_frozen: dict[Splices, Reconstruction] = {}
-        """SAEs that the present evaluation is the first to need."""
+        """The frozen SAEs that the present evaluation measures for the first time."""
 
     @torch.no_grad()
     def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
-        """Evaluates the students as they are now. Leaves the models' modes as they were."""
-        wanted = cuts(students)
+        """Evaluate the students with their present weights. Training modes are restored afterwards."""
+        needed = cuts(students)
         trunks: dict[int, Trunk] = {}
         base = _Sums(self._model)
         unknown = [student.before for student in students if student.before not in self._spliced_ce]
@@ -142,7 +142,8 @@ class Evaluator:
         with ExitStack() as modes:
             for student in students:
                 modes.enter_context(evaluating(student.model.model, *student.modules.values()))
-            # In these modes: an SAE in training learns from what it reads, were it zeros.
+            # In evaluation mode, because `Reconstruction` encodes zeros: in training mode this would
+            # change the state of an SAE in training.
             sums = [_Sums(self._model, student.live) for student in students]
             self._new_frozen = {
                 splices: _reconstruction(splices[-1], self._model)
@@ -152,9 +153,9 @@ class Evaluator:
             }
             for number, batch in enumerate(self._batches):
                 trunk = self._trunks.get(number)
-                if trunk is None or not trunk.cuts >= wanted:
+                if trunk is None or not trunk.cuts >= needed:
                     tokens = batch.to(self._model.device)
-                    trunk = Trunk(self._model, tokens, self._special_ids, wanted, self._observe)
+                    trunk = Trunk(self._model, tokens, self._special_ids, needed, self._observe)
                 read_by_head = [
                     student.hidden(trunk, of_student.observe)
                     for student, of_student in zip(students, sums, strict=True)
@@ -176,7 +177,7 @@ class Evaluator:
         ]
 
     def contributions(self, student: Student) -> dict[str, Contribution]:
-        """The contribution of each of several SAEs, by hookpoint; none for a single SAE."""
+        """The contribution of each SAE by hookpoint; empty for a student with a single SAE."""
         if len(student.splices) < 2:
             return {}
         contributions = {}
@@ -190,7 +191,14 @@ class Evaluator:
     def _compare(
         self, trunk: Trunk, base: "_Sums", sums: Sequence["_Sums"], read_by_head: Sequence[Tensor]
     ) -> None:
-        """Adds one batch to the sums of each model, by its last states `[batch, pos, d_model]`."""
+        """Add one batch to the sums of each model.
+
+        Args:
+            trunk: The batch.
+            base: Sums of the teacher.
+            sums: Sums of the other models.
+            read_by_head: Their inputs to the head, `[batch, pos, d_model]`.
+        """
         labels = next_tokens(trunk.tokens).flatten()
         columns = [states.flatten(0, 1) for states in read_by_head]
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
@@ -204,14 +212,14 @@ class Evaluator:
                     totals.agreements += few.puts_first(top[few.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy in nats, summed over labels, from scores as in `LogitChunk`."""
+        """Next-token cross-entropy in nats, summed over labels, from the scores of a `LogitChunk`."""
         labelled = labels != NO_LABEL
         of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
         losses = log_sums - of_labels * self._comparison.head.unit
         return torch.where(labelled[:, None], losses, 0).sum()
 
     def _observe(self, splices: Splices, reading: Reading) -> None:
-        """Adds what an SAE does whose work no training changes, the first time."""
+        """Add a batch to the sums of a frozen SAE that is measured for the first time."""
         if splices in self._new_frozen:
             self._new_frozen[splices].add(reading)
 
@@ -238,12 +246,12 @@ def _reconstruction(splice: Splice, model: LanguageModel) -> Reconstruction:
 
 
 class _Sums:
-    """Sums over tokens for one student. They are read at the end, so that nothing waits for a GPU."""
+    """Sums over tokens for one student. They stay on the device until the end: reading them waits."""
 
     def __init__(self, model: LanguageModel, live: Splices = ()) -> None:
         self.ce, self.kl, self.agreements = torch.zeros(3, dtype=torch.float64, device=model.device)
         self.live = {splice.hookpoint: _reconstruction(splice, model) for splice in live}
-        """By hookpoint, the SAEs that are trained or read what training has changed."""
+        """The SAEs that are trained or whose input training changes, by hookpoint."""
 
     @property
     def totals(self) -> list[Tensor]:
@@ -266,7 +274,7 @@ def next_tokens(tokens: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
-    """The parts in evaluation mode; afterwards the mode of every module in them is what it was."""
+    """Put the parts in evaluation mode inside the block; then restore the mode of every module."""
     was_training = [module for part in parts for module in part.modules() if module.training]
     for part in parts:
         part.eval()

@@ -7,8 +7,8 @@ from sae_lora.config.schema import TrainConfig
 def lr_factor(config: TrainConfig, steps: int, step: int) -> float:
     """The learning rate of a step, as a share of the peak.
 
-    It rises over the warm-up, then stays (constant) or falls to reach zero one step after the last
-    (linear).
+    It rises over the warm-up. Then it stays (constant), or falls so that it would reach zero one step
+    after the last (linear).
     """
     warmup = round(config.warmup_share * steps)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""The methods: from a run's config to the training of its student, and to the files kept of it."""
+"""The methods: from a run's config to the training of its student, and to its result on disk."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,37 +28,37 @@ from sae_lora.train.train_state import TrainState
 
 
 class Sample(NamedTuple):
-    """Some of the text that a run is trained on."""
+    """A sample of the text that a run is trained on."""
 
     tokens: Tensor
     """Token ids, `[batch, pos]`."""
     special_ids: Tensor
-    """Ids `[n]` whose positions some SAEs leave as they are."""
+    """Ids `[n]` whose positions some SAEs leave unchanged."""
 
 
 class Artifact(NamedTuple):
-    """Files that are kept of a training."""
+    """The result of a training on disk."""
 
     name: str
-    """Name of their folder in the run folder."""
+    """Name of its folder in the run folder."""
     save: Callable[[Path], None]
-    """Writes them into an empty folder."""
+    """Writes its files into an empty folder."""
 
 
 def build(
     config: Config, model: LanguageModel, splices: Splices, steps: int
 ) -> tuple[TrainState, Artifact]:
-    """The training of a run before its first step, and the files to keep of it.
+    """The training of a run before its first step, and its result on disk.
 
     Initial values come from torch's global random state.
 
     Args:
-        config, steps: The run, and its number of steps in all.
+        config, steps: The run, and its total number of steps.
         model: The plain model; it is not changed.
-        splices: The SAEs in the order of their places: loaded, or new ones before training.
+        splices: The SAEs in the order of their places: loaded SAEs, or new SAEs before training.
 
     Raises:
-        ConfigError: Where the method cannot train this model or these SAEs.
+        ConfigError: If the method cannot train this model or these SAEs.
     """
     match config.method.kind:
         case Method.lora | Method.mezo:
@@ -113,20 +113,20 @@ def _trained_saes(
 ) -> tuple[TrainState, Artifact]:
     rank = config.method.rank if config.method.kind is Method.sae_finetune else None
     by_hookpoint: dict[str, SplicedSAE] = {}  # a shared SAE is listed under its first block
-    by_given: dict[int, SplicedSAE] = {}
+    by_original: dict[int, SplicedSAE] = {}
     for splice in splices:
         sae = splice.sae
-        if id(sae) in by_given:
+        if id(sae) in by_original:
             continue
         if not isinstance(sae, SplicedSAE):
             copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
             sae = SplicedSAE(copied, dead_after_steps(config), rank)
-        by_given[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
-    trained = tuple(splice._replace(sae=by_given[id(splice.sae)]) for splice in splices)
-    before, is_new = splices, config.sae.family is SAEFamily.new
+        by_original[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
+    trained = tuple(splice._replace(sae=by_original[id(splice.sae)]) for splice in splices)
+    untrained, is_new = splices, config.sae.family is SAEFamily.new
     if is_new:
-        before = tuple(splice._replace(sae=by_given[id(splice.sae)].frozen) for splice in splices)
-    student = _student(model, trained, before, by_hookpoint, is_new=is_new)
+        untrained = tuple(splice._replace(sae=by_original[id(splice.sae)].frozen) for splice in splices)
+    student = _student(model, trained, untrained, by_hookpoint, is_new=is_new)
 
     def save(folder: Path) -> None:
         for hookpoint, sae in by_hookpoint.items():
@@ -143,12 +143,12 @@ def _trained_saes(
 def _student(
     model: LanguageModel,
     splices: Splices,
-    before: Splices,
+    untrained: Splices,
     modules: Mapping[str, nn.Module],
     *,
     is_new: bool = False,
 ) -> Student:
-    """A student that trains only modules in the place of its SAEs."""
+    """A student that trains only modules at the places of its SAEs, and no weights of the model."""
     model.check_additions(splice.block for splice in splices if splice.place.is_inside)
     weights = {
         f"{module_name}/{name}": weight
@@ -157,7 +157,7 @@ def _student(
         if weight.requires_grad
     }
     first = splices[0].place.begins
-    return Student(model.view(), (), splices, first, weights, before, modules, is_new)
+    return Student(model.view(), (), splices, first, weights, untrained, modules, is_new)
 
 
 def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[LoadedSAE]:
@@ -165,7 +165,7 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
 
     Args:
         config, model: The run, and the plain model.
-        sample: Text whose residuals have the mean length that the SAEs will read.
+        sample: Text that the scale of the SAEs' input is fitted on.
     """
     keeps = keeps_special_tokens(config.sae, [])
     metadata = {
@@ -176,7 +176,7 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
     }
     tokens, special_ids = (part.to(model.device) for part in sample)
     hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
-    read = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
+    resids = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
     architecture = config.sae.architecture.name
     saes: list[LoadedSAE] = []
     shared: dict[int, SplicedSAE] = {}
@@ -185,7 +185,7 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
         group = choice.group or [choice.block]
         if group[0] not in shared:
             spliced = SplicedSAE(sae, dead_after_steps(config))
-            spliced.fit_scale(torch.cat([read[str(Place(block, choice.hook))] for block in group]))
+            spliced.fit_scale(torch.cat([resids[str(Place(block, choice.hook))] for block in group]))
             shared[group[0]] = spliced
         description = describe(config.sae, choice, architecture, choice.width)
         saes.append(LoadedSAE(shared[group[0]], description, excludes_special_tokens=keeps))

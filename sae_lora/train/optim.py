@@ -1,4 +1,4 @@
-"""Optimisation of a student: of the KL, also with the losses of its SAEs, or by forward passes alone."""
+"""Optimisation of a student: by the gradient of the KL, also with the SAEs' losses, or by MeZO."""
 
 import hashlib
 import math
@@ -20,9 +20,9 @@ from sae_lora.train.train_state import DistillState, zero
 
 
 class GradientState(DistillState):
-    """A student that AdamW moves down the gradient of the KL.
+    """A student that AdamW trains on the gradient of the KL.
 
-    Dropout draws on from torch's present global random state.
+    Its dropout starts from torch's present global random state.
     """
 
     needs_gradient = True
@@ -31,7 +31,7 @@ class GradientState(DistillState):
         super().__init__(student, config, steps)
         if config.activation_checkpointing:
             student.model.recompute(student.first)
-        # In one kernel on a GPU. On a CPU as in the published loop, to the last bit.
+        # Fused on a GPU, for speed. On a CPU equal to the published loop, to the last bit.
         self._optimizer = torch.optim.AdamW(
             _groups(student.weights, config.loraplus_ratio),
             lr=config.lr,
@@ -72,28 +72,28 @@ class GradientState(DistillState):
             torch.manual_seed(_seed_of(f"{self._config.seed} {self.step} {rank}"))
         self._randomness.advance()
 
-    def _own_state(self) -> Snapshot:
-        tensors, values = super()._own_state()
+    def _method_state(self) -> Snapshot:
+        tensors, values = super()._method_state()
         for name, weight in self.student.weights.items():
             for key, value in self._optimizer.state[weight].items():
                 tensors[f"optimizer/{key}/{name}"] = value
-        tensors |= {f"rng/{device}": state for device, state in self._randomness.kept.items()}
+        tensors |= {f"rng/{device}": state for device, state in self._randomness.start.items()}
         return Snapshot(tensors, values)
 
-    def _restore_own(self, kept: Snapshot) -> None:
-        super()._restore_own(kept)
-        tensors = kept.tensors
+    def _restore_method(self, snapshot: Snapshot) -> None:
+        super()._restore_method(snapshot)
+        tensors = snapshot.tensors
         for name, weight in self.student.weights.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:
                     self._optimizer.state[weight][key] = value.to(weight.device)
-        for device in self._randomness.kept:
+        for device in self._randomness.start:
             if f"rng/{device}" in tensors:
-                self._randomness.kept[device] = tensors[f"rng/{device}"].cpu()
+                self._randomness.start[device] = tensors[f"rng/{device}"].cpu()
         self._randomness.rewind()
 
     def _gradients(self) -> list[Tensor]:
-        """The gradient of each weight, made of zeros where there is none yet."""
+        """The gradient of each weight; zeros if it has none yet."""
         gradients = []
         for weight in self.student.weights.values():
             if weight.grad is None:
@@ -103,17 +103,18 @@ class GradientState(DistillState):
 
 
 class SAEGradientState(GradientState):
-    """A student whose SAEs are trained: AdamW on the KL together with the SAEs' own losses.
+    """A student whose SAEs are trained: AdamW on the KL together with the SAEs' losses.
 
-    With MSE the SAEs' squared error, P what sae-lens adds to it (sparsity penalties, dead latents), and
-    a = MSE / KL without a gradient, which brings KL to the scale of MSE, so that P need not be tuned
-    anew, the loss is 0.5 · (a · KL + MSE) + P with MSE, and KL + P / a without.
+    MSE is the squared error of the SAEs. P is the sum of the other terms of sae-lens's loss (sparsity
+    penalties, dead latents). a = MSE / KL, without a gradient, brings the KL to the scale of the MSE, so
+    that P needs no new tuning. If MSE is part of the loss, the loss is 0.5 · (a · KL + MSE) + P.
+    Otherwise it is KL + P / a.
 
     Source: arXiv 2503.17272, section on the balance of KL and MSE.
 
     Args:
         student, config, steps: As in `TrainState`.
-        mse: Whether MSE is part of the loss.
+        mse: True if MSE is part of the loss.
     """
 
     def __init__(self, student: Student, config: TrainConfig, steps: int, *, mse: bool) -> None:
@@ -124,16 +125,16 @@ class SAEGradientState(GradientState):
         self._loss: Tensor | None = None
         self._mse, self._tokens = torch.zeros(2, dtype=torch.float64, device=self._device)
         self._active = {id(sae): torch.zeros_like(sae.since_active) for sae in self._trained}
-        self._others = [torch.zeros_like(weight) for weight in student.weights.values()]
-        """For each weight, the gradient of all but the KL, summed over tokens."""
+        self._sae_gradients = [torch.zeros_like(weight) for weight in student.weights.values()]
+        """For each weight, the gradient of the SAEs' losses, summed over tokens."""
 
     @property
-    def _own_sums(self) -> list[Tensor]:
-        return [self._mse, self._tokens, *self._active.values(), *self._others]
+    def _sae_sums(self) -> list[Tensor]:
+        return [self._mse, self._tokens, *self._active.values(), *self._sae_gradients]
 
     @property
     def sums(self) -> list[Tensor]:
-        return [*super().sums, *self._own_sums]
+        return [*super().sums, *self._sae_sums]
 
     def hidden(self, trunk: Trunk) -> list[Tensor]:
         losses: list[Tensor] = []
@@ -142,13 +143,13 @@ class SAEGradientState(GradientState):
         def observe(reading: Reading) -> None:
             nonlocal tokens
             sae = self._by_hookpoint[reading.hookpoint]
-            assert isinstance(sae, SplicedSAE) and sae.made is not None
-            made, sae.made = sae.made, None
-            if is_over:  # in a block that is computed once more
+            assert isinstance(sae, SplicedSAE) and sae.last_forward is not None
+            forward, sae.last_forward = sae.last_forward, None
+            if is_over:  # activation checkpointing recomputes this block in the backward pass
                 return
             number = len(reading.latents)
-            losses.append(number * (made.aux + (0.5 * made.mse if self._with_mse else 0)))
-            self._mse += number * made.mse.detach()
+            losses.append(number * (forward.aux + (0.5 * forward.mse if self._with_mse else 0)))
+            self._mse += number * forward.mse.detach()
             self._active[id(sae)] += (reading.latents != 0).sum(0)
             tokens += number
 
@@ -161,65 +162,65 @@ class SAEGradientState(GradientState):
 
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         assert self._loss is not None
-        # An SAE in a block that is computed once more reads the batch once more.
-        reads_again = self._config.activation_checkpointing
-        before = {name: buffer.clone() for name, buffer in self.student.buffers.items() if reads_again}
+        # If a block is recomputed, its SAEs read the batch a second time, which must not change them.
+        recomputes = self._config.activation_checkpointing
+        saved = {name: buffer.clone() for name, buffer in self.student.buffers.items() if recomputes}
         if self._loss.requires_grad:
             weights = list(self.student.weights.values())
             gradients = torch.autograd.grad(self._loss, weights, retain_graph=True, allow_unused=True)
-            for other, gradient in zip(self._others, gradients, strict=True):
+            for total, gradient in zip(self._sae_gradients, gradients, strict=True):
                 if gradient is not None:
-                    other += gradient
+                    total += gradient
         self._loss = None
         super().backward(hidden, kl)
-        for name, buffer in before.items():
-            self.student.buffers[name].copy_(buffer)  # sae-lens puts other tensors in their place
+        for name, buffer in saved.items():
+            self.student.buffers[name].copy_(buffer)  # by name: sae-lens replaces the tensors themselves
 
     @torch.no_grad()
     def _update(self, lr: float, batch: torch.Size) -> Tensor | float | None:
         balance = (self._mse / self._tokens) / (self.total * self.weight(batch)).clamp(min=1e-12)
-        of_kl, of_others = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
-        for gradient, other in zip(self._gradients(), self._others, strict=True):
-            gradient.mul_(of_kl).add_(other * (of_others / self._tokens))
+        kl_factor, sae_factor = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
+        for gradient, sae_gradient in zip(self._gradients(), self._sae_gradients, strict=True):
+            gradient.mul_(kl_factor).add_(sae_gradient * (sae_factor / self._tokens))
         norm = super()._update(lr, batch)
         for sae in self._trained:
-            sae.moved(self._active[id(sae)] > 0)
+            sae.count_step(self._active[id(sae)] > 0)
         return norm
 
     def reset(self) -> None:
         super().reset()
-        for total in self._own_sums:
+        for total in self._sae_sums:
             total.zero_()
 
-    def _own_state(self) -> Snapshot:
-        tensors, values = super()._own_state()
+    def _method_state(self) -> Snapshot:
+        tensors, values = super()._method_state()
         buffers = {f"buffer/{name}": buffer for name, buffer in self.student.buffers.items()}
         steps = [sae.step for sae in self._trained]
         return Snapshot(tensors | buffers, values | {"steps": steps})
 
-    def _restore_own(self, kept: Snapshot) -> None:
-        super()._restore_own(kept)
+    def _restore_method(self, snapshot: Snapshot) -> None:
+        super()._restore_method(snapshot)
         for name, buffer in self.student.buffers.items():
-            buffer.copy_(kept.tensors[f"buffer/{name}"])
-        for sae, steps in zip(self._trained, kept.values["steps"], strict=True):
+            buffer.copy_(snapshot.tensors[f"buffer/{name}"])
+        for sae, steps in zip(self._trained, snapshot.values["steps"], strict=True):
             sae.step = steps
-            sae.has_moved()
+            sae.drop_frozen()
 
 
 class MeZOState(DistillState):
-    """A student that is trained by two forward passes a step.
+    """A student that MeZO trains: two forward passes per step and no backward pass.
 
-    The first moves the weights a little along a random direction, the second against it. The
-    difference of the losses gives the slope along that direction, and the weights move down it. There is
-    no backward pass: memory is that of inference, and the trained weights once more. The direction
-    follows from the seed and the step, so that it is drawn anew rather than kept.
+    In the first pass the weights are shifted along a random direction, in the second against it. The
+    difference of the losses gives the slope along the direction, and the weights move down the slope.
+    Memory is that of inference, plus one copy of the trained weights. The direction follows from the
+    seed and the step: it is computed twice instead of stored.
 
-    Source: arXiv 2305.17333, algorithm 1. Weights are put back as they were rather than moved back, so
-    that a rate of zero leaves every bit.
+    Source: arXiv 2305.17333, algorithm 1. Unlike there, the original weights are restored from a copy
+    and not shifted back, so that a learning rate of zero changes no bit.
 
     Args:
         student, config, steps: As in `TrainState`; nothing in the student may be random.
-        epsilon: Distance that the weights are moved along the direction.
+        epsilon: Distance that the weights are shifted along the direction.
     """
 
     needs_gradient = False
@@ -236,15 +237,15 @@ class MeZOState(DistillState):
     @torch.no_grad()
     def hidden(self, trunk: Trunk) -> list[Tensor]:
         weights = list(self.student.weights.values())
-        before = [weight.data for weight in weights]
+        originals = [weight.data for weight in weights]
         passes = []
         try:
             for distance in (self._epsilon, -self._epsilon):
-                for weight, data, direction in zip(weights, before, self._direction(), strict=True):
+                for weight, data, direction in zip(weights, originals, self._direction(), strict=True):
                     weight.data = torch.add(data, direction, alpha=distance)
                 passes.append(self.student.hidden(trunk))
         finally:
-            for weight, data in zip(weights, before, strict=True):
+            for weight, data in zip(weights, originals, strict=True):
                 weight.data = data
         return passes
 
@@ -258,17 +259,17 @@ class MeZOState(DistillState):
         self.total = (self._above + self._below) / 2
         slope = float(self._above - self._below) * self.weight(batch) / (2 * self._epsilon)
         clip = self._config.grad_clip or math.inf
-        kept = min(1.0, clip / abs(slope)) if slope else 1.0
+        clipped = min(1.0, clip / abs(slope)) if slope else 1.0
         for weight, direction in zip(self.student.weights.values(), self._direction(), strict=True):
             weight.mul_(1 - lr * self._config.weight_decay)
-            weight.sub_(direction, alpha=lr * kept * slope)
+            weight.sub_(direction, alpha=lr * clipped * slope)
         return abs(slope)
 
     def reset(self) -> None:
         self._above, self._below = zero(self._device), zero(self._device)
 
     def _direction(self) -> Iterator[Tensor]:
-        """The direction of the step, weight by weight, normally distributed."""
+        """Yield the direction of the step for each weight; its numbers are standard normal."""
         generator = torch.Generator(self._device)
         generator.manual_seed(_seed_of(f"{self._config.seed} {self.step} direction"))
         for weight in self.student.weights.values():
@@ -276,7 +277,10 @@ class MeZOState(DistillState):
 
 
 def _groups(weights: Mapping[str, nn.Parameter], loraplus_ratio: float) -> list[dict[str, Any]]:
-    """Weights by the factor of their rate: `loraplus_ratio` for LoRA's B, 1 for all others."""
+    """AdamW's parameter groups by `times`, the factor of their learning rate.
+
+    It is `loraplus_ratio` for LoRA's B and 1 for all other weights.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, weight in weights.items():
         times = loraplus_ratio if "lora_B" in name else 1.0
@@ -289,30 +293,30 @@ def _seed_of(text: str) -> int:
 
 
 class _Randomness:
-    """torch's random states for one training, whatever else draws meanwhile."""
+    """torch's random states of one training, independent of all other random numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.kept = self._now()
-        """By kind of device: the state that the next step draws from."""
-        self._after = self.kept
+        self.start = self._now()
+        """The state at the start of the step, by kind of device."""
+        self._current = self.start
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Continue inside the block where this step has stopped drawing."""
-        torch.set_rng_state(self._after["cpu"])
-        if "cuda" in self._after:
-            torch.cuda.set_rng_state(self._after["cuda"], self._device)
+        """Use the present state of the step inside the block."""
+        torch.set_rng_state(self._current["cpu"])
+        if "cuda" in self._current:
+            torch.cuda.set_rng_state(self._current["cuda"], self._device)
         yield
-        self._after = self._now()
+        self._current = self._now()
 
     def advance(self) -> None:
-        """Ends the step: the next one draws on from here."""
-        self.kept = self._after
+        """Begin the next step at the present state."""
+        self.start = self._current
 
     def rewind(self) -> None:
-        """Begins the step anew: it draws the same once more."""
-        self._after = self.kept
+        """Go back to the start of the step, so that it draws the same numbers again."""
+        self._current = self.start
 
     def _now(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

@@ -1,4 +1,4 @@
-"""SAEs that learn to reconstruct: a loop in which one pass of the model serves all of them."""
+"""Training of SAEs to reconstruct activations; one forward pass of the model serves all of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -21,14 +21,14 @@ from sae_lora.train.trainer import Trainer
 
 
 class Source(NamedTuple):
-    """An SAE in training and the hookpoints of its activations; each token takes one at random."""
+    """An SAE in training and the hookpoints it reads; each token takes one of them at random."""
 
     sae: SplicedSAE
     hookpoints: list[str]
 
 
 def sources_of(student: Student) -> dict[str, Source]:
-    """The SAEs of a student and where they read, by the names of their hookpoints joined with `+`."""
+    """The SAEs of a student and their hookpoints, by the names of the hookpoints joined with `+`."""
     by_sae: dict[int, Source] = {}
     for splice in student.splices:
         assert isinstance(splice.sae, SplicedSAE)
@@ -37,7 +37,7 @@ def sources_of(student: Student) -> dict[str, Source]:
 
 
 class ReconstructState(TrainState):
-    """SAEs of one run that learn to reconstruct, by sae-lens's trainer.
+    """The SAEs of one run that learn to reconstruct, with sae-lens's trainer.
 
     Args:
         student, steps: As in `TrainState`.
@@ -66,26 +66,26 @@ class ReconstructState(TrainState):
         self._activations: Mapping[str, Tensor] = {}
 
     def read(self, activations: Mapping[str, Tensor]) -> None:
-        """Takes the activations of the coming step, `[token, d_model]` by name.
+        """Take the activations of the next step, `[token, d_model]`, by name.
 
-        They may be fewer than the tokens of the step, where special tokens are left out.
+        There are fewer activations than tokens in the step if special tokens are left out.
         """
         self._activations = activations
 
     def _update(self, lr: float, batch: torch.Size) -> None:
-        # sae-lens's schedule rises a little otherwise than ours.
+        # sae-lens's warm-up differs a little from `lr_factor`.
         self.lr = next(iter(self._trainers.values())).lr
         for name, trainer in self._trainers.items():
-            # In the residuals' own units; a mean over SAEs.
+            # In the units of unscaled residuals; mean over SAEs.
             mse = trainer.step(self._activations[name]).double() / trainer.scale**2
             self.total += batch.numel() * mse / len(self._trainers)
-            self._saes[name].has_moved()
+            self._saes[name].drop_frozen()
 
     def reset(self) -> None:
         self._activations = {}
         self.total = zero(self._device)
 
-    def _own_state(self) -> Snapshot:
+    def _method_state(self) -> Snapshot:
         tensors, values = {}, {}
         for name, trainer in self._trainers.items():
             of_trainer, values[name] = trainer.state()
@@ -93,23 +93,23 @@ class ReconstructState(TrainState):
             tensors[f"{name}/scale"] = self._saes[name].scale
         return Snapshot(tensors, values)
 
-    def _restore_own(self, kept: Snapshot) -> None:
+    def _restore_method(self, snapshot: Snapshot) -> None:
         for name, trainer in self._trainers.items():
             tensors = {
                 key.removeprefix(f"{name}/"): tensor
-                for key, tensor in kept.tensors.items()
+                for key, tensor in snapshot.tensors.items()
                 if key.startswith(f"{name}/")
             }
-            trainer.restore(tensors, kept.values[name])
+            trainer.restore(tensors, snapshot.values[name])
             self._saes[name].scale.copy_(tensors["scale"])
-            self._saes[name].has_moved()
+            self._saes[name].drop_frozen()
 
 
 class ReconstructTrainer(Trainer[ReconstructState]):
-    """SAEs that learn to reconstruct the same model's activations, whatever their blocks and widths.
+    """SAEs of several runs that learn to reconstruct activations of the same model, at any blocks.
 
     Args:
-        buffer: Serves the activations of all of them.
+        buffer: The activations for all SAEs.
         batch: Shape of a step's tokens, `[batch, pos]`.
         device, trainings, evaluate: As in `Trainer`.
     """

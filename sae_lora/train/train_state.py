@@ -1,4 +1,4 @@
-"""The training of one student: its steps and curve, and their state in a checkpoint."""
+"""The training of one student: its steps, its curve, and its state for checkpoints."""
 
 import math
 import resource
@@ -26,7 +26,7 @@ State = TypeVar("State", bound="TrainState")
 
 
 _PROGRESS = ("step", "tokens", "train_seconds", "points", "evaluated_at", "next_evaluation", "lr")
-"""Attributes of a training that a checkpoint holds under the same names."""
+"""Attributes of a `TrainState` that a checkpoint stores under the same names."""
 
 
 @dataclass
@@ -34,21 +34,21 @@ class _Interval:
     """The training since the last evaluation."""
 
     kl: Tensor
-    """Summed over tokens, in nats. It stays on the device: to read it is to wait."""
+    """Summed over tokens, in nats. It stays on the device, because reading it waits for the device."""
     tokens: int = 0
     seconds: float = 0.0
 
 
 class TrainState(ABC):
-    """The training of one student: its progress and everything that no other student shares.
+    """The training of one student: its progress, its optimiser, and all other state of its own.
 
-    Between two steps `state()` is complete: where `restore()` puts it into a new object, the rest of the
-    curve and the adapters come out the same to the last bit.
+    Between two steps `state()` is complete: a new object that it is restored into gives the same rest of
+    the curve and the same trained weights, to the last bit.
 
     Args:
         student: The model with its SAEs and trained weights.
         config: The optimisation.
-        steps: Number of steps in all.
+        steps: Total number of steps.
     """
 
     def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
@@ -58,22 +58,22 @@ class TrainState(ABC):
         self.tokens = 0
         """Tokens trained on."""
         self.is_between_steps = True
-        """True where training can go on from `state()`: no error has left a step half taken."""
+        """True if training can resume from `state()`; false after an error in the middle of a step."""
         self._config = config
         self._steps = steps
         self._device = self.student.model.device
         self.total = zero(self._device)
         """The loss of this step, summed over its tokens: KL(teacher ‖ student) in nats, or the squared
-        error of SAEs that learn to reconstruct. `_update` may complete it."""
+        error of SAEs that learn to reconstruct. It is complete after `_update`."""
         self._interval = _Interval(zero(self._device))
         self.train_seconds = 0.0
         """Seconds of training up to the last evaluation."""
         self.points = 0
-        """Points of the curve that were taken over."""
+        """Number of points of the curve that were recorded."""
         self.evaluated_at: int | None = None
-        """Step of the last of them."""
+        """Step of the last recorded point."""
         self.next_evaluation = 0
-        """Tokens after which the next one is due."""
+        """Number of tokens after which the next evaluation is due."""
         self.lr: float | None = None
         """Learning rate of the last step."""
         self._last_norm: Tensor | float | None = None
@@ -81,31 +81,31 @@ class TrainState(ABC):
 
     @abstractmethod
     def _update(self, lr: float, batch: torch.Size) -> Tensor | float | None:
-        """Moves the weights at the end of a step.
+        """Move the weights at the end of a step.
 
         Args:
-            lr: The rate of this step.
-            batch: Shape of its tokens, `[batch, pos]`, in all processes together.
+            lr: The learning rate of this step.
+            batch: Shape of its tokens, `[batch, pos]`, over all processes.
 
         Returns:
-            The norm of the gradient before clipping, where it is known.
+            The norm of the gradient before clipping, if it is known.
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Clears what a step has gathered, whether it ended or failed."""
+        """Clear the sums and gradients of a step, after it has ended or failed."""
 
     @abstractmethod
-    def _own_state(self) -> Snapshot:
-        """Everything that the training depends on besides steps, tokens and the curve."""
+    def _method_state(self) -> Snapshot:
+        """The state of the method: everything besides steps, tokens and the curve."""
 
     @abstractmethod
-    def _restore_own(self, kept: Snapshot) -> None:
-        """Puts back what `_own_state` gave, in this process or another."""
+    def _restore_method(self, snapshot: Snapshot) -> None:
+        """Put a result of `_method_state` back, in this process or another."""
 
     @property
     def has_ended(self) -> bool:
-        """True once all its steps are taken."""
+        """True if all steps are taken."""
         return self.step == self._steps
 
     @property
@@ -114,7 +114,7 @@ class TrainState(ABC):
         return math.nan if self._last_loss is None else float(self._last_loss)
 
     def take_step(self, batch: torch.Size) -> None:
-        """Ends the step on tokens of this shape, `[batch, pos]`, in all processes together."""
+        """Complete a step: update the weights. The tokens of all processes have the shape `batch`."""
         tokens = batch.numel()
         self.is_between_steps = False
         self.lr = self._config.lr * lr_factor(self._config, self._steps, self.step)
@@ -128,25 +128,25 @@ class TrainState(ABC):
         self.is_between_steps = True
 
     def weight(self, batch: torch.Size) -> float:
-        """Factor from the KL summed over tokens `[batch, pos]` to the loss."""
+        """The factor between the loss and the KL summed over a batch of this shape, `[batch, pos]`."""
         per_token = self._config.kl_reduction is Reduction.token_mean
         return 1 / (batch.numel() if per_token else batch[0])
 
     def add_seconds(self, seconds: float) -> None:
-        """Adds time spent training."""
+        """Add time spent training."""
         self._interval.seconds += seconds
 
     @property
     def evaluation_is_due(self) -> bool:
-        """True where this step needs a point of the curve, and none has been taken over yet."""
+        """True if the curve needs a point at this step and none was recorded yet."""
         is_time = self.tokens >= self.next_evaluation or self.has_ended
         return is_time and self.evaluated_at != self.step
 
     def point(self, measured: Evaluation) -> CurvePoint:
-        """The point of the curve that this evaluation makes.
+        """The point of the curve for an evaluation.
 
         Raises:
-            UserError: When the loss has stopped being a number.
+            UserError: If the training loss is no longer finite.
         """
         interval, kl = self._interval, self._finite_kl()
         closed = gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce)
@@ -177,7 +177,7 @@ class TrainState(ABC):
         )
 
     def note_evaluation(self) -> None:
-        """Begins the next interval, once the point has been taken over."""
+        """Record that a point was taken, and begin the next interval."""
         self.train_seconds += self._interval.seconds
         self._interval = _Interval(zero(self._device))
         self.points += 1
@@ -201,21 +201,21 @@ class TrainState(ABC):
     def state(self) -> Snapshot:
         """Everything that the rest of the training depends on, besides model, SAEs and text.
 
-        Its values `step` and `points` count the steps taken and the points taken over.
+        Its values `step` and `points` are the number of steps taken and of points recorded.
 
         Raises:
-            UserError: When the loss has stopped being a number: no training can go on from there.
+            UserError: If the training loss is no longer finite: training cannot resume from there.
         """
-        tensors, values = self._own_state()
+        tensors, values = self._method_state()
         progress = {name: getattr(self, name) for name in _PROGRESS}
         interval = vars(self._interval) | {"kl": self._finite_kl()}
         progress |= {"grad_norm": self._grad_norm(), "interval": interval, "learner": values}
         return Snapshot(tensors, progress)
 
-    def restore(self, kept: Snapshot) -> None:
-        """Puts back what `state()` gave, in this process or another."""
-        values = kept.values
-        self._restore_own(Snapshot(kept.tensors, values.get("learner", {})))
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a result of `state()` back, in this process or another."""
+        values = snapshot.values
+        self._restore_method(Snapshot(snapshot.tensors, values.get("learner", {})))
         for name in _PROGRESS:
             setattr(self, name, values[name])
         self._last_norm = values["grad_norm"]
@@ -227,16 +227,16 @@ class TrainState(ABC):
 class DistillState(TrainState):
     """The training of a student on the teacher's distribution.
 
-    In each step `hidden` and `backward` are called for every part of the batch, then `take_step` once.
+    In each step, `hidden` and `backward` are called for every part of the batch, then `take_step` once.
     """
 
     needs_gradient: bool
-    """True where `backward` needs the gradient of the KL."""
+    """True if `backward` needs the gradient of the KL."""
 
     @property
     @abstractmethod
     def sums(self) -> list[Tensor]:
-        """Sums that `backward` has made in this step, to be added up over processes in place."""
+        """The sums of this step so far. They are reduced over all processes in place."""
 
     @abstractmethod
     def hidden(self, trunk: Trunk) -> list[Tensor]:
@@ -244,32 +244,32 @@ class DistillState(TrainState):
 
     @abstractmethod
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
-        """Adds a part of the batch to the step.
+        """Add a part of the batch to the step.
 
         Args:
-            hidden: The states that `hidden` gave.
-            kl: The KL of each, with its gradient where that is needed.
+            hidden: The result of `hidden` for this part.
+            kl: The KL of each pass, with its gradient if `needs_gradient`.
         """
 
     def seed_rank(self, rank: int) -> None:
-        """Has dropout draw in this step by seed, step and rank of the process alone."""
+        """Seed the dropout of this step with the run's seed, the step and the rank of the process."""
 
-    def _own_state(self) -> Snapshot:
+    def _method_state(self) -> Snapshot:
         weights = self.student.weights.items()
         return Snapshot({f"adapter/{name}": weight.detach() for name, weight in weights}, {})
 
-    def _restore_own(self, kept: Snapshot) -> None:
+    def _restore_method(self, snapshot: Snapshot) -> None:
         for name, weight in self.student.weights.items():
-            weight.data.copy_(kept.tensors[f"adapter/{name}"])
+            weight.data.copy_(snapshot.tensors[f"adapter/{name}"])
 
 
 def zero(device: torch.device) -> Tensor:
-    """A sum to begin with, in float64."""
+    """A sum that starts at zero, in float64."""
     return torch.zeros((), dtype=torch.float64, device=device)
 
 
 def _peak_memory_gb(device: torch.device) -> float:
-    """Largest memory that this process has held so far, of the GPU or of the machine, in 10^9 bytes."""
+    """Peak memory of this process so far, on the GPU or else on the machine, in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

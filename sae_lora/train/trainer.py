@@ -1,4 +1,4 @@
-"""The loop that trains several students together: steps, curves, and the time of each."""
+"""The loop that trains several students together: steps, evaluations, and training time."""
 
 import time
 from abc import ABC, abstractmethod
@@ -16,26 +16,26 @@ from sae_lora.train.train_state import State
 
 
 class Task(NamedTuple):
-    """Work of all processes, as the leader sends it to the others."""
+    """A task for all processes, which the leader broadcasts."""
 
     numbers: list[int]
-    """The trainings, by their place among all."""
+    """Indices of the trainings."""
     tokens: Tensor | None = None
-    """Tokens of a step, `[batch, pos]`, before they are shared out; `None` for an evaluation."""
-    of_each: bool = False
-    """True for an evaluation of what each SAE contributes."""
+    """Tokens of a step for all processes, `[batch, pos]`; `None` for an evaluation."""
+    contributions: bool = False
+    """True for an evaluation of the contribution of each SAE."""
 
 
 class Trainer(ABC, Generic[State]):
-    """Students that go through the same batches together, each as if it were alone.
+    """Students that are trained together on the same batches, each as if it were trained alone.
 
-    Frozen parts are computed once for all. Students that are further than others wait.
+    The frozen parts are computed once for all. Students that have taken more steps wait for the others.
 
     Args:
         device: Device of the model.
         trainings: Trainings of students of the same model, with equal numbers of steps.
-        evaluate: Measures students on held-out tokens. The processes that share these also share the
-            batches, each with a trainer like this one.
+        evaluate: Evaluates students on held-out tokens. Its processes also share the training batches;
+            each process has a trainer.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Trainer(ABC, Generic[State]):
         self._processes = evaluate.processes
         self._device = device
         self._evaluate = evaluate
-        self._timed_from: float | None = None
-        """Start of the time that is not yet shared out; `None` while no time counts as training."""
+        self._clock_start: float | None = None
+        """Start of the training time that is not yet divided; `None` if the clock is stopped."""
         self._last_trained: list[State] = []
 
     @property
@@ -59,16 +59,16 @@ class Trainer(ABC, Generic[State]):
 
     @abstractmethod
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[State]) -> None:
-        """Takes one step of several trainings.
+        """Take one step of several trainings.
 
         Args:
             step: Number of the step.
-            batches: Training tokens `[batch, pos]`, continued after the last step.
-            trained: The trainings that are at this step; none where all are further.
+            batches: Training tokens `[batch, pos]`; the next item is that of this step.
+            trained: The trainings that are at this step; empty if all have taken more steps.
         """
 
     def follow(self, task: Task) -> None:
-        """Does this process's share of a task of the leader."""
+        """Do the share of this process in a task of the leader."""
         raise NotImplementedError(f"{type(self).__name__} runs in one process")
 
     @property
@@ -78,7 +78,7 @@ class Trainer(ABC, Generic[State]):
 
     @property
     def step(self) -> int:
-        """Number of the next step: that of the training that is least far."""
+        """Number of the next step: the least number of steps that a training has taken."""
         return min((training.step for training in self.active), default=0)
 
     def points(
@@ -87,15 +87,16 @@ class Trainer(ABC, Generic[State]):
         after_step: Callable[[Sequence[State]], None] = lambda trained: None,
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[tuple[State, CurvePoint]]:
-        """Trains to the end and yields points of the curves: before, between and after the steps.
+        """Train to the end, and yield points of the curves before, between and after the steps.
 
         Args:
-            batches: Training tokens `[batch, pos]`, one item a step, beginning with `first_batch`.
-            after_step: Called after every step with the trainings that took it; `state()` is then sound.
-            held: Entered around each step, to hold back what must not interrupt it.
+            batches: Training tokens `[batch, pos]`, one item per step, beginning with `first_batch`.
+            after_step: Called after every step with the trainings that took it; their `state()` is then
+                complete.
+            held: Entered around each step, to delay signals that would interrupt it.
 
         Raises:
-            UserError: When a loss stops being a number, unless the isolation takes the error.
+            UserError: If a loss is no longer finite, unless the isolation handles the error.
         """
         source = iter(batches)
         step = self.step
@@ -109,12 +110,12 @@ class Trainer(ABC, Generic[State]):
                 if trained:
                     self._last_trained = trained
                     self._share_seconds()
-            after_step(self._still_left(trained))
+            after_step(self._still_active(trained))
             yield from self._points_due()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in the block is no training time."""
+        """Do not count the time spent in the block as training time."""
         self._stop_clock()
         yield
         self._start_clock()
@@ -122,18 +123,18 @@ class Trainer(ABC, Generic[State]):
     def contributions(self, training: State) -> dict[str, Contribution]:
         """The present contribution of each SAE of a student, by hookpoint."""
         self._stop_clock()
-        self._broadcast([training], of_each=True)
+        self._broadcast([training], contributions=True)
         return self._evaluate.contributions(training.student)
 
-    def _still_left(self, trained: Sequence[State]) -> list[State]:
+    def _still_active(self, trained: Sequence[State]) -> list[State]:
         """The trainings among these that have not failed."""
         return [training for training in trained if training in self.active]
 
     def _broadcast(
-        self, trainings: Sequence[State], tokens: Tensor | None = None, *, of_each: bool = False
+        self, trainings: Sequence[State], tokens: Tensor | None = None, *, contributions: bool = False
     ) -> None:
         numbers = [self._trainings.runs.index(training) for training in trainings]
-        self._processes.broadcast(Task(numbers, tokens, of_each))
+        self._processes.broadcast(Task(numbers, tokens, contributions))
 
     def _points_due(self) -> Iterator[tuple[State, CurvePoint]]:
         due = [training for training in self.active if training.evaluation_is_due]
@@ -148,23 +149,24 @@ class Trainer(ABC, Generic[State]):
                 point = training.point(evaluation)
             if point is not None:
                 yield training, point
-                # Only once the point has been taken over: stopped before, it is measured again.
+                # After the caller has recorded the point: if it stops earlier, the point is measured
+                # again.
                 training.note_evaluation()
 
     def _start_clock(self) -> None:
-        if self._timed_from is None:
-            self._timed_from = time.perf_counter()
+        if self._clock_start is None:
+            self._clock_start = time.perf_counter()
 
     def _stop_clock(self) -> None:
-        if self._device.type == "cuda":  # a GPU works on after a step has returned
+        if self._device.type == "cuda":  # a step returns before the GPU has finished
             torch.cuda.synchronize(self._device)
         self._share_seconds()
-        self._timed_from = None
+        self._clock_start = None
 
     def _share_seconds(self) -> None:
-        """Shares out the time since the last call among the trainings that took the last step."""
-        if self._timed_from is None:
+        """Divide the time since the last call among the trainings that took the last step."""
+        if self._clock_start is None:
             return
-        start, self._timed_from = self._timed_from, time.perf_counter()
+        start, self._clock_start = self._clock_start, time.perf_counter()
         for training in self._last_trained:
-            training.add_seconds((self._timed_from - start) / len(self._last_trained))
+            training.add_seconds((self._clock_start - start) / len(self._last_trained))

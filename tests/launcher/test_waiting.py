@@ -111,7 +111,7 @@ def test_what_cannot_work_later_is_refused_before_anything_runs(
 
 def test_only_what_trains_saes_keeps_them_on_its_way(point: Point) -> None:
     after = "init=linear_adapter", "init_at=0.5"
-    with pytest.raises(ConfigError, match="keeps nothing on its way") as error:
+    with pytest.raises(ConfigError, match="saves no intermediate results") as error:
         plan([point("method=linear_adapter"), point(*after)])
     assert error.value.nearest == 1
 

@@ -69,7 +69,7 @@ def test_asked_to_stop_it_loses_nothing(folder: RunFolder, whole: dict[str, obje
 def test_failed_it_says_why_and_can_be_taken_up(folder: RunFolder, whole: dict[str, object]) -> None:
     assert attempt(folder, step=7, what="raise").returncode == EXIT_FAILED
     failure = json.loads(folder.failure.read_text())
-    assert failure["message"] == "ZeroDivisionError: befallen"
+    assert failure["message"] == "ZeroDivisionError: injected fault"
     assert "Traceback" in failure["details"]
     resumed(folder, 6)
     assert results(folder) == whole
@@ -112,7 +112,7 @@ class TestTogether:
     def test_one_that_fails_does_not_end_the_other(self, pair, failing: int, whole) -> None:
         ordered = (pair[failing], pair[1 - failing])  # it befalls the first
         assert attempt(*ordered, step=7, what="raise").returncode == EXIT_FAILED
-        assert ordered[0].failure_message == "ZeroDivisionError: befallen"
+        assert ordered[0].failure_message == "ZeroDivisionError: injected fault"
         assert ordered[1].is_finished
         assert attempt(ordered[0]).returncode == 0
         assert results(pair[0]) == whole

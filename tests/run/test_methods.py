@@ -227,7 +227,7 @@ class TestRefusedBeginnings:
         error = self.refused(point(f"init={near.with_name(near.name[:-1])}"))
         assert error.field == "init"
         assert error.nearest == near
-        assert "is no run" in str(error)
+        assert "it is not a run folder" in str(error)
 
     def test_a_run_that_is_not_finished(self, point: Point) -> None:
         (planned,) = plan([point()]).runs
@@ -247,7 +247,7 @@ class TestRefusedBeginnings:
         other.summary.write_text("{}")
         error = self.refused(point(f"init={other.path}"))
         assert "a run of tiny" in str(error)
-        assert "that one is of gpt2" in str(error)
+        assert "it is a run of gpt2" in str(error)
 
     def test_adapters_of_another_shape(self, point: Point, finished: dict[str, RunFolder]) -> None:
         init = f"init={finished['lora'].path}"
@@ -281,7 +281,7 @@ class TestRefusedBeginnings:
     ) -> None:
         error = self.refused(point(f"method={kind}", f"init={finished[before].path}"))
         assert error.field == "init"
-        assert f"with method={kind} it cannot be one of method={before}" in str(error)
+        assert f"method={kind} cannot start from a run of method={before}" in str(error)
 
 
 STEPS = 8

@@ -1,4 +1,4 @@
-"""Activations are served shuffled, each once, and the same again after a stop."""
+"""The activation buffer serves each activation once, shuffled, and the same after a resume."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ POST = [f"blocks.{block}.hook_resid_post" for block in range(N_BLOCKS)]
 
 
 def batches(first: int = 0) -> Iterator[Tensor]:
-    """Text without end, from one of its batches on."""
+    """Endless text, from the batch with this number on."""
     while True:
         yield random_tokens(BATCH, LENGTH, seed=1000 + first)
         first += 1
@@ -35,211 +35,215 @@ def buffer(
     return ActivationBuffer(model, sources or {"sae": [POST[1]]}, special_ids, seed, PER_FILL)
 
 
-def served(one: ActivationBuffer, first: int, last: int, name: str = "sae") -> list[Tensor]:
-    """The parts of the steps from one to before another."""
-    text = batches(one.first_batch_of(first))
-    return [one.serve(step, text)[name] for step in range(first, last)]
+def served(buffer: ActivationBuffer, first: int, last: int, name: str = "sae") -> list[Tensor]:
+    """The parts of the steps from `first` to before `last`."""
+    text = batches(buffer.first_batch_of(first))
+    return [buffer.serve(step, text)[name] for step in range(first, last)]
 
 
 def takes(parts: Sequence[Tensor], at_block: Tensor) -> list[bool]:
-    """Whether each of a block's activations `[token, d]` is among what was served."""
-    found = bag(torch.cat([*parts]))
-    return [row.numpy().tobytes() in found for row in at_block]
+    """For each of a block's activations `[token, d]`: true if it was served."""
+    served_rows = bag(torch.cat([*parts]))
+    return [row.numpy().tobytes() in served_rows for row in at_block]
 
 
-def bytes_held(one: ActivationBuffer) -> int:
-    return sum(held.nbytes for held in one._held.values())
+def bytes_held(buffer: ActivationBuffer) -> int:
+    return sum(held.nbytes for held in buffer._held.values())
 
 
 def bag(rows: Tensor) -> Counter[bytes]:
-    """Activations `[token, d]`, as often as each is there."""
+    """Activations `[token, d]` with the number of times that each occurs."""
     return Counter(row.numpy().tobytes() for row in rows)
 
 
 def direct(model: LanguageModel, block: int, fill: int, special_ids: Tensor | None = None) -> Tensor:
-    """What leaves the block in all of the model's forward pass, over the batches of a fill."""
-    found = []
+    """The output of a block in the model's forward pass, over the batches of a fill, `[token, d]`."""
+    resids = []
     for tokens in islice(batches(fill * PER_FILL), PER_FILL):
-        resid: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def take(module: object, arguments: object, output: Any, resid: list[Tensor] = resid) -> None:
-            resid.append(output[0] if isinstance(output, tuple) else output)
+        def take(
+            module: object, arguments: object, output: Any, outputs: list[Tensor] = outputs
+        ) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
 
         handle = model.blocks[block].register_forward_hook(take)
         with torch.no_grad():
             model.model(input_ids=tokens)
         handle.remove()
-        kept = torch.ones_like(tokens, dtype=torch.bool)
+        counted = torch.ones_like(tokens, dtype=torch.bool)
         if special_ids is not None:
-            kept = ~torch.isin(tokens, special_ids)
-        found.append(resid[0][kept])
-    return torch.cat(found)
+            counted = ~torch.isin(tokens, special_ids)
+        resids.append(outputs[0][counted])
+    return torch.cat(resids)
 
 
 @pytest.mark.parametrize("block", range(N_BLOCKS))
 def test_each_activation_of_a_fill_is_served_once(model: LanguageModel, block: int) -> None:
-    one = buffer(model, {"sae": [POST[block]]})
+    activations = buffer(model, {"sae": [POST[block]]})
     text = batches()
     for fill in range(2):
-        parts = [one.serve(PER_FILL * fill + part, text)["sae"] for part in range(PER_FILL)]
+        parts = [activations.serve(PER_FILL * fill + part, text)["sae"] for part in range(PER_FILL)]
         assert {part.shape for part in parts} == {(BATCH * LENGTH, D_MODEL)}
         assert bag(torch.cat(parts)) == bag(direct(model, block, fill))
 
 
-def test_special_positions_never_appear_and_the_division_leaves_a_few() -> None:
+def test_special_positions_are_left_out_and_the_remainder_is_dropped() -> None:
     model = small_model("gpt2")
-    one = buffer(model, special_ids=SPECIAL)
-    left = []
+    activations = buffer(model, special_ids=SPECIAL)
+    dropped = []
     for fill in range(3):
         expected = direct(model, 1, fill, SPECIAL)
         assert len(expected) < PER_FILL * BATCH * LENGTH
-        parts = served(one, PER_FILL * fill, PER_FILL * (fill + 1))
+        parts = served(activations, PER_FILL * fill, PER_FILL * (fill + 1))
         assert {len(part) for part in parts} == {len(expected) // PER_FILL}
-        found = bag(torch.cat(parts))
-        assert found <= bag(expected)
-        left.append(len(expected) - found.total())
-        assert left[-1] == len(expected) % PER_FILL
-    assert any(left)
+        served_rows = bag(torch.cat(parts))
+        assert served_rows <= bag(expected)
+        dropped.append(len(expected) - served_rows.total())
+        assert dropped[-1] == len(expected) % PER_FILL
+    assert any(dropped)
 
 
-def test_the_order_is_shuffled_anew_in_each_fill_and_follows_the_seed() -> None:
+def test_each_fill_has_another_order_that_follows_the_seed() -> None:
     model = small_model("llama")
     same_text = [random_tokens(BATCH, LENGTH, seed=1000 + number) for number in range(PER_FILL)]
 
     def fills(seed: int) -> tuple[Tensor, Tensor]:
-        one, text = buffer(model, seed=seed), chain(same_text, same_text)
-        parts = [one.serve(step, text)["sae"] for step in range(2 * PER_FILL)]
+        activations, text = buffer(model, seed=seed), chain(same_text, same_text)
+        parts = [activations.serve(step, text)["sae"] for step in range(2 * PER_FILL)]
         return torch.cat(parts[:PER_FILL]), torch.cat(parts[PER_FILL:])
 
     first, second = fills(0)
     unshuffled = direct(model, 1, 0)
     assert bag(first) == bag(second) == bag(unshuffled)
     orders = [unshuffled, first, second, fills(1)[0]]
-    for place, order in enumerate(orders):
-        assert not any(torch.equal(order, other) for other in orders[:place])
+    for index, order in enumerate(orders):
+        assert not any(torch.equal(order, earlier) for earlier in orders[:index])
     assert torch.equal(fills(0)[1], second)
-    # Every part has something of every batch.
+    # Every part has activations of every batch.
     of_batch = [bag(rows) for rows in unshuffled.split(BATCH * LENGTH)]
-    assert all((bag(part) & one) for part in first.split(BATCH * LENGTH) for one in of_batch)
+    assert all(
+        (bag(part) & activations) for part in first.split(BATCH * LENGTH) for activations in of_batch
+    )
 
 
 @pytest.mark.parametrize("special_ids", [None, SPECIAL])
 @pytest.mark.parametrize("step", [0, 3, PER_FILL, 2 * PER_FILL - 1])
-def test_resumed_anywhere_it_serves_the_same(special_ids: Tensor | None, step: int) -> None:
+def test_a_buffer_resumed_at_any_step_serves_the_same(special_ids: Tensor | None, step: int) -> None:
     model = small_model("llama")
     sources = {"sae": [POST[2]], "mixed": POST[:3]}
     for name in sources:
         expected = served(buffer(model, sources, special_ids), 0, 3 * PER_FILL, name)
         resumed = buffer(model, sources, special_ids)
         assert resumed.first_batch_of(step) == PER_FILL * (step // PER_FILL)
-        found = served(resumed, step, 3 * PER_FILL, name)
-        for ours, theirs in zip(found, expected[step:], strict=True):
+        parts = served(resumed, step, 3 * PER_FILL, name)
+        for ours, theirs in zip(parts, expected[step:], strict=True):
             assert torch.equal(ours, theirs)
 
 
 def test_it_never_holds_more_than_one_fill() -> None:
     model = small_model("llama")
-    one = buffer(model, {"sae": [POST[1]], "the same": [POST[1]], "mixed": POST[1:3]})
-    assert bytes_held(one) == 0
+    activations = buffer(model, {"sae": [POST[1]], "the same": [POST[1]], "mixed": POST[1:3]})
+    assert bytes_held(activations) == 0
     text = batches()
-    places = set()
+    addresses = set()
     for step in range(3 * PER_FILL):
-        parts = one.serve(step, text)
-        assert bytes_held(one) == 2 * PER_FILL * BATCH * LENGTH * D_MODEL * 4
-        places.add(tuple(held.data_ptr() for held in one._held.values()))
+        parts = activations.serve(step, text)
+        assert bytes_held(activations) == 2 * PER_FILL * BATCH * LENGTH * D_MODEL * 4
+        addresses.add(tuple(held.data_ptr() for held in activations._held.values()))
         assert parts["sae"] is parts["the same"]
-    assert len(places) == 1  # a fill is written where the one before it was
+    assert len(addresses) == 1  # each fill overwrites the last one
 
 
 def test_it_holds_the_models_precision() -> None:
     model = LanguageModel(small_model("llama").model.to(torch.bfloat16))  # pyright: ignore
-    one = buffer(model)
-    (part,) = served(one, 0, 1)
+    activations = buffer(model)
+    (part,) = served(activations, 0, 1)
     assert part.dtype == torch.bfloat16
-    assert bytes_held(one) == PER_FILL * BATCH * LENGTH * D_MODEL * 2
+    assert bytes_held(activations) == PER_FILL * BATCH * LENGTH * D_MODEL * 2
 
 
-def test_it_reads_a_fill_at_a_time_and_computes_no_block_in_vain() -> None:
+def test_it_reads_one_fill_at_a_time_and_only_the_blocks_it_needs() -> None:
     model = small_model("llama")
     passes: Counter[int] = Counter()
     for block, module in enumerate(model.blocks):
         module.register_forward_hook(lambda *_, block=block: passes.update([block]))
-    one = buffer(model, {"sae": [POST[0]], "mixed": [POST[1], POST[2]]})
+    activations = buffer(model, {"sae": [POST[0]], "mixed": [POST[1], POST[2]]})
     text = batches()
     for step in range(PER_FILL + 1):
-        one.serve(step, text)
+        activations.serve(step, text)
         fills = 1 + step // PER_FILL
         assert passes == dict.fromkeys(range(3), PER_FILL * fills)
     assert [len(module._forward_hooks) for module in model.blocks] == [1] * N_BLOCKS
 
 
 @pytest.mark.parametrize("special_ids", [None, SPECIAL])
-def test_of_several_blocks_each_token_takes_one(special_ids: Tensor | None) -> None:
+def test_each_token_takes_one_of_several_blocks(special_ids: Tensor | None) -> None:
     model = small_model("llama")
     sources = {"early": POST[:3], "late": POST[2:], "early too": POST[:3]}
-    one = buffer(model, sources, special_ids)
+    activations = buffer(model, sources, special_ids)
     text = batches()
-    parts = [one.serve(step, text) for step in range(PER_FILL)]
+    parts = [activations.serve(step, text) for step in range(PER_FILL)]
     at_block = [direct(model, block, 0, special_ids) for block in range(N_BLOCKS)]
     for name, blocks in (("early", (0, 1, 2)), ("late", (2, 3))):
-        found = bag(torch.cat([part[name] for part in parts]))
+        served_rows = bag(torch.cat([part[name] for part in parts]))
         share = len(at_block[0]) // len(blocks)
-        counts = [(found & bag(at_block[block])).total() for block in blocks]
-        assert sum(counts) == found.total()
+        counts = [(served_rows & bag(at_block[block])).total() for block in blocks]
+        assert sum(counts) == served_rows.total()
         assert all(0.7 * share < count < 1.3 * share for count in counts)
-        # One of each token: its activations at several blocks are never both there.
+        # Each token occurs once: its activations at two blocks are never both served.
         taken = [takes([part[name] for part in parts], at_block[block]) for block in blocks]
-        left = len(at_block[0]) % PER_FILL
+        dropped = len(at_block[0]) % PER_FILL
         repeated = len(at_block[0]) - len(bag(at_block[0]))  # a token that begins two sequences
-        assert sum(sum(of_token) != 1 for of_token in zip(*taken, strict=True)) <= left + 2 * repeated
+        assert sum(sum(of_token) != 1 for of_token in zip(*taken, strict=True)) <= dropped + 2 * repeated
     assert all(torch.equal(part["early"], part["early too"]) for part in parts)
 
 
-def test_what_a_token_takes_is_drawn_anew_for_each_fill_and_group() -> None:
+def test_the_block_of_a_token_is_drawn_for_each_fill_and_group() -> None:
     model = small_model("llama")
-    one = buffer(model, {"early": POST[:2], "late": POST[2:]})
+    activations = buffer(model, {"early": POST[:2], "late": POST[2:]})
     text = [random_tokens(BATCH, LENGTH, seed=1000 + number) for number in range(PER_FILL)]
     batches_twice = chain(text, text)
-    parts = [one.serve(step, batches_twice) for step in range(2 * PER_FILL)]
-    draws = [
+    parts = [activations.serve(step, batches_twice) for step in range(2 * PER_FILL)]
+    choices = [
         takes([part["early"] for part in parts[:PER_FILL]], direct(model, 0, 0)),
         takes([part["early"] for part in parts[PER_FILL:]], direct(model, 0, 0)),
         takes([part["late"] for part in parts[:PER_FILL]], direct(model, 2, 0)),
     ]
-    for place, draw in enumerate(draws):
-        for other in draws[:place]:
-            alike = sum(ours == theirs for ours, theirs in zip(draw, other, strict=True))
-            assert 0.35 < alike / len(draw) < 0.65
+    for index, choice in enumerate(choices):
+        for earlier in choices[:index]:
+            equal = sum(ours == theirs for ours, theirs in zip(choice, earlier, strict=True))
+            assert 0.35 < equal / len(choice) < 0.65
 
 
-def test_what_a_group_takes_does_not_depend_on_what_else_is_served() -> None:
+def test_the_activations_of_a_group_do_not_depend_on_other_groups() -> None:
     model = small_model("llama")
-    alone = served(buffer(model, {"sae": POST[:3]}), 0, PER_FILL)
-    others = {"a": [POST[3]], "sae": POST[:3], "z": POST[1:]}
-    among = served(buffer(model, others), 0, PER_FILL)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone, among, strict=True))
+    expected = served(buffer(model, {"sae": POST[:3]}), 0, PER_FILL)
+    sources = {"a": [POST[3]], "sae": POST[:3], "z": POST[1:]}
+    parts = served(buffer(model, sources), 0, PER_FILL)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(expected, parts, strict=True))
 
 
-def test_a_modules_own_name_and_what_a_block_reads_are_hookpoints_too() -> None:
+def test_module_names_and_resid_pre_are_hookpoints() -> None:
     model = small_model("gpt_neox")
     module = f"{model.name_at(POST[2])}.mlp"
-    one = buffer(model, {"sae": [module], "before": ["blocks.2.hook_resid_pre"]})
-    parts = [one.serve(step, text)["before"] for text in [batches()] for step in range(PER_FILL)]
+    activations = buffer(model, {"sae": [module], "before": ["blocks.2.hook_resid_pre"]})
+    parts = [activations.serve(step, text)["before"] for text in [batches()] for step in range(PER_FILL)]
     assert bag(torch.cat(parts)) == bag(direct(model, 1, 0))
-    assert one._held[(module,)].shape == one._held[("blocks.2.hook_resid_pre",)].shape
+    assert activations._held[(module,)].shape == activations._held[("blocks.2.hook_resid_pre",)].shape
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_requests_are_refused() -> None:
     model = small_model("llama")
     with pytest.raises(ConfigError, match="a block from 0 to 3"):
         buffer(model, {"sae": [POST[0], "blocks.4.hook_resid_post"]})
     everything = torch.arange(96)
     with pytest.raises(UserError, match="too few for 5 steps"):
         served(buffer(model, special_ids=everything), 0, 1)
-    one = buffer(model)
-    served(one, 0, 1)
-    with pytest.raises(ValueError, match="fill 2; fill 0 is held"):
-        one.serve(2 * PER_FILL, batches())
+    activations = buffer(model)
+    served(activations, 0, 1)
+    with pytest.raises(ValueError, match="fill 2, but the buffer is at 0"):
+        activations.serve(2 * PER_FILL, batches())
     uneven = iter([random_tokens(3, 16), random_tokens(2, 16)])
-    with pytest.raises(ValueError, match=r"\[2, 16\] in a fill of \[3, 16\]"):
+    with pytest.raises(ValueError, match=r"shape \[2, 16\], expected \[3, 16\]"):
         buffer(model).serve(0, uneven)

@@ -1,4 +1,4 @@
-"""layer=groups: which blocks share an SAE, how it is trained, and what begins with it."""
+"""layer=groups: the blocks that share an SAE, its training, and the runs that start from it."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.slow  # many seconds in all
 
 CPU = torch.device("cpu")
 LAST = 7
-"""Of the embedded model's blocks."""
+"""Index of the embedded model's last block."""
 TWO = ("method=sae", "layer.n_groups=2", "sae.width=256", "sae.l0=8", "method.buffer_tokens=1024")
 
 QUICK = "train.eval_each_sae=false"
@@ -57,7 +57,7 @@ def default(method: str) -> Config:
 
 
 def ask(method: str, layer: dict[str, Any], init: str | None = None) -> None:
-    """Checks what `python launch.py method=… layer.…=… init=…` would compose."""
+    """Check the config that `python launch.py method=… layer.…=… init=…` composes."""
     config = default(method)
     check(replace(config, init=init, layer=replace(config.layer, **layer)))
 
@@ -88,9 +88,9 @@ def test_what_is_refused(method: str, layer: dict[str, Any], field: str, nearest
     assert (error.value.field, error.value.nearest) == (f"layer.{field}", nearest)
 
 
-def test_one_way_to_ask_is_taken() -> None:
-    for most in (1e-6, 0.2, 1.0):
-        ask("sae", {"amad_max": most})
+def test_one_way_to_choose_groups_is_accepted() -> None:
+    for limit in (1e-6, 0.2, 1.0):
+        ask("sae", {"amad_max": limit})
     ask("sae", {"n_groups": 1})
     ask("sae", {"n_groups": 3, "evenly": True})
     for method in ("lora", "sae_finetune"):
@@ -99,7 +99,7 @@ def test_one_way_to_ask_is_taken() -> None:
 
 
 def refuse(*_: object, **__: object) -> object:
-    pytest.fail("nothing is to be loaded")
+    pytest.fail("nothing may be loaded")
 
 
 @pytest.fixture
@@ -110,23 +110,25 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("loads_nothing")
-@pytest.mark.parametrize("more", [8, 100])
-def test_more_groups_than_blocks_are_refused_before_a_model_is_loaded(more: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the blocks without the last") as error:
-        plan([points_in(tmp_path)("method=sae", f"layer.n_groups={more}")])
-    assert (error.value.field, error.value.got, error.value.nearest) == ("layer.n_groups", more, 7)
+@pytest.mark.parametrize("number", [8, 100])
+def test_more_groups_than_blocks_are_refused_before_a_model_is_loaded(
+    number: int, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="the number of blocks without the last") as error:
+        plan([points_in(tmp_path)("method=sae", f"layer.n_groups={number}")])
+    assert (error.value.field, error.value.got, error.value.nearest) == ("layer.n_groups", number, 7)
 
 
 @dataclass(frozen=True)
 class Home:
-    """A folder whose distances are known, and the run of two groups in it."""
+    """Points in a folder with cached distances, and a run with two groups."""
 
     point: Point
     run: RunFolder
 
     @property
     def groups(self) -> list[list[int]]:
-        """Of the run."""
+        """The groups of the run."""
         return json.loads(self.run.groups.read_text())["groups"]
 
 
@@ -151,14 +153,14 @@ def test_distances_are_measured_once(home: Home, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_points_of_a_sweep_read_the_text_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, load = [], corpus.load
-    monkeypatch.setattr(corpus, "load", lambda *given: read.append(given) or load(*given))
+    reads, load = [], corpus.load
+    monkeypatch.setattr(corpus, "load", lambda *arguments: reads.append(arguments) or load(*arguments))
     plan([home.point("method=sae", f"layer.n_groups={number}") for number in (1, 2, 3)])
-    assert len(read) == 1
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("override", ["data.validation_tokens=512", "train.dtype=bfloat16"])
-def test_on_other_text_or_in_another_precision_they_are_others(
+def test_other_text_or_precision_is_measured_again(
     override: str, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class MeasuredError(Exception):
@@ -172,7 +174,7 @@ def test_on_other_text_or_in_another_precision_they_are_others(
         plan([home.point(*TWO, override)])
 
 
-def test_every_block_but_the_last_has_the_sae_of_its_group(home: Home) -> None:
+def test_every_block_except_the_last_has_the_sae_of_its_group(home: Home) -> None:
     (planned,) = plan([home.point(*TWO)]).runs
     used = planned.config.sae.used
     assert [choice.block for choice in used] == list(range(LAST))
@@ -183,7 +185,7 @@ def test_every_block_but_the_last_has_the_sae_of_its_group(home: Home) -> None:
     assert planned.folder.path.name.startswith("tiny-l0to6in2-sae-s0")
 
 
-def test_evenly_they_are_neighbours(home: Home) -> None:
+def test_even_groups_are_neighbours(home: Home) -> None:
     (planned,) = plan([home.point("method=sae", "layer.n_groups=3", "layer.evenly=true")]).runs
     assert planned.groups is not None and planned.groups.evenly
     assert planned.groups.groups == [[0, 1, 2], [3, 4], [5, 6]]
@@ -191,30 +193,30 @@ def test_evenly_they_are_neighbours(home: Home) -> None:
     assert planned.groups.amad == pytest.approx(layer_groups.amad(distances, planned.groups.groups))
 
 
-def test_the_same_groups_are_the_same_run_however_they_are_asked_for(home: Home) -> None:
-    """No two blocks together: by number, by distance, and evenly."""
-    asked = ["n_groups=7"], ["amad_max=1e-6"], ["n_groups=7", "evenly=true"]
-    points = [home.point("method=sae", *(f"layer.{one}" for one in those)) for those in asked]
+def test_equal_groups_are_the_same_run(home: Home) -> None:
+    """Groups of one block: by number, by distance, and evenly."""
+    requests = ["n_groups=7"], ["amad_max=1e-6"], ["n_groups=7", "evenly=true"]
+    points = [home.point("method=sae", *(f"layer.{value}" for value in values)) for values in requests]
     (planned,) = plan(points).runs
     assert [choice.group for choice in planned.config.sae.used] == [[block] for block in range(LAST)]
     assert planned.groups is not None and planned.groups.sae_flops_saved == 0
 
 
-def test_the_run_says_how_its_groups_were_found(home: Home) -> None:
-    told = json.loads(home.run.groups.read_text())
-    distances = torch.tensor(told["distances"], dtype=torch.float64)
+def test_the_run_records_its_groups_and_distances(home: Home) -> None:
+    record = json.loads(home.run.groups.read_text())
+    distances = torch.tensor(record["distances"], dtype=torch.float64)
     assert distances.shape == (LAST + 1, LAST + 1)
     assert torch.equal(distances, distances.T) and (distances.diagonal() == 0).all()
     groups, amads = layer_groups.group_blocks(distances, n_groups=2)
-    assert told["groups"] == groups
-    assert sorted(block for group in told["groups"] for block in group) == list(range(LAST))
-    assert told["amad"] == pytest.approx(amads[1])
-    assert told["amad_by_count"] == pytest.approx(amads)
-    assert told["evenly"] is False
-    assert told["sae_flops_saved"] == pytest.approx(1 - 2 / 7)
+    assert record["groups"] == groups
+    assert sorted(block for group in record["groups"] for block in group) == list(range(LAST))
+    assert record["amad"] == pytest.approx(amads[1])
+    assert record["amad_by_count"] == pytest.approx(amads)
+    assert record["evenly"] is False
+    assert record["sae_flops_saved"] == pytest.approx(1 - 2 / 7)
 
 
-def test_one_folder_for_each_group_which_sae_lens_loads(home: Home) -> None:
+def test_sae_lens_loads_the_folder_of_each_group(home: Home) -> None:
     folders = {path.name: path for path in home.run.sae.iterdir()}
     assert set(folders) == {resid_post(group[0]) for group in home.groups}
     for group in home.groups:
@@ -226,7 +228,7 @@ def test_one_folder_for_each_group_which_sae_lens_loads(home: Home) -> None:
         assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.architecture()) == (128, 256, "topk")
 
 
-def test_what_the_summary_says_of_each_block(home: Home) -> None:
+def test_the_summary_lists_every_block(home: Home) -> None:
     saes = home.run.read_summary()["sae"]
     assert [sae["block"] for sae in saes] == list(range(LAST))
     assert [sae["hookpoint"] for sae in saes] == [resid_post(block) for block in range(LAST)]
@@ -234,13 +236,13 @@ def test_what_the_summary_says_of_each_block(home: Home) -> None:
 
 
 @pytest.mark.slow
-def test_killed_amid_a_buffer_they_go_on_and_end_the_same(home: Home, tmp_path: Path) -> None:
-    """Which block each token's activation is of is drawn anew, and is the same."""
+def test_a_run_killed_within_a_fill_resumes_and_ends_the_same(home: Home, tmp_path: Path) -> None:
+    """The block of each token is drawn again, and is the same."""
     cached = f"data.cache_dir={home.point(*TWO).data.cache_dir}"
-    stopped = frozen(tmp_path, *SMALL, *TWO, cached, "train.checkpoint_every_steps=1")
-    assert killed(attempt(stopped, step=2, what=signal.SIGKILL))
-    assert attempt(stopped).returncode == 0
-    assert results(stopped) == results(home.run)
+    interrupted = frozen(tmp_path, *SMALL, *TWO, cached, "train.checkpoint_every_steps=1")
+    assert killed(attempt(interrupted, step=2, what=signal.SIGKILL))
+    assert attempt(interrupted).returncode == 0
+    assert results(interrupted) == results(home.run)
 
 
 def text_of(config: Config) -> corpus.Corpus:
@@ -251,51 +253,50 @@ def text_of(config: Config) -> corpus.Corpus:
 
 
 def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
-    """As a run builds it: each that an SAE is given is one of a block of its group, at one of the
-    tokens, and none of its blocks is left out."""
-    member = ActiveRun(home.run)
-    member.read()
-    text, model = text_of(member.config), loading.load_model(member.config.model, DType.float32, CPU)
-    tokens = next(text.batches(member.config.train.batch_size, member.config.data.seed))
-    member.build(model, [], Sample(tokens, text.special_ids))
-    student = member.training.student
+    """Every activation that an SAE reads comes from a block of its group, and every block occurs."""
+    run = ActiveRun(home.run)
+    run.read()
+    text, model = text_of(run.config), loading.load_model(run.config.model, DType.float32, CPU)
+    tokens = next(text.batches(run.config.train.batch_size, run.config.data.seed))
+    run.build(model, [], Sample(tokens, text.special_ids))
+    student = run.training.student
     assert len({id(splice.sae) for splice in student.splices}) == len(student.modules) == 2
     names = {"+".join(map(resid_post, group)): group for group in home.groups}
-    assert {name: one.hookpoints for name, one in sources_of(student).items()} == {
+    assert {name: source.hookpoints for name, source in sources_of(student).items()} == {
         name: list(map(resid_post, group)) for name, group in names.items()
     }
-    pack = Builder(member.config).trainer(
-        Isolation([member.training]), text.special_ids, text.validation_tokens, ProcessGroup()
+    pack = Builder(run.config).trainer(
+        Isolation([run.training]), text.special_ids, text.validation_tokens, ProcessGroup()
     )
     assert isinstance(pack, ReconstructTrainer)
-    batches = text.batches(member.config.train.batch_size, member.config.data.seed)
+    batches = text.batches(run.config.train.batch_size, run.config.data.seed)
     read = list(itertools.islice(batches, pack._buffer.batches_per_fill))
     with torch.no_grad():
         streams = {
-            block: torch.cat([_resid(model, block, one, text.special_ids) for one in read])
+            block: torch.cat([_resid(model, block, batch, text.special_ids) for batch in read])
             for block in range(LAST)
         }
     served = pack._buffer.serve(0, iter(read))
     assert set(served) == set(names)
     for name, group in names.items():
-        found = []
+        blocks = []
         for activation in served[name][:60]:
-            of = [block for block in range(LAST) if (streams[block] == activation).all(-1).any()]
-            assert len(of) == 1
-            found += of
-        assert set(found) == set(group)
+            matching = [block for block in range(LAST) if (streams[block] == activation).all(-1).any()]
+            assert len(matching) == 1
+            blocks += matching
+        assert set(blocks) == set(group)
 
 
 def _resid(
     model: language_model.LanguageModel, block: int, tokens: torch.Tensor, special_ids: torch.Tensor
 ) -> torch.Tensor:
-    """What leaves a block at tokens that are not special, `[token, d_model]`."""
+    """The output of a block at tokens that are not special, `[token, d_model]`."""
     resid = model.resid_entering(block + 1, tokens)
     assert resid is not None
     return resid[~special_positions(tokens, special_ids)]
 
 
-# ---- what begins with them ------------------------------------------------------------------------
+# ---- runs that start from the SAEs ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -311,26 +312,29 @@ def finetuned(home: Home) -> RunFolder:
 
 
 def ce(run: RunFolder) -> float:
-    """Of the model that a run has left, through transformers' own forward pass and whole logits."""
+    """The CE of a run's saved model, from transformers' forward pass and whole logits."""
     adapted = sae_lora.load_adapted(run)
     tokens = text_of(adapted.config).validation_tokens
     logits = adapted(tokens)[:, :-1].double()
     return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def test_lora_around_them_begins_where_they_ended(home: Home, lora: RunFolder) -> None:
-    before, after = home.run.read_summary(), lora.read_summary()
-    assert after["spliced_ce"] == pytest.approx(before["student_ce"], abs=1e-6)
-    assert after["student_ce"] != after["spliced_ce"]
-    assert [sae["group"] for sae in after["sae"]] == [sae["group"] for sae in before["sae"]]
-    assert after["method"]["init"] == str(home.run.path)
+def test_lora_starts_at_the_ce_of_the_trained_saes(home: Home, lora: RunFolder) -> None:
+    trained, adapted = home.run.read_summary(), lora.read_summary()
+    assert adapted["spliced_ce"] == pytest.approx(trained["student_ce"], abs=1e-6)
+    assert adapted["student_ce"] != adapted["spliced_ce"]
+    assert [sae["group"] for sae in adapted["sae"]] == [sae["group"] for sae in trained["sae"]]
+    assert adapted["method"]["init"] == str(home.run.path)
 
 
-def test_what_they_have_left_is_what_they_measured(home: Home, lora: RunFolder) -> None:
+def test_saved_runs_have_the_ce_of_their_summaries(home: Home, lora: RunFolder) -> None:
     for run in (home.run, lora):
         assert ce(run) == pytest.approx(run.read_summary()["student_ce"], rel=1e-6)
         saes = sae_lora.load_adapted(run).splices
-        by_sae = {id(one.sae): [two.block for two in saes if two.sae is one.sae] for one in saes}
+        by_sae = {
+            id(splice.sae): [shared.block for shared in saes if shared.sae is splice.sae]
+            for splice in saes
+        }
         assert sorted(by_sae.values()) == home.groups
 
 
@@ -342,21 +346,23 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
     }
 
 
-def test_finetuning_moves_one_sae_for_each_group(home: Home, finetuned: RunFolder) -> None:
-    before, after = weights(home.run), weights(finetuned)
-    assert before.keys() == after.keys()
-    assert {name.split("/")[0] for name in after} == {resid_post(group[0]) for group in home.groups}
-    assert all(not torch.equal(after[name], weight) for name, weight in before.items() if "W_" in name)
+def test_finetuning_trains_one_sae_for_each_group(home: Home, finetuned: RunFolder) -> None:
+    initial, trained = weights(home.run), weights(finetuned)
+    assert initial.keys() == trained.keys()
+    assert {name.split("/")[0] for name in trained} == {resid_post(group[0]) for group in home.groups}
+    assert all(
+        not torch.equal(trained[name], weight) for name, weight in initial.items() if "W_" in name
+    )
     summary = finetuned.read_summary()
     assert summary["spliced_ce"] == pytest.approx(home.run.read_summary()["student_ce"], abs=1e-6)
-    one = 2 * 128 * 256 + 128 + 256
-    assert summary["trainable_parameters"] == 2 * one
+    per_sae = 2 * 128 * 256 + 128 + 256
+    assert summary["trainable_parameters"] == 2 * per_sae
     for group in home.groups:
         values = json.loads((finetuned.sae / resid_post(group[0]) / "cfg.json").read_text())
         assert values["metadata"]["group_blocks"] == group
 
 
-def test_what_finetuning_made_can_be_begun_with_again(home: Home, finetuned: RunFolder) -> None:
+def test_a_run_can_start_from_finetuned_saes(home: Home, finetuned: RunFolder) -> None:
     assert ce(finetuned) == pytest.approx(finetuned.read_summary()["student_ce"], rel=1e-6)
     (run,) = run_here(home.point(f"init={finetuned.path}", "lora.blocks=all", QUICK))
     assert run.read_summary()["spliced_ce"] == pytest.approx(
@@ -364,7 +370,7 @@ def test_what_finetuning_made_can_be_begun_with_again(home: Home, finetuned: Run
     )
     config = load(run.config.read_text())
     saes = SAEs(read_dimensions(config.model), CPU).of(config.sae)
-    assert len({id(one.sae) for one in saes}) == len(home.groups)
+    assert len({id(loaded.sae) for loaded in saes}) == len(home.groups)
     assert [choice.group for choice in config.sae.used] == [
         next(group for group in home.groups if block in group) for block in range(LAST)
     ]

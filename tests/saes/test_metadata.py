@@ -1,4 +1,4 @@
-"""Where SAEs are asked for, by block and hook, and where they say they were trained."""
+"""Requested places of SAEs, by block and hook, and the places that SAEs were trained at."""
 
 import functools
 from dataclasses import replace
@@ -28,15 +28,15 @@ composed_once = functools.cache(composed)
 
 
 def asking(overrides: str, hook: str | None = None, **layer: object) -> Config:
-    """What these overrides compose, with this layer."""
-    wanted = LayerConfig(hook=None if hook is None else Hook[hook], **layer)  # pyright: ignore[reportArgumentType]
-    return replace(composed_once(*overrides.split()), layer=wanted)
+    """The config that these overrides compose, with this layer."""
+    values = LayerConfig(hook=None if hook is None else Hook[hook], **layer)  # pyright: ignore[reportArgumentType]
+    return replace(composed_once(*overrides.split()), layer=values)
 
 
 def places(
     dimensions: Dimensions, overrides: str, hook: str | None = None, **layer: object
 ) -> list[Place]:
-    """Where the SAEs sit that this means."""
+    """The places of the SAEs that this request resolves to."""
     resolution = resolve.resolve(asking(overrides, hook, **layer), dimensions)
     return [Place.of(choice) for choice in resolution.choices]
 
@@ -72,7 +72,7 @@ def test_disk_takes_the_hook_from_the_metadata(tmp_path: Path, hook: str) -> Non
     assert (error.value.field, error.value.nearest) == ("layer.index", 5)
 
 
-def test_where_nothing_is_said_the_output_is_meant(tmp_path: Path) -> None:
+def test_the_default_hook_is_resid_post(tmp_path: Path) -> None:
     folder = write_cfg(tmp_path / "sae")
     assert Place.of(read_folder(folder, 3, None, TINY)) == Place(3)
     assert Place.of(read_folder(folder, 3, Hook.mlp_out, TINY)) == Place(3, Hook.mlp_out)
@@ -80,8 +80,8 @@ def test_where_nothing_is_said_the_output_is_meant(tmp_path: Path) -> None:
         read_folder(folder, None, Hook.mlp_out, TINY)
 
 
-def test_resid_pre_is_what_the_block_before_puts_out(tmp_path: Path) -> None:
-    """By both names, in what is asked for and in what an SAE says."""
+def test_resid_pre_is_the_output_of_the_block_before(tmp_path: Path) -> None:
+    """Both names work, in the request and in the SAE's config."""
     for name, hook in (("before", "blocks.5.hook_resid_pre"), ("after", "blocks.4.hook_resid_post")):
         folder = write_cfg(tmp_path / name, hook_name=hook)
         for index, asked in ((None, None), (4, None), (4, Hook.resid_post), (5, Hook.resid_pre)):
@@ -95,7 +95,7 @@ def test_resid_pre_is_what_the_block_before_puts_out(tmp_path: Path) -> None:
     assert (error.value.field, error.value.got, error.value.nearest) == ("layer.index", 1, 2)
 
 
-def test_what_the_first_block_reads_is_refused(tmp_path: Path) -> None:
+def test_the_input_of_the_first_block_is_refused(tmp_path: Path) -> None:
     for overrides in ("", "sae=identity"):
         with pytest.raises(ConfigError, match="the embedding") as error:
             places(TINY, overrides, "resid_pre", index=0)
@@ -125,20 +125,20 @@ def test_other_places_and_transcoders_are_refused(tmp_path: Path, values: dict[s
         assert error.value.field == "sae"
 
 
-def test_the_width_is_the_models_at_every_place(tmp_path: Path) -> None:
+def test_an_sae_of_another_width_is_refused(tmp_path: Path) -> None:
     folder = write_cfg(tmp_path / "sae", hook_name="blocks.5.hook_mlp_out", d_in=64)
-    with pytest.raises(ConfigError, match="it reads residuals of width 64") as error:
+    with pytest.raises(ConfigError, match="its d_in is 64") as error:
         read_folder(folder, None, None, TINY)
     assert error.value.field == "sae.path"
 
 
-def test_a_hook_for_which_there_is_no_sae_is_no_cell_of_the_grid() -> None:
-    with pytest.raises(NoSuchCellError, match="resid_post: such SAEs were trained there") as error:
+def test_a_hook_without_saes_is_an_empty_cell_of_the_grid() -> None:
+    with pytest.raises(NoSuchCellError, match="a place with matching SAEs: resid_post") as error:
         places(TINY, "", "attn_out")
     assert (error.value.field, error.value.nearest) == ("layer.hook", "resid_post")
 
 
-def test_gemma_scope_of_mlps() -> None:
+def test_gemma_scope_at_mlp_outputs() -> None:
     gemma = "model=gemma2_2b sae=gemma_scope"
     (choice,), _ = resolve.resolve(asking(gemma, "mlp_out", index=5), GEMMA_2B)
     assert (choice.release, Place.of(choice)) == ("gemma-scope-2b-pt-mlp", Place(5, Hook.mlp_out))
@@ -146,13 +146,13 @@ def test_gemma_scope_of_mlps() -> None:
     third = "model.name=google/gemma-3-1b-pt sae=gemma_scope"
     (choice,), _ = resolve.resolve(asking(third, "mlp_out", index=5), GEMMA_2B)
     assert (choice.release, Place.of(choice)) == ("gemma-scope-2-1b-pt-mlp-all", Place(5, Hook.mlp_out))
-    behind = resolve.resolve(asking(gemma, "resid_post", index=12), GEMMA_2B)
-    assert resolve.resolve(asking(gemma, "resid_pre", index=13), GEMMA_2B) == behind
-    assert resolve.resolve(asking(gemma, index=12), GEMMA_2B) == behind
-    assert behind.choices[0].release == "gemma-scope-2b-pt-res"
+    expected = resolve.resolve(asking(gemma, "resid_post", index=12), GEMMA_2B)
+    assert resolve.resolve(asking(gemma, "resid_pre", index=13), GEMMA_2B) == expected
+    assert resolve.resolve(asking(gemma, index=12), GEMMA_2B) == expected
+    assert expected.choices[0].release == "gemma-scope-2b-pt-res"
 
 
-def test_what_gemma_scope_does_not_have_is_said() -> None:
+def test_hooks_that_gemma_scope_lacks_are_refused() -> None:
     with pytest.raises(ConfigError, match="hook_z") as error:
         places(GEMMA_2B, "model=gemma2_2b sae=gemma_scope", "attn_out")
     assert error.value.field == "layer.hook"
@@ -185,7 +185,7 @@ def test_registry_takes_the_hook_from_the_id() -> None:
     with pytest.raises(ConfigError) as error:
         places(GPT2, of_gpt2("mlp-out-v5-32k", "blocks.7.hook_mlp_out"), "resid_post")
     assert (error.value.field, error.value.nearest) == ("layer.hook", "mlp_out")
-    # An id that says no more than the block: what is asked for is checked when it is loaded.
+    # The id names only the block; loading checks the hook.
     gemma = "model=gemma2_2b sae=registry sae.release=gemma-scope-2b-pt-mlp"
     assert places(GEMMA_2B, f"{gemma} sae.id=layer_5/width_65k/average_l0_22", "mlp_out") == of_mlps(5)
 
@@ -202,39 +202,39 @@ def test_registry_at_other_places_is_refused(release: str, identifier: str) -> N
     with pytest.raises(ConfigError) as error:
         places(GPT2, of_gpt2(release, identifier))
     assert (error.value.field, error.value.got) == ("sae", identifier)
-    if release != "res-jb":  # which has others
-        with pytest.raises(ConfigError, match=r"it holds blocks\.0\.hook_") as error:
+    if release != "res-jb":  # this release also has SAEs at other places
+        with pytest.raises(ConfigError, match=r"it contains blocks\.0\.hook_") as error:
             places(GPT2, of_gpt2(release), index=5)
         assert error.value.field == "sae.release"
 
 
 def test_no_release_mixes_hooks() -> None:
-    """So that one SAE at each block is left where no hook is asked for."""
+    """Without `layer.hook`, each block has one place with SAEs."""
     for name, release in resolve.table().items():
-        there = [place_in(entry["id"], None) for entry in release["saes"]]
-        assert len({place.hook for place in there if place is not None}) <= 1, name
+        stated = [place_in(entry["id"], None) for entry in release["saes"]]
+        assert len({place.hook for place in stated if place is not None}) <= 1, name
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 3, 5]), (3, [1, 4])])
 def test_every_nth_block_of_the_embedded_saes(every: int, expected: list[int]) -> None:
-    found = resolve.resolve(composed("layer=every_nth", f"layer.every={every}"), TINY)
-    assert [Place.of(choice) for choice in found.choices] == after(*expected)
-    assert {choice.id for choice in found.choices} <= {path.name for path in SAES.iterdir()}
+    resolution = resolve.resolve(composed("layer=every_nth", f"layer.every={every}"), TINY)
+    assert [Place.of(choice) for choice in resolution.choices] == after(*expected)
+    assert {choice.id for choice in resolution.choices} <= {path.name for path in SAES.iterdir()}
     assert places(TINY, "", every=every, first=2) == after(*range(2, 7, every))
 
 
 @pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_every_nth_block_of_llama_scope(hook: str, every: int) -> None:
-    """The paper's several SAEs at once, of Llama-3.1-8B's 32 blocks."""
+    """Several SAEs at once, as in the paper, in the 32 blocks of Llama-3.1-8B."""
     for first in (None, 3):
-        found = places(LLAMA_8B, "model=llama31_8b sae=llama_scope", hook, every=every, first=first)
-        assert found == [Place(block, Hook[hook]) for block in range(first or 0, 32, every)]
+        result = places(LLAMA_8B, "model=llama31_8b sae=llama_scope", hook, every=every, first=first)
+        assert result == [Place(block, Hook[hook]) for block in range(first or 0, 32, every)]
 
 
-def test_every_nth_block_of_controls_and_of_ones_own(tmp_path: Path) -> None:
+def test_every_nth_block_of_identity_saes_and_of_saes_on_disk(tmp_path: Path) -> None:
     assert places(TINY, "sae=identity", every=3) == after(0, 3, 6)
-    # In terms of what blocks read: of 1, 4 and 7, since no block puts out what 0 reads.
+    # The inputs of blocks 1, 4 and 7: the input of block 0 is not the output of a block.
     assert places(TINY, "sae=identity", "resid_pre", every=3) == after(0, 3, 6)
     assert places(TINY, "sae=identity", "attn_out", every=7) == [
         Place(0, Hook.attn_out),
@@ -242,15 +242,15 @@ def test_every_nth_block_of_controls_and_of_ones_own(tmp_path: Path) -> None:
     ]
     for block in (2, 4, 6):
         write_cfg(tmp_path / f"at_{block}", hook_name=f"blocks.{block}.hook_mlp_out")
-    own = f"sae=disk sae.path='{tmp_path}/at_{{block}}'"
-    assert places(TINY, own, every=2) == of_mlps(2, 4, 6)
-    assert places(TINY, own, "mlp_out", every=2, first=4) == of_mlps(4, 6)
+    on_disk = f"sae=disk sae.path='{tmp_path}/at_{{block}}'"
+    assert places(TINY, on_disk, every=2) == of_mlps(2, 4, 6)
+    assert places(TINY, on_disk, "mlp_out", every=2, first=4) == of_mlps(4, 6)
 
 
-def test_every_nth_block_may_meet_no_others_than_those_that_have_saes() -> None:
+def test_every_nth_block_must_have_an_sae() -> None:
     scarce = "model=gemma2_27b sae=gemma_scope sae.width=131k"  # at blocks 10, 22 and 34
     assert places(GEMMA_27B, scarce, every=12) == after(10, 22, 34)
-    with pytest.raises(NoSuchCellError, match=r"it meets 16, 28 too") as error:
+    with pytest.raises(NoSuchCellError, match=r"it also takes 16, 28") as error:
         places(GEMMA_27B, scarce, every=6)
     assert error.value.field == "layer.every"
 
@@ -262,11 +262,11 @@ def test_every_nth_block_may_meet_no_others_than_those_that_have_saes() -> None:
         ("", {"first": 7}, "layer.first", 6),
         ("sae=disk sae.path=x", {}, "sae.path", None),
         ("sae=disk sae.path='x{block}'", {}, "sae.path", None),
-        ("sae.width=512", {}, "sae.width", 1024),  # there is one at block 3 alone
+        ("sae.width=512", {}, "sae.width", 1024),  # this width exists only at block 3
         (of_gpt2("res-jb", "blocks.7.hook_resid_pre"), {}, "layer.every", "null"),
     ],
 )
-def test_every_nth_block_that_cannot_be(
+def test_impossible_every_nth_blocks_are_refused(
     overrides: str, layer: dict[str, int], field: str, nearest: object
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -274,16 +274,16 @@ def test_every_nth_block_that_cannot_be(
     assert (error.value.field, error.value.nearest) == (field, nearest)
 
 
-def named(*at: Place) -> Config:
-    """A config with identities there, as the planner leaves it."""
-    (first, *_), config = at, composed_once("sae=identity")
+def named(*sites: Place) -> Config:
+    """A config with identity SAEs at these places, as the planner resolves it."""
+    (first, *_), config = sites, composed_once("sae=identity")
     resolved = resolve.resolve(asking("sae=identity", first.hook.name, index=first.block), TINY)
-    used = [replace(resolved.choices[0], block=place.block, hook=place.hook) for place in at]
+    used = [replace(resolved.choices[0], block=place.block, hook=place.hook) for place in sites]
     return replace(config, sae=replace(config.sae, used=used))
 
 
-def test_another_hook_is_another_run_and_shows_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the output, names and hashes are what they were before there were others."""
+def test_another_hook_is_another_run_with_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At resid_post, names and hashes are the same as before other hooks existed."""
     configs = [
         named(Place(3)),
         named(Place(3, Hook.mlp_out)),

@@ -1,4 +1,4 @@
-"""Requests resolve to SAEs that exist, in sae-lens's own table; the rest is refused before loading."""
+"""Requests resolve to existing SAEs of sae-lens's table; all others are refused before loading."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ def resolve(dimensions: Dimensions, *overrides: str) -> registry.Resolution:
     return registry.resolve(composed(*overrides), dimensions)
 
 
-def test_the_table_is_the_one_sae_lens_reads() -> None:
-    own, theirs = registry.table(), get_pretrained_saes_directory()
-    assert own.keys() == theirs.keys()
+def test_the_table_equals_sae_lenss() -> None:
+    table, theirs = registry.table(), get_pretrained_saes_directory()
+    assert table.keys() == theirs.keys()
     for release, entry in theirs.items():
-        assert {sae["id"] for sae in own[release]["saes"]} == set(entry.saes_map)
+        assert {sae["id"] for sae in table[release]["saes"]} == set(entry.saes_map)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_papers_saes_exist(block: int, width: str, l0: int) -> None:
     assert notes == []
 
 
-def test_the_nearest_is_taken_and_said() -> None:
+def test_the_nearest_sae_is_used_and_noted() -> None:
     (choice,), notes = resolve(GEMMA_2B, *GEMMA, "sae.l0=80")
     assert choice.id == "layer_12/width_16k/average_l0_82"
     assert notes == ["block 12: sae.l0 80 does not exist; the nearest is 82"]
@@ -118,7 +118,7 @@ def test_registry_by_id_takes_its_block_from_the_id() -> None:
         (("sae=identity", "layer.index=26"), "layer.index", 25),
     ],
 )
-def test_what_does_not_exist_is_refused(overrides: tuple[str, ...], field: str, nearest: object) -> None:
+def test_missing_saes_are_refused(overrides: tuple[str, ...], field: str, nearest: object) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(GEMMA_2B, *overrides)
     assert error.value.field == field
@@ -128,7 +128,7 @@ def test_what_does_not_exist_is_refused(overrides: tuple[str, ...], field: str, 
 @pytest.mark.parametrize(
     ("overrides", "field", "nearest"),
     [
-        # 262k exists, at block 12 alone: another column of the grid does not take its place.
+        # 262k exists only at block 12, and another column of the grid does not replace it.
         (("layer.index=6", "sae.width=262k"), "sae.width", 65_536),
         (("sae.l0=80", "launcher.strict=true"), "sae.l0", "82"),
         (("sae.width=20k", "launcher.strict=true"), "sae.width", 16_384),
@@ -156,13 +156,13 @@ def test_disk_takes_block_and_width_from_the_metadata(tmp_path: Path) -> None:
 
 def test_another_sae_in_the_same_folder_is_another_choice(tmp_path: Path) -> None:
     folder = write_cfg(tmp_path / "sae", hook_name="blocks.5.hook_resid_post")
-    before, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
+    original, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
     (Path(folder) / "sae_weights.safetensors").write_text("retrained")
-    after, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
-    assert before != after
+    retrained, _ = resolve(TINY, "sae=disk", f"sae.path={folder}")
+    assert original != retrained
 
 
-def test_a_width_that_the_table_does_not_state_is_said() -> None:
+def test_a_width_that_the_table_does_not_state_is_noted() -> None:
     gpt2 = Dimensions(768, 12, 50257, 1024)
     release = "sae.release=gpt2-small-resid-post-v5-32k"
     (choice,), (note,) = resolve(
@@ -197,7 +197,7 @@ def test_disk_pattern_for_several_blocks(tmp_path: Path) -> None:
         ("disk", True, False, True),
     ],
 )
-def test_special_tokens_are_kept_where_the_sae_does_not_know_them(
+def test_special_tokens_are_kept_if_the_sae_was_not_trained_on_them(
     family: str, asked: bool | None, excluded: bool, keeps: bool
 ) -> None:
     from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens
@@ -229,5 +229,5 @@ def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> N
         elsewhere = SAEChoice(block=2, hook=hook, path=str(tmp_path / "sae"))
         with pytest.raises(ConfigError, match=r"trained at blocks\.2\.hook_resid_post"):
             load(config, elsewhere, fits, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="width 16"):
+    with pytest.raises(ConfigError, match="its d_in is 16"):
         load(config, choice, Dimensions(99, 4, 1, None), torch.device("cpu"))

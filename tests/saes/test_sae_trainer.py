@@ -1,4 +1,4 @@
-"""An SAE learns as in sae-lens's own loop, and a training that was stopped goes on to the bit."""
+"""An SAE trains as in sae-lens's loop, and a stopped training resumes to the last bit."""
 
 import copy
 import json
@@ -41,17 +41,17 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def taken(one: SteppedSAETrainer, first: int, last: int) -> list[float]:
-    """The MSE of the steps from one to before another."""
-    return [float(one.step(residuals(step))) for step in range(first, last)]
+def taken(training: SteppedSAETrainer, first: int, last: int) -> list[float]:
+    """The MSE of the steps from `first` to before `last`."""
+    return [float(training.step(residuals(step))) for step in range(first, last)]
 
 
-def dead(one: SteppedSAETrainer) -> int:
-    return int(one._trainer.dead_neurons.sum())
+def dead(training: SteppedSAETrainer) -> int:
+    return int(training._trainer.dead_neurons.sum())
 
 
-def inference(one: SteppedSAETrainer) -> SAE[Any]:
-    return training_sae.inference(one.sae, one.scale)
+def inference(training: SteppedSAETrainer) -> SAE[Any]:
+    return training_sae.inference(training.sae, training.scale)
 
 
 def scale_for(resid: torch.Tensor) -> float:
@@ -61,14 +61,14 @@ def scale_for(resid: torch.Tensor) -> float:
     return float(sae.scale)
 
 
-def is_same(one: SteppedSAETrainer, other: SteppedSAETrainer) -> bool:
-    """Whether all of two trainings is the same, to the bit."""
-    (ours, values), (theirs, others) = one.state(), other.state()
-    return values == others and same(ours, theirs)
+def is_same(first: SteppedSAETrainer, second: SteppedSAETrainer) -> bool:
+    """True if two trainings have the same state, to the last bit."""
+    (tensors, values), (other_tensors, other_values) = first.state(), second.state()
+    return values == other_values and same(tensors, other_tensors)
 
 
 def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder: Path) -> Any:
-    """The state as a checkpoint keeps it."""
+    """The state after it was written to files and read again."""
     tensors, values = state
     save_file(tensors, folder / "tensors.safetensors")
     (folder / "state.json").write_text(json.dumps(values, allow_nan=False))
@@ -76,7 +76,7 @@ def through_files(state: tuple[dict[str, torch.Tensor], dict[str, Any]], folder:
 
 
 @pytest.mark.parametrize("stop", [3, 7, 18])
-def test_a_training_that_was_stopped_goes_on_to_the_bit(
+def test_a_stopped_training_resumes_to_the_last_bit(
     architecture: str, stop: int, tmp_path: Path
 ) -> None:
     """In the warm-up, at the end of a window, and while the rate falls."""
@@ -84,51 +84,51 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(
     losses = taken(whole, 0, stop)
     dead_before = dead(whole)
     assert dead_before > 0
-    kept = through_files(whole.state(), tmp_path)
+    state = through_files(whole.state(), tmp_path)
     losses += taken(whole, stop, STEPS)
 
     resumed = learner(architecture)
-    taken(resumed, 30, 32)  # it need not be as it was made
-    resumed.restore(*kept)
+    taken(resumed, 30, 32)  # `restore` does not need a fresh trainer
+    resumed.restore(*state)
     assert dead(resumed) == dead_before
     assert taken(resumed, stop, STEPS) == losses[stop:]
     assert is_same(resumed, whole)
     assert resumed.scale == SCALE
 
 
-def test_what_a_training_was_restored_from_stays_as_it_was(tmp_path: Path) -> None:
-    one = learner("batchtopk")
-    taken(one, 0, 3)
-    kept = through_files(one.state(), tmp_path)
-    expected = taken(one, 3, 8)
+def test_restoring_does_not_change_the_saved_state(tmp_path: Path) -> None:
+    training = learner("batchtopk")
+    taken(training, 0, 3)
+    state = through_files(training.state(), tmp_path)
+    expected = taken(training, 3, 8)
     for _ in range(2):
-        one.restore(*kept)
-        assert taken(one, 3, 8) == expected
+        training.restore(*state)
+        assert taken(training, 3, 8) == expected
 
 
-def test_a_training_may_be_stopped_before_it_has_begun(tmp_path: Path) -> None:
+def test_a_training_may_be_saved_before_its_first_step(tmp_path: Path) -> None:
     whole = learner("topk", scale=SCALE)
-    kept = through_files(whole.state(), tmp_path)
+    state = through_files(whole.state(), tmp_path)
     resumed = learner("topk")
     with torch.no_grad():
         resumed.sae.W_enc.normal_()
-    resumed.restore(*kept)
+    resumed.restore(*state)
     assert resumed.scale == SCALE
     assert taken(resumed, 0, 5) == taken(whole, 0, 5)
     assert is_same(resumed, whole)
 
 
 def test_dead_latents_change_the_training() -> None:
-    """And so the tests above are about them: without them the weights come out otherwise."""
-    one, other = learner("topk"), learner("topk")
-    other._trainer.cfg.dead_feature_window = 1000
-    assert taken(one, 0, 3) == taken(other, 0, 3)
-    assert taken(one, 3, STEPS)[-1] != taken(other, 3, STEPS)[-1]
-    assert dead(one) > 0
-    assert dead(other) == 0
+    """The tests above therefore cover dead latents: without them the weights differ."""
+    training, without_dead = learner("topk"), learner("topk")
+    without_dead._trainer.cfg.dead_feature_window = 1000
+    assert taken(training, 0, 3) == taken(without_dead, 0, 3)
+    assert taken(training, 3, STEPS)[-1] != taken(without_dead, 3, STEPS)[-1]
+    assert dead(training) > 0
+    assert dead(without_dead) == 0
 
 
-def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
+def test_it_trains_as_in_sae_lenss_loop(architecture: str) -> None:
     ours = learner(architecture, scale=SCALE)
     theirs = SAETrainer(
         SAETrainerConfig(
@@ -146,71 +146,71 @@ def test_it_learns_as_in_sae_lenss_own_loop(architecture: str) -> None:
     )
     theirs.activation_scaler.scaling_factor = SCALE
     taken(ours, 0, STEPS)
-    found, expected = inference(ours), training_sae.inference(theirs.fit())
-    assert same(found.state_dict(), expected.state_dict())
-    found.cfg.metadata = expected.cfg.metadata
-    assert found.cfg == expected.cfg
+    result, expected = inference(ours), training_sae.inference(theirs.fit())
+    assert same(result.state_dict(), expected.state_dict())
+    result.cfg.metadata = expected.cfg.metadata
+    assert result.cfg == expected.cfg
 
 
 def test_saving_does_not_disturb_it(architecture: str, tmp_path: Path) -> None:
-    left_alone, saved = (learner(architecture, scale=SCALE) for _ in range(2))
-    expected = taken(left_alone, 0, STEPS)
+    unsaved, saved = (learner(architecture, scale=SCALE) for _ in range(2))
+    expected = taken(unsaved, 0, STEPS)
     losses = taken(saved, 0, 10)
     random = torch.get_rng_state()
     training_sae.save(saved.sae, tmp_path, saved.scale)
-    before = inference(saved)
+    at_save = inference(saved)
     assert torch.equal(torch.get_rng_state(), random)
     losses += taken(saved, 10, STEPS)
     assert losses == expected
-    assert is_same(saved, left_alone)
+    assert is_same(saved, unsaved)
 
     reloaded = SAE.load_from_disk(tmp_path)
-    assert torch.equal(reloaded(residuals(50)), before(residuals(50)))
-    assert reloaded.cfg == before.cfg
-    assert not torch.equal(inference(saved).W_enc, before.W_enc)
+    assert torch.equal(reloaded(residuals(50)), at_save(residuals(50)))
+    assert reloaded.cfg == at_save.cfg
+    assert not torch.equal(inference(saved).W_enc, at_save.W_enc)
 
 
 def test_a_step_returns_the_mse_before_it() -> None:
-    one = learner("standard", scale=SCALE)
-    taken(one, 0, 4)
-    before, resid = copy.deepcopy(one.sae), SCALE * residuals(4)
-    found = one.step(residuals(4))
-    expected = (before.decode(before.encode(resid)) - resid).pow(2).sum(-1).mean()
-    torch.testing.assert_close(found, expected.detach())
-    assert not found.requires_grad
+    training = learner("standard", scale=SCALE)
+    taken(training, 0, 4)
+    initial, resid = copy.deepcopy(training.sae), SCALE * residuals(4)
+    mse = training.step(residuals(4))
+    expected = (initial.decode(initial.encode(resid)) - resid).pow(2).sum(-1).mean()
+    torch.testing.assert_close(mse, expected.detach())
+    assert not mse.requires_grad
 
 
 def test_activations_of_less_precision_are_scaled_in_float32() -> None:
-    one, other = (learner("topk", scale=SCALE) for _ in range(2))
+    first, second = (learner("topk", scale=SCALE) for _ in range(2))
     rounded = residuals(0).to(torch.bfloat16)
-    assert one.step(rounded) == other.step(rounded.float())
+    assert first.step(rounded) == second.step(rounded.float())
 
 
 def test_the_rate_rises_stays_and_falls_to_zero() -> None:
-    one = learner("topk")
-    found = []
+    training = learner("topk")
+    rates = []
     for step in range(STEPS):
-        found.append(one.lr)
-        one.step(residuals(step))
+        rates.append(training.lr)
+        training.step(residuals(step))
     rising = [(step + 1) / 6 for step in range(6)]
     falling = [1 - step / 8 for step in range(8)]
-    assert found == pytest.approx([1e-2 * share for share in (*rising, *repeat(1.0, 10), *falling)])
-    assert one.lr == pytest.approx(0, abs=1e-12)
+    assert rates == pytest.approx([1e-2 * share for share in (*rising, *repeat(1.0, 10), *falling)])
+    assert training.lr == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (1, 0), (0, 10), (4, 6)])
-def test_any_shares_of_the_steps_will_do(warm_up: int, decay: int) -> None:
-    one = trainer(new("topk"), steps=10, warm_up_steps=warm_up, decay_steps=decay)
+def test_any_shares_of_the_steps_are_allowed(warm_up: int, decay: int) -> None:
+    training = trainer(new("topk"), steps=10, warm_up_steps=warm_up, decay_steps=decay)
     rates = []
     for step in range(10):
-        rates.append(one.lr)
-        one.step(residuals(step))
+        rates.append(training.lr)
+        training.step(residuals(step))
     assert max(rates) == pytest.approx(1e-2)
     assert rates[0] == pytest.approx(1e-2 / max(warm_up, 1))
     assert rates[-1] == pytest.approx(1e-2 / max(decay, 1))
 
 
-def test_the_scale_is_sae_lenss() -> None:
+def test_the_scale_equals_sae_lenss() -> None:
     batches = [residuals(step) for step in range(4)]
     norms = torch.cat(batches).norm(dim=-1)
     scale = scale_for(torch.cat(batches))
@@ -222,41 +222,41 @@ def test_the_scale_is_sae_lenss() -> None:
 
 
 @pytest.mark.parametrize(("value", "tokens"), [(0.0, 5), (0.0, 0), (float("nan"), 5), (float("inf"), 5)])
-def test_no_scale_is_made_of_nothing(value: float, tokens: int) -> None:
-    with pytest.raises(UserError, match="no scale"):
+def test_residuals_without_a_finite_norm_are_refused(value: float, tokens: int) -> None:
+    with pytest.raises(UserError, match="cannot be scaled"):
         scale_for(torch.full((tokens, D_MODEL), value))
 
 
 def test_batches_may_vary_in_size() -> None:
-    """Special positions that are left out make them; sparsity is per token all the same."""
-    one = learner("topk")
+    """They vary if special positions are left out; sparsity is still counted per token."""
+    training = learner("topk")
     for step, tokens in enumerate((48, 40, 47, 33)):
-        one.step(residuals(step, tokens))
-    assert float(one._trainer.feature_sparsity.sum()) == pytest.approx(K)
+        training.step(residuals(step, tokens))
+    assert float(training._trainer.feature_sparsity.sum()) == pytest.approx(K)
 
 
 def test_a_latent_is_dead_by_sae_lenss_rule() -> None:
-    one = learner("topk")
+    training = learner("topk")
     silent = torch.zeros(WIDTH, dtype=torch.long)
     for step in range(10):
-        assert dead(one) == (silent > 2).sum()
-        active = (one.sae.encode(residuals(step)) != 0).any(0)
-        one.step(residuals(step))
+        assert dead(training) == (silent > 2).sum()
+        active = (training.sae.encode(residuals(step)) != 0).any(0)
+        training.step(residuals(step))
         silent = torch.where(active, 0, silent + 1)
-    assert dead(one) == (silent > 2).sum() > 0
+    assert dead(training) == (silent > 2).sum() > 0
 
 
-def test_a_trained_sae_goes_on_to_learn() -> None:
+def test_a_trained_sae_can_be_trained_further() -> None:
     original = training_sae.inference(in_training("batchtopk"), SCALE)
-    one = trainer(training_sae.trainable(original), steps=STEPS, decay_steps=STEPS)
+    training = trainer(training_sae.trainable(original), steps=STEPS, decay_steps=STEPS)
     resid = residuals(60, 500)
 
     def mse(sae: SAE[Any]) -> float:
         return float((sae(resid) - resid).pow(2).sum(-1).mean())
 
-    assert torch.equal(inference(one)(resid), original(resid))
-    taken(one, 0, STEPS)
-    assert mse(inference(one)) < 0.8 * mse(original)
+    assert torch.equal(inference(training)(resid), original(resid))
+    taken(training, 0, STEPS)
+    assert mse(inference(training)) < 0.8 * mse(original)
 
 
 def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> None:
@@ -266,7 +266,7 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     first_served = buffer.serve(0, batches)["sae"]
     torch.manual_seed(0)
-    one = trainer(
+    training = trainer(
         new(architecture, sparsity_coefficient=0.02),
         steps=steps,
         batch_tokens=96,
@@ -279,11 +279,11 @@ def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> 
     )
     losses = []
     for step in range(steps):
-        losses.append(float(one.step(buffer.serve(step, batches)["sae"])))
+        losses.append(float(training.step(buffer.serve(step, batches)["sae"])))
     first, last = sum(losses[:10]), sum(losses[-10:])
     assert last < 0.7 * first
     held_out = model.resid_entering(2, random_tokens(batch=8, length=24, seed=999)).flatten(0, 1)
-    sae = inference(one)
+    sae = inference(training)
     error = (sae(held_out) - held_out).pow(2).sum()
     fvu = float(error / (held_out - held_out.mean(0)).pow(2).sum())
     assert fvu < 0.75

@@ -1,4 +1,4 @@
-"""Active latents alone say the same as whole products: values, gradients, and what they cost."""
+"""Sparse SAEs equal dense SAEs: values and gradients, at less cost."""
 
 import copy
 from typing import Any
@@ -30,7 +30,7 @@ NORMS = ["none", "expected_average_only_in", "layer_norm", "constant_norm_rescal
 
 
 def random_sae(kind: str, width: int = 64, **options: Any) -> nn.Module:
-    """With biases and thresholds, which at zero would hide what forgets them."""
+    """An SAE with non-zero biases and thresholds: at zero, code that forgets them would pass."""
     torch.manual_seed(9)
     sizes = {"d_in": D_MODEL, "d_sae": width, **options}
     match kind:
@@ -53,86 +53,86 @@ def random_sae(kind: str, width: int = 64, **options: Any) -> nn.Module:
 
 
 def reconstruction(sae: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, what is put back, and the gradient of one of its directions for what was read."""
-    read = resid.clone().requires_grad_()
-    latents = sae.encode(read * 1.0)
+    """Latents, reconstruction, and the gradient of a random projection of it for the input."""
+    inputs = resid.clone().requires_grad_()
+    latents = sae.encode(inputs * 1.0)
     recon = sae.decode(latents)
     torch.manual_seed(1)
-    (gradient,) = torch.autograd.grad(recon, read, torch.randn_like(recon))
+    (gradient,) = torch.autograd.grad(recon, inputs, torch.randn_like(recon))
     return latents.detach(), recon.detach(), gradient
 
 
 @pytest.mark.parametrize("normalised", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_same_sae(kind: str, normalised: str) -> None:
-    whole = random_sae(kind, normalize_activations=normalised)
-    sparse = SparseSAE(copy.deepcopy(whole))
+def test_results_equal_those_of_the_dense_sae(kind: str, normalised: str) -> None:
+    dense = random_sae(kind, normalize_activations=normalised)
+    sparse = SparseSAE(copy.deepcopy(dense))
     resid = torch.randn(3, 7, D_MODEL)
-    (latents, recon, gradient), (ours, our_recon, our_gradient) = (
-        reconstruction(sae, resid) for sae in (whole, sparse)
+    (latents, recon, gradient), (our_latents, our_recon, our_gradient) = (
+        reconstruction(sae, resid) for sae in (dense, sparse)
     )
     assert (latents != 0).any()
-    torch.testing.assert_close(ours, latents, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(our_latents, latents, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(our_recon, recon, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_latent_active(kind: str) -> None:
-    whole: Any = random_sae(kind)
-    whole.b_enc.data.fill_(-1e3)
-    sparse = SparseSAE(copy.deepcopy(whole))
-    for sae in (whole, sparse):
+def test_no_active_latent(kind: str) -> None:
+    dense: Any = random_sae(kind)
+    dense.b_enc.data.fill_(-1e3)
+    sparse = SparseSAE(copy.deepcopy(dense))
+    for sae in (dense, sparse):
         latents, recon, gradient = reconstruction(sae, torch.randn(2, 3, D_MODEL))
         assert not latents.any()
-        torch.testing.assert_close(recon, whole.b_dec.expand_as(recon))
+        torch.testing.assert_close(recon, dense.b_dec.expand_as(recon))
         assert not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision_is_that_of_the_sae(dtype: torch.dtype) -> None:
-    whole = random_sae("jumprelu").to(dtype)
-    sparse = SparseSAE(copy.deepcopy(whole))
+    dense = random_sae("jumprelu").to(dtype)
+    sparse = SparseSAE(copy.deepcopy(dense))
     resid = torch.randn(2, 3, D_MODEL)
-    found, expected = (reconstruction(sae, resid) for sae in (sparse, whole))
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
+    results, expected = (reconstruction(sae, resid) for sae in (sparse, dense))
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == reference.dtype
         tolerance = 1e-5 if dtype is torch.float32 else 5e-2
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result, reference, rtol=tolerance, atol=tolerance)
 
 
-def test_latents_get_their_gradient_whatever_reads_them() -> None:
-    """Also beside the reconstruction, as a penalty would read them."""
-    whole = random_sae("jumprelu")
+def test_latents_have_a_gradient_outside_the_reconstruction() -> None:
+    """A loss may also read latents directly, as a sparsity penalty does."""
+    dense = random_sae("jumprelu")
     gradients = []
-    for sae in (whole, SparseSAE(copy.deepcopy(whole))):
-        read = torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        latents = sae.encode(read)  # pyright: ignore[reportCallIssue]
+    for sae in (dense, SparseSAE(copy.deepcopy(dense))):
+        inputs = torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        latents = sae.encode(inputs)  # pyright: ignore[reportCallIssue]
         loss = latents.square().sum() + sae.decode(latents).sum()  # pyright: ignore[reportCallIssue]
-        gradients.append(torch.autograd.grad(loss, read)[0])
+        gradients.append(torch.autograd.grad(loss, inputs)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
-def test_one_product_is_left_and_no_latents_are_kept() -> None:
+def test_one_product_remains_and_no_latents_are_stored() -> None:
     tokens, width = 16, 4096
-    whole: Any = random_sae("jumprelu", width)
-    whole.threshold.data.fill_(2.5)
-    sparse = SparseSAE(copy.deepcopy(whole))
+    dense: Any = random_sae("jumprelu", width)
+    dense.threshold.data.fill_(2.5)
+    sparse = SparseSAE(copy.deepcopy(dense))
     resid = torch.randn(tokens, D_MODEL)
     product = 2 * tokens * width * D_MODEL
-    for sae, products in ((whole, 4), (sparse, 1)):
+    for sae, products in ((dense, 4), (sparse, 1)):
         with FlopCounterMode(display=False) as counter:
             reconstruction(sae, resid)
         assert counter.get_total_flops() == products * product
-        read = resid.clone().requires_grad_()
+        inputs = resid.clone().requires_grad_()
         with PeakMemory() as memory:
-            recon = sae.decode(sae.encode(read * 1.0))  # pyright: ignore[reportCallIssue]
-        kept = memory.now / (4 * tokens * width)
-        assert kept > 1 if products == 4 else kept < 0.5
+            recon = sae.decode(sae.encode(inputs * 1.0))  # pyright: ignore[reportCallIssue]
+        share = memory.now / (4 * tokens * width)
+        assert share > 1 if products == 4 else share < 0.5
         del recon
 
 
-def test_it_is_taken_where_it_pays_or_is_asked_for() -> None:
+def test_wide_saes_are_sparse_unless_configured_otherwise() -> None:
     narrow = topk_sae()
     assert multiplied(narrow, None) is narrow
     assert isinstance(multiplied(topk_sae(), True), SparseSAE)
@@ -148,7 +148,7 @@ def test_it_is_taken_where_it_pays_or_is_asked_for() -> None:
         IdentitySAE(),
     ],
 )
-def test_what_cannot_be_is_left_as_it_is_or_refused(sae: nn.Module) -> None:
+def test_an_sae_that_cannot_be_sparse_stays_dense_or_is_refused(sae: nn.Module) -> None:
     assert multiplied(sae, None) is sae
     with pytest.raises(ConfigError, match=r"sae\.sparse = True"):
         multiplied(sae, True)

@@ -1,4 +1,4 @@
-"""SAEs in training are sae-lens's own, and so is what they become."""
+"""SAEs in training are those of sae-lens, and so are the SAEs that they are saved as."""
 
 import copy
 import json
@@ -48,24 +48,20 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("scale", [1.0, SCALE])
-def test_reloaded_by_sae_lens_alone_it_is_the_same(
-    architecture: str, scale: float, tmp_path: Path
-) -> None:
+def test_sae_lens_reloads_the_same_sae(architecture: str, scale: float, tmp_path: Path) -> None:
     sae = in_training(architecture)
     training_sae.save(sae, tmp_path, scale)
-    found, expected = SAE.load_from_disk(tmp_path), training_sae.inference(sae, scale)
-    assert same(found.state_dict(), expected.state_dict())
-    assert found.cfg == expected.cfg
-    assert found.cfg.architecture() == SAVED_AS.get(architecture, architecture)
-    latents = found.encode(residuals(9))
+    loaded, expected = SAE.load_from_disk(tmp_path), training_sae.inference(sae, scale)
+    assert same(loaded.state_dict(), expected.state_dict())
+    assert loaded.cfg == expected.cfg
+    assert loaded.cfg.architecture() == SAVED_AS.get(architecture, architecture)
+    latents = loaded.encode(residuals(9))
     assert torch.equal(latents, expected.encode(residuals(9)))
-    assert torch.equal(found.decode(latents), expected.decode(latents))
+    assert torch.equal(loaded.decode(latents), expected.decode(latents))
     assert (latents != 0).any()
 
 
-def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_saved_files_equal_those_of_sae_lens_after_its_fold(architecture: str, tmp_path: Path) -> None:
     sae = in_training(architecture)
     training_sae.save(sae, tmp_path / "ours", SCALE)
     sae.fold_activation_norm_scaling_factor(SCALE)
@@ -83,7 +79,7 @@ def test_what_is_written_is_what_sae_lens_writes_after_its_own_fold(
 
 
 def test_the_scale_is_folded_in(architecture: str) -> None:
-    """Reading residuals as they are, it gives what it gave of scaled ones, scaled back."""
+    """On unscaled residuals it computes the same as on scaled residuals, divided by the scale."""
     sae = in_training(architecture)
     resid = residuals(9)
     expected = training_sae.inference(sae)(SCALE * resid) / SCALE
@@ -92,27 +88,29 @@ def test_the_scale_is_folded_in(architecture: str) -> None:
         torch.testing.assert_close(sae(SCALE * resid) / SCALE, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_making_it_leaves_the_sae_and_the_random_state_as_they_are(
+def test_inference_and_save_change_neither_the_sae_nor_the_random_state(
     architecture: str, tmp_path: Path
 ) -> None:
     sae = in_training(architecture)
     sae.cfg.metadata.seen = {"layers": [1, 2]}
-    before, random = copy.deepcopy(sae), torch.get_rng_state()
-    found = training_sae.inference(sae, SCALE)
+    original, random = copy.deepcopy(sae), torch.get_rng_state()
+    frozen = training_sae.inference(sae, SCALE)
     training_sae.save(sae, tmp_path, SCALE)
-    assert same(sae.state_dict(), before.state_dict())
-    assert sae.cfg == before.cfg
+    assert same(sae.state_dict(), original.state_dict())
+    assert sae.cfg == original.cfg
     assert torch.equal(torch.get_rng_state(), random)
-    assert not found.training
-    assert not any(weight.requires_grad for weight in found.parameters())
-    before = {name: weight.clone() for name, weight in training_sae.inference(sae).state_dict().items()}
-    held = training_sae.inference(sae)
-    held.cfg.metadata.seen["layers"].append(3)
+    assert not frozen.training
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+    original = {
+        name: weight.clone() for name, weight in training_sae.inference(sae).state_dict().items()
+    }
+    copied = training_sae.inference(sae)
+    copied.cfg.metadata.seen["layers"].append(3)
     assert sae.cfg.metadata.seen == {"layers": [1, 2]}
     with torch.no_grad():
         for weight in sae.parameters():
             weight.zero_()
-    assert same(held.state_dict(), before)
+    assert same(copied.state_dict(), original)
 
 
 def random_weights(sae: SAE[Any]) -> SAE[Any]:
@@ -141,28 +139,28 @@ PRETRAINED = {
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_a_trained_sae_in_training_gives_what_it_gave(name: str) -> None:
+def test_a_trainable_copy_computes_the_same(name: str) -> None:
     original = PRETRAINED[name]()
-    before, random = copy.deepcopy(original.state_dict()), torch.get_rng_state()
+    weights, random = copy.deepcopy(original.state_dict()), torch.get_rng_state()
     sae = training_sae.trainable(original)
     assert torch.equal(torch.get_rng_state(), random)
     resid = residuals(9)
     expected = original(resid)
     assert (original.encode(resid) != 0).any()
-    for found in (sae, training_sae.inference(sae)):
-        assert torch.equal(found.encode(resid), original.encode(resid))
-        assert torch.equal(found(resid), expected)
+    for copied in (sae, training_sae.inference(sae)):
+        assert torch.equal(copied.encode(resid), original.encode(resid))
+        assert torch.equal(copied(resid), expected)
     forward = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
     assert torch.equal(forward.recon, expected)
     (forward.mse + forward.aux).backward()
     for weight in sae.parameters():
         assert weight.grad is not None
         weight.data.zero_()
-    assert same(original.state_dict(), before)
+    assert same(original.state_dict(), weights)
 
 
-def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
-    """Its rows, of norm 1 but for rounding, are divided by their norms once more."""
+def test_a_rescaled_topk_sae_stays_rescaled() -> None:
+    """The rows of its decoder, of norm 1 up to rounding, are divided by their norms again."""
     original = training_sae.inference(in_training("topk"), SCALE)
     assert original.cfg.rescale_acts_by_decoder_norm
     sae = training_sae.trainable(original)
@@ -171,9 +169,9 @@ def test_a_topk_sae_in_units_of_its_decoder_stays_one() -> None:
     resid = residuals(9)
     assert torch.equal(sae(resid), original(resid))
     torch.testing.assert_close(training_sae.inference(sae)(resid), original(resid), rtol=1e-5, atol=1e-5)
-    kept = training_sae.trainable(topk_sae(k=3))
-    assert not kept.cfg.rescale_acts_by_decoder_norm
-    assert kept.cfg.k == 3
+    unscaled = training_sae.trainable(topk_sae(k=3))
+    assert not unscaled.cfg.rescale_acts_by_decoder_norm
+    assert unscaled.cfg.k == 3
 
 
 def test_a_trained_sae_of_less_precision_is_trained_in_float32() -> None:
@@ -186,9 +184,7 @@ def test_a_trained_sae_of_less_precision_is_trained_in_float32() -> None:
         assert torch.equal(weight, original.state_dict()[name].float())
 
 
-def test_what_a_finetuned_sae_says_of_itself_is_kept(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_metadata_of_a_finetuned_sae_is_kept(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     original = training_sae.inference(in_training("standard"), SCALE)
     original.cfg.metadata.model_from_pretrained_kwargs = {"fold_ln": True}
     sae = training_sae.trainable(original, sparsity_coefficient=0.3)
@@ -199,10 +195,10 @@ def test_what_a_finetuned_sae_says_of_itself_is_kept(
     assert metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
     assert metadata["training_architecture_details"]["l1_coefficient"] == 0.3
     assert original.cfg.metadata.training_architecture_details["l1_coefficient"] == 1.0
-    assert not recwarn.list  # sae-lens warns of such a model whenever it makes an SAE
+    assert not recwarn.list  # sae-lens itself warns about such kwargs whenever it builds an SAE
 
 
-def test_what_cannot_be_trained_on_is_refused() -> None:
+def test_saes_that_cannot_be_trained_further_are_refused() -> None:
     transcoder: Any = SkipTranscoder(
         SkipTranscoderConfig(D_MODEL, WIDTH, d_out=D_MODEL, apply_b_dec_to_input=False)
     )
@@ -211,40 +207,40 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
     normalising = {"normalize_activations": "layer_norm"}
     topk, gated = TopKSAEConfig(D_MODEL, WIDTH, k=K), GatedSAEConfig(D_MODEL, WIDTH)
     for refused in (TopKSAE(replace(topk, **normalising)), GatedSAE(replace(gated, **normalising))):
-        with pytest.raises(ConfigError, match="normalises what it reads"):
+        with pytest.raises(ConfigError, match="it normalises its input"):
             training_sae.trainable(refused)
     with pytest.raises(UserError, match="cannot be scaled"):
         training_sae.inference(training_sae.trainable(PRETRAINED["standard that normalises"]()), SCALE)
 
 
-def test_a_forward_pass_is_that_of_sae_lens_in_two_parts(architecture: str) -> None:
+def test_the_forward_pass_equals_sae_lenss_with_its_loss_in_two_parts(architecture: str) -> None:
     sae = in_training(architecture)
     reference = copy.deepcopy(sae)
     resid, dead = residuals(9), torch.arange(WIDTH) % 3 == 0
     with torch.no_grad():
-        for one in (sae, reference):
-            if isinstance(one, JumpReLUTrainingSAE):
-                one.threshold[:5] = -0.1
-    found = training_sae.forward(sae, resid, dead, 5)
+        for module in (sae, reference):
+            if isinstance(module, JumpReLUTrainingSAE):
+                module.threshold[:5] = -0.1
+    forward = training_sae.forward(sae, resid, dead, 5)
     names = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
     coefficients = {names[architecture]: 1.0} if architecture in names else {}
     expected = reference.training_forward_pass(TrainStepInput(resid, coefficients, dead, 5, False))
-    torch.testing.assert_close(found.mse + found.aux, expected.loss)
-    assert found.aux.item() > 0
-    assert torch.equal(found.latents, expected.feature_acts)
-    assert torch.equal(found.recon, expected.sae_out)
-    assert torch.equal(found.mse, (found.recon - resid).pow(2).sum(-1).mean())
-    (found.mse + found.aux).backward()
+    torch.testing.assert_close(forward.mse + forward.aux, expected.loss)
+    assert forward.aux.item() > 0
+    assert torch.equal(forward.latents, expected.feature_acts)
+    assert torch.equal(forward.recon, expected.sae_out)
+    assert torch.equal(forward.mse, (forward.recon - resid).pow(2).sum(-1).mean())
+    (forward.mse + forward.aux).backward()
     expected.loss.backward()
     for ours, theirs in zip(sae.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert same(sae.state_dict(), reference.state_dict())  # thresholds have moved alike
+    assert same(sae.state_dict(), reference.state_dict())  # thresholds have changed equally
 
 
 def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> None:
-    """And what goes back to a model in bfloat16 has its precision."""
+    """The gradient for a model in bfloat16 has the precision of the model."""
     rounded, dead = residuals(9).to(torch.bfloat16), torch.arange(WIDTH) % 3 == 0
-    found = []
+    results = []
     for resid in (rounded, rounded.float()):
         resid.requires_grad_()
         sae = in_training(architecture)
@@ -252,62 +248,62 @@ def test_residuals_of_less_precision_are_read_in_float32(architecture: str) -> N
         (forward.mse + forward.aux).backward()
         assert resid.grad is not None
         assert resid.grad.dtype == resid.dtype
-        found.append([forward.recon, forward.aux, sae.W_enc.grad, sae.b_dec.grad])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([forward.recon, forward.aux, sae.W_enc.grad, sae.b_dec.grad])
+    for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_matryoshka_sae_has_the_errors_of_its_inner_groups_too() -> None:
+def test_the_loss_of_a_matryoshka_sae_includes_its_inner_groups() -> None:
     sae = in_training("matryoshka")
     assert isinstance(sae, MatryoshkaBatchTopKTrainingSAE)
     assert sae.cfg.matryoshka_widths == [8, 16, 32, 64]
     resid = residuals(9)
-    found = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
+    forward = training_sae.forward(sae, resid, torch.zeros(WIDTH, dtype=torch.bool), 0)
     inner = torch.zeros(())
     for width in (8, 16, 32):
-        latents = torch.where(torch.arange(WIDTH) < width, found.latents, 0)
+        latents = torch.where(torch.arange(WIDTH) < width, forward.latents, 0)
         inner = inner + (sae.decode(latents) - resid).pow(2).sum(-1).mean()
-    torch.testing.assert_close(found.aux, inner)
+    torch.testing.assert_close(forward.aux, inner)
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "standard", "gated"])
 def test_penalties_are_those_of_sae_lens(architecture: str) -> None:
-    one = learner(architecture, sparsity_coefficient=0.7)
+    trainer = learner(architecture, sparsity_coefficient=0.7)
     for step in range(3):
-        expected = one._trainer.get_coefficients()
-        assert training_sae.coefficients(one.sae) == expected
+        expected = trainer._trainer.get_coefficients()
+        assert training_sae.coefficients(trainer.sae) == expected
         assert list(expected.values()) == [0.7]
-        one.step(residuals(step))
+        trainer.step(residuals(step))
 
 
-def test_a_new_sae_is_as_sae_lens_has_it_by_default() -> None:
+def test_a_new_sae_has_sae_lenss_defaults() -> None:
     torch.manual_seed(1)
-    found = new("matryoshka", exclude_special_tokens=True)
+    sae = new("matryoshka", exclude_special_tokens=True)
     torch.manual_seed(1)
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=D_MODEL, d_sae=WIDTH, k=K, matryoshka_widths=[8, 16, 32, 64]
     )
     expected = MatryoshkaBatchTopKTrainingSAE(config)
-    assert same(found.state_dict(), expected.state_dict())
-    assert found.cfg.metadata.hook_name == HOOKPOINT
-    assert found.cfg.metadata.exclude_special_tokens
-    found.cfg.metadata = expected.cfg.metadata
-    assert found.cfg == expected.cfg
+    assert same(sae.state_dict(), expected.state_dict())
+    assert sae.cfg.metadata.hook_name == HOOKPOINT
+    assert sae.cfg.metadata.exclude_special_tokens
+    sae.cfg.metadata = expected.cfg.metadata
+    assert sae.cfg == expected.cfg
 
 
 @pytest.mark.parametrize(
     ("architecture", "name"), [("standard", "l1"), ("gated", "l1"), ("jumprelu", "l0")]
 )
-def test_a_sparsity_coefficient_is_sae_lenss_own_or_the_one_asked_for(
+def test_the_sparsity_coefficient_is_sae_lenss_default_or_the_given_one(
     architecture: str, name: str
 ) -> None:
-    for asked, expected in ((None, 1.0), (0.2, 0.2)):
-        sae = new(architecture, sparsity_coefficient=asked)
+    for coefficient, expected in ((None, 1.0), (0.2, 0.2)):
+        sae = new(architecture, sparsity_coefficient=coefficient)
         assert training_sae.coefficients(sae) == {name: expected}
 
 
-def test_what_sae_lens_calls_them() -> None:
-    kinds = {one: type(new(one)) for one in [*Architecture.__members__]}
+def test_each_architecture_has_its_class_of_sae_lens() -> None:
+    kinds = {name: type(new(name)) for name in [*Architecture.__members__]}
     assert kinds["topk"] is TopKTrainingSAE
     assert kinds["standard"] is StandardTrainingSAE
     assert len(set(kinds.values())) == len([*Architecture.__members__])
@@ -318,6 +314,6 @@ def test_what_sae_lens_calls_them() -> None:
     ("architecture", "k"),
     [("topk", None), ("topk", 4.5), ("topk", 0), ("topk", 65), ("batchtopk", None), ("matryoshka", -1)],
 )
-def test_a_k_that_cannot_be_is_refused(architecture: str, k: float | None) -> None:
+def test_an_impossible_k_is_refused(architecture: str, k: float | None) -> None:
     with pytest.raises(ConfigError, match=r"sae\.l0.*\n.*64"):
         new(architecture, k=k)

@@ -1,6 +1,7 @@
-"""One attempt at runs in a process of its own, which something befalls at a chosen step.
+"""An attempt at runs in a separate process, with a fault injected at a chosen step.
 
-The processes are forked off one that has imported everything, which takes longer than a small run.
+The processes are forked from a process that has imported everything, because imports take longer than a
+small run.
 """
 
 import multiprocessing
@@ -26,10 +27,10 @@ FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launcher.launch"
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of an attempt."""
+    """The result of an attempt."""
 
     returncode: int
-    """Negative where a signal ended it."""
+    """Negative if a signal ended the process."""
     stdout: str
     stderr: str
 
@@ -46,14 +47,14 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     take_step, save_file = TrainState.take_step, checkpoint.save_file
-    befallen = []
+    injected = []
 
-    def befall(training: TrainState | None) -> None:
+    def inject(training: TrainState | None) -> None:
         match what:
             case "exit":
                 os._exit(17)
             case "raise":
-                raise ZeroDivisionError("befallen")
+                raise ZeroDivisionError("injected fault")
             case "memory":
                 raise torch.OutOfMemoryError("no room")
             case "optimizer":
@@ -66,15 +67,15 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
                 os.kill(os.getpid(), int(what))
 
     def stepping(training: TrainState, batch: torch.Size) -> None:
-        if training.step == step - 1 and not befallen:
-            befallen.append(training)
-            befall(training)
+        if training.step == step - 1 and not injected:
+            injected.append(training)
+            inject(training)
         take_step(training, batch)
 
     def saving(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
         if f"step-{-step:08d}" in str(path):
-            befall(None)
+            inject(None)
 
     TrainState.take_step, checkpoint.save_file = stepping, saving
     sys.argv = ["sae_lora.run.execute", *map(str, paths)]
@@ -91,17 +92,17 @@ def attempt(
     after_s: float | None = None,
     largest_file: int | None = None,
 ) -> Ended:
-    """Does what `python -m sae_lora.run.execute` does, to its end, whatever that is.
+    """Run `python -m sae_lora.run.execute` in a process and wait until it ends.
 
     Args:
         folders: The run folders.
-        step: Step in which something happens; negative: while the checkpoint of that step is
-            written; 0: nothing happens.
-        what: A signal's number that the process sends itself, `exit`, or what is raised in one run:
-            `raise` for any error, `memory` for too little of it; `optimizer` for that at the
-            end of an optimiser's step; or `delete` for the folder of the first run.
+        step: Step in which the fault is injected; negative: while the checkpoint of that step is
+            written; 0: no fault.
+        what: The fault. The number of a signal that the process sends itself; `exit`; in one run `raise`
+            for an error, `memory` for an out-of-memory error, `optimizer` for an out-of-memory error at
+            the end of an optimiser step; or `delete` to delete the folder of the first run.
         after_s: Seconds after which the process is killed.
-        largest_file: Bytes beyond which no file can be written.
+        largest_file: Largest file that can be written, in bytes.
     """
     with tempfile.TemporaryDirectory() as home:
         output = [f"{home}/stdout", f"{home}/stderr"]
@@ -120,21 +121,21 @@ def attempt(
 
 
 def frozen(home: Path, *overrides: str) -> RunFolder:
-    """The folder of a run of the embedded default as it is when a job begins: its config alone."""
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    config = composed("tracking=disabled", *here, *overrides)
+    """The folder of a run of the embedded default when its job begins: it contains only the config."""
+    folders = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    config = composed("tracking=disabled", *folders, *overrides)
     (planned,) = plan([config]).runs
     planned.freeze()
     return planned.folder
 
 
 def killed(finished: Ended) -> bool:
-    """Whether the process ended by SIGKILL."""
+    """True if the process was ended by SIGKILL."""
     return finished.returncode == -signal.SIGKILL
 
 
 def results(folder: RunFolder) -> dict[str, object]:
-    """What a run found, without how long it took and where."""
+    """The results of a run: its curve without times, and its trained weights."""
     curve = [
         {
             name: value
@@ -143,11 +144,11 @@ def results(folder: RunFolder) -> dict[str, object]:
         }
         for point in folder.read_curve()
     ]
-    made = {
+    tensors = {
         f"{path.parent.relative_to(folder.path)}/{name}": value.tolist()
-        for made in (folder.adapter, folder.sae, folder.output_adapter)
-        for path in sorted(made.rglob("*.safetensors"))
+        for artifact in (folder.adapter, folder.sae, folder.output_adapter)
+        for path in sorted(artifact.rglob("*.safetensors"))
         for name, value in load_file(path).items()
     }
-    assert made
-    return {"curve": curve} | made
+    assert tensors
+    return {"curve": curve} | tensors

@@ -1,8 +1,8 @@
-"""The machine's own Chromium, where there is one."""
+"""The Chromium of this machine, if it is installed."""
 
 import shutil
 
 import pytest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")

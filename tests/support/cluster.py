@@ -1,6 +1,6 @@
-"""A real SLURM on this machine: two nodes, two GPUs each that are none, accounting and preemption.
+"""A real SLURM on this machine: two nodes with two fake GPUs each, accounting and preemption.
 
-Debian's packages as they are, without systemd and cgroups, in a folder of its own:
+Debian's packages, without systemd and cgroups, in a temporary folder:
 apt-get install slurmctld slurmd slurm-client slurmdbd mariadb-server munge
 """
 
@@ -22,11 +22,11 @@ PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "sacct", "munged", "mar
 NODES = ("n1", "n2")
 _START_S = 60
 _NODE_VARIABLE = "TEST_NODE"
-"""Tells which node's a SLURM process is."""
+"""Names the node that a SLURM process belongs to."""
 
 
 def missing_programs() -> list[str]:
-    """What must be installed for the cluster to start."""
+    """The programs that the cluster needs and that are not installed."""
     return [name for name in PROGRAMS if _program(name) is None]
 
 
@@ -48,11 +48,11 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables under which SLURM's commands talk to this cluster."""
+        """Environment variables with which SLURM's commands talk to this cluster."""
         return {"SLURM_CONF": str(self.root / "slurm.conf")}
 
     def command(self, *arguments: str, check: bool = True) -> str:
-        """Runs one of SLURM's commands and returns what it printed."""
+        """Run one of SLURM's commands and return its output."""
         finished = subprocess.run(
             arguments,
             env=os.environ | self.environment,
@@ -66,14 +66,14 @@ class Cluster:
         return finished.stdout.strip()
 
     def start_node(self, name: str) -> None:
-        """Starts a node's daemon, also after it was killed."""
+        """Start a node's daemon, also after it was killed."""
         configuration = "-f", str(self.root / "slurm.conf")
         mark = {_NODE_VARIABLE: f"{self.root}/{name}"}
         self._start(name, "slurmd", "-D", "-N", name, *configuration, variables=mark)
 
     def kill_node(self, name: str) -> None:
-        """The node goes dark: its daemon and everything that runs on it, at once."""
-        # SLURM's own processes first, or they report the end of the job's.
+        """Kill a node's daemon and everything that runs on the node, at once."""
+        # SLURM's processes first; otherwise they report the end of the job's processes.
         for pid in [
             self.daemons[name].pid,
             *_processes_of(f"{_NODE_VARIABLE}={self.root}/{name}"),
@@ -109,14 +109,14 @@ class Cluster:
 
 @contextmanager
 def running(*, signal_on_preemption: bool = True, grace_s: int = 30) -> Iterator[Cluster]:
-    """Starts a cluster in a temporary folder and stops all of it at the end of the block.
+    """Start a cluster in a temporary folder and stop all of it at the end of the block.
 
     Args:
-        signal_on_preemption: Whether a preempted job gets the signal that it asked for; SLURM's own
-            default is SIGTERM alone.
-        grace_s: Seconds that a preempted job is given.
+        signal_on_preemption: True if a preempted job gets the signal that it asked for; SLURM's default
+            is only SIGTERM.
+        grace_s: Seconds until a preempted job is killed.
     """
-    # Not in one of pytest's: munged refuses a socket that not everybody can reach.
+    # Not in a folder of pytest: munged refuses a socket that other users cannot reach.
     with TemporaryDirectory(prefix="slurm-") as folder:
         Path(folder).chmod(0o755)
         with _running_in(Path(folder), signal_on_preemption, grace_s) as cluster:
@@ -264,14 +264,14 @@ AccountingStoragePass={root}/munge.socket
 def _free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
-def _wait_for(there: Callable[[], bool], what: str) -> None:
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + _START_S
-    while not there():
+    while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} has not started in {_START_S} s")
         time.sleep(0.1)
@@ -299,12 +299,12 @@ def _sql(root: Path, statement: str) -> str | None:
 
 
 def _processes_of(*variables: str) -> list[int]:
-    """Every process that was started with all of these in its environment."""
-    wanted = {variable.encode() for variable in variables}
-    found = []
+    """Ids of the processes that were started with all of these variables in their environment."""
+    required = {variable.encode() for variable in variables}
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
-                    found.append(int(entry.name))
-    return found
+                if required <= set((entry / "environ").read_bytes().split(b"\0")):
+                    pids.append(int(entry.name))
+    return pids

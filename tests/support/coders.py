@@ -1,4 +1,4 @@
-"""SAEs small enough to reason about, made by sae-lens."""
+"""Small SAEs, in sae-lens's classes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support.families import D_MODEL
 
 
 def topk_sae(k: int = 4, width: int = 64, seed: int = 7) -> TopKSAE:
-    """A random TopK SAE; it reconstructs badly, so that a gap opens."""
+    """A random TopK SAE. It reconstructs badly, so that there is a gap."""
     torch.manual_seed(seed)
     sae = TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=width, k=k))
     return sae.requires_grad_(False).eval()
@@ -28,7 +28,7 @@ def jumprelu_sae(width: int = 64, seed: int = 8) -> JumpReLUSAE:
 
 
 def write_topk_sae(folder: Path, hookpoint: str, d_in: int = 128, width: int = 256, k: int = 32) -> Path:
-    """A random TopK SAE in sae-lens's format, which says that it was trained at this place."""
+    """Write a random TopK SAE in sae-lens's format, with metadata that names this hookpoint."""
     torch.manual_seed(width)
     metadata = SAEMetadata(hook_name=hookpoint, exclude_special_tokens=True, l0=float(k))
     sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=width, k=k, metadata=metadata))
@@ -37,7 +37,7 @@ def write_topk_sae(folder: Path, hookpoint: str, d_in: int = 128, width: int = 2
 
 
 def write_cfg(folder: Path, **values: object) -> str:
-    """A folder of sae-lens's format as far as planning reads it, of an SAE as wide as the tiny model."""
+    """Write the files of an SAE's folder that planning reads, for the tiny model's width."""
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps({"d_in": 128, **values}))
     (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")

@@ -1,4 +1,4 @@
-"""`python launch.py …` as a user types it."""
+"""The command `python launch.py …`."""
 
 import contextlib
 import io
@@ -15,11 +15,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def launch(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs the command offline and returns what it printed.
+    """Run the command offline and return its output.
 
     Args:
         arguments: Overrides and options.
-        environment: Variables to set, or to leave out (`None`).
+        environment: Environment variables to set, or to remove (`None`).
     """
     changed = os.environ | {"COLUMNS": "160", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
@@ -34,7 +34,7 @@ def launch(*arguments: str, **environment: str | None) -> subprocess.CompletedPr
 
 
 def launch_in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same without the seconds that a process takes to start."""
+    """Run the command in this process, which saves the seconds that a new process takes to start."""
     with (
         contextlib.chdir(REPOSITORY),
         mock.patch.dict(os.environ, {"COLUMNS": "160"}),

@@ -17,7 +17,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(*overrides: str) -> Config:
-    """What `python launch.py *overrides` composes, typed and checked; a copy of the caller's own."""
+    """The config that `python launch.py *overrides` composes, typed and checked; a fresh copy."""
     return copy.deepcopy(_composed(overrides))
 
 
@@ -28,7 +28,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 def with_values(*overrides: str) -> Config:
-    """The same for values alone, without choices of groups; takes a third of the time."""
+    """The config with these values, in a third of the time; it cannot choose config groups."""
     return checked(OmegaConf.merge(_default(), OmegaConf.from_dotlist(list(overrides))))
 
 
@@ -39,14 +39,14 @@ def _default() -> DictConfig:
 
 
 def combinations(experiment: str) -> list[tuple[str, ...]]:
-    """What `python launch.py experiment=…` composes, one after another: all that it sweeps over."""
+    """The overrides of every point of the sweep `python launch.py experiment=…`."""
     file = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text())
     swept = file["hydra"]["sweeper"]["params"].items()
     keys = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept]
-    return [(f"experiment={experiment}", *those) for those in itertools.product(*keys)]
+    return [(f"experiment={experiment}", *combination) for combination in itertools.product(*keys)]
 
 
-def each_composed(asked: Iterable[Sequence[str]], *overrides: str) -> list[Config]:
-    """What each of these composes, with the overrides."""
+def each_composed(points: Iterable[Sequence[str]], *overrides: str) -> list[Config]:
+    """The config of each point, with the overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [checked(compose("config", overrides=[*those, *overrides])) for those in asked]
+        return [checked(compose("config", overrides=[*point, *overrides])) for point in points]

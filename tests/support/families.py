@@ -1,4 +1,4 @@
-"""Small random models of the families that must work, each with the quirks of the real one."""
+"""Small random models of the supported families, each with the peculiarities of the real models."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ _llama_like = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
-# Soft-caps small enough that leaving them out shows.
+# Soft-caps are so small that leaving them out changes results.
 _gemma = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -85,10 +85,10 @@ def random_tokens(batch: int = 3, length: int = 16, seed: int = 1) -> torch.Tens
 
 
 def random_distances(n: int, seed: int) -> torch.Tensor:
-    """Angles between the states of a random walk: neighbours are near, and no two alike."""
+    """Angles between the states of a random walk: neighbours are near, and all angles differ."""
     walk = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cumsum(
         0
     )
     walk /= walk.norm(dim=1, keepdim=True)
-    found = (walk @ walk.T).clamp(-1, 1).acos() / math.pi
-    return ((found + found.T) / 2).fill_diagonal_(0)
+    angles = (walk @ walk.T).clamp(-1, 1).acos() / math.pi
+    return ((angles + angles.T) / 2).fill_diagonal_(0)

@@ -1,6 +1,7 @@
-"""A Hugging Face hub on loopback: serves folders as repositories, enough for the real libraries.
+"""A Hugging Face hub on loopback, which serves folders as repositories.
 
-Not a stand-in for them: transformers, sae-lens and datasets talk to it over HTTP as to the real one.
+The libraries are not replaced: transformers, sae-lens and datasets talk to it over HTTP as to the real
+hub.
 """
 
 import base64
@@ -18,11 +19,11 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""What `main` of every repository is at."""
+"""The commit of `main` in every repository."""
 
 
 def commit_of(branch: str) -> str:
-    """What another branch than `main` is at."""
+    """The commit of a branch other than `main`."""
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
@@ -31,13 +32,13 @@ class Hub:
     """A running hub.
 
     Args:
-        root: `models/<org>/<name>/` and `datasets/<org>/<name>/` below it are the repositories, and
-            `<name>@<branch>/` beside one is another branch of it, with slashes as `%2F`.
-        address: For `HF_ENDPOINT`.
+        root: Folder of the repositories `models/<org>/<name>/` and `datasets/<org>/<name>/`. A folder
+            `<name>@<branch>/` is another branch, with slashes as `%2F`.
+        address: The address, for `HF_ENDPOINT`.
         gated: Repositories that answer 403.
-        truncated: Files (by name) that are cut in half on the way.
-        closed: Organisations that nobody's token may write to.
-        private: Repositories that are private.
+        truncated: Names of files of which only the first half is sent.
+        closed: Organisations that no token may write to.
+        private: Private repositories.
         requests: Every request line so far.
     """
 
@@ -52,7 +53,7 @@ class Hub:
 
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
-    """Serves the folder until the block ends."""
+    """Serve the folder until the block ends."""
     hub = Hub(root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -96,28 +97,28 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     if match := re.fullmatch(
         r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/(.+))?", path
     ):
-        kind, repo, action, rest = match.groups()
-        revision, _, below = (rest or "main").partition("/")
+        kind, repo, action, remainder = match.groups()
+        revision, _, subfolder = (remainder or "main").partition("/")
         folder, commit = _branch(hub.root / kind / repo, unquote(revision))
         if _refused(request, hub, folder, repo):
             return None
         match action:
             case "tree":
-                below = unquote(below)
-                if not (folder / below).is_dir():
+                subfolder = unquote(subfolder)
+                if not (folder / subfolder).is_dir():
                     return _send_error(request, HTTPStatus.NOT_FOUND, "EntryNotFound")
                 recursive = "recursive=true" in urlsplit(request.path).query.lower()
-                return _send_json(request, _entries(folder, folder / below, recursive), with_body)
+                return _send_json(request, _entries(folder, folder / subfolder, recursive), with_body)
             case "paths-info":
-                wanted = json.loads(body)["paths"]
-                files = [folder / name for name in wanted if (folder / name).exists()]
+                names = json.loads(body)["paths"]
+                files = [folder / name for name in names if (folder / name).exists()]
                 return _send_json(request, [_entry(folder, file) for file in files], with_body)
             case _:
                 files = [entry for entry in _entries(folder, folder, True) if entry["type"] == "file"]
                 siblings = [{"rfilename": entry["path"]} for entry in files]
                 info = {"id": repo, "sha": commit, "siblings": siblings, "tags": []}
-                more = {"private": repo in hub.private, "lastModified": "2026-01-01T00:00:00.000Z"}
-                return _send_json(request, info | more, with_body)
+                details = {"private": repo in hub.private, "lastModified": "2026-01-01T00:00:00.000Z"}
+                return _send_json(request, info | details, with_body)
     if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
         kind, repo, revision, name = match.groups()
         name = unquote(name)
@@ -131,15 +132,15 @@ def _answer(request: BaseHTTPRequestHandler, hub: Hub, *, with_body: bool) -> No
     return _send_error(request, HTTPStatus.NOT_FOUND, "RepoNotFound")
 
 
-def _create(request: BaseHTTPRequestHandler, hub: Hub, wanted: dict[str, Any]) -> None:
-    repo = f"{wanted['organization']}/{wanted['name']}"
+def _create(request: BaseHTTPRequestHandler, hub: Hub, request_body: dict[str, Any]) -> None:
+    repo = f"{request_body['organization']}/{request_body['name']}"
     folder = hub.root / "models" / repo
     if not request.headers.get("Authorization"):
         return _send_error(request, HTTPStatus.UNAUTHORIZED, "")
-    if wanted["organization"] in hub.closed:
+    if request_body["organization"] in hub.closed:
         return _send_error(request, HTTPStatus.FORBIDDEN, "")
     status = HTTPStatus.CONFLICT if folder.exists() else HTTPStatus.OK
-    if not folder.exists() and wanted.get("visibility") == "private":
+    if not folder.exists() and request_body.get("visibility") == "private":
         hub.private.add(repo)
     folder.mkdir(parents=True, exist_ok=True)
     return _send_json(request, {"url": f"{hub.address}/{repo}"}, True, status)
@@ -167,7 +168,7 @@ def _write(
 
 
 def _branch(repository: Path, revision: str) -> tuple[Path, str]:
-    """The folder that a revision (a branch, or the commit it is at) is served from, and the commit."""
+    """The folder of a revision (a branch, or its commit), and the commit."""
     for folder in repository.parent.glob(f"{repository.name}@*"):
         branch = unquote(folder.name.partition("@")[2])
         if revision in (branch, commit_of(branch)):

@@ -1,4 +1,4 @@
-"""SAEs in training, small enough to train in a moment."""
+"""Small SAEs in training, which train in a moment."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ TOKENS = 48
 
 
 def residuals(seed: int, tokens: int = TOKENS) -> torch.Tensor:
-    """Sparse sums of a few directions, off centre, `[token, D_MODEL]`: there is something to learn."""
+    """Learnable residuals: sparse sums of a few directions, with a mean, `[token, D_MODEL]`."""
     directions = torch.randn(24, D_MODEL, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     amounts = torch.rand(tokens, 24, generator=generator)
@@ -36,14 +36,14 @@ def new(
 
 
 def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE[Any]:
-    """An SAE after a few steps, of which no weight is zero any more, with some latents dead."""
+    """An SAE after a few steps with some latents dead; none of its weights is zero."""
     torch.manual_seed(seed)
     sae = new(architecture, **changes)
     dead = torch.arange(WIDTH) > WIDTH // 2
     optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
     for step in range(5):
-        found = training_sae.forward(sae, residuals(step), dead, step)
-        (found.mse + found.aux).backward()
+        forward = training_sae.forward(sae, residuals(step), dead, step)
+        (forward.mse + forward.aux).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def in_training(architecture: str, seed: int = 3, **changes: Any) -> TrainingSAE
 def learner(
     architecture: str, *, steps: int = 24, scale: float = 1.0, **changes: Any
 ) -> SteppedSAETrainer:
-    """One whose rate rises over a quarter of the steps and falls over a third; some latents are dead."""
+    """A trainer whose rate rises for a quarter of the steps and falls for a third; some latents die."""
     torch.manual_seed(5)
     sae = new(architecture, **changes)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def learner(
 
 
 def trainer(sae: TrainingSAE[Any], **changes: Any) -> SteppedSAETrainer:
-    """A trainer of this SAE, whose rate stays the same unless changed."""
+    """A trainer of this SAE, with a constant rate by default."""
     values: dict[str, Any] = {
         "batch_tokens": TOKENS,
         "lr": 1e-2,

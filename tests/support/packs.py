@@ -1,4 +1,4 @@
-"""Runs that train together, as a process would build them from their points."""
+"""Runs that train together, built from their points as in a process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +29,12 @@ def resolved(home: Path, overrides: tuple[str, ...]) -> list[Config]:
     defaults = ["train.train_tokens=8192", "train.batch_size=8", "lora.rank=16"]
     points = points_in(home)
     write_topk_sae(home / "of_an_mlp", "blocks.3.hook_mlp_out", width=4096)
-    asked = [one.format(home=home).split() for one in overrides]
-    return [run.config for run in plan([points(*defaults, *one) for one in asked]).runs]
+    parsed = [of_run.format(home=home).split() for of_run in overrides]
+    return [run.config for run in plan([points(*defaults, *of_run) for of_run in parsed]).runs]
 
 
 def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTrainer:
-    """As a process would build it, without what it would evaluate on."""
+    """The trainer of the runs as a process builds it, but without held-out text."""
     common = configs[0]
     model = load_model(common.model, common.train.dtype, device)
     dimensions = read_dimensions(common.model)

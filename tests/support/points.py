@@ -19,14 +19,14 @@ SMALL = (
 )
 
 Point = Callable[..., Config]
-"""Composes a small point, with overrides, whose run lands in the test's own folder."""
+"""Composes a small point with overrides; its run is written into the folder of the test."""
 
 
 def points_in(home: Path) -> Point:
-    """The points whose runs land in this folder."""
+    """Points whose runs are written into this folder."""
 
     def compose(*overrides: str) -> Config:
-        # The folder is put in afterwards: `composed` remembers what it has composed.
+        # The folder is inserted afterwards, so that `composed` can cache the config.
         config = composed(*SMALL, "output_dir=/HOME", "data.cache_dir=/HOME/cache", *overrides)
         config.output_dir = config.output_dir.replace("/HOME", str(home))
         config.data.cache_dir = config.data.cache_dir.replace("/HOME", str(home))
@@ -36,7 +36,7 @@ def points_in(home: Path) -> Point:
 
 
 def run_here(*points: Config) -> list[RunFolder]:
-    """Runs the points together in this process, and returns their folders."""
+    """Run the points together in this process and return their folders."""
     runs = plan(points).runs
     for planned in runs:
         planned.freeze()
@@ -46,5 +46,5 @@ def run_here(*points: Config) -> list[RunFolder]:
 
 
 def folders_in(home: Path) -> list[RunFolder]:
-    """The run folders that are there."""
+    """The run folders of the sweep `main`."""
     return [RunFolder(path.parent) for path in sorted(home.glob("main/*/config.yaml"))]

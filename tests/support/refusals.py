@@ -1,4 +1,4 @@
-"""Commands that cannot work, and what the refusal must say: field, value, and what would be right."""
+"""Commands that cannot work, and the words of their error: field, value, and allowed values."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ WRONG: list[tuple[str, list[str]]] = [
         "-m launcher.max_parallel=1,2",
         ["launcher.max_parallel = 2", "nearest valid: launcher.max_parallel=1"],
     ),
-    # what does not exist, or does not fit together
+    # things that do not exist or do not fit together
     ("model.name=no/such-model", ["model.name = 'no/such-model'"]),
     ("model.name=./nowhere", ["model.name = './nowhere'"]),
     ("layer.index=8", ["layer.index = 8", "nearest valid: layer.index=7"]),
@@ -64,7 +64,7 @@ WRONG: list[tuple[str, list[str]]] = [
         ["nearest valid: sae.id=layer_12/width_16k/average_l0_82"],
     ),
     ("sae=disk", ["sae.path = null"]),
-    ("sae=disk sae.path={home}/another_width", ["sae.path", "of width 64"]),
+    ("sae=disk sae.path={home}/another_width", ["sae.path", "its d_in is 64"]),
     (
         "sae=disk sae.path={home}/of_an_mlp layer.hook=resid_post",
         ["layer.hook = 'resid_post'", "blocks.3.hook_mlp_out", "nearest valid: layer.hook=mlp_out"],
@@ -84,7 +84,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("method=sea", ["method = 'sea'", "nearest valid: method=sae"]),
     ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e train new ones"]),
     ("method=sae sae=tiny", ["sae.family = 'tiny'", "new with method=sae"]),
-    ("init=nowhere", ["init = 'nowhere'", "it is no run", "outputs/<sweep>/<run>"]),
+    ("init=nowhere", ["init = 'nowhere'", "it is not a run folder", "outputs/<sweep>/<run>"]),
     # an empty sweep
     ("-m sae.width=4k layer.index=2,4", ["no point of this sweep has an SAE"]),
     ("-m lora.rank=", ["lora.rank"]),
@@ -92,11 +92,11 @@ WRONG: list[tuple[str, list[str]]] = [
     ("output_dir={home}/file", ["output_dir", "file"]),
     ("output_dir=/proc/outputs", ["output_dir", "/proc/outputs"]),
 ]
-"""A command, `{home}` for a folder that `prepare` has filled, and words of its refusal."""
+"""A command, with `{home}` for the folder of `prepare`, and words of its error."""
 
 
 def prepare(home: Path) -> None:
-    """SAEs that do not fit, and a file where a folder is expected."""
+    """Write SAEs that do not fit, and a file at the place of a folder."""
     home.mkdir(parents=True, exist_ok=True)
     (home / "file").write_text("")
     for name, d_in, hook in (
@@ -114,13 +114,13 @@ def prepare(home: Path) -> None:
 def fault_of(
     command: str, words: list[str], home: Path, by: Callable[..., CompletedProcess[str]] = launch
 ) -> str | None:
-    """What is wrong with how the command is refused; `None` where nothing is.
+    """The fault of the command's error message; `None` if it is as expected.
 
     Args:
         command: Overrides and options of `launch.py`.
-        words: Words of the refusal.
+        words: Words of the error.
         home: A folder that `prepare` has filled.
-        by: Runs the command.
+        by: Function that runs the command.
     """
     arguments = command.replace("{home}", str(home)).split()
     if not any(argument.startswith("output_dir") for argument in arguments):
@@ -134,5 +134,5 @@ def fault_of(
     if missing:
         return f"{missing} not in: {refused.stderr}"
     if "loading model" in refused.stdout or (home / "outputs").exists():
-        return "something was begun"
+        return "something was started"
     return None

@@ -1,7 +1,7 @@
 """Small repositories in the published layouts.
 
-Gemma 2 with Gemma Scope, Llama with Llama Scope, GPT-2 with an SAE of sae-lens's older format, Pythia
-(its SAE is the user's own), and the Pile.
+Gemma 2 with Gemma Scope, Llama with Llama Scope, GPT-2 with an SAE in sae-lens's older format, Pythia
+(without SAEs), the Pile and RedPajama.
 """
 
 import json
@@ -30,7 +30,7 @@ from transformers import (
 from scripts.embedded.language_model import train_tokenizer
 
 GEMMA_D_MODEL, GEMMA_WIDTH = 2304, 16_384
-"""sae-lens knows these of Gemma Scope without looking, so the small model must have them too."""
+"""sae-lens assumes these sizes for Gemma Scope, so that the small model must have them."""
 LLAMA_D_MODEL, LLAMA_WIDTH = 48, 128
 GPT2_D_MODEL, GPT2_WIDTH = 32, 96
 PYTHIA_D_MODEL = 32
@@ -38,14 +38,14 @@ VOCABULARY = 384
 
 
 def documents(count: int) -> list[str]:
-    """Texts that differ, long enough to fill a few sequences."""
+    """Different texts that are long enough for a few sequences."""
     words = "the sparse latent of a residual stream is read by no one but the next block".split()
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(words, 60)) + f" {number}." for number in range(count)]
 
 
 def write_all(root: Path) -> None:
-    """Writes every repository below the hub's root."""
+    """Write every repository below the hub's root."""
     _write_model(
         root / "models/google/gemma-2-2b",
         Gemma2ForCausalLM(
@@ -134,7 +134,7 @@ def _llama(width: int, inner: int, blocks: int, of_a_head: int, *, tied: bool) -
 
 
 def published_configs() -> dict[str, PreTrainedConfig]:
-    """The paper's models in their own dimensions, by repository. Without weights, they can be priced."""
+    """The configs of the paper's models by repository, in full size, to estimate costs."""
     return {
         "google/gemma-2-2b": _gemma(2304, 9216, 26, 8, 256),
         "google/gemma-2-9b": _gemma(3584, 14_336, 42, 16, 256),
@@ -145,7 +145,7 @@ def published_configs() -> dict[str, PreTrainedConfig]:
 
 
 def write_configs(root: Path) -> None:
-    """Writes these below the hub's root, and nothing else of their repositories."""
+    """Write only the configs of `published_configs` below the hub's root."""
     for name, config in published_configs().items():
         config.save_pretrained(root / "models" / name)
 
@@ -160,7 +160,7 @@ def _write_model(folder: Path, model: PreTrainedModel, *, begins_with_bos: bool 
 
 
 def _write_gemma_scope(folder: Path) -> None:
-    """`params.npz` as published. All but a few latents are zero, so that the file packs small."""
+    """Write `params.npz` as published. Most latents are zero, so that the compressed file is small."""
     live = 64
     rng = np.random.default_rng(1)
     encoder = np.zeros((GEMMA_D_MODEL, GEMMA_WIDTH), dtype=np.float32)
@@ -177,7 +177,7 @@ def _write_gemma_scope(folder: Path) -> None:
 
 
 def _write_llama_scope(folder: Path, hookpoint: str) -> None:
-    """`hyperparams.json` and `checkpoints/final.safetensors` as published."""
+    """Write `hyperparams.json` and `checkpoints/final.safetensors` as published."""
     torch.manual_seed(2)
     (folder / "checkpoints").mkdir(parents=True)
     hyperparams = {
@@ -201,7 +201,7 @@ def _write_llama_scope(folder: Path, hookpoint: str) -> None:
 
 
 def _write_older_format(folder: Path) -> None:
-    """`cfg.json` as sae-lens wrote it before version 6: a TopK SAE behind a layer norm."""
+    """Write `cfg.json` as in sae-lens before version 6: a TopK SAE after a layer norm."""
     torch.manual_seed(3)
     folder.mkdir(parents=True)
     config = {
@@ -232,7 +232,7 @@ def _write_older_format(folder: Path) -> None:
 
 
 def _write_pile(folder: Path) -> None:
-    """zstd-compressed JSONL in `train/`, two shards."""
+    """Write zstd-compressed JSONL in `train/`, two shards."""
     (folder / "train").mkdir(parents=True)
     texts = documents(400)
     for shard in range(2):
@@ -242,7 +242,7 @@ def _write_pile(folder: Path) -> None:
 
 
 def _write_redpajama(organisation: Path) -> None:
-    """A loading script on `main`, which must never run, and the hub's parquet beside it."""
+    """Write a loading script on `main`, which must never run, and the hub's conversion to parquet."""
     name = "RedPajama-Data-1T-Sample"
     (organisation / name).mkdir(parents=True)
     (organisation / name / f"{name}.py").write_text("raise AssertionError('remote code was run')\n")

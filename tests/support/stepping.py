@@ -1,4 +1,4 @@
-"""Single steps of every method on small models, with special tokens and in parts."""
+"""Single steps of every method on small models, with special tokens and micro-batches."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,24 +31,24 @@ from tests.support.trainings import CONFIG, NO_IDS, pack
 
 TOKENS = random_tokens(batch=4, length=16, seed=21)
 SPECIAL = torch.arange(6)
-"""Ids that some of `TOKENS` have, in some of its sequences more than in others."""
+"""Ids that occur in `TOKENS`, with different counts per sequence."""
 STEPS = 6
 
 
-class Made(NamedTuple):
-    """A training as a run would build it."""
+class BuiltTraining(NamedTuple):
+    """A training as a run builds it."""
 
     training: TrainState
-    kept: Artifact
-    """The files that are kept of it."""
+    artifact: Artifact
+    """Its result on disk."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights as they are now, copied."""
-        return {name: one.detach().clone() for name, one in self.training.student.weights.items()}
+        """A copy of the present trained weights."""
+        return {name: weight.detach().clone() for name, weight in self.training.student.weights.items()}
 
 
-def made(
+def build_training(
     model: LanguageModel,
     kind: Method,
     *saes: Coder,
@@ -59,8 +59,8 @@ def made(
     hook: Hook = Hook.resid_post,
     steps: int = STEPS,
     **method: Any,
-) -> Made:
-    """A training by this method with SAEs from a block on, from the config's seed."""
+) -> BuiltTraining:
+    """A training by this method, from the config's seed, with the SAEs at `block`, `block` + 1, …"""
     is_new = isinstance(saes[0], SplicedSAE)
     config = Config(
         model=ModelConfig(name="small"),
@@ -71,21 +71,21 @@ def made(
         train=train,
     )
     torch.manual_seed(train.seed)
-    splices = tuple(Splice(block + place, sae, keeps, hook) for place, sae in enumerate(saes))
-    return Made(*methods.build(config, model, splices, steps))
+    splices = tuple(Splice(block + offset, sae, keeps, hook) for offset, sae in enumerate(saes))
+    return BuiltTraining(*methods.build(config, model, splices, steps))
 
 
-def trained(
+def spliced_sae(
     architecture: str, *, scale: float = 1.0, dead_after: int = 100, **changes: Any
 ) -> SplicedSAE:
-    """An SAE in training none of whose weights is zero, as methods that make new ones have it."""
+    """An SAE in training without zero weights, as methods build it for a new SAE."""
     sae = SplicedSAE(in_training(architecture, **changes), dead_after)
     sae.scale.fill_(scale)
     return sae
 
 
 def frozen_standard(seed: int = 3) -> StandardSAE:
-    """A trained SAE whose latents are ReLUs."""
+    """A frozen SAE with ReLU latents."""
     sae = training_sae.inference(in_training("standard", seed))
     assert isinstance(sae, StandardSAE)
     return sae
@@ -98,18 +98,20 @@ def step(
     special_ids: Tensor = NO_IDS,
     micro_batch: int | None = None,
 ) -> None:
-    """One step of each."""
-    together = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
-    together._take_step(trainings, tokens)
+    """Take one step of each training."""
+    trainer = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
+    trainer._take_step(trainings, tokens)
 
 
-def gradients(model: LanguageModel, one: TrainState, **how: Any) -> dict[str, Tensor]:
-    """The gradients that the optimiser gets in one step, which moves nothing."""
-    found: dict[str, Tensor] = {}
-    weights = one.student.weights.items()
-    one._optimizer.step = lambda: found.update({name: weight.grad.clone() for name, weight in weights})
-    step(model, one, **how)
-    return found
+def gradients(model: LanguageModel, training: TrainState, **options: Any) -> dict[str, Tensor]:
+    """The gradients that the optimiser gets in one step; the step changes no weights."""
+    result: dict[str, Tensor] = {}
+    weights = training.student.weights.items()
+    training._optimizer.step = lambda: result.update(
+        {name: weight.grad.clone() for name, weight in weights}
+    )
+    step(model, training, **options)
+    return result
 
 
 def whole_kl(
@@ -119,10 +121,10 @@ def whole_kl(
     special_ids: Tensor = NO_IDS,
     tokens: Tensor = TOKENS,
 ) -> Tensor:
-    """KL(teacher ‖ student) of whole logits in one plain pass of each, mean over tokens."""
+    """KL(teacher ‖ student) of whole logits, mean over tokens, from one plain pass of each model."""
     with torch.no_grad():
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
     keep = special_positions(tokens, special_ids) if saes[0].keeps else None
-    with spliced(student, {one.hookpoint: one.sae for one in saes}, keep):
+    with spliced(student, {splice.hookpoint: splice.sae for splice in saes}, keep):
         learner = log_softmax(student.model(tokens, use_cache=False).logits, -1)
     return (teacher.exp() * (teacher - learner)).sum(-1).mean()

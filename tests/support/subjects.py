@@ -1,4 +1,4 @@
-"""Subjects of evaluation: made of what they are given, or points whose runs are quick."""
+"""Subjects of evaluation: built from given parts, or points whose runs are fast."""
 
 import os
 import shutil
@@ -19,15 +19,15 @@ from tests.support.trainings import NO_IDS, fill
 
 
 class Made(Subject):
-    """As a run would be loaded.
+    """A subject like one that is loaded from a run.
 
     Args:
         model: The plain model.
-        splices: Its SAEs.
-        adapters: `None` for a run that has none.
-        filled: Whether the adapters have been trained, in that they change something.
-        tokens: Held out, `[sequence, pos]`.
-        special_ids: Ids whose positions keep their activation, where the SAEs say so.
+        splices: The SAEs.
+        adapters: The adapters; `None` for a run without adapters.
+        filled: True if the adapters change the output, as if trained.
+        tokens: Held-out tokens `[sequence, pos]`.
+        special_ids: Ids whose positions keep their activation, if the SAEs keep special tokens.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class Made(Subject):
 
 
 def copy_few_texts(to: Path) -> None:
-    """Makes this folder, with forty of the texts that the embedded model knows."""
+    """Create the folder `to` with forty texts of the kind that the embedded model was trained on."""
     to.mkdir()
     for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
         shutil.copy(file, to)
 
 
 def quick_points_in(home: Path) -> Point:
-    """Points whose text is a few of those that the embedded model knows, which is quicker to read."""
+    """Points with only a few texts, which are faster to read."""
     texts = home / "texts"
     copy_few_texts(texts)
     point = points_in(home)
-    here = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
+    text = f"data=text_files data.files={texts}/*.py data.validation_share=0.5 data.context_length=128"
 
     def compose(*overrides: str) -> Config:
-        return point(*here.split(), *overrides)
+        return point(*text.split(), *overrides)
 
     return compose

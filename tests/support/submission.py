@@ -1,4 +1,4 @@
-"""Small runs on the tests' SLURM: how they are submitted, looked at and waited for."""
+"""Small runs on the tests' SLURM: to submit them, look at them and wait for them."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ NEEDS_SLURM = [
     pytest.mark.skipif(bool(missing_programs()), reason=f"SLURM is not installed: {missing_programs()}"),
     pytest.mark.usefixtures("empty_queue"),
 ]
-"""Marks of a module whose tests each begin with the queue of its `cluster` empty."""
+"""Marks of a module whose tests need an empty queue of its `cluster`."""
 LONG = ("train.train_tokens=30000", "train.eval_every_tokens=10000", "train.checkpoint_every_steps=10")
 ON_CLUSTER = (
     "launcher=slurm",
@@ -35,9 +35,9 @@ def jobs(cluster: Cluster) -> list[str]:
     return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
 
 
-def until(there: Callable[[], object], what: str, limit_s: float = 300) -> None:
+def until(condition: Callable[[], object], what: str, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
-    while not there():
+    while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
         time.sleep(0.2)
 
@@ -47,8 +47,8 @@ def submitted(
 ) -> subprocess.CompletedProcess[str]:
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in options]
-    here = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    return launch(*options, *SMALL, *ON_CLUSTER, *here, *overrides, **environment)
+    folders = f"output_dir={home}", f"data.cache_dir={home}/cache"
+    return launch(*options, *SMALL, *ON_CLUSTER, *folders, *overrides, **environment)
 
 
 def the_run(home: Path) -> RunFolder:
@@ -57,7 +57,7 @@ def the_run(home: Path) -> RunFolder:
 
 
 def occupy(cluster: Cluster, seconds: int) -> None:
-    """A job of higher rank takes both nodes."""
+    """Submit a job of higher priority that takes both nodes."""
     whole = "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"
     cluster.command("sbatch", *whole, f"--wrap=sleep {seconds}")
 
@@ -68,26 +68,26 @@ def at_step(folder: RunFolder, step: int) -> bool:
 
 
 def halt(*folders: RunFolder, step: int) -> int:
-    """Halts the process of runs once they are at a step, since they are quicker than SLURM.
+    """Suspend the process of runs once they are at a step, because they are faster than SLURM.
 
     Returns:
-        Its number, for `go_on`.
+        The process id, for `go_on`.
     """
-    until(lambda: all(at_step(one, step) for one in folders), "at work")
-    at_work = holder(folders[0].path)
-    assert at_work is not None
-    os.kill(at_work.pid, signal.SIGSTOP)
-    return at_work.pid
+    until(lambda: all(at_step(folder, step) for folder in folders), "at work")
+    owner = holder(folders[0].path)
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGSTOP)
+    return owner.pid
 
 
 def go_on(pid: int) -> None:
-    """Lets a halted process go on, which may be gone."""
+    """Resume a suspended process; it may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
 
 
 def is_asked_to_stop(pid: int) -> bool:
-    """Whether a halted process has been sent a signal, or whatever stopped it has let it go."""
+    """True if a suspended process has a pending stop signal, or has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:

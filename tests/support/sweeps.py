@@ -1,4 +1,4 @@
-"""Sweeps that nobody has trained: run folders as a finished run leaves them, with made-up numbers."""
+"""Made-up sweeps: run folders like those of finished runs, with invented numbers."""
 
 import copy
 import functools
@@ -22,13 +22,13 @@ _NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu 
 
 @functools.cache
 def _default() -> dict[str, Any]:
-    """The config of the embedded default's one run."""
+    """The config of the only run of the embedded default."""
     (planned,) = plan([composed()]).runs
     return as_dict(planned.config)
 
 
 class MadeUp:
-    """Makes runs of the embedded default.
+    """Made-up runs of the embedded default.
 
     Args:
         home: The sweep's folder.
@@ -41,7 +41,7 @@ class MadeUp:
     def folder(
         self, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **train: Any
     ) -> RunFolder:
-        """One of which only the config is there."""
+        """A run with only a config."""
         config = copy.deepcopy(self._config)
         config["lora"]["rank"], config["train"]["seed"] = rank, seed
         config["sae"]["l0"], config["layer"]["index"] = l0, block
@@ -52,35 +52,35 @@ class MadeUp:
         return folder
 
     def begun(self, points: int = 5, **factors: Any) -> RunFolder:
-        """One that has a curve."""
+        """An unfinished run with a curve."""
         folder = self.folder(**factors)
         for point in self._points(points, **factors):
             folder.append_point(point)
         return folder
 
     def finished(self, points: int = 5, *, closed: float | None = math.nan, **factors: Any) -> RunFolder:
-        """One that has ended well; it closes so much, or what the factors say."""
+        """A finished run; `closed` replaces the share of the gap that follows from the factors."""
         folder = self.begun(points, **factors)
-        told: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
+        summary: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
         if closed is None or not math.isnan(closed):
-            told["gap_closed"] = closed
-        return _summed_up(folder, told)
+            summary["gap_closed"] = closed
+        return _summed_up(folder, summary)
 
     def told(
         self, name: str, curve: Sequence[CurvePoint], config: Mapping[str, Any], **summary: Any
     ) -> RunFolder:
-        """One that has ended well, of which all is told.
+        """A finished run with the given curve, config and summary.
 
         Args:
-            name: Of its folder.
-            curve: Its points; without any, it is not finished.
-            config: By dotted key, where it differs from the embedded default's.
-            summary: What its summary says beyond the last point.
+            name: Name of its folder.
+            curve: Its points; without points the run is not finished.
+            config: Values that differ from the embedded default, by dotted key.
+            summary: Values of its summary besides those of the last point.
         """
         values = copy.deepcopy(self._config)
         for key, value in config.items():
-            group, _, own = key.rpartition(".")
-            (values[group] if group else values)[own] = value
+            group, _, field = key.rpartition(".")
+            (values[group] if group else values)[field] = value
         folder = RunFolder(self.home / name)
         folder.write_config(yaml.safe_dump(values))
         for point in curve:
@@ -90,14 +90,14 @@ class MadeUp:
     def saes_at(
         self, *blocks: int, group: Mapping[int, list[int]] | None = None
     ) -> list[dict[str, Any]]:
-        """What `sae.used` says of SAEs at these blocks.
+        """The entries of `sae.used` for SAEs at these blocks.
 
         Args:
             blocks: The blocks.
-            group: By block, those that share its SAE.
+            group: The blocks that share the SAE of a block, by block.
         """
-        (one,) = self._config["sae"]["used"]
-        return [one | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
+        (template,) = self._config["sae"]["used"]
+        return [template | {"block": block, "group": (group or {}).get(block, [])} for block in blocks]
 
     def grid(self, ranks: Sequence[int], blocks: Sequence[int], l0s: Sequence[float] = (4.0,)) -> None:
         """A finished run for every combination."""
@@ -112,12 +112,12 @@ class MadeUp:
     ) -> list[CurvePoint]:
         end = 0.06 * math.log2(2 * rank) + 0.01 * block - 0.02 * math.log2(l0) + 0.005 * seed
         gap = 1.4 / math.sqrt(l0)
-        found = []
+        curve = []
         for step in range(points):
             share = step / max(1, points - 1)
             closed = end * (1 - math.exp(-3 * share))
             ce_gap = gap * (1 - closed)
-            found.append(
+            curve.append(
                 CurvePoint(
                     step=100 * step,
                     tokens=51_200 * step,
@@ -134,11 +134,11 @@ class MadeUp:
                     train_flops=2.5e12 * step,
                 )
             )
-        return found
+        return curve
 
 
-def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
-    """The run with its summary: what its config and its last point say, and what is told."""
+def _summed_up(folder: RunFolder, values: Mapping[str, Any]) -> RunFolder:
+    """Write the run's summary from its config, its last point and `values`; return its folder."""
     last, config = folder.read_curve()[-1], yaml.safe_load(folder.config.read_text())
     kind = config["method"]["kind"]
     summary = {name: getattr(last, name) for name in _NAMES} | {
@@ -154,19 +154,19 @@ def _summed_up(folder: RunFolder, told: Mapping[str, Any]) -> RunFolder:
         "tracked_at": None,
         "model": {"name": config["model"]["name"]},
         "sae": [
-            {"block": one["block"], "hookpoint": resid_post(one["block"]), "width": one["width"]}
-            for one in config["sae"]["used"]
+            {"block": sae["block"], "hookpoint": resid_post(sae["block"]), "width": sae["width"]}
+            for sae in config["sae"]["used"]
         ],
         "lora": config["lora"] if kind == "lora" else {},
         "method": {"kind": kind, "rank": config["method"]["rank"], "init": config["init"]},
         "seed": config["train"]["seed"],
     }
-    folder.summary.write_text(json.dumps(summary | dict(told)))
+    folder.summary.write_text(json.dumps(summary | dict(values)))
     return folder
 
 
 def finished(home: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
-    """A finished run under a name of its own, of which every cross-entropy is 1."""
+    """A finished run with this name; every cross-entropy in it is 1."""
     folder = MadeUp(home).finished(rank=rank, block=block, l0=8.0, closed=closed)
     folder.path.rename(home / name)
     folder = RunFolder(home / name)
@@ -179,5 +179,5 @@ def finished(home: Path, name: str, rank: int, block: int, closed: float | None)
 
 
 def curve_point(step: int) -> CurvePoint:
-    """A point of a made-up curve, ten tokens a step."""
+    """A point of a made-up curve with ten tokens per step."""
     return CurvePoint(step, step * 10, 1.0, 2.0, 3.0, 2.5, 0.5, 0.5, 0.1, 0.9, 0.2, 8.0)

@@ -30,14 +30,14 @@ CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, warmup_share=0
 
 
 def batches(steps: int) -> list[torch.Tensor]:
-    """A batch for every step."""
+    """One batch per step."""
     return [random_tokens(batch=2, length=16, seed=seed) for seed in range(steps)]
 
 
 def student(
     model: LanguageModel, sae: Coder, adapters: LoRAConfig | None = None, block: int = 1
 ) -> Student:
-    """One student with one SAE, from torch's random state as it is."""
+    """A student with one SAE, initialised from torch's present random state."""
     splices = (Splice(block, sae, keeps=False),)
     return LoRAStudent(model, splices, adapters or LoRAConfig(rank=2))
 
@@ -50,14 +50,14 @@ def training(
     adapters: LoRAConfig | None = None,
     block: int = 1,
 ) -> TrainState:
-    """As a run would build it: adapters and dropout from the config's seed."""
+    """A training as a run builds it: adapters and dropout from the config's seed."""
     torch.manual_seed(config.seed)
     adapters = adapters or LoRAConfig(rank=2, dropout=0.2)
     return GradientState(student(model, sae, adapters, block), config, steps)
 
 
 def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:
-    """Gives adapters values that change the output."""
+    """Give adapters values that change the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in weights.values():
@@ -67,13 +67,13 @@ def fill(weights: Mapping[str, torch.nn.Parameter], seed: int = 5) -> None:
 def evaluator(
     model: LanguageModel, batch_size: int = 4, chunk_tokens: int = 30, cache_bytes: float = 0
 ) -> Evaluator:
-    """On the held-out tokens."""
+    """An evaluator on the held-out tokens."""
     comparison = Comparison(Head.of(model), chunk_tokens)
     return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
 
 
 class WholePass(NamedTuple):
-    """Results of one plain pass over the held-out tokens, whole logits at once."""
+    """Results of one plain pass over the held-out tokens, with all logits in memory."""
 
     logits: torch.Tensor
     ce: float
@@ -87,7 +87,7 @@ class WholePass(NamedTuple):
 def whole_pass(
     model: LanguageModel, saes: Mapping[str, Coder], keep: torch.Tensor | None = None
 ) -> WholePass:
-    """One pass of the model with these SAEs in it, by hookpoint."""
+    """One pass of the model with these SAEs, by hookpoint."""
     readings: list[Reading] = []
     with spliced(model, saes, keep, readings.append):
         logits = model.model(HELD_OUT, use_cache=False).logits
@@ -102,7 +102,7 @@ def whole_pass(
 
 
 def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
-    """A few tokens at a time."""
+    """The KL of a few tokens at a time."""
     return kl_of(Comparison(Head.of(model), chunk_tokens=20), how)
 
 
@@ -112,24 +112,26 @@ def pack(
     special_ids: torch.Tensor = NO_IDS,
     micro_batch: int | None = None,
 ) -> DistillTrainer:
-    """The trainings together."""
+    """A trainer of these trainings."""
     return DistillTrainer(
         model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
     )
 
 
-def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """True where two states have the same tensors, to the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    """True if two states have the same tensors, to the last bit."""
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def comparable(point: CurvePoint) -> CurvePoint:
-    """The point without what no two runs share: how long they took."""
+    """The point without times and memory, which differ between equal runs."""
     return dataclasses.replace(point, train_seconds=0.0, tokens_per_second=None, peak_memory_gb=None)
 
 
 def stopped(together: DistillTrainer, step: int, steps: int) -> list[CurvePoint]:
-    """Trains one run until it has taken this step, and not what follows; its points, without times."""
+    """Train one run and stop it right after a step; return its points, without times."""
     (training,) = together.active
     points: list[CurvePoint] = []
 
@@ -145,8 +147,8 @@ def stopped(together: DistillTrainer, step: int, steps: int) -> list[CurvePoint]
 
 
 def curves(together: DistillTrainer, steps: int) -> dict[TrainState, list[CurvePoint]]:
-    """Trains to the end; the curve of each, without times."""
-    found: dict[TrainState, list[CurvePoint]] = {one: [] for one in together.active}
-    for one, point in together.points(batches(steps)[together.step :]):
-        found[one].append(comparable(point))
-    return found
+    """Train to the end; return the curve of each training, without times."""
+    result: dict[TrainState, list[CurvePoint]] = {run: [] for run in together.active}
+    for run, point in together.points(batches(steps)[together.step :]):
+        result[run].append(comparable(point))
+    return result

@@ -1,4 +1,4 @@
-"""What a trunk computes once for several rows of SAEs, held against each row spliced in alone."""
+"""A check of `Trunk`: shared computation for several rows of SAEs equals each row spliced in alone."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from sae_lora.splice.trunk import Splices, Trunk, prefixes
 
 
 def check_trunk(model: LanguageModel, tokens: Tensor, rows: Sequence[Splices], cuts: set[int]) -> None:
-    """Asserts that hidden states and readings of a trunk are, to the last bit, those of splicing.
+    """Assert that hidden states and readings of a trunk equal those of splicing, to the last bit.
 
     Args:
         model: The plain model.
         tokens: `[batch, pos]`.
-        rows: What is spliced in together. Rows that begin alike share a reading.
-        cuts: The blocks before which the trunk keeps what rows share.
+        rows: Sequences of SAEs that are spliced in together. Rows with a common prefix share readings.
+        cuts: The blocks before which the trunk keeps the hidden states that rows share.
     """
     special = torch.tensor([3, 5])
     readings: dict[Splices, list[Reading]] = {}
@@ -26,17 +26,17 @@ def check_trunk(model: LanguageModel, tokens: Tensor, rows: Sequence[Splices], c
     )
     for row in rows:
         keep = torch.isin(tokens, special) if row and row[0].keeps else None
-        seen: list[Reading] = []
+        spliced_readings: list[Reading] = []
         saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, keep, seen.append):
+        with torch.no_grad(), spliced(model, saes, keep, spliced_readings.append):
             expected = model.hidden(tokens)
         assert torch.equal(trunk.hidden(row), expected)
         assert trunk.hidden(row) is trunk.hidden(row)
-        assert len(seen) == len(row)
-        by_hookpoint = {reading.hookpoint: reading for reading in seen}
-        for whole in prefixes(row):
-            (found,) = readings[whole]  # once, however many rows begin so
-            reading = by_hookpoint[whole[-1].hookpoint]
-            assert found.hookpoint == reading.hookpoint
-            for one, other in zip(found[1:], reading[1:], strict=True):
-                assert torch.equal(one, other)
+        assert len(spliced_readings) == len(row)
+        by_hookpoint = {reading.hookpoint: reading for reading in spliced_readings}
+        for prefix in prefixes(row):
+            (first,) = readings[prefix]  # once, for any number of rows with this prefix
+            reading = by_hookpoint[prefix[-1].hookpoint]
+            assert first.hookpoint == reading.hookpoint
+            for value, expected_value in zip(first[1:], reading[1:], strict=True):
+                assert torch.equal(value, expected_value)

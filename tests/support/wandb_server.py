@@ -1,7 +1,7 @@
-"""A W&B server on loopback: what wandb itself asks of one, and what it has been told.
+"""A W&B server on loopback: it answers wandb's requests and records what they contain.
 
-Not a stand-in for wandb, which talks to it over HTTP as to the real one, in GraphQL and in its file
-stream, whose offsets say where lines belong.
+wandb itself is not replaced: it talks to this server over HTTP as to the real server, through GraphQL
+and its file stream, whose offsets give the positions of lines.
 """
 
 import json
@@ -16,20 +16,20 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Run:
-    """What the server knows of a run."""
+    """The server's record of a run."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """Of the last `UpsertBucket` that named them: group, tags, config and so on."""
+    """Group, tags, config and so on, from the last `UpsertBucket` that contained each of them."""
     files: dict[str, list[str]] = field(default_factory=dict)
-    """Lines by the file's name."""
+    """Lines by file name."""
     exit_code: int | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Its history, with `_step` and without wandb's other own values."""
+        """The run's history with `_step`, without the other values that wandb adds."""
         rows = [json.loads(line) for line in self.files.get("wandb-history.jsonl", [])]
-        own = ("_timestamp", "_runtime")
-        return [{key: value for key, value in row.items() if key not in own} for row in rows]
+        internal = ("_timestamp", "_runtime")
+        return [{key: value for key, value in row.items() if key not in internal} for row in rows]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -38,9 +38,9 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Without wandb's own values."""
+        """The run's config, without the values that wandb adds."""
         config = json.loads(self.values.get("config") or "{}")
-        return {key: one["value"] for key, one in config.items() if key != "_wandb"}
+        return {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Server:
     """A running server.
 
     Args:
-        address: For `WANDB_BASE_URL`.
-        state: up; dropping every connection; busy, which is a 503; or hanging.
-        runs: By id.
+        address: The address, for `WANDB_BASE_URL`.
+        state: `up`; `dropping` (every connection); `busy` (answers 503); or `hanging`.
+        runs: The runs by id.
         said: The body of every request.
     """
 
@@ -59,14 +59,14 @@ class Server:
     runs: dict[str, Run] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     moved: threading.Event = field(default_factory=threading.Event)
-    """Lets go what hangs."""
+    """Releases the requests that hang."""
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """Of a run, known or not."""
+        """The history of a run; empty if the server does not know the run."""
         return self.runs[run_id].rows if run_id in self.runs else []
 
     def become(self, state: str) -> None:
-        """Is in another state from now on; connections that hang are dropped."""
+        """Change the state; connections that hang are dropped."""
         self.state = state
         self.moved.set()
         self.moved = threading.Event()
@@ -74,7 +74,7 @@ class Server:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """Serves until the block ends."""
+    """Serve until the block ends."""
     known = Server()
 
     class Handler(BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ def serving() -> Iterator[Server]:
 
     class Quiet(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that is killed goes without a word."""
+            """Ignore clients that were killed."""
 
     server = Quiet(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

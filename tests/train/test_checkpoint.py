@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: to the last bit, or not at all."""
+"""A stopped run resumes to the last bit as if it had not stopped, or it refuses."""
 
 import json
 import shutil
@@ -25,49 +25,49 @@ MODEL = small_model("llama")
 
 
 def new_training() -> TrainState:
-    """As a new process would build it, from the seed alone; dropout is on."""
+    """A training as a new process builds it, only from the seed; dropout is on."""
     return training(MODEL, topk_sae(), steps=STEPS)
 
 
-def points(one: TrainState) -> Iterator[CurvePoint]:
-    """The training's points from now on, without times."""
-    for _, point in pack(MODEL, one).points(BATCHES[one.step :]):
+def points(state: TrainState) -> Iterator[CurvePoint]:
+    """The remaining points of a training, without times."""
+    for _, point in pack(MODEL, state).points(BATCHES[state.step :]):
         yield comparable(point)
 
 
-def alike(one: Snapshot, other: Snapshot) -> bool:
+def alike(first: Snapshot, second: Snapshot) -> bool:
     timeless = [
         {key: value for key, value in state.values.items() if key not in ("train_seconds", "interval")}
-        for state in (one, other)
+        for state in (first, second)
     ]
-    return timeless[0] == timeless[1] and same(one.tensors, other.tensors)
+    return timeless[0] == timeless[1] and same(first.tensors, second.tensors)
 
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[list[CurvePoint], Snapshot]:
-    """The curve and the last state of a training that nothing stopped."""
-    one = new_training()
-    return list(points(one)), one.state()
+    """The curve and the last state of a training that was not stopped."""
+    state = new_training()
+    return list(points(state)), state.state()
 
 
 @pytest.mark.parametrize("stop", range(STEPS + 1))
-def test_stopped_at_any_step_it_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
-    """Saved after a step, before the evaluation that follows it; restored from the disk."""
+def test_a_training_stopped_at_any_step_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
+    """Saved after a step and before its evaluation, then restored from disk."""
     first = new_training()
     stopped(pack(MODEL, first), stop, STEPS)
     checkpoint.save(tmp_path, "hash", first.state())
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
-    kept = whole[0][: state.values["points"]]
+    curve = whole[0][: state.values["points"]]
     second = new_training()
-    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    torch.rand(7)  # other code may draw random numbers
     second.restore(state)
-    assert kept + list(points(second)) == whole[0]
+    assert curve + list(points(second)) == whole[0]
     assert alike(second.state(), whole[1])
 
 
-def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
-    """Asked to stop between the evaluation and its line in the file."""
+def test_a_point_that_was_not_recorded_is_measured_again(whole) -> None:
+    """The run stops between the evaluation and its line in the file."""
     first = new_training()
     source = points(first)
     taken = [next(source), next(source)]
@@ -78,15 +78,15 @@ def test_a_point_that_was_not_taken_over_is_measured_again(whole) -> None:
     assert [taken[0], *points(second)] == whole[0]
 
 
-def test_a_training_that_has_ended_does_nothing_more(whole) -> None:
-    one = new_training()
-    one.restore(whole[1])
-    assert list(points(one)) == []
-    assert alike(one.state(), whole[1])
+def test_a_finished_training_does_nothing(whole) -> None:
+    restored = new_training()
+    restored.restore(whole[1])
+    assert list(points(restored)) == []
+    assert alike(restored.state(), whole[1])
 
 
 class TestCheckpoints:
-    """The files on the disk."""
+    """The files on disk."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -97,18 +97,18 @@ class TestCheckpoints:
 
     def test_the_two_newest_are_kept(self, folder: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
-        found = checkpoint.newest(folder, "hash", pytest.fail)
-        assert found is not None
-        assert alike(found, state_at(30))
+        newest = checkpoint.newest(folder, "hash", pytest.fail)
+        assert newest is not None
+        assert alike(newest, state_at(30))
 
-    def test_none_was_written(self, tmp_path: Path) -> None:
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
         assert checkpoint.newest(tmp_path / "checkpoints", "hash", pytest.fail) is None
 
-    def test_what_a_killed_writer_left_is_no_checkpoint(self, folder: Path) -> None:
+    def test_files_of_a_killed_writer_are_not_a_checkpoint(self, folder: Path) -> None:
         shutil.copytree(folder / "step-00000030", folder / ".step-00000040.123")
-        found = checkpoint.newest(folder, "hash", pytest.fail)
-        assert found is not None
-        assert found.values["step"] == 30
+        newest = checkpoint.newest(folder, "hash", pytest.fail)
+        assert newest is not None
+        assert newest.values["step"] == 30
         checkpoint.save(folder, "hash", state_at(40))
         assert not list(folder.glob(".*"))
 
@@ -134,25 +134,25 @@ class TestCheckpoints:
             lambda path: edit_manifest(path, files={}),
         ],
     )
-    def test_a_damaged_one_is_passed_over_and_named(
+    def test_a_damaged_checkpoint_is_skipped_and_named(
         self, folder: Path, damage: Callable[[Path], object]
     ) -> None:
         damage(folder / "step-00000030")
-        said: list[str] = []
-        found = checkpoint.newest(folder, "hash", said.append)
-        assert found is not None
-        assert alike(found, state_at(20))
-        assert len(said) == 1
-        assert "step-00000030" in said[0]
+        messages: list[str] = []
+        newest = checkpoint.newest(folder, "hash", messages.append)
+        assert newest is not None
+        assert alike(newest, state_at(20))
+        assert len(messages) == 1
+        assert "step-00000030" in messages[0]
         damage(folder / "step-00000020")
         with pytest.raises(UserError, match="step-00000020"):
-            checkpoint.newest(folder, "hash", said.append)
+            checkpoint.newest(folder, "hash", messages.append)
 
-    def test_another_runs_is_never_used(self, folder: Path) -> None:
+    def test_a_checkpoint_of_another_run_is_never_used(self, folder: Path) -> None:
         with pytest.raises(UserError, match="another run"):
             checkpoint.newest(folder, "other", lambda text: None)
 
-    def test_a_disk_that_is_full_leaves_the_old_ones(
+    def test_a_full_disk_keeps_the_old_checkpoints(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def no_space(tensors: object, path: Path) -> None:
@@ -164,8 +164,8 @@ class TestCheckpoints:
             checkpoint.save(folder, "hash", state_at(40))
         monkeypatch.undo()
         assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
-        found = checkpoint.newest(folder, "hash", pytest.fail)
-        assert found is not None
+        newest = checkpoint.newest(folder, "hash", pytest.fail)
+        assert newest is not None
 
 
 def state_at(step: int) -> Snapshot:
@@ -190,7 +190,7 @@ def edit_manifest(path: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) -> None:
+def test_the_curve_is_cut_to_the_points_of_the_checkpoint(tmp_path: Path, whole) -> None:
     folder = RunFolder(tmp_path)
     for point in whole[0][:3]:
         folder.append_point(point)
@@ -202,9 +202,9 @@ def test_the_curve_is_cut_to_what_the_checkpoint_knows(tmp_path: Path, whole) ->
 
 
 def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None:
-    one = new_training()
-    list(points(one))
-    checkpoint.save(tmp_path, "hash", one.state())
+    state = new_training()
+    list(points(state))
+    checkpoint.save(tmp_path, "hash", state.state())
     saved = load_file(tmp_path / f"step-{STEPS:08d}" / "tensors.safetensors")
     weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}
     moments = [name for name in saved if name.startswith("optimizer/exp_avg/")]

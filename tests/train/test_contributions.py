@@ -1,4 +1,4 @@
-"""Contributions of several SAEs: each alone in the plain model, and left out of the student."""
+"""Contributions of several SAEs: the plain model with only one, and the student without one."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from sae_lora.train.train_state import TrainState
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, N_BLOCKS, small_model
 from tests.support.points import points_in, run_here
-from tests.support.stepping import SPECIAL, step, trained
+from tests.support.stepping import SPECIAL, spliced_sae, step
 from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, whole_pass
 
 pytestmark = pytest.mark.slow  # many seconds in all
@@ -57,50 +57,52 @@ def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: f
 def check(
     model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
 ) -> None:
-    """All that is said of a student's SAEs is what the plain way finds."""
+    """Check all measurements of a student's SAEs against plain forward passes."""
     saes = {
-        one.hookpoint: one.sae.frozen if isinstance(one.sae, SplicedSAE) else one.sae
-        for one in student.splices
+        splice.hookpoint: splice.sae.frozen if isinstance(splice.sae, SplicedSAE) else splice.sae
+        for splice in student.splices
     }
     (whole,) = evaluate([student])
     full = whole_pass(student.model, saes, keep)
     assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
     fvu = {name: figures["fvu"] for name, figures in whole.per_sae.items()}
     assert fvu == pytest.approx(full.fvu, rel=1e-4)
-    found = evaluate.contributions(student)
-    assert list(found) == list(saes)
-    for name, one in found.items():
+    contributions = evaluate.contributions(student)
+    assert list(contributions) == list(saes)
+    for name, contribution in contributions.items():
         alone = whole_pass(model, {name: saes[name]}, keep)
-        assert one.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
-        assert one.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
-        others = {other: sae for other, sae in saes.items() if other != name}
-        left_out = whole_pass(student.model, others, keep).ce
-        assert one.left_out_ce == pytest.approx(left_out, abs=1e-5), name
+        assert contribution.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
+        assert contribution.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
+        remaining = {other_name: sae for other_name, sae in saes.items() if other_name != name}
+        left_out = whole_pass(student.model, remaining, keep).ce
+        assert contribution.left_out_ce == pytest.approx(left_out, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
-    assert len({one.left_out_ce for one in found.values()}) == len(found)
-    # What was found on the way does not come back in what is evaluated later.
+    assert len({contribution.left_out_ce for contribution in contributions.values()}) == len(
+        contributions
+    )
+    # Contributions leave nothing in the cache that would change later evaluations.
     assert evaluate([student])[0].student_ce == whole.student_ce
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
 @pytest.mark.parametrize("places", PLACES)
-def test_of_a_lora_student(places: str, blocks: str) -> None:
+def test_contributions_of_a_lora_student(places: str, blocks: str) -> None:
     model = small_model("llama")
     student = LoRAStudent(model, splices_at(PLACES[places]), LoRAConfig(rank=2, blocks=blocks))
     fill(student.weights)
     check(model, student, evaluator(model, cache_bytes=1e9))
 
 
-def test_in_every_family(model: LanguageModel) -> None:
+def test_contributions_in_every_family(model: LanguageModel) -> None:
     student = LoRAStudent(model, splices_at(PLACES["everywhere"]), LoRAConfig(rank=2))
     fill(student.weights)
     check(model, student, evaluator(model))
 
 
 @pytest.mark.parametrize("blocks", ["after", [0], [3]])
-def test_where_special_tokens_keep_their_activation(blocks: Any) -> None:
-    """And where adapters begin before, behind and after SAEs."""
+def test_contributions_if_special_tokens_keep_their_activation(blocks: Any) -> None:
+    """Adapters begin before, between and after SAEs."""
     model = small_model("gemma2")
     student = LoRAStudent(
         model, splices_at(PLACES["everywhere"], keeps=True), LoRAConfig(rank=2, blocks=blocks)
@@ -127,78 +129,78 @@ def training_of(
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_of_saes_in_training_as_they_are_in_use(keeps: bool) -> None:
-    """Also once they have moved, by an evaluator that knew them before; modes stay as they were."""
+def test_contributions_of_saes_in_training(keeps: bool) -> None:
+    """Also after a step, with an evaluator that measured them before; training modes are restored."""
     model = small_model("llama")
-    one = training_of(
+    run = training_of(
         model,
         Method.e2e,
         {
-            Place(1): trained("topk", scale=0.4),
-            Place(2, Hook.mlp_out): trained("standard", seed=4),
-            Place(3): trained("topk", seed=5),
+            Place(1): spliced_sae("topk", scale=0.4),
+            Place(2, Hook.mlp_out): spliced_sae("standard", seed=4),
+            Place(3): spliced_sae("topk", seed=5),
         },
         keeps,
     )
     ids = SPECIAL if keeps else NO_IDS
     keep = special_positions(HELD_OUT, SPECIAL) if keeps else None
     evaluate = evaluator(model, ids, cache_bytes=1e9)
-    before = evaluate.contributions(one.student)
+    earlier = evaluate.contributions(run.student)
     for _ in range(2):
-        step(model, one, special_ids=ids)
-    modes = [module.training for module in one.student.modules.values()]
+        step(model, run, special_ids=ids)
+    modes = [module.training for module in run.student.modules.values()]
     assert modes == [True] * 3
-    check(model, one.student, evaluate, keep)
-    assert [module.training for module in one.student.modules.values()] == modes
-    after = evaluate.contributions(one.student)
-    assert all(after[name].alone_ce != before[name].alone_ce for name in before)
+    check(model, run.student, evaluate, keep)
+    assert [module.training for module in run.student.modules.values()] == modes
+    later = evaluate.contributions(run.student)
+    assert all(later[name].alone_ce != earlier[name].alone_ce for name in earlier)
 
 
-def test_of_one_sae_that_serves_several_blocks() -> None:
-    """At each of them it is alone there, and left out there."""
-    model, shared = small_model("llama"), trained("topk", scale=0.4)
-    saes = {Place(0): shared, Place(1): trained("topk", seed=5), Place(2): shared}
-    one = training_of(model, Method.e2e, saes)
-    assert len(one.student.modules) == 2
-    step(model, one)
-    check(model, one.student, evaluator(model))
+def test_contributions_of_an_sae_that_several_blocks_share() -> None:
+    """At each block: with only this SAE, and without it."""
+    model, shared = small_model("llama"), spliced_sae("topk", scale=0.4)
+    saes = {Place(0): shared, Place(1): spliced_sae("topk", seed=5), Place(2): shared}
+    run = training_of(model, Method.e2e, saes)
+    assert len(run.student.modules) == 2
+    step(model, run)
+    check(model, run.student, evaluator(model))
 
 
-def test_of_maps_on_what_saes_put_back() -> None:
-    """An SAE goes with its map, alone and left out."""
+def test_contributions_of_saes_with_maps() -> None:
+    """An SAE and its map are added and left out together."""
     model = small_model("gpt2")
     frozen: dict[Place, Coder] = {Place(0): topk_sae(seed=1), Place(2): jumprelu_sae()}
-    one = training_of(model, Method.linear_adapter, frozen)
-    step(model, one)
+    run = training_of(model, Method.linear_adapter, frozen)
+    step(model, run)
     with torch.no_grad():
-        for weight in one.student.weights.values():
+        for weight in run.student.weights.values():
             weight.add_(
                 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
             )
-    check(model, one.student, evaluator(model))
+    check(model, run.student, evaluator(model))
     plain = whole_pass(model, {resid_post(0): frozen[Place(0)]})
-    found = evaluator(model).contributions(one.student)
-    assert abs(found[resid_post(0)].alone_ce - plain.ce) > 1e-4
+    contributions = evaluator(model).contributions(run.student)
+    assert abs(contributions[resid_post(0)].alone_ce - plain.ce) > 1e-4
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
-def test_without_and_alone_share_what_is_trained(blocks: str) -> None:
+def test_without_and_alone_share_the_trained_weights(blocks: str) -> None:
     model = small_model("llama")
     student = LoRAStudent(model, splices_at((Place(1), Place(2))), LoRAConfig(rank=2, blocks=blocks))
-    one, other = student.without(resid_post(1)), student.alone(resid_post(2), model)
-    assert [splice.hookpoint for splice in one.splices] == [resid_post(2)]
-    assert [splice.hookpoint for splice in other.splices] == [resid_post(2)]
+    without, alone = student.without(resid_post(1)), student.alone(resid_post(2), model)
+    assert [splice.hookpoint for splice in without.splices] == [resid_post(2)]
+    assert [splice.hookpoint for splice in alone.splices] == [resid_post(2)]
     assert student.without("blocks.0.hook_resid_post").splices == student.splices
     evaluate = evaluator(model)
     fill(student.weights, seed=1)
-    first = evaluate([one, other])
+    first = evaluate([without, alone])
     fill(student.weights, seed=2)
-    second = evaluate([one, other])
+    second = evaluate([without, alone])
     assert first[0].student_ce != second[0].student_ce
     assert first[1] == second[1]  # the plain model has no adapters
 
 
-def test_an_sae_that_is_all_alone_contributes_nothing_to_say() -> None:
+def test_a_single_sae_has_no_contribution() -> None:
     model = small_model("llama")
     student = LoRAStudent(model, splices_at((Place(1),)), LoRAConfig(rank=2))
     assert evaluator(model).contributions(student) == {}
@@ -208,9 +210,9 @@ class Measured(NamedTuple):
     """Two runs of two SAEs."""
 
     each: RunFolder
-    """One that has measured what each contributes."""
+    """A run with contributions."""
     whole: RunFolder
-    """The same, which has not."""
+    """The same run without contributions."""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     return Measured(each, whole)
 
 
-def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
+def test_the_summary_has_the_contribution_of_each_sae(runs: Measured) -> None:
     adapted = sae_lora.load_adapted(runs.each)
     config = adapted.config
     tokens = corpus.load(
@@ -245,13 +247,15 @@ def test_a_run_says_what_each_of_its_saes_contributes(runs: Measured) -> None:
     assert runs.each.read_summary()["student_ce"] == pytest.approx(
         ce(adapted._adapted, *names), rel=1e-6
     )
-    for one, other in ((first, second), (second, first)):
-        assert one["alone_ce"] == pytest.approx(ce(adapted._base, one["hookpoint"]), rel=1e-6)
-        assert one["left_out_ce"] == pytest.approx(ce(adapted._adapted, other["hookpoint"]), rel=1e-6)
-        assert 0 < one["alone_fvu"] < 2
+    for sae, second_sae in ((first, second), (second, first)):
+        assert sae["alone_ce"] == pytest.approx(ce(adapted._base, sae["hookpoint"]), rel=1e-6)
+        assert sae["left_out_ce"] == pytest.approx(
+            ce(adapted._adapted, second_sae["hookpoint"]), rel=1e-6
+        )
+        assert 0 < sae["alone_fvu"] < 2
 
 
-def test_a_run_may_leave_that_out_and_is_the_same(runs: Measured) -> None:
+def test_a_run_without_contributions_is_the_same(runs: Measured) -> None:
     each, whole = (folder.read_summary() for folder in runs)
     measured = {"alone_ce", "alone_fvu", "left_out_ce"}
     assert all(measured <= set(sae) for sae in each["sae"])

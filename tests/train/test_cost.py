@@ -1,4 +1,4 @@
-"""Estimated costs of runs are those of their steps."""
+"""Estimated costs of runs equal the measured costs of their steps."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -59,9 +59,9 @@ CASES = [
     ("", "layer.index=2", "lora.blocks=all", "sae.l0=8", "lora.blocks=[7]"),
     ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
     (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
-    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # two at the end wait their turn
+    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # more than eight runs: two groups
 ]
-"""Runs that train together, by what sets them apart from the defaults."""
+"""Runs that train together, by the values that differ from the defaults."""
 
 
 def use_attention(models: Iterable[LanguageModel], name: str) -> None:
@@ -73,14 +73,16 @@ def models_of(pack: DistillTrainer) -> list[LanguageModel]:
     return [pack._model, *(training.student.model for training in pack.active)]
 
 
-@pytest.mark.parametrize("architecture", [one.name for one in Architecture])
+@pytest.mark.parametrize("architecture", [architecture.name for architecture in Architecture])
 @pytest.mark.parametrize("method", ["sae", "e2e"])
-def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, tmp_path: Path) -> None:
-    """sae-lens's own losses among them, and the pass that fills the buffer of activations."""
+def test_estimated_flops_of_new_saes_are_those_of_a_step(
+    method: str, architecture: str, tmp_path: Path
+) -> None:
+    """They include sae-lens's losses, and the pass that fills the activation buffer."""
     l0 = () if architecture in ("standard", "gated") else ("sae.l0=8",)
-    asked = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
+    overrides = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
     (config,) = resolved(
-        tmp_path, (" ".join((*asked, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)
+        tmp_path, (" ".join((*overrides, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)
     )
     model = load_model(config.model, config.train.dtype, CPU)
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
@@ -96,59 +98,65 @@ def test_flops_of_new_saes_are_those_of_a_step(method: str, architecture: str, t
     assert estimate([config]).flops / steps == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_the_buffer_of_activations_takes_memory(tmp_path: Path) -> None:
-    """It is counted once for SAEs that read the same."""
-    asked = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"
-    more = f"{asked} method.buffer_tokens=90000"  # a fill holds whole steps
+def test_the_activation_buffer_takes_memory(tmp_path: Path) -> None:
+    """It counts once for SAEs with the same hookpoints."""
+    defaults = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"
+    larger = f"{defaults} method.buffer_tokens=90000"  # a fill holds whole steps
     small, large, both = (
-        estimate(resolved(tmp_path, those)).peak_bytes
-        for those in ((f"{asked} method.buffer_tokens=1024",), (more,), (more, f"{more} train.seed=1"))
+        estimate(resolved(tmp_path, overrides)).peak_bytes
+        for overrides in (
+            (f"{defaults} method.buffer_tokens=1024",),
+            (larger,),
+            (larger, f"{larger} train.seed=1"),
+        )
     )
-    (config,) = resolved(tmp_path, (more,))
+    (config,) = resolved(tmp_path, (larger,))
     step = step_tokens(config)
     assert large - small == (90_000 // step - 1) * step * 128 * 4
     assert both - large < large - small
 
 
-def held_between_steps(one: TrainState) -> Iterator[Tensor]:
-    student = one.student
+def held_between_steps(training: TrainState) -> Iterator[Tensor]:
+    student = training.student
     coders: list[Any] = [splice.sae for splice in (*student.splices, *student.before)]
     for module in (student.model.model, *coders):
         yield from module.parameters()
     yield from student.buffers.values()
-    if isinstance(one, SAEGradientState):
-        yield from one._others
-    if isinstance(one, GradientState):
-        for state in one._optimizer.state.values():
+    if isinstance(training, SAEGradientState):
+        yield from training._sae_gradients
+    if isinstance(training, GradientState):
+        for state in training._optimizer.state.values():
             yield from state.values()
 
 
 @pytest.mark.parametrize("overrides", CASES)
-def test_a_step_costs_what_is_said(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    """Its memory, its trained weights and its FLOPs."""
-    configs = resolved(tmp_path, tuple(f"train.eval_batch_tokens=128 {one}" for one in overrides))
-    said = estimate(configs)
-    measured = pack_of(configs)
-    take_step(measured, configs[0])
-    # What SAEs in training are evaluated as is still there in the next step.
-    measured._evaluate([one.student for one in measured.active])
-    comparison = measured._evaluate._comparison
+def test_a_step_costs_the_estimate(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """Memory, trained weights and FLOPs."""
+    configs = resolved(tmp_path, tuple(f"train.eval_batch_tokens=128 {of_run}" for of_run in overrides))
+    estimated = estimate(configs)
+    trainer = pack_of(configs)
+    take_step(trainer, configs[0])
+    # The frozen copies of SAEs in training, made for an evaluation, still exist in the next step.
+    trainer._evaluate([run.student for run in trainer.active])
+    comparison = trainer._evaluate._comparison
     tensors = [
         *(comparison._chunk_buffers + comparison._part_buffers),
-        *(tensor for one in measured.active for tensor in held_between_steps(one)),
+        *(tensor for run in trainer.active for tensor in held_between_steps(run)),
     ]
-    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     gc.collect()
     with PeakMemory() as memory:
-        take_step(measured, configs[0])
-    assert said.peak_bytes == pytest.approx(memory.peak + sum(held.values()), rel=0.2)
+        take_step(trainer, configs[0])
+    assert estimated.peak_bytes == pytest.approx(memory.peak + sum(storages.values()), rel=0.2)
 
-    use_attention(models_of(measured), "eager")  # the counter knows no other on a CPU
+    use_attention(models_of(trainer), "eager")  # the counter knows no other on a CPU
     with FlopCounterMode(display=False) as counter:
-        take_step(measured, configs[0])
-    assert said.flops / train_steps(configs[0]) == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert said.adapter_weights == sum(
-        weight.numel() for one in measured.active for weight in one.student.weights.values()
+        take_step(trainer, configs[0])
+    assert estimated.flops / train_steps(configs[0]) == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )
+    assert estimated.adapter_weights == sum(
+        weight.numel() for run in trainer.active for weight in run.student.weights.values()
     )
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluation: what moves, what does not, and that the numbers are what they say."""
+"""Training and evaluation: the weights that change, and the values of the results."""
 
 import dataclasses
 
@@ -39,19 +39,19 @@ def train(
     steps: int = 6,
     adapters: LoRAConfig | None = None,
 ) -> list[CurvePoint]:
-    one = training(model, sae, config, steps, adapters)
-    return [point for _, point in pack(model, one).points(batches(steps))]
+    run = training(model, sae, config, steps, adapters)
+    return [point for _, point in pack(model, run).points(batches(steps))]
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
-def test_training_closes_the_gap_and_only_adapters_move(model: LanguageModel, blocks: str) -> None:
+def test_training_closes_the_gap_and_changes_only_adapters(model: LanguageModel, blocks: str) -> None:
     sae = jumprelu_sae()
     frozen = {**model.model.state_dict(), **sae.state_dict(prefix="sae.")}
-    before = {name: weight.clone() for name, weight in frozen.items()}
+    originals = {name: weight.clone() for name, weight in frozen.items()}
     points = train(model, sae, adapters=LoRAConfig(rank=8, blocks=blocks), steps=20)
     assert points[-1].kl < points[0].kl
     assert points[-1].student_ce != points[0].student_ce
-    assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
+    assert all(torch.equal(weight, originals[name]) for name, weight in frozen.items())
     assert not any(weight.requires_grad for weight in model.model.parameters())
 
 
@@ -64,7 +64,7 @@ def test_same_seed_twice_gives_the_same_curve() -> None:
     assert curve(0) != curve(1)
 
 
-def test_points_before_on_the_way_and_at_the_end() -> None:
+def test_points_before_during_and_after_training() -> None:
     points = train(small_model("llama"), topk_sae(), steps=7)
     assert [point.tokens for point in points] == [0, 96, 192, 224]
     assert [point.step for point in points] == [0, 3, 6, 7]
@@ -85,63 +85,63 @@ def test_identity_has_no_gap_to_close(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("make_sae", [topk_sae, jumprelu_sae])
 @pytest.mark.parametrize("blocks", ["after", "all"])
-def test_evaluation_is_the_direct_computation(model: LanguageModel, make_sae, blocks: str) -> None:
+def test_evaluation_equals_the_direct_computation(model: LanguageModel, make_sae, blocks: str) -> None:
     sae = make_sae()
     measured = student(model, sae, LoRAConfig(rank=2, blocks=blocks))
     fill(measured.weights)
-    (found,) = evaluator(model)([measured])
+    (evaluation,) = evaluator(model)([measured])
     base, plain = whole_pass(model, {}), whole_pass(model, {resid_post(1): sae})
     adapted = whole_pass(measured.model, {resid_post(1): sae})
     teacher, learner = log_softmax(base.logits, -1), log_softmax(adapted.logits, -1)
     kl = torch.nn.functional.kl_div(learner, teacher, log_target=True, reduction="none").sum(-1).mean()
-    assert found.base_ce == pytest.approx(base.ce, abs=1e-5)
-    assert found.spliced_ce == pytest.approx(plain.ce, abs=1e-5)
-    assert found.student_ce == pytest.approx(adapted.ce, abs=1e-5)
-    assert found.kl == pytest.approx(float(kl), abs=1e-5)
+    assert evaluation.base_ce == pytest.approx(base.ce, abs=1e-5)
+    assert evaluation.spliced_ce == pytest.approx(plain.ce, abs=1e-5)
+    assert evaluation.student_ce == pytest.approx(adapted.ce, abs=1e-5)
+    assert evaluation.kl == pytest.approx(float(kl), abs=1e-5)
     agreement = (base.logits.argmax(-1) == adapted.logits.argmax(-1)).float().mean()
-    assert found.top1_agreement == pytest.approx(float(agreement), rel=1e-6)
-    (figures,) = found.per_sae.values()
+    assert evaluation.top1_agreement == pytest.approx(float(agreement), rel=1e-6)
+    (figures,) = evaluation.per_sae.values()
     assert figures["fvu"] == pytest.approx(adapted.fvu[resid_post(1)], rel=1e-4)
     assert figures["l0"] == pytest.approx(adapted.l0[resid_post(1)])
 
 
 def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
-    one = student(model, topk_sae())
-    fill(one.weights)
-    (whole,), (parts,) = evaluator(model, 10, 1000)([one]), evaluator(model, 3, 7)([one])
-    for together, apart in zip(whole[:5], parts[:5], strict=True):
-        assert together == pytest.approx(apart, rel=1e-5, abs=1e-6)
+    evaluated = student(model, topk_sae())
+    fill(evaluated.weights)
+    (whole,), (parts,) = evaluator(model, 10, 1000)([evaluated]), evaluator(model, 3, 7)([evaluated])
+    for expected, result in zip(whole[:5], parts[:5], strict=True):
+        assert expected == pytest.approx(result, rel=1e-5, abs=1e-6)
     (of_whole,), (of_parts,) = whole.per_sae.values(), parts.per_sae.values()
     assert of_whole == pytest.approx(of_parts, rel=1e-5)
 
 
-def test_what_is_kept_between_evaluations_changes_no_bit(model: LanguageModel) -> None:
-    """Students that move, join, leave and come back; with room for all states, for none, for some."""
+def test_the_cache_of_evaluations_changes_no_bit(model: LanguageModel) -> None:
+    """Students that change, join, leave and return; with memory for all states, none, or some."""
     students = [
         student(model, topk_sae()),
         student(model, jumprelu_sae(), LoRAConfig(rank=2, blocks="all")),
         student(model, topk_sae(), LoRAConfig(rank=3), block=2),
     ]
-    kept, afresh = evaluator(model, cache_bytes=1e9), evaluator(model)
-    some = evaluator(model, cache_bytes=1.2 * 10 * 16 * 32 * 4 * 3)
-    for number, present in enumerate([(0, 1), (0, 1), (0, 1, 2), (2,), (0, 1, 2), (1, 2)]):
-        for one in students:
-            fill(one.weights, seed=number)
-        here = [students[place] for place in present]
-        assert kept(here) == afresh(here) == some(here) == evaluator(model)(here)
-    assert len(kept._trunks) == 3
-    assert not afresh._trunks
+    caching, uncached = evaluator(model, cache_bytes=1e9), evaluator(model)
+    half_cached = evaluator(model, cache_bytes=1.2 * 10 * 16 * 32 * 4 * 3)
+    for number, indices in enumerate([(0, 1), (0, 1), (0, 1, 2), (2,), (0, 1, 2), (1, 2)]):
+        for evaluated in students:
+            fill(evaluated.weights, seed=number)
+        chosen = [students[index] for index in indices]
+        assert caching(chosen) == uncached(chosen) == half_cached(chosen) == evaluator(model)(chosen)
+    assert len(caching._trunks) == 3
+    assert not uncached._trunks
 
 
-def test_evaluation_leaves_every_mode_as_it_was(model: LanguageModel) -> None:
-    one = student(model, topk_sae(), LoRAConfig(rank=2, dropout=0.5))
-    lora.set_adapter_dropout(one.model, True)
-    next(one.model.blocks[0].children()).train()
-    modes = {name: module.training for name, module in one.model.model.named_modules()}
+def test_evaluation_restores_every_mode(model: LanguageModel) -> None:
+    evaluated = student(model, topk_sae(), LoRAConfig(rank=2, dropout=0.5))
+    lora.set_adapter_dropout(evaluated.model, True)
+    next(evaluated.model.blocks[0].children()).train()
+    modes = {name: module.training for name, module in evaluated.model.model.named_modules()}
     assert len(set(modes.values())) == 2
     evaluate = evaluator(model)
-    assert evaluate([one]) == evaluate([one])
-    assert {name: module.training for name, module in one.model.model.named_modules()} == modes
+    assert evaluate([evaluated]) == evaluate([evaluated])
+    assert {name: module.training for name, module in evaluated.model.model.named_modules()} == modes
 
 
 def test_reconstruction_worked_by_hand() -> None:
@@ -158,14 +158,14 @@ def test_reconstruction_worked_by_hand() -> None:
     assert sums.dead == pytest.approx(1 / 3)
 
 
-def test_the_step_is_the_plain_one() -> None:
-    """One step of the loop is AdamW on the KL of whole logits, written out."""
+def test_a_step_equals_the_plain_step() -> None:
+    """One step of the loop equals AdamW on the KL of whole logits, written out."""
     sae, tokens = topk_sae(), random_tokens(batch=2, length=16, seed=0)
     config = dataclasses.replace(CONFIG, warmup_share=0.0, schedule=Schedule.constant)
     model = small_model("gemma2")
-    one = training(model, sae, config, 1, LoRAConfig(rank=2))
-    list(pack(model, one).points([tokens]))
-    trained = [weight.detach() for weight in one.student.weights.values()]
+    run = training(model, sae, config, 1, LoRAConfig(rank=2))
+    list(pack(model, run).points([tokens]))
+    trained = [weight.detach() for weight in run.student.weights.values()]
 
     model = small_model("gemma2")
     torch.manual_seed(config.seed)
@@ -178,12 +178,12 @@ def test_the_step_is_the_plain_one() -> None:
     (teacher.exp() * (teacher - learner)).sum(-1).mean().backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0).step()
-    for found, expected in zip(trained, weights, strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+    for result, expected in zip(trained, weights, strict=True):
+        torch.testing.assert_close(result, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_summed_loss_makes_the_clip_bind() -> None:
-    """The same first gradient, scaled by the tokens of a sequence."""
+def test_the_summed_loss_scales_the_gradient() -> None:
+    """The first gradient is larger by a factor of the sequence length."""
     norms = {}
     for reduction in Reduction:
         config = dataclasses.replace(CONFIG, kl_reduction=reduction, eval_every_tokens=1)
@@ -191,18 +191,18 @@ def test_summed_loss_makes_the_clip_bind() -> None:
     assert norms[Reduction.sequence_sum] == pytest.approx(16 * norms[Reduction.token_mean], rel=1e-4)
 
 
-def test_lora_plus_moves_b_so_many_times_as_far() -> None:
-    """AdamW's first step is as long as the rate, and A has no gradient where B is zero."""
+def test_lora_plus_multiplies_the_step_of_b() -> None:
+    """AdamW's first step is as long as the rate, and A has no gradient while B is zero."""
     config = dataclasses.replace(CONFIG, warmup_share=0.0, grad_clip=None)
-    tokens, after = random_tokens(batch=2, length=16, seed=0), []
+    tokens, weights = random_tokens(batch=2, length=16, seed=0), []
     for ratio in (1.0, 8.0):
         model = small_model("llama")
-        one = training(model, topk_sae(), dataclasses.replace(config, loraplus_ratio=ratio), 1)
-        list(pack(model, one).points([tokens]))
-        after.append(one.student.weights)
-    for name, plain in after[0].items():
+        run = training(model, topk_sae(), dataclasses.replace(config, loraplus_ratio=ratio), 1)
+        list(pack(model, run).points([tokens]))
+        weights.append(run.student.weights)
+    for name, plain in weights[0].items():
         expected = 8 * plain if "lora_B" in name else plain
-        torch.testing.assert_close(after[1][name], expected)
+        torch.testing.assert_close(weights[1][name], expected)
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))
@@ -214,7 +214,7 @@ def test_learning_rate(schedule: Schedule) -> None:
     assert rates[3:] == pytest.approx(expected)
 
 
-def test_a_loss_that_is_no_number_is_reported() -> None:
+def test_a_loss_that_is_not_finite_is_reported() -> None:
     config = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
     with pytest.raises(UserError, match=r"train\.lr"):
         train(small_model("llama"), topk_sae(), config, steps=12)

@@ -49,26 +49,26 @@ def test_a_step_does_not_wait(family: str, request: pytest.FixtureRequest) -> No
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_packed_is_alone_to_the_last_bit(family: str) -> None:
+def test_packed_runs_equal_single_runs_to_the_last_bit(family: str) -> None:
     model = on_gpu(family)
     saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
-    alone = [curves(pack(model, one := training(model, sae)), 6)[one] for sae in saes]
+    alone = [curves(pack(model, run := training(model, sae)), 6)[run] for sae in saes]
     trainings = [training(model, sae) for sae in saes]
     together = curves(pack(model, *trainings), 6)
-    assert [together[one] for one in trainings] == alone
+    assert [together[run] for run in trainings] == alone
 
 
-def test_restored_it_goes_on_the_same() -> None:
+def test_a_restored_run_continues_the_same() -> None:
     model, sae = on_gpu("llama"), topk_sae().to(DEVICE)
     whole = training(model, sae)
     expected = curves(pack(model, whole), 6)[whole]
-    begun = training(model, sae)
-    for _ in itertools.islice(pack(model, begun).points(batches(6)), 2):  # points of steps 0 and 3
+    stopped = training(model, sae)
+    for _ in itertools.islice(pack(model, stopped).points(batches(6)), 2):  # points of steps 0 and 3
         pass
-    again = training(model, sae)
-    again.restore(begun.state())
-    rest = curves(pack(model, again), 6)[again]
-    assert rest == expected[-len(rest) :]
+    resumed = training(model, sae)
+    resumed.restore(stopped.state())
+    remaining = curves(pack(model, resumed), 6)[resumed]
+    assert remaining == expected[-len(remaining) :]
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,21 @@ def test_memory_is_as_estimated(overrides: str, tmp_path: Path) -> None:
     configs = resolved(tmp_path, (f"{larger} {overrides}",))
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    baseline = torch.cuda.memory_allocated()
     together = pack_of(configs, DEVICE)
     take_step(together, configs[0])
     torch.cuda.reset_peak_memory_stats()
     take_step(together, configs[0])
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - baseline
     assert estimate(configs).peak_bytes == pytest.approx(peak, rel=0.15)
 
 
-def test_evaluations_are_those_of_a_cpu() -> None:
+def test_evaluations_equal_those_of_a_cpu() -> None:
     cpu, gpu = small_model("gemma2"), on_gpu("gemma2")
     points = []
     for model, device in ((cpu, torch.device("cpu")), (gpu, DEVICE)):
-        one = training(model, topk_sae().to(device))
-        (found,) = evaluator(model)([one.student])
-        points.append(comparable(one.point(found)))
+        run = training(model, topk_sae().to(device))
+        (evaluation,) = evaluator(model)([run.student])
+        points.append(comparable(run.point(evaluation)))
     for name in ("base_ce", "spliced_ce", "kl", "fvu"):
         assert getattr(points[1], name) == pytest.approx(getattr(points[0], name), rel=1e-3)

@@ -1,4 +1,4 @@
-"""MeZOState, and maps on what SAEs put back: what a step does, and what it leaves as it was."""
+"""`MeZOState` and maps on the output of SAEs: the effect of a step, and the state it keeps."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
-from sae_lora.train.cost import _own_weights
+from sae_lora.train.cost import _sae_weights
 from sae_lora.train.optim import MeZOState
 from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
@@ -32,12 +32,12 @@ from tests.support.stepping import (
     SPECIAL,
     STEPS,
     TOKENS,
-    Made,
+    BuiltTraining,
+    build_training,
     frozen_standard,
     gradients,
-    made,
+    spliced_sae,
     step,
-    trained,
     whole_kl,
 )
 from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl, pack, same, stopped
@@ -53,7 +53,7 @@ MAPS = [
 
 
 class Smooth(nn.Module):
-    """An SAE whose latents have no kink where they begin: a difference is a derivative."""
+    """An SAE with smooth latents, so that finite differences approximate derivatives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,52 +66,52 @@ class Smooth(nn.Module):
         return feature_acts @ self.matrix.T
 
 
-def mezo(train: TrainConfig = PLAIN, **settings: Any) -> Made:
-    """Whose adapters change the output."""
-    one = made(MODEL, Method.mezo, topk_sae(), train=train, **settings)
-    fill(one.training.student.weights)
-    return one
+def mezo(train: TrainConfig = PLAIN, **settings: Any) -> BuiltTraining:
+    """A training by MeZO whose adapters change the output."""
+    run = build_training(MODEL, Method.mezo, topk_sae(), train=train, **settings)
+    fill(run.training.student.weights)
+    return run
 
 
-def direction(one: Made) -> dict[str, Tensor]:
-    assert isinstance(one.training, MeZOState)
-    return dict(zip(one.weights, one.training._direction(), strict=True))
+def direction(run: BuiltTraining) -> dict[str, Tensor]:
+    assert isinstance(run.training, MeZOState)
+    return dict(zip(run.weights, run.training._direction(), strict=True))
 
 
-def slope_of(one: Made, epsilon: float, tokens: Tensor = TOKENS) -> float:
-    """Slope of the mean KL along the direction, from weights that are moved by hand to both sides."""
-    student, totals = one.training.student, []
-    weights, along, before = student.weights, direction(one), one.weights
+def slope_of(run: BuiltTraining, epsilon: float, tokens: Tensor = TOKENS) -> float:
+    """Slope of the mean KL along the direction, from weights that are shifted by hand to both sides."""
+    student, totals = run.training.student, []
+    weights, directions, originals = student.weights, direction(run), run.weights
     for distance in (epsilon, -epsilon):
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(torch.add(before[name], along[name], alpha=distance))
+                weight.copy_(torch.add(originals[name], directions[name], alpha=distance))
             trunk = Trunk(MODEL, tokens, NO_IDS, student.cuts)
-            (found,) = kl(MODEL)(trunk.hidden(), [student.hidden(trunk)], [None])
-        totals.append(found.total)
+            (summed,) = kl(MODEL)(trunk.hidden(), [student.hidden(trunk)], [None])
+        totals.append(summed.total)
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(before[name])
+            weight.copy_(originals[name])
     return float(totals[0] - totals[1]) / tokens.numel() / (2 * epsilon)
 
 
 class TestMeZO:
-    """Training by forward passes alone."""
+    """Training by forward passes only."""
 
-    def test_a_rate_of_zero_leaves_every_bit(self) -> None:
-        one = mezo(dataclasses.replace(PLAIN, lr=0.0, weight_decay=0.1))
-        before, frozen = one.weights, {n: w.clone() for n, w in MODEL.model.state_dict().items()}
+    def test_a_rate_of_zero_changes_no_bit(self) -> None:
+        run = mezo(dataclasses.replace(PLAIN, lr=0.0, weight_decay=0.1))
+        originals, frozen = run.weights, {n: w.clone() for n, w in MODEL.model.state_dict().items()}
         for _ in range(3):
-            step(MODEL, one.training)
-        assert one.training.step == 3
-        assert same(one.weights, before)
+            step(MODEL, run.training)
+        assert run.training.step == 3
+        assert same(run.weights, originals)
         assert same(MODEL.model.state_dict(), frozen)
 
     def test_there_is_no_gradient_and_no_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        one, hidden = mezo(), []
+        run, hidden = mezo(), []
 
         def refuse(*_: object, **__: object) -> None:
-            raise AssertionError("a gradient was asked for")
+            raise AssertionError("a gradient was computed")
 
         plain = MeZOState.hidden
 
@@ -123,46 +123,48 @@ class TestMeZO:
         monkeypatch.setattr(torch.autograd, "backward", refuse)
         monkeypatch.setattr(torch.Tensor, "backward", refuse)
         monkeypatch.setattr(MeZOState, "hidden", watched)
-        before = one.weights
-        step(MODEL, one.training, micro_batch=2)
+        originals = run.weights
+        step(MODEL, run.training, micro_batch=2)
         assert len(hidden) == 4
         assert all(states.grad_fn is None for states in hidden)
-        weights = one.training.student.weights
+        weights = run.training.student.weights
         assert all(weight.grad is None for weight in weights.values())
         assert all(weight.requires_grad for weight in weights.values())
-        assert not any(torch.equal(weight, before[name]) for name, weight in weights.items())
+        assert not any(torch.equal(weight, originals[name]) for name, weight in weights.items())
 
     @pytest.mark.parametrize("blocks", ["after", "all"])
     def test_the_slope_is_the_derivative_along_the_direction(self, blocks: str) -> None:
         lora = LoRAConfig(rank=2, blocks=blocks)
-        one = made(MODEL, Method.mezo, Smooth(), train=PLAIN, lora=lora, epsilon=1e-3)
-        student = one.training.student
+        run = build_training(MODEL, Method.mezo, Smooth(), train=PLAIN, lora=lora, epsilon=1e-3)
+        student = run.training.student
         fill(student.weights)
         for weight in student.weights.values():
-            weight.data *= 0.1  # over so short a way the loss is straight
+            weight.data *= 0.1  # the loss is nearly linear over a short distance
         loss = whole_kl(MODEL, student.model, student.splices)
         slopes = torch.autograd.grad(loss, list(student.weights.values()))
-        along = direction(one).values()
-        expected = float(sum((slope * part).sum() for slope, part in zip(slopes, along, strict=True)))
-        before = one.weights
-        step(MODEL, one.training)
-        slope = float(one.training._last_norm or 0)
+        directions = direction(run).values()
+        expected = float(
+            sum((slope * part).sum() for slope, part in zip(slopes, directions, strict=True))
+        )
+        originals = run.weights
+        step(MODEL, run.training)
+        slope = float(run.training._last_norm or 0)
         assert slope == pytest.approx(abs(expected), rel=2e-3)
-        # Down the slope: against the direction where the loss rises along it.
-        name, part = next(iter(direction_before(one)))
-        moved = student.weights[name].detach() - before[name]
-        assert float((moved * part).sum()) * expected < 0
+        # The step goes down the slope: against the direction if the loss rises along it.
+        name, part = next(iter(direction_before(run)))
+        change = student.weights[name].detach() - originals[name]
+        assert float((change * part).sum()) * expected < 0
 
     def test_the_direction_follows_from_seed_and_step(self) -> None:
-        one, same_seed = mezo(), mezo()
+        run, same_seed = mezo(), mezo()
         other_seed = mezo(dataclasses.replace(PLAIN, seed=1))
-        assert same(direction(one), direction(same_seed))
-        assert not same(direction(one), direction(other_seed))
-        first = direction(one)
-        torch.rand(5)  # whoever else draws
-        assert same(direction(one), first)
-        step(MODEL, one.training)
-        second = direction(one)
+        assert same(direction(run), direction(same_seed))
+        assert not same(direction(run), direction(other_seed))
+        first = direction(run)
+        torch.rand(5)  # other code may draw random numbers
+        assert same(direction(run), first)
+        step(MODEL, run.training)
+        second = direction(run)
         assert not any(torch.equal(first[name], second[name]) for name in first)
         step(MODEL, same_seed.training, tokens=random_tokens(seed=3))
         assert same(second, direction(same_seed))
@@ -174,26 +176,27 @@ class TestMeZO:
     @pytest.mark.parametrize("clip", [None, 1e-3])
     def test_one_step_worked_by_hand(self, clip: float | None, decay: float) -> None:
         config = dataclasses.replace(PLAIN, grad_clip=clip, weight_decay=decay, warmup_share=0.0)
-        one = mezo(config, epsilon=1e-2)
-        along, before = direction(one), one.weights
-        slope = slope_of(one, 1e-2)
-        assert same(one.weights, before)
-        kept = slope if clip is None else clip * slope / abs(slope)
+        run = mezo(config, epsilon=1e-2)
+        directions, originals = direction(run), run.weights
+        slope = slope_of(run, 1e-2)
+        assert same(run.weights, originals)
+        clipped = slope if clip is None else clip * slope / abs(slope)
         assert abs(slope) > 1e-3
-        step(MODEL, one.training)
-        for name, weight in one.weights.items():
-            expected = before[name] * (1 - config.lr * decay)
-            expected = torch.sub(expected, along[name], alpha=config.lr * kept)
+        step(MODEL, run.training)
+        for name, weight in run.weights.items():
+            expected = originals[name] * (1 - config.lr * decay)
+            expected = torch.sub(expected, directions[name], alpha=config.lr * clipped)
             torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
-        assert one.training._last_norm == pytest.approx(abs(slope), rel=1e-9)
+        assert run.training._last_norm == pytest.approx(abs(slope), rel=1e-9)
 
     @pytest.mark.parametrize("blocks", ["after", "all"])
-    def test_its_memory_is_that_of_a_forward_pass(self, blocks: str) -> None:
-        """Beside it there are the trained weights once more, and what its other pass has made."""
+    def test_memory_is_that_of_a_forward_pass(self, blocks: str) -> None:
+        """In addition to it: a copy of the trained weights, and the result of the other pass."""
         tokens = random_tokens(batch=16, length=32)
         lora = LoRAConfig(rank=2, blocks=blocks)
         mezo, gradient = (
-            made(MODEL, kind, topk_sae(), lora=lora).training for kind in (Method.mezo, Method.lora)
+            build_training(MODEL, kind, topk_sae(), lora=lora).training
+            for kind in (Method.mezo, Method.lora)
         )
         comparison = kl(MODEL)
 
@@ -203,120 +206,122 @@ class TestMeZO:
                 comparison(trunk.hidden(), [mezo.student.hidden(trunk)], [None])
 
         def peak(action: Callable[[], object]) -> int:
-            action()  # room that is kept from one step to the next
+            action()  # the first call allocates memory that is kept between steps
             with PeakMemory() as memory:
                 action()
             return memory.peak
 
-        packs = [pack(MODEL, one) for one in (mezo, gradient)]
+        packs = [pack(MODEL, run) for run in (mezo, gradient)]
         by_forward_passes, by_gradient = (
-            peak(lambda one=one: one._take_step(one.active, tokens)) for one in packs
+            peak(lambda run=run: run._take_step(run.active, tokens)) for run in packs
         )
         weights = sum(weight.numel() for weight in mezo.student.weights.values())
-        other_pass = tokens.numel() * D_MODEL
-        allowed = peak(forward) + 4 * (weights + other_pass)
+        second_pass = tokens.numel() * D_MODEL
+        allowed = peak(forward) + 4 * (weights + second_pass)
         assert by_forward_passes == pytest.approx(allowed, rel=0.02)
         assert by_forward_passes < 0.4 * by_gradient
 
-    def test_in_a_pack_it_is_what_it_is_alone(self) -> None:
-        def variants() -> list[Made]:
+    def test_a_packed_run_equals_a_single_run(self) -> None:
+        def variants() -> list[BuiltTraining]:
             return [
                 mezo(),
                 mezo(dataclasses.replace(PLAIN, seed=2, lr=1e-2), lora=LoRAConfig(rank=3, blocks="all")),
-                made(MODEL, Method.lora, topk_sae(), lora=LoRAConfig(rank=2, dropout=0.3)),
-                made(MODEL, Method.linear_adapter, topk_sae()),
-                made(MODEL, Method.e2e, trained("topk")),
+                build_training(MODEL, Method.lora, topk_sae(), lora=LoRAConfig(rank=2, dropout=0.3)),
+                build_training(MODEL, Method.linear_adapter, topk_sae()),
+                build_training(MODEL, Method.e2e, spliced_sae("topk")),
             ]
 
         expected = []
-        for one in variants():
-            (curve,) = curves(pack(MODEL, one.training), STEPS).values()
-            expected.append((curve, one.weights))
-        found = variants()
-        packed = curves(pack(MODEL, *(one.training for one in found)), STEPS)
-        for one, (curve, weights) in zip(found, expected, strict=True):
-            assert packed[one.training] == curve
-            assert same(one.weights, weights)
+        for run in variants():
+            (curve,) = curves(pack(MODEL, run.training), STEPS).values()
+            expected.append((curve, run.weights))
+        runs = variants()
+        packed = curves(pack(MODEL, *(run.training for run in runs)), STEPS)
+        for run, (curve, weights) in zip(runs, expected, strict=True):
+            assert packed[run.training] == curve
+            assert same(run.weights, weights)
 
 
-def direction_before(one: Made) -> list[tuple[str, Tensor]]:
-    """The direction of the step that was taken last."""
-    one.training.step -= 1
-    found = list(direction(one).items())
-    one.training.step += 1
-    return found
+def direction_before(run: BuiltTraining) -> list[tuple[str, Tensor]]:
+    """The direction of the last step."""
+    run.training.step -= 1
+    result = list(direction(run).items())
+    run.training.step += 1
+    return result
 
 
 class TestMaps:
-    """Linear maps and MLPs on what an SAE puts back."""
+    """Linear maps and MLPs on the output of an SAE."""
 
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
     @pytest.mark.parametrize("sae", [topk_sae, jumprelu_sae])
-    def test_fresh_it_changes_no_bit(
+    def test_an_untrained_map_changes_no_bit(
         self, kind: Method, rank: int | None, sae: Callable[[], Coder], model: LanguageModel
     ) -> None:
-        student = made(model, kind, sae(), rank=rank).training.student
+        student = build_training(model, kind, sae(), rank=rank).training.student
         trunk = Trunk(model, TOKENS, NO_IDS, student.cuts)
         with torch.no_grad():
             assert torch.equal(student.hidden(trunk), trunk.hidden(student.before))
 
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
-    def test_fresh_beside_special_tokens_it_changes_nothing(
+    def test_an_untrained_map_changes_nothing_with_special_tokens(
         self, kind: Method, rank: int | None
     ) -> None:
-        """The SAE reads the other positions alone, and products of fewer rows may round otherwise."""
-        student = made(MODEL, kind, topk_sae(), rank=rank, keeps=True).training.student
+        """Equal up to rounding: the SAE reads fewer positions, and fewer rows may round differently."""
+        student = build_training(MODEL, kind, topk_sae(), rank=rank, keeps=True).training.student
         trunk = Trunk(MODEL, TOKENS, SPECIAL, student.cuts)
         with torch.no_grad():
-            found, expected = student.hidden(trunk), trunk.hidden(student.before)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            result, expected = student.hidden(trunk), trunk.hidden(student.before)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
         assert not torch.equal(expected, trunk.hidden())
 
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
-    def test_nothing_else_moves(self, kind: Method, rank: int | None) -> None:
+    def test_only_the_map_is_trained(self, kind: Method, rank: int | None) -> None:
         sae = topk_sae()
-        one = made(MODEL, kind, sae, rank=rank)
+        run = build_training(MODEL, kind, sae, rank=rank)
         frozen = {**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}
         frozen = {name: weight.clone() for name, weight in frozen.items()}
-        before = one.weights
-        points = [point for _, point in pack(MODEL, one.training).points(batches(STEPS))]
+        originals = run.weights
+        points = [point for _, point in pack(MODEL, run.training).points(batches(STEPS))]
         assert points[-1].kl < points[0].kl
         assert same({**MODEL.model.state_dict(), **sae.state_dict(prefix="sae.")}, frozen)
-        assert not any(torch.equal(weight, before[name]) for name, weight in one.weights.items())
+        assert not any(torch.equal(weight, originals[name]) for name, weight in run.weights.items())
         assert all(weight.grad is None for weight in sae.parameters())
 
     @pytest.mark.parametrize("keeps", [False, True])
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
-    def test_the_gradient_is_that_of_one_plain_pass(
+    def test_the_gradient_equals_that_of_one_plain_pass(
         self, kind: Method, rank: int | None, keeps: bool
     ) -> None:
-        """The second of two SAEs reads what the first one's map has changed."""
-        one = made(MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps)
-        student = one.training.student
+        """The map on the first SAE changes the input of the second SAE."""
+        run = build_training(
+            MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps
+        )
+        student = run.training.student
         fill(student.weights)
         loss = whole_kl(MODEL, MODEL, student.splices, SPECIAL)
         expected = torch.autograd.grad(loss, list(student.weights.values()))
-        found = gradients(MODEL, one.training, special_ids=SPECIAL, micro_batch=3)
-        for gradient, slope in zip(found.values(), expected, strict=True):
+        result = gradients(MODEL, run.training, special_ids=SPECIAL, micro_batch=3)
+        for gradient, slope in zip(result.values(), expected, strict=True):
             torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-5)
-        assert one.training.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert run.training.loss == pytest.approx(loss.item(), rel=1e-5)
 
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
-    def test_saved_and_loaded_it_has_the_same_bits(
+    def test_saving_and_loading_keeps_every_bit(
         self, kind: Method, rank: int | None, tmp_path: Path
     ) -> None:
-        one = made(MODEL, kind, topk_sae(), rank=rank)
-        fill(one.training.student.weights)
-        one.kept.save(tmp_path)
+        run = build_training(MODEL, kind, topk_sae(), rank=rank)
+        fill(run.training.student.weights)
+        run.artifact.save(tmp_path)
         (folder,) = tmp_path.iterdir()
         assert folder.name == "blocks.1.hook_resid_post"
         loaded = output_adapter.load(folder, torch.device("cpu"))
-        (own,) = one.training.student.modules.values()
-        assert same(dict(loaded.state_dict()), dict(own.state_dict()))
+        (adapter,) = run.training.student.modules.values()
+        assert same(dict(loaded.state_dict()), dict(adapter.state_dict()))
         assert (loaded.kind, loaded.d_model, loaded.rank) == (kind, D_MODEL, rank)
         assert not any(weight.requires_grad for weight in loaded.parameters())
         recon = torch.randn(5, 7, D_MODEL)
-        assert torch.equal(loaded(recon), own(recon))
+        assert torch.equal(loaded(recon), adapter(recon))
         assert not torch.equal(loaded(recon), recon)
 
     @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ class TestMaps:
             lambda folder: edit(folder, '"linear_adapter"', '"linear"'),
         ],
     )
-    def test_a_damaged_one_is_one_clear_error(
+    def test_a_damaged_adapter_is_one_clear_error(
         self, damage: Callable[[Path], object], tmp_path: Path
     ) -> None:
         output_adapter.save(OutputAdapter(Method.linear_adapter, D_MODEL, 3), tmp_path)
@@ -344,23 +349,23 @@ class TestMaps:
             output_adapter.load(tmp_path, torch.device("cpu"))
         assert str(tmp_path) in str(error.value)
 
-    def test_how_many_weights_it_has(self) -> None:
-        """d + d² of a whole map, d + 2dr of one of rank r; an MLP's middle has its own bias."""
+    def test_the_number_of_weights(self) -> None:
+        """d + d² for a map of full rank, d + 2dr for rank r; the middle of an MLP also has a bias."""
         d = D_MODEL
         expected = [d + d * d, d + 2 * d * 3, 2 * d * d + 2 * d, 2 * d * 5 + 5 + d]
         for (kind, rank), weights in zip(MAPS, expected, strict=True):
-            one = OutputAdapter(kind, d, rank)
+            adapter = OutputAdapter(kind, d, rank)
             config = Config(method=MethodConfig(kind=kind, rank=rank))
-            assert sum(weight.numel() for weight in one.parameters()) == weights
-            assert _own_weights(config, d, WIDTH) == weights
+            assert sum(weight.numel() for weight in adapter.parameters()) == weights
+            assert _sae_weights(config, d, WIDTH) == weights
 
-    def test_a_linear_map_of_full_rank_is_one(self) -> None:
+    def test_linear_maps_by_hand(self) -> None:
         """Worked by hand: x + W x + b, and with rank x + W₂ W₁ x + b."""
         recon = torch.randn(4, D_MODEL)
         whole = OutputAdapter(Method.linear_adapter, D_MODEL, None)
         narrow = OutputAdapter(Method.linear_adapter, D_MODEL, 3)
-        for one in (whole, narrow):
-            fill(dict(one.named_parameters()))
+        for adapter in (whole, narrow):
+            fill(dict(adapter.named_parameters()))
         weights = dict(whole.named_parameters())
         expected = recon + recon @ weights["added.weight"].T + weights["added.bias"]
         torch.testing.assert_close(whole(recon), expected)
@@ -372,11 +377,11 @@ class TestMaps:
         added = narrow.added(torch.eye(D_MODEL)) - narrow.added(torch.zeros(D_MODEL))
         assert torch.linalg.matrix_rank(added, rtol=1e-4) == 3
 
-    def test_latents_are_the_saes_own(self) -> None:
+    def test_latents_are_those_of_the_sae(self) -> None:
         sae = topk_sae()
-        one = AdaptedCoder(sae, OutputAdapter(Method.mlp_adapter, D_MODEL, 5))
+        coder = AdaptedCoder(sae, OutputAdapter(Method.mlp_adapter, D_MODEL, 5))
         resid = torch.randn(6, D_MODEL)
-        assert torch.equal(one.encode(resid), sae.encode(resid))
+        assert torch.equal(coder.encode(resid), sae.encode(resid))
 
 
 def cut(file: Path) -> None:
@@ -390,23 +395,27 @@ def edit(folder: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-STOPPED: dict[str, Callable[[], Made]] = {
+STOPPED: dict[str, Callable[[], BuiltTraining]] = {
     "mezo": lambda: mezo(CONFIG),
-    "linear_adapter": lambda: made(MODEL, Method.linear_adapter, topk_sae()),
-    "mlp_adapter": lambda: made(MODEL, Method.mlp_adapter, topk_sae(), rank=5),
-    "sae_finetune": lambda: made(MODEL, Method.sae_finetune, topk_sae(), dead_after_tokens=64),
-    "sae_finetune of rank 2": lambda: made(MODEL, Method.sae_finetune, jumprelu_sae(), rank=2),
-    "sae_finetune by KL": lambda: made(MODEL, Method.sae_finetune, frozen_standard(), mse=False),
+    "linear_adapter": lambda: build_training(MODEL, Method.linear_adapter, topk_sae()),
+    "mlp_adapter": lambda: build_training(MODEL, Method.mlp_adapter, topk_sae(), rank=5),
+    "sae_finetune": lambda: build_training(MODEL, Method.sae_finetune, topk_sae(), dead_after_tokens=64),
+    "sae_finetune of rank 2": lambda: build_training(MODEL, Method.sae_finetune, jumprelu_sae(), rank=2),
+    "sae_finetune by KL": lambda: build_training(
+        MODEL, Method.sae_finetune, frozen_standard(), mse=False
+    ),
     **{
-        f"e2e {one}": lambda one=one: made(MODEL, Method.e2e, trained(one, scale=0.5, dead_after=1))
-        for one in ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
+        f"e2e {architecture}": lambda architecture=architecture: build_training(
+            MODEL, Method.e2e, spliced_sae(architecture, scale=0.5, dead_after=1)
+        )
+        for architecture in ("topk", "batchtopk", "jumprelu", "standard", "gated", "matryoshka")
     },
 }
 
 
 @functools.cache
 def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
-    """The curve of a training that nothing stopped, and its state at the end."""
+    """The curve of a training that was not stopped, and its state at the end."""
     training = STOPPED[name]().training
     (curve,) = curves(pack(MODEL, training), STEPS).values()
     return curve, training
@@ -414,16 +423,16 @@ def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
 
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("stop", [2, 3])
-def test_stopped_and_restored_it_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
-    """After a step between two evaluations, and before the one that follows a step."""
+def test_a_restored_training_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
+    """Stopped after a step without an evaluation, and between a step and its evaluation."""
     first, second = (STOPPED[name]() for _ in range(2))
     expected, ended = whole(name)
     stopped(pack(MODEL, first.training), stop, STEPS)
     checkpoint.save(tmp_path, "hash", first.training.state())
     state = checkpoint.newest(tmp_path, "hash", pytest.fail)
     assert state is not None
-    torch.rand(7)  # whatever else has drawn from the generator meanwhile
+    torch.rand(7)  # other code may draw random numbers
     second.training.restore(state)
-    (rest,) = curves(pack(MODEL, second.training), STEPS).values()
-    assert expected[: state.values["points"]] + rest == expected
+    (points,) = curves(pack(MODEL, second.training), STEPS).values()
+    assert expected[: state.values["points"]] + points == expected
     assert same(second.training.state().tensors, ended.state().tensors)

@@ -1,4 +1,4 @@
-"""A pack computes what the published loop does: to the last bit, or fused, up to rounding."""
+"""A pack computes the same as the published loop: to the last bit, or up to rounding if fused."""
 
 import dataclasses
 
@@ -46,45 +46,45 @@ def eager(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def references(model: LanguageModel) -> list[dict[str, torch.Tensor]]:
-    """The adapters after some steps of the published loop, one run after another."""
-    found = []
+    """The adapters after some steps of the published loop, for each run."""
+    results = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
-        one = Reference(model, splices, adapters, config, dropout=Dropout)
+        reference = Reference(model, splices, adapters, config, dropout=Dropout)
         for tokens in BATCHES:
-            one.step(tokens)
-        found.append({name: weight.detach() for name, weight in one.weights.items()})
-    return found
+            reference.step(tokens)
+        results.append({name: weight.detach() for name, weight in reference.weights.items()})
+    return results
 
 
-def together(model: LanguageModel, how: KLComputation) -> list[dict[str, torch.Tensor]]:
-    """The same from a pack."""
+def together(model: LanguageModel, computation: KLComputation) -> list[dict[str, torch.Tensor]]:
+    """The adapters after the same steps in a pack."""
     trainings = []
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
         trainings.append(GradientState(LoRAStudent(model, splices, adapters), config, STEPS))
-    pack = DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model, how))
+    pack = DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model, computation))
     for tokens in BATCHES:
         pack._take_step(trainings, tokens)
-    return [{name: weight.detach() for name, weight in one.student.weights.items()} for one in trainings]
+    return [{name: weight.detach() for name, weight in run.student.weights.items()} for run in trainings]
 
 
-def test_a_pack_is_the_published_loop_run_by_run(eager: LanguageModel) -> None:
-    """Adapters after several steps of AdamW with dropout: ranks, SAEs, blocks, targets mixed."""
-    expected, found = references(eager), together(eager, KLComputation.full)
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+def test_a_pack_equals_the_published_loop(eager: LanguageModel) -> None:
+    """Adapters after several steps of AdamW with dropout, for different ranks, SAEs, blocks, targets."""
+    expected, results = references(eager), together(eager, KLComputation.full)
+    for result, reference in zip(results, expected, strict=True):
+        assert result.keys() == reference.keys()
+        assert all(torch.equal(result[name], reference[name]) for name in result)
 
 
-def test_fused_it_is_so_up_to_rounding(eager: LanguageModel) -> None:
-    expected, found = references(eager), together(eager, KLComputation.fused)
-    for one, other in zip(found, expected, strict=True):
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=2e-4)
+def test_the_fused_kl_equals_the_published_loop_up_to_rounding(eager: LanguageModel) -> None:
+    expected, results = references(eager), together(eager, KLComputation.fused)
+    for result, reference in zip(results, expected, strict=True):
+        for name in result:
+            torch.testing.assert_close(result[name], reference[name], rtol=1e-2, atol=2e-4)
 
 
-def test_evaluation_is_that_of_whole_passes(eager: LanguageModel) -> None:
+def test_evaluation_equals_that_of_whole_passes(eager: LanguageModel) -> None:
     adapters, splices, config = RUNS[4]
     references, students = [], []
     for seed in range(2):
@@ -94,6 +94,6 @@ def test_evaluation_is_that_of_whole_passes(eager: LanguageModel) -> None:
         torch.manual_seed(seed)
         students.append(LoRAStudent(eager, splices, adapters))
         fill(students[-1].weights, seed)
-    for found, expected in zip(evaluator(eager)(students), evaluate(references, HELD_OUT), strict=True):
-        measured = found.base_ce, found.spliced_ce, found.student_ce, found.kl
+    for result, expected in zip(evaluator(eager)(students), evaluate(references, HELD_OUT), strict=True):
+        measured = result.base_ce, result.spliced_ce, result.student_ce, result.kl
         assert measured == pytest.approx(expected, rel=1e-5)

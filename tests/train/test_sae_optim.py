@@ -1,4 +1,4 @@
-"""SAEs trained through the model: the gradient of the stated loss, and all that moves beside it."""
+"""SAEs trained through the model: the gradient of the stated loss, and all other state."""
 
 import copy
 import dataclasses
@@ -24,17 +24,17 @@ from tests.support.learners import WIDTH, K, residuals
 from tests.support.stepping import (
     SPECIAL,
     TOKENS,
+    build_training,
     frozen_standard,
     gradients,
-    made,
+    spliced_sae,
     step,
-    trained,
     whole_kl,
 )
 from tests.support.trainings import CONFIG, NO_IDS, evaluator
 
 MODEL = small_model("gpt2")
-"""A family whose every part computes in float64 where it is told to."""
+"""A family that computes entirely in float64 if it is converted to float64."""
 LLAMA = small_model("llama")
 HOOKPOINT = resid_post(1)
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -57,42 +57,42 @@ class Parts(NamedTuple):
 def written_out(
     weights: dict[str, Tensor], architecture: str, scale: float, exact: LanguageModel, keeps: bool
 ) -> Parts:
-    """The parts of the loss of one SAE, in float64 and plain words.
+    """The parts of the loss of one SAE, written out in float64.
 
     Args:
-        weights: Of the SAE, by its own names.
+        weights: The SAE's weights, by name.
         architecture: standard, jumprelu or topk.
-        scale: What it reads is multiplied by.
+        scale: The SAE's input is multiplied by this.
         exact: The model in float64.
-        keeps: Whether positions of `SPECIAL` ids stay as they are.
+        keeps: True if positions of `SPECIAL` ids keep their activation.
     """
     with torch.no_grad():
         teacher = exact.model(TOKENS, use_cache=False).logits.log_softmax(-1)
         resid = exact.resid_entering(2, TOKENS)
     applied = ~special_positions(TOKENS, SPECIAL if keeps else NO_IDS)
-    read = resid[applied] * scale
-    before = (read - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    inputs = resid[applied] * scale
+    pre_activations = (inputs - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     norms, penalty = weights["W_dec"].norm(dim=1), torch.zeros((), dtype=torch.float64)
     match architecture:
         case "standard":
-            latents = before.relu()
+            latents = pre_activations.relu()
             penalty = COEFFICIENT * (latents * norms).sum(-1).mean()
         case "jumprelu":
-            active = before > weights["threshold"]
-            latents = before * active
+            active = pre_activations > weights["threshold"]
+            latents = pre_activations * active
             penalty = COEFFICIENT * active.double().sum(-1).mean()
-        case _:  # in units of the decoder's norms
-            values, places = (before * norms).topk(K, dim=-1)
-            latents = torch.zeros_like(before).scatter(-1, places, values.relu()) / norms
+        case _:  # latents are multiplied by the decoder's norms
+            values, indices = (pre_activations * norms).topk(K, dim=-1)
+            latents = torch.zeros_like(pre_activations).scatter(-1, indices, values.relu()) / norms
     recon = latents @ weights["W_dec"] + weights["b_dec"]
-    mse = (recon - read).square().sum(-1).mean()
+    mse = (recon - inputs).square().sum(-1).mean()
     student = resid.masked_scatter(applied[..., None], recon / scale)
     learner = exact.logits(exact.hidden(TOKENS, 2, student)).log_softmax(-1)
     return Parts((teacher.exp() * (teacher - learner)).sum(-1).mean(), mse, penalty)
 
 
 def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
-    """As `SAEGradientState` states it, with a = `balance` held."""
+    """The loss as `SAEGradientState` states it, with a = `balance` constant."""
     if mse:
         return 0.5 * (balance * parts.kl + parts.mse) + parts.penalty
     return parts.kl + parts.penalty / balance
@@ -102,105 +102,109 @@ def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
 @pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
 def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, keeps: bool) -> None:
-    """Against differences of the loss, written out in float64, on both sides of the weights."""
+    """Compared with central differences of the loss, written out in float64."""
     changes: dict[str, Any] = {}
     if architecture != "topk":
         changes["sparsity_coefficient"] = COEFFICIENT
     if architecture == "jumprelu":
-        changes["k"] = None  # its penalty counts active latents
-    sae = trained(architecture, scale=SCALE, **changes)
-    one = made(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=keeps)
-    found = gradients(MODEL, one.training, special_ids=SPECIAL)
-    found = {name.removeprefix(f"{HOOKPOINT}/sae."): slope for name, slope in found.items()}
+        changes["k"] = None  # the penalty is proportional to the number of active latents
+    sae = spliced_sae(architecture, scale=SCALE, **changes)
+    run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=keeps)
+    slopes = gradients(MODEL, run.training, special_ids=SPECIAL)
+    slopes = {name.removeprefix(f"{HOOKPOINT}/sae."): slope for name, slope in slopes.items()}
     weights = {name: weight.detach().double() for name, weight in sae.sae.named_parameters()}
-    assert found.keys() == weights.keys()
+    assert slopes.keys() == weights.keys()
     exact = double(MODEL)
 
-    def parts(distance: float, along: dict[str, Tensor]) -> Parts:
-        moved = {name: weight + distance * along.get(name, 0) for name, weight in weights.items()}
-        return written_out(moved, architecture, SCALE, exact, keeps)
+    def parts(distance: float, direction: dict[str, Tensor]) -> Parts:
+        shifted = {name: weight + distance * direction.get(name, 0) for name, weight in weights.items()}
+        return written_out(shifted, architecture, SCALE, exact, keeps)
 
-    here = parts(0, {})
-    balance = float(here.mse / here.kl)
-    assert architecture == "topk" or here.penalty > 0
+    start = parts(0, {})
+    balance = float(start.mse / start.kl)
+    assert architecture == "topk" or start.penalty > 0
     generator = torch.Generator().manual_seed(3)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "all"):
-        moving = [one for one in weights if one != "threshold"] if name == "all" else [name]
-        along = {
-            one: torch.randn(weights[one].shape, generator=generator, dtype=torch.float64)
-            for one in moving
+        moving = [key for key in weights if key != "threshold"] if name == "all" else [name]
+        direction = {
+            key: torch.randn(weights[key].shape, generator=generator, dtype=torch.float64)
+            for key in moving
         }
-        above, below = (loss_of(parts(way * 1e-6, along), balance, mse=mse) for way in (1, -1))
+        above, below = (loss_of(parts(sign * 1e-6, direction), balance, mse=mse) for sign in (1, -1))
         expected = float(above - below) / 2e-6
-        slope = float(sum((found[one].double() * part).sum() for one, part in along.items()))
-        steepness = float(sum(found[one].double().square().sum() for one in along)) ** 0.5
+        slope = float(sum((slopes[key].double() * part).sum() for key, part in direction.items()))
+        steepness = float(sum(slopes[key].double().square().sum() for key in direction)) ** 0.5
         assert slope == pytest.approx(expected, rel=1e-3, abs=1e-3 * steepness), name
         assert steepness > 0
 
 
 def test_several_saes_are_one_loss() -> None:
-    """The second reads what the first has changed; errors and penalties of both are added up."""
-    saes = [trained("standard", sparsity_coefficient=COEFFICIENT, seed=seed) for seed in (3, 4)]
-    one = made(MODEL, Method.sae_finetune, *saes, train=PLAIN)
-    found = gradients(MODEL, one.training, micro_batch=3)
-    loss = whole_kl(MODEL, MODEL, one.training.student.splices)
-    first, second = (sae.made for sae in saes)
+    """The first SAE changes the input of the second; errors and penalties of both are added."""
+    saes = [spliced_sae("standard", sparsity_coefficient=COEFFICIENT, seed=seed) for seed in (3, 4)]
+    run = build_training(MODEL, Method.sae_finetune, *saes, train=PLAIN)
+    result = gradients(MODEL, run.training, micro_batch=3)
+    loss = whole_kl(MODEL, MODEL, run.training.student.splices)
+    first, second = (sae.last_forward for sae in saes)
     assert first is not None and second is not None
     mse, penalty = first.mse + second.mse, first.aux + second.aux
     balance = mse.item() / loss.item()
-    whole = 0.5 * (balance * loss + mse) + penalty
-    slopes = torch.autograd.grad(whole, list(one.training.student.weights.values()))
-    for gradient, slope in zip(found.values(), slopes, strict=True):
+    expected = 0.5 * (balance * loss + mse) + penalty
+    slopes = torch.autograd.grad(expected, list(run.training.student.weights.values()))
+    for gradient, slope in zip(result.values(), slopes, strict=True):
         torch.testing.assert_close(gradient, slope, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
 def test_micro_batches_add_up(architecture: str, mse: bool) -> None:
-    """Also where special positions leave more of one part than of another."""
-    found = []
+    """Also if the parts of a batch have different numbers of special positions."""
+    results = []
     for micro_batch in (None, 1, 3):
-        sae = trained(architecture, scale=SCALE)
-        one = made(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=True)
-        found.append(gradients(MODEL, one.training, special_ids=SPECIAL, micro_batch=micro_batch))
+        sae = spliced_sae(architecture, scale=SCALE)
+        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=True)
+        results.append(gradients(MODEL, run.training, special_ids=SPECIAL, micro_batch=micro_batch))
         assert sae.since_active.max() == 1
     counts = (~special_positions(TOKENS, SPECIAL)).sum(-1)
     assert len(set(counts.tolist())) > 1
-    for parts in found[1:]:
-        for name, gradient in parts.items():
-            torch.testing.assert_close(gradient, found[0][name], rtol=1e-3, atol=1e-5)
+    for result in results[1:]:
+        for name, gradient in result.items():
+            torch.testing.assert_close(gradient, results[0][name], rtol=1e-3, atol=1e-5)
 
 
 def test_the_balance_worked_by_hand() -> None:
-    """A TopK SAE none of whose latents is dead has no penalty: what MSE adds is there to be seen."""
-    sae = trained("topk", scale=SCALE)
-    first = {mse: made(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse) for mse in (True, False)}
-    both, of_kl = (gradients(MODEL, one.training) for one in first.values())
-    loss = first[True].training.loss
+    """A TopK SAE without dead latents has no penalty, so that the loss is only KL and MSE."""
+    sae = spliced_sae("topk", scale=SCALE)
+    runs = {
+        mse: build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse)
+        for mse in (True, False)
+    }
+    combined, of_kl = (gradients(MODEL, run.training) for run in runs.values())
+    loss = runs[True].training.loss
     assert loss == pytest.approx(whole_kl(MODEL, MODEL, [Splice(1, sae, False)]).item(), rel=1e-5)
-    read = SCALE * MODEL.resid_entering(2, TOKENS).flatten(0, 1)
-    error = (sae.sae(read) - read).square().sum(-1).mean()
+    inputs = SCALE * MODEL.resid_entering(2, TOKENS).flatten(0, 1)
+    error = (sae.sae(inputs) - inputs).square().sum(-1).mean()
     of_mse = torch.autograd.grad(error, list(sae.sae.parameters()))
-    a = error.item() / loss
-    for name, of_error in zip(both, of_mse, strict=True):
-        expected = 0.5 * (a * of_kl[name] + of_error)
-        torch.testing.assert_close(both[name], expected, rtol=1e-3, atol=1e-4 * a)
+    balance = error.item() / loss
+    for name, of_error in zip(combined, of_mse, strict=True):
+        expected = 0.5 * (balance * of_kl[name] + of_error)
+        torch.testing.assert_close(combined[name], expected, rtol=1e-3, atol=1e-4 * balance)
 
 
-def test_how_the_kl_is_reduced_does_not_matter_beside_mse() -> None:
-    """a · KL is as large as MSE in either case; alone, the KL is as many times larger as a sequence is
-    long, and 1 / a with it."""
-    found: dict[tuple[Reduction, bool], dict[str, Tensor]] = {}
+def test_the_reduction_of_the_kl_does_not_matter_with_mse() -> None:
+    """a · KL equals MSE in both cases. Without MSE, the summed KL and 1 / a are larger by a factor of
+    the sequence length."""
+    results: dict[tuple[Reduction, bool], dict[str, Tensor]] = {}
     for reduction in Reduction:
         config = dataclasses.replace(PLAIN, kl_reduction=reduction)
         for mse in (True, False):
-            sae = trained("standard")
-            one = made(MODEL, Method.sae_finetune, sae, train=config, mse=mse)
-            found[reduction, mse] = gradients(MODEL, one.training)
-    for mse, times in ((True, 1), (False, TOKENS.shape[1])):
-        summed, mean = (found[one, mse] for one in (Reduction.sequence_sum, Reduction.token_mean))
+            sae = spliced_sae("standard")
+            run = build_training(MODEL, Method.sae_finetune, sae, train=config, mse=mse)
+            results[reduction, mse] = gradients(MODEL, run.training)
+    for mse, factor in ((True, 1), (False, TOKENS.shape[1])):
+        summed = results[Reduction.sequence_sum, mse]
+        mean = results[Reduction.token_mean, mse]
         for name in mean:
-            torch.testing.assert_close(summed[name], times * mean[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(summed[name], factor * mean[name], rtol=1e-4, atol=1e-5)
 
 
 FROZEN: dict[str, Callable[[], SAE[Any]]] = {
@@ -214,32 +218,32 @@ class TestLowRank:
     """LoRA on the SAE's two matrices."""
 
     @pytest.mark.parametrize("name", FROZEN)
-    def test_only_a_and_b_move(self, name: str) -> None:
+    def test_only_a_and_b_are_trained(self, name: str) -> None:
         original = FROZEN[name]()
-        before = copy.deepcopy(original.state_dict())
-        one = made(MODEL, Method.sae_finetune, original, rank=2)
-        start = one.weights
+        originals = copy.deepcopy(original.state_dict())
+        run = build_training(MODEL, Method.sae_finetune, original, rank=2)
+        start = run.weights
         assert {key.rpartition("/")[2] for key in start} == {
             f"sae.parametrizations.{matrix}.0.lora_{half}"
             for matrix in ("W_enc", "W_dec")
             for half in "AB"
         }
         assert sum(weight.numel() for weight in start.values()) == 2 * 2 * (D_MODEL + WIDTH)
-        (sae,) = one.training.student.modules.values()
-        others = {
+        (sae,) = run.training.student.modules.values()
+        frozen = {
             key: value.clone() for key, value in sae.sae.state_dict().items() if "lora_" not in key
         }
         for _ in range(3):
-            step(MODEL, one.training)
-        after = sae.sae.state_dict()
-        assert all(torch.equal(after[key], value) for key, value in others.items())
-        assert not any(torch.equal(value, start[key]) for key, value in one.weights.items())
-        assert all(torch.equal(value, before[key]) for key, value in original.state_dict().items())
+            step(MODEL, run.training)
+        result = sae.sae.state_dict()
+        assert all(torch.equal(result[key], value) for key, value in frozen.items())
+        assert not any(torch.equal(value, start[key]) for key, value in run.weights.items())
+        assert all(torch.equal(value, originals[key]) for key, value in original.state_dict().items())
 
     @pytest.mark.parametrize("name", FROZEN)
-    def test_fresh_it_changes_nothing(self, name: str) -> None:
+    def test_an_untrained_adapter_changes_nothing(self, name: str) -> None:
         original = FROZEN[name]()
-        student = made(MODEL, Method.sae_finetune, original, rank=2).training.student
+        student = build_training(MODEL, Method.sae_finetune, original, rank=2).training.student
         trunk = Trunk(MODEL, TOKENS, NO_IDS, student.cuts)
         (sae,) = student.modules.values()
         with torch.no_grad():
@@ -248,17 +252,17 @@ class TestLowRank:
             assert torch.equal(student.hidden(trunk), trunk.hidden(student.before))
 
     @pytest.mark.parametrize("name", FROZEN)
-    def test_evaluated_and_saved_it_is_the_merged_one(self, name: str, tmp_path: Path) -> None:
-        """However often, and in the middle of training."""
+    def test_evaluation_and_saving_merge_lora(self, name: str, tmp_path: Path) -> None:
+        """Also several times in the middle of training."""
         original = FROZEN[name]()
-        one = made(MODEL, Method.sae_finetune, original, rank=2)
-        for turn in range(2):
-            step(MODEL, one.training)
-            evaluator(MODEL)([one.training.student])
-            one.kept.save(tmp_path / str(turn))
+        run = build_training(MODEL, Method.sae_finetune, original, rank=2)
+        for number in range(2):
+            step(MODEL, run.training)
+            evaluator(MODEL)([run.training.student])
+            run.artifact.save(tmp_path / str(number))
         added = {
-            matrix: one.weights[f"{HOOKPOINT}/sae.parametrizations.{matrix}.0.lora_B"]
-            @ one.weights[f"{HOOKPOINT}/sae.parametrizations.{matrix}.0.lora_A"]
+            matrix: run.weights[f"{HOOKPOINT}/sae.parametrizations.{matrix}.0.lora_B"]
+            @ run.weights[f"{HOOKPOINT}/sae.parametrizations.{matrix}.0.lora_A"]
             for matrix in ("W_enc", "W_dec")
         }
         saved = SAE.load_from_disk(tmp_path / "1" / HOOKPOINT)
@@ -270,142 +274,142 @@ class TestLowRank:
 
 
 class TestSpecialPositions:
-    """Where an SAE does not apply, it neither reads nor changes anything."""
+    """At positions that keep their activation, an SAE neither reads nor changes anything."""
 
     @pytest.mark.parametrize("architecture", [*Architecture.__members__])
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
         keep = special_positions(TOKENS, SPECIAL)
         assert 0 < keep.sum() < keep.numel() / 2
-        sae, others = trained(architecture, scale=SCALE), trained(architecture, scale=SCALE)
+        sae, second = spliced_sae(architecture, scale=SCALE), spliced_sae(architecture, scale=SCALE)
         resid = residuals(5, TOKENS.numel()).unflatten(0, TOKENS.shape)
         changed = torch.where(keep[..., None], 1e3 * torch.randn(D_MODEL), resid)
         readings: list = []
         with torch.no_grad():
-            found = reconstructed(HOOKPOINT, sae, resid, keep, readings.append)
-            again = reconstructed(HOOKPOINT, others, changed, keep)
-        assert torch.equal(found[keep], resid[keep])
-        assert torch.equal(again[keep], changed[keep])
-        assert torch.equal(found[~keep], again[~keep])
+            result = reconstructed(HOOKPOINT, sae, resid, keep, readings.append)
+            second_result = reconstructed(HOOKPOINT, second, changed, keep)
+        assert torch.equal(result[keep], resid[keep])
+        assert torch.equal(second_result[keep], changed[keep])
+        assert torch.equal(result[~keep], second_result[~keep])
         (reading,) = readings
         assert len(reading.latents) == (~keep).sum()
-        assert torch.equal(reading.recon, found[~keep])
-        assert not torch.equal(found[~keep], resid[~keep])
+        assert torch.equal(reading.recon, result[~keep])
+        assert not torch.equal(result[~keep], resid[~keep])
 
     @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
-    def test_the_others_share_the_active_latents_out(self, architecture: str) -> None:
-        """k for each of them, and none is left for special positions, however large those are."""
+    def test_the_other_positions_share_the_active_latents(self, architecture: str) -> None:
+        """They get k latents each on average, also if the norms of special positions are large."""
         keep = special_positions(TOKENS, SPECIAL)
         resid = residuals(5, TOKENS.numel()).unflatten(0, TOKENS.shape)
         resid[keep] *= 100
-        sae, readings = trained(architecture), []
+        sae, readings = spliced_sae(architecture), []
         with torch.no_grad():
             reconstructed(HOOKPOINT, sae, resid, keep, readings.append)
         active = (readings[0].latents != 0).sum(-1)
         assert active.sum() == K * (~keep).sum()
         assert len(set(active.tolist())) > 1
 
-    def test_what_stands_there_has_no_say_in_the_gradient(self) -> None:
-        """As far as the SAE's own error goes; the model reads them as ever."""
-        sae = trained("topk")
-        one = made(MODEL, Method.sae_finetune, sae, train=PLAIN, keeps=True)
-        trunk = Trunk(MODEL, TOKENS, SPECIAL, one.training.student.cuts)
-        one.training.hidden(trunk)
-        read = MODEL.resid_entering(2, TOKENS)[~special_positions(TOKENS, SPECIAL)]
-        error = (sae.sae(read) - read).square().sum(-1).mean()
-        assert float(one.training._mse / one.training._tokens) == pytest.approx(error.item(), rel=1e-5)
-        assert int(one.training._tokens) == len(read)
+    def test_special_positions_do_not_enter_the_error(self) -> None:
+        """Only the SAE's error ignores them; the model still reads them."""
+        sae = spliced_sae("topk")
+        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, keeps=True)
+        trunk = Trunk(MODEL, TOKENS, SPECIAL, run.training.student.cuts)
+        run.training.hidden(trunk)
+        inputs = MODEL.resid_entering(2, TOKENS)[~special_positions(TOKENS, SPECIAL)]
+        error = (sae.sae(inputs) - inputs).square().sum(-1).mean()
+        assert float(run.training._mse / run.training._tokens) == pytest.approx(error.item(), rel=1e-5)
+        assert int(run.training._tokens) == len(inputs)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
-def test_latents_count_as_dead_by_the_stated_rule(
+def test_latents_are_dead_by_the_stated_rule(
     micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that were active in none of more than so many steps, special positions left out."""
+    """A latent is dead if it was inactive in more than `dead_after` steps, without special positions."""
     dead_after = 2
-    sae = trained("topk", dead_after=dead_after)
-    one = made(MODEL, Method.e2e, sae, keeps=True, steps=8)
-    taken: list[tuple[Tensor, Tensor]] = []
+    sae = spliced_sae("topk", dead_after=dead_after)
+    run = build_training(MODEL, Method.e2e, sae, keeps=True, steps=8)
+    passes: list[tuple[Tensor, Tensor]] = []
     plain = training_sae.forward
 
-    def watched(own: Any, resid: Tensor, dead: Tensor, number: int) -> training_sae.Forward:
-        found = plain(own, resid, dead, number)
-        taken.append((dead.clone(), (found.latents != 0).any(0)))
-        assert number == one.training.step
-        return found
+    def watched(coder: Any, resid: Tensor, dead: Tensor, number: int) -> training_sae.Forward:
+        forward = plain(coder, resid, dead, number)
+        passes.append((dead.clone(), (forward.latents != 0).any(0)))
+        assert number == run.training.step
+        return forward
 
     monkeypatch.setattr(training_sae, "forward", watched)
     silent = torch.zeros(WIDTH)
     for number in range(8):
-        taken.clear()
+        passes.clear()
         tokens = random_tokens(batch=2, length=16, seed=number)
-        step(MODEL, one.training, tokens=tokens, special_ids=SPECIAL, micro_batch=micro_batch)
-        assert all(torch.equal(dead, silent > dead_after) for dead, _ in taken)
-        active = torch.stack([active for _, active in taken]).any(0)
+        step(MODEL, run.training, tokens=tokens, special_ids=SPECIAL, micro_batch=micro_batch)
+        assert all(torch.equal(dead, silent > dead_after) for dead, _ in passes)
+        active = torch.stack([active for _, active in passes]).any(0)
         silent = torch.where(active, 0, silent + 1)
         assert torch.equal(sae.since_active, silent)
     assert 0 < (silent > dead_after).sum() < WIDTH
 
 
-def test_dead_latents_are_taught() -> None:
-    """And so they have a gradient where they count as dead, and else none."""
-    found = []
+def test_dead_latents_have_a_gradient() -> None:
+    """Inactive latents have a gradient only if they count as dead."""
+    results = []
     for dead_after in (0, 100):
-        sae = trained("topk", dead_after=dead_after)
+        sae = spliced_sae("topk", dead_after=dead_after)
         sae.since_active[:5] = 1
         with torch.no_grad():
             sae.sae.b_enc[:5] = -50
-        one = made(MODEL, Method.e2e, sae, train=PLAIN)
-        found.append(gradients(MODEL, one.training)[f"{HOOKPOINT}/sae.W_dec"])
-    assert (found[0][:5] != 0).any()
-    assert (found[1][:5] == 0).all()
+        run = build_training(MODEL, Method.e2e, sae, train=PLAIN)
+        results.append(gradients(MODEL, run.training)[f"{HOOKPOINT}/sae.W_dec"])
+    assert (results[0][:5] != 0).any()
+    assert (results[1][:5] == 0).all()
 
 
 @pytest.mark.parametrize("hook", [Hook.resid_post, Hook.mlp_out])
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
-def test_what_is_computed_once_more_changes_no_bit(architecture: str, hook: Hook) -> None:
-    """Also for two passes back through the blocks, and where an SAE in training is in a block."""
-    found = []
+def test_recomputation_changes_no_bit(architecture: str, hook: Hook) -> None:
+    """Also with two backward passes through the blocks, and with an SAE in training inside a block."""
+    states = []
     for recomputes in (False, True):
         config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
-        saes = [trained(architecture, seed=seed, dead_after=0) for seed in (3, 4)]
-        one = made(LLAMA, Method.sae_finetune, *saes, train=config, hook=hook, keeps=True)
+        saes = [spliced_sae(architecture, seed=seed, dead_after=0) for seed in (3, 4)]
+        run = build_training(LLAMA, Method.sae_finetune, *saes, train=config, hook=hook, keeps=True)
         for _ in range(3):
-            step(LLAMA, one.training, special_ids=SPECIAL, micro_batch=2)
-        found.append(one.training.state().tensors)
-        assert all(sae.made is None for sae in saes)
-    plain, again = found
-    assert [name for name, value in plain.items() if not torch.equal(again[name], value)] == []
+            step(LLAMA, run.training, special_ids=SPECIAL, micro_batch=2)
+        states.append(run.training.state().tensors)
+        assert all(sae.last_forward is None for sae in saes)
+    plain, recomputed = states
+    assert [name for name, value in plain.items() if not torch.equal(recomputed[name], value)] == []
 
 
 @pytest.mark.parametrize("architecture", [*Architecture.__members__])
 @pytest.mark.parametrize("kind", [Method.e2e, Method.sae_finetune])
-def test_an_evaluation_leaves_all_as_it_was(kind: Method, architecture: str) -> None:
-    """However often: thresholds too, which sae-lens moves outside of the optimiser."""
-    sae = trained(architecture, scale=SCALE)
-    one = made(MODEL, kind, sae)
-    step(MODEL, one.training)
-    before = {name: value.clone() for name, value in one.training.state().tensors.items()}
-    first = evaluator(MODEL)([one.training.student])
-    second = evaluator(MODEL)([one.training.student])
-    after = one.training.state().tensors
-    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
+def test_an_evaluation_changes_no_state(kind: Method, architecture: str) -> None:
+    """Also the thresholds, which sae-lens changes outside the optimiser."""
+    sae = spliced_sae(architecture, scale=SCALE)
+    run = build_training(MODEL, kind, sae)
+    step(MODEL, run.training)
+    originals = {name: value.clone() for name, value in run.training.state().tensors.items()}
+    first = evaluator(MODEL)([run.training.student])
+    second = evaluator(MODEL)([run.training.student])
+    tensors = run.training.state().tensors
+    assert [name for name, value in originals.items() if not torch.equal(tensors[name], value)] == []
     assert first == second
     assert sae.training
 
 
-def test_evaluated_it_is_what_it_is_once_saved(tmp_path: Path) -> None:
-    """A BatchTopK SAE by its threshold, in the units of the model's residuals."""
-    sae = trained("batchtopk", scale=SCALE)
-    one = made(MODEL, Method.e2e, sae)
+def test_evaluation_equals_that_of_the_saved_sae(tmp_path: Path) -> None:
+    """A BatchTopK SAE is evaluated with its threshold, in the units of the model's residuals."""
+    sae = spliced_sae("batchtopk", scale=SCALE)
+    run = build_training(MODEL, Method.e2e, sae)
     for _ in range(3):
-        step(MODEL, one.training)
-    (found,) = evaluator(MODEL)([one.training.student])
-    one.kept.save(tmp_path)
+        step(MODEL, run.training)
+    (evaluation,) = evaluator(MODEL)([run.training.student])
+    run.artifact.save(tmp_path)
     loaded = SAE.load_from_disk(tmp_path / HOOKPOINT)
     splices = (Splice(1, loaded, False),)
     student = Student(MODEL, (), splices, first=2, weights={}, before=splices)
     (expected,) = evaluator(MODEL)([student])
-    assert found.student_ce == expected.student_ce
-    assert found.kl == expected.kl
-    assert found.per_sae[HOOKPOINT]["l0"] == expected.per_sae[HOOKPOINT]["l0"]
-    assert found.spliced_ce != expected.spliced_ce
+    assert evaluation.student_ce == expected.student_ce
+    assert evaluation.kl == expected.kl
+    assert evaluation.per_sae[HOOKPOINT]["l0"] == expected.per_sae[HOOKPOINT]["l0"]
+    assert evaluation.spliced_ce != expected.spliced_ce

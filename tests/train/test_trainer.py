@@ -1,4 +1,4 @@
-"""Runs that train together: each is to the last bit what it is alone."""
+"""Runs that train together: each equals the same run trained alone, to the last bit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def variants(family: str) -> list[Callable[[], TrainState]]:
     """Runs that differ in everything that runs of a pack may differ in."""
     model = MODELS[family]
 
-    def made(rank: int, sae: int = 0, block: int = 1, **settings: object) -> Callable[[], TrainState]:
+    def variant(rank: int, sae: int = 0, block: int = 1, **settings: object) -> Callable[[], TrainState]:
         adapters = {
             name: settings.pop(name)
             for name in ("alpha", "dropout", "targets", "blocks", "rank_stabilised")
@@ -59,20 +59,20 @@ def variants(family: str) -> list[Callable[[], TrainState]]:
         return lambda: training(model, SAES[sae], config, STEPS, lora, block)
 
     return [
-        made(1),
-        made(4, alpha=4.0, seed=3),
-        made(16, sae=1, lr=1e-2),
-        made(64, block=2, dropout=0.5, targets="attn"),
-        made(256, dropout=0.0, weight_decay=0.1, rank_stabilised=True),
-        made(2, blocks="all", schedule=Schedule.constant),
-        made(2, blocks=[3], grad_clip=None),
-        made(4, sae=1, block=0, targets="mlp", kl_reduction=Reduction.sequence_sum, warmup_share=0.5),
-        made(4, blocks=[0, 2], block=2),
+        variant(1),
+        variant(4, alpha=4.0, seed=3),
+        variant(16, sae=1, lr=1e-2),
+        variant(64, block=2, dropout=0.5, targets="attn"),
+        variant(256, dropout=0.0, weight_decay=0.1, rank_stabilised=True),
+        variant(2, blocks="all", schedule=Schedule.constant),
+        variant(2, blocks=[3], grad_clip=None),
+        variant(4, sae=1, block=0, targets="mlp", kl_reduction=Reduction.sequence_sum, warmup_share=0.5),
+        variant(4, blocks=[0, 2], block=2),
     ]
 
 
-def ended(one: TrainState) -> dict[str, torch.Tensor]:
-    return one.state().tensors
+def ended(run: TrainState) -> dict[str, torch.Tensor]:
+    return run.state().tensors
 
 
 Alone = list[tuple[list[CurvePoint], Snapshot]]
@@ -81,69 +81,69 @@ Alone = list[tuple[list[CurvePoint], Snapshot]]
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def alone(request: pytest.FixtureRequest) -> tuple[str, Alone]:
     """Curve and last state of each run in a pack of its own."""
-    found = []
+    results = []
     for make in variants(request.param):
-        one = make()
-        (curve,) = curves(pack(MODELS[request.param], one), STEPS).values()
-        found.append((curve, one.state()))
-    assert len({repr(curve) for curve, _ in found}) == len(found)
-    return request.param, found
+        run = make()
+        (curve,) = curves(pack(MODELS[request.param], run), STEPS).values()
+        results.append((curve, run.state()))
+    assert len({repr(curve) for curve, _ in results}) == len(results)
+    return request.param, results
 
 
-def test_together_each_is_what_it_is_alone(alone: tuple[str, Alone]) -> None:
+def test_packed_runs_equal_single_runs(alone: tuple[str, Alone]) -> None:
     """Curves, weights, optimizers and random states, after several steps with dropout."""
     family, expected = alone
     trainings = [make() for make in variants(family)]
-    found = curves(pack(MODELS[family], *trainings), STEPS)
-    for one, (curve, state) in zip(trainings, expected, strict=True):
-        assert found[one] == curve
-        assert same(ended(one), state.tensors)
+    result = curves(pack(MODELS[family], *trainings), STEPS)
+    for run, (curve, state) in zip(trainings, expected, strict=True):
+        assert result[run] == curve
+        assert same(ended(run), state.tensors)
 
 
-def test_taking_turns_changes_no_bit(alone: tuple[str, Alone], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And holds activations of no more at once."""
+def test_groups_of_runs_change_no_bit(alone: tuple[str, Alone], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also limits the activations in memory."""
     family, expected = alone
     peaks = []
     for at_once in (1, 4):
         monkeypatch.setattr(distill, "AT_ONCE", at_once)
         trainings = [make() for make in variants(family)[:4]]
-        together = pack(MODELS[family], *trainings)
-        assert curves(together, STEPS) == {
-            one: curve for one, (curve, _) in zip(trainings, expected, strict=False)
+        trainer = pack(MODELS[family], *trainings)
+        assert curves(trainer, STEPS) == {
+            run: curve for run, (curve, _) in zip(trainings, expected, strict=False)
         }
         with PeakMemory() as memory:
-            together._take_step(trainings, batches(1)[0])
+            trainer._take_step(trainings, batches(1)[0])
         peaks.append(memory.peak)
     assert peaks[0] < 0.6 * peaks[1]
 
 
 @pytest.mark.parametrize("order", [(2, 0), (5, 3, 8), (7, 6, 1, 4)])
-def test_company_does_not_matter(alone: tuple[str, Alone], order: tuple[int, ...]) -> None:
+def test_other_runs_of_a_pack_do_not_matter(alone: tuple[str, Alone], order: tuple[int, ...]) -> None:
     family, expected = alone
     trainings = [variants(family)[number]() for number in order]
-    found = curves(pack(MODELS[family], *trainings), STEPS)
-    for one, number in zip(trainings, order, strict=True):
-        assert found[one] == expected[number][0]
-        assert same(ended(one), expected[number][1].tensors)
+    result = curves(pack(MODELS[family], *trainings), STEPS)
+    for run, number in zip(trainings, order, strict=True):
+        assert result[run] == expected[number][0]
+        assert same(ended(run), expected[number][1].tensors)
 
 
-def test_some_are_further_than_others(alone: tuple[str, Alone]) -> None:
-    """Taken up at different steps, they meet, and each ends as if it had never stopped."""
+def test_runs_may_resume_at_different_steps(alone: tuple[str, Alone]) -> None:
+    """They meet at a later step, and each ends as if it had never stopped."""
     family, expected = alone
-    trainings, kept = [], []
+    trainings, earlier_points = [], []
     for number, stop in ((0, 0), (3, 5), (5, 2), (7, STEPS)):
-        before, one = (variants(family)[number]() for _ in range(2))
-        kept.append(stopped(pack(MODELS[family], before), stop, STEPS))
-        one.restore(before.state())
-        trainings.append((number, one))
-    found = curves(pack(MODELS[family], *(one for _, one in trainings)), STEPS)
-    for (number, one), points in zip(trainings, kept, strict=True):
-        assert points + found[one] == expected[number][0]
-        assert same(ended(one), expected[number][1].tensors)
+        stopped_run, resumed = (variants(family)[number]() for _ in range(2))
+        earlier_points.append(stopped(pack(MODELS[family], stopped_run), stop, STEPS))
+        resumed.restore(stopped_run.state())
+        trainings.append((number, resumed))
+    result = curves(pack(MODELS[family], *(resumed for _, resumed in trainings)), STEPS)
+    for (number, resumed), points in zip(trainings, earlier_points, strict=True):
+        assert points + result[resumed] == expected[number][0]
+        assert same(ended(resumed), expected[number][1].tensors)
 
 
 class TestOneThatFails:
-    """It is dropped, and the others end as if it had not been there."""
+    """It is dropped, and the others end as if it had not been in the pack."""
 
     FAMILY = "llama"
 
@@ -153,9 +153,9 @@ class TestOneThatFails:
         trainings = [variants(self.FAMILY)[number]() for number in numbers]
         errors: dict[TrainState, Exception] = {}
 
-        def fail(one: TrainState, error: Exception) -> None:
-            errors[one] = error
-            one.reset()
+        def fail(run: TrainState, error: Exception) -> None:
+            errors[run] = error
+            run.reset()
 
         model = MODELS[self.FAMILY]
         isolation = Isolation(trainings, fail)
@@ -166,54 +166,54 @@ class TestOneThatFails:
     def test_at_any_moment(self, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
         expected, (first, _, third), _ = self.together(0, 1, 2)
         whole = curves(expected, STEPS)
-        found, (one, failing, other), errors = self.together(0, 1, 2)
-        of = GradientState if at == "hidden" else TrainState
-        method = getattr(of, at)
+        trainer, (run, failing, last), errors = self.together(0, 1, 2)
+        owner = GradientState if at == "hidden" else TrainState
+        method = getattr(owner, at)
 
-        def fails(one: GradientState | TrainState, *arguments: object) -> object:
-            if one is failing and failing.step == 3:
-                raise ZeroDivisionError("befallen")
-            return method(one, *arguments)
+        def fails(run: GradientState | TrainState, *arguments: object) -> object:
+            if run is failing and failing.step == 3:
+                raise ZeroDivisionError("injected")
+            return method(run, *arguments)
 
-        monkeypatch.setattr(of, at, fails)
-        curve = curves(found, STEPS)
+        monkeypatch.setattr(owner, at, fails)
+        curve = curves(trainer, STEPS)
         assert list(errors) == [failing]
-        assert curve[one] == whole[first]
-        assert curve[other] == whole[third]
-        assert same(ended(one), ended(first))
+        assert curve[run] == whole[first]
+        assert curve[last] == whole[third]
+        assert same(ended(run), ended(first))
         assert not failing.has_ended
 
-    def test_by_a_loss_that_is_no_number(self) -> None:
+    def test_by_a_loss_that_is_not_finite(self) -> None:
         model = MODELS[self.FAMILY]
         absurd = dataclasses.replace(CONFIG, lr=1e30, grad_clip=None, warmup_share=0.0)
-        found, (one, two), errors = self.together(0, 1)
+        trainer, (first, second), errors = self.together(0, 1)
         failing = training(model, SAES[0], absurd, STEPS)
-        for trainings in (found.active, found._trainings.runs):
+        for trainings in (trainer.active, trainer._trainings.runs):
             trainings.append(failing)
-        curve = curves(found, STEPS)
+        curve = curves(trainer, STEPS)
         assert isinstance(errors[failing], UserError)
-        for other in (one, two):
-            assert len(curve[other]) == 4
-            assert other.has_ended
+        for run in (first, second):
+            assert len(curve[run]) == 4
+            assert run.has_ended
 
     def test_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        found, trainings, errors = self.together(0, 1)
+        trainer, trainings, errors = self.together(0, 1)
 
         def fails(training: TrainState, *arguments: object) -> None:
             raise ZeroDivisionError
 
         monkeypatch.setattr(TrainState, "take_step", fails)
-        curves(found, STEPS)
+        curves(trainer, STEPS)
         assert errors.keys() == set(trainings)
-        assert found.active == []
+        assert trainer.active == []
 
 
-def test_a_step_that_comes_to_nothing_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after too little memory: what was drawn for it is drawn once more."""
+def test_a_failed_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example after running out of memory: dropout draws the same numbers again."""
     model = MODELS["llama"]
     expected = variants("llama")[0]()
     whole = curves(pack(model, expected), STEPS)[expected]
-    one = variants("llama")[0]()
+    run = variants("llama")[0]()
     take_step = TrainState.take_step
 
     def fails_once(training: TrainState, *arguments: object) -> None:
@@ -225,58 +225,58 @@ def test_a_step_that_comes_to_nothing_can_be_taken_again(monkeypatch: pytest.Mon
     monkeypatch.setattr(TrainState, "take_step", fails_once)
     points = []
     with pytest.raises(torch.OutOfMemoryError):
-        points += [comparable(point) for _, point in pack(model, one).points(batches(STEPS))]
-    again = variants("llama")[0]()
-    again.restore(one.state())
-    rest = curves(pack(model, again), STEPS)[again]
-    assert rest == whole[-len(rest) :]
-    assert same(ended(again), ended(expected))
+        points += [comparable(point) for _, point in pack(model, run).points(batches(STEPS))]
+    resumed = variants("llama")[0]()
+    resumed.restore(run.state())
+    remaining = curves(pack(model, resumed), STEPS)[resumed]
+    assert remaining == whole[-len(remaining) :]
+    assert same(ended(resumed), ended(expected))
 
 
-def test_a_step_cut_short_is_no_state_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by too little memory inside the optimiser, when some weights have moved."""
-    one = variants("llama")[0]()
+def test_training_cannot_resume_from_an_incomplete_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example after running out of memory inside the optimiser, when some weights have changed."""
+    run = variants("llama")[0]()
 
     def fails(optimizer: torch.optim.Optimizer) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(one._optimizer, "step", lambda: fails(one._optimizer))
-    assert one.is_between_steps
+    monkeypatch.setattr(run._optimizer, "step", lambda: fails(run._optimizer))
+    assert run.is_between_steps
     with pytest.raises(torch.OutOfMemoryError):
-        list(pack(MODELS["llama"], one).points(batches(STEPS)))
-    assert not one.is_between_steps
+        list(pack(MODELS["llama"], run).points(batches(STEPS)))
+    assert not run.is_between_steps
 
 
-def test_seconds_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second between any two looks at the clock: what the pack took is the sum of its runs."""
+def test_seconds_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances a second per reading: the seconds of the runs add up to the pack's."""
     seconds = iter(range(1_000_000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
 
-    def taken(number: int) -> list[float]:
+    def seconds_of(number: int) -> list[float]:
         trainings = [variants("llama")[0]() for _ in range(number)]
-        found = pack(MODELS["llama"], *trainings)
-        last = {one: point.train_seconds for one, point in found.points(batches(STEPS))}
+        trainer = pack(MODELS["llama"], *trainings)
+        last = {run: point.train_seconds for run, point in trainer.points(batches(STEPS))}
         return list(last.values())
 
-    (single,) = taken(1)
-    shares = taken(4)
+    (single,) = seconds_of(1)
+    shares = seconds_of(4)
     assert sum(shares) == pytest.approx(single)
     assert len(set(shares)) == 1
 
 
 @pytest.mark.parametrize("blocks", ["after", "all"])
-def test_what_is_computed_once_more_changes_no_bit(model: LanguageModel, blocks: str) -> None:
-    """Activation checkpointing, dropout and an SAE inside of the live part included."""
-    found = []
+def test_recomputation_changes_no_bit(model: LanguageModel, blocks: str) -> None:
+    """Activation checkpointing with dropout, and with an SAE inside the live part."""
+    results = []
     for recomputes in (False, True):
         config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
         adapters = LoRAConfig(rank=2, dropout=0.2, blocks=blocks)
-        one = training(model, topk_sae(), config, adapters=adapters)
-        (points,) = curves(pack(model, one), 6).values()
-        found.append((points, one.student.weights))
-    (plain, weights), (again, same) = found
-    assert plain == again
-    assert all(torch.equal(weights[name], same[name]) for name in weights)
+        run = training(model, topk_sae(), config, adapters=adapters)
+        (points,) = curves(pack(model, run), 6).values()
+        results.append((points, run.student.weights))
+    (plain, weights), (recomputed, recomputed_weights) = results
+    assert plain == recomputed
+    assert all(torch.equal(weights[name], recomputed_weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("reduction", list(Reduction))
@@ -285,22 +285,22 @@ def test_gradients_of_micro_batches_add_up(model: LanguageModel, reduction: Redu
     tokens = random_tokens(batch=2, length=16, seed=0)
     whole, parts = (training(model, topk_sae(), config, adapters=LoRAConfig(rank=2)) for _ in range(2))
     expected = gradients(model, whole, tokens=tokens)
-    found = gradients(model, parts, tokens=tokens, micro_batch=1)
+    result = gradients(model, parts, tokens=tokens, micro_batch=1)
     assert parts.tokens == whole.tokens == tokens.numel()
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)
+        torch.testing.assert_close(result[name], gradient)
 
 
-def test_micro_batches_go_on_with_what_dropout_draws() -> None:
-    """Two parts of a step do not see the same mask; taken again, the step sees the same two."""
+def test_dropout_differs_between_micro_batches() -> None:
+    """The parts of a step have different dropout masks; a repeated step has the same masks again."""
     model, config = small_model("llama"), dataclasses.replace(CONFIG, grad_clip=None)
     tokens = random_tokens(batch=1, length=16, seed=0)
-    one = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
-    fill(one.student.weights)
-    trunk = Trunk(model, tokens, NO_IDS, one.student.cuts)
-    (first,), (second,) = one.hidden(trunk), one.hidden(trunk)
+    run = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
+    fill(run.student.weights)
+    trunk = Trunk(model, tokens, NO_IDS, run.student.cuts)
+    (first,), (second,) = run.hidden(trunk), run.hidden(trunk)
     assert not torch.equal(first, second)
-    one.reset()
-    assert torch.equal(one.hidden(trunk)[0], first)
-    assert torch.equal(one.hidden(trunk)[0], second)
+    run.reset()
+    assert torch.equal(run.hidden(trunk)[0], first)
+    assert torch.equal(run.hidden(trunk)[0], second)

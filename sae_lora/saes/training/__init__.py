@@ -1,1 +1,1 @@
-"""SAEs in training, by sae-lens's own classes."""
+"""SAEs in training, built on sae-lens's classes."""

@@ -1,4 +1,4 @@
-"""Activations for SAEs in training: streamed, shuffled, the same again for a run that resumes."""
+"""Activations for SAEs in training: streamed, shuffled, and identical if a run resumes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,26 +12,27 @@ from sae_lora.models.language_model import LanguageModel, observed
 from sae_lora.splice.hooks import special_positions
 
 _Group = tuple[str, ...]
-"""Hookpoints of which each token takes one."""
+"""The hookpoints that an SAE reads; each token takes one of them."""
 
 
 class ActivationBuffer:
-    """Activations of a few batches of tokens, shuffled among each other, and no older ones.
+    """Shuffled activations of a few batches of tokens.
 
-    A fill holds the activations of `batches_per_fill` batches. It is served in as many parts of the same
-    size, one per step; the remainder of the division is dropped. The part of step n depends only on the
-    seed, n, and the text from batch `first_batch_of(n)` on: a run that resumes makes its fill again.
+    A fill is the activations of `batches_per_fill` batches, shuffled together. It is served in
+    `batches_per_fill` parts of equal size, one per step; the remainder of the division is dropped. Then
+    the next fill replaces all of it. The part of step n depends only on the seed, n, and the text from
+    batch `first_batch_of(n)` on, so that a run that resumes recomputes its fill.
 
-    The memory is one fill in the model's precision, once for all names with the same hookpoints, and
-    beside it one batch and one part.
+    Memory: one fill in the model's precision for each distinct list of hookpoints, one batch and one
+    part.
 
     Args:
-        model: The language model; its blocks after the last that is read are not computed.
-        sources: Hookpoints by name. Of several, each token takes one at random, the same for all names
-            that have the same hookpoints.
+        model: The language model. The blocks after the last hookpoint are not computed.
+        sources: Lists of hookpoints by name. With several hookpoints, each token takes one at random,
+            and the same one for all names with the same list.
         special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
-        seed: Seed of the order, and of the hookpoint that a token takes.
-        batches_per_fill: Batches of tokens that are shuffled among each other; also steps per fill.
+        seed: Seed of the order and of the hookpoint that each token takes.
+        batches_per_fill: Batches of tokens per fill, which is also the number of steps per fill.
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
@@ -51,7 +52,7 @@ class ActivationBuffer:
         hookpoints = sorted({hookpoint for group in self._groups.values() for hookpoint in group})
         self._modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
         places = [Place.named(hookpoint) for hookpoint in hookpoints]
-        # It is not known in which block another module lies.
+        # The block of any other module is unknown: compute all blocks.
         self._end = max(len(model.blocks) if place is None else place.block + 1 for place in places)
         self._special_ids = None if special_ids is None else special_ids.to(model.device)
         self._seed = seed
@@ -62,25 +63,27 @@ class ActivationBuffer:
         self._fill: int | None = None
 
     def first_batch_of(self, step: int) -> int:
-        """The batch of tokens to begin reading with, so that this step can be served first."""
+        """The batch of tokens to start reading from if this step is the first to be served."""
         return step - step % self.batches_per_fill
 
     def serve(self, step: int, batches: Iterator[Tensor]) -> dict[str, Tensor]:
         """The activations of one step by name, `[token, d_in]`. Names with equal sources share a tensor.
 
         Args:
-            step: The first step that is served, or the one after the last.
-            batches: Tokens `[batch, pos]`, all of one shape. It is read where the step begins a fill, or
-                is the first that is served: then it begins with batch `first_batch_of(step)`.
+            step: The step. After the first call, the next one.
+            batches: Tokens `[batch, pos]`, all of one shape. Read when a fill begins. For the first call
+                they begin with batch `first_batch_of(step)`.
 
         Raises:
-            UserError: Where special positions leave less than one activation for each step of the fill.
-            ValueError: For a step of a fill that is neither held nor the next.
+            UserError: If special positions leave less than one activation for each step of the fill.
+            ValueError: If the step belongs neither to the present fill nor to the next one.
         """
         fill, part = divmod(step, self.batches_per_fill)
         if fill != self._fill:
             if self._fill not in (None, fill - 1):
-                raise ValueError(f"step {step} is of fill {fill}; fill {self._fill} is held")
+                raise ValueError(
+                    f"step {step} belongs to fill {fill}, but the buffer is at {self._fill}"
+                )
             self._read(fill, batches)
         size = self._count // self.batches_per_fill
         rows = self._order[part * size : (part + 1) * size].to(self._model.device)
@@ -89,50 +92,51 @@ class ActivationBuffer:
 
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
-        """Replace the fill that is held."""
+        """Replace the present fill."""
         self._fill, self._count = None, 0
-        draws = {group: self._random(fill, *group) for group in set(self._groups.values())}
+        generators = {group: self._random(fill, *group) for group in set(self._groups.values())}
         for _ in range(self.batches_per_fill):
             tokens = next(batches).to(self._model.device)
             self._shape = self._shape or tokens.shape
             if tokens.shape != self._shape:
-                raise ValueError(f"a batch of {[*tokens.shape]} in a fill of {[*self._shape]} each")
-            self._append(tokens, draws)
+                raise ValueError(f"batch has shape {[*tokens.shape]}, expected {[*self._shape]}")
+            self._append(tokens, generators)
         if self._count < self.batches_per_fill:
             raise UserError(
                 f"{self._count} activations are too few for {self.batches_per_fill} steps: "
-                "the other positions hold special tokens"
+                "all other positions are special tokens, which are not trained on"
             )
         self._order = torch.from_numpy(self._random(fill, "order").permutation(self._count))
         self._fill = fill
 
-    def _append(self, tokens: Tensor, draws: Mapping[_Group, np.random.Generator]) -> None:
+    def _append(self, tokens: Tensor, generators: Mapping[_Group, np.random.Generator]) -> None:
         """Add the activations of one batch."""
         rows = torch.arange(tokens.numel(), device=tokens.device)
         if self._special_ids is not None:
             rows = rows[~special_positions(tokens, self._special_ids).flatten()]
         taken: dict[tuple[_Group, str], Tensor] = {}
-        for group, draw in draws.items():
-            choices = torch.from_numpy(draw.integers(len(group), size=len(rows))).to(tokens.device)
+        for group, generator in generators.items():
+            choices = torch.from_numpy(generator.integers(len(group), size=len(rows)))
+            choices = choices.to(tokens.device)
             for choice, hookpoint in enumerate(group):
                 taken[group, hookpoint] = (choices == choice).nonzero()[:, 0]
 
         def take(hookpoint: str, resid: Tensor) -> None:
             resid = resid.flatten(0, 1)
-            for group in draws:
+            for group in generators:
                 if hookpoint in group:
                     if group not in self._held:
                         capacity = self._shape.numel() * self.batches_per_fill
                         self._held[group] = resid.new_empty(capacity, resid.shape[-1])
-                    which = taken[group, hookpoint]
-                    self._held[group][self._count + which] = resid[rows[which]]
+                    indices = taken[group, hookpoint]
+                    self._held[group][self._count + indices] = resid[rows[indices]]
 
         with observed(self._modules, take):
             self._model.resid_entering(self._end, tokens)
         self._count += len(rows)
 
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
-        """The random numbers of one fill, for one purpose."""
+        """The generator of one fill for one purpose."""
         return np.random.default_rng([self._seed, fill, *" ".join(purpose).encode()])
 
 
@@ -153,7 +157,7 @@ def activations(
         counted = torch.ones_like(tokens, dtype=torch.bool)
         if special_ids is not None:
             counted = ~special_positions(tokens, special_ids)
-        seen: dict[str, Tensor] = {}
-        with observed(modules, seen.__setitem__):
+        resids: dict[str, Tensor] = {}
+        with observed(modules, resids.__setitem__):
             model.hidden(tokens)
-        yield {hookpoint: resid[counted] for hookpoint, resid in seen.items()}
+        yield {hookpoint: resid[counted] for hookpoint, resid in resids.items()}

@@ -1,4 +1,4 @@
-"""One SAE in training to reconstruct, through sae-lens's trainer, stepped from outside."""
+"""An SAE that learns to reconstruct: sae-lens's trainer, called once per step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,28 +8,28 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 
 _FIRING = ("act_freq_scores", "n_forward_passes_since_fired")
-"""Counters of sae-lens's trainer by latent."""
+"""Counters of sae-lens's trainer for each latent."""
 _COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
-"""Its other counters."""
+"""Other counters of sae-lens's trainer."""
 
 
 class SteppedSAETrainer:
     """An SAE in training, with its Adam and the state of sae-lens's trainer.
 
     The learning rate rises linearly over the warm-up, stays, and falls linearly to reach zero one step
-    after the last. A trainer built with the same arguments that gets the `state()` of another by
-    `restore()` goes on as that one would, to the last bit.
+    after the last. If `restore()` puts the `state()` of one trainer into another that was built with the
+    same arguments, the two continue equally, to the last bit.
 
     Args:
         sae: The SAE. It stays on its device.
-        steps: Number of steps in all.
-        batch_tokens: Tokens per step, about: where special positions are left out they vary.
+        steps: Total number of steps.
+        batch_tokens: Approximate tokens per step: they vary if special positions are left out.
         lr: Adam's peak rate.
-        scale: The factor of residuals before the SAE reads them.
-        warm_up_steps: Steps over which the rate rises.
-        decay_steps: Steps over which it falls, the last ones.
-        dead_window_steps: A latent that was not active for more steps than these is dead.
-        sampling_window_steps: Steps after which the activity of latents is counted anew.
+        scale: Residuals are multiplied by this factor before the SAE reads them.
+        warm_up_steps: Number of first steps, over which the rate rises.
+        decay_steps: Number of last steps, over which it falls.
+        dead_window_steps: A latent that was inactive for more steps than this is dead.
+        sampling_window_steps: Steps after which the activity counts of latents are reset.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class SteppedSAETrainer:
         return float(self._trainer.optimizer.param_groups[0]["lr"])
 
     def step(self, activations: Tensor) -> Tensor:
-        """Take one step on residuals `[token, d_in]`; return the MSE before it.
+        """Take one step on residuals `[token, d_in]`; return the MSE before the step.
 
-        The MSE is of residuals times the scale: summed over d_in, mean over tokens. It is on the device,
-        which is not waited for.
+        The MSE is that of residuals times the scale: summed over d_in, mean over tokens. It stays on the
+        device, so that the call does not wait for it.
         """
         trainer = self._trainer
         trainer.maybe_reset_sparsity()
-        # sae-lens counts every batch as one of this size.
+        # sae-lens counts this number of tokens for every batch.
         trainer.cfg.train_batch_size_samples = len(activations)
-        # Scaled in the SAE's precision: the model's may round twice.
+        # Scaled in the SAE's precision, because scaling in the model's might round twice.
         output = trainer.step(activations.to(self.sae.device, self.sae.dtype))
         trainer.n_training_steps += 1
         return output.losses["mse_loss"].detach()
@@ -110,7 +110,7 @@ class SteppedSAETrainer:
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Put the result of `state()` back, in this process or another."""
+        """Put a result of `state()` back, in this process or another."""
         trainer = self._trainer
         self.sae.load_state_dict({name: tensors[f"sae/{name}"] for name in self.sae.state_dict()})
         self._restore_optimizer(tensors, values["lr"])
@@ -128,8 +128,8 @@ class SteppedSAETrainer:
         state = {}
         for index, (name, _) in enumerate(self.sae.named_parameters()):
             names = {key: f"optimizer/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            moments = {key: tensors[kept].clone() for key, kept in names.items() if kept in tensors}
-            if moments:  # there are none before the first step
+            moments = {key: tensors[name].clone() for key, name in names.items() if name in tensors}
+            if moments:  # Adam has none before the first step
                 state[index] = moments
         groups = [group | {"lr": lr} for group in optimizer.state_dict()["param_groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,4 +1,4 @@
-"""An SAE in training as a splice sees it, around sae-lens's training class."""
+"""A wrapper around sae-lens's training class, so that an SAE in training can be spliced into a model."""
 
 import math
 from pathlib import Path
@@ -13,19 +13,20 @@ from sae_lora.common.errors import UserError
 from sae_lora.saes.training import training_sae
 
 ADAPTED = ("W_enc", "W_dec")
-"""The matrices that LoRA on an SAE changes."""
+"""The matrices that LoRA adapts in an SAE."""
 
 
 class SplicedSAE(nn.Module):
-    """An SAE in training. In evaluation mode it is as sae-lens would load it once saved.
+    """An SAE in training. In evaluation mode it equals the SAE that sae-lens would load after saving.
 
-    In training mode it is sae-lens's training class: it reads activations times `scale`, and its losses
-    are about those. Its input is then one batch: some losses are about the batch as a whole.
+    In training mode it uses sae-lens's training class: it reads activations times `scale`, and its
+    losses are in these units. Each call then reads one whole batch, because some losses depend on the
+    batch as a whole.
 
     Args:
         sae: The training class, with trainable weights.
-        dead_after_steps: Steps without being active after which a latent counts as dead.
-        rank: Rank of LoRA on its two matrices, which are then trained alone; `None` trains all weights.
+        dead_after_steps: A latent that was inactive for more steps than this counts as dead.
+        rank: Rank of LoRA on its two matrices, and nothing else is trained; `None` trains all weights.
     """
 
     scale: Tensor
@@ -39,9 +40,9 @@ class SplicedSAE(nn.Module):
         """Steps taken."""
         self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=sae.device))
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
-        self._frozen: list[SAE[Any]] = []  # in a list, so that it counts as no part of this module
-        self.made: training_sae.Forward | None = None
-        """The last pass in training mode."""
+        self._frozen: list[SAE[Any]] = []  # in a list, so that torch does not register it as a submodule
+        self.last_forward: training_sae.Forward | None = None
+        """Result of the last forward pass in training mode."""
         if rank is not None:
             sae.requires_grad_(False)
             for name in ADAPTED:
@@ -52,54 +53,59 @@ class SplicedSAE(nn.Module):
         if not self.training:
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
-        read = x.flatten(0, -2).float() * float(self.scale)
-        self.made = training_sae.forward(self.sae, read, dead, self.step)
-        return self.made.latents.reshape(*x.shape[:-1], -1)
+        scaled = x.flatten(0, -2).float() * float(self.scale)
+        self.last_forward = training_sae.forward(self.sae, scaled, dead, self.step)
+        return self.last_forward.latents.reshape(*x.shape[:-1], -1)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`; in training, of the last ones."""
+        """Reconstruction `[..., d_model]` of latents `[..., d_sae]`.
+
+        In training mode the latents must be those of the last `encode`.
+        """
         if not self.training:
             return self.frozen.decode(feature_acts)
-        assert self.made is not None
-        return (self.made.recon / float(self.scale)).reshape(*feature_acts.shape[:-1], -1)
+        assert self.last_forward is not None
+        return (self.last_forward.recon / float(self.scale)).reshape(*feature_acts.shape[:-1], -1)
 
     @property
     def frozen(self) -> SAE[Any]:
-        """The SAE of now as sae-lens would load it once saved."""
+        """The SAE with its present weights, as sae-lens would load it after saving."""
         if not self._frozen:
             self._frozen.append(training_sae.inference(self._plain(), float(self.scale)))
         return self._frozen[0]
 
     def save(self, folder: Path) -> None:
-        """Write the SAE of now in sae-lens's format."""
+        """Write the SAE with its present weights in sae-lens's format."""
         training_sae.save(self._plain(), folder, float(self.scale))
 
-    def moved(self, active: Tensor) -> None:
-        """Count a step in which these latents `[d_sae]` (true) were active."""
+    def count_step(self, active: Tensor) -> None:
+        """Count a step; `active` `[d_sae]` is true for the latents that were active in it."""
         self.step += 1
         self.since_active += 1
         self.since_active[active] = 0
-        self.has_moved()
+        self.drop_frozen()
 
-    def has_moved(self) -> None:
-        """Drop the frozen copy; to be called when weights have changed."""
+    def drop_frozen(self) -> None:
+        """Drop the frozen copy. To be called after weights have changed."""
         self._frozen.clear()
 
     def fit_scale(self, resid: Tensor) -> None:
-        """Set `scale`, by which residuals `[token, d_model]` get the mean norm √d_model.
+        """Set `scale`, so that residuals `[token, d_model]` times it have the mean norm √d_model.
 
         Raises:
-            UserError: Where there are none, or all are zero, or not finite.
+            UserError: If there are no residuals, or their norms are not finite or all zero.
         """
         tokens, d_model = resid.shape
         norms = float(resid.double().norm(dim=-1).sum())
         if not math.isfinite(norms) or norms <= 0:
-            raise UserError(f"no scale: {tokens} residuals have norms of {norms:g} in all")
+            raise UserError(
+                f"the SAE's input cannot be scaled: the norms of {tokens} residuals sum to {norms:g}"
+            )
         self.scale.fill_(math.sqrt(d_model) * tokens / norms)
-        self.has_moved()
+        self.drop_frozen()
 
     def _plain(self) -> TrainingSAE[Any]:
-        """The training class without LoRA, or a copy of it with LoRA merged."""
+        """The training class itself, or with LoRA a copy that has LoRA merged."""
         if not parametrize.is_parametrized(self.sae):
             return self.sae
         weights = {name: weight for name, weight in self.sae.state_dict().items() if "." not in name}
@@ -108,7 +114,7 @@ class SplicedSAE(nn.Module):
 
 
 class _LowRank(nn.Module):
-    """A matrix plus a low-rank one, which is zero at first."""
+    """A matrix plus a low-rank matrix, which starts at zero."""
 
     def __init__(self, matrix: Tensor, rank: int) -> None:
         super().__init__()

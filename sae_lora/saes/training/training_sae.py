@@ -1,4 +1,4 @@
-"""SAEs in training, in sae-lens's own classes: new, from a trained one, and as they are saved.
+"""SAEs in training, in sae-lens's classes: new SAEs, trainable copies of loaded SAEs, and saving.
 
 Units: an SAE in training may read residuals times a factor, its scale. A saved SAE reads them unscaled.
 """
@@ -26,32 +26,34 @@ from sae_lora.saes.sparse import SparseSAE
 from sae_lora.splice.hooks import Coder
 
 _TRAINABLE = ("topk", "jumprelu", "standard", "gated")
-"""Architectures of saved SAEs that can be trained on."""
+"""Architectures of saved SAEs that can be trained further."""
 _PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
 """sae-lens's name of the sparsity penalty, by architecture."""
 _LEVELS = (8, 4, 2, 1)
-"""The groups of a Matryoshka SAE are its first eighth, fourth, half, and all of it."""
+"""The groups of a Matryoshka SAE: the first eighth, quarter and half of its latents, and all latents."""
 
 
 def new(
     config: SAEConfig, choice: SAEChoice, d_in: int, device: torch.device, metadata: Mapping[str, Any]
 ) -> TrainingSAE[Any]:
-    """An SAE before its first step, with sae-lens's own defaults.
+    """An SAE before its first step, with sae-lens's defaults.
 
-    Its values come from torch's global random state on the CPU, and so are the same for any device.
+    Its values come from torch's global random state on the CPU, so that they are the same for any
+    device.
 
     Args:
-        config: Its architecture, and the weight of its sparsity penalty.
-        choice: Its place, width and k. topk has k latents active per token, batchtopk and matryoshka as
-            their mean over a batch. For jumprelu, k is the target of its penalty, which is then
-            quadratic, as in Gemma Scope 2; with `None` that penalty counts active latents.
+        config: Architecture of the SAE and weight of its sparsity penalty.
+        choice: Place, width and L0 of the SAE; the L0 is called k here. topk has k active latents per
+            token, batchtopk and matryoshka have k on average over a batch. For jumprelu, k is the target
+            of its penalty, which is then quadratic, as in Gemma Scope 2; if it is `None`, the penalty is
+            proportional to the number of active latents.
         d_in: Width of its input.
         device: Its device.
-        metadata: Values about model and data for its own config. JSON-able; `exclude_special_tokens`
-            says whether it will never see them.
+        metadata: JSON-able values about model and data, for the SAE's config; `exclude_special_tokens`
+            is true if the SAE is not trained on special tokens.
 
     Raises:
-        ConfigError: For a k that it cannot have.
+        ConfigError: If the SAE cannot have this k.
     """
     name, width = config.architecture.name, choice.width
     assert width is not None
@@ -85,36 +87,38 @@ def _active(config: SAEConfig, choice: SAEChoice) -> float:
 
 
 def _penalty(architecture: str, coefficient: float | None) -> dict[str, Any]:
-    """The config's values for the sparsity penalty, where the architecture has one."""
+    """The config's values for the sparsity penalty; empty if the architecture has none."""
     name = _PENALTIES.get(architecture)
     return {} if name is None or coefficient is None else {f"{name}_coefficient": coefficient}
 
 
 def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> TrainingSAE[Any]:
-    """A float32 copy of a trained SAE that can be trained on, with sae-lens's own defaults.
+    """A trainable float32 copy of a trained SAE, with sae-lens's defaults.
 
-    It gives what the original gives, and so does its inference form, apart from rounding where the
-    original is not float32, or is a TopK SAE in units of its decoder's norms (divided by once more).
-    An SAE that was BatchTopK or Matryoshka was saved as JumpReLU, and stays that.
+    The copy and its inference form compute the same as the original. They may differ by rounding if the
+    original is not float32, or if it is a TopK SAE with `rescale_acts_by_decoder_norm` (one more
+    division by the norms). An SAE that was BatchTopK or Matryoshka was saved as JumpReLU and stays
+    JumpReLU.
 
     Args:
         loaded: The trained SAE of sae-lens, or a `SparseSAE` of it.
-        sparsity_coefficient: Weight of its sparsity penalty, which a trained SAE does not state; `None`
-            takes sae-lens's own.
+        sparsity_coefficient: Weight of its sparsity penalty, which a saved SAE does not state; `None`
+            takes sae-lens's default.
 
     Raises:
-        ConfigError: For an SAE that cannot be trained on.
+        ConfigError: If the SAE cannot be trained further.
     """
     sae: Any = loaded.sae if isinstance(loaded, SparseSAE) else loaded
     architecture = sae.cfg.architecture()
     if architecture not in _TRAINABLE:
-        raise ConfigError("sae", architecture, f"to be trained on, an SAE that is {listed(_TRAINABLE)}")
+        allowed = f"an SAE of architecture {listed(_TRAINABLE)}, to train it further"
+        raise ConfigError("sae", architecture, allowed)
     if _normalises(sae) and architecture in ("topk", "gated"):
         raise ConfigError(
             "sae",
             architecture,
-            "to be trained on, an SAE that reads residuals as they are",
-            because="it normalises what it reads, and its auxiliary loss in sae-lens does not",
+            "an SAE that does not normalise its input, to train it further",
+            because="it normalises its input, and sae-lens's auxiliary loss does not",
         )
     values = {field.name: copy.deepcopy(getattr(sae.cfg, field.name)) for field in fields(sae.cfg)}
     values |= {"dtype": "float32", "device": "meta"} | _penalty(architecture, sparsity_coefficient)
@@ -123,7 +127,7 @@ def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> Train
         for name, weight in sae.state_dict().items()
     }
     if "threshold" in weights:
-        # Below zero it is as at zero, but not in training, where sae-lens raises it at the first step.
+        # A negative threshold acts like zero in inference, but sae-lens's training sets it to zero.
         weights["threshold"].clamp_(min=0)
     kind, config_kind = get_sae_training_class(architecture)
     return _holding(kind, config_kind(**values), weights, sae.device)
@@ -136,9 +140,9 @@ class Forward(NamedTuple):
         latents: `[token, d_sae]`.
         recon: The reconstruction, `[token, d_in]`.
         mse: Its squared error, summed over d_in, mean over tokens.
-        aux: The other terms of sae-lens's loss: sparsity penalties, dead latents that reconstruct the
-            error, a gated SAE's reconstruction by its gates alone, the squared errors of a Matryoshka
-            SAE's inner groups.
+        aux: The other terms of sae-lens's loss, summed: sparsity penalties, the error of dead latents
+            that reconstruct the residual error, a gated SAE's reconstruction from its gates only, the
+            squared errors of a Matryoshka SAE's inner groups.
     """
 
     latents: Tensor
@@ -148,16 +152,16 @@ class Forward(NamedTuple):
 
 
 def forward(sae: TrainingSAE[Any], resid: Tensor, dead: Tensor, step: int) -> Forward:
-    """One forward pass as in sae-lens's training, for methods with other losses than it has.
+    """One forward pass as in sae-lens's training, for methods that combine the losses differently.
 
-    As in sae-lens, it also changes thresholds: a BatchTopK SAE's follows the batch, a JumpReLU SAE's is
-    raised to zero.
+    As in sae-lens, it also changes thresholds: that of a BatchTopK SAE follows the batch, that of a
+    JumpReLU SAE is raised to zero if it is negative.
 
     Args:
         sae: The SAE.
         resid: Its input, `[token, d_in]`; for a BatchTopK SAE, all tokens that share the k.
-        dead: Latents `[d_sae]` (true) that count as dead.
-        step: Steps taken before.
+        dead: True for the latents that count as dead, `[d_sae]`.
+        step: Number of steps taken before.
     """
     output = sae.training_forward_pass(
         TrainStepInput(
@@ -183,17 +187,17 @@ def coefficients(sae: TrainingSAE[Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def inference(sae: TrainingSAE[Any], scale: float = 1.0) -> SAE[Any]:
-    """A frozen copy of the SAE, as sae-lens would load it once saved.
+    """A frozen copy of the SAE, as sae-lens would load it after saving.
 
     Draws nothing from torch's random state. In training, the SAE's inputs are multiplied by the scale;
-    the copy reads them as they are.
+    the copy reads them unscaled.
 
     Raises:
-        UserError: For a scale other than 1 with an SAE that normalises what it reads.
+        UserError: If the scale is not 1 and the SAE normalises its input.
     """
     if scale != 1:
         if _normalises(sae):
-            raise UserError(f"an SAE that normalises what it reads cannot be scaled (by {scale:g}) too")
+            raise UserError(f"an SAE that normalises its input cannot be scaled as well (by {scale:g})")
         sae = copy.deepcopy(sae)
         sae.fold_activation_norm_scaling_factor(scale)
     weights = dict(sae.state_dict())
@@ -211,7 +215,7 @@ def save(sae: TrainingSAE[Any], folder: Path, scale: float = 1.0) -> None:
 
 
 def rebuilt(sae: TrainingSAE[Any], weights: Mapping[str, Tensor]) -> TrainingSAE[Any]:
-    """A second SAE in training, with copies of these weights and no parametrisation."""
+    """Another SAE in training with the same config, copies of `weights`, and no parametrisation."""
     config = copy.deepcopy(sae.cfg)
     config.device = "meta"
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -219,7 +223,7 @@ def rebuilt(sae: TrainingSAE[Any], weights: Mapping[str, Tensor]) -> TrainingSAE
 
 
 def _holding(kind: Any, config: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
-    """An SAE with these weights. As when sae-lens loads an SAE, no random ones are drawn before."""
+    """An SAE with these weights. As when sae-lens loads an SAE, no random weights are drawn."""
     with quiet():
         sae = kind(config)
     sae.load_state_dict(weights, assign=True)
