@@ -1,9 +1,11 @@
-"""The progress of runs, read from their folders: a live table in a terminal, otherwise lines."""
+"""The progress of runs, read from their folders: a live view in a terminal or notebook, or lines."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,6 +24,8 @@ _COLOURS = {
     State.failed: "red",
     State.done: "green",
 }
+_CELL_COLUMNS = 120
+"""Width of the view in a notebook, in columns."""
 _ROWS = 20
 """Largest number of runs in the live table; the others are counted."""
 
@@ -99,6 +103,8 @@ class Watch:
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = folders
         self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._cell: Any = None
+        """Handle of the view in a notebook."""
         self._states: dict[RunFolder, State] = {}
         self._printed = 0
         """Bytes of the only run's log that are already printed, or older than this command."""
@@ -116,8 +122,23 @@ class Watch:
         else:
             for folder, status in zip(self._folders, statuses, strict=True):
                 self._print_change(folder, status)
+        view = _bar(statuses[0]) if len(statuses) == 1 else _summary(statuses)
         if console.is_terminal:
-            self._live.update(_bar(statuses[0]) if len(statuses) == 1 else _summary(statuses))
+            self._live.update(view)
+        elif console.is_jupyter:
+            self._show_in_cell(view)
+
+    def _show_in_cell(self, view: RenderableType) -> None:
+        """Show the view in the output of the notebook cell; it replaces the previous view."""
+        from IPython.display import HTML, display
+
+        drawing = Console(record=True, file=io.StringIO(), width=_CELL_COLUMNS, force_jupyter=False)
+        drawing.print(view)
+        html = HTML(drawing.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+        if self._cell is None:
+            self._cell = display(html, display_id=True)
+        else:
+            self._cell.update(html)
 
     def _print_change(self, folder: RunFolder, status: StatusRow) -> None:
         """Print a line when a run ends and, if the output is no terminal, when it starts."""
@@ -151,6 +172,8 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.update()
         self._live.stop()
+        if self._cell is not None:
+            self._show_in_cell("")
 
 
 def _summary(statuses: Sequence[StatusRow]) -> Group:

@@ -51,7 +51,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         from wandb_workspaces import expr
         from wandb_workspaces.reports.v2.interface import ParallelCoordinatesPlotColumn
     except ImportError as error:
-        raise UserError("a dashboard needs wandb-workspaces: `pip install -e '.[dashboard]'`") from error
+        raise UserError("a dashboard needs `pip install wandb-workspaces`") from error
 
     configs = [load(folder.config.read_text()) for folder in folders]
     projects = {(config.tracking.entity, config.tracking.project) for config in configs}

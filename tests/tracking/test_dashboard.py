@@ -61,4 +61,4 @@ def test_without_the_extra_it_says_what_to_install(
     for name in ("wandb_workspaces", "wandb_workspaces.workspaces", "wandb_workspaces.reports.v2"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["dashboard", str(tmp_path / "main"), "--dry-run"]) == 1
-    assert "pip install -e '.[dashboard]'" in capsys.readouterr().err
+    assert "pip install wandb-workspaces" in capsys.readouterr().err

@@ -1,0 +1,24 @@
+"""The notebook of the pages runs from its first cell to its last."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / "docs/notebook.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=900, resources=resources).execute()
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [output.data for output in outputs[0] if "data" in output]
+    assert any("application/vnd.plotly.v1+json" in data for data in shown)
+    progress = "".join(output.get("text", "") + str(output.get("data", "")) for output in outputs[0])
+    assert progress.count("gap closed") >= 2  # while the runs train
+    texts = "".join(output.get("text", "") for output in outputs[3])
+    assert texts.count("def read(path):") == 4
+    assert len(list((tmp_path / "outputs/notebook").glob("*/summary.json"))) == 2
