@@ -71,7 +71,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     both = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
     again = launch_from("http://127.0.0.1:9", tmp_path, *both, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
-    assert "1 of 2 done before" in again.stdout
+    assert "1 of 2 already done" in again.stdout
     assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
     # An MLP's sits where its own metadata says; asked for elsewhere it is refused before anything runs.
     (sae,) = of_mlp["sae"]

@@ -58,8 +58,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(home: Path) -> list[RunFolder]:
-    """Three runs: the embedded model and SAE; a model and two SAEs in folders of the user, in the residual
-    stream; and the same with SAEs inside blocks."""
+    """Three runs: with the embedded model and SAE; with a model and two SAEs in folders of the user, in
+    the residual stream; and the same with SAEs inside blocks."""
     point = points_in(home)
     text = ["data=text_files", f"data.files={home}/books/*.txt", "data.context_length=128"]
     common = [*text, f"tracking.entity={OWNER}"]
