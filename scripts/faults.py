@@ -196,7 +196,7 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
         folder.log.unlink()
         ended = attempt(folder).returncode == 0
         said = folder.log.read_text()
-        went_on = "resuming from step 21 of" in said and "step-00000028" in said and "not used" in said
+        went_on = "going on from step 21 of" in said and "step-00000028" in said and "not used" in said
         return ended and went_on and results(folder) == expected
 
     def full(number: int) -> bool:
@@ -260,7 +260,7 @@ if "sae_lora.run.execute" in sys.orig_argv:
 
     TrainState.take_step = stepping
 """
-_CAUSES = ("ZeroDivisionError: befallen", "exited with code 17", "SIGKILL", "memory", "is nan", "hangs")
+_CAUSES = ("ZeroDivisionError: befallen", "exit code 17", "SIGKILL", "memory", "is nan", "hangs")
 
 
 def sweep(home: Path, progress: Progress) -> list[Row]:
