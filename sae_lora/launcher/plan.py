@@ -165,7 +165,7 @@ class _Planner:
             if self._strict:
                 raise
             self.notes.append(
-                f"dropped: {_requested_cell(point)}, because {error.field} may be {error.allowed}"
+                f"dropped: {_requested_cell(point)}, since {error.field} may be {error.allowed}"
             )
             return
         lora = replace(
