@@ -21,8 +21,8 @@ def launch(overrides: Sequence[str] = ()) -> Sweep:
         The runs, in the order of the plan.
 
     Raises:
-        UserError: For a point that cannot work, before anything runs.
-        KeyboardInterrupt: When asked to stop, after the runs have saved their state.
+        UserError: If a point cannot work, before anything runs.
+        KeyboardInterrupt: After a request to stop, when the runs have saved their state.
     """
     for override in overrides:
         if override.startswith("-"):

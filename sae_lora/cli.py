@@ -1,6 +1,6 @@
-"""The command line: `sae-lora --help`. Each command is a few lines that call a room.
+"""The command line: `sae-lora --help`. Each command is a few lines that call other modules.
 
-A command imports a room that needs torch, plotly or pandas by itself.
+Imports of modules that need torch, plotly or pandas are inside the commands.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sae_lora.report.tables import comparison_table, evaluation_tables
 
 PROGRAM = "sae-lora"
 _RUN, _LOOK, _SHARE = "Run", "Look", "Share"
-_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 _EVERY_SUITE = ("core", "mechanism", "lora", "downstream")
 """The suites that `all` stands for."""
 _RENAMED = {
@@ -38,7 +38,7 @@ _RENAMED = {
     "saes": "saes",
     "groups": "groups",
 }
-"""Commands of version 0.1, and their names below `compare`."""
+"""Commands of version 0.1, and their present names below `compare`."""
 
 
 class _Command(TyperCommand):
@@ -76,25 +76,25 @@ ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numb
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command, and return its exit code. An error that a user can mend is one message."""
+    """Run a command and return its exit code. A `UserError` is shown as one message."""
     import_quickly()
     try:
         app(sys.argv[1:] if arguments is None else arguments, prog_name=PROGRAM)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 0
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0
     except UserError as error:
         if os.environ.get(compose.TRACEBACK_VARIABLE) == "1":
             traceback.print_exc()
         complain("error", str(error))
         return 1
     except KeyboardInterrupt:
-        complain("stopped", "what was reached is saved; the same command continues from there")
-        return 130  # as a shell reports SIGINT
+        complain("stopped", "progress is saved; repeat the command to resume")
+        return 130  # a shell's exit code for SIGINT
     return 0
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         say(f"sae_lora {version('sae_lora')}")
         raise typer.Exit
 
@@ -108,8 +108,8 @@ def _options(
     """Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps."""
 
 
-def _among(*allowed: str | int) -> Callable[[list[Any] | None], list[Any] | None]:
-    """A check of an option that takes several values."""
+def _one_of(*allowed: str | int) -> Callable[[list[Any] | None], list[Any] | None]:
+    """A check that each value of a repeatable option is allowed."""
 
     def check(values: list[Any] | None) -> list[Any] | None:
         for value in values or ():
@@ -123,7 +123,7 @@ def _among(*allowed: str | int) -> Callable[[list[Any] | None], list[Any] | None
 # ---- run ----------------------------------------------------------------------------------------
 
 
-@app.command("launch", rich_help_panel=_RUN, context_settings=_PASSED_ON, add_help_option=False)
+@app.command("launch", rich_help_panel=_RUN, context_settings=_PASS_THROUGH, add_help_option=False)
 def _launch(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-m] [GROUP=OPTION] [KEY=VALUE]")
@@ -141,7 +141,7 @@ def _launch(
 
 @app.command("status", rich_help_panel=_RUN)
 def _status(sweep: Runs) -> None:
-    """Show how far each run is; exit code 1 where one has failed."""
+    """Show the progress of each run; exit code 1 if a run has failed."""
     from sae_lora.launcher.live_view import status_rows, status_table
 
     statuses = status_rows(runs_of(sweep))
@@ -152,10 +152,10 @@ def _status(sweep: Runs) -> None:
 
 @app.command("logs", rich_help_panel=_RUN)
 def _logs(run: Run) -> None:
-    """Show what a run has printed, and why it failed."""
-    (folder, *others) = runs_of(run)
-    if others:
-        raise UserError(f"{run} holds {len(others) + 1} runs; name one: {folder.path}")
+    """Show the output of a run, and the cause if it failed."""
+    folder, *more = runs_of(run)
+    if more:
+        raise UserError(f"{run} contains {len(more) + 1} runs; choose one, such as {folder.path}")
     if folder.log.exists():
         say(folder.log.read_text(errors="replace").rstrip())
     failure = folder.read_failure()
@@ -167,7 +167,7 @@ def _logs(run: Run) -> None:
 
 @app.command("cancel", rich_help_panel=_RUN)
 def _cancel(sweep: Runs) -> None:
-    """Take the runs of a sweep out of SLURM's queue; what they have saved stays."""
+    """Cancel the SLURM jobs of a sweep. Its runs keep their checkpoints."""
     from sae_lora.launcher.submit import cancel
 
     cancel(runs_of(sweep))
@@ -175,9 +175,9 @@ def _cancel(sweep: Runs) -> None:
 
 @app.command("setup", rich_help_panel=_RUN)
 def _setup(
-    what: Annotated[Literal["saebench"], typer.Argument(help="SAEBench, in an environment of its own")],
+    suite: Annotated[Literal["saebench"], typer.Argument(help="SAEBench, in its own environment")],
 ) -> None:
-    """Install what a suite needs and cannot share an environment with."""
+    """Install the packages of a suite that needs its own environment."""
     from sae_lora.evaluation.saebench import environment
 
     say(f"ready: {environment.make()}")
@@ -187,7 +187,7 @@ def _setup(
 def _benchmark(
     style: Annotated[
         list[str] | None,
-        typer.Option(callback=_among("gemma2", "llama"), help="gemma2 or llama; default: both."),
+        typer.Option(callback=_one_of("gemma2", "llama"), help="gemma2 or llama; default: both."),
     ] = None,
     context: Annotated[
         list[int] | None, typer.Option(min=2, help="Tokens per sequence; default: 256 and 1024.")
@@ -195,14 +195,16 @@ def _benchmark(
     pack: Annotated[
         list[int] | None,
         typer.Option(
-            callback=_among(1, 5, 25), help="Runs that train together: 1, 5 or 25; default: all three."
+            callback=_one_of(1, 5, 25), help="Runs that train together: 1, 5 or 25; default: all three."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of times for each row.")] = 5,
-    tuned: Annotated[bool, typer.Option(help="Raise the C allocator's thresholds, for both.")] = False,
+    tuned: Annotated[
+        bool, typer.Option(help="Raise the thresholds of the C allocator, for both loops.")
+    ] = False,
     to: Annotated[Path | None, typer.Option(help="File for the record, .json.")] = None,
 ) -> None:
-    """Time training against the published loop. Needs a clone of the repository."""
+    """Compare the speed of training with the published loop. Needs a clone of the repository."""
     repository = Path(__file__).parents[1]
     if not (repository / "scripts" / "benchmark").is_dir():
         raise UserError("the benchmark is not part of the installed package: run it in a clone")
@@ -228,10 +230,10 @@ def _table(sweep: Sweep) -> None:
 def _report(
     sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP", help="outputs/<sweep>, one or more")],
     to: Annotated[
-        Path | None, typer.Option(help="Folder for it; default: report/ in the first sweep's.")
+        Path | None, typer.Option(help="Folder of the page; default: report/ in the first sweep.")
     ] = None,
     no_pictures: Annotated[
-        bool, typer.Option("--no-pictures", help="No SVG and PNG: they need a browser.")
+        bool, typer.Option("--no-pictures", help="Do not write SVG and PNG, which need a browser.")
     ] = False,
 ) -> None:
     """Write a page with the results of sweeps, and its figures."""
@@ -251,14 +253,12 @@ def _evaluate(
     suite: Annotated[
         list[str],
         typer.Option(
-            callback=_among(*Suite.__members__, "all"), help=f"{listed(Suite.__members__, 20)}, or all."
+            callback=_one_of(*Suite.__members__, "all"), help=f"{listed(Suite.__members__, 20)}, or all."
         ),
-    ] = ["core"],  # noqa: B006 typer copies it
-    again: Annotated[
-        bool, typer.Option("--again", help="Also measure what was measured before.")
-    ] = False,
+    ] = ["core"],  # noqa: B006 typer copies the list
+    again: Annotated[bool, typer.Option("--again", help="Repeat suites that have results.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda; default: the run's own.")
+        str | None, typer.Option(help="auto, cpu or cuda; default: the device of the run.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -271,7 +271,7 @@ def _evaluate(
     folders = [folder for folder in runs_of(sweep) if folder.is_finished]
     if not folders:
         raise UserError("none of these runs is finished")
-    names = [name for asked in suite for name in (_EVERY_SUITE if asked == "all" else [asked])]
+    names = [name for value in suite for name in (_EVERY_SUITE if value == "all" else [value])]
     suites = [Suite[name] for name in names]
     failed: list[Suite] = []
     applicable: list[Suite] = []
@@ -289,7 +289,7 @@ def _evaluate(
 
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
-    """Compare the adapters of each sweep that has several alike; write and draw the results."""
+    """Compare the adapters within each sweep; write and draw the results."""
     from sae_lora.evaluation.lora import similarity, similarity_results
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
@@ -303,14 +303,16 @@ def _compare_adapters(folders: list[RunFolder]) -> None:
 
 @compare.command("recipes")
 def _compare_recipes(
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="outputs/<sweep> that sets the gap")],
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep> that reaches it")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="outputs/<sweep> whose final gap is the target")
+    ],
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep> to compare with it")],
     to: Annotated[Path | None, typer.Option(help="File for the numbers, .json.")] = None,
 ) -> None:
-    """Count how much sooner a sweep reaches the gap that another ends at, run by run."""
+    """Compare how soon a sweep reaches the final gap of another sweep, run by run."""
     from sae_lora.comparisons.recipes import savings, savings_table
 
-    results = savings(runs_of(other), runs_of(sweep))
+    results = savings(runs_of(target), runs_of(sweep))
     show(savings_table(results))
     if to is not None:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -319,13 +321,13 @@ def _compare_recipes(
 
 @compare.command("methods")
 def _compare_methods(sweep: Sweep, to: ToFolder = None) -> None:
-    """Compare methods after the same tokens and the same seconds (experiment=methods)."""
+    """Compare methods after equal tokens and after equal time (experiment=methods)."""
     _compare("methods", sweep, to, "methods")
 
 
 @compare.command("time-to-ce")
 def _compare_time_to_ce(sweep: Sweep, to: ToFolder = None) -> None:
-    """Time LoRA around an SAE against an SAE trained end to end (experiment=time_to_ce)."""
+    """Compare the time of LoRA around an SAE and of an end-to-end SAE (experiment=time_to_ce)."""
     _compare("time_to_ce", sweep, to, "time_to_ce")
 
 
@@ -358,7 +360,7 @@ def _write_results(file: Path, results: Sequence[Any]) -> None:
 
 
 def _draw(to: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as SVG into a folder, where there is a browser for it."""
+    """Write figures as SVG into a folder, if a browser is installed."""
     from sae_lora.common import plots
 
     pictures = [(figure, to / f"{name}.svg") for name, figure in figures.items()]
@@ -372,12 +374,12 @@ def _draw(to: Path, figures: Mapping[str, Any]) -> None:
 @app.command("export", rich_help_panel=_SHARE)
 def _export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder: a new or an empty one.")],
+    to: Annotated[Path, typer.Option(help="A new or an empty folder.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="The whole model, adapters merged into it.")
+        bool, typer.Option("--merge", help="Write the whole model with merged adapters.")
     ] = False,
 ) -> None:
-    """Write a run's adapters as a folder for others, with a model card."""
+    """Write the adapters of a run into a folder, with a model card."""
     from sae_lora.export.export import export
 
     say(f"exported: {export(run, to, merge=merge)}")
@@ -385,9 +387,11 @@ def _export(
 
 @app.command("push", rich_help_panel=_SHARE)
 def _push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="made by `export`")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="written by `export`")],
     repo: Annotated[str, typer.Option(help="org/name; created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create it as a private repository.")
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="The branch; created if it does not exist.")
     ] = None,
@@ -400,7 +404,7 @@ def _push(
 
 @app.command("sync", rich_help_panel=_SHARE)
 def _sync(sweep: Runs) -> None:
-    """Upload to W&B what it does not have of a sweep's runs."""
+    """Upload the missing data of a sweep's runs to W&B."""
     from sae_lora.tracking.sync import upload
 
     show(upload(runs_of(sweep)))
@@ -409,7 +413,7 @@ def _sync(sweep: Runs) -> None:
 @app.command("dashboard", rich_help_panel=_SHARE)
 def _dashboard(
     sweep: Sweep,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print it as JSON instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print it, as JSON.")] = False,
 ) -> None:
     """Create a W&B workspace for a sweep."""
     from sae_lora.tracking import dashboard
@@ -422,11 +426,11 @@ def _dashboard(
 
 
 def _renamed(old: str, new: str) -> None:
-    """Declare a hidden command that says what its old name is called now."""
+    """Declare a hidden command that prints the new name of a command."""
 
-    @app.command(old, hidden=True, context_settings=_PASSED_ON, add_help_option=False)
+    @app.command(old, hidden=True, context_settings=_PASS_THROUGH, add_help_option=False)
     def _(_words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-        raise UserError(f"`{old}` is called `{PROGRAM} compare {new}` now")
+        raise UserError(f"`{old}` is now `{PROGRAM} compare {new}`")
 
 
 for _old, _new in _RENAMED.items():

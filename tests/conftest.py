@@ -3,11 +3,11 @@
 import gc
 import os
 
-# Nothing in the tests may reach the network: what needs a hub gets one of its own on loopback.
+# No test may reach the network: tests that need a hub start one on loopback.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["WANDB_MODE"] = "offline"
-# Test processes share the cores: with more threads than those, torch's wait for each other.
+# Test processes share the cores: with more threads than cores, threads of torch wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import Counter
@@ -17,25 +17,25 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:  # imported where they are used: the process that hands out tests needs none of it
+if TYPE_CHECKING:  # fixtures import these; the process that distributes tests does not need them
     from sae_lora.models.language_model import LanguageModel
     from tests.support.cluster import Cluster
     from tests.support.points import Point
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes that run tests. Slow tests wait much for processes of their own, others little."""
+    """Number of test processes; more for slow tests, which mostly wait for child processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, 1 + cores * (1 if config.option.markexpr == "not slow" else 2))
 
 
 def pytest_collection() -> None:
-    """What is imported stays, and is not searched for garbage."""
+    """Imported objects stay alive, so the garbage collector need not search them."""
     gc.disable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long begin sooner, or one of them is worked through alone at the end."""
+    """Start slow files first, so that no slow file runs alone at the end."""
     seconds: Counter[Path] = Counter()
     for item in items:
         if item.get_closest_marker("slow"):
@@ -49,7 +49,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for a `family`, or for a `model`, is run with each, unless it names some."""
+    """Run a test with a `family` or `model` fixture for each family, unless it lists families."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "family" in metafunc.fixturenames and not any("family" in mark.args[0] for mark in marks):
         from tests.support.families import FAMILIES
@@ -67,7 +67,7 @@ def model(family: str) -> "LanguageModel":
 
 @pytest.fixture
 def point(tmp_path: Path) -> "Point":
-    """Composes small points whose runs land in the test's own folder."""
+    """A function that composes small points whose runs are in the test's folder."""
     from tests.support.points import points_in
 
     return points_in(tmp_path)
@@ -75,7 +75,7 @@ def point(tmp_path: Path) -> "Point":
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["Cluster"]:
-    """A SLURM of the module's own."""
+    """A SLURM cluster for the module."""
     from tests.support.cluster import running
 
     with running() as started:
@@ -84,7 +84,7 @@ def cluster() -> Iterator["Cluster"]:
 
 @pytest.fixture
 def empty_queue(cluster: "Cluster", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SLURM's commands talk to the cluster, and what the test leaves there is cancelled at its end."""
+    """SLURM commands use the cluster; at the end of the test all jobs are cancelled."""
     from tests.support.submission import jobs, until
 
     for name, value in cluster.environment.items():

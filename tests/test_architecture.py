@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md: imports go one way between them, each library has its rooms."""
+"""The rooms of docs/architecture.md: the order of imports, and the rooms that may import a library."""
 
 import ast
 import re
@@ -26,10 +26,10 @@ FLOORS: list[set[str]] = [
     {"report"},
     {"comparisons", "launcher"},
 ]
-"""Rooms, from the ground up. A room imports only rooms of floors below; those of one floor are apart."""
+"""Floors of rooms, from the ground up. A room imports only rooms of lower floors."""
 ARTEFACTS = "embedded"
 """The folder of the embedded model and SAEs; it imports nothing."""
-MOST_MODULES = 12
+MAX_MODULES = 12
 LIBRARIES = {
     "peft": {"models"},
     "wandb": {"tracking"},
@@ -47,16 +47,16 @@ NO_TORCH = ("common", "config", "records", "report", "comparisons")
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name in it."""
-    found = {}
+    """The file of every module, by its dotted name without `sae_lora`."""
+    paths = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    return paths
 
 
 def room_of(module: str) -> str | None:
-    """The innermost room that a module is in; `None` for what lies beside the rooms."""
+    """The innermost room of a module; `None` if it is in no room."""
     rooms = [room for floor in FLOORS for room in floor]
     inside = [room for room in rooms if module == room or module.startswith(f"{room}.")]
     return max(inside, key=len, default=None)
@@ -64,7 +64,7 @@ def room_of(module: str) -> str | None:
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """All that a file imports, also inside functions; `from a import b` counts as `a` and `a.b`."""
+    """All imports of a file, also inside functions; `from a import b` counts as `a` and `a.b`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The modules of this package that a file imports, packages themselves left out."""
+    """The modules of this package that a file imports, without packages."""
     inside = {name.removeprefix("sae_lora.") for name in imports(path) if name.startswith("sae_lora.")}
     return {name for name in inside if name in modules() and modules()[name].stem != "__init__"}
 
@@ -85,29 +85,30 @@ def test_imports_go_one_way_between_rooms(floor: int) -> None:
     below = set().union(*FLOORS[:floor])
     for name, path in modules().items():
         if (room := room_of(name)) in FLOORS[floor]:
-            for other in imported_modules(path):
-                assert room_of(other) in {room, *below} or other.startswith(ARTEFACTS), (name, other)
+            for imported in imported_modules(path):
+                is_below = room_of(imported) in {room, *below}
+                assert is_below or imported.startswith(ARTEFACTS), (name, imported)
 
 
 def test_the_picture_shows_what_rooms_import() -> None:
-    """An arrow for every import between rooms, but for those that other arrows lead to as well."""
+    """An arrow for every import between rooms, unless other arrows lead to the same room."""
     edges: dict[str, set[str]] = {}
     for name, path in modules().items():
         if (room := room_of(name)) is not None:
-            others = {room_of(other) for other in imported_modules(path)}
-            edges.setdefault(room, set()).update(other for other in others - {room} if other)
+            targets = {room_of(imported) for imported in imported_modules(path)}
+            edges.setdefault(room, set()).update(target for target in targets - {room} if target)
 
     def reached(room: str) -> set[str]:
         return edges.get(room, set()).union(*map(reached, edges.get(room, set())))
 
     needed = {
-        (room, other)
-        for room, others in edges.items()
-        for other in others
-        if not any(other in reached(between) for between in others)
+        (room, target)
+        for room, targets in edges.items()
+        for target in targets
+        if not any(target in reached(between) for between in targets)
     }
-    drawn = re.findall(r"^  ([a-z.]+) --> ([a-z.]+)$", ARCHITECTURE, re.MULTILINE)
-    assert len(drawn) == len(set(drawn)) and set(drawn) == needed
+    arrows = re.findall(r"^  ([a-z.]+) --> ([a-z.]+)$", ARCHITECTURE, re.MULTILINE)
+    assert len(arrows) == len(set(arrows)) and set(arrows) == needed
 
 
 def test_the_page_names_every_module() -> None:
@@ -119,8 +120,8 @@ def test_the_page_names_every_module() -> None:
 
 def test_no_folder_holds_more_than_a_dozen_modules() -> None:
     for folder in {path.parent for path in modules().values()}:
-        here = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-        assert len(here) <= MOST_MODULES or folder == PACKAGE, (folder, sorted(here))
+        names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(names) <= MAX_MODULES or folder == PACKAGE, (folder, sorted(names))
 
 
 def test_each_library_has_its_rooms() -> None:
@@ -131,17 +132,17 @@ def test_each_library_has_its_rooms() -> None:
                 assert library not in roots or room in rooms, (name, library)
 
 
-def test_planning_and_looking_need_no_torch() -> None:
-    here = [
+def test_planning_and_reports_need_no_torch() -> None:
+    names = [
         f"sae_lora.{name}"
         for name in sorted(modules())
         if (room_of(name) in NO_TORCH or name.startswith("launcher.")) and "__main__" not in name
     ]
-    without = [name for name in here if not name.endswith(("launcher.prefetch", "common.provenance"))]
+    without = [name for name in names if not name.endswith(("launcher.prefetch", "common.provenance"))]
     code = f"import sys, {', '.join(without)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_module_is_too_large_for_one_room() -> None:
+def test_no_module_is_too_long() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     assert max(lengths.values()) < 450, lengths

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one message, no traceback unless asked for."""
+"""The command line for a user: exit codes, one message, a traceback only on request."""
 
 import os
 from pathlib import Path
@@ -13,22 +13,22 @@ from tests.support.refusals import WRONG, fault_of, prepare
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), WRONG, ids=[command for command, _ in WRONG])
-def test_what_cannot_work_is_refused_in_one_message(
+def test_wrong_commands_are_refused_with_one_message(
     command: str, words: list[str], tmp_path: Path
 ) -> None:
     prepare(tmp_path)
     assert fault_of(command, words, tmp_path, launch_in_this_process) is None
 
 
-def test_the_traceback_is_there_for_who_asks() -> None:
+def test_hydra_full_error_shows_the_traceback() -> None:
     assert "Traceback" in launch("lora.rank=0", HYDRA_FULL_ERROR="1").stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "defaults"]])
-def test_asking_for_help_is_no_error(arguments: list[str]) -> None:
-    asked = launch_in_this_process(*arguments)
-    assert asked.returncode == 0, asked.stderr
-    assert asked.stdout
+def test_help_is_not_an_error(arguments: list[str]) -> None:
+    result = launch_in_this_process(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_a_sweep_from_the_terminal(tmp_path: Path) -> None:
     assert swept.stdout.count("done  tiny") == 4
     assert "gap closed" in swept.stdout
     assert "Traceback" not in swept.stderr
-    # Hydra leaves no folders of its own.
+    # Hydra writes no folders.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["main"]
 
 
@@ -62,11 +62,12 @@ class Halving(Sweeper):
     def sweep(self, arguments):
         def gaps(rates, first):
             points = [[*arguments, f"train.lr={rate}"] for rate in rates]
-            return [one.return_value for one in self.launcher.launch(points, initial_job_idx=first)]
+            jobs = self.launcher.launch(points, initial_job_idx=first)
+            return [job.return_value for job in jobs]
 
         rates = [1e-4, 2e-3]
-        found = gaps(rates, 0)
-        best = rates[found.index(min(found))]
+        results = gaps(rates, 0)
+        best = rates[results.index(min(results))]
         print("best of two", best, "then", 0.75 * best, gaps([0.75 * best], 2))
 
 
@@ -81,14 +82,14 @@ ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=Halving
 
 @pytest.mark.slow
 def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
-    """As Optuna's does: the next point depends on what the ones before have found."""
+    """As in Optuna, the next point depends on the results of earlier points."""
     plugins = tmp_path / "plugins/hydra_plugins"
     plugins.mkdir(parents=True)
     (plugins / "halving.py").write_text(SWEEPER)
-    here = [f"output_dir={tmp_path}/outputs", f"data.cache_dir={tmp_path}/cache"]
-    path = {"PYTHONPATH": f"{plugins.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    paths = [f"output_dir={tmp_path}/outputs", f"data.cache_dir={tmp_path}/cache"]
+    variables = {"PYTHONPATH": f"{plugins.parent}:{os.environ.get('PYTHONPATH', '')}"}
     more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
-    swept = launch("-m", "hydra/sweeper=halving", *SMALL, *more, *here, **path)
+    swept = launch("-m", "hydra/sweeper=halving", *SMALL, *more, *paths, **variables)
     assert swept.returncode == 0, swept.stderr
     runs = [RunFolder(path.parent) for path in tmp_path.glob("outputs/main/*/summary.json")]
     gaps = {run.read_config()["train"]["lr"]: run.read_summary()["ce_gap"] for run in runs}

@@ -1,4 +1,4 @@
-"""The README and the pages: commands work, links lead somewhere, generated pages are up to date."""
+"""README and pages: commands work, links have targets, generated pages are up to date."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
 README = PAGES[0].read_text()
 LAUNCH = re.compile(r"(sae-lora launch|python launch\.py)\b")
-OTHERS = re.compile(
+FOREIGN = re.compile(
     r"(pip install|pytest|cd|git clone|make|mkdocs|ruff|pyright|pre-commit|apt-get install|"
     r"hf auth login|wandb login|python -m scripts\.\w+|export \w+=|\w+=\S+ (sae-lora|python))\b"
 )
@@ -26,12 +26,12 @@ OTHERS = re.compile(
 
 def blocks(page: Path, language: str) -> list[str]:
     """The code blocks of a page in a language, without its indentation inside lists and notes."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+    matches = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in matches]
 
 
 def commands() -> list[str]:
-    """Every command on every page, once: one per line, parts of `a && b` apart, comments left out."""
+    """The different commands on all pages, without comments; `a && b` counts as two commands."""
     code = "\n".join(block for page in PAGES for block in blocks(page, "bash")).replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in code.splitlines()]
     return sorted({part.strip() for line in lines if line for part in line.split(" && ")})
@@ -54,21 +54,21 @@ def test_launch_commands_compose(command: str) -> None:
     overrides = [word for word in words if word not in ("-m", "--multirun")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     options = [
-        [f"{each.key_or_group}={value}" for value in each.sweep_string_iterator()]
-        if each.is_sweep_override()
-        else [str(each.input_line)]
-        for each in parsed
+        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
     ]
     for number in range(max(map(len, options), default=1)):
         composed(*(choices[min(number, len(choices) - 1)] for choices in options))
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in LAUNCHES])
-def test_other_commands_are_known(command: str) -> None:
-    """A command of ours exists and has these arguments; others are on a list."""
+def test_other_commands_exist(command: str) -> None:
+    """Commands of `sae-lora` have these arguments; commands of other programs are on a list."""
     words = shlex.split(command)
     if words[0] != "sae-lora":
-        assert OTHERS.match(command), command
+        assert FOREIGN.match(command), command
         return
     program, name, arguments = typer.main.get_command(app), "sae-lora", words[1:]
     while True:
@@ -89,7 +89,7 @@ def test_python_on_pages_is_valid(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), link

@@ -1,4 +1,4 @@
-"""What ships is what the recipe says, has learnt something, and lets LoRA close its gap."""
+"""The embedded model and SAEs follow the recipe, have learnt their text, and LoRA closes their gap."""
 
 import json
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def model() -> LanguageModel:
 
 
 def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str]) -> list[Evaluation]:
-    """The plain model with each of these SAEs in place."""
+    """Evaluate the plain model with each of these SAEs."""
     config = SAEConfig(family=SAEFamily.tiny)
     students = []
     for name in names:
@@ -55,7 +55,7 @@ def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str])
     return Evaluator(model, text.validation_tokens, text.special_ids, 32, comparison)(students)
 
 
-def test_everything_that_the_recipe_names_ships() -> None:
+def test_the_package_contains_all_saes_of_the_recipe() -> None:
     assert {path.name for path in SAES.iterdir()} == set(recipe.requests())
     assert (MODEL / "model.safetensors").exists()
     size = sum(path.stat().st_size for path in MODEL.parent.rglob("*") if path.is_file())
@@ -75,20 +75,20 @@ def test_the_model_has_learnt_its_text(model: LanguageModel, text: corpus.Corpus
 @pytest.mark.slow
 @pytest.mark.parametrize("block", recipe.BLOCKS)
 def test_a_denser_sae_reconstructs_better(model: LanguageModel, text: corpus.Corpus, block: int) -> None:
-    found = evaluations(model, text, [f"block_{block}-width_1024-l0_{l0}" for l0 in recipe.SPARSITIES])
-    fvus = [next(iter(one.per_sae.values()))["fvu"] for one in found]
-    gaps = [one.spliced_ce - one.base_ce for one in found]
+    results = evaluations(model, text, [f"block_{block}-width_1024-l0_{l0}" for l0 in recipe.SPARSITIES])
+    fvus = [next(iter(result.per_sae.values()))["fvu"] for result in results]
+    gaps = [result.spliced_ce - result.base_ce for result in results]
     assert 0.02 < fvus[-1] < fvus[0] < 0.7
     assert fvus == sorted(fvus, reverse=True)
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] > 0
-    for one, l0 in zip(found, recipe.SPARSITIES, strict=True):
-        assert next(iter(one.per_sae.values()))["l0"] == pytest.approx(l0, rel=0.02)
+    for result, l0 in zip(results, recipe.SPARSITIES, strict=True):
+        assert next(iter(result.per_sae.values()))["l0"] == pytest.approx(l0, rel=0.02)
 
 
 @pytest.mark.slow
 def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made twice from one seed, every file is the same to the byte; another seed gives others."""
+    """The same seed gives the same files, byte by byte; another seed gives different files."""
     requests = {
         "block_3-width_64-l0_4": TopKRequest(3, 64, 4),
         "block_1-width_64-l0_8": TopKRequest(1, 64, 8),
@@ -99,24 +99,25 @@ def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyP
     budget = language_model.Budget(tokens=8192)
     sae_budget = recipe.SAEBudget(tokens=4096, batch_tokens=512, buffer_tokens=2048)
 
-    def made(name: str, seed: int) -> dict[str, bytes]:
+    def files_from(name: str, seed: int) -> dict[str, bytes]:
         recipe.make(tmp_path / name, budget, sae_budget, seed)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
 
-    first, again, other = made("first", 0), made("again", 0), made("other", 1)
-    assert set(first) == set(again) == set(other)
+    first, again = files_from("first", 0), files_from("again", 0)
+    different = files_from("different", 1)
+    assert set(first) == set(again) == set(different)
     assert "saes/block_3-width_64-l0_4/sae_weights.safetensors" in first
     assert [name for name in first if first[name] != again[name]] == []
-    assert first["model/model.safetensors"] != other["model/model.safetensors"]
+    assert first["model/model.safetensors"] != different["model/model.safetensors"]
 
 
 @pytest.mark.slow
-def test_the_main_job_closes_a_tenth_of_its_gap_in_a_quarter_of_its_tokens(tmp_path: Path) -> None:
-    """`python launch.py` as a newcomer types it, offline."""
-    here = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+def test_the_default_run_closes_a_tenth_of_its_gap_in_a_quarter_of_its_tokens(tmp_path: Path) -> None:
+    """`python launch.py` with default settings, offline."""
+    paths = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
     quarter = "train.train_tokens=100000", "data.validation_tokens=8192"
-    finished = launch(*here, *quarter, WANDB_MODE=None, WANDB_API_KEY=None)
+    finished = launch(*paths, *quarter, WANDB_MODE=None, WANDB_API_KEY=None)
     assert finished.returncode == 0, finished.stderr
     assert "tracking offline" in finished.stderr
     assert "W&B run" in finished.stdout

@@ -1,4 +1,4 @@
-"""The notebook of the pages runs from its first cell to its last."""
+"""The notebook in the documentation runs without errors."""
 
 from pathlib import Path
 

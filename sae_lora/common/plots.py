@@ -69,7 +69,5 @@ def try_pictures(targets: Sequence[tuple[go.Figure, Path]]) -> list[str]:
         )
     except (ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [
-            f"no pictures ({reason}): they need `pip install kaleido` and Chrome or Chromium"
-        ]
+        return [f"no pictures ({reason}): they need `pip install kaleido` and Chrome or Chromium"]
     return []

@@ -1,1 +1,1 @@
-"""A finished run's model: loaded once more, and as a folder for others."""
+"""A finished run: loaded as a model, and exported into a folder."""

@@ -1,4 +1,4 @@
-"""The result of a finished run: its model with the trained adapters, and its SAEs to splice in."""
+"""A finished run as a model: the language model with its trained adapters, and its SAEs."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +30,21 @@ from sae_lora.splice.trunk import Splices
 
 
 class Adapted:
-    """A frozen language model and SAEs as a run has left them: with its adapters, or its trained SAEs.
+    """The language model and the SAEs of a finished run, with the trained adapters or SAEs.
 
-    A call with tokens `[batch, pos]` gives the logits `[batch, pos, d_vocab]` of the student: SAEs in
-    place, adapters on. `logits` gives those without SAEs or adapters too. Inside a `with` block of
-    `spliced`, the SAEs are in the transformers models for any use.
+    A call with tokens `[batch, pos]` returns the logits `[batch, pos, d_vocab]` of the student, with
+    SAEs and adapters. `logits` can also leave out SAEs or adapters. Inside a `with` block of `spliced`,
+    the SAEs are in the transformers models for any use.
 
-    It is made of the plain model and the folder of the trained adapters; `None` for the folder where
-    something else was trained.
+    Args:
+        config: The config of the run.
+        tokenizer: The tokenizer of the model.
+        model: The plain model.
+        adapter: The folder of the trained adapters; `None` if the run has trained no adapters.
+        splices: The SAEs and their blocks.
 
     Raises:
-        UserError: Where the adapters cannot be loaded.
+        UserError: If the adapters cannot be loaded.
     """
 
     def __init__(
@@ -54,17 +58,17 @@ class Adapted:
         self.config = config
         self.tokenizer = tokenizer
         self.splices = splices
-        """The SAEs at their places, by block."""
+        """The SAEs, ordered by block."""
         self._base = model
         self._adapted = model.view()
         self.peft = None if adapter is None else adapter_files.load(self._adapted, adapter)
-        """peft's view of `model`, where the run has trained adapters."""
+        """peft's view of `model`; `None` if the run has trained no adapters."""
         self._special_ids = special_ids(tokenizer).to(model.device)
         self._is_spliced = False
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model with the adapters; its other weights are those of `base`."""
+        """The transformers model with the adapters; it shares all other weights with `base`."""
         return self._adapted.model
 
     @property
@@ -74,7 +78,7 @@ class Adapted:
 
     @property
     def parts(self) -> tuple[LanguageModel, LanguageModel]:
-        """The plain model and the one with adapters, taken apart; the same where nothing adapts it."""
+        """The plain and the adapted model. If the run has no adapters, both are the plain model."""
         return self._base, self._base if self.peft is None else self._adapted
 
     @property
@@ -91,11 +95,11 @@ class Adapted:
 
         Args:
             tokens: `[batch, pos]`.
-            sae: Whether the SAEs are in place.
-            adapters: Whether the adapters are on.
+            sae: True: with the SAEs.
+            adapters: True: with the adapters.
 
         Raises:
-            UserError: Inside `spliced`, where the SAEs are always in place.
+            UserError: Inside `spliced`, since the SAEs are already in the model.
         """
         self._check_plain()
         model = self.model if adapters else self.base
@@ -111,18 +115,18 @@ class Adapted:
         adapters: bool = True,
         **options: Any,
     ) -> str:
-        """The prompt and its continuation.
+        """Return the prompt and its continuation.
 
         Args:
             prompt: Text to continue.
-            max_new_tokens: The most tokens to add.
-            sae: Whether the SAEs are in place.
-            adapters: Whether the adapters are on.
+            max_new_tokens: Largest number of new tokens.
+            sae: True: with the SAEs.
+            adapters: True: with the adapters.
             options: Further options of transformers' `generate`, such as `do_sample=True`; by default
-                each token is the likeliest one.
+                decoding is greedy.
 
         Raises:
-            UserError: Inside `spliced`, where the SAEs are always in place.
+            UserError: Inside `spliced`, since the SAEs are already in the model.
         """
         self._check_plain()
         model: Any = self.model if adapters else self.base  # most classes have `generate`, not all
@@ -136,15 +140,14 @@ class Adapted:
     def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
         """Put the SAEs into `model` and `base` inside the block, for every forward pass.
 
-        Positions with special tokens keep their activation where they did in the run, also in cached
-        generation.
+        Special tokens keep their activation if they did in the run, also in generation with a cache.
 
         Args:
-            observe: Called each time an SAE has been applied, with its input and output.
-            instead: Other SAEs to put in place.
+            observe: Called after each use of an SAE, with its input and output.
+            instead: SAEs that replace those of the run.
 
         Raises:
-            UserError: Inside another such block.
+            UserError: Inside another `spliced` block.
         """
         self._check_plain()
         splices = self.splices if instead is None else instead
@@ -160,7 +163,7 @@ class Adapted:
     def _with_saes(
         self, model: LanguageModel, splices: Splices, observe: Observer | None
     ) -> Callable[..., Any]:
-        """A forward pass that puts the SAEs in for itself: `generate` makes passes with other tokens."""
+        """A forward pass with the SAEs; `generate` calls it several times with different tokens."""
         forward = model.model.forward
         saes = {splice.hookpoint: splice.sae for splice in splices}
 
@@ -170,7 +173,9 @@ class Adapted:
             if input_ids is not None:
                 keep = kept_positions(input_ids, self._special_ids, splices)
             elif any(splice.keeps for splice in splices):
-                raise UserError("around this SAE special tokens keep their activation: give input_ids")
+                raise UserError(
+                    "input_ids are needed: special tokens keep their activation around this SAE"
+                )
             with spliced(model, saes, keep, observe):
                 return forward(input_ids, *arguments, **keywords)
 
@@ -178,18 +183,20 @@ class Adapted:
 
     def _check_plain(self) -> None:
         if self._is_spliced:
-            raise UserError("the SAEs are in place already: leave the `with` block of `spliced` first")
+            raise UserError(
+                "the SAEs are already in the model: leave the `with` block of `spliced` first"
+            )
 
 
 def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adapted:
     """Load the model, adapters and SAEs of a finished run.
 
     Args:
-        run: Its folder, `outputs/<sweep>/<run>`.
-        device: auto, cpu or cuda; by default the run's `train.device`.
+        run: The run folder, `outputs/<sweep>/<run>`.
+        device: auto, cpu or cuda; default: the run's `train.device`.
 
     Raises:
-        UserError: Where the run is not finished, or one of its files is missing or has changed.
+        UserError: If the run is not finished, or one of its files is missing or has changed.
     """
     folder = finished(run.path if isinstance(run, RunFolder) else Path(run))
     config = load(folder.config.read_text())
@@ -198,26 +205,26 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
             raise ConfigError("device", device, listed(Device.__members__), nearest="auto")
         config = replace(config, train=replace(config.train, device=Device[device]))
     loading.silence_transformers()
-    where = device_of(config)
+    torch_device = device_of(config)
     dimensions = read_dimensions(config.model)
     sae = trained_saes(config, folder, dimensions)
-    saes = SAEs(dimensions, where).of(sae)
+    saes = SAEs(dimensions, torch_device).of(sae)
     if config.method.kind not in TRAINING_SAES:
         _check_same(saes, folder)
     return Adapted(
         config,
         loading.load_tokenizer(config.model),
-        loading.load_model(config.model, config.train.dtype, where),
+        loading.load_model(config.model, config.train.dtype, torch_device),
         folder.adapter if config.method.kind in ADAPTING else None,
         splices(sae, saes),
     )
 
 
 def _check_same(saes: Sequence[LoadedSAE], folder: RunFolder) -> None:
-    """Refuse SAEs with other weights than those that the run was trained around."""
-    for sae, before in zip(saes, folder.read_summary()["sae"], strict=True):
-        if sae.description["sha256"] != before["sha256"]:
+    """Refuse SAEs whose weights have changed since the run."""
+    for sae, entry in zip(saes, folder.read_summary()["sae"], strict=True):
+        if sae.description["sha256"] != entry["sha256"]:
             raise UserError(
-                f"{folder.path}: the SAE at {before['hookpoint']} has other weights than the one it was "
-                f"trained around (SHA-256 {sae.description['sha256']}, then {before['sha256']})"
+                f"{folder.path}: the weights of the SAE at {entry['hookpoint']} have changed since this "
+                f"run (SHA-256 is {sae.description['sha256']}, was {entry['sha256']})"
             )

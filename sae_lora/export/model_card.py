@@ -18,18 +18,18 @@ _NUMBERS = (
 def card(
     config: dict[str, Any], summary: dict[str, Any], modules: Sequence[str], *, merged: bool
 ) -> str:
-    """The card as Markdown, with the hub's metadata in front and code that works without `sae_lora`.
+    """Write the card as Markdown, with metadata for the hub and code that works without `sae_lora`.
 
     Args:
         config: The run's config, as plain values that may be published.
         summary: The run's summary, as plain values that may be published.
-        modules: Dotted paths of the modules in the transformers model whose output the SAEs replace.
-        merged: Whether the folder holds the whole model, with the adapters in its weights.
+        modules: Dotted paths of the modules in the transformers model whose outputs the SAEs replace.
+        merged: True if the folder contains the whole model, with merged adapters.
     """
     model = summary["model"]
-    ships = model["name"] == EMBEDDED_NAME
+    is_embedded = model["name"] == EMBEDDED_NAME
     saes = {
-        module: _loading_sae(sae)
+        module: _loading_code(sae)
         for module, sae in zip(modules, summary["sae"], strict=True)
         if sae["family"] != "identity"
     }
@@ -47,16 +47,16 @@ def card(
         merged=merged,
         metadata=yaml.safe_dump(_metadata(summary, merged), sort_keys=False),
         model=_model_in_words(model),
-        places=_places_in_words(summary["sae"]),
+        places=_spliced_outputs(summary["sae"]),
         text=_text_in_words(summary),
         numbers=[(METRICS[key], METRICS[key].written(summary[key], digits=4)) for key in _NUMBERS],
         saes=saes,
         embedded=[
-            *(["MODEL"] if ships and not merged else []),
+            *(["MODEL"] if is_embedded and not merged else []),
             *(["SAES"] if any("SAES" in code for code in saes.values()) else []),
         ],
-        pretrained=("MODEL" if ships else f'"{model["name"]}"') + revision,
-        # Weights that the run rounded to bfloat16 and used in float32 are rounded in the code too.
+        pretrained=("MODEL" if is_embedded else f'"{model["name"]}"') + revision,
+        # If the run rounded weights to bfloat16 and computed in float32, the code does the same.
         dtype="bfloat16"
         if "bfloat16" in (config["model"]["dtype"], config["train"]["dtype"])
         else "float32",
@@ -65,7 +65,7 @@ def card(
 
 def _metadata(summary: dict[str, Any], merged: bool) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
-    if summary["model"]["commit"] is not None:  # a model of the hub
+    if summary["model"]["commit"] is not None:  # a model from the hub
         metadata |= {
             "base_model": summary["model"]["name"],
             "base_model_relation": "finetune" if merged else "adapter",
@@ -81,12 +81,12 @@ def _metadata(summary: dict[str, Any], merged: bool) -> dict[str, Any]:
 
 def _model_in_words(model: dict[str, Any]) -> str:
     if model["name"] == EMBEDDED_NAME:
-        return "the model that ships with the package `sae_lora`"
-    at = f" at commit `{model['commit']}`" if model["commit"] is not None else " (a local folder)"
-    return f"`{model['name']}`{at}"
+        return "the model in the package `sae_lora`"
+    source = f" at commit `{model['commit']}`" if model["commit"] is not None else " (a local folder)"
+    return f"`{model['name']}`{source}"
 
 
-def _places_in_words(saes: Sequence[dict[str, Any]]) -> str:
+def _spliced_outputs(saes: Sequence[dict[str, Any]]) -> str:
     words = {
         "hook_resid_post": "its residual stream",
         "hook_attn_out": "its attention's output",
@@ -99,13 +99,13 @@ def _places_in_words(saes: Sequence[dict[str, Any]]) -> str:
 def _sae_in_words(sae: dict[str, Any]) -> str:
     match sae:
         case {"release": str(release), "id": id, "commit": commit}:
-            return f"`{release}`, `{id}` (of sae-lens's registry, commit `{commit}`)"
+            return f"`{release}`, `{id}` (from sae-lens's registry, commit `{commit}`)"
         case {"path": str(path)}:
             return f"`{path}` (a folder)"
         case {"id": str(id)}:
-            return f"`{id}`, ships with the package `sae_lora`"
+            return f"`{id}`, included in the package `sae_lora`"
         case _:
-            return "none: the identity, as a control"
+            return "none: the identity function, as a control"
 
 
 def _text_in_words(summary: dict[str, Any]) -> str:
@@ -115,17 +115,18 @@ def _text_in_words(summary: dict[str, Any]) -> str:
             subset = f", {data['subset']}" if data["subset"] else ""
             return f"`{data['name']}`{subset}, split {data['split']}, at `{data['revision']}`"
         case "text_files":
-            return f"{data['files']} files of the author's, content `{data['content']}`"
+            return f"{data['files']} local files, content hash `{data['content']}`"
         case "stdlib":
             python = summary["environment"]["python"]
-            return f"sources of Python {python}'s standard library, content `{data['content']}`"
+            return f"source code of Python {python}'s standard library, content hash `{data['content']}`"
         case _:
             raise NotImplementedError(data["source"])
 
 
-def _loading_sae(sae: dict[str, Any]) -> str:
+def _loading_code(sae: dict[str, Any]) -> str:
+    """Python code that loads the SAE."""
     dtype = f'dtype="{sae["dtype"]}"'
     if sae["release"] is not None:
         return f'SAE.from_pretrained("{sae["release"]}", "{sae["id"]}", {dtype})'
-    where = f'"{sae["path"]}"' if sae["path"] is not None else f'SAES / "{sae["id"]}"'
-    return f"SAE.load_from_disk({where}, {dtype})"
+    location = f'"{sae["path"]}"' if sae["path"] is not None else f'SAES / "{sae["id"]}"'
+    return f"SAE.load_from_disk({location}, {dtype})"

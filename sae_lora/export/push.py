@@ -8,34 +8,34 @@ from huggingface_hub.errors import HfHubHTTPError
 from sae_lora.common.errors import UserError
 from sae_lora.common.hub import explained
 
-_OF_EVERY_EXPORT = ("README.md", "config.yaml", "curve.jsonl", "summary.json")
+_EXPORTED_FILES = ("README.md", "config.yaml", "curve.jsonl", "summary.json")
 _WEIGHTS = ("adapter_config.json", "config.json")
-_NOT_TAKEN = {
-    401: "you are not logged in there: `hf auth login`, with a token that may write",
-    402: "the hub wants to be paid for it first",
-    403: "your token may not write there; its name, your rights in that organisation and the token's "
-    "are to be looked at (`hf auth whoami`)",
+_REFUSALS = {
+    401: "you are not logged in; run `hf auth login` with a token that has write access",
+    402: "the hub requires a payment",
+    403: "your token has no write access; check the repository name, your role in the organisation and "
+    "the permissions of the token (`hf auth whoami`)",
 }
 
 
 def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Send an exported folder to a model's repository and branch, made where there are none.
+    """Upload an exported folder to a model repository, and create repository and branch if necessary.
 
     Returns:
-        Its address.
+        The address of the repository.
 
     Raises:
-        UserError: For a folder that `export` has not written, where the hub does not take it, and where
-            `private` meets a public repository.
+        UserError: If `export` has not written the folder, the hub refuses the upload, or `private` is
+            set and the repository is public.
     """
-    missing = [name for name in _OF_EVERY_EXPORT if not (folder / name).is_file()]
+    missing = [name for name in _EXPORTED_FILES if not (folder / name).is_file()]
     if missing or not any((folder / name).is_file() for name in _WEIGHTS):
         raise UserError(
-            f"{folder} is not what `sae-lora export <run> --to DIR` writes: it lacks "
-            f"{', '.join(missing) or 'the weights'}"
+            f"{folder} is not an export: {', '.join(missing) or 'weights'} missing; "
+            "write it with `sae-lora export <run> --to DIR`"
         )
     if repo.count("/") != 1:
-        raise UserError(f"--repo = {repo!r} cannot be written: it is to be org/name")
+        raise UserError(f"--repo = {repo!r} cannot be written: it must have the form org/name")
     if constants.is_offline_mode():
         raise UserError(f"--repo = {repo!r} cannot be written: HF_HUB_OFFLINE is set")
     api = HfApi()
@@ -43,7 +43,9 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
         try:
             api.create_repo(repo, private=private or None, exist_ok=True)
             if private and not api.model_info(repo).private:
-                raise UserError(f"--repo = {repo!r} is there and public; --private is for a new one")
+                raise UserError(
+                    f"--repo = {repo!r} exists and is public; --private applies to new repositories only"
+                )
             if revision is not None:
                 api.create_branch(repo, branch=revision, exist_ok=True)
             message = "Exported by sae_lora"
@@ -51,7 +53,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
                 repo_id=repo, folder_path=folder, revision=revision, commit_message=message
             )
         except HfHubHTTPError as error:
-            reason = _NOT_TAKEN.get(error.response.status_code)
+            reason = _REFUSALS.get(error.response.status_code)
             if reason is None:
                 raise
             raise UserError(f"--repo = {repo!r} cannot be written: {reason}") from error

@@ -1,1 +1,1 @@
-"""From a sweep's points to jobs: plan, packs, dispatch here or to SLURM."""
+"""From the points of a sweep to jobs: plan, packs, execution here or on SLURM."""

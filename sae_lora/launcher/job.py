@@ -1,8 +1,8 @@
 """A job that submitit runs, on this machine or on a node: a pack of runs that train together.
 
 Every attempt at a pack is a child process, so that an exit, a kill, too little memory or a hang ends
-nothing else. A pack that fails is split, and each half is tried by itself until the failing run is
-isolated; the cause is written into its folder.
+only this attempt. If a pack fails, it is split and its halves run separately, until the failing run is
+isolated. The cause is written into the folder of that run.
 """
 
 import os
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 class RunFailedError(Exception):
-    """A run has failed; submitit and SLURM then know that the job has."""
+    """A run has failed. submitit and SLURM then also count the job as failed."""
 
 
 @dataclass
@@ -38,24 +38,24 @@ class _Part:
 
     folders: list[RunFolder]
     furthest_step: int = 0
-    """The largest step that they reached before a time limit, in this or a larger pack."""
+    """Largest step that these runs reached before a time limit, in this or a larger pack."""
 
     @property
     def unsettled(self) -> list[RunFolder]:
-        """Runs that have neither finished nor failed; a deleted folder is left alone."""
+        """Runs that have neither finished nor failed. A run whose folder was deleted is left out."""
         return [folder for folder in self.folders if folder.path.exists() and folder.is_unsettled]
 
 
 class Job:
     """A pack of runs for submitit.
 
-    Its unfinished parts survive in submitit's pickle when the job is preempted or out of time.
+    If the job is preempted or reaches its time limit, submitit pickles it with its unfinished parts.
 
     Args:
         folders: Folders of runs that train together.
         environment: Variables for the runs, added to those of the job.
         time_s: Seconds before the job is asked to stop.
-        answer_s: Seconds that a run may take to save its state, once asked to stop.
+        answer_s: Seconds that a run may take to save its state after a request to stop.
         options: Further options of `python -m sae_lora.run.execute`.
     """
 
@@ -78,20 +78,20 @@ class Job:
         self._started = 0.0
 
     def __call__(self) -> None:
-        """Execute the parts that have not ended.
+        """Execute the parts that are not finished.
 
         Raises:
-            RunFailedError: At the end, where a run has failed.
+            RunFailedError: At the end, if a run has failed.
         """
         while self._parts:
-            # Planning clears older failures away, so one in a folder is of an earlier start of this
-            # job: SLURM may start a job again without telling it to save first.
+            # Planning removes older failures. A failure in a folder therefore comes from an earlier
+            # start of this job: SLURM may restart a job without asking it to save first.
             part = self._parts[0]
             to_do = part.unsettled
             code = self._attempt(to_do) if to_do else 0
             unsettled = part.unsettled
             if unsettled and code not in (EXIT_HELD, EXIT_INTERRUPTED):
-                output = _end_of(to_do[0].log)
+                output = _last_output(to_do[0].log)
                 if len(to_do) > 1:
                     self._split(how_it_ended(code, output))
                     continue
@@ -100,7 +100,7 @@ class Job:
                 self._stopped += [folder.path for folder in unsettled]
             del self._parts[0]
         to_evaluate = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
-        if to_evaluate:  # an error in a suite fails no run, and finished suites are kept
+        if to_evaluate:  # a suite that fails does not fail the run; other results are kept
             self._run("sae_lora.run.evaluate", to_evaluate, stop=signal.SIGKILL)
         causes = [
             f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
@@ -113,9 +113,9 @@ class Job:
     def _run(
         self, module: str, folders: Sequence[RunFolder], *options: str, stop: signal.Signals
     ) -> int:
-        """Run a module as the child process, its output in the first run's log; return the exit code.
+        """Run a module in a child process, which prints into the first run's log; return its exit code.
 
-        Ctrl-C, by which the launcher stops this job too, becomes the signal `stop`.
+        The launcher stops this job by Ctrl-C. The child process then gets the signal `stop` instead.
         """
         paths = [str(folder.path) for folder in folders]
         with folders[0].log.open("ab") as log:
@@ -132,14 +132,14 @@ class Job:
             raise
 
     def _split(self, cause: str) -> None:
-        """Replace the first part by the halves of its unsettled runs."""
+        """Replace the first part with the two halves of its unsettled runs."""
         part = self._parts[0]
         parts = [_Part(half, part.furthest_step) for half in halves(part.unsettled)]
         for half in parts:
             number = len(half.folders)
-            company = f"with {number} together" if number > 1 else "alone"
+            size = f"in a pack of {number}" if number > 1 else "alone"
             with half.folders[0].log.open("a") as log:
-                log.write(f"with others: {cause}; going on {company}\n")
+                log.write(f"the pack failed: {cause}; continuing {size}\n")
         self._parts[:1] = parts
 
     def _attempt(self, pack: Sequence[RunFolder]) -> int:
@@ -147,19 +147,20 @@ class Job:
         first, *others = pack
         for folder in others:
             with folder.log.open("a") as log:
-                log.write(f"trains together with {first.path.name}, whose log says how\n")
+                log.write(f"trains together with {first.path.name}; see the log of that run\n")
         code = self._run("sae_lora.run.execute", pack, *self._options, stop=STOP)
-        if -code in SIGNALS:  # asked to stop before it could handle signals: nothing was begun
+        if -code in SIGNALS:  # the signal came before it could handle signals: no work was started
             code = EXIT_INTERRUPTED
         if code == EXIT_INTERRUPTED and self._parts[0].unsettled:
-            self._wait_for_the_end()
+            self._wait_until_stopped()
         return code
 
-    def _wait_for_the_end(self) -> None:
+    def _wait_until_stopped(self) -> None:
         """Wait for SLURM to stop this process too, since only the run was asked to stop.
 
-        A preemption or a cancellation begins like this, and ends with a call of `checkpoint` or a kill
-        after a grace period, which may be long. A job that exits before would count as failed.
+        A preemption or a cancellation begins with a signal to the run. It ends with a call of
+        `checkpoint`, or with a kill after a grace period, which may be long. A job that exits earlier
+        would count as failed.
         """
         time.sleep(self._answer_s)
         while "SLURM_JOB_ID" in os.environ:
@@ -169,32 +170,32 @@ class Job:
         """Stop the run, which saves its state. submitit calls this before it requeues the job.
 
         Returns:
-            The job to requeue; `None` where the only run left hangs, since a new start would not help.
+            The job to requeue; `None` if its only remaining run hangs, since a restart would not help.
         """
-        answered = self._stop_child()
+        has_stopped = self._stop_child()
         self._child = None
         if not self._parts:
             return DelayedSubmission(self)
         part = self._parts[0]
         unsettled = part.unsettled
-        progress = [folder.read_progress() for folder in unsettled]
-        step = max((now.step for now in progress if now is not None), default=0)
-        had_its_time = time.monotonic() - self._started > 0.8 * self._time_s
-        if not unsettled or not had_its_time or step > part.furthest_step:
+        reports = [folder.read_progress() for folder in unsettled]
+        step = max((progress.step for progress in reports if progress is not None), default=0)
+        used_its_time = time.monotonic() - self._started > 0.8 * self._time_s
+        if not unsettled or not used_its_time or step > part.furthest_step:
             part.furthest_step = max(part.furthest_step, step)
             return DelayedSubmission(self)
         message = f"hangs after step {step}: no step in {self._time_s / 60:.3g} min"
-        if not answered:
-            message += ", and no answer when asked to stop"
+        if not has_stopped:
+            message += ", and no response to the request to stop"
         if len(unsettled) > 1:
             self._split(message)
         else:
-            unsettled[0].write_failure(message, _end_of(unsettled[0].log))
+            unsettled[0].write_failure(message, _last_output(unsettled[0].log))
             del self._parts[0]
         return DelayedSubmission(self) if self._parts else None
 
     def _stop_child(self) -> bool:
-        """Ask the child process to save and stop, and kill it if it does not; return whether it did."""
+        """Ask the child process to save and stop; kill it if it does not. Return True if it stopped."""
         if self._child is None or _has_ended(self._child.pid):
             return True
         os.kill(self._child.pid, STOP)
@@ -208,7 +209,7 @@ class Job:
 
 
 def halves(pack: list[Item]) -> list[list[Item]]:
-    """The halves of a pack, the larger one first; a pack of one is its own half."""
+    """The two halves of a pack, the larger one first; a pack of one run is not divided."""
     half = (len(pack) + 1) // 2
     return [part for part in (pack[:half], pack[half:]) if part]
 
@@ -226,22 +227,22 @@ def _has_ended(child: int) -> bool:
 
 
 def how_it_ended(code: int, output: str = "") -> str:
-    """The end of a process that wrote no failure itself, in words; `output` is its last output."""
+    """Describe the end of a process that wrote no failure; `output` is the last text that it printed."""
     lines = output.strip().splitlines()
     last_line = lines[-1] if lines else ""
     if code == EXIT_NOT_TOGETHER:
-        return last_line or "they do not go together"
+        return last_line or "the runs cannot train together"
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, or killed by hand)" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
-    if code == 1 and last_line:  # Python's own: an uncaught exception, before the run began
-        return f"ended with exit code 1: {last_line}"
-    return f"ended with exit code {code} and no error message"
+    if code == 1 and last_line:  # an uncaught exception in Python, before the run started
+        return f"exited with code 1: {last_line}"
+    return f"exited with code {code} and no error message"
 
 
-def _end_of(log: Path) -> str:
-    if not log.exists():  # somebody has deleted the run
+def _last_output(log: Path) -> str:
+    if not log.exists():  # the run folder was deleted
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))

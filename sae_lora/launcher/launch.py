@@ -23,19 +23,19 @@ from sae_lora.records import slurm
 from sae_lora.records.status import RunStatus, State, counts, read_statuses
 from sae_lora.report.tables import comparison_table, run_table
 
-_LOOK_EVERY_S = 0.5
-_MOST_LINES = 5
-"""Runs that are named one by one; the others are counted."""
+_POLL_S = 0.5
+_MAX_LINES = 5
+"""Largest number of runs that are named in messages; the others are counted."""
 
 
 def launch(points: Sequence[Config]) -> int:
     """Plan the points, run or submit those that are not done, and print a table.
 
     Returns:
-        The exit code: 0 where every run of the plan is finished or submitted.
+        The exit code: 0 if every run of the plan is finished or submitted.
 
     Raises:
-        UserError: Where a point cannot work, before anything runs.
+        UserError: If a point cannot work, before anything runs.
     """
     if not points:  # Hydra was asked for help, or to show a config
         return 0
@@ -46,34 +46,34 @@ def launch(points: Sequence[Config]) -> int:
         except slurm.UnreachableError as error:
             if not settings.dry_run:  # a plan may be made on another machine
                 raise
-            say(f"note: the partition is not checked: {error}")
+            say(f"note: the partition was not checked: {error}")
     planned = plan(points)
     for note in planned.notes:
         say(f"note: {note}")
     if planned.waiting:
-        points_to_come = count(len(planned.waiting), "point")
-        say(f"{points_to_come} will follow, which begin with the results of these runs")
+        waiting = count(len(planned.waiting), "point")
+        say(f"{waiting} will start after these runs, from their results")
     if settings.dry_run:
         _show_plan(planned, settings)
         return 0
-    code = _carry_out(planned, settings)
+    code = _execute(planned, settings)
     while code == 0 and planned.waiting and (settings.kind is LauncherKind.local or settings.wait):
         planned = plan(points)
-        code = _carry_out(planned, settings, again=True)
+        code = _execute(planned, settings, again=True)
     if code == 0 and planned.waiting:
         waiting = count(len(planned.waiting), "point")
-        say(f"{waiting} still to submit: run the same command again when these runs are done")
+        say(f"{waiting} not submitted yet: repeat the command when these runs are done")
     return code
 
 
-def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
-    """Run or submit the plan, perhaps `again` in the same command, and return the exit code."""
+def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
+    """Run or submit the plan and return the exit code; `again` if this command did so before."""
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
     on_slurm = settings.kind is LauncherKind.slurm
-    with _alone_in(sweeps):
-        packs = packed(_to_do(planned, settings, again=again), settings)
+    with _locked(sweeps):
+        packs = packed(_prepare_runs(planned, settings, again=again), settings)
         if packs and on_slurm:
             submit(packs, settings)
     if packs and not on_slurm:
@@ -84,14 +84,14 @@ def _carry_out(planned: Plan, settings: LauncherConfig, *, again: bool = False) 
         try:
             wait_for([run.folder for run in planned.runs])
         except KeyboardInterrupt:
-            say("the jobs go on without this command")
+            say("the jobs continue without this command")
             return 130
-    _conclude(planned)
+    _print_results(planned)
     return 0 if all(run.folder.is_finished for run in planned.runs) else 1
 
 
 def _common_settings(points: Sequence[Config]) -> LauncherConfig:
-    """The launcher's settings; refuse points that differ in them."""
+    """The launcher's settings, which all points must share."""
     first = asdict(points[0].launcher)
     for point in points[1:]:
         for name, value in asdict(point.launcher).items():
@@ -103,7 +103,7 @@ def _common_settings(points: Sequence[Config]) -> LauncherConfig:
 
 
 def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
-    """Print every run of the plan: its SAEs, its state, its pack, its cost."""
+    """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.train.cost import estimate  # brings torch in
 
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -111,20 +111,20 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
-    # Commits are left out, or runs that were begun would not share packs with new ones.
+    # With their commits, runs that were started before would not share packs with new runs.
     runs = _with_status([replace(run, config=unpinned(run.config)) for run in planned.runs])
     to_run = _states_to_run(settings)
     to_do = [run for run, status in runs if status.state in to_run]
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
-    flops_alone = 0.0
+    flops_unpacked = 0.0
     for run, status in runs:
         cost = estimate([run.config])
-        flops_alone += cost.flops if status.state in to_run else 0.0
+        flops_unpacked += cost.flops if status.state in to_run else 0.0
         table.add_row(
             run.name,
             status.state.value,
-            _named(run.config),
+            _sae_names(run.config),
             str(numbers.get(run.name, "–")),
             f"{cost.adapter_weights:,}",
             f"{cost.flops:.2e}",
@@ -137,12 +137,12 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
     say(
         f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {flops:.2e} training FLOPs "
-        f"({flops_alone:.2e} if each were alone; evaluations come on top), at most {memory / 1e9:.2f} GB"
+        f"({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
     )
 
 
-def _named(config: Config) -> str:
-    """The SAEs of a run; of many, the first and the last."""
+def _sae_names(config: Config) -> str:
+    """The SAEs of a run; if they are more than three, their number, the first and the last."""
     names = [choice.id or choice.path or config.sae.family.name for choice in config.sae.used]
     if len(names) > 3:
         return f"{len(names)} SAEs, {names[0]} to {names[-1]}"
@@ -153,37 +153,39 @@ def _states_to_run(settings: LauncherConfig) -> set[State]:
     return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
 
 
-def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
-    """The runs to start now, with their data fetched and their configs frozen.
+def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
+    """Fetch the data of the runs to start now, write their configs, and return them.
 
-    Prints why other runs are left out; with `again` not those that are done.
+    Print why other runs are left out; with `again`, do not mention finished runs.
     """
-    before = _with_status(planned.runs)
-    states = Counter(status.state for _, status in before)
+    statuses = _with_status(planned.runs)
+    states = Counter(status.state for _, status in statuses)
     if states[State.done] and not again:
-        say(f"{states[State.done]} of {len(planned.runs)} done before, not run again")
+        say(f"{states[State.done]} of {len(planned.runs)} already done, skipped")
     if states[State.failed]:
-        advice = "run again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
-        complain(f"{states[State.failed]} failed before", advice)
-    elsewhere = [
+        advice = (
+            "running again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
+        )
+        complain(f"{states[State.failed]} failed earlier", advice)
+    busy = [
         f"{run.name} is {status.state.value}, {status.note}"
-        for run, status in before
+        for run, status in statuses
         if status.state in (State.running, State.queued)
     ]
-    for line in elsewhere[:_MOST_LINES]:
-        complain("left alone", line)
-    if len(elsewhere) > _MOST_LINES:
-        complain("left alone", f"{len(elsewhere) - _MOST_LINES} more that are running or queued")
+    for line in busy[:_MAX_LINES]:
+        complain("skipped", line)
+    if len(busy) > _MAX_LINES:
+        complain("skipped", f"{len(busy) - _MAX_LINES} more runs that are running or queued")
 
     to_run = _states_to_run(settings)
-    runs = [run for run, status in before if status.state in to_run]
+    runs = [run for run, status in statuses if status.state in to_run]
     if not runs:
         return []
     from sae_lora.launcher.prefetch import prefetched  # brings torch in
 
     configs = prefetched([run.config for run in runs])
     fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
-    # Fetching may have taken an hour, in which another launch's runs have gone on.
+    # Fetching may take an hour. Another launch may have started some of the runs meanwhile.
     ready = [run for run, status in _with_status(fetched) if status.state in to_run]
     for run in ready:
         run.freeze()
@@ -191,25 +193,25 @@ def _to_do(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]
 
 
 def _with_status(runs: Sequence[Run]) -> list[tuple[Run, RunStatus]]:
-    """Runs, each with its status."""
+    """Pairs of run and status."""
     return list(zip(runs, read_statuses([run.folder for run in runs]), strict=True))
 
 
 @contextmanager
-def _alone_in(sweeps: Sequence[Path]) -> Iterator[None]:
-    """Let one launch at a time choose runs, so that none is frozen or submitted twice."""
+def _locked(sweeps: Sequence[Path]) -> Iterator[None]:
+    """Let one launch at a time choose runs, so that no run is frozen or submitted twice."""
     with ExitStack() as stack:
         for sweep in sweeps:
-            has_told = False
+            has_printed = False
             while True:
                 try:
                     stack.enter_context(held(sweep))
                     break
                 except HeldError:
-                    if not has_told:
-                        say(f"another launch of {sweep.name} is at work; waiting for it")
-                    has_told = True
-                    time.sleep(_LOOK_EVERY_S)
+                    if not has_printed:
+                        say(f"waiting for another launch of {sweep.name} to start its runs")
+                    has_printed = True
+                    time.sleep(_POLL_S)
         yield
 
 
@@ -220,7 +222,7 @@ def run_now(point: Config) -> float:
         The objective to minimise: the remaining CE gap, in nats per token.
 
     Raises:
-        UserError: Where the point cannot work, or its run fails.
+        UserError: If the point cannot work, or its run fails.
         KeyboardInterrupt: When asked to stop, after a checkpoint is saved.
     """
     from sae_lora.run.evaluate import evaluate_pending
@@ -234,12 +236,12 @@ def run_now(point: Config) -> float:
         if attempt([run.folder]) == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         if not run.folder.is_finished:
-            raise UserError(run.folder.failure_message or f"{run.name} was not finished")
+            raise UserError(run.folder.failure_message or f"{run.name} did not finish")
         evaluate_pending([run.folder])
     return run.folder.read_summary()["ce_gap"]
 
 
-def _conclude(planned: Plan) -> None:
+def _print_results(planned: Plan) -> None:
     """Print the table of results, the folders, and the runs that are not finished."""
     finished = [run for run in planned.runs if run.folder.is_finished]
     if len(planned.runs) == 1 and finished:
@@ -250,19 +252,17 @@ def _conclude(planned: Plan) -> None:
     elif finished:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
-    now = _with_status(planned.runs)
-    for run, status in now:
+    statuses = _with_status(planned.runs)
+    for run, status in statuses:
         if status.state is State.failed:
             complain("failed", f"{status.note}\n        {run.folder.failure}")
         elif status.state is not State.done:
             note = f" ({status.note})" if status.note else ""
             complain("not finished", f"{run.name} is {status.state.value}{note}")
-    for run in finished:  # most ask for no suites, and `pending` reads a config anew
+    for run in finished:  # most ask for no suites, and `pending` reads a config from disk
         if run.config.evaluation.suites and (missing := pending(run.folder)):
             names = ", ".join(suite.name for suite in missing)
-            complain(
-                "not evaluated", f"{names} of {run.name}: its log says why\n        {run.folder.log}"
-            )
-    failed = sum(status.state is State.failed for _, status in now)
+            complain("not evaluated", f"{run.name} by {names}; see its log\n        {run.folder.log}")
+    failed = sum(status.state is State.failed for _, status in statuses)
     if failed:
-        complain(f"{failed} failed", "launcher.retry_failed=true runs what failed again")
+        complain(f"{failed} failed", "launcher.retry_failed=true runs them again")

@@ -1,4 +1,4 @@
-"""The progress of runs, read from their folders: a live view in a terminal or notebook, else lines."""
+"""The progress of runs, read from their folders: a live view in a terminal or notebook, or lines."""
 
 import io
 from collections.abc import Sequence
@@ -25,31 +25,31 @@ _COLOURS = {
     State.done: "green",
 }
 _CELL_COLUMNS = 120
-"""Width of the view in a notebook."""
+"""Width of the view in a notebook, in columns."""
 _ROWS = 20
-"""Runs in the live table; the others are counted."""
+"""Largest number of runs in the live table; the others are counted."""
 
 
 @dataclass(frozen=True)
 class StatusRow:
-    """One run as its folder shows it now."""
+    """The present status of one run, from its folder."""
 
     name: str
     state: State
     note: str
-    """One line: the process that has it, the cause of its failure, or the end of its job."""
+    """One line: the process that runs it, the cause of its failure, or the end of its job."""
     progress: Progress | None
-    """Its last progress; `None` once it has ended."""
+    """Its newest progress; `None` after its end."""
     gap_closed: str
-    """From its last evaluation, in per cent."""
+    """Gap closed at its last evaluation, in per cent; empty without an evaluation."""
 
     @property
     def eta(self) -> str:
         """Time until its last step at the latest speed, without evaluations; empty if unknown."""
-        now = self.progress
-        if self.state is not State.running or now is None or not now.tokens_per_second:
+        progress = self.progress
+        if self.state is not State.running or progress is None or not progress.tokens_per_second:
             return ""
-        return duration(max(0, now.train_tokens - now.tokens) / now.tokens_per_second)
+        return duration(max(0, progress.train_tokens - progress.tokens) / progress.tokens_per_second)
 
 
 def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:
@@ -79,13 +79,15 @@ def status_table(statuses: Sequence[StatusRow]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note", overflow="ellipsis", no_wrap=True)
     for status in statuses:
-        now = status.progress
-        stage = now.stage if status.state is State.running and now is not None else status.state.value
+        progress = status.progress
+        stage = status.state.value
+        if status.state is State.running and progress is not None:
+            stage = progress.stage
         steps = rate = loss = ""
-        if now is not None and now.step > 0:
-            steps = f"{now.step:,}/{now.steps:,}"
-            rate = f"{now.tokens_per_second:,.0f}" if now.tokens_per_second else ""
-            loss = f"{now.loss:.3f}" if now.loss is not None else ""
+        if progress is not None and progress.step > 0:
+            steps = f"{progress.step:,}/{progress.steps:,}"
+            rate = f"{progress.tokens_per_second:,.0f}" if progress.tokens_per_second else ""
+            loss = f"{progress.loss:.3f}" if progress.loss is not None else ""
         table.add_row(
             Text(status.name),
             Text(stage, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True),
@@ -96,7 +98,7 @@ def status_table(statuses: Sequence[StatusRow]) -> Table:
 
 
 class Watch:
-    """A view of runs until the block ends; `update()` reads their folders again."""
+    """A live view of runs, inside a `with` block; `update()` reads their folders again."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = folders
@@ -105,7 +107,7 @@ class Watch:
         """Handle of the view in a notebook."""
         self._states: dict[RunFolder, State] = {}
         self._printed = 0
-        """Bytes of the only run's log that were printed, or older than this command."""
+        """Bytes of the only run's log that are already printed, or older than this command."""
         if len(folders) == 1 and folders[0].log.exists():
             self._printed = folders[0].log.stat().st_size
 
@@ -113,7 +115,7 @@ class Watch:
         """Read every folder and show the changes."""
         try:
             statuses = status_rows(self._folders)
-        except OSError:  # a file server may be away for a moment
+        except OSError:  # a file server may not answer for a moment
             return
         if len(self._folders) == 1:
             self._print_log(self._folders[0])
@@ -127,7 +129,7 @@ class Watch:
             self._show_in_cell(view)
 
     def _show_in_cell(self, view: RenderableType) -> None:
-        """Show the view in the output of a notebook's cell, where the one before was."""
+        """Show the view in the output of the notebook cell; it replaces the previous view."""
         from IPython.display import HTML, display
 
         drawing = Console(record=True, file=io.StringIO(), width=_CELL_COLUMNS, force_jupyter=False)
@@ -139,9 +141,9 @@ class Watch:
             self._cell.update(html)
 
     def _print_change(self, folder: RunFolder, status: StatusRow) -> None:
-        """Print a line when a run ends and, where the output is no terminal, when it starts."""
-        before, self._states[folder] = self._states.get(folder), status.state
-        if status.state is before:
+        """Print a line when a run ends and, if the output is no terminal, when it starts."""
+        previous, self._states[folder] = self._states.get(folder), status.state
+        if status.state is previous:
             return
         closed = status.gap_closed and f"gap closed {status.gap_closed}"
         if status.state in (State.done, State.failed):
@@ -150,7 +152,7 @@ class Watch:
             say(f"{status.state.value:>9}  {status.name}")
 
     def _print_log(self, folder: RunFolder) -> None:
-        """Print the lines that the only run has added to its log."""
+        """Print the new lines of the only run's log."""
         if not folder.log.exists():
             return
         with folder.log.open("rb") as file:
@@ -175,7 +177,7 @@ class Watch:
 
 
 def _summary(statuses: Sequence[StatusRow]) -> Group:
-    """Running runs, then those that failed or stopped, as many as fit; and the number in each state."""
+    """A table of running, then failed or stopped runs, at most `_ROWS`; and the number in each state."""
     running = [status for status in statuses if status.state is State.running]
     stopped = [status for status in statuses if status.state in (State.failed, State.resumable)]
     shown = [*running, *stopped][:_ROWS]
@@ -185,17 +187,20 @@ def _summary(statuses: Sequence[StatusRow]) -> Group:
 
 def _bar(status: StatusRow) -> Table | Text:
     """One run's progress as a bar, with loss, tokens/s and ETA."""
-    now = status.progress
-    if now is None or not now.train_tokens:
+    progress = status.progress
+    if progress is None or not progress.train_tokens:
         waiting = "starting" if status.state is State.new else status.state.value
-        return Text(now.stage if now is not None else waiting, style="dim")
+        return Text(progress.stage if progress is not None else waiting, style="dim")
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
         "training",
-        ProgressBar(total=now.train_tokens, completed=now.tokens, width=32),
-        f"{now.tokens / now.train_tokens:4.0%}",
-        Text(f"loss {now.loss:.3f}" if now.loss is not None else "", style="green"),
-        Text(f"{now.tokens_per_second:,.0f} tokens/s" if now.tokens_per_second else "", style="cyan"),
+        ProgressBar(total=progress.train_tokens, completed=progress.tokens, width=32),
+        f"{progress.tokens / progress.train_tokens:4.0%}",
+        Text(f"loss {progress.loss:.3f}" if progress.loss is not None else "", style="green"),
+        Text(
+            f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else "",
+            style="cyan",
+        ),
         status.eta and f"ETA {status.eta}",
     )
     return grid

@@ -1,4 +1,4 @@
-"""Packs: runs that train together, since the same model goes through the same batches."""
+"""Packs: runs that train together, because they use the same model and the same batches."""
 
 import os
 from collections import Counter
@@ -14,46 +14,49 @@ from sae_lora.config.schema import LauncherConfig
 from sae_lora.config.validate import check_processes
 from sae_lora.launcher.plan import Pack, Run
 
-_MOST = 8
-"""Runs in a pack of `launcher.pack=auto`; more would save little."""
-_FILLED = 0.9
-"""Share of the memory that an estimate may fill."""
+_MAX_RUNS = 8
+"""Largest number of runs in a pack with `launcher.pack=auto`; more would save little."""
+_MAX_FILL = 0.9
+"""Largest share of the memory that a pack may need, by the estimate."""
 _GPU_GB, _NODE_GB = 40.0, 8.0
-"""Memory of a GPU and of a node where the config does not say."""
+"""Memory of a GPU and of a node, in GB, if the config does not give it."""
 
 
 def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
-    """The runs in as few packs as possible, of equal size; on this machine, one at least for each place.
+    """Divide the runs into as few packs of equal size as possible.
 
-    A pack that does not fit into the memory is halved until its parts do. Runs with the same SAEs come
-    into the same pack, and among them runs that are adapted from the same block on.
+    On this machine, there is at least one pack for each slot. A pack that does not fit into memory is
+    halved until its parts fit. Runs with the same SAEs are packed together, and of these first the runs
+    whose first adapted block is the same.
     """
-    most = {"auto": _MOST, "off": 1, False: 1}.get(settings.pack) or settings.pack  # YAML: off is false
-    if most == 1 or len(runs) < 2:
+    largest = {"auto": _MAX_RUNS, "off": 1, False: 1}.get(
+        settings.pack
+    ) or settings.pack  # YAML: off is false
+    if largest == 1 or len(runs) < 2:
         return [[run] for run in runs]
     groups: dict[str, Pack] = {}
     for run in runs:
         groups.setdefault(pack_key(run.config), []).append(run)
-    here = settings.kind is LauncherKind.local
-    fewest = max(1, len(places(runs, settings)) // len(groups)) if here else 1
-    return [pack for group in groups.values() for pack in _split(group, most, fewest, settings)]
+    is_local = settings.kind is LauncherKind.local
+    fewest = max(1, len(slots(runs, settings)) // len(groups)) if is_local else 1
+    return [pack for group in groups.values() for pack in _split(group, largest, fewest, settings)]
 
 
-def _split(group: Pack, most: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
+def _split(group: Pack, largest: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
     from sae_lora.train.cost import first_own_block  # brings torch in
 
     ordered = sorted(group, key=lambda run: (repr(run.config.sae.used), first_own_block(run.config)))
-    number = min(len(group), max(fewest, -(-len(group) // most)))
+    number = min(len(group), max(fewest, -(-len(group) // largest)))
     return [pack for part in _equal_parts(ordered, number) for pack in _fitting(part, settings)]
 
 
 def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
-    """The pack, or parts of it that fit into the memory."""
+    """The pack, or parts of it that fit into memory."""
     from sae_lora.train.cost import estimate  # brings torch in
 
     if len(pack) > 1:
         needed = estimate([run.config for run in pack]).peak_bytes
-        if needed > _FILLED * _room(pack, settings):
+        if needed > _MAX_FILL * _free_bytes(pack, settings):
             return [part for half in _equal_parts(pack, 2) for part in _fitting(half, settings)]
     return [pack]
 
@@ -63,60 +66,60 @@ def _equal_parts(runs: Pack, number: int) -> list[Pack]:
     return [runs[start:end] for start, end in pairwise(bounds)]
 
 
-def _room(pack: Pack, settings: LauncherConfig) -> float:
-    """Bytes of memory for each process of a pack."""
-    wants_gpu = pack[0].config.train.device.name != "cpu" and settings.gpus_per_node > 0
+def _free_bytes(pack: Pack, settings: LauncherConfig) -> float:
+    """Memory for each process of a pack, in bytes."""
+    needs_gpu = pack[0].config.train.device.name != "cpu" and settings.gpus_per_node > 0
     if settings.kind is LauncherKind.slurm:
-        if wants_gpu:
+        if needs_gpu:
             return 1e9 * (settings.gpu_mem_gb or _GPU_GB)
         return 1e9 * (settings.mem_gb or _NODE_GB) / settings.node_processes
     import torch
 
-    if wants_gpu and torch.cuda.is_available():
+    if needs_gpu and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        room = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else total
+        free = 1e9 * settings.gpu_mem_gb if settings.gpu_mem_gb else total
     else:
-        room = psutil.virtual_memory().available / settings.node_processes
+        free = psutil.virtual_memory().available / settings.node_processes
     # Packs that run at the same time share a GPU, or the main memory.
-    sharing = Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places(pack, settings))
-    return room / max(sharing.values())
+    sharing = Counter(slot.get("CUDA_VISIBLE_DEVICES") for slot in slots(pack, settings))
+    return free / max(sharing.values())
 
 
-def places(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
-    """Places for packs that run at the same time: the environment variables of each.
+def slots(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]:
+    """The slots of this machine for packs that run at the same time: environment variables of each.
 
     Raises:
-        ConfigError: Where a pack asks for more GPUs than this machine has, or more processes than GPUs.
+        ConfigError: If a pack asks for more GPUs than this machine has, or more processes than GPUs.
     """
-    together = settings.gpus_per_node
-    on_cpu = together == 0 or all(run.config.train.device.name == "cpu" for run in runs)
+    per_pack = settings.gpus_per_node
+    on_cpu = per_pack == 0 or all(run.config.train.device.name == "cpu" for run in runs)
     gpus = [] if on_cpu else _gpus()
     if gpus:
         check_processes(settings)
-    if gpus and together > len(gpus):
+    if gpus and per_pack > len(gpus):
         raise ConfigError(
-            "launcher.gpus_per_node", together, f"at most {len(gpus)}, with launcher=local", len(gpus)
+            "launcher.gpus_per_node", per_pack, f"at most {len(gpus)}, with launcher=local", len(gpus)
         )
-    firsts = range(0, len(gpus) - together + 1, together or 1)
-    groups = [",".join(gpus[first : first + together]) for first in firsts if gpus]
+    starts = range(0, len(gpus) - per_pack + 1, per_pack or 1)
+    groups = [",".join(gpus[start : start + per_pack]) for start in starts if gpus]
     number = settings.max_parallel or len(groups) or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     takes_all_cores = number * settings.node_processes == 1 and not settings.cpus_per_task
     threads = max(1, (settings.cpus_per_task or cores // number) // settings.node_processes)
     common = {} if takes_all_cores else {"OMP_NUM_THREADS": str(threads)}
-    if together == 0:
+    if per_pack == 0:
         common["CUDA_VISIBLE_DEVICES"] = ""
     return [
-        common | ({"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} if groups else {})
-        for place in range(number)
+        common | ({"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} if groups else {})
+        for slot in range(number)
     ]
 
 
 def _gpus() -> list[str]:
-    """GPUs that this process may use, by their names in `CUDA_VISIBLE_DEVICES`."""
+    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
-    import torch  # imported before, by what fetches the text
+    import torch  # already imported by the code that fetches the text
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -1,7 +1,7 @@
-"""The plan: the run that each point of a sweep means, and its folder.
+"""The plan: the run of each point of a sweep, and its folder.
 
-Planning finds SAEs that exist. It writes nothing, and loads a model only to measure the distances
-between its blocks, once, for layer=groups.
+Planning resolves requests to existing SAEs. It writes nothing. It loads a model only for layer=groups,
+once, to measure the distances between its blocks.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ class Run:
     config: Config
     folder: RunFolder
     groups: LayerGroups | None = None
-    """Groups of blocks that share an SAE, where there are some."""
+    """Groups of blocks that share an SAE, if the run has such groups."""
 
     @property
     def name(self) -> str:
@@ -42,10 +42,10 @@ class Run:
         return self.folder.path.name
 
     def freeze(self) -> None:
-        """Write the resolved config into the folder, and put the files of a failed attempt aside.
+        """Write the resolved config into the folder, and move the files of a failed attempt aside.
 
         Raises:
-            UserError: Where the folder cannot be written.
+            UserError: If the folder cannot be written.
         """
         self.folder.write_config(OmegaConf.to_yaml(as_dict(self.config)))
         if self.groups is not None:
@@ -59,21 +59,21 @@ Pack = list[Run]
 
 @dataclass(frozen=True)
 class Plan:
-    """Every run of one command, each once."""
+    """The runs of one command, each once."""
 
     runs: list[Run]
     notes: list[str]
-    """Messages for the user: the nearest SAE taken, the same point twice."""
+    """Messages for the user, such as a nearest SAE that is used, or a point that is named twice."""
     waiting: list[Config]
-    """Points that begin with the result of an unfinished run of this plan; planned after it."""
+    """Points that begin with the result of an unfinished run of this plan. They are planned after it."""
 
 
 def plan(points: Sequence[Config]) -> Plan:
-    """Find the run of each point.
+    """Plan the run of each point.
 
     Raises:
         ConfigError: For a point that cannot work.
-        UserError: Where a model's config cannot be read, and where no point has an SAE.
+        UserError: If the config of a model cannot be read, or no point has an SAE.
     """
     planner = _Planner(strict=len(points) == 1 or any(point.launcher.strict for point in points))
     waiting: list[Config] = []
@@ -81,14 +81,14 @@ def plan(points: Sequence[Config]) -> Plan:
         if point.init not in Method.__members__:
             planner.add(point)
     for point in _in_order([point for point in points if point.init in Method.__members__]):
-        if any(_is_named(other, point) for other in waiting):
+        if any(_is_named(earlier, point) for earlier in waiting):
             waiting.append(point)
             continue
-        before = planner.run_before(point)
-        if before.folder.is_finished:
-            planner.add(replace(point, init=str(before.folder.path)))
+        source = planner.init_run(point)
+        if source.folder.is_finished:
+            planner.add(replace(point, init=str(source.folder.path)))
         else:
-            planner.check_waiting(point, before)
+            planner.check_waiting(point, source)
             waiting.append(point)
     if not planner.runs:
         raise UserError("\n  ".join(["no point of this sweep has an SAE", *planner.notes[:5]]))
@@ -96,31 +96,35 @@ def plan(points: Sequence[Config]) -> Plan:
 
 
 def _in_order(points: Sequence[Config]) -> Iterator[Config]:
-    """Points whose `init` names others, each after the points that it names."""
+    """Points whose `init` names a method, each after the points that it names."""
     waiting = list(points)
     while waiting:
-        ready = [point for point in waiting if not any(_is_named(other, point) for other in waiting)]
+        ready = [point for point in waiting if not any(_is_named(named, point) for named in waiting)]
         ready = ready or waiting
         yield from ready
-        waiting = [point for point in waiting if not any(point is other for other in ready)]
+        waiting = [point for point in waiting if not any(point is planned for planned in ready)]
 
 
 def _is_named(point: Config, by: Config) -> bool:
-    """True for a point with the method that another's `init` names, and its model, layer and seeds."""
-    return point is not by and point.method.kind.name == by.init and _place(point) == _place(by)
+    """True if `init` of `by` is the method of `point`, and model, layer and seeds are equal."""
+    return (
+        point is not by
+        and point.method.kind.name == by.init
+        and _model_layer_seeds(point) == _model_layer_seeds(by)
+    )
 
 
-def _place(config: Config) -> tuple[Any, ...]:
+def _model_layer_seeds(config: Config) -> tuple[Any, ...]:
     model = config.model.name, config.model.revision
     return model, config.layer, config.train.seed, config.data.seed
 
 
-_MOST_NAMED = 3
-"""Runs that are named one by one."""
+_MAX_NAMED = 3
+"""Largest number of runs that a note names one by one."""
 
 
 class _Planner:
-    """The plan as it grows. A point without an SAE is left out, or an error if `strict`."""
+    """A plan under construction. A point without an SAE is dropped; if `strict`, it is an error."""
 
     def __init__(self, *, strict: bool) -> None:
         self.runs: dict[Path, Run] = {}
@@ -136,17 +140,17 @@ class _Planner:
         """Messages for the user, also about points that mean the same run."""
         times = Counter(path for _, path in self._planned)
         repeated = {path: number for path, number in times.items() if number > 1}
-        if len(repeated) > _MOST_NAMED:
+        if len(repeated) > _MAX_NAMED:
             number = sum(repeated.values()) - len(repeated)
-            return [*self.notes, f"{number} points mean the same run as another, and run once with it"]
+            return [*self.notes, f"{number} points are duplicates of other points and run only once"]
         return self.notes + [
-            f"{path.name} is named {'twice' if number == 2 else f'{number} times'} and runs once"
+            f"{path.name} is named {'twice' if number == 2 else f'{number} times'} and runs only once"
             for path, number in repeated.items()
         ]
 
     def add(self, point: Config) -> None:
         """Add the run of a point."""
-        asked = point
+        request = point
         dimensions = self._dimensions(point)
         try:
             if point.init is not None:
@@ -161,7 +165,7 @@ class _Planner:
             if self._strict:
                 raise
             self.notes.append(
-                f"dropped: {_asked_for(point)}, since {error.field} may be {error.allowed}"
+                f"dropped: {_requested_cell(point)}, since {error.field} may be {error.allowed}"
             )
             return
         lora = replace(
@@ -173,24 +177,28 @@ class _Planner:
             files_matching(as_list(config.data.files))
         self.notes += [note for note in resolution.notes if note not in self.notes]
         path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
-        self._planned.append((asked, path))
+        self._planned.append((request, path))
         folder = RunFolder(path)
-        self.runs.setdefault(path, Run(_as_begun(config, folder), folder, shared))
+        self.runs.setdefault(path, Run(_pinned_to_start(config, folder), folder, shared))
 
-    def run_before(self, point: Config) -> Run:
-        """The run of this plan that a point's `init` names by its method; refuse none and several."""
-        paths = {path for asked, path in self._planned if _is_named(asked, point)}
+    def init_run(self, point: Config) -> Run:
+        """The only run of this plan that the `init` of a point names by its method."""
+        paths = {path for planned, path in self._planned if _is_named(planned, point)}
         if len(paths) != 1:
-            number = len(paths) or "none"
-            because = f"{number} of them have method={point.init}, this model, layer and seed"
-            allowed = "a finished run's folder, or the method of just one other run of this command"
+            number = len(paths) or "no"
+            because = (
+                f"{number} runs of this command have method={point.init}, this model, layer and seed"
+            )
+            allowed = (
+                "the folder of a finished run, or the method of exactly one other run of this command"
+            )
             raise ConfigError("init", point.init, allowed, because=because)
         return self.runs[paths.pop()]
 
-    def check_waiting(self, point: Config, before: Run) -> None:
-        """Check a point now that is planned when the run before it has finished, perhaps hours later."""
-        check_goes_on(point, before.config)
-        _check_fits(point, before.config.sae.used, self._dimensions(point))
+    def check_waiting(self, point: Config, source: Run) -> None:
+        """Check a point before it waits for the run `source`, perhaps for hours."""
+        check_goes_on(point, source.config)
+        _check_fits(point, source.config.sae.used, self._dimensions(point))
 
     def _dimensions(self, point: Config) -> Dimensions:
         model = (point.model.name, point.model.revision)
@@ -199,8 +207,8 @@ class _Planner:
         return self._sizes[model]
 
 
-def _asked_for(point: Config) -> str:
-    """The cell of the grid that a point asks for."""
+def _requested_cell(point: Config) -> str:
+    """The requested cell of the grid, as keys and values."""
     parts = {
         "layer.index": point.layer.index,
         "layer.every": point.layer.every,
@@ -212,16 +220,16 @@ def _asked_for(point: Config) -> str:
     return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
-def _as_begun(config: Config, folder: RunFolder) -> Config:
-    """The config with the model, SAEs and text that a run with a checkpoint has read before."""
+def _pinned_to_start(config: Config, folder: RunFolder) -> Config:
+    """The config; if the run has a checkpoint, with the model, SAEs and text that it started with."""
     if folder.is_finished or not folder.checkpoints.exists():
         return config
-    before = load(folder.config.read_text())
-    return pinned(config, before.model.commit, before.sae.used, before.data.version)
+    started = load(folder.config.read_text())
+    return pinned(config, started.model.commit, started.sae.used, started.data.version)
 
 
 def pinned(config: Config, commit: str | None, used: list[SAEChoice], version: str | None) -> Config:
-    """The config with the model's commit, the SAEs and the version of the text that the run reads."""
+    """The config with a commit of the model, SAEs and a version of the text."""
     return replace(
         config,
         model=replace(config.model, commit=commit),
@@ -231,12 +239,12 @@ def pinned(config: Config, commit: str | None, used: list[SAEChoice], version: s
 
 
 def unpinned(config: Config) -> Config:
-    """The config as it was before anything was fetched."""
+    """The config without commits and without a version of the text."""
     return pinned(config, None, [replace(choice, commit=None) for choice in config.sae.used], None)
 
 
 def _check_fits(config: Config, used: Sequence[SAEChoice], model: Dimensions) -> None:
-    """Refuse blocks that the model does not have, and text that is too long for it."""
+    """Refuse blocks that the model does not have, and sequences that are too long for it."""
     if config.method.kind in ADAPTING:
         first = min(choice.block for choice in used)
         adapted_blocks(canonical_blocks(config.lora.blocks), first, model.n_blocks)
@@ -245,6 +253,6 @@ def _check_fits(config: Config, used: Sequence[SAEChoice], model: Dimensions) ->
         raise ConfigError(
             "data.context_length",
             config.data.context_length,
-            f"at most {longest}, the longest text that {config.model.name} was made for",
+            f"at most {longest}, the longest sequence that {config.model.name} supports",
             nearest=longest,
         )

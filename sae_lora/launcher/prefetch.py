@@ -1,4 +1,4 @@
-"""Models, SAEs and text, fetched once before any run begins; runs then need no network."""
+"""Models, SAEs and text, fetched once before any run starts, so that runs need no network."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def prefetched(configs: Sequence[Config]) -> list[Config]:
 
 
 class _Fetcher:
-    """Everything is fetched once, however many runs read it."""
+    """A cache, so that everything is fetched once for all runs."""
 
     def __init__(self) -> None:
         self._commits: dict[tuple[str, str | None], str | None] = {}

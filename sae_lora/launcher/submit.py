@@ -1,4 +1,4 @@
-"""Packs and jobs: run here as places become free, submitted to SLURM as array jobs, cancelled."""
+"""Packs as jobs: run on this machine, submit to SLURM as array jobs, cancel."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from sae_lora.common.signals import handling
 from sae_lora.config.schema import LauncherConfig
 from sae_lora.launcher.job import Job, halves
 from sae_lora.launcher.live_view import Watch
-from sae_lora.launcher.packs import places
+from sae_lora.launcher.packs import slots
 from sae_lora.launcher.plan import Pack
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
@@ -31,11 +31,11 @@ from sae_lora.tracking import tracker
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
 _TIMEOUTS = 1_000
-"""Times that a job may be started again after its time limit; a run that hangs ends by itself."""
+"""Largest number of restarts after a time limit. The job itself ends a run that hangs."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
-"""Everything was fetched before, and many nodes have no internet."""
-_LOOK_EVERY_S = 0.5
-_ASK_SLURM_EVERY_S = 10.0
+"""Runs need no network: everything is already fetched, and many nodes have no internet."""
+_POLL_S = 0.5
+_POLL_SLURM_S = 10.0
 
 
 # ---- this machine -------------------------------------------------------------------------------
@@ -43,20 +43,21 @@ _ASK_SLURM_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class _Started:
-    """A pack that has a place."""
+    """A pack that runs in a slot."""
 
     pack: Pack
     job: submitit.Job[None]
-    place: dict[str, str]
+    slot: dict[str, str]
+    """Environment variables of the slot."""
     milestones: set[Path]
-    """Milestones that the pack had reached before."""
+    """Milestones that the pack had reached before this job."""
 
 
 def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
-    """Execute the packs on this machine, as many at a time as there are places, and show their progress.
+    """Execute the packs on this machine, one in each slot at a time, and show their progress.
 
     Raises:
-        KeyboardInterrupt: When asked to stop, after the runs have saved their state.
+        KeyboardInterrupt: After a request to stop, when the runs have saved their state.
     """
     runs = [run for pack in packs for run in pack]
     folder = _new_folder(runs[0].folder.path.parent)
@@ -64,36 +65,36 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
     variables = _OFFLINE | tracker.settled(runs[0].config.tracking)
-    free, waiting = deque(places(runs, settings)), deque(packs)
+    free, waiting = deque(slots(runs, settings)), deque(packs)
     started: list[_Started] = []
-    # A kill, or a terminal that is closed, has the effect of Ctrl-C.
+    # SIGTERM and a closed terminal have the same effect as Ctrl-C.
     stops = handling((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
-    with _hearing_interrupts(), stops, Watch([run.folder for run in runs]) as watch:
+    with _receiving_interrupts(), stops, Watch([run.folder for run in runs]) as watch:
         try:
             while waiting or started:
                 while waiting and free:
-                    place, pack = free.popleft(), waiting.popleft()
+                    slot, pack = free.popleft(), waiting.popleft()
                     with _errors_to(folder / "controllers.log"):
-                        job = executor.submit(_job(pack, variables | place, settings))
-                    started.append(_Started(pack, job, place, _milestones(pack)))
-                time.sleep(_LOOK_EVERY_S)
+                        job = executor.submit(_job(pack, variables | slot, settings))
+                    started.append(_Started(pack, job, slot, _milestones(pack)))
+                time.sleep(_POLL_S)
                 watch.update()
                 ended = [entry for entry in started if entry.job.done()]
                 started = [entry for entry in started if entry not in ended]
-                free.extend(entry.place for entry in ended)
+                free.extend(entry.slot for entry in ended)
                 waiting.extend(pack for entry in ended for pack in _remaining(entry))
         except KeyboardInterrupt:
-            say("stopping: what runs saves where it stands")
+            say("stopping: runs save a checkpoint first")
             _stop(started, settings.signal_delay_s, watch)
             raise
 
 
 @contextmanager
-def _hearing_interrupts() -> Iterator[None]:
-    """Inside the block, processes that are started receive SIGINT, by which submitit stops them.
+def _receiving_interrupts() -> Iterator[None]:
+    """Let processes that start inside the block receive SIGINT, by which submitit stops them.
 
-    A script's background processes ignore SIGINT, and so do all that they start. To keep Ctrl-C in that
-    script from stopping this process after all, it gets a process group of its own.
+    The background processes of a shell script ignore SIGINT, and their children inherit this. This
+    process then moves to its own process group, so that Ctrl-C in the script still does not stop it.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
@@ -109,25 +110,25 @@ def _hearing_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _errors_to(file: Path) -> Iterator[None]:
-    """Send the errors of processes that are started inside the block to a file: submitit's at Ctrl-C."""
-    before = os.dup(2)
+    """Send stderr of processes that start inside the block to a file, such as submitit's at Ctrl-C."""
+    original = os.dup(2)
     with file.open("ab") as opened:
         os.dup2(opened.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        os.dup2(original, 2)
+        os.close(original)
 
 
 def _remaining(ended: _Started) -> list[Pack]:
-    """Packs of the runs to start again, since submitit starts a job only so often.
+    """Packs of the runs to start again, since submitit limits the restarts of a job.
 
-    Runs that made progress stay together, others go on in halves; a single run without progress is left
-    for another launch.
+    If the pack made progress, its runs stay together, otherwise it is split into halves. A single run
+    without progress is left to another launch.
     """
-    now = read_statuses([run.folder for run in ended.pack])
-    to_do = [run for run, status in zip(ended.pack, now, strict=True) if status.is_to_do]
+    statuses = read_statuses([run.folder for run in ended.pack])
+    to_do = [run for run, status in zip(ended.pack, statuses, strict=True) if status.is_to_do]
     if to_do and not _milestones(ended.pack) <= ended.milestones:
         return [to_do]
     return halves(to_do) if len(to_do) > 1 else []
@@ -139,19 +140,19 @@ def _milestones(pack: Pack) -> set[Path]:
     return ends | {path for run in pack for path in run.folder.checkpoints.glob("step-*")}
 
 
-def _stop(started: Sequence[_Started], most_s: float, watch: Watch) -> None:
-    """Stop the jobs, and wait so many seconds for their runs."""
+def _stop(started: Sequence[_Started], timeout_s: float, watch: Watch) -> None:
+    """Stop the jobs, and wait until their runs have stopped, for at most `timeout_s` seconds."""
     for entry in started:
         entry.job.cancel()
-    deadline = time.monotonic() + most_s
+    deadline = time.monotonic() + timeout_s
     runs = [run for entry in started for run in entry.pack]
     while any(holder(run.folder.path) for run in runs):
         if time.monotonic() > deadline:
             for run in runs:
                 if (process := holder(run.folder.path)) is not None:
-                    complain("does not stop", f"{run.name}, process {process.pid} on {process.host}")
+                    complain("still running", f"{run.name}, process {process.pid} on {process.host}")
             return
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
         watch.update()
 
 
@@ -162,7 +163,7 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     """Submit the packs to SLURM as array jobs, and write the job of each run into its folder.
 
     Raises:
-        UserError: Where SLURM refuses.
+        UserError: If SLURM refuses.
     """
     runs = [run for pack in packs for run in pack]
     sweep = runs[0].folder.path.parent
@@ -184,9 +185,10 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
         slurm_array_parallelism=settings.array_parallelism,
         slurm_additional_parameters={"requeue": True} | (settings.sbatch or {}),
         slurm_srun_args=[
-            # One process, on the first node; it starts the others (`sae_lora.train.distributed`).
+            # One process, on the first node. It starts the other processes
+            # (`sae_lora.train.distributed`).
             *(["--nodes=1", "--ntasks=1"] if settings.nodes > 1 else []),
-            # Since SLURM 22.05 srun does not inherit it from sbatch.
+            # Since SLURM 22.05, srun does not inherit this option from sbatch.
             *([f"--cpus-per-task={cores}"] if cores else []),
         ],
     )
@@ -195,13 +197,13 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     for start in range(0, len(packs), settings.max_array_size):
         part = packs[start : start + settings.max_array_size]
         try:
-            with _as_outside_a_job(), executor.batch():
+            with _without_job_variables(), executor.batch():
                 jobs = [executor.submit(_job(pack, variables, settings)) for pack in part]
         except FailedJobError as error:
             lines = [line for line in str(error).splitlines() if "error" in line or "unrec" in line]
             reason = "\n  ".join(lines or [str(error)])
             raise UserError(
-                f"launcher=slurm: sbatch refused {len(part)} jobs ({start} are in):\n  {reason}"
+                f"launcher=slurm: sbatch refused {len(part)} jobs ({start} are submitted):\n  {reason}"
             ) from error
         for pack, job in zip(part, jobs, strict=True):
             for run in pack:
@@ -211,41 +213,43 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
 
 
 def wait_for(folders: Sequence[RunFolder]) -> None:
-    """Show the runs until SLURM has none of their jobs."""
+    """Show the runs until none of their jobs is in SLURM's queue."""
     jobs = {job for folder in folders if (job := folder.job) is not None}
     with Watch(folders) as watch:
         while True:
-            with contextlib.suppress(slurm.UnreachableError):  # it may answer next time
+            with contextlib.suppress(slurm.UnreachableError):  # SLURM may answer the next time
                 if not slurm.queue().keys() & jobs:
                     return
             watch.update()
-            time.sleep(_ASK_SLURM_EVERY_S)
+            time.sleep(_POLL_SLURM_S)
 
 
 def cancel(folders: Sequence[RunFolder]) -> None:
-    """Cancel the jobs of unfinished runs. Their checkpoints stay, and the runs can resume.
+    """Cancel the jobs of unfinished runs. The runs keep their checkpoints and can resume.
 
     Raises:
-        UserError: Where SLURM does not answer, or refuses.
+        UserError: If SLURM does not answer, or refuses.
     """
     queue = slurm.queue() if any(folder.job for folder in folders) else {}
-    under_way = [folder for folder in folders if not folder.is_finished]
-    jobs = {job for folder in under_way if (job := folder.job) in queue}
+    unfinished = [folder for folder in folders if not folder.is_finished]
+    jobs = {job for folder in unfinished if (job := folder.job) in queue}
     if jobs:
         slurm.cancel(sorted(jobs))
     say(f"{count(len(jobs), 'job')} cancelled")
     named = {folder.path for folder in folders}
-    for other in runs_of(folders[0].path.parent):
-        if other.path not in named and not other.is_finished and other.job in jobs:
-            say(f"{other.path.name} trains there too, and stops")
+    for folder in runs_of(folders[0].path.parent):
+        if folder.path not in named and not folder.is_finished and folder.job in jobs:
+            say(f"{folder.path.name} stops too: it trains in the same job")
     for folder, status in zip(folders, read_statuses(folders), strict=True):
         if status.state is State.running and folder.job not in jobs:
-            complain("left alone", f"{folder.path.name} is running {status.note}; Ctrl-C there stops it")
+            complain(
+                "skipped", f"{folder.path.name} is running {status.note}; stop it there with Ctrl-C"
+            )
 
 
 @contextmanager
-def _as_outside_a_job() -> Iterator[None]:
-    """Keep a job that is submitted from within another from inheriting its variables."""
+def _without_job_variables() -> Iterator[None]:
+    """Hide the variables of SLURM inside the block: a job submitted from a job must not inherit them."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -270,6 +274,6 @@ def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job
 
 
 def _new_folder(sweep: Path) -> Path:
-    """A folder of this launch for submitit's own files, which it names by process number."""
+    """A folder for submitit's files, unique for this launch: submitit names files by process number."""
     launch = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     return sweep.absolute() / ".submitit" / launch

@@ -1,1 +1,1 @@
-"""One process: runs that train together, from their folders to their summaries."""
+"""One process that trains a pack of runs, from their folders to their summaries."""

@@ -1,4 +1,4 @@
-"""One run among those that train together: its folder, its training, its outcome."""
+"""One run of a pack: its folder, its training, its outcome."""
 
 import copy
 import shutil
@@ -33,11 +33,11 @@ from sae_lora.train.train_state import TrainState
 class ActiveRun:
     """One run, from its folder to its summary.
 
-    Its methods are called in the order in which they stand here.
+    The methods are called in the order in which they are defined.
 
     Args:
-        folder: A folder with a config that is checked and whose SAEs are resolved.
-        check: Called before a checkpoint or a result is written; raises where the run is lost.
+        folder: A run folder whose config is checked and has resolved SAEs.
+        check: Called before each write of a checkpoint or a result; raises if the run is lost.
         release: Called after the last write.
     """
 
@@ -53,20 +53,20 @@ class ActiveRun:
     ) -> None:
         self.folder = folder
         self.outcome: Summary | Exception | None = None
-        """Its results or its error; `None` until it has one."""
+        """The summary or the error; `None` while the run is unfinished."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
         self._check = check
         self._release = release
         self._saved: Snapshot | None = None
         self._saes: list[LoadedSAE] = []
-        self._has_begun = False
+        self._has_started = False
 
     def read(self) -> None:
         """Read the config and the newest checkpoint; write nothing.
 
         Raises:
-            UserError: Where no checkpoint can be used.
+            UserError: If there are checkpoints, but none can be used.
         """
         self.config = load(self.folder.config.read_text())
         self.name = readable_name(self.config)
@@ -78,20 +78,20 @@ class ActiveRun:
         self.seconds_before = self._saved.values["total_seconds"] if self._saved else 0.0
         """Seconds of earlier attempts, up to the checkpoint."""
 
-    def make_way(self) -> None:
-        """Move the unfinished files of an earlier attempt aside."""
+    def move_aside(self) -> None:
+        """Move unfinished files of an earlier attempt into a subfolder."""
         self.folder.set_aside(curve=self._saved is None)
 
     def build(self, model: LanguageModel, saes: list[LoadedSAE], sample: Sample | None = None) -> None:
-        """Build its student and its training, new or from the checkpoint.
+        """Build the student and the training, new or from the checkpoint.
 
         Args:
             model: The plain model.
-            saes: The SAEs of its config; with none of them it makes new ones.
-            sample: Training text for new SAEs.
+            saes: The SAEs of the config; if empty, new SAEs are made.
+            sample: Training text, needed for new SAEs.
 
         Raises:
-            ConfigError: Where what is trained does not fit the model.
+            ConfigError: If the trained weights do not fit the model.
         """
         set_seed(self.config.train.seed)
         if not saes:
@@ -116,12 +116,12 @@ class ActiveRun:
         """Cut the curve to the checkpoint, and open the W&B run.
 
         Raises:
-            UserError: Where the curve is not the one that the checkpoint was made with.
+            UserError: If the curve does not belong to the checkpoint.
         """
         points = self._saved.values["points"] if self._saved else 0
         self.folder.cut_curve(points)
         self._tracker = Tracker(self.config, self.folder, environment)
-        self._has_begun = True
+        self._has_started = True
         self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:
@@ -129,9 +129,9 @@ class ActiveRun:
         self.folder.append_point(replace(point, train_flops=self._flops_per_step * point.step))
 
     def save(self, total_seconds: float) -> None:
-        """Write a checkpoint. The points in it are final, and W&B may show them."""
+        """Write a checkpoint. Its points are final, so W&B may show them."""
         self._check()
-        self.keep_if_due()  # a run stopped in just that step resumes after it
+        self.keep_if_due()  # a run that stops after this step resumes after it
         state = self.training.state()
         state.values["total_seconds"] = total_seconds
         checkpoint.save(self.folder.checkpoints, self._hash, state)
@@ -139,13 +139,13 @@ class ActiveRun:
         self._tracker.show(state.values["points"])
 
     def keep_if_due(self) -> None:
-        """Keep the trained SAEs after the shares of training that `method.checkpoints` names."""
+        """Save the trained SAEs if the step is at a share of training in `method.checkpoints`."""
         for share in self.config.method.checkpoints:
             folder = self.folder.sae_at / f"{share:g}"
             if self.training.step == max(1, round(share * self._steps)) and not folder.exists():
                 self.folder.sae_at.mkdir(exist_ok=True)
-                with new_folder(folder) as beside:
-                    self._artifact.save(beside)
+                with new_folder(folder) as new:
+                    self._artifact.save(new)
 
     def finish(
         self,
@@ -154,17 +154,17 @@ class ActiveRun:
         data: dict[str, Any],
         **common: Any,
     ) -> None:
-        """Write the results; then the run is finished.
+        """Write the results. The run is then finished.
 
         Args:
-            total_seconds: Seconds of all its attempts.
-            contributions: The contribution of each of several SAEs, by hookpoint.
-            data: The description of the text.
+            total_seconds: Seconds of all attempts.
+            contributions: Contribution of each SAE by hookpoint, if there are several.
+            data: Description of the text.
             common: Further fields of the summary.
         """
         self._check()
-        with new_folder(self.folder.path / self._artifact.name) as beside:
-            self._artifact.save(beside)
+        with new_folder(self.folder.path / self._artifact.name) as new:
+            self._artifact.save(new)
         summary = summarise(
             self.config,
             self.folder.read_curve(),
@@ -188,41 +188,45 @@ class ActiveRun:
         """Record the error as the outcome, and write it into the folder."""
         self.outcome = error
         if isinstance(error, LostError):
-            complain("left alone", f"{self.folder.path.name}: {error}")
+            complain("skipped", f"{self.folder.path.name}: {error}")
         else:
             write_failure(self.folder, error)
-        traceback.clear_frames(error.__traceback__)  # or they keep the run's tensors on the device
+        traceback.clear_frames(
+            error.__traceback__
+        )  # otherwise they keep the tensors of the run on the device
         self._release()
 
     def end(self) -> None:
         """End the W&B run."""
-        if not self._has_begun:
+        if not self._has_started:
             return
-        goes_on = self.outcome is None or isinstance(self.outcome, LostError)
-        if not goes_on:
+        will_resume = self.outcome is None or isinstance(self.outcome, LostError)
+        if not will_resume:
             self._tracker.show(None)
         summary = self.outcome if isinstance(self.outcome, Summary) else None
-        self._tracker.finish(summary, goes_on=goes_on)
+        self._tracker.finish(summary, will_resume=will_resume)
 
 
 def write_failure(folder: RunFolder, error: Exception) -> None:
-    """Write the error of a run into its folder: one message, and the traceback."""
+    """Write the error of a run into its folder: a message and the traceback."""
     try:
         folder.write_failure(_cause(error), "".join(traceback.format_exception(error)))
-    except OSError as trouble:  # a full disk, or a folder that somebody has deleted
-        message = f"{_cause(error)}\n  (not written down: {trouble})"
+    except OSError as write_error:  # a full disk, or a deleted folder
+        message = (
+            f"{_cause(error)}\n  (this failure could not be written to the run folder: {write_error})"
+        )
         if not folder.path.exists():
             message = "the folder of this run has been deleted; it stops here"
         complain("failed", f"{folder.path.name}: {message}")
 
 
 def _cause(error: Exception) -> str:
-    """The cause of a failure in words."""
+    """Describe the cause of a failure."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):
         return (
-            f"out of memory: {error}\n  smaller: train.batch_size, train.kl_chunk_tokens (logits) or "
-            "train.eval_batch_tokens (the last two change no result)"
+            f"out of memory: {error}\n  reduce train.batch_size, train.kl_chunk_tokens (logits) or "
+            "train.eval_batch_tokens (the last two do not change results)"
         )
     return f"{type(error).__name__}: {error}"

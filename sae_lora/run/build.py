@@ -1,4 +1,4 @@
-"""A pack's parts, built alike in all its processes."""
+"""SAEs, model and trainer of a pack, built in the same way in all its processes."""
 
 from functools import cached_property
 
@@ -24,13 +24,13 @@ from sae_lora.train.trainer import Trainer
 
 
 class Builder:
-    """SAEs, model and trainer of a pack, in the process that leads and in those that follow.
+    """SAEs, model and trainer of a pack, in the leading process and in its workers.
 
     Args:
         config: The config of any run of the pack: model, data and batches are the same for all.
 
     Raises:
-        ConfigError: Where a GPU is wanted and there is none.
+        ConfigError: If the config needs a GPU and there is none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -40,7 +40,7 @@ class Builder:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The plain model, loaded at the first access."""
+        """The plain model, loaded on first access."""
         return load_model(self._config.model, self._config.train.dtype, self.device)
 
     def trainer(
@@ -50,11 +50,11 @@ class Builder:
         validation_tokens: Tensor,
         processes: ProcessGroup,
     ) -> Trainer:
-        """The trainer of a pack in one of its processes.
+        """Build the trainer of a pack in one of its processes.
 
         Args:
-            trainings: Trainings of students of the model.
-            special_ids: Ids `[n]` whose positions some SAEs leave as they are.
+            trainings: The training state of each run; all students share the model.
+            special_ids: Token ids `[n]`; some SAEs keep the activations at positions with these tokens.
             validation_tokens: Held-out tokens `[sequence, pos]`.
             processes: The processes that share the batches.
         """

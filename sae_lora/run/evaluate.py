@@ -1,6 +1,6 @@
-"""The suites that configs ask for, after training: `python -m sae_lora.run.evaluate <run folder> …`.
+"""Evaluation suites after training, from the config: `python -m sae_lora.run.evaluate <run folder> …`.
 
-A job runs this; `sae-lora evaluate` is for people.
+Jobs call this module; users call `sae-lora evaluate`.
 """
 
 import sys
@@ -17,7 +17,7 @@ from sae_lora.tracking.sync import upload
 
 
 def evaluate_pending(folders: Sequence[RunFolder]) -> bool:
-    """Run the missing suites of finished runs; return whether all succeeded. No error fails a run."""
+    """Run the missing suites of finished runs; return True if all succeeded. No error fails a run."""
     succeeded = True
     for folder in folders:
         if not pending(folder):
@@ -26,15 +26,15 @@ def evaluate_pending(folders: Sequence[RunFolder]) -> bool:
         try:
             succeeded &= not run_suites.evaluate(folder, config.suites, config)
             if "://" in (folder.read_summary()["tracked_at"] or ""):
-                upload([folder])  # the W&B run ended before these results
+                upload([folder])  # the W&B run has ended without these results
         except UserError as error:
-            complain(f"{folder.path.name}, its evaluation", str(error))
+            complain(f"evaluation of {folder.path.name}", str(error))
             succeeded = False
     return succeeded
 
 
 def main() -> int:
-    """Evaluate the named runs; return 1 where a suite failed."""
+    """Evaluate the given runs; return 1 if a suite failed."""
     return int(not evaluate_pending([RunFolder(Path(path)) for path in sys.argv[1:]]))
 
 

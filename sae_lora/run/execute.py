@@ -1,4 +1,4 @@
-"""Runs that train together, from their folders to their summaries: this module connects all others."""
+"""Training of a pack, from run folders to summaries: the module that connects all others."""
 
 import argparse
 import sys
@@ -41,10 +41,10 @@ from sae_lora.train.train_state import TrainState
 
 
 class _Execution:
-    """Runs that train together, in the process that writes their folders.
+    """A pack of runs, in the process that writes their folders.
 
-    Each resumes from its newest checkpoint. An error in one run alone is written into its folder, and
-    the others go on.
+    Each run resumes from its newest checkpoint. An error that concerns only one run is written into its
+    folder, and the other runs continue.
     """
 
     def __init__(
@@ -59,16 +59,17 @@ class _Execution:
         """Build the runs, train them, and write their results.
 
         Raises:
-            UserError: For an error that concerns all: files that cannot be fetched, too short a text.
-            RuntimeError: Where the runs differ in what they must have in common.
-            MemoryError: And torch's own: where together they need more memory than there is. Each can
-                resume from its checkpoint.
-            Interrupted: When asked to stop, after checkpoints are saved.
+            UserError: If an error concerns all runs, such as files that cannot be fetched, or a text
+                that is too short.
+            RuntimeError: If model, data or batches of the runs differ.
+            MemoryError: If the runs together need too much memory; torch raises its own error for this.
+                Each run can resume from its checkpoint.
+            Interrupted: After a request to stop, when checkpoints are saved.
         """
         silence_transformers()
         runs = self._runs
         runs.each(ActiveRun.read)
-        runs.each(ActiveRun.make_way)
+        runs.each(ActiveRun.move_aside)
         if not runs.active:
             return
         config = runs.active[0].config  # model, data and batches are the same for all
@@ -76,7 +77,7 @@ class _Execution:
             raise RuntimeError("model, data or batches of these runs differ")
         builder = Builder(config)
 
-        # Text and SAEs first: whatever is wrong with them is known before the model is loaded.
+        # Text and SAEs come first, so that their errors show before the model is loaded.
         families = ", ".join(sorted({run.config.sae.family.name for run in runs.active}))
         self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
         batch_size = config.train.batch_size
@@ -91,11 +92,11 @@ class _Execution:
         paths = [str(run.folder.path) for run in shared]
         on_gpus = builder.device.type == "cuda"
         with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
-            others = f" with {self._layout.size - 1} other processes" if self._layout.size > 1 else ""
-            self._stage(f"loading model ({config.model.name}) on {builder.device}{others}")
+            processes_note = f" in {self._layout.size} processes" if self._layout.size > 1 else ""
+            self._stage(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
             first = next(text.batches(batch_size, config.data.seed))
             sample = Sample(first, text.special_ids)
-            _ = builder.model  # loaded here, since an error in it concerns all runs
+            _ = builder.model  # loaded here, because an error of loading concerns all runs
             runs.each(lambda run: run.build(builder.model, builder.saes.of(run.config.sae), sample))
             if runs.active:
                 states = {shared.index(run): _state(run.training) for run in runs.active}
@@ -105,7 +106,7 @@ class _Execution:
     def _train(
         self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
     ) -> None:
-        """Train all runs that have not failed to the end, and write their results."""
+        """Train all active runs to their last step, and write their results."""
         model = builder.model
         runs = {run.training: run for run in self._runs.active}
 
@@ -117,7 +118,7 @@ class _Execution:
         trainer = builder.trainer(trainings, text.special_ids, text.validation_tokens, processes)
 
         def save(due: Sequence[TrainState]) -> None:
-            """Write checkpoints while training stands still and cannot be interrupted."""
+            """Write checkpoints while training is paused and cannot be interrupted."""
             if due:
                 with trainer.paused(), self._interruption.held():
                     for training in due:
@@ -138,12 +139,12 @@ class _Execution:
                 ]
             )
 
-        with ExitStack() as begun:
-            count = begun.enter_context(progress_bar("training", "tokens"))
+        with ExitStack() as stack:
+            count = stack.enter_context(progress_bar("training", "tokens"))
             report = Reporter(count, runs, trainings)
-            begun.callback(_end, list(runs.values()))
-            made_with = environment(model.device)
-            trainings.each(lambda training: runs[training].begin(made_with))
+            stack.callback(_end, list(runs.values()))
+            provenance = environment(model.device)
+            trainings.each(lambda training: runs[training].begin(provenance))
             report.begin()
             batches = text.batches(config.train.batch_size, config.data.seed, trainer.first_batch)
             common = {
@@ -157,14 +158,14 @@ class _Execution:
                     "loaded_as": config.model.dtype.name,
                     "computed_in": config.train.dtype.name,
                 },
-                "environment": made_with,
+                "environment": provenance,
                 "trained_together": len(self._runs.runs),
             }
 
             def finish(training: TrainState) -> None:
                 run = runs[training]
-                several = len(run.config.sae.used) > 1 and run.config.train.eval_each_sae
-                contributions = trainer.contributions(training) if several else {}
+                evaluates_each = len(run.config.sae.used) > 1 and run.config.train.eval_each_sae
+                contributions = trainer.contributions(training) if evaluates_each else {}
                 run.finish(self._total_seconds(run), contributions, text.description, **common)
 
             try:
@@ -181,41 +182,41 @@ class _Execution:
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
                     processes.release()
-                    traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+                    traceback.clear_frames(error.__traceback__)  # otherwise they keep tensors in memory
                     # An earlier request to stop may raise here.
                     save([training for training in trainings.active if training.is_between_steps])
                 raise
 
     def _total_seconds(self, run: ActiveRun) -> float:
-        """Seconds of all attempts at a run, with its equal share of this process's."""
+        """Seconds of all attempts at a run; it gets an equal share of the seconds of this process."""
         share = (time.perf_counter() - self._started) / len(self._runs.runs)
         return run.seconds_before + share
 
     def _stage(self, text: str) -> None:
-        """Announce what is done next, in this process's output and in the run folders."""
+        """Announce the next stage, in the output and in the run folders."""
         say(text)
         self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
 
 
 def _state(training: TrainState) -> tuple[int, dict[str, Tensor]]:
-    """Steps taken and trained weights, since the same seed may give other last bits elsewhere."""
+    """Step and trained weights, for workers: initial weights from a seed may differ in the last bits."""
     weights = training.student.weights
     return training.step, {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def _end(runs: Sequence[ActiveRun]) -> None:
-    """End all W&B runs at the same time: where the server is slow, they wait together."""
+    """End all W&B runs at the same time, so that their waits for a slow server overlap."""
     with ThreadPoolExecutor(len(runs)) as threads:
         list(threads.map(ActiveRun.end, runs))
 
 
 def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -> int:
-    """Train the runs together, without those that are finished or that another process holds.
+    """Train the runs together. Finished runs, and runs that another process holds, are left out.
 
     Errors are printed and written into the folders.
 
     Returns:
-        The exit code: 0 where all are finished, or one of `sae_lora.common.errors`.
+        The exit code: 0 if all runs are finished, otherwise a code of `sae_lora.common.errors`.
     """
     interruption = Interruption()
     held_elsewhere = False
@@ -227,7 +228,7 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                 try:
                     lease = lock.enter_context(held(folder.path))
                 except HeldError as error:
-                    complain("left alone", str(error))
+                    complain("skipped", str(error))
                     held_elsewhere = True
                 else:
                     if not folder.is_finished:
@@ -264,14 +265,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sae_lora.run.execute", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="nodes of this SLURM job")
-    parser.add_argument("--processes-per-node", type=int, default=1, help="they share the batches")
+    parser.add_argument(
+        "--processes-per-node",
+        type=int,
+        default=1,
+        help="processes on each node, which share the batches",
+    )
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
     code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
     if code == EXIT_INTERRUPTED:
         if all(folder.is_finished for folder in folders):
             return 0
-        complain("stopped", "asked to; what is not finished goes on from its checkpoint")
+        complain("stopped on request", "unfinished runs resume from their checkpoints")
     return code
 
 

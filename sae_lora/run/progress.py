@@ -1,4 +1,4 @@
-"""Progress of a pack in training: printed, and written into the run folders."""
+"""Progress of a pack in training, printed and written into the run folders."""
 
 import math
 import time
@@ -15,9 +15,9 @@ _SHOW_EVERY_S = 1.0
 
 
 class Reporter:
-    """Progress, shown about once a second, since reading a loss from a GPU is not free.
+    """Reports of progress, about once a second, because reading a loss makes the CPU wait for the GPU.
 
-    A folder that cannot be written fails one run alone.
+    If a run folder cannot be written, only this run fails.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class Reporter:
         self._last_tokens: dict[TrainState, int] = {}
 
     def begin(self) -> None:
-        """Announce the training, and the step that each run resumes from."""
+        """Announce the training, and the step from which each run resumes."""
         runs = list(self._runs.values())
         for training, run in self._runs.items():
             if step := training.step:
                 prefix = f"{run.name}: " if len(runs) > 1 else ""
-                say(f"{prefix}going on from step {step:,} of {self._steps:,}")
+                say(f"{prefix}resuming from step {step:,} of {self._steps:,}")
             self._write(training, training.loss, rate=None)
         weights = ", ".join(f"{run.trainable:,}" for run in runs)
         together = f" in {len(runs)} runs" if len(runs) > 1 else ""
         say(f"training {weights} weights{together} on {self._train_tokens:,} tokens")
 
     def point(self, training: TrainState, point: CurvePoint) -> None:
-        """Print an evaluation, after the run's name where there are several."""
+        """Print an evaluation, with the name of the run if there are several runs."""
         prefix = f"  {self._runs[training].name}" if len(self._runs) > 1 else ""
         rate = f"  {point.tokens_per_second:,.0f} tokens/s" if point.tokens_per_second else ""
         say(
@@ -57,7 +57,7 @@ class Reporter:
         )
 
     def step(self, trained: Sequence[TrainState]) -> None:
-        """Report a step that these have taken."""
+        """Report a step of the runs `trained`."""
         now = time.monotonic()
         seconds = now - self._last_time
         if not trained or (seconds < _SHOW_EVERY_S and not trained[0].has_ended):

@@ -16,23 +16,25 @@ def summarise(
     points: Sequence[CurvePoint],
     saes: Sequence[Mapping[str, Any]],
     contributions: Mapping[str, Contribution],
-    **others: Any,
+    **remaining: Any,
 ) -> Summary:
-    """The summary of a run.
+    """Build the summary of a run.
 
     Args:
         config: The run's config.
         points: All points of its curve.
         saes: Descriptions of its SAEs.
-        contributions: The contribution of each of several SAEs, by hookpoint.
-        others: The fields of the summary that do not follow from these.
+        contributions: Contribution of each SAE by hookpoint, if there are several.
+        remaining: The fields of the summary that do not follow from the other arguments.
     """
     first, last = points[0], points[-1]
     closed = [point.gap_closed for point in points if point.gap_closed is not None]
-    both = {field.name for field in fields(CurvePoint)} & {field.name for field in fields(Summary)}
+    shared_names = {field.name for field in fields(CurvePoint)} & {
+        field.name for field in fields(Summary)
+    }
     measured = {name: contribution._asdict() for name, contribution in contributions.items()}
     return Summary(
-        **{name: getattr(last, name) for name in both},
+        **{name: getattr(last, name) for name in shared_names},
         initial_gap=last.spliced_ce - last.base_ce,
         initial_kl=first.kl,
         best_gap_closed=max(closed, default=None),
@@ -46,7 +48,7 @@ def summarise(
         lora=_describe_lora(config.lora) if config.method.kind in ADAPTING else {},
         method={"kind": config.method.kind.name, "rank": config.method.rank, "init": config.init},
         seed=config.train.seed,
-        **others,
+        **remaining,
     )
 
 

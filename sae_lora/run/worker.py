@@ -1,4 +1,7 @@
-"""A process that follows a leader and writes no files: `python -m sae_lora.run.worker <folder> …`."""
+"""A worker process, which follows the leader and writes no files.
+
+Command: `python -m sae_lora.run.worker <folder> …`.
+"""
 
 import os
 import signal
@@ -20,21 +23,23 @@ from sae_lora.train.distributed import Distributed, GoneError, following
 
 
 def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
-    """Build the same pack as the leader, and follow its tasks."""
+    """Build the same pack as the leader, and do the leader's tasks until it ends."""
     builder = Builder(runs[0].config)
     for run in runs:
         builder.saes.of(run.config.sae)
-    _ = builder.model  # loaded now, at the same time as the leader's
-    beginning = processes.receive()
-    if beginning is None:
+    _ = builder.model  # loaded while the leader loads its model
+    start = processes.receive()
+    if start is None:
         return
-    states, special_ids, validation_tokens = beginning
+    states, special_ids, validation_tokens = start
     trainings = []
     for number, (step, weights) in states.items():
         run = runs[number]
         run.build(builder.model, builder.saes.of(run.config.sae))
         if run.training.step != step:
-            raise RuntimeError(f"{run.name}: step {run.training.step} here, {step} at the leader")
+            raise RuntimeError(
+                f"{run.name}: this worker is at step {run.training.step}, the leader at {step}"
+            )
         for name, weight in run.training.student.weights.items():
             weight.data.copy_(weights[name])
         trainings.append(run.training)
@@ -44,7 +49,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
 
 
 def main() -> int:
-    """Follow the leader that has started this process, until it says that all is done."""
+    """Follow the leader that started this process, until all tasks are done."""
     for number in SIGNALS:  # the leader handles them, and needs this process to finish a step
         signal.signal(number, signal.SIG_IGN)
     silence_transformers()
@@ -59,7 +64,7 @@ def main() -> int:
     except GoneError as error:
         complain("ended", str(error))
         sys.stderr.flush()
-        os._exit(1)  # a normal exit could wait for GPU work begun with the others
+        os._exit(1)  # a normal exit could wait for GPU work that other processes share
     return 0
 
 

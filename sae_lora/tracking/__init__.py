@@ -1,1 +1,1 @@
-"""Weights & Biases, a view of run folders."""
+"""Weights & Biases: a view of run folders."""

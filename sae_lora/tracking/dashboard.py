@@ -1,4 +1,4 @@
-"""A W&B workspace for a sweep: curves by rank, what closes the gap, and which run does so best."""
+"""A W&B workspace for a sweep: curves by rank, gap closed over each factor, and the best runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,31 +16,31 @@ _SHOWN = [FACTORS[name] for name in ("rank", "width", "l0", "block")]
 
 
 def specification(folders: Sequence[RunFolder]) -> str:
-    """The workspace as the server would get it, in JSON. Nothing is asked of a server.
+    """The workspace as JSON, as it would be sent to the server. No server is asked.
 
     Raises:
-        UserError: Where wandb-workspaces is not installed, or the runs are of several projects.
+        UserError: If wandb-workspaces is not installed, or the runs belong to several projects.
     """
     view = _workspace(folders)._to_model()
     return view.model_dump_json(by_alias=True, exclude_none=True, indent=2)
 
 
 def save(folders: Sequence[RunFolder]) -> str:
-    """Make the workspace and return its address.
+    """Create the workspace and return its address.
 
     Raises:
-        UserError: As above, and where the server cannot be reached, or refuses.
+        UserError: As for `specification`; also if the server cannot be reached, or refuses.
     """
     workspace = _workspace(folders)
     if (reason := obstacle(probe=True)) is not None:
-        raise UserError(f"no dashboard can be made: {reason}")
+        raise UserError(f"cannot create the dashboard: {reason}")
     import wandb
 
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         workspace.save()
-    except Exception as error:  # whatever wandb raises
-        raise UserError(f"no dashboard can be made: {redacted(str(error))}") from error
+    except Exception as error:  # wandb raises errors of many types
+        raise UserError(f"cannot create the dashboard: {redacted(str(error))}") from error
     return workspace.url
 
 
@@ -54,13 +54,11 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         raise UserError("a dashboard needs `pip install wandb-workspaces`") from error
 
     configs = [load(folder.config.read_text()) for folder in folders]
-    places = {(config.tracking.entity, config.tracking.project) for config in configs}
-    if len(places) > 1:
-        projects = ", ".join(sorted(f"{entity or '(yours)'}/{project}" for entity, project in places))
-        raise UserError(
-            f"these runs are tracked in several W&B projects, of which one is shown: {projects}"
-        )
-    ((entity, project),) = places
+    projects = {(config.tracking.entity, config.tracking.project) for config in configs}
+    if len(projects) > 1:
+        names = ", ".join(sorted(f"{entity or '(default)'}/{project}" for entity, project in projects))
+        raise UserError(f"a dashboard shows one W&B project, but these runs are in several: {names}")
+    ((entity, project),) = projects
 
     def curves(title: str, metric: str, axis: str) -> Any:
         return panels.LinePlot(
@@ -102,17 +100,17 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
                 curves("KL over tokens, by rank", "kl", "tokens"),
             ),
             section(
-                "What closes the gap",
+                "Gap closed by factor",
                 *scatters,
-                panels.ParallelCoordinatesPlot(title="all of it at once", columns=columns),
+                panels.ParallelCoordinatesPlot(title="all factors", columns=columns),
             ),
             section(
-                "The best runs",
+                "Best runs",
                 panels.BarPlot(title="gap closed", metrics=[closed], max_bars_to_show=20),
                 panels.RunComparer(diff_only="split"),
             ),
         ],
-        # The table of runs beside the panels, the best on top.
+        # The table of runs beside the panels, with the best run first.
         runset_settings=workspaces.RunsetSettings(
             filters=[expr.Metric("Group") == configs[0].sweep],
             order=[expr.Ordering(expr.Summary(_CLOSED), ascending=False)],

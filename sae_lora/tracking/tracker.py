@@ -1,6 +1,6 @@
-"""Weights & Biases: a view of a run's curve that can be lost without losing the run.
+"""Weights & Biases during training: a view of the curve, whose loss does not harm the run.
 
-A point is shown when it is final: after a kill, a run measures the points after its newest checkpoint
+A point is shown when it is final. A run that is killed measures the points after its newest checkpoint
 again. A thread makes all calls of wandb, and training never waits for it.
 """
 
@@ -29,49 +29,49 @@ _PLACE_TIMEOUT_S = 10
 
 
 class Tracker:
-    """A run's curve in W&B while it trains, or nothing with `tracking.mode=disabled`.
+    """The curve of a run in W&B while it trains; with `tracking.mode=disabled`, nothing.
 
-    Whatever goes wrong with W&B, the run goes on.
+    Errors of W&B never stop the run.
     """
 
     def __init__(self, config: Config, folder: RunFolder, environment: dict[str, Any]) -> None:
         self._view = WandbView(folder, config, environment)
-        self._mode = _asked_mode(config.tracking.mode)
+        self._mode = _configured_mode(config.tracking.mode)
         self._place: str | None = None
         self._is_cut_off = False
-        self._orders: queue.SimpleQueue[Callable[[WandbRun], object] | None] = queue.SimpleQueue()
-        self._began = threading.Event()
-        self._place_is_due = time.monotonic() + _PLACE_TIMEOUT_S
+        self._calls: queue.SimpleQueue[Callable[[WandbRun], object] | None] = queue.SimpleQueue()
+        self._opened = threading.Event()
+        self._place_deadline = time.monotonic() + _PLACE_TIMEOUT_S
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     @property
     def place(self) -> str | None:
-        """An address or a folder for people; `None` where the run is not tracked, or not in time."""
-        self._began.wait(max(0.0, self._place_is_due - time.monotonic()))
+        """The address or folder of the W&B run; `None` without tracking, or if wandb is too slow."""
+        self._opened.wait(max(0.0, self._place_deadline - time.monotonic()))
         return self._place
 
     def show(self, points: int | None) -> None:
-        """Show the first points of the curve, which are final; `None` for all."""
-        self._orders.put(lambda run: run.show(points))
+        """Show the first `points` of the curve, which are final; `None`: all points."""
+        self._calls.put(lambda run: run.show(points))
 
-    def finish(self, summary: Summary | None, *, goes_on: bool) -> None:
+    def finish(self, summary: Summary | None, *, will_resume: bool) -> None:
         """End the W&B run.
 
         Args:
-            summary: The results; `None` for a run that has failed, or that `goes_on` later.
-            goes_on: Whether the run was only interrupted.
+            summary: The results; `None` if the run has failed, or was interrupted.
+            will_resume: True if the run was interrupted and can resume.
         """
         results = None if summary is None else dataclasses.asdict(summary)
-        self._orders.put(lambda run: run.finish(results, goes_on=goes_on))
-        self._orders.put(None)
-        most_s = self._view.config.tracking.finish_timeout_s
-        self._thread.join(most_s)
+        self._calls.put(lambda run: run.finish(results, will_resume=will_resume))
+        self._calls.put(None)
+        timeout_s = self._view.config.tracking.finish_timeout_s
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
             command = f"sae-lora sync {self._view.folder.path.parent}"
-            log.warning("W&B has not ended after %g s; `%s` uploads the rest", most_s, command)
+            log.warning("W&B did not finish in %g s; `%s` uploads the missing rows", timeout_s, command)
             self._is_cut_off = True
-            wandb_run.cut_off()  # or it would hold up the end of this process
+            wandb_run.cut_off()  # otherwise it would delay the exit of this process
 
     def _work(self) -> None:
         run: WandbRun | None = None
@@ -79,13 +79,13 @@ class Tracker:
             if self._mode is not TrackingMode.disabled:
                 run = self._open()
                 self._place = run.place
-        except Exception as error:  # W&B must never stop a run, whatever it raises
+        except Exception as error:  # no error of W&B may stop a run
             self._warn("W&B is off for this run: %s", error)
-        self._began.set()
-        while (order := self._orders.get()) is not None:
+        self._opened.set()
+        while (call := self._calls.get()) is not None:
             if run is not None:
                 try:
-                    order(run)
+                    call(run)
                 except Exception as error:  # as above
                     self._warn("W&B: %s", error)
 
@@ -94,7 +94,7 @@ class Tracker:
             try:
                 run = WandbRun(self._view, online=True)
             except Exception as error:  # as above
-                self._warn("W&B: %s; going on offline", error)
+                self._warn("W&B: %s; tracking offline", error)
             else:
                 say(f"W&B shows {self._view.name} at {run.place}")
                 return run
@@ -102,11 +102,11 @@ class Tracker:
 
     def _warn(self, text: str, error: Exception) -> None:
         if not self._is_cut_off:
-            log.warning(text, _beginning(error))
+            log.warning(text, _first_lines(error))
 
 
-def _asked_mode(mode: TrackingMode) -> TrackingMode:
-    """The config's mode; where that is `auto`, the one in W&B's own variable."""
+def _configured_mode(mode: TrackingMode) -> TrackingMode:
+    """The mode of the config; if it is `auto`, the mode in W&B's variable `WANDB_MODE`, if any."""
     variable = os.environ.get("WANDB_MODE", "")
     if mode is TrackingMode.auto and variable in TrackingMode.__members__:
         return TrackingMode[variable]
@@ -117,23 +117,23 @@ _said_offline = threading.Event()
 
 
 def settled(config: TrackingConfig) -> dict[str, str]:
-    """The mode of all runs that are started from here, as an environment variable for them.
+    """The W&B mode of all runs that this process starts, as an environment variable.
 
-    Says why tracking is offline where that was not asked for.
+    Log why tracking is offline, unless offline was configured.
     """
-    if _asked_mode(config.mode) is not TrackingMode.auto:
+    if _configured_mode(config.mode) is not TrackingMode.auto:
         return {}
     try:
         return {"WANDB_MODE": _settled_mode(TrackingMode.auto)}
-    except Exception as error:  # W&B must never stop a run, whatever it raises
-        log.warning("W&B: %s", _beginning(error))
+    except Exception as error:  # no error of W&B may stop a run
+        log.warning("W&B: %s", _first_lines(error))
         return {}
     finally:
-        wandb_run.cut_off()  # each run has a service of its own
+        wandb_run.cut_off()  # each run starts its own service
 
 
 def _settled_mode(mode: TrackingMode) -> str:
-    """`online` or `offline`. Says once a process why it is offline where that was not asked for."""
+    """Return `online` or `offline`. Log the reason once, unless offline was configured."""
     if mode is TrackingMode.offline:
         return "offline"
     reason = wandb_run.obstacle(probe=mode is TrackingMode.auto)
@@ -145,6 +145,6 @@ def _settled_mode(mode: TrackingMode) -> str:
     return "offline"
 
 
-def _beginning(error: Exception) -> str:
+def _first_lines(error: Exception) -> str:
     lines = str(error).splitlines()[:3] or [type(error).__name__]
     return redacted(" ".join(line.strip() for line in lines))

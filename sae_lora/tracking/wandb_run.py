@@ -1,6 +1,6 @@
-"""One W&B run, and the reasons against one: all calls of wandb itself.
+"""One W&B run, and reasons why W&B cannot be online: all calls of wandb.
 
-These calls wait for whatever wandb waits for; `tracker.py` keeps training from waiting.
+These calls may wait for the server; `tracker.py` calls them in a thread, so that training does not wait.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ _PROBE_TIMEOUT_S = 3
 
 
 def _library() -> Any:
-    """wandb, with its service started. It takes a second, which a run without W&B need not pay."""
-    # wandb's own telemetry would hold up the end of a process for ten seconds.
+    """Import wandb and start its service. This takes a second, so runs without W&B do not do it."""
+    # wandb's telemetry would delay the exit of a process by ten seconds.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -31,37 +31,37 @@ def _library() -> Any:
 
 
 class WandbRun:
-    """A W&B run that is open: a view of the first points of a curve.
+    """An open W&B run: a view of the first points of a curve.
 
     Args:
-        shown: The run.
-        online: Whether it is sent to the server, or written to files in the run folder.
+        view: The run as W&B shows it.
+        online: True: send it to the server; False: write files into the run folder.
 
     Raises:
-        Exception: Whatever wandb raises.
+        Exception: If wandb raises one; its types are many.
     """
 
-    def __init__(self, shown: WandbView, *, online: bool) -> None:
+    def __init__(self, view: WandbView, *, online: bool) -> None:
         wandb = _library()
-        self._folder = shown.folder
+        self._folder = view.folder
         self._run = wandb.init(
-            entity=shown.config.tracking.entity,
-            project=shown.config.tracking.project,
-            # wandb does not give an id out again that it failed to go online with.
-            id=shown.id if online else f"{shown.id}-offline",
-            name=shown.name,
-            group=shown.config.sweep,
+            entity=view.config.tracking.entity,
+            project=view.config.tracking.project,
+            # If going online fails, wandb does not accept the same id again.
+            id=view.id if online else f"{view.id}-offline",
+            name=view.name,
+            group=view.config.sweep,
             job_type="lora",
-            tags=shown.tags,
-            config=shown.values,
-            dir=str(shown.folder.path),
+            tags=view.tags,
+            config=view.values,
+            dir=str(view.folder.path),
             mode="online" if online else "offline",
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
                 silent=True,
                 init_timeout=INIT_TIMEOUT_S,
-                # The command line, code, git remotes and output may hold what is nobody's business.
+                # The command line, code, git remotes and output may contain private data.
                 console="off",
                 disable_git=True,
                 disable_code=True,
@@ -76,7 +76,7 @@ class WandbRun:
             best = {"lower": "min,", "higher": "max,", "": ""}[METRICS[name].better]
             self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
         self._next_step: int = self._run.starting_step
-        """The step from which on W&B has no rows yet."""
+        """The first step that W&B has no row for."""
 
     @property
     def place(self) -> str:
@@ -84,7 +84,7 @@ class WandbRun:
         return str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def show(self, points: int | None) -> int:
-        """Show the points that W&B lacks, of the first `points` or of all; return their number."""
+        """Send the missing rows among the first `points` (`None`: all); return their number."""
         new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
         for point in new:
             values = {key: value for key, value in vars(point).items() if value is not None}
@@ -92,23 +92,23 @@ class WandbRun:
             self._next_step = point.step + 1
         return len(new)
 
-    def finish(self, summary: dict[str, Any] | None, *, goes_on: bool) -> None:
-        """End it when all is uploaded; the arguments are those of `Tracker.finish`."""
+    def finish(self, summary: dict[str, Any] | None, *, will_resume: bool) -> None:
+        """End the W&B run after all uploads; the arguments are those of `Tracker.finish`."""
         if summary is not None:
-            # Under a key of its own: `student_ce` and others are curves, with a summary of theirs.
+            # Under a separate key, because curves such as `student_ce` have their own summary.
             results = {"result": without_secrets(summary)}
             if measured := headlines(self._folder):
                 results["evaluation"] = measured
             self._run.summary.update(results)
-        elif goes_on:
+        elif will_resume:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if summary is not None else 1)
 
 
 def obstacle(*, probe: bool) -> str | None:
-    """The reason why no run can be online, in words; `None` where there is none.
+    """The reason why runs cannot be online; `None` if they can.
 
-    With `probe` it asks whether the server answers, for at most a few seconds.
+    With `probe`, also ask the server, which takes at most a few seconds.
     """
     settings = _library().setup().settings
     if not is_logged_in(settings):
@@ -119,7 +119,7 @@ def obstacle(*, probe: bool) -> str | None:
 
 
 def is_logged_in(settings: Any) -> bool:
-    """True where W&B finds a key: in the environment, its settings, or where `wandb login` puts it."""
+    """True if W&B has a key: in the environment, its settings, or the file that `wandb login` writes."""
     if settings.api_key or settings.identity_token_file:
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -129,27 +129,27 @@ def is_logged_in(settings: Any) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """True where a server that works answers at the address."""
-    import requests  # wandb brings it
+    """True if a working server answers at the address."""
+    import requests  # a dependency of wandb
 
     query = {"query": "query Viewer { viewer { id } }"}
     try:
         answer = requests.post(f"{url.rstrip('/')}/graphql", json=query, timeout=_PROBE_TIMEOUT_S)
         return answer.status_code < 500
     except requests.exceptions.SSLError:
-        return True  # there is a server; wandb has certificates of its own, and will check it itself
+        return True  # a server exists; wandb checks it with its own certificates
     except requests.RequestException:
         return False
 
 
 def cut_off() -> None:
-    """End wandb in this process at once, whatever it waits for; it can be used again."""
+    """End wandb in this process at once, even if it waits for a server; it can be used again."""
     import wandb
 
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.name() == "wandb-core":
                 child.kill()
-    # wandb reports that its service is gone, by an error or by `sys.exit`.
+    # wandb notices that its service is gone: it raises an error or calls `sys.exit`.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

@@ -15,14 +15,14 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 
 AXES = ("tokens", "train_seconds")
-"""Fields of a point on the horizontal axis of curves."""
+"""Fields of a point that are a horizontal axis of curves."""
 CURVES = tuple(
     field.name
     for field in dataclasses.fields(CurvePoint)
     if field.name not in (*AXES, "step", "per_sae")
 )
-"""Fields of a point that have a curve."""
-_LONGEST_TAG = 64
+"""Fields of a point that are shown as curves."""
+_MAX_TAG_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -31,50 +31,50 @@ class WandbView:
 
     folder: RunFolder
     config: Config
-    """Its config, SAEs resolved."""
+    """The config, with resolved SAEs."""
     environment: dict[str, Any] | None = None
-    """Versions and machine, where they are known (`provenance.environment`)."""
+    """Versions and machine, if known (`provenance.environment`)."""
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """The readable name of the run."""
         return readable_name(self.config)
 
     @property
     def id(self) -> str:
-        """The W&B run's id: the same for all attempts until one fails, then another.
+        """The id of the W&B run: equal for all attempts until one fails; the next attempt gets a new id.
 
-        The W&B run of a failed attempt stays as it is; the next attempt shows its whole curve.
+        The W&B run of a failed attempt does not change; the next attempt shows its whole curve.
         """
         failed = sum(1 for _ in self.folder.path.glob("unfinished-*/failure.json"))
-        sweep = re.sub(r"[/\\#?%:]", "_", self.config.sweep)  # W&B takes none of these
+        sweep = re.sub(r"[/\\#?%:]", "_", self.config.sweep)  # W&B does not accept these characters
         return f"{sweep}-{identity(self.config)}" + (f"-{failed + 1}" if failed else "")
 
     @property
     def tags(self) -> list[str]:
-        """Factors that people filter runs by: model, layer, hook, width, L0, method and rank."""
+        """Factors by which users filter runs: model, layer, hook, width, L0, method and rank."""
         factors = values_of(as_dict(self.config), {})
         tags = {factor.tag: factors[name] for name, factor in FACTORS.items() if factor.tag}
         tags["model"] = self.config.model.name.rstrip("/").split("/")[-1]
         if tags["hook"] == Hook.resid_post.name:
             del tags["hook"]
         return [
-            f"{tag}:{text(value)}"[:_LONGEST_TAG] for tag, value in tags.items() if value is not None
+            f"{tag}:{text(value)}"[:_MAX_TAG_LENGTH] for tag, value in tags.items() if value is not None
         ]
 
     @property
     def values(self) -> dict[str, Any]:
-        """The whole config, nested; layer, hook, width and L0 are what the request resolved to."""
+        """The whole config, nested; layer, hook, width and L0 are those of the resolved SAEs."""
         values = as_dict(self.config)
         for name in ("block", "hook", "width", "l0"):
             group, key = FACTORS[name].keys[0].split(".")
-            of_saes = [choice[name] for choice in values["sae"]["used"]]
-            values[group][key] = of_saes[0] if len(set(of_saes)) == 1 else of_saes
+            sae_values = [choice[name] for choice in values["sae"]["used"]]
+            values[group][key] = sae_values[0] if len(set(sae_values)) == 1 else sae_values
         return without_secrets(values | ({"environment": self.environment} if self.environment else {}))
 
 
 def without_secrets(values: Any) -> Any:
-    """Nested values, their texts redacted."""
+    """Nested values in which secrets in texts are redacted."""
     match values:
         case dict():
             return {key: without_secrets(value) for key, value in values.items()}

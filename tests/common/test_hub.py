@@ -71,7 +71,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     ranks = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
     again = launch_from("http://127.0.0.1:9", tmp_path, *ranks, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
-    assert "1 of 2 done before" in again.stdout
+    assert "1 of 2 already done" in again.stdout
     assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
     # The metadata of an MLP's SAE names its place. Another place is refused before anything runs.
     (sae,) = mlp_summary["sae"]

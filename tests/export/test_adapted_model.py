@@ -1,4 +1,4 @@
-"""A finished run's model, loaded again: what it gives is what the run has measured."""
+"""The loaded model of a finished run gives the values that the run has measured."""
 
 import functools
 import json
@@ -33,8 +33,8 @@ OVERRIDES = {
         *("layer.index=[2,4]", "lora.blocks=all", "lora.dropout=0.1"),
         *("lora.rank_stabilised=true", "lora.targets=attn"),
     ],
-    "around an MLP's": ["sae=disk", "sae.path={home}/at_3", "layer.hook=mlp_out"],
-    "around what the folders say": [
+    "around an MLP's output": ["sae=disk", "sae.path={home}/at_3", "layer.hook=mlp_out"],
+    "at the hookpoints in the metadata": [
         *("sae=disk", "sae.path='{home}/at_{{block}}'", "layer=every_nth", "layer.every=2"),
         "lora.blocks=all",
     ],
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
         write_topk_sae(home / f"at_{hookpoint.split('.')[1]}", hookpoint)
     point = points_in(home)
     folders = run_here(
-        *(point(*(one.format(home=home) for one in overrides)) for overrides in OVERRIDES.values())
+        *(point(*(word.format(home=home) for word in words)) for words in OVERRIDES.values())
     )
     return dict(zip(OVERRIDES, folders, strict=True))
 
@@ -68,8 +68,8 @@ def held_out(adapted: Adapted) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
-def test_it_is_the_model_that_the_run_measured(name: str, runs: dict[str, RunFolder]) -> None:
-    """Through transformers' own forward pass and whole logits, which the run never makes."""
+def test_logits_give_the_ce_of_the_run(name: str, runs: dict[str, RunFolder]) -> None:
+    """With the forward pass of transformers and all logits at once, unlike in the run."""
     adapted = sae_lora.load_adapted(runs[name].path)
     tokens = held_out(adapted)
 
@@ -85,27 +85,29 @@ def test_it_is_the_model_that_the_run_measured(name: str, runs: dict[str, RunFol
     assert list(adapted.saes) == [sae["hookpoint"] for sae in summary["sae"]]
 
 
-def test_saes_sit_where_their_own_metadata_says(runs: dict[str, RunFolder]) -> None:
+def test_saes_are_at_the_hookpoints_in_their_metadata(runs: dict[str, RunFolder]) -> None:
     summaries = {name: runs[name].read_summary() for name in OVERRIDES}
-    found = {name: [sae["hookpoint"] for sae in one["sae"]] for name, one in summaries.items()}
-    assert found["around an MLP's"] == [PLACES[1]]
-    assert found["around what the folders say"] == list(PLACES)
-    assert found["the default"] == ["blocks.3.hook_resid_post"]
-    assert summaries["around an MLP's"]["name"] == "tiny-l3mlp_out-w256-l0_32-r2-after-s0"
-    for name, one in summaries.items():
-        assert all(sae["l0"] > 0 and sae["fvu"] > 0 for sae in one["sae"])
-        assert one["initial_gap"] > 0.01, name
-        assert one["student_ce"] != one["spliced_ce"]
+    hookpoints = {
+        name: [sae["hookpoint"] for sae in summary["sae"]] for name, summary in summaries.items()
+    }
+    assert hookpoints["around an MLP's output"] == [PLACES[1]]
+    assert hookpoints["at the hookpoints in the metadata"] == list(PLACES)
+    assert hookpoints["the default"] == ["blocks.3.hook_resid_post"]
+    assert summaries["around an MLP's output"]["name"] == "tiny-l3mlp_out-w256-l0_32-r2-after-s0"
+    for name, summary in summaries.items():
+        assert all(sae["l0"] > 0 and sae["fvu"] > 0 for sae in summary["sae"])
+        assert summary["initial_gap"] > 0.01, name
+        assert summary["student_ce"] != summary["spliced_ce"]
 
 
-def test_three_lines(runs: dict[str, RunFolder]) -> None:
+def test_a_call_returns_logits(runs: dict[str, RunFolder]) -> None:
     adapted = sae_lora.load_adapted(str(runs["the default"].path), device="cpu")
     logits = adapted(adapted.tokenizer("import os", return_tensors="pt").input_ids)
     assert logits.shape == (1, 3, 2048)
     assert not any(weight.requires_grad for weight in adapted.model.parameters())
 
 
-def test_inside_the_scope_the_models_have_the_saes_and_outside_they_are_plain(adapted: Adapted) -> None:
+def test_models_have_the_saes_only_inside_spliced(adapted: Adapted) -> None:
     tokens = held_out(adapted)[:2]
     plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     readings: list[Reading] = []
@@ -119,36 +121,36 @@ def test_inside_the_scope_the_models_have_the_saes_and_outside_they_are_plain(ad
         assert torch.equal(adapted.base(tokens).logits, plain(tokens).logits)
         with adapted.peft.disable_adapter():
             assert torch.equal(adapted.model(tokens).logits, plain(tokens).logits)
-    # Positions of BOS and EOS are not the SAE's.
+    # The SAE does not read positions with BOS or EOS.
     special = torch.isin(tokens, torch.tensor([0, 1]))
     assert special.any()
-    assert [len(one.resid) for one in readings] == [int((~special).sum())] * len(readings)
+    assert [len(reading.resid) for reading in readings] == [int((~special).sum())] * len(readings)
 
 
-def test_saes_are_in_place_once(adapted: Adapted) -> None:
+def test_spliced_cannot_be_nested(adapted: Adapted) -> None:
     tokens = held_out(adapted)[:1]
     with adapted.spliced():
         for sae in (True, False):
-            with pytest.raises(UserError, match="in place already"):
+            with pytest.raises(UserError, match="already in the model"):
                 adapted.logits(tokens, sae=sae)
-        with pytest.raises(UserError, match="give input_ids"):
+        with pytest.raises(UserError, match="input_ids are needed"):
             adapted.model(inputs_embeds=torch.zeros(1, 2, 128))
     assert adapted(tokens).isfinite().all()
 
 
-def test_what_is_not_there_is_said(runs: dict[str, RunFolder], tmp_path: Path) -> None:
-    whole = runs["the default"]
+def test_unusable_runs_are_refused(runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    run = runs["the default"]
     with pytest.raises(UserError, match="is not a run"):
-        sae_lora.load_adapted(whole.path.parent)
+        sae_lora.load_adapted(run.path.parent)
     with pytest.raises(UserError, match="device = 'gpu'"):
-        sae_lora.load_adapted(whole, device="gpu")
+        sae_lora.load_adapted(run, device="gpu")
 
     copy = RunFolder(tmp_path / "run")
-    shutil.copytree(whole.path, copy.path)
+    shutil.copytree(run.path, copy.path)
     summary = copy.read_summary()
     summary["sae"][0]["sha256"] = "0"
     copy.summary.write_text(json.dumps(summary))
-    with pytest.raises(UserError, match="other weights than the one it was trained around"):
+    with pytest.raises(UserError, match=r"weights of the SAE at .* have changed since this run"):
         sae_lora.load_adapted(copy)
     copy.summary.unlink()
     copy.write_progress(Progress("training", step=3, steps=8))
@@ -174,7 +176,7 @@ def test_damaged_adapters_are_refused(damage: str, runs: dict[str, RunFolder], t
         sae_lora.load_adapted(copy)
 
 
-def test_the_package_alone_is_quick_to_import() -> None:
+def test_import_of_the_package_loads_no_large_library() -> None:
     code = (
         "import sys, sae_lora\n"
         "assert 'load_adapted' in dir(sae_lora)\n"

@@ -1,4 +1,4 @@
-"""Exported runs: loaded by peft or transformers alone, with a card that is true and tells no secrets."""
+"""Exported runs: peft or transformers loads them, and the model card is correct and has no secrets."""
 
 import json
 import os
@@ -39,7 +39,7 @@ from tests.support.trainings import fill
 
 pytestmark = pytest.mark.slow
 OWNER = "a-name-to-keep"
-"""Of the folder in which the user keeps text, SAEs and runs, of the account, and of the machine."""
+"""Name of the user's folder of text, SAEs and runs, of the W&B account, and of the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(home: Path) -> list[RunFolder]:
-    """One of what ships with the package, two of a model and two SAEs in folders of the user's, in the
-    residual stream and inside of blocks."""
+    """Three runs: with the embedded model and SAE; with a model and two SAEs in folders of the user, in
+    the residual stream; and the same with SAEs inside blocks."""
     point = points_in(home)
     text = ["data=text_files", f"data.files={home}/books/*.txt", "data.context_length=128"]
-    own = [*text, f"tracking.entity={OWNER}"]
+    common = [*text, f"tracking.entity={OWNER}"]
     two = ["sae=disk", f"sae.path='{home}/sae_{{block}}'", "layer.index=[2,4]", "lora.blocks=all"]
     local = [f"model.name={home}/model", *two]
     inside = [*local, f"sae.path='{home}/inside_{{block}}'"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: OWNER)
-        return [*run_here(point(*own)), *run_here(point(*own, *local), point(*own, *inside))]
+        return [*run_here(point(*common)), *run_here(point(*common, *local), point(*common, *inside))]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def exported(runs: list[RunFolder], home: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def merged(runs: list[RunFolder], home: Path) -> Path:
-    (home / "merged").mkdir()  # empty, it may be there
-    told = export(runs[0].path, home / "merged", merge=True)
-    (share,) = re.findall(r"no logit differs by more than (\S+) of the largest", told)
+    (home / "merged").mkdir()  # an empty folder may exist
+    description = export(runs[0].path, home / "merged", merge=True)
+    (share,) = re.findall(r"no logit differs by more than (\S+) of the largest", description)
     assert 0 < float(share) < TOLERANCE
     return home / "merged"
 
@@ -96,21 +96,21 @@ def plain_base() -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
-def test_peft_loads_it_alone(runs: list[RunFolder], exported: list[Path]) -> None:
+def test_peft_loads_the_adapters(runs: list[RunFolder], exported: list[Path]) -> None:
     for run, folder in zip(runs, exported, strict=True):
         adapted = sae_lora.load_adapted(run)
         tokens = tokens_of(adapted)
-        found = PeftModel.from_pretrained(plain_base(), str(folder)).eval()(tokens).logits
-        assert torch.equal(found, adapted.logits(tokens, sae=False))
+        logits = PeftModel.from_pretrained(plain_base(), str(folder)).eval()(tokens).logits
+        assert torch.equal(logits, adapted.logits(tokens, sae=False))
 
 
-def test_transformers_loads_the_merged_model_alone(runs: list[RunFolder], merged: Path) -> None:
+def test_transformers_loads_the_merged_model(runs: list[RunFolder], merged: Path) -> None:
     adapted = sae_lora.load_adapted(runs[0])
     tokens = AutoTokenizer.from_pretrained(merged)("import os", return_tensors="pt").input_ids
-    found = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, adapted.logits(tokens, sae=False), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found, adapted.logits(tokens, sae=False, adapters=False), atol=1e-3)
+    logits = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, adapted.logits(tokens, sae=False), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits, adapted.logits(tokens, sae=False, adapters=False), atol=1e-3)
 
 
 def test_the_code_on_the_card_gives_the_spliced_model(
@@ -120,38 +120,38 @@ def test_the_code_on_the_card_gives_the_spliced_model(
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(home)  # where the user's own model and SAEs are
+    monkeypatch.chdir(home)  # the folder with the user's model and SAEs
     for run, folder in zip([*runs, runs[0]], [*exported, merged], strict=True):
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-        assert 'here = "."' in code
-        there: dict = {}
-        exec(code.replace('here = "."', f"here = {str(folder)!r}"), there)
+        assert 'folder = "."' in code
+        variables: dict = {}
+        exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), variables)
         adapted = sae_lora.load_adapted(run)
         expected = adapted(tokens_of(adapted))
         if folder == merged:
-            torch.testing.assert_close(there["logits"], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(variables["logits"], expected, rtol=1e-4, atol=1e-4)
         else:
-            assert torch.equal(there["logits"], expected)
+            assert torch.equal(variables["logits"], expected)
 
 
-def test_the_card_holds_what_the_run_has_found(runs: list[RunFolder], exported: list[Path]) -> None:
+def test_the_card_contains_the_results_of_the_run(runs: list[RunFolder], exported: list[Path]) -> None:
     for run, folder in zip(runs, exported, strict=True):
         summary, text = run.read_summary(), (folder / "README.md").read_text()
         front = yaml.safe_load(text.split("---\n")[1])
         assert front["library_name"] == "peft"
-        assert "base_model" not in front  # neither is in a repository
+        assert "base_model" not in front  # no model comes from the hub
         for name in ("base_ce", "spliced_ce", "student_ce", "kl", "fvu"):
             assert f"{summary[name]:.4f}" in text, name
         assert f"{summary['gap_closed']:.1%}" in text
         for sae in summary["sae"]:
             assert sae["hookpoint"] in text
             assert sae["sha256"] in text
-        assert "keep their activation" in text
+        assert "keep their activations" in text
         assert load((folder / "config.yaml").read_text()).lora.rank == 2
         assert (folder / "curve.jsonl").read_bytes() == run.curve.read_bytes()
 
 
-def test_the_card_says_what_the_saes_replace(exported: list[Path]) -> None:
+def test_the_card_names_the_outputs_that_saes_replace(exported: list[Path]) -> None:
     into = "spliced into its residual stream predicts"
     texts = [(folder / "README.md").read_text() for folder in exported]
     assert [into in text for text in texts] == [True, True, False]
@@ -160,12 +160,12 @@ def test_the_card_says_what_the_saes_replace(exported: list[Path]) -> None:
     assert '"model.layers.4.mlp": SAE' in texts[2]
 
 
-def test_nothing_is_published_that_is_the_users_own(exported: list[Path], merged: Path) -> None:
+def test_no_private_name_is_published(exported: list[Path], merged: Path) -> None:
     for file in (file for folder in (*exported, merged) for file in folder.iterdir()):
         content = file.read_bytes()
         assert content
-        for own in (OWNER, str(MODEL)):
-            assert own.encode() not in content, (file, own)
+        for name in (OWNER, str(MODEL)):
+            assert name.encode() not in content, (file, name)
 
 
 def test_nothing_is_overwritten(
@@ -174,7 +174,7 @@ def test_nothing_is_overwritten(
     (tmp_path / "mine").write_text("mine")
     command = ["export", str(runs[0].path), "--to"]
     assert main([*command, str(tmp_path)]) == 1
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "mine")]) == 1
     assert main([*command, str(tmp_path / "mine/below")]) == 1
     assert "--to: cannot write" in capsys.readouterr().err
@@ -183,8 +183,8 @@ def test_nothing_is_overwritten(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
-    """Also where matrices lie the other way round (GPT-2), and where the head is the embedding."""
+def test_merging_changes_only_rounding(family: str, tmp_path: Path) -> None:
+    """Also if matrices are transposed (GPT-2), and if head and embedding share weights."""
     model, tokens = small_model(family), random_tokens()
     adapters = lora.attach(model, LoRAConfig(rank=2, alpha=3.5, targets="all"), first_sae=0)
     fill(lora.trainable_weights(model))
@@ -192,13 +192,13 @@ def test_merging_changes_rounding_alone(family: str, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     share = write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
     assert share < 1e-5
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(found(tokens).logits, model.model(tokens).logits, rtol=1e-3, atol=1e-3)
-    tied = found.get_input_embeddings().weight is found.get_output_embeddings().weight
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(tokens).logits, model.model(tokens).logits, rtol=1e-3, atol=1e-3)
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == model.config.tie_word_embeddings
 
 
-def test_a_merge_that_went_wrong_leaves_nothing(
+def test_a_wrong_merge_writes_nothing(
     runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model: model.base_model.unload(), False)
@@ -227,11 +227,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def pushed(
     hub: Hub | None, *arguments: str, token: str | None = "hf_test"
 ) -> subprocess.CompletedProcess[str]:
-    """`sae-lora push …` with the hub in place of the real one."""
+    """Run `sae-lora push …` against this hub instead of Hugging Face."""
     address = "http://127.0.0.1:9" if hub is None else hub.address
-    changed = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": token or "", "HF_HUB_OFFLINE": "0"}
+    variables = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": token or "", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "sae_lora", "push", *arguments]
-    return subprocess.run(command, env=changed, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 _LOADING = """
@@ -239,65 +241,66 @@ import sys, torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-found = {}
+logits = {}
 for revision in ("main", "two"):
     base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     model = PeftModel.from_pretrained(base, "org/name", revision=revision).eval()
-    found[revision] = model(torch.tensor([[0, 345, 779]])).logits
-save_file(found, sys.argv[2])
+    logits[revision] = model(torch.tensor([[0, 345, 779]])).logits
+save_file(logits, sys.argv[2])
 """
 
 
-def test_what_is_pushed_is_what_others_load(
+def test_a_pushed_export_loads_from_the_hub(
     hub: Hub, runs: list[RunFolder], exported: list[Path], tmp_path: Path
 ) -> None:
     done = pushed(hub, str(exported[0]), "--repo", "org/name", "--private")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.address}/org/name"
     assert hub.private == {"org/name"}
-    there = tmp_path / "hub/models/org/name"
-    assert {path.name for path in there.iterdir()} == {path.name for path in exported[0].iterdir()}
-    # A second time, the other run, on a branch.
+    repository = tmp_path / "hub/models/org/name"
+    assert {path.name for path in repository.iterdir()} == {path.name for path in exported[0].iterdir()}
+    # A second run, on a branch of the same repository.
     done = pushed(hub, str(exported[1]), "--repo", "org/name", "--revision", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.address}/org/name/tree/two"
 
-    changed = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", _LOADING, str(MODEL), str(tmp_path / "found")]
-    subprocess.run(command, env=os.environ | changed, check=True, timeout=120)
-    found = load_file(tmp_path / "found")
+    variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", _LOADING, str(MODEL), str(tmp_path / "logits")]
+    subprocess.run(command, env=os.environ | variables, check=True, timeout=120)
+    logits = load_file(tmp_path / "logits")
     for run, revision in zip(runs[:2], ("main", "two"), strict=True):
         expected = sae_lora.load_adapted(run).logits(torch.tensor([[0, 345, 779]]), sae=False)
-        assert torch.equal(found[revision], expected)
+        assert torch.equal(logits[revision], expected)
 
 
-def test_what_the_hub_does_not_take_is_said(hub: Hub, exported: list[Path]) -> None:
+def test_refusals_of_the_hub_are_explained(hub: Hub, exported: list[Path]) -> None:
     hub.closed.add("theirs")
     (hub.root / "models/org/public").mkdir(parents=True)
     folder = str(exported[0])
-    for answer, words in [
-        (pushed(hub, folder, "--repo", "org/name", token=None), "not logged in there: `hf auth login`"),
-        (pushed(hub, folder, "--repo", "theirs/name"), "your token may not write there"),
-        (pushed(hub, folder, "--repo", "org/public", "--private"), "is there and public"),
+    for process, words in [
+        (
+            pushed(hub, folder, "--repo", "org/name", token=None),
+            "you are not logged in; run `hf auth login`",
+        ),
+        (pushed(hub, folder, "--repo", "theirs/name"), "your token has no write access"),
+        (pushed(hub, folder, "--repo", "org/public", "--private"), "exists and is public"),
         (pushed(None, folder, "--repo", "org/name"), "the hub cannot be reached"),
     ]:
-        assert answer.returncode == 1
-        assert words in answer.stderr
-        assert "Traceback" not in answer.stderr
+        assert process.returncode == 1
+        assert words in process.stderr
+        assert "Traceback" not in process.stderr
     assert not any((hub.root / "models/org/public").iterdir())
 
 
-def test_what_is_no_export_is_not_pushed(
-    runs: list[RunFolder], exported: list[Path], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"it lacks README\.md"):
+def test_only_exports_are_pushed(runs: list[RunFolder], exported: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not an export: README\.md"):
         push(runs[0].path, "org/name")
     copy = tmp_path / "copy"
     shutil.copytree(exported[0], copy)
     with pytest.raises(UserError, match="org/name"):
         push(copy, "name")
     (copy / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="it lacks the weights"):
+    with pytest.raises(UserError, match="is not an export: weights missing"):
         push(copy, "org/name")
 
 
@@ -310,27 +313,30 @@ from tests.support.points import points_in, run_here
 (run,) = run_here(points_in(Path.cwd())(*sys.argv[1:]))
 assert main(["export", str(run.path), "--to", "adapters"]) == 0
 (code,) = re.findall(r"```python\\n(.*?)```", Path("adapters/README.md").read_text(), re.DOTALL)
-exec(code.replace('here = "."', 'here = "adapters"'))
-alone = AutoPeftModelForCausalLM.from_pretrained("adapters", dtype=torch.float32).eval()
-assert torch.equal(alone(tokens).logits, model(tokens).logits)
+exec(code.replace('folder = "."', 'folder = "adapters"'))
+reloaded = AutoPeftModelForCausalLM.from_pretrained("adapters", dtype=torch.float32).eval()
+assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
 """
 
 
 def test_a_model_of_the_hub_is_named_with_its_commit(hub: Hub, tmp_path: Path) -> None:
-    """And so peft finds it by itself."""
+    """peft then loads the base model by itself."""
     write_all(hub.root)
     sae = "sae=registry sae.release=gpt2-small-resid-post-v5-32k sae.id=blocks.6.hook_resid_post"
     short = ["data.context_length=32", "data.validation_tokens=128", "train.train_tokens=128"]
-    changed = {
+    variables = {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": str(REPOSITORY),
     }
     command = [sys.executable, "-c", _FROM_THE_HUB, "model=gpt2", *sae.split(), *short]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | changed, check=True, timeout=300)
+    subprocess.run(command, cwd=tmp_path, env=os.environ | variables, check=True, timeout=300)
     front = yaml.safe_load((tmp_path / "adapters/README.md").read_text().split("---\n")[1])
     assert (front["base_model"], front["base_model_relation"]) == ("openai-community/gpt2", "adapter")
     assert front["datasets"] == ["monology/pile-uncopyrighted"]
-    named = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
-    assert (named["base_model_name_or_path"], named["revision"]) == ("openai-community/gpt2", COMMIT)
+    adapter_config = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
+    assert (adapter_config["base_model_name_or_path"], adapter_config["revision"]) == (
+        "openai-community/gpt2",
+        COMMIT,
+    )

@@ -1,4 +1,4 @@
-"""The launcher on this machine: runs go through submitit, each in a process of its own."""
+"""The launcher on this machine: submitit runs each pack in its own process."""
 
 import os
 import resource
@@ -21,21 +21,21 @@ from tests.support.points import SMALL, Point, folders_in, points_in
 pytestmark = pytest.mark.slow
 
 
-def test_a_sweep_runs_each_point_once_and_compares(point: Point, tmp_path: Path, capsys) -> None:
+def test_a_sweep_runs_each_point_once_and_shows_a_table(point: Point, tmp_path: Path, capsys) -> None:
     points = [point(f"lora.rank={rank}") for rank in (1, 2)]
     assert launcher.launch([*points, points[0]]) == 0
     folders = folders_in(tmp_path)
     assert len(folders) == 2
     printed = capsys.readouterr().out
-    assert "is named twice and runs once" in printed
+    assert "is named twice and runs only once" in printed
     assert "gap closed" in printed
-    before = {path: path.stat().st_mtime_ns for one in folders for path in one.path.rglob("*")}
+    times = {path: path.stat().st_mtime_ns for folder in folders for path in folder.path.rglob("*")}
     assert launcher.launch(points) == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "2 of 2 done before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert "2 of 2 already done" in capsys.readouterr().out
 
 
-def test_one_run_ends_with_its_table_and_is_evaluated(point: Point, tmp_path: Path, capsys) -> None:
+def test_a_single_run_is_evaluated_and_shows_its_table(point: Point, tmp_path: Path, capsys) -> None:
     assert launcher.launch([point("evaluation=core", "evaluation.resamples=10")]) == 0
     printed = capsys.readouterr().out
     (folder,) = folders_in(tmp_path)
@@ -44,22 +44,22 @@ def test_one_run_ends_with_its_table_and_is_evaluated(point: Point, tmp_path: Pa
         assert words in printed
 
 
-def test_a_failed_run_is_kept_and_its_neighbours_complete(
+def test_a_failed_run_does_not_stop_other_runs_and_can_be_retried(
     point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    broken = "train.device=cuda"  # where a run computes is no part of its identity
+    broken = "train.device=cuda"  # the device is not part of the identity of a run
     points = [point(f"lora.rank={rank}", *([broken] if rank == 2 else [])) for rank in (1, 2, 3)]
     assert launcher.launch(points) == 1
     planned = plan(points)
     ranks = [run.config.lora.rank for run in planned.runs]
-    found = [status.state for status in read_statuses([run.folder for run in planned.runs])]
-    assert dict(zip(ranks, found, strict=True)) == {1: State.done, 2: State.failed, 3: State.done}
+    states = [status.state for status in read_statuses([run.folder for run in planned.runs])]
+    assert dict(zip(ranks, states, strict=True)) == {1: State.done, 2: State.failed, 3: State.done}
     (failed,) = [folder for folder in folders_in(tmp_path) if folder.has_failed]
     assert failed.failure_message in capsys.readouterr().err
-    # Not tried again unasked; tried again when asked.
-    mended = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
-    assert launcher.launch(mended) == 1
+    # It is retried only on request.
+    corrected = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
+    assert launcher.launch(corrected) == 1
     assert "launcher.retry_failed=true" in capsys.readouterr().err
     retried = [point(f"lora.rank={rank}", "launcher.retry_failed=true") for rank in (1, 2, 3)]
     assert launcher.launch(retried) == 0
@@ -67,7 +67,7 @@ def test_a_failed_run_is_kept_and_its_neighbours_complete(
     assert len(list(failed.path.glob("unfinished-1/failure.json"))) == 1
 
 
-def test_what_another_process_runs_is_left_alone(point: Point, capsys) -> None:
+def test_a_run_that_another_process_holds_is_skipped(point: Point, capsys) -> None:
     (planned,) = plan([point()]).runs
     planned.freeze()
     with held(planned.folder.path):
@@ -83,15 +83,15 @@ def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert printed.count("new") == 3  # two runs, and their number
     assert "block_3-width_1024-l0_4" in printed
-    assert "2 runs in 1 packs" in printed
+    assert "2 runs in 1 pack" in printed
     assert "training FLOPs" in printed
 
 
-def test_dry_run_says_who_trains_with_whom(point: Point, capsys) -> None:
+def test_dry_run_shows_the_packs(point: Point, capsys) -> None:
     assert launcher.launch([point()]) == 0
     again = [
-        point(*each, "launcher.dry_run=true")
-        for each in ((), ("lora.rank=4",), ("lora.rank=8",), ("data.seed=1",), ("train.seed=1",))
+        point(*overrides, "launcher.dry_run=true")
+        for overrides in ((), ("lora.rank=4",), ("lora.rank=8",), ("data.seed=1",), ("train.seed=1",))
     ]
     capsys.readouterr()
     assert launcher.launch(again) == 0
@@ -105,25 +105,25 @@ def test_dry_run_says_who_trains_with_whom(point: Point, capsys) -> None:
     ]
 
 
-def test_packed_or_not_the_runs_are_the_same(point: Point, tmp_path: Path) -> None:
-    each = [(f"lora.rank={rank}", "lora.dropout=0.1") for rank in (1, 2, 4)]
-    found = {}
+def test_packing_does_not_change_results(point: Point, tmp_path: Path) -> None:
+    runs = [(f"lora.rank={rank}", "lora.dropout=0.1") for rank in (1, 2, 4)]
+    measured = {}
     for pack in ("auto", "2"):
-        here = f"output_dir={tmp_path}/{pack}", f"launcher.pack={pack}"
-        assert launcher.launch([point(*one, *here) for one in each]) == 0
+        options = f"output_dir={tmp_path}/{pack}", f"launcher.pack={pack}"
+        assert launcher.launch([point(*overrides, *options) for overrides in runs]) == 0
         folders = folders_in(tmp_path / pack)
-        found[pack] = {folder.path.name: results(folder) for folder in folders}
+        measured[pack] = {folder.path.name: results(folder) for folder in folders}
         sizes = sorted(folder.read_summary()["trained_together"] for folder in folders)
         assert sizes == {"auto": [3, 3, 3], "2": [1, 2, 2]}[pack]
-    assert found["auto"] == found["2"]
-    assert len(found["2"]) == 3
+    assert measured["auto"] == measured["2"]
+    assert len(measured["2"]) == 3
 
 
-def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
-    """For real: a process may hold 4 GB, where one of the runs needs 3.3 and two of them 4.8."""
+def test_a_pack_that_is_too_large_for_memory_continues_in_parts(tmp_path: Path) -> None:
+    """In real processes: each may use 4 GB; one run needs 3.3 GB, two runs need 4.8 GB."""
     small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
-    here = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
-    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(2)", *here]
+    paths = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(2)", *paths]
     limit = 4_000_000_000
 
     def limited() -> None:
@@ -139,13 +139,13 @@ def test_more_than_the_memory_holds_goes_on_as_fewer(tmp_path: Path) -> None:
     assert all(folder.read_summary()["trained_together"] == 1 for folder in folders)
     logs = "".join(folder.log.read_text() for folder in folders)
     assert "can't allocate memory" in logs
-    assert "going on alone" in logs
+    assert "continuing alone" in logs
 
 
-@pytest.mark.parametrize("at_hand", [True, False], ids=["Ctrl-C", "in a script's background, killed"])
-def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, at_hand: bool) -> None:
-    """In the background of a script it is deaf to Ctrl-C."""
-    hears = signal.default_int_handler if at_hand else signal.SIG_IGN
+@pytest.mark.parametrize("ctrl_c", [True, False], ids=["Ctrl-C", "SIGTERM in a script's background"])
+def test_a_stopped_run_saves_and_can_resume(tmp_path: Path, ctrl_c: bool) -> None:
+    """A background process of a script ignores Ctrl-C."""
+    handler = signal.default_int_handler if ctrl_c else signal.SIG_IGN
     small = [*SMALL, "train.train_tokens=100000", f"output_dir={tmp_path}"]
     command = [sys.executable, "launch.py", *small, f"data.cache_dir={tmp_path}/cache"]
     process = subprocess.Popen(
@@ -153,12 +153,14 @@ def test_stopped_by_hand_it_saves_and_goes_on(tmp_path: Path, at_hand: bool) -> 
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, hears),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
     deadline = time.monotonic() + 120
-    while not any(f.read_curve() for f in folders_in(tmp_path)) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if any(folder.read_curve() for folder in folders_in(tmp_path)):
+            break
         time.sleep(0.1)
-    if at_hand:
+    if ctrl_c:
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.terminate()

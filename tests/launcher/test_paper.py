@@ -1,4 +1,4 @@
-"""The paper's evaluation (arXiv 2501.19406): every point composes, and has its SAE and a price."""
+"""The paper's experiments (arXiv 2501.19406): every point composes, and has its SAE and an estimate."""
 
 import functools
 import json
@@ -61,21 +61,21 @@ CELLS: dict[str, list[Cell]] = {
     ],
     "paper_block": [(GEMMA, "layer_12/width_16k/average_l0_82", 64, [block]) for block in range(13, 26)],
 }
-"""What stands in the paper, of each experiment around pretrained SAEs of Gemma."""
+"""The cells in the paper, for each experiment around pretrained SAEs of Gemma."""
 EXPERIMENTS = [*CELLS, "paper_several", "paper_downstream", "paper_timing"]
-OF_80_GB = LauncherConfig(kind=LauncherKind.slurm, gpu_mem_gb=80)
+WITH_80_GB = LauncherConfig(kind=LauncherKind.slurm, gpu_mem_gb=80)
 PILE, REDPAJAMA = "monology/pile-uncopyrighted", "togethercomputer/RedPajama-Data-1T-Sample"
 TENTHS = [n / 10 for n in range(1, 11)]
-OWN = {
+NEW_SAES = {
     "paper_timing_gemma2_2b": (GEMMA, 2304),
     "paper_timing_llama32_1b": ("meta-llama/Llama-3.2-1B", 2048),
 }
-"""By the folder of its runs: a model with SAEs of its own, and its width."""
+"""Models for which the experiment trains new SAEs, by the sweep's name: name and d_model."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The models' configs are in the cache, nothing else is, and there is no network."""
+    """Only the configs of the models are in the cache, and there is no network."""
     cache = tmp_path_factory.mktemp("cache")
     for name, config in published_configs().items():
         folder = cache / f"models--{name.replace('/', '--')}"
@@ -84,7 +84,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (folder / "refs/main").write_text(COMMIT)
 
     def refuse(*_: object) -> NoReturn:
-        pytest.fail("planning asks for nothing")
+        pytest.fail("planning must not fetch anything")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -96,13 +96,13 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @functools.cache
 def points(experiment: str) -> list[Config]:
-    """Of its combinations, each that means something of its own: `init_at` is nothing to a new SAE."""
-    asked = [
-        those
-        for those in combinations(experiment)
-        if "init_at=0.1" in those or "init_at" not in str(those) or "_lora" in str(those)
+    """The different points of an experiment. `init_at` does not change new SAEs: one value is enough."""
+    different = [
+        overrides
+        for overrides in combinations(experiment)
+        if "init_at=0.1" in overrides or "init_at" not in str(overrides) or "_lora" in str(overrides)
     ]
-    return each_composed(asked, "output_dir=/nowhere")
+    return each_composed(different, "output_dir=/nowhere")
 
 
 @functools.cache
@@ -117,27 +117,28 @@ def cell(run: Run) -> Cell:
 
 
 @pytest.mark.parametrize("experiment", CELLS)
-def test_its_cells_are_the_papers(experiment: str) -> None:
-    found = planned(experiment)
-    assert sorted(map(repr, map(cell, found.runs))) == sorted(map(repr, CELLS[experiment]))
-    assert found.notes == [] and found.waiting == []
-    for run in found.runs:
+def test_the_cells_are_those_of_the_paper(experiment: str) -> None:
+    result = planned(experiment)
+    assert sorted(map(repr, map(cell, result.runs))) == sorted(map(repr, CELLS[experiment]))
+    assert result.notes == [] and result.waiting == []
+    for run in result.runs:
         (sae,) = run.config.sae.used
         size = run.config.model.name.removeprefix("google/gemma-2-")
-        listed = {one["id"]: one.get("l0") for one in table()[f"gemma-scope-{size}-pt-res"]["saes"]}
+        entries = table()[f"gemma-scope-{size}-pt-res"]["saes"]
+        listed = {entry["id"]: entry.get("l0") for entry in entries}
         assert sae.l0 == listed[str(sae.id)] == run.config.sae.l0
         assert f"layer_{sae.block}/" in str(sae.id)
 
 
-def test_they_are_93() -> None:
+def test_there_are_93_runs() -> None:
     assert [len(planned(experiment).runs) for experiment in CELLS] == [25, 25, 20, 10, 13]
     runs = [run for experiment in CELLS for run in planned(experiment).runs]
     assert len({run.folder.path for run in runs}) == sum(map(len, CELLS.values())) == 93
-    assert len({run.name for run in runs}) == 93  # whatever sweep they are of
+    assert len({run.name for run in runs}) == 93  # also without the name of the sweep
 
 
 @pytest.mark.parametrize("experiment", [*CELLS, "paper_several", "paper_downstream"])
-def test_the_recipe_is_the_papers(experiment: str) -> None:
+def test_the_recipe_is_that_of_the_paper(experiment: str) -> None:
     several = experiment == "paper_several"
     for run in planned(experiment).runs:
         config = run.config
@@ -154,123 +155,123 @@ def test_the_recipe_is_the_papers(experiment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "asked", "field", "nearest"),
+    ("experiment", "wanted", "field", "nearest"),
     [
         ("paper_layer", {"l0": 71.0}, "sae.l0", "70"),
         ("paper_width", {"width": "40k"}, "sae.width", 32_768),
         ("paper_several", {"width": "100k"}, "sae.width", 131_072),
     ],
 )
-def test_what_is_merely_near_is_refused(
-    experiment: str, asked: dict[str, Any], field: str, nearest: object
+def test_nearest_saes_are_refused(
+    experiment: str, wanted: dict[str, Any], field: str, nearest: object
 ) -> None:
     with pytest.raises(NoSuchCellError) as error:
-        plan([replace(one, sae=replace(one.sae, **asked)) for one in points(experiment)])
+        plan([replace(point, sae=replace(point.sae, **wanted)) for point in points(experiment)])
     assert (error.value.field, error.value.nearest) == (field, nearest)
 
 
-def test_several_are_at_every_jth_block() -> None:
-    """As published: from block j on, and with j = 1 at every block."""
-    runs = [run.config for run in planned("paper_several").runs]
-    blocks = [[sae.block for sae in one.sae.used] for one in runs]
+def test_several_saes_are_at_every_jth_block() -> None:
+    """As published: the first SAE is at block j; with j = 1, at block 0."""
+    configs = [run.config for run in planned("paper_several").runs]
+    blocks = [[sae.block for sae in config.sae.used] for config in configs]
     assert blocks == [list(range(j if j > 1 else 0, 32, j)) for j in (1, 2, 3, 4, 6, 8, 12, 16)]
-    for one in runs:
-        assert (one.lora.rank, one.lora.blocks) == (64, "all")
-        assert all(sae.release == "llama_scope_lxr_32x" for sae in one.sae.used)
-        assert all((sae.id, sae.width) == (f"l{sae.block}r_32x", 131_072) for sae in one.sae.used)
+    for config in configs:
+        assert (config.lora.rank, config.lora.blocks) == (64, "all")
+        assert all(sae.release == "llama_scope_lxr_32x" for sae in config.sae.used)
+        assert all((sae.id, sae.width) == (f"l{sae.block}r_32x", 131_072) for sae in config.sae.used)
 
 
-def test_downstream_runs_are_measured_in_every_way() -> None:
-    found = planned("paper_downstream").runs
-    assert {cell(run) for run in found} == {
+def test_downstream_runs_ask_for_every_suite() -> None:
+    runs = planned("paper_downstream").runs
+    assert {cell(run) for run in runs} == {
         (GEMMA, "layer_12/width_16k/average_l0_82", 64, "after"),
         (GEMMA, "layer_12/width_16k/average_l0_82", 1, "after"),
         ("google/gemma-2-9b", "layer_20/width_131k/average_l0_62", 64, "after"),
     }
-    assert len(found) == 3
-    for run in found:
-        asked = vars(run.config.evaluation)
-        every = suite_records.applicable(asked["suites"], {"method": {"kind": "lora"}}, asked)
-        assert set(every) == set(Suite) - {Suite.downstream}
-    # They are runs of the other experiments, but for what is measured of them.
-    others = {run.name for name in ("paper_sparsity", "paper_size") for run in planned(name).runs}
-    assert {run.name for run in found} <= others
+    assert len(runs) == 3
+    for run in runs:
+        evaluation = vars(run.config.evaluation)
+        suites = suite_records.applicable(evaluation["suites"], {"method": {"kind": "lora"}}, evaluation)
+        assert set(suites) == set(Suite) - {Suite.downstream}
+    # They are runs of other experiments, with more suites.
+    scaling = {run.name for name in ("paper_sparsity", "paper_size") for run in planned(name).runs}
+    assert {run.name for run in runs} <= scaling
 
 
-def test_own_saes_come_first() -> None:
-    found = planned("paper_timing")
+def test_new_saes_come_first() -> None:
+    result = planned("paper_timing")
     assert len(combinations("paper_timing")) == 60
-    assert (len(found.runs), len(found.waiting)) == (4, 20)
-    for run in found.runs:
+    assert (len(result.runs), len(result.waiting)) == (4, 20)
+    for run in result.runs:
         config = run.config
-        name, d_model = OWN[config.sweep]
+        name, d_model = NEW_SAES[config.sweep]
         (sae,) = config.sae.used
         assert (config.model.name, sae.block, sae.width, sae.l0) == (name, 12, 8 * d_model, 64)
         assert config.sae.architecture.name == "topk"
         assert config.train.train_tokens == {GEMMA: 2e9}.get(name, 4e9)
-        # The published code: 2e-4 for 2^14 latents, 1,000 steps of warming up, one sequence a step.
+        # The published code: 2e-4 for 2^14 latents, 1,000 warm-up steps, one sequence per step.
         assert config.train.lr == pytest.approx(2e-4 * (2**14 / (8 * d_model)) ** 0.5, rel=1e-3)
         assert config.train.warmup_share * train_steps(config) == pytest.approx(1000, abs=1)
         assert train_steps(config) == -(-config.train.train_tokens // 1024)
-        kept = TENTHS[:-1] if config.method.kind.name == "sae" else []
-        assert config.method.checkpoints == kept
-    for one in found.waiting:
-        assert (one.init, one.lora.rank, one.lora.blocks) == ("sae", 64, "all")
-        assert train_steps(one) == 15_000
-    for one in (*(run.config for run in found.runs), *found.waiting):
-        assert one.model.dtype.name == one.train.dtype.name == "float32"
-        assert one.data.name == REDPAJAMA
-        assert one.launcher.pack == "off"
+        shares = TENTHS[:-1] if config.method.kind.name == "sae" else []
+        assert config.method.checkpoints == shares
+    for config in result.waiting:
+        assert (config.init, config.lora.rank, config.lora.blocks) == ("sae", 64, "all")
+        assert train_steps(config) == 15_000
+    for config in (*(run.config for run in result.runs), *result.waiting):
+        assert config.model.dtype.name == config.train.dtype.name == "float32"
+        assert config.data.name == REDPAJAMA
+        assert config.launcher.pack == "off"
 
 
 def finish(run: Run, d_model: int) -> None:
-    """Leaves what a finished run of method=sae leaves, as far as planning reads it."""
+    """Write the files of a finished run of method=sae that planning reads."""
     run.freeze()
     folders = [run.folder.sae_at / f"{at:g}" for at in TENTHS[:-1]]
-    for number, made in enumerate((*folders, run.folder.sae)):
-        folder = made / "blocks.12.hook_resid_post"
+    for number, parent in enumerate((*folders, run.folder.sae)):
+        folder = parent / "blocks.12.hook_resid_post"
         folder.mkdir(parents=True)
         hook = {"hook_name": "blocks.12.hook_resid_post"}
-        says = {"architecture": "topk", "d_in": d_model, "d_sae": 8 * d_model, "k": 64, "metadata": hook}
-        (folder / "cfg.json").write_text(json.dumps(says))
+        cfg = {"architecture": "topk", "d_in": d_model, "d_sae": 8 * d_model, "k": 64, "metadata": hook}
+        (folder / "cfg.json").write_text(json.dumps(cfg))
         (folder / "sae_weights.safetensors").write_text(f"only hashed, {number}")
     run.folder.summary.write_text("{}")
 
 
 @pytest.fixture(scope="module")
-def around_own(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """All of the timing, its SAEs being there."""
+def timing_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """The plan of `paper_timing` when its SAEs are trained."""
     home = tmp_path_factory.mktemp("outputs")
-    asked = [replace(one, output_dir=str(home)) for one in points("paper_timing")]
-    for run in plan(asked).runs:
+    moved = [replace(point, output_dir=str(home)) for point in points("paper_timing")]
+    for run in plan(moved).runs:
         if run.config.method.kind.name == "sae":
-            finish(run, OWN[run.config.sweep][1])
-    return plan(asked)
+            finish(run, NEW_SAES[run.config.sweep][1])
+    return plan(moved)
 
 
-def test_then_come_ten_around_each(around_own: Plan) -> None:
-    assert around_own.waiting == []
-    assert len({run.name for run in around_own.runs}) == len(around_own.runs) == 24
-    for sweep, (name, d_model) in OWN.items():
-        runs = [run.config for run in around_own.runs if run.config.sweep == sweep]
-        assert {one.model.name for one in runs} == {name}
-        around = [one for one in runs if one.init]
-        assert [one.init_at for one in around] == TENTHS
-        assert len({one.sae.used[0].sha256 for one in around}) == 10
-        assert {one.sae.used[0].width for one in around} == {8 * d_model}
+def test_ten_lora_runs_follow_each_new_sae(timing_plan: Plan) -> None:
+    assert timing_plan.waiting == []
+    assert len({run.name for run in timing_plan.runs}) == len(timing_plan.runs) == 24
+    for sweep, (name, d_model) in NEW_SAES.items():
+        configs = [run.config for run in timing_plan.runs if run.config.sweep == sweep]
+        assert {config.model.name for config in configs} == {name}
+        lora = [config for config in configs if config.init]
+        assert [config.init_at for config in lora] == TENTHS
+        assert len({config.sae.used[0].sha256 for config in lora}) == 10
+        assert {config.sae.used[0].width for config in lora} == {8 * d_model}
 
 
-def test_steering_goes_around_an_own_sae_too(around_own: Plan) -> None:
-    """With `init`, as the experiment's file says it; rank 1 on the blocks after it, 13 to 25."""
-    (before,) = [
+def test_steering_also_uses_a_new_sae(timing_plan: Plan) -> None:
+    """With `init`, as in the experiment's file; rank 1 on the blocks after the SAE, 13 to 25."""
+    (sae_run,) = [
         run
-        for run in around_own.runs
+        for run in timing_plan.runs
         if run.config.method.kind.name == "sae" and run.config.model.name == GEMMA
     ]
-    asked = "experiment=paper_downstream", "variant=paper_downstream/steering"
-    (run,) = plan([composed(*asked, f"init={before.folder.path}", "output_dir=/nowhere")]).runs
+    steering = "experiment=paper_downstream", "variant=paper_downstream/steering"
+    (run,) = plan([composed(*steering, f"init={sae_run.folder.path}", "output_dir=/nowhere")]).runs
     (sae,) = run.config.sae.used
-    assert (sae.block, sae.width, sae.path) == (12, 18_432, str(before.folder.sae / str(Place.of(sae))))
+    assert (sae.block, sae.width, sae.path) == (12, 18_432, str(sae_run.folder.sae / str(Place.of(sae))))
     assert run.config.lora.rank == 1
     assert adapted_blocks(run.config.lora.blocks, sae.block, 26) == list(range(13, 26))
 
@@ -282,21 +283,21 @@ PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
 }
-"""As published."""
+"""Published numbers of parameters."""
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_models_are_priced_in_their_own_size_and_hold_nothing(name: str) -> None:
+def test_estimates_use_models_of_the_real_size_without_memory(name: str) -> None:
     weights = list(cost._shapes(name, None).model.parameters())
     assert sum(weight.numel() for weight in weights) == PARAMETERS[name]
     assert all(weight.is_meta for weight in weights)
 
 
-def test_the_price_of_a_point_by_hand() -> None:
-    """Gemma-2-2B, 16k latents after block 12, rank 1: the formulas of estimate.py, number by number."""
-    asked = GEMMA, "layer_12/width_16k/average_l0_82", 1, "after"
-    (config,) = [run.config for run in planned("paper_sparsity").runs if cell(run) == asked]
-    found = cost.estimate([config])
+def test_the_estimate_of_a_point_by_hand() -> None:
+    """Gemma-2-2B, 16k latents after block 12, rank 1: the formulas of train/cost.py in numbers."""
+    wanted = GEMMA, "layer_12/width_16k/average_l0_82", 1, "after"
+    (config,) = [run.config for run in planned("paper_sparsity").runs if cell(run) == wanted]
+    result = cost.estimate([config])
     d_model, heads, keys, inner, d_vocab = 2304, 2048, 1024, 9216, 256_000
     latents, context = 16_384, 1024
 
@@ -304,41 +305,41 @@ def test_the_price_of_a_point_by_hand() -> None:
     forward = 2 * matrices + 4 * context * heads
     backward = 2 * matrices + 8 * context * heads
     ends = 2 * (d_model + heads) + 2 * (d_model + keys) + 3 * (d_model + inner)
-    # The student's first 13 blocks are the teacher's; its SAE is sparse, from 16k latents on.
+    # Teacher and student share the first 13 blocks. The SAE is sparse, since it has 16k latents or more.
     blocks = 26 * forward + 13 * (forward + backward)
     heads_of_models = 3 * 2 * d_model * d_vocab
     per_token = blocks + heads_of_models + 2 * d_model * latents + 6 * 13 * ends
-    assert found.adapter_weights == 13 * ends == 648_960
-    assert found.flops == per_token * context * 15_000 == pytest.approx(1.883e17, rel=1e-3)
+    assert result.adapter_weights == 13 * ends == 648_960
+    assert result.flops == per_token * context * 15_000 == pytest.approx(1.883e17, rel=1e-3)
 
     model = 2 * PARAMETERS[GEMMA]
     sae = 4 * 2 * d_model * latents
-    # With dropout, what an adapted matrix reads is kept in float32 too, and rank numbers beside it.
-    of_a_block = 2 * ends + 4 * (5 * d_model + heads + inner) + 4 * 7
-    graph = context * (13 * of_a_block + 2 * 6 * d_model)
+    # With dropout, the graph also keeps the input of each adapted matrix in float32, and rank numbers.
+    block_numbers = 2 * ends + 4 * (5 * d_model + heads + inner) + 4 * 7
+    graph = context * (13 * block_numbers + 2 * 6 * d_model)
     assert graph > 4 * 3 * 4096 * latents  # the codes of an evaluation's batch
     logits = room_bytes(4096, None, d_vocab, "cuda" if torch.cuda.is_available() else "cpu")
-    assert found.peak_bytes == model + sae + 16 * 13 * ends + logits + graph
+    assert result.peak_bytes == model + sae + 16 * 13 * ends + logits + graph
 
 
-def priced(asked: Sequence[Config], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """The table of `launcher.dry_run=true`, by its columns."""
+def estimated(configs: Sequence[Config], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The rows of the table of `launcher.dry_run=true`, as dictionaries by column."""
     shown: list[Table] = []
     monkeypatch.setattr(launcher, "show", shown.append)
     monkeypatch.setattr(launcher, "say", lambda text: None)
     monkeypatch.setattr(launcher.slurm, "check_partition", lambda partition: None)
     settings = replace(
-        asked[0].launcher, kind=OF_80_GB.kind, gpu_mem_gb=80.0, timeout_min=60, dry_run=True
+        configs[0].launcher, kind=WITH_80_GB.kind, gpu_mem_gb=80.0, timeout_min=60, dry_run=True
     )
-    assert launcher.launch([replace(one, launcher=settings) for one in asked]) == 0
+    assert launcher.launch([replace(config, launcher=settings) for config in configs]) == 0
     names = [str(column.header) for column in shown[0].columns]
     rows = zip(*(column.cells for column in shown[0].columns), strict=True)
     return [dict(zip(names, map(str, row), strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_dry_run_prices_each(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = priced(points(experiment), monkeypatch)
+def test_a_dry_run_estimates_every_run(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = estimated(points(experiment), monkeypatch)
     assert [row["run"] for row in rows] == [run.name for run in planned(experiment).runs]
     for row in rows:
         assert row["state"] == "new"
@@ -347,41 +348,43 @@ def test_a_dry_run_prices_each(experiment: str, monkeypatch: pytest.MonkeyPatch)
         assert int(row["trained weights"].replace(",", "")) > 0
 
 
-def test_a_dry_run_prices_what_waited(around_own: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = priced([run.config for run in around_own.runs], monkeypatch)
+def test_a_dry_run_estimates_runs_that_waited(
+    timing_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = estimated([run.config for run in timing_plan.runs], monkeypatch)
     assert [row["state"] for row in rows].count("done") == 2
     assert len(rows) == 24 and all(float(row["training FLOPs"]) > 1e16 for row in rows)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_all_fit_80_gb_but_an_sae_at_every_block_of_8b(
+def test_all_runs_fit_80_gb_except_an_sae_at_every_block_of_8b(
     experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # logits have more room on a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # logits get more memory on a GPU
     runs = planned(experiment).runs
-    packs = packed(runs, replace(OF_80_GB, pack=runs[0].config.launcher.pack))
-    prices = [cost.estimate([run.config for run in pack]) for pack in packs]
-    alone = [cost.estimate([run.config]) for run in runs]
+    packs = packed(runs, replace(WITH_80_GB, pack=runs[0].config.launcher.pack))
+    pack_costs = [cost.estimate([run.config for run in pack]) for pack in packs]
+    run_costs = [cost.estimate([run.config]) for run in runs]
     assert sum(map(len, packs)) == len(runs)
-    saved = sum(price.flops for price in alone) - sum(price.flops for price in prices)
+    saved = sum(run.flops for run in run_costs) - sum(pack.flops for pack in pack_costs)
     assert saved > 0 if len(packs) < len(runs) else saved == 0
-    larger = [pack for pack, price in zip(packs, prices, strict=True) if price.peak_bytes > 80e9]
+    larger = [pack for pack, total in zip(packs, pack_costs, strict=True) if total.peak_bytes > 80e9]
     assert [[len(run.config.sae.used) for run in pack] for pack in larger] == (
         [[32]] if experiment == "paper_several" else []
     )
 
 
 @pytest.mark.slow
-def test_the_command_itself(tmp_path: Path) -> None:
-    """Through Hydra's own sweeper, against a hub that has the models' configs and nothing else."""
+def test_the_command_in_a_process(tmp_path: Path) -> None:
+    """With Hydra's sweeper, against a hub that only has the configs of the models."""
     write_configs(tmp_path / "hub")
-    asked = "launcher.dry_run=true", "tracking=disabled", f"output_dir={tmp_path}/outputs"
+    options = "launcher.dry_run=true", "tracking=disabled", f"output_dir={tmp_path}/outputs"
     with serving(tmp_path / "hub") as hub:
-        places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
-        finished = launch("experiment=paper_timing", *asked, **places)
+        variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
+        finished = launch("experiment=paper_timing", *options, **variables)
     assert finished.returncode == 0, finished.stderr
-    assert "36 points mean the same run as another" in finished.stdout
-    assert "20 points will follow" in finished.stdout
+    assert "36 points are duplicates of other points" in finished.stdout
+    assert "20 points will start after these runs" in finished.stdout
     assert "4 runs: 4 new" in finished.stdout
     fetched = {line.split()[1].rsplit("/", 1)[-1] for line in hub.requests if "/resolve/" in line}
     assert fetched == {"config.json"}

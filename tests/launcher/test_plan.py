@@ -1,4 +1,4 @@
-"""The plan: what points mean, which are the same, which cannot work, how far each is."""
+"""The plan: the run of each point, equal points, and points that cannot work."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ def test_requests_for_the_same_sae_are_the_same_run(point: Point) -> None:
     assert any("sae.l0 5 does not exist; the nearest is 4" in note for note in planned.notes)
 
 
-def test_the_same_request_in_other_words_is_the_same_run(point: Point) -> None:
+def test_equal_requests_in_different_notation_are_the_same_run(point: Point) -> None:
     forms = (
         ("lora.blocks=[5]", "lora.blocks=5"),
         ("lora.blocks=[4,5]", "lora.blocks=[5,4]"),
         ("lora.alpha=2r", "lora.alpha=4"),
         ("lora.alpha=r", "lora.alpha=2.0"),
     )
-    for one, other in forms:
-        assert len(plan([point(one), point(other)]).runs) == 1
+    for first, second in forms:
+        assert len(plan([point(first), point(second)]).runs) == 1
 
 
 def test_cells_that_do_not_exist_are_dropped_from_a_sweep(point: Point) -> None:
-    """SAEs of 4,096 latents were made for block 3 alone."""
+    """SAEs with 4,096 latents exist only at block 3."""
     sweep = [point("sae.width=4k", f"layer.index={block}") for block in (2, 3, 4)]
     planned = plan(sweep)
     assert [run.config.sae.used[0].block for run in planned.runs] == [3]
@@ -43,7 +43,7 @@ def test_cells_that_do_not_exist_are_dropped_from_a_sweep(point: Point) -> None:
         plan([sweep[0], sweep[2]])
 
 
-def test_a_strict_plan_takes_nothing_else_than_what_is_asked_for(point: Point) -> None:
+def test_a_strict_plan_refuses_nearest_and_missing_saes(point: Point) -> None:
     exact = point("sae.l0=8", "launcher.strict=true")
     assert len(plan([exact]).runs) == 1
     for override in ("sae.l0=9", "sae.width=3k", "layer.index=2 sae.width=4k"):
@@ -56,7 +56,7 @@ def test_planning_writes_nothing(point: Point, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_retry_takes_what_the_new_command_says(point: Point) -> None:
+def test_a_retry_uses_the_config_of_the_new_command(point: Point) -> None:
     (first,) = plan([point("train.kl_chunk_tokens=1024")]).runs
     first.freeze()
     (again,) = plan([point("train.kl_chunk_tokens=64")]).runs
@@ -65,16 +65,16 @@ def test_a_retry_takes_what_the_new_command_says(point: Point) -> None:
     assert load(again.folder.config.read_text()).train.kl_chunk_tokens == 64
 
 
-def test_a_run_that_was_begun_reads_what_it_read_before(point: Point) -> None:
+def test_a_run_with_a_checkpoint_keeps_its_version_of_the_text(point: Point) -> None:
     (first,) = plan([point()]).runs
-    config = replace(first.config, data=replace(first.config.data, version="as it was"))
+    config = replace(first.config, data=replace(first.config.data, version="old"))
     replace(first, config=config).freeze()
     (new,) = plan([point()]).runs
-    assert new.config.data.version is None  # nothing was begun: it reads the text as it is now
+    assert new.config.data.version is None  # without a checkpoint, it reads the present text
     first.folder.checkpoints.mkdir()
-    (begun,) = plan([point()]).runs
-    assert begun.config.data.version == "as it was"
-    assert begun.folder.path == first.folder.path
+    (started,) = plan([point()]).runs
+    assert started.config.data.version == "old"
+    assert started.folder.path == first.folder.path
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_run_that_was_begun_reads_what_it_read_before(point: Point) -> None:
         ("data.context_length=512 train.batch_size=1", "data.context_length", 256),
     ],
 )
-def test_what_the_plan_refuses(
+def test_points_that_the_plan_refuses(
     point: Point, override: str, field: str, nearest: object, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as error:

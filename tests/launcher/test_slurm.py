@@ -36,7 +36,7 @@ pytestmark = NEEDS_SLURM
 
 
 def ended(cluster: Cluster, job: str) -> str:
-    """How SLURM's accounting says that the job ended."""
+    """The final state of the job in SLURM's accounting."""
     until(
         lambda: job not in cluster.command("squeue", "--noheader", "--array", "--format=%i").split(), job
     )
@@ -45,88 +45,87 @@ def ended(cluster: Cluster, job: str) -> str:
     return cluster.command(*state)
 
 
-def test_a_sweep_gives_what_it_gives_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep_gives_the_same_results_as_on_this_machine(cluster: Cluster, tmp_path: Path) -> None:
     points = ["-m", "lora.rank=1,2", "layer.index=1,2", "launcher.max_array_size=1"]
-    there, here = tmp_path / "there", tmp_path / "here"
-    started = submitted(there, *points, "launcher.pack=2")
+    on_slurm, local = tmp_path / "slurm", tmp_path / "local"
+    started = submitted(on_slurm, *points, "launcher.pack=2")
     assert started.returncode == 0, started.stderr
     assert "4 runs submitted to SLURM in 2 jobs" in started.stdout
-    ids = [one.job for one in folders_in(there) if one.job]
+    ids = [folder.job for folder in folders_in(on_slurm) if folder.job]
     assert len(ids) == 4
-    assert len(set(ids)) == 2  # packs of 2
-    assert len({job.split("_")[0] for job in ids}) == 2  # in arrays of one
-    point = points_in(here)
+    assert len(set(ids)) == 2  # packs of two runs
+    assert len({job.split("_")[0] for job in ids}) == 2  # arrays of one job
+    point = points_in(local)
     run_here(
         *(point(f"lora.rank={rank}", f"layer.index={block}") for rank in (1, 2) for block in (1, 2))
     )
-    until(lambda: all(one.is_finished for one in folders_in(there)), "the sweep")
-    assert [one.path.name for one in folders_in(there)] == [one.path.name for one in folders_in(here)]
-    for one, other in zip(folders_in(there), folders_in(here), strict=True):
-        assert results(one) == results(other)
-        assert {path.name for path in one.path.iterdir()} == {
-            path.name for path in other.path.iterdir()
+    until(lambda: all(folder.is_finished for folder in folders_in(on_slurm)), "the sweep")
+    for folder, expected in zip(folders_in(on_slurm), folders_in(local), strict=True):
+        assert folder.path.name == expected.path.name
+        assert results(folder) == results(expected)
+        assert {path.name for path in folder.path.iterdir()} == {
+            path.name for path in expected.path.iterdir()
         } | {"job.json", "log.txt"}
-    assert main(["status", str(there / "main")]) == 0
-    again = submitted(there, *points)
-    assert "4 of 4 done before" in again.stdout
+    assert main(["status", str(on_slurm / "main")]) == 0
+    again = submitted(on_slurm, *points)
+    assert "4 of 4 already done" in again.stdout
     assert not jobs(cluster)
 
 
-def test_what_begins_with_another_is_submitted_once_that_is_done(
+def test_points_with_init_are_submitted_when_their_sae_is_finished(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     arms = "variant=time_to_ce/sae,time_to_ce/lora", "init_at=0.5,1", "train.seed=0"
     sweep = "experiment=time_to_ce", "sweep=main", *arms, "sae.width=64", "train.train_tokens=5120"
     started = submitted(tmp_path, *sweep)
     assert started.returncode == 0, started.stderr
-    assert "2 points still to submit" in started.stdout
+    assert "2 points not submitted yet" in started.stdout
     sae = the_run(tmp_path)
     until(lambda: sae.is_finished, "the SAE")
     again = submitted(tmp_path, *sweep, "launcher.wait=true")
     assert again.returncode == 0, again.stderr
     assert "2 runs submitted to SLURM" in again.stdout
-    around = [folder for folder in folders_in(tmp_path) if folder.path != sae.path]
-    assert len(around) == 2
-    at_its_end = [f for f in around if load(f.config.read_text()).init_at == 1]
-    assert [folder.read_summary()["spliced_ce"] for folder in at_its_end] == [
+    lora = [folder for folder in folders_in(tmp_path) if folder.path != sae.path]
+    assert len(lora) == 2
+    at_the_end = [folder for folder in lora if load(folder.config.read_text()).init_at == 1]
+    assert [folder.read_summary()["spliced_ce"] for folder in at_the_end] == [
         pytest.approx(sae.read_summary()["student_ce"], abs=1e-6)
     ]
 
 
 def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
-    apart = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
-    assert submitted(tmp_path, "-m", "lora.rank=1,2", *apart).returncode == 0
+    options = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
+    assert submitted(tmp_path, "-m", "lora.rank=1,2", *options).returncode == 0
     folders = folders_in(tmp_path)
-    until(lambda: all(one.is_finished for one in folders), "the sweep")
-    gpus = {one.read_summary()["environment"]["visible_gpus"] for one in folders}
+    until(lambda: all(folder.is_finished for folder in folders), "the sweep")
+    gpus = {folder.read_summary()["environment"]["visible_gpus"] for folder in folders}
     assert gpus == {"0", "1"}
 
 
-def test_a_queued_run_reads_its_own_config_alone(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_queued_run_reads_only_the_config_in_its_folder(cluster: Cluster, tmp_path: Path) -> None:
     files = tmp_path / "conf/train"
     files.mkdir(parents=True)
     mine = files / "mine.yaml"
     mine.write_text("defaults: [default]\nlr: 1e-3\n")
     occupy(cluster, 60)
-    mine_too = f"--config-dir={tmp_path}/conf", "train=mine"
-    assert submitted(tmp_path, *mine_too).returncode == 0
+    options = f"--config-dir={tmp_path}/conf", "train=mine"
+    assert submitted(tmp_path, *options).returncode == 0
     folder = the_run(tmp_path)
     assert read_statuses([folder])[0].state is State.queued
     mine.write_text("defaults: [default]\nlr: 1\n")
-    before = folder.config.read_text()
-    again = submitted(
-        tmp_path, *mine_too
-    )  # another run, since its rate differs; the first stays as it is
+    config = folder.config.read_text()
+    # Another run, since its learning rate differs; the config of the first run stays as it is.
+    again = submitted(tmp_path, *options)
     assert again.returncode == 0
-    assert folder.config.read_text() == before
+    assert folder.config.read_text() == config
     mine.unlink()
     cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
     until(lambda: folder.is_finished, "the run")
     assert "lr: 0.001" in folder.config.read_text()
 
 
-def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> None:
-    """Model, SAE and text come from a hub that is gone before the jobs begin."""
+def test_files_are_fetched_once_before_the_jobs_start(cluster: Cluster, tmp_path: Path) -> None:
+    """The hub of model, SAE and text no longer runs when the jobs start."""
     write_all(tmp_path / "hub")
     occupy(cluster, 100)
     gemma = (
@@ -139,35 +138,40 @@ def test_all_is_fetched_before_and_once(cluster: Cluster, tmp_path: Path) -> Non
     )
     tokens = "data.context_length=32", "data.validation_tokens=128", "train.train_tokens=128"
     with serving(tmp_path / "hub") as hub:
-        places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
-        started = submitted(tmp_path, "-m", *gemma, *tokens, "lora.rank=1,2", **places)
+        variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
+        started = submitted(tmp_path, "-m", *gemma, *tokens, "lora.rank=1,2", **variables)
         assert started.returncode == 0, started.stderr
-        weights = [one for one in hub.requests if one.startswith("GET") and "model.safetensors" in one]
+        weights = [
+            request
+            for request in hub.requests
+            if request.startswith("GET") and "model.safetensors" in request
+        ]
     assert len(weights) == 1
     cluster.command("scancel", "--partition=high", "--user", getpass.getuser())
     folders = folders_in(tmp_path)
-    until(lambda: all(one.is_finished or one.has_failed for one in folders), "the sweep")
-    assert [one.failure_message for one in folders] == [None, None]
-    assert {one.read_summary()["model"]["commit"] for one in folders} == {COMMIT}
-    assert all(load(one.config.read_text()).model.commit == COMMIT for one in folders)
+    until(lambda: all(folder.is_finished or folder.has_failed for folder in folders), "the sweep")
+    assert [folder.failure_message for folder in folders] == [None, None]
+    assert {folder.read_summary()["model"]["commit"] for folder in folders} == {COMMIT}
+    assert all(load(folder.config.read_text()).model.commit == COMMIT for folder in folders)
 
 
-def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, capsys) -> None:
+def test_a_failed_run_fails_its_slurm_job(cluster: Cluster, tmp_path: Path, capsys) -> None:
     rates = "train.lr=1e-3,2e-3,1e30", "train.seed=0,1"
     waited = submitted(tmp_path, "-m", *rates, "launcher.pack=3", "launcher.wait=true")
     folders = folders_in(tmp_path)
-    assert all(one.is_finished or one.has_failed for one in folders)
+    assert all(folder.is_finished or folder.has_failed for folder in folders)
     assert waited.returncode == 1
     assert "gap closed" in waited.stdout
     assert "2 failed" in waited.stderr
-    of_job: dict[str, list[float]] = defaultdict(list)
+    rates_of_job: dict[str, list[float]] = defaultdict(list)
     for folder in folders:
         assert folder.job is not None
         rate = load(folder.config.read_text()).train.lr
         assert folder.has_failed is (rate > 1)
-        of_job[folder.job].append(rate)
-    assert sorted(sorted(rates) for rates in of_job.values()) == [[1e-3, 1e-3, 2e-3], [2e-3, 1e30, 1e30]]
-    for job, trained in of_job.items():
+        rates_of_job[folder.job].append(rate)
+    packs = sorted(sorted(rates) for rates in rates_of_job.values())
+    assert packs == [[1e-3, 1e-3, 2e-3], [2e-3, 1e30, 1e30]]
+    for job, trained in rates_of_job.items():
         assert ended(cluster, job) == ("FAILED" if max(trained) > 1 else "COMPLETED")
     capsys.readouterr()
     assert main(["status", str(tmp_path / "main")]) == 1
@@ -180,8 +184,8 @@ def test_slurm_sees_that_a_run_has_failed(cluster: Cluster, tmp_path: Path, caps
     assert "Traceback" in printed
 
 
-def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> None:
-    """A run whose job is cancelled, and with it another that trains there."""
+def test_a_cancelled_run_can_resume(cluster: Cluster, tmp_path: Path, capsys) -> None:
+    """The other run in its job stops too."""
     assert submitted(tmp_path, "-m", "lora.rank=1,2", *LONG).returncode == 0
     folders = folders_in(tmp_path)
     pid = halt(*folders, step=15)
@@ -189,29 +193,29 @@ def test_cancelled_it_can_go_on(cluster: Cluster, tmp_path: Path, capsys) -> Non
     go_on(pid)
     printed = capsys.readouterr().out
     assert "1 job cancelled" in printed
-    assert f"{folders[1].path.name} trains there too, and stops" in printed
+    assert f"{folders[1].path.name} stops too: it trains in the same job" in printed
     assert folders[0].job is not None
     assert ended(cluster, folders[0].job).startswith("CANCELLED")
-    until(lambda: not any(holder(one.path) for one in folders), "the runs are free")
+    until(lambda: not any(holder(folder.path) for folder in folders), "the runs are free")
     for status in read_statuses(folders):
         assert status.state is State.resumable
         assert "CANCELLED" in str(status.note)
 
 
 def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: Path) -> None:
-    here = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
-    command = [sys.executable, "launch.py", "-m", *SMALL, *ON_CLUSTER, *here, "lora.rank=1,2,4"]
+    paths = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+    command = [sys.executable, "launch.py", "-m", *SMALL, *ON_CLUSTER, *paths, "lora.rank=1,2,4"]
     command.append("launcher.pack=off")
-    both = [
+    launches = [
         subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         for _ in range(2)
     ]
-    assert [one.wait(60) for one in both] == [0, 0]
+    assert [process.wait(60) for process in launches] == [0, 0]
     assert len(jobs(cluster)) == 3
-    until(lambda: all(one.is_finished for one in folders_in(tmp_path)), "the sweep")
+    until(lambda: all(folder.is_finished for folder in folders_in(tmp_path)), "the sweep")
 
 
-def test_a_partition_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_partition_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     refused = submitted(tmp_path, "launcher.partition=hihg")
     assert refused.returncode == 1
     assert "nearest valid: launcher.partition=high" in refused.stderr

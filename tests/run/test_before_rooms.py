@@ -1,7 +1,7 @@
-"""What the version before the rooms has left: its folders are gone on with, its waiting jobs run.
+"""Compatibility with the version before the rooms: its runs resume, and its queued jobs run.
 
-`tests/fixtures/before_rooms/` was made by commit 36e1319, when the package was one folder: a finished
-run, one that was stopped at step 16 of 64, and one that waits as a pickle in SLURM's queue.
+Commit 36e1319, when the package was one folder, wrote `tests/fixtures/before_rooms/`: a finished run, a
+run that was stopped at step 16 of 64, and a run that waits as a pickle in SLURM's queue.
 """
 
 import shlex
@@ -25,32 +25,32 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "before_rooms"
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
-    """The runs that are done, stopped and queued; paths are relative to where they were made."""
+    """The finished, the stopped and the queued run, in a copy; their paths are relative to it."""
     shutil.copytree(FIXTURE, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
-    found = [RunFolder(path) for path in Path("outputs/main").iterdir()]
-    return sorted(found, key=lambda folder: folder.read_config()["train"]["seed"])
+    copies = [RunFolder(path) for path in Path("outputs/main").iterdir()]
+    return sorted(copies, key=lambda folder: folder.read_config()["train"]["seed"])
 
 
-def test_their_standing_is_seen(folders: list[RunFolder]) -> None:
+def test_their_states_are_read(folders: list[RunFolder]) -> None:
     expected = [State.done, State.resumable, State.new]
     assert [status.state for status in read_statuses(folders)] == expected
 
 
 def test_the_same_points_are_planned_into_the_same_folders(folders: list[RunFolder]) -> None:
     commands = [command(folder.read_config()) for folder in folders]
-    points = [composed(*shlex.split(one)[2:]) for one in commands if one is not None]
+    points = [composed(*shlex.split(words)[2:]) for words in commands if words is not None]
     assert [run.folder.path for run in plan(points).runs] == [folder.path for folder in folders]
 
 
-def test_a_stopped_run_goes_on(folders: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_resumes(folders: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
     stopped = folders[1]
-    before = stopped.curve.read_text().splitlines()
+    old = stopped.curve.read_text().splitlines()
     assert execute.attempt([stopped]) == 0
     assert stopped.is_finished
-    after = stopped.curve.read_text().splitlines()
-    assert after[: len(before)] == before and len(after) > len(before)
-    assert "going on from step 16 of 64" in capsys.readouterr().out
+    new = stopped.curve.read_text().splitlines()
+    assert new[: len(old)] == old and len(new) > len(old)
+    assert "resuming from step 16 of 64" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_reported_evaluated_and_exported(folders: list[RunFolder]) -> None:
@@ -62,8 +62,8 @@ def test_a_finished_run_is_reported_evaluated_and_exported(folders: list[RunFold
     assert Path("exported/adapter_model.safetensors").exists()
 
 
-@pytest.mark.slow  # a process of its own
-def test_a_job_that_waits_in_the_queue_runs(folders: list[RunFolder]) -> None:
+@pytest.mark.slow  # starts a process
+def test_a_queued_job_runs(folders: list[RunFolder]) -> None:
     submission = DelayedSubmission.load("submitted.pkl")
     assert isinstance(submission.function, Job)
     submission.result()

@@ -1,4 +1,4 @@
-"""One run on the embedded default: what it leaves in its folder."""
+"""One run with the embedded model: the files in its folder."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ from sae_lora.run import execute
 from tests.support.points import Point, folders_in, run_here
 
 
-def test_one_run_leaves_everything(point: Point) -> None:
+def test_a_run_writes_curve_and_summary(point: Point) -> None:
     (folder,) = run_here(point())
     summary = folder.read_summary()
     assert load(folder.config.read_text()).sae.used[0].id == "block_3-width_1024-l0_4"
     curve = folder.read_curve()
-    assert [one.tokens for one in curve] == [0, 512, 1024]
+    assert [row.tokens for row in curve] == [0, 512, 1024]
     assert summary["student_ce"] == curve[-1].student_ce
     assert summary["gap_closed"] == curve[-1].gap_closed
     assert summary["initial_gap"] == pytest.approx(summary["spliced_ce"] - summary["base_ce"])
@@ -35,8 +35,8 @@ def test_one_run_leaves_everything(point: Point) -> None:
     assert summary["environment"]["packages"]["torch"] == torch.__version__
 
 
-def test_the_adapter_belongs_to_the_student(point: Point) -> None:
-    """peft alone loads what was saved onto the embedded model, and it changes the model."""
+def test_peft_loads_the_saved_adapter(point: Point) -> None:
+    """Without this package, and the adapter changes the logits of the embedded model."""
     (folder,) = run_here(point())
     base = load_model(ModelConfig(name="tiny"), point().train.dtype, torch.device("cpu")).model
     tokens = torch.arange(2, 34)[None]
@@ -48,25 +48,25 @@ def test_the_adapter_belongs_to_the_student(point: Point) -> None:
 
 @pytest.mark.slow
 def test_several_saes_at_once(point: Point) -> None:
-    both, alone = run_here(
+    pair, single = run_here(
         point("layer.index=[2,5]", "lora.blocks=all"), point("layer.index=2", "lora.blocks=all")
     )
-    summary = both.read_summary()
+    summary = pair.read_summary()
     assert [sae["block"] for sae in summary["sae"]] == [2, 5]
     assert all(0 < sae["fvu"] < 2 for sae in summary["sae"])
-    assert summary["initial_gap"] > alone.read_summary()["initial_gap"]
+    assert summary["initial_gap"] > single.read_summary()["initial_gap"]
 
 
 @pytest.mark.slow
-def test_finished_runs_side_by_side(point: Point, tmp_path: Path) -> None:
+def test_table_and_report_of_finished_runs(point: Point, tmp_path: Path) -> None:
     run_here(*(point(f"lora.rank={rank}") for rank in (1, 2)))
     assert main(["table", str(tmp_path / "main")]) == 0
     assert main(["report", str(tmp_path / "main"), "--no-pictures"]) == 0
-    written = json.loads((tmp_path / "main/report/summary.json").read_text())
-    assert written["varying"] == ["rank"] and written["states"] == {"done": 2}
+    report = json.loads((tmp_path / "main/report/summary.json").read_text())
+    assert report["varying"] == ["rank"] and report["states"] == {"done": 2}
 
 
-def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
+def test_a_failure_is_written_with_its_traceback(point: Point, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (planned,) = plan([point(f"data.cache_dir={tmp_path}/file/cache")]).runs
     planned.freeze()
@@ -76,7 +76,7 @@ def test_a_failure_is_kept_whole(point: Point, tmp_path: Path) -> None:
     assert "Traceback" in failure["details"]
 
 
-def test_what_another_process_runs_is_left_alone(
+def test_a_run_that_another_process_holds_is_skipped(
     point: Point, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (planned,) = plan([point()]).runs
@@ -88,13 +88,13 @@ def test_what_another_process_runs_is_left_alone(
     assert not planned.folder.curve.exists()
 
 
-def test_an_objective_for_sweepers(point: Point, tmp_path: Path) -> None:
+def test_run_now_returns_the_objective_for_sweepers(point: Point, tmp_path: Path) -> None:
     gap = run_now(point())
     (folder,) = folders_in(tmp_path)
     assert gap == folder.read_summary()["ce_gap"]
-    before = folder.summary.stat().st_mtime_ns
+    written = folder.summary.stat().st_mtime_ns
     assert run_now(point()) == gap
-    assert folder.summary.stat().st_mtime_ns == before
+    assert folder.summary.stat().st_mtime_ns == written
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

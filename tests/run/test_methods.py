@@ -1,4 +1,4 @@
-"""Runs of every method on the embedded default: what each leaves, and what begins with it."""
+"""Runs of every method with the embedded model: their results, and runs that begin with a result."""
 
 import os
 import signal
@@ -41,34 +41,34 @@ RESULTS = {
     "e2e": f"sae/{HOOKPOINT}/sae_weights.safetensors",
     "sae": f"sae/{HOOKPOINT}/sae_weights.safetensors",
 }
-"""A file of what each method makes."""
-OWN: dict[str, list[str]] = {
+"""A file of the result of each method."""
+SETTINGS: dict[str, list[str]] = {
     "linear_adapter": ["train.lr=1e-3"],
     "mlp_adapter": ["train.lr=1e-3", "method.rank=8"],
     "sae_finetune": ["train.lr=5e-5"],
     "e2e": ["train.lr=1e-3", "method.checkpoints=[0.5,1]", "sae.width=256"],
     "sae": ["method.checkpoints=[0.5,1]", "sae.width=256", "method.buffer_tokens=1024"],
 }
-"""What suits so few steps."""
+"""Settings for a run of a few steps."""
 MAKING_SAES = ("sae_finetune", "e2e", "sae")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text that is a few of those that the embedded model knows, which is quicker to read."""
+    """A small text of the embedded model's training text, which is quick to read."""
     cache = tmp_path_factory.mktemp("cache")
     copy_few_texts(cache / "text")
     return cache
 
 
 def points_of(home: Path, cache: Path) -> Point:
-    here = (
+    paths = (
         *("data=text_files", f"data.files={cache}/text/*.py", "data.validation_share=0.5"),
         *("data.context_length=128", f"data.cache_dir={cache}", f"output_dir={home}"),
     )
 
     def compose(*overrides: str) -> Config:
-        return composed(*SMALL, *here, *overrides)
+        return composed(*SMALL, *paths, *overrides)
 
     return compose
 
@@ -80,37 +80,37 @@ def point(tmp_path: Path, cache: Path) -> Point:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, RunFolder]:
-    """A run by each method, by its name."""
+    """A finished run of each method, by the name of the method."""
     point = points_of(tmp_path_factory.mktemp("finished"), cache)
-    return {kind: run_here(point(f"method={kind}", *OWN.get(kind, [])))[0] for kind in RESULTS}
+    return {kind: run_here(point(f"method={kind}", *SETTINGS.get(kind, [])))[0] for kind in RESULTS}
 
 
-def made(folder: RunFolder) -> dict[str, bytes]:
-    """The files of what was trained, by name."""
+def result_files(folder: RunFolder) -> dict[str, bytes]:
+    """The files of the trained weights, by name."""
     results = (folder.adapter, folder.sae, folder.sae_at, folder.output_adapter)
     files = [file for result in results for file in sorted(result.rglob("*")) if file.is_file()]
     return {str(file.relative_to(folder.path)): file.read_bytes() for file in files}
 
 
 def curve(folder: RunFolder) -> list[CurvePoint]:
-    return [comparable(one) for one in folder.read_curve()]
+    return [comparable(point) for point in folder.read_curve()]
 
 
 @pytest.mark.parametrize("kind", RESULTS)
-def test_every_method_leaves_a_curve_a_summary_and_its_result(
+def test_every_method_writes_a_curve_a_summary_and_a_result(
     kind: str, finished: dict[str, RunFolder]
 ) -> None:
     folder = finished[kind]
     summary, points = folder.read_summary(), folder.read_curve()
     config = load(folder.config.read_text())
-    assert [one.tokens for one in points] == [0, 512, 1024]
-    assert len({one.student_ce for one in points}) == 3
-    assert len({one.spliced_ce for one in points}) == len({one.base_ce for one in points}) == 1
-    assert all(one.train_loss is not None and one.train_loss > 0 for one in points[1:])
-    assert all(one.dead_latents is not None and 0 <= one.dead_latents < 1 for one in points)
-    # By the width that was settled when the run was planned.
+    assert [point.tokens for point in points] == [0, 512, 1024]
+    assert len({point.student_ce for point in points}) == 3
+    assert len({(point.spliced_ce, point.base_ce) for point in points}) == 1
+    assert all(point.train_loss is not None and point.train_loss > 0 for point in points[1:])
+    assert all(point.dead_latents is not None and 0 <= point.dead_latents < 1 for point in points)
+    # FLOPs use the width that the planner has resolved.
     flops = estimate([config]).flops / train_steps(config)
-    assert [one.train_flops for one in points] == [pytest.approx(step * flops) for step in range(3)]
+    assert [point.train_flops for point in points] == [pytest.approx(step * flops) for step in range(3)]
     assert summary["method"] == {"kind": kind, "rank": config.method.rank, "init": None}
     assert summary["train_flops"] == points[-1].train_flops
     assert summary["dead_latents"] == points[-1].dead_latents
@@ -119,13 +119,13 @@ def test_every_method_leaves_a_curve_a_summary_and_its_result(
     is_new = kind in ("e2e", "sae")
     assert (summary["gap_closed"] is None) is is_new
     assert is_new or summary["initial_gap"] > 0
-    assert RESULTS[kind] in made(folder)
-    tops = {name.split("/")[0] for name in made(folder)}
-    assert tops == {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
+    assert RESULTS[kind] in result_files(folder)
+    folders = {name.split("/")[0] for name in result_files(folder)}
+    assert folders == {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
 
 
 def ce_from_scratch(config: Config, sae: SAE[Any]) -> float:
-    """Cross-entropy of transformers' own model with the SAE in it, over the held-out text."""
+    """Cross-entropy on held-out text of the transformers model with the SAE in a forward hook."""
     model = AutoModelForCausalLM.from_pretrained(source(config.model), dtype=torch.float32)
     sequences = train_steps(config) * config.train.batch_size
     text = corpus.load(config.data, load_tokenizer(config.model), sequences, config.train.batch_size)
@@ -147,20 +147,20 @@ def ce_from_scratch(config: Config, sae: SAE[Any]) -> float:
 
 
 @pytest.mark.parametrize("kind", MAKING_SAES)
-def test_what_was_made_is_an_sae_of_sae_lens_alone(kind: str, finished: dict[str, RunFolder]) -> None:
+def test_sae_lens_loads_the_trained_sae(kind: str, finished: dict[str, RunFolder]) -> None:
     folder = finished[kind]
     sae = SAE.load_from_disk(folder.sae / HOOKPOINT)
     assert sae.cfg.metadata.hook_name == HOOKPOINT
-    found = ce_from_scratch(load(folder.config.read_text()), sae)
-    assert found == pytest.approx(folder.read_summary()["student_ce"], abs=1e-6)
+    ce = ce_from_scratch(load(folder.config.read_text()), sae)
+    assert ce == pytest.approx(folder.read_summary()["student_ce"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
-def begun(
+def continued(
     finished: dict[str, RunFolder], tmp_path_factory: pytest.TempPathFactory, cache: Path
 ) -> dict[str, RunFolder]:
-    """LoRA runs that begin with what another method has made, by that."""
-    home = tmp_path_factory.mktemp("begun")
+    """LoRA runs that begin with the result of another method, by the name of that method."""
+    home = tmp_path_factory.mktemp("continued")
 
     def point(*overrides: str) -> Config:
         return points_of(home, cache)("train.eval_every_tokens=1024", *overrides)
@@ -174,55 +174,55 @@ def begun(
 
 
 @pytest.mark.parametrize("kind", ["sae_finetune", "e2e", "sae", "linear_adapter", "mlp_adapter"])
-def test_what_a_run_has_made_is_where_another_begins(
-    kind: str, begun: dict[str, RunFolder], finished: dict[str, RunFolder]
+def test_a_run_with_init_begins_with_the_result_of_the_other_run(
+    kind: str, continued: dict[str, RunFolder], finished: dict[str, RunFolder]
 ) -> None:
-    first, last = begun[kind].read_curve()[0], finished[kind].read_curve()[-1]
+    first, last = continued[kind].read_curve()[0], finished[kind].read_curve()[-1]
     assert first.student_ce == pytest.approx(last.student_ce, abs=1e-6)
     assert first.spliced_ce == first.student_ce
     assert first.kl == pytest.approx(last.kl, abs=1e-6)
     assert first.l0 == last.l0
     assert first.base_ce == last.base_ce
-    assert begun[kind].read_summary()["method"]["init"] == str(finished[kind].path)
+    assert continued[kind].read_summary()["method"]["init"] == str(finished[kind].path)
 
 
-def test_an_sae_of_a_run_is_one_on_the_disk(begun: dict[str, RunFolder]) -> None:
-    assert curve(begun["disk"]) == curve(begun["sae"])
+def test_the_sae_of_a_run_also_loads_from_disk(continued: dict[str, RunFolder]) -> None:
+    assert curve(continued["disk"]) == curve(continued["sae"])
 
 
-def test_adapters_go_on_from_adapters(
-    begun: dict[str, RunFolder], finished: dict[str, RunFolder], point: Point
+def test_lora_and_mezo_begin_with_trained_adapters(
+    continued: dict[str, RunFolder], finished: dict[str, RunFolder], point: Point
 ) -> None:
     last = finished["lora"].read_curve()[-1]
-    (by_forward_passes,) = run_here(point("method=mezo", f"init={finished['lora'].path}"))
-    for folder in (begun["lora"], by_forward_passes):
+    (mezo,) = run_here(point("method=mezo", f"init={finished['lora'].path}"))
+    for folder in (continued["lora"], mezo):
         first = folder.read_curve()[0]
         assert first.student_ce == last.student_ce
         assert first.spliced_ce == last.spliced_ce
         assert first.gap_closed == last.gap_closed
-    moved = by_forward_passes.read_curve()[-1].student_ce
-    assert moved != begun["lora"].read_curve()[-1].student_ce != last.student_ce
+    trained = mezo.read_curve()[-1].student_ce
+    assert trained != continued["lora"].read_curve()[-1].student_ce != last.student_ce
 
 
-def test_adapters_go_on_around_what_they_were_trained_around(
-    begun: dict[str, RunFolder], point: Point
+def test_adapters_begin_around_the_sae_they_were_trained_around(
+    continued: dict[str, RunFolder], point: Point
 ) -> None:
-    """Here an SAE with a map on what it puts back, which no key of the config names."""
-    (folder,) = run_here(point(f"init={begun['linear_adapter'].path}"))
-    first, last = folder.read_curve()[0], begun["linear_adapter"].read_curve()[-1]
+    """Here an SAE with a trained map on its output, which no key of the config names."""
+    (folder,) = run_here(point(f"init={continued['linear_adapter'].path}"))
+    first, last = folder.read_curve()[0], continued["linear_adapter"].read_curve()[-1]
     assert first.spliced_ce == last.spliced_ce
     assert first.student_ce == last.student_ce
 
 
-class TestRefusedBeginnings:
-    """What `init` cannot stand for, known before anything is loaded."""
+class TestRefusedInit:
+    """Values of `init` that are refused before anything is loaded."""
 
     def refused(self, *points: Config) -> ConfigError:
         with pytest.raises(ConfigError) as error:
             plan(points)
         return error.value
 
-    def test_a_folder_that_is_none(self, point: Point, finished: dict[str, RunFolder]) -> None:
+    def test_a_folder_that_is_not_a_run(self, point: Point, finished: dict[str, RunFolder]) -> None:
         near = finished["sae"].path
         error = self.refused(point(f"init={near.with_name(near.name[:-1])}"))
         assert error.field == "init"
@@ -239,13 +239,13 @@ class TestRefusedBeginnings:
     def test_a_run_of_another_model(
         self, point: Point, finished: dict[str, RunFolder], tmp_path: Path
     ) -> None:
-        other = RunFolder(tmp_path / "other")
-        other.path.mkdir()
+        gpt2 = RunFolder(tmp_path / "gpt2")
+        gpt2.path.mkdir()
         text = finished["lora"].config.read_text()
         assert "name: tiny" in text
-        other.config.write_text(text.replace("name: tiny", "name: gpt2"))
-        other.summary.write_text("{}")
-        error = self.refused(point(f"init={other.path}"))
+        gpt2.config.write_text(text.replace("name: tiny", "name: gpt2"))
+        gpt2.summary.write_text("{}")
+        error = self.refused(point(f"init={gpt2.path}"))
         assert "a run of tiny" in str(error)
         assert "it is a run of gpt2" in str(error)
 
@@ -265,9 +265,9 @@ class TestRefusedBeginnings:
             assert error.nearest == nearest
 
     @pytest.mark.parametrize(
-        ("kind", "before"),
+        ("kind", "source"),
         [
-            *(("sae", before) for before in RESULTS),
+            *(("sae", source) for source in RESULTS),
             ("linear_adapter", "mlp_adapter"),
             ("mlp_adapter", "linear_adapter"),
             ("e2e", "lora"),
@@ -276,12 +276,12 @@ class TestRefusedBeginnings:
             ("mlp_adapter", "lora"),
         ],
     )
-    def test_what_a_method_cannot_go_on_with(
-        self, kind: str, before: str, point: Point, finished: dict[str, RunFolder]
+    def test_results_that_a_method_cannot_begin_with(
+        self, kind: str, source: str, point: Point, finished: dict[str, RunFolder]
     ) -> None:
-        error = self.refused(point(f"method={kind}", f"init={finished[before].path}"))
+        error = self.refused(point(f"method={kind}", f"init={finished[source].path}"))
         assert error.field == "init"
-        assert f"method={kind} cannot start from a run of method={before}" in str(error)
+        assert f"method={kind} cannot start from a run of method={source}" in str(error)
 
 
 STEPS = 8
@@ -297,47 +297,47 @@ STOPPED = {
     "mlp_adapter": ["method=mlp_adapter", "method.rank=8"],
     "sae_finetune of a rank": ["method=sae_finetune", "method.rank=4"],
 }
-"""Runs of eight steps; three of them to a fill of the buffer."""
-SLOW_ONES = ("e2e batchtopk", "sae_finetune of a rank")
+"""Runs of eight steps; three steps use up a buffer."""
+SLOW = ("e2e batchtopk", "sae_finetune of a rank")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(one, marks=[pytest.mark.slow] if one in SLOW_ONES else []) for one in STOPPED],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in STOPPED],
 )
-def test_stopped_and_taken_up_it_makes_the_same(
+def test_a_stopped_run_gives_the_same_result(
     name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked to stop in the step after which a share of the training is over, in the middle of a fill."""
+    """It stops after the step at which an SAE is saved, while the buffer is partly used."""
     sizes = ("train.batch_size=1", "train.eval_every_tokens=384")
     whole, stopped = (
         plan([points_of(tmp_path / home, cache)(*sizes, *STOPPED[name])]).runs[0]
         for home in ("whole", "stopped")
     )
     assert train_steps(whole.config) == STEPS
-    for one in (whole, stopped):
-        one.freeze()
+    for run in (whole, stopped):
+        run.freeze()
     assert execute.attempt([whole.folder]) == 0
     take_step = TrainState.take_step
 
-    def stepping(training: TrainState, batch: torch.Size) -> None:
+    def step_and_stop(training: TrainState, batch: torch.Size) -> None:
         take_step(training, batch)
         if training.step == STEPS // 2:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainState, "take_step", stepping)
+        patched.setattr(TrainState, "take_step", step_and_stop)
         assert execute.attempt([stopped.folder]) == EXIT_INTERRUPTED
     assert not stopped.folder.is_finished
     assert [path.name for path in stopped.folder.checkpoints.iterdir()] == [f"step-{STEPS // 2:08d}"]
     assert execute.attempt([stopped.folder]) == 0
-    assert [one.step for one in curve(stopped.folder)] == [0, 3, 6, 8]
+    assert [point.step for point in curve(stopped.folder)] == [0, 3, 6, 8]
     assert curve(stopped.folder) == curve(whole.folder)
-    assert made(stopped.folder) == made(whole.folder)
+    assert result_files(stopped.folder) == result_files(whole.folder)
 
 
-def test_saes_that_learn_together_are_each_what_they_are_alone(tmp_path: Path, cache: Path) -> None:
-    """Widths, sparsities, kinds, rates and blocks, several in one run among them."""
+def test_saes_in_a_pack_give_the_same_results_as_alone(tmp_path: Path, cache: Path) -> None:
+    """Different widths, L0s, architectures, learning rates and blocks; one run has two SAEs."""
     common = ["method=sae", "method.buffer_tokens=1024"]
     variants = [
         ["sae.width=256", "layer.index=2"],
@@ -345,24 +345,24 @@ def test_saes_that_learn_together_are_each_what_they_are_alone(tmp_path: Path, c
         ["sae.width=128", "layer.index=4", "sae.architecture=jumprelu", "train.schedule=constant"],
     ]
     pack = points_of(tmp_path / "pack", cache)
-    together = run_here(*(pack(*common, *one) for one in variants))
+    together = run_here(*(pack(*common, *variant) for variant in variants))
     assert {folder.read_summary()["trained_together"] for folder in together} == {len(variants)}
     single = points_of(tmp_path / "alone", cache)
-    for folder, one in zip(together, variants, strict=True):
-        (alone,) = run_here(single(*common, *one))
+    for folder, variant in zip(together, variants, strict=True):
+        (alone,) = run_here(single(*common, *variant))
         assert alone.path.name == folder.path.name
         assert curve(alone) == curve(folder)
-        assert made(alone) == made(folder)
-        assert len(made(alone)) == 2 * (2 if "layer.index=[2,5]" in one else 1)
+        assert result_files(alone) == result_files(folder)
+        assert len(result_files(alone)) == 2 * (2 if "layer.index=[2,5]" in variant else 1)
 
 
 def files_in(result: str, folder: RunFolder) -> dict[str, bytes]:
-    files = made(folder).items()
+    files = result_files(folder).items()
     return {name.removeprefix(result): content for name, content in files if name.startswith(result)}
 
 
 @pytest.mark.parametrize("kind", ["e2e", "sae"])
-def test_saes_are_kept_on_the_way(kind: str, finished: dict[str, RunFolder]) -> None:
+def test_saes_are_saved_during_training(kind: str, finished: dict[str, RunFolder]) -> None:
     folder = finished[kind]
     assert sorted(path.name for path in folder.sae_at.iterdir()) == ["0.5", "1"]
     half, whole, end = (files_in(result, folder) for result in ("sae_at/0.5/", "sae_at/1/", "sae/"))
@@ -370,12 +370,12 @@ def test_saes_are_kept_on_the_way(kind: str, finished: dict[str, RunFolder]) -> 
     assert half.keys() == end.keys()
     assert half != end
     sae = SAE.load_from_disk(folder.sae_at / "0.5" / HOOKPOINT)
-    found = ce_from_scratch(load(folder.config.read_text()), sae)
-    assert found == pytest.approx(folder.read_curve()[1].student_ce, abs=1e-6)
+    ce = ce_from_scratch(load(folder.config.read_text()), sae)
+    assert ce == pytest.approx(folder.read_curve()[1].student_ce, abs=1e-6)
 
 
-def test_at_the_end_a_threshold_is_what_it_was_after_the_last_step(point: Point) -> None:
-    """Evaluations between the two leave it alone."""
+def test_evaluations_do_not_change_the_threshold(point: Point) -> None:
+    """The SAE saved after the last step is equal to the SAE saved after the last evaluation."""
     batchtopk = ("sae.architecture=batchtopk", "sae.width=256", "method.checkpoints=[1]")
     (folder,) = run_here(point("method=e2e", *batchtopk))
     assert files_in("sae_at/1/", folder) == files_in("sae/", folder)

@@ -1,4 +1,4 @@
-"""The W&B workspace of a sweep, as it would be sent."""
+"""The W&B workspace of a sweep, as JSON."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def panels(workspace: dict[str, Any]) -> list[dict[str, Any]]:
     return [panel for section in sections for panel in section["panels"]]
 
 
-def test_it_shows_the_sweep_by_rank_width_l0_and_layer(
+def test_panels_show_the_sweep_by_rank_width_l0_and_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in (1, 4):
@@ -30,17 +30,17 @@ def test_it_shows_the_sweep_by_rank_width_l0_and_layer(
     (order,) = runs["sort"]["keys"]
     assert order == {"key": {"section": "summary", "name": "result.gap_closed"}, "ascending": False}
 
-    found = [(panel["viewType"], panel["config"]) for panel in panels(workspace)]
-    curves = [config for kind, config in found if kind == "Run History Line Plot"]
-    assert {(one["metrics"][0], one["xAxis"], one["groupBy"]) for one in curves} >= {
+    configs = [(panel["viewType"], panel["config"]) for panel in panels(workspace)]
+    curves = [config for kind, config in configs if kind == "Run History Line Plot"]
+    assert {(plot["metrics"][0], plot["xAxis"], plot["groupBy"]) for plot in curves} >= {
         ("ce_gap", "tokens", "lora.value.rank"),
         ("ce_gap", "train_seconds", "lora.value.rank"),
     }
     factors = ["lora.value.rank", "sae.value.width", "sae.value.l0", "layer.value.index"]
-    scatters = [config for kind, config in found if kind == "Scatter Plot"]
-    assert [one["xAxis"] for one in scatters] == [f"config:{key}" for key in factors]
-    assert {one["yAxis"] for one in scatters} == {"summary:result.gap_closed"}
-    (together,) = [config for kind, config in found if kind == "Parallel Coordinates Plot"]
+    scatters = [config for kind, config in configs if kind == "Scatter Plot"]
+    assert [plot["xAxis"] for plot in scatters] == [f"config:{key}" for key in factors]
+    assert {plot["yAxis"] for plot in scatters} == {"summary:result.gap_closed"}
+    (together,) = [config for kind, config in configs if kind == "Parallel Coordinates Plot"]
     assert [column["accessor"] for column in together["columns"]] == [
         *(f"config:{key}" for key in factors),
         "summary:result.gap_closed",
@@ -51,10 +51,10 @@ def test_runs_of_two_projects_are_refused(tmp_path: Path, capsys: pytest.Capture
     for rank, project in ((1, "mine"), (4, "other")):
         frozen(tmp_path, f"lora.rank={rank}", f"tracking.project={project}")
     assert main(["dashboard", str(tmp_path / "main"), "--dry-run"]) == 1
-    assert "(yours)/mine, (yours)/other" in capsys.readouterr().err
+    assert "(default)/mine, (default)/other" in capsys.readouterr().err
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_without_wandb_workspaces_it_names_the_package(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen(tmp_path)

@@ -1,4 +1,4 @@
-"""W&B shows what the curve holds, no more and no less, and can never stop a run."""
+"""W&B shows exactly the rows of the curve, and never stops a run."""
 
 import dataclasses
 import json
@@ -43,11 +43,11 @@ QUICK = {
     "WANDB__GRAPHQL_RETRY_WAIT_MIN_SECONDS": "0.1",
     "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "0.2",
 }
-"""wandb's patience, in a hurry."""
+"""Short timeouts of wandb."""
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in QUICK.items():
@@ -57,14 +57,14 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     tracking._said_offline.clear()
-    wandb.teardown()  # it reads the environment once a process
+    wandb.teardown()  # wandb reads the environment once per process
     yield
     wandb_run.cut_off()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """One that somebody is logged in to."""
+    """A W&B server, with a login."""
     with serving() as server:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
@@ -85,21 +85,21 @@ def begin(folder: RunFolder) -> Tracker:
 
 
 def attempt(
-    folder: RunFolder, points: int, summary: Summary | None, *, goes_on: bool = False
+    folder: RunFolder, points: int, summary: Summary | None, *, will_resume: bool = False
 ) -> Tracker:
-    """A tracker from its beginning to its end."""
+    """Track the first `points` of the curve, and end the W&B run."""
     tracker = begin(folder)
     tracker.show(points)
-    tracker.finish(summary, goes_on=goes_on)
+    tracker.finish(summary, will_resume=will_resume)
     return tracker
 
 
-def shown(folder: RunFolder) -> WandbView:
+def view_of(folder: RunFolder) -> WandbView:
     return WandbView(folder, load(folder.config.read_text()))
 
 
 def measured(step: int, seconds: float = 1.0) -> CurvePoint:
-    """A point; a lower CE at a later step, but for the last."""
+    """A point of the curve; its CE falls with the step, and rises at the last point."""
     student_ce = 3 - step / 1000 if step < 150 else 2.975
     per_sae = {"model.layers.3": {"fvu": 0.1, "l0": 4.0}}
     return dataclasses.replace(
@@ -108,7 +108,7 @@ def measured(step: int, seconds: float = 1.0) -> CurvePoint:
 
 
 def measure(folder: RunFolder, *steps: int, keep: int = 0, seconds: float = 1.0) -> None:
-    """Adds to the curve, as an attempt does that goes on from a checkpoint with so many points."""
+    """Append points to the curve, like an attempt that resumes from a checkpoint with `keep` points."""
     folder.cut_curve(keep)
     for step in steps:
         folder.append_point(measured(step, seconds))
@@ -122,53 +122,53 @@ def finish(folder: RunFolder) -> Summary:
 
 
 def save(folder: RunFolder, step: int, points: int) -> None:
-    """A checkpoint that was made after so many points."""
+    """Write a checkpoint with this number of points."""
     state = checkpoint.Snapshot({"adapter": torch.zeros(2)}, {"step": step, "points": points})
     checkpoint.save(folder.checkpoints, identity(load(folder.config.read_text())), state)
 
 
-def in_file(folder: RunFolder) -> list[dict[str, object]]:
-    """The rows that W&B must have: every line, every field but for nulls, at the line's step."""
+def expected_rows(folder: RunFolder) -> list[dict[str, object]]:
+    """The rows that W&B must have: each line of the curve at its step, without nulls."""
     lines = [json.loads(line) for line in folder.curve.read_text().splitlines()]
     rows = [{key: value for key, value in line.items() if value is not None} for line in lines]
     return [{"_step": row["step"]} | row for row in rows]
 
 
-class TestWhatIsShown:
-    def test_layer_width_and_l0_are_what_the_request_resolved_to(self, tmp_path: Path) -> None:
-        one = shown(run_in(tmp_path, "sae.width=1k", "sae.l0=5", "lora.rank=2"))
-        assert one.values["sae"]["width"] == 1024
-        assert one.values["sae"]["l0"] == 4.0
-        assert one.values["layer"]["index"] == 3
-        assert one.values["lora"]["rank"] == 2
-        facts = ["model:tiny", "method:lora", "layer:3", "width:1024", "l0:4", "rank:2"]
-        assert one.tags == facts
-        several = shown(run_in(tmp_path, "layer.index=[1,2]"))
+class TestView:
+    def test_layer_width_and_l0_are_those_of_the_resolved_sae(self, tmp_path: Path) -> None:
+        single = view_of(run_in(tmp_path, "sae.width=1k", "sae.l0=5", "lora.rank=2"))
+        assert single.values["sae"]["width"] == 1024
+        assert single.values["sae"]["l0"] == 4.0
+        assert single.values["layer"]["index"] == 3
+        assert single.values["lora"]["rank"] == 2
+        tags = ["model:tiny", "method:lora", "layer:3", "width:1024", "l0:4", "rank:2"]
+        assert single.tags == tags
+        several = view_of(run_in(tmp_path, "layer.index=[1,2]"))
         assert several.values["layer"]["index"] == [1, 2]
         assert several.values["sae"]["width"] == 1024
         assert "layer:1+2" in several.tags
         assert several.values["layer"]["hook"] == "resid_post"
-        inside = shown(run_in(tmp_path, "sae=identity", "layer.hook=mlp_out", "sweep=inside"))
+        inside = view_of(run_in(tmp_path, "sae=identity", "layer.hook=mlp_out", "sweep=inside"))
         assert inside.values["layer"]["hook"] == "mlp_out"
         assert {"layer:3", "hook:mlp_out"} <= set(inside.tags)
 
-    def test_there_are_all_curves(self) -> None:
-        promised = (
+    def test_curves_include_all_documented_measures(self) -> None:
+        documented = (
             "base_ce spliced_ce student_ce ce_gap gap_closed kl top1_agreement fvu l0 lr grad_norm "
             "tokens_per_second peak_memory_gb"
         )
-        assert set(promised.split()) <= set(CURVES)
+        assert set(documented.split()) <= set(CURVES)
 
-    def test_only_a_failure_makes_another_id(self, folder: RunFolder) -> None:
-        first = shown(folder).id
+    def test_only_a_failure_changes_the_id(self, folder: RunFolder) -> None:
+        first = view_of(folder).id
         measure(folder, 0)
         folder.set_aside(curve=True)  # killed before its first checkpoint
         assert list(folder.path.glob("unfinished-*"))
-        assert shown(folder).id == first
+        assert view_of(folder).id == first
         folder.write_failure("why", "the whole story")
-        assert shown(folder).id == first
+        assert view_of(folder).id == first
         folder.clear_failure()
-        assert shown(folder).id == f"{first}-2"
+        assert view_of(folder).id == f"{first}-2"
 
 
 class TestOnline:
@@ -179,71 +179,73 @@ class TestOnline:
         measure(folder, 0, 50, 100, 150)
         for points in (1, 3, 4):
             tracker.show(points)
-        one = shown(folder)
+        view = view_of(folder)
         summary = finish(folder)
-        tracker.finish(summary, goes_on=False)
-        found = server.runs[one.id]
-        assert found.rows == in_file(folder)
-        assert found.exit_code == 0
-        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
-        assert found.summary["result"]["gap_closed"] == 0.25
-        assert found.config == json.loads(json.dumps(one.values)) | {"environment": ENVIRONMENT}
-        assert found.values["displayName"] == one.name
-        assert found.values["groupName"] == "main"
-        assert found.values["jobType"] == "lora"
-        assert found.values["tags"] == one.tags
-        assert tracker.place == f"{server.address}/me/sae_lora/runs/{one.id}"
-        assert capsys.readouterr().out == f"W&B shows {one.name} at {tracker.place}\n"
+        tracker.finish(summary, will_resume=False)
+        run = server.runs[view.id]
+        assert run.rows == expected_rows(folder)
+        assert run.exit_code == 0
+        assert run.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+        assert run.summary["result"]["gap_closed"] == 0.25
+        assert run.config == json.loads(json.dumps(view.values)) | {"environment": ENVIRONMENT}
+        assert run.values["displayName"] == view.name
+        assert run.values["groupName"] == "main"
+        assert run.values["jobType"] == "lora"
+        assert run.values["tags"] == view.tags
+        assert tracker.place == f"{server.address}/me/sae_lora/runs/{view.id}"
+        assert capsys.readouterr().out == f"W&B shows {view.name} at {tracker.place}\n"
 
-    def test_a_run_that_is_stopped_goes_on_in_its_row(self, folder: RunFolder, server: Server) -> None:
+    def test_a_stopped_run_resumes_in_the_same_wandb_run(
+        self, folder: RunFolder, server: Server
+    ) -> None:
         measure(folder, 0, 50, 100)
-        attempt(folder, 2, None, goes_on=True)  # the third point is in no checkpoint
-        (found,) = server.runs.values()
-        assert found.rows == in_file(folder)[:2]
+        attempt(folder, 2, None, will_resume=True)  # the third point is in no checkpoint
+        (run,) = server.runs.values()
+        assert run.rows == expected_rows(folder)[:2]
         tracker = begin(folder)
         tracker.show(3)
         measure(folder, 150, keep=3)
         tracker.show(4)
-        tracker.finish(finish(folder), goes_on=False)
-        assert list(server.runs.values()) == [found]
-        assert found.rows == in_file(folder)
-        assert found.exit_code == 0
-        assert found.summary["student_ce"] == {"min": 2.9, "last": 2.975}
+        tracker.finish(finish(folder), will_resume=False)
+        assert list(server.runs.values()) == [run]
+        assert run.rows == expected_rows(folder)
+        assert run.exit_code == 0
+        assert run.summary["student_ce"] == {"min": 2.9, "last": 2.975}
 
-    def test_a_failed_attempt_keeps_its_rows_and_the_next_has_its_own(
+    def test_a_failed_attempt_keeps_its_rows_and_the_next_gets_a_new_id(
         self, folder: RunFolder, server: Server
     ) -> None:
         measure(folder, 0, 50, 100)
-        failed_id = shown(folder).id
+        failed_id = view_of(folder).id
         attempt(folder, 3, None)
-        failed = in_file(folder)
+        failed = expected_rows(folder)
         folder.write_failure("why", "the whole story")
         folder.clear_failure()
-        measure(folder, 100, 150, keep=2, seconds=2.0)  # from the checkpoint before
+        measure(folder, 100, 150, keep=2, seconds=2.0)  # from an earlier checkpoint
         attempt(folder, 4, finish(folder))
         assert server.rows(failed_id) == failed
         assert server.runs[failed_id].exit_code == 1
-        assert server.rows(shown(folder).id) == in_file(folder) != failed
+        assert server.rows(view_of(folder).id) == expected_rows(folder) != failed
 
     @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
     def test_an_outage_loses_nothing(self, folder: RunFolder, server: Server, state: str) -> None:
         measure(folder, 0, 50, 100, 150)
-        attempt(folder, 2, None, goes_on=True)
+        attempt(folder, 2, None, will_resume=True)
         tracker = begin(folder)
         assert tracker.place is not None
         server.become(state)
         tracker.show(4)
-        before = len(server.said)
+        count = len(server.said)
         ending = threading.Thread(
-            target=tracker.finish, args=[finish(folder)], kwargs={"goes_on": False}
+            target=tracker.finish, args=[finish(folder)], kwargs={"will_resume": False}
         )
         ending.start()
-        until(lambda: len(server.said) > before, "a request of the run's end", limit_s=20)
-        assert len(server.rows(shown(folder).id)) == 2
+        until(lambda: len(server.said) > count, "a request of the run's end", limit_s=20)
+        assert len(server.rows(view_of(folder).id)) == 2
         server.become("up")
         ending.join()
-        assert server.rows(shown(folder).id) == in_file(folder)
-        assert server.runs[shown(folder).id].exit_code == 0
+        assert server.rows(view_of(folder).id) == expected_rows(folder)
+        assert server.runs[view_of(folder).id].exit_code == 0
 
     def test_several_runs_at_the_same_time(self, tmp_path: Path, server: Server) -> None:
         folders = [run_in(tmp_path, f"lora.rank={rank}") for rank in (1, 2, 4)]
@@ -252,12 +254,12 @@ class TestOnline:
             measure(folder, *(50 * number * at for at in range(3)))
             tracker.show(3)
         for folder, tracker in zip(folders, trackers, strict=True):
-            tracker.finish(finish(folder), goes_on=False)
+            tracker.finish(finish(folder), will_resume=False)
         assert len(server.runs) == 3
         for folder in folders:
-            assert server.rows(shown(folder).id) == in_file(folder)
+            assert server.rows(view_of(folder).id) == expected_rows(folder)
 
-    def test_no_secret_gets_there(
+    def test_no_secret_is_sent(
         self, folder: RunFolder, server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         secret = "correct horse battery"
@@ -267,23 +269,23 @@ class TestOnline:
         tracker = Tracker(load(folder.config.read_text()), folder, environment)
         measure(folder, 0)
         tracker.show(1)
-        tracker.finish(finish(folder), goes_on=False)
+        tracker.finish(finish(folder), will_resume=False)
         assert server.runs
-        told = [*server.said, *(path.read_text(errors="replace") for path in files_of(folder))]
-        assert any("at ***" in one for one in told)
-        assert not [one for one in told if secret in one or KEY in one]
+        texts = [*server.said, *(path.read_text(errors="replace") for path in files_of(folder))]
+        assert any("at ***" in text for text in texts)
+        assert not [text for text in texts if secret in text or KEY in text]
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """By us: wandb logs a great deal."""
-    return [one.getMessage() for one in caplog.records if one.name.startswith("sae_lora")]
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Log messages of this package, without those of wandb."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("sae_lora")]
 
 
 def files_of(folder: RunFolder) -> list[Path]:
     return [path for path in folder.path.rglob("*") if path.is_file()]
 
 
-class TestWhateverGoesWrong:
+class TestErrors:
     def test_not_logged_in_is_offline_with_one_line(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -294,7 +296,7 @@ class TestWhateverGoesWrong:
             assert tracker.place is not None
             assert Path(tracker.place).is_relative_to(folder.path)
             assert list(Path(tracker.place).glob("*.wandb"))
-        assert said(caplog) == ["not logged in to W&B (`wandb login`): tracking offline"]
+        assert messages(caplog) == ["not logged in to W&B (`wandb login`): tracking offline"]
 
     @pytest.mark.parametrize("state", ["dropping", "busy", "hanging"])
     def test_a_server_that_does_not_answer(
@@ -311,9 +313,9 @@ class TestWhateverGoesWrong:
         tracker = attempt(folder, 1, finish(folder))
         assert tracker.place is not None
         assert Path(tracker.place).is_relative_to(folder.path)
-        assert said(caplog) == ["the W&B server does not answer: tracking offline"]
+        assert messages(caplog) == ["the W&B server does not answer: tracking offline"]
 
-    def test_a_server_that_hangs_only_then(
+    def test_a_server_that_hangs_after_the_probe(
         self,
         folder: RunFolder,
         server: Server,
@@ -326,30 +328,30 @@ class TestWhateverGoesWrong:
         tracker = begin(folder)
         assert tracker.place is not None
         assert Path(tracker.place).is_relative_to(folder.path)
-        tracker.finish(finish(folder), goes_on=False)
-        (message,) = said(caplog)
-        assert message.endswith("going on offline")
+        tracker.finish(finish(folder), will_resume=False)
+        (message,) = messages(caplog)
+        assert message.endswith("tracking offline")
 
-    def test_training_waits_for_nothing(
+    def test_training_does_not_wait_for_wandb(
         self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """wandb is let go only when training has gone on, which it could not if it waited."""
+        """wandb waits for training to continue; if training waited for wandb too, both would hang."""
         monkeypatch.setenv("WANDB_MODE", "offline")
-        gone_on, init, seen = threading.Event(), wandb.init, []
+        continued, init, results = threading.Event(), wandb.init, []
 
         def waiting(**settings: object) -> object:
-            seen.append(gone_on.wait(60))
+            results.append(continued.wait(60))
             return init(**settings)  # pyright: ignore[reportArgumentType]
 
         monkeypatch.setattr(wandb, "init", waiting)
         tracker = begin(folder)
         measure(folder, 0)
         tracker.show(1)
-        gone_on.set()
-        tracker.finish(None, goes_on=True)
-        assert seen == [True]
+        continued.set()
+        tracker.finish(None, will_resume=True)
+        assert results == [True]
 
-    def test_whatever_wandb_raises_the_run_goes_on(
+    def test_an_error_of_wandb_does_not_stop_the_run(
         self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def broken(**_: object) -> None:
@@ -358,25 +360,25 @@ class TestWhateverGoesWrong:
         monkeypatch.setattr(wandb, "init", broken)
         monkeypatch.setenv("WANDB_MODE", "offline")
         assert attempt(folder, 1, None).place is None
-        assert said(caplog) == ["W&B is off for this run: no space left for ***"]
+        assert messages(caplog) == ["W&B is off for this run: no space left for ***"]
 
-    def test_disabled_is_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_disabled_tracking_is_silent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = run_in(tmp_path, "tracking.mode=disabled")
-        before = files_of(folder)
+        files = files_of(folder)
         assert attempt(folder, 1, None).place is None
-        assert files_of(folder) == before
-        assert said(caplog) == []
+        assert files_of(folder) == files
+        assert messages(caplog) == []
 
-    def test_wandbs_own_variable_decides_what_the_config_leaves_open(
+    def test_wandb_mode_applies_if_the_config_says_auto(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("WANDB_MODE", "disabled")
         assert begin(run_in(tmp_path)).place is None
-        asked = begin(run_in(tmp_path, "tracking.mode=offline"))
-        assert asked.place is not None
-        asked.finish(None, goes_on=False)
+        offline = begin(run_in(tmp_path, "tracking.mode=offline"))
+        assert offline.place is not None
+        offline.finish(None, will_resume=False)
 
-    def test_what_wandb_login_writes_is_found(
+    def test_the_file_of_wandb_login_is_read(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         settings = wandb.Settings(base_url="http://wandb.example:8080")
@@ -386,7 +388,7 @@ class TestWhateverGoesWrong:
         assert wandb_run.is_logged_in(settings)
         assert not wandb_run.is_logged_in(wandb.Settings(base_url="http://other.example"))
 
-    def test_an_end_that_hangs_is_cut_off_and_can_be_made_up_for(
+    def test_an_end_that_hangs_is_cut_off_and_can_be_uploaded_later(
         self, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
@@ -395,15 +397,15 @@ class TestWhateverGoesWrong:
         assert tracker.place is not None
         server.become("hanging")
         tracker.show(3)
-        tracker.finish(finish(folder), goes_on=False)
-        (message,) = said(caplog)
-        assert message.startswith("W&B has not ended after 1 s; `sae-lora sync ")
+        tracker.finish(finish(folder), will_resume=False)
+        (message,) = messages(caplog)
+        assert message.startswith("W&B did not finish in 1 s; `sae-lora sync ")
         server.become("up")
         upload([folder])
-        assert server.rows(shown(folder).id) == in_file(folder)
+        assert server.rows(view_of(folder).id) == expected_rows(folder)
 
     @pytest.mark.slow
-    def test_the_process_ends_whatever_the_server_does(self, tmp_path: Path, server: Server) -> None:
+    def test_the_process_ends_although_the_server_hangs(self, tmp_path: Path, server: Server) -> None:
         folder = run_in(tmp_path, "tracking.finish_timeout_s=1")
         measure(folder, 0)
         code = (
@@ -412,7 +414,7 @@ class TestWhateverGoesWrong:
             "folder = RunFolder(Path(sys.argv[1]));"
             "tracker = Tracker(load(folder.config.read_text()), folder, {});"
             "print(tracker.place, flush=True); input(); tracker.show(1);"
-            "tracker.finish(None, goes_on=False); print('ended', flush=True)"
+            "tracker.finish(None, will_resume=False); print('ended', flush=True)"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code, folder.path],
@@ -431,64 +433,64 @@ class TestWhateverGoesWrong:
 
 class TestSync:
     @pytest.mark.parametrize("mode", ["offline", "disabled"])
-    def test_what_was_not_online_can_be_uploaded_and_again(
+    def test_untracked_runs_can_be_uploaded_twice(
         self, tmp_path: Path, server: Server, mode: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder = run_in(tmp_path, f"tracking.mode={mode}")
         measure(folder, 0, 50, 100)
         attempt(folder, 3, finish(folder))
         assert not server.runs
-        for before, rows in ((0, 3), (3, 0)):
+        for old, new in ((0, 3), (3, 0)):
             assert main(["sync", str(folder.path.parent)]) == 0
             (line,) = [line for line in capsys.readouterr().out.splitlines() if "tiny" in line]
-            address = f"{server.address}/me/sae_lora/runs/{shown(folder).id}"
+            address = f"{server.address}/me/sae_lora/runs/{view_of(folder).id}"
             assert [cell.strip() for cell in line.strip("│").split("│")][1:] == [
-                str(before),
-                str(rows),
+                str(old),
+                str(new),
                 address,
             ]
-            found = server.runs[shown(folder).id]
-            assert found.rows == in_file(folder)
-            assert found.exit_code == 0
-            assert found.summary["result"]["gap_closed"] == 0.25
-            assert found.config["environment"] == ENVIRONMENT
+            run = server.runs[view_of(folder).id]
+            assert run.rows == expected_rows(folder)
+            assert run.exit_code == 0
+            assert run.summary["result"]["gap_closed"] == 0.25
+            assert run.config["environment"] == ENVIRONMENT
 
-    def test_what_was_measured_later_stands_beside_its_result(
+    def test_later_evaluations_are_uploaded_beside_the_result(
         self, folder: RunFolder, server: Server
     ) -> None:
         measure(folder, 0, 50)
         finish(folder)
         upload([folder])
-        found = server.runs[shown(folder).id]
-        assert "evaluation" not in found.summary
+        run = server.runs[view_of(folder).id]
+        assert "evaluation" not in run.summary
         results = {"distance": {"student": {"l2": [{"value": 2.0}]}}, "shortened": None}
         suite_records.write(folder, suite_records.Record("mechanism", {}, results, {}, seconds=1.0))
         upload([folder])
-        assert found.summary["evaluation"] == {"mechanism/L2 at the end": 2.0}
+        assert run.summary["evaluation"] == {"mechanism/L2 at the end": 2.0}
 
-    def test_of_a_run_that_goes_on_only_what_its_checkpoint_holds(
+    def test_of_an_unfinished_run_only_checkpointed_points_are_uploaded(
         self, folder: RunFolder, server: Server
     ) -> None:
         measure(folder, 0, 50, 100)
         save(folder, step=60, points=2)
         upload([folder])
-        found = server.runs[shown(folder).id]
-        assert found.rows == in_file(folder)[:2]
+        run = server.runs[view_of(folder).id]
+        assert run.rows == expected_rows(folder)[:2]
         measure(folder, 100, 150, keep=2, seconds=2.0)
         finish(folder)
         upload([folder])
-        assert found.rows == in_file(folder)
+        assert run.rows == expected_rows(folder)
 
-    def test_a_failed_run_is_shown_as_failed(self, folder: RunFolder, server: Server) -> None:
+    def test_a_failed_run_is_failed_in_wandb(self, folder: RunFolder, server: Server) -> None:
         measure(folder, 0, 50)
         folder.write_failure("why", "the whole story")
         upload([folder])
-        found = server.runs[shown(folder).id]
-        assert found.rows == in_file(folder)
-        assert found.exit_code == 1
-        assert "result" not in found.summary
+        run = server.runs[view_of(folder).id]
+        assert run.rows == expected_rows(folder)
+        assert run.exit_code == 1
+        assert "result" not in run.summary
 
-    def test_a_run_that_a_process_holds_is_left_alone(
+    def test_a_run_that_a_process_holds_is_skipped(
         self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
     ) -> None:
         measure(folder, 0)
@@ -496,11 +498,11 @@ class TestSync:
         with held(folder.path):
             upload([folder])
         assert not server.runs
-        assert f"left alone: {folder.path.name} is being run by process" in capsys.readouterr().err
+        assert f"skipped: {folder.path.name} is being run by process" in capsys.readouterr().err
 
     def test_nobody_is_logged_in(self, folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["sync", str(folder.path.parent)]) == 1
-        assert capsys.readouterr().err.startswith("error: nothing can be uploaded: not logged in")
+        assert capsys.readouterr().err.startswith("error: cannot upload: not logged in")
 
     def test_the_server_does_not_answer(self, folder: RunFolder, server: Server) -> None:
         server.become("busy")
@@ -519,23 +521,23 @@ from sae_lora.run import active_run
 from sae_lora.tracking.tracker import Tracker
 from tests.support.attempts import _child
 
-def begun(*arguments):  # training is so short here that it would be over before wandb is there
+def open_tracker(*arguments):  # training is so short that it would end before wandb starts
     tracker = Tracker(*arguments)
     assert tracker.place.startswith("http")
     return tracker
 
-active_run.Tracker = begun
+active_run.Tracker = open_tracker
 _child([Path(sys.argv[1])], int(sys.argv[2]), "9", None, [])
 """
 
 
 @pytest.mark.slow
-def test_killed_and_taken_up_again_the_rows_are_those_of_the_curve(
+def test_a_killed_run_resumes_and_its_rows_are_those_of_the_curve(
     tmp_path: Path, server: Server
 ) -> None:
-    """Killed after a point that its checkpoint does not hold, which is measured once more."""
+    """It is killed after a point that is in no checkpoint, and measures this point again."""
     folder = run_in(tmp_path, *SMALL)
-    run_id = shown(folder).id
+    run_id = view_of(folder).id
 
     def run_until(kill_at: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-c", ATTEMPT, folder.path, str(kill_at)])
@@ -543,19 +545,19 @@ def test_killed_and_taken_up_again_the_rows_are_those_of_the_curve(
         return process
 
     killed = run_until(9)
-    before = in_file(folder)
-    ended = run_until(10**9)
-    after = in_file(folder)
-    for process in psutil.process_iter(["name", "cmdline"]):  # it outlives the one that was killed
+    first = expected_rows(folder)
+    finished = run_until(10**9)
+    final = expected_rows(folder)
+    for process in psutil.process_iter(["name", "cmdline"]):  # the service outlives the killed process
         if process.info["name"] == "wandb-core" and str(killed.pid) in (process.info["cmdline"] or ()):
             process.kill()
-    assert (killed.returncode, ended.returncode) == (-9, 0)
-    assert server.rows(run_id) == after
+    assert (killed.returncode, finished.returncode) == (-9, 0)
+    assert server.rows(run_id) == final
     assert server.runs[run_id].exit_code == 0
-    assert len(before) == 3
-    assert len(after) == 4
-    assert after[:2] == before[:2]
-    assert after[2]["train_seconds"] != before[2]["train_seconds"]
+    assert len(first) == 3
+    assert len(final) == 4
+    assert final[:2] == first[:2]
+    assert final[2]["train_seconds"] != first[2]["train_seconds"]
     assert list(server.runs) == [run_id]
     packages = server.runs[run_id].config["environment"]["packages"]
     assert packages["wandb"] == wandb.__version__
