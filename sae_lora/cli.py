@@ -277,7 +277,10 @@ def _evaluate(
     applicable: list[Suite] = []
     for folder in folders:
         config = run_suites.settings(folder, settings or [])
-        applicable += suite_records.applicable(suites, folder.read_config(), vars(config))
+        measured = suite_records.applicable(suites, folder.read_config(), vars(config))
+        if Suite.lora in suites and Suite.lora not in measured:
+            complain("skipped", f"lora of {folder.path.name}: the run trained no adapters")
+        applicable += measured
         failed += run_suites.evaluate(folder, suites, config, again=again, device=device)
     for table in evaluation_tables(folders, dict.fromkeys(applicable)):
         show(table)

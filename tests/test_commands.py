@@ -12,7 +12,10 @@ from sae_lora.config.compose import points
 from sae_lora.config.reference import documented_keys, groups
 from sae_lora.config.schema import WRITTEN_BY_PLANNER
 from sae_lora.config.serialize import keys
+from sae_lora.launcher.launch import launch as launch_points
+from sae_lora.launcher.plan import plan
 from tests.support.commands import launch, launch_in_this_process
+from tests.support.points import points_in, run_here
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +117,22 @@ def test_python_m_sae_lora_is_the_same_command() -> None:
     command = [sys.executable, "-m", "sae_lora", "launch", "lora.rnk=3"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1 and finished.stderr == launch("lora.rnk=3").stderr
+
+
+@pytest.mark.slow
+def test_what_a_finished_run_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Suites that the command asks for, and text that another run was trained on."""
+    point = points_in(tmp_path)
+    (folder,) = run_here(point())
+    assert launch_points([point("evaluation=core")]) == 0
+    sweep = folder.path.parent
+    assert f"`sae-lora evaluate {sweep} --suite core`" in capsys.readouterr().out
+    text = tmp_path / "text.txt"
+    text.write_text("import os\n")
+    sae = point("method=sae", "sae.width=64", "sae.l0=4")
+    (source,) = run_here(sae)
+    files = f"data.files={text}"
+    (note,) = plan(
+        [point(f"init={source.path}", "data=text_files", files, "data.context_length=128")]
+    ).notes
+    assert note.endswith(f"was trained on stdlib; this run reads {text}")

@@ -114,7 +114,7 @@ class Lease:
 
 @contextmanager
 def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
-    """Hold the run of this folder inside the block.
+    """Hold this folder, of a run or a sweep, inside the block.
 
     Args:
         folder: The run folder.
@@ -192,7 +192,7 @@ def _living(file: Path) -> Holder | None:
     touched = file.stat().st_mtime
     try:
         values = json.loads(file.read_text())
-    except ValueError:  # created a moment ago and still empty
+    except ValueError:  # created by its process and not written yet
         values = {"host": "?", "pid": 0, "machine": "", "started": ""}
     if values is None:
         return None

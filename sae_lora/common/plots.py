@@ -1,6 +1,7 @@
 """The common style of all figures, and export to files. Imports no torch."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,6 @@ def try_pictures(targets: Sequence[tuple[go.Figure, Path]]) -> list[str]:
             validate=False,
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.split(r"[,.:] ", " ".join(str(error).split()))[0] or type(error).__name__
         return [f"no pictures ({reason}): they need `pip install kaleido` and Chrome or Chromium"]
     return []

@@ -1,5 +1,6 @@
 """Tokens and seconds that a recipe needs to close as much of the gap as another sweep at its end."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -67,8 +68,8 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
             at_tokens = first_reached(curve, "gap_closed", goal, "tokens")
             at_seconds = first_reached(curve, "gap_closed", goal, "train_seconds")
             if at_tokens is not None and at_seconds is not None:
-                tokens.append(reference["train_tokens"] / at_tokens)
-                seconds.append(reference["train_seconds"] / at_seconds)
+                tokens.append(_ratio(reference["train_tokens"], at_tokens))
+                seconds.append(_ratio(reference["train_seconds"], at_seconds))
         rows.append(
             Saving(
                 factors=dict(zip(_SHARED, shared, strict=True)),
@@ -98,6 +99,11 @@ def savings_table(rows: Sequence[Saving]) -> Table:
             f"{len(row.tokens)} of {row.seeds} reach it",
         )
     return table
+
+
+def _ratio(reference: float, amount: float) -> float:
+    """How many times less an amount is; infinite if the goal is reached before training."""
+    return reference / amount if amount else math.inf
 
 
 def _key(run: FinishedRun) -> tuple[tuple[str, ...], str]:

@@ -144,6 +144,8 @@ def explanation(error: BaseException) -> str:
         text = str(cause)
         if isinstance(cause, ValidationError) and getattr(cause, "full_key", None):
             return _explain_type(str(cause.full_key), text)
+        if "Key 'experiment' not in 'Config'" in text or "Key 'variant' not in 'Config'" in text:
+            return "the YAML file of an experiment or variant must begin with `# @package _global_`"
         if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
             key = (match[1] or match[2]).split("@")[0]
             if key in RENAMED_GROUPS:

@@ -97,7 +97,8 @@ def files_matching(patterns: Sequence[str]) -> list[Path]:
         matches = map(Path, glob.glob(expanded, recursive=True))  # noqa: PTH207 patterns may be absolute
         matching = {path for path in matches if path.is_file()}
         if not matching:
-            raise ConfigError("data.files", pattern, "a path or glob pattern that matches files")
+            folder = f"{pattern.rstrip('/')}/*" if Path(expanded).is_dir() else None
+            raise ConfigError("data.files", pattern, "a path or glob pattern that matches files", folder)
         files |= matching
     return sorted(files)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -59,6 +60,8 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
         return checked(config).evaluation
     except OmegaConfBaseException as error:
         raise UserError(explanation(error)) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {' '.join(assignments)}: a value is not valid YAML: {error}") from error
 
 
 def evaluate(

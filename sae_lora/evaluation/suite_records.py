@@ -50,10 +50,17 @@ def pending(folder: RunFolder) -> list[Suite]:
     """The suites that a finished run's config asks for and that have no record yet."""
     if not (folder.is_finished and folder.config.exists()):
         return []
-    config = folder.read_config()
-    evaluation = config.get("evaluation", {})
-    asked = [Suite[name] for name in evaluation.get("suites", [])]
-    return [suite for suite in applicable(asked, config, evaluation) if read(folder, suite) is None]
+    evaluation = folder.read_config().get("evaluation", {})
+    return missing(folder, [Suite[name] for name in evaluation.get("suites", [])], evaluation)
+
+
+def missing(folder: RunFolder, suites: Sequence[Suite], evaluation: Mapping[str, Any]) -> list[Suite]:
+    """The suites that apply to a finished run and have no record yet.
+
+    `evaluation` holds the settings of the suites.
+    """
+    wanted = applicable(suites, folder.read_config(), evaluation)
+    return [suite for suite in wanted if read(folder, suite) is None]
 
 
 def applicable(

@@ -34,6 +34,8 @@ def card(
         if sae["family"] != "identity"
     }
     revision = f', revision="{model["commit"]}"' if model["commit"] is not None else ""
+    has_local_model = not (is_embedded or merged) and model["commit"] is None
+    prefix = "local + " if has_local_model else ""
     templates = Environment(
         loader=PackageLoader("sae_lora.export.model_card", "."),
         undefined=StrictUndefined,
@@ -55,7 +57,8 @@ def card(
             *(["MODEL"] if is_embedded and not merged else []),
             *(["SAES"] if any("SAES" in code for code in saes.values()) else []),
         ],
-        pretrained=("MODEL" if is_embedded else f'"{model["name"]}"') + revision,
+        pretrained=("MODEL" if is_embedded else f'{prefix}"{model["name"]}"') + revision,
+        has_local_parts=has_local_model or any("local" in code for code in saes.values()),
         # If the run rounded weights to bfloat16 and computed in float32, the code does the same.
         dtype="bfloat16"
         if "bfloat16" in (config["model"]["dtype"], config["train"]["dtype"])
@@ -128,5 +131,5 @@ def _loading_code(sae: dict[str, Any]) -> str:
     dtype = f'dtype="{sae["dtype"]}"'
     if sae["release"] is not None:
         return f'SAE.from_pretrained("{sae["release"]}", "{sae["id"]}", {dtype})'
-    location = f'"{sae["path"]}"' if sae["path"] is not None else f'SAES / "{sae["id"]}"'
+    location = f'local + "{sae["path"]}"' if sae["path"] is not None else f'SAES / "{sae["id"]}"'
     return f"SAE.load_from_disk({location}, {dtype})"

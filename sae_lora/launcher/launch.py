@@ -15,7 +15,7 @@ from sae_lora.common.files import check_writable
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.schema import Config, LauncherConfig
-from sae_lora.evaluation.suite_records import pending
+from sae_lora.evaluation.suite_records import missing, pending
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import run_here, submit, wait_for
@@ -153,6 +153,20 @@ def _states_to_run(settings: LauncherConfig) -> set[State]:
     return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
 
 
+def _note_missing_suites(done: Sequence[Run]) -> None:
+    """Say how to run the suites that the command asks for and that finished runs do not have."""
+    names = {
+        suite.name
+        for run in done
+        if (asked := run.config.evaluation).suites
+        for suite in missing(run.folder, asked.suites, vars(asked))
+    }
+    if names:
+        sweep = done[0].folder.path.parent
+        command = f"sae-lora evaluate {sweep} --suite {' '.join(sorted(names))}"
+        say(f"these runs lack suites that you ask for: `{command}`")
+
+
 def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
     """Fetch the data of the runs to start now, write their configs, and return them.
 
@@ -162,6 +176,8 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     states = Counter(status.state for _, status in statuses)
     if states[State.done] and not again:
         say(f"{states[State.done]} of {len(planned.runs)} already done, skipped")
+        done = [run for run, status in statuses if status.state is State.done]
+        _note_missing_suites(done)
     if states[State.failed]:
         advice = (
             "running again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
@@ -260,8 +276,8 @@ def _print_results(planned: Plan) -> None:
             note = f" ({status.note})" if status.note else ""
             complain("not finished", f"{run.name} is {status.state.value}{note}")
     for run in finished:  # most ask for no suites, and `pending` reads a config from disk
-        if run.config.evaluation.suites and (missing := pending(run.folder)):
-            names = ", ".join(suite.name for suite in missing)
+        if run.config.evaluation.suites and (lacking := pending(run.folder)):
+            names = ", ".join(suite.name for suite in lacking)
             complain("not evaluated", f"{run.name} by {names}; see its log\n        {run.folder.log}")
     failed = sum(status.state is State.failed for _, status in statuses)
     if failed:

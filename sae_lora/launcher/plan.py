@@ -1,7 +1,7 @@
 """The plan: the run of each point of a sweep, and its folder.
 
-Planning resolves requests to existing SAEs. It writes nothing. It loads a model only for layer=groups,
-once, to measure the distances between its blocks.
+Planning finds the SAEs that a config asks for, and writes no run folder. Only layer=groups may load a
+model: it measures the distances between blocks, and caches them.
 """
 
 from collections import Counter
@@ -120,7 +120,7 @@ def _model_layer_seeds(config: Config) -> tuple[Any, ...]:
 
 
 _MAX_NAMED = 3
-"""Largest number of runs that a note names one by one."""
+"""If more runs than this are repeated, one note gives only their number."""
 
 
 class _Planner:
@@ -155,6 +155,7 @@ class _Planner:
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
+                self._note_other_text(point)
             shared = groups(point, dimensions, self._distances)
             resolution = (
                 Resolution(point.sae.used, [])
@@ -199,6 +200,17 @@ class _Planner:
         """Check a point before it waits for the run `source`, perhaps for hours."""
         check_goes_on(point, source.config)
         _check_fits(point, source.config.sae.used, self._dimensions(point))
+
+    def _note_other_text(self, point: Config) -> None:
+        """Note that `init` was trained on other text than the point reads, which may be a mistake."""
+        assert point.init is not None
+        folder = RunFolder(Path(point.init).expanduser())
+        texts = load(folder.config.read_text()).data, point.data
+        earlier, now = ((data.source, data.name, data.subset, data.files) for data in texts)
+        if earlier != now:
+            names = [data.name or data.files or data.source.name for data in texts]
+            note = f"init: {folder.path.name} was trained on {names[0]}; this run reads {names[1]}"
+            self.notes += [note] if note not in self.notes else []
 
     def _dimensions(self, point: Config) -> Dimensions:
         model = (point.model.name, point.model.revision)

@@ -34,7 +34,7 @@ from sae_lora.records.metrics import METRICS
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
 from sae_lora.report.frames import factors
-from sae_lora.report.sweep import Sweep
+from sae_lora.report.sweep import CURVE_AXES, Sweep
 
 VERSION = 1
 _KIND = "sae_lora report"
@@ -42,8 +42,6 @@ _FITTED = ("rank", "l0", "width")
 """Factors over which the gap closed is fitted."""
 _CURVES = "gap_over_"
 """Prefix of the names of the figures of curves."""
-_OVER = ("tokens", "train_seconds", "train_flops")
-"""Horizontal axes of the curves."""
 _MOST_MAPPED = 3
 """Largest number of factors in a heat map."""
 _SHOWN = (
@@ -118,7 +116,7 @@ class Report:
         """The figures: curves, evaluation suites, and the gap closed over the factors."""
         views = [
             View(f"{_CURVES}{over}", f"CE gap over {METRICS[over].title}", curves)
-            for over in _OVER
+            for over in CURVE_AXES
             if self.curves[over].notna().any()
             and (curves := figures.gap_curves(self.frame, self.curves, over)).data
         ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lora.common.console import count
+from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import finished, read_statuses
 from sae_lora.report.fits import Frame
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from sae_lora.export.adapted_model import Adapted
+
+
+CURVE_AXES = ("tokens", "train_seconds", "train_flops")
+"""Measures that curves are drawn over."""
 
 
 class Run:
@@ -117,9 +122,14 @@ class Sweep(Sequence[Run]):
 
         Args:
             over: `tokens`, `train_seconds` or `train_flops`.
+
+        Raises:
+            ConfigError: For another axis.
         """
         from sae_lora.report.figures import gap_curves
 
+        if over not in CURVE_AXES:
+            raise ConfigError("over", over, listed(CURVE_AXES), nearest_name(over, CURVE_AXES))
         return gap_curves(self.frame(), self.curves(), over)
 
 

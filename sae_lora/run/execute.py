@@ -183,12 +183,12 @@ class _Execution:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
                     processes.release()
                     traceback.clear_frames(error.__traceback__)  # otherwise they keep tensors in memory
-                    # An earlier request to stop may raise here.
+                    # If a stop was requested meanwhile, this raises `Interrupted` in place of the error.
                     save([training for training in trainings.active if training.is_between_steps])
                 raise
 
     def _total_seconds(self, run: ActiveRun) -> float:
-        """Seconds of all attempts at a run; it gets an equal share of the seconds of this process."""
+        """Seconds of all attempts at a run; runs share the seconds of this process equally."""
         share = (time.perf_counter() - self._started) / len(self._runs.runs)
         return run.seconds_before + share
 

@@ -120,7 +120,7 @@ def _distances(config: Config) -> Distances:
 def group_blocks(
     distances: ArrayLike, *, amad_max: float | None = None, n_groups: int | None = None
 ) -> tuple[Groups, list[float]]:
-    """Group the blocks by complete linkage of their distances, without the last block.
+    """Group all blocks except the last, by complete linkage of their distances.
 
     Exactly one of `amad_max` and `n_groups` is given.
 

@@ -96,10 +96,10 @@ def _requested_blocks(config: Config, blocks: Collection[int]) -> list[int]:
 
     Args:
         config: The config.
-        blocks: The blocks that have a matching SAE.
+        blocks: The blocks that have an SAE at this hook.
 
     Raises:
-        NoSuchCellError: If `layer.first` or `layer.every` takes a block that has no matching SAE.
+        NoSuchCellError: If `layer.first` or `layer.every` takes a block that has no SAE at this hook.
     """
     layer = config.layer
     if layer.every is None:
@@ -107,14 +107,14 @@ def _requested_blocks(config: Config, blocks: Collection[int]) -> list[int]:
     first = min(blocks) if layer.first is None else layer.first
     if first not in blocks:
         nearest = min(blocks, key=lambda block: abs(block - first), default=None)
-        allowed = f"a block with a matching SAE: {listed(blocks, 50)}"
+        allowed = f"a block that has an SAE at this hook: {listed(blocks, 50)}"
         raise NoSuchCellError("layer.first", first, allowed, nearest)
     requested = list(range(first, max(blocks) + 1, layer.every))
     if missing := [block for block in requested if block not in blocks]:
         raise NoSuchCellError(
             "layer.every",
             layer.every,
-            f"a step that takes only blocks with a matching SAE: {listed(blocks, 50)}",
+            f"a step that takes only blocks that have an SAE at this hook: {listed(blocks, 50)}",
             because=f"from block {first} on it also takes {listed(missing)}",
         )
     return requested
@@ -168,7 +168,7 @@ def _nearest_at_each_block(config: Config, everywhere: Sequence[SAEChoice]) -> R
         block = Place.asked(index, hook).block
         at_block = [choice for choice in candidates if choice.block == block]
         if not at_block:
-            allowed = f"a block with a matching SAE: {listed(blocks, 50)}"
+            allowed = f"a block that has an SAE at this hook: {listed(blocks, 50)}"
             nearest = min(blocks, key=lambda at: abs(at - index))
             raise NoSuchCellError("layer.index", index, allowed, nearest)
         if sae.width is not None and any(map(_width, at_block)):

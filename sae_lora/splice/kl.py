@@ -78,13 +78,13 @@ def whole_kl(
     return results
 
 
-class LogitChunk(NamedTuple):
-    """Logits of a few tokens of a student, and its KL. Valid until the next `LogitChunk` is computed."""
+class ChunkPart(NamedTuple):
+    """One part of the current chunk: a student's logits and its KL. The next part overwrites it."""
 
     rows: slice
-    """Rows of the tokens in the chunk."""
+    """Rows of this part, counted from the start of the chunk."""
     scores: Tensor
-    """Logits of the student, in the unit of the head, `[token, d_vocab]`."""
+    """Logits of the student after the soft-cap, divided by `head.unit`, `[token, d_vocab]`."""
     numerators: Tensor
     """Numerators of the student's softmax, `[token, d_vocab]`."""
     sums: Tensor
@@ -134,8 +134,11 @@ class Comparison:
                 self._log_sums.append(log_sums)
             yield rows
 
-    def students(self, hidden: Tensor) -> Iterator[LogitChunk]:
-        """The current chunk of a student's tokens `[token, d_model]`, in parts of a few tokens."""
+    def parts(self, hidden: Tensor) -> Iterator[ChunkPart]:
+        """Compare a student with the teacher on the current chunk, part by part.
+
+        `hidden` `[token, d_model]` are the student's states for this chunk.
+        """
         self.head.score(hidden, self.student_scores)
         for part, log_sums in zip(self._parts, self._log_sums, strict=True):
             scores = self.student_scores[part]
@@ -146,9 +149,9 @@ class Comparison:
             kl = (
                 differences.sum(-1, keepdim=True).double() * self.head.unit + student_log_sums - log_sums
             )
-            yield LogitChunk(part, scores, numerators, sums, student_log_sums, kl)
+            yield ChunkPart(part, scores, numerators, sums, student_log_sums, kl)
 
-    def slope_(self, part: LogitChunk) -> None:
+    def slope_(self, part: ChunkPart) -> None:
         """Overwrite the student's scores with d KL / d z, where z are its logits before the soft-cap.
 
         With the teacher's probabilities p, the student's probabilities q and the soft-cap c, this is
@@ -229,7 +232,7 @@ def fused_kl(
     totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
     for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
         for states, gradient, total in zip(hidden, gradients, totals, strict=True):
-            for part in comparison.students(states[rows]):
+            for part in comparison.parts(states[rows]):
                 total += part.kl.sum()
                 if gradient is not None:
                     comparison.slope_(part)

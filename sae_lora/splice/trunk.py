@@ -1,4 +1,4 @@
-"""The frozen part of the computation of a batch: hidden states that runs share, computed once."""
+"""Hidden states of a batch that do not depend on trained weights, computed once for all students."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ def prefixes(splices: Splices) -> list[Splices]:
 def cuts_around(splices: Splices) -> set[int]:
     """The blocks whose input is needed from the trunk if these SAEs are in the model."""
     following = {splice.block + 1 for splice in splices}
-    # A block with an SAE inside runs once per combination of SAEs; all of these share its input.
+    # A block with an SAE inside is computed once per combination of SAEs; all of these share its input.
     return following | {splice.block for splice in splices if splice.place.is_inside}
 
 
@@ -32,7 +32,7 @@ class Trunk:
         model: The model, without adapters.
         tokens: The batch, `[batch, pos]`.
         special_ids: Ids `[n]` of special tokens, at whose positions some splices keep the activation.
-        cuts: Blocks whose input is stored, so that several runs share it.
+        cuts: Blocks whose input is stored, so that several forward passes can begin there.
         observe: Called after an application of an SAE, once per combination of it and earlier SAEs.
     """
 

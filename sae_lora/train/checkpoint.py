@@ -37,7 +37,7 @@ class Snapshot(NamedTuple):
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:
-    """Write a checkpoint, then remove all except the newest `KEPT` checkpoints.
+    """Write a checkpoint, unless a valid one of this step exists; keep only the newest `KEPT`.
 
     Args:
         folder: The run's `checkpoints` folder.

@@ -206,13 +206,13 @@ class Evaluator:
             top = scores.argmax(-1)
             base.ce += self._cross_entropy(scores, log_sums, labels[rows])
             for states, totals in zip(columns, sums, strict=True):
-                for few in self._comparison.students(states[rows]):
-                    totals.ce += self._cross_entropy(few.scores, few.log_sums, labels[rows][few.rows])
-                    totals.kl += few.kl.sum()
-                    totals.agreements += few.puts_first(top[few.rows]).sum()
+                for part in self._comparison.parts(states[rows]):
+                    totals.ce += self._cross_entropy(part.scores, part.log_sums, labels[rows][part.rows])
+                    totals.kl += part.kl.sum()
+                    totals.agreements += part.puts_first(top[part.rows]).sum()
 
     def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy in nats, summed over labels, from the scores of a `LogitChunk`."""
+        """Next-token cross-entropy in nats, summed over labels, from the scores of a `ChunkPart`."""
         labelled = labels != NO_LABEL
         of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
         losses = log_sums - of_labels * self._comparison.head.unit

@@ -29,11 +29,12 @@ class Task(NamedTuple):
 class Trainer(ABC, Generic[State]):
     """Students that are trained together on the same batches, each as if it were trained alone.
 
-    The frozen parts are computed once for all. Students that have taken more steps wait for the others.
+    The frozen parts are computed once for all students. After a resume, students may be at different
+    steps: those that are ahead wait.
 
     Args:
         device: Device of the model.
-        trainings: Trainings of students of the same model, with equal numbers of steps.
+        trainings: The training of each student: the same model, the same total number of steps.
         evaluate: Evaluates students on held-out tokens. Its processes also share the training batches;
             each process has a trainer.
     """
@@ -64,7 +65,8 @@ class Trainer(ABC, Generic[State]):
         Args:
             step: Number of the step.
             batches: Training tokens `[batch, pos]`; the next item is that of this step.
-            trained: The trainings that are at this step; empty if all have taken more steps.
+            trained: The trainings to move by this step. Empty if they have failed and all others are
+                further on: the batch is then read and not used.
         """
 
     def follow(self, task: Task) -> None:
@@ -73,12 +75,12 @@ class Trainer(ABC, Generic[State]):
 
     @property
     def first_batch(self) -> int:
-        """Number of the batch of tokens that is read next."""
+        """Index of the batch of tokens that is read next."""
         return self.step
 
     @property
     def step(self) -> int:
-        """Number of the next step: the least number of steps that a training has taken."""
+        """Index of the next step: that of the training that is furthest behind."""
         return min((training.step for training in self.active), default=0)
 
     def points(

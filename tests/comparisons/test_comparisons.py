@@ -679,7 +679,7 @@ def test_without_a_browser_the_numbers_are_still_written(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
-        raise ValueError("Image export needs the kaleido package\nand more words")
+        raise ValueError("\nImage export needs the kaleido package,\nand more words.")
 
     monkeypatch.setattr("plotly.io.write_images", fail)
     runs.seed(0)

@@ -100,7 +100,7 @@ def test_the_input_of_the_first_block_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="the embedding") as error:
             places(TINY, overrides, "resid_pre", index=0)
         assert (error.value.field, error.value.nearest) == ("layer.index", 1)
-    with pytest.raises(ConfigError, match="but of block 0"):
+    with pytest.raises(ConfigError, match="except of block 0"):
         read_folder(write_cfg(tmp_path / "sae", hook_name="blocks.0.hook_resid_pre"), None, None, TINY)
 
 

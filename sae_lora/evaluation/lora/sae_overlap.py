@@ -1,4 +1,4 @@
-"""Overlap of the directions that adapters read with an SAE's error and with its decoder."""
+"""Do adapters read the directions of an SAE's error, or of its decoder? Measures both overlaps."""
 
 import itertools
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ class OfMatrix:
     error: Shared
     """Overlap with the largest principal components of the SAE's error."""
     decoder: Shared
-    """Overlap with the decoder directions of the latents that are active on most tokens."""
+    """Overlap with the decoder directions of the most frequently active latents."""
 
 
 @dataclass(frozen=True)
 class Overlap:
     """Overlaps of the first adapted block with the last SAE before it.
 
-    The norm before a matrix scales coordinates of the residual stream. This scale is not applied to the
-    rows of A.
+    An approximation: the normalisation layer before a matrix multiplies each coordinate of the residual
+    stream by a weight. The rows of A are compared without these weights.
     """
 
     block: int
@@ -54,7 +54,7 @@ class Overlap:
     tokens: int
     """Number of tokens that the SAE's statistics are from."""
     error_share: float
-    """Share of the variance of the SAE's error in the principal components."""
+    """Share of the variance of the SAE's error that its principal components explain."""
     matrices: dict[str, OfMatrix]
     """The matrices that read the residual stream, by path inside the block."""
 
@@ -158,7 +158,7 @@ class _Statistics:
 
     @torch.no_grad()
     def decoder_directions(self, n: int) -> Tensor:
-        """Span of the decoder directions of the latents that are active on most tokens.
+        """Span of the decoder directions of the most frequently active latents.
 
         Returns:
             Orthonormal columns `[d_model, m]`, m at most n: less if directions are linearly dependent.
