@@ -1,14 +1,14 @@
-"""Leases: a run belongs to one process at a time, and is free again when this process ends or is killed.
+"""Leases: a folder belongs to one process at a time, and is free when that process ends or is killed.
 
 A lease needs only a file system that creates files exclusively and records modification times. Several
 machines may share it, and their clocks may differ.
 
-.lease/00000007    Only the file with the largest number counts. It names the process that holds the run,
-                   or is `null` if the run is free. The holder touches the file every few seconds; a file
-                   that is not touched has no living holder.
+.lease/00000007    Only the file with the largest number counts. It names the process that holds the
+                   folder (a run or a sweep), or is `null` if the folder is free. The holder touches
+                   the file every few seconds; a file that is not touched has no living holder.
 
-The library filelock does not do this: its `FileLock` needs a file server that shares locks between
-machines, and to judge a lease of another machine it must watch the lease for its whole duration.
+The library filelock cannot replace this: across machines its `FileLock` works only if the file server
+supports locks, and it cannot tell at once which process holds a lock.
 """
 
 import contextlib

@@ -75,6 +75,7 @@ def plan(points: Sequence[Config]) -> Plan:
         ConfigError: For a point that cannot work.
         UserError: If the config of a model cannot be read, or no point has an SAE.
     """
+    # `init` is a folder, or a method: the run of this command with that method, which is planned first.
     planner = _Planner(strict=len(points) == 1 or any(point.launcher.strict for point in points))
     waiting: list[Config] = []
     for point in points:
@@ -96,11 +97,11 @@ def plan(points: Sequence[Config]) -> Plan:
 
 
 def _in_order(points: Sequence[Config]) -> Iterator[Config]:
-    """Points whose `init` names a method, each after the points that it names."""
+    """Points whose `init` names a method, each after the points whose results it begins with."""
     waiting = list(points)
     while waiting:
         ready = [point for point in waiting if not any(_is_named(named, point) for named in waiting)]
-        ready = ready or waiting
+        ready = ready or waiting  # a cycle, which `init_run` refuses
         yield from ready
         waiting = [point for point in waiting if not any(point is planned for planned in ready)]
 

@@ -224,6 +224,7 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
     try:
         with interruption.watching(), ExitStack() as leases:
             for folder in folders:
+                # One stack per run: a finished run gives up its lease at once, the others at the end.
                 lock = leases.enter_context(ExitStack())
                 try:
                     lease = lock.enter_context(held(folder.path))
@@ -250,6 +251,8 @@ def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: Proc
     except Exception as error:
         unsettled = [run.folder for run in runs if run.folder.is_unsettled]
         if len(unsettled) > 1 and not isinstance(error, UserError):
+            # Training together may be the cause (memory, for example), so no run is marked as failed:
+            # the launcher tries smaller packs.
             sys.stderr.write(redacted("".join(traceback.format_exception(error))))
             return EXIT_NOT_TOGETHER
         for folder in unsettled:

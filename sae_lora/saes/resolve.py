@@ -215,13 +215,12 @@ def _at_hook(hook: Hook | None, candidates: Sequence[SAEChoice]) -> Sequence[SAE
 def _of_width(
     requested: str, at_block: Sequence[SAEChoice], everywhere: Sequence[SAEChoice], strict: bool
 ) -> list[SAEChoice]:
-    """The candidates at a block with the requested width, or the width nearest to it at any block.
+    """The SAEs at this block that have the width nearest to the request.
 
-    If that width exists only at other blocks, no other width replaces it: widths are the columns of a
-    grid, and this cell of it is empty.
+    That width is chosen among the SAEs of all blocks, so that every block gets the same width.
 
     Raises:
-        NoSuchCellError: If the block has no SAE of that width.
+        NoSuchCellError: If this block has no SAE of that width: no other width replaces it.
     """
     width = latents(requested)
     column = width if strict else _width(_nearest(everywhere, _width, width)[0])

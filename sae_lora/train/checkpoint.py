@@ -53,14 +53,14 @@ def save(folder: Path, run_hash: str, state: Snapshot) -> None:
     step = state.values["step"]
     path = folder / f"step-{step:08d}"
     if path.exists():
-        if _verify(path, run_hash) is None:
+        if _fault(path, run_hash) is None:
             return
         shutil.rmtree(path)
     with new_folder(path) as new:
         # safetensors refuses tensors that share memory (a view, a tied weight); a `Snapshot` has none.
         save_file({name: value.contiguous() for name, value in state.tensors.items()}, new / _TENSORS)
         write_atomically(new / _VALUES, as_json(state.values))
-        files = {name: _identity(new / name) for name in (_TENSORS, _VALUES)}
+        files = {name: _size_and_sha256(new / name) for name in (_TENSORS, _VALUES)}
         manifest = {"version": VERSION, "run": run_hash, "step": step, "files": files}
         write_atomically(new / _MANIFEST, as_json(manifest))
     for old in _paths(folder)[KEPT:]:
@@ -81,7 +81,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
     """
     faults = []
     for path in _paths(folder):
-        fault = _verify(path, run_hash)
+        fault = _fault(path, run_hash)
         if fault is None:
             try:
                 return Snapshot(load_file(path / _TENSORS), json.loads((path / _VALUES).read_text()))
@@ -99,7 +99,7 @@ def newest(folder: Path, run_hash: str, complain: Callable[[str], None]) -> Snap
 
 def points(folder: Path, run_hash: str) -> int:
     """Number of points of the curve up to the newest valid checkpoint; 0 if there is none."""
-    valid = (path for path in _paths(folder) if _verify(path, run_hash) is None)
+    valid = (path for path in _paths(folder) if _fault(path, run_hash) is None)
     newest = next(valid, None)
     return 0 if newest is None else json.loads((newest / _VALUES).read_text())["points"]
 
@@ -110,7 +110,7 @@ def _paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _verify(path: Path, run_hash: str) -> str | None:
+def _fault(path: Path, run_hash: str) -> str | None:
     """The fault of a checkpoint, as a message; `None` if the checkpoint is valid."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
@@ -126,7 +126,7 @@ def _verify(path: Path, run_hash: str) -> str | None:
         return f"{_MANIFEST} is that of step {manifest.get('step')}"
     for name in (_TENSORS, _VALUES):
         try:
-            identity = _identity(path / name)
+            identity = _size_and_sha256(path / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if identity != manifest.get("files", {}).get(name):
@@ -134,5 +134,5 @@ def _verify(path: Path, run_hash: str) -> str | None:
     return None
 
 
-def _identity(file: Path) -> dict[str, Any]:
+def _size_and_sha256(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -70,15 +70,16 @@ def overlap(subject: Subject, sequences: int, n: int) -> Overlap | str:
     )
     first, adapted = next(by_block)
     matrices = [matrix for matrix in adapted if matrix.reads_stream]
-    before = [splice for splice in subject.after if splice.block < first]
-    if not before:
+    # `after` is meant in time, after training; `preceding` in place, before the first adapted block.
+    preceding = [splice for splice in subject.after if splice.block < first]
+    if not preceding:
         return f"there is no SAE before block {first}, the first adapted block"
     if not matrices:
         return f"no adapted matrix of block {first}, the first adapted block, reads the residual stream"
-    statistics = _Statistics(subject, before[-1], sequences)
+    statistics = _Statistics(subject, preceding[-1], sequences)
     components, share = statistics.error_components(n)
     decoder = statistics.decoder_directions(n)
-    hookpoint = before[-1].hookpoint
+    hookpoint = preceding[-1].hookpoint
     if components.shape[1] == 0:
         return f"the SAE at {hookpoint} makes no error, or the same error on all tokens"
     if decoder.shape[1] == 0:
@@ -168,8 +169,10 @@ class _Statistics:
         rows = len(active) + 1
         latents = torch.zeros(rows, len(self._active), device=active.device, dtype=self._dtype)
         latents[torch.arange(1, rows, device=active.device), active] = 1
-        # An SAE that normalises its input scales its output by its last input.
+        # Some SAEs normalise their input, and `decode` undoes this with factors of the last `encode`:
+        # encode the same vector in each row, so that all rows get equal factors.
         resid = torch.linspace(-1, 1, len(self._sum), device=active.device, dtype=self._dtype)
         self._splice.sae.encode(resid.expand(rows, -1))
+        # Row 0 has no active latent: subtracting its output removes the bias.
         recon = self._splice.sae.decode(latents).float()
         return directions(recon[1:] - recon[0])
