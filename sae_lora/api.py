@@ -24,6 +24,8 @@ def launch(overrides: Sequence[str] = ()) -> Sweep:
         UserError: If a point cannot work, before anything runs.
         KeyboardInterrupt: After a request to stop, when the runs have saved their state.
     """
+    if isinstance(overrides, str):
+        raise ConfigError("overrides", overrides, "a list of overrides", f'["{overrides}"]')
     for override in overrides:
         if override.startswith("-"):
             raise ConfigError("overrides", override, "group=option or key=value", override.lstrip("-"))

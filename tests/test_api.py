@@ -48,6 +48,8 @@ def test_impossible_values_raise_an_error(override: str) -> None:
 def test_options_of_the_terminal_are_refused() -> None:
     with pytest.raises(ConfigError, match="group=option or key=value"):
         sae_lora.launch(["-m", "lora.rank=1,2"])
+    with pytest.raises(ConfigError, match="a list of overrides"):
+        sae_lora.launch("lora.rank=1,2")
 
 
 def test_a_dry_run_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
