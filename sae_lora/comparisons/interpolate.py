@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 
 from sae_lora.records.metrics import METRICS
@@ -39,6 +40,11 @@ def first_reached(curve: Sequence[CurvePoint], measure: str, value: float, field
         if sign * _value(right, measure) >= sign * value:
             return _between(left, right, measure, value, field)
     return None
+
+
+def speedup(reference: float, amount: float) -> float:
+    """The reference divided by an amount; infinite if the amount is zero."""
+    return reference / amount if amount else math.inf
 
 
 def _between(left: CurvePoint, right: CurvePoint, over: str, amount: float, field: str) -> float:

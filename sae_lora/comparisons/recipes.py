@@ -1,6 +1,5 @@
 """Tokens and seconds that a recipe needs to close as much of the gap as another sweep at its end."""
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
-from sae_lora.comparisons.interpolate import first_reached
+from sae_lora.comparisons.interpolate import first_reached, speedup
 from sae_lora.records.factors import FACTORS, SEED, FinishedRun, finished_runs, label, text
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import right_aligned, spread
@@ -68,8 +67,8 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
             at_tokens = first_reached(curve, "gap_closed", goal, "tokens")
             at_seconds = first_reached(curve, "gap_closed", goal, "train_seconds")
             if at_tokens is not None and at_seconds is not None:
-                tokens.append(_ratio(reference["train_tokens"], at_tokens))
-                seconds.append(_ratio(reference["train_seconds"], at_seconds))
+                tokens.append(speedup(reference["train_tokens"], at_tokens))
+                seconds.append(speedup(reference["train_seconds"], at_seconds))
         rows.append(
             Saving(
                 factors=dict(zip(_SHARED, shared, strict=True)),
@@ -99,11 +98,6 @@ def savings_table(rows: Sequence[Saving]) -> Table:
             f"{len(row.tokens)} of {row.seeds} reach it",
         )
     return table
-
-
-def _ratio(reference: float, amount: float) -> float:
-    """How many times less an amount is; infinite if the goal is reached before training."""
-    return reference / amount if amount else math.inf
 
 
 def _key(run: FinishedRun) -> tuple[tuple[str, ...], str]:

@@ -1,6 +1,5 @@
 """Time that LoRA around an SAE needs to reach the CE of an SAE trained end to end."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, logarithmic
-from sae_lora.comparisons.interpolate import first_reached, value_at
+from sae_lora.comparisons.interpolate import first_reached, speedup, value_at
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
 from sae_lora.records.folder import RunFolder
@@ -152,7 +151,7 @@ def table(branches: Sequence[Branch]) -> Table:
 def _sooner_alone(branch: Branch, cost: str) -> float:
     """Cost of end-to-end training divided by the cost of LoRA without the SAE's training."""
     alone = branch.lora[cost] - branch.sae[cost]
-    return branch.e2e[cost] / alone if alone else math.inf
+    return speedup(branch.e2e[cost], alone)
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:

@@ -58,7 +58,8 @@ def card(
             *(["SAES"] if any("SAES" in code for code in saes.values()) else []),
         ],
         pretrained=("MODEL" if is_embedded else f'{prefix}"{model["name"]}"') + revision,
-        has_local_parts=has_local_model or any("local" in code for code in saes.values()),
+        has_local_parts=has_local_model
+        or any(sae["release"] is None and sae["path"] is not None for sae in summary["sae"]),
         # If the run rounded weights to bfloat16 and computed in float32, the code does the same.
         dtype="bfloat16"
         if "bfloat16" in (config["model"]["dtype"], config["train"]["dtype"])
