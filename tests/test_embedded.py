@@ -113,15 +113,15 @@ def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_the_default_run_closes_a_tenth_of_its_gap_in_a_quarter_of_its_tokens(tmp_path: Path) -> None:
+def test_the_default_run_closes_a_twentieth_of_its_gap_in_a_tenth_of_its_tokens(tmp_path: Path) -> None:
     """`python launch.py` with default settings, offline."""
     paths = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
-    quarter = "train.train_tokens=100000", "data.validation_tokens=8192"
-    finished = launch(*paths, *quarter, WANDB_MODE=None, WANDB_API_KEY=None)
+    tenth = "train.train_tokens=40960", "data.validation_tokens=8192"
+    finished = launch(*paths, *tenth, WANDB_MODE=None, WANDB_API_KEY=None)
     assert finished.returncode == 0, finished.stderr
     assert "tracking offline" in finished.stderr
     assert "W&B run" in finished.stdout
     (path,) = tmp_path.glob("main/*/summary.json")
     summary = json.loads(path.read_text())
-    assert summary["gap_closed"] > 0.1
+    assert summary["gap_closed"] > 0.05
     assert Path(summary["tracked_at"]).is_dir()

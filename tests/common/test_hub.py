@@ -91,14 +91,18 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
-    """The data set is downloaded, not streamed."""
-    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.streaming=false")
+    """Data sets are downloaded, not streamed. RedPajama is read only from the hub's parquet files."""
+    texts = "data=pile,redpajama", "data.streaming=false"
+    finished = launch_from(hub.address, tmp_path, "-m", *LLAMA[:-1], *SMALL, *texts)
     assert finished.returncode == 0, finished.stderr
-    summary = summary_in(tmp_path)
-    (sae,) = summary["sae"]
-    assert (sae["release"], sae["id"], sae["block"]) == ("llama_scope_lxr_8x", "l16r_8x", 16)
-    assert summary["data"]["special_tokens_kept"] is False
-    assert summary["model"]["class"] == "LlamaForCausalLM"
+    first, second = summaries_in(tmp_path)
+    for summary in (first, second):
+        (sae,) = summary["sae"]
+        assert (sae["release"], sae["id"], sae["block"]) == ("llama_scope_lxr_8x", "l16r_8x", 16)
+        assert summary["data"]["special_tokens_kept"] is False
+        assert summary["model"]["class"] == "LlamaForCausalLM"
+    revisions = {summary["data"]["revision"] for summary in (first, second)}
+    assert revisions == {COMMIT, commit_of("refs/convert/parquet")}
 
 
 def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -> None:
@@ -151,23 +155,19 @@ def test_a_users_sae_and_text_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["model"]["commit"] == COMMIT
 
 
-def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
-    """RedPajama is read only from the hub's conversion to parquet."""
-    finished = launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama")
-    assert finished.returncode == 0, finished.stderr
-    assert summary_in(tmp_path)["data"]["revision"] == commit_of("refs/convert/parquet")
-    message = refusal(
-        launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama", "data.revision=main")
-    )
-    assert "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded" in message
-    assert "data.revision=refs/convert/parquet" in message
-
-
 def refusal(finished: CompletedProcess[str]) -> str:
     """The error message of a command that must fail without a traceback."""
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr + finished.stdout
     return finished.stderr
+
+
+def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
+    message = refusal(
+        launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama", "data.revision=main")
+    )
+    assert "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded" in message
+    assert "data.revision=refs/convert/parquet" in message
 
 
 def test_gated(hub: Hub, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
 """Several processes give the results of one process, and stop, fail and resume together."""
 
 import contextlib
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +26,7 @@ from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.train_state import TrainState
-from tests.support.attempts import attempt, frozen, results
+from tests.support.attempts import Leader, attempt, frozen, results
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
 from tests.support.points import SMALL, points_in
@@ -39,33 +36,6 @@ from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
 LONG = "train.train_tokens=12288", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
-
-
-def started(folders: Sequence[RunFolder], processes: int) -> subprocess.Popen[str]:
-    """Start an attempt and return its process."""
-    options = [*(str(folder.path) for folder in folders), f"--processes-per-node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "sae_lora.common.lazy_imports", "sae_lora.run.execute", *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The workers of a job that are still alive."""
-    workers = []
-    for child in psutil.Process(process.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "sae_lora.run.worker" in " ".join(child.cmdline()):
-                workers.append(child)
-    return workers
 
 
 def step_of(folder: RunFolder) -> int:
@@ -175,7 +145,7 @@ def test_two_processes_train_like_one_process(tmp_path: Path) -> None:
             planned.freeze()
         folders[home] = [planned.folder for planned in runs]
     assert attempt(*folders["one"]).returncode == 0
-    code, output = ended(started(folders["two"], 2))
+    code, output = Leader(folders["two"], 2).ended()
     assert code == 0, output
     for single, shared in zip(folders["one"], folders["two"], strict=True):
         for expected_point, point in zip(single.read_curve(), shared.read_curve(), strict=True):
@@ -202,17 +172,17 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_stopped_processes_resume_with_the_same_results(folder: RunFolder, tmp_path: Path) -> None:
     """Dropout in each process is also the same."""
     whole = frozen(tmp_path / "whole", *SMALL[1:-1], *LONG, f"data.cache_dir={tmp_path}/cache")
-    code, output = ended(started([whole], 2))
+    code, output = Leader([whole], 2).ended()
     assert code == 0, output
-    process = started([folder], 2)
+    leader = Leader([folder], 2)
     until(lambda: step_of(folder) >= 5, "step 5")
-    process.send_signal(signal.SIGUSR2)
-    for worker in workers_of(process):  # a terminal, or SLURM, would signal them too
+    leader.send_signal(signal.SIGUSR2)
+    for worker in leader.workers:  # a terminal, or SLURM, would signal them too
         with contextlib.suppress(psutil.NoSuchProcess):  # the leader may have ended it already
             worker.send_signal(signal.SIGTERM)
-    code, output = ended(process)
+    code, output = leader.ended()
     assert code == EXIT_INTERRUPTED, output
-    code, output = ended(started([folder], 2))
+    code, output = Leader([folder], 2).ended()
     assert code == 0, output
     assert "resuming from step" in output
     assert results(folder) == results(whole)
@@ -221,12 +191,12 @@ def test_stopped_processes_resume_with_the_same_results(folder: RunFolder, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", ["worker", "leader"])
 def test_all_processes_end_if_one_dies(folder: RunFolder, dies: str) -> None:
-    process = started([folder], 3)
+    leader = Leader([folder], 3)
     until(lambda: step_of(folder) >= 4, "step 4")
-    workers = workers_of(process)
+    workers = leader.workers
     assert len(workers) == 2
-    (process if dies == "leader" else workers[0]).send_signal(signal.SIGKILL)
-    code, output = ended(process)
+    (leader if dies == "leader" else workers[0]).send_signal(signal.SIGKILL)
+    code, output = leader.ended()
     if dies == "worker":
         assert code == EXIT_NOT_TOGETHER, output
         assert "a process that shares the batches (exit code -9)" in output.strip().splitlines()[-1]
@@ -244,15 +214,15 @@ def test_all_processes_end_if_one_dies(folder: RunFolder, dies: str) -> None:
 @pytest.mark.parametrize("when", ["while they start", "while they train"])
 def test_a_job_stops_while_its_workers_are_killed(folder: RunFolder, when: str) -> None:
     """As when `scancel` ends a job of several nodes: the run has not failed, and resumes."""
-    process = started([folder], 2)
+    leader = Leader([folder], 2)
     trains = when == "while they train"
-    until(lambda: step_of(folder) >= 4 if trains else workers_of(process), when)
-    (worker,) = workers_of(process)
+    until(lambda: step_of(folder) >= 4 if trains else leader.workers, when)
+    (worker,) = leader.workers
     worker.send_signal(signal.SIGTERM)  # ignored by workers
-    process.send_signal(signal.SIGTERM)
+    leader.send_signal(signal.SIGTERM)
     if trains:
         worker.kill()
-    code, output = ended(process)
+    code, output = leader.ended()
     assert code == EXIT_INTERRUPTED, output
     assert not folder.has_failed
     if trains:

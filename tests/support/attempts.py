@@ -4,6 +4,7 @@ The processes are forked from a process that has imported everything, because im
 small run.
 """
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -11,9 +12,11 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 from sae_lora.launcher.plan import plan
@@ -35,6 +38,21 @@ class Ended:
     stderr: str
 
 
+def _end(main: Callable[[], int], paths: list[Path], *options: str) -> None:
+    """Call `main` with these arguments and end the process with its exit code."""
+    sys.argv = ["sae_lora.run.execute", *map(str, paths), *options]
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _redirect(*files: str) -> None:
+    """Write stdout and stderr of this process into files."""
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+
+
 def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
     import torch
 
@@ -42,8 +60,7 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
     from sae_lora.train import checkpoint
 
     torch.set_num_threads(1)
-    for number, file in enumerate(output, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    _redirect(*output)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     take_step, save_file = TrainState.take_step, checkpoint.save_file
@@ -78,11 +95,7 @@ def _child(paths: list[Path], step: int, what: str, largest_file: int | None, ou
             inject(None)
 
     TrainState.take_step, checkpoint.save_file = stepping, saving
-    sys.argv = ["sae_lora.run.execute", *map(str, paths)]
-    code = execute.main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _end(execute.main, paths)
 
 
 def attempt(
@@ -118,6 +131,52 @@ def attempt(
         assert process.exitcode is not None
         said = [Path(file).read_text() if Path(file).exists() else "" for file in output]
         return Ended(process.exitcode, *said)
+
+
+class Leader:
+    """A running attempt, with several processes that share the batches.
+
+    Args:
+        folders: The run folders.
+        processes: Number of processes. The workers are new processes, which import everything.
+    """
+
+    def __init__(self, folders: Sequence[RunFolder], processes: int) -> None:
+        descriptor, self._output = tempfile.mkstemp()
+        os.close(descriptor)
+        paths = [folder.path for folder in folders]
+        self._process = FORKS.Process(target=_leader, args=(paths, processes, self._output))
+        self._process.start()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the leader only."""
+        psutil.Process(self._process.pid).send_signal(number)
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The workers that are still alive."""
+        workers = []
+        for child in psutil.Process(self._process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "sae_lora.run.worker" in " ".join(child.cmdline()):
+                    workers.append(child)
+        return workers
+
+    def ended(self) -> tuple[int, str]:
+        """Wait until the leader ends; return its exit code and the output of all processes."""
+        self._process.join(300)
+        output = Path(self._output)
+        text = output.read_text()
+        assert self._process.exitcode is not None, text
+        output.unlink()
+        return self._process.exitcode, text
+
+
+def _leader(paths: list[Path], processes: int, output: str) -> None:
+    from sae_lora.run import execute
+
+    _redirect(output, output)
+    _end(execute.main, paths, f"--processes-per-node={processes}")
 
 
 def frozen(home: Path, *overrides: str) -> RunFolder:
