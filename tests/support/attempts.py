@@ -48,8 +48,8 @@ def _end(main: Callable[[], int], paths: list[Path], *options: str) -> None:
 
 
 def _redirect(*files: str) -> None:
-    """Write stdout and stderr of this process into files."""
-    for number, file in zip((1, 2), files, strict=True):
+    """Write stdout, or stdout and stderr, of this process into files."""
+    for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
