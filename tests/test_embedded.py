@@ -48,11 +48,12 @@ def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str])
     for name in names:
         block = recipe.requests()[name].block
         loaded = loading.load(config, SAEChoice(block=block, id=name), read_dimensions(TINY), CPU)
-        assert loading.keeps_special_tokens(config, [loaded])
-        splices = (Splice(block, loaded.sae, keeps=True),)
+        special = loading.special_of(config, loaded, text.special_ids)
+        assert special.ids == text.special_ids
+        splices = (Splice(block, loaded.sae, special=special),)
         students.append(LoRAStudent(model, splices, LoRAConfig(rank=1, blocks="all")))
     comparison = Comparison(Head.of(model), 1024)
-    return Evaluator(model, text.validation_tokens, text.special_ids, 32, comparison)(students)
+    return Evaluator(model, text.validation_tokens, 32, comparison)(students)
 
 
 def test_the_package_contains_all_saes_of_the_recipe() -> None:

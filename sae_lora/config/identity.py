@@ -10,6 +10,7 @@ from typing import Any
 from sae_lora.config.enums import Architecture, Hook, Method, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict
+from sae_lora.embedded import NAME as EMBEDDED_NAME
 
 _NOT_HASHED = {
     "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
@@ -63,6 +64,10 @@ def identity(config: Config) -> str:
             del choice["group"]
     if config.sae.family is not SAEFamily.new:
         del values["sae"]["architecture"]
+    if not _keeps_first(config):
+        del values["sae"]["keep_first"]
+    if config.sae.outlier_norm is None:
+        del values["sae"]["outlier_norm"]
     if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
         del values["sae"]["sparsity_coefficient"]
     if names := _METHOD_KEYS[config.method.kind]:
@@ -80,6 +85,15 @@ def identity(config: Config) -> str:
     if config.method.kind is Method.sae:
         values = _without(values, {"train": _UNUSED_BY_SAE})
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
+
+
+def _keeps_first(config: Config) -> bool:
+    """False if the run treats first positions as version 0.1 did, which had no rule for them."""
+    if config.sae.keep_first is not None:
+        return config.sae.keep_first
+    # Other SAEs that were trained without these positions did not exist then. The embedded model's text
+    # always begins with BOS, which keeps its activation anyway.
+    return config.sae.family is SAEFamily.new and config.model.name != EMBEDDED_NAME
 
 
 def _leave_out_path(values: dict[str, Any], name: str) -> None:
@@ -110,7 +124,8 @@ def pack_key(config: Config) -> str:
     """A key that is equal for runs that may train together: they share the model and the batches."""
     values = _without(as_dict(config), _DIFFER_IN_PACK)
     if config.method.kind is Method.sae:  # they read the same activations
-        values["keep_special_tokens"] = config.sae.keep_special_tokens
+        for name in ("keep_special_tokens", "keep_first", "outlier_norm"):
+            values[name] = getattr(config.sae, name)
     return _canonical(values)
 
 

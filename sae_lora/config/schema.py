@@ -119,8 +119,14 @@ class SAEConfig:
     """Compute decoding and gradients of a TopK, JumpReLU or ReLU SAE from its active latents only. Null:
     true for 16k latents or more. Results differ only by rounding."""
     keep_special_tokens: bool | None = None
-    """Keep the original activation at BOS and EOS. Null: true for SAEs that were not trained on these
-    positions (Gemma Scope, and SAEs whose own config says so), false otherwise."""
+    """Keep the original activation at BOS and EOS. Null: true for new SAEs and Gemma Scope; for other
+    SAEs as they were trained (`exclude_special_tokens` of their config, which may list token ids)."""
+    keep_first: bool | None = False  # what runs of version 0.1 did; conf/config.yaml sets null
+    """Keep the original activation at the first position of each sequence, which models use as an
+    attention sink, whatever its token. Null: true for new SAEs, and for SAEs that were trained so."""
+    outlier_norm: float | None = None
+    """Keep the original activation where its norm is more than this multiple of the median norm in the
+    sequence; new SAEs are not trained there. Null: no position is left out for its norm."""
     used: list[SAEChoice] = field(default_factory=list)
     """The SAEs that the request resolved to. The planner writes them."""
 

@@ -239,6 +239,8 @@ def _check_sae(config: Config) -> None:
     sae = config.sae
     if sae.width is not None:
         latents(sae.width)
+    if sae.outlier_norm is not None and not 1 < sae.outlier_norm < math.inf:
+        raise _refusal(config, "sae.outlier_norm", "a number above 1, in medians", nearest=10)
     if sae.id is not None or sae.family in (SAEFamily.disk, SAEFamily.identity):
         for key in ("sae.width", "sae.l0"):
             if attrgetter(key)(config) is not None:

@@ -48,8 +48,8 @@ class Corpus:
     """Token ids `[sequence, pos]`."""
     validation: np.ndarray
     """Token ids `[sequence, pos]`."""
-    special_ids: Tensor
-    """Ids of BOS and EOS, `[n]`."""
+    special_ids: tuple[int, ...]
+    """Ids of BOS and EOS."""
     description: dict[str, Any]
     """Source and version of the text, for `summary.json`."""
 

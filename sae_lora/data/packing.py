@@ -37,10 +37,10 @@ def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
     return Convention(bos if begins_with_bos else None, eos)
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids `[n]` of BOS and EOS, if the tokenizer has them."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of BOS and EOS, sorted, if the tokenizer has them."""
     ids = [cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)]
-    return torch.tensor(sorted({id for id in ids if id is not None}), dtype=torch.long)
+    return tuple(sorted({id for id in ids if id is not None}))
 
 
 def tokenised(

@@ -8,3 +8,5 @@ from pathlib import Path
 ARTEFACTS = Path(__file__).parent / "artefacts"
 MODEL = ARTEFACTS / "model"
 SAES = ARTEFACTS / "saes"
+NAME = "tiny"
+"""`model.name` of the embedded model."""

@@ -54,6 +54,8 @@ class Read:
 
     fvu: float
     """Residual variance / total variance."""
+    fvu_without_outliers: float
+    """The same without the tokens of large norm, as in `Reconstruction`."""
     cosine: float
     """Mean cosine similarity of the SAE's input and its reconstruction."""
     l0: float
@@ -138,6 +140,7 @@ class _SAE(Reconstruction):
         shares = (self.active[self.active > 0] / tokens).log10().cpu()
         return Read(
             fvu=self.fvu,
+            fvu_without_outliers=self.metrics["fvu_without_outliers"],
             cosine=float(self._cosines) / tokens,
             l0=self.l0,
             dead=self.dead,

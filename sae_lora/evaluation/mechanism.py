@@ -78,9 +78,10 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
 
 def _sums(subject: Subject, cells: list[Cell], tokens: Tensor) -> dict[str, Tensor]:
     """Sums over each sequence's measured tokens, `[block, sequence]`, and their number, `[sequence]`."""
-    kept = subject.kept_positions(tokens, subject.after)
-    measured = torch.ones_like(tokens, dtype=torch.bool) if kept is None else ~kept
     clean = subject.streams(Cell.base, tokens)
+    measured = torch.ones_like(tokens, dtype=torch.bool)
+    for splice in subject.after:
+        measured &= ~splice.special.positions(tokens, clean[splice.block])
 
     def summed(blocks: Iterable[Tensor]) -> Tensor:
         return torch.stack([torch.where(measured, values, 0.0).sum(1) for values in blocks]).cpu()

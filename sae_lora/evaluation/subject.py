@@ -17,7 +17,7 @@ from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import loading
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Observer, kept_positions, spliced
+from sae_lora.splice.hooks import Observer, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -68,7 +68,8 @@ class Subject:
         text = corpus.load(self.config.data, self.adapted.tokenizer, 1)
         self.tokens: Tensor = text.validation_tokens
         """Held-out text, `[sequence, pos]`."""
-        self.special_ids = text.special_ids.to(self.device)
+        self.special_ids = text.special_ids
+        """Ids of BOS and EOS."""
         self.head = Head.of(self.model)
         self.after: Splices = self.adapted.splices
         """The SAEs after the run."""
@@ -82,7 +83,7 @@ class Subject:
         if self.config.method.kind in ADAPTING:
             return self.after
         saes = loading.SAEs(read_dimensions(self.config.model), self.device).of(config)
-        return loading.splices(config, saes)
+        return loading.splices(config, saes, self.special_ids)
 
     @property
     def cells(self) -> list[Cell]:
@@ -149,10 +150,5 @@ class Subject:
     ) -> Iterator[LanguageModel]:
         model = self.model_of(cell)
         splices = self.splices_of(cell) if instead is None else instead
-        saes = {splice.hookpoint: splice.sae for splice in splices}
-        with spliced(model, saes, self.kept_positions(tokens, splices), observe):
+        with spliced(model, splices, tokens, observe):
             yield model
-
-    def kept_positions(self, tokens: Tensor, splices: Splices) -> Tensor | None:
-        """Mask `[batch, pos]` of positions that keep their activation; `None` if all are replaced."""
-        return kept_positions(tokens, self.special_ids, splices)

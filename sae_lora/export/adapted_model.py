@@ -1,12 +1,13 @@
 """A finished run as a model: the language model with its trained adapters, and its SAEs."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
 from sae_lora.saes.from_run import trained_saes
 from sae_lora.saes.loading import LoadedSAE, SAEs, splices
-from sae_lora.splice.hooks import Coder, Observer, kept_positions, spliced
+from sae_lora.splice.hooks import Coder, Observer, spliced
 from sae_lora.splice.trunk import Splices
 
 
@@ -63,7 +64,6 @@ class Adapted:
         self._adapted = model.view()
         self.peft = None if adapter is None else adapter_files.load(self._adapted, adapter)
         """peft's view of `model`; `None` if the run has trained no adapters."""
-        self._special_ids = special_ids(tokenizer).to(model.device)
         self._is_spliced = False
 
     @property
@@ -165,18 +165,15 @@ class Adapted:
     ) -> Callable[..., Any]:
         """A forward pass with the SAEs; `generate` calls it several times with different tokens."""
         forward = model.model.forward
-        saes = {splice.hookpoint: splice.sae for splice in splices}
 
         @functools.wraps(forward)
         def with_saes(input_ids: Tensor | None = None, *arguments: Any, **keywords: Any) -> Any:
-            keep = None
-            if input_ids is not None:
-                keep = kept_positions(input_ids, self._special_ids, splices)
-            elif any(splice.keeps for splice in splices):
+            if input_ids is None and any(splice.special.exists for splice in splices):
                 raise UserError(
                     "input_ids are needed: special tokens keep their activation around this SAE"
                 )
-            with spliced(model, saes, keep, observe):
+            begins = None if input_ids is None else _begins(input_ids, keywords)
+            with spliced(model, splices, input_ids, observe, begins):
                 return forward(input_ids, *arguments, **keywords)
 
         return with_saes
@@ -186,6 +183,22 @@ class Adapted:
             raise UserError(
                 "the SAEs are already in the model: leave the `with` block of `spliced` first"
             )
+
+
+def _begins(tokens: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """True at the first position of each sequence, `[batch, pos]`, after padding and outside the cache.
+
+    Args:
+        tokens: The tokens of one forward pass, `[batch, pos]`.
+        keywords: Its other arguments; `attention_mask` `[batch, cached + pos]` is zero at padding.
+    """
+    cache, mask = keywords.get("past_key_values"), keywords.get("attention_mask")
+    n_cached = 0 if cache is None else cache.get_seq_length()
+    if mask is None or mask.ndim != 2:
+        mask = torch.ones(len(tokens), n_cached + tokens.shape[1], device=tokens.device)
+    first = (mask != 0).int().argmax(-1, keepdim=True)
+    columns = torch.arange(mask.shape[1], device=tokens.device)[-tokens.shape[1] :]
+    return columns == first
 
 
 def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adapted:
@@ -211,12 +224,13 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
     saes = SAEs(dimensions, torch_device).of(sae)
     if config.method.kind not in TRAINING_SAES:
         _check_same(saes, folder)
+    tokenizer = loading.load_tokenizer(config.model)
     return Adapted(
         config,
-        loading.load_tokenizer(config.model),
+        tokenizer,
         loading.load_model(config.model, config.train.dtype, torch_device),
         folder.adapter if config.method.kind in ADAPTING else None,
-        splices(sae, saes),
+        splices(sae, saes, special_ids(tokenizer)),
     )
 
 

@@ -11,7 +11,7 @@ from sae_lora.records.metrics import METRICS
 
 _NUMBERS = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "initial_kl", "kl"),
-    *("top1_agreement", "fvu", "l0", "trainable_parameters", "train_tokens"),
+    *("top1_agreement", "fvu", "fvu_without_outliers", "l0", "trainable_parameters", "train_tokens"),
 )
 
 
@@ -51,7 +51,11 @@ def card(
         model=_model_in_words(model),
         places=_spliced_outputs(summary["sae"]),
         text=_text_in_words(summary),
-        numbers=[(METRICS[key], METRICS[key].written(summary[key], digits=4)) for key in _NUMBERS],
+        numbers=[
+            (METRICS[key], METRICS[key].written(summary[key], digits=4))
+            for key in _NUMBERS
+            if key in summary  # summaries of older versions have fewer
+        ],
         saes=saes,
         embedded=[
             *(["MODEL"] if is_embedded and not merged else []),

@@ -11,8 +11,7 @@ from sae_lora.common import hub
 from sae_lora.common.errors import UserError
 from sae_lora.config.schema import ModelConfig
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
-
-EMBEDDED_NAME = "tiny"
+from sae_lora.embedded import NAME as EMBEDDED_NAME
 
 
 @dataclass(frozen=True)

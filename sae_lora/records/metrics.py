@@ -131,6 +131,13 @@ _ALL = (
         better="lower",
     ),
     Metric(
+        *("fvu_without_outliers", "FVU without outliers", Kind.decimal),
+        "FVU without the tokens whose SAE input has a norm of more than 10 times the median norm in "
+        "their sequence, such as attention sinks; mean over SAEs.",
+        better="lower",
+        heading="FVU w/o outliers",
+    ),
+    Metric(
         *("l0", "L0", Kind.tenths),
         "Mean number of active latents per token; mean over SAEs.",
         "latents/token",

@@ -29,7 +29,8 @@ class CurvePoint:
     fvu: float
     l0: float
     per_sae: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """`fvu`, `l0` and `dead` of each SAE, by hookpoint."""
+    """`fvu`, `fvu_without_outliers`, `l0` and `dead` of each SAE, by hookpoint."""
+    fvu_without_outliers: float | None = None
     dead_latents: float | None = None
     train_flops: float | None = None
     train_loss: float | None = None
@@ -116,11 +117,14 @@ class Summary:
     name: str
     hash: str
     train_flops: float | None = None
-    """Null in summaries of older versions; so is `dead_latents`."""
+    """Null in summaries of older versions; so are `dead_latents` and `fvu_without_outliers`."""
     trained_together: int = 1
     """Number of runs that trained in one process and shared the frozen computation. `train_seconds` and
     `total_seconds` are the share of this run in the time of the process."""
     dead_latents: float | None = None
+    fvu_without_outliers: float | None = None
     method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     """Kind, the rank of trained weights other than LoRA on the model, and `init`."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """Notes about the model, the SAEs and the text, such as a position with most of the variance."""
     version: int = SUMMARY_VERSION

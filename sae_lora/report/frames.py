@@ -17,7 +17,7 @@ from sae_lora.report.fits import Frame
 
 _MEASURED = [
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "best_gap_closed"),
-    *("initial_kl", "kl", "top1_agreement", "fvu"),
+    *("initial_kl", "kl", "top1_agreement", "fvu", "fvu_without_outliers"),
     *("trainable_parameters", "train_tokens", "train_seconds", "total_seconds", "train_flops"),
     *("trained_together", "tracked_at"),
 ]

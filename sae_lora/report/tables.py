@@ -17,7 +17,7 @@ _RUN = "run"
 """Heading of the column with the runs' names, which is there if the runs differ in no factor."""
 _OF_ONE_RUN = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "initial_kl", "kl"),
-    *("top1_agreement", "fvu", "l0", "trainable_parameters", "train_tokens"),
+    *("top1_agreement", "fvu", "fvu_without_outliers", "l0", "trainable_parameters", "train_tokens"),
     *("train_seconds", "total_seconds"),
 )
 _OF_SEVERAL = (
@@ -33,6 +33,8 @@ def run_table(summary: dict[str, Any]) -> Table:
     columns = Column(style="bold"), Column(justify="right"), Column(style="dim")
     table = Table(*columns, title=summary["name"], title_justify="left", show_header=False)
     for key in _OF_ONE_RUN:
+        if key not in summary:  # of an older version
+            continue
         metric = METRICS[key]
         unit = _why_undefined(summary) if key == "gap_closed" else metric.suffix
         table.add_row(metric.name, metric.written(summary[key], digits=4), unit)

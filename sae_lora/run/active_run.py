@@ -3,10 +3,11 @@
 import copy
 import shutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from transformers import set_seed
 
 from sae_lora.common.console import complain
@@ -20,13 +21,12 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.run.summary import summarise
-from sae_lora.saes.loading import LoadedSAE, keeps_special_tokens, splices
+from sae_lora.saes.loading import LoadedSAE, splices
 from sae_lora.tracking.tracker import Tracker
 from sae_lora.train import checkpoint, methods
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.cost import estimate
 from sae_lora.train.evaluator import Contribution
-from sae_lora.train.methods import Sample
 from sae_lora.train.train_state import TrainState
 
 
@@ -56,6 +56,8 @@ class ActiveRun:
         """The summary or the error; `None` while the run is unfinished."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
+        self.notes: list[str] = []
+        """Notes about the model, the SAEs and the text, for the summary."""
         self._check = check
         self._release = release
         self._saved: Snapshot | None = None
@@ -82,13 +84,20 @@ class ActiveRun:
         """Move unfinished files of an earlier attempt into a subfolder."""
         self.folder.set_aside(curve=self._saved is None)
 
-    def build(self, model: LanguageModel, saes: list[LoadedSAE], sample: Sample | None = None) -> None:
+    def build(
+        self,
+        model: LanguageModel,
+        saes: list[LoadedSAE],
+        special_ids: Sequence[int],
+        sample: Tensor | None = None,
+    ) -> None:
         """Build the student and the training, new or from the checkpoint.
 
         Args:
             model: The plain model.
             saes: The SAEs of the config; if empty, new SAEs are made.
-            sample: Training text, needed for new SAEs.
+            special_ids: BOS and EOS.
+            sample: Training tokens `[batch, pos]`, needed for new SAEs.
 
         Raises:
             ConfigError: If the trained weights do not fit the model.
@@ -96,12 +105,11 @@ class ActiveRun:
         set_seed(self.config.train.seed)
         if not saes:
             assert sample is not None
-            saes = methods.new_saes(self.config, model, sample)
+            saes = methods.new_saes(self.config, model, sample, special_ids)
         self._saes = saes
-        self._keeps = keeps_special_tokens(self.config.sae, saes)
-        self.training, self._artifact = methods.build(
-            self.config, model, splices(self.config.sae, saes), self._steps
-        )
+        spliced = splices(self.config.sae, saes, special_ids)
+        self._special = [splice.special for splice in spliced]
+        self.training, self._artifact = methods.build(self.config, model, spliced, self._steps)
         self.trainable = sum(weight.numel() for weight in self.training.student.weights.values())
         """Number of trainable parameters."""
         as_loaded = copy.deepcopy(self.config)
@@ -174,8 +182,13 @@ class ActiveRun:
             hash=self._hash,
             trainable_parameters=self.trainable,
             total_seconds=total_seconds,
-            data=data | {"special_tokens_kept": self._keeps},
+            data=data
+            | {
+                "special_tokens_kept": any(special.ids for special in self._special),
+                "first_position_kept": any(special.first for special in self._special),
+            },
             tracked_at=self._tracker.place,
+            notes=self.notes,
             **common,
         )
         self.folder.write_summary(summary)

@@ -46,7 +46,6 @@ class Builder:
     def trainer(
         self,
         trainings: Isolation,
-        special_ids: Tensor,
         validation_tokens: Tensor,
         processes: ProcessGroup,
     ) -> Trainer:
@@ -54,17 +53,14 @@ class Builder:
 
         Args:
             trainings: The training state of each run; all students share the model.
-            special_ids: Token ids `[n]`; some SAEs keep the activations at positions with these tokens.
             validation_tokens: Held-out tokens `[sequence, pos]`.
             processes: The processes that share the batches.
         """
         config, train = self._config, self._config.train
-        special_ids = special_ids.to(self.device)
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
         evaluate = Evaluator(
             self.model,
             validation_tokens,
-            special_ids,
             max(1, train.eval_batch_tokens // config.data.context_length),
             comparison,
             1e9 * train.eval_cache_gb,
@@ -72,7 +68,7 @@ class Builder:
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-            return DistillTrainer(self.model, trainings, evaluate, special_ids, kl, micro_batch)
+            return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch)
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,
@@ -81,7 +77,7 @@ class Builder:
                 for student in students
                 for name, source in sources_of(student).items()
             },
-            special_ids if students[0].splices[0].keeps else None,
+            students[0].splices[0].special,
             config.data.seed,
             max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
         )

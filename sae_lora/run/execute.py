@@ -1,6 +1,7 @@
 """Training of a pack, from run folders to summaries: the module that connects all others."""
 
 import argparse
+import itertools
 import sys
 import time
 import traceback
@@ -29,14 +30,15 @@ from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
+from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_tokenizer, silence_transformers
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter
+from sae_lora.run.sinks import dominant_positions
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
-from sae_lora.train.methods import Sample
 from sae_lora.train.train_state import TrainState
 
 
@@ -95,13 +97,26 @@ class _Execution:
             processes_note = f" in {self._layout.size} processes" if self._layout.size > 1 else ""
             self._stage(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
             first = next(text.batches(batch_size, config.data.seed))
-            sample = Sample(first, text.special_ids)
             _ = builder.model  # loaded here, because an error of loading concerns all runs
-            runs.each(lambda run: run.build(builder.model, builder.saes.of(run.config.sae), sample))
+            runs.each(
+                lambda run: run.build(
+                    builder.model, builder.saes.of(run.config.sae), text.special_ids, first
+                )
+            )
+            self._note_sinks(builder.model, first)
             if runs.active:
                 states = {shared.index(run): _state(run.training) for run in runs.active}
                 processes.broadcast((states, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes)
+
+    def _note_sinks(self, model: LanguageModel, tokens: Tensor) -> None:
+        """Note positions that hold most of the variance of an SAE's input, each once for all runs."""
+        by_run = {run: run.training.student.splices for run in self._runs.active}
+        notes = dominant_positions(model, itertools.chain(*by_run.values()), tokens)
+        for note in sorted(set(notes.values())):
+            complain("note", note)
+        for run, splices in by_run.items():
+            run.notes += sorted({notes[splice] for splice in splices if splice in notes})
 
     def _train(
         self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
@@ -115,7 +130,7 @@ class _Execution:
             runs[training].fail(error)
 
         trainings = Isolation(runs, fail)
-        trainer = builder.trainer(trainings, text.special_ids, text.validation_tokens, processes)
+        trainer = builder.trainer(trainings, text.validation_tokens, processes)
 
         def save(due: Sequence[TrainState]) -> None:
             """Write checkpoints while training is paused and cannot be interrupted."""

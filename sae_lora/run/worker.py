@@ -35,7 +35,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
     trainings = []
     for number, (step, weights) in states.items():
         run = runs[number]
-        run.build(builder.model, builder.saes.of(run.config.sae))
+        run.build(builder.model, builder.saes.of(run.config.sae), special_ids)
         if run.training.step != step:
             raise RuntimeError(
                 f"{run.name}: this worker is at step {run.training.step}, the leader at {step}"
@@ -43,7 +43,7 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
         for name, weight in run.training.student.weights.items():
             weight.data.copy_(weights[name])
         trainings.append(run.training)
-    trainer = builder.trainer(Isolation(trainings), special_ids, validation_tokens, processes)
+    trainer = builder.trainer(Isolation(trainings), validation_tokens, processes)
     while (task := processes.receive()) is not None:
         trainer.follow(task)
 

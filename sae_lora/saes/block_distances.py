@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sae_lora.common.errors import UserError
 from sae_lora.models.language_model import LanguageModel, outputs_of
-from sae_lora.splice.hooks import special_positions
+from sae_lora.splice.positions import Special
 
 _NUMBERS_AT_ONCE = 2**23
 """Numbers (residuals and cosines) that one step of the measurement holds in float64: 64 MiB."""
@@ -18,7 +18,7 @@ _NUMBERS_AT_ONCE = 2**23
 def angular_distances(
     model: LanguageModel,
     batches: Iterable[Tensor],
-    special_ids: Tensor,
+    special: Special,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """The angles between the residual streams after any two blocks, `[block, block]`, float64, on CPU.
@@ -29,7 +29,7 @@ def angular_distances(
     Args:
         model: The model, without SAEs and adapters.
         batches: Token ids `[batch, pos]`. Every token has the same weight, however they are batched.
-        special_ids: Ids `[n]` whose positions are left out.
+        special: The positions to leave out; the rule for norms does not apply.
         on_progress: Called after each batch with the number of tokens measured so far.
 
     Raises:
@@ -44,7 +44,7 @@ def angular_distances(
             tokens = tokens.to(model.device)
             streams.clear()
             model.hidden(tokens)
-            counted = ~special_positions(tokens, special_ids.to(model.device))
+            counted = ~special.positions(tokens)
             for angles in _angles(streams, counted.flatten().nonzero()[:, 0]):
                 sums += angles.sum(0)
             count += int(counted.sum())

@@ -89,13 +89,17 @@ def _distances(config: Config) -> Distances:
     from sae_lora.data import corpus
     from sae_lora.models import loading
     from sae_lora.saes import block_distances  # imports torch
+    from sae_lora.splice.positions import Special
 
     text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
+    special = Special(text.special_ids, first=config.sae.keep_first is not False)
 
     def file() -> Path:
         name, revision = config.model.name, config.model.revision
         commit = config.model.commit or hub.cached_commit(name, revision)
         measured_on = [name, revision, commit, text.description["corpus"], config.train.dtype.name]
+        if special.first and not text.description["bos"]:
+            measured_on.append("without the first position")
         key = hashlib.sha256(json.dumps(measured_on).encode()).hexdigest()[:16]
         return Path(config.data.cache_dir).expanduser() / "distances" / f"{key}.json"
 
@@ -108,7 +112,7 @@ def _distances(config: Config) -> Distances:
         distances = block_distances.angular_distances(
             model,
             text.validation_tokens.split(at_once),
-            text.special_ids,
+            special,
             lambda tokens: count(tokens, text.validation.size),
         ).tolist()
     file().parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,13 @@ from sae_lora.saes.output_adapter import AdaptedCoder
 from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Coder, Splice
+from sae_lora.splice.positions import Special
 
 log = logging.getLogger(__name__)
+
+
+EXCLUDES_FIRST = "exclude_first_position"
+"""Our key in an SAE's metadata: true if it was not trained on the first position of sequences."""
 
 
 class IdentitySAE(nn.Module):
@@ -47,8 +52,10 @@ class LoadedSAE:
     sae: Coder
     description: dict[str, Any]
     """Values that identify it, for the summary."""
-    excludes_special_tokens: bool
-    """True if its config says that it was not trained at BOS and EOS."""
+    excluded: bool | tuple[int, ...] = False
+    """The tokens that it was not trained on, by its config: these ids, or true for BOS and EOS."""
+    excludes_first: bool = False
+    """True if its config says that it was not trained on the first position of sequences."""
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
@@ -80,7 +87,13 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     if choice.adapter is not None:
         adapter = output_adapter.load(Path(choice.adapter.path), device)
         sae = AdaptedCoder(sae, adapter).eval()
-    return LoadedSAE(sae, description, bool(metadata.get("exclude_special_tokens")))
+    excluded = metadata.get("exclude_special_tokens")
+    return LoadedSAE(
+        sae,
+        description,
+        tuple(excluded) if isinstance(excluded, list) else bool(excluded),
+        bool(metadata.get(EXCLUDES_FIRST)),
+    )
 
 
 def describe(
@@ -139,24 +152,37 @@ def _check_as_planned(choice: SAEChoice) -> None:
         from_run.check_as_planned(choice.adapter)
 
 
-def keeps_special_tokens(config: SAEConfig, saes: Sequence[LoadedSAE]) -> bool:
-    """True if BOS and EOS keep their original activation: as configured, or by default if an SAE needs
-    it.
+def special_of(config: SAEConfig, sae: LoadedSAE | None, special_ids: Sequence[int]) -> Special:
+    """The positions that keep their activation around an SAE, as configured, or else as it was trained.
 
-    An SAE that was not trained on these positions cannot reconstruct them.
+    An SAE that was not trained on a position cannot reconstruct it.
+
+    Args:
+        config: The request.
+        sae: The SAE; `None` for a new SAE.
+        special_ids: BOS and EOS.
     """
+    is_new = config.family is SAEFamily.new
+    excluded = True if sae is None else sae.excluded
     if config.keep_special_tokens is not None:
-        return config.keep_special_tokens
-    # New SAEs are not trained at BOS: its residuals are so large that an SAE would learn little else.
-    excluding = (SAEFamily.gemma_scope, SAEFamily.new)
-    return config.family in excluding or any(sae.excludes_special_tokens for sae in saes)
+        ids = special_ids if config.keep_special_tokens else ()
+    elif isinstance(excluded, tuple):
+        ids = excluded
+    else:
+        # Every text of Gemma begins with BOS, and Gemma Scope was not trained on it.
+        ids = special_ids if excluded or is_new or config.family is SAEFamily.gemma_scope else ()
+    first = config.keep_first
+    if first is None:
+        first = bool(ids) and (is_new or (sae is not None and sae.excludes_first))
+    return Special(tuple(sorted(ids)), first, config.outlier_norm)
 
 
-def splices(config: SAEConfig, saes: Sequence[LoadedSAE]) -> tuple[Splice, ...]:
-    """The SAEs of a run, in the order of their places."""
-    keeps = keeps_special_tokens(config, saes)
+def splices(
+    config: SAEConfig, saes: Sequence[LoadedSAE], special_ids: Sequence[int]
+) -> tuple[Splice, ...]:
+    """The SAEs of a run, in the order of their places; `special_ids` are BOS and EOS."""
     return tuple(
-        Splice(choice.block, loaded.sae, keeps, choice.hook)
+        Splice(choice.block, loaded.sae, choice.hook, special_of(config, loaded, special_ids))
         for choice, loaded in zip(config.used, saes, strict=True)
     )
 

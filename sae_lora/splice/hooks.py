@@ -1,6 +1,6 @@
 """Splicing: SAEs replace activations of a model inside a `with` block, and nowhere else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_lora.config.enums import Hook
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.positions import NOT_SPECIAL, OUTLIER, Special, exceeds_median
 
 
 class Coder(Protocol):
@@ -35,6 +36,9 @@ class Reading(NamedTuple):
     """The latents, `[token, d_sae]`."""
     recon: Tensor
     """The SAE's output, `[token, d_model]`."""
+    outlier: Tensor
+    """True at tokens whose input has a norm of more than `OUTLIER` times the median norm in their
+    sequence, `[token]`."""
 
 
 Observer = Callable[[Reading], None]
@@ -46,10 +50,10 @@ class Splice(NamedTuple):
 
     block: int
     sae: Coder
-    keeps: bool
-    """True if positions of special tokens keep their activation."""
     hook: Hook = Hook.resid_post
     """The activation of the block that the SAE replaces."""
+    special: Special = NOT_SPECIAL
+    """The positions that keep their activation."""
 
     @property
     def place(self) -> Place:
@@ -64,9 +68,10 @@ class Splice(NamedTuple):
 @contextmanager
 def spliced(
     model: LanguageModel,
-    saes: Mapping[str, Coder],
-    keep: Tensor | None = None,
+    splices: Iterable[Splice],
+    tokens: Tensor | None = None,
     observe: Observer | None = None,
+    begins: Tensor | None = None,
 ) -> Iterator[None]:
     """Inside the `with` block, replace activations of the model with the SAEs' reconstructions.
 
@@ -75,19 +80,21 @@ def spliced(
 
     Args:
         model: The language model.
-        saes: SAEs by hookpoint. Each reads activations that earlier SAEs have changed.
-        keep: Positions `[batch, pos]` (true) that keep their activation; `None` keeps none.
+        splices: The SAEs at their places. Each reads activations that earlier SAEs have changed.
+        tokens: The tokens `[batch, pos]` of the forward pass, for the special positions; `None` if no
+            SAE has special positions.
         observe: Called after each SAE.
+        begins: As in `Special.positions`.
 
     Raises:
-        ConfigError: For a hookpoint that the model does not have.
+        ConfigError: For a place that the model does not have.
         UserError: If no module of the architecture outputs what attention or MLP adds.
     """
     with ExitStack() as hooks:
-        for hookpoint, sae in saes.items():
-            replace = partial(reconstructed, hookpoint, sae, keep=keep, observe=observe)
-            handle = model.module_at(hookpoint).register_forward_hook(partial(_replaced, replace))
-            hooks.callback(handle.remove)
+        for splice in splices:
+            replace = partial(reconstructed, splice, tokens=tokens, observe=observe, begins=begins)
+            module = model.module_at(splice.hookpoint)
+            hooks.callback(module.register_forward_hook(partial(_replaced, replace)).remove)
         yield
 
 
@@ -99,34 +106,35 @@ def _replaced(
 
 
 def reconstructed(
-    hookpoint: str, sae: Coder, resid: Tensor, keep: Tensor | None, observe: Observer | None = None
+    splice: Splice,
+    resid: Tensor,
+    tokens: Tensor | None = None,
+    observe: Observer | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """The activations `[batch, pos, d_model]` after the SAE. Arguments are as in `spliced`.
 
     An SAE in training does not read kept positions: it must not learn from them, and BatchTopK
     distributes its active latents over all positions that it reads.
     """
-    if keep is not None and getattr(sae, "training", False):
-        inputs = resid[~keep]
-        latents = sae.encode(inputs)
-        recon = sae.decode(latents).to(resid.dtype)
-        if observe is not None:
-            observe(Reading(hookpoint, inputs, latents, recon))
-        return resid.masked_scatter(~keep[..., None], recon)
-    latents = sae.encode(resid)
+    keep = None
+    if splice.special.exists:
+        assert tokens is not None  # the rule is about tokens
+        keep = splice.special.positions(tokens, resid, begins)
+    sae, is_training = splice.sae, getattr(splice.sae, "training", False)
+    inputs = resid[~keep] if keep is not None and is_training else resid
+    latents = sae.encode(inputs)
     recon = sae.decode(latents).to(resid.dtype)
     if observe is not None:
-        applied = torch.ones_like(resid[..., 0], dtype=torch.bool) if keep is None else ~keep
-        observe(Reading(hookpoint, resid[applied], latents[applied], recon[applied]))
-    return recon if keep is None else torch.where(keep[..., None], resid, recon)
-
-
-def kept_positions(tokens: Tensor, special_ids: Tensor, splices: Sequence[Splice]) -> Tensor | None:
-    """Positions of special tokens `[batch, pos]` (true) if a splice keeps them; else `None`."""
-    keeps = any(splice.keeps for splice in splices)
-    return special_positions(tokens, special_ids) if keeps else None
-
-
-def special_positions(tokens: Tensor, special_ids: Tensor) -> Tensor:
-    """Positions `[batch, pos]` (true) of tokens `[batch, pos]` that are one of the special ids `[n]`."""
-    return torch.isin(tokens, special_ids)
+        outlier = exceeds_median(resid, OUTLIER)
+        replaced = torch.ones_like(outlier) if keep is None else ~keep
+        if inputs is resid:
+            resid_at, latents_at, recon_at = (part[replaced] for part in (resid, latents, recon))
+        else:
+            resid_at, latents_at, recon_at = inputs, latents, recon
+        observe(Reading(splice.hookpoint, resid_at, latents_at, recon_at, outlier[replaced]))
+    if keep is None:
+        return recon
+    if inputs is not resid:
+        return resid.masked_scatter(~keep[..., None], recon)
+    return torch.where(keep[..., None], resid, recon)

@@ -79,15 +79,14 @@ class Student:
             observe: Called after each application of a `live` SAE.
         """
         resid = trunk.resid_entering(self.first, self.frozen)
-        keep = trunk.kept_positions(self.live)
-        later = {}
+        later = []
         for splice in self.live:
             if splice.place == Place(self.first - 1):
                 assert resid is not None  # no SAE is before block 0
-                resid = reconstructed(splice.hookpoint, splice.sae, resid, keep, observe)
+                resid = reconstructed(splice, resid, trunk.tokens, observe)
             else:
-                later[splice.hookpoint] = splice.sae
-        with spliced(self.model, later, keep, observe):
+                later.append(splice)
+        with spliced(self.model, later, trunk.tokens, observe):
             return self.model.hidden(trunk.tokens, self.first, resid)
 
 

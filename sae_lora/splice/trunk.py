@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import Observer, Reading, Splice, kept_positions, reconstructed, spliced
+from sae_lora.splice.hooks import Observer, Reading, Splice, reconstructed, spliced
 
 Splices = tuple[Splice, ...]
 """SAEs in a model, in the order of their places. Each reads what earlier SAEs have changed."""
@@ -31,7 +31,6 @@ class Trunk:
     Args:
         model: The model, without adapters.
         tokens: The batch, `[batch, pos]`.
-        special_ids: Ids `[n]` of special tokens, at whose positions some splices keep the activation.
         cuts: Blocks whose input is stored, so that several forward passes can begin there.
         observe: Called after an application of an SAE, once per combination of it and earlier SAEs.
     """
@@ -40,22 +39,16 @@ class Trunk:
         self,
         model: LanguageModel,
         tokens: Tensor,
-        special_ids: Tensor,
         cuts: Iterable[int],
         observe: Callable[[Splices, Reading], None] | None = None,
     ) -> None:
         self.tokens = tokens
         self._model = model
-        self._special_ids = special_ids
         self.cuts = frozenset({0, *cuts})
         self._observe = observe
         self._entering: dict[tuple[Splices, int], Tensor] = {}
         self._read_by_head: dict[Splices, Tensor] = {}
         self._observed: set[Splices] = set()
-
-    def kept_positions(self, splices: Splices) -> Tensor | None:
-        """Positions `[batch, pos]` that keep their activation; `None` if all are replaced."""
-        return kept_positions(self.tokens, self._special_ids, splices)
 
     @torch.no_grad()
     def resid_entering(self, block: int, splices: Splices = ()) -> Tensor | None:
@@ -105,15 +98,14 @@ class Trunk:
         if previous_block and not splices[-1].place.is_inside:
             last, resid = splices[-1], self.resid_entering(block, splices[:-1])
             assert resid is not None  # no SAE is before block 0
-            keep = self.kept_positions((last,))
-            return reconstructed(last.hookpoint, last.sae, resid, keep, self._observer(splices))
+            return reconstructed(last, resid, self.tokens, self._observer(splices))
         earlier = splices[: len(splices) - len(previous_block)]
         cut = self._cut_before(block)
         resid = self.resid_entering(cut, earlier)
         with ExitStack() as inside:
             for prefix in previous_block:
-                saes, keep = {prefix[-1].hookpoint: prefix[-1].sae}, self.kept_positions(prefix[-1:])
-                inside.enter_context(spliced(self._model, saes, keep, self._observer(prefix)))
+                observe = self._observer(prefix)
+                inside.enter_context(spliced(self._model, prefix[-1:], self.tokens, observe))
             return self._model.resid_entering(block, self.tokens, cut, resid)
 
     def _observer(self, splices: Splices) -> Observer | None:

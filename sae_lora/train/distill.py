@@ -26,7 +26,6 @@ class DistillTrainer(Trainer[DistillState]):
     Args:
         model: The plain model.
         trainings, evaluate: As in `Trainer`.
-        special_ids: Ids `[n]` whose positions some SAEs leave unchanged.
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; `None` for all sequences of the step.
     """
@@ -36,13 +35,11 @@ class DistillTrainer(Trainer[DistillState]):
         model: LanguageModel,
         trainings: Isolation[DistillState],
         evaluate: Evaluator,
-        special_ids: Tensor,
         kl: KL,
         micro_batch: int | None = None,
     ) -> None:
         super().__init__(model.device, trainings, evaluate)
         self._model = model
-        self._special_ids = special_ids
         self._kl = kl
         self._micro_batch = micro_batch
 
@@ -76,7 +73,7 @@ class DistillTrainer(Trainer[DistillState]):
 
         # ---- the step -------------------------------------------------------------------------
         for part in shard.split(self._micro_batch or len(shard)):
-            trunk = Trunk(self._model, part, self._special_ids, cuts(state.student for state in trained))
+            trunk = Trunk(self._model, part, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_active(trained)):
                 hidden: dict[DistillState, list[Tensor]] = {}  # one tensor for each pass of a student

@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
     top1_agreement: float
     """Share of positions at which teacher and student have the same most likely token."""
     per_sae: dict[str, dict[str, float]]
-    """By hookpoint: `fvu`, `l0` and `dead` of `Reconstruction`, on the SAE's input in the student."""
+    """By hookpoint: the `metrics` of `Reconstruction`, on the SAE's input in the student."""
 
 
 class Contribution(NamedTuple):
@@ -46,6 +46,8 @@ class Contribution(NamedTuple):
 class Reconstruction:
     """Sums over tokens that give FVU, L0 and dead latents of one SAE, exactly for any batching.
 
+    Special positions are not measured.
+
     Source: FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean over all measured tokens.
     """
 
@@ -54,29 +56,38 @@ class Reconstruction:
             d_sae = sae.encode(torch.zeros(1, d_model, device=device)).shape[-1]
         self.sums = torch.zeros(3 + d_model, dtype=torch.float64, device=device)
         """Number of tokens, and the sums of ‖x − x̂‖², ‖x‖² and x, `[3 + d_model]`."""
+        self.outliers = torch.zeros_like(self.sums)
+        """The part of `sums` at outliers in the norm (`Reading.outlier`), `[3 + d_model]`."""
         self.active = torch.zeros(d_sae, dtype=torch.float64, device=device)
         """Number of tokens at which each latent was active, `[d_sae]`."""
 
     @property
     def totals(self) -> list[Tensor]:
         """All sums."""
-        return [self.sums, self.active]
+        return [self.sums, self.outliers, self.active]
 
     def add(self, reading: Reading) -> None:
         """Add one batch of tokens."""
         resid, recon = reading.resid.double(), reading.recon.double()
-        self.sums[0] += len(resid)
-        self.sums[1] += (resid - recon).square().sum()
-        self.sums[2] += resid.square().sum()
-        self.sums[3:] += resid.sum(0)
+        _add_to(self.sums, resid, recon)
+        if reading.outlier.any():
+            _add_to(self.outliers, resid[reading.outlier], recon[reading.outlier])
         self.active += (reading.latents != 0).sum(0)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """FVU with and without outliers, L0 and the share of dead latents, by name."""
+        return {
+            "fvu": self.fvu,
+            "fvu_without_outliers": _fvu(self.sums - self.outliers),
+            "l0": self.l0,
+            "dead": self.dead,
+        }
 
     @property
     def fvu(self) -> float:
         """Residual variance / total variance."""
-        tokens, squared_error, squared_norm = self.sums[:3].tolist()
-        variance = squared_norm - float(self.sums[3:].square().sum()) / tokens
-        return squared_error / variance if variance > 0 else 0.0
+        return _fvu(self.sums)
 
     @property
     def l0(self) -> float:
@@ -89,6 +100,21 @@ class Reconstruction:
         return float((self.active == 0).double().mean())
 
 
+def _add_to(sums: Tensor, resid: Tensor, recon: Tensor) -> None:
+    """Add tokens `[token, d_model]` to the sums of a `Reconstruction`."""
+    sums[0] += len(resid)
+    sums[1] += (resid - recon).square().sum()
+    sums[2] += resid.square().sum()
+    sums[3:] += resid.sum(0)
+
+
+def _fvu(sums: Tensor) -> float:
+    """FVU from the sums of a `Reconstruction`; 0 for tokens without variance."""
+    tokens, squared_error, squared_norm = sums[:3].tolist()
+    variance = squared_norm - float(sums[3:].square().sum()) / tokens if tokens else 0.0
+    return squared_error / variance if variance > 0 else 0.0
+
+
 class Evaluator:
     """Evaluation of students of one model on fixed tokens. Each call is one pass for all students.
 
@@ -98,7 +124,6 @@ class Evaluator:
     Args:
         model: The plain language model.
         tokens: Held-out tokens `[sequence, pos]`.
-        special_ids: Ids `[n]` whose positions some SAEs leave unchanged.
         batch_size: Sequences per forward pass.
         comparison: Compares the logits of students with those of the model.
         cache_bytes: Memory for hidden states that are kept between evaluations.
@@ -109,7 +134,6 @@ class Evaluator:
         self,
         model: LanguageModel,
         tokens: Tensor,
-        special_ids: Tensor,
         batch_size: int,
         comparison: Comparison,
         cache_bytes: float = 0,
@@ -120,7 +144,6 @@ class Evaluator:
         self._batches = self.processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
-        self._special_ids = special_ids
         self._comparison = comparison
         self._cache_bytes = cache_bytes
         self._trunks: dict[int, Trunk] = {}
@@ -155,7 +178,7 @@ class Evaluator:
                 trunk = self._trunks.get(number)
                 if trunk is None or not trunk.cuts >= needed:
                     tokens = batch.to(self._model.device)
-                    trunk = Trunk(self._model, tokens, self._special_ids, needed, self._observe)
+                    trunk = Trunk(self._model, tokens, needed, self._observe)
                 read_by_head = [
                     student.hidden(trunk, of_student.observe)
                     for student, of_student in zip(students, sums, strict=True)
@@ -234,10 +257,7 @@ class Evaluator:
             student_ce=float(sums.ce) / self._predictions,
             kl=float(sums.kl) / self._positions,
             top1_agreement=float(sums.agreements) / self._positions,
-            per_sae={
-                hookpoint: {"fvu": sae.fvu, "l0": sae.l0, "dead": sae.dead}
-                for hookpoint, sae in saes.items()
-            },
+            per_sae={hookpoint: sae.metrics for hookpoint, sae in saes.items()},
         )
 
 

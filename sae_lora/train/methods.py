@@ -1,6 +1,6 @@
 """The methods: from a run's config to the training of its student, and to its result on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import output_adapter
-from sae_lora.saes.loading import LoadedSAE, describe, keeps_special_tokens
+from sae_lora.saes.loading import EXCLUDES_FIRST, LoadedSAE, describe, special_of
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
@@ -25,15 +25,6 @@ from sae_lora.splice.trunk import Splices
 from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
 from sae_lora.train.reconstruct import ReconstructState
 from sae_lora.train.train_state import TrainState
-
-
-class Sample(NamedTuple):
-    """A sample of the text that a run is trained on."""
-
-    tokens: Tensor
-    """Token ids, `[batch, pos]`."""
-    special_ids: Tensor
-    """Ids `[n]` whose positions some SAEs leave unchanged."""
 
 
 class Artifact(NamedTuple):
@@ -160,23 +151,26 @@ def _student(
     return Student(model.view(), (), splices, first, weights, untrained, modules, is_new)
 
 
-def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[LoadedSAE]:
+def new_saes(
+    config: Config, model: LanguageModel, tokens: Tensor, special_ids: Sequence[int]
+) -> list[LoadedSAE]:
     """The new SAEs of a run, untrained. Initial values come from torch's global random state.
 
     Args:
         config, model: The run, and the plain model.
-        sample: Text that the scale of the SAEs' input is fitted on.
+        tokens: Text `[batch, pos]` that the scale of the SAEs' input is fitted on.
+        special_ids: BOS and EOS.
     """
-    keeps = keeps_special_tokens(config.sae, [])
+    special = special_of(config.sae, None, special_ids)
     metadata = {
         "model_name": config.model.name,
         "dataset_path": config.data.name or config.data.source.name,
         "context_size": config.data.context_length,
-        "exclude_special_tokens": keeps,
+        "exclude_special_tokens": bool(special.ids),
+        EXCLUDES_FIRST: special.first,
     }
-    tokens, special_ids = (part.to(model.device) for part in sample)
     hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
-    resids = next(activations(model, hookpoints, [tokens], special_ids if keeps else None))
+    resids = next(activations(model, hookpoints, [tokens], special))
     architecture = config.sae.architecture.name
     saes: list[LoadedSAE] = []
     shared: dict[int, SplicedSAE] = {}
@@ -188,5 +182,5 @@ def new_saes(config: Config, model: LanguageModel, sample: Sample) -> list[Loade
             spliced.fit_scale(torch.cat([resids[str(Place(block, choice.hook))] for block in group]))
             shared[group[0]] = spliced
         description = describe(config.sae, choice, architecture, choice.width)
-        saes.append(LoadedSAE(shared[group[0]], description, excludes_special_tokens=keeps))
+        saes.append(LoadedSAE(shared[group[0]], description, bool(special.ids), special.first))
     return saes

@@ -166,6 +166,7 @@ class TrainState(ABC):
             kl=measured.kl,
             top1_agreement=measured.top1_agreement,
             fvu=mean("fvu"),
+            fvu_without_outliers=mean("fvu_without_outliers"),
             l0=mean("l0"),
             dead_latents=mean("dead"),
             per_sae=measured.per_sae,

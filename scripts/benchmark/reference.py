@@ -43,7 +43,7 @@ class Reference:
     ) -> None:
         self._model = model.view()
         self._model.model.set_attn_implementation("eager")
-        self._saes = {splice.hookpoint: splice.sae for splice in splices}
+        self._splices = splices
         self._adapters = lora.attach(self._model, adapters, splices[0].block)
         lora.replace_dropout(self._model, dropout)
         lora.set_adapter_dropout(self._model, True)
@@ -58,7 +58,7 @@ class Reference:
         """Make one step on tokens `[batch, pos]`; return the KL in nats, summed over tokens."""
         with torch.no_grad(), self._adapters.disable_adapter():
             teacher = self._logits(tokens)
-        with spliced(self._model, self._saes):
+        with spliced(self._model, self._splices, tokens):
             student = self._logits(tokens)
         kl = kl_divergence(teacher, student).sum()
         per_token = self._config.kl_reduction is Reduction.token_mean
@@ -73,7 +73,7 @@ class Reference:
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of the student without dropout, `[batch, pos, d_vocab]`."""
         lora.set_adapter_dropout(self._model, False)
-        with spliced(self._model, self._saes):
+        with spliced(self._model, self._splices, tokens):
             logits = self._logits(tokens)
         lora.set_adapter_dropout(self._model, True)
         return logits
@@ -83,7 +83,7 @@ class Reference:
         """Logits of the plain model, and of the plain model with the SAEs, `[batch, pos, d_vocab]`."""
         with self._adapters.disable_adapter():
             base = self._logits(tokens)
-            with spliced(self._model, self._saes):
+            with spliced(self._model, self._splices, tokens):
                 return base, self._logits(tokens)
 
     def _logits(self, tokens: Tensor) -> Tensor:

@@ -69,4 +69,4 @@ def random_splice(shape: Shape, seed: int, device: torch.device, dtype: torch.dt
     torch.manual_seed(seed)
     sae = TopKSAE(TopKSAEConfig(d_in=shape.d_model, d_sae=shape.d_sae, k=shape.k))
     frozen = sae.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return Splice(shape.sae_block, frozen, keeps=False)
+    return Splice(shape.sae_block, frozen)

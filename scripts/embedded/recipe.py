@@ -16,8 +16,9 @@ from sae_lora.common.console import console
 from sae_lora.config.enums import DType
 from sae_lora.config.schema import ModelConfig
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
-from sae_lora.data.packing import Packer, convention_of, shuffled_batches, tokenised
+from sae_lora.data.packing import Packer, convention_of, shuffled_batches, special_ids, tokenised
 from sae_lora.models.loading import load_model, load_tokenizer
+from sae_lora.splice.positions import Special
 from scripts.embedded import language_model
 from scripts.embedded.saes import SAEBudget, TopKRequest, train_topk
 
@@ -85,7 +86,7 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
         },
         # The residual stream at BOS has ten times the norm of other positions. An SAE that must also
         # reconstruct it learns little else, and its FVU is then dominated by BOS.
-        special_ids=torch.tensor(convention_of(tokenizer)),
+        special=Special(special_ids(tokenizer)),
     )
     for name, sae in trained.items():
         sae.to("cpu", torch.float16).save_inference_model(folder / name)

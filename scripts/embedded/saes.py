@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training.activation_buffer import activations
+from sae_lora.splice.positions import Special
 
 
 class TopKRequest(NamedTuple):
@@ -55,7 +56,7 @@ def train_topk(
     budget: SAEBudget,
     *,
     metadata: Mapping[str, Any],
-    special_ids: Tensor,
+    special: Special,
 ) -> dict[str, TrainingSAE[Any]]:
     """Train SAEs together. Initial values and shuffling use torch's global random state.
 
@@ -65,7 +66,7 @@ def train_topk(
         batches: Tokens `[batch, pos]`, enough for the budget and the buffer.
         budget: Length and speed of training.
         metadata: Facts about model and data for the config of each SAE.
-        special_ids: Ids `[n]` of special tokens. SAEs are not trained on their positions.
+        special: Positions that SAEs are not trained on.
     """
     hookpoints = {name: resid_post(request.block) for name, request in requests.items()}
     saes: dict[str, TrainingSAE[Any]] = {
@@ -105,7 +106,7 @@ def train_topk(
         multi_hook_concat_split_iter(
             budget.buffer_tokens,
             budget.batch_tokens,
-            activations(model, distinct, batches, special_ids),
+            activations(model, distinct, batches, special),
             distinct,
         ),
     )

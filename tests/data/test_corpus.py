@@ -72,7 +72,7 @@ def test_sequences_decode_to_the_text(config: DataConfig, tokenizer: PreTrainedT
     pieces = [piece for piece in joined.split(EOS) if piece][:-1]
     assert pieces
     assert set(pieces) <= set(TEXTS)
-    assert set(text.special_ids.tolist()) == set(tokenizer.convert_tokens_to_ids([BOS, EOS]))
+    assert set(text.special_ids) == set(tokenizer.convert_tokens_to_ids([BOS, EOS]))
 
 
 def test_splits_are_disjoint_by_document(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:

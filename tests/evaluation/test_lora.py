@@ -38,7 +38,7 @@ CONFIG = EvaluationConfig()
 
 
 def at_block_1(sae: object = None, block: int = 1) -> tuple[Splice, ...]:
-    return (Splice(block, sae or topk_sae(), keeps=False),)  # pyright: ignore[reportArgumentType]
+    return (Splice(block, sae or topk_sae()),)  # pyright: ignore[reportArgumentType]
 
 
 def plain(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1.0) -> AdaptedMatrix:
@@ -338,7 +338,7 @@ def test_a_missing_overlap_has_a_reason(sae, adapters: LoRAConfig, reason: str) 
 
 
 def test_the_last_sae_before_the_adapters_is_compared() -> None:
-    splices = tuple(Splice(block, topk_sae(seed=block), keeps=False) for block in (0, 1, 2))
+    splices = tuple(Splice(block, topk_sae(seed=block)) for block in (0, 1, 2))
     result = overlap(Made(small_model("llama"), splices, LoRAConfig(rank=2, blocks=[2, 3])), 500, 4)
     assert isinstance(result, Overlap)
     assert (result.block, result.hookpoint) == (2, "blocks.1.hook_resid_post")

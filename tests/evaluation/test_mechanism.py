@@ -15,6 +15,7 @@ from sae_lora.evaluation.subject import Cell
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice
+from sae_lora.splice.positions import Special
 from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 from tests.support.points import run_here
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow  # many seconds in all
 
 QUICK = EvaluationConfig(resamples=50)
 ADAPTERS = LoRAConfig(rank=2, blocks="all")
-SPLICES = (Splice(1, topk_sae(), keeps=False),)
+SPLICES = (Splice(1, topk_sae()),)
 
 
 def values(intervals: list[Interval]) -> list[float]:
@@ -34,7 +35,7 @@ def values(intervals: list[Interval]) -> list[float]:
 
 def test_without_a_change_all_distances_are_zero(model: LanguageModel) -> None:
     """With an SAE without error and adapters whose B is zero."""
-    subject = Made(model, (Splice(1, IdentitySAE(), keeps=False),), ADAPTERS, filled=False)
+    subject = Made(model, (Splice(1, IdentitySAE()),), ADAPTERS, filled=False)
     result = evaluate(subject, QUICK)
     assert list(result.distance) == ["spliced", "student", "adapted"]
     for distance in result.distance.values():
@@ -45,7 +46,7 @@ def test_without_a_change_all_distances_are_zero(model: LanguageModel) -> None:
 
 def test_distances_equal_those_of_transformers_hidden_states(model: LanguageModel) -> None:
     """For the adapted cell, without any hook. Transformers' last hidden state is after the norm."""
-    subject = Made(model, (Splice(1, IdentitySAE(), keeps=False),), ADAPTERS)
+    subject = Made(model, (Splice(1, IdentitySAE()),), ADAPTERS)
     with torch.no_grad():
         states = [
             torch.stack(lm.model(subject.tokens, output_hidden_states=True).hidden_states).double()
@@ -97,10 +98,9 @@ def test_special_tokens_that_keep_their_activation_are_left_out() -> None:
     special = torch.unique(tokens[:, 0])
     subject = Made(
         small_model("llama"),
-        (Splice(1, topk_sae(), keeps=True),),
+        (Splice(1, topk_sae(), special=Special(tuple(special.tolist()))),),
         ADAPTERS,
         tokens=tokens,
-        special_ids=special,
     )
     counted = ~torch.isin(tokens, special)
     result = evaluate(subject, QUICK)

@@ -178,7 +178,7 @@ def test_core_equals_a_direct_computation(cell: Cell, measured: dict[str, Any], 
     zeros = Replacement(torch.zeros_like)
     ablated = tuple(splice._replace(sae=zeros) for splice in subject.splices_of(cell))
     readings: list[Any] = []
-    counted = ~torch.isin(tokens, subject.special_ids)
+    counted = ~torch.isin(tokens, torch.tensor(subject.special_ids))
     logits = {
         "without_sae": subject.head.logits(subject.hidden(plain, tokens)),
         "with_sae": subject.head.logits(subject.hidden(cell, tokens, observe=readings.append)),

@@ -25,6 +25,7 @@ from sae_lora.evaluation.steering.texts import Halves, Texts, residuals, texts_o
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice
+from sae_lora.splice.positions import Special
 from tests.support.coders import write_topk_sae
 from tests.support.composing import composed
 from tests.support.points import points_in, run_here
@@ -89,9 +90,9 @@ class ByHand(Subject):
         self.config = Config()
         self.device = torch.device("cpu")
         self.tokens = TEXTS.repeat(8, 1)
-        self.special_ids = torch.tensor([BOS])
+        self.special_ids = (BOS,)
         self.head = Head.linear(torch.eye(3))
-        self.after = (Splice(0, Planted(), keeps),)
+        self.after = (Splice(0, Planted(), special=Special((BOS,) if keeps else ())),)
         self.before = self.after
 
 
@@ -271,7 +272,7 @@ def test_sharing_the_blocks_before_the_sae_does_not_change_effects(
     steered = SteeredModels(subject, splice, halves)
     texts = halves.test
     strength = 0.7
-    kept = torch.isin(texts.tokens, subject.special_ids)[..., None]
+    kept = splice.special.positions(texts.tokens)[..., None]
     latents = torch.tensor(halves.latents)[texts.which]
 
     def pushing(module: object, arguments: object, output: Any) -> Any:

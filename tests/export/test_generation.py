@@ -23,6 +23,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.hooks import Reading, Splice
+from sae_lora.splice.positions import Special
 from sae_lora.splice.trunk import Splices
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.composing import composed
@@ -53,7 +54,8 @@ def make_adapted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> MakeAdap
     def adapted(family: str, *, keeps: bool = False, attention: Attention = Attention.auto) -> Adapted:
         model = small_model(family)
         choose_attention(model.model, attention, model.device)
-        saes = (Splice(1, topk_sae(), keeps), Splice(2, jumprelu_sae(), keeps))
+        special = Special((BOS, EOS) if keeps else ())
+        saes = Splice(1, topk_sae(), special=special), Splice(2, jumprelu_sae(), special=special)
         return with_adapters(Config(), tokenizer, model, saes, tmp_path)
 
     return adapted
@@ -65,8 +67,8 @@ def embedded(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Adapted:
     config = plan([composed()]).runs[0].config
     model = load_model(config.model, config.train.dtype, torch.device("cpu"))
     loaded = SAEs(read_dimensions(config.model), model.device).of(config.sae)
-    saes = splices(config.sae, loaded)
-    assert [splice.keeps for splice in saes] == [True]
+    saes = splices(config.sae, loaded, (BOS, EOS))
+    assert [splice.special for splice in saes] == [Special((BOS, EOS))]
     return with_adapters(config, tokenizer, model, saes, tmp_path, size=0.03)
 
 

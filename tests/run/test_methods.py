@@ -130,7 +130,7 @@ def ce_from_scratch(config: Config, sae: SAE[Any]) -> float:
     sequences = train_steps(config) * config.train.batch_size
     text = corpus.load(config.data, load_tokenizer(config.model), sequences, config.train.batch_size)
     tokens = text.validation_tokens
-    kept = torch.isin(tokens, text.special_ids)[..., None]
+    kept = torch.isin(tokens, torch.tensor(text.special_ids))[..., None]
     assert kept.any()
     if not sae.cfg.metadata.exclude_special_tokens:
         kept = torch.zeros_like(kept)

@@ -31,7 +31,7 @@ from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
 from tests.support.points import SMALL, points_in
 from tests.support.submission import until
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, kl, training
+from tests.support.trainings import CONFIG, HELD_OUT, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
@@ -95,8 +95,8 @@ def test_two_ranks_train_like_one_process(micro_batch: int | None) -> None:
         ]
         comparison = Comparison(Head.of(model))
         # 10 sequences in batches of 3: the last batch has only one sequence.
-        evaluate = Evaluator(model, HELD_OUT, NO_IDS, 3, comparison, processes=processes)
-        return DistillTrainer(model, Isolation(trainings), evaluate, NO_IDS, kl(model), micro_batch)
+        evaluate = Evaluator(model, HELD_OUT, 3, comparison, processes=processes)
+        return DistillTrainer(model, Isolation(trainings), evaluate, kl(model), micro_batch)
 
     batches = [random_tokens(batch=3, length=16, seed=seed) for seed in range(steps)]
     alone = packed(ProcessGroup())
@@ -238,7 +238,7 @@ def test_dropout_differs_between_processes() -> None:
     first, second = (training(model, SAES[0], adapters=adapters) for _ in range(2))
     for state in (first, second):
         fill(state.student.weights)
-    trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), NO_IDS, first.student.cuts)
+    trunk = Trunk(model, random_tokens(batch=1, length=16, seed=0), first.student.cuts)
 
     def hidden(training: TrainState, rank: int) -> Tensor:
         training.seed_rank(rank)

@@ -12,10 +12,11 @@ from torch import Tensor
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
 BATCH, LENGTH, PER_FILL = 3, 16, 5
-SPECIAL = torch.tensor([3, 5, 60])
+SPECIAL = Special((3, 5, 60))
 POST = [f"blocks.{block}.hook_resid_post" for block in range(N_BLOCKS)]
 
 
@@ -29,10 +30,10 @@ def batches(first: int = 0) -> Iterator[Tensor]:
 def buffer(
     model: LanguageModel,
     sources: Mapping[str, Sequence[str]] | None = None,
-    special_ids: Tensor | None = None,
+    special: Special = NOT_SPECIAL,
     seed: int = 0,
 ) -> ActivationBuffer:
-    return ActivationBuffer(model, sources or {"sae": [POST[1]]}, special_ids, seed, PER_FILL)
+    return ActivationBuffer(model, sources or {"sae": [POST[1]]}, special, seed, PER_FILL)
 
 
 def served(buffer: ActivationBuffer, first: int, last: int, name: str = "sae") -> list[Tensor]:
@@ -56,7 +57,7 @@ def bag(rows: Tensor) -> Counter[bytes]:
     return Counter(row.numpy().tobytes() for row in rows)
 
 
-def direct(model: LanguageModel, block: int, fill: int, special_ids: Tensor | None = None) -> Tensor:
+def direct(model: LanguageModel, block: int, fill: int, special: Special = NOT_SPECIAL) -> Tensor:
     """The output of a block in the model's forward pass, over the batches of a fill, `[token, d]`."""
     resids = []
     for tokens in islice(batches(fill * PER_FILL), PER_FILL):
@@ -71,10 +72,7 @@ def direct(model: LanguageModel, block: int, fill: int, special_ids: Tensor | No
         with torch.no_grad():
             model.model(input_ids=tokens)
         handle.remove()
-        counted = torch.ones_like(tokens, dtype=torch.bool)
-        if special_ids is not None:
-            counted = ~torch.isin(tokens, special_ids)
-        resids.append(outputs[0][counted])
+        resids.append(outputs[0][~special.positions(tokens, outputs[0])])
     return torch.cat(resids)
 
 
@@ -90,7 +88,7 @@ def test_each_activation_of_a_fill_is_served_once(model: LanguageModel, block: i
 
 def test_special_positions_are_left_out_and_the_remainder_is_dropped() -> None:
     model = small_model("gpt2")
-    activations = buffer(model, special_ids=SPECIAL)
+    activations = buffer(model, special=SPECIAL)
     dropped = []
     for fill in range(3):
         expected = direct(model, 1, fill, SPECIAL)
@@ -127,14 +125,14 @@ def test_each_fill_has_another_order_that_follows_the_seed() -> None:
     )
 
 
-@pytest.mark.parametrize("special_ids", [None, SPECIAL])
+@pytest.mark.parametrize("special", [NOT_SPECIAL, SPECIAL])
 @pytest.mark.parametrize("step", [0, 3, PER_FILL, 2 * PER_FILL - 1])
-def test_a_buffer_resumed_at_any_step_serves_the_same(special_ids: Tensor | None, step: int) -> None:
+def test_a_buffer_resumed_at_any_step_serves_the_same(special: Special, step: int) -> None:
     model = small_model("llama")
     sources = {"sae": [POST[2]], "mixed": POST[:3]}
     for name in sources:
-        expected = served(buffer(model, sources, special_ids), 0, 3 * PER_FILL, name)
-        resumed = buffer(model, sources, special_ids)
+        expected = served(buffer(model, sources, special), 0, 3 * PER_FILL, name)
+        resumed = buffer(model, sources, special)
         assert resumed.first_batch_of(step) == PER_FILL * (step // PER_FILL)
         parts = served(resumed, step, 3 * PER_FILL, name)
         for ours, theirs in zip(parts, expected[step:], strict=True):
@@ -177,14 +175,14 @@ def test_it_reads_one_fill_at_a_time_and_only_the_blocks_it_needs() -> None:
     assert [len(module._forward_hooks) for module in model.blocks] == [1] * N_BLOCKS
 
 
-@pytest.mark.parametrize("special_ids", [None, SPECIAL])
-def test_each_token_takes_one_of_several_blocks(special_ids: Tensor | None) -> None:
+@pytest.mark.parametrize("special", [NOT_SPECIAL, SPECIAL])
+def test_each_token_takes_one_of_several_blocks(special: Special) -> None:
     model = small_model("llama")
     sources = {"early": POST[:3], "late": POST[2:], "early too": POST[:3]}
-    activations = buffer(model, sources, special_ids)
+    activations = buffer(model, sources, special)
     text = batches()
     parts = [activations.serve(step, text) for step in range(PER_FILL)]
-    at_block = [direct(model, block, 0, special_ids) for block in range(N_BLOCKS)]
+    at_block = [direct(model, block, 0, special) for block in range(N_BLOCKS)]
     for name, blocks in (("early", (0, 1, 2)), ("late", (2, 3))):
         served_rows = bag(torch.cat([part[name] for part in parts]))
         share = len(at_block[0]) // len(blocks)
@@ -237,9 +235,9 @@ def test_impossible_requests_are_refused() -> None:
     model = small_model("llama")
     with pytest.raises(ConfigError, match="a block from 0 to 3"):
         buffer(model, {"sae": [POST[0], "blocks.4.hook_resid_post"]})
-    everything = torch.arange(96)
+    everything = Special(tuple(range(96)))
     with pytest.raises(UserError, match="too few for 5 steps"):
-        served(buffer(model, special_ids=everything), 0, 1)
+        served(buffer(model, special=everything), 0, 1)
     activations = buffer(model)
     served(activations, 0, 1)
     with pytest.raises(ValueError, match="fill 2, but the buffer is at 0"):

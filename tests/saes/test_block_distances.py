@@ -18,14 +18,13 @@ from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.saes import block_distances, layer_groups
 from sae_lora.saes.block_distances import angular_distances
 from sae_lora.saes.layer_groups import amad, group_blocks, linkage
-from sae_lora.splice.hooks import special_positions
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from tests.support import families
 from tests.support.composing import composed
 from tests.support.families import D_MODEL, N_BLOCKS, random_distances, random_tokens, small_model
-from tests.support.trainings import NO_IDS
 
 TOKENS = random_tokens(batch=4, length=12)
-SPECIAL = torch.unique(TOKENS[:, ::3])
+SPECIAL = Special(tuple(torch.unique(TOKENS[:, ::3]).tolist()))
 
 
 def hooks(model: LanguageModel) -> int:
@@ -77,7 +76,7 @@ def test_angles_between_known_vectors() -> None:
     put_out(model, 1, in_a_plane([60, 30], length=5))
     put_out(model, 2, in_a_plane([90, 90], length=0.1))
     put_out(model, 3, in_a_plane([180, 90], length=1000))
-    distances = angular_distances(model, [torch.tensor([[1, 2]])], NO_IDS)
+    distances = angular_distances(model, [torch.tensor([[1, 2]])], NOT_SPECIAL)
     # Degrees between blocks for the first and the second token, their mean, and its share of 180:
     #   0–1: 60 and 30, mean 45, 0.25      1–2: 30 and 60, mean 45, 0.25
     #   0–2: 90 and 90, mean 90, 0.5       1–3: 120 and 60, mean 90, 0.5
@@ -91,14 +90,14 @@ def test_same_and_opposite_directions_are_the_ends_of_the_scale() -> None:
     model, resid = small_model("gpt2"), torch.randn(*TOKENS.shape, D_MODEL)
     for block, factor in enumerate((1, 4, -8, 0.25)):
         put_out(model, block, factor * resid)
-    distances = angular_distances(model, [TOKENS], NO_IDS)
+    distances = angular_distances(model, [TOKENS], NOT_SPECIAL)
     expected = of_pairs(4, {(0, 1): 0.0, (0, 3): 0.0, (1, 3): 0.0}, 1.0)
     torch.testing.assert_close(distances, expected, rtol=0, atol=1e-6)
     assert float(distances.min()) >= 0 and float(distances.max()) <= 1
 
 
 def test_distances_are_those_of_each_token_and_pair(model: LanguageModel) -> None:
-    distances = angular_distances(model, [TOKENS], NO_IDS)
+    distances = angular_distances(model, [TOKENS], NOT_SPECIAL)
     assert (distances.shape, distances.dtype, distances.device.type) == (
         (N_BLOCKS,) * 2,
         torch.float64,
@@ -119,24 +118,26 @@ def test_many_blocks_have_distances_that_are_symmetric_to_the_last_bit(
     model = small_model("llama")
     for block in range(n_blocks):
         put_out(model, block, torch.randn(*TOKENS.shape, D_MODEL))
-    distances = angular_distances(model, [TOKENS], NO_IDS)
+    distances = angular_distances(model, [TOKENS], NOT_SPECIAL)
     assert len(distances) == n_blocks and torch.equal(distances, distances.T)
 
 
 def test_special_positions_are_left_out(model: LanguageModel) -> None:
-    counted = ~special_positions(TOKENS, SPECIAL)
+    counted = ~SPECIAL.positions(TOKENS)
     assert 0 < int(counted.sum()) < counted.numel()
     distances = angular_distances(model, [TOKENS], SPECIAL)
     torch.testing.assert_close(distances, naive(model, TOKENS, counted), rtol=0, atol=1e-9)
-    assert not torch.allclose(distances, angular_distances(model, [TOKENS], NO_IDS), rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        distances, angular_distances(model, [TOKENS], NOT_SPECIAL), rtol=0, atol=1e-5
+    )
 
 
 def test_every_token_has_the_same_weight_for_any_batching(model: LanguageModel) -> None:
     """Batches of one and of three rows: the mean of their means would differ."""
-    together = angular_distances(model, [TOKENS], NO_IDS)
+    together = angular_distances(model, [TOKENS], NOT_SPECIAL)
     rows = TOKENS.split([1, 3])
-    torch.testing.assert_close(angular_distances(model, rows, NO_IDS), together, rtol=0, atol=1e-5)
-    of_batches = torch.stack([angular_distances(model, [row], NO_IDS) for row in rows]).mean(0)
+    torch.testing.assert_close(angular_distances(model, rows, NOT_SPECIAL), together, rtol=0, atol=1e-5)
+    of_batches = torch.stack([angular_distances(model, [row], NOT_SPECIAL) for row in rows]).mean(0)
     assert not torch.allclose(of_batches, together, rtol=0, atol=1e-4)
 
 
@@ -161,7 +162,7 @@ def test_one_forward_pass_per_batch_with_progress() -> None:
     n_hooks = hooks(model)
     distances = angular_distances(model, TOKENS.split([1, 3]), SPECIAL, reported.append)
     assert forwards == 2 * list(range(N_BLOCKS))
-    counted = (~special_positions(TOKENS, SPECIAL)).sum(1)
+    counted = (~SPECIAL.positions(TOKENS)).sum(1)
     assert reported == [int(counted[0]), int(counted.sum())]
     assert hooks(model) == n_hooks and not distances.requires_grad
 
@@ -191,14 +192,14 @@ def test_no_hook_is_left_after_an_exception(model: LanguageModel) -> None:
         raise RuntimeError("while reading")
 
     with pytest.raises(RuntimeError, match="while reading"):
-        angular_distances(model, broken(), NO_IDS)
+        angular_distances(model, broken(), NOT_SPECIAL)
     assert hooks(model) == n_hooks
     with pytest.raises(IndexError):
-        angular_distances(model, [torch.full((1, 4), 10**6)], NO_IDS)
+        angular_distances(model, [torch.full((1, 4), 10**6)], NOT_SPECIAL)
     assert hooks(model) == n_hooks
 
 
-@pytest.mark.parametrize("batches", [[], [SPECIAL[None]]])
+@pytest.mark.parametrize("batches", [[], [torch.tensor([SPECIAL.ids])]])
 def test_nothing_to_measure_is_refused(batches: list[torch.Tensor]) -> None:
     with pytest.raises(UserError, match="the text has none"):
         angular_distances(small_model("gpt2"), batches, SPECIAL)

@@ -33,9 +33,8 @@ from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
 from sae_lora.saes import layer_groups
 from sae_lora.saes.loading import SAEs
-from sae_lora.splice.hooks import special_positions
+from sae_lora.splice.positions import Special
 from sae_lora.train.distributed import ProcessGroup
-from sae_lora.train.methods import Sample
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from tests.support.attempts import attempt, frozen, killed, results
 from tests.support.composing import composed
@@ -258,16 +257,14 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     run.read()
     text, model = text_of(run.config), loading.load_model(run.config.model, DType.float32, CPU)
     tokens = next(text.batches(run.config.train.batch_size, run.config.data.seed))
-    run.build(model, [], Sample(tokens, text.special_ids))
+    run.build(model, [], text.special_ids, tokens)
     student = run.training.student
     assert len({id(splice.sae) for splice in student.splices}) == len(student.modules) == 2
     names = {"+".join(map(resid_post, group)): group for group in home.groups}
     assert {name: source.hookpoints for name, source in sources_of(student).items()} == {
         name: list(map(resid_post, group)) for name, group in names.items()
     }
-    pack = Builder(run.config).trainer(
-        Isolation([run.training]), text.special_ids, text.validation_tokens, ProcessGroup()
-    )
+    pack = Builder(run.config).trainer(Isolation([run.training]), text.validation_tokens, ProcessGroup())
     assert isinstance(pack, ReconstructTrainer)
     batches = text.batches(run.config.train.batch_size, run.config.data.seed)
     read = list(itertools.islice(batches, pack._buffer.batches_per_fill))
@@ -288,12 +285,12 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
 
 
 def _resid(
-    model: language_model.LanguageModel, block: int, tokens: torch.Tensor, special_ids: torch.Tensor
+    model: language_model.LanguageModel, block: int, tokens: torch.Tensor, special_ids: tuple[int, ...]
 ) -> torch.Tensor:
     """The output of a block at tokens that are not special, `[token, d_model]`."""
     resid = model.resid_entering(block + 1, tokens)
     assert resid is not None
-    return resid[~special_positions(tokens, special_ids)]
+    return resid[~Special(special_ids, first=True).positions(tokens)]
 
 
 # ---- runs that start from the SAEs ----------------------------------------------------------------

@@ -200,11 +200,11 @@ def test_disk_pattern_for_several_blocks(tmp_path: Path) -> None:
 def test_special_tokens_are_kept_if_the_sae_was_not_trained_on_them(
     family: str, asked: bool | None, excluded: bool, keeps: bool
 ) -> None:
-    from sae_lora.saes.loading import IdentitySAE, LoadedSAE, keeps_special_tokens
+    from sae_lora.saes.loading import IdentitySAE, LoadedSAE, special_of
 
     loaded = LoadedSAE(IdentitySAE(), {}, excluded)
     config = SAEConfig(family=SAEFamily[family], keep_special_tokens=asked)
-    assert keeps_special_tokens(config, [loaded]) is keeps
+    assert special_of(config, loaded, (1, 2)).ids == ((1, 2) if keeps else ())
 
 
 def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> None:

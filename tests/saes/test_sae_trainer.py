@@ -19,6 +19,7 @@ from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.positions import NOT_SPECIAL
 from tests.support.families import D_MODEL, random_tokens, small_model
 from tests.support.learners import (
     HOOKPOINT,
@@ -262,7 +263,7 @@ def test_a_trained_sae_can_be_trained_further() -> None:
 def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> None:
     model = small_model("llama")
     steps = 80
-    buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, None, seed=0, batches_per_fill=4)
+    buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, NOT_SPECIAL, seed=0, batches_per_fill=4)
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     first_served = buffer.serve(0, batches)["sae"]
     torch.manual_seed(0)

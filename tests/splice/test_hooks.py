@@ -24,19 +24,22 @@ from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.splice.trunk import Splices, Trunk, cuts_around
 from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
-from tests.support.trainings import CONFIG, NO_IDS, curves, evaluator, fill, pack, whole_pass
+from tests.support.trainings import CONFIG, curves, evaluator, fill, pack, whole_pass
 from tests.support.trunks import check_trunk
 
 LAST = N_BLOCKS - 1
 TOKENS = random_tokens(length=24)  # longer than the sliding windows
 ATTENTION, MLP, OUTPUT = Hook.attn_out, Hook.mlp_out, Hook.resid_post
 SAES = [topk_sae(seed=1), jumprelu_sae(), topk_sae(seed=2)]
+
+RULE = Special((3, 5))
 
 
 def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
@@ -47,7 +50,7 @@ def read_at(model: LanguageModel, *places: Place) -> list[Tensor]:
         torch.no_grad(),
         spliced(
             model,
-            {str(place): control for place in places},
+            [Splice(place.block, control, place.hook) for place in places],
             observe=lambda reading: activations.update({reading.hookpoint: reading.resid}),
         ),
     ):
@@ -59,9 +62,9 @@ def hooks(model: LanguageModel) -> int:
     return sum(len(module._forward_hooks) for module in model.model.modules())
 
 
-def with_splices(model: LanguageModel, row: Splices, keep: Tensor | None = None) -> Tensor:
+def with_splices(model: LanguageModel, row: Splices) -> Tensor:
     """Hidden states from one forward pass with all SAEs, as the reference."""
-    with spliced(model, {splice.hookpoint: splice.sae for splice in row}, keep):
+    with spliced(model, row, TOKENS):
         return model.hidden(TOKENS)
 
 
@@ -82,7 +85,7 @@ def test_the_reconstruction_is_added_to_the_residual_stream(
     """The block adds the reconstruction instead of the original output, and changes nothing else."""
     place, sae = Place(block, hook), topk_sae()
     added, plain = read_at(model, place, Place(block))
-    with spliced(model, {str(place): sae}):
+    with spliced(model, [Splice(place.block, sae, place.hook)]):
         attention, mlp, changed = read_at(
             model, Place(block, ATTENTION), Place(block, MLP), Place(block)
         )
@@ -97,16 +100,17 @@ def test_the_reconstruction_is_added_to_the_residual_stream(
     "place", [*map(Place, range(N_BLOCKS)), Place(1, ATTENTION), Place(1, MLP)], ids=str
 )
 def test_identity_changes_no_bit_and_hooks_are_removed(model: LanguageModel, place: Place) -> None:
-    plain, n_hooks, name = model.hidden(TOKENS), hooks(model), str(place)
-    with spliced(model, {name: IdentitySAE()}):
+    plain, n_hooks = model.hidden(TOKENS), hooks(model)
+    splice = Splice(place.block, topk_sae(), place.hook)
+    with spliced(model, [splice._replace(sae=IdentitySAE())]):
         assert torch.equal(model.hidden(TOKENS), plain)
         assert hooks(model) == n_hooks + 1
-    with pytest.raises(RuntimeError, match="inside"), spliced(model, {name: topk_sae()}):
+    with pytest.raises(RuntimeError, match="inside"), spliced(model, [splice]):
         assert not torch.allclose(model.hidden(TOKENS), plain)
         raise RuntimeError("inside")
     with (
         pytest.raises(ConfigError),
-        spliced(model, {name: topk_sae(), str(Place(99, place.hook)): topk_sae()}),
+        spliced(model, [splice, splice._replace(block=99)]),
     ):
         pass
     assert hooks(model) == n_hooks
@@ -116,11 +120,11 @@ def test_identity_changes_no_bit_and_hooks_are_removed(model: LanguageModel, pla
 @pytest.mark.parametrize("hook", [MLP, OUTPUT])
 def test_an_output_may_be_a_tensor_or_the_first_of_several(hook: Hook) -> None:
     """MLPs with a router return a tuple; its other elements are unchanged."""
-    model, splice = small_model("llama"), Splice(1, topk_sae(), False, hook)
+    model, splice = small_model("llama"), Splice(1, topk_sae(), hook)
     expected = with_splices(model, (splice,))
     module, outputs = model.module_at(splice.hookpoint), []
     module.register_forward_hook(lambda module, arguments, output: (output, "router"))
-    with spliced(model, {splice.hookpoint: splice.sae}):
+    with spliced(model, [splice]):
         module.register_forward_hook(
             lambda module, arguments, output: outputs.append(output) or output[0]
         )
@@ -131,12 +135,11 @@ def test_an_output_may_be_a_tensor_or_the_first_of_several(hook: Hook) -> None:
 
 @pytest.mark.parametrize("hook", [ATTENTION, MLP, OUTPUT])
 def test_kept_positions_keep_their_activation(model: LanguageModel, hook: Hook) -> None:
-    keep = torch.zeros_like(TOKENS, dtype=torch.bool)
-    keep[:, ::3] = True
+    keep = torch.isin(TOKENS, torch.tensor(RULE.ids))
     place, sae = Place(2, hook), topk_sae()
     (original,) = read_at(model, place)
     readings: list[Reading] = []
-    with spliced(model, {str(place): sae}, keep, readings.append):
+    with spliced(model, [Splice(2, sae, hook, RULE)], TOKENS, readings.append):
         (changed,) = read_at(model, place)
     flat = keep.flatten()
     assert torch.equal(changed[flat], original[flat])
@@ -146,19 +149,27 @@ def test_kept_positions_keep_their_activation(model: LanguageModel, hook: Hook) 
 
 ROWS: list[Splices] = [
     (),
-    (Splice(1, SAES[0], False),),
-    (Splice(1, SAES[1], False),),
-    (Splice(0, SAES[0], True), Splice(2, SAES[1], True)),
-    (Splice(1, SAES[0], False), Splice(2, SAES[2], False)),
-    (Splice(LAST, SAES[1], True),),
-    (Splice(1, SAES[0], False, MLP),),
-    (Splice(1, SAES[0], False, ATTENTION),),
-    (Splice(0, SAES[1], False, ATTENTION), Splice(0, SAES[2], False)),
-    (Splice(1, SAES[0], False, ATTENTION), Splice(1, SAES[1], False, MLP), Splice(1, SAES[2], False)),
-    (Splice(1, SAES[0], False, ATTENTION), Splice(1, SAES[2], False, MLP)),
-    (Splice(0, SAES[0], True), Splice(2, SAES[1], True, MLP), Splice(LAST, SAES[2], True, ATTENTION)),
-    (Splice(0, SAES[0], True), Splice(2, SAES[1], True), Splice(LAST, SAES[2], True, MLP)),
-    (Splice(LAST, SAES[0], False, MLP), Splice(LAST, SAES[1], False)),
+    (Splice(1, SAES[0]),),
+    (Splice(1, SAES[1]),),
+    (Splice(0, SAES[0], special=RULE), Splice(2, SAES[1], special=RULE)),
+    (Splice(1, SAES[0]), Splice(2, SAES[2])),
+    (Splice(LAST, SAES[1], special=RULE),),
+    (Splice(1, SAES[0], MLP),),
+    (Splice(1, SAES[0], ATTENTION),),
+    (Splice(0, SAES[1], ATTENTION), Splice(0, SAES[2])),
+    (Splice(1, SAES[0], ATTENTION), Splice(1, SAES[1], MLP), Splice(1, SAES[2])),
+    (Splice(1, SAES[0], ATTENTION), Splice(1, SAES[2], MLP)),
+    (
+        Splice(0, SAES[0], special=RULE),
+        Splice(2, SAES[1], MLP, RULE),
+        Splice(LAST, SAES[2], ATTENTION, RULE),
+    ),
+    (
+        Splice(0, SAES[0], special=RULE),
+        Splice(2, SAES[1], special=RULE),
+        Splice(LAST, SAES[2], MLP, RULE),
+    ),
+    (Splice(LAST, SAES[0], MLP), Splice(LAST, SAES[1])),
 ]
 
 
@@ -179,11 +190,11 @@ def test_shared_computations_run_once() -> None:
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, number=number: runs.append(number))
     rows: list[Splices] = [
-        (Splice(2, SAES[0], False, MLP),),
-        (Splice(2, SAES[1], False, MLP),),
-        (Splice(2, SAES[0], False, MLP), Splice(2, SAES[1], False)),
+        (Splice(2, SAES[0], MLP),),
+        (Splice(2, SAES[1], MLP),),
+        (Splice(2, SAES[0], MLP), Splice(2, SAES[1])),
     ]
-    trunk = Trunk(model, TOKENS, NO_IDS, set().union(*map(cuts_around, rows)))
+    trunk = Trunk(model, TOKENS, set().union(*map(cuts_around, rows)))
     trunk.hidden()
     for row in rows:
         trunk.hidden(row)
@@ -192,30 +203,29 @@ def test_shared_computations_run_once() -> None:
 
 
 MIXED: Splices = (
-    Splice(1, SAES[0], True, ATTENTION),
-    Splice(1, SAES[1], True, MLP),
-    Splice(2, SAES[2], True),
-    Splice(LAST, SAES[0], True, MLP),
+    Splice(1, SAES[0], ATTENTION, RULE),
+    Splice(1, SAES[1], MLP, RULE),
+    Splice(2, SAES[2], special=RULE),
+    Splice(LAST, SAES[0], MLP, RULE),
 )
 
 
-@pytest.mark.parametrize("row", [MIXED, (Splice(1, SAES[0], True),)], ids=["mixed", "alone"])
+@pytest.mark.parametrize("row", [MIXED, (Splice(1, SAES[0], special=RULE),)], ids=["mixed", "alone"])
 @pytest.mark.parametrize("blocks", ["after", "all", [0, 3], [1, 3], [2], [LAST]])
 def test_a_student_equals_the_whole_model_with_saes_and_adapters(
     model: LanguageModel, row: Splices, blocks: object
 ) -> None:
     """Also if the blocks are recomputed in the backward pass."""
-    special, keep = torch.tensor([3, 5]), torch.isin(TOKENS, torch.tensor([3, 5]))
     student = LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks))
     fill(student.weights)
     weights = list(student.weights.values())
-    whole = with_splices(student.model, row, keep)
+    whole = with_splices(student.model, row)
     expected = torch.autograd.grad(whole.square().sum(), weights)
     n_hooks = hooks(student.model)
     for recomputes in (False, True):
         if recomputes:
             student.model.recompute(student.first)
-        hidden = student.hidden(Trunk(model, TOKENS, special, student.cuts))
+        hidden = student.hidden(Trunk(model, TOKENS, student.cuts))
         assert torch.equal(hidden, whole)
         assert hooks(student.model) == n_hooks
         gradients = torch.autograd.grad(hidden.square().sum(), weights)
@@ -225,7 +235,7 @@ def test_a_student_equals_the_whole_model_with_saes_and_adapters(
 
 def test_adapters_after_an_sae_inside_a_block_begin_with_the_next_block() -> None:
     for hook in (ATTENTION, MLP, OUTPUT):
-        row = (Splice(1, SAES[0], False, hook),)
+        row = (Splice(1, SAES[0], hook),)
         student = LoRAStudent(small_model("llama"), row, LoRAConfig(rank=2))
         assert student.first == 2
         assert (len(student.frozen), len(student.live)) == (1, 0)
@@ -235,7 +245,7 @@ def test_adapters_after_an_sae_inside_a_block_begin_with_the_next_block() -> Non
 @pytest.mark.parametrize("blocks", ["after", "all"])
 def test_runs_in_a_pack_of_hooks_equal_runs_alone(blocks: str) -> None:
     """Their curves (losses, evaluations, measures of the SAEs) are equal, with shared frozen blocks."""
-    rows: list[Splices] = [MIXED[:1], MIXED[:2], (Splice(1, SAES[1], True, MLP),), MIXED[2:3]]
+    rows: list[Splices] = [MIXED[:1], MIXED[:2], (Splice(1, SAES[1], MLP, RULE),), MIXED[2:3]]
     steps = 4
 
     def state_of(model: LanguageModel, row: Splices) -> TrainState:
@@ -254,10 +264,10 @@ def test_runs_in_a_pack_of_hooks_equal_runs_alone(blocks: str) -> None:
 
 def test_fvu_and_l0_equal_those_of_whole_passes(model: LanguageModel) -> None:
     """FVU and L0 of each SAE, from sums over batches, equal those from all tokens at once."""
-    row: Splices = tuple(splice._replace(keeps=False) for splice in MIXED[:3])
+    row: Splices = tuple(splice._replace(special=NOT_SPECIAL) for splice in MIXED[:3])
     evaluate = evaluator(model, cache_bytes=1e9)
     shared = LoRAStudent(model, row[:1], LoRAConfig(rank=2)), LoRAStudent(model, row, LoRAConfig(rank=2))
-    expected = whole_pass(model, {splice.hookpoint: splice.sae for splice in row})
+    expected = whole_pass(model, row)
     for _ in range(2):  # the second time from cached states
         measured = evaluate(shared)[1].per_sae
         assert measured.keys() == expected.fvu.keys()
@@ -270,7 +280,7 @@ def test_fvu_and_l0_equal_those_of_whole_passes(model: LanguageModel) -> None:
 def test_a_student_with_a_frozen_sae_may_join_a_later_evaluation(hook: Hook) -> None:
     """First a student that adapts the SAE's input is evaluated, then also one that does not."""
     model = small_model("llama")
-    row: Splices = (Splice(1, SAES[0], False, hook),)
+    row: Splices = (Splice(1, SAES[0], hook),)
     reads_changed, reads_same = (
         LoRAStudent(model, row, LoRAConfig(rank=2, blocks=blocks)) for blocks in ("all", "after")
     )
@@ -326,7 +336,7 @@ def test_an_architecture_that_adds_something_else_is_refused(family: str, hook: 
     model = LanguageModel(OTHERS[family]())
     n_hooks = hooks(model)
     with pytest.raises(UserError, match=type(model.model).__name__):
-        LoRAStudent(model, (Splice(0, topk_sae(), False, hook),), LoRAConfig(rank=2))
+        LoRAStudent(model, (Splice(0, topk_sae(), hook),), LoRAConfig(rank=2))
     assert hooks(model) == n_hooks
 
 

@@ -5,7 +5,7 @@ import torch
 
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.splice.hooks import Coder, spliced
+from sae_lora.splice.hooks import Coder, Splice, spliced
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens
 
@@ -31,7 +31,7 @@ def read_by(model: LanguageModel, block: int, tokens: torch.Tensor) -> torch.Ten
 def test_every_row_of_the_batch_is_replaced(model: LanguageModel) -> None:
     """If a block returns a plain tensor, `output[0]` would be only the first row of the batch."""
     tokens = random_tokens(batch=3)
-    with spliced(model, {resid_post(1): topk_sae()}):
+    with spliced(model, [Splice(1, topk_sae())]):
         batched = logits(model, tokens)
         alone = torch.cat([logits(model, row[None]) for row in tokens])
     torch.testing.assert_close(batched, alone, rtol=1e-4, atol=1e-4)
@@ -43,7 +43,7 @@ def test_an_sae_is_at_the_output_of_its_block(model: LanguageModel, make_sae) ->
     tokens, sae, readings = random_tokens(), make_sae(), []
     states = model.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
     block_input = read_by(model, 1, tokens)
-    with spliced(model, {resid_post(1): sae}, observe=readings.append):
+    with spliced(model, [Splice(1, sae)], observe=readings.append):
         assert torch.equal(read_by(model, 1, tokens), block_input)
         torch.testing.assert_close(read_by(model, 2, tokens), sae(states[2]))
     torch.testing.assert_close(readings[0].resid, states[2].flatten(0, 1))
@@ -52,9 +52,9 @@ def test_an_sae_is_at_the_output_of_its_block(model: LanguageModel, make_sae) ->
 def test_later_saes_read_what_earlier_saes_changed(model: LanguageModel) -> None:
     tokens, readings = random_tokens(), []
     first, second = topk_sae(seed=1), topk_sae(seed=2)
-    with spliced(model, {resid_post(0): first}):
+    with spliced(model, [Splice(0, first)]):
         states = read_by(model, 3, tokens)
-    with spliced(model, {resid_post(0): first, resid_post(2): second}, observe=readings.append):
+    with spliced(model, [Splice(0, first), Splice(2, second)], observe=readings.append):
         model.hidden(tokens)
     assert [reading.hookpoint for reading in readings] == [resid_post(0), resid_post(2)]
     torch.testing.assert_close(readings[1].resid, states.flatten(0, 1))
@@ -77,7 +77,7 @@ def gradient_before(model: LanguageModel, coder: Coder) -> tuple[torch.Tensor, t
     """A weight before the spliced block, and the gradient of the mean squared logit for it."""
     weight = next(weight for weight in model.blocks[0].parameters() if weight.ndim == 2)
     weight.requires_grad_(True)
-    with spliced(model, {resid_post(1): coder}):
+    with spliced(model, [Splice(1, coder)]):
         loss = logits(model, random_tokens()).square().mean()
     return weight, torch.autograd.grad(loss, weight)[0]
 
@@ -88,7 +88,7 @@ def test_gradients_before_the_sae_equal_finite_differences(model: LanguageModel)
     direction = gradient / gradient.norm()
 
     def loss(step: float) -> float:
-        with torch.no_grad(), spliced(model, {resid_post(1): coder}):
+        with torch.no_grad(), spliced(model, [Splice(1, coder)]):
             weight.add_(direction, alpha=step)
             value = logits(model, tokens).double().square().mean().item()
             weight.sub_(direction, alpha=step)

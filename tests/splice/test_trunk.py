@@ -10,7 +10,7 @@ from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Trunk
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import N_BLOCKS, random_tokens, small_model
-from tests.support.trainings import NO_IDS, fill, student
+from tests.support.trainings import fill, student
 
 LAST = N_BLOCKS - 1
 TOKENS = random_tokens(length=24)  # longer than the sliding windows
@@ -53,7 +53,7 @@ def test_shared_computations_run_once() -> None:
         student(small_model("gemma2"), SAES[1]),
         student(small_model("gemma2"), SAES[0], LoRAConfig(rank=2, blocks=[LAST])),
     ]
-    trunk = Trunk(model, TOKENS, NO_IDS, cuts(students))
+    trunk = Trunk(model, TOKENS, cuts(students))
     trunk.hidden()
     for each in students:
         each.hidden(trunk)

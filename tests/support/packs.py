@@ -20,7 +20,6 @@ from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
 from tests.support.coders import write_topk_sae
 from tests.support.points import points_in
-from tests.support.trainings import NO_IDS
 
 CPU = torch.device("cpu")
 
@@ -45,17 +44,13 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTra
     }
     trainings = []
     for config in configs:
-        splices = [
-            Splice(choice.block, saes[repr(choice)], False, choice.hook) for choice in config.sae.used
-        ]
+        splices = [Splice(choice.block, saes[repr(choice)], choice.hook) for choice in config.sae.used]
         trainings.append(methods.build(config, model, tuple(splices), train_steps(config))[0])
     nothing = torch.zeros(1, 2, dtype=torch.long)
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
-    evaluate = Evaluator(model, nothing, NO_IDS, 1, comparison)
+    evaluate = Evaluator(model, nothing, 1, comparison)
     kl = kl_of(comparison, common.train.kl)
-    return DistillTrainer(
-        model, Isolation(trainings), evaluate, NO_IDS, kl, common.train.micro_batch_size
-    )
+    return DistillTrainer(model, Isolation(trainings), evaluate, kl, common.train.micro_batch_size)
 
 
 def take_step(pack: DistillTrainer, config: Config) -> None:

@@ -21,17 +21,18 @@ from sae_lora.config.schema import (
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.spliced_sae import SplicedSAE
-from sae_lora.splice.hooks import Coder, Splice, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Splice, spliced
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.train import methods
 from sae_lora.train.methods import Artifact
 from sae_lora.train.train_state import TrainState
 from tests.support.families import random_tokens
 from tests.support.learners import in_training
-from tests.support.trainings import CONFIG, NO_IDS, pack
+from tests.support.trainings import CONFIG, pack
 
 TOKENS = random_tokens(batch=4, length=16, seed=21)
-SPECIAL = torch.arange(6)
-"""Ids that occur in `TOKENS`, with different counts per sequence."""
+SPECIAL = Special(tuple(range(6)))
+"""Tokens that occur in `TOKENS`, with different counts per sequence."""
 STEPS = 6
 
 
@@ -55,7 +56,7 @@ def build_training(
     train: TrainConfig = CONFIG,
     lora: LoRAConfig | None = None,
     block: int = 1,
-    keeps: bool = False,
+    special: Special = NOT_SPECIAL,
     hook: Hook = Hook.resid_post,
     steps: int = STEPS,
     **method: Any,
@@ -71,7 +72,7 @@ def build_training(
         train=train,
     )
     torch.manual_seed(train.seed)
-    splices = tuple(Splice(block + offset, sae, keeps, hook) for offset, sae in enumerate(saes))
+    splices = tuple(Splice(block + offset, sae, hook, special) for offset, sae in enumerate(saes))
     return BuiltTraining(*methods.build(config, model, splices, steps))
 
 
@@ -95,11 +96,10 @@ def step(
     model: LanguageModel,
     *trainings: TrainState,
     tokens: Tensor = TOKENS,
-    special_ids: Tensor = NO_IDS,
     micro_batch: int | None = None,
 ) -> None:
     """Take one step of each training."""
-    trainer = pack(model, *trainings, special_ids=special_ids, micro_batch=micro_batch)
+    trainer = pack(model, *trainings, micro_batch=micro_batch)
     trainer._take_step(trainings, tokens)
 
 
@@ -118,13 +118,11 @@ def whole_kl(
     model: LanguageModel,
     student: LanguageModel,
     saes: Sequence[Splice],
-    special_ids: Tensor = NO_IDS,
     tokens: Tensor = TOKENS,
 ) -> Tensor:
     """KL(teacher ‖ student) of whole logits, mean over tokens, from one plain pass of each model."""
     with torch.no_grad():
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
-    keep = special_positions(tokens, special_ids) if saes[0].keeps else None
-    with spliced(student, {splice.hookpoint: splice.sae for splice in saes}, keep):
+    with spliced(student, saes, tokens):
         learner = log_softmax(student.model(tokens, use_cache=False).logits, -1)
     return (teacher.exp() * (teacher - learner)).sum(-1).mean()

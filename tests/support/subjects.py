@@ -15,7 +15,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.trunk import Splices
 from tests.support.families import random_tokens
 from tests.support.points import Point, points_in
-from tests.support.trainings import NO_IDS, fill
+from tests.support.trainings import fill
 
 
 class Made(Subject):
@@ -27,7 +27,6 @@ class Made(Subject):
         adapters: The adapters; `None` for a run without adapters.
         filled: True if the adapters change the output, as if trained.
         tokens: Held-out tokens `[sequence, pos]`.
-        special_ids: Ids whose positions keep their activation, if the SAEs keep special tokens.
     """
 
     def __init__(
@@ -38,14 +37,13 @@ class Made(Subject):
         *,
         filled: bool = True,
         tokens: torch.Tensor | None = None,
-        special_ids: torch.Tensor = NO_IDS,
     ) -> None:
         self.config = Config()
         self.tokens = random_tokens(batch=6, length=12, seed=3) if tokens is None else tokens
         self.config.train.eval_batch_tokens = 2 * self.tokens.shape[1]  # several batches
         self.model = self.with_adapters = model
         self.device = model.device
-        self.special_ids = special_ids
+        self.special_ids = ()
         self.before = self.after = splices
         peft: Any = None
         if adapters is not None:

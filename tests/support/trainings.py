@@ -1,7 +1,7 @@
 """Trainings of small models, alone and in packs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -25,7 +25,6 @@ from sae_lora.train.train_state import TrainState
 from tests.support.families import random_tokens
 
 HELD_OUT = random_tokens(batch=10, length=16, seed=11)
-NO_IDS = torch.empty(0, dtype=torch.long)
 CONFIG = TrainConfig(batch_size=2, lr=3e-3, eval_every_tokens=96, warmup_share=0.1)
 
 
@@ -38,7 +37,7 @@ def student(
     model: LanguageModel, sae: Coder, adapters: LoRAConfig | None = None, block: int = 1
 ) -> Student:
     """A student with one SAE, initialised from torch's present random state."""
-    splices = (Splice(block, sae, keeps=False),)
+    splices = (Splice(block, sae),)
     return LoRAStudent(model, splices, adapters or LoRAConfig(rank=2))
 
 
@@ -69,7 +68,7 @@ def evaluator(
 ) -> Evaluator:
     """An evaluator on the held-out tokens."""
     comparison = Comparison(Head.of(model), chunk_tokens)
-    return Evaluator(model, HELD_OUT, NO_IDS, batch_size, comparison, cache_bytes)
+    return Evaluator(model, HELD_OUT, batch_size, comparison, cache_bytes)
 
 
 class WholePass(NamedTuple):
@@ -84,12 +83,10 @@ class WholePass(NamedTuple):
 
 
 @torch.no_grad()
-def whole_pass(
-    model: LanguageModel, saes: Mapping[str, Coder], keep: torch.Tensor | None = None
-) -> WholePass:
-    """One pass of the model with these SAEs, by hookpoint."""
+def whole_pass(model: LanguageModel, splices: Sequence[Splice]) -> WholePass:
+    """One pass of the model with these SAEs."""
     readings: list[Reading] = []
-    with spliced(model, saes, keep, readings.append):
+    with spliced(model, splices, HELD_OUT, readings.append):
         logits = model.model(HELD_OUT, use_cache=False).logits
     ce = cross_entropy(logits[:, :-1].double().flatten(0, 1), HELD_OUT[:, 1:].flatten())
     fvu, l0 = {}, {}
@@ -109,13 +106,10 @@ def kl(model: LanguageModel, how: KLComputation = KLComputation.fused) -> KL:
 def pack(
     model: LanguageModel,
     *trainings: TrainState,
-    special_ids: torch.Tensor = NO_IDS,
     micro_batch: int | None = None,
 ) -> DistillTrainer:
     """A trainer of these trainings."""
-    return DistillTrainer(
-        model, Isolation(trainings), evaluator(model), special_ids, kl(model), micro_batch
-    )
+    return DistillTrainer(model, Isolation(trainings), evaluator(model), kl(model), micro_batch)
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:

@@ -19,16 +19,11 @@ def check_trunk(model: LanguageModel, tokens: Tensor, rows: Sequence[Splices], c
         rows: Sequences of SAEs that are spliced in together. Rows with a common prefix share readings.
         cuts: The blocks before which the trunk keeps the hidden states that rows share.
     """
-    special = torch.tensor([3, 5])
     readings: dict[Splices, list[Reading]] = {}
-    trunk = Trunk(
-        model, tokens, special, cuts, lambda row, reading: readings.setdefault(row, []).append(reading)
-    )
+    trunk = Trunk(model, tokens, cuts, lambda row, reading: readings.setdefault(row, []).append(reading))
     for row in rows:
-        keep = torch.isin(tokens, special) if row and row[0].keeps else None
         spliced_readings: list[Reading] = []
-        saes = {splice.hookpoint: splice.sae for splice in row}
-        with torch.no_grad(), spliced(model, saes, keep, spliced_readings.append):
+        with torch.no_grad(), spliced(model, row, tokens, spliced_readings.append):
             expected = model.hidden(tokens)
         assert torch.equal(trunk.hidden(row), expected)
         assert trunk.hidden(row) is trunk.hidden(row)

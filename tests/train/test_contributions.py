@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import sae_lora
@@ -18,8 +17,9 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Splice, kept_positions, special_positions, spliced
+from sae_lora.splice.hooks import Coder, Splice, spliced
 from sae_lora.splice.kl import Comparison
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.splice.trunk import Splices
 from sae_lora.train import methods
@@ -29,7 +29,7 @@ from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, N_BLOCKS, small_model
 from tests.support.points import points_in, run_here
 from tests.support.stepping import SPECIAL, spliced_sae, step
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, fill, whole_pass
+from tests.support.trainings import CONFIG, HELD_OUT, fill, whole_pass
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -41,40 +41,36 @@ PLACES: dict[str, tuple[Place, ...]] = {
 SAES = (topk_sae(seed=1), jumprelu_sae(), topk_sae(k=2, seed=2), topk_sae(k=8, seed=3))
 
 
-def splices_at(places: tuple[Place, ...], keeps: bool = False) -> Splices:
+def splices_at(places: tuple[Place, ...], special: Special = NOT_SPECIAL) -> Splices:
     return tuple(
-        Splice(place.block, sae, keeps, place.hook)
+        Splice(place.block, sae, place.hook, special)
         for place, sae in zip(places, SAES[: len(places)], strict=True)
     )
 
 
-def evaluator(model: LanguageModel, special_ids: Tensor = NO_IDS, cache_bytes: float = 0) -> Evaluator:
-    return Evaluator(
-        model, HELD_OUT, special_ids, 4, Comparison(Head.of(model), chunk_tokens=30), cache_bytes
-    )
+def evaluator(model: LanguageModel, cache_bytes: float = 0) -> Evaluator:
+    return Evaluator(model, HELD_OUT, 4, Comparison(Head.of(model), chunk_tokens=30), cache_bytes)
 
 
-def check(
-    model: LanguageModel, student: Student, evaluate: Evaluator, keep: Tensor | None = None
-) -> None:
+def check(model: LanguageModel, student: Student, evaluate: Evaluator) -> None:
     """Check all measurements of a student's SAEs against plain forward passes."""
-    saes = {
-        splice.hookpoint: splice.sae.frozen if isinstance(splice.sae, SplicedSAE) else splice.sae
+    splices = [
+        splice._replace(sae=splice.sae.frozen) if isinstance(splice.sae, SplicedSAE) else splice
         for splice in student.splices
-    }
+    ]
     (whole,) = evaluate([student])
-    full = whole_pass(student.model, saes, keep)
+    full = whole_pass(student.model, splices)
     assert whole.student_ce == pytest.approx(full.ce, abs=1e-5)
     fvu = {name: figures["fvu"] for name, figures in whole.per_sae.items()}
     assert fvu == pytest.approx(full.fvu, rel=1e-4)
     contributions = evaluate.contributions(student)
-    assert list(contributions) == list(saes)
-    for name, contribution in contributions.items():
-        alone = whole_pass(model, {name: saes[name]}, keep)
+    assert list(contributions) == [splice.hookpoint for splice in splices]
+    for splice, (name, contribution) in zip(splices, contributions.items(), strict=True):
+        alone = whole_pass(model, [splice])
         assert contribution.alone_ce == pytest.approx(alone.ce, abs=1e-5), name
         assert contribution.alone_fvu == pytest.approx(alone.fvu[name], rel=1e-4), name
-        remaining = {other_name: sae for other_name, sae in saes.items() if other_name != name}
-        left_out = whole_pass(student.model, remaining, keep).ce
+        remaining = [other_splice for other_splice in splices if other_splice is not splice]
+        left_out = whole_pass(student.model, remaining).ce
         assert contribution.left_out_ce == pytest.approx(left_out, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
@@ -105,16 +101,16 @@ def test_contributions_if_special_tokens_keep_their_activation(blocks: Any) -> N
     """Adapters begin before, between and after SAEs."""
     model = small_model("gemma2")
     student = LoRAStudent(
-        model, splices_at(PLACES["everywhere"], keeps=True), LoRAConfig(rank=2, blocks=blocks)
+        model, splices_at(PLACES["everywhere"], SPECIAL), LoRAConfig(rank=2, blocks=blocks)
     )
     fill(student.weights)
-    keep = special_positions(HELD_OUT, SPECIAL)
+    keep = SPECIAL.positions(HELD_OUT)
     assert 0 < keep.sum() < keep.numel() / 2
-    check(model, student, evaluator(model, SPECIAL), keep)
+    check(model, student, evaluator(model))
 
 
 def training_of(
-    model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], keeps: bool = False
+    model: LanguageModel, kind: Method, saes: Mapping[Place, Coder], special: Special = NOT_SPECIAL
 ) -> TrainState:
     """The training of SAEs at these places, or of maps on them."""
     is_new = any(isinstance(sae, SplicedSAE) for sae in saes.values())
@@ -123,13 +119,13 @@ def training_of(
         method=MethodConfig(kind=kind),
         train=CONFIG,
     )
-    splices = tuple(Splice(place.block, sae, keeps, place.hook) for place, sae in saes.items())
+    splices = tuple(Splice(place.block, sae, place.hook, special) for place, sae in saes.items())
     torch.manual_seed(0)
     return methods.build(config, model, splices, 6)[0]
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_contributions_of_saes_in_training(keeps: bool) -> None:
+@pytest.mark.parametrize("special", [NOT_SPECIAL, SPECIAL])
+def test_contributions_of_saes_in_training(special: Special) -> None:
     """Also after a step, with an evaluator that measured them before; training modes are restored."""
     model = small_model("llama")
     run = training_of(
@@ -140,17 +136,15 @@ def test_contributions_of_saes_in_training(keeps: bool) -> None:
             Place(2, Hook.mlp_out): spliced_sae("standard", seed=4),
             Place(3): spliced_sae("topk", seed=5),
         },
-        keeps,
+        special,
     )
-    ids = SPECIAL if keeps else NO_IDS
-    keep = special_positions(HELD_OUT, SPECIAL) if keeps else None
-    evaluate = evaluator(model, ids, cache_bytes=1e9)
+    evaluate = evaluator(model, cache_bytes=1e9)
     earlier = evaluate.contributions(run.student)
     for _ in range(2):
-        step(model, run, special_ids=ids)
+        step(model, run)
     modes = [module.training for module in run.student.modules.values()]
     assert modes == [True] * 3
-    check(model, run.student, evaluate, keep)
+    check(model, run.student, evaluate)
     assert [module.training for module in run.student.modules.values()] == modes
     later = evaluate.contributions(run.student)
     assert all(later[name].alone_ce != earlier[name].alone_ce for name in earlier)
@@ -178,7 +172,7 @@ def test_contributions_of_saes_with_maps() -> None:
                 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(D_MODEL))
             )
     check(model, run.student, evaluator(model))
-    plain = whole_pass(model, {resid_post(0): frozen[Place(0)]})
+    plain = whole_pass(model, [Splice(0, frozen[Place(0)])])
     contributions = evaluator(model).contributions(run.student)
     assert abs(contributions[resid_post(0)].alone_ce - plain.ce) > 1e-4
 
@@ -233,11 +227,11 @@ def test_the_summary_has_the_contribution_of_each_sae(runs: Measured) -> None:
     ).validation_tokens
 
     # The SAEs were not trained on special tokens.
-    keep = kept_positions(tokens, adapted._special_ids, adapted.splices)
-    assert keep is not None
+    assert all(splice.special.ids for splice in adapted.splices)
 
     def ce(model: LanguageModel, *hookpoints: str) -> float:
-        with torch.no_grad(), spliced(model, {name: adapted.saes[name] for name in hookpoints}, keep):
+        splices = [splice for splice in adapted.splices if splice.hookpoint in hookpoints]
+        with torch.no_grad(), spliced(model, splices, tokens):
             logits = model.model(tokens, use_cache=False).logits[:, :-1].double()
         return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 

@@ -26,7 +26,6 @@ from sae_lora.train.train_state import TrainState
 from scripts.benchmark.memory import PeakMemory
 from tests.support.families import small_model
 from tests.support.packs import CPU, pack_of, resolved, take_step
-from tests.support.trainings import NO_IDS
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -86,12 +85,12 @@ def test_estimated_flops_of_new_saes_are_those_of_a_step(
     )
     model = load_model(config.model, config.train.dtype, CPU)
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
-    saes = methods.new_saes(config, model, methods.Sample(tokens, NO_IDS))
+    saes = methods.new_saes(config, model, tokens, ())
     steps = train_steps(config)
     training, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
     builder = Builder(config)
     builder.model = model
-    pack = builder.trainer(Isolation([training]), NO_IDS, tokens, ProcessGroup())
+    pack = builder.trainer(Isolation([training]), tokens, ProcessGroup())
     use_attention([model, training.student.model], "eager")
     with FlopCounterMode(display=False) as counter:
         pack._step(0, iter([tokens]), [training])

@@ -14,7 +14,7 @@ from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import CurvePoint
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.hooks import Coder, Reading, spliced
+from sae_lora.splice.hooks import Coder, Reading, Splice, spliced
 from sae_lora.train.evaluator import Reconstruction
 from sae_lora.train.lr_schedule import lr_factor
 from tests.support.coders import jumprelu_sae, topk_sae
@@ -90,8 +90,8 @@ def test_evaluation_equals_the_direct_computation(model: LanguageModel, make_sae
     measured = student(model, sae, LoRAConfig(rank=2, blocks=blocks))
     fill(measured.weights)
     (evaluation,) = evaluator(model)([measured])
-    base, plain = whole_pass(model, {}), whole_pass(model, {resid_post(1): sae})
-    adapted = whole_pass(measured.model, {resid_post(1): sae})
+    base, plain = whole_pass(model, []), whole_pass(model, [Splice(1, sae)])
+    adapted = whole_pass(measured.model, [Splice(1, sae)])
     teacher, learner = log_softmax(base.logits, -1), log_softmax(adapted.logits, -1)
     kl = torch.nn.functional.kl_div(learner, teacher, log_target=True, reduction="none").sum(-1).mean()
     assert evaluation.base_ce == pytest.approx(base.ce, abs=1e-5)
@@ -151,9 +151,11 @@ def test_reconstruction_worked_by_hand() -> None:
     resid[:, :2] = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
     recon[:, :2] = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
     latents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
-    sums.add(Reading("x", resid[:1], latents[:1], recon[:1]))
-    sums.add(Reading("x", resid[1:], latents[1:], recon[1:]))
+    sums.add(Reading("x", resid[:1], latents[:1], recon[:1], torch.tensor([False])))
+    sums.add(Reading("x", resid[1:], latents[1:], recon[1:], torch.tensor([False, True])))
     assert sums.fvu == pytest.approx(0.25)
+    # Without the last token: variance 2, error 1.
+    assert sums.metrics["fvu_without_outliers"] == pytest.approx(0.5)
     assert sums.l0 == pytest.approx(1.0)
     assert sums.dead == pytest.approx(1 / 3)
 
@@ -173,7 +175,7 @@ def test_a_step_equals_the_plain_step() -> None:
     weights = list(lora.trainable_weights(model).values())
     with torch.no_grad(), adapters.disable_adapter():
         teacher = log_softmax(model.model(tokens, use_cache=False).logits, -1)
-    with spliced(model, {resid_post(1): sae}):
+    with spliced(model, [Splice(1, sae)]):
         learner = log_softmax(model.model(tokens, use_cache=False).logits, -1)
     (teacher.exp() * (teacher - learner)).sum(-1).mean().backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)

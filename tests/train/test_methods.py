@@ -19,6 +19,7 @@ from sae_lora.records.schema import CurvePoint
 from sae_lora.saes import output_adapter
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.splice.hooks import Coder
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import _sae_weights
@@ -40,7 +41,7 @@ from tests.support.stepping import (
     step,
     whole_kl,
 )
-from tests.support.trainings import CONFIG, NO_IDS, batches, curves, fill, kl, pack, same, stopped
+from tests.support.trainings import CONFIG, batches, curves, fill, kl, pack, same, stopped
 
 MODEL = small_model("llama")
 PLAIN = dataclasses.replace(CONFIG, grad_clip=None)
@@ -86,7 +87,7 @@ def slope_of(run: BuiltTraining, epsilon: float, tokens: Tensor = TOKENS) -> flo
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(torch.add(originals[name], directions[name], alpha=distance))
-            trunk = Trunk(MODEL, tokens, NO_IDS, student.cuts)
+            trunk = Trunk(MODEL, tokens, student.cuts)
             (summed,) = kl(MODEL)(trunk.hidden(), [student.hidden(trunk)], [None])
         totals.append(summed.total)
     with torch.no_grad():
@@ -202,7 +203,7 @@ class TestMeZO:
 
         def forward() -> None:
             with torch.no_grad():
-                trunk = Trunk(MODEL, tokens, NO_IDS, mezo.student.cuts)
+                trunk = Trunk(MODEL, tokens, mezo.student.cuts)
                 comparison(trunk.hidden(), [mezo.student.hidden(trunk)], [None])
 
         def peak(action: Callable[[], object]) -> int:
@@ -259,7 +260,7 @@ class TestMaps:
         self, kind: Method, rank: int | None, sae: Callable[[], Coder], model: LanguageModel
     ) -> None:
         student = build_training(model, kind, sae(), rank=rank).training.student
-        trunk = Trunk(model, TOKENS, NO_IDS, student.cuts)
+        trunk = Trunk(model, TOKENS, student.cuts)
         with torch.no_grad():
             assert torch.equal(student.hidden(trunk), trunk.hidden(student.before))
 
@@ -268,8 +269,8 @@ class TestMaps:
         self, kind: Method, rank: int | None
     ) -> None:
         """Equal up to rounding: the SAE reads fewer positions, and fewer rows may round differently."""
-        student = build_training(MODEL, kind, topk_sae(), rank=rank, keeps=True).training.student
-        trunk = Trunk(MODEL, TOKENS, SPECIAL, student.cuts)
+        student = build_training(MODEL, kind, topk_sae(), rank=rank, special=SPECIAL).training.student
+        trunk = Trunk(MODEL, TOKENS, student.cuts)
         with torch.no_grad():
             result, expected = student.hidden(trunk), trunk.hidden(student.before)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -288,20 +289,20 @@ class TestMaps:
         assert not any(torch.equal(weight, originals[name]) for name, weight in run.weights.items())
         assert all(weight.grad is None for weight in sae.parameters())
 
-    @pytest.mark.parametrize("keeps", [False, True])
+    @pytest.mark.parametrize("special", [NOT_SPECIAL, SPECIAL])
     @pytest.mark.parametrize(("kind", "rank"), MAPS)
     def test_the_gradient_equals_that_of_one_plain_pass(
-        self, kind: Method, rank: int | None, keeps: bool
+        self, kind: Method, rank: int | None, special: Special
     ) -> None:
         """The map on the first SAE changes the input of the second SAE."""
         run = build_training(
-            MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, keeps=keeps
+            MODEL, kind, jumprelu_sae(), topk_sae(), train=PLAIN, rank=rank, special=special
         )
         student = run.training.student
         fill(student.weights)
-        loss = whole_kl(MODEL, MODEL, student.splices, SPECIAL)
+        loss = whole_kl(MODEL, MODEL, student.splices)
         expected = torch.autograd.grad(loss, list(student.weights.values()))
-        result = gradients(MODEL, run.training, special_ids=SPECIAL, micro_batch=3)
+        result = gradients(MODEL, run.training, micro_batch=3)
         for gradient, slope in zip(result.values(), expected, strict=True):
             torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-5)
         assert run.training.loss == pytest.approx(loss.item(), rel=1e-5)

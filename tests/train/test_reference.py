@@ -17,21 +17,21 @@ from sae_lora.train.optim import GradientState
 from scripts.benchmark.reference import Reference, evaluate
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
-from tests.support.trainings import CONFIG, HELD_OUT, NO_IDS, evaluator, fill, kl
+from tests.support.trainings import CONFIG, HELD_OUT, evaluator, fill, kl
 
 SAES = [topk_sae(), jumprelu_sae()]
 STEPS = 4
 RATE = dataclasses.replace(CONFIG, schedule=Schedule.constant, warmup_share=0.0)
 SUMMED = dataclasses.replace(RATE, kl_reduction=Reduction.sequence_sum)
 RUNS = [
-    (LoRAConfig(rank=1, dropout=0.1), (Splice(1, SAES[0], False),), RATE),
-    (LoRAConfig(rank=4, dropout=0.1, targets="mlp"), (Splice(1, SAES[0], False),), RATE),
-    (LoRAConfig(rank=16, dropout=0.1), (Splice(1, SAES[1], False),), SUMMED),
-    (LoRAConfig(rank=64, dropout=0.1, targets="attn"), (Splice(2, SAES[0], False),), RATE),
-    (LoRAConfig(rank=256, dropout=0.1, blocks="all"), (Splice(2, SAES[1], False),), RATE),
+    (LoRAConfig(rank=1, dropout=0.1), (Splice(1, SAES[0]),), RATE),
+    (LoRAConfig(rank=4, dropout=0.1, targets="mlp"), (Splice(1, SAES[0]),), RATE),
+    (LoRAConfig(rank=16, dropout=0.1), (Splice(1, SAES[1]),), SUMMED),
+    (LoRAConfig(rank=64, dropout=0.1, targets="attn"), (Splice(2, SAES[0]),), RATE),
+    (LoRAConfig(rank=256, dropout=0.1, blocks="all"), (Splice(2, SAES[1]),), RATE),
     (
         LoRAConfig(rank=8, dropout=0.1, blocks=[1, 3]),
-        (Splice(0, SAES[0], False), Splice(2, SAES[1], False)),
+        (Splice(0, SAES[0]), Splice(2, SAES[1])),
         RATE,
     ),
 ]
@@ -63,7 +63,7 @@ def together(model: LanguageModel, computation: KLComputation) -> list[dict[str,
     for seed, (adapters, splices, config) in enumerate(RUNS):
         torch.manual_seed(seed)
         trainings.append(GradientState(LoRAStudent(model, splices, adapters), config, STEPS))
-    pack = DistillTrainer(model, Isolation(trainings), evaluator(model), NO_IDS, kl(model, computation))
+    pack = DistillTrainer(model, Isolation(trainings), evaluator(model), kl(model, computation))
     for tokens in BATCHES:
         pack._take_step(trainings, tokens)
     return [{name: weight.detach() for name, weight in run.student.weights.items()} for run in trainings]

@@ -15,7 +15,8 @@ from sae_lora.config.enums import Architecture, Hook, Method, Reduction
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
-from sae_lora.splice.hooks import Splice, reconstructed, special_positions
+from sae_lora.splice.hooks import Splice, reconstructed
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
 from tests.support.coders import jumprelu_sae, topk_sae
@@ -31,7 +32,7 @@ from tests.support.stepping import (
     step,
     whole_kl,
 )
-from tests.support.trainings import CONFIG, NO_IDS, evaluator
+from tests.support.trainings import CONFIG, evaluator
 
 MODEL = small_model("gpt2")
 """A family that computes entirely in float64 if it is converted to float64."""
@@ -55,7 +56,7 @@ class Parts(NamedTuple):
 
 
 def written_out(
-    weights: dict[str, Tensor], architecture: str, scale: float, exact: LanguageModel, keeps: bool
+    weights: dict[str, Tensor], architecture: str, scale: float, exact: LanguageModel, special: Special
 ) -> Parts:
     """The parts of the loss of one SAE, written out in float64.
 
@@ -64,12 +65,12 @@ def written_out(
         architecture: standard, jumprelu or topk.
         scale: The SAE's input is multiplied by this.
         exact: The model in float64.
-        keeps: True if positions of `SPECIAL` ids keep their activation.
+        special: The positions that keep their activation.
     """
     with torch.no_grad():
         teacher = exact.model(TOKENS, use_cache=False).logits.log_softmax(-1)
         resid = exact.resid_entering(2, TOKENS)
-    applied = ~special_positions(TOKENS, SPECIAL if keeps else NO_IDS)
+    applied = ~special.positions(TOKENS)
     inputs = resid[applied] * scale
     pre_activations = (inputs - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     norms, penalty = weights["W_dec"].norm(dim=1), torch.zeros((), dtype=torch.float64)
@@ -98,10 +99,10 @@ def loss_of(parts: Parts, balance: float, *, mse: bool) -> Tensor:
     return parts.kl + parts.penalty / balance
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("special", [NOT_SPECIAL, SPECIAL])
 @pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
-def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, keeps: bool) -> None:
+def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, special: Special) -> None:
     """Compared with central differences of the loss, written out in float64."""
     changes: dict[str, Any] = {}
     if architecture != "topk":
@@ -109,8 +110,8 @@ def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, k
     if architecture == "jumprelu":
         changes["k"] = None  # the penalty is proportional to the number of active latents
     sae = spliced_sae(architecture, scale=SCALE, **changes)
-    run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=keeps)
-    slopes = gradients(MODEL, run.training, special_ids=SPECIAL)
+    run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, special=special)
+    slopes = gradients(MODEL, run.training)
     slopes = {name.removeprefix(f"{HOOKPOINT}/sae."): slope for name, slope in slopes.items()}
     weights = {name: weight.detach().double() for name, weight in sae.sae.named_parameters()}
     assert slopes.keys() == weights.keys()
@@ -118,7 +119,7 @@ def test_the_gradient_is_that_of_the_stated_loss(architecture: str, mse: bool, k
 
     def parts(distance: float, direction: dict[str, Tensor]) -> Parts:
         shifted = {name: weight + distance * direction.get(name, 0) for name, weight in weights.items()}
-        return written_out(shifted, architecture, SCALE, exact, keeps)
+        return written_out(shifted, architecture, SCALE, exact, special)
 
     start = parts(0, {})
     balance = float(start.mse / start.kl)
@@ -161,10 +162,10 @@ def test_micro_batches_add_up(architecture: str, mse: bool) -> None:
     results = []
     for micro_batch in (None, 1, 3):
         sae = spliced_sae(architecture, scale=SCALE)
-        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, keeps=True)
-        results.append(gradients(MODEL, run.training, special_ids=SPECIAL, micro_batch=micro_batch))
+        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, mse=mse, special=SPECIAL)
+        results.append(gradients(MODEL, run.training, micro_batch=micro_batch))
         assert sae.since_active.max() == 1
-    counts = (~special_positions(TOKENS, SPECIAL)).sum(-1)
+    counts = (~SPECIAL.positions(TOKENS)).sum(-1)
     assert len(set(counts.tolist())) > 1
     for result in results[1:]:
         for name, gradient in result.items():
@@ -180,7 +181,7 @@ def test_the_balance_worked_by_hand() -> None:
     }
     combined, of_kl = (gradients(MODEL, run.training) for run in runs.values())
     loss = runs[True].training.loss
-    assert loss == pytest.approx(whole_kl(MODEL, MODEL, [Splice(1, sae, False)]).item(), rel=1e-5)
+    assert loss == pytest.approx(whole_kl(MODEL, MODEL, [Splice(1, sae)]).item(), rel=1e-5)
     inputs = SCALE * MODEL.resid_entering(2, TOKENS).flatten(0, 1)
     error = (sae.sae(inputs) - inputs).square().sum(-1).mean()
     of_mse = torch.autograd.grad(error, list(sae.sae.parameters()))
@@ -244,7 +245,7 @@ class TestLowRank:
     def test_an_untrained_adapter_changes_nothing(self, name: str) -> None:
         original = FROZEN[name]()
         student = build_training(MODEL, Method.sae_finetune, original, rank=2).training.student
-        trunk = Trunk(MODEL, TOKENS, NO_IDS, student.cuts)
+        trunk = Trunk(MODEL, TOKENS, student.cuts)
         (sae,) = student.modules.values()
         with torch.no_grad():
             assert torch.equal(student.hidden(trunk), trunk.hidden(student.before))
@@ -278,15 +279,15 @@ class TestSpecialPositions:
 
     @pytest.mark.parametrize("architecture", [*Architecture.__members__])
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
-        keep = special_positions(TOKENS, SPECIAL)
+        keep = SPECIAL.positions(TOKENS)
         assert 0 < keep.sum() < keep.numel() / 2
         sae, second = spliced_sae(architecture, scale=SCALE), spliced_sae(architecture, scale=SCALE)
         resid = residuals(5, TOKENS.numel()).unflatten(0, TOKENS.shape)
         changed = torch.where(keep[..., None], 1e3 * torch.randn(D_MODEL), resid)
         readings: list = []
         with torch.no_grad():
-            result = reconstructed(HOOKPOINT, sae, resid, keep, readings.append)
-            second_result = reconstructed(HOOKPOINT, second, changed, keep)
+            result = reconstructed(Splice(1, sae, special=SPECIAL), resid, TOKENS, readings.append)
+            second_result = reconstructed(Splice(1, second, special=SPECIAL), changed, TOKENS)
         assert torch.equal(result[keep], resid[keep])
         assert torch.equal(second_result[keep], changed[keep])
         assert torch.equal(result[~keep], second_result[~keep])
@@ -298,12 +299,12 @@ class TestSpecialPositions:
     @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
     def test_the_other_positions_share_the_active_latents(self, architecture: str) -> None:
         """They get k latents each on average, also if the norms of special positions are large."""
-        keep = special_positions(TOKENS, SPECIAL)
+        keep = SPECIAL.positions(TOKENS)
         resid = residuals(5, TOKENS.numel()).unflatten(0, TOKENS.shape)
         resid[keep] *= 100
         sae, readings = spliced_sae(architecture), []
         with torch.no_grad():
-            reconstructed(HOOKPOINT, sae, resid, keep, readings.append)
+            reconstructed(Splice(1, sae, special=SPECIAL), resid, TOKENS, readings.append)
         active = (readings[0].latents != 0).sum(-1)
         assert active.sum() == K * (~keep).sum()
         assert len(set(active.tolist())) > 1
@@ -311,10 +312,10 @@ class TestSpecialPositions:
     def test_special_positions_do_not_enter_the_error(self) -> None:
         """Only the SAE's error ignores them; the model still reads them."""
         sae = spliced_sae("topk")
-        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, keeps=True)
-        trunk = Trunk(MODEL, TOKENS, SPECIAL, run.training.student.cuts)
+        run = build_training(MODEL, Method.sae_finetune, sae, train=PLAIN, special=SPECIAL)
+        trunk = Trunk(MODEL, TOKENS, run.training.student.cuts)
         run.training.hidden(trunk)
-        inputs = MODEL.resid_entering(2, TOKENS)[~special_positions(TOKENS, SPECIAL)]
+        inputs = MODEL.resid_entering(2, TOKENS)[~SPECIAL.positions(TOKENS)]
         error = (sae.sae(inputs) - inputs).square().sum(-1).mean()
         assert float(run.training._mse / run.training._tokens) == pytest.approx(error.item(), rel=1e-5)
         assert int(run.training._tokens) == len(inputs)
@@ -327,7 +328,7 @@ def test_latents_are_dead_by_the_stated_rule(
     """A latent is dead if it was inactive in more than `dead_after` steps, without special positions."""
     dead_after = 2
     sae = spliced_sae("topk", dead_after=dead_after)
-    run = build_training(MODEL, Method.e2e, sae, keeps=True, steps=8)
+    run = build_training(MODEL, Method.e2e, sae, special=SPECIAL, steps=8)
     passes: list[tuple[Tensor, Tensor]] = []
     plain = training_sae.forward
 
@@ -342,7 +343,7 @@ def test_latents_are_dead_by_the_stated_rule(
     for number in range(8):
         passes.clear()
         tokens = random_tokens(batch=2, length=16, seed=number)
-        step(MODEL, run.training, tokens=tokens, special_ids=SPECIAL, micro_batch=micro_batch)
+        step(MODEL, run.training, tokens=tokens, micro_batch=micro_batch)
         assert all(torch.equal(dead, silent > dead_after) for dead, _ in passes)
         active = torch.stack([active for _, active in passes]).any(0)
         silent = torch.where(active, 0, silent + 1)
@@ -372,9 +373,9 @@ def test_recomputation_changes_no_bit(architecture: str, hook: Hook) -> None:
     for recomputes in (False, True):
         config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
         saes = [spliced_sae(architecture, seed=seed, dead_after=0) for seed in (3, 4)]
-        run = build_training(LLAMA, Method.sae_finetune, *saes, train=config, hook=hook, keeps=True)
+        run = build_training(LLAMA, Method.sae_finetune, *saes, train=config, hook=hook, special=SPECIAL)
         for _ in range(3):
-            step(LLAMA, run.training, special_ids=SPECIAL, micro_batch=2)
+            step(LLAMA, run.training, micro_batch=2)
         states.append(run.training.state().tensors)
         assert all(sae.last_forward is None for sae in saes)
     plain, recomputed = states
@@ -406,7 +407,7 @@ def test_evaluation_equals_that_of_the_saved_sae(tmp_path: Path) -> None:
     (evaluation,) = evaluator(MODEL)([run.training.student])
     run.artifact.save(tmp_path)
     loaded = SAE.load_from_disk(tmp_path / HOOKPOINT)
-    splices = (Splice(1, loaded, False),)
+    splices = (Splice(1, loaded),)
     student = Student(MODEL, (), splices, first=2, weights={}, before=splices)
     (expected,) = evaluator(MODEL)([student])
     assert evaluation.student_ce == expected.student_ce

@@ -24,7 +24,6 @@ from tests.support.families import random_tokens, small_model
 from tests.support.stepping import gradients
 from tests.support.trainings import (
     CONFIG,
-    NO_IDS,
     batches,
     comparable,
     curves,
@@ -159,7 +158,7 @@ class TestOneThatFails:
 
         model = MODELS[self.FAMILY]
         isolation = Isolation(trainings, fail)
-        trainer = DistillTrainer(model, isolation, evaluator(model), NO_IDS, kl(model))
+        trainer = DistillTrainer(model, isolation, evaluator(model), kl(model))
         return trainer, trainings, errors
 
     @pytest.mark.parametrize("at", ["hidden", "take_step", "point"])
@@ -298,7 +297,7 @@ def test_dropout_differs_between_micro_batches() -> None:
     tokens = random_tokens(batch=1, length=16, seed=0)
     run = training(model, topk_sae(), config, adapters=LoRAConfig(rank=2, dropout=0.5))
     fill(run.student.weights)
-    trunk = Trunk(model, tokens, NO_IDS, run.student.cuts)
+    trunk = Trunk(model, tokens, run.student.cuts)
     (first,), (second,) = run.hidden(trunk), run.hidden(trunk)
     assert not torch.equal(first, second)
     run.reset()

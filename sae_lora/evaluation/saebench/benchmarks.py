@@ -88,7 +88,7 @@ def _core(pair: Pair, options: Options, folder: Path) -> None:
         "n_eval_sparsity_variance_batches": sequences // batch,
         "compute_featurewise_density_statistics": True,
         "compute_featurewise_weight_based_metrics": True,
-        "exclude_special_tokens_from_reconstruction": pair.splice.keeps,
+        "exclude_special_tokens_from_reconstruction": bool(pair.splice.special.ids),
         "dtype": config.train.dtype.name,
         "device": str(pair.subject.device),
     }

@@ -79,23 +79,23 @@ class SteeredModels:
         """
         subject, place = self._subject, self._splice.place
         model, splices = subject.model_of(cell), subject.splices_of(cell)
-        keep = subject.kept_positions(tokens, (self._splice,))
         elsewhere = [splice for splice in splices if splice.place != place]
-        earlier = {splice.hookpoint: splice.sae for splice in elsewhere if splice.block < place.begins}
-        later = {splice.hookpoint: splice.sae for splice in elsewhere if splice.block >= place.begins}
+        earlier = [splice for splice in elsewhere if splice.block < place.begins]
+        later = [splice for splice in elsewhere if splice.block >= place.begins]
         resid = None
         if place.begins:
-            with spliced(model, earlier, keep):
+            with spliced(model, earlier, tokens):
                 resid = model.resid_entering(place.begins, tokens)
         sae = next((splice.sae for splice in splices if splice.place == place), None)
         plain = IdentitySAE().eval() if sae is None else sae
         for coder in (plain, *(self._coder(sae, which, amounts) for amounts in strengths)):
-            inside = {str(place): coder} if place.is_inside else {}
+            steered = self._splice._replace(sae=coder)
+            inside = [steered] if place.is_inside else []
             entering = resid
             if not place.is_inside:
                 assert resid is not None  # a block's output enters the next one
-                entering = reconstructed(str(place), coder, resid, keep)
-            with spliced(model, inside | later, keep):
+                entering = reconstructed(steered, resid, tokens)
+            with spliced(model, inside + later, tokens):
                 hidden = model.hidden(tokens, place.begins, entering)
             yield hidden
 

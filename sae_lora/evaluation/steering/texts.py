@@ -18,6 +18,7 @@ from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Reading, Splice
+from sae_lora.splice.positions import NOT_SPECIAL
 
 _FEWEST = 4
 """Number of positive and of negative texts in each half that a latent needs to be chosen."""
@@ -103,13 +104,12 @@ def residuals(
         that keep their activation.
     """
     readings: list[Reading] = []
-    identity = splice._replace(sae=IdentitySAE(), keeps=False)
+    identity = splice._replace(sae=IdentitySAE(), special=NOT_SPECIAL)
     for rows in subject.slices(tokens):
         batch = tokens[rows].to(subject.device)
         subject.hidden(Cell.base, batch, readings.append, instead=(identity,))
         resid = readings.pop().resid.reshape(*batch.shape, -1)
-        kept = subject.kept_positions(batch, (splice,))
-        yield rows, resid, torch.zeros_like(batch, dtype=torch.bool) if kept is None else kept
+        yield rows, resid, splice.special.positions(batch, resid)
 
 
 def _held_out(

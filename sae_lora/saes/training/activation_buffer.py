@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel, observed
-from sae_lora.splice.hooks import special_positions
+from sae_lora.splice.positions import Special, exceeds_median
 
 _Group = tuple[str, ...]
 """The hookpoints that an SAE reads; each token takes one of them."""
@@ -30,7 +30,7 @@ class ActivationBuffer:
         model: The language model. The blocks after the last hookpoint are not computed.
         sources: Lists of hookpoints by name. With several hookpoints, each token takes one at random,
             and the same one for all names with the same list.
-        special_ids: Ids `[n]` whose positions are left out; `None` takes every position.
+        special: The positions to leave out.
         seed: Seed of the order and of the hookpoint that each token takes.
         batches_per_fill: Batches of tokens per fill, which is also the number of steps per fill.
 
@@ -42,7 +42,7 @@ class ActivationBuffer:
         self,
         model: LanguageModel,
         sources: Mapping[str, Sequence[str]],
-        special_ids: Tensor | None,
+        special: Special,
         seed: int,
         batches_per_fill: int,
     ) -> None:
@@ -54,12 +54,13 @@ class ActivationBuffer:
         places = [Place.named(hookpoint) for hookpoint in hookpoints]
         # The block of any other module is unknown: compute all blocks.
         self._end = max(len(model.blocks) if place is None else place.block + 1 for place in places)
-        self._special_ids = None if special_ids is None else special_ids.to(model.device)
+        self._special = special
         self._seed = seed
         self._held: dict[_Group, Tensor] = {}
         self._shape = torch.Size()
-        self._count = 0
-        self._order = torch.empty(0, dtype=torch.long)
+        self._counts: dict[_Group, int] = {}
+        """Number of activations for each list of hookpoints, because outliers differ between them."""
+        self._orders: dict[_Group, Tensor] = {}
         self._fill: int | None = None
 
     def first_batch_of(self, step: int) -> int:
@@ -85,43 +86,50 @@ class ActivationBuffer:
                     f"step {step} belongs to fill {fill}, but the buffer is at {self._fill}"
                 )
             self._read(fill, batches)
-        size = self._count // self.batches_per_fill
-        rows = self._order[part * size : (part + 1) * size].to(self._model.device)
-        parts = {group: held.index_select(0, rows) for group, held in self._held.items()}
+        parts = {}
+        for group, held in self._held.items():
+            size = self._counts[group] // self.batches_per_fill
+            rows = self._orders[group][part * size : (part + 1) * size].to(self._model.device)
+            parts[group] = held.index_select(0, rows)
         return {name: parts[group] for name, group in self._groups.items()}
 
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
         """Replace the present fill."""
-        self._fill, self._count = None, 0
         generators = {group: self._random(fill, *group) for group in set(self._groups.values())}
+        self._fill, self._counts = None, dict.fromkeys(generators, 0)
         for _ in range(self.batches_per_fill):
             tokens = next(batches).to(self._model.device)
             self._shape = self._shape or tokens.shape
             if tokens.shape != self._shape:
                 raise ValueError(f"batch has shape {[*tokens.shape]}, expected {[*self._shape]}")
             self._append(tokens, generators)
-        if self._count < self.batches_per_fill:
+        fewest = min(self._counts.values())
+        if fewest < self.batches_per_fill:
             raise UserError(
-                f"{self._count} activations are too few for {self.batches_per_fill} steps: "
-                "all other positions are special tokens, which are not trained on"
+                f"{fewest} activations are too few for {self.batches_per_fill} steps: "
+                "all other positions are special, and SAEs are not trained on them"
             )
-        self._order = torch.from_numpy(self._random(fill, "order").permutation(self._count))
+        self._orders = {
+            group: torch.from_numpy(self._random(fill, "order").permutation(count))
+            for group, count in self._counts.items()
+        }
         self._fill = fill
 
     def _append(self, tokens: Tensor, generators: Mapping[_Group, np.random.Generator]) -> None:
         """Add the activations of one batch."""
-        rows = torch.arange(tokens.numel(), device=tokens.device)
-        if self._special_ids is not None:
-            rows = rows[~special_positions(tokens, self._special_ids).flatten()]
+        rows = (~self._special.positions(tokens)).flatten().nonzero()[:, 0]
         taken: dict[tuple[_Group, str], Tensor] = {}
         for group, generator in generators.items():
             choices = torch.from_numpy(generator.integers(len(group), size=len(rows)))
             choices = choices.to(tokens.device)
             for choice, hookpoint in enumerate(group):
                 taken[group, hookpoint] = (choices == choice).nonzero()[:, 0]
+        multiple = self._special.norm_multiple
+        is_outlier = {group: torch.zeros_like(rows, dtype=torch.bool) for group in generators}
 
         def take(hookpoint: str, resid: Tensor) -> None:
+            outlier = None if multiple is None else exceeds_median(resid, multiple).flatten()
             resid = resid.flatten(0, 1)
             for group in generators:
                 if hookpoint in group:
@@ -129,11 +137,20 @@ class ActivationBuffer:
                         capacity = self._shape.numel() * self.batches_per_fill
                         self._held[group] = resid.new_empty(capacity, resid.shape[-1])
                     indices = taken[group, hookpoint]
-                    self._held[group][self._count + indices] = resid[rows[indices]]
+                    self._held[group][self._counts[group] + indices] = resid[rows[indices]]
+                    if outlier is not None:
+                        is_outlier[group][indices] = outlier[rows[indices]]
 
         with observed(self._modules, take):
             self._model.resid_entering(self._end, tokens)
-        self._count += len(rows)
+        for group, count in self._counts.items():
+            number = len(rows)
+            if multiple is not None:
+                held = self._held[group]
+                typical = held[count : count + number][~is_outlier[group]]
+                number = len(typical)
+                held[count : count + number] = typical
+            self._counts[group] = count + number
 
     def _random(self, fill: int, *purpose: str) -> np.random.Generator:
         """The generator of one fill for one purpose."""
@@ -145,19 +162,18 @@ def activations(
     model: LanguageModel,
     hookpoints: Iterable[str],
     batches: Iterable[Tensor],
-    special_ids: Tensor | None = None,
+    special: Special,
 ) -> Iterator[dict[str, Tensor]]:
     """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
 
-    Positions of the special ids `[n]` are left out.
+    Special positions are left out.
     """
     modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
     for tokens in batches:
         tokens = tokens.to(model.device)
-        counted = torch.ones_like(tokens, dtype=torch.bool)
-        if special_ids is not None:
-            counted = ~special_positions(tokens, special_ids)
         resids: dict[str, Tensor] = {}
         with observed(modules, resids.__setitem__):
             model.hidden(tokens)
-        yield {hookpoint: resid[counted] for hookpoint, resid in resids.items()}
+        yield {
+            hookpoint: resid[~special.positions(tokens, resid)] for hookpoint, resid in resids.items()
+        }
