@@ -192,7 +192,9 @@ def _begins(tokens: Tensor, keywords: Mapping[str, Any]) -> Tensor:
         tokens: The tokens of one forward pass, `[batch, pos]`.
         keywords: Its other arguments; `attention_mask` `[batch, cached + pos]` is zero at padding.
     """
-    cache, mask = keywords.get("past_key_values"), keywords.get("attention_mask")
+    # transformers has two names for the cache.
+    cache = keywords.get("past_key_values", keywords.get("cache"))
+    mask = keywords.get("attention_mask")
     n_cached = 0 if cache is None else cache.get_seq_length()
     if mask is None or mask.ndim != 2:
         mask = torch.ones(len(tokens), n_cached + tokens.shape[1], device=tokens.device)

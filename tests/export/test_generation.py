@@ -23,7 +23,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.hooks import Reading, Splice
-from sae_lora.splice.positions import Special
+from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.trunk import Splices
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.composing import composed
@@ -54,7 +54,7 @@ def make_adapted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> MakeAdap
     def adapted(family: str, *, keeps: bool = False, attention: Attention = Attention.auto) -> Adapted:
         model = small_model(family)
         choose_attention(model.model, attention, model.device)
-        special = Special((BOS, EOS) if keeps else ())
+        special = Special((BOS, EOS), first=True) if keeps else NOT_SPECIAL
         saes = Splice(1, topk_sae(), special=special), Splice(2, jumprelu_sae(), special=special)
         return with_adapters(Config(), tokenizer, model, saes, tmp_path)
 
