@@ -17,11 +17,12 @@ import typer
 from typer.core import TyperCommand
 
 from sae_lora.common.console import complain, count, say, show
-from sae_lora.common.errors import UserError, listed
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.errors import UserError, causes, listed
+from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
+from sae_lora.records.factors import differences_of
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, counts
 from sae_lora.report.tables import comparison_table, evaluation_tables
@@ -31,6 +32,7 @@ _RUN, _LOOK, _SHARE = "Run", "Look", "Share"
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 _EVERY_SUITE = ("core", "mechanism", "lora", "downstream")
 """The suites that `all` stands for."""
+_STOPPED = "repeat the command to continue"
 _RENAMED = {
     "reach": "recipes",
     "budget": "methods",
@@ -81,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(sys.argv[1:] if arguments is None else arguments, prog_name=PROGRAM)
     except SystemExit as exit:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(exit)):
+            complain("stopped", _STOPPED)
         return exit.code if isinstance(exit.code, int) else 0
     except UserError as error:
         if os.environ.get(compose.TRACEBACK_VARIABLE) == "1":
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain("error", str(error))
         return 1
     except KeyboardInterrupt:
-        complain("stopped", "progress is saved; repeat the command to resume")
+        complain("stopped", _STOPPED)
         return 130  # a shell's exit code for SIGINT
     return 0
 
@@ -144,8 +148,9 @@ def _status(sweep: Runs) -> None:
     """Show the progress of each run; exit code 1 if a run has failed."""
     from sae_lora.launcher.live_view import status_rows, status_table
 
-    statuses = status_rows(runs_of(sweep))
-    show(status_table(statuses))
+    folders = runs_of(sweep)
+    statuses = status_rows(folders)
+    show(status_table(statuses, differences_of(folders)))
     say(counts(status.state for status in statuses))
     raise typer.Exit(any(status.state is State.failed for status in statuses))
 
@@ -271,6 +276,7 @@ def _evaluate(
     folders = [folder for folder in runs_of(sweep) if folder.is_finished]
     if not folders:
         raise UserError("none of these runs is finished")
+    check_writable(folders[0].path.parent, "SWEEP")
     names = [name for value in suite for name in (_EVERY_SUITE if value == "all" else [value])]
     suites = [Suite[name] for name in names]
     failed: list[Suite] = []
@@ -318,7 +324,7 @@ def _compare_recipes(
     results = savings(runs_of(target), runs_of(sweep))
     show(savings_table(results))
     if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(to.parent, "--to")
         _write_results(to, results)
 
 
@@ -353,7 +359,7 @@ def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:
     results = comparison.compare(folders)
     show(comparison.table(results))
     if to is not None:
-        to.mkdir(parents=True, exist_ok=True)
+        check_writable(to, "--to")
         _write_results(to / f"{name}.json", results)
         _draw(to, comparison.figures(folders))
 
@@ -382,7 +388,7 @@ def _export(
         bool, typer.Option("--merge", help="Write the whole model with merged adapters.")
     ] = False,
 ) -> None:
-    """Write the adapters of a run into a folder, with a model card."""
+    """Write the trained weights of a run into a folder, with its SAEs and a model card."""
     from sae_lora.export.export import export
 
     say(f"exported: {export(run, to, merge=merge)}")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora.config.compose import CONF, default
-from sae_lora.config.overrides import written
 from sae_lora.config.reference import documented_keys, groups
+from sae_lora.config.serialize import written
 from sae_lora.records.metrics import METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"

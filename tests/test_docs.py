@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import sae_lora
 from sae_lora.cli import app
+from sae_lora.config.compose import with_quoted_text
 from scripts import reference_pages
 from tests.support.composing import composed
 
@@ -51,7 +52,7 @@ def test_launch_commands_compose(command: str) -> None:
     words = shlex.split(LAUNCH.sub("", command, count=1))
     if {"--help", "--cfg", "--hydra-help", "--config-dir"} & set(words):
         return  # tests of the command line run these
-    overrides = [word for word in words if word not in ("-m", "--multirun")]
+    overrides = [with_quoted_text(word) for word in words if word not in ("-m", "--multirun")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     options = [
         [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]

@@ -1,7 +1,9 @@
-"""Messages for people: plain lines, tables, and a live bar in a terminal."""
+"""Messages for people: plain lines, tables, and the progress of a stage as a bar or as lines."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,12 +47,85 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
         unit = task.fields["unit"]
-        return Text("" if rate is None else f"{rate:,.0f} {unit}/s", style="cyan")
+        return Text(f"{rate:,.0f} {unit}/s" if unit and rate is not None else "", style="cyan")
+
+
+class _Remaining(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        seconds = task.fields["seconds_left"]
+        return super().render(task) if seconds is None else Text(duration(seconds), style="cyan")
+
+
+Report = Callable[[str, int, int], object]
+"""Called with the present stage of the work, and the number of its parts that are done and in total;
+both are 0 if they are unknown."""
+PROGRESS_MARK = "… "
+"""Beginning of a line that only shows progress. A live view shows the same and leaves such lines out."""
+_MOST_COUNTED = 100
+"""Largest number of parts of a stage that are counted one by one; more are shown in per cent."""
+
+
+def no_report(stage: str, done: int, total: int) -> None:
+    """A `Report` that does nothing."""
+
+
+def stage_text(stage: str, done: int = 0, total: int = 0) -> str:
+    """A stage with its share done: `loading model`, `evaluating 3/16`, `tokenising 40%`."""
+    if total <= 1:
+        return stage
+    return f"{stage} {done}/{total}" if total <= _MOST_COUNTED else f"{stage} {done / total:.0%}"
+
+
+class Spacing:
+    """The times of lines that repeat: ten seconds apart, and after minutes at 2% of the time so far."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = self._last = clock()
+
+    def is_due(self, lines: int = 1) -> bool:
+        """True if it is time for this number of lines."""
+        now = self._clock()
+        return now - self._last >= lines * max(10.0, 0.02 * (now - self._start))
+
+    def restart(self) -> None:
+        """Count from now on: a line is printed."""
+        self._last = self._clock()
 
 
 @contextmanager
-def progress_bar(description: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A live progress bar in a terminal. The first call of `count(done, total, note)` shows it."""
+def stage_display(
+    unit: str = "", announced: Iterable[str] = (), clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[..., None]]:
+    """Show stages: in a terminal as a bar, else as lines, one for a new stage and then rarely.
+
+    The function is called as `show(stage, done, total, note, seconds_left)`; all but the stage may be
+    left out.
+
+    Args:
+        unit: Unit of the parts of a stage, for their rate.
+        announced: Stages whose first line another message replaces.
+        clock: The time in seconds.
+    """
+    if console.is_terminal:
+        yield from _bar(unit)
+        return
+    printed, spacing = set(announced), Spacing(clock)
+
+    def show(
+        stage: str, done: int = 0, total: int = 0, note: str = "", seconds_left: float | None = None
+    ) -> None:
+        if stage in printed and not spacing.is_due():
+            return
+        printed.add(stage)
+        spacing.restart()
+        eta = "" if seconds_left is None else f"ETA {duration(seconds_left)}"
+        say(PROGRESS_MARK + "  ".join(filter(None, (stage_text(stage, done, total), note, eta))))
+
+    yield show
+
+
+def _bar(unit: str) -> Iterator[Callable[..., None]]:
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
@@ -59,19 +134,32 @@ def progress_bar(description: str, unit: str) -> Iterator[Callable[..., None]]:
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("ETA", style="dim"),
-        TimeRemainingColumn(),
+        _Remaining(),
         console=console,
-        disable=not console.is_terminal,
         transient=True,
     )
-    task = progress.add_task(description, start=False, visible=False, unit=unit, note="")
+    task = progress.add_task("", start=False, visible=False, unit=unit, note="", seconds_left=None)
+    current = ""
 
-    def count(done: int, total: int, note: str = "") -> None:
-        progress.start_task(task)
-        progress.update(task, completed=done, total=total, note=note, visible=True)
+    def show(
+        stage: str, done: int = 0, total: int = 0, note: str = "", seconds_left: float | None = None
+    ) -> None:
+        nonlocal current
+        if stage != current:
+            progress.reset(task, description=stage, visible=True)
+            current = stage
+        size = total or None
+        progress.update(task, completed=done, total=size, note=note, seconds_left=seconds_left)
 
     with progress:
-        yield count
+        yield show
+
+
+@contextmanager
+def progress_bar(stage: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Show one stage, with `count(done, total, note)`."""
+    with stage_display(unit) as show:
+        yield partial(show, stage)
 
 
 def count(number: int, noun: str) -> str:
@@ -80,8 +168,8 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent; `undefined` for `None`."""
-    return "undefined" if share is None else f"{share:.1%}"
+    """A share in per cent; a dash for `None`."""
+    return "–" if share is None else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:

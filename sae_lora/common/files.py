@@ -12,6 +12,9 @@ from typing import Any
 
 from sae_lora.common.errors import UserError
 
+LONGEST_NAME = 255
+"""Longest name of a file or folder on Linux and macOS, in bytes of UTF-8."""
+
 
 def check_writable(folder: Path, asked_by: str) -> None:
     """Create the folder and write 1 MB into it, to find a full or read-only disk before any work starts.
@@ -25,6 +28,38 @@ def check_writable(folder: Path, asked_by: str) -> None:
         (folder / ".room").unlink(missing_ok=True)  # another launch may check at the same time
     except OSError as error:
         raise UserError(f"{asked_by}: cannot write to {folder}: {error.strerror}") from error
+
+
+def check_readable(file: Path, asked_by: str) -> None:
+    """Open the file for reading.
+
+    Raises:
+        UserError: If this is impossible. The message names `asked_by`, the option for the file.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{asked_by} = {str(file)!r} cannot be read: {error.strerror}") from error
+
+
+def check_can_be_made(folder: Path, asked_by: str) -> None:
+    """Refuse a folder that `check_writable` would refuse, as far as this is known without writing.
+
+    Raises:
+        UserError: If a file is in its place, or its nearest existing parent is not writable.
+    """
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    cause = None
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        cause = f"a name in it is longer than {LONGEST_NAME} bytes"
+    elif not existing.is_dir():
+        cause = f"{existing} is not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        cause = f"no permission to write to {existing}"
+    if cause is not None:
+        raise UserError(f"{asked_by}: cannot write to {folder}: {cause}")
 
 
 def as_json(values: dict[str, Any] | list[Any]) -> str:

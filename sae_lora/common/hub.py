@@ -1,5 +1,6 @@
 """Errors of the Hugging Face hub as one clear message, whichever library raised them."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ def _reason(error: BaseException) -> str | None:
         return "the repository has no such revision"
     if has(hub.RepositoryNotFoundError) or "DatasetNotFoundError" in names:
         return "there is no such repository, or it is private and you are not logged in"
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.filename and cause.errno not in _EXPECTED:
+            return _refused_by_disk(cause)
     if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         return _OFFLINE
     if has(hub.RemoteEntryNotFoundError, hub.EntryNotFoundError):
@@ -86,6 +90,18 @@ def _reason(error: BaseException) -> str | None:
     if has(OSError) and says("does not appear to have a file named", "is not a local folder"):
         return str(chain[0]).splitlines()[0]
     return None
+
+
+_EXPECTED = (None, errno.ENOENT, errno.EEXIST)
+"""Codes of errors that libraries handle themselves: a file that is not in the cache yet, for example."""
+
+
+def _refused_by_disk(error: OSError) -> str:
+    reason = f"{error.filename}: {error.strerror}"
+    caches = (constants.HF_HOME, constants.HF_HUB_CACHE)
+    if any(Path(str(error.filename)).is_relative_to(cache) for cache in caches):
+        reason += ". This is the Hugging Face cache: set HF_HOME to a folder that can be written"
+    return reason
 
 
 _COMMIT = r"[0-9a-f]{40}"

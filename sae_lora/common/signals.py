@@ -51,6 +51,29 @@ class Interruption:
 
 
 @contextmanager
+def interrupted_once(numbers: Iterable[signal.Signals]) -> Iterator[Callable[[], None]]:
+    """Raise `KeyboardInterrupt` at the first of these signals inside the block; ignore the next ones.
+
+    So a second Ctrl-C cannot interrupt the clean-up after the first one. After a call of the function
+    that this yields, the next signal counts again.
+    """
+    is_heard = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal is_heard
+        if not is_heard:
+            is_heard = True
+            raise KeyboardInterrupt
+
+    def listen_again() -> None:
+        nonlocal is_heard
+        is_heard = False
+
+    with handling(numbers, interrupt):
+        yield listen_again
+
+
+@contextmanager
 def unheard() -> Iterator[None]:
     """Block `SIGNALS` for processes that are started inside the block."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -53,11 +53,12 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
     for run in finished_runs(folders):
         shared, seed = _key(run)
         reference = summaries.get((shared, seed))
-        if reference is not None and reference["gap_closed"] is not None:
+        if reference is not None and None not in (reference["gap_closed"], run.summary["gap_closed"]):
             groups[shared].append((run, reference))
     if not groups:
         raise UserError(
-            "no finished run of one sweep has a counterpart in the other, with the same factors and seed"
+            "no finished run of one sweep has a counterpart in the other, with the same factors and "
+            "seed, or their gap closed is undefined"
         )
     rows = []
     for shared, pairs in groups.items():

@@ -13,7 +13,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
 from sae_lora.records.factors import finished_runs
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import right_aligned
+from sae_lora.report.tables import explained, right_aligned
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def table(runs: Sequence[Several]) -> Table:
                 f"{sae.without:+.3f}",
                 end_section=number == len(run.saes) - 1,
             )
-    return rows
+    return explained(rows, [run.gap_closed for run in runs])
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:

@@ -14,6 +14,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
 from sae_lora.config.schema import Config
-from sae_lora.config.serialize import keys, typed, unknown_key
+from sae_lora.config.serialize import PLAIN_TEXT, keys, typed, unknown_key, written
 from sae_lora.config.validate import check
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -74,9 +75,10 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
         composed.append(point)
         return None
 
+    words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
     original_argv = sys.argv
     # hydra.main reads its arguments only from sys.argv.
-    sys.argv = [original_argv[0], *map(_with_new_names, with_options_first(arguments))]
+    sys.argv = [original_argv[0], *words]
     try:
         with mistakes_explained():
             collect()
@@ -97,6 +99,46 @@ def _with_new_names(argument: str) -> str:
             complain("note", f"the config group `{old}` is called `{new}` now")
             return argument.replace(old, new, 1)
     return argument
+
+
+def with_quoted_text(argument: str) -> str:
+    """The argument with quotes around text that Hydra cannot read without them.
+
+    This is the path of an existing file or folder, such as `data.files=a,b=[1].txt`, and a path or name
+    that Hydra refuses, such as `sae.path=saes/{block}`. Between the commas of a sweep or a list, each
+    text gets its own quotes. Everything that Hydra can read keeps its meaning.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in _text_keys() or PLAIN_TEXT.fullmatch(value):
+        return argument
+    if os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 False for a path that is too long
+        return f"{key}={written(value)}"
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{key}={_quoted(value)}"
+    return argument
+
+
+@cache
+def _text_keys() -> frozenset[str]:
+    """The keys whose values are text."""
+    texts = {key for key, kind in keys().items() if kind in (str, str | None)}
+    return frozenset(texts | {"data.files"})
+
+
+def _quoted(value: str) -> str:
+    """A value of Hydra's command line with quotes around each text in it."""
+    parts = re.findall(r"(?:[^,\[\](){}]|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|[\[\](){}])+", value)
+    return ",".join(map(_quoted_part, parts))
+
+
+def _quoted_part(part: str) -> str:
+    if part.startswith("[") and part.endswith("]"):
+        return f"[{_quoted(part[1:-1])}]"
+    part = part.strip()
+    is_read = PLAIN_TEXT.fullmatch(part) or part[:1] in "\"'" or re.match(r"\w+\(", part)
+    return part if is_read else written(part)
 
 
 def _is_dispatched_by_hydra() -> bool:
@@ -130,9 +172,7 @@ def explanation(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        allowed = f"one of {listed(error.options, 40)}"
-        return str(ConfigError(group, choice, allowed, nearest_name(choice, error.options)))
+        return _explain_choice(error.missing_cfg_file or "", error.options)
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         quoted = shlex.quote(f'{key}="{value}"')
@@ -154,6 +194,15 @@ def explanation(error: BaseException) -> str:
                 return str(unknown_key(key))
     first, *more = str(error).splitlines()
     return "\n  ".join([first, *(line for line in more if TRACEBACK_VARIABLE not in line)])
+
+
+def _explain_choice(path: str, options: Sequence[str]) -> str:
+    group, _, choice = path.rpartition("/")
+    nearest = nearest_name(choice, options)
+    name = path.removeprefix("model/")
+    if name != path and ("/" in name or Path(name).is_dir()):  # the name of a model, not of an option
+        group, choice, nearest = "model", name, f"hf model.name={name}"
+    return str(ConfigError(group, choice, f"one of {listed(options, 40)}", nearest))
 
 
 def _explain_type(key: str, text: str) -> str:

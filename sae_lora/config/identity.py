@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sae_lora.common.files import LONGEST_NAME
 from sae_lora.config.enums import Architecture, Hook, Method, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict
@@ -14,12 +15,12 @@ from sae_lora.embedded import NAME as EMBEDDED_NAME
 
 _NOT_HASHED = {
     "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
-    "model": ("middle_block", "commit", "attention"),
+    "model": ("middle_block", "fit_context", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
     "train": (
         *("device", "kl", "kl_chunk_tokens", "activation_checkpointing", "eval_each_sae"),
-        *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps"),
+        *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps", "checkpoint_every_min"),
     ),
 }
 """Keys that cannot change a result, or requests that `sae.used` answers."""
@@ -62,6 +63,8 @@ def identity(config: Config) -> str:
             del choice["hook"]
         if not choice["group"]:
             del choice["group"]
+    if config.data.bos == "auto":  # as in versions that had no other choice
+        del values["data"]["bos"]
     if config.sae.family is not SAEFamily.new:
         del values["sae"]["architecture"]
     if not _keeps_first(config):
@@ -78,6 +81,8 @@ def identity(config: Config) -> str:
         _leave_out_path(values["lora"], "begun")
         if not config.lora.dora:
             del values["lora"]["dora"]
+        if config.lora.selection is None:
+            del values["lora"]["selection"]
     else:
         del values["lora"]
     if config.method.kind is not Method.lora:
@@ -110,11 +115,11 @@ _DIFFER_IN_PACK = {
         *("sweep", "output_dir", "init", "init_at"),
     ),
     "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
-    "model": ("middle_block",),
+    "model": ("middle_block", "fit_context"),
     "data": ("cache_dir",),
     "train": (
         *("lr", "schedule", "warmup_share", "loraplus_ratio", "weight_decay", "grad_clip"),
-        *("kl_reduction", "seed", "checkpoint_every_steps"),
+        *("kl_reduction", "seed", "checkpoint_every_steps", "checkpoint_every_min"),
     ),
 }
 """Keys in which runs that train together may differ."""
@@ -174,13 +179,24 @@ def readable_name(config: Config) -> str:
             lora.blocks if isinstance(lora.blocks, str) else "b" + "+".join(map(str, lora.blocks))
         )
         if lora.targets != "all":
-            parts.append("+".join(as_list(lora.targets)))
+            # `*` and `?` are no names of files in all systems, and shells expand them.
+            parts.append("+".join(as_list(lora.targets)).translate(str.maketrans("*?", "xx")))
     elif method.rank is not None and "rank" in _METHOD_KEYS[method.kind]:
         parts.append(f"r{method.rank}")
     if config.init is not None:
         parts.append(f"init{config.init_at:g}" if config.init_at != 1 else "init")
     parts.append(f"s{config.train.seed}")
     return "-".join(parts)
+
+
+def folder_name(config: Config) -> str:
+    """Name of the run folder: the readable name and the hash.
+
+    A name that is too long for a file system is cut. The hash keeps it unique.
+    """
+    name, run_hash = readable_name(config), identity(config)
+    most = LONGEST_NAME - len(run_hash) - 1
+    return f"{name.encode()[:most].decode(errors='ignore')}-{run_hash}"
 
 
 _MOST_BLOCKS = 8

@@ -1,13 +1,25 @@
 """Meaning of the values of `lora`: adapted matrices, adapted blocks, and alpha."""
 
 import math
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.config.schema import LoRAConfig, as_list
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION, MLP = "attn", "mlp"
+"""The parts of a block. Attention stands for all that mixes positions, such as a state space model; all
+other weights act on each position alone and belong to the MLP."""
 
+PARTS: dict[str, tuple[str, ...]] = {
+    "all": (ATTENTION, MLP),
+    "attn": (ATTENTION,),
+    "mlp": (MLP,),
+}
+"""Names for `lora.targets` that stand for all matrices of some parts."""
 TARGET_SETS: dict[str, tuple[str, ...]] = {
     "all": MATRICES,
     "attn": ("q", "k", "v", "o"),
@@ -16,25 +28,65 @@ TARGET_SETS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate", "up", "down"),
     **{matrix: (matrix,) for matrix in MATRICES},
 }
-"""Names for `lora.targets`, with the matrices that each stands for."""
+"""Names for `lora.targets`, with the roles of the matrices that each stands for in most models."""
+_PATTERN = re.compile(r"(?=.*[*._])[\w.*?]+")
+"""A pattern: letters and digits, and at least one of `*`, `.` and `_`."""
+SELECTION = 2
+"""Version of the rule by which `lora.targets` selects matrices: 1 by their names, 2 by structure."""
+SAME_IN_VERSION_1 = frozenset(
+    (
+        *("apertus", "apertus1p5_text", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "cwm"),
+        *("diffllama", "emu3", "ernie4_5", "exaone", "exaone4", "gemma", "gemma2", "gemma3"),
+        *("gemma3_text", "gemma4_unified_text", "glm", "glm4", "gpt-sw3", "gpt2", "gpt_bigcode"),
+        *("gpt_neo", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "helium"),
+        *("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3"),
+        *("mistral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "openai-gpt", "opt", "phi3"),
+        *("phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+        *("vaultgemma", "xglm"),
+    )
+)
+"""Model types of transformers in which both versions select the same matrices."""
 
 
-def target_matrices(targets: Any) -> tuple[str, ...]:
-    """The matrices that `lora.targets` names, in the order of `MATRICES`.
+def selection_version(model_type: str | None) -> int | None:
+    """The value of `lora.selection`; null where runs of version 1 have the same results."""
+    return None if model_type in SAME_IN_VERSION_1 else SELECTION
+
+
+def is_pattern(target: str) -> bool:
+    """True if this word of `lora.targets` is a pattern of paths, not a name."""
+    return target not in TARGET_SETS
+
+
+def matches(path: str, pattern: str) -> bool:
+    """True if the pattern describes this path inside a block, or its end after a dot.
+
+    `*` stands for any characters, `?` for one.
+    """
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def target_words(targets: Any) -> list[str]:
+    """The words of `lora.targets`: names of `TARGET_SETS`, and patterns of paths inside a block.
 
     Raises:
-        ConfigError: For an unknown name.
+        ConfigError: For a word that is neither.
     """
-    names = [str(name) for name in as_list(targets)]
-    allowed = f"one of {listed(TARGET_SETS, 20)}, or a list of these"
-    if not names:
+    words = [str(word) for word in as_list(targets)]
+    allowed = (
+        f"one of {listed(TARGET_SETS, 20)}, a pattern of paths inside a block such as self_attn.*_proj, "
+        "or a list of these"
+    )
+    if not words:
         raise ConfigError("lora.targets", targets, allowed, "all")
-    if not set(names) <= set(TARGET_SETS):
-        matches = [nearest_name(name, TARGET_SETS) for name in names]
-        joined = ",".join(name for name in matches if name is not None)
-        nearest = f"[{joined}]" if len(matches) > 1 else matches[0]
-        raise ConfigError("lora.targets", targets, allowed, nearest)
-    return tuple(matrix for matrix in MATRICES if any(matrix in TARGET_SETS[name] for name in names))
+    unknown = [word for word in words if word not in TARGET_SETS and not _PATTERN.fullmatch(word)]
+    if unknown:
+        nearest = [nearest_name(word, TARGET_SETS) if word in unknown else word for word in words]
+        joined = ",".join(name for name in nearest if name is not None)
+        raise ConfigError(
+            "lora.targets", targets, allowed, f"[{joined}]" if len(words) > 1 else nearest[0]
+        )
+    return words
 
 
 def canonical_alpha(lora: LoRAConfig) -> float:
@@ -84,3 +136,8 @@ def adapted_blocks(blocks: Any, first_sae: int, n_blocks: int) -> list[int]:
 def listed_matrices(matrices: set[str]) -> str:
     """The names for `lora.targets` that need only these matrices."""
     return listed(name for name, needed in TARGET_SETS.items() if matrices.issuperset(needed))
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Paths and numbers of weights that stay frozen, in one line: `mlp.gate (4), mamba.conv1d (2)`."""
+    return ", ".join(f"{path} ({number})" for path, number in left_out.items())

@@ -1,7 +1,6 @@
 """The command that repeats a run, from its config."""
 
 import operator
-import re
 import shlex
 from contextlib import suppress
 from functools import cache, reduce
@@ -9,7 +8,7 @@ from typing import Any
 
 from sae_lora.config.compose import default
 from sae_lora.config.schema import WRITTEN_BY_PLANNER
-from sae_lora.config.serialize import as_dict, keys
+from sae_lora.config.serialize import as_dict, keys, written
 
 _EXECUTION_KEYS = {
     "launcher",
@@ -20,9 +19,6 @@ _EXECUTION_KEYS = {
     "train.device",
 }
 """Keys for where and how a run is executed; they do not change what it computes."""
-_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
-_WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
-"""Words that Hydra does not read as text unless they are quoted."""
 
 
 def command(config: dict[str, Any]) -> str:
@@ -39,29 +35,6 @@ def command(config: dict[str, Any]) -> str:
         f"{key}={written(value)}" for key, value in flat(config).items() if value != defaults[key]
     ]
     return " ".join(["sae-lora launch", *map(shlex.quote, overrides)])
-
-
-def written(value: Any) -> str:
-    """A value as Hydra reads it on the command line."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list():
-            return f"[{','.join(map(written, value))}]"
-        case dict():
-            return "{" + ",".join(f"{key}:{written(inner)}" for key, inner in value.items()) + "}"
-        case str():
-            if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
-                return value
-            # Hydra reads a backslash literally, except before a quote.
-            escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
-            return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
-        case _:
-            raise NotImplementedError(type(value))
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.common.console import console, say
-from sae_lora.config.compose import CONF, mistakes_explained, with_options_first
-from sae_lora.config.overrides import written
+from sae_lora.config.compose import CONF, mistakes_explained, with_options_first, with_quoted_text
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
+from sae_lora.config.serialize import written
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def show_help(arguments: Sequence[str]) -> None:
     folders = [Path(options.config_dir).absolute()] if options.config_dir else []
     path = [f"hydra.searchpath=[file://{folder}]" for folder in folders]
     with mistakes_explained(), initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", overrides=[*options.overrides, *path])
+        config = compose("config", overrides=[*map(with_quoted_text, options.overrides), *path])
     say(_INTRODUCTION)
     table = _table("Groups (group=option)")
     for group, names in groups(*folders).items():

@@ -43,8 +43,12 @@ class ModelConfig:
     attention: Attention = Attention.auto
     """Attention implementation: auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise. auto
     takes blockwise for soft-capped scores (Gemma-2) on a CPU. Results differ only by rounding."""
-    middle_block: int = 0
-    """Block of the SAE if `layer.index` is null and the SAE's metadata names no block."""
+    middle_block: int | None = None
+    """Block of the SAE if `layer.index` is null and the SAE's metadata names no block. Null: half of the
+    model's blocks; 3 for the embedded model."""
+    fit_context: bool = False
+    """Shorten `data.context_length` to the longest sequence that the model supports; false: refuse a
+    longer one."""
 
     @property
     def pinned_revision(self) -> str | None:
@@ -75,7 +79,7 @@ class SAEChoice:
     id: str | None = None
     """Registry id within the release."""
     path: str | None = None
-    """Folder in sae-lens's format."""
+    """Folder of an SAE."""
     commit: str | None = None
     """Commit of the release's repository when the run was planned."""
     sha256: str | None = None
@@ -112,7 +116,8 @@ class SAEConfig:
     id: str | None = None
     """sae-lens registry id within the release (family `registry`)."""
     path: str | None = None
-    """Folder in sae-lens's format (family `disk`). `{block}` in it is replaced by the block's index."""
+    """Folder of an SAE (family `disk`), in the format of sae-lens, sparsify or dictionary_learning.
+    `{block}` in it is replaced by the block's index."""
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
     sparse: bool | None = None
@@ -167,7 +172,9 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input during training."""
     targets: Any = "all"
-    """Adapted matrices: all, attn, mlp, qkv, qv, one of q k v o gate up down, or a list of these."""
+    """Adapted matrices: all, attn, mlp, qkv, qv, one of q k v o gate up down, a pattern of paths in a
+    block such as self_attn.*_proj, or a list of these. attn stands for everything that mixes positions.
+    Routers, convolutions and other weights that are no matrices are left out; the plan lists them."""
     blocks: Any = "after"
     """Adapted blocks: after (those after the first SAE), all, or a list of indices."""
     rank_stabilised: bool = True
@@ -179,6 +186,9 @@ class LoRAConfig:
     """The trained adapters that these begin with, from `init`. The planner writes it."""
     dora: bool = False
     """DoRA: learn the length and the direction of weight columns separately (arXiv 2402.09353)."""
+    selection: int | None = None
+    """Version of the rule by which `targets` selects matrices; null: version 1 selects the same in this
+    model. The planner writes it."""
 
 
 @dataclass
@@ -229,9 +239,13 @@ class DataConfig:
     shuffle_buffer: int = 10_000
     """Number of documents in the shuffle buffer of a stream."""
     files: Any = None
-    """Paths or glob patterns, for source text_files: text, .jsonl (also .zst, .gz), .parquet, .csv."""
+    """Paths or glob patterns, for source text_files: text, .jsonl, .json, .parquet or .csv, also
+    compressed (.gz, .zst, .bz2, .xz)."""
     context_length: int = 128
     """Tokens per sequence, including BOS."""
+    bos: Any = "auto"
+    """Begin each sequence with BOS: auto (if the tokenizer begins a text with it), true (with EOS if the
+    tokenizer has no BOS), or false."""
     validation_tokens: int = 32_768
     """Held-out tokens that each evaluation reads."""
     validation_share: float = 0.1
@@ -289,6 +303,9 @@ class TrainConfig:
     """Memory for hidden states that are kept between evaluations, if all fit. Saves time."""
     checkpoint_every_steps: int = 200
     """Steps between two checkpoints: the most work that a crash can lose."""
+    checkpoint_every_min: float | None = 10.0
+    """Also save a checkpoint after this many minutes without one; null: only by steps. Such checkpoints
+    are rarer if they would take more than 3% of the time."""
     seed: int = 0
     """Seed of initial weights and dropout."""
     device: Device = Device.auto
@@ -398,7 +415,9 @@ class Config:
     """Folder of all sweeps."""
 
 
-WRITTEN_BY_PLANNER = frozenset({"model.commit", "data.version", "sae.used", "lora.begun"})
+WRITTEN_BY_PLANNER = frozenset(
+    {"model.commit", "data.version", "sae.used", "lora.begun", "lora.selection"}
+)
 """Keys that the planner fills in. Nobody sets them on the command line."""
 
 

@@ -1,12 +1,13 @@
 """Conversion of the config to text and plain values, and back. Unknown keys are refused."""
 
 import dataclasses
+import re
 import typing
 from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
 
 from sae_lora.common.errors import UserError, listed, nearest_name
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
@@ -16,7 +17,8 @@ def typed(composed: DictConfig) -> Config:
     """The composed config as typed objects, with interpolations resolved.
 
     Raises:
-        UserError: For a key that the schema does not have (`+foo=1` gets past Hydra).
+        UserError: For a key that the schema does not have (`+foo=1` gets past Hydra), and for a key
+            without a value.
     """
     values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
@@ -24,7 +26,11 @@ def typed(composed: DictConfig) -> Config:
         merged = OmegaConf.merge(_schema(), values)
     except ConfigKeyError as error:
         raise unknown_key(str(error.full_key)) from error
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        (key, *_) = sorted(OmegaConf.missing_keys(merged))
+        raise UserError(f"{key} has no value: add {key}=<value>") from error
     assert isinstance(config, Config)
     return config
 
@@ -46,6 +52,35 @@ def load(text: str) -> Config:
     loaded = OmegaConf.create(text)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
+
+
+PLAIN_TEXT = re.compile(r"[A-Za-z_./][\w./-]*")
+"""Text that Hydra reads without quotes."""
+_WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
+"""Words that Hydra does not read as text unless they are quoted."""
+
+
+def written(value: Any) -> str:
+    """A value as Hydra reads it on the command line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list():
+            return f"[{','.join(map(written, value))}]"
+        case dict():
+            return "{" + ",".join(f"{key}:{written(inner)}" for key, inner in value.items()) + "}"
+        case str():
+            if PLAIN_TEXT.fullmatch(value) and value.lower() not in _WORDS:
+                return value
+            # Hydra reads a backslash literally, except before a quote.
+            escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+            return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+        case _:
+            raise NotImplementedError(type(value))
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:

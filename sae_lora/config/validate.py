@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
+from sae_lora.common.files import LONGEST_NAME
 from sae_lora.common.secrets import secret_in
 from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
 from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
-from sae_lora.config.lora_targets import canonical_alpha, target_matrices
+from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, LauncherConfig, as_list
 
 
@@ -24,6 +26,7 @@ def check(config: Config) -> None:
     _check_secrets(config)  # first, because other messages show the value
     _check_ranges(config)
     _check_names(config)
+    _check_homes(config)
     _check_groups(config)
     _check_layer(config)
     _check_sae(config)
@@ -87,6 +90,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("launcher.gpus_per_node", "model.middle_block", "train.weight_decay", "train.eval_cache_gb"),
     *("train.seed", "data.seed", "evaluation.few_shot"),
+    *("evaluation.steering_block", "evaluation.steering_max_harm"),
 )
 _SHARES = {
     "lora.dropout": (0, 0.9),
@@ -123,6 +127,10 @@ def _check_ranges(config: Config) -> None:
         raise _refusal(config, "data.context_length", allowed, _SHORTEST_CONTEXT)
     if config.train.grad_clip is not None and not config.train.grad_clip > 0:
         raise _refusal(config, "train.grad_clip", "a number above 0, or null", "null")
+    minutes = config.train.checkpoint_every_min
+    if minutes is not None and not 0 < minutes < math.inf:
+        allowed = "minutes above 0, or null for checkpoints only by steps"
+        raise _refusal(config, "train.checkpoint_every_min", allowed, "null")
     if config.sae.l0 is not None and not 0 < config.sae.l0 < math.inf:
         raise _refusal(config, "sae.l0", "active latents per token, above 0")
 
@@ -134,8 +142,28 @@ def _check_names(config: Config) -> None:
     if "/" in config.sweep or config.sweep in {".", ".."}:
         nearest = config.sweep.strip("./").replace("/", "_")
         raise _refusal(config, "sweep", "one folder name", nearest)
+    length = len(config.sweep.encode())
+    if length > LONGEST_NAME:
+        nearest = config.sweep.encode()[:LONGEST_NAME].decode(errors="ignore")
+        allowed = f"at most {LONGEST_NAME} bytes, the longest name of a folder"
+        raise _refusal(config, "sweep", allowed, nearest, f"it has {length} bytes")
     if not config.model.name.strip():
         raise _refusal(config, "model.name", "a repository, a folder, or tiny", "tiny")
+
+
+_PATHS = (
+    *("model.name", "sae.path", "data.files", "data.cache_dir", "output_dir", "init"),
+    "evaluation.steering_texts",
+)
+
+
+def _check_homes(config: Config) -> None:
+    """Refuse `~name` at the beginning of a path if this machine has no such user."""
+    for key in _PATHS:
+        for path in as_list(attrgetter(key)(config)):
+            if isinstance(path, str) and os.path.expanduser(path).startswith("~"):  # noqa: PTH111 it does not raise
+                user = path.split("/")[0]
+                raise _refusal(config, key, "a path", f"./{path}", f"there is no user {user[1:]!r}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -200,7 +228,7 @@ def _check_groups(config: Config) -> None:
 
 
 def _check_lora(config: Config) -> None:
-    target_matrices(config.lora.targets)
+    target_words(config.lora.targets)
     canonical_alpha(config.lora)
     blocks = config.lora.blocks
     if not isinstance(blocks, str):
@@ -303,12 +331,22 @@ def _check_new_sae(config: Config) -> None:
         raise _refusal(config, "sae.sparsity_coefficient", allowed, "null")
 
 
+_PATTERNS = "a path or glob pattern, or a list of them"
+
+
 def _check_data(config: Config) -> None:
     data = config.data
     if data.source is TextSource.hub and data.name is None:
         raise _refusal(config, "data.name", "a Hugging Face data set, such as org/name")
     if data.source is TextSource.text_files and not data.files:
-        raise _refusal(config, "data.files", "a path or glob pattern, or a list of them")
+        raise _refusal(config, "data.files", _PATTERNS)
+    for pattern in as_list(data.files or []):
+        if not isinstance(pattern, str) or not pattern:
+            because = f"{pattern!r} is not text; quote a name of digits twice: 'data.files=\"2024\"'"
+            raise _refusal(config, "data.files", _PATTERNS, because=because)
+    if not (data.bos == "auto" or isinstance(data.bos, bool)):
+        nearest = str(data.bos).lower() if str(data.bos).lower() in ("true", "false") else "auto"
+        raise _refusal(config, "data.bos", "auto, true or false", nearest)
     step = step_tokens(config)
     if config.train.train_tokens < step:
         allowed = f"at least one step of {step} tokens (train.batch_size × data.context_length)"
@@ -383,17 +421,11 @@ def _check_steering(config: Config) -> None:
         _check_repeats(config, key, "latent")
     elif not _is_whole(value) or value < 1:
         raise _refusal(config, key, allowed, 1)
-    if evaluation.steering_block is not None and evaluation.steering_block < 0:
-        raise _refusal(config, "evaluation.steering_block", "a block's index, or null", 0)
     key = "evaluation.steering_strengths"
     strengths = evaluation.steering_strengths
     if not strengths or not all(map(math.isfinite, strengths)):
         raise _refusal(config, key, "a list of finite numbers", "[1.0]")
     _check_repeats(config, key, "strength")
-    harm = evaluation.steering_max_harm
-    if harm is not None and not 0 <= harm < math.inf:
-        allowed = "0 or more nats per token, or null"
-        raise _refusal(config, "evaluation.steering_max_harm", allowed, 0)
     if evaluation.steering_text_tokens < SHORTEST_TEXT:
         allowed = f"at least {SHORTEST_TEXT}: the first token of a text is not scored"
         raise _refusal(config, "evaluation.steering_text_tokens", allowed, SHORTEST_TEXT)

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,30 +16,33 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
+from sae_lora.common.console import say
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
+from sae_lora.common.files import as_json, check_readable, check_writable, new_folder, write_atomically
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig, as_list
 from sae_lora.data.documents import (
     Document,
-    file_documents,
-    files_matching,
     hub_documents,
     in_validation,
     shuffled,
     stdlib_documents,
 )
 from sae_lora.data.packing import (
+    Convention,
     Packer,
+    check_vocabulary,
     convention_of,
     shuffled_batches,
     special_ids,
     tokenised,
 )
+from sae_lora.data.text_files import content_digests, file_documents, files_matching
 
 Progress = Callable[[int, int], object]
 """Called with the number of sequences so far and in total while a corpus is tokenised."""
-_FORMAT = 1
+_FORMAT = 2
+"""Version of the cached sequences: a new one where a text gives other sequences than before."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def load(
     train_sequences: int,
     batch_size: int = 1,
     on_progress: Progress = lambda done, total: None,
+    vocabulary: int | None = None,
 ) -> Corpus:
     """The corpus that the config describes, from the cache if possible.
 
@@ -78,19 +84,121 @@ def load(
         train_sequences: Training sequences that the run needs.
         batch_size: Sequences per step; error messages suggest numbers of tokens in whole steps.
         on_progress: Called with the number of sequences so far and in total.
+        vocabulary: Number of token ids that the model has; `None` does not check the tokens.
 
     Raises:
-        ConfigError: If the text is too short for the config.
-        UserError: If the text cannot be read, or has changed since the run was planned.
+        ConfigError: If the text is too short for the config, or the tokenizer has no token for
+            `data.bos=true`.
+        UserError: If the text cannot be read, has changed since the run was planned, or has a token that
+            the model lacks.
     """
-    convention = convention_of(tokenizer)
+    check_vocabulary(tokenizer)
+    convention = convention_of(tokenizer, config.bos)
     source, documents = _source(config)
     if config.version not in (None, version_of(source)):
         raise UserError(
             f"the text ({config.source.name}) has changed since this run was planned (files, or for "
             "stdlib the Python version); use another sweep=… to start again with the present text"
         )
-    recipe = {
+    recipe = _recipe(config, source, tokenizer, convention, train_sequences)
+    key = _digest(json.dumps(recipe, sort_keys=True))
+    folder = _cache(config, "corpora") / key
+    sequences = _cached(folder)
+    if sequences is None:
+        check_writable(folder.parent, "data.cache_dir")  # before the work, which may take an hour
+        most = recipe["train_sequences"], recipe["validation_sequences"]
+        train, validation = _packed(
+            config, tokenizer, documents, convention, most, on_progress, vocabulary
+        )
+        sequences = _write(folder, recipe, train, validation)
+    _check_tokens(sequences.largest_token, tokenizer, vocabulary)
+    train, validation = sequences.train, sequences.validation
+    _check_length(config, len(train), len(validation), train_sequences, batch_size)
+    begin = None if convention.bos is None else tokenizer.convert_ids_to_tokens(convention.bos)
+    return Corpus(
+        train=train,
+        validation=validation,
+        special_ids=special_ids(tokenizer),
+        description=source
+        | {
+            "corpus": key,
+            "context_length": config.context_length,
+            "bos": convention.bos is not None,
+            "begins_with": begin,
+            "training_sequences": len(train),
+            "validation_sequences": len(validation),
+            "passes": round(train_sequences / len(train), 3),
+        },
+    )
+
+
+_CHECKED_TOKENS = 2**19
+"""Largest number of tokens of each split that `check` makes."""
+_CHECKED_BYTES = 2**26
+"""Largest size of all files together that `check` reads to the end."""
+
+
+def check(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train_sequences: int,
+    batch_size: int,
+    vocabulary: int,
+) -> None:
+    """Refuse local text that `load` would refuse, in seconds and without writing anything.
+
+    What this does not find: faults of text on the hub; a fault after the first 512k tokens of each split
+    in files of more than 64 MB; too little text if more than 512k tokens are needed.
+
+    Args:
+        config: The text, and how it is cut.
+        tokenizer: The model's; `None` only reads the text.
+        train_sequences: Training sequences that the run needs.
+        batch_size: Sequences per step.
+        vocabulary: Number of token ids that the model has.
+
+    Raises:
+        UserError: As `load` does.
+    """
+    convention = None
+    if tokenizer is not None:
+        check_vocabulary(tokenizer)
+        convention = convention_of(tokenizer, config.bos)
+    if config.source is TextSource.hub:
+        return
+    files = files_matching(as_list(config.files)) if config.source is TextSource.text_files else []
+    for file in files:
+        check_readable(file, "data.files")
+    documents = file_documents(files, config.column) if files else iter(stdlib_documents())
+    if tokenizer is not None and convention is not None:
+        needed = (
+            1 if config.repeat else train_sequences,
+            config.validation_tokens // config.context_length,
+        )
+        most = _CHECKED_TOKENS // config.context_length
+        train, validation = _packed(
+            config,
+            tokenizer,
+            documents,
+            convention,
+            (min(needed[0], most), min(needed[1], most)),
+            vocabulary=vocabulary,
+        )
+        if not (train.full and validation.full):
+            _check_length(config, len(train), len(validation), train_sequences, batch_size)
+    if sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
+        deque(documents, maxlen=0)  # read the rest
+
+
+def _recipe(
+    config: DataConfig,
+    source: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    convention: Convention,
+    train_sequences: int,
+) -> dict[str, Any]:
+    """Everything that the sequences depend on."""
+    return {
         "format": _FORMAT,
         "source": source,
         "tokenizer": _fingerprint(tokenizer),
@@ -101,27 +209,17 @@ def load(
         "train_sequences": train_sequences,
         "validation_sequences": config.validation_tokens // config.context_length,
     }
-    key = _digest(json.dumps(recipe, sort_keys=True))
-    folder = _cache(config, "corpora") / key
-    if not (folder / "recipe.json").exists():
-        _make(config, tokenizer, documents, recipe, folder, on_progress)
-    train = np.load(folder / "train.npy", mmap_mode="r")
-    validation = np.load(folder / "validation.npy", mmap_mode="r")
-    _check_length(config, len(train), len(validation), train_sequences, batch_size)
-    return Corpus(
-        train=train,
-        validation=validation,
-        special_ids=special_ids(tokenizer),
-        description=source
-        | {
-            "corpus": key,
-            "context_length": config.context_length,
-            "bos": convention.bos is not None,
-            "training_sequences": len(train),
-            "validation_sequences": len(validation),
-            "passes": round(train_sequences / len(train), 3),
-        },
-    )
+
+
+def first_held_out(config: DataConfig, corpus: str) -> list[int]:
+    """Tokens of the first held-out sequence; empty if the corpus is no longer in the cache.
+
+    Args:
+        config: The text.
+        corpus: Name of the corpus in the cache: `corpus` of its description.
+    """
+    file = Path(config.cache_dir).expanduser() / "corpora" / corpus / "validation.npy"
+    return np.load(file, mmap_mode="r")[0].tolist() if file.is_file() else []
 
 
 def version_of(description: dict[str, Any]) -> str:
@@ -130,15 +228,8 @@ def version_of(description: dict[str, Any]) -> str:
 
 
 def _cache(config: DataConfig, kind: str) -> Path:
-    """The cache folder for this kind of entry; created if it does not exist."""
-    folder = Path(config.cache_dir).expanduser() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir = {config.cache_dir!r} cannot be written: {error.strerror}"
-        ) from error
-    return folder
+    """The cache folder for this kind of entry."""
+    return Path(config.cache_dir).expanduser() / kind
 
 
 def _source(config: DataConfig) -> tuple[dict[str, Any], Iterator[Document]]:
@@ -155,7 +246,7 @@ def _source(config: DataConfig) -> tuple[dict[str, Any], Iterator[Document]]:
                 "source": "text_files",
                 "files": len(files),
                 "column": config.column,
-                "content": _digest("\n".join(map(sha256, files))),
+                "content": _digest("\n".join(content_digests(files))),
             }
             return description, shuffled(file_documents(files, config.column), config.seed)
         case TextSource.hub:
@@ -182,46 +273,100 @@ def _dataset_commit(config: DataConfig) -> str:
         if not cached.exists():
             raise
         return cached.read_text()
-    write_atomically(cached, commit)
+    if not cached.exists() or cached.read_text() != commit:
+        check_writable(cached.parent, "data.cache_dir")
+        write_atomically(cached, commit)
     return commit
 
 
-def _make(
+class _Sequences(NamedTuple):
+    """The sequences of both splits, `[sequence, pos]`, and their largest token id."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    largest_token: int
+
+
+_LARGEST = "largest_token"
+
+
+def _cached(folder: Path) -> _Sequences | None:
+    """The sequences in a folder of the cache; `None` if there are none. Remove a damaged folder."""
+    if not folder.exists():
+        return None
+    try:
+        largest = json.loads((folder / "recipe.json").read_text())[_LARGEST]
+        train, validation = (
+            np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")
+        )
+        return _Sequences(train, validation, largest)
+    except (FileNotFoundError, EOFError, ValueError, LookupError, TypeError) as error:
+        say(f"note: {folder} is damaged, and made again: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {folder} cannot be read: {error.strerror}") from error
+
+
+def _packed(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterator[Document],
-    recipe: dict[str, Any],
-    folder: Path,
-    on_progress: Progress,
-) -> None:
-    """Read documents until both splits are full or the text ends, then write the folder atomically."""
-    convention = convention_of(tokenizer)
-    train, validation = (
-        Packer(config.context_length, convention, len(tokenizer), recipe[f"{split}_sequences"])
-        for split in ("train", "validation")
-    )
+    convention: Convention,
+    most: tuple[int, int],
+    on_progress: Progress = lambda done, total: None,
+    vocabulary: int | None = None,
+) -> tuple[Packer, Packer]:
+    """Training and held-out sequences: documents are read until both are full or the text ends.
+
+    `most` are the largest numbers of sequences.
+    """
+    _check_tokens(max((id for id in convention if id is not None), default=0), tokenizer, vocabulary)
+    train, validation = (Packer(config.context_length, convention, number) for number in most)
 
     def packer_of(document: Document) -> Packer:
         held_out = in_validation(document.key, config.validation_share)
         return validation if held_out else train
 
-    total = recipe["train_sequences"] + recipe["validation_sequences"]
     needed = (document for document in documents if not packer_of(document).full)
     for document, tokens in tokenised(needed, tokenizer):
+        _check_tokens(max(tokens, default=0), tokenizer, vocabulary)
         packer_of(document).add(tokens)
-        on_progress(len(train) + len(validation), total)
+        on_progress(len(train) + len(validation), sum(most))
         if train.full and validation.full:
             break
+    return train, validation
+
+
+def _check_tokens(largest: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
+    """Refuse a token id that the model does not have."""
+    if vocabulary is not None and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} does not fit the model: it gives token {largest} "
+            f"({token!r}), and the model has tokens 0 to {vocabulary - 1} (vocab_size={vocabulary}). "
+            "Use the tokenizer that the model was trained with, or a model with a larger embedding "
+            "(resize_token_embeddings of transformers)"
+        )
+
+
+def _write(folder: Path, recipe: dict[str, Any], train: Packer, validation: Packer) -> _Sequences:
+    """Write the folder, complete or not at all, and return its sequences."""
+    largest = int(max(train.largest, validation.largest))
     try:
         with new_folder(folder) as temporary:
             np.save(temporary / "train.npy", train.sequences)
             np.save(temporary / "validation.npy", validation.sequences)
-            write_atomically(temporary / "recipe.json", as_json(recipe))
-    except OSError:
-        if not (
-            folder / "recipe.json"
-        ).exists():  # else another run has written the same corpus in the meantime
-            raise
+            write_atomically(temporary / "recipe.json", as_json(recipe | {_LARGEST: largest}))
+    except OSError as error:
+        # Perhaps another run has written the same corpus in the meantime.
+        if (written := _cached(folder)) is None:
+            cause = error.strerror or f"the disk may be full ({error})"  # numpy's errors are only text
+            raise UserError(f"data.cache_dir: cannot write to {folder}: {cause}") from error
+        return written
+    written = _cached(folder)
+    assert written is not None
+    return written
 
 
 def _check_length(

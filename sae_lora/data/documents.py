@@ -1,14 +1,18 @@
 """Sources of text, as iterators of `Document`s, and the split into training and validation."""
 
-import glob
 import hashlib
 import os
 import random
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
@@ -85,54 +89,28 @@ def shuffled(documents: Iterable[Document], seed: int) -> Iterator[Document]:
     yield from ordered
 
 
-def files_matching(patterns: Sequence[str]) -> list[Path]:
-    """The files that the paths or glob patterns name, in a fixed order.
+def check_hub_name(name: str) -> None:
+    """Refuse a name that no data set on the hub can have, and the name of a local folder.
+
+    `datasets` would read a folder of this name in place of the data set on the hub.
 
     Raises:
-        ConfigError: If a pattern matches no file.
+        ConfigError: For such a name.
     """
-    files: set[Path] = set()
-    for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        matches = map(Path, glob.glob(expanded, recursive=True))  # noqa: PTH207 patterns may be absolute
-        matching = {path for path in matches if path.is_file()}
-        if not matching:
-            folder = f"{pattern.rstrip('/')}/*" if Path(expanded).is_dir() else None
-            raise ConfigError("data.files", pattern, "a path or glob pattern that matches files", folder)
-        files |= matching
-    return sorted(files)
-
-
-_TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
-    """One document per text file, or per row of .jsonl (also .zst, .gz), .parquet and .csv files.
-
-    The key is the text itself, so that copies of a text are in the same split.
-
-    Raises:
-        UserError: If a file cannot be read or lacks the column.
-    """
-    for file in files:
-        kinds = [_TABULAR[suffix] for suffix in file.suffixes if suffix in _TABULAR]
-        if kinds:
-            import datasets  # slow to import, and most runs do not need it
-
-            rows = datasets.load_dataset(kinds[-1], data_files=str(file), split="train", streaming=True)
-            yield from _rows(rows, column, f"data.files = {str(file)!r}")  # pyright: ignore[reportArgumentType]
-        else:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"data.files = {str(file)!r} cannot be read as text: {error}") from error
-            yield Document(text, text)
+    allowed = "a data set on the hub, such as org/name; local files with data=text_files data.files=…"
+    if Path(name).is_dir():
+        raise ConfigError("data.name", name, allowed, because=f"{name} is a folder on this machine")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError("data.name", name, allowed) from error
 
 
 def hub_documents(config: DataConfig) -> Iterator[Document]:
     """The rows of a Hugging Face data set, shuffled with the config's seed.
 
-    For a stream, the shards and a buffer of rows are shuffled; for a downloaded data set, all rows.
+    For a stream, the shards and a buffer of rows are shuffled; for a downloaded data set, all rows. Rows
+    without text are left out.
 
     Raises:
         UserError: If the data set cannot be found, fetched or read.
@@ -141,7 +119,7 @@ def hub_documents(config: DataConfig) -> Iterator[Document]:
 
     assert config.name is not None
     datasets.utils.logging.disable_progress_bar()
-    with hub.explained("data.name", config.name):
+    with _library_errors(config):
         rows = datasets.load_dataset(
             config.name,
             config.subset,
@@ -150,20 +128,70 @@ def hub_documents(config: DataConfig) -> Iterator[Document]:
             streaming=config.streaming,
         )
         buffer = {"buffer_size": config.shuffle_buffer} if config.streaming else {}
-        rows = rows.shuffle(seed=config.seed, **buffer)  # pyright: ignore[reportArgumentType]
-        yield from _rows(rows, config.column, f"data.name = {config.name!r}")  # pyright: ignore[reportArgumentType]
-
-
-def _rows(rows: Iterable[dict[str, object]], column: str, source: str) -> Iterator[Document]:
-    for row in rows:
-        if column not in row:
-            raise ConfigError(
-                "data.column", column, f"a column of {source}: {listed(row)}", nearest_name(column, row)
-            )
-        text = row[column]
-        if not isinstance(text, str | None):
-            raise ConfigError(
-                "data.column", column, f"a column of text; in {source} it has type {type(text).__name__}"
-            )
-        if text:
+        iterator = iter(rows.shuffle(seed=config.seed, **buffer))  # pyright: ignore[reportArgumentType]
+    source = f"data.name = {config.name!r}"
+    while True:
+        with _library_errors(config):
+            row: Any = next(iterator, None)
+        if row is None:
+            return
+        if config.column not in row:
+            raise no_column(config.column, source, row)
+        if text := row_text(row[config.column], config.column, source):
             yield Document(text, text)
+
+
+_NAMES = {
+    r"BuilderConfig '.*' not found\. Available: (\[.*\])": "data.subset",
+    r"(?s)Config name is missing.*available configs: (\[.*?\])": "data.subset",
+    r"Bad split: .*\. Available splits: (\[.*\])": "data.split",
+    r"Unknown split .*\. Should be one of (\[.*\])": "data.split",
+}
+"""Errors of the library `datasets` with a list of names, and the key that has another name."""
+
+
+@contextmanager
+def _library_errors(config: DataConfig) -> Iterator[None]:
+    """Turn errors of the library `datasets` in the block, which calls only it, into one message."""
+    assert config.name is not None
+    try:
+        with hub.explained("data.name", config.name):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # its readers raise errors of many libraries
+        for pattern, key in _NAMES.items():
+            if match := re.search(pattern, str(error)):
+                names = re.findall(r"'([^']*)'", match[1])
+                asked = config.subset if key == "data.subset" else config.split
+                allowed = f"one of {config.name}'s: {listed(names)}"
+                raise ConfigError(key, asked, allowed, nearest_name(asked or "", names)) from error
+        cause = [*str(error).splitlines(), ""][0]
+        message = f"data.name = {config.name!r} cannot be read: {type(error).__name__}: {cause}"
+        raise UserError(message) from error
+
+
+def no_column(column: str, source: str, names: Iterable[str]) -> ConfigError:
+    """The error for a table without the column of text."""
+    allowed = f"a column of {source}: {listed(names)}"
+    return ConfigError("data.column", column, allowed, nearest_name(column, names))
+
+
+def row_text(value: object, column: str, place: str) -> str | None:
+    """The text of a row; `None` or empty if the row has none.
+
+    Raises:
+        ConfigError: If the value is not text.
+    """
+    if not isinstance(value, str | None):
+        allowed = f"a column of text; in {place} it has type {type(value).__name__}"
+        raise ConfigError("data.column", column, allowed)
+    if value is not None:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place} has half a character (U+{ord(value[error.start]):04X}) at position "
+                f"{error.start + 1:,} of `{column}`, which is not text in UTF-8"
+            ) from error
+    return value

@@ -1,15 +1,19 @@
 """Conversion of documents to full token sequences, with the BOS convention of the model."""
 
+import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from itertools import count, islice
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.data.documents import Document
 
 _MOST_PER_CALL = 64
@@ -25,16 +29,47 @@ class Convention(NamedTuple):
     """Token after every document; `None` joins documents without a separator."""
 
 
-def convention_of(tokenizer: PreTrainedTokenizerBase) -> Convention:
-    """The convention of the tokenizer.
+def convention_of(tokenizer: PreTrainedTokenizerBase, bos: bool | str = "auto") -> Convention:
+    """The convention of a run.
 
-    If the tokenizer begins an encoded text with BOS (Gemma, Llama), every sequence starts with BOS; else
-    (GPT-2, Pythia) none does. EOS separates documents if it exists.
+    Args:
+        tokenizer: The model's. EOS separates documents if it has one.
+        bos: `data.bos`. auto: sequences start with BOS if the tokenizer begins an encoded text with it
+            (Gemma, Llama), and without it otherwise (GPT-2, Pythia). True: they start with BOS, or with
+            EOS if the tokenizer has no BOS (Qwen).
+
+    Raises:
+        ConfigError: If sequences are to start with BOS, and the tokenizer has neither BOS nor EOS.
     """
-    bos = cast(int | None, tokenizer.bos_token_id)
+    begin = cast(int | None, tokenizer.bos_token_id)
     eos = cast(int | None, tokenizer.eos_token_id)
-    begins_with_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    return Convention(bos if begins_with_bos else None, eos)
+    if bos == "auto":
+        begins_with_bos = begin is not None and tokenizer("a").input_ids[:1] == [begin]
+        return Convention(begin if begins_with_bos else None, eos)
+    if not bos:
+        return Convention(None, eos)
+    begin = eos if begin is None else begin
+    if begin is None:
+        allowed = "auto or false with this tokenizer, which has neither a BOS nor an EOS token"
+        raise ConfigError("data.bos", "true", allowed, nearest="auto")
+    return Convention(begin, eos)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a vocabulary.
+
+    transformers makes up such a tokenizer for some kinds of models (GPT-2, GPT-NeoX, Gemma) if the
+    repository has no tokenizer files. It reads every text as empty or unknown.
+
+    Raises:
+        UserError: If all tokens are special.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        name = tokenizer.name_or_path or "the model"
+        raise UserError(
+            f"{name} has no tokenizer: only {len(tokenizer)} special tokens were found. Add "
+            "the tokenizer that the model was trained with: tokenizer.save_pretrained(…)"
+        )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -43,17 +78,127 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({id for id in ids if id is not None}))
 
 
+class PlainText:
+    """A tokenizer that reads every text as text.
+
+    A text that spells a special token, such as `<|endoftext|>` or `<bos>`, gets the tokens of these
+    characters, not the special token. Added tokens that are not special (runs of spaces in Pythia, line
+    breaks in Gemma) belong to the vocabulary of texts and are kept. So is a special token of a single
+    character, if the tokenizer has no other token for this character.
+
+    Args:
+        tokenizer: The model's. It is not changed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self._special = special - {None}
+        roles = {cast(int | None, tokenizer.bos_token_id), cast(int | None, tokenizer.eos_token_id)}
+        self._unknown = {cast(int | None, tokenizer.unk_token_id)} - roles
+        """The token for characters that the tokenizer does not know, which any text may have."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens.
+
+        Raises:
+            UserError: If the tokenizer has no other tokens for a special token that a text spells.
+        """
+        # No warnings about texts longer than the model's context: `Packer` cuts them into sequences.
+        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        encoded = self._tokenizer(texts, add_special_tokens=False).input_ids
+        return [
+            self._without_special(text) if self._finds_special(text, ids) else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _finds_special(self, text: str, ids: list[int]) -> bool:
+        """True if the tokenizer has found a special token in the text, which gave it these ids."""
+        inside = self._special.intersection(ids)
+        return bool(inside - self._unknown) or bool(inside and str(self._tokenizer.unk_token) in text)
+
+    def _without_special(self, text: str) -> list[int]:
+        """Token ids of a text in which the tokenizer finds special tokens."""
+        if self._backend is None:
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        else:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        for id in self._special.intersection(ids) - self._unknown:
+            token = str(self._tokenizer.convert_ids_to_tokens(id))
+            if len(token) > 1:
+                raise UserError(
+                    f"the tokenizer of the model reads a part of a text as its special token {token!r}, "
+                    f"and has no other tokens for it; remove it from the text: …{_around(text, token)}…"
+                )
+        return ids
+
+    @cached_property
+    def _backend(self) -> Tokenizer | None:
+        """A copy of a fast tokenizer that finds no special token in a text; `None` for one in Python."""
+        backend: Tokenizer | None = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        content = _without(self._special, json.loads(backend.to_str()))
+        return Tokenizer.from_str(json.dumps(content))
+
+
+def _without(special: Collection[int], tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a tokenizer, changed so that no text contains its special tokens. All ids stay.
+
+    The tokens get names that no text contains. A token of the vocabulary that is a single character
+    keeps its name, because texts need it.
+    """
+    model = tokenizer["model"]
+    vocabulary = model["vocab"]  # ids by token, or pairs of token and score in the order of ids
+    is_mapping = isinstance(vocabulary, dict)
+    ids = vocabulary if is_mapping else {token: id for id, (token, _) in enumerate(vocabulary)}
+    inside = {token for token, id in ids.items() if id in special}
+
+    def name(token: str) -> str:
+        return _hidden(token) if token in inside and len(token) > 1 else token
+
+    model["vocab"] = (
+        {name(token): id for token, id in vocabulary.items()}
+        if is_mapping
+        else [[name(token), score] for token, score in vocabulary]
+    )
+    if model.get("unk_token") is not None:
+        model["unk_token"] = name(model["unk_token"])
+    added = [
+        token | {"content": _hidden(token["content"]), "normalized": False}
+        if token["id"] in special
+        else token
+        for token in tokenizer["added_tokens"]
+        if not (token["content"] in inside and len(token["content"]) == 1)
+    ]
+    unused = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return tokenizer | {"added_tokens": added} | unused
+
+
+def _hidden(token: str) -> str:
+    return f"\0{token}\0"
+
+
+def _around(text: str, part: str, characters: int = 20) -> str:
+    """The first occurrence of a part of a text, with the characters around it."""
+    place = max(0, text.find(part))
+    return text[max(0, place - characters) : place + len(part) + characters]
+
+
 def tokenised(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with its token ids, without special tokens; a batch of documents at a time."""
-    # No warnings about texts longer than the model's context: `Packer` cuts them into sequences.
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    """Each document with its token ids, without special tokens; a batch of documents at a time.
+
+    Raises:
+        UserError: If the tokenizer cannot read a special token that a document spells as text.
+    """
+    plain_text = PlainText(tokenizer)
     documents = iter(documents)
     per_call = 4  # few at first, because a short run needs few documents
     while batch := list(islice(documents, per_call)):
-        texts = [document.text for document in batch]
-        yield from zip(batch, tokenizer(texts, add_special_tokens=False).input_ids, strict=True)
+        yield from zip(batch, plain_text([document.text for document in batch]), strict=True)
         per_call = min(2 * per_call, _MOST_PER_CALL)
 
 
@@ -63,20 +208,18 @@ class Packer:
     Args:
         context_length: Tokens per sequence, including BOS.
         convention: The special tokens to insert.
-        vocabulary: Number of token ids; determines the dtype.
         most: Largest number of sequences; `None` for no limit.
     """
 
-    def __init__(
-        self, context_length: int, convention: Convention, vocabulary: int, most: int | None
-    ) -> None:
+    def __init__(self, context_length: int, convention: Convention, most: int | None) -> None:
         self._length = context_length
         self._most = most
         self._head = [] if convention.bos is None else [convention.bos]
         self._tail = [] if convention.separator is None else [convention.separator]
-        self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
         self._pending: list[int] = []
         self._sequences: list[np.ndarray] = []
+        self.largest = max(self._head + self._tail, default=0)
+        """The largest token id so far."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -88,19 +231,24 @@ class Packer:
 
     def add(self, tokens: list[int]) -> None:
         """Add a document, given its token ids without special tokens."""
+        self.largest = max(self.largest, max(tokens, default=0))
         self._pending += tokens + self._tail
         size = self._length - len(self._head)
         start = 0
         while len(self._pending) - start >= size and not self.full:
             sequence = self._head + self._pending[start : start + size]
-            self._sequences.append(np.array(sequence, dtype=self._dtype))
+            # The smaller type if it holds the tokens; `np.array` of several sequences widens it.
+            dtype = np.uint16 if max(sequence) < 2**16 else np.int32
+            self._sequences.append(np.array(sequence, dtype=dtype))
             start += size
         del self._pending[:start]
 
     @property
     def sequences(self) -> np.ndarray:
         """The sequences so far, `[sequence, pos]`."""
-        return np.array(self._sequences, dtype=self._dtype).reshape(-1, self._length)
+        if not self._sequences:
+            return np.empty((0, self._length), dtype=np.uint16)
+        return np.array(self._sequences)
 
 
 def shuffled_batches(

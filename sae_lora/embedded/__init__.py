@@ -10,3 +10,5 @@ MODEL = ARTEFACTS / "model"
 SAES = ARTEFACTS / "saes"
 NAME = "tiny"
 """`model.name` of the embedded model."""
+BLOCK = 3
+"""The block of the SAE if a config names none. Its SAEs have the most widths."""

@@ -12,14 +12,13 @@ from torch.nn.functional import cosine_similarity
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
 from sae_lora.evaluation.subject import Cell, Replacement, Subject
+from sae_lora.records.schema import gap_closed, rounding_error
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Observer, Reading
-from sae_lora.splice.kl import log_probabilities
+from sae_lora.splice.kl import Comparison
 from sae_lora.splice.trunk import Splices
-from sae_lora.train.evaluator import NO_LABEL, Reconstruction, next_tokens
+from sae_lora.train.evaluator import Reconstruction, cross_entropies, next_tokens, relative_rounding
 
-_LOGITS_AT_ONCE = 2**22
 DENSITY_EDGES = np.arange(-5, 0.25, 0.25).tolist()
 """Edges of the histogram of latents: log10 of the share of tokens that a latent is active on."""
 CHANGE_EDGES = np.arange(-5, 5.25, 0.25).tolist()
@@ -28,12 +27,15 @@ CHANGE_EDGES = np.arange(-5, 5.25, 0.25).tolist()
 
 @dataclass(frozen=True)
 class Recovered:
-    """Share of the cross-entropy that a model keeps, `(ablated − model) / (ablated − base)`."""
+    """Share of the cross-entropy that a model keeps, `(ablated − model) / (ablated − base)`.
+
+    Undefined if the ablation opens no gap above rounding.
+    """
 
     ablated_ce: Interval
     """With the activation replaced, in nats per token."""
     spliced: Interval | None
-    student: Interval
+    student: Interval | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Core:
     initial_gap: Interval | None
     ce_gap: Interval
     gap_closed: Interval | None
-    """Undefined if there was no gap, or the SAE is new."""
+    """Undefined if there was no gap above rounding, or the SAE is new."""
     harm: Interval | None
     """CE of adapted − base: the cost of the adapters without an SAE."""
     recovered: dict[str, Recovered]
@@ -110,6 +112,7 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Core:
     """Measure a run on all of its held-out text."""
     readings = {cell: _readings(subject, subject.splices_of(cell)) for cell in subject.cells}
     ablations = _ablations(subject)
+    comparison = Comparison(subject.head, subject.config.train.kl_chunk_tokens)
     batches = []
     for tokens in subject.batches():
         hidden: dict[str, Tensor] = {
@@ -119,7 +122,7 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Core:
             name: subject.hidden(Cell.base, tokens, instead=splices)
             for name, splices in ablations.items()
         }
-        batches.append(_measures(subject.head, tokens, hidden))
+        batches.append(_measures(comparison, tokens, hidden))
     measures = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     return _core(subject, measures, readings, Bootstrap(len(subject.tokens), config.resamples))
 
@@ -174,28 +177,42 @@ def _ablations(subject: Subject) -> dict[str, Splices]:
     }
 
 
-def _measures(head: Head, tokens: Tensor, hidden: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+def _measures(
+    comparison: Comparison, tokens: Tensor, hidden: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
     """Measures at each position of tokens, `[batch, pos]` in float64 on the CPU, by measure and model.
 
-    `ce` is zero at the last position, which has no label; `forward` and `reverse` are KL(base ‖ model)
-    and KL(model ‖ base); `top1` is 1 where the most likely token is the same. `hidden` is the head's
-    input of each model, `[batch, pos, d_model]`.
+    They are computed as in `Evaluator`, so that their means are those of the run's summary. `ce` is zero
+    at the last position, which has no label; `forward` and `reverse` are KL(base ‖ model) and
+    KL(model ‖ base); `top1` is 1 where the base's most likely token is also the model's. The base has
+    only `ce`.
+
+    Args:
+        comparison: Compares the logits of the models with those of the base.
+        tokens: The batch, `[batch, pos]`.
+        hidden: The head's input of each model, `[batch, pos, d_model]`.
     """
-    labels = next_tokens(tokens).flatten()
+    labels, unit = next_tokens(tokens).flatten(), comparison.head.unit
     states = {name: inputs.flatten(0, 1) for name, inputs in hidden.items()}
-    chunk = max(1, _LOGITS_AT_ONCE // (len(states) * head.d_vocab))
+    base = states.pop(Cell.base)
     parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    for start in range(0, len(labels), chunk):
-        rows = slice(start, start + chunk)
-        log_probs = {name: log_probabilities(head.logits(flat[rows])) for name, flat in states.items()}
-        log_p = log_probs[Cell.base]
-        for name, log_q in log_probs.items():
-            losses = -log_q.gather(-1, labels[rows].clamp(min=0)[:, None])[:, 0]
-            parts["ce", name].append(torch.where(labels[rows] == NO_LABEL, 0.0, losses))
-            parts["forward", name].append((log_p.exp() * (log_p - log_q)).sum(-1))
-            parts["reverse", name].append((log_q.exp() * (log_q - log_p)).sum(-1))
-            parts["top1", name].append(log_p.argmax(-1) == log_q.argmax(-1))
-    return {key: torch.cat(values).double().cpu().reshape(tokens.shape) for key, values in parts.items()}
+    for rows in comparison.chunks(base):
+        scores, log_sums = comparison.teacher
+        top = scores.argmax(-1)
+        parts["ce", Cell.base].append(cross_entropies(scores, log_sums, labels[rows], unit))
+        for name, flat in states.items():
+            for part in comparison.parts(flat[rows]):
+                differences = (part.scores - scores[part.rows]).mul_(part.numerators / part.sums)
+                reverse = differences.sum(-1, keepdim=True).double() * unit
+                ce = cross_entropies(part.scores, part.log_sums, labels[rows][part.rows], unit)
+                parts["ce", name].append(ce)
+                parts["forward", name].append(part.kl)
+                parts["reverse", name].append(reverse + log_sums[part.rows] - part.log_sums)
+                parts["top1", name].append(part.puts_first(top[part.rows]))
+    return {
+        key: torch.cat([value.flatten() for value in values]).double().cpu().reshape(tokens.shape)
+        for key, values in parts.items()
+    }
 
 
 def _core(
@@ -214,20 +231,27 @@ def _core(
     ce = {cell: mean("ce", cell) for cell in subject.cells}
     base, student = ce[Cell.base], ce[Cell.student]
     spliced, adapted = ce.get(Cell.spliced), ce.get(Cell.adapted)
-    has_gap = spliced is not None and spliced[0] > base[0]
+    rounding = rounding_error(relative_rounding(subject.model), subject.tokens.numel())
+
+    def closed(before: Resampled, after: Resampled) -> Interval | None:
+        """The share of a gap that is closed, undefined in resamples without a gap."""
+        ces = zip(base, before, after, strict=True)
+        share = interval(np.array([gap_closed(*each, rounding) for each in ces], dtype=float))
+        return None if share.value is None else share
+
     return Core(
         tokens=subject.tokens.numel(),
         sequences=sequences,
         ce={cell.value: interval(measure) for cell, measure in ce.items()},
         initial_gap=None if spliced is None else interval(spliced - base),
         ce_gap=interval(student - base),
-        gap_closed=interval(1 - (student - base) / (spliced - base)) if has_gap else None,
+        gap_closed=None if spliced is None else closed(spliced, student),
         harm=None if adapted is None else interval(adapted - base),
         recovered={
             name: Recovered(
                 ablated_ce=interval(ablated := mean("ce", name)),
-                spliced=None if spliced is None else interval((ablated - spliced) / (ablated - base)),
-                student=interval((ablated - student) / (ablated - base)),
+                spliced=None if spliced is None else closed(ablated, spliced),
+                student=closed(ablated, student),
             )
             for name in ("zero", "mean")
         },

@@ -179,11 +179,13 @@ def _results(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -
 
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
     wrapped: Any = huggingface.HFLM
+    tokenizer = copy.deepcopy(tokenizer)  # the harness sets its padding token
+    tokenizer.split_special_tokens = True  # a document that spells a special token is text
     with _silenced(), _random_states_restored():
         return evaluate(
             model=wrapped(
                 pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # the harness sets its padding token
+                tokenizer=tokenizer,
                 batch_size=config.task_batch_size,
             ),
             tasks=list(config.tasks),

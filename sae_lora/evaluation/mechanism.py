@@ -10,9 +10,12 @@ from torch.nn.functional import cosine_similarity
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
 from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.train.evaluator import relative_rounding
 
 _SHARE = 0.9
 """Share of the resamples between the bounds."""
+_ROUNDING = 4
+"""Distance that rounding explains, in units of `relative_rounding` times the norm."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Mechanism:
     """By cell (spliced, student, adapted), distance and block."""
     shortened: dict[str, Interval] | None
     """Share of each distance after the last block that training removes, `1 − student / spliced`;
-    negative if training adds to it. Undefined if the SAE is new, or reconstructs without error."""
+    negative if training adds to it. Undefined if the SAE is new, or its error is not above rounding."""
 
 
 def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
@@ -64,7 +67,10 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
         student, spliced = (means(f"{kind} {cell}")[-1] for cell in (Cell.student, Cell.spliced))
         return interval(1 - student / spliced, _SHARE)
 
-    has_error = Cell.spliced in cells and bool(sums[f"l2 {Cell.spliced}"][-1].any())
+    def has_error() -> bool:
+        error, norm = means(f"l2 {Cell.spliced}")[-1][0], means("norm")[-1][0]
+        return error > _ROUNDING * relative_rounding(subject.model) * norm
+
     return Mechanism(
         sequences=len(counts),
         tokens=int(counts.sum()),
@@ -72,7 +78,9 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Mechanism:
         distance={
             cell.value: {kind: intervals(f"{kind} {cell}") for kind in _DISTANCES} for cell in cells
         },
-        shortened={kind: shortened(kind) for kind in _DISTANCES} if has_error else None,
+        shortened={kind: shortened(kind) for kind in _DISTANCES}
+        if Cell.spliced in cells and has_error()
+        else None,
     )
 
 

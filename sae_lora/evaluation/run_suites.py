@@ -1,15 +1,18 @@
 """Run suites on finished runs. Each suite is written as soon as it is done."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_lora.common.console import complain, say
+from sae_lora.common.console import Report, complain, say, stage_display
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
 from sae_lora.config.compose import checked, explanation
@@ -23,6 +26,7 @@ from sae_lora.evaluation.subject import Subject
 from sae_lora.evaluation.suite_records import Record
 from sae_lora.models.loading import silence_transformers
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Progress
 
 
 class _Suite(NamedTuple):
@@ -74,12 +78,10 @@ def evaluate(
 ) -> list[Suite]:
     """Run the suites that apply to a finished run; return those that failed.
 
-    A suite that cannot run, because a download or a package is missing, is reported and skipped. Suites
-    that are done run only if `again` is true. The device is auto, cpu or cuda; by default the run's
-    `train.device`.
-
-    Raises:
-        UserError: If the run is not finished, or one of its files is missing.
+    A suite that cannot run, because a download or a package is missing, is reported and skipped. An
+    error of a suite ends this suite of this run only; its log has the traceback. So does a run that
+    cannot be loaded. Suites that are done run only if `again` is true. The device is auto, cpu or cuda;
+    by default the run's `train.device`.
     """
     suites = [
         suite
@@ -96,6 +98,18 @@ def evaluate(
         complain(f"skipped {suite.name} of {folder.path.name}", str(reason))
         failed.append(suite)
 
+    def fail(suite: Suite, error: Exception) -> None:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        details = "".join(traceback.format_exception(error))
+        log = suite_records.write_failure(folder, suite, message, details)
+        complain("failed", f"{suite.name} of {folder.path.name}: {message}\n  {log}")
+        failed.append(suite)
+        # Otherwise the traceback keeps tensors of this suite in memory.
+        traceback.clear_frames(error.__traceback__)
+
+    def drop(suite: Suite, error: Exception) -> None:
+        skip(suite, error) if isinstance(error, UserError) else fail(suite, error)
+
     ready = []
     for suite in suites:
         try:
@@ -105,13 +119,40 @@ def evaluate(
             skip(suite, error)
     if not ready:
         return failed
-    subject = Subject(folder, device)
+    with _progress(folder, [_LOADING, *map(_stage, ready)]) as report:
+        report(_LOADING, 0, 0)
+        try:
+            subject = Subject(folder, device, report)
+        except Exception as error:  # the other runs must go on
+            for suite in ready:
+                drop(suite, error)
+        else:
+            _measure(folder, ready, config, subject, skip, drop)
+    return list(dict.fromkeys(failed))
+
+
+def _measure(
+    folder: RunFolder,
+    ready: Sequence[Suite],
+    config: EvaluationConfig,
+    subject: Subject,
+    skip: Callable[[Suite, object], None],
+    drop: Callable[[Suite, Exception], None],
+) -> None:
+    """Run the suites and write their results.
+
+    Args:
+        folder, ready, config, subject: The run, the suites, their settings, and the loaded run.
+        skip: Called with a part of a suite that cannot run.
+        drop: Called with a suite that fails.
+    """
     for suite in ready:
+        subject.begin(_stage(suite))
         began = time.perf_counter()
         try:
             results = _SUITES[suite].measure(subject, config)
-        except UserError as error:
-            skip(suite, error)
+        except Exception as error:  # the other suites and the other runs must go on
+            drop(suite, error)
             continue
         record = Record(
             suite=suite.name,
@@ -123,7 +164,36 @@ def evaluate(
         suite_records.write(folder, record)
         for part, reason in record.results.get("missing", {}).items():
             skip(suite, f"{part}: {reason}")
-    return list(dict.fromkeys(failed))
+
+
+_LOADING = "loading model"
+
+
+def _stage(suite: Suite) -> str:
+    return f"evaluating suite {suite.name}"
+
+
+@contextmanager
+def _progress(folder: RunFolder, announced: Sequence[str]) -> Iterator[Report]:
+    """Show stages inside the block, and write them into the run folder about once a second.
+
+    A line names the suites already; further lines appear only if they take long.
+    """
+    written_at, current = -math.inf, ""
+    with stage_display(announced=announced) as show:
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal written_at, current
+            show(stage, done, total)
+            now = time.monotonic()
+            if stage != current or now - written_at >= 1:
+                folder.write_progress(Progress(stage, done, total))
+                written_at, current = now, stage
+
+        try:
+            yield report
+        finally:
+            folder.progress.unlink(missing_ok=True)
 
 
 def _is_done(folder: RunFolder, suite: Suite, config: EvaluationConfig) -> bool:

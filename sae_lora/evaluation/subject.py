@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sae_lora.common.console import Report, no_report
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.identity import ADAPTING
 from sae_lora.data import corpus
@@ -53,12 +54,14 @@ class Subject:
     Args:
         folder: Folder of the run.
         device: auto, cpu or cuda; by default the run's `train.device`.
+        report: Called with the slices of text that are measured.
 
     Raises:
         UserError: If the run is not finished, or one of its files is missing or has changed.
     """
 
-    def __init__(self, folder: RunFolder, device: str | None = None) -> None:
+    def __init__(self, folder: RunFolder, device: str | None = None, report: Report = no_report) -> None:
+        self.report_to(report)
         self.adapted: Adapted = load_adapted(folder, device)
         self.folder = folder
         self.config = self.adapted.config
@@ -84,6 +87,16 @@ class Subject:
             return self.after
         saes = loading.SAEs(read_dimensions(self.config.model), self.device).of(config)
         return loading.splices(config, saes, self.special_ids)
+
+    def report_to(self, report: Report) -> None:
+        """Call `report` with the slices of text that are measured."""
+        self._report = report
+        self._stage = "evaluating"
+
+    def begin(self, stage: str) -> None:
+        """Report a stage; later reports have its name."""
+        self._stage = stage
+        self._report(stage, 0, 0)
 
     @property
     def cells(self) -> list[Cell]:
@@ -114,7 +127,9 @@ class Subject:
     def slices(self, tokens: Tensor) -> Iterator[slice]:
         """Slices of tokens `[text, pos]` that fit into one forward pass."""
         at_once = max(1, self.config.train.eval_batch_tokens // tokens.shape[1])
-        for start in range(0, len(tokens), at_once):
+        starts = range(0, len(tokens), at_once)
+        for number, start in enumerate(starts):
+            self._report(self._stage, number, len(starts))
             yield slice(start, start + at_once)
 
     @torch.no_grad()

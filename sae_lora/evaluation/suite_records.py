@@ -1,11 +1,13 @@
-"""Results of suites: `evaluation/<suite>.json` in a run folder. Imports no torch."""
+"""Results of suites: `evaluation/<suite>.json` in a run folder; logs of failures. Imports no torch."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import Suite
 from sae_lora.config.identity import trains_adapters
 from sae_lora.records.folder import RunFolder
@@ -35,6 +37,25 @@ def write(folder: RunFolder, record: Record) -> None:
     folder.evaluation.mkdir(exist_ok=True)
     path = folder.evaluation / f"{record.suite}.json"
     write_atomically(path, as_json(dataclasses.asdict(record)))
+    _failure(folder, Suite[record.suite]).unlink(missing_ok=True)
+
+
+def write_failure(folder: RunFolder, suite: Suite, message: str, details: str) -> Path:
+    """Write why a suite failed, with the traceback, into a log file; return its path."""
+    folder.evaluation.mkdir(exist_ok=True)
+    path = _failure(folder, suite)
+    write_atomically(path, redacted(f"{message}\n\n{details}"))
+    return path
+
+
+def failure(folder: RunFolder, suite: Suite) -> str | None:
+    """Why the last attempt at a suite failed, in one line; `None` if it did not fail."""
+    path = _failure(folder, suite)
+    return path.read_text().partition("\n")[0] if path.exists() else None
+
+
+def _failure(folder: RunFolder, suite: Suite) -> Path:
+    return folder.evaluation / f"{suite.name}_failed.log"
 
 
 def read(folder: RunFolder, suite: Suite) -> Record | None:

@@ -15,9 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Device
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
-from sae_lora.config.schema import Config
+from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.config.serialize import load
-from sae_lora.data.packing import special_ids
+from sae_lora.data.packing import PlainText, convention_of, special_ids
+from sae_lora.export.public import BASE_MODEL, MODEL_CARD
 from sae_lora.models import adapter_files, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
@@ -108,7 +109,7 @@ class Adapted:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_new_tokens: int = 40,
         *,
         sae: bool = True,
@@ -118,7 +119,8 @@ class Adapted:
         """Return the prompt and its continuation.
 
         Args:
-            prompt: Text to continue.
+            prompt: Text to continue, or token ids. Text that spells special tokens is text: pass what
+                contains special tokens, such as a chat template, as token ids.
             max_new_tokens: Largest number of new tokens.
             sae: True: with the SAEs.
             adapters: True: with the adapters.
@@ -130,11 +132,21 @@ class Adapted:
         """
         self._check_plain()
         model: Any = self.model if adapters else self.base  # most classes have `generate`, not all
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
+        inputs = torch.tensor([ids], device=model.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
         with self.spliced() if sae else nullcontext():
-            (tokens,) = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            mask = torch.ones_like(inputs)
+            (tokens,) = model.generate(
+                inputs, attention_mask=mask, max_new_tokens=max_new_tokens, **options
+            )
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _tokens_of(self, text: str) -> list[int]:
+        """Token ids of a text, with the token that sequences of the run begin with."""
+        bos = convention_of(self.tokenizer, self.config.data.bos).bos
+        (ids,) = PlainText(self.tokenizer)([text])
+        return ids if bos is None else [bos, *ids]
 
     @contextmanager
     def spliced(self, observe: Observer | None = None, instead: Splices | None = None) -> Iterator[None]:
@@ -203,18 +215,30 @@ def _begins(tokens: Tensor, keywords: Mapping[str, Any]) -> Tensor:
     return columns == first
 
 
-def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adapted:
+def load_adapted(
+    run: RunFolder | Path | str, device: str | None = None, *, model: str | None = None
+) -> Adapted:
     """Load the model, adapters and SAEs of a finished run.
 
     Args:
-        run: The run folder, `outputs/<sweep>/<run>`.
+        run: The run folder, `outputs/<sweep>/<run>`, or the folder of its export.
         device: auto, cpu or cuda; default: the run's `train.device`.
+        model: Folder of the base model. Needed for the export of a run of a local model.
 
     Raises:
         UserError: If the run is not finished, or one of its files is missing or has changed.
     """
-    folder = finished(run.path if isinstance(run, RunFolder) else Path(run))
+    path = run.path if isinstance(run, RunFolder) else Path(run).expanduser()
+    is_export = (path / MODEL_CARD).is_file()
+    folder = RunFolder(path) if is_export else finished(path)
     config = load(folder.config.read_text())
+    if is_export:
+        config = _in_export(config, path)
+    if model is not None:
+        config = replace(config, model=replace(config.model, name=model, commit=None))
+    if config.model.name == BASE_MODEL:
+        allowed = "the folder of the base model: the run read it from its machine"
+        raise ConfigError("model", None, allowed)
     if device is not None:
         if device not in Device.__members__:
             raise ConfigError("device", device, listed(Device.__members__), nearest="auto")
@@ -231,9 +255,29 @@ def load_adapted(run: RunFolder | Path | str, device: str | None = None) -> Adap
         config,
         tokenizer,
         loading.load_model(config.model, config.train.dtype, torch_device),
-        folder.adapter if config.method.kind in ADAPTING else None,
+        (path if is_export else folder.adapter) if config.method.kind in ADAPTING else None,
         splices(sae, saes, special_ids(tokenizer)),
     )
+
+
+def _in_export(config: Config, folder: Path) -> Config:
+    """The config with the paths of the SAEs in an export.
+
+    Raises:
+        UserError: If the export is a merged model.
+    """
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a merged model: transformers loads it, as its {MODEL_CARD} shows; for "
+            "load_adapted, export without --merge"
+        )
+
+    def inside(choice: SAEChoice) -> SAEChoice:
+        path = choice.path and str(folder / choice.path)
+        adapter = choice.adapter and replace(choice.adapter, path=str(folder / choice.adapter.path))
+        return replace(choice, path=path, adapter=adapter)
+
+    return replace(config, sae=replace(config.sae, used=list(map(inside, config.sae.used))))
 
 
 def _check_same(saes: Sequence[LoadedSAE], folder: RunFolder) -> None:

@@ -1,32 +1,55 @@
-"""Export of a finished run into a folder: adapters or the whole model, with a model card."""
+"""Export of a finished run into a folder that stands alone: trained weights, SAEs and a model card."""
 
-import dataclasses
+import json
 import shutil
-from pathlib import Path, PurePath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from sae_lora.common.errors import UserError
-from sae_lora.common.files import as_json, check_writable, new_folder, write_atomically
-from sae_lora.config.enums import DType
-from sae_lora.config.identity import ADAPTING
-from sae_lora.config.schema import Config, ModelConfig, as_list
-from sae_lora.config.serialize import as_dict, load
+from sae_lora.common.files import as_json, check_writable, new_folder, sha256, write_atomically
+from sae_lora.config.enums import DType, TextSource
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES
+from sae_lora.config.schema import Adapters, Config, DataConfig, ModelConfig, SAEConfig, as_list
+from sae_lora.config.serialize import load
+from sae_lora.data import corpus
 from sae_lora.export.model_card import card
+from sae_lora.export.public import (
+    BASE_MODEL,
+    MODEL_CARD,
+    is_local,
+    last_part,
+    public,
+    public_config,
+    public_summary,
+)
 from sae_lora.models import adapter_files, loading
+from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
+from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import finished
+from sae_lora.saes import output_adapter
+from sae_lora.saes.from_run import check_as_planned, trained_saes
+from sae_lora.saes.loading import write_copy
 
 TOLERANCE = 1e-4
 """Largest allowed change of a logit by merging, as a share of the largest logit. Rounding changes far
 less."""
+_PROMPT_TOKENS = 12
 _CPU = torch.device("cpu")
 
 
 def export(run: Path, to: Path, *, merge: bool = False) -> str:
     """Write the folder, complete or not at all, and return a one-line description of it.
+
+    The folder is laid out like a run folder, with the adapters at its top, where peft looks for them. It
+    holds everything that the student needs and that is neither on the hub nor in this package, but for
+    the base model: trained weights, and SAEs that are only on this machine.
 
     Args:
         run: The run folder, `outputs/<sweep>/<run>`.
@@ -34,44 +57,137 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         merge: True: write the whole model in float32, with the adapters merged into its weights.
 
     Raises:
-        UserError: If the run is not finished, the folder cannot be written, a file of the run is
-            missing, or the merged model differs from the model with the adapters.
+        UserError: If the run is not finished, the folder cannot be written, a file of the run or of an
+            SAE is missing, or the merged model differs from the model with the adapters.
     """
     folder, to = finished(run), to.expanduser().absolute()
     config = load(folder.config.read_text())
-    if config.method.kind not in ADAPTING:
-        file_format = "in sae-lens's format" if folder.sae.exists() else "as safetensors"
-        result = folder.sae if folder.sae.exists() else folder.output_adapter
-        raise UserError(f"{run} has no LoRA adapters to export; its result is {result}, {file_format}")
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+    if merge and config.method.kind not in ADAPTING:
+        raise UserError(
+            f"--merge: {run} has no LoRA adapters: it is of method={config.method.kind.name}"
+        )
+    try:
+        is_free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
+    except OSError as error:
+        raise UserError(f"--to: {to} cannot be used: {error.strerror}") from error
+    if not is_free:
         raise UserError(f"--to: {to} exists and is not an empty folder; choose another folder")
     check_writable(to.parent, "--to")
     loading.silence_transformers()
-    summary = _public_summary(folder.read_summary())
-    base = dataclasses.replace(config.model, commit=summary["model"]["commit"])
-    values = _public_config(dataclasses.replace(config, model=base))
+    summary = folder.read_summary()
+    base = replace(config.model, commit=summary["model"]["commit"])
     try:
         with new_folder(to) as new:
-            if merge:
-                model = loading.load_model(base, DType.float32, _CPU)
-                difference = write_merged(model, folder.adapter, new)
-                loading.load_tokenizer(base).save_pretrained(new)
-                content = (
-                    f"the merged model; no logit differs by more than {difference:.1e} of the largest"
-                )
-            else:
-                name = None if base.commit is None else base.name
-                adapter_files.republish(folder.adapter, new, name, base.commit)
-                content = "the adapters"
+            content = _write_weights(folder, config, base, new, merge=merge)
+            sae, saes = _write_saes(config, folder, summary["sae"], new)
+            values = public_config(replace(config, model=base), sae)
+            summary = public_summary(summary, base, saes)
             write_atomically(new / "config.yaml", OmegaConf.to_yaml(values))
             write_atomically(new / "summary.json", as_json(summary))
             shutil.copyfile(folder.curve, new / "curve.jsonl")
             shapes = loading.load_shapes(base)
             modules = [shapes.name_at(sae["hookpoint"]) for sae in summary["sae"]]
-            write_atomically(new / "README.md", card(values, summary, modules, merged=merge))
-    except OSError as error:
+            folders = {
+                module: sae["adapter"]
+                for module, sae in zip(modules, saes, strict=True)
+                if sae.get("adapter") is not None
+            }
+            text = card(
+                values,
+                summary,
+                modules,
+                _prompt(config, summary, base),
+                {module: f"{path}/{output_adapter.WEIGHTS}" for module, path in folders.items()},
+                next((output_adapter.code(new / path) for path in folders.values()), ""),
+                merged=merge,
+            )
+            write_atomically(new / MODEL_CARD, text)
+    except (OSError, SafetensorError) as error:  # a full disk, for example
         raise UserError(f"cannot export {run} to {to}: {error}") from error
     return f"{content}: {to}"
+
+
+def _write_weights(
+    folder: RunFolder, config: Config, base: ModelConfig, to: Path, *, merge: bool
+) -> str:
+    """Write the adapters or the merged model, if the run has adapters; describe the export in words."""
+    if config.method.kind not in ADAPTING:
+        return "the SAEs" if config.method.kind in TRAINING_SAES else "the maps on the output of SAEs"
+    if merge:
+        model = loading.load_model(base, DType.float32, _CPU)
+        difference = write_merged(model, folder.adapter, to)
+        loading.load_tokenizer(base).save_pretrained(to)
+        return f"the merged model; no logit differs by more than {difference:.1e} of the largest"
+    name = BASE_MODEL if is_local(base) else base.name
+    adapter_files.republish(folder.adapter, to, None if name == EMBEDDED_NAME else name, base.commit)
+    return "the adapters"
+
+
+def _write_saes(
+    config: Config, folder: RunFolder, descriptions: list[dict[str, Any]], to: Path
+) -> tuple[SAEConfig, list[dict[str, Any]]]:
+    """Write the student's SAEs that are only on this machine, and the trained maps on their output.
+
+    Args:
+        config, folder: The run.
+        descriptions: Its SAEs, from its summary.
+        to: The folder to write into: `sae/<hookpoint>/` and `output_adapter/<hookpoint>/`.
+
+    Returns:
+        The SAEs for the exported config, and for the exported summary, with paths in the export.
+    """
+    trained = trained_saes(config, folder, read_dimensions(config.model))
+    used, described, digests = [], [], {}
+    for choice, description in zip(trained.used, descriptions, strict=True):
+        hookpoint = str(Place.of(choice))
+        if choice.path is not None:
+            # An SAE that several blocks share is saved under the first of them.
+            first = replace(choice, block=min([choice.block, *choice.group]))
+            path = f"sae/{Place.of(first)}"
+            if path not in digests:
+                digests[path] = write_copy(trained, first, to / path)
+                cfg = to / path / "cfg.json"
+                values = public(json.loads(cfg.read_text()), config.model)
+                write_atomically(cfg, as_json(values))
+            choice = replace(choice, path=path, sha256=sha256(to / path / "sae_weights.safetensors"))
+            description = description | {"path": path, "sha256": digests[path]}
+        if choice.adapter is not None:
+            check_as_planned(choice.adapter)
+            path = f"output_adapter/{hookpoint}"
+            shutil.copytree(choice.adapter.path, to / path)
+            choice = replace(choice, adapter=Adapters(path, choice.adapter.sha256))
+            description = description | {"adapter": path}
+        used.append(choice)
+        described.append(description)
+    if config.method.kind in TRAINING_SAES:  # the config keeps the SAEs that the run began with
+        return replace(config.sae, path=last_part(config.sae.path)), described
+    hook = used[0].hook.name
+    pattern = None if trained.path is None else f"sae/blocks.{{block}}.hook_{hook}"
+    return replace(trained, path=pattern, used=used), described
+
+
+def _prompt(config: Config, summary: dict[str, Any], base: ModelConfig) -> str:
+    """A text to continue, of the kind that the run was trained on: the beginning of held-out text.
+
+    Words of the user's own files are not published; for them, and without the cache, it is any text.
+    """
+    data = config.data
+    if data.source is not TextSource.text_files:
+        tokens = corpus.first_held_out(data, str(summary["data"].get("corpus")))
+        tokenizer = loading.load_tokenizer(base)
+        text = tokenizer.decode(tokens[:_PROMPT_TOKENS], skip_special_tokens=True)
+        # The last character may lack some of its bytes; three ticks would end the code on the card.
+        text = str(text).rstrip("\ufffd").partition("```")[0].strip()
+        if text:
+            return text
+    return "import os" if _is_python(data) else "Once upon a time"
+
+
+def _is_python(data: DataConfig) -> bool:
+    """True if the text is Python code."""
+    if data.source is TextSource.stdlib:
+        return True
+    return data.files is not None and all(str(path).endswith(".py") for path in as_list(data.files))
 
 
 def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
@@ -105,42 +221,3 @@ def write_merged(model: LanguageModel, adapter: Path, to: Path) -> float:
             f"{difference:.1e} of the largest logit, more than {TOLERANCE:.0e}; nothing was written"
         )
     return difference
-
-
-def _public_config(config: Config) -> dict[str, Any]:
-    """The config as plain values, without details of the user's machine and accounts.
-
-    `launcher`, `tracking` and output folders are left out; other paths are cut to their last part.
-    """
-    values = as_dict(config)
-    for name in ("launcher", "tracking", "output_dir"):
-        del values[name]
-    del values["data"]["cache_dir"]
-    if config.data.files is not None:
-        values["data"]["files"] = [_last_part(path) for path in as_list(config.data.files)]
-    values["model"]["name"] = _public_name(config.model.name, config.model.commit)
-    for entry in (values["sae"], *values["sae"]["used"]):
-        entry["path"] = _last_part(entry["path"])
-    return values
-
-
-def _public_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without host, visible GPUs, and the address of the W&B run."""
-    model, environment = summary["model"], summary["environment"]
-    return summary | {
-        "model": model | {"name": _public_name(model["name"], model["commit"])},
-        "sae": [sae | {"path": _last_part(sae["path"])} for sae in summary["sae"]],
-        "environment": {
-            key: value for key, value in environment.items() if key not in ("host", "visible_gpus")
-        },
-        "tracked_at": None,
-    }
-
-
-def _public_name(name: str, commit: str | None) -> str:
-    """The name of a repository, or the last part of a local path."""
-    return name if commit is not None else str(_last_part(name))
-
-
-def _last_part(path: str | None) -> str | None:
-    return None if path is None else PurePath(path).name

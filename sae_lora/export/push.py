@@ -7,9 +7,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.hub import explained
+from sae_lora.export.public import MODEL_CARD
 
-_EXPORTED_FILES = ("README.md", "config.yaml", "curve.jsonl", "summary.json")
-_WEIGHTS = ("adapter_config.json", "config.json")
+_EXPORTED_FILES = (MODEL_CARD, "config.yaml", "curve.jsonl", "summary.json")
+_WEIGHTS = ("adapter_config.json", "config.json", "sae", "output_adapter")
 _REFUSALS = {
     401: "you are not logged in; run `hf auth login` with a token that has write access",
     402: "the hub requires a payment",
@@ -29,7 +30,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
             set and the repository is public.
     """
     missing = [name for name in _EXPORTED_FILES if not (folder / name).is_file()]
-    if missing or not any((folder / name).is_file() for name in _WEIGHTS):
+    if missing or not any((folder / name).exists() for name in _WEIGHTS):
         raise UserError(
             f"{folder} is not an export: {', '.join(missing) or 'weights'} missing; "
             "write it with `sae-lora export <run> --to DIR`"

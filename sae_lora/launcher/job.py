@@ -101,7 +101,9 @@ class Job:
             del self._parts[0]
         to_evaluate = [folder for folder in self._folders if folder.path.exists() and pending(folder)]
         if to_evaluate:  # a suite that fails does not fail the run; other results are kept
-            self._run("sae_lora.run.evaluate", to_evaluate, stop=signal.SIGKILL)
+            code = self._run("sae_lora.run.evaluate", to_evaluate)
+            if code == EXIT_INTERRUPTED and any(map(pending, to_evaluate)):
+                self._wait_until_stopped()
         causes = [
             f"{folder.path.name}: {folder.failure_message or 'stopped by a signal'}"
             for folder in self._folders
@@ -110,12 +112,11 @@ class Job:
         if causes:
             raise RunFailedError("; ".join(causes))
 
-    def _run(
-        self, module: str, folders: Sequence[RunFolder], *options: str, stop: signal.Signals
-    ) -> int:
+    def _run(self, module: str, folders: Sequence[RunFolder], *options: str) -> int:
         """Run a module in a child process, which prints into the first run's log; return its exit code.
 
-        The launcher stops this job by Ctrl-C. The child process then gets the signal `stop` instead.
+        The launcher stops this job by Ctrl-C. The child process then gets the signal `STOP` instead. If
+        it ends by this signal, because it came before it could handle signals, it was interrupted.
         """
         paths = [str(folder.path) for folder in folders]
         with folders[0].log.open("ab") as log:
@@ -126,10 +127,11 @@ class Job:
                 env=os.environ | self._environment,
             )
         try:
-            return self._child.wait()
+            code = self._child.wait()
         except KeyboardInterrupt:
-            self._child.send_signal(stop)
+            self._child.send_signal(STOP)
             raise
+        return EXIT_INTERRUPTED if -code in SIGNALS else code
 
     def _split(self, cause: str) -> None:
         """Replace the first part with the two halves of its unsettled runs."""
@@ -148,9 +150,7 @@ class Job:
         for folder in others:
             with folder.log.open("a") as log:
                 log.write(f"trains together with {first.path.name}; see the log of that run\n")
-        code = self._run("sae_lora.run.execute", pack, *self._options, stop=STOP)
-        if -code in SIGNALS:  # the signal came before it could handle signals: no work was started
-            code = EXIT_INTERRUPTED
+        code = self._run("sae_lora.run.execute", pack, *self._options)
         if code == EXIT_INTERRUPTED and self._parts[0].unsettled:
             self._wait_until_stopped()
         return code

@@ -14,12 +14,15 @@ from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.common.files import check_writable
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
+from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import Config, LauncherConfig
+from sae_lora.config.serialize import as_dict
 from sae_lora.evaluation.suite_records import missing, pending
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import run_here, submit, wait_for
 from sae_lora.records import slurm
+from sae_lora.records.factors import differences, values_of
 from sae_lora.records.status import RunStatus, State, counts, read_statuses
 from sae_lora.report.tables import comparison_table, run_table
 
@@ -104,10 +107,17 @@ def _common_settings(points: Sequence[Config]) -> LauncherConfig:
 
 def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
-    from sae_lora.train.cost import estimate  # brings torch in
+    from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
+    from sae_lora.train.cost import estimate, left_out
 
+    for note in bos_notes([run.config for run in planned.runs]):
+        say(f"note: {note}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("run", "state", "SAE"):
+    varying = differences([values_of(as_dict(run.config), {}) for run in planned.runs])
+    table.add_column("run", no_wrap=True)
+    for name in varying:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("state", "SAE"):
         table.add_column(name, no_wrap=True)
     for name in ("pack", "trained weights", "training FLOPs", "peak memory"):
         table.add_column(name, justify="right")
@@ -115,14 +125,16 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     runs = _with_status([replace(run, config=unpinned(run.config)) for run in planned.runs])
     to_run = _states_to_run(settings)
     to_do = [run for run, status in runs if status.state in to_run]
+    check_local([run.config for run in to_do])
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     flops_unpacked = 0.0
-    for run, status in runs:
+    for number, (run, status) in enumerate(runs):
         cost = estimate([run.config])
         flops_unpacked += cost.flops if status.state in to_run else 0.0
         table.add_row(
             run.name,
+            *(values[number] for values in varying.values()),
             status.state.value,
             _sae_names(run.config),
             str(numbers.get(run.name, "–")),
@@ -131,6 +143,10 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
+    frozen = Counter(in_words(left_out(run.config)) for run in planned.runs)
+    for text, number in frozen.items():
+        if text:
+            say(f"note: frozen in the adapted blocks of {count(number, 'run')}: {text}")
     say(f"{count(len(runs), 'run')}: {counts(status.state for _, status in runs)}")
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
@@ -198,7 +214,10 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     if not runs:
         return []
     from sae_lora.launcher.prefetch import prefetched  # brings torch in
+    from sae_lora.train.cost import left_out
 
+    for run in runs:
+        left_out(run.config)  # refuses lora.targets that the model does not have, before it is fetched
     configs = prefetched([run.config for run in runs])
     fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     # Fetching may take an hour. Another launch may have started some of the runs meanwhile.

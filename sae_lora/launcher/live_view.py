@@ -1,7 +1,7 @@
 """The progress of runs, read from their folders: a live view in a terminal or notebook, or lines."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_lora.common.console import console, duration, percent, say
+from sae_lora.common.console import PROGRESS_MARK, Spacing, console, duration, percent, say
+from sae_lora.records.factors import differences_of, labels
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
 from sae_lora.records.status import State, counts, read_statuses
@@ -28,6 +29,12 @@ _CELL_COLUMNS = 120
 """Width of the view in a notebook, in columns."""
 _ROWS = 20
 """Largest number of runs in the live table; the others are counted."""
+_OLD_S = 60.0
+"""Age in seconds from which a report is said to be old."""
+_MOST_VALUES = 4
+"""Largest number of values of a factor that a line about a pack lists."""
+_WIDEST_VALUE = 24
+"""Largest width of a factor's column in the live table."""
 
 
 @dataclass(frozen=True)
@@ -37,64 +44,131 @@ class StatusRow:
     name: str
     state: State
     note: str
-    """One line: the process that runs it, the cause of its failure, or the end of its job."""
+    """One line: the process that runs it, the cause of its failure, the end of its job, or a suite."""
     progress: Progress | None
-    """Its newest progress; `None` after its end."""
+    """Its newest report; `None` without one."""
+    process: str
+    """The process that trains it, equal for the runs of a pack; for other runs, a note on the state."""
+    gap: float | None
+    """CE gap at its last evaluation, in nats per token."""
     gap_closed: str
     """Gap closed at its last evaluation, in per cent; empty without an evaluation."""
+    points: int
+    """Number of its evaluations."""
+
+    @property
+    def is_at_work(self) -> bool:
+        """True if a process trains the run, or measures it with suites."""
+        return self.state is State.running or (self.state is State.done and self.progress is not None)
+
+    @property
+    def stage(self) -> str:
+        """The present stage with its share done; without a process, the state."""
+        return self.progress.text if self.progress and self.is_at_work else self.state.value
+
+    @property
+    def steps(self) -> str:
+        """Steps taken, of all steps; empty before training."""
+        progress = self.progress
+        return f"{progress.step:,}/{progress.steps:,}" if progress and progress.steps else ""
+
+    @property
+    def rate(self) -> str:
+        """Training tokens per second; empty if unknown."""
+        rate = self.progress.tokens_per_second if self.progress else None
+        return f"{rate:,.0f}" if rate and self.state is State.running else ""
 
     @property
     def eta(self) -> str:
-        """Time until its last step at the latest speed, without evaluations; empty if unknown."""
-        progress = self.progress
-        if self.state is not State.running or progress is None or not progress.tokens_per_second:
-            return ""
-        return duration(max(0, progress.train_tokens - progress.tokens) / progress.tokens_per_second)
+        """Time until the end of its last evaluation; empty if unknown."""
+        left = self.progress.seconds_left if self.progress else None
+        return duration(left) if left is not None and self.state is State.running else ""
 
 
 def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:
     """The present status of each run."""
     rows = []
     for folder, status in zip(folders, read_statuses(folders), strict=True):
-        has_ended = status.state in (State.done, State.failed)
         curve = folder.read_curve()
+        progress = None if status.state is State.failed else folder.read_progress()
+        age = folder.seconds_since_progress
+        process = note = (status.note or "").partition("\n")[0]
+        if status.state is State.running and age >= _OLD_S:
+            note += f", last report {duration(age)} ago"
+        elif status.state is State.done and progress is not None:
+            note = progress.text
+            if age >= _OLD_S:  # a process that was killed leaves its last report
+                note, progress = f"{note} {duration(age)} ago", None
         rows.append(
             StatusRow(
                 name=folder.path.name,
                 state=status.state,
-                note=(status.note or "").partition("\n")[0],
-                progress=None if has_ended else folder.read_progress(),
+                note=note,
+                progress=progress,
+                process=process,
+                gap=curve[-1].ce_gap if curve else None,
                 gap_closed=percent(curve[-1].gap_closed) if curve else "",
+                points=len(curve),
             )
         )
     return rows
 
 
-def status_table(statuses: Sequence[StatusRow]) -> Table:
-    """A table of runs, one in each row."""
+def status_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[str]]) -> Table:
+    """A table of runs, one in each row.
+
+    Args:
+        statuses: The runs.
+        varying: What varies among them: by heading, the value of each run.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("run", no_wrap=True)
+    for name in varying:
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state")
-    for name in ("step", "tokens/s", "loss", "gap closed", "ETA"):
+    for name in ("step", "tokens/s", "loss", "gap", "gap closed", "ETA"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note", overflow="ellipsis", no_wrap=True)
-    for status in statuses:
-        progress = status.progress
-        stage = status.state.value
-        if status.state is State.running and progress is not None:
-            stage = progress.stage
-        steps = rate = loss = ""
-        if progress is not None and progress.step > 0:
-            steps = f"{progress.step:,}/{progress.steps:,}"
-            rate = f"{progress.tokens_per_second:,.0f}" if progress.tokens_per_second else ""
-            loss = f"{progress.loss:.3f}" if progress.loss is not None else ""
+    for number, status in enumerate(statuses):
+        loss = status.progress.loss if status.progress is not None else None
         table.add_row(
             Text(status.name),
-            Text(stage, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True),
-            *(steps, rate, loss, status.gap_closed, status.eta),
+            *(Text(values[number]) for values in varying.values()),
+            _stage_cell(status),
+            *(status.steps, status.rate, "" if loss is None else f"{loss:.3f}"),
+            *(_signed(status.gap), status.gap_closed, status.eta),
             Text(status.note, style="red" if status.state is State.failed else "dim"),
         )
     return table
+
+
+def live_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[str]]) -> Table:
+    """A table of runs for 80 columns: what varies, stage, step, gap and ETA.
+
+    The arguments are those of `status_table`.
+    """
+    columns = varying or {"run": [status.name for status in statuses]}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in columns:
+        table.add_column(Text(name, no_wrap=True), justify="right", max_width=_WIDEST_VALUE)
+    table.add_column("state")
+    for name in ("step", "gap", "ETA"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, status in enumerate(statuses):
+        table.add_row(
+            *(Text(values[number], no_wrap=True, overflow="ellipsis") for values in columns.values()),
+            _stage_cell(status),
+            *(status.steps, _signed(status.gap), status.eta),
+        )
+    return table
+
+
+def _stage_cell(status: StatusRow) -> Text:
+    return Text(status.stage, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True)
+
+
+def _signed(gap: float | None) -> str:
+    return "" if gap is None else f"{gap:+.3f}"
 
 
 class Watch:
@@ -102,10 +176,15 @@ class Watch:
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self._folders = folders
+        self._varying = differences_of(folders)
+        self._labels = labels(self._varying, len(folders))
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._cell: Any = None
         """Handle of the view in a notebook."""
         self._states: dict[RunFolder, State] = {}
+        self._lines: dict[str, set[tuple[str, int]]] = {}
+        """For each pack, the stages and numbers of evaluations that lines were printed for."""
+        self._spacing = Spacing()
         self._printed = 0
         """Bytes of the only run's log that are already printed, or older than this command."""
         if len(folders) == 1 and folders[0].log.exists():
@@ -120,13 +199,20 @@ class Watch:
         if len(self._folders) == 1:
             self._print_log(self._folders[0])
         else:
-            for folder, status in zip(self._folders, statuses, strict=True):
-                self._print_change(folder, status)
-        view = _bar(statuses[0]) if len(statuses) == 1 else _summary(statuses)
-        if console.is_terminal:
-            self._live.update(view)
-        elif console.is_jupyter:
-            self._show_in_cell(view)
+            self._print_ends(statuses)
+            if not self._has_view:
+                self._print_stages(statuses)
+        if self._has_view:
+            view = _bar(statuses[0]) if len(statuses) == 1 else self._summary(statuses)
+            if console.is_terminal:
+                self._live.update(view)
+            else:
+                self._show_in_cell(view)
+
+    @property
+    def _has_view(self) -> bool:
+        """True in a terminal or a notebook."""
+        return console.is_terminal or console.is_jupyter
 
     def _show_in_cell(self, view: RenderableType) -> None:
         """Show the view in the output of the notebook cell; it replaces the previous view."""
@@ -140,19 +226,63 @@ class Watch:
         else:
             self._cell.update(html)
 
-    def _print_change(self, folder: RunFolder, status: StatusRow) -> None:
-        """Print a line when a run ends and, if the output is no terminal, when it starts."""
-        previous, self._states[folder] = self._states.get(folder), status.state
-        if status.state is previous:
-            return
-        closed = status.gap_closed and f"gap closed {status.gap_closed}"
-        if status.state in (State.done, State.failed):
-            say(f"{status.state.value:>9}  {status.name}  {status.note or closed}")
-        elif status.state is State.running and not console.is_terminal:
-            say(f"{status.state.value:>9}  {status.name}")
+    def _print_ends(self, statuses: Sequence[StatusRow]) -> None:
+        """Print a line for each run that has ended since the last call."""
+        for folder, status, label in zip(self._folders, statuses, self._labels, strict=True):
+            previous, self._states[folder] = self._states.get(folder), status.state
+            if status.state is not previous and status.state in (State.done, State.failed):
+                closed = status.gap_closed and f"gap closed {status.gap_closed}"
+                end = status.note if status.state is State.failed else closed
+                words = filter(None, (f"{status.state.value:>9}", status.name, label, end))
+                say("  ".join(words))
+
+    def _print_stages(self, statuses: Sequence[StatusRow]) -> None:
+        """Print a line for each pack that is in a new stage or has a new evaluation; then rarely."""
+        packs: dict[str, list[int]] = {}
+        for number, status in enumerate(statuses):
+            if status.is_at_work and status.progress is not None:
+                is_training = status.state is State.running
+                packs.setdefault(status.process if is_training else status.name, []).append(number)
+        is_due = bool(packs) and self._spacing.is_due(len(packs))
+        for pack, numbers in packs.items():
+            first = statuses[numbers[0]]
+            assert first.progress is not None
+            printed = self._lines.setdefault(pack, set())
+            points = min(statuses[number].points for number in numbers)
+            news = {("", points), (first.progress.stage, 0)} - printed - {("", 0)}
+            if news or is_due:
+                printed |= news
+                self._spacing.restart()
+                say(_pack_line([statuses[number] for number in numbers], self._names_of(numbers)))
+
+    def _names_of(self, numbers: Sequence[int]) -> str:
+        """The runs of a pack, as text: `4 runs  rank=8  lr=0.001,0.002  seed=0,1`."""
+        parts = []
+        for name, values in self._varying.items():
+            different = list(dict.fromkeys(values[number] for number in numbers))
+            if len(different) > _MOST_VALUES:
+                different[1:-1] = ["…"]
+            parts.append(f"{name}={','.join(different)}")
+        parts = parts or [self._folders[numbers[0]].path.name]
+        return "  ".join([f"{len(numbers)} runs", *parts] if len(numbers) > 1 else parts)
+
+    def _summary(self, statuses: Sequence[StatusRow]) -> Group:
+        """A table of runs at work, then failed or stopped runs, at most `_ROWS`; and their states."""
+        at_work = [number for number, status in enumerate(statuses) if status.is_at_work]
+        stopped = [
+            number
+            for number, status in enumerate(statuses)
+            if status.state in (State.failed, State.resumable)
+        ]
+        shown = [*at_work, *stopped][:_ROWS]
+        states = Text(counts(status.state for status in statuses), style="bold")
+        if not shown:
+            return Group(states)
+        varying = {name: [values[number] for number in shown] for name, values in self._varying.items()}
+        return Group(live_table([statuses[number] for number in shown], varying), states)
 
     def _print_log(self, folder: RunFolder) -> None:
-        """Print the new lines of the only run's log."""
+        """Print the new lines of the only run's log. A live view replaces the lines of progress."""
         if not folder.log.exists():
             return
         with folder.log.open("rb") as file:
@@ -160,7 +290,8 @@ class Watch:
             whole, end, _ = file.read().rpartition(b"\n")
         self._printed += len(whole) + len(end)
         for line in whole.decode(errors="replace").splitlines():
-            say(line)
+            if not (self._has_view and line.startswith(PROGRESS_MARK)):
+                say(line)
 
     def __enter__(self) -> "Watch":
         if len(self._folders) == 1:
@@ -176,31 +307,31 @@ class Watch:
             self._show_in_cell("")
 
 
-def _summary(statuses: Sequence[StatusRow]) -> Group:
-    """A table of running, then failed or stopped runs, at most `_ROWS`; and the number in each state."""
-    running = [status for status in statuses if status.state is State.running]
-    stopped = [status for status in statuses if status.state in (State.failed, State.resumable)]
-    shown = [*running, *stopped][:_ROWS]
-    number = Text(counts(status.state for status in statuses), style="bold")
-    return Group(status_table(shown), number) if shown else Group(number)
+def _pack_line(statuses: Sequence[StatusRow], names: str) -> str:
+    """One line for the runs of a pack: names, stage, gaps, speed and ETA of the slowest."""
+    gaps = [status.gap for status in statuses if status.gap is not None]
+    gap = ""
+    if gaps:
+        gap = f"gap {min(gaps):+.3f}"
+        gap += f" to {max(gaps):+.3f}" if len(gaps) > 1 else ""
+    first = statuses[0]
+    rate, eta = first.rate and f"{first.rate} tokens/s", first.eta and f"ETA {first.eta}"
+    return PROGRESS_MARK + "  ".join(filter(None, (names, first.stage, gap, rate, eta)))
 
 
 def _bar(status: StatusRow) -> Table | Text:
-    """One run's progress as a bar, with loss, tokens/s and ETA."""
+    """One run's progress as a bar, with stage, loss, tokens/s and ETA."""
     progress = status.progress
     if progress is None or not progress.train_tokens:
         waiting = "starting" if status.state is State.new else status.state.value
-        return Text(progress.stage if progress is not None else waiting, style="dim")
+        return Text(progress.text if progress is not None else waiting, style="dim")
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
-        "training",
+        progress.stage if progress.stage == "training" else progress.text,
         ProgressBar(total=progress.train_tokens, completed=progress.tokens, width=32),
         f"{progress.tokens / progress.train_tokens:4.0%}",
         Text(f"loss {progress.loss:.3f}" if progress.loss is not None else "", style="green"),
-        Text(
-            f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else "",
-            style="cyan",
-        ),
+        Text(status.rate and f"{status.rate} tokens/s", style="cyan"),
         status.eta and f"ETA {status.eta}",
     )
     return grid

@@ -13,17 +13,25 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.files import as_json, check_readable, write_atomically
 from sae_lora.config.enums import Method, TextSource
-from sae_lora.config.identity import ADAPTING, identity, readable_name
-from sae_lora.config.lora_targets import adapted_blocks, canonical_alpha, canonical_blocks
+from sae_lora.config.identity import ADAPTING, folder_name
+from sae_lora.config.lora_targets import (
+    adapted_blocks,
+    canonical_alpha,
+    canonical_blocks,
+    selection_version,
+)
 from sae_lora.config.schema import Config, SAEChoice, as_list
 from sae_lora.config.serialize import as_dict, load
-from sae_lora.data.documents import files_matching
+from sae_lora.data.documents import check_hub_name
+from sae_lora.data.text_files import files_matching
 from sae_lora.models.dimensions import Dimensions, read_dimensions
+from sae_lora.models.model_folder import check_files
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.from_run import begun, check_goes_on
 from sae_lora.saes.layer_groups import Distances, LayerGroups, groups
+from sae_lora.saes.metadata import Notices, differences, stated_by
 from sae_lora.saes.resolve import Resolution, resolve
 
 
@@ -131,6 +139,8 @@ class _Planner:
         self.runs: dict[Path, Run] = {}
         self.notes: list[str] = []
         self._strict = strict
+        self._noticed = Notices()
+        self._stated: dict[tuple[str | None, ...], dict[str, Any]] = {}
         self._sizes: dict[tuple[str, str | None], Dimensions] = {}
         self._distances: dict[str, Distances] = {}
         self._planned: list[tuple[Config, Path]] = []
@@ -138,13 +148,14 @@ class _Planner:
 
     @property
     def all_notes(self) -> list[str]:
-        """Messages for the user, also about points that mean the same run."""
+        """Messages for the user, also about SAEs and about points that mean the same run."""
+        notes = [*self.notes, *self._noticed.lines]
         times = Counter(path for _, path in self._planned)
         repeated = {path: number for path, number in times.items() if number > 1}
         if len(repeated) > _MAX_NAMED:
             number = sum(repeated.values()) - len(repeated)
-            return [*self.notes, f"{number} points are duplicates of other points and run only once"]
-        return self.notes + [
+            return [*notes, f"{number} points are duplicates of other points and run only once"]
+        return notes + [
             f"{path.name} is named {'twice' if number == 2 else f'{number} times'} and runs only once"
             for path, number in repeated.items()
         ]
@@ -153,6 +164,7 @@ class _Planner:
         """Add the run of a point."""
         request = point
         dimensions = self._dimensions(point)
+        point = self._fitted(point, dimensions)
         try:
             if point.init is not None:
                 point = begun(point, dimensions)
@@ -171,14 +183,27 @@ class _Planner:
             )
             return
         lora = replace(
-            point.lora, alpha=canonical_alpha(point.lora), blocks=canonical_blocks(point.lora.blocks)
+            point.lora,
+            alpha=canonical_alpha(point.lora),
+            blocks=canonical_blocks(point.lora.blocks),
+            selection=selection_version(dimensions.model_type),
         )
         config = replace(point, sae=replace(point.sae, used=resolution.choices), lora=lora)
         _check_fits(config, resolution.choices, dimensions)
         if config.data.source is TextSource.text_files:
             files_matching(as_list(config.data.files))
+        elif config.data.source is TextSource.hub:
+            check_hub_name(config.data.name or "")
+        if config.evaluation.steering_texts is not None:  # read only after training
+            texts = Path(config.evaluation.steering_texts).expanduser()
+            check_readable(texts, "evaluation.steering_texts")
         self.notes += [note for note in resolution.notes if note not in self.notes]
-        path = Path(config.output_dir) / config.sweep / f"{readable_name(config)}-{identity(config)}"
+        for choice in resolution.choices:
+            key = choice.release, choice.id, choice.path
+            if key not in self._stated:
+                self._stated[key] = stated_by(choice)
+            self._noticed.add(choice.block, differences(self._stated[key], config))
+        path = Path(config.output_dir).expanduser() / config.sweep / folder_name(config)
         self._planned.append((request, path))
         folder = RunFolder(path)
         self.runs.setdefault(path, Run(_pinned_to_start(config, folder), folder, shared))
@@ -200,7 +225,8 @@ class _Planner:
     def check_waiting(self, point: Config, source: Run) -> None:
         """Check a point before it waits for the run `source`, perhaps for hours."""
         check_goes_on(point, source.config)
-        _check_fits(point, source.config.sae.used, self._dimensions(point))
+        dimensions = self._dimensions(point)
+        _check_fits(self._fitted(point, dimensions), source.config.sae.used, dimensions)
 
     def _note_other_text(self, point: Config) -> None:
         """Note that `init` was trained on other text than the point reads, which may be a mistake."""
@@ -217,7 +243,17 @@ class _Planner:
         model = (point.model.name, point.model.revision)
         if model not in self._sizes:
             self._sizes[model] = read_dimensions(point.model)
+            check_files(point.model)
         return self._sizes[model]
+
+    def _fitted(self, point: Config, model: Dimensions) -> Config:
+        """The point with sequences that the model supports, if `model.fit_context` asks for that."""
+        length, longest = point.data.context_length, model.max_context
+        if not point.model.fit_context or longest is None or length <= longest:
+            return point
+        note = f"data.context_length={longest} instead of {length}: the longest of {point.model.name}"
+        self.notes += [note] if note not in self.notes else []
+        return replace(point, data=replace(point.data, context_length=longest))
 
 
 def _requested_cell(point: Config) -> str:

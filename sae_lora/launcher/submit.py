@@ -18,15 +18,15 @@ from submitit.helpers import clean_env
 from sae_lora.common.console import complain, count, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
-from sae_lora.common.signals import handling
+from sae_lora.common.signals import interrupted_once
 from sae_lora.config.schema import LauncherConfig
 from sae_lora.launcher.job import Job, halves
 from sae_lora.launcher.live_view import Watch
 from sae_lora.launcher.packs import slots
-from sae_lora.launcher.plan import Pack
+from sae_lora.launcher.plan import Pack, Run
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder, runs_of
-from sae_lora.records.status import State, read_statuses
+from sae_lora.records.status import State, read_statuses, what_is_saved
 from sae_lora.tracking import tracker
 
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60
@@ -68,8 +68,12 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     free, waiting = deque(slots(runs, settings)), deque(packs)
     started: list[_Started] = []
     # SIGTERM and a closed terminal have the same effect as Ctrl-C.
-    stops = handling((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
-    with _receiving_interrupts(), stops, Watch([run.folder for run in runs]) as watch:
+    stops = interrupted_once((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    with (
+        _receiving_interrupts(),
+        stops as listen_again,
+        Watch([run.folder for run in runs]) as watch,
+    ):
         try:
             while waiting or started:
                 while waiting and free:
@@ -84,8 +88,14 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
                 free.extend(entry.slot for entry in ended)
                 waiting.extend(pack for entry in ended for pack in _remaining(entry))
         except KeyboardInterrupt:
-            say("stopping: runs save a checkpoint first")
-            _stop(started, settings.signal_delay_s, watch)
+            say("stopping: runs that have taken a step save a checkpoint first")
+            for entry in started:
+                entry.job.cancel()
+            listen_again()
+            _wait_for_stop(started, settings.signal_delay_s, watch)
+            stopped = [run.folder for entry in started for run in entry.pack if _is_stopped(run)]
+            if len(runs) > 1 and stopped:  # the log of a single run says it
+                say(f"stopped: {what_is_saved(stopped)}")
             raise
 
 
@@ -140,10 +150,12 @@ def _milestones(pack: Pack) -> set[Path]:
     return ends | {path for run in pack for path in run.folder.checkpoints.glob("step-*")}
 
 
-def _stop(started: Sequence[_Started], timeout_s: float, watch: Watch) -> None:
-    """Stop the jobs, and wait until their runs have stopped, for at most `timeout_s` seconds."""
-    for entry in started:
-        entry.job.cancel()
+def _is_stopped(run: Run) -> bool:
+    return run.folder.is_unsettled and holder(run.folder.path) is None
+
+
+def _wait_for_stop(started: Sequence[_Started], timeout_s: float, watch: Watch) -> None:
+    """Wait until the runs of cancelled jobs have stopped, for at most `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     runs = [run for entry in started for run in entry.pack]
     while any(holder(run.folder.path) for run in runs):

@@ -2,11 +2,13 @@
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -14,11 +16,20 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.lora import adapted_weight
 
 
 def save(adapters: PeftModel, folder: Path, base_model: str) -> None:
     """Save adapters for `PeftModel.from_pretrained`; `base_model`: name or folder of their model."""
-    adapters.peft_config["default"].base_model_name_or_path = base_model
+    config = adapters.peft_config["default"]
+    config.base_model_name_or_path = base_model
+    parameters = [
+        adapted_weight(name, layer)
+        for name, layer in adapters.get_base_model().named_modules()
+        if isinstance(layer, ParamWrapper)
+    ]
+    if parameters:  # the files contain no other hint on the order in which peft nests such adapters
+        config.target_parameters = parameters[::-1]  # pyright: ignore[reportAttributeAccessIssue]
     # No embedding is adapted. Without this argument, peft would look up the base model online.
     adapters.save_pretrained(str(folder), save_embedding_layers=False)
 
@@ -54,21 +65,51 @@ def begin_with(adapters: PeftModel, folder: Path) -> None:
 
 
 _PREFIX, _A = "base_model.model.", ".lora_A.weight"
-"""A file's key of an A is `_PREFIX`, the matrix's dotted path in the transformers model, and `_A`."""
+"""A file's key of an A is `_PREFIX`, the adapter's dotted path in the transformers model, and `_A`."""
+
+
+class _SavedA(NamedTuple):
+    """The entry of a file that holds A, `[experts · rank, input]`."""
+
+    key: str
+    experts: int
+    inputs: int
+
+
+def _saved(folder: Path) -> dict[str, _SavedA]:
+    """Every entry of an A in the file, by the name of its matrix or of its stack of matrices."""
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    entries: dict[str, _SavedA] = {}
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        keys: list[str] = file.keys()
+        for key in keys:
+            if key.endswith(_A):
+                rows, inputs = (int(size) for size in file.get_slice(key).get_shape())
+                adapter = key.removeprefix(_PREFIX).removesuffix(_A)
+                name = _saved_name(adapter, config.target_parameters or [])
+                entries[name] = _SavedA(key, rows // config.r, inputs)
+    return entries
+
+
+def _saved_name(adapter: str, parameters: Sequence[str]) -> str:
+    """Name of a matrix. Adapters of several weights of a module are nested, the first one innermost."""
+    module = adapter.replace(".base_layer", "")
+    inside = [name for name in parameters if name.rpartition(".")[0] == module]
+    depth = adapter.count(".base_layer")
+    return inside[-1 - depth].removesuffix(".weight") if depth < len(inside) else adapter
 
 
 def saved_inputs(folder: Path) -> list[tuple[str, int]]:
-    """Name and number of inputs of each adapted matrix, without reading weights.
+    """Name, as in `AdaptedMatrix`, and number of inputs of each adapted matrix, without reading weights.
 
     Raises:
         UserError: If the adapters are missing or damaged.
     """
-    with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        keys: list[str] = file.keys()
+    with _explained(folder):
         return sorted(
-            (key.removeprefix(_PREFIX).removesuffix(_A), int(file.get_slice(key).get_shape()[1]))
-            for key in keys
-            if key.endswith(_A)
+            (f"{name}[{expert}]" if saved.experts > 1 else name, saved.inputs)
+            for name, saved in _saved(folder).items()
+            for expert in range(saved.experts)
         )
 
 
@@ -78,8 +119,10 @@ def saved_a(folder: Path, name: str) -> Tensor:
     Raises:
         UserError: If the adapters are missing or damaged.
     """
+    matrix, _, expert = name.removesuffix("]").partition("[")
     with _explained(folder), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        return file.get_tensor(f"{_PREFIX}{name}{_A}")
+        saved = _saved(folder)[matrix]
+        return file.get_tensor(saved.key).chunk(saved.experts)[int(expert or 0)]
 
 
 @contextmanager

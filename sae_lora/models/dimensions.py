@@ -1,17 +1,24 @@
 """The size of a model, before its weights are loaded. Imports no torch, so that planning is fast."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from sae_lora.common import hub
-from sae_lora.common.errors import UserError
+from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.config.schema import ModelConfig
 from sae_lora.embedded import MODEL as EMBEDDED_MODEL
 from sae_lora.embedded import NAME as EMBEDDED_NAME
+
+_LONGEST_CAUSE = 300
+"""Characters of a library's message that are shown."""
+_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -23,52 +30,137 @@ class Dimensions:
     d_vocab: int
     max_context: int | None
     """Longest sequence that the model supports, in tokens; `None` if its config does not say."""
+    model_type: str | None = None
+    """Name of the architecture in transformers, such as `llama`."""
 
 
 def source(config: ModelConfig) -> str:
     """The repository, or the folder of a local or the embedded model."""
-    return str(EMBEDDED_MODEL) if config.name == EMBEDDED_NAME else config.name
+    if config.name == EMBEDDED_NAME:
+        return str(EMBEDDED_MODEL)
+    return str(Path(config.name).expanduser()) if config.name.startswith("~") else config.name
 
 
 _NAMES = {
-    "d_model": ("hidden_size", "n_embd"),
-    "n_blocks": ("num_hidden_layers", "n_layer"),
+    "d_model": ("hidden_size", "n_embd", "d_model", "emb_dim", "n_embed"),
+    "n_blocks": (
+        # First, because these configs also state the size of an encoder under the usual names.
+        *("decoder_layers", "num_decoder_layers"),
+        *("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    ),
     "d_vocab": ("vocab_size",),
-    "max_context": ("max_position_embeddings", "n_positions"),
+    "max_context": (
+        *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
+        *("max_target_positions", "context_length"),
+    ),
+    "model_type": ("model_type",),
 }
-"""Names of each dimension in config files: the usual name, and GPT-2's."""
+"""Names of each dimension in configs of transformers."""
+_REQUIRED = {"d_model": "hidden_size", "n_blocks": "num_hidden_layers", "d_vocab": "vocab_size"}
+"""The dimensions that every model has, with their usual names."""
+
+
+def stated(value_of: Callable[[str], Any]) -> dict[str, Any]:
+    """The dimensions that a config states, by their names in `Dimensions`; `None` for the others.
+
+    `value_of` returns the value of a key of the config, or `None`.
+    """
+    return {
+        name: next((value for key in keys if (value := value_of(key)) is not None), None)
+        for name, keys in _NAMES.items()
+    }
 
 
 def read_dimensions(config: ModelConfig) -> Dimensions:
     """The dimensions of a model, from its config file.
 
     Raises:
-        UserError: If the config cannot be found or fetched.
+        UserError: If the config cannot be found or fetched, or is not one of a causal model with float
+            weights.
     """
-    with hub.explained("model.name", config.name):
-        values = _config_file(config)
-        dimensions: dict[str, Any] = {
-            name: next((values[key] for key in keys if key in values), None)
-            for name, keys in _NAMES.items()
-        }
+    values = config_values(config)
+    dimensions = stated((values.get("text_config") or values).get)
+    with reading(config):
         if None in dimensions.values():  # the file omits a value whose default transformers knows
             dimensions = _through_transformers(config)
+    for name, usual in _REQUIRED.items():
+        value = dimensions[name]
+        if not isinstance(value, int) or value < 1:
+            raise unusable(config, f"{usual} in its config is {value!r}, not a size")
     return Dimensions(**dimensions)
 
 
-def _config_file(config: ModelConfig) -> dict[str, Any]:
-    folder = Path(source(config))
-    if folder.is_dir():
-        path = folder / "config.json"
-        if not path.exists():
-            raise UserError(f"model.name = {config.name!r} cannot be used: {folder} has no config.json")
-    else:
-        path = Path(hf_hub_download(config.name, "config.json", revision=config.pinned_revision))
+def unusable(config: ModelConfig, because: str) -> UserError:
+    """The error that a model cannot be used."""
+    return UserError(f"model.name = {config.name!r} cannot be used: {because}")
+
+
+@contextmanager
+def reading(config: ModelConfig) -> Iterator[None]:
+    """Turn errors of transformers and of the hub inside the block into one message about the model.
+
+    Raises:
+        UserError: Replaces the library's error, which is its cause.
+    """
+    is_local = Path(source(config)).is_dir()
+    try:
+        with nullcontext() if is_local else hub.explained("model.name", config.name):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises errors of every kind for files that it cannot read
+        if is_out_of_memory(error):
+            raise
+        raise unusable(config, short_cause(error)) from error
+
+
+def short_cause(error: Exception) -> str:
+    """The kind and the message of a library's error, in one line."""
+    return f"{type(error).__name__}: {shorten(str(error), _LONGEST_CAUSE)}"
+
+
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """The values in `config.json`.
+
+    Raises:
+        UserError: As for `read_dimensions`.
+    """
+    with reading(config):
+        path = _config_file(config)
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"model.name = {config.name!r} cannot be used: {path}: {error}") from error
-    return values.get("text_config", values)
+    except (OSError, ValueError) as error:
+        raise unusable(config, f"{path}: {error}") from error
+    if not isinstance(values, dict) or not values.get("model_type"):
+        raise unusable(config, f"{path} is no config of transformers: it has no model_type")
+    for part in (values, values.get("text_config") or {}):
+        if quantisation := part.get("quantization_config") or part.get("compression_config"):
+            raise unusable(config, _because_quantised(quantisation))
+    if values.get("is_encoder_decoder"):
+        raise unusable(config, "it is an encoder-decoder, and only causal language models are supported")
+    return values
+
+
+def _config_file(config: ModelConfig) -> Path:
+    folder = Path(source(config))
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise unusable(config, f"{folder} has no config.json")
+        return folder / "config.json"
+    revision = config.pinned_revision
+    if not try_to_load_from_cache(config.name, "config.json", revision=revision):
+        # One request without retries: a download of a wrong name or without network takes 25 s.
+        HfApi().model_info(config.name, revision=revision, timeout=_TIMEOUT_S)
+    return Path(hf_hub_download(config.name, "config.json", revision=revision))
+
+
+def _because_quantised(quantisation: Any) -> str:
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    kind = f" ({method})" if method else ""
+    return (
+        f"its weights are quantised{kind}, and only float weights are supported; "
+        "name the repository of the model before its quantisation"
+    )
 
 
 def _through_transformers(config: ModelConfig) -> dict[str, Any]:
@@ -77,9 +169,4 @@ def _through_transformers(config: ModelConfig) -> dict[str, Any]:
     text = AutoConfig.from_pretrained(
         source(config), revision=config.pinned_revision, trust_remote_code=False
     ).get_text_config()
-    return {
-        "d_model": text.hidden_size,
-        "n_blocks": text.num_hidden_layers,
-        "d_vocab": text.vocab_size,
-        "max_context": getattr(text, "max_position_embeddings", None),
-    }
+    return stated(lambda key: getattr(text, key, None))

@@ -3,8 +3,8 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sae_lora.common.errors import ConfigError, UserError, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory, nearest_name
 from sae_lora.config.enums import Hook
+from sae_lora.models.dimensions import short_cause, stated
 from sae_lora.models.hookpoints import PLACES, Place, resid_post
 
 Key = TypeVar("Key")
@@ -24,17 +25,23 @@ class LanguageModel:
 
     Args:
         model: The transformers model. It is frozen and put in evaluation mode.
+        structure: Its structure, if it is known.
 
     Raises:
-        UserError: If the architecture has no list of blocks.
+        UserError: If the architecture has no list of blocks, or cannot be run on tokens alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, structure: "_Structure | None" = None) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.config: Any = model.config.get_text_config()
-        self._blocks_at = self._find_blocks()
-        self.blocks: nn.ModuleList = getattr(*self._blocks_at)
         self._known_additions: set[int] = set()
+        with self.supported():
+            self.config: Any = model.config.get_text_config()
+            self._blocks_at = self._find_blocks()
+            self.blocks: nn.ModuleList = getattr(*self._blocks_at)
+            if structure is not None:
+                self._structure = structure
+            elif self.device.type != "meta":
+                _ = self._structure  # now, because hooks may change later forward passes
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +77,13 @@ class LanguageModel:
         Stand-ins replace the other blocks, because the backbone uses indices of blocks (for Gemma's
         masks). They return their input; the stand-in right before `first` returns `resid`.
         """
-        stand_ins = [_Passing(resid if block == first - 1 else None) for block in range(first)]
-        blocks = [*stand_ins, *self.blocks[first:end], *(_Passing() for _ in self.blocks[end:])]
+        tuples = self._structure.tuples
+        blocks = [
+            block
+            if first <= index < end
+            else _Passing(block, tuples[index], resid if index == first - 1 else None)
+            for index, block in enumerate(self.blocks)
+        ]
         holder, name = self._blocks_at
         holder._modules[name] = nn.ModuleList(blocks)
         try:
@@ -82,7 +94,8 @@ class LanguageModel:
     def view(self) -> "LanguageModel":
         """A second model that shares the weights of this one, to which other adapters can be added."""
         shared = [*self.model.parameters(), *self.model.buffers()]
-        return LanguageModel(copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared}))
+        copied = copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
+        return LanguageModel(copied, self.__dict__.get("_structure"))
 
     def recompute(self, first: int) -> None:
         """From block `first` on, keep only block inputs, and recompute the blocks in the backward pass.
@@ -98,13 +111,16 @@ class LanguageModel:
         The forward pass of the transformers model computes them, with a stand-in for the backbone, so
         that soft-capping and scaling are those of transformers.
         """
-        name = self.model.base_model_prefix
-        backbone = self.model._modules[name]
-        self.model._modules[name] = _Given(hidden.reshape(1, -1, hidden.shape[-1]))
+        path, _, name = self._structure.backbone.rpartition(".")
+        holder, backbone = self.model.get_submodule(path), self._backbone
+        states = hidden.reshape(1, -1, hidden.shape[-1])
+        holder._modules[name] = _Given(backbone, states)
         try:
-            logits = self.model(input_ids=None, use_cache=False).logits
+            # The stand-in does not read these tokens; some models ask for their shape.
+            tokens = torch.zeros(states.shape[:-1], dtype=torch.long, device=states.device)
+            logits = self.model(input_ids=tokens, use_cache=False).logits
         finally:
-            self.model._modules[name] = backbone
+            holder._modules[name] = backbone
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def module_at(self, hookpoint: str) -> nn.Module:
@@ -192,7 +208,7 @@ class LanguageModel:
             activations[name] = value.double()
 
         def take_input(module: object, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            take("resid_pre", positional[0] if positional else named["hidden_states"])
+            take("resid_pre", first_argument(positional, named))
 
         handle = self.blocks[block].register_forward_pre_hook(take_input, with_kwargs=True)
         hooks.callback(handle.remove)
@@ -203,34 +219,94 @@ class LanguageModel:
 
     @property
     def _backbone(self) -> nn.Module:
-        return getattr(self.model, self.model.base_model_prefix)
+        return self.model.get_submodule(self._structure.backbone)
+
+    @cached_property
+    def _structure(self) -> "_Structure":
+        """What a forward pass of two tokens shows."""
+        holder, _ = self._blocks_at
+        path = next(name for name, module in self.model.named_modules() if module is holder)
+        parts = path.split(".")
+        around = [".".join(parts[: end + 1]) for end in range(len(parts))] if path else []
+        called: list[str] = []
+        outputs: dict[int, Any] = {}
+        with ExitStack() as hooks, torch.no_grad():
+            for name in around:
+                handle = self.model.get_submodule(name).register_forward_pre_hook(
+                    lambda *_, name=name: called.append(name)
+                )
+                hooks.callback(handle.remove)
+            for index, block in enumerate(self.blocks):
+                handle = block.register_forward_hook(
+                    lambda *arguments, index=index: outputs.update({index: arguments[2]})
+                )
+                hooks.callback(handle.remove)
+            self.model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False
+            )
+        if not called:
+            raise self.unsupported("its blocks and its head are in one module")
+        if len(outputs) < len(self.blocks):
+            raise self.unsupported("a forward pass leaves out some of its blocks")
+        lengths = [
+            len(output) if isinstance(output, tuple | list) else None for output in outputs.values()
+        ]
+        return _Structure(called[0], lengths)
+
+    def config_value(self, key: str) -> Any:
+        """The value of a key of the model's config for text, or `None`."""
+        return getattr(self.config, key, None)
 
     def _find_blocks(self) -> tuple[nn.Module, str]:
         """The module that contains the list of blocks, and the name of the list in it."""
-        depth = self.config.num_hidden_layers
-        for module in self.model.get_decoder().modules():
-            for name, child in module.named_children():
-                if isinstance(child, nn.ModuleList) and len(child) == depth:
-                    return module, name
-        raise UserError(f"{type(self.model).__name__}: cannot find the list of its {depth} blocks")
+        depth = stated(self.config_value)["n_blocks"]
+        # In a model with several parts, the decoder comes first; in others it may be the head.
+        for root in (self.model.get_decoder(), self.model):
+            for module in root.modules():
+                for name, child in module.named_children():
+                    if isinstance(child, nn.ModuleList) and len(child) == depth:
+                        return module, name
+        raise self.unsupported(f"it has no list of {depth} blocks")
 
-    def check_parts(self) -> None:
-        """Check that backbone, blocks and head together compute the same logits as the model.
+    def unsupported(self, because: str) -> UserError:
+        """The error that this architecture is not supported."""
+        return UserError(f"{type(self.model).__name__} is not supported: {because}")
+
+    @contextmanager
+    def supported(self, part: str = "") -> Iterator[None]:
+        """Turn errors inside the block into one that names the architecture, and perhaps the part.
+
+        Errors of every kind are possible: parts of a model run outside the conditions that transformers
+        wrote them for.
 
         Raises:
-            UserError: If the logits differ.
+            UserError: Replaces the error, which is its cause.
         """
-        probe = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        half = len(self.blocks) // 2
-        with torch.no_grad():
-            expected = self.model(input_ids=probe, use_cache=False).logits
-            resid = self.resid_entering(half, probe) if half else None
-            logits = self.logits(self.hidden(probe, half, resid))
-        if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"{type(self.model).__name__} is not supported: a block reads more than the previous "
-                "block's output, or the head reads more than the last hidden state"
-            )
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self.unsupported(part + short_cause(error)) from error
+
+
+class _Structure(NamedTuple):
+    """The structure of a model as a forward pass shows it.
+
+    Args:
+        backbone: Dotted path of the outermost module around the blocks that the model calls with tokens.
+        tuples: For each block, the length of the tuple that it returns; `None` if it returns a tensor.
+    """
+
+    backbone: str
+    tuples: list[int | None]
+
+
+def first_argument(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The first argument of a block: the residual stream."""
+    return positional[0] if positional else named["hidden_states"]
 
 
 @contextmanager
@@ -242,7 +318,7 @@ def observed(modules: Mapping[Key, nn.Module], take: Callable[[Key, Tensor], Non
     """
 
     def hook(key: Key, output: Any) -> None:
-        take(key, output[0] if isinstance(output, tuple) else output)
+        take(key, output[0] if isinstance(output, tuple | list) else output)
 
     with ExitStack() as hooks:
         for key, module in modules.items():
@@ -299,22 +375,38 @@ class _Hooked:
             module._forward_hooks = hooks
 
 
-class _Passing(nn.Module):
-    """Stand-in for a block: returns its input, or the given states."""
+class _StandIn(nn.Module):
+    """Stand-in for a module, with the attributes of that module: some models read them."""
 
-    def __init__(self, given: Tensor | None = None) -> None:
+    def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
+        self.__dict__["replaced"] = replaced  # not a submodule: hooks and weights are not found in it
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["replaced"], name)
+
+
+class _Passing(_StandIn):
+    """Stand-in for a block: returns its input or the given states, in a tuple if the block does so."""
+
+    def __init__(self, block: nn.Module, length: int | None, given: Tensor | None) -> None:
+        super().__init__(block)
+        self.length = length
         self.given = given
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if self.given is None else self.given
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        states = first_argument(positional, named) if self.given is None else self.given
+        return states if self.length is None else (states, *[None] * (self.length - 1))
 
 
-class _Given(nn.Module):
+class _Given(_StandIn):
     """Stand-in for a backbone: returns the given hidden states."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
+    def __init__(self, backbone: nn.Module, hidden: Tensor) -> None:
+        super().__init__(backbone)
         self.hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> "_GivenOutput":

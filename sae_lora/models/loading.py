@@ -4,25 +4,75 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
-from sae_lora.common.errors import ConfigError
+from sae_lora.common.errors import ConfigError, is_out_of_memory, listed
 from sae_lora.config.enums import Attention, Device, DType
 from sae_lora.config.schema import Config, ModelConfig
 from sae_lora.models import blockwise_attention
-from sae_lora.models.dimensions import source
+from sae_lora.models.dimensions import config_values, reading, short_cause, source, unusable
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.model_folder import check_tokenizer, check_weights
+from sae_lora.models.part_check import agree, check_parts
 
 
-def _load(kind: Any, config: ModelConfig, **options: Any) -> Any:
-    """`kind.from_pretrained` at the config's revision. Code in the repository is never run."""
-    with hub.explained("model.name", config.name):
+def _load(kind: Any, model: ModelConfig, **options: Any) -> Any:
+    """`kind.from_pretrained` at the model's revision. Code in the repository is never run."""
+    with reading(model):
         return kind.from_pretrained(
-            source(config), revision=config.pinned_revision, trust_remote_code=False, **options
+            source(model), revision=model.pinned_revision, trust_remote_code=False, **options
         )
+
+
+def _load_config(config: ModelConfig) -> PreTrainedConfig:
+    """The config of a causal language model.
+
+    Raises:
+        UserError: If it cannot be found or fetched, or transformers has no causal language model for it.
+    """
+    values = config_values(config)
+    model_type = values["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in values:
+            raise unusable(config, "it needs code from its repository, which is never run")
+        version = f"transformers {transformers.__version__}"
+        raise unusable(config, f"{version} does not know its architecture ({model_type})")
+    loaded = _load(AutoConfig, config)
+    if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise unusable(config, f"{model_type} is not a causal language model")
+    return loaded
+
+
+def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
+    """The model with exactly the weights in its files.
+
+    Raises:
+        UserError: If transformers would draw a weight at random, or load an adapter with the model.
+    """
+    check_weights(config)
+    options |= {"config": _load_config(config), "ignore_mismatched_sizes": True}
+    model, report = _load(AutoModelForCausalLM, config, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise unusable(config, f"its files lack {len(missing)} of its weights: {listed(missing, 3)}")
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        shapes = f"{list(stored)} in its files and {list(expected)} by its config"
+        raise unusable(config, f"its weight {name} has the shape {shapes}")
+    if getattr(model, "peft_config", None):
+        raise unusable(config, "it comes with an adapter of peft; save it after merge_and_unload()")
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -31,6 +81,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: If it cannot be found or fetched.
     """
+    check_tokenizer(config)
     return _load(AutoTokenizer, config)
 
 
@@ -40,7 +91,7 @@ def fetch_model(config: ModelConfig) -> str | None:
     Raises:
         UserError: If it cannot be found or fetched.
     """
-    _load(AutoModelForCausalLM, config, device_map="meta")
+    _load_causal_lm(config, device_map="meta")
     return config.commit or hub.cached_commit(config.name, config.revision)
 
 
@@ -50,9 +101,10 @@ def load_shapes(config: ModelConfig) -> LanguageModel:
     Raises:
         UserError: If its config cannot be found or fetched.
     """
-    with torch.device("meta"):
-        model_config = _load(AutoConfig, config)
-        return LanguageModel(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
+    model_config = _load_config(config)
+    with reading(config), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    return LanguageModel(model)
 
 
 def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
@@ -66,39 +118,58 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     Raises:
         UserError: If it cannot be found, fetched or used.
     """
-    model = _load(AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype.name))
+    model: Any = _load_causal_lm(config, dtype=getattr(torch, config.dtype.name))
     # Only weights: rotary frequencies are buffers and stay float32, or positions become inexact.
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
-    model = model.to(device)
-    choose_attention(model, config.attention, device)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    _check_finite(config, model)
     language_model = LanguageModel(model)
-    language_model.check_parts()
+    check_parts(language_model)
+    choose_attention(model, config.attention, device)
     return language_model
+
+
+def _check_finite(config: ModelConfig, model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        # The two extremes are NaN if one element is: no mask as large as the weight is needed.
+        if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+            raise unusable(config, f"its weight {name} holds NaN or infinity")
 
 
 def choose_attention(model: PreTrainedModel, attention: Attention, device: torch.device) -> None:
     """Set the attention implementation of the model.
 
     Raises:
-        ConfigError: If this model or this machine does not support it.
+        ConfigError: If this model or this machine does not support it, or the model computes something
+            else with it: an implementation ignores what it does not know, such as attention sinks.
     """
     soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    nearest = "auto"
     if attention is Attention.auto:
         if not (soft_capped and device.type == "cpu"):
             return
-        attention = Attention.blockwise
+        attention, nearest = Attention.blockwise, "eager"
     blockwise_attention.register()
+    allowed = f"an implementation that {type(model).__name__} supports on this machine"
+    expected = _probe_logits(model)
     try:
         model.set_attn_implementation(attention.name)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            "model.attention",
-            attention.name,
-            f"an implementation that {type(model).__name__} supports on this machine",
-            nearest="auto",
-            because=str(error).splitlines()[0],
-        ) from error
+        logits = _probe_logits(model)
+    except Exception as error:  # an implementation may come from any library, with errors of its own
+        if is_out_of_memory(error):
+            raise
+        because = short_cause(error)
+        raise ConfigError("model.attention", attention.name, allowed, nearest, because) from error
+    if not agree(logits, expected, 1e-3):
+        because = "the model's logits with it differ from those with its usual attention"
+        raise ConfigError("model.attention", attention.name, allowed, nearest, because)
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel) -> Tensor:
+    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    return model(input_ids=tokens, use_cache=False).logits
 
 
 def silence_transformers() -> None:

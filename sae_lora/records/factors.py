@@ -5,6 +5,7 @@ Tables, data frames, figures, comparisons and W&B use this list. A new factor is
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from sae_lora.config.enums import Method
@@ -79,9 +80,7 @@ SEED = "seed"
 """The factor in which repetitions of a run differ."""
 _ALL = (
     Factor("model", lambda config, _: config["model"]["name"], keys=("model.name",), tag="model"),
-    Factor(
-        "method", lambda config, _: _method(config)["kind"], keys=("method.kind", "init"), tag="method"
-    ),
+    Factor("method", lambda config, _: _method(config)["kind"], keys=("method.kind",), tag="method"),
     Factor("init_at", lambda config, _: config["init_at"] if config.get("init") is not None else None),
     Factor(
         "block",
@@ -103,7 +102,7 @@ _ALL = (
         lambda config, _: _one_or_all(_of_saes(config, "width")),
         label="latents",
         axis="latents of the SAE",
-        keys=("sae.width", "sae.release", "sae.id", "sae.path"),
+        keys=("sae.width",),
         tag="width",
         is_logarithmic=True,
     ),
@@ -139,6 +138,9 @@ _ALL = (
 FACTORS: dict[str, Factor] = {factor.name: factor for factor in _ALL}
 """The factors by name, in the order of display."""
 _NAMED_KEYS = {"sweep", *(key for factor in _ALL for key in factor.keys)}
+ORIGINS = ("sae.release", "sae.id", "sae.path", "init")
+"""Config keys that name an SAE or a run. They differ between most runs whose factors differ, so they are
+factors only if other factors do not tell the runs apart."""
 
 
 def label(name: str) -> str:
@@ -160,7 +162,7 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
     return named | {
         key: value
         for key, value in flat(dict(config)).items()
-        if key not in _NAMED_KEYS and key not in NOT_HASHED_KEYS
+        if key in ORIGINS or (key not in _NAMED_KEYS and key not in NOT_HASHED_KEYS)
     }
 
 
@@ -168,10 +170,11 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
     """The factors in which runs differ, in the order of display; the seed is last.
 
     A follower, a factor whose values an earlier one determines (alpha, if it is twice the rank), is left
-    out; `with_followers` keeps it if it is one of `FACTORS`. Each row contains the values of a run, from
-    `values_of`.
+    out; `with_followers` keeps it if it is one of `FACTORS`. One of `ORIGINS` is left out if the others
+    together determine it. Each row contains the values of a run, from `values_of`.
     """
-    other_keys = dict.fromkeys(key for row in rows for key in row if key not in FACTORS)
+    special = {*FACTORS, *ORIGINS}
+    other_keys = dict.fromkeys(key for row in rows for key in row if key not in special)
     leaders: dict[str, list[str]] = {}
     for name in (*(name for name in FACTORS if name != SEED), *other_keys, SEED):
         values = [repr(row.get(name)) for row in rows]
@@ -181,7 +184,48 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
         is_kept = name == SEED or (with_followers and name in FACTORS)
         if len(set(values)) > 1 and (is_kept or not follows):
             leaders[name] = values
-    return list(leaders)
+    for name in ORIGINS:
+        values = [repr(row.get(name)) for row in rows]
+        others = list(zip(*leaders.values(), strict=True)) or [()] * len(rows)
+        if len({*zip(others, values, strict=True)}) > len({*others}):
+            leaders[name] = values
+    return sorted(leaders, key=lambda name: name == SEED)
+
+
+def differences(rows: Sequence[Values]) -> dict[str, list[str]]:
+    """What varies among runs: the values of each factor as text, by a short name of the factor.
+
+    The short name is the last part of a config key (`lr` of `train.lr`), unless it is ambiguous. Each
+    row contains the values of a run, from `values_of`.
+    """
+    names = varying(rows)
+    parts = [name.rpartition(".")[2] for name in names]
+    columns = {}
+    for name, part in zip(names, parts, strict=True):
+        is_clear = parts.count(part) == 1 and part not in FACTORS
+        values = [text(row.get(name)) for row in rows]
+        columns[part if is_clear else name] = _without_common_folders(values)
+    return columns
+
+
+def differences_of(folders: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """What varies among runs in any state, as `differences`, from their configs."""
+    return differences([values_of(folder.read_config(), {}) for folder in folders])
+
+
+def labels(columns: Mapping[str, Sequence[str]], runs: int) -> list[str]:
+    """The text that tells each of the runs apart (`rank=4 lr=0.001`), from `differences`."""
+    return [
+        " ".join(f"{name}={values[number]}" for name, values in columns.items())
+        for number in range(runs)
+    ]
+
+
+def _without_common_folders(values: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them are in; other texts stay."""
+    folders = zip(*(value.split("/")[:-1] for value in values), strict=False)
+    common = len(list(takewhile(lambda names: len({*names}) == 1, folders)))
+    return ["/".join(value.split("/")[common:]) for value in values]
 
 
 def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:

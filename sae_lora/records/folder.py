@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,21 @@ class RunFolder:
         except (OSError, ValueError, TypeError):  # not written yet, or by another version
             return None
 
+    @property
+    def seconds_since_progress(self) -> float:
+        """Seconds since the progress of the run was written; 0 if it is unknown."""
+        try:
+            return max(0.0, time.time() - self.progress.stat().st_mtime)
+        except OSError:
+            return 0.0
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Step of the newest checkpoint, which may be damaged; `None` if there is none."""
+        names = (path.name for path in self.checkpoints.glob("step-*"))
+        steps = (re.fullmatch(r"step-(\d+)", name) for name in names)
+        return max((int(step[1]) for step in steps if step), default=None)
+
     def write_job(self, job: str) -> None:
         write_atomically(self.job_file, as_json({"id": job}))
 
@@ -189,10 +205,13 @@ def runs_of(sweep: Path) -> list[RunFolder]:
     """The runs of a sweep, sorted by name. For the folder of a run, only this run.
 
     Raises:
-        UserError: If the folder has no runs.
+        UserError: If the folder has no runs, or cannot be read.
     """
-    is_run = (sweep / "config.yaml").exists()
-    paths = [sweep] if is_run else [config.parent for config in sweep.glob("*/config.yaml")]
+    try:
+        is_run = (sweep / "config.yaml").exists()
+        paths = [sweep] if is_run else [config.parent for config in sweep.glob("*/config.yaml")]
+    except OSError as error:
+        raise UserError(f"{sweep} cannot be read: {error.strerror}") from error
     if not paths:
         raise UserError(f"{sweep} holds no runs; the folder of a sweep is outputs/<sweep>")
     return [RunFolder(path) for path in sorted(paths, key=lambda path: _by_numbers(path.name))]

@@ -71,6 +71,8 @@ class Metric:
         return format(value, self.kind.value.format(digits=digits))
 
 
+NO_GAP = "the SAE opens no gap above rounding errors"
+"""The reason for an undefined gap closed, unless the SAE is new."""
 _NATS = "nats/token"
 _ALL = (
     Metric("base_ce", "base CE", Kind.decimal, "Cross-entropy of the plain model, the teacher.", _NATS),
@@ -97,7 +99,7 @@ _ALL = (
     ),
     Metric(
         *("gap_closed", "gap closed", Kind.share),
-        "1 − gap after / gap before; 1 is a closed gap. Undefined if the SAE opens no gap or is new.",
+        f"1 − gap after / gap before; 1 is a closed gap. Undefined if {NO_GAP}, or is new.",
         better="higher",
         axis="CE gap closed",
     ),
@@ -202,7 +204,9 @@ _ALL = (
     ),
     Metric(
         *("tokens_per_second", "tokens/s", Kind.count),
-        "Training tokens per second since the last evaluation.",
+        "Training tokens per second of wall time in training, since the last evaluation. This time has "
+        "steps and, with method=sae, the filling of the buffer, spread evenly over the steps that it "
+        "serves; it has no evaluations and no checkpoints. Runs that train together have the same rate.",
         better="higher",
     ),
     Metric(

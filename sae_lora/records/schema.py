@@ -1,8 +1,11 @@
 """Content of the files in a run folder: points of the curve, progress, summary."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from sae_lora.common.console import stage_text
 
 SUMMARY_VERSION = 1
 
@@ -47,6 +50,10 @@ class Progress:
 
     stage: str
     """The current work, in a few words."""
+    done: int = 0
+    """Parts of the stage that are done."""
+    total: int = 0
+    """All parts of the stage; 0 if unknown."""
     step: int = 0
     steps: int = 0
     tokens: int = 0
@@ -56,15 +63,41 @@ class Progress:
     loss: float | None = None
     """Training KL of the last batch, in nats per token."""
     tokens_per_second: float | None = None
-    """Training tokens per second, over the last few seconds."""
+    """Training tokens per second of training time, over the last half minute. `metrics.py` has the
+    meaning."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint; null before the first."""
+    seconds_left: float | None = None
+    """Expected seconds until the last evaluation of the curve; null if unknown, and after it."""
+
+    @property
+    def text(self) -> str:
+        """The stage with its share done: `evaluating 3/16`."""
+        return stage_text(self.stage, self.done, self.total)
 
 
-def gap_closed(base_ce: float, spliced_ce: float, student_ce: float) -> float | None:
-    """`1 − (student − base) / (spliced − base)`; `None` if the SAE opens no gap."""
+def gap_closed(base_ce: float, spliced_ce: float, student_ce: float, rounding: float) -> float | None:
+    """`1 − (student − base) / (spliced − base)`; `None` if the SAE opens no gap above `rounding`."""
     initial_gap = spliced_ce - base_ce
-    return 1 - (student_ce - base_ce) / initial_gap if initial_gap > 0 else None
+    return 1 - (student_ce - base_ce) / initial_gap if initial_gap > rounding else None
+
+
+_LOGIT_SIZE = 32
+"""Size below which the logits of language models lie; Gemma 2 caps them at 30."""
+
+
+def rounding_error(relative: float, tokens: int) -> float:
+    """Difference between two CEs that rounding explains, in nats per token.
+
+    The CE of a token is as inexact as its logits. Errors of different tokens are independent, so the
+    error of their mean falls with the root of their number. Sums over tokens are in float64 and add
+    nothing.
+
+    Args:
+        relative: Relative error of logits from rounding.
+        tokens: Number of held-out tokens.
+    """
+    return _LOGIT_SIZE * relative / math.sqrt(tokens)
 
 
 @dataclass(frozen=True)
@@ -99,13 +132,15 @@ class Summary:
     model: dict[str, Any]
     """Name, commit, class, number of blocks, and the precisions of loading and computing."""
     sae: list[dict[str, Any]]
-    """Per SAE: block, hookpoint, release, id or path, width, stated L0, measured L0, FVU and share of
-    dead latents, the repository's commit and the SHA-256 of its weights. With several SAEs, also
+    """Per SAE: block, hookpoint, the rule for positions that keep their activation (`kept`), release, id
+    or path, width, stated L0, measured L0, FVU and share of dead latents, the repository's commit and
+    the SHA-256 of its weights. With several SAEs, also
     `alone_ce` and `alone_fvu`, with only this SAE in the plain model, and `left_out_ce`, of the student
     without this SAE."""
     lora: dict[str, Any]
-    """Rank, alpha, dropout, targets, blocks, and the scale, the factor of B · A; empty if the method
-    trains no adapters."""
+    """Rank, alpha, dropout, targets, blocks, the scale (the factor of B · A), and `left_out`: the number
+    of weights in the adapted blocks without an adapter, by path in the block, except weights of one
+    dimension. Empty if the method trains no adapters."""
     seed: int
     """Seed of the adapters' initial values and dropout."""
     data: dict[str, Any]
@@ -126,5 +161,6 @@ class Summary:
     method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     """Kind, the rank of trained weights other than LoRA on the model, and `init`."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    """Notes about the model, the SAEs and the text, such as a position with most of the variance."""
+    """One line each: differences between the run and what the metadata of its SAEs states, and positions
+    that hold most of the variance of an SAE's input."""
     version: int = SUMMARY_VERSION

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from sae_lora.common.console import count
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.records import slurm
@@ -77,6 +78,24 @@ def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
             note = f"job {job} has left the SLURM queue: {end}"
             states[number] = RunStatus(states[number].state, note)
     return states
+
+
+def what_is_saved(stopped: Iterable[RunFolder]) -> str:
+    """The steps that stopped runs resume from, as text."""
+    checkpoints = [folder.checkpoint_step for folder in stopped]
+    saved = [step for step in checkpoints if step is not None]
+    texts = {}
+    if saved:
+        first, last = min(saved), max(saved)
+        steps = f"step {last:,} is" if first == last else f"steps {first:,} to {last:,} are"
+        texts[f"{steps} saved, the same command resumes from there"] = len(saved)
+    if len(saved) < len(checkpoints):
+        without = len(checkpoints) - len(saved)
+        texts["nothing to save yet, because no step was taken"] = without
+    several = len(checkpoints) > 1
+    return "; ".join(
+        f"{count(runs, 'run')}: {text}" if several else text for text, runs in texts.items()
+    )
 
 
 def finished(path: Path) -> RunFolder:

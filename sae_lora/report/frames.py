@@ -9,7 +9,7 @@ import pandas
 
 from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
-from sae_lora.records.factors import FACTORS, by_value, values_of, varying
+from sae_lora.records.factors import FACTORS, ORIGINS, by_value, values_of, varying
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.records.status import RunStatus, read_statuses
@@ -30,11 +30,12 @@ def runs_frame(folders: Sequence[RunFolder]) -> Frame:
     Columns: `sweep`, `run`, `state`, `note` (where it runs, why it failed); all `FACTORS`, and other
     config keys that differ; measures (cross-entropies and KL in nats per token), from the last point of
     the curve if a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop` and
-    `closed_per_minute` of training; `command` and `folder`; headline numbers of suites by `suite/name`.
+    `closed_per_minute` of training; `sae_notes`, differences between a finished run and its SAEs'
+    metadata, a line each; `command` and `folder`; headline numbers of suites by `suite/name`.
     """
     rows = list(map(_row, folders, read_statuses(folders)))
     frame: Frame = pandas.DataFrame(rows)
-    keys = [name for name in frame if "." in name]
+    keys = [name for name in frame if _is_key(name)]
     same = [name for name in keys if frame[name].map(repr).nunique() == 1]
     frame = frame.drop(columns=same)
     closed = frame["gap_closed"].astype(float)
@@ -63,8 +64,13 @@ def curves_frame(folders: Sequence[RunFolder]) -> Frame:
 
 def factors(frame: Frame) -> list[str]:
     """The factors in which the runs of a frame differ, as `varying` names them."""
-    names = [*FACTORS, *(name for name in frame if "." in name)]
+    names = [*FACTORS, *(name for name in frame if _is_key(name))]
     return varying(frame[names].to_dict("records"))
+
+
+def _is_key(column: str) -> bool:
+    """True for the column of a config key that is no factor."""
+    return "." in column or column in ORIGINS
 
 
 def _sweep_of(folder: RunFolder) -> str:
@@ -89,7 +95,8 @@ def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
         | {"state": status.state.value, "note": status.note}
         | values_of(config, measured)
         | {name: measured.get(name) for name in _MEASURED}
-        | {"measured_l0": measured.get("l0"), "command": command(config), "folder": str(folder.path)}
+        | {"measured_l0": measured.get("l0"), "sae_notes": "\n".join(measured.get("notes", []))}
+        | {"command": command(config), "folder": str(folder.path)}
         | headlines(folder)
     )
 

@@ -24,13 +24,14 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from sae_lora.common import plots
+from sae_lora.common.console import count
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_results
 from sae_lora.records.factors import SEED, label
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.metrics import METRICS
+from sae_lora.records.metrics import METRICS, NO_GAP
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
 from sae_lora.report.frames import factors
@@ -104,9 +105,7 @@ class Report:
         ]
         no_gap = int(self.done["gap_closed"].isna().sum())
         if no_gap:
-            missing.append(
-                f"gap closed is undefined for {no_gap} runs, because their SAE opens no gap or is new"
-            )
+            missing.append(f"gap closed is undefined for {count(no_gap, 'run')}: {NO_GAP}, or is new")
         no_flops = int(self.done["train_flops"].isna().sum())
         if no_flops:
             missing.append(f"training FLOPs are unknown for {no_flops} runs of an older version")
@@ -274,12 +273,15 @@ def _check_free(to: Path) -> None:
     Raises:
         UserError: If it contains other files.
     """
-    if not to.exists():
-        return
-    if not to.is_dir():
-        raise UserError(f"--to: {to} is a file, not a folder")
     ours = {"index.html", "figures", "runs.csv", "runs.parquet", "curves.parquet", "summary.json"}
-    foreign = sorted(path.name for path in to.iterdir() if path.name.lstrip(".") not in ours)
+    try:
+        if not to.exists():
+            return
+        foreign = sorted(path.name for path in to.iterdir() if path.name.lstrip(".") not in ours)
+    except NotADirectoryError as error:
+        raise UserError(f"--to: {to} is a file, not a folder") from error
+    except OSError as error:
+        raise UserError(f"--to: {to} cannot be used: {error.strerror}") from error
     if foreign:
         raise UserError(
             f"--to: {to} contains files that are not part of a report ({', '.join(foreign[:3])}); "

@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from sae_lora.config.enums import Suite
+from sae_lora.config.enums import SAEFamily, Suite
+from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.factors import FinishedRun, finished_runs, label, text, varying
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.metrics import METRICS
+from sae_lora.records.metrics import METRICS, NO_GAP
 
 _RUN = "run"
 """Heading of the column with the runs' names, which is there if the runs differ in no factor."""
@@ -36,15 +37,12 @@ def run_table(summary: dict[str, Any]) -> Table:
         if key not in summary:  # of an older version
             continue
         metric = METRICS[key]
-        unit = _why_undefined(summary) if key == "gap_closed" else metric.suffix
+        unit = metric.suffix
+        if key == "gap_closed" and summary[key] is None:
+            is_new = any(sae.get("family") == SAEFamily.new.name for sae in summary["sae"])
+            unit = "the SAE is new" if is_new else NO_GAP
         table.add_row(metric.name, metric.written(summary[key], digits=4), unit)
     return table
-
-
-def _why_undefined(summary: dict[str, Any]) -> str:
-    if summary["gap_closed"] is not None:
-        return ""
-    return "there is no gap" if summary["initial_gap"] <= 0 else "the SAE is new"
 
 
 def right_aligned(title: str, columns: Iterable[str | Column]) -> Table:
@@ -96,13 +94,21 @@ def comparison_table(folders: Sequence[RunFolder]) -> Table:
     same |= {name: columns[name] for key in _IN_TITLE[1] if (name := METRICS[key].column) in columns}
     title = {name: values[0] for name, values in same.items() if len(set(values)) == 1}
     heading = ", ".join(f"{name} {value}" for name, value in title.items())
-    return _table(heading, {name: values for name, values in columns.items() if name not in title})
+    table = _table(heading, {name: values for name, values in columns.items() if name not in title})
+    return explained(table, [run.summary["gap_closed"] for run in runs])
+
+
+def explained(table: Table, gaps_closed: Iterable[float | None]) -> Table:
+    """The table, with a note if the gap closed of one of its runs is undefined."""
+    if None in gaps_closed:
+        table.caption, table.caption_justify = f"– gap closed: {NO_GAP}, or is new", "left"
+    return table
 
 
 def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> Iterator[Table]:
     """A table for each suite with results: a row for each finished run, with its headline numbers.
 
-    A dash stands for a run that the suite has not measured.
+    A dash stands for a run that the suite has not measured. If it failed for a run, a column says why.
     """
     runs = finished_runs(folders)
     differences = _differences(runs)
@@ -116,6 +122,9 @@ def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> 
             for name in names
             if name.startswith(f"{suite.name}/")
         }
+        failures = [suite_records.failure(run.folder, suite) for run in runs]
+        if any(failures):
+            values[""] = [f"failed: {failure}" if failure else "" for failure in failures]
         if values:
             yield in_whole_words(_table(suite.name, differences | values))
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 
-from sae_lora.common.console import complain
+from sae_lora.common.console import complain, say
 from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.common.files import new_folder
 from sae_lora.common.locks import LostError
@@ -20,12 +20,12 @@ from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
-from sae_lora.run.summary import summarise
+from sae_lora.run.summary import l0_notes, summarise
 from sae_lora.saes.loading import LoadedSAE, splices
 from sae_lora.tracking.tracker import Tracker
 from sae_lora.train import checkpoint, methods
 from sae_lora.train.checkpoint import Snapshot
-from sae_lora.train.cost import estimate
+from sae_lora.train.cost import estimate, left_out
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
 
@@ -56,8 +56,8 @@ class ActiveRun:
         """The summary or the error; `None` while the run is unfinished."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
-        self.notes: list[str] = []
-        """Notes about the model, the SAEs and the text, for the summary."""
+        self.sinks: list[str] = []
+        """Notes about positions that hold most of the variance of an SAE's input."""
         self._check = check
         self._release = release
         self._saved: Snapshot | None = None
@@ -116,6 +116,8 @@ class ActiveRun:
         for choice, loaded in zip(as_loaded.sae.used, saes, strict=True):
             choice.width = loaded.description["width"]
         self._flops_per_step = estimate([as_loaded]).flops / self._steps
+        self.left_out = left_out(self.config)
+        """Weights in the adapted blocks that stay frozen, as in `Summary.lora`."""
         if self._saved is not None:
             self.training.restore(self._saved)
             self.checkpoint_step = self.training.step
@@ -133,7 +135,9 @@ class ActiveRun:
         self._tracker.show(points)
 
     def take(self, point: CurvePoint) -> None:
-        """Append a point to the curve."""
+        """Append a point to the curve. Before training, also say where an L0 is not as stated."""
+        for note in l0_notes(self._saes, point) if point.step == 0 else ():
+            say(f"note: {self.name}: {note}")
         self.folder.append_point(replace(point, train_flops=self._flops_per_step * point.step))
 
     def save(self, total_seconds: float) -> None:
@@ -176,8 +180,9 @@ class ActiveRun:
         summary = summarise(
             self.config,
             self.folder.read_curve(),
-            [sae.description for sae in self._saes],
+            self._saes,
             contributions,
+            left_out=self.left_out,
             name=self.name,
             hash=self._hash,
             trainable_parameters=self.trainable,
@@ -188,7 +193,8 @@ class ActiveRun:
                 "first_position_kept": any(special.first for special in self._special),
             },
             tracked_at=self._tracker.place,
-            notes=self.notes,
+            special=self._special,
+            sinks=self.sinks,
             **common,
         )
         self.folder.write_summary(summary)

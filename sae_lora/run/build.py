@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sae_lora.common.console import Report, no_report
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import step_tokens, train_steps
@@ -48,6 +49,7 @@ class Builder:
         trainings: Isolation,
         validation_tokens: Tensor,
         processes: ProcessGroup,
+        report: Report = no_report,
     ) -> Trainer:
         """Build the trainer of a pack in one of its processes.
 
@@ -55,6 +57,7 @@ class Builder:
             trainings: The training state of each run; all students share the model.
             validation_tokens: Held-out tokens `[sequence, pos]`.
             processes: The processes that share the batches.
+            report: Called with the stages of the training.
         """
         config, train = self._config, self._config.train
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
@@ -65,6 +68,7 @@ class Builder:
             comparison,
             1e9 * train.eval_cache_gb,
             processes,
+            report,
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
@@ -80,6 +84,7 @@ class Builder:
             students[0].splices[0].special,
             config.data.seed,
             max(1, min(train_steps(config), config.method.buffer_tokens // step_tokens(config))),
+            report,
         )
         batch = torch.Size([train.batch_size, config.data.context_length])
         return ReconstructTrainer(buffer, batch, self.device, trainings, evaluate)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_lora.common.console import complain
-from sae_lora.common.errors import UserError
+from sae_lora.common.errors import EXIT_INTERRUPTED, UserError
+from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import run_suites
 from sae_lora.evaluation.suite_records import pending
@@ -34,8 +35,16 @@ def evaluate_pending(folders: Sequence[RunFolder]) -> bool:
 
 
 def main() -> int:
-    """Evaluate the given runs; return 1 if a suite failed."""
-    return int(not evaluate_pending([RunFolder(Path(path)) for path in sys.argv[1:]]))
+    """Evaluate the given runs; return the exit code: 1 if a suite failed."""
+    folders = [RunFolder(Path(path)) for path in sys.argv[1:]]
+    try:
+        with Interruption().watching():
+            return int(not evaluate_pending(folders))
+    except Interrupted:
+        lacking = [suite.name for folder in folders for suite in pending(folder)]
+        names = ", ".join(dict.fromkeys(lacking))
+        complain("stopped on request", f"finished suites are kept; not done: {names or 'none'}")
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

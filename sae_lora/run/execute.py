@@ -8,12 +8,13 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from sae_lora.common import hub
-from sae_lora.common.console import complain, progress_bar, say
+from sae_lora.common.console import complain, say, stage_display
 from sae_lora.common.errors import (
     EXIT_FAILED,
     EXIT_HELD,
@@ -28,18 +29,26 @@ from sae_lora.common.provenance import environment
 from sae_lora.common.secrets import redacted
 from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
+from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
+from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_tokenizer, silence_transformers
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import Progress
+from sae_lora.records.status import what_is_saved
 from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter
 from sae_lora.run.sinks import dominant_positions
+from sae_lora.saes.loading import LOADING
+from sae_lora.train import checkpoint
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
+from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
+from sae_lora.train.trainer import TRAINING
+
+_BUILDING = "building runs"
 
 
 class _Execution:
@@ -58,6 +67,14 @@ class _Execution:
         self._started = time.perf_counter()
 
     def run(self) -> None:
+        """Build the runs, train them, and write their results; show each stage.
+
+        Errors are those of `_run`.
+        """
+        with stage_display(announced=[LOADING, _BUILDING, TRAINING]) as show:
+            self._run(Reporter(self._runs, show))
+
+    def _run(self, report: Reporter) -> None:
         """Build the runs, train them, and write their results.
 
         Raises:
@@ -81,12 +98,18 @@ class _Execution:
 
         # Text and SAEs come first, so that their errors show before the model is loaded.
         families = ", ".join(sorted({run.config.sae.family.name for run in runs.active}))
-        self._stage(f"loading text ({config.data.source.name}) and SAE ({families})")
+        report.announce(f"loading text ({config.data.source.name}) and SAE ({families})")
         batch_size = config.train.batch_size
         sequences = train_steps(config) * batch_size
-        with progress_bar("tokenising", "sequences") as count:
-            text = corpus.load(config.data, load_tokenizer(config.model), sequences, batch_size, count)
-        runs.each(lambda run: builder.saes.of(run.config.sae))
+        text = corpus.load(
+            config.data,
+            load_tokenizer(config.model),
+            sequences,
+            batch_size,
+            partial(report.stage, "tokenising"),
+            vocabulary=read_dimensions(config.model).d_vocab,
+        )
+        runs.each(lambda run: builder.saes.of(run.config.sae, report.stage))
         if not runs.active:
             return
 
@@ -95,19 +118,22 @@ class _Execution:
         on_gpus = builder.device.type == "cuda"
         with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
             processes_note = f" in {self._layout.size} processes" if self._layout.size > 1 else ""
-            self._stage(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
+            report.announce(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
             first = next(text.batches(batch_size, config.data.seed))
             _ = builder.model  # loaded here, because an error of loading concerns all runs
-            runs.each(
-                lambda run: run.build(
-                    builder.model, builder.saes.of(run.config.sae), text.special_ids, first
-                )
-            )
+            for number, run in enumerate(shared):
+                report.stage(_BUILDING, number, len(shared))
+                with runs.only(run):
+                    saes = builder.saes.of(run.config.sae)
+                    run.build(builder.model, saes, text.special_ids, first)
             self._note_sinks(builder.model, first)
+            for frozen in dict.fromkeys(in_words(run.left_out) for run in runs.active):
+                if frozen:
+                    say(f"frozen in the adapted blocks: {frozen}")
             if runs.active:
                 states = {shared.index(run): _state(run.training) for run in runs.active}
                 processes.broadcast((states, text.special_ids, text.validation_tokens))
-                self._train(builder, config, text, processes)
+                self._train(builder, config, text, processes, report)
 
     def _note_sinks(self, model: LanguageModel, tokens: Tensor) -> None:
         """Note positions that hold most of the variance of an SAE's input, each once for all runs."""
@@ -116,10 +142,15 @@ class _Execution:
         for note in sorted(set(notes.values())):
             complain("note", note)
         for run, splices in by_run.items():
-            run.notes += sorted({notes[splice] for splice in splices if splice in notes})
+            run.sinks += sorted({notes[splice] for splice in splices if splice in notes})
 
     def _train(
-        self, builder: Builder, config: Config, text: corpus.Corpus, processes: ProcessGroup
+        self,
+        builder: Builder,
+        config: Config,
+        text: corpus.Corpus,
+        processes: ProcessGroup,
+        report: Reporter,
     ) -> None:
         """Train all active runs to their last step, and write their results."""
         model = builder.model
@@ -130,12 +161,13 @@ class _Execution:
             runs[training].fail(error)
 
         trainings = Isolation(runs, fail)
-        trainer = builder.trainer(trainings, text.validation_tokens, processes)
+        trainer = builder.trainer(trainings, text.validation_tokens, processes, report.stage)
+        timer = checkpoint.Timer()
 
         def save(due: Sequence[TrainState]) -> None:
             """Write checkpoints while training is paused and cannot be interrupted."""
             if due:
-                with trainer.paused(), self._interruption.held():
+                with trainer.paused(), self._interruption.held(), timer.saving():
                     for training in due:
                         with trainings.only(training):
                             runs[training].save(self._total_seconds(runs[training]))
@@ -150,17 +182,15 @@ class _Execution:
                     training
                     for training in trained
                     if training in trainings.active
-                    and training.step % runs[training].config.train.checkpoint_every_steps == 0
+                    and timer.is_due(training.step, runs[training].config.train)
                 ]
             )
 
         with ExitStack() as stack:
-            count = stack.enter_context(progress_bar("training", "tokens"))
-            report = Reporter(count, runs, trainings)
             stack.callback(_end, list(runs.values()))
             provenance = environment(model.device)
             trainings.each(lambda training: runs[training].begin(provenance))
-            report.begin()
+            report.begin(runs, trainings, trainer.pace)
             batches = text.batches(config.train.batch_size, config.data.seed, trainer.first_batch)
             common = {
                 "validation_tokens": text.validation.size,
@@ -177,22 +207,33 @@ class _Execution:
                 "trained_together": len(self._runs.runs),
             }
 
+            contributions: dict[TrainState, dict[str, Contribution]] = {}
+
+            def evaluate_each_sae(training: TrainState) -> None:
+                config = runs[training].config
+                if len(config.sae.used) > 1 and config.train.eval_each_sae:
+                    contributions[training] = trainer.contributions(training)
+
             def finish(training: TrainState) -> None:
                 run = runs[training]
-                evaluates_each = len(run.config.sae.used) > 1 and run.config.train.eval_each_sae
-                contributions = trainer.contributions(training) if evaluates_each else {}
-                run.finish(self._total_seconds(run), contributions, text.description, **common)
+                run.finish(
+                    self._total_seconds(run),
+                    contributions.get(training, {}),
+                    text.description,
+                    **common,
+                )
 
             try:
                 for training, point in trainer.points(batches, after_step, self._interruption.held):
                     with trainings.only(training):
                         runs[training].take(point)
                         report.point(training, point)
+                trainings.each(evaluate_each_sae)
                 with self._interruption.held():
                     trainings.each(finish)
             except Interrupted:
                 processes.release()
-                save(trainings.active.copy())
+                save([training for training in trainings.active if training.step > 0])
                 raise
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
@@ -206,11 +247,6 @@ class _Execution:
         """Seconds of all attempts at a run; runs share the seconds of this process equally."""
         share = (time.perf_counter() - self._started) / len(self._runs.runs)
         return run.seconds_before + share
-
-    def _stage(self, text: str) -> None:
-        """Announce the next stage, in the output and in the run folders."""
-        say(text)
-        self._runs.each(lambda run: run.folder.write_progress(Progress(text)))
 
 
 def _state(training: TrainState) -> tuple[int, dict[str, Tensor]]:
@@ -251,6 +287,8 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                         runs.append(ActiveRun(folder, lease.check, lock.close))
             code = _execute(runs, interruption, layout)
     except Interrupted:
+        if stopped := [run.folder for run in runs if run.folder.is_unsettled]:
+            complain("stopped on request", what_is_saved(stopped))
         return EXIT_INTERRUPTED
     return EXIT_HELD if held_elsewhere and code != EXIT_NOT_TOGETHER else code
 
@@ -292,10 +330,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
     code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
-    if code == EXIT_INTERRUPTED:
-        if all(folder.is_finished for folder in folders):
-            return 0
-        complain("stopped on request", "unfinished runs resume from their checkpoints")
+    if code == EXIT_INTERRUPTED and all(folder.is_finished for folder in folders):
+        return 0
     return code
 
 

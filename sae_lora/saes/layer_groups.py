@@ -8,6 +8,7 @@ Source: Group-SAE, arXiv 2410.21508.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from sae_lora.common.console import progress_bar, say
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict
 from sae_lora.models.dimensions import Dimensions
@@ -68,7 +69,7 @@ def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> La
     values = as_dict(config)
     key = json.dumps([values["model"], values["data"], values["train"]["dtype"]], sort_keys=True)
     if key not in known:
-        known[key] = _distances(config)
+        known[key] = _distances(config, model.d_vocab)
     distances = known[key]
     chosen, amads = group_blocks(distances, amad_max=layer.amad_max, n_groups=layer.n_groups)
     if layer.evenly:
@@ -83,7 +84,7 @@ def groups(config: Config, model: Dimensions, known: dict[str, Distances]) -> La
     )
 
 
-def _distances(config: Config) -> Distances:
+def _distances(config: Config, vocabulary: int) -> Distances:
     """Angular distances between blocks on the held-out text, from the cache or measured."""
     from sae_lora.common import hub
     from sae_lora.data import corpus
@@ -91,7 +92,8 @@ def _distances(config: Config) -> Distances:
     from sae_lora.saes import block_distances  # imports torch
     from sae_lora.splice.positions import Special
 
-    text = corpus.load(config.data, loading.load_tokenizer(config.model), 1)
+    tokenizer = loading.load_tokenizer(config.model)
+    text = corpus.load(config.data, tokenizer, 1, vocabulary=vocabulary)
     special = Special(text.special_ids, first=config.sae.keep_first is not False)
 
     def file() -> Path:
@@ -103,19 +105,19 @@ def _distances(config: Config) -> Distances:
         key = hashlib.sha256(json.dumps(measured_on).encode()).hexdigest()[:16]
         return Path(config.data.cache_dir).expanduser() / "distances" / f"{key}.json"
 
-    if file().exists():
+    with suppress(OSError, ValueError):  # not measured yet, or damaged: measured again
         return json.loads(file().read_text())
     say(f"measuring distances between the blocks of {config.model.name}")
     model = loading.load_model(config.model, config.train.dtype, loading.device_of(config))
     at_once = max(1, config.train.eval_batch_tokens // config.data.context_length)
-    with progress_bar("measuring", "tokens") as count:
+    with progress_bar("measuring distances", "tokens") as count:
         distances = block_distances.angular_distances(
             model,
             text.validation_tokens.split(at_once),
             special,
             lambda tokens: count(tokens, text.validation.size),
         ).tolist()
-    file().parent.mkdir(parents=True, exist_ok=True)
+    check_writable(file().parent, "data.cache_dir")
     # `file()` is called again: only after loading is the model's commit known.
     write_atomically(file(), as_json(distances))
     return distances

@@ -1,35 +1,42 @@
 """Frozen SAEs, loaded through sae-lens, and their descriptions."""
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.loading.pretrained_sae_loaders import (
+    get_conversion_loader_name,
+    get_sae_lens_config_from_hf,
+)
+from sae_lens.loading.pretrained_saes_directory import (
+    get_config_overrides,
+    get_repo_id_and_folder_name,
+)
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sae_lora.common import hub
-from sae_lora.common.errors import UserError
+from sae_lora.common.console import Report, no_report
+from sae_lora.common.errors import UserError, is_out_of_memory
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import from_run, output_adapter
-from sae_lora.saes.metadata import check_width, settled, trained_at, weights_digest
+from sae_lora.saes import converters, formats, from_run, metadata, output_adapter, probe
+from sae_lora.saes.metadata import check_width, settled, stated, stated_by, trained_at
 from sae_lora.saes.output_adapter import AdaptedCoder
 from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Coder, Splice
 from sae_lora.splice.positions import Special
-
-log = logging.getLogger(__name__)
-
 
 EXCLUDES_FIRST = "exclude_first_position"
 """Our key in an SAE's metadata: true if it was not trained on the first position of sequences."""
@@ -56,44 +63,48 @@ class LoadedSAE:
     """The tokens that it was not trained on, by its config: these ids, or true for BOS and EOS."""
     excludes_first: bool = False
     """True if its config says that it was not trained on the first position of sequences."""
+    stated: dict[str, Any] = field(default_factory=dict)
+    """What its metadata states, under today's names of SAELens."""
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:
     """The chosen SAE on the device, frozen, checked against its metadata.
 
     Raises:
-        ConfigError: If it was trained at another place, or its input has another width.
+        ConfigError: If it was trained at another place, its input has another width, its weights are no
+            numbers, or it does not reconstruct tokens one by one.
         UserError: If its files are missing or damaged, or have changed since the run was planned.
     """
     _check_as_planned(choice)
     if config.family is SAEFamily.identity:
         module: nn.Module = IdentitySAE()
         values = {"architecture": "identity", "d_in": model.d_model, "d_sae": model.d_model}
+        about: dict[str, Any] = {}
     else:
-        module, values = _through_sae_lens(config, choice, str(device))
-    name = choice.id or choice.path or "identity"
-    check_width(values.get("d_in"), model, field="sae.path" if choice.path else "sae.id", name=name)
+        module, values, about = _through_sae_lens(config, choice, str(device))
+    key, name = _named(choice)
+    check_width(values.get("d_in"), model, field=key, name=name)
     module = module.to(device).requires_grad_(False).eval()
     width, digest = values.get("d_sae"), _digest(module)
     description = describe(config, choice, values["architecture"], width, digest)
-    metadata = values.get("metadata") or {}
-    if processing := metadata.get("model_from_pretrained_kwargs"):
-        log.warning(
-            "%s was trained on a model loaded with %s, but the model is loaded unchanged",
-            name,
-            processing,
-        )
     sae: Coder = multiplied(module, config.sparse)  # pyright: ignore[reportAssignmentType]
     if choice.adapter is not None:
         adapter = output_adapter.load(Path(choice.adapter.path), device)
         sae = AdaptedCoder(sae, adapter).eval()
+    metadata = values.get("metadata") or {}
     excluded = metadata.get("exclude_special_tokens")
     return LoadedSAE(
         sae,
         description,
         tuple(excluded) if isinstance(excluded, list) else bool(excluded),
         bool(metadata.get(EXCLUDES_FIRST)),
+        about,
     )
+
+
+def _named(choice: SAEChoice) -> tuple[str, str]:
+    """The key that names an SAE, and its value, for messages."""
+    return "sae.path" if choice.path else "sae.id", choice.id or choice.path or "identity"
 
 
 def describe(
@@ -122,15 +133,37 @@ def describe(
     }
 
 
-def fetch(config: SAEConfig, choice: SAEChoice) -> str | None:
-    """Download an SAE, so that it loads without a network; return the commit of its repository.
+def write_copy(config: SAEConfig, choice: SAEChoice, folder: Path) -> str:
+    """Write an SAE, as the run uses it, into a new folder in sae-lens's format.
+
+    Returns:
+        The SHA-256 of its weights, as in `LoadedSAE.description`.
 
     Raises:
-        ConfigError: If it was trained at another place.
-        UserError: If it does not exist or cannot be downloaded.
+        UserError: If its files are missing or damaged, or have changed since the run was planned, or if
+            sae-lens does not load the same SAE again.
     """
-    _through_sae_lens(config, choice, "cpu")
-    return _commit(choice)
+    _check_as_planned(choice)
+    module, _, _ = _through_sae_lens(config, choice, "cpu")
+    module.save_model(folder)  # pyright: ignore[reportCallIssue]
+    copy, _, _ = _through_sae_lens(config, replace(choice, path=str(folder)), "cpu")
+    if (digest := _digest(module)) != _digest(copy):
+        raise UserError(f"sae.path = {choice.path!r}: sae-lens cannot save this SAE and load it again")
+    return digest
+
+
+def fetch(config: SAEConfig, choice: SAEChoice) -> tuple[str | None, dict[str, Any]]:
+    """Download an SAE, so that it loads without a network, and check it.
+
+    Returns:
+        The commit of its repository, and what its metadata states.
+
+    Raises:
+        ConfigError: If it was trained at another place, or it cannot be used.
+        UserError: If it does not exist, is damaged, or cannot be downloaded.
+    """
+    _, _, about = _through_sae_lens(config, choice, "cpu")
+    return _commit(choice), about
 
 
 def _commit(choice: SAEChoice) -> str | None:
@@ -144,7 +177,10 @@ def _check_as_planned(choice: SAEChoice) -> None:
             f"sae.release = {choice.release!r} has changed since this run was planned: the cached "
             f"commit is not {choice.commit}"
         )
-    if choice.path is not None and choice.sha256 not in (None, weights_digest(Path(choice.path))):
+    if choice.path is not None and choice.sha256 not in (
+        None,
+        formats.read(choice.path).digest(),
+    ):
         raise UserError(
             f"sae.path = {choice.path!r}: the weights have changed since this run was planned"
         )
@@ -189,31 +225,120 @@ def splices(
 
 def _through_sae_lens(
     config: SAEConfig, choice: SAEChoice, device: str
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Load an SAE; return it and the values of its config.
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Load an SAE and check that a splice can use it.
+
+    Returns:
+        The SAE, the values of its config, and what its own metadata states, without the defaults that
+        SAELens adds to the config.
 
     Raises:
-        ConfigError: If its config names another place than `choice`.
+        ConfigError: If its config names another place than `choice`, or the SAE cannot be used.
         UserError: If its files are missing or damaged, or cannot be downloaded.
     """
-    dtype, path = config.dtype.name, choice.path or str(EMBEDDED_SAES / str(choice.id))
-    field, name = ("sae.release", choice.release) if choice.release else ("sae.path", path)
-    with quiet(), hub.explained(field, name):
-        if choice.release is not None and choice.id is not None:
-            sae = SAE.from_pretrained(choice.release, choice.id, device=device, dtype=dtype)
-        else:
-            try:
-                sae = SAE.load_from_disk(path, device=device, dtype=dtype)
-            except (OSError, KeyError, RuntimeError) as error:
-                raise UserError(f"sae.path = {path!r} cannot be loaded: {error}") from error
+    key, name = _named(choice)
+    if choice.release is not None and choice.id is not None:
+        sae, about = _from_release(choice.release, choice.id, config, device)
+    else:
+        sae = _from_folder(choice.path or str(EMBEDDED_SAES / str(choice.id)), config, device)
+        about = stated_by(choice)
     values = sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()}
-    settled(trained_at(values, choice.block), choice.block, choice.hook, choice.id or path)
-    return sae, values
+    settled(trained_at(values, choice.block), choice.block, choice.hook, name)
+    # SAELens may have folded a normalisation into the weights.
+    normalises = {"normalize_activations": values["normalize_activations"]}
+    metadata.check(stated(values) | about | normalises, key, name)
+    _keep_statistics(sae)
+    probe.check_weights(sae, key, name)
+    probe.check_coder(sae, sae.cfg.d_in, key, name)
+    return sae, values, about
+
+
+def _from_release(
+    release: str, identifier: str, config: SAEConfig, device: str
+) -> tuple[SAE[Any], dict[str, Any]]:
+    """Load an SAE of a release; SAELens folds the factor of its input if its table has it.
+
+    Returns:
+        The SAE, and what its metadata states.
+
+    Raises:
+        UserError: If it does not exist, is damaged, or cannot be downloaded.
+    """
+    try:
+        with quiet(), hub.explained("sae.release", release):
+            sae = SAE.from_pretrained(release, identifier, device=device, dtype=config.dtype.name)
+            if get_conversion_loader_name(release) != "sae_lens":  # SAELens states what is known
+                return sae, stated(sae.cfg.to_dict())
+            overrides = get_config_overrides(release, identifier)
+            place = get_repo_id_and_folder_name(release, identifier)
+            return sae, stated(get_sae_lens_config_from_hf(*place, cfg_overrides=overrides))
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"sae.id = {identifier!r} of {release} cannot be loaded by SAELens: {_line(error)}"
+        ) from error
+
+
+def _from_folder(path: str, config: SAEConfig, device: str) -> SAE[Any]:
+    """Load the SAE in a folder, and fold the factor of its input if the folder states it.
+
+    Raises:
+        ConfigError: If its config states something that cannot be used.
+        UserError: If a file is missing or damaged.
+    """
+    folder = formats.read(path)
+    metadata.check(stated(folder.values), "sae.path", path)
+    metadata.check_complete(folder.values, path)
+    try:
+        with quiet():
+            sae = SAE.load_from_disk(
+                path, device=device, dtype=config.dtype.name, converter=converters.load
+            )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        reason = "damaged or incomplete; copy it again, or save it again"
+        if isinstance(error, UnpicklingError):
+            reason = "damaged, or holds more than tensors; code in a file is never run"
+        raise UserError(f"sae.path = {path!r} cannot be loaded: {folder.weights} is {reason}") from error
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"sae.path = {path!r} cannot be loaded: {folder.weights}: {_line(error)}"
+        ) from error
+    if folder.factor is not None:
+        sae.fold_activation_norm_scaling_factor(folder.factor)
+    return sae
+
+
+def _line(error: Exception) -> str:
+    """An error of a library in one line, with its class: the text of a `KeyError` is only the key."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _keep_statistics(sae: Any) -> None:
+    """Let an SAE decode several times after one `encode`.
+
+    An SAE that normalises each token keeps the statistics of its last input to undo this in `decode`;
+    SAELens then deletes them. No gradient flows through the statistics that are kept.
+    """
+    denormalise = sae.run_time_activation_norm_fn_out
+
+    def keeping(recon: Tensor) -> Tensor:
+        before = vars(sae).copy()
+        output = denormalise(recon)
+        for name in before.keys() - vars(sae).keys():
+            if before[name].shape[:-1] != recon.shape[:-1]:
+                raise RuntimeError("these latents are not those of the SAE's last input")
+            setattr(sae, name, before[name].detach())
+        return output
+
+    sae.run_time_activation_norm_fn_out = keeping
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence sae-lens's warnings about how the SAE's model was loaded; `load` warns once."""
+    """Silence sae-lens's warnings about how the SAE's model was loaded: the plan has a note."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*model_from_pretrained_kwargs.*")
         yield
@@ -228,6 +353,10 @@ def _digest(sae: nn.Module) -> str:
     return digest.hexdigest()
 
 
+LOADING = "loading SAEs"
+"""The stage in which `SAEs` loads."""
+
+
 class SAEs:
     """The SAEs of several runs, for one model on one device. Each SAE is loaded only once."""
 
@@ -236,12 +365,16 @@ class SAEs:
         self._device = device
         self._loaded: dict[str, LoadedSAE] = {}
 
-    def of(self, config: SAEConfig) -> list[LoadedSAE]:
-        """The SAEs that a run uses, in the order of `config.used`; empty if it trains new SAEs."""
+    def of(self, config: SAEConfig, report: Report = no_report) -> list[LoadedSAE]:
+        """The SAEs that a run uses, in the order of `config.used`; empty if it trains new SAEs.
+
+        `report` is called with the SAEs that are loaded.
+        """
         if config.family is SAEFamily.new:
             return []
         saes = []
-        for choice in config.used:
+        for number, choice in enumerate(config.used):
+            report(LOADING, number, len(config.used))
             # Blocks of a group share an SAE, which is loaded as that of the first block.
             first = replace(choice, block=min([choice.block, *choice.group]))
             key = repr((config.family, config.dtype, config.sparse, first))

@@ -1,70 +1,325 @@
-"""The config and metadata of an SAE in sae-lens's format, read without loading its weights."""
+"""The metadata of SAEs: what is done about each key, and the place of training. Imports no torch."""
 
-import json
-from pathlib import Path
-from typing import Any
+import enum
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from sae_lora.common.errors import ConfigError, UserError, nearest_name
-from sae_lora.common.files import sha256
+from sae_lora.common.errors import ConfigError, listed
 from sae_lora.config.enums import Hook
-from sae_lora.config.schema import SAEChoice
+from sae_lora.config.schema import Config, SAEChoice
+from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
+from sae_lora.saes import formats
+from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
+
+Stated = Mapping[str, Any]
+"""What an SAE's config and metadata state, by the key of today's SAELens."""
+
+
+class Use(enum.Enum):
+    """What is done about a key."""
+
+    applied = "SAELens or the splice computes with it"
+    checked = "compared with the request and the model; what does not fit is refused"
+    noted = "compared with the run; a difference is a note in the plan, the summary and the report"
+    informative = "not used"
+
+
+class Key(NamedTuple):
+    """A key of an SAE's metadata."""
+
+    use: Use
+    type: Any = object
+    """The type of its value, for `isinstance`."""
+    allowed: tuple[Any, ...] | None = None
+    """The values that can be used; `None` for any value."""
+    because: str = ""
+    """Why other values are refused."""
+
+
+_NUMBER = int | float
+_OF_A_HEAD = "it was trained on a single attention head"
+KEYS: dict[str, Key] = {
+    "architecture": Key(
+        Use.applied,
+        str,
+        ("standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit"),
+        "this is no SAE of single tokens that SAELens knows",
+    ),
+    "normalize_activations": Key(
+        Use.applied,
+        str,
+        ("none", "layer_norm", "constant_norm_rescale"),
+        "the weights do not include the factor or the matrix of this normalisation",
+    ),
+    "reshape_activations": Key(
+        Use.applied, str, ("none",), "it was trained on another activation than the output of one block"
+    ),
+    "activation_fn": Key(Use.applied, str, ("relu", "topk"), "SAELens would compute ReLU instead"),
+    "activation_fn_kwargs.k": Key(Use.applied, int),
+    "activation_fn_kwargs.signed": Key(
+        Use.applied, bool, (False,), "SAELens would set negative latents to zero"
+    ),
+    "finetuning_scaling_factor": Key(Use.applied, bool),
+    "apply_b_dec_to_input": Key(Use.applied, bool),
+    "rescale_acts_by_decoder_norm": Key(Use.applied, bool),
+    "k": Key(Use.applied, int),
+    "residual_threshold": Key(Use.applied, _NUMBER),
+    "max_iterations": Key(Use.applied, int),
+    "stop_on_duplicate_support": Key(Use.applied, bool),
+    "exclude_special_tokens": Key(Use.applied),
+    "group_blocks": Key(Use.applied, list),
+    "d_in": Key(Use.checked, int),
+    "d_sae": Key(Use.checked, int),
+    "d_out": Key(Use.checked, int),
+    "hook_name": Key(Use.checked, str),
+    "hook_name_out": Key(Use.checked, str),
+    "hook_head_index": Key(Use.checked, allowed=(), because=_OF_A_HEAD),
+    "hook_head_index_out": Key(Use.checked, allowed=(), because=_OF_A_HEAD),
+    "hook_layer": Key(Use.noted, int),
+    "model_name": Key(Use.noted, str),
+    "model_from_pretrained_kwargs.fold_ln": Key(Use.noted),
+    "model_from_pretrained_kwargs.center_writing_weights": Key(Use.noted),
+    "model_from_pretrained_kwargs.center_unembed": Key(Use.noted),
+    "model_from_pretrained_kwargs.fold_value_biases": Key(Use.noted),
+    "model_from_pretrained_kwargs.refactor_factored_attn_matrices": Key(Use.noted),
+    "prepend_bos": Key(Use.noted, bool),
+    "context_size": Key(Use.noted, int),
+    "seqpos_slice": Key(Use.noted, list | tuple),
+    "l0": Key(Use.noted, _NUMBER),
+    "model_class_name": Key(Use.informative),
+    "hf_hook_name": Key(Use.informative),
+    "hf_hook_name_out": Key(Use.informative),
+    "dtype": Key(Use.informative),
+    "device": Key(Use.informative),
+    "dataset_path": Key(Use.informative),
+    "dataset_trust_remote_code": Key(Use.informative),
+    "neuronpedia_id": Key(Use.informative),
+    "sae_lens_version": Key(Use.informative),
+    "sae_lens_training_version": Key(Use.informative),
+    "training_architecture": Key(Use.informative),
+    "training_architecture_details": Key(Use.informative),
+    "num_dead_features": Key(Use.informative),
+    "noise_scale": Key(Use.informative),
+}
+"""What is done about each key that SAELens writes. null always means that nothing is stated. Other keys
+are ignored: old versions also wrote their settings of training."""
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+"""Names in older versions of SAELens."""
+_NESTED = ("activation_fn_kwargs", "model_from_pretrained_kwargs")
+_L0_TOLERANCE = 0.25
+"""Share of the stated L0 by which the measured one may differ without a note."""
+
+
+def stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config in SAELens's format states, of version 6 or before, under today's names."""
+    flat = {**values, **(values.get("metadata") or {})}
+    for old, new in _RENAMED.items():
+        if (value := flat.pop(old, None)) is not None and flat.get(new) is None:
+            flat[new] = value
+    for name in _NESTED:
+        if isinstance(nested := flat.pop(name, None), dict):
+            flat |= {f"{name}.{key}": value for key, value in nested.items()}
+    if isinstance(normalises := flat.get("normalize_activations"), bool):
+        flat["normalize_activations"] = "expected_average_only_in" if normalises else "none"
+    return {key: value for key, value in flat.items() if key != "metadata" and value is not None}
+
+
+def stated_by(choice: SAEChoice) -> dict[str, Any]:
+    """What is stated about a resolved SAE, without loading it: by its folder, or SAELens's table.
+
+    Raises:
+        UserError: If its config cannot be read.
+    """
+    if choice.release is not None:
+        model, converter = model_of(choice.release), converter_of(choice.release)
+        about = {} if model is None else {"model_name": model}
+        is_no_sae = converter == "temporal" or "transcoder" in converter
+        return about | ({"architecture": converter} if is_no_sae else {})
+    folder = choice.path or (choice.id and str(EMBEDDED_SAES / choice.id))
+    return stated(formats.read(folder).values) if folder else {}
+
+
+def check(about: Stated, field: str, name: str) -> None:
+    """Refuse an SAE whose metadata has a value that cannot be used.
+
+    Args:
+        about: What its metadata states.
+        field, name: The key that names the SAE, and its value, for the message.
+
+    Raises:
+        ConfigError: For the first such value.
+    """
+    for key, known in KEYS.items():
+        value = about.get(key)
+        if value is None or known.use in (Use.noted, Use.informative):
+            continue
+        if not _has_type(value, known.type):
+            because = f"its metadata says {key}: {value!r}"
+            kind = getattr(known.type, "__name__", str(known.type))
+            raise ConfigError(field, name, f"an SAE whose {key} is of type {kind}", because=because)
+        if known.allowed is None or value in known.allowed:
+            continue
+        words = listed(map(_written, known.allowed))
+        allowed = f"an SAE with {key}: {words}" if words else f"an SAE without {key}"
+        because = f"its metadata says {key}: {_written(value)}, and {known.because}"
+        raise ConfigError(field, name, allowed, because=because)
+    is_topk = about.get("architecture") in ("topk", "abstopk") or about.get("activation_fn") == "topk"
+    k, d_sae = about.get("k", about.get("activation_fn_kwargs.k")), about.get("d_sae", math.inf)
+    if is_topk and (k is None or not 0 < k <= d_sae):
+        because = "its metadata gives no k" if k is None else f"its metadata says k: {k}, d_sae: {d_sae}"
+        raise ConfigError(field, name, "a TopK SAE with k from 1 to d_sae", because=because)
+
+
+def check_complete(values: Mapping[str, Any], name: str) -> None:
+    """Refuse a config in SAELens's format that lacks what an SAE cannot be loaded without.
+
+    Raises:
+        ConfigError: For the first missing key of the SAE in the folder `name`.
+    """
+    about = stated(values)
+    version = re.match(r"\d+", str(about.get("sae_lens_version")))
+    needed = ["d_in", "d_sae", "architecture"]
+    if "architecture" not in values and (version is None or int(version[0]) < 6):
+        needed.remove("architecture")  # the standard one
+    for key in needed:
+        if key not in about:
+            raise ConfigError("sae.path", name, f"an SAE whose config gives {key}")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+
+
+class Notices:
+    """What was noticed about the SAEs of runs: one line for each difference, with its blocks."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, set[int]] = {}
+
+    def add(self, block: int, texts: Iterable[str]) -> None:
+        """Add the differences of the SAE at a block."""
+        for text in texts:
+            self._blocks.setdefault(text, set()).add(block)
+
+    @property
+    def lines(self) -> list[str]:
+        return [
+            f"{'block' if len(blocks) == 1 else 'blocks'} {listed(sorted(blocks))}: {text}"
+            for text, blocks in self._blocks.items()
+        ]
+
+
+def differences(about: Stated, config: Config, begins_with_bos: bool | None = None) -> list[str]:
+    """How a run uses an SAE otherwise than its metadata states, one text for each difference.
+
+    Args:
+        about: What the SAE's metadata states.
+        config: The config of the run.
+        begins_with_bos: True if the sequences of the run begin with BOS; `None` if it is not known yet.
+    """
+    texts = [
+        f"the SAE's metadata says {key}: {about[key]!r}, which is not understood"
+        for key, known in KEYS.items()
+        if known.use is Use.noted and key in about and not _has_type(about[key], known.type)
+    ]
+    model, length = about.get("model_name"), about.get("context_size")
+    if isinstance(model, str) and not same_model(model, config.model.name):
+        texts.append(f"the SAE was trained on {model}; this run uses it in {config.model.name}")
+    prefix = "model_from_pretrained_kwargs."
+    changed = [key.removeprefix(prefix) for key in KEYS if key.startswith(prefix) and about.get(key)]
+    if changed:
+        texts.append(
+            f"the SAE was trained on a model that TransformerLens had changed ({listed(changed)}); "
+            "this run loads the model unchanged"
+        )
+    if isinstance(length, int) and config.data.context_length > length:
+        texts.append(
+            f"the SAE was trained on sequences of {length} tokens; "
+            f"data.context_length is {config.data.context_length}"
+        )
+    if positions := _positions(about.get("seqpos_slice")):
+        texts.append(
+            f"the SAE was trained only at positions {positions} of each sequence "
+            "(seqpos_slice); this run replaces the activations of all positions"
+        )
+    prepends = about.get("prepend_bos")
+    if isinstance(prepends, bool) and begins_with_bos is not None and prepends != begins_with_bos:
+        trained, now = ("with BOS", "do not") if prepends else ("without BOS", "begin with BOS")
+        texts.append(
+            f"the SAE was trained on sequences {trained} at the start (prepend_bos); "
+            f"the sequences of this run {now}"
+        )
+    layer, hook = about.get("hook_layer"), about.get("hook_name")
+    number = re.search(r"\.(\d+)", str(hook))
+    if isinstance(layer, int) and number is not None and int(number[1]) != layer:
+        texts.append(f"the SAE's hook_layer is {layer}, but its hook_name, which counts, is {hook}")
+    return texts
+
+
+def differs_in_l0(stated_l0: float | None, measured: float) -> str | None:
+    """A text if the measured L0 is far from the stated one; else `None`."""
+    if not stated_l0 or abs(measured - stated_l0) <= _L0_TOLERANCE * stated_l0:
+        return None
+    return (
+        f"the SAE is stated to have {stated_l0:g} active latents per token; "
+        f"before training {measured:.3g} were measured"
+    )
+
+
+def _written(value: Any) -> str:
+    """A value as JSON writes it, without quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _positions(stated_slice: Any) -> str:
+    """Positions in Python's notation, from the arguments of a slice; empty for all positions."""
+    if not _has_type(stated_slice, list | tuple) or not 1 <= len(stated_slice) <= 3:
+        return ""
+    taken = slice(*stated_slice)
+    start, stop, step = taken.start or 0, taken.stop, taken.step or 1
+    if (start, stop, step) == (0, None, 1):
+        return ""
+    return f"{start}:{'' if stop is None else stop}" + ("" if step == 1 else f":{step}")
 
 
 def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
-    """The SAE in a folder of sae-lens's format, checked against its cfg.json.
+    """The SAE in a folder, checked against its config.
 
-    `index` and `hook` are those of `layer`; if they are `None`, cfg.json gives the place.
+    `index` and `hook` are those of `layer`; if they are `None`, the config gives the place.
 
     Raises:
         ConfigError: If the folder contains no SAE, or its SAE does not fit the model or the place.
         UserError: If its files cannot be read.
     """
-    folder = Path(path).expanduser()
-    file = folder / "cfg.json"
-    try:
-        values = json.loads(file.read_text())
-    except OSError as error:
-        near = nearest_name(folder.name, (entry.name for entry in folder.parent.glob("*")))
-        raise ConfigError(
-            "sae.path",
-            path,
-            "a folder in sae-lens's format, with cfg.json and sae_weights.safetensors",
-            nearest=folder.parent / near if near else None,
-            because=f"{file}: {error.strerror}",
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"sae.path = {path!r} cannot be used: {file} is not JSON ({error})") from error
+    folder = formats.read(path)
+    values, about = folder.values, stated(folder.values)
     place = settled(trained_at(values, index), index, hook, path)
-    check_width(values.get("d_in"), model, field="sae.path", name=path)
+    check(about, "sae.path", path)
+    check_width(about.get("d_in"), model, field="sae.path", name=path)
     if place is None:
-        raise ConfigError("layer.index", None, f"the index of a block: {file} names no hook point")
-    metadata = values.get("metadata") or {}
+        because = f"{folder.path / folder.format.config} names no hook point"
+        raise ConfigError("layer.index", None, f"the index of a block: {because}")
+    l0 = (values.get("metadata") or {}).get("l0") or values.get("k")
     return SAEChoice(
         block=place.block,
         hook=place.hook,
-        path=str(folder.resolve()),
-        sha256=weights_digest(folder),
+        path=str(folder.path.resolve()),
+        sha256=folder.digest(),
         width=values.get("d_sae"),
-        l0=metadata.get("l0") or values.get("k"),
+        l0=l0 if _has_type(l0, _NUMBER) else None,
     )
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the weights file in a folder of sae-lens's format.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    file = folder / "sae_weights.safetensors"
-    try:
-        return sha256(file)
-    except OSError as error:
-        raise UserError(f"sae.path: {file} cannot be read: {error.strerror}") from error
-
-
-def trained_at(values: dict[str, Any], block: int | None = None) -> Place | None:
+def trained_at(values: Mapping[str, Any], block: int | None = None) -> Place | None:
     """The place that an SAE was trained at, according to its config; `None` if the config names none.
 
     Args:
@@ -74,16 +329,25 @@ def trained_at(values: dict[str, Any], block: int | None = None) -> Place | None
     Raises:
         ConfigError: If no SAE can be spliced in at that place, or the SAE is a transcoder.
     """
-    stated = values | (values.get("metadata") or {})
-    hook, writes = stated.get("hook_name"), stated.get("hook_name_out")
-    if writes not in (None, hook) or "transcoder" in str(stated.get("architecture")):
+    about = stated(values)
+    hook, writes = about.get("hook_name"), about.get("hook_name_out")
+    if writes not in (None, hook) or "transcoder" in str(about.get("architecture")):
         raise ConfigError(
             "sae", writes or hook, "an SAE", because=f"it is a transcoder, which reads {hook}"
         )
-    place = None if hook is None else known_place(hook)
-    if place is not None and block is not None and block in stated.get("group_blocks", ()):
+    place = None if hook is None else known_place(str(hook))
+    if place is not None and block is not None and block in about.get("group_blocks", ()):
         return Place(block, place.hook)
     return place
+
+
+_PARENTS = "model|base_model|language_model|text_model|transformer|gpt_neox|decoder|backbone"
+"""Modules of transformers that contain the blocks of a language model, and not those of an encoder."""
+_OUTPUT_OF_BLOCK = re.compile(
+    rf"(?:(?:{_PARENTS})\.)*(?:layers|h|blocks)\.(\d+)(?:\.output|\.hook_out)?"
+)
+"""Names of a block's output: its module in transformers, and TransformerLens's name since version 3."""
+_INPUT_OF_BLOCK = re.compile(r"blocks\.(\d+)\.hook_in")
 
 
 def known_place(hookpoint: str) -> Place:
@@ -92,6 +356,10 @@ def known_place(hookpoint: str) -> Place:
     Raises:
         ConfigError: If no SAE can be spliced in there.
     """
+    if match := _OUTPUT_OF_BLOCK.fullmatch(hookpoint):
+        return Place(int(match[1]))
+    if match := _INPUT_OF_BLOCK.fullmatch(hookpoint):
+        hookpoint = f"blocks.{match[1]}.hook_{Hook.resid_pre.name}"
     place = Place.named(hookpoint)
     if place is None:
         raise ConfigError("sae", hookpoint, f"an SAE at {PLACES}")

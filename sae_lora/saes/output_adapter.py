@@ -12,7 +12,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Method
 from sae_lora.splice.hooks import Coder
 
-_WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
+WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
 
 
 class OutputAdapter(nn.Module):
@@ -71,9 +71,28 @@ class AdaptedCoder(nn.Module):
 def save(adapter: OutputAdapter, folder: Path) -> None:
     """Write an adapter into an existing folder."""
     weights = {name: weight.detach().cpu() for name, weight in adapter.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS)
+    save_file(weights, folder / WEIGHTS)
     shape = {"kind": adapter.kind.name, "d_model": adapter.d_model, "rank": adapter.rank}
     (folder / _SHAPE).write_text(json.dumps(shape, indent=1) + "\n")
+
+
+def code(folder: Path) -> str:
+    """Python code of what a saved adapter adds to `recon`, from its weights file as the dict `weights`.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+
+    def layer(inputs: str, name: str, *, bias: bool = True) -> str:
+        offset = f', weights["{name}.bias"]' if bias else ""
+        return f'linear({inputs}, weights["{name}.weight"]{offset})'
+
+    adapter = load(folder, torch.device("cpu"))
+    if adapter.kind is Method.mlp_adapter:
+        return layer(f"gelu({layer('recon', 'added.0')})", "added.2")
+    if adapter.rank is None:
+        return layer("recon", "added")
+    return layer(layer("recon", "added.0", bias=False), "added.1")
 
 
 def load(folder: Path, device: torch.device) -> OutputAdapter:
@@ -85,7 +104,7 @@ def load(folder: Path, device: torch.device) -> OutputAdapter:
     try:
         shape = json.loads((folder / _SHAPE).read_text())
         adapter = OutputAdapter(Method[shape["kind"]], shape["d_model"], shape["rank"])
-        adapter.load_state_dict(load_file(folder / _WEIGHTS))
+        adapter.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be loaded: {error}") from error
     return adapter.to(device).requires_grad_(False)

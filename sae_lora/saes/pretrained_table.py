@@ -1,5 +1,6 @@
 """sae-lens's table of pretrained SAEs, read without importing sae-lens, which takes seconds."""
 
+import ast
 import functools
 import importlib.util
 import re
@@ -27,6 +28,50 @@ def table() -> dict[str, dict[str, Any]]:
 def repository_of(release: str) -> str:
     """The hub repository of a release; a release that is not in the table is itself a repository."""
     return table()[release]["repo_id"] if release in table() else release
+
+
+def model_of(release: str) -> str | None:
+    """The model that the SAEs of a release were trained on; `None` if the table does not have it."""
+    return table()[release]["model"] if release in table() else None
+
+
+def converter_of(release: str) -> str:
+    """SAELens's name of the format of a release; `sae_lens` if the table does not have it."""
+    return table().get(release, {}).get("conversion_func") or "sae_lens"
+
+
+def same_model(name: str, other: str) -> bool:
+    """True if two names mean the same model, such as `gpt2-small` and `openai-community/gpt2`.
+
+    Organisations and folders are not compared: copies of a model have other owners.
+    """
+    return _bare(name) == _bare(other) or _bare(_official(name)) == _bare(_official(other))
+
+
+def _bare(name: str) -> str:
+    """The last part of a name, without upper case and without Meta's prefix."""
+    return name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
+
+
+def _official(name: str) -> str:
+    return _official_names().get(_bare(name), name)
+
+
+@functools.cache
+def _official_names() -> dict[str, str]:
+    """Official names of models by TransformerLens's short name, read without importing it."""
+    package = importlib.util.find_spec("transformer_lens")
+    assert package is not None and package.submodule_search_locations is not None
+    folder = Path(package.submodule_search_locations[0])
+    # In version 2 the table is in the second file.
+    for file in (folder / "supported_models.py", folder / "loading_from_pretrained.py"):
+        for node in ast.parse(file.read_text()).body if file.exists() else ():
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if "MODEL_ALIASES" in map(ast.unparse, targets):
+                    aliases: dict[str, list[str]] = ast.literal_eval(node.value)
+                    return {_bare(alias): name for name, names in aliases.items() for alias in names}
+    return {}
 
 
 def release_named(name: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from sae_lora.common.errors import ConfigError, NoSuchCellError, listed, nearest
 from sae_lora.config.enums import Architecture, Hook, SAEFamily
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, as_list
 from sae_lora.config.validate import latents
+from sae_lora.embedded import BLOCK as EMBEDDED_BLOCK
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
-from sae_lora.saes.metadata import known_place, read_folder, settled
+from sae_lora.saes.metadata import check, known_place, read_folder, settled, stated_by
 from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, table, width_in
 
 
@@ -48,6 +49,14 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
     for block in as_list(config.layer.index):
         if block is not None:
             _check_block(block, config.model, model)
+    notes = []
+    if config.model.middle_block is None and _takes_middle_block(config, groups):
+        middle = EMBEDDED_BLOCK if config.model.name == EMBEDDED_NAME else model.n_blocks // 2
+        config = replace(config, model=replace(config.model, middle_block=middle))
+        if config.model.name != EMBEDDED_NAME:
+            notes.append(
+                f"layer.index={middle} of {model.n_blocks} blocks, because nothing names a block"
+            )
     match sae.family:
         case SAEFamily.identity:
             resolution = Resolution(_anywhere(config, model), [])
@@ -78,7 +87,16 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
             raise NotImplementedError(sae.family)
     for choice in resolution.choices:
         _check_block(choice.block, config.model, model)
-    return resolution
+        if choice.release is not None:
+            check(stated_by(choice), "sae.release", choice.release)
+    return Resolution(resolution.choices, [*notes, *resolution.notes])
+
+
+def _takes_middle_block(config: Config, groups: Sequence[list[int]] | None) -> bool:
+    """True if `model.middle_block` gives the place: neither `layer`, nor an id, nor a folder does."""
+    sae, layer = config.sae, config.layer
+    names_place = sae.id is not None or (sae.path is not None and "{block}" not in sae.path)
+    return layer.index is None and layer.every is None and groups is None and not names_place
 
 
 def _check_block(block: int, config: ModelConfig, model: Dimensions) -> None:

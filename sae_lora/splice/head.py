@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sae_lora.models.blockwise_attention import LARGEST_EXPONENT
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.part_check import agree
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Head:
         if softcap is not None and softcap > LARGEST_EXPONENT:
             return general
         linear = cls.linear(matrix.weight, softcap)
-        probe = torch.linspace(-3, 3, 2 * matrix.in_features).reshape(2, -1).to(matrix.weight)
+        probe = torch.linspace(-3, 3, 2 * matrix.in_features).reshape(2, -1)
+        # Large states show a soft-cap that the config calls by another name.
+        probe = torch.cat([probe, 1000 * probe]).to(matrix.weight)
         with torch.no_grad():
-            logits, expected = linear.logits(probe).float(), general.logits(probe).float()
-        return linear if torch.allclose(logits, expected, rtol=1e-2, atol=1e-2) else general
+            is_linear = agree(linear.logits(probe), general.logits(probe), 1e-4)
+        return linear if is_linear else general
 
     @classmethod
     def linear(cls, matrix: Tensor, softcap: float | None = None) -> "Head":

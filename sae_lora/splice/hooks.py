@@ -102,7 +102,8 @@ def _replaced(
     replace: Callable[[Tensor], Tensor], module: object, arguments: object, output: Any
 ) -> Any:
     """A module's output with its activation (the output, or the first of a tuple) replaced."""
-    return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+    is_several = isinstance(output, tuple | list)
+    return (replace(output[0]), *output[1:]) if is_several else replace(output)
 
 
 def reconstructed(

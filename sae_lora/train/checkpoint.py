@@ -9,7 +9,9 @@ checkpoints/step-00000200/
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,14 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, new_folder, sha256, write_atomically
+from sae_lora.config.schema import TrainConfig
 
 VERSION = 1
 KEPT = 2
 """Number of checkpoints that are kept per run. If the newest is damaged, the older one is used."""
 
+_LARGEST_SHARE = 0.03
+"""Largest share of the time that checkpoints by time may take."""
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -34,6 +39,37 @@ class Snapshot(NamedTuple):
     """Trained weights, optimizer and random states, by name."""
     values: dict[str, Any]
     """JSON-able values: the step, and counters."""
+
+
+class Timer:
+    """The times of checkpoints of the runs of a pack, which are saved together.
+
+    Args:
+        clock: The time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
+        self._cost = 0.0
+        """Seconds of the last checkpoints."""
+
+    def is_due(self, step: int, config: TrainConfig) -> bool:
+        """True if a run that has just taken this step should save a checkpoint."""
+        if step % config.checkpoint_every_steps == 0:
+            return True
+        if config.checkpoint_every_min is None:
+            return False
+        between = max(60 * config.checkpoint_every_min, self._cost / _LARGEST_SHARE)
+        return self._clock() - self._last >= between
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the time that checkpoints take, inside the block."""
+        start = self._clock()
+        yield
+        self._last = self._clock()
+        self._cost = self._last - start
 
 
 def save(folder: Path, run_hash: str, state: Snapshot) -> None:

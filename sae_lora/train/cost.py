@@ -57,7 +57,8 @@ from sae_lora.config.schema import Config, ModelConfig, TrainConfig
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes
-from sae_lora.models.lora import target_modules
+from sae_lora.models.lora import selection
+from sae_lora.models.matrices import BlockWeight, Selection
 from sae_lora.saes.sparse import is_sparse
 from sae_lora.splice.kl import room_bytes
 from sae_lora.train.distill import turns
@@ -259,14 +260,14 @@ class _Run:
         )
         """The SAEs that are trained, or whose input training changes."""
         self.frozen = tuple(sae for sae in self.saes if sae not in self.live)
-        self.adapted: list[tuple[int, int]] = []
-        """Numbers of inputs and outputs of every adapted matrix of the model."""
+        self.adapted: list[BlockWeight] = []
+        """Every adapted weight of the model."""
         if self.kind in ADAPTING:
-            blocks = _adapted_blocks(config, len(model.blocks))
-            names = target_modules(model, blocks, config.lora.targets)
-            self.adapted = [_inputs_and_outputs(model.model.get_submodule(name)) for name in names]
-            weights = sum(config.lora.rank * sum(shape) for shape in self.adapted)
-            weights += sum(outputs for _, outputs in self.adapted) if config.lora.dora else 0
+            self.adapted = _selection(model, config).adapted
+            weights = sum(
+                weight.adapter_weights(config.lora.rank, dora=config.lora.dora)
+                for weight in self.adapted
+            )
         else:
             d_model = model.config.hidden_size
             weights = sum(_sae_weights(config, d_model, sae.width) for sae in _each_once(self.saes))
@@ -298,7 +299,7 @@ class _Run:
         copies = lora.dropout > 0 or train.dtype is not DType.float32
         live = [] if self.kind is Method.sae else sizes.blocks[self.first :]
         states = _BYTES[train.dtype] * sum(sum(shape) for block in live for shape in block)
-        states += sum(4 * lora.rank + (4 * inputs if copies else 0) for inputs, _ in self.adapted)
+        states += sum(4 * lora.rank + (4 * weight.inputs if copies else 0) for weight in self.adapted)
         if train.activation_checkpointing and live:
             states = len(live) * sizes.d_model * _BYTES[train.dtype] + states // len(live)
         return states + (sum(4 * 4 * sae.width for sae in self.saes) if self.trains_saes else 0)
@@ -323,12 +324,34 @@ def first_own_block(config: Config) -> int:
     if config.method.kind not in ADAPTING:
         return min(Place.of(choice).begins for choice in config.sae.used)
     model = _shapes(config.model.name, config.model.pinned_revision)
-    return min(_adapted_blocks(config, len(model.blocks)))
+    return min(adapted_blocks(config.lora.blocks, _first_sae(config), len(model.blocks)))
 
 
-def _adapted_blocks(config: Config, n_blocks: int) -> list[int]:
-    first_sae = min(choice.block for choice in config.sae.used)
-    return adapted_blocks(config.lora.blocks, first_sae, n_blocks)
+def left_out(config: Config) -> dict[str, int]:
+    """Weights in the adapted blocks that stay frozen: paths inside a block, and numbers of weights.
+
+    Weights of one dimension are not counted. Empty for methods that adapt no block.
+    """
+    if config.method.kind not in ADAPTING:
+        return {}
+    model = _shapes(config.model.name, config.model.pinned_revision)
+    return _selection(model, config).left_out
+
+
+_selections: dict[tuple[LanguageModel, str], Selection] = {}
+"""Selections by model and by the keys that they depend on, because runs of a sweep share them."""
+
+
+def _selection(model: LanguageModel, config: Config) -> Selection:
+    lora, first_sae = config.lora, _first_sae(config)
+    key = model, repr((first_sae, lora.blocks, lora.targets, lora.dropout > 0, lora.dora))
+    if key not in _selections:
+        _selections[key] = selection(model, lora, first_sae)
+    return _selections[key]
+
+
+def _first_sae(config: Config) -> int:
+    return min(choice.block for choice in config.sae.used)
 
 
 @cache
@@ -346,18 +369,20 @@ class _Sizes:
 
     def __init__(self, model: LanguageModel) -> None:
         config = model.config
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # recurrent models have none
+        # Some configs state it for each block, and raise an error when it is read as one value.
+        d_head = config.to_dict().get("head_dim") or getattr(config, "head_dim", None)
         self.d_model: int = config.hidden_size
         self.d_vocab: int = config.vocab_size
-        self.d_attention: int = heads * (getattr(config, "head_dim", None) or self.d_model // heads)
+        self.d_attention: int = heads * (d_head or self.d_model // (heads or 1))
         """Number of heads times their width, on which the cost of attention depends."""
         self.weights = sum(weight.numel() for weight in model.model.parameters())
         self.blocks = [
             [
                 _inputs_and_outputs(module)
                 for module in block.modules()
-                if getattr(module, "weight", None) is not None
-                and module.get_parameter("weight").dim() == 2
+                if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+                and weight.dim() == 2
             ]
             for block in model.blocks
         ]

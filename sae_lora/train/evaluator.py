@@ -1,18 +1,23 @@
 """Evaluation on held-out tokens: the loss that SAEs add, and the part of it that training removes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sae_lora.common.console import Report, no_report
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.records.schema import rounding_error
 from sae_lora.splice.hooks import Coder, Reading, Splice
 from sae_lora.splice.kl import Comparison
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
 from sae_lora.train.distributed import ProcessGroup
+
+EVALUATING = "evaluating"
+"""The stage of an evaluation."""
 
 
 class Evaluation(NamedTuple):
@@ -30,6 +35,8 @@ class Evaluation(NamedTuple):
     """Share of positions at which teacher and student have the same most likely token."""
     per_sae: dict[str, dict[str, float]]
     """By hookpoint: the `metrics` of `Reconstruction`, on the SAE's input in the student."""
+    rounding: float
+    """Difference between two of these cross-entropies that rounding explains."""
 
 
 class Contribution(NamedTuple):
@@ -128,6 +135,7 @@ class Evaluator:
         comparison: Compares the logits of students with those of the model.
         cache_bytes: Memory for hidden states that are kept between evaluations.
         processes: The processes that share the batches.
+        report: Called with the batches of an evaluation that are measured.
     """
 
     def __init__(
@@ -138,9 +146,11 @@ class Evaluator:
         comparison: Comparison,
         cache_bytes: float = 0,
         processes: ProcessGroup | None = None,
+        report: Report = no_report,
     ) -> None:
         self._model = model
         self.processes = processes or ProcessGroup()
+        self.report = report
         self._batches = self.processes.shard(tokens.split(batch_size))
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
@@ -153,9 +163,16 @@ class Evaluator:
         self._new_frozen: dict[Splices, Reconstruction] = {}
         """The frozen SAEs that the present evaluation measures for the first time."""
 
-    @torch.no_grad()
     def __call__(self, students: Sequence[Student]) -> list[Evaluation]:
         """Evaluate the students with their present weights. Training modes are restored afterwards."""
+        total = len(self._batches)
+        return self._measure(students, lambda batch: self.report(EVALUATING, batch, total))
+
+    @torch.no_grad()
+    def _measure(
+        self, students: Sequence[Student], on_batch: Callable[[int], object]
+    ) -> list[Evaluation]:
+        """Evaluate the students; `on_batch` is called before each batch with its index."""
         needed = cuts(students)
         trunks: dict[int, Trunk] = {}
         base = _Sums(self._model)
@@ -175,6 +192,7 @@ class Evaluator:
                 if splices not in self._frozen
             }
             for number, batch in enumerate(self._batches):
+                on_batch(number)
                 trunk = self._trunks.get(number)
                 if trunk is None or not trunk.cuts >= needed:
                     tokens = batch.to(self._model.device)
@@ -204,9 +222,15 @@ class Evaluator:
         if len(student.splices) < 2:
             return {}
         contributions = {}
-        for splice in student.splices:
-            name = splice.hookpoint
-            alone, left_out = self([student.alone(name, self._model), student.without(name)])
+        total = len(student.splices) * len(self._batches)
+        for number, splice in enumerate(student.splices):
+            name, before = splice.hookpoint, number * len(self._batches)
+
+            def on_batch(batch: int, before: int = before) -> None:
+                self.report("evaluating each SAE", before + batch, total)
+
+            students = [student.alone(name, self._model), student.without(name)]
+            alone, left_out = self._measure(students, on_batch)
             alone_fvu = alone.per_sae[name]["fvu"]
             contributions[name] = Contribution(alone.student_ce, alone_fvu, left_out.student_ce)
         return contributions
@@ -223,23 +247,18 @@ class Evaluator:
             read_by_head: Their inputs to the head, `[batch, pos, d_model]`.
         """
         labels = next_tokens(trunk.tokens).flatten()
+        unit = self._comparison.head.unit
         columns = [states.flatten(0, 1) for states in read_by_head]
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
             scores, log_sums = self._comparison.teacher
             top = scores.argmax(-1)
-            base.ce += self._cross_entropy(scores, log_sums, labels[rows])
+            base.ce += cross_entropies(scores, log_sums, labels[rows], unit).sum()
             for states, totals in zip(columns, sums, strict=True):
                 for part in self._comparison.parts(states[rows]):
-                    totals.ce += self._cross_entropy(part.scores, part.log_sums, labels[rows][part.rows])
+                    part_labels = labels[rows][part.rows]
+                    totals.ce += cross_entropies(part.scores, part.log_sums, part_labels, unit).sum()
                     totals.kl += part.kl.sum()
                     totals.agreements += part.puts_first(top[part.rows]).sum()
-
-    def _cross_entropy(self, scores: Tensor, log_sums: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy in nats, summed over labels, from the scores of a `ChunkPart`."""
-        labelled = labels != NO_LABEL
-        of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
-        losses = log_sums - of_labels * self._comparison.head.unit
-        return torch.where(labelled[:, None], losses, 0).sum()
 
     def _observe(self, splices: Splices, reading: Reading) -> None:
         """Add a batch to the sums of a frozen SAE that is measured for the first time."""
@@ -258,6 +277,7 @@ class Evaluator:
             kl=float(sums.kl) / self._positions,
             top1_agreement=float(sums.agreements) / self._positions,
             per_sae={hookpoint: sae.metrics for hookpoint, sae in saes.items()},
+            rounding=rounding_error(relative_rounding(self._model), self._positions),
         )
 
 
@@ -290,6 +310,31 @@ NO_LABEL = -100
 def next_tokens(tokens: Tensor) -> Tensor:
     """The label of each position, `[batch, pos]`: the next token, `NO_LABEL` at the end."""
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], NO_LABEL)], dim=1)
+
+
+def cross_entropies(scores: Tensor, log_sums: Tensor, labels: Tensor, unit: float) -> Tensor:
+    """Next-token cross-entropy at each position, `[token, 1]` in float64, in nats; 0 without a label.
+
+    Args:
+        scores: Logits `[token, d_vocab]`, divided by `unit`.
+        log_sums: ln Σ e^logit, `[token, 1]` in float64.
+        labels: `[token]`, with `NO_LABEL` where the next token is not known.
+        unit: `Head.unit`.
+    """
+    of_labels = scores.gather(-1, labels.clamp(min=0)[:, None]).double()
+    return torch.where((labels != NO_LABEL)[:, None], log_sums - of_labels * unit, 0)
+
+
+_SUM_ROUNDING = 2.0**-19
+"""Relative error of a float32 sum of a thousand products, such as a logit: √1000 roundings of 2⁻²⁴."""
+_TF32_ROUNDING = 2.0**-11
+
+
+def relative_rounding(model: LanguageModel) -> float:
+    """Relative error of the model's activations and logits from rounding, in the precision it has."""
+    rounding = torch.finfo(model.model.dtype).eps / 2 + _SUM_ROUNDING
+    is_tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return max(rounding, _TF32_ROUNDING) if is_tf32 else rounding
 
 
 @contextmanager

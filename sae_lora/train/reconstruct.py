@@ -122,13 +122,16 @@ class ReconstructTrainer(Trainer[ReconstructState]):
         trainings: Isolation[ReconstructState],
         evaluate: Evaluator,
     ) -> None:
-        super().__init__(device, trainings, evaluate)
+        super().__init__(device, trainings, evaluate, buffer.batches_per_fill)
         self._buffer = buffer
         self._batch = batch
 
     @property
     def first_batch(self) -> int:
         return self._buffer.first_batch_of(self.step)
+
+    def _prepare(self, step: int, batches: Iterator[Tensor]) -> bool:
+        return self._buffer.prepare(step, batches)
 
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[ReconstructState]) -> None:
         activations = self._buffer.serve(step, batches)

@@ -37,6 +37,9 @@ class _Interval:
     """Summed over tokens, in nats. It stays on the device, because reading it waits for the device."""
     tokens: int = 0
     seconds: float = 0.0
+    """The share of this training in the time of the process."""
+    wall_seconds: float = 0.0
+    """The time of the process, with the filling of the buffer spread evenly over its steps."""
 
 
 class TrainState(ABC):
@@ -132,9 +135,10 @@ class TrainState(ABC):
         per_token = self._config.kl_reduction is Reduction.token_mean
         return 1 / (batch.numel() if per_token else batch[0])
 
-    def add_seconds(self, seconds: float) -> None:
-        """Add time spent training."""
+    def add_seconds(self, seconds: float, wall_seconds: float) -> None:
+        """Add time spent training: the share of this training, and the time of the process."""
         self._interval.seconds += seconds
+        self._interval.wall_seconds += wall_seconds
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -149,7 +153,9 @@ class TrainState(ABC):
             UserError: If the training loss is no longer finite.
         """
         interval, kl = self._interval, self._finite_kl()
-        closed = gap_closed(measured.base_ce, measured.spliced_ce, measured.student_ce)
+        closed = gap_closed(
+            measured.base_ce, measured.spliced_ce, measured.student_ce, measured.rounding
+        )
 
         def mean(measure: str) -> float:
             return sum(sae[measure] for sae in measured.per_sae.values()) / len(measured.per_sae)
@@ -173,7 +179,7 @@ class TrainState(ABC):
             train_loss=kl / interval.tokens if interval.tokens else None,
             lr=self.lr,
             grad_norm=self._grad_norm(),
-            tokens_per_second=interval.tokens / interval.seconds if interval.tokens else None,
+            tokens_per_second=interval.tokens / interval.wall_seconds if interval.tokens else None,
             peak_memory_gb=_peak_memory_gb(self._device),
         )
 
@@ -222,7 +228,9 @@ class TrainState(ABC):
         self._last_norm = values["grad_norm"]
         interval = values["interval"]
         kl = torch.tensor(interval["kl"], dtype=torch.float64, device=self._device)
-        self._interval = _Interval(kl, interval["tokens"], interval["seconds"])
+        seconds = interval["seconds"]  # checkpoints of older versions have no other time
+        wall_seconds = interval.get("wall_seconds", seconds)
+        self._interval = _Interval(kl, interval["tokens"], seconds, wall_seconds)
 
 
 class DistillState(TrainState):

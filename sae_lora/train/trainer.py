@@ -12,7 +12,11 @@ from torch import Tensor
 from sae_lora.common.isolation import Isolation
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train.evaluator import Contribution, Evaluator
+from sae_lora.train.pace import Pace
 from sae_lora.train.train_state import State
+
+TRAINING = "training"
+"""The stage of steps."""
 
 
 class Task(NamedTuple):
@@ -36,7 +40,8 @@ class Trainer(ABC, Generic[State]):
         device: Device of the model.
         trainings: The training of each student: the same model, the same total number of steps.
         evaluate: Evaluates students on held-out tokens. Its processes also share the training batches;
-            each process has a trainer.
+            each process has a trainer. Its `report` also hears of the steps.
+        steps_per_fill: Steps that one filling of the activation buffer serves; 0 without a buffer.
     """
 
     def __init__(
@@ -44,7 +49,10 @@ class Trainer(ABC, Generic[State]):
         device: torch.device,
         trainings: Isolation[State],
         evaluate: Evaluator,
+        steps_per_fill: int = 0,
     ) -> None:
+        self.pace = Pace(steps_per_fill)
+        """The measured durations of steps, fillings and evaluations."""
         self._trainings = trainings
         self._processes = evaluate.processes
         self._device = device
@@ -52,11 +60,20 @@ class Trainer(ABC, Generic[State]):
         self._clock_start: float | None = None
         """Start of the training time that is not yet divided; `None` if the clock is stopped."""
         self._last_trained: list[State] = []
+        self._filling = 0.0
+        """Seconds of the time that is not yet divided in which the buffer was filled."""
 
     @property
     def active(self) -> list[State]:
         """The trainings that have not failed."""
         return self._trainings.active
+
+    def _prepare(self, step: int, batches: Iterator[Tensor]) -> bool:
+        """Do the work of a step that may be interrupted; return True if it filled a buffer.
+
+        The arguments are those of `_step`.
+        """
+        return False
 
     @abstractmethod
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[State]) -> None:
@@ -95,7 +112,8 @@ class Trainer(ABC, Generic[State]):
             batches: Training tokens `[batch, pos]`, one item per step, beginning with `first_batch`.
             after_step: Called after every step with the trainings that took it; their `state()` is then
                 complete.
-            held: Entered around each step, to delay signals that would interrupt it.
+            held: Entered around each step, to delay signals that would interrupt it. A buffer is filled
+                outside, because this may take minutes and changes no weights.
 
         Raises:
             UserError: If a loss is no longer finite, unless the isolation handles the error.
@@ -105,13 +123,18 @@ class Trainer(ABC, Generic[State]):
         yield from self._points_due()
         while not all(training.has_ended for training in self.active):
             self._start_clock()
+            began = time.perf_counter()
+            if self._prepare(step, source):
+                self._filling = time.perf_counter() - began
+                self.pace.note_fill(step, self._filling)
+            self._evaluate.report(TRAINING, 0, 0)
             with held():
                 trained = [training for training in self.active if training.step == step]
                 self._step(step, source, trained)
                 step += 1
                 if trained:
                     self._last_trained = trained
-                    self._share_seconds()
+                    self._share_seconds(of_step=True)
             after_step(self._still_active(trained))
             yield from self._points_due()
 
@@ -144,8 +167,12 @@ class Trainer(ABC, Generic[State]):
             return
         self._stop_clock()
         self._broadcast(due)
+        began = time.perf_counter()
         evaluations = self._evaluate([training.student for training in due])
+        self.pace.evaluation_seconds = time.perf_counter() - began
         for training, evaluation in zip(due, evaluations, strict=True):
+            if training not in self.active:
+                continue
             point = None
             with self._trainings.only(training):
                 point = training.point(evaluation)
@@ -165,10 +192,18 @@ class Trainer(ABC, Generic[State]):
         self._share_seconds()
         self._clock_start = None
 
-    def _share_seconds(self) -> None:
-        """Divide the time since the last call among the trainings that took the last step."""
+    def _share_seconds(self, *, of_step: bool = False) -> None:
+        """Divide the time since the last call among the trainings that took the last step.
+
+        Args:
+            of_step: True right after a step, false for work after it.
+        """
         if self._clock_start is None:
             return
         start, self._clock_start = self._clock_start, time.perf_counter()
+        seconds = wall_seconds = self._clock_start - start
+        if of_step:
+            wall_seconds = self.pace.note_step(seconds - self._filling)
+            self._filling = 0.0
         for training in self._last_trained:
-            training.add_seconds((self._clock_start - start) / len(self._last_trained))
+            training.add_seconds(seconds / len(self._last_trained), wall_seconds)

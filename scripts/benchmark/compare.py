@@ -112,10 +112,9 @@ def reference(
 
 def pack(model: LanguageModel, trainings: Sequence[GradientState], how: KLComputation) -> DistillTrainer:
     """A pack of runs, without evaluations."""
-    no_ids = torch.empty(0, dtype=torch.long, device=model.device)
     comparison = Comparison(Head.of(model))
-    evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), no_ids, 1, comparison)
-    return DistillTrainer(model, Isolation(trainings), evaluator, no_ids, kl_of(comparison, how))
+    evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), 1, comparison)
+    return DistillTrainer(model, Isolation(trainings), evaluator, kl_of(comparison, how))
 
 
 def compare_steps(
@@ -160,10 +159,9 @@ def compare_evaluations(
     choose_attention(model.model, Attention.auto, device)
     students = [training(model, splice, rank).student for rank in ranks]
     held_out = _Tokens(shape, context, device).next(4)
-    no_ids = torch.empty(0, dtype=torch.long, device=device)
     batch = max(1, TRAIN.eval_batch_tokens // context)
     cache = 1e9 * TRAIN.eval_cache_gb
-    evaluator = Evaluator(model, held_out, no_ids, batch, Comparison(Head.of(model)), cache)
+    evaluator = Evaluator(model, held_out, batch, Comparison(Head.of(model)), cache)
     calls = {"reference": lambda: evaluate(references, held_out), "here": lambda: evaluator(students)}
     for ours, theirs in zip(evaluator(students), evaluate(references, held_out), strict=True):
         for name, value in theirs._asdict().items():

@@ -117,7 +117,7 @@ def _held_out(document: Document) -> bool:
 
 
 def _packed(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    packer = Packer(CONTEXT_LENGTH, convention_of(tokenizer), len(tokenizer), most=None)
+    packer = Packer(CONTEXT_LENGTH, convention_of(tokenizer), most=None)
     for _, tokens in tokenised(documents, tokenizer):
         packer.add(tokens)
     return packer.sequences

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sae_lora.common.signals import Interrupted, Interruption
+from sae_lora.common.signals import Interrupted, Interruption, interrupted_once
 
 
 @pytest.fixture
@@ -44,3 +44,16 @@ def test_handlers_are_restored() -> None:
     with Interruption().watching():
         assert signal.getsignal(signal.SIGTERM) != previous
     assert signal.getsignal(signal.SIGTERM) == previous
+
+
+def test_a_second_ctrl_c_does_not_interrupt_the_clean_up() -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+    with interrupted_once((signal.SIGINT, signal.SIGTERM)) as listen_again:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        listen_again()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler

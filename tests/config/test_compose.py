@@ -9,7 +9,7 @@ import pytest
 
 import sae_lora
 from sae_lora.common.errors import UserError
-from sae_lora.config.compose import TRACEBACK_VARIABLE, points
+from sae_lora.config.compose import TRACEBACK_VARIABLE, points, with_quoted_text
 
 PACKAGE = Path(sae_lora.__file__).parent
 
@@ -28,15 +28,71 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sys.argv == arguments and TRACEBACK_VARIABLE not in os.environ
 
 
-@pytest.mark.parametrize("override", ["sae.path=saes/{block}", "data.files=books/{one,two}.txt"])
-def test_a_value_that_needs_quotes_is_shown_with_them(override: str) -> None:
-    key, _, value = override.partition("=")
+@pytest.fixture
+def odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has files whose names are grammar to Hydra."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b=[1].txt", "1", "my (model)"):
+        (tmp_path / name).write_text("")
+
+
+@pytest.mark.usefixtures("odd_names")
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [
+        ("sae.path=saes/{block}/x", 'sae.path="saes/{block}/x"'),
+        ("sae.path=a/{block}.x,b c/{block}=1,null", 'sae.path="a/{block}.x","b c/{block}=1",null'),
+        ("sae.path=${oc.env:HOME}/{block}", 'sae.path="${oc.env:HOME}/{block}"'),
+        ("data.files=books/{one,two}.txt", 'data.files="books/{one,two}.txt"'),
+        ("data.files=[books/*.txt,a/{b}.txt]", 'data.files=["books/*.txt","a/{b}.txt"]'),
+        ("data.files=a,b=[1].txt", 'data.files="a,b=[1].txt"'),
+        ("data.files=1", 'data.files="1"'),
+        ("model.name=my (model)", 'model.name="my (model)"'),
+        *((same, same) for same in ('sae.path="a/{block}","b"', "sae.path=choice(a,b)", "sweep=null")),
+        *(
+            (same, same)
+            for same in ("data.files=a.txt,b.txt", "data.files=[a*,b*]", "sae={block}", "-m")
+        ),
+    ],
+)
+@pytest.mark.case("B17")
+def test_paths_need_no_quotes_for_hydra(argument: str, quoted: str) -> None:
+    """A name of an existing file is taken as it is, also with commas and brackets."""
+    assert with_quoted_text(argument) == quoted
+    assert with_quoted_text(quoted) == quoted
+
+
+@pytest.mark.usefixtures("odd_names")
+def test_points_with_paths_of_special_characters() -> None:
+    paths = "sae.path=a/{block}.x,b c/{block}=1"
+    composed = points(
+        ["-m", "sae=disk", paths, "data=text_files", "data.files=a,b=[1].txt"], run_now=pytest.fail
+    )
+    assert [point.sae.path for point in composed] == ["a/{block}.x", "b c/{block}=1"]
+    assert {point.data.files for point in composed} == {"a,b=[1].txt"}
+
+
+@pytest.mark.parametrize("argument", ["layer.index=[2,", "lora.blocks={1,2}"])
+def test_a_value_that_needs_quotes_is_shown_with_them(argument: str) -> None:
+    key, _, value = argument.partition("=")
     with pytest.raises(UserError) as refusal:
-        points([override], run_now=pytest.fail)
-    quoted = f'{key}="{value}"'
-    assert f"'{quoted}'" in str(refusal.value)
-    (point,) = points([quoted, *(["sae=disk"] if key == "sae.path" else [])], run_now=pytest.fail)
-    assert value in (point.sae.path, point.data.files)
+        points([argument], run_now=pytest.fail)
+    assert f"""'{key}="{value}"'""" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["org/name", "/a/folder"])
+@pytest.mark.case("C7")
+def test_the_name_of_a_model_is_not_an_option_of_the_group(name: str) -> None:
+    with pytest.raises(UserError, match="model = ") as refusal:
+        points([f"model={name}"], run_now=pytest.fail)
+    assert str(refusal.value).endswith(f"nearest valid: model=hf model.name={name}")
+    (point,) = points(["model=hf", f"model.name={name}"], run_now=pytest.fail)
+    assert point.model.name == name
+
+
+def test_an_option_that_needs_a_value_says_so() -> None:
+    with pytest.raises(UserError, match=r"model\.name has no value: add model\.name=<value>"):
+        points(["model=hf"], run_now=pytest.fail)
 
 
 def test_an_installed_package_has_its_own_conf(tmp_path: Path) -> None:

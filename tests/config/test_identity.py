@@ -13,7 +13,10 @@ from tests.support.composing import composed
 
 KINDS = [kind.name for kind in Method]
 UNUSED: dict[str, list[str]] = {
-    "lora": ["method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"],
+    "lora": [
+        *("method.rank=3", "method.mse=false", "method.epsilon=1", "method.buffer_tokens=512"),
+        "train.checkpoint_every_min=1",
+    ],
     "mezo": ["method.rank=3", "train.loraplus_ratio=4", "method.dead_after_tokens=5"],
     "linear_adapter": ["lora.rank=3", "method.epsilon=1", "train.loraplus_ratio=4"],
     "mlp_adapter": ["lora.alpha=1", "lora.blocks=all", "method.buffer_tokens=512"],
@@ -74,6 +77,14 @@ def test_lora_hashes_are_those_of_versions_without_methods() -> None:
     assert method != plain.method
     assert identity(replace(plain, method=method)) == identity(plain)
     assert identity(replace(plain, init="elsewhere")) == identity(plain)
+
+
+def test_another_selection_of_matrices_is_another_run_of_adapters_only() -> None:
+    """Null, for models in which both versions of the rule select the same, is not hashed."""
+    for method in ("lora", "mezo", "e2e"):
+        plain = known(f"method={method}")
+        other = replace(plain, lora=replace(plain.lora, selection=2))
+        assert (identity(other) == identity(plain)) == (method == "e2e")
 
 
 def test_methods_have_different_hashes() -> None:

@@ -5,8 +5,8 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sae_lora.config.overrides import command, written
-from sae_lora.config.serialize import as_dict
+from sae_lora.config.overrides import command
+from sae_lora.config.serialize import as_dict, written
 from tests.support.composing import composed
 
 

@@ -11,7 +11,7 @@ from sae_lora.common.errors import ConfigError
 from sae_lora.config.compose import explanation
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.identity import identity, readable_name
-from sae_lora.config.lora_targets import target_matrices
+from sae_lora.config.lora_targets import matches, target_words
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict, keys, load, typed
 from sae_lora.config.validate import check, latents
@@ -20,6 +20,7 @@ from tests.support.composing import CONF, composed, with_values
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 NEEDS = {
+    "model/hf": ["model.name=org/name"],
     "sae/disk": ["sae.path=x"],
     "sae/registry": ["sae.release=x"],
     "sae/new": ["method=sae"],
@@ -78,6 +79,8 @@ def test_every_value_of_every_experiment_composes(file: Path) -> None:
         ("lora.targets=mpl", "lora.targets", "mlp"),
         ("lora.targets=[q,gat]", "lora.targets", "[q,gate]"),
         ("lora.targets=[]", "lora.targets", "all"),
+        ("lora.targets=[o,gat,self_attn.*]", "lora.targets", "[o,gate,self_attn.*]"),
+        ("lora.targets=a_/b", "lora.targets", None),
         ("lora.blocks=aftr", "lora.blocks", "after"),
         ("lora.blocks=[]", "lora.blocks", None),
         ("lora.blocks=null", "lora.blocks", None),
@@ -116,6 +119,7 @@ def test_every_value_of_every_experiment_composes(file: Path) -> None:
         ("train.loraplus_ratio=0", "train.loraplus_ratio", None),
         ("train.weight_decay=-1", "train.weight_decay", 0),
         ("train.grad_clip=0", "train.grad_clip", "null"),
+        ("train.checkpoint_every_min=0", "train.checkpoint_every_min", "null"),
         ("train.eval_every_tokens=0", "train.eval_every_tokens", 1),
         ("train.seed=-3", "train.seed", 0),
         ("evaluation.task_limit=0", "evaluation.task_limit", 1),
@@ -259,9 +263,20 @@ def test_widths(width: str, expected: int) -> None:
     assert latents(width) == expected
 
 
-def test_target_sets() -> None:
-    assert target_matrices("all") == ("q", "k", "v", "o", "gate", "up", "down")
-    assert target_matrices(["up", "qv", "v"]) == ("q", "v", "up")
+def test_targets_are_names_and_patterns() -> None:
+    assert target_words("all") == ["all"]
+    assert target_words(["up", "self_attn.*_proj"]) == ["up", "self_attn.*_proj"]
+    for pattern in ("self_attn.q_proj", "q_proj", "*q_proj", "attn.*", "self_attn.?_proj"):
+        assert matches("self_attn.q_proj", pattern) == (pattern != "attn.*"), pattern
+    assert not matches("mlp.gate_proj", "ate_proj")
+
+
+def test_names_show_patterns_without_characters_that_shells_expand() -> None:
+    targets = "lora.targets=[q,self_attn.*_proj]"
+    assert readable_name(composed(targets)) == readable_name(composed()).replace(
+        "-after", "-after-q+self_attn.x_proj"
+    )
+    assert identity(composed(targets)) != identity(composed("lora.targets=q"))
 
 
 def test_readable_names_differ_if_configs_differ() -> None:

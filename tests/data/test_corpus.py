@@ -45,7 +45,7 @@ def config(tmp_path: Path) -> Iterator[DataConfig]:
 
 def test_packing_drops_only_the_last_few_tokens() -> None:
     documents = [list(range(10 * n, 10 * n + n)) for n in range(1, 9)]
-    packer = Packer(5, Convention(bos=1000, separator=2000), 3000, most=None)
+    packer = Packer(5, Convention(bos=1000, separator=2000), most=None)
     for document in documents:
         packer.add(document)
     rows = packer.sequences
@@ -100,8 +100,8 @@ def test_cached_by_content(
 ) -> None:
     first = corpus.load(config, tokenizer, 20)
     calls = []
-    original = corpus._make
-    monkeypatch.setattr(corpus, "_make", lambda *arguments: calls.append(1) or original(*arguments))
+    original = corpus._packed
+    monkeypatch.setattr(corpus, "_packed", lambda *arguments: calls.append(1) or original(*arguments))
     again = corpus.load(config, tokenizer, 20)
     assert not calls
     assert np.array_equal(first.train, again.train)
@@ -112,6 +112,75 @@ def test_cached_by_content(
     changed.write_text("something else entirely")
     corpus.load(config, tokenizer, 20)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("damaged", ["train.npy", "validation.npy", "recipe.json", "missing"])
+def test_a_damaged_entry_of_the_cache_is_made_again(
+    damaged: str, config: DataConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    first = corpus.load(config, tokenizer, 20)
+    train, entry = np.array(first.train), first.description["corpus"]
+    folder = tmp_path / "cache" / "corpora" / entry
+    if damaged == "missing":
+        (folder / "train.npy").unlink()
+    else:
+        content = (folder / damaged).read_bytes()
+        (folder / damaged).write_bytes(content[: len(content) // 2])
+    again = corpus.load(config, tokenizer, 20)
+    assert np.array_equal(again.train, train)
+    assert again.description == first.description
+
+
+def test_a_full_disk_is_named(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("1000 requested and 0 written")  # numpy's error if the disk is full
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write to .*the disk may be full"):
+        corpus.load(config, tokenizer, 20)
+    monkeypatch.undo()
+    assert len(corpus.load(config, tokenizer, 20).train) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "sequences", "field"),
+    [
+        ({"repeat": False}, 100_000, "train.train_tokens"),
+        ({"repeat": True, "validation_tokens": 10**6}, 20, "data.validation_tokens"),
+        ({"repeat": True, "files": "{folder}/0.txt"}, 20, "too few documents"),
+        ({"files": "{folder}/bad.jsonl"}, 20, "line 2 is not valid JSON"),
+        ({"files": "{folder}/none.txt"}, 20, "data.files"),
+        ({"column": "n", "files": "{folder}/late.jsonl", "repeat": True}, 1, "line 201"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_launch_refuses(
+    changes: dict[str, object],
+    sequences: int,
+    field: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "texts"
+    corpus.check(config, tokenizer, 20, 1, 300)
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    rows = [{"n": text} for text in TEXTS] + [{"n": 3}]  # a fault after more text than is needed
+    (folder / "late.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if "files" in changes:
+        changes = changes | {"files": str(changes["files"]).format(folder=folder)}
+    changed = dataclasses.replace(config, **changes)
+    messages = []
+    for refuse in (
+        lambda: corpus.check(changed, tokenizer, sequences, 1, 300),
+        lambda: corpus.load(changed, tokenizer, sequences, 1, vocabulary=300),
+    ):
+        assert not (tmp_path / "cache").exists()
+        with pytest.raises(UserError, match=field) as error:
+            refuse()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_too_little_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:

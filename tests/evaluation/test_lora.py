@@ -27,6 +27,7 @@ from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
 from sae_lora.records.folder import runs_of
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Splice
+from tests.support.architectures import tiny_model
 from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL, small_model
 from tests.support.points import run_here
@@ -189,6 +190,21 @@ def test_the_projection_on_its_own_singular_vectors_is_the_largest(model: Langua
         assert matrix.amplification == pytest.approx(matrix.delta_norm / projection.delta)
         assert values == sorted(values, reverse=True)
         assert sum(value**2 for value in values) == pytest.approx(matrix.delta_norm**2, rel=1e-4)
+
+
+def test_experts_are_measured_one_by_one() -> None:
+    """Their overlaps with the SAE have a name for each expert, of the first adapted block."""
+    subject = Made(tiny_model("qwen3_moe"), at_block_1(), LoRAConfig(rank=2, targets="mlp"))
+    result = weights.evaluate(subject, CONFIG)
+    experts = [matrix for matrix in result.matrices if "experts" in matrix.kind]
+    assert {matrix.block for matrix in experts} == {3}
+    assert {matrix.kind for matrix in experts} == {
+        f"mlp.experts.{name}[{expert}]" for name in ("gate_up_proj", "down_proj") for expert in range(4)
+    }
+    trained = lora.trainable_weights(subject.with_adapters).values()
+    assert result.cost.parameters == sum(weight.numel() for weight in trained)
+    assert result.overlap is not None and result.overlap.block == 2
+    assert set(result.overlap.matrices) == {"mlp.gate_proj", "mlp.up_proj"}
 
 
 def test_a_run_without_adapters_is_refused() -> None:

@@ -44,6 +44,26 @@ def test_without_a_change_all_distances_are_zero(model: LanguageModel) -> None:
     assert result.shortened is None
 
 
+class Rotated:
+    """An SAE without error but for rounding: it rotates its input, and back."""
+
+    def __init__(self) -> None:
+        noise = torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(0))
+        self._rotation = torch.linalg.qr(noise)[0]
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._rotation
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return feature_acts @ self._rotation.T
+
+
+def test_a_distance_that_rounding_explains_cannot_be_shortened(model: LanguageModel) -> None:
+    result = evaluate(Made(model, (Splice(1, Rotated()),), ADAPTERS), QUICK)
+    assert 0 < values(result.distance["spliced"]["l2"])[-1] < 1e-5 * values(result.norm)[-1]
+    assert result.shortened is None
+
+
 def test_distances_equal_those_of_transformers_hidden_states(model: LanguageModel) -> None:
     """For the adapted cell, without any hook. Transformers' last hidden state is after the norm."""
     subject = Made(model, (Splice(1, IdentitySAE()),), ADAPTERS)

@@ -195,7 +195,7 @@ def test_core_equals_a_direct_computation(cell: Cell, measured: dict[str, Any], 
             divergence = kl_divergence(logits["without_sae"], values)
             assert scores[f"kl_div_{name}"] == pytest.approx(float(divergence[counted].mean()), abs=1e-4)
     (reading,) = readings
-    resid, latents, recon = (values[counted.flatten()] for values in reading[1:])
+    resid, latents, recon = (values[counted.flatten()] for values in reading[1:4])
     assert scores["l0"] == pytest.approx(float((latents != 0).sum(-1).float().mean()), abs=1e-4)
     cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1).mean()
     assert scores["cossim"] == pytest.approx(float(cosine), abs=1e-4)

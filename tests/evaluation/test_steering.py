@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sae_lora.common.console import no_report
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json
 from sae_lora.config.evaluation import EvaluationConfig
@@ -94,6 +95,7 @@ class ByHand(Subject):
         self.head = Head.linear(torch.eye(3))
         self.after = (Splice(0, Planted(), special=Special((BOS,) if keeps else ())),)
         self.before = self.after
+        self.report_to(no_report)
 
 
 def by_hand(strength: float, factor: float, *, positive: bool) -> float:

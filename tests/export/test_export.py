@@ -26,6 +26,7 @@ from sae_lora.data.documents import stdlib_documents
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.export.adapted_model import Adapted
 from sae_lora.export.export import TOLERANCE, export, write_merged
+from sae_lora.export.public import BASE_MODEL
 from sae_lora.export.push import push
 from sae_lora.models import adapter_files, lora
 from sae_lora.records.folder import RunFolder
@@ -34,7 +35,7 @@ from tests.support.commands import REPOSITORY
 from tests.support.families import random_tokens, small_model
 from tests.support.hub import COMMIT, Hub, serving
 from tests.support.points import points_in, run_here
-from tests.support.repositories import write_all
+from tests.support.repositories import documents, write_all
 from tests.support.trainings import fill
 
 pytestmark = pytest.mark.slow
@@ -117,17 +118,14 @@ def test_the_code_on_the_card_gives_the_spliced_model(
     runs: list[RunFolder],
     exported: list[Path],
     merged: Path,
-    home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(home)  # the folder with the user's model and SAEs
     for run, folder in zip([*runs, runs[0]], [*exported, merged], strict=True):
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-        assert 'folder = "."' in code
+        monkeypatch.chdir(folder)
         variables: dict = {}
-        exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), variables)
-        adapted = sae_lora.load_adapted(run)
-        expected = adapted(tokens_of(adapted))
+        exec(code.replace(BASE_MODEL, str(MODEL)), variables)
+        expected = sae_lora.load_adapted(run)(variables["tokens"])
         if folder == merged:
             torch.testing.assert_close(variables["logits"], expected, rtol=1e-4, atol=1e-4)
         else:
@@ -161,7 +159,8 @@ def test_the_card_names_the_outputs_that_saes_replace(exported: list[Path]) -> N
 
 
 def test_no_private_name_is_published(exported: list[Path], merged: Path) -> None:
-    for file in (file for folder in (*exported, merged) for file in folder.iterdir()):
+    files = [file for folder in (*exported, merged) for file in folder.rglob("*") if file.is_file()]
+    for file in files:
         content = file.read_bytes()
         assert content
         for name in (OWNER, str(MODEL)):
@@ -300,22 +299,30 @@ def test_only_exports_are_pushed(runs: list[RunFolder], exported: list[Path], tm
     with pytest.raises(UserError, match="org/name"):
         push(copy, "name")
     (copy / "adapter_config.json").unlink()
+    shutil.rmtree(copy / "sae", ignore_errors=True)
     with pytest.raises(UserError, match="is not an export: weights missing"):
         push(copy, "org/name")
 
 
 _FROM_THE_HUB = """
-import re, sys
+import os, re, shutil, sys
 from pathlib import Path
 from peft import AutoPeftModelForCausalLM
+import sae_lora
 from sae_lora.cli import main
 from tests.support.points import points_in, run_here
 (run,) = run_here(points_in(Path.cwd())(*sys.argv[1:]))
 assert main(["export", str(run.path), "--to", "adapters"]) == 0
-(code,) = re.findall(r"```python\\n(.*?)```", Path("adapters/README.md").read_text(), re.DOTALL)
-exec(code.replace('folder = "."', 'folder = "adapters"'))
-reloaded = AutoPeftModelForCausalLM.from_pretrained("adapters", dtype=torch.float32).eval()
+student = sae_lora.load_adapted(run)
+shutil.rmtree("main")
+os.chdir("adapters")
+(code,) = re.findall(r"```python\\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+exec(code)
+assert torch.equal(student(tokens), logits)
+assert torch.equal(sae_lora.load_adapted(".")(tokens), logits)
+reloaded = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval()
 assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
+print(tokenizer.decode(tokens[0]))
 """
 
 
@@ -331,7 +338,16 @@ def test_a_model_of_the_hub_is_named_with_its_commit(hub: Hub, tmp_path: Path) -
         "PYTHONPATH": str(REPOSITORY),
     }
     command = [sys.executable, "-c", _FROM_THE_HUB, "model=gpt2", *sae.split(), *short]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | variables, check=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | variables,
+        check=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+    )
+    prompt = done.stdout.decode().splitlines()[-1]  # the beginning of a held-out text
+    assert any(text.startswith(prompt) for text in documents(400)), prompt
     front = yaml.safe_load((tmp_path / "adapters/README.md").read_text().split("---\n")[1])
     assert (front["base_model"], front["base_model_relation"]) == ("openai-community/gpt2", "adapter")
     assert front["datasets"] == ["monology/pile-uncopyrighted"]

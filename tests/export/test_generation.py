@@ -1,5 +1,6 @@
 """SAEs in cached generation: token by token gives the logits of one pass over the sequence."""
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -218,6 +219,20 @@ def test_text_is_generated_in_each_of_the_four_cells(embedded: Adapted) -> None:
         assert embedded.generate(prompt, n, sae=sae, adapters=adapters) == expected
     with embedded.spliced(), pytest.raises(UserError, match="already in the model"):
         embedded.generate(prompt)
+
+
+def test_a_prompt_is_text_and_token_ids_may_be_special(embedded: Adapted) -> None:
+    eos = embedded.tokenizer.eos_token
+    prompt = f"import {eos} os"
+    assert embedded.generate(prompt, 1).startswith(prompt)
+    ids: list[int] = embedded.tokenizer(prompt).input_ids
+    assert EOS in ids
+    assert embedded.generate(ids, 1).startswith(prompt.replace(str(eos), ""))
+    plain = embedded.tokenizer("import os").input_ids
+    assert embedded.generate(plain, 4) == embedded.generate("import os", 4)
+    without = dataclasses.replace(embedded.config.data, bos=False)
+    embedded.config = dataclasses.replace(embedded.config, data=without)
+    assert embedded.generate(plain[1:], 4) == embedded.generate("import os", 4)
 
 
 def test_the_embedded_model_generates_with_its_sae(embedded: Adapted) -> None:

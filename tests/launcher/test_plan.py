@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
+from sae_lora.config.enums import Reduction
 from sae_lora.config.serialize import load
 from sae_lora.launcher.plan import plan
+from tests.support.families import small_model
 from tests.support.points import Point, folders_in
 
 
@@ -93,3 +95,26 @@ def test_points_that_the_plan_refuses(
         plan([point(*override.split())])
     assert (error.value.field, error.value.nearest) == (field, nearest)
     assert not folders_in(tmp_path)
+
+
+@pytest.mark.case("C7")
+def test_a_model_that_no_group_names_gets_sizes_from_its_own_config(
+    point: Point, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my_model"
+    small_model("gpt_neox").model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    hf = ("model=hf", f"model.name={folder}", "sae=identity", "train.batch_size=1")
+    planned = plan([point(*hf)])
+    (config,) = [run.config for run in planned.runs]
+    assert (config.sae.used[0].block, config.data.context_length) == (2, 64)
+    assert config.data.name == "monology/pile-uncopyrighted"
+    assert config.train.kl_reduction is Reduction.sequence_sum  # the published recipe
+    assert planned.notes == [
+        f"data.context_length=64 instead of 1024: the longest of {folder}",
+        "layer.index=2 of 4 blocks, because nothing names a block",
+    ]
+    explicit = plan([point(*hf, "layer.index=2", "data.context_length=64", "model.fit_context=false")])
+    assert [run.folder.path for run in explicit.runs] == [run.folder.path for run in planned.runs]
+    with pytest.raises(ConfigError, match=r"data\.context_length=64"):
+        plan([point(*hf, "model.fit_context=false")])

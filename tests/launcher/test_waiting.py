@@ -240,7 +240,7 @@ def test_every_point_of_an_experiment_plans(
 ) -> None:
     """All combinations of the sweep, as `python launch.py experiment=…` composes them."""
     distances = random_distances(8, seed=3)
-    monkeypatch.setattr(layer_groups, "_distances", lambda config: distances.tolist())
+    monkeypatch.setattr(layer_groups, "_distances", lambda *_: distances.tolist())
     planned = plan(each_composed(combinations(name), f"output_dir={tmp_path}"))
     assert (len(planned.runs), len(planned.waiting)) == RUNS[name]
     assert not [note for note in planned.notes if note.startswith("dropped")]

@@ -10,8 +10,9 @@ from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import ModelConfig
 from sae_lora.models.dimensions import read_dimensions
-from sae_lora.models.loading import load_model
+from sae_lora.models.loading import choose_attention, load_model
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
+from tests.support.tiny_models import small_causal_model
 
 
 def test_bfloat16_models_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
@@ -62,3 +63,12 @@ def test_an_unsupported_attention_is_refused(tmp_path: Path) -> None:
     config = ModelConfig(name=str(tmp_path), attention=Attention.sdpa)
     with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa'"):
         load_model(config, DType.float32, torch.device("cpu"))
+
+
+def test_an_attention_that_ignores_a_part_of_the_model_is_refused() -> None:
+    """GPT-OSS has attention sinks, which blockwise attention does not know."""
+    model = small_causal_model("gpt_oss")
+    for block in model.model.layers:
+        block.self_attn.sinks.data.fill_(3.0)
+    with pytest.raises(ConfigError, match="differ from those with its usual attention"):
+        choose_attention(model, Attention.blockwise, torch.device("cpu"))

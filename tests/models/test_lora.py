@@ -13,8 +13,13 @@ from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.matrices import BlockWeight, select
 from tests.support.families import N_BLOCKS, random_tokens, small_model
 from tests.support.trainings import fill, same
+
+
+def matrices_of(family: str, targets: object) -> list[BlockWeight]:
+    return select(small_model(family), [1], targets).adapted
 
 
 @pytest.mark.parametrize("blocks", ["after", "all", [2]])
@@ -58,8 +63,8 @@ def test_all_adapts_every_matrix_of_a_block(model: LanguageModel) -> None:
 
 def test_targets_by_name() -> None:
     def matrices(targets) -> set[str]:
-        names = lora.target_modules(small_model("llama"), [1], targets)
-        return {name.rsplit(".", 1)[1].removesuffix("_proj") for name in names}
+        weights = matrices_of("llama", targets)
+        return {weight.path.rsplit(".", 1)[1].removesuffix("_proj") for weight in weights}
 
     assert matrices("qv") == {"q", "v"}
     assert matrices("attn") == {"q", "k", "v", "o"}
@@ -69,13 +74,15 @@ def test_targets_by_name() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_fused_matrices_are_adapted_as_a_whole(family: str) -> None:
-    assert len(lora.target_modules(small_model(family), [0], "qkv")) == 1
-    assert len(lora.target_modules(small_model(family), [0], "attn")) == 2
+    assert len(matrices_of(family, "qkv")) == 1
+    assert len(matrices_of(family, "attn")) == 2
     with pytest.raises(ConfigError, match="qkv in one matrix") as error:
-        lora.target_modules(small_model(family), [0], "qv")
+        matrices_of(family, "qv")
     assert error.value.nearest == "qkv"
     with pytest.raises(ConfigError, match="no such matrix"):
-        lora.target_modules(small_model(family), [0], "gate")
+        matrices_of(family, "gate")
+    with pytest.raises(ConfigError, match=r"no such matrix \(gate\)"):
+        matrices_of(family, ["gate", "o"])
 
 
 def test_impossible_blocks_are_refused() -> None:

@@ -11,16 +11,25 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder, write_atomically
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
-from sae_lora.records.schema import CurvePoint, Summary, gap_closed
+from sae_lora.records.schema import CurvePoint, Summary, gap_closed, rounding_error
 from tests.support.sweeps import curve_point
 
 
 def test_gap_closed() -> None:
-    assert gap_closed(2.0, 3.0, 2.25) == pytest.approx(0.75)
-    assert gap_closed(2.0, 3.0, 3.0) == 0
-    assert gap_closed(2.0, 3.0, 3.5) == pytest.approx(-0.5)
-    assert gap_closed(2.0, 2.0, 2.0) is None
-    assert gap_closed(2.0, 1.9, 2.0) is None
+    assert gap_closed(2.0, 3.0, 2.25, 0) == pytest.approx(0.75)
+    assert gap_closed(2.0, 3.0, 3.0, 0) == 0
+    assert gap_closed(2.0, 3.0, 3.5, 0) == pytest.approx(-0.5)
+    assert gap_closed(2.0, 2.0, 2.0, 0) is None
+    assert gap_closed(2.0, 1.9, 2.0, 0) is None
+
+
+@pytest.mark.parametrize(("relative", "tokens"), [(2**-24, 1024), (2**-8, 32_768)])
+def test_a_gap_that_rounding_explains_has_no_closed_share(relative: float, tokens: int) -> None:
+    """In float32 and in bfloat16, with the default number of held-out tokens."""
+    rounding = rounding_error(relative, tokens)
+    assert gap_closed(3.0, 3.0 + 9e-16, 3.5, rounding) is None
+    assert gap_closed(3.0, 3.0 + 0.9 * rounding, 3.5, rounding) is None
+    assert gap_closed(3.0, 3.001, 3.0005, rounding) == pytest.approx(0.5)
 
 
 def test_curve_round_trip_and_a_truncated_line(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The state of a run, from its folder and from SLURM."""
 
+from pathlib import Path
+
 import pytest
 
 from sae_lora.common.locks import held
 from sae_lora.launcher.plan import plan
 from sae_lora.records import slurm
-from sae_lora.records.status import State, read_statuses
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import State, read_statuses, what_is_saved
 from tests.support.points import Point
 
 
@@ -53,3 +56,25 @@ def test_a_submitted_run_counts_as_queued_if_slurm_does_not_answer(
     assert status.state is State.queued
     assert status.note is not None
     assert "no SLURM on this machine" in status.note
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([None], "nothing to save yet, because no step was taken"),
+        ([40], "step 40 is saved, the same command resumes from there"),
+        (
+            [40, 1038, None],
+            "2 runs: steps 40 to 1,038 are saved, the same command resumes from there; "
+            "1 run: nothing to save yet, because no step was taken",
+        ),
+    ],
+)
+def test_a_stop_says_what_is_saved(steps: list[int | None], message: str, tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / str(number)) for number in range(len(steps))]
+    for folder, step in zip(folders, steps, strict=True):
+        if step is not None:
+            (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+            (folder.checkpoints / "step-00000002").mkdir()
+            (folder.checkpoints / ".step-99999999.host.1").mkdir()  # not finished
+    assert what_is_saved(folders) == message

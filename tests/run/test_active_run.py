@@ -145,7 +145,7 @@ class TestTogether:
         pair = frozen(tmp_path, *SMALL), frozen(tmp_path, *SMALL, "lora.rank=3")
         assert attempt(*pair).returncode == EXIT_FAILED
         for folder in pair:
-            assert folder.failure_message.startswith("data.cache_dir = ")
+            assert folder.failure_message.startswith("data.cache_dir: ")
 
     def test_different_text_is_refused(self, folder: RunFolder, tmp_path: Path, cache: str) -> None:
         """The runs have not failed: each can run alone."""

@@ -72,7 +72,7 @@ def test_a_failure_is_written_with_its_traceback(point: Point, tmp_path: Path) -
     planned.freeze()
     assert execute.attempt([planned.folder]) == EXIT_FAILED
     failure = json.loads(planned.folder.failure.read_text())
-    assert failure["message"].startswith("data.cache_dir = ")
+    assert failure["message"].startswith("data.cache_dir: ")
     assert "Traceback" in failure["details"]
 
 

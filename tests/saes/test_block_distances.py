@@ -337,7 +337,7 @@ def test_more_groups_than_blocks_and_none_are_refused(n_groups: int, nearest: in
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_even_groups_are_consecutive_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_groups, "_distances", lambda config: random_distances(8, 0).tolist())
+    monkeypatch.setattr(layer_groups, "_distances", lambda *_: random_distances(8, 0).tolist())
     config = composed("method=sae", f"layer.n_groups={count}", "layer.evenly=true")
     result = layer_groups.groups(config, Dimensions(D_MODEL, 8, 96, None), {})
     assert result is not None and len(result.groups) == count

@@ -153,7 +153,12 @@ def test_distances_are_measured_once(home: Home, monkeypatch: pytest.MonkeyPatch
 
 def test_the_points_of_a_sweep_read_the_text_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, load = [], corpus.load
-    monkeypatch.setattr(corpus, "load", lambda *arguments: reads.append(arguments) or load(*arguments))
+
+    def counted(*arguments: Any, **options: Any) -> corpus.Corpus:
+        reads.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(corpus, "load", counted)
     plan([home.point("method=sae", f"layer.n_groups={number}") for number in (1, 2, 3)])
     assert len(reads) == 1
 

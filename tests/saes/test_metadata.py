@@ -14,8 +14,8 @@ from sae_lora.embedded import SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes import resolve
-from sae_lora.saes.metadata import read_folder
-from sae_lora.saes.pretrained_table import place_in
+from sae_lora.saes.metadata import Notices, differences, differs_in_l0, read_folder, stated
+from sae_lora.saes.pretrained_table import place_in, same_model
 from tests.support.coders import write_cfg
 from tests.support.composing import composed
 
@@ -306,3 +306,101 @@ def test_another_hook_is_another_run_with_another_name(monkeypatch: pytest.Monke
     for config in configs[:2]:
         identity(config)
     assert ["hook" in values["sae"]["used"][0] for values in hashed] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.3", "transformer.h.3", "gpt_neox.layers.3", "model.language_model.layers.3"),
+        *("model.layers.3.output", "blocks.3.hook_out", "blocks.4.hook_in", "blocks.4.hook_resid_pre"),
+    ],
+)
+@pytest.mark.case("B7")
+def test_names_of_a_blocks_output(tmp_path: Path, name: str) -> None:
+    for key in ("hook_name", "hook_point"):
+        folder = write_cfg(tmp_path / key, metadata={key: name})
+        assert Place.of(read_folder(folder, None, None, TINY)) == Place(3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.3.mlp", "transformer.h.3.attn", "lm_head", "blocks.0.hook_in", "hook_embed"),
+        *("vision_tower.encoder.layers.3", "decoder.3.hook_resid_post"),
+    ],
+)
+def test_names_of_other_places_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="hook_resid_post"):
+        read_folder(write_cfg(tmp_path / "sae", metadata={"hook_name": name}), None, None, TINY)
+
+
+NOTED = [
+    ({"model_name": "gpt2-small"}, "trained on gpt2-small; this run uses it in tiny"),
+    ({"context_size": 16}, "sequences of 16 tokens; data.context_length is 128"),
+    ({"seqpos_slice": [0, 10]}, "only at positions 0:10 of each sequence"),
+    ({"seqpos_slice": [5]}, "only at positions 0:5 "),
+    ({"seqpos_slice": [None, None, 2]}, "only at positions 0::2 "),
+    ({"model_from_pretrained_kwargs": {"fold_ln": True}}, "had changed (fold_ln)"),
+    ({"hook_layer": 4, "hook_name": "blocks.5.hook_resid_post"}, "hook_layer is 4"),
+    ({"prepend_bos": False}, "trained on sequences without BOS"),
+    ({"context_size": "long"}, "context_size: 'long', which is not understood"),
+    ({"seqpos_slice": {"a": 1}}, "which is not understood"),
+]
+UNNOTED = [
+    {"model_name": "org/tiny"},
+    {"context_size": 128},
+    {"seqpos_slice": [None]},
+    {"seqpos_slice": [0, None, 1]},
+    {"model_from_pretrained_kwargs": {"fold_ln": False, "dtype": "float16"}},
+    {"hook_layer": 5, "hook_name": "blocks.5.hook_resid_post"},
+    {"prepend_bos": True},
+    {"noise_scale": 3, "unknown": 1},
+]
+
+
+@pytest.mark.case("A5")
+def test_differences_between_metadata_and_run_are_noted() -> None:
+    config = composed_once()
+    for values, words in NOTED:
+        (text,) = differences(stated({"metadata": values}), config, begins_with_bos=True)
+        assert words in text
+    for values in UNNOTED:
+        assert differences(stated({"metadata": values}), config, begins_with_bos=True) == []
+    assert differences({"prepend_bos": False}, config) == []  # the plan does not know the tokenizer
+
+
+def test_notes_about_equal_saes_are_one_line() -> None:
+    noticed = Notices()
+    for block in (3, 1, 3):
+        noticed.add(block, ["x", f"y{block}"])
+    assert noticed.lines == ["blocks 1, 3: x", "block 3: y3", "block 1: y1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "same"),
+    [
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped", True),
+        ("meta-llama/Llama-3.1-8B", "unsloth/Meta-Llama-3.1-8B", True),
+        ("gemma-2-2b", "/models/gemma-2-2b/", True),
+        ("gemma-2-2b", "google/gemma-2-2b-it", False),
+        ("gpt2-small", "gpt2-medium", False),
+        ("pythia-70m", "pythia-70m-deduped", False),
+    ],
+)
+def test_names_of_the_same_model(name: str, other: str, same: bool) -> None:
+    assert same_model(name, other) is same
+
+
+def test_the_names_of_models_equal_transformer_lenss() -> None:
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    for official, names in MODEL_ALIASES.items():
+        assert all(same_model(name, official) for name in names), official
+
+
+@pytest.mark.case("A5")
+def test_an_l0_far_from_the_stated_one_is_noted() -> None:
+    assert differs_in_l0(8, 10) is differs_in_l0(8, 6) is differs_in_l0(None, 6) is None
+    for measured in (10.1, 5.9, 30):
+        assert f"{measured:.3g} were measured" in str(differs_in_l0(8, measured))

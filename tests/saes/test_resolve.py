@@ -172,6 +172,20 @@ def test_a_width_that_the_table_does_not_state_is_noted() -> None:
     assert "does not state sae.width" in note
 
 
+@pytest.mark.parametrize(
+    ("release", "identifier"),
+    [
+        ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post"),
+        ("mwhanna-qwen3-0.6b-transcoders-lowl0", "layer_3"),
+    ],
+)
+def test_releases_without_saes_are_refused_before_a_download(release: str, identifier: str) -> None:
+    with pytest.raises(ConfigError, match="no SAE of single tokens") as error:
+        asked = f"sae.release={release}", f"sae.id={identifier}"
+        resolve(GEMMA_2B, "model=gemma2_2b", "sae=registry", *asked)
+    assert error.value.field == "sae.release"
+
+
 def test_disk_with_a_misspelt_path_names_the_neighbour(tmp_path: Path) -> None:
     write_cfg(tmp_path / "my_sae")
     with pytest.raises(ConfigError) as error:
@@ -231,3 +245,24 @@ def test_loaded_saes_are_checked_against_their_own_metadata(tmp_path: Path) -> N
             load(config, elsewhere, fits, torch.device("cpu"))
     with pytest.raises(ConfigError, match="its d_in is 16"):
         load(config, choice, Dimensions(99, 4, 1, None), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block", "notes"),
+    [
+        (("model.name=my_model",), 15, ["layer.index=15 of 30 blocks, because nothing names a block"]),
+        (("model=gpt2", "model.name=my_model"), 15, 1),
+        (("model=gpt2", "model.name=my_model", "layer.index=7"), 7, []),
+        (("model=hf", "model.name=my_model", "model.middle_block=9"), 9, []),
+        (("model=gemma2_2b",), 12, []),  # as published
+        (("model=tiny",), 3, []),
+    ],
+)
+def test_the_middle_block_is_half_of_the_models_own_blocks(
+    overrides: tuple[str, ...], block: int, notes: list[str] | int
+) -> None:
+    """Case C7: a model that is not the one of its group."""
+    model = Dimensions(d_model=16, n_blocks=30, d_vocab=1, max_context=None)
+    (choice,), actual = resolve(model, *overrides, "sae=identity")
+    assert choice.block == block
+    assert actual == notes or len(actual) == notes

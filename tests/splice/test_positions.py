@@ -85,6 +85,7 @@ def test_variance_by_position_worked_by_hand() -> None:
         (SAEFamily.new, False, True, None, NOT_SPECIAL),
     ],
 )
+@pytest.mark.case("A3")
 def test_the_rule_of_an_sae_is_that_of_its_training_unless_configured(
     family: SAEFamily,
     asked: bool | None,
@@ -103,6 +104,7 @@ def test_the_rule_of_an_sae_is_that_of_its_training_unless_configured(
     assert splice.special == expected
 
 
+@pytest.mark.case("A3")
 def test_two_saes_of_a_run_may_differ() -> None:
     config = SAEConfig(family=SAEFamily.disk, used=[SAEChoice(block=1), SAEChoice(block=2)])
     saes = [LoadedSAE(topk_sae(), {}, (3, 5)), LoadedSAE(topk_sae(seed=2), {}, (7,))]
@@ -118,6 +120,7 @@ def test_two_saes_of_a_run_may_differ() -> None:
 @pytest.mark.parametrize(
     "special", [Special(first=True), Special(norm_multiple=10), Special((1,), True, 10)], ids=str
 )
+@pytest.mark.case("A6")
 def test_training_splicing_and_metrics_leave_out_the_same_positions(special: Special) -> None:
     model = with_sink(0)
     kept = special.positions(TOKENS)
@@ -153,6 +156,7 @@ class Sink(IdentitySAE):
         return torch.where(feature_acts.norm(dim=-1, keepdim=True) > 100, feature_acts, 0)
 
 
+@pytest.mark.case("A6")
 def test_a_sink_makes_fvu_small_and_fvu_without_outliers_does_not_see_it() -> None:
     plain = measures(with_sink(0), NOT_SPECIAL)
     assert plain["fvu"] < 0.05 < 0.9 < plain["fvu_without_outliers"]
@@ -164,6 +168,7 @@ def test_a_sink_makes_fvu_small_and_fvu_without_outliers_does_not_see_it() -> No
 @pytest.mark.parametrize(
     ("position", "advice"), [(0, "sae.keep_first=true"), (3, "sae.outlier_norm=10")]
 )
+@pytest.mark.case("A6")
 def test_a_position_that_holds_most_of_the_variance_is_noted(position: int, advice: str) -> None:
     plain, kept = (
         Splice(1, topk_sae(), special=rule) for rule in (NOT_SPECIAL, Special(norm_multiple=10))

@@ -10,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lora.config.compose import checked
+from sae_lora.config.compose import checked, with_quoted_text
 from sae_lora.config.schema import Config
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -24,7 +24,7 @@ def composed(*overrides: str) -> Config:
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return checked(compose("config", overrides=list(overrides)))
+        return checked(compose("config", overrides=list(map(with_quoted_text, overrides))))
 
 
 def with_values(*overrides: str) -> Config:

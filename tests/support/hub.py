@@ -162,7 +162,9 @@ def _write(
     for entry in map(json.loads, body.splitlines()):
         if entry["key"] == "file":
             content = base64.b64decode(entry["value"]["content"])
-            (folder / entry["value"]["path"]).write_bytes(content)
+            file = folder / entry["value"]["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
     address = f"{hub.address}/{repo}/commit/{commit}"
     return _send_json(request, {"commitUrl": address, "commitOid": commit}, True)
 

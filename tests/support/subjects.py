@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sae_lora.common.console import no_report
 from sae_lora.config.schema import Config, LoRAConfig
 from sae_lora.evaluation.subject import Subject
 from sae_lora.models import lora
@@ -38,6 +39,7 @@ class Made(Subject):
         filled: bool = True,
         tokens: torch.Tensor | None = None,
     ) -> None:
+        self.report_to(no_report)
         self.config = Config()
         self.tokens = random_tokens(batch=6, length=12, seed=3) if tokens is None else tokens
         self.config.train.eval_batch_tokens = 2 * self.tokens.shape[1]  # several batches

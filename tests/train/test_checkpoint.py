@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from sae_lora.common.errors import UserError
+from sae_lora.config.schema import TrainConfig
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.train import checkpoint
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.train_state import TrainState
+from tests.support.clock import Clock
 from tests.support.coders import topk_sae
 from tests.support.families import small_model
 from tests.support.trainings import batches, comparable, pack, same, stopped, training
@@ -209,3 +211,33 @@ def test_adapters_in_a_checkpoint_are_those_of_the_model(tmp_path: Path) -> None
     weights = {name: value for name, value in saved.items() if name.startswith("adapter/")}
     moments = [name for name in saved if name.startswith("optimizer/exp_avg/")]
     assert len(weights) == len(moments) > 0
+
+
+@pytest.mark.parametrize(
+    ("minutes", "cost", "waits"),
+    [
+        (10.0, 1.0, 600),
+        (10.0, 30.0, 1000),  # 3% of the time
+        (0.5, 0.3, 30),
+        (None, 1.0, None),
+    ],
+)
+@pytest.mark.case("C3")
+def test_checkpoints_by_time_take_a_small_share_of_it(
+    minutes: float | None, cost: float, waits: int | None
+) -> None:
+    """Steps of 20 s or less, far fewer than `checkpoint_every_steps`."""
+    clock = Clock()
+    timer = checkpoint.Timer(clock)
+    with timer.saving():
+        clock.advance(cost)
+    config = TrainConfig(checkpoint_every_steps=1000, checkpoint_every_min=minutes)
+    if waits is None:
+        clock.advance(1e6)
+        assert not timer.is_due(1, config)
+        return
+    clock.advance(waits - 0.1)
+    assert not timer.is_due(1, config)
+    assert timer.is_due(1000, config)
+    clock.advance(0.2)
+    assert timer.is_due(1, config)

@@ -87,7 +87,7 @@ def test_estimated_flops_of_new_saes_are_those_of_a_step(
     tokens = torch.randint(3, 2000, (config.train.batch_size, config.data.context_length))
     saes = methods.new_saes(config, model, tokens, ())
     steps = train_steps(config)
-    training, _ = methods.build(config, model, loading.splices(config.sae, saes), steps)
+    training, _ = methods.build(config, model, loading.splices(config.sae, saes, ()), steps)
     builder = Builder(config)
     builder.model = model
     pack = builder.trainer(Isolation([training]), tokens, ProcessGroup())

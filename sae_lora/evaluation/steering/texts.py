@@ -231,7 +231,7 @@ def _from_file(path: Path, subject: Subject, requested: Sequence[int] | None, d_
 def _labels(path: Path, d_sae: int) -> dict[tuple[int, str], bool]:
     """Labels by latent and text, true for positive; a repeated text counts once."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluation.steering_texts = {str(path)!r} cannot be read: {error}") from error
     labels: dict[tuple[int, str], bool] = {}
@@ -267,7 +267,7 @@ def _row(line: str, where: str, d_sae: int) -> tuple[int, str, bool]:
 def _tokenised(path: Path, documents: Sequence[Document], subject: Subject) -> Iterator[Tensor]:
     """Tokens of each text, with BOS if the model has one, cut to the length of the run's sequences."""
     tokenizer = subject.adapted.tokenizer
-    bos = convention_of(tokenizer).bos
+    bos = convention_of(tokenizer, subject.config.data.bos).bos
     head = [] if bos is None else [bos]
     for document, ids in tokenised(documents, tokenizer):
         tokens = (head + ids)[: subject.config.data.context_length]

@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lora.common.console import Report, no_report
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel, observed
 from sae_lora.splice.positions import Special, exceeds_median
 
+FILLING = "filling buffer"
+"""The stage in which a fill is read."""
 _Group = tuple[str, ...]
 """The hookpoints that an SAE reads; each token takes one of them."""
 
@@ -33,6 +36,7 @@ class ActivationBuffer:
         special: The positions to leave out.
         seed: Seed of the order and of the hookpoint that each token takes.
         batches_per_fill: Batches of tokens per fill, which is also the number of steps per fill.
+        report: Called with the batches of a fill that are read.
 
     Raises:
         ConfigError: For a hookpoint that the model does not have.
@@ -45,8 +49,10 @@ class ActivationBuffer:
         special: Special,
         seed: int,
         batches_per_fill: int,
+        report: Report = no_report,
     ) -> None:
         self.batches_per_fill = batches_per_fill
+        self._report = report
         self._model = model
         self._groups = {name: tuple(hookpoints) for name, hookpoints in sources.items()}
         hookpoints = sorted({hookpoint for group in self._groups.values() for hookpoint in group})
@@ -67,8 +73,10 @@ class ActivationBuffer:
         """The batch of tokens to start reading from if this step is the first to be served."""
         return step - step % self.batches_per_fill
 
-    def serve(self, step: int, batches: Iterator[Tensor]) -> dict[str, Tensor]:
-        """The activations of one step by name, `[token, d_in]`. Names with equal sources share a tensor.
+    def prepare(self, step: int, batches: Iterator[Tensor]) -> bool:
+        """Fill the buffer if this step begins a fill; return True if it did.
+
+        After an interruption of this method, nothing can be served.
 
         Args:
             step: The step. After the first call, the next one.
@@ -79,13 +87,21 @@ class ActivationBuffer:
             UserError: If special positions leave less than one activation for each step of the fill.
             ValueError: If the step belongs neither to the present fill nor to the next one.
         """
-        fill, part = divmod(step, self.batches_per_fill)
-        if fill != self._fill:
-            if self._fill not in (None, fill - 1):
-                raise ValueError(
-                    f"step {step} belongs to fill {fill}, but the buffer is at {self._fill}"
-                )
-            self._read(fill, batches)
+        fill = step // self.batches_per_fill
+        if fill == self._fill:
+            return False
+        if self._fill not in (None, fill - 1):
+            raise ValueError(f"step {step} belongs to fill {fill}, but the buffer is at {self._fill}")
+        self._read(fill, batches)
+        return True
+
+    def serve(self, step: int, batches: Iterator[Tensor]) -> dict[str, Tensor]:
+        """The activations of one step by name, `[token, d_in]`. Names with equal sources share a tensor.
+
+        Arguments and errors are those of `prepare`, which this method calls if it was not called.
+        """
+        self.prepare(step, batches)
+        part = step % self.batches_per_fill
         parts = {}
         for group, held in self._held.items():
             size = self._counts[group] // self.batches_per_fill
@@ -98,7 +114,8 @@ class ActivationBuffer:
         """Replace the present fill."""
         generators = {group: self._random(fill, *group) for group in set(self._groups.values())}
         self._fill, self._counts = None, dict.fromkeys(generators, 0)
-        for _ in range(self.batches_per_fill):
+        for number in range(self.batches_per_fill):
+            self._report(FILLING, number, self.batches_per_fill)
             tokens = next(batches).to(self._model.device)
             self._shape = self._shape or tokens.shape
             if tokens.shape != self._shape:

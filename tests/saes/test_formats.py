@@ -1,0 +1,208 @@
+"""Folders of sparsify and dictionary_learning, and folders that hold no SAE."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.models.hookpoints import Place
+from sae_lora.saes.metadata import read_folder
+from tests.saes.test_loading import D_IN, D_SAE, MODEL, X, loaded, write
+
+WEIGHTS = {
+    "encoder": torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(2)) / 4,
+    "decoder": torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(3)) / 4,
+    "at_latents": torch.randn(D_SAE, generator=torch.Generator().manual_seed(4)) / 4,
+    "at_output": torch.randn(D_IN, generator=torch.Generator().manual_seed(5)),
+}
+ENCODER, DECODER, B_ENC, B_DEC = WEIGHTS.values()
+
+
+def topk(values: Tensor, k: int = 4) -> Tensor:
+    """The k largest values of each token, and zeros."""
+    least = values.topk(k).values[..., -1:]
+    return values * (values >= least)
+
+
+def write_sparsify(folder: Path, **values: Any) -> Path:
+    """Write an SAE as sparsify does."""
+    folder.mkdir(parents=True)
+    config = {"expansion_factor": 2, "num_latents": 0, "k": 4, "normalize_decoder": True, "d_in": D_IN}
+    (folder / "cfg.json").write_text(json.dumps(config | values))
+    tensors = {"encoder.weight": ENCODER, "encoder.bias": B_ENC, "W_dec": DECODER, "b_dec": B_DEC}
+    save_file(tensors, folder / "sae.safetensors")
+    return folder
+
+
+def write_dictionary(folder: Path, kind: str, tensors: dict[str, Tensor], **values: Any) -> Path:
+    """Write an SAE as dictionary_learning does."""
+    folder.mkdir(parents=True)
+    trainer = {"dict_class": kind, "activation_dim": D_IN, "dict_size": D_SAE, "layer": 2, "k": 4}
+    trainer |= {"lm_name": "org/model", "submodule_name": "resid_post_layer_2"} | values
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 64}}))
+    torch.save(tensors, folder / "ae.pt")
+    return folder
+
+
+@torch.no_grad()
+def reconstruction(folder: Path) -> Tensor:
+    sae = loaded(folder).sae
+    return sae.decode(sae.encode(X))
+
+
+@pytest.mark.case("B7")
+def test_sparsify_computes_as_its_source(tmp_path: Path) -> None:
+    """Also if the decoder's norms are 1, where SAELens's converter does not subtract `b_dec`."""
+    expected = topk(((X - B_DEC) @ ENCODER.T + B_ENC).relu()) @ DECODER + B_DEC
+    for normalises in (True, False):
+        folder = write_sparsify(tmp_path / str(normalises) / "layers.2", normalize_decoder=normalises)
+        torch.testing.assert_close(reconstruction(folder), expected)
+        choice = read_folder(str(folder), None, None, MODEL)
+        assert (choice.block, choice.width, choice.l0) == (2, D_SAE, 4)
+
+
+@pytest.mark.parametrize("name", ["layers.2", "layers_2", "h.2", "gpt_neox.layers.2"])
+def test_the_place_of_sparsify_is_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": "org/model", "ctx_len": 99}))
+    folder = write_sparsify(tmp_path / name)
+    assert Place.of(read_folder(str(folder), None, None, MODEL)) == Place(2)
+    stated = loaded(folder).stated
+    assert (stated["model_name"], stated["context_size"]) == ("org/model", 99)
+
+
+@pytest.mark.parametrize("name", ["layers.2.mlp", "layers.2.attention", "embed_tokens"])
+def test_other_places_of_sparsify_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        read_folder(str(write_sparsify(tmp_path / name)), None, None, MODEL)
+
+
+def test_a_renamed_folder_of_sparsify_needs_the_block(tmp_path: Path) -> None:
+    folder = write_sparsify(tmp_path / "my_sae")
+    with pytest.raises(ConfigError, match="names no hook point"):
+        read_folder(str(folder), None, None, MODEL)
+    assert Place.of(read_folder(str(folder), 2, None, MODEL)) == Place(2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"transcode": True}, {"skip_connection": True}, {"signed": True}, {"activation": "groupmax"}],
+)
+def test_what_is_no_topk_sae_of_sparsify_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    folder = write_sparsify(tmp_path / "layers.2", **values)
+    (key,) = values
+    with pytest.raises(ConfigError, match=f"its cfg.json says {key}"):
+        read_folder(str(folder), None, None, MODEL)
+
+
+_LINEAR = {"encoder.weight": ENCODER, "encoder.bias": B_ENC, "decoder.weight": DECODER.T.contiguous()}
+_JUMP = {"W_enc": ENCODER.T.contiguous(), "W_dec": DECODER, "b_enc": B_ENC, "b_dec": B_DEC}
+_PRE = (X - B_DEC) @ ENCODER.T + B_ENC
+_THRESHOLD = torch.full((D_SAE,), 0.5)
+
+
+def jump(values: Tensor) -> Tensor:
+    return values.relu() * (values > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "latents"),
+    [
+        ("AutoEncoder", _LINEAR | {"bias": B_DEC}, _PRE.relu()),
+        ("AutoEncoderNew", _LINEAR | {"decoder.bias": B_DEC}, (X @ ENCODER.T + B_ENC).relu()),
+        ("AutoEncoderTopK", _LINEAR | {"b_dec": B_DEC, "k": torch.tensor(4)}, topk(_PRE.relu())),
+        ("BatchTopKSAE", _LINEAR | {"b_dec": B_DEC, "threshold": torch.tensor(0.5)}, jump(_PRE)),
+        ("MatryoshkaBatchTopKSAE", _JUMP | {"threshold": torch.tensor(0.5)}, jump(_PRE)),
+        ("JumpReluAutoEncoder", _JUMP | {"threshold": _THRESHOLD}, jump(X @ ENCODER.T + B_ENC)),
+        (
+            "GatedAutoEncoder",
+            {"encoder.weight": ENCODER, "decoder.weight": DECODER.T.contiguous(), "decoder_bias": B_DEC}
+            | {"gate_bias": B_ENC, "r_mag": B_ENC / 2, "mag_bias": -B_ENC},
+            (_PRE > 0) * ((_PRE - B_ENC) * (B_ENC / 2).exp() - B_ENC).relu(),
+        ),
+    ],
+)
+def test_dictionary_learning_computes_as_its_source(
+    tmp_path: Path, kind: str, tensors: dict[str, Tensor], latents: Tensor
+) -> None:
+    folder = write_dictionary(tmp_path / "trainer_0", kind, tensors)
+    torch.testing.assert_close(reconstruction(folder), latents @ DECODER + B_DEC)
+    assert Place.of(read_folder(str(folder), None, None, MODEL)) == Place(2)
+    assert loaded(folder).stated["model_name"] == "org/model"
+
+
+def test_dictionary_learning_at_other_places(tmp_path: Path) -> None:
+    tensors = _LINEAR | {"bias": B_DEC}
+    folder = write_dictionary(tmp_path / "mlp", "AutoEncoder", tensors, submodule_name="mlp_out_layer2")
+    assert str(Place.of(read_folder(str(folder), None, None, MODEL))) == "blocks.2.hook_mlp_out"
+    folder = write_dictionary(tmp_path / "heads", "AutoEncoder", tensors, submodule_name="attn.z")
+    with pytest.raises(ConfigError, match=r"attn\.z"):
+        read_folder(str(folder), None, None, MODEL)
+
+
+def test_what_dictionary_learning_cannot_mean_is_refused(tmp_path: Path) -> None:
+    folder = write_dictionary(tmp_path / "cross", "CrossCoder", {})
+    with pytest.raises(ConfigError, match="dict_class: CrossCoder"):
+        read_folder(str(folder), None, None, MODEL)
+    folder = write_dictionary(tmp_path / "batch", "BatchTopKSAE", _LINEAR | {"b_dec": B_DEC})
+    with pytest.raises(UserError, match="has no threshold"):
+        loaded(folder)
+
+
+def test_tensors_that_are_not_read_are_refused(tmp_path: Path) -> None:
+    folder = write_sparsify(tmp_path / "layers.2")
+    tensors = load_file(folder / "sae.safetensors")
+    save_file(tensors | {"W_skip": torch.eye(D_IN)}, folder / "sae.safetensors")
+    with pytest.raises(UserError, match="holds W_skip"):
+        loaded(folder)
+    tensors = _LINEAR | {"b_dec": B_DEC, "k": torch.tensor(5)}
+    with pytest.raises(UserError, match="has k=5, but the config says k: 4"):
+        loaded(write_dictionary(tmp_path / "topk", "AutoEncoderTopK", tensors))
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
+    tensors: Any = {"encoder.weight": Path("/")}
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoder", tensors)
+    with pytest.raises(UserError, match="holds more than tensors") as error:
+        loaded(folder)
+    assert "weights_only" not in str(error.value)
+
+
+def refusal(path: Path) -> ConfigError:
+    """The refusal of a path that holds no SAE."""
+    with pytest.raises(ConfigError) as error:
+        read_folder(str(path), None, None, MODEL)
+    assert error.value.nearest != path
+    return error.value
+
+
+@pytest.mark.case("B7")
+def test_the_nearest_path_is_never_the_path_itself(tmp_path: Path) -> None:
+    (tmp_path / "my_sae").mkdir()
+    assert refusal(tmp_path / "my_sae").nearest is None
+    write(tmp_path / "saes" / "blocks.2")
+    assert refusal(tmp_path / "saes").nearest == tmp_path / "saes" / "blocks.2"
+    file = tmp_path / "saes" / "blocks.2" / "sae_weights.safetensors"
+    assert refusal(file).nearest == file.parent
+    assert refusal(tmp_path / "saes" / "block.2").nearest == tmp_path / "saes" / "blocks.2"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("params.npz", "Gemma Scope"), ("hyperparams.json", "Llama Scope"), ("conf.yaml", "TemporalSAE")],
+)
+def test_a_format_that_is_read_from_releases_is_named(tmp_path: Path, file: str, words: str) -> None:
+    (tmp_path / file).write_text("{}")
+    assert words in str(refusal(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"metadata": [1]}', "\xff"])
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path)
+    (tmp_path / "cfg.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"cfg\.json"):
+        read_folder(str(tmp_path), None, None, MODEL)
