@@ -1,5 +1,6 @@
 """Sizes of models from their config files, under the names of every family."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,16 @@ def test_each_name_of_a_size_is_known_without_transformers(
     tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sae_lora.models.dimensions._through_transformers", pytest.fail)
-    assert read(tmp_path, model_type="any", **values) == SIZES
-    assert (
-        read(tmp_path, model_type="any", vocab_size=7, text_config={"vocab_size": 100} | values) == SIZES
-    )
+    sizes = dataclasses.replace(SIZES, model_type="any")
+    assert read(tmp_path, model_type="any", **values) == sizes
+    text_config = {"vocab_size": 100, "model_type": "any"} | values
+    assert read(tmp_path, model_type="outer", vocab_size=7, text_config=text_config) == sizes
 
 
 def test_a_size_that_the_file_omits_is_that_of_transformers(tmp_path: Path) -> None:
     """Also under the names of another family, through the attribute map of its config."""
-    assert read(tmp_path, model_type="bloom", n_embed=64, n_layer=6) == Dimensions(64, 6, 100, None)
+    sizes = Dimensions(64, 6, 100, None, "bloom")
+    assert read(tmp_path, model_type="bloom", n_embed=64, n_layer=6) == sizes
     assert read(tmp_path, model_type="llama", hidden_size=64).n_blocks == 32
 
 
