@@ -81,8 +81,8 @@ class StatusRow:
     @property
     def eta(self) -> str:
         """Time until the end of its last evaluation; empty if unknown."""
-        left = self.progress.seconds_left if self.progress else None
-        return duration(left) if left is not None and self.state is State.running else ""
+        seconds = self.progress.seconds_left if self.progress else None
+        return duration(seconds) if seconds is not None and self.state is State.running else ""
 
 
 def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:

@@ -223,7 +223,7 @@ class LanguageModel:
 
     @cached_property
     def _structure(self) -> "_Structure":
-        """What a forward pass of two tokens shows."""
+        """Facts about the model that a forward pass of two tokens shows."""
         holder, _ = self._blocks_at
         path = next(name for name, module in self.model.named_modules() if module is holder)
         parts = path.split(".")

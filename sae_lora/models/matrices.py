@@ -326,7 +326,7 @@ def _part(path: Sequence[tuple[str, nn.Module]]) -> str:
 
 
 def _letters(names: Sequence[str]) -> set[str]:
-    """Those of q, k and v that the name of a matrix in attention has, or of the module around it."""
+    """The roles q, k and v in the name of a matrix in attention, or of the module around it."""
     for name in reversed([name.lower() for name in names]):
         letters = {letter for letters in _LETTERS.findall(name) for letter in letters}
         letters |= {_WORDS[word] for word in name.split("_") if word in _WORDS}
@@ -338,7 +338,7 @@ def _letters(names: Sequence[str]) -> set[str]:
 def _gate_and_up(
     leaf: str, outputs: int, d_model: int, path: Sequence[tuple[str, nn.Module]]
 ) -> set[str]:
-    """Those of gate and up that a matrix is which an MLP applies to the residual stream."""
+    """The roles (gate, up or both) of a matrix that an MLP applies to the residual stream."""
     named = {role for role in ("gate", "up") if role in leaf.split("_")}
     if leaf in _GATED:
         named = {_GATED[leaf]}

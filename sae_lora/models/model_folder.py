@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from sae_lora.common.errors import UserError
 from sae_lora.config.schema import ModelConfig
 from sae_lora.models.dimensions import source, unusable
 
@@ -60,16 +59,11 @@ def check_tokenizer(config: ModelConfig) -> None:
     """
     folder = Path(source(config))
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
-        raise no_tokenizer(config)
-
-
-def no_tokenizer(config: ModelConfig) -> UserError:
-    """The error for a model without a tokenizer."""
-    return unusable(
-        config,
-        "it has no tokenizer (tokenizer.json, tokenizer.model, …). Save the tokenizer that the model "
-        "was trained with into the same folder: tokenizer.save_pretrained(…)",
-    )
+        raise unusable(
+            config,
+            "it has no tokenizer (tokenizer.json, tokenizer.model, …). Save the tokenizer that the "
+            "model was trained with into the same folder: tokenizer.save_pretrained(…)",
+        )
 
 
 def has_local_tokenizer(config: ModelConfig) -> bool:

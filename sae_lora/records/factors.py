@@ -193,7 +193,7 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
 
 
 def differences(rows: Sequence[Values]) -> dict[str, list[str]]:
-    """What varies among runs: the values of each factor as text, by a short name of the factor.
+    """Factors that vary among runs: their values as text, by a short name of the factor.
 
     The short name is the last part of a config key (`lr` of `train.lr`), unless it is ambiguous. Each
     row contains the values of a run, from `values_of`.
@@ -209,7 +209,7 @@ def differences(rows: Sequence[Values]) -> dict[str, list[str]]:
 
 
 def differences_of(folders: Sequence[RunFolder]) -> dict[str, list[str]]:
-    """What varies among runs in any state, as `differences`, from their configs."""
+    """Factors that vary among runs in any state, as `differences`, from their configs."""
     return differences([values_of(folder.read_config(), {}) for folder in folders])
 
 

@@ -64,7 +64,7 @@ class LoadedSAE:
     excludes_first: bool = False
     """True if its config says that it was not trained on the first position of sequences."""
     stated: dict[str, Any] = field(default_factory=dict)
-    """What its metadata states, under today's names of SAELens."""
+    """Its metadata, under today's names of SAELens."""
 
 
 def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.device) -> LoadedSAE:

@@ -16,11 +16,11 @@ from sae_lora.saes import formats
 from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
 
 Stated = Mapping[str, Any]
-"""What an SAE's config and metadata state, by the key of today's SAELens."""
+"""Values in an SAE's config and metadata, by the key of today's SAELens."""
 
 
 class Use(enum.Enum):
-    """What is done about a key."""
+    """The treatment of a key."""
 
     applied = "SAELens or the splice computes with it"
     checked = "compared with the request and the model; what does not fit is refused"
@@ -105,7 +105,7 @@ KEYS: dict[str, Key] = {
     "num_dead_features": Key(Use.informative),
     "noise_scale": Key(Use.informative),
 }
-"""What is done about each key that SAELens writes. null always means that nothing is stated. Other keys
+"""The treatment of each key that SAELens writes. null always means that nothing is stated. Other keys
 are ignored: old versions also wrote their settings of training."""
 _RENAMED = {
     "hook_point": "hook_name",
@@ -120,7 +120,7 @@ _L0_TOLERANCE = 0.25
 
 
 def stated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config in SAELens's format states, of version 6 or before, under today's names."""
+    """Values in a config in SAELens's format, of version 6 or before, under today's names."""
     flat = {**values, **(values.get("metadata") or {})}
     for old, new in _RENAMED.items():
         if (value := flat.pop(old, None)) is not None and flat.get(new) is None:
@@ -134,7 +134,7 @@ def stated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stated_by(choice: SAEChoice) -> dict[str, Any]:
-    """What is stated about a resolved SAE, without loading it: by its folder, or SAELens's table.
+    """The metadata of a resolved SAE, without loading it: from its folder, or SAELens's table.
 
     Raises:
         UserError: If its config cannot be read.
@@ -200,7 +200,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 class Notices:
-    """What was noticed about the SAEs of runs: one line for each difference, with its blocks."""
+    """Notes about the SAEs of runs: one line for each difference, with its blocks."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, set[int]] = {}
@@ -219,7 +219,7 @@ class Notices:
 
 
 def differences(about: Stated, config: Config, begins_with_bos: bool | None = None) -> list[str]:
-    """How a run uses an SAE otherwise than its metadata states, one text for each difference.
+    """Differences between a run and the metadata of its SAE, as texts.
 
     Args:
         about: What the SAE's metadata states.

@@ -40,7 +40,9 @@ class Special(NamedTuple):
             resid: The SAE's input `[batch, pos, d_model]`; `None` leaves out the rule for norms.
             begins: True at the first position of each sequence, `[batch, pos]`; `None`: column 0.
         """
-        special = torch.isin(tokens, torch.tensor(self.ids, dtype=tokens.dtype, device=tokens.device))
+        special = torch.zeros_like(tokens, dtype=torch.bool)
+        for number in self.ids:  # a tensor of ids would be copied to the device in every forward pass
+            special |= tokens == number
         if self.first:
             if begins is None:
                 special[:, :1] = True

@@ -40,7 +40,7 @@ REFUSED = {
 """Families that one sentence must refuse, and words of it."""
 OTHERS = sorted(set(causal_families()) - {*WORKING, *REFUSED})
 LEAST_WORKING = 140
-"""Of all families with a small config here."""
+"""Smallest number of model types that work, of all with a small config here."""
 
 
 @pytest.fixture(scope="module")

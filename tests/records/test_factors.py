@@ -1,4 +1,4 @@
-"""What varies among runs, by short names."""
+"""Factors that vary among runs, by short names."""
 
 from pathlib import Path
 from typing import Any

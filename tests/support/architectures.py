@@ -8,19 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from sae_lora.models.language_model import LanguageModel
-from tests.support.families import D_MODEL, D_VOCAB, N_BLOCKS
+from tests.support.families import D_MODEL, D_VOCAB, LLAMA_LIKE, N_BLOCKS
 
-_common = {
-    "vocab_size": D_VOCAB,
-    "hidden_size": D_MODEL,
-    "intermediate_size": 48,
-    "num_hidden_layers": N_BLOCKS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
 _experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _linear_attention = {
     "linear_num_key_heads": 2,
@@ -30,12 +19,12 @@ _linear_attention = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": _common | _experts | {"decoder_sparse_step": 2},
-    "olmoe": _common | _experts | {"intermediate_size": 24},
-    "mixtral": _common | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": _common | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
-    "granitemoe": _common | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": {key: value for key, value in _common.items() if key != "head_dim"}
+    "qwen3_moe": LLAMA_LIKE | _experts | {"decoder_sparse_step": 2},
+    "olmoe": LLAMA_LIKE | _experts | {"intermediate_size": 24},
+    "mixtral": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoe": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {key: value for key, value in LLAMA_LIKE.items() if key != "head_dim"}
     | {
         "moe_intermediate_size": 24,
         "n_routed_experts": 4,
@@ -50,10 +39,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
         "num_key_value_heads": 4,
     },
-    "qwen2_moe": _common | _experts | {"shared_expert_intermediate_size": 24},
-    "qwen3_next": _common | _experts | _linear_attention | {"shared_expert_intermediate_size": 24},
-    "qwen3_5_text": _common | _linear_attention,
-    "phi": _common | {"num_key_value_heads": 4},
+    "qwen2_moe": LLAMA_LIKE | _experts | {"shared_expert_intermediate_size": 24},
+    "qwen3_next": LLAMA_LIKE | _experts | _linear_attention | {"shared_expert_intermediate_size": 24},
+    "qwen3_5_text": LLAMA_LIKE | _linear_attention,
+    "phi": LLAMA_LIKE | {"num_key_value_heads": 4},
     "gptj": {
         "vocab_size": D_VOCAB,
         "n_embd": D_MODEL,
@@ -70,8 +59,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "initializer_range": 0.3,
     },
-    "lfm2": _common | {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8},
-    "jamba": _common
+    "lfm2": LLAMA_LIKE | {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8},
+    "jamba": LLAMA_LIKE
     | {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -82,7 +71,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 4,
         "mamba_dt_rank": 4,
     },
-    "nemotron_h": _common
+    "nemotron_h": LLAMA_LIKE
     | {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
         "n_routed_experts": 4,

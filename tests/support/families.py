@@ -26,7 +26,7 @@ from sae_lora.models.language_model import LanguageModel
 
 D_MODEL, D_VOCAB, N_BLOCKS = 32, 96, 4
 
-_llama_like = {
+LLAMA_LIKE = {
     "vocab_size": D_VOCAB,
     "hidden_size": D_MODEL,
     "intermediate_size": 48,
@@ -42,12 +42,12 @@ _gemma = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_llama_like, **_gemma, final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
+        Gemma2Config(**LLAMA_LIKE, **_gemma, final_logit_softcapping=3.0, attn_logit_softcapping=5.0)
     ),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_llama_like, **_gemma)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_llama_like)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_llama_like)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_llama_like, sliding_window=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**LLAMA_LIKE, **_gemma)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA_LIKE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_LIKE, sliding_window=8)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=D_VOCAB,
