@@ -121,11 +121,11 @@ def test_packing_does_not_change_results(point: Point, tmp_path: Path) -> None:
 
 
 def test_a_pack_that_is_too_large_for_memory_continues_in_parts(tmp_path: Path) -> None:
-    """In real processes: each may use 4 GB; one run needs 3.3 GB, two runs need 4.8 GB."""
+    """In real processes: each may use 3.7 GB; one run needs 3.4 GB, three runs need over 5 GB."""
     small = [*SMALL, "lora.blocks=all", "train.batch_size=64", "train.train_tokens=8192"]
     paths = [f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
-    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(2)", *paths]
-    limit = 4_000_000_000
+    command = [sys.executable, "launch.py", "-m", *small, "train.seed=range(3)", *paths]
+    limit = 3_700_000_000
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -135,7 +135,7 @@ def test_a_pack_that_is_too_large_for_memory_continues_in_parts(tmp_path: Path) 
     )
     assert finished.returncode == 0, finished.stderr
     folders = folders_in(tmp_path)
-    assert len(folders) == 2
+    assert len(folders) == 3
     assert not any(folder.has_failed for folder in folders)
     assert all(folder.read_summary()["trained_together"] == 1 for folder in folders)
     logs = "".join(folder.log.read_text() for folder in folders)
@@ -158,7 +158,8 @@ def test_a_stopped_run_saves_and_can_resume(tmp_path: Path, ctrl_c: bool) -> Non
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if any(folder.read_curve() for folder in folders_in(tmp_path)):
+        # A stop before the first step has nothing to save, and the first row is of the untrained run.
+        if any(len(folder.read_curve()) > 1 for folder in folders_in(tmp_path)):
             break
         time.sleep(0.1)
     if ctrl_c:

@@ -114,7 +114,7 @@ def test_many_blocks_have_distances_that_are_symmetric_to_the_last_bit(
 ) -> None:
     """With only a few blocks the product itself is symmetric."""
     n_blocks = 33
-    monkeypatch.setitem(families._llama_like, "num_hidden_layers", n_blocks)
+    monkeypatch.setitem(families.LLAMA_LIKE, "num_hidden_layers", n_blocks)
     model = small_model("llama")
     for block in range(n_blocks):
         put_out(model, block, torch.randn(*TOKENS.shape, D_MODEL))
