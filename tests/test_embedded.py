@@ -51,7 +51,7 @@ def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str])
         special = loading.special_of(config, loaded, text.special_ids)
         assert special.ids == text.special_ids
         splices = (Splice(block, loaded.sae, special=special),)
-        students.append(LoRAStudent(model, splices, LoRAConfig(rank=1, blocks="all")))
+        students.append(LoRAStudent(model, splices, LoRAConfig(rank=1, blocks=[7])))
     comparison = Comparison(Head.of(model), 1024)
     return Evaluator(model, text.validation_tokens, 32, comparison)(students)
 

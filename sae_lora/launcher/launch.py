@@ -108,7 +108,8 @@ def _common_settings(points: Sequence[Config]) -> LauncherConfig:
 def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
-    from sae_lora.train.cost import estimate, left_out
+    from sae_lora.train.cost.estimate import estimate
+    from sae_lora.train.cost.runs import left_out
 
     for note in bos_notes([run.config for run in planned.runs]):
         say(f"note: {note}")
@@ -214,7 +215,7 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     if not runs:
         return []
     from sae_lora.launcher.prefetch import prefetched  # brings torch in
-    from sae_lora.train.cost import left_out
+    from sae_lora.train.cost.runs import left_out
 
     for run in runs:
         left_out(run.config)  # refuses lora.targets that the model does not have, before it is fetched

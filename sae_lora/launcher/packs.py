@@ -43,7 +43,7 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
 
 
 def _split(group: Pack, largest: int, fewest: int, settings: LauncherConfig) -> list[Pack]:
-    from sae_lora.train.cost import first_own_block  # brings torch in
+    from sae_lora.train.cost.runs import first_own_block  # brings torch in
 
     ordered = sorted(group, key=lambda run: (repr(run.config.sae.used), first_own_block(run.config)))
     number = min(len(group), max(fewest, -(-len(group) // largest)))
@@ -52,7 +52,7 @@ def _split(group: Pack, largest: int, fewest: int, settings: LauncherConfig) -> 
 
 def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
     """The pack, or parts of it that fit into memory."""
-    from sae_lora.train.cost import estimate  # brings torch in
+    from sae_lora.train.cost.estimate import estimate  # brings torch in
 
     if len(pack) > 1:
         needed = estimate([run.config for run in pack]).peak_bytes

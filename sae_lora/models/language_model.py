@@ -66,7 +66,7 @@ class LanguageModel:
         `block` may be the number of blocks, for the output of the last block. `first` is smaller than
         `block`; `first` and `resid` are as in `hidden`.
         """
-        with outputs_of([self.blocks[block - 1]]) as outputs, self._segment(first, block, resid):
+        with self._segment(first, block, resid), outputs_of([self.blocks[block - 1]]) as outputs:
             self._backbone(input_ids=tokens, use_cache=False)
         return outputs[0]
 

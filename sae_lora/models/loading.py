@@ -168,6 +168,8 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> Tensor:
+    if model.device.type == "meta":
+        return torch.zeros(1)  # shapes have no numbers to compare
     tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     return model(input_ids=tokens, use_cache=False).logits
 

@@ -80,7 +80,8 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
             _initialise_by_svd(layer)
     if model.device.type == "cpu":
         replace_dropout(model, Dropout)
-    _check_used(model, config)
+    if model.device.type != "meta":
+        _check_used(model, config)
     return adapters  # pyright: ignore[reportReturnType]
 
 

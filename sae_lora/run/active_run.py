@@ -25,7 +25,8 @@ from sae_lora.saes.loading import LoadedSAE, splices
 from sae_lora.tracking.tracker import Tracker
 from sae_lora.train import checkpoint, methods
 from sae_lora.train.checkpoint import Snapshot
-from sae_lora.train.cost import estimate, left_out
+from sae_lora.train.cost.estimate import estimate
+from sae_lora.train.cost.runs import left_out
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
 

@@ -34,11 +34,11 @@ from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import Comparison, fused_kl, kl_of, whole_kl
 from sae_lora.splice.student import LoRAStudent
+from sae_lora.train.cost.memory import PeakMemory
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import GradientState
 from scripts.benchmark.measure import Ratio, ratio, taking_turns
-from scripts.benchmark.memory import PeakMemory
 from scripts.benchmark.profile import Work, peak_flops_per_second, work_of
 from scripts.benchmark.reference import Reference, evaluate
 from scripts.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice

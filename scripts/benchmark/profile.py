@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from scripts.benchmark.memory import PeakMemory
+from sae_lora.train.cost.memory import PeakMemory
 
 _ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (

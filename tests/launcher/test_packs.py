@@ -10,7 +10,8 @@ from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
 from sae_lora.launcher.packs import packed, slots
 from sae_lora.launcher.plan import Pack, Run, plan
-from sae_lora.train.cost import estimate, first_own_block
+from sae_lora.train.cost.estimate import estimate
+from sae_lora.train.cost.runs import first_own_block
 from tests.support.points import Point
 
 
@@ -93,18 +94,18 @@ def test_runs_that_share_most_work_are_packed_together(point: Point) -> None:
 def test_packs_fit_into_memory(point: Point) -> None:
     overrides = [f"lora.blocks=all lora.rank=64 train.seed={seed}" for seed in range(8)]
     runs = plan_runs(point, *overrides)
-    alone = estimate([runs[0].config]).peak_bytes / 1e9
     sizes = []
-    for memory in (100 * alone, 3.4 * alone, 2 * alone, 0.5 * alone):
+    for size in (8, 4, 2, 1):
+        memory = 1.01 * estimate([run.config for run in runs[:size]]).peak_bytes / 0.9e9
         packs = pack_runs(runs, kind=LauncherKind.slurm, gpus_per_node=1, gpu_mem_gb=memory)
         for pack in packs:
             needed = estimate([run.config for run in pack]).peak_bytes / 1e9
-            assert needed <= 0.9 * memory or len(pack) == 1
+            assert needed <= 0.9 * memory
         sizes.append(max(len(pack) for pack in packs))
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 8
-    assert sizes[-1] == 1
-    assert len(set(sizes)) > 2
+    assert sizes == [8, 4, 2, 1]
+    too_little = 0.5 * estimate([runs[0].config]).peak_bytes / 1e9
+    packs = pack_runs(runs, kind=LauncherKind.slurm, gpus_per_node=1, gpu_mem_gb=too_little)
+    assert max(map(len, packs)) == 1
 
 
 def test_a_run_that_fits_nowhere_does_not_split_other_packs(point: Point) -> None:

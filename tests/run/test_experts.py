@@ -12,7 +12,7 @@ from sae_lora.embedded import MODEL
 from sae_lora.export.export import export
 from sae_lora.launcher.launch import launch
 from sae_lora.launcher.plan import plan
-from sae_lora.train.cost import estimate
+from sae_lora.train.cost.estimate import estimate
 from tests.support.architectures import tiny_model
 from tests.support.points import run_here
 from tests.support.subjects import quick_points_in

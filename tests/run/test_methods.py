@@ -22,7 +22,7 @@ from sae_lora.models.loading import load_tokenizer
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.run import execute
-from sae_lora.train.cost import estimate
+from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 from tests.support.points import SMALL, Point, run_here

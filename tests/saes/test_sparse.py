@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sae_lora.common.errors import ConfigError
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.sparse import SparseSAE, multiplied
-from scripts.benchmark.memory import PeakMemory
+from sae_lora.train.cost.memory import PeakMemory
 from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL
 

@@ -22,10 +22,10 @@ from sae_lora.splice.hooks import Coder
 from sae_lora.splice.positions import NOT_SPECIAL, Special
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import checkpoint
-from sae_lora.train.cost import _sae_weights
+from sae_lora.train.cost.memory import PeakMemory
+from sae_lora.train.cost.runs import sae_weights
 from sae_lora.train.optim import MeZOState
 from sae_lora.train.train_state import TrainState
-from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens, small_model
 from tests.support.learners import WIDTH
@@ -358,7 +358,7 @@ class TestMaps:
             adapter = OutputAdapter(kind, d, rank)
             config = Config(method=MethodConfig(kind=kind, rank=rank))
             assert sum(weight.numel() for weight in adapter.parameters()) == weights
-            assert _sae_weights(config, d, WIDTH) == weights
+            assert sae_weights(config, d, WIDTH) == weights
 
     def test_linear_maps_by_hand(self) -> None:
         """Worked by hand: x + W x + b, and with rank x + W₂ W₁ x + b."""

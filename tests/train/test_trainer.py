@@ -15,10 +15,10 @@ from sae_lora.records.schema import CurvePoint
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train import distill
 from sae_lora.train.checkpoint import Snapshot
+from sae_lora.train.cost.memory import PeakMemory
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import TrainState
-from scripts.benchmark.memory import PeakMemory
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import random_tokens, small_model
 from tests.support.stepping import gradients

@@ -71,7 +71,10 @@ def make() -> Path:
     venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
     (packages / "beneath.pth").write_text("\n".join(_site_packages()) + "\n")
-    install = [str(_python(folder)), *("-m", "pip", "install", "--disable-pip-version-check")]
+    install = [
+        str(_python(folder)),
+        *("-m", "pip", "install", "--no-compile", "--disable-pip-version-check"),
+    ]
     _run([*install, "--no-deps", f"sae-bench=={VERSION}"], log)
     say("  installing its requirements, about 300 MB")
     _run([*install, _MISSING_REQUIREMENT, *_requirements(packages)], log)

@@ -1,0 +1,1 @@
+"""Cost of runs that train together, from shapes only: floating-point operations and peak memory."""

@@ -1,0 +1,247 @@
+"""The properties of models, SAEs and runs that costs depend on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from torch import nn
+
+from sae_lora.config.enums import (
+    Architecture,
+    DType,
+    Method,
+    SAEFamily,
+)
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES
+from sae_lora.config.lora_targets import adapted_blocks
+from sae_lora.config.schema import Config, ModelConfig
+from sae_lora.models.hookpoints import Place
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import load_shapes
+from sae_lora.models.lora import selection
+from sae_lora.models.matrices import Selection
+from sae_lora.saes.sparse import is_sparse
+from sae_lora.train.cost.memory import Adapters, CountedModel, Graph
+
+BYTES = {DType.float32: 4, DType.bfloat16: 2}
+
+
+class SAELosses(NamedTuple):
+    """Cost of sae-lens's losses of an SAE in a step, in d_model · d_sae operations per token."""
+
+    forward: int = 4
+    """The forward pass with all losses."""
+    with_mse: int = 8
+    """The gradient of all losses together with that of the squared error."""
+    without: int = 0
+    """The gradient of the losses without the squared error."""
+
+
+_SAE_LOSSES = {
+    Architecture.standard: SAELosses(without=4),  # gradient of the penalty, through the encoder
+    Architecture.gated: SAELosses(10, 16, 8),  # three encoders and two decoders
+    Architecture.matryoshka: SAELosses(5, 10, 6),  # half of the decoder a second time
+}
+"""Architectures whose losses cost more than the squared error. Losses of dead latents are left out."""
+
+
+@dataclass(frozen=True)
+class CountedSAE:
+    """The properties of an SAE that costs depend on, and its identity."""
+
+    place: Place
+    name: str
+    width: int
+    bytes: int
+    """Bytes per number."""
+    sparse: bool
+    group: tuple[int, ...]
+    """The blocks that share it; empty if it belongs to one block."""
+
+    @property
+    def latents_bytes(self) -> int:
+        """Bytes per token of the latents that exist at once: before, during and after the activation."""
+        return 3 * self.width * self.bytes
+
+
+def each_once(saes: Sequence[CountedSAE]) -> list[CountedSAE]:
+    """The SAEs; an SAE that several blocks share occurs once."""
+    return list({sae.group or (sae.place, sae.name): sae for sae in saes}.values())
+
+
+class CountedRun:
+    """The properties of a run that the costs of its pack depend on."""
+
+    def __init__(self, model: LanguageModel, config: Config) -> None:
+        self.config = config
+        self.kind = config.method.kind
+        self.trains_saes = self.kind in TRAINING_SAES
+        self.mse = self.kind is Method.sae_finetune and config.method.mse
+        """True if the SAEs' squared error is part of the loss."""
+        # The architecture of an existing SAE is not known before it is loaded.
+        known = _SAE_LOSSES if config.sae.family is SAEFamily.new else {}
+        self.sae_losses = known.get(config.sae.architecture, SAELosses())
+        self.first = first_own_block(config)
+        """The first block that it computes itself."""
+        self.saes = tuple(
+            CountedSAE(
+                place=Place.of(choice),
+                name=f"{choice.release} {choice.id} {choice.path}",
+                width=choice.width or 0,
+                bytes=BYTES[config.sae.dtype],
+                sparse=is_sparse(config.sae.sparse, choice.width or 0),
+                group=tuple(choice.group),
+            )
+            for choice in config.sae.used
+        )
+        self.live = tuple(
+            sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
+        )
+        """The SAEs that are trained, or whose input training changes."""
+        self.frozen = tuple(sae for sae in self.saes if sae not in self.live)
+        self.d_model: int = model.config.hidden_size
+        self.n_blocks = len(model.blocks)
+        self.adapters = Adapters.of(config.lora) if self.kind in ADAPTING else None
+        self.adapted_blocks: list[int] = []
+        if self.kind in ADAPTING:
+            self.adapted_blocks = adapted_blocks(
+                config.lora.blocks, _first_sae(config), len(model.blocks)
+            )
+            weights = sum(
+                weight.adapter_weights(config.lora.rank, dora=config.lora.dora)
+                for weight in _selection(model, config).adapted
+            )
+        else:
+            d_model = model.config.hidden_size
+            weights = sum(sae_weights(config, d_model, sae.width) for sae in each_once(self.saes))
+        self.weights = weights
+        """Number of trainable parameters."""
+
+    def times(self, sae: CountedSAE, *, is_first: bool) -> int:
+        """Operations of a live SAE per token, in units of d_model · d_sae."""
+        once = 2 if sae.sparse else 4
+        match self.kind:
+            case Method.mezo:
+                return 2 * once
+            case Method.sae_finetune | Method.e2e:
+                # With LoRA b_dec is not trained, so that the first SAE needs no gradient of its input.
+                is_low_rank = self.kind is Method.sae_finetune and self.config.method.rank
+                losses, back = self.sae_losses, 6 if is_low_rank and is_first else 8
+                back_from_losses = back + losses.with_mse - 8 if self.mse else losses.without
+                return losses.forward + back + back_from_losses
+            case Method.linear_adapter | Method.mlp_adapter if is_first:
+                return once
+            case _:
+                return 2 if sae.sparse else 8
+
+    def graph(self, model: CountedModel, tokens: tuple[int, int]) -> Graph:
+        """Memory of its forward and backward pass with `(sequences, length)` tokens."""
+        if self.kind is Method.mezo:
+            blocks = model.inference(tokens, self.adapters, self.adapted_blocks)
+            return Graph(math.prod(tokens) * self.d_model * model.bytes, blocks)
+        number = math.prod(tokens)
+        trained = sum(4 * sae.width * sae.bytes for sae in self.live) if self.trains_saes else 0
+        if self.kind is Method.sae:
+            return Graph(number * trained, 0)
+        graph = model.graph(
+            self.first,
+            tokens,
+            self.adapters,
+            self.adapted_blocks,
+            through_first=self.kind not in ADAPTING,
+            recomputes=self.config.train.activation_checkpointing,
+        )
+        # At an SAE, the later blocks have no graph yet, or none any more.
+        n_live = self.n_blocks - self.first
+        later = [graph.kept * (self.n_blocks - 1 - sae.place.block) / n_live for sae in self.live]
+        at_saes = (
+            number * sae.latents_bytes - freed for sae, freed in zip(self.live, later, strict=True)
+        )
+        return Graph(graph.kept + number * trained, int(max(graph.extra, *at_saes, 0)))
+
+
+def sae_weights(config: Config, d_model: int, width: int) -> int:
+    """Number of trainable parameters at one SAE. The SAE itself has two matrices and two biases."""
+    rank = config.method.rank
+    match config.method.kind:
+        case Method.linear_adapter:
+            return d_model * (2 * rank if rank else d_model) + d_model
+        case Method.mlp_adapter:
+            return 2 * d_model * (rank or d_model) + (rank or d_model) + d_model
+        case Method.sae_finetune if rank:
+            return 2 * rank * (d_model + width)
+        case _:
+            return 2 * d_model * width + width + d_model
+
+
+def first_own_block(config: Config) -> int:
+    """The first block that a run computes itself. Its SAEs must be resolved."""
+    if config.method.kind not in ADAPTING:
+        return min(Place.of(choice).begins for choice in config.sae.used)
+    model = shapes(config.model.name, config.model.pinned_revision)
+    return min(adapted_blocks(config.lora.blocks, _first_sae(config), len(model.blocks)))
+
+
+def left_out(config: Config) -> dict[str, int]:
+    """Weights in the adapted blocks that stay frozen: paths inside a block, and numbers of weights.
+
+    Weights of one dimension are not counted. Empty for methods that adapt no block.
+    """
+    if config.method.kind not in ADAPTING:
+        return {}
+    model = shapes(config.model.name, config.model.pinned_revision)
+    return _selection(model, config).left_out
+
+
+_selections: dict[tuple[LanguageModel, str], Selection] = {}
+"""Selections by model and by the keys that they depend on, because runs of a sweep share them."""
+
+
+def _selection(model: LanguageModel, config: Config) -> Selection:
+    lora, first_sae = config.lora, _first_sae(config)
+    key = model, repr((first_sae, lora.blocks, lora.targets, lora.dropout > 0, lora.dora))
+    if key not in _selections:
+        _selections[key] = selection(model, lora, first_sae)
+    return _selections[key]
+
+
+def _first_sae(config: Config) -> int:
+    return min(choice.block for choice in config.sae.used)
+
+
+@cache
+def shapes(name: str, revision: str | None) -> LanguageModel:
+    """The model without weights."""
+    return load_shapes(ModelConfig(name=name, revision=revision))
+
+
+def _inputs_and_outputs(module: nn.Module) -> tuple[int, int]:
+    shape = module.get_parameter("weight").shape
+    return (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
+
+
+class Sizes:
+    """Sizes of a model that costs depend on."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        config = model.config
+        heads = getattr(config, "num_attention_heads", None) or 0  # recurrent models have none
+        # Some configs state it for each block, and raise an error when it is read as one value.
+        d_head = config.to_dict().get("head_dim") or getattr(config, "head_dim", None)
+        self.d_model: int = config.hidden_size
+        self.d_vocab: int = config.vocab_size
+        self.d_attention: int = heads * (d_head or self.d_model // (heads or 1))
+        """Number of heads times their width, on which the cost of attention depends."""
+        self.weights = sum(weight.numel() for weight in model.model.parameters())
+        self.blocks = [
+            [
+                _inputs_and_outputs(module)
+                for module in block.modules()
+                if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+                and weight.dim() == 2
+            ]
+            for block in model.blocks
+        ]
+        """Numbers of inputs and outputs of every matrix, block by block."""
