@@ -1,7 +1,7 @@
 """Commands of a researcher against a local server that imitates the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -9,7 +9,7 @@ import pytest
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from tests.support.commands import launch
+from tests.support.commands import launch, launch_each
 from tests.support.hub import COMMIT, Hub, commit_of, serving
 from tests.support.repositories import GEMMA_WIDTH, GPT2_WIDTH, PYTHIA_D_MODEL, documents, write_all
 
@@ -38,9 +38,21 @@ def hub(root: Path) -> Iterator[Hub]:
 
 def launch_from(address: str, home: Path, *overrides: str, **more: str) -> CompletedProcess[str]:
     """`sae-lora launch` with this address as the hub and with empty caches."""
-    places = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"]
-    environment = {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": None} | more
-    return launch(*overrides, *places, **environment)
+    return launch(*overrides, *_places(home), **_environment(address, home) | more)
+
+
+def launch_each_from(address: str, home: Path, *commands: Sequence[str]) -> list[CompletedProcess[str]]:
+    """The same for several commands, which share their caches."""
+    given = [(*command, *_places(home)) for command in commands]
+    return launch_each(*given, **_environment(address, home))
+
+
+def _places(home: Path) -> tuple[str, str]:
+    return f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"
+
+
+def _environment(address: str, home: Path) -> dict[str, str | None]:
+    return {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": None}
 
 
 def summary_in(home: Path) -> dict:
@@ -56,7 +68,12 @@ def summaries_in(home: Path) -> list[dict]:
 
 def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     sweep = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
-    finished = launch_from(hub.address, tmp_path, *sweep)
+    of_mlp = "gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108"
+    elsewhere = (
+        *("model=gemma2_2b", "sae=registry", f"sae.release={of_mlp[0]}", f"sae.id={of_mlp[1]}"),
+        *(*SMALL, "data=pile", "sweep=guessed"),
+    )
+    finished, refused = launch_each_from(hub.address, tmp_path, sweep, elsewhere)
     assert finished.returncode == 0, finished.stderr
     summary, mlp_summary = summaries_in(tmp_path)
     (sae,) = summary["sae"]
@@ -75,14 +92,10 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
     # The metadata of an MLP's SAE names its place. Another place is refused before anything runs.
     (sae,) = mlp_summary["sae"]
-    assert (sae["release"], sae["id"]) == ("gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108")
+    assert (sae["release"], sae["id"]) == of_mlp
     assert (sae["hookpoint"], sae["block"]) == ("blocks.12.hook_mlp_out", 12)
     assert "l12mlp_out" in mlp_summary["name"]
     assert mlp_summary["initial_gap"] != 0
-    request = ["sae=registry", f"sae.release={sae['release']}", f"sae.id={sae['id']}"]
-    refused = launch_from(
-        hub.address, tmp_path, "model=gemma2_2b", *request, *SMALL, "data=pile", "sweep=guessed"
-    )
     assert refused.returncode == 1
     assert "was trained at blocks.12.hook_mlp_out" in refused.stderr
     assert "nearest valid: layer.hook=mlp_out" in refused.stderr
@@ -109,7 +122,13 @@ def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -
     """GPT-2, whose tokenizer adds no BOS, and an SAE that normalises its input."""
     release, name = "gpt2-small-resid-post-v5-32k", "blocks.6.hook_resid_post"
     sae = [f"sae.release={release}", f"sae.id={name}"]
-    finished = launch_from(hub.address, tmp_path, "model=gpt2", "sae=registry", *sae, *SMALL)
+    # The same SAE from its hub repository, which no registry lists.
+    repository = ["sae.release=jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "sae.id=v5_32k_layer_6.pt"]
+    common = "model=gpt2", "sae=registry", *SMALL
+    finished, again = launch_each_from(
+        *(hub.address, tmp_path, (*common, *sae)),
+        (*common, *repository, "layer.index=6", "sweep=unlisted"),
+    )
     assert finished.returncode == 0, finished.stderr
     summary = summary_in(tmp_path)
     (sae,) = summary["sae"]
@@ -118,12 +137,6 @@ def test_registry_sae_of_the_older_format_end_to_end(hub: Hub, tmp_path: Path) -
     assert summary["model"]["class"] == "GPT2LMHeadModel"
     assert summary["data"]["bos"] is False
     assert summary["l0"] == pytest.approx(8, abs=0.5)
-    # The same SAE from its hub repository, which no registry lists.
-    repository = ["sae.release=jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "sae.id=v5_32k_layer_6.pt"]
-    again = launch_from(
-        *(hub.address, tmp_path, "model=gpt2", "sae=registry", *repository, *SMALL),
-        *("layer.index=6", "sweep=unlisted"),
-    )
     assert again.returncode == 0, again.stderr
     (path,) = tmp_path.glob("outputs/unlisted/*/summary.json")
     unlisted = json.loads(path.read_text())
@@ -162,14 +175,6 @@ def refusal(finished: CompletedProcess[str]) -> str:
     return finished.stderr
 
 
-def test_a_data_set_with_a_loading_script(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(
-        launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=redpajama", "data.revision=main")
-    )
-    assert "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded" in message
-    assert "data.revision=refs/convert/parquet" in message
-
-
 def test_gated(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add("google/gemma-2-2b")
     message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL))
@@ -178,21 +183,41 @@ def test_gated(hub: Hub, tmp_path: Path) -> None:
     assert "hf auth login" in message
 
 
-def test_missing_model(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch_from(hub.address, tmp_path, *GEMMA, *SMALL, "model.name=google/gemma-2-9b"))
-    assert "model.name = 'google/gemma-2-9b' cannot be loaded" in message
-    assert "no such repository" in message
+REFUSED = {
+    "a data set with a loading script": (
+        (*LLAMA, *SMALL, "data=redpajama", "data.revision=main"),
+        "data.name = 'togethercomputer/RedPajama-Data-1T-Sample' cannot be loaded",
+        "data.revision=refs/convert/parquet",
+    ),
+    "missing model": (
+        (*GEMMA, *SMALL, "model.name=google/gemma-2-9b"),
+        "model.name = 'google/gemma-2-9b' cannot be loaded",
+        "no such repository",
+    ),
+    "missing data set": (
+        (*LLAMA, *SMALL, "data=hf", "data.name=no/such"),
+        "data.name = 'no/such' cannot be loaded",
+    ),
+    "missing column": (
+        (*LLAMA, *SMALL, "data.column=txt"),
+        "data.column = 'txt'",
+        "nearest valid: data.column=text",
+    ),
+    "too little text": (
+        (*LLAMA, *SMALL, "train.train_tokens=10000000"),
+        "train.train_tokens",
+        "data.repeat=true",
+    ),
+}
+"""For each refused command, its arguments and parts of its message."""
 
 
-def test_missing_data_set(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data=hf", "data.name=no/such"))
-    assert "data.name = 'no/such' cannot be loaded" in message
-
-
-def test_missing_column(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "data.column=txt"))
-    assert "data.column = 'txt'" in message
-    assert "nearest valid: data.column=text" in message
+def test_refused_commands(hub: Hub, tmp_path: Path) -> None:
+    commands = [arguments for arguments, *_ in REFUSED.values()]
+    ended = launch_each_from(hub.address, tmp_path, *commands)
+    for (name, (_, *parts)), finished in zip(REFUSED.items(), ended, strict=True):
+        message = refusal(finished)
+        assert all(part in message for part in parts), (name, message)
 
 
 def test_no_network(tmp_path: Path) -> None:
@@ -205,9 +230,3 @@ def test_broken_download(hub: Hub, tmp_path: Path) -> None:
     hub.truncated.add("model.safetensors")
     message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL))
     assert "model.name = 'meta-llama/Llama-3.1-8B' cannot be loaded" in message
-
-
-def test_too_little_text(hub: Hub, tmp_path: Path) -> None:
-    message = refusal(launch_from(hub.address, tmp_path, *LLAMA, *SMALL, "train.train_tokens=10000000"))
-    assert "train.train_tokens" in message
-    assert "data.repeat=true" in message
