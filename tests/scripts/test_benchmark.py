@@ -1,6 +1,7 @@
 """The benchmark counts FLOPs, time and memory, and its command writes the record that it prints."""
 
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def test_comparisons() -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fork = multiprocessing.get_context("fork")  # a new process would import everything again
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _: fork)
     monkeypatch.setattr(compare, "SIZES", (1,))
     for shape in ("SMALL", "WIDE"):
         monkeypatch.setattr(compare, shape, TINY)
