@@ -13,7 +13,7 @@ It is made only from run folders and can be made again. Imports no torch.
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,7 +29,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_results
-from sae_lora.records.factors import SEED, label
+from sae_lora.records.factors import SEED, label, text
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS, NO_GAP
 from sae_lora.report import figures
@@ -45,9 +45,10 @@ _CURVES = "gap_over_"
 """Prefix of the names of the figures of curves."""
 _MOST_MAPPED = 3
 """Largest number of factors in a heat map."""
+_WITHOUT_OUTLIERS = "fvu_without_outliers"
 _SHOWN = (
     *("base_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement", "fvu"),
-    *("trainable_parameters", "train_flops", "train_seconds"),
+    *(_WITHOUT_OUTLIERS, "trainable_parameters", "train_flops", "train_seconds"),
     *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
 )
 """Metrics in the page's table."""
@@ -110,6 +111,15 @@ class Report:
         if no_flops:
             missing.append(f"training FLOPs are unknown for {no_flops} runs of an older version")
         return missing + self._refusals
+
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What was noticed about SAEs, and the names of the runs that each note is about."""
+        runs: defaultdict[str, list[str]] = defaultdict(list)
+        for run, notes in zip(self.frame["run"], self.frame["sae_notes"], strict=True):
+            for note in notes.splitlines():
+                runs[note].append(run)
+        return dict(runs)
 
     def views(self) -> list[View]:
         """The figures: curves, evaluation suites, and the gap closed over the factors."""
@@ -294,21 +304,25 @@ def _columns(frame: Frame) -> list[tuple[str, str]]:
     names = [(name, label(name)) for name in factors(frame)]
     if frame["sweep"].nunique() > 1:
         names = [("sweep", "sweep"), *names]
-    metrics = [(key, METRICS[key].column) for key in _SHOWN]
-    metrics.insert(_SHOWN.index("trainable_parameters"), ("measured_l0", "L0 measured"))
+    shown = [key for key in _SHOWN if key != _WITHOUT_OUTLIERS or _has_outliers(frame)]
+    metrics = [(key, METRICS[key].column) for key in shown]
+    metrics.insert(shown.index("trainable_parameters"), ("measured_l0", "L0 measured"))
     evaluated = [(name, name.partition("/")[2]) for name in frame if "/" in name]
     return [*names, *metrics, *evaluated]
 
 
+def _has_outliers(frame: Frame) -> bool:
+    """True if outliers change the FVU of a run."""
+    return bool((frame[_WITHOUT_OUTLIERS].notna() & (frame[_WITHOUT_OUTLIERS] != frame["fvu"])).any())
+
+
 def _cell(value: Any, column: str) -> str:
     """A value as the table shows it."""
-    if value is None:
-        return "–"
-    if column in METRICS:
+    if value is not None and column in METRICS:
         return METRICS[column].written(value)
     if isinstance(value, float):
         return f"{value:.3f}" if "/" in column else f"{value:,.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else text(value)
 
 
 def _intercepts(fitted: Fit) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def check_family(model: PreTrainedModel) -> None:
     assert close(ce(parts.logits(parts.hidden(tokens)), tokens), base)
     head = Head.of(parts)
     assert close(ce(head.logits(parts.hidden(tokens)), tokens), base)
-    for cut in range(1, N_BLOCKS + 1):
+    for cut in (1, N_BLOCKS // 2, N_BLOCKS):
         resid = parts.resid_entering(cut, tokens)
         with replaced(parts.blocks[cut - 1], lambda _, resid=resid: resid):
             assert close(ce(model(input_ids=tokens, use_cache=False).logits, tokens), base)

@@ -63,6 +63,21 @@ def test_the_page_has_the_command_of_each_run(tmp_path: Path) -> None:
         assert config["lora"]["rank"] == run["rank"] and config["layer"]["index"] == run["block"]
 
 
+def test_notes_and_settings_stand_beside_their_runs(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "sweep")
+    curve = sweep.begun().read_curve()
+    noticed = {"notes": ["position 0 holds 99% of the variance"], "fvu_without_outliers": 0.5}
+    sweep.told("kept", curve, {"sae.keep_first": True}, **noticed)
+    sweep.told("left", curve, {"sae.keep_first": False})
+    report = Report(load_sweep(tmp_path / "sweep"))
+    assert report.notes == {noticed["notes"][0]: ["kept"]}
+    text = page(report, [], tmp_path / "report")
+    row = text[text.index('data-value="kept"') :].partition("</tr>")[0]
+    assert 'href="#notes"' in row and ">True</td>" in row and ">0.500</td>" in row
+    section = text[text.index('id="notes"') :]
+    assert section.index(noticed["notes"][0]) < section.index('href="#run-kept"')
+
+
 def test_nothing_finished_yet(tmp_path: Path) -> None:
     MadeUp(tmp_path / "sweep").folder()
     report = Report(sweep := load_sweep(tmp_path / "sweep"))

@@ -145,7 +145,7 @@ def test_two_processes_train_like_one_process(tmp_path: Path) -> None:
             planned.freeze()
         folders[home] = [planned.folder for planned in runs]
     assert attempt(*folders["one"]).returncode == 0
-    code, output = Leader(folders["two"], 2).ended()
+    code, output = Leader(folders["two"], 2, forked=False).ended()
     assert code == 0, output
     for single, shared in zip(folders["one"], folders["two"], strict=True):
         for expected_point, point in zip(single.read_curve(), shared.read_curve(), strict=True):

@@ -10,11 +10,14 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 from safetensors.torch import load_file
@@ -25,7 +28,7 @@ from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.launcher.launch"])
+FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.run.worker", "sae_lora.launcher.launch"])
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,69 @@ def attempt(
         return Ended(process.exitcode, *said)
 
 
+class ForkedWorker:
+    """A worker that is forked from its leader, with the parts of `subprocess.Popen` that leaders use.
+
+    Args:
+        command: `python -m … sae_lora.run.worker <folder> …`.
+        env: The worker's environment variables.
+    """
+
+    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            from sae_lora.run import worker
+
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = list(command[command.index("sae_lora.run.worker") :])
+            code = 1
+            try:
+                code = worker.main()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code; `None` while the worker is alive."""
+        if self._code is None:
+            with contextlib.suppress(ChildProcessError):  # another thread has just collected it
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, timeout: float = 60) -> int:
+        """Wait for the end; return the exit code."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.01)
+        return code
+
+    def kill(self) -> None:
+        """Kill the worker."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Leader:
     """A running attempt, with several processes that share the batches.
 
     Args:
         folders: The run folders.
-        processes: Number of processes. The workers are new processes, which import everything.
+        processes: Number of processes.
+        forked: True if workers are forked from the leader. Real workers are new processes, whose imports
+            take longer than a small run.
     """
 
-    def __init__(self, folders: Sequence[RunFolder], processes: int) -> None:
+    def __init__(self, folders: Sequence[RunFolder], processes: int, *, forked: bool = True) -> None:
         descriptor, self._output = tempfile.mkstemp()
         os.close(descriptor)
         paths = [folder.path for folder in folders]
-        self._process = FORKS.Process(target=_leader, args=(paths, processes, self._output))
+        self._process = FORKS.Process(target=_leader, args=(paths, processes, self._output, forked))
         self._process.start()
 
     def send_signal(self, number: int) -> None:
@@ -155,12 +208,7 @@ class Leader:
     @property
     def workers(self) -> list[psutil.Process]:
         """The workers that are still alive."""
-        workers = []
-        for child in psutil.Process(self._process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "sae_lora.run.worker" in " ".join(child.cmdline()):
-                    workers.append(child)
-        return workers
+        return psutil.Process(self._process.pid).children()
 
     def ended(self) -> tuple[int, str]:
         """Wait until the leader ends; return its exit code and the output of all processes."""
@@ -172,9 +220,13 @@ class Leader:
         return self._process.exitcode, text
 
 
-def _leader(paths: list[Path], processes: int, output: str) -> None:
+def _leader(paths: list[Path], processes: int, output: str, forked: bool) -> None:
     from sae_lora.run import execute
+    from sae_lora.train import distributed
 
+    if forked:
+        timeout = subprocess.TimeoutExpired
+        distributed.subprocess = SimpleNamespace(Popen=ForkedWorker, TimeoutExpired=timeout)  # pyright: ignore
     _redirect(output, output)
     _end(execute.main, paths, f"--processes-per-node={processes}")
 

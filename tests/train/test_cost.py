@@ -47,7 +47,8 @@ CASES = [
     ("layer.index=[2,5] method=e2e sae=tiny",),
     ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
     (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),
-    tuple(f"lora.rank={rank}" for rank in range(1, 11)),  # more than eight runs: two groups
+    # More than eight runs: two groups.
+    tuple(f"lora.rank={rank} lora.blocks=[7]" for rank in range(1, 11)),
 ]
 """Runs that train together, by the values that differ from the defaults."""
 

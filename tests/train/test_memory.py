@@ -15,6 +15,7 @@ from sae_lora.train.cost.memory import Adapters, CountedModel, PeakMemory
 from scripts.benchmark.memory import measured_bytes
 from tests.support.architectures import ARCHITECTURES, tiny_model
 from tests.support.families import D_MODEL, D_VOCAB, FAMILIES, N_BLOCKS, small_model
+from tests.support.tiny_models import small_causal_model
 
 BATCH, LENGTH = 8, 32
 
@@ -43,6 +44,27 @@ def test_a_pass_with_gradient_takes_the_counted_memory(
         )
 
 
+@pytest.mark.case("A13")
+@pytest.mark.parametrize("model_type", ["doge", "opt"])
+def test_unusual_blocks_are_counted(model_type: str, tmp_path: Path) -> None:
+    """Doge's mask has a gradient, and OPT's head reads states that are narrower than its blocks."""
+    check_counted(LanguageModel(small_causal_model(model_type)), *UPPER_HALF, tmp_path)
+
+
+def test_a_block_that_cannot_be_counted_takes_at_least_its_matrices(tmp_path: Path) -> None:
+    """The shapes in JetMoE's blocks depend on numbers."""
+    model = LanguageModel(small_causal_model("jetmoe"))
+    first, config = UPPER_HALF
+    config.blocks = [2, 3]
+    arguments = first, (BATCH, LENGTH), Adapters.of(config), config.blocks
+    graph = counted(model, tmp_path).graph(*arguments, through_first=False)
+    lora.attach(model, config, 0)
+    with PeakMemory() as memory:
+        hidden = model.hidden(torch.zeros(BATCH, LENGTH, dtype=torch.long))
+    assert hidden.requires_grad
+    assert 0 < graph.kept < memory.now
+
+
 def check_counted(model: LanguageModel, first: int, config: LoRAConfig, folder: Path) -> None:
     choose_attention(model.model, Attention.auto, model.device)
     config.blocks = adapted = list(range(first, N_BLOCKS))
@@ -54,12 +76,11 @@ def check_counted(model: LanguageModel, first: int, config: LoRAConfig, folder: 
     lora.set_adapter_dropout(model, True)
     tokens = torch.randint(D_VOCAB, (BATCH, LENGTH))
     resid = torch.randn(BATCH, LENGTH, D_MODEL) if first else None
-    slope = torch.randn(BATCH, LENGTH, D_MODEL)
     with PeakMemory() as memory:
         hidden = model.hidden(tokens, first, resid)
         kept = memory.now
         memory.peak = kept
-        hidden.backward(slope)
+        hidden.backward(torch.ones_like(hidden))
     assert graph.kept == pytest.approx(kept, rel=0.05)
     assert graph.kept + graph.extra == pytest.approx(memory.peak, rel=0.07)
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention, DType, Initialisation
 from sae_lora.config.schema import LoRAConfig, ModelConfig
 from sae_lora.models import lora
@@ -98,7 +99,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Context in which torch's attention on the meta device is the fused one, as on real devices.
+    """Context in which torch's attention on the meta device is the fused one where real devices fuse it.
 
     On the meta device alone, torch would make the whole matrix of scores.
     """
@@ -108,14 +109,11 @@ class _FusedAttention(TorchFunctionMode):
     ) -> Any:
         keywords = keywords or {}
         if function is functional.scaled_dot_product_attention and arguments[0].is_meta:
-            query, keys = arguments[:2]
-            # Keys that are broadcast to the heads of the query (Falcon) are not fused on any device.
-            if keywords.get("enable_gqa") or query.shape[:-2] == keys.shape[:-2]:
-                return _fused_attention(*arguments, **keywords)
+            return _attention(*arguments, **keywords)
         return function(*arguments, **keywords)
 
 
-def _fused_attention(
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -126,7 +124,15 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """The arguments are those of torch's `scaled_dot_product_attention`."""
-    del enable_gqa  # the fused one takes fewer heads of keys as they are
+    # Not fused on a CPU: keys that are broadcast to the heads of the query (Falcon), values of another
+    # width than keys (latent attention), masks that have a gradient (Doge).
+    broadcast = not enable_gqa and query.shape[:-2] != key.shape[:-2]
+    masked_with_gradient = attn_mask is not None and attn_mask.requires_grad
+    if broadcast or query.shape[-1] != value.shape[-1] or masked_with_gradient:
+        given = attn_mask, dropout_p, is_causal
+        return functional.scaled_dot_product_attention(
+            query, key, value, *given, scale=scale, enable_gqa=enable_gqa
+        )
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -287,22 +293,28 @@ class CountedModel:
 
 
 @cache
-def _meta(model: CountedModel) -> LanguageModel:
+def _without_numbers(model: CountedModel) -> LanguageModel:
     shapes = load_shapes(ModelConfig(name=model.name, revision=model.revision)).model
     for weight in shapes.parameters():
         weight.data = weight.data.to(getattr(torch, model.dtype.name))
     fused = (Attention.sdpa, Attention.flash_attention_2, Attention.flex_attention)
     attention = Attention.sdpa if model.attention in fused else model.attention
     choose_attention(shapes, attention, torch.device("cuda" if model.on_gpu else "cpu"))
-    counted = LanguageModel(shapes)
-    with PeakMemory():  # the first pass also finds the structure of the model
+    return LanguageModel(shapes)
+
+
+@cache
+def _meta(model: CountedModel) -> LanguageModel:
+    """The same after its first pass, which also finds its structure."""
+    counted = _without_numbers(model)
+    with _as_on_devices(), PeakMemory():
         counted.resid_entering(len(counted.blocks), torch.zeros(1, 2, dtype=torch.long, device="meta"))
     return counted
 
 
 @cache
 def _kinds(model: CountedModel) -> list[int]:
-    shapes = _meta(model)
+    shapes = _without_numbers(model)
     types = getattr(shapes.config, "layer_types", None) or [""] * len(shapes.blocks)
     kinds = [(repr(block), kind) for block, kind in zip(shapes.blocks, types, strict=True)]
     last = {kind: block for block, kind in enumerate(kinds)}
@@ -330,13 +342,49 @@ def _block_pass(
     adapters: Adapters | None,
     gradient: Gradient,
 ) -> Pass:
+    try:
+        return _counted_pass(model, block, tokens, adapters, gradient)
+    except UserError:
+        raise
+    except Exception:  # shapes that depend on numbers (the experts of JetMoE) raise errors of any kind
+        return _pass_of_matrices(model, block, tokens, adapters, gradient)
+
+
+def _pass_of_matrices(
+    model: CountedModel,
+    block: int,
+    tokens: tuple[int, int],
+    adapters: Adapters | None,
+    gradient: Gradient,
+) -> Pass:
+    """Memory of a block that cannot be counted, at least: inputs and outputs of every matrix."""
+    blocks = _without_numbers(model).blocks
+    if block == len(blocks):  # the norm before the head, which is small
+        return Pass(0, 0, 0)
+    experts = _without_numbers(model).config_value("num_experts_per_tok") or 1
+    weights = [weight for weight in blocks[block].parameters() if weight.dim() > 1]
+    shapes = [weight.shape[-2:] for weight in weights for _ in range(experts if weight.dim() > 2 else 1)]
+    number = tokens[0] * tokens[1]
+    numbers = [sum(shape) for shape in shapes]
+    low_rank = 4 * adapters.rank * len(shapes) if adapters is not None else 0
+    all_states = number * (model.bytes * sum(numbers) + low_rank)
+    kept = all_states if gradient is not Gradient.none else number * model.bytes * max(numbers)
+    return Pass(kept, kept, kept + number * model.bytes * max(numbers))
+
+
+def _counted_pass(
+    model: CountedModel,
+    block: int,
+    tokens: tuple[int, int],
+    adapters: Adapters | None,
+    gradient: Gradient,
+) -> Pass:
     adapted = _adapted(model, adapters)
     with torch.device("meta"):
         ids = torch.zeros(tokens, dtype=torch.long)
         shape = (*tokens, adapted.config.hidden_size)
         dtype = getattr(torch, model.dtype.name)
         resid = torch.empty(shape, dtype=dtype, requires_grad=gradient is Gradient.through)
-        slope = torch.empty(shape, dtype=dtype)
         given = resid if block else None  # block 0 reads the embedding
         with _as_on_devices(), PeakMemory() as memory:
             with torch.set_grad_enabled(gradient is not Gradient.none):
@@ -347,7 +395,7 @@ def _block_pass(
             kept, forward, backward = memory.now, memory.peak, 0
             if output.requires_grad:
                 memory.peak = memory.now
-                output.backward(slope)
+                output.backward(torch.empty_like(output))
                 backward = memory.peak
     adapted.model.zero_grad()
     return Pass(kept, forward, backward)
