@@ -18,7 +18,10 @@ class UnreachableError(UserError):
     """The hub does not answer, and the requested files are not in the cache."""
 
 
-_OFFLINE = "it is not in the local cache, and the hub cannot be reached (no network, or offline mode)"
+_OFFLINE = (
+    "there is no such folder on this machine, it is not in the local cache, and the hub cannot be reached "
+    "(no network, or offline mode)"
+)
 _BROKEN = "the hub cannot be reached, or the connection broke; check the network and try again"
 
 
