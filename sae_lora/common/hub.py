@@ -19,8 +19,8 @@ class UnreachableError(UserError):
 
 
 _OFFLINE = (
-    "there is no such folder on this machine, it is not in the local cache, and the hub cannot be reached "
-    "(no network, or offline mode)"
+    "there is no such folder on this machine, it is not in the local cache, and the hub cannot be "
+    "reached (no network, or offline mode)"
 )
 _BROKEN = "the hub cannot be reached, or the connection broke; check the network and try again"
 
