@@ -12,8 +12,12 @@ BASE_MODEL = "<path of the base model>"
 """The name of a local model in an export: nobody else has its folder."""
 MODEL_CARD = "README.md"
 """The file of the model card, which every export has, and no run folder."""
-_PATH = re.compile(r"(?<![\w:/.<])(?:~[\w.-]*)?/(?:[^\s'\"`,;:()/]+/)+([^\s'\"`,;:()/]*)")
-"""An absolute path of at least two parts in a text; the group is its last part."""
+_PATH = re.compile(
+    r"(?<![\w:/.<\\])(?:(?:file|path):(?://)?)?(?:~[\w.-]*|\.\.)?/(?:[^\s'\"`,;:()/]+/)+([^\s'\"`,;:()/]*)"
+    r"|(?<![\w\\])[A-Za-z]:\\(?:[^\s'\"`,;:()\\]+\\)*([^\s'\"`,;:()\\]*)"
+)
+"""A path outside this folder of at least two parts, or a path of Windows, in a text; a group is its last
+part. An address such as https://… is no such path."""
 
 
 def is_local(model: ModelConfig) -> bool:
@@ -41,7 +45,9 @@ def public(values: Any, model: ModelConfig) -> Any:
         case str() if values.startswith(("/", "~/")):
             return PurePath(values).name
         case str():
-            return _PATH.sub(r"\1", values)
+            names_folder = is_local(model) and "/" in model.name
+            text = values.replace(model.name, BASE_MODEL) if names_folder else values
+            return _PATH.sub(lambda path: path[1] or path[2] or "", text)
         case _:
             return values
 

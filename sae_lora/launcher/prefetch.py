@@ -80,15 +80,18 @@ class _Text(NamedTuple):
 
 
 def check_local(configs: Sequence[Config]) -> None:
-    """Refuse text and folders that `prefetched` or the runs would refuse, as far as this is quick.
+    """Refuse text, models and folders that a launch would refuse, as far as this is quick.
 
-    Nothing is fetched or written. Text of the hub is not checked.
+    Nothing is fetched or written. Text and models of the hub are not checked.
 
     Raises:
-        UserError: For local text that cannot be used, and folders that cannot be written.
+        UserError: For local text and models that cannot be used, and folders that cannot be written.
     """
     transformers_logging.disable_progress_bar()
     checked: set[str] = set()
+    for model in {config.model.name: config.model for config in configs}.values():
+        if Path(model.name).expanduser().is_dir():
+            fetch_model(model)
     for config in configs:
         check_can_be_made(Path(config.output_dir).expanduser() / config.sweep, "output_dir")
         check_can_be_made(Path(config.data.cache_dir).expanduser(), "data.cache_dir")

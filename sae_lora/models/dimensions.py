@@ -134,7 +134,8 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(values, dict) or not values.get("model_type"):
         raise unusable(config, f"{path} is no config of transformers: it has no model_type")
     for part in (values, values.get("text_config") or {}):
-        if quantisation := part.get("quantization_config") or part.get("compression_config"):
+        quantisation = part.get("quantization_config", part.get("compression_config"))
+        if quantisation is not None:
             raise unusable(config, _because_quantised(quantisation))
     if values.get("is_encoder_decoder"):
         raise unusable(config, "it is an encoder-decoder, and only causal language models are supported")
@@ -154,13 +155,16 @@ def _config_file(config: ModelConfig) -> Path:
     return Path(hf_hub_download(config.name, "config.json", revision=revision))
 
 
+UNQUANTISED = (
+    "only float weights are supported; name the repository of the model before its quantisation"
+)
+"""Advice about quantised weights."""
+
+
 def _because_quantised(quantisation: Any) -> str:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     kind = f" ({method})" if method else ""
-    return (
-        f"its weights are quantised{kind}, and only float weights are supported; "
-        "name the repository of the model before its quantisation"
-    )
+    return f"its weights are quantised{kind}, and {UNQUANTISED}"
 
 
 def _through_transformers(config: ModelConfig) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, structure: "_Structure | None" = None) -> None:
         self.model = model.requires_grad_(False).eval()
+        self.notes: list[str] = []
+        """What was noticed while it was loaded."""
         self._known_additions: set[int] = set()
         with self.supported():
             self.config: Any = model.config.get_text_config()

@@ -19,6 +19,7 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
+from sae_lora.common.console import count
 from sae_lora.common.errors import ConfigError, is_out_of_memory, listed
 from sae_lora.config.enums import Attention, Device, DType
 from sae_lora.config.schema import Config, ModelConfig
@@ -56,8 +57,8 @@ def _load_config(config: ModelConfig) -> PreTrainedConfig:
     return loaded
 
 
-def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
-    """The model with exactly the weights in its files.
+def _load_causal_lm(config: ModelConfig, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model with the weights in its files, and the names of those that it does not use.
 
     Raises:
         UserError: If transformers would draw a weight at random, or load an adapter with the model.
@@ -72,7 +73,7 @@ def _load_causal_lm(config: ModelConfig, **options: Any) -> PreTrainedModel:
         raise unusable(config, f"its weight {name} has the shape {shapes}")
     if getattr(model, "peft_config", None):
         raise unusable(config, "it comes with an adapter of peft; save it after merge_and_unload()")
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -118,20 +119,28 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     Raises:
         UserError: If it cannot be found, fetched or used.
     """
-    model: Any = _load_causal_lm(config, dtype=getattr(torch, config.dtype.name))
+    model: Any
+    model, unused = _load_causal_lm(config, dtype=getattr(torch, config.dtype.name))
     # Only weights: rotary frequencies are buffers and stay float32, or positions become inexact.
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     _check_finite(config, model)
     language_model = LanguageModel(model)
+    if unused:
+        language_model.notes.append(
+            f"the files of {config.name} hold {count(len(unused), 'weight')} that "
+            f"{type(model).__name__} does not use with this config: {listed(unused, 3)}"
+        )
     check_parts(language_model)
     choose_attention(model, config.attention, device)
     return language_model
 
 
 def _check_finite(config: ModelConfig, model: PreTrainedModel) -> None:
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict().items():  # with buffers of its files
+        if not weight.is_floating_point():
+            continue
         # The two extremes are NaN if one element is: no mask as large as the weight is needed.
         if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
             raise unusable(config, f"its weight {name} holds NaN or infinity")
@@ -151,6 +160,9 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
             return
         attention, nearest = Attention.blockwise, "eager"
     blockwise_attention.register()
+    if attention is Attention.flex_attention and device.type == "cpu":
+        because = "its backward pass does not run on a CPU"
+        raise ConfigError("model.attention", attention.name, "another one on a CPU", "sdpa", because)
     allowed = f"an implementation that {type(model).__name__} supports on this machine"
     expected = _probe_logits(model)
     try:

@@ -154,25 +154,29 @@ def select(model: LanguageModel, blocks: Sequence[int], targets: Any) -> Selecti
         selected = can_adapt and asked.select(weight)
         (adapted if selected else frozen)[weight.name] = weight
         if can_adapt and not selected and weight.roles & asked.roles:
-            raise _fused(weight, targets)
+            roles = {role for each in block_weights(model, blocks) for role in each.roles}
+            raise _fused(weight, targets, roles)
     selection = Selection(list(adapted.values()), list(frozen.values()))
     if unmet := asked.without_effect(selection.adapted):
-        raise _selects_nothing(unmet[0], targets, selection)
+        raise _selects_nothing(unmet, targets, selection)
     return selection
 
 
-def _fused(weight: BlockWeight, targets: Any) -> ConfigError:
+def _fused(weight: BlockWeight, targets: Any, roles: set[str]) -> ConfigError:
+    """The error for a target that is a part of this weight; `roles` are those of all weights."""
+    attention = "qkv" if roles.issuperset("qkv") else "attn"
     fused = "".join(role for role in ("q", "k", "v", "gate", "up") if role in weight.roles)
     return ConfigError(
         "lora.targets",
         targets,
         "a set with all or none of them",
-        nearest="mlp" if weight.part == MLP else "qkv",
+        nearest="mlp" if weight.part == MLP else attention,
         because=f"this model has {fused} in one matrix ({weight.name.removesuffix('.weight')})",
     )
 
 
-def _selects_nothing(word: str, targets: Any, selection: Selection) -> ConfigError:
+def _selects_nothing(unmet: Sequence[str], targets: Any, selection: Selection) -> ConfigError:
+    word = unmet[0]
     weights = [*selection.adapted, *selection.frozen]
     paths = dict.fromkeys(weight.path for weight in weights if weight.kind is not Kind.other)
     if not is_pattern(word):
@@ -183,7 +187,9 @@ def _selects_nothing(word: str, targets: Any, selection: Selection) -> ConfigErr
     because = f"no adapter fits {unfit[0]}" if unfit else f"the adapted blocks have no matrix {word}"
     nearest = nearest_name(word, paths)
     if nearest is not None and isinstance(targets, list):
-        nearest = f"[{','.join(nearest if target == word else str(target) for target in targets)}]"
+        fitting = {each: nearest_name(each, paths) for each in unmet}
+        mended = [fitting.get(str(target), str(target)) for target in targets]
+        nearest = f"[{','.join(dict.fromkeys(each for each in mended if each is not None))}]"
     allowed = f"names such as attn, and patterns of {listed(paths, 30)}"
     return ConfigError("lora.targets", targets, allowed, nearest, because)
 

@@ -8,8 +8,10 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from sae_lora.config.schema import ModelConfig
-from sae_lora.models.dimensions import source, unusable
+from sae_lora.models.dimensions import UNQUANTISED, source, unusable
 
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Types of weights in safetensors files that are no codes of quantised weights."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of a file of weights in transformers. With `.index.json`, the file lists several."""
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes")
@@ -96,8 +98,13 @@ def _check_file(config: ModelConfig, file: Path) -> None:
         if start.startswith(b"version https://git-lfs"):
             raise unusable(config, f"{file} is a pointer of Git LFS; fetch the file with `git lfs pull`")
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="numpy"):  # compares the size of the file with its header
-                return
+            with safe_open(file, framework="numpy") as opened:  # compares its size with its header
+                types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            for name, stored in types.items():
+                if name.endswith("weight") and stored not in _NUMBERS:
+                    quantised = f"its weight {name} is quantised ({stored} in {file.name})"
+                    raise unusable(config, f"{quantised}, and {UNQUANTISED}")
+            return
     except (OSError, SafetensorError) as error:
         raise unusable(config, f"{file} is damaged or incomplete: {error}") from error
     # Versions of torch before 1.6 wrote no zip files.

@@ -57,8 +57,8 @@ class ActiveRun:
         """The summary or the error; `None` while the run is unfinished."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
-        self.sinks: list[str] = []
-        """Notes about positions that hold most of the variance of an SAE's input."""
+        self.noticed: list[str] = []
+        """Notes about the model, and positions that hold most of the variance of an SAE's input."""
         self._check = check
         self._release = release
         self._saved: Snapshot | None = None
@@ -195,7 +195,7 @@ class ActiveRun:
             },
             tracked_at=self._tracker.place,
             special=self._special,
-            sinks=self.sinks,
+            noticed=self.noticed,
             **common,
         )
         self.folder.write_summary(summary)

@@ -21,7 +21,7 @@ def summarise(
     contributions: Mapping[str, Contribution],
     data: Mapping[str, Any],
     special: Sequence[Special],
-    sinks: Sequence[str],
+    noticed: Sequence[str],
     left_out: Mapping[str, int],
     **remaining: Any,
 ) -> Summary:
@@ -34,7 +34,7 @@ def summarise(
         contributions: Contribution of each SAE by hookpoint, if there are several.
         data: Description of the text.
         special: The rule for special positions of each SAE.
-        sinks: Notes about positions that hold most of the variance of an SAE's input.
+        noticed: Notes about the model, and positions that hold most of the variance of an SAE's input.
         left_out: Weights in the adapted blocks that stay frozen: paths and numbers.
         remaining: The fields of the summary that do not follow from the other arguments.
     """
@@ -62,7 +62,7 @@ def summarise(
             for hookpoint in [sae.description["hookpoint"]]
         ],
         data=dict(data),
-        notes=[*notes(config, saes, data["bos"], first), *sinks],
+        notes=[*notes(config, saes, data["bos"], first), *noticed],
         lora=_describe_lora(config.lora, left_out) if config.method.kind in ADAPTING else {},
         method={"kind": config.method.kind.name, "rank": config.method.rank, "init": config.init},
         seed=config.train.seed,

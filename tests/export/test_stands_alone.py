@@ -195,11 +195,20 @@ def test_paths_are_cut_in_any_value() -> None:
         "model_name": "models/mine",
         "text": "sae.path = '/home/me/saes/one' was trained on ~/data/books.jsonl, see https://a.b/c/d",
         "list": ["/home/me/saes/one", "~/x y/z", 3, None, "nats/token", "and/or", "/think"],
+        "others": [
+            "file:///home/me/data.jsonl",
+            "path:/home/me/run",
+            "C:\\Users\\me\\sae",
+            "../../me/sae",
+        ],
+        "inside": "this run uses it in models/mine",
     }
     assert public(values, model) == {
         "model_name": BASE_MODEL,
         "text": "sae.path = 'one' was trained on books.jsonl, see https://a.b/c/d",
         "list": ["one", "z", 3, None, "nats/token", "and/or", "think"],
+        "others": ["data.jsonl", "run", "sae", "sae"],
+        "inside": f"this run uses it in {BASE_MODEL}",
     }
     assert public({"name": "tiny"}, ModelConfig(name="tiny")) == {"name": "tiny"}
     assert public("org/m", ModelConfig(name="org/m", commit="0" * 40)) == "org/m"

@@ -18,6 +18,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.matrices import select
 from tests.support.architectures import ARCHITECTURES, tiny_model, tiny_shapes
 from tests.support.families import FAMILIES, random_tokens, small_model
+from tests.support.tiny_models import small_causal_model
 from tests.support.trainings import fill
 
 BLOCKS = [0, 2, 3]
@@ -177,6 +178,20 @@ def test_a_target_that_selects_nothing_is_refused(
     assert because in str(error.value)
     if nearest is not None:
         assert error.value.nearest == nearest
+
+
+@pytest.mark.case("A2")
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [("phi", ["mlp.fc3", "foo_bar", "o"]), ("jetmoe", "k"), ("jetmoe", "qv"), ("qwen3_5_text", "qv")],
+)
+def test_the_nearest_targets_are_accepted(model_type: str, targets: object) -> None:
+    model = LanguageModel(small_causal_model(model_type))
+    with pytest.raises(ConfigError) as error:
+        select(model, range(4), targets)
+    nearest = str(error.value.nearest)
+    mended = nearest.strip("[]").split(",") if nearest.startswith("[") else nearest
+    assert select(model, range(4), mended).adapted
 
 
 def test_matrices_that_read_the_residual_stream() -> None:

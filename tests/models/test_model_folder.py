@@ -14,6 +14,7 @@ from sae_lora.config.enums import DType
 from sae_lora.config.schema import ModelConfig
 from sae_lora.models import loading
 from sae_lora.models.model_folder import check_files
+from tests.support.architectures import tiny_model
 from tests.support.families import small_model
 
 CPU = torch.device("cpu")
@@ -49,6 +50,19 @@ def write_zip(folder: Path) -> None:
     truncate(folder / "pytorch_model.bin")
 
 
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def quantise(folder: Path) -> None:
+    """As folders are whose quantization_config somebody has deleted."""
+    codes = {"model.layers.1.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)}
+    change_weights(folder, lambda weights: weights.update(codes))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -66,6 +80,7 @@ def write_zip(folder: Path) -> None:
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+        (quantise, r"up_proj.weight is quantised \(I8 in model.safetensors\)"),
     ],
 )
 @pytest.mark.case("B5")
@@ -78,13 +93,6 @@ def test_a_damaged_folder_is_refused_by_the_name_of_the_file(
         check_files(ModelConfig(name=str(folder)))
     assert str(folder) in str(refusal.value)
     assert "cache" not in str(refusal.value)
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    change(weights)
-    save_file(weights, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -111,9 +119,30 @@ def test_weights_that_are_not_those_of_the_model_are_refused(
         loading.load_model(ModelConfig(name=str(folder)), DType.float32, CPU)
 
 
+@pytest.mark.case("B5")
+def test_weights_that_the_config_leaves_out_are_noted(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 3}))
+    model = loading.load_model(ModelConfig(name=str(folder)), DType.float32, CPU)
+    (note,) = model.notes
+    assert "hold 9 weights that LlamaForCausalLM does not use" in note
+    assert "model.layers.3.input_layernorm.weight" in note
+
+
+@pytest.mark.case("B5")
+def test_a_buffer_of_the_files_with_nan_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3").model
+    model.save_pretrained(tmp_path)
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    change_weights(tmp_path, lambda weights: weights[name].fill_(torch.nan))
+    with pytest.raises(UserError, match=f"{name} holds NaN"):
+        loading.load_model(ModelConfig(name=str(tmp_path)), DType.float32, CPU)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"quantization_config": {}}, "its weights are quantised"),
         ({"model_type": "foo"}, r"does not know its architecture \(foo\)"),
         ({"model_type": "foo", "auto_map": {"AutoConfig": "foo.Foo"}}, "code from its repository"),
         ({"model_type": "t5"}, "t5 is not a causal language model"),

@@ -30,8 +30,7 @@ gradient. Evaluations are not counted.
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
              + hidden states kept for evaluations (`train.eval_cache_gb`)
              + with method=sae, the buffer of activations; no backward pass goes through the model
-             + 1.75 on a CPU, for holes in the heap · max(a pass of the training, a batch of an
-               evaluation)
+             + max(a pass of the training, a batch of an evaluation)
 
     a pass of the training = hidden states of the trunk + for each run the states for its backward pass
                              and the gradient of its last hidden state + the most that the backward
@@ -39,7 +38,8 @@ gradient. Evaluations are not counted.
     a batch of an evaluation = hidden states of the trunk and of each run + the most that a block or
                                the latents of an SAE take
 
-    Blocks are counted on the meta device (memory.py). SAEs: 3 copies of the latents exist at once;
+    Blocks are counted on the meta device (memory.py); on a CPU, what they keep for a backward pass takes
+    1.75 times its size, for holes in the heap. SAEs: 3 copies of the latents exist at once;
     for the backward pass of an SAE in training 4 are kept, of a dense SAE with live input 1.
 
 The tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of
@@ -127,12 +127,12 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) 
         + _buffered(common, saes, state_bytes)
     )
     passes = max(
-        _training(counted, sizes, runs, trained, state_bytes),
+        _training(counted, sizes, runs, trained, state_bytes, 1 if on_gpu else HEAP),
         _evaluation(counted, runs, evaluated, state_bytes),
     )
     if on_gpu:
         return CUDA_BYTES + held + passes
-    return PROCESS_BYTES + max(held + HEAP * passes, sizes.weights * _loading(model, common))
+    return PROCESS_BYTES + max(held + passes, sizes.weights * _loading(model, common))
 
 
 def _on_gpu(config: Config) -> bool:
@@ -161,8 +161,12 @@ def _training(
     runs: Sequence[CountedRun],
     tokens: tuple[int, int],
     state_bytes: int,
+    heap: float,
 ) -> float:
-    """Peak bytes of one pass of the training, with `(sequences, length)` tokens."""
+    """Peak bytes of one pass of the training, with `(sequences, length)` tokens.
+
+    `heap` is the memory of the states that blocks keep, relative to these.
+    """
     number = math.prod(tokens)
     state = number * state_bytes
     latents = [sae.latents_bytes * number for run in runs for sae in run.frozen]
@@ -171,7 +175,8 @@ def _training(
     peaks = latents  # of the trunk, before the students
     for turn in turns(runs):
         graphs = [run.graph(model, tokens) for run in turn]
-        kept = sum(graph.kept + state for graph in graphs)  # and the gradient of the last state
+        # And the gradient of the last state.
+        kept = sum(heap * graph.kept + graph.of_saes + state for graph in graphs)
         peaks.append(kept + max(logits, *(graph.extra for graph in graphs)))
     return state * _states_of_trunk(runs) + max(peaks)
 

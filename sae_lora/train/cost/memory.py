@@ -29,8 +29,8 @@ PROCESS_BYTES = 630_000_000
 """Memory of a process on a CPU before it loads the model: Python, the imported libraries, and the text.
 `python -m scripts.benchmark.memory --process` measures it."""
 HEAP = 1.75
-"""Memory of the C heap on a CPU, relative to the tensors of a pass. Between tensors that are kept for
-the backward pass, the heap has holes of freed tensors, which stay resident. By glibc's own count
+"""Memory of the C heap on a CPU, relative to the tensors that blocks keep for the backward pass. Between
+these, the heap has holes of freed tensors, which stay resident. By glibc's own count
 (mallinfo2), 630 MB of tensors in a step of SmolLM2-135M needed 1.13 GB of heap; a small Gemma-2 needs
 1.4 times its tensors, SmolLM2 in a pack of four 1.85 times."""
 CUDA_BYTES = 500_000_000
@@ -183,6 +183,8 @@ class Graph(NamedTuple):
     """Memory after the forward pass."""
     extra: int
     """Additional memory that the backward pass takes at its peak."""
+    of_saes: int = 0
+    """Memory after the forward pass of SAEs in training, besides `kept`."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class CountedRun:
         number = math.prod(tokens)
         trained = sum(4 * sae.width * sae.bytes for sae in self.live) if self.trains_saes else 0
         if self.kind is Method.sae:
-            return Graph(number * trained, 0)
+            return Graph(0, 0, number * trained)
         graph = model.graph(
             self.first,
             tokens,
@@ -159,7 +159,7 @@ class CountedRun:
         at_saes = (
             number * sae.latents_bytes - freed for sae, freed in zip(self.live, later, strict=True)
         )
-        return Graph(graph.kept + number * trained, int(max(graph.extra, *at_saes, 0)))
+        return Graph(graph.kept, int(max(graph.extra, *at_saes, 0)), number * trained)
 
 
 def sae_weights(config: Config, d_model: int, width: int) -> int:
