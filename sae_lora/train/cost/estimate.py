@@ -169,7 +169,7 @@ def _training(
     """
     number = math.prod(tokens)
     state = number * state_bytes
-    latents = [sae.latents_bytes * number for run in runs for sae in run.frozen]
+    latents: list[float] = [sae.latents_bytes * number for run in runs for sae in run.frozen]
     full = runs[0].config.train.kl is KLComputation.full and runs[0].kind is not Method.sae
     logits = 6 * 4 * sizes.d_vocab * number if full else 0
     peaks = latents  # of the trunk, before the students
