@@ -107,11 +107,18 @@ def with_quoted_text(argument: str) -> str:
     This is the path of an existing file or folder, such as `data.files=a,b=[1].txt`, and a path or name
     that Hydra refuses, such as `sae.path=saes/{block}`. Between the commas of a sweep or a list, each
     text gets its own quotes. Everything that Hydra can read keeps its meaning.
+
+    Raises:
+        ConfigError: For the path of an existing file or folder that looks like an interpolation.
     """
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in _text_keys() or PLAIN_TEXT.fullmatch(value):
         return argument
     if os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 False for a path that is too long
+        if "${" in value:
+            because = "${…} stands for the value of another key"
+            allowed = "a path without ${: rename the file or folder, or make a link to it"
+            raise ConfigError(key, value, allowed, because=because)
         return f"{key}={written(value)}"
     try:
         OverridesParser.create().parse_override(argument)

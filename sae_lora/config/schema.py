@@ -239,8 +239,8 @@ class DataConfig:
     shuffle_buffer: int = 10_000
     """Number of documents in the shuffle buffer of a stream."""
     files: Any = None
-    """Paths or glob patterns, for source text_files: text, .jsonl, .json, .parquet or .csv, also
-    compressed (.gz, .zst, .bz2, .xz)."""
+    """Paths or glob patterns, for source text_files: text, .jsonl, .ndjson, .json, .parquet, .csv or
+    .tsv, also compressed (.gz, .zst, .bz2, .xz)."""
     context_length: int = 128
     """Tokens per sequence, including BOS."""
     bos: Any = "auto"

@@ -54,7 +54,7 @@ def load(text: str) -> Config:
     return typed(loaded)
 
 
-PLAIN_TEXT = re.compile(r"[A-Za-z_./][\w./-]*")
+PLAIN_TEXT = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
 """Text that Hydra reads without quotes."""
 _WORDS = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
 """Words that Hydra does not read as text unless they are quoted."""

@@ -41,7 +41,7 @@ from sae_lora.data.text_files import content_digests, file_documents, files_matc
 
 Progress = Callable[[int, int], object]
 """Called with the number of sequences so far and in total while a corpus is tokenised."""
-_FORMAT = 2
+_FORMAT = 3
 """Version of the cached sequences: a new one where a text gives other sequences than before."""
 
 

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from sae_lora.common import hub
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
 from sae_lora.config.schema import DataConfig
+from sae_lora.config.serialize import written
 
 
 class Document(NamedTuple):
@@ -136,7 +137,7 @@ def hub_documents(config: DataConfig) -> Iterator[Document]:
         if row is None:
             return
         if config.column not in row:
-            raise no_column(config.column, source, row)
+            raise no_column(config.column, source, {name: is_text(row[name]) for name in row})
         if text := row_text(row[config.column], config.column, source):
             yield Document(text, text)
 
@@ -171,10 +172,28 @@ def _library_errors(config: DataConfig) -> Iterator[None]:
         raise UserError(message) from error
 
 
-def no_column(column: str, source: str, names: Iterable[str]) -> ConfigError:
-    """The error for a table without the column of text."""
-    allowed = f"a column of {source}: {listed(names)}"
-    return ConfigError("data.column", column, allowed, nearest_name(column, names))
+def no_column(column: str, source: str, columns: Mapping[str, bool]) -> ConfigError:
+    """The error for a table without the column of text.
+
+    Args:
+        column: The column that was asked for.
+        source: The key and value that name the table.
+        columns: The names of the columns; true for those that may hold text.
+    """
+    allowed = f"a column of {source}: {listed(columns)}"
+    # Hydra drops spaces around a name, so that the message would repeat itself.
+    names = [name for name, may_be_text in columns.items() if may_be_text and name == name.strip()]
+    nearest = nearest_name(column, names)
+    outer = column.partition(".")[0]
+    because = None
+    if outer != column and not columns.get(outer, True):
+        because = f"`{outer}` holds no text, and columns inside it are not read"
+    return ConfigError("data.column", column, allowed, nearest and written(nearest), because)
+
+
+def is_text(value: object) -> bool:
+    """True for text, and for a row without text."""
+    return isinstance(value, str | None)
 
 
 def row_text(value: object, column: str, place: str) -> str | None:

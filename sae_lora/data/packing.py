@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import uuid
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
@@ -83,8 +85,9 @@ class PlainText:
 
     A text that spells a special token, such as `<|endoftext|>` or `<bos>`, gets the tokens of these
     characters, not the special token. Added tokens that are not special (runs of spaces in Pythia, line
-    breaks in Gemma) belong to the vocabulary of texts and are kept. So is a special token of a single
-    character, if the tokenizer has no other token for this character.
+    breaks in Gemma) belong to the vocabulary of texts and are kept. So is a special token that is also a
+    word or a single character of the vocabulary, such as ` the` as padding: texts have it where they
+    have it without its special role.
 
     Args:
         tokenizer: The model's. It is not changed.
@@ -126,7 +129,7 @@ class PlainText:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         for id in self._special.intersection(ids) - self._unknown:
             token = str(self._tokenizer.convert_ids_to_tokens(id))
-            if len(token) > 1:
+            if _MARKUP.fullmatch(token):
                 raise UserError(
                     f"the tokenizer of the model reads a part of a text as its special token {token!r}, "
                     f"and has no other tokens for it; remove it from the text: …{_around(text, token)}…"
@@ -146,17 +149,20 @@ class PlainText:
 def _without(special: Collection[int], tokenizer: dict[str, Any]) -> dict[str, Any]:
     """The JSON of a tokenizer, changed so that no text contains its special tokens. All ids stay.
 
-    The tokens get names that no text contains. A token of the vocabulary that is a single character
-    keeps its name, because texts need it.
+    The tokens get names that no text contains. A token of the vocabulary that is a word or a single
+    character keeps its name, because texts need it, and is no added token, which would be found inside
+    other words too.
     """
     model = tokenizer["model"]
     vocabulary = model["vocab"]  # ids by token, or pairs of token and score in the order of ids
     is_mapping = isinstance(vocabulary, dict)
     ids = vocabulary if is_mapping else {token: id for id, (token, _) in enumerate(vocabulary)}
     inside = {token for token, id in ids.items() if id in special}
+    words = {token for token in inside if len(token) == 1} | inside & _words(model)
+    hidden = {token: f"{token}{_NOWHERE}" for token in inside - words}
 
     def name(token: str) -> str:
-        return _hidden(token) if token in inside and len(token) > 1 else token
+        return hidden.get(token, token)
 
     model["vocab"] = (
         {name(token): id for token, id in vocabulary.items()}
@@ -165,19 +171,44 @@ def _without(special: Collection[int], tokenizer: dict[str, Any]) -> dict[str, A
     )
     if model.get("unk_token") is not None:
         model["unk_token"] = name(model["unk_token"])
+    if "merges" in model:
+        model["merges"] = [
+            merge for merge in model["merges"] if hidden.keys().isdisjoint(_tokens_of(merge, model))
+        ]
     added = [
-        token | {"content": _hidden(token["content"]), "normalized": False}
+        token | {"content": f"{token['content']}{_NOWHERE}", "normalized": False}
         if token["id"] in special
         else token
         for token in tokenizer["added_tokens"]
-        if not (token["content"] in inside and len(token["content"]) == 1)
+        if token["content"] not in words
     ]
     unused = dict.fromkeys(("post_processor", "truncation", "padding"))
     return tokenizer | {"added_tokens": added} | unused
 
 
-def _hidden(token: str) -> str:
-    return f"\0{token}\0"
+_NOWHERE = f"\0{uuid.uuid4()}"
+"""End of the names that no text contains: a random one, since a text may contain any fixed one."""
+_MARKUP = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
+"""Special tokens that are made to stand outside of text, such as `<s>` and `[PAD]`."""
+
+
+def _words(model: dict[str, Any]) -> set[str]:
+    """The words of the vocabulary: what the model of a tokenizer makes of text, without markup."""
+    vocabulary = model["vocab"]
+    if "merges" in model:
+        learned = {_tokens_of(merge, model)[-1] for merge in model["merges"]}
+    elif isinstance(vocabulary, dict):
+        learned = set(vocabulary)
+    else:  # pieces with scores: control symbols have the score 0, and others a log probability
+        learned = {token for token, score in vocabulary if score < 0}
+    return {token for token in learned if not _MARKUP.fullmatch(token)}
+
+
+def _tokens_of(merge: str | list[str], model: dict[str, Any]) -> tuple[str, str, str]:
+    """The two tokens of a merge, which old files write as one text, and the token that it makes."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    prefix = model.get("continuing_subword_prefix") or ""
+    return first, second, first + second.removeprefix(prefix)
 
 
 def _around(text: str, part: str, characters: int = 20) -> str:

@@ -8,6 +8,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from sae_lora.common.console import count, say
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import sha256
-from sae_lora.data.documents import Document, no_column, row_text
+from sae_lora.data.documents import Document, is_text, no_column, row_text
 
 Row = dict[str, Any]
 _Rows = Iterator[tuple[str, Row]]
@@ -78,23 +79,31 @@ def content_digests(files: Sequence[Path]) -> list[str]:
 
 
 def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
-    """One document per text file, or per row of .jsonl, .json, .csv and .parquet files.
+    """One document per text file, or per row of .jsonl, .ndjson, .json, .csv, .tsv and .parquet files.
 
-    Files may be compressed by gzip, zstd, bzip2 or xz. Only the column of text is read, so that other
-    columns may have any content. Rows without text are left out, and counted in a note. The key of a
-    document is the text itself, so that copies of a text are in the same split.
+    The last suffix tells the kind of a file, apart from suffixes of compressions and numbers of parts.
+    Files may be compressed by gzip, zstd, bzip2 or xz; archives of files are refused. Only the column of
+    text is read, so that other columns may have any content. Rows without text are left out, and counted
+    in a note. The key of a document is the text itself, so that copies of a text are in the same split.
 
     Raises:
         UserError: If a file cannot be read or has no such column of text.
     """
     for file in files:
         content = _content(file)
-        readers = [_READERS[suffix] for suffix in map(str.lower, file.suffixes) if suffix in _READERS]
-        if readers:
-            yield from _row_documents(readers[-1](file, content, column), file, column)
+        if reader := _READERS.get(_kind(file)):
+            yield from _row_documents(reader(file, content, column), file, column)
         else:
+            _check_plain(file, content, column)
             text = _decoded(file, content).replace("\r\n", "\n").replace("\r", "\n")
             yield Document(text, text)
+
+
+def _kind(file: Path) -> str:
+    """The last suffix, in lower case, that is neither of a compression nor the number of a part."""
+    suffixes = map(str.lower, file.suffixes)
+    kinds = [name for name in suffixes if name not in _COMPRESSED and not name[1:].isdigit()]
+    return kinds[-1] if kinds else ""
 
 
 def _unreadable(file: Path, cause: object) -> UserError:
@@ -103,13 +112,13 @@ def _unreadable(file: Path, cause: object) -> UserError:
 
 def _row_documents(rows: _Rows, file: Path, column: str) -> Iterator[Document]:
     source = f"data.files = {str(file)!r}"
-    names: dict[str, None] = {}
+    columns: dict[str, bool] = {}
     total = empty = 0
     has_column = False
     for place, row in rows:
         total += 1
         if not has_column:  # the first rows of .jsonl may lack it
-            names |= dict.fromkeys(row)
+            columns |= {name: columns.get(name, True) and is_text(row[name]) for name in row}
             has_column = column in row
         text = row_text(row.get(column), column, f"{place} of {source}")
         if text:
@@ -117,13 +126,17 @@ def _row_documents(rows: _Rows, file: Path, column: str) -> Iterator[Document]:
         else:
             empty += 1
     if total and not has_column:
-        raise no_column(column, source, names)
+        raise no_column(column, source, columns)
     if empty:
         say(f"note: {file}: {empty:,} of {count(total, 'row')} have no text in `{column}`, left out")
 
 
 def _content(file: Path) -> bytes:
-    """The content of a file, decompressed. Its first bytes tell the compression, not its name."""
+    """The content of a file, decompressed. Its first bytes tell the compression, not its name.
+
+    Raises:
+        UserError: If the file cannot be read, or holds other files.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -131,9 +144,13 @@ def _content(file: Path) -> bytes:
     for magic, decompressed in _COMPRESSIONS.items():
         if re.match(magic, content):
             try:
-                return decompressed(content)
+                content = decompressed(content)
+                break
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise _unreadable(file, f"it is damaged or incomplete: {error}") from error
+    for magic, archive in _ARCHIVES.items():
+        if re.match(magic, content, re.DOTALL):
+            raise _unreadable(file, f"it is {archive}; extract its files, and name them")
     return content
 
 
@@ -181,6 +198,15 @@ _COMPRESSIONS: dict[bytes, Callable[[bytes], bytes]] = {
     rb"\xfd7zXZ\x00": _from_xz,
 }
 """The first bytes of a compressed file, and its decompression."""
+_COMPRESSED = {".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz"}
+"""Suffixes of compressed files."""
+_ARCHIVES = {
+    rb"PK(\x03\x04|\x05\x06)": "a zip archive",
+    rb".{257}ustar": "a tar archive",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+}
+"""The first bytes of a file that holds other files, and its kind."""
 
 
 def _decoded(file: Path, content: bytes) -> str:
@@ -222,6 +248,14 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
+def _check_plain(file: Path, content: bytes, column: str) -> None:
+    """Refuse rows of JSON in a file whose name tells neither that it is a table nor that it is text."""
+    line = content.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
+    if _kind(file) != ".txt" and _is_row(line) and column in json.loads(line.decode()):
+        cause = f"its first line is a row of JSON with `{column}`"
+        raise _unreadable(file, f"{cause}; a table's name ends in .jsonl, and that of text in .txt")
+
+
 def _json_cause(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError) and error.lineno == 1:
         return f"{error.msg} at character {error.colno:,}"
@@ -248,23 +282,69 @@ def _checked_row(file: Path, row: object, place: str) -> Row:
     return row
 
 
-def _csv_rows(file: Path, content: bytes, column: str) -> _Rows:
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+
+
+def _delimited_rows(file: Path, content: bytes, column: str, separator: str) -> _Rows:
+    """Rows of a table whose first line names the columns.
+
+    Spaces after the separators are part of names and texts, except if the column is only found without
+    them: such a table is written with a space after each separator.
+    """
     csv.field_size_limit(sys.maxsize)  # documents may be long
-    lines = csv.reader(io.StringIO(_decoded(file, content), newline=""), strict=True)
+    text = _decoded(file, content)
+    _check_separator(file, text, column, separator)
+
+    def reader(*, with_spaces: bool) -> Any:  # the type has no public name
+        source = io.StringIO(text, newline="")
+        return csv.reader(source, delimiter=separator, skipinitialspace=with_spaces, strict=True)
+
+    lines = reader(with_spaces=False)
     try:
-        names = next((line for line in lines if line), [])
+        names: list[str] = next(filter(None, lines), [])
         if column not in names:
-            raise no_column(column, f"data.files = {str(file)!r}", names)
+            lines = reader(with_spaces=True)
+            names = [name.strip() for name in next(filter(None, lines), [])]
+        _check_named_once(column, file, dict.fromkeys(names, True), names)
         index = names.index(column)
         for line in lines:
             place = f"line {lines.line_num:,}"
             if any(line[len(names) :]):
                 cause = f"{place} has {len(line)} fields, and the first line {len(names)}"
-                raise _unreadable(file, f"{cause}; text with commas needs quotes")
+                raise _unreadable(file, f"{cause}; text with {_SEPARATORS[separator]} needs quotes")
             if line:
                 yield place, {column: line[index] if index < len(line) else None}
     except csv.Error as error:
         raise _unreadable(file, f"line {lines.line_num:,} is not valid CSV: {error}") from error
+
+
+def _check_separator(file: Path, text: str, column: str, separator: str) -> None:
+    """Refuse a table whose first line has another separator."""
+    header = next(filter(str.strip, io.StringIO(text)), "")
+    names = {mark: [name.strip(' \r\n"') for name in header.split(mark)] for mark in _SEPARATORS}
+    for mark, word in _SEPARATORS.items():
+        is_asked = column in names[mark] and column not in names[separator]
+        if len(names[mark]) > 1 and (is_asked or len(names[separator]) == 1):
+            because = f"the columns in its first line are separated by {word}"
+            allowed = "a .csv file with commas, or a .tsv file with tabs"
+            raise ConfigError("data.files", str(file), allowed, because=because)
+
+
+def _check_named_once(column: str, file: Path, columns: dict[str, bool], names: Sequence[str]) -> None:
+    """Refuse a table that has no such column, or several.
+
+    Args:
+        column: The column of text.
+        file: The table.
+        columns: Names of its columns; true for those that may hold text.
+        names: The names in order, also repeated ones.
+    """
+    source = f"data.files = {str(file)!r}"
+    if column not in columns:
+        raise no_column(column, source, columns)
+    if names.count(column) > 1:
+        because = f"{names.count(column)} columns of {source} have this name"
+        raise ConfigError("data.column", column, "a name that one column has", because=because)
 
 
 def _parquet_rows(file: Path, content: bytes, column: str) -> _Rows:
@@ -273,8 +353,9 @@ def _parquet_rows(file: Path, content: bytes, column: str) -> _Rows:
 
     try:
         table = parquet.ParquetFile(io.BytesIO(content))
-        if column not in table.schema_arrow.names:
-            raise no_column(column, f"data.files = {str(file)!r}", table.schema_arrow.names)
+        schema = table.schema_arrow
+        may_be_text = {field.name: _may_be_text(field.type) for field in schema}
+        _check_named_once(column, file, may_be_text, schema.names)
         batches = (batch.column(0).to_pylist() for batch in table.iter_batches(columns=[column]))
         for number, value in enumerate(chain.from_iterable(batches), 1):
             yield f"row {number:,}", {column: value}
@@ -282,9 +363,19 @@ def _parquet_rows(file: Path, content: bytes, column: str) -> _Rows:
         raise _unreadable(file, f"it is damaged, or not Parquet: {error}") from error
 
 
+def _may_be_text(kind: Any) -> bool:
+    """True for types of pyarrow whose values can be read as text."""
+    from pyarrow import types
+
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_dictionary)
+    return any(test(kind) for test in tests)
+
+
 _READERS: dict[str, Callable[[Path, bytes, str], _Rows]] = {
     ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
     ".json": _json_rows,
-    ".csv": _csv_rows,
+    ".csv": partial(_delimited_rows, separator=","),
+    ".tsv": partial(_delimited_rows, separator="\t"),
     ".parquet": _parquet_rows,
 }

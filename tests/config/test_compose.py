@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sae_lora
-from sae_lora.common.errors import UserError
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.compose import TRACEBACK_VARIABLE, points, with_quoted_text
 
 PACKAGE = Path(sae_lora.__file__).parent
@@ -32,7 +32,7 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 def odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The current folder has files whose names are grammar to Hydra."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a,b=[1].txt", "1", "my (model)"):
+    for name in ("a,b=[1].txt", "1", "my (model)", "ä日.jsonl", "a–b é.txt", "${x}.txt"):
         (tmp_path / name).write_text("")
 
 
@@ -48,6 +48,11 @@ def odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.files=a,b=[1].txt", 'data.files="a,b=[1].txt"'),
         ("data.files=1", 'data.files="1"'),
         ("model.name=my (model)", 'model.name="my (model)"'),
+        ("data.files=ä日.jsonl", 'data.files="ä日.jsonl"'),
+        ("data.files=a–b é.txt", 'data.files="a–b é.txt"'),
+        ("data.files=[bücher/*.txt,b.txt]", 'data.files=["bücher/*.txt",b.txt]'),
+        ("sae.path=modèles/{block},b", 'sae.path="modèles/{block}",b'),
+        ("sweep=größe", 'sweep="größe"'),
         *((same, same) for same in ('sae.path="a/{block}","b"', "sae.path=choice(a,b)", "sweep=null")),
         *(
             (same, same)
@@ -66,10 +71,20 @@ def test_paths_need_no_quotes_for_hydra(argument: str, quoted: str) -> None:
 def test_points_with_paths_of_special_characters() -> None:
     paths = "sae.path=a/{block}.x,b c/{block}=1"
     composed = points(
-        ["-m", "sae=disk", paths, "data=text_files", "data.files=a,b=[1].txt"], run_now=pytest.fail
+        ["-m", "sae=disk", paths, "data=text_files", "data.files=a,b=[1].txt", "data.name=ä/日"],
+        run_now=pytest.fail,
     )
+    assert {point.data.name for point in composed} == {"ä/日"}
     assert [point.sae.path for point in composed] == ["a/{block}.x", "b c/{block}=1"]
     assert {point.data.files for point in composed} == {"a,b=[1].txt"}
+
+
+@pytest.mark.usefixtures("odd_names")
+@pytest.mark.case("B17")
+def test_a_file_that_looks_like_an_interpolation() -> None:
+    with pytest.raises(ConfigError, match="rename the file or folder") as refusal:
+        points(["data=text_files", "data.files=${x}.txt"], run_now=pytest.fail)
+    assert refusal.value.field == "data.files"
 
 
 @pytest.mark.parametrize("argument", ["layer.index=[2,", "lora.blocks={1,2}"])

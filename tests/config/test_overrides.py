@@ -41,6 +41,7 @@ def test_the_default_needs_no_overrides() -> None:
     [
         *(None, True, 3, -0.5, 4.5e-3, 1e-12, "plain", "null", "True", "1e5", "12", "", "a b", "a,b=c"),
         *('say "so"', "it's", "C:\\", 'a\\"b', "$x", "${y}", "é {x} [1]", "inf", "a:b", "#no", "off"),
+        *("odd/ä日", "größe"),
         *([1, "2", None], {"exclude": "node7", "n": 2}),
     ],
 )

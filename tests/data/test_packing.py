@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     ByT5Tokenizer,
     GemmaTokenizer,
@@ -110,12 +110,12 @@ def test_added_tokens_that_are_not_special_stay_tokens_of_text() -> None:
 
 
 def test_a_special_token_that_text_cannot_spell_otherwise() -> None:
-    words = {"[UNK]": 0, "stop": 1, "and": 2, "go": 3}
+    words = {"[UNK]": 0, "</s>": 1, "and": 2, "go": 3}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="stop")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="</s>")
     assert PlainText(tokenizer)(["go and go"]) == [[3, 2, 3]]
-    assert PlainText(tokenizer)(["go stop", "unknown words"]) == [[3, 0], [0, 0]]
+    assert PlainText(tokenizer)(["go </s>", "unknown words"]) == [[3, 0], [0, 0]]
 
     class Letters(ByT5Tokenizer):
         """A tokenizer in Python that knows no other way to write EOS."""
@@ -132,6 +132,71 @@ def test_a_special_character_stays_a_character() -> None:
     tokenizer.add_special_tokens({"pad_token": "!"})
     (ids,) = PlainText(tokenizer)([f"wait!{EOS}!"])
     assert tokenizer.decode(ids) == f"wait!{EOS}!"
+
+
+def bpe_with_markup() -> PreTrainedTokenizerFast:
+    """Learned from texts with the markup, split only at spaces."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False)
+    backend.train_from_iterator(["the other <eos>", "then<eos> the<eos>"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "the", "other", "##r", "then", "<", ">", "/", "eos", "n", "o"]
+    pieces = models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]")
+    backend = Tokenizer(pieces)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+def pieces_with_words() -> PreTrainedTokenizerFast:
+    letters = sorted(set("the other then <eos>") - {" "})
+    pieces = [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token"])
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        *((byte_level, word) for word in ("Ġof", "ng")),
+        *((bpe_with_markup, "▁the"), (word_pieces, "the"), (pieces_with_words, "▁the")),
+    ],
+)
+@pytest.mark.case("A7")
+def test_a_special_token_that_is_a_word_stays_a_word(make: type, word: str, role: str) -> None:
+    """Text has the tokens that it has without the special role, also inside other words."""
+    texts = [*TEXTS[:5], "the other then", f"a {word} b{word}c", "ng othering of\n thingsof"]
+    plain = PlainText(make())(texts)
+    tokenizer: PreTrainedTokenizerBase = make()
+    assert word in tokenizer.get_vocab()
+    setattr(tokenizer, role, word)
+    assert PlainText(tokenizer)(texts) == plain
+
+
+@pytest.mark.case("A7")
+def test_markup_that_merges_make_is_no_special_token_in_text() -> None:
+    text = "then <eos> other<eos>"
+    tokenizer = bpe_with_markup()
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    assert set(plain) & set(tokenizer.convert_tokens_to_ids(["<eos>", "▁<eos>"]))
+    tokenizer.eos_token, tokenizer.pad_token = "<eos>", "▁<eos>"
+    special = set(tokenizer.all_special_ids)
+    (ids,) = PlainText(tokenizer)([text])
+    tokens, expected = map(tokenizer.convert_ids_to_tokens, (ids, plain))
+    assert "".join(tokens) == "".join(expected) and not special & set(ids)
+
+
+@pytest.mark.parametrize("text", [f"\0{BOS}\0", f"a\0{EOS}", f"{BOS}\0"])
+@pytest.mark.case("A7")
+def test_zero_characters_around_a_special_token(text: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    (ids,) = PlainText(tokenizer)([text])
+    assert tokenizer.decode(ids) == text
 
 
 def test_the_corpus_has_special_tokens_only_where_it_inserts_them(tmp_path: Path) -> None:

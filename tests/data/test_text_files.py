@@ -2,14 +2,19 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas
+import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.data.text_files import file_documents, files_matching
@@ -56,6 +61,17 @@ def written(path: Path, content: str | bytes) -> Path:
         ("a.json", '{\n "text": ["a", "b"], "n": [1, 2]\n}', "ab"),
         ("a.json", '{"text": "a"}\n{"text": "b"}\n', "ab"),
         ("a.jsonl", "", ""),
+        ("a.ndjson", '{"text": "a"}\n{"text": "b"}', "ab"),
+        ("a.jsonl.1", '{"text": "a"}\n{"text": "b"}', "ab"),
+        ("a.tsv", 'n\ttext\n1\ta, b\n2\t"c\td"\n', ["a, b", "c\td"]),
+        ("a.csv", 'id, text\n1, "a, b"\n2,  c\n', ["a, b", "c"]),
+        ("a.csv", "text, id\n  a, 1\n", ["  a"]),
+        ("a.csv", "text,a;b\nx;y,1\n", ["x;y"]),
+        ("my.json.notes.txt", "a", "a"),
+        ("a.csv.md", "a", "a"),
+        ("a.txt", '{"text": "a"}', ['{"text": "a"}']),
+        ("a.log", '{"level": "a"}', ['{"level": "a"}']),
+        ("a.txt.jsonl", '{"text": "a"}', "a"),
         ("a.csv", 'n,text\n1,a\nx,"b, c\nd"\n,NA\n3,\n4\n5,e,,\n\n', ["a", "b, c\nd", "NA", "e"]),
         ("a.csv", "\ufefftext\n1\n2\n", "12"),
         ("a.txt", "\ufeffa\r\nb\rc", ["a\nb\nc"]),
@@ -104,9 +120,20 @@ def test_rows_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
         ("a.csv", "", ["data.column = 'text'"]),
         ("a.parquet", "", ["damaged, or not Parquet"]),
         ("a.parquet", "PAR1 and no more", ["damaged, or not Parquet"]),
+        ("a.jsonl.bak", '{"text": "a"}\n', ["row of JSON with `text`", "ends in .jsonl"]),
+        ("a", '\ufeff\n{"text": "a"}\n{"text": "b"}', ["row of JSON with `text`", "in .txt"]),
         ("a.txt", b"ab\xe9c", ["byte 3 (0xe9) is not text in UTF-8"]),
         ("a.txt", "text".encode("utf-16"), ["byte 1 (0xff)", "UTF-16"]),
         ("a.csv", b"text\n\xe9", ["byte 6 (0xe9)"]),
+        ("a.tsv", "text\tn\na\tb\t1\n", ["line 2 has 3 fields", "text with tabs needs quotes"]),
+        ("a.csv", "id;text\n1;a", ["data.files", "separated by semicolons"]),
+        ("a.csv", '"id";"text"\n1;"a, b"', ["data.files", "separated by semicolons"]),
+        ("a.csv", "text;a, b;id\n", ["separated by semicolons"]),
+        ("a.csv", "id\ttext\n1\ta", ["separated by tabs"]),
+        ("a.csv", "id|text\n1|a", ["separated by vertical bars"]),
+        ("a.tsv", "id,text\n1,a", ["separated by commas"]),
+        ("a.csv", "text,text\n1,a", ["data.column = 'text'", "2 columns of", "have this name"]),
+        ("a.csv", "id, text, text\n1, a, b", ["2 columns of", "have this name"]),
     ],
 )
 @pytest.mark.case("B5")
@@ -140,6 +167,53 @@ def test_a_column_that_does_not_exist(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="body, n") as error:
         texts(path, "bdy")
     assert (error.value.field, error.value.nearest) == ("data.column", "body")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a", "a.tar"])
+@pytest.mark.parametrize("suffix", ["", *COMPRESSORS])
+def test_archives_are_refused(name: str, suffix: str, tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.add(written(tmp_path / "text", "a"), "text")
+    compress = COMPRESSORS.get(suffix, bytes)
+    assert "a tar archive; extract its files" in refusal(
+        written(tmp_path / f"{name}{suffix}", compress(content.getvalue()))
+    )
+
+
+def test_a_zip_archive_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}')
+    assert "a zip archive; extract its files" in refusal(tmp_path / "a.jsonl.zip")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("asked", ["meta.text", "meat"])
+def test_the_nearest_column_is_one_of_text(asked: str, suffix: str, tmp_path: Path) -> None:
+    path, table = tmp_path / f"a{suffix}", pandas.DataFrame({"meta": [{"text": "a"}], "metal": ["b"]})
+    table["meat0"] = 1
+    match suffix:
+        case ".jsonl":
+            table.to_json(path, orient="records", lines=True)
+        case _:
+            table.to_parquet(path)
+    with pytest.raises(ConfigError, match="meta, metal, meat0") as error:
+        texts(path, asked)
+    assert error.value.nearest == "metal"
+    assert ("columns inside it are not read" in str(error.value)) == (asked == "meta.text")
+
+
+def test_the_nearest_column_can_be_typed(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{" text": "a", "the;text": "b"}\n')
+    with pytest.raises(ConfigError) as error:
+        texts(path, "text")
+    assert error.value.nearest == '"the;text"'
+
+
+def test_parquet_with_two_columns_of_the_name(tmp_path: Path) -> None:
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert "2 columns of" in refusal(tmp_path / "a.parquet")
 
 
 @pytest.mark.case("B17")
