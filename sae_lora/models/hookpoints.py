@@ -80,3 +80,21 @@ class Place:
 def resid_post(block: int) -> str:
     """The hookpoint of a block's output: `blocks.{block}.hook_resid_post`."""
     return str(Place(block))
+
+
+_PARENTS = "model|base_model|language_model|text_model|transformer|gpt_neox|decoder|backbone"
+"""Modules of transformers that contain the blocks of a language model, and not those of an encoder."""
+_OUTPUT_OF_BLOCK = re.compile(
+    rf"(?:(?:{_PARENTS})\.)*(?:layers|h|blocks)\.(\d+)(?:\.output|\.hook_out)?"
+)
+"""Names of a block's output: its module in transformers, and TransformerLens's name since version 3."""
+_INPUT_OF_BLOCK = re.compile(r"blocks\.(\d+)\.hook_in")
+
+
+def known_place(hookpoint: str) -> Place | None:
+    """The place of an SAE's hookpoint; `None` if no SAE can be spliced in there."""
+    if match := _OUTPUT_OF_BLOCK.fullmatch(hookpoint):
+        return Place(int(match[1]))
+    if match := _INPUT_OF_BLOCK.fullmatch(hookpoint):
+        hookpoint = f"blocks.{match[1]}.hook_{Hook.resid_pre.name}"
+    return Place.named(hookpoint)

@@ -31,15 +31,12 @@ from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes import converters, formats, from_run, metadata, output_adapter, probe
-from sae_lora.saes.metadata import check_width, settled, stated, stated_by, trained_at
+from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, settled, stated, stated_by, trained_at
 from sae_lora.saes.output_adapter import AdaptedCoder
 from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Coder, Splice
 from sae_lora.splice.positions import Special
-
-EXCLUDES_FIRST = "exclude_first_position"
-"""Our key in an SAE's metadata: true if it was not trained on the first position of sequences."""
 
 
 class IdentitySAE(nn.Module):
@@ -83,7 +80,7 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     else:
         module, values, about = _through_sae_lens(config, choice, str(device))
     key, name = _named(choice)
-    check_width(values.get("d_in"), model, field=key, name=name)
+    check_fits(stated(values), model, key, name)
     module = module.to(device).requires_grad_(False).eval()
     width, digest = values.get("d_sae"), _digest(module)
     description = describe(config, choice, values["architecture"], width, digest)
@@ -243,10 +240,10 @@ def _through_sae_lens(
         sae = _from_folder(choice.path or str(EMBEDDED_SAES / str(choice.id)), config, device)
         about = stated_by(choice)
     values = sae.cfg.to_dict() | {"architecture": sae.cfg.architecture()}
-    settled(trained_at(values, choice.block), choice.block, choice.hook, name)
     # SAELens may have folded a normalisation into the weights.
-    normalises = {"normalize_activations": values["normalize_activations"]}
-    metadata.check(stated(values) | about | normalises, key, name)
+    now = stated(values) | about | {"normalize_activations": values["normalize_activations"]}
+    metadata.check(now, key, name)
+    settled(trained_at(now, key, name, choice.block), choice.block, choice.hook, name)
     _keep_statistics(sae)
     probe.check_weights(sae, key, name)
     probe.check_coder(sae, sae.cfg.d_in, key, name)
@@ -266,8 +263,15 @@ def _from_release(
     """
     try:
         with quiet(), hub.explained("sae.release", release):
-            sae = SAE.from_pretrained(release, identifier, device=device, dtype=config.dtype.name)
-            if get_conversion_loader_name(release) != "sae_lens":  # SAELens states what is known
+            is_native = get_conversion_loader_name(release) == "sae_lens"
+            sae = SAE.from_pretrained(
+                release,
+                identifier,
+                device=device,
+                dtype=config.dtype.name,
+                converter=converters.load_from_hub if is_native else None,
+            )
+            if not is_native:  # SAELens states what is known
                 return sae, stated(sae.cfg.to_dict())
             overrides = get_config_overrides(release, identifier)
             place = get_repo_id_and_folder_name(release, identifier)
@@ -288,8 +292,9 @@ def _from_folder(path: str, config: SAEConfig, device: str) -> SAE[Any]:
         UserError: If a file is missing or damaged.
     """
     folder = formats.read(path)
-    metadata.check(stated(folder.values), "sae.path", path)
+    metadata.check(stated(folder.values), "sae.path", path, folder.format.config)
     metadata.check_complete(folder.values, path)
+    formats.check_weights(folder)
     try:
         with quiet():
             sae = SAE.load_from_disk(

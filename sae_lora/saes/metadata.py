@@ -4,14 +4,15 @@ import enum
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 from sae_lora.common.errors import ConfigError, listed
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
+from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
 from sae_lora.saes import formats
 from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
 
@@ -33,7 +34,7 @@ class Key(NamedTuple):
 
     use: Use
     type: Any = object
-    """The type of its value, for `isinstance`."""
+    """The type of its value: a class, a list of a class, or a union of them."""
     allowed: tuple[Any, ...] | None = None
     """The values that can be used; `None` for any value."""
     because: str = ""
@@ -41,6 +42,8 @@ class Key(NamedTuple):
 
 
 _NUMBER = int | float
+EXCLUDES_FIRST = "exclude_first_position"
+"""Our key in an SAE's metadata: true if it was not trained on the first position of sequences."""
 _OF_A_HEAD = "it was trained on a single attention head"
 KEYS: dict[str, Key] = {
     "architecture": Key(
@@ -59,6 +62,7 @@ KEYS: dict[str, Key] = {
         Use.applied, str, ("none",), "it was trained on another activation than the output of one block"
     ),
     "activation_fn": Key(Use.applied, str, ("relu", "topk"), "SAELens would compute ReLU instead"),
+    "activation_fn_kwargs": Key(Use.applied, dict),
     "activation_fn_kwargs.k": Key(Use.applied, int),
     "activation_fn_kwargs.signed": Key(
         Use.applied, bool, (False,), "SAELens would set negative latents to zero"
@@ -70,8 +74,9 @@ KEYS: dict[str, Key] = {
     "residual_threshold": Key(Use.applied, _NUMBER),
     "max_iterations": Key(Use.applied, int),
     "stop_on_duplicate_support": Key(Use.applied, bool),
-    "exclude_special_tokens": Key(Use.applied),
-    "group_blocks": Key(Use.applied, list),
+    "exclude_special_tokens": Key(Use.applied, bool | list[int]),
+    EXCLUDES_FIRST: Key(Use.applied, bool),
+    "group_blocks": Key(Use.applied, list[int]),
     "d_in": Key(Use.checked, int),
     "d_sae": Key(Use.checked, int),
     "d_out": Key(Use.checked, int),
@@ -81,6 +86,7 @@ KEYS: dict[str, Key] = {
     "hook_head_index_out": Key(Use.checked, allowed=(), because=_OF_A_HEAD),
     "hook_layer": Key(Use.noted, int),
     "model_name": Key(Use.noted, str),
+    "model_from_pretrained_kwargs": Key(Use.noted, dict),
     "model_from_pretrained_kwargs.fold_ln": Key(Use.noted),
     "model_from_pretrained_kwargs.center_writing_weights": Key(Use.noted),
     "model_from_pretrained_kwargs.center_unembed": Key(Use.noted),
@@ -88,7 +94,8 @@ KEYS: dict[str, Key] = {
     "model_from_pretrained_kwargs.refactor_factored_attn_matrices": Key(Use.noted),
     "prepend_bos": Key(Use.noted, bool),
     "context_size": Key(Use.noted, int),
-    "seqpos_slice": Key(Use.noted, list | tuple),
+    "seqpos_slice": Key(Use.noted, list[int | None]),
+    formats.UNUSED_FACTOR: Key(Use.noted, _NUMBER),
     "l0": Key(Use.noted, _NUMBER),
     "model_class_name": Key(Use.informative),
     "hf_hook_name": Key(Use.informative),
@@ -105,8 +112,8 @@ KEYS: dict[str, Key] = {
     "num_dead_features": Key(Use.informative),
     "noise_scale": Key(Use.informative),
 }
-"""The treatment of each key that SAELens writes. null always means that nothing is stated. Other keys
-are ignored: old versions also wrote their settings of training."""
+"""The treatment of each key that SAELens or a run writes. null always means that nothing is stated.
+Other keys are ignored: old versions also wrote their settings of training."""
 _RENAMED = {
     "hook_point": "hook_name",
     "hook_point_layer": "hook_layer",
@@ -126,7 +133,8 @@ def stated(values: Mapping[str, Any]) -> dict[str, Any]:
         if (value := flat.pop(old, None)) is not None and flat.get(new) is None:
             flat[new] = value
     for name in _NESTED:
-        if isinstance(nested := flat.pop(name, None), dict):
+        if isinstance(nested := flat.get(name), dict):
+            del flat[name]
             flat |= {f"{name}.{key}": value for key, value in nested.items()}
     if isinstance(normalises := flat.get("normalize_activations"), bool):
         flat["normalize_activations"] = "expected_average_only_in" if normalises else "none"
@@ -148,35 +156,44 @@ def stated_by(choice: SAEChoice) -> dict[str, Any]:
     return stated(formats.read(folder).values) if folder else {}
 
 
-def check(about: Stated, field: str, name: str) -> None:
-    """Refuse an SAE whose metadata has a value that cannot be used.
+def check(about: Stated, field: str, name: str, source: str = "metadata") -> None:
+    """Refuse an SAE whose metadata has a value that cannot be used, and a transcoder.
 
     Args:
         about: What its metadata states.
         field, name: The key that names the SAE, and its value, for the message.
+        source: The file of its metadata, for the message.
 
     Raises:
         ConfigError: For the first such value.
     """
+    reads, writes = about.get("hook_name"), about.get("hook_name_out")
+    if writes not in (None, reads) or "transcoder" in str(about.get("architecture")):
+        places = f", which reads {reads} and writes {writes}" if reads and writes else ""
+        allowed = "an SAE, which reads and writes one activation"
+        raise ConfigError(field, name, allowed, because=f"it is a transcoder{places}")
     for key, known in KEYS.items():
         value = about.get(key)
         if value is None or known.use in (Use.noted, Use.informative):
             continue
         if not _has_type(value, known.type):
-            because = f"its metadata says {key}: {value!r}"
-            kind = getattr(known.type, "__name__", str(known.type))
-            raise ConfigError(field, name, f"an SAE whose {key} is of type {kind}", because=because)
+            because = f"its {source} says {key}: {value!r}"
+            kind = known.type.__name__ if isinstance(known.type, type) else str(known.type)
+            kind = kind.replace(" | ", " or ").replace("list[", "list of ").replace("]", "")
+            allowed = f"an SAE whose {key} is of type {kind}"
+            raise ConfigError(field, name, allowed, because=because)
         if known.allowed is None or value in known.allowed:
             continue
         words = listed(map(_written, known.allowed))
         allowed = f"an SAE with {key}: {words}" if words else f"an SAE without {key}"
-        because = f"its metadata says {key}: {_written(value)}, and {known.because}"
+        because = f"its {source} says {key}: {_written(value)}, and {known.because}"
         raise ConfigError(field, name, allowed, because=because)
     is_topk = about.get("architecture") in ("topk", "abstopk") or about.get("activation_fn") == "topk"
     k, d_sae = about.get("k", about.get("activation_fn_kwargs.k")), about.get("d_sae", math.inf)
     if is_topk and (k is None or not 0 < k <= d_sae):
-        because = "its metadata gives no k" if k is None else f"its metadata says k: {k}, d_sae: {d_sae}"
-        raise ConfigError(field, name, "a TopK SAE with k from 1 to d_sae", because=because)
+        words = "gives no k" if k is None else f"says k: {k}, d_sae: {d_sae}"
+        allowed = "a TopK SAE with k from 1 to d_sae"
+        raise ConfigError(field, name, allowed, because=f"its {source} {words}")
 
 
 def check_complete(values: Mapping[str, Any], name: str) -> None:
@@ -196,7 +213,16 @@ def check_complete(values: Mapping[str, Any], name: str) -> None:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+    """True if a JSON value is of this type. true is no number, and neither are NaN and Infinity."""
+    if kind is object:
+        return True
+    if isinstance(kind, UnionType):
+        return any(_has_type(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_has_type(item, *get_args(kind)) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 class Notices:
@@ -229,8 +255,13 @@ def differences(about: Stated, config: Config, begins_with_bos: bool | None = No
     texts = [
         f"the SAE's metadata says {key}: {about[key]!r}, which is not understood"
         for key, known in KEYS.items()
-        if known.use is Use.noted and key in about and not _has_type(about[key], known.type)
+        if known.use is Use.noted and key in about and not _is_understood(key, about[key])
     ]
+    if formats.UNUSED_FACTOR in about:
+        texts.append(
+            f"the SAE's folder states a factor of its input, {about[formats.UNUSED_FACTOR]}, in "
+            f"{formats.SCALER}, and its normalize_activations does not ask for it: it is not used"
+        )
     model, length = about.get("model_name"), about.get("context_size")
     if isinstance(model, str) and not same_model(model, config.model.name):
         texts.append(f"the SAE was trained on {model}; this run uses it in {config.model.name}")
@@ -265,6 +296,11 @@ def differences(about: Stated, config: Config, begins_with_bos: bool | None = No
     return texts
 
 
+def _is_understood(key: str, value: Any) -> bool:
+    has_type = _has_type(value, KEYS[key].type)
+    return has_type and (key != "seqpos_slice" or 1 <= len(value) <= 3)  # the arguments of a slice
+
+
 def differs_in_l0(stated_l0: float | None, measured: float) -> str | None:
     """A text if the measured L0 is far from the stated one; else `None`."""
     if not stated_l0 or abs(measured - stated_l0) <= _L0_TOLERANCE * stated_l0:
@@ -282,7 +318,7 @@ def _written(value: Any) -> str:
 
 def _positions(stated_slice: Any) -> str:
     """Positions in Python's notation, from the arguments of a slice; empty for all positions."""
-    if not _has_type(stated_slice, list | tuple) or not 1 <= len(stated_slice) <= 3:
+    if stated_slice is None or not _is_understood("seqpos_slice", stated_slice):
         return ""
     taken = slice(*stated_slice)
     start, stop, step = taken.start or 0, taken.stop, taken.step or 1
@@ -302,9 +338,11 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
     """
     folder = formats.read(path)
     values, about = folder.values, stated(folder.values)
-    place = settled(trained_at(values, index), index, hook, path)
-    check(about, "sae.path", path)
-    check_width(about.get("d_in"), model, field="sae.path", name=path)
+    check(about, "sae.path", path, folder.format.config)
+    place = settled(trained_at(about, "sae.path", path, index, folder.format.config), index, hook, path)
+    check_fits(about, model, "sae.path", path, folder.format.config)
+    check_complete(values, path)
+    formats.check_weights(folder)
     if place is None:
         because = f"{folder.path / folder.format.config} names no hook point"
         raise ConfigError("layer.index", None, f"the index of a block: {because}")
@@ -319,50 +357,33 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
     )
 
 
-def trained_at(values: Mapping[str, Any], block: int | None = None) -> Place | None:
-    """The place that an SAE was trained at, according to its config; `None` if the config names none.
+def trained_at(
+    about: Stated, field: str, name: str, block: int | None = None, source: str = "metadata"
+) -> Place | None:
+    """The place that an SAE was trained at, by its metadata; `None` if the metadata names none.
 
     Args:
-        values: The config in sae-lens's format, of version 6 or before.
+        about: What its metadata states, after `check`.
+        field, name: The key that names the SAE, and its value, for the message.
         block: The block that the SAE is requested for: an SAE may have been trained at several blocks.
+        source: The file of its metadata, for the message.
 
     Raises:
-        ConfigError: If no SAE can be spliced in at that place, or the SAE is a transcoder.
+        ConfigError: If no SAE can be spliced in at that place.
     """
-    about = stated(values)
-    hook, writes = about.get("hook_name"), about.get("hook_name_out")
-    if writes not in (None, hook) or "transcoder" in str(about.get("architecture")):
-        raise ConfigError(
-            "sae", writes or hook, "an SAE", because=f"it is a transcoder, which reads {hook}"
-        )
-    place = None if hook is None else known_place(str(hook))
-    if place is not None and block is not None and block in about.get("group_blocks", ()):
-        return Place(block, place.hook)
-    return place
-
-
-_PARENTS = "model|base_model|language_model|text_model|transformer|gpt_neox|decoder|backbone"
-"""Modules of transformers that contain the blocks of a language model, and not those of an encoder."""
-_OUTPUT_OF_BLOCK = re.compile(
-    rf"(?:(?:{_PARENTS})\.)*(?:layers|h|blocks)\.(\d+)(?:\.output|\.hook_out)?"
-)
-"""Names of a block's output: its module in transformers, and TransformerLens's name since version 3."""
-_INPUT_OF_BLOCK = re.compile(r"blocks\.(\d+)\.hook_in")
-
-
-def known_place(hookpoint: str) -> Place:
-    """The place of an SAE's hookpoint.
-
-    Raises:
-        ConfigError: If no SAE can be spliced in there.
-    """
-    if match := _OUTPUT_OF_BLOCK.fullmatch(hookpoint):
-        return Place(int(match[1]))
-    if match := _INPUT_OF_BLOCK.fullmatch(hookpoint):
-        hookpoint = f"blocks.{match[1]}.hook_{Hook.resid_pre.name}"
-    place = Place.named(hookpoint)
+    hook = about.get("hook_name")
+    if hook is None:
+        return None
+    place = known_place(hook)
     if place is None:
-        raise ConfigError("sae", hookpoint, f"an SAE at {PLACES}")
+        origin = about.get(formats.SOURCE_OF_HOOK, f"the hook_name in its {source}")
+        allowed = (
+            f"an SAE at {PLACES}; if {hook} is one of these in this model, change {origin} "
+            "and set layer.index and layer.hook"
+        )
+        raise ConfigError(field, name, allowed, because=f"its hook point is {hook}, by {origin}")
+    if block is not None and block in about.get("group_blocks", ()):
+        return Place(block, place.hook)
     return place
 
 
@@ -393,12 +414,27 @@ def settled(trained: Place | None, index: int | None, hook: Hook | None, name: s
     return trained
 
 
-def check_width(d_in: int | None, model: Dimensions, *, field: str, name: str) -> None:
-    """Check that the SAE's input is as wide as the model's residual stream.
+def check_fits(
+    about: Stated, model: Dimensions, field: str, name: str, source: str = "metadata"
+) -> None:
+    """Refuse an SAE that another width of the residual stream or another vocabulary belongs to.
+
+    Args:
+        about: What its metadata states, after `check`.
+        model: The size of the model.
+        field, name: The key that names the SAE, and its value, for the message.
+        source: The file of its metadata, for the message.
 
     Raises:
-        ConfigError: If the widths differ.
+        ConfigError: If its input is not as wide as the model's residual stream, or if it excludes token
+            ids that the model does not have.
     """
+    d_in, excluded = about.get("d_in"), about.get("exclude_special_tokens")
+    outside = [i for i in excluded if not 0 <= i < model.d_vocab] if isinstance(excluded, list) else []
+    if outside:
+        allowed = f"an SAE that excludes token ids of this model, from 0 to {model.d_vocab - 1}"
+        because = f"its {source} says exclude_special_tokens: {excluded}"
+        raise ConfigError(field, name, allowed, because=because)
     if d_in is not None and d_in != model.d_model:
         allowed = f"an SAE with d_in={model.d_model}, the width of the model"
         raise ConfigError(field, name, allowed, because=f"its d_in is {d_in}")

@@ -14,8 +14,8 @@ from sae_lora.config.validate import latents
 from sae_lora.embedded import BLOCK as EMBEDDED_BLOCK
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
-from sae_lora.models.hookpoints import PLACES, Place, canonical_hook
-from sae_lora.saes.metadata import check, known_place, read_folder, settled, stated_by
+from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
+from sae_lora.saes.metadata import check, read_folder, settled, stated_by
 from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, table, width_in
 
 
@@ -353,8 +353,8 @@ def _by_id(config: Config) -> SAEChoice:
     elif "/" not in sae.release:
         release_named(sae.release)
     stated = place_in(sae.id, layer.hook)
-    if stated is None and sae.id.startswith("blocks."):
-        known_place(sae.id)  # raises
+    if stated is None and sae.id.startswith("blocks.") and known_place(sae.id) is None:
+        raise ConfigError("sae.id", sae.id, f"an SAE at {PLACES}")
     if layer.every is not None:
         raise ConfigError("layer.every", layer.every, "null with sae.id, which names one SAE", "null")
     if isinstance(layer.index, list):

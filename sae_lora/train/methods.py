@@ -15,7 +15,8 @@ from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes import output_adapter
-from sae_lora.saes.loading import EXCLUDES_FIRST, LoadedSAE, describe, special_of
+from sae_lora.saes.loading import LoadedSAE, describe, special_of
+from sae_lora.saes.metadata import EXCLUDES_FIRST
 from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations

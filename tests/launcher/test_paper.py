@@ -1,7 +1,6 @@
 """The paper's experiments (arXiv 2501.19406): every point composes, and has its SAE and an estimate."""
 
 import functools
-import json
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from sae_lora.splice.kl import room_bytes
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.cost.memory import CUDA_BYTES, PROCESS_BYTES
 from sae_lora.train.cost.runs import shapes
+from tests.support.coders import write_cfg
 from tests.support.commands import launch
 from tests.support.composing import combinations, composed, each_composed
 from tests.support.hub import COMMIT, serving
@@ -232,11 +232,8 @@ def finish(run: Run, d_model: int) -> None:
     folders = [run.folder.sae_at / f"{at:g}" for at in TENTHS[:-1]]
     for number, parent in enumerate((*folders, run.folder.sae)):
         folder = parent / "blocks.12.hook_resid_post"
-        folder.mkdir(parents=True)
         hook = {"hook_name": "blocks.12.hook_resid_post"}
-        cfg = {"architecture": "topk", "d_in": d_model, "d_sae": 8 * d_model, "k": 64, "metadata": hook}
-        (folder / "cfg.json").write_text(json.dumps(cfg))
-        (folder / "sae_weights.safetensors").write_text(f"only hashed, {number}")
+        write_cfg(folder, number, architecture="topk", d_in=d_model, d_sae=64, k=64, metadata=hook)
     run.folder.summary.write_text("{}")
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Hook
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes.metadata import read_folder
 from tests.saes.test_loading import D_IN, D_SAE, MODEL, X, loaded, write
@@ -77,8 +78,15 @@ def test_the_place_of_sparsify_is_its_folder(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["layers.2.mlp", "layers.2.attention", "embed_tokens"])
 def test_other_places_of_sparsify_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        read_folder(str(write_sparsify(tmp_path / name)), None, None, MODEL)
+    folder = write_sparsify(tmp_path / name)
+    for index, hook in ((None, None), (2, Hook.mlp_out)):
+        with pytest.raises(ConfigError, match=f"its hook point is {name}, by the name of") as error:
+            read_folder(str(folder), index, hook, MODEL)
+        assert error.value.field == "sae.path"
+        assert "change the name of its folder and set layer.index and layer.hook" in error.value.allowed
+    renamed = folder.rename(tmp_path / "my_sae")
+    place = Place.of(read_folder(str(renamed), 2, Hook.mlp_out, MODEL))
+    assert place == Place(2, Hook.mlp_out)
 
 
 def test_a_renamed_folder_of_sparsify_needs_the_block(tmp_path: Path) -> None:
@@ -157,11 +165,90 @@ def test_tensors_that_are_not_read_are_refused(tmp_path: Path) -> None:
     folder = write_sparsify(tmp_path / "layers.2")
     tensors = load_file(folder / "sae.safetensors")
     save_file(tensors | {"W_skip": torch.eye(D_IN)}, folder / "sae.safetensors")
-    with pytest.raises(UserError, match="holds W_skip"):
-        loaded(folder)
+    with pytest.raises(ConfigError, match="holds W_skip"):
+        read_folder(str(folder), None, None, MODEL)
     tensors = _LINEAR | {"b_dec": B_DEC, "k": torch.tensor(5)}
     with pytest.raises(UserError, match="has k=5, but the config says k: 4"):
         loaded(write_dictionary(tmp_path / "topk", "AutoEncoderTopK", tensors))
+
+
+@pytest.mark.parametrize("name", ["encoder.weight", "encoder.bias", "W_dec", "b_dec"])
+@pytest.mark.case("B5")
+def test_the_plan_refuses_weights_of_sparsify_that_do_not_fit(tmp_path: Path, name: str) -> None:
+    folder = write_sparsify(tmp_path / "layers.2")
+    weights = load_file(folder / "sae.safetensors")
+    wrong = weights | {name: weights[name][..., :-1].contiguous()}
+    for tensors, words in (
+        (wrong, "has the shape"),
+        ({key: weights[key] for key in weights.keys() - {name}}, "has no"),
+    ):
+        save_file(tensors, folder / "sae.safetensors")
+        with pytest.raises(ConfigError, match=words) as error:
+            read_folder(str(folder), None, None, MODEL)
+        assert error.value.field == "sae.path"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ([1, 2], "no weights by name but a list"),
+        (ENCODER, "no weights by name but a Tensor"),
+        ({"state_dict": _LINEAR}, "holds state_dict"),
+        (_LINEAR | {"bias": 0.5}, "no tensors: bias"),
+        (_LINEAR, "has no b_dec"),
+        (_LINEAR | {"bias": B_ENC}, "b_dec in"),
+        (_LINEAR | {"bias": B_DEC, "encoder.weight": ENCODER.T}, "W_enc in"),
+    ],
+)
+@pytest.mark.case("B5")
+def test_weights_of_dictionary_learning_that_do_not_fit(
+    tmp_path: Path, tensors: Any, words: str
+) -> None:
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoder", tensors)
+    with pytest.raises(UserError, match=words) as error:
+        loaded(folder)
+    assert "Error" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 300, 2000])
+@pytest.mark.case("B5")
+def test_the_plan_refuses_a_truncated_file_of_torch(tmp_path: Path, size: int) -> None:
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoder", _LINEAR | {"bias": B_DEC})
+    read_folder(str(folder), None, None, MODEL)
+    (folder / "ae.pt").write_bytes((folder / "ae.pt").read_bytes()[:size])
+    with pytest.raises(UserError, match=r"ae\.pt is damaged or incomplete"):
+        read_folder(str(folder), None, None, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        *((None, "buffer", value) for value in ("none", [], 1, False)),
+        *(("trainer", "dict_class", value) for value in ([], 1, None)),
+        *(("trainer", "activation_dim", value) for value in ("16", 16.5, True, float("inf"), None)),
+        *(("trainer", "dict_size", value) for value in (-32, 0, [32])),
+        ("trainer", "k", 4.0),
+    ],
+)
+@pytest.mark.case("B5")
+def test_a_value_of_another_type_in_dictionary_learning_is_named(
+    tmp_path: Path, part: str | None, key: str, value: object
+) -> None:
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoderTopK", {})
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part])[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"its config\.json says {key}: ") as error:
+        read_folder(str(folder), None, None, MODEL)
+    assert error.value.field == "sae.path"
+
+
+@pytest.mark.parametrize("key", ["d_in", "k", "num_latents", "expansion_factor"])
+@pytest.mark.parametrize("value", ["4", 4.5, True, -1, float("nan")])
+def test_a_value_of_another_type_in_sparsify_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    folder = write_sparsify(tmp_path / "layers.2", **{key: value})
+    with pytest.raises(ConfigError, match=rf"its cfg\.json says {key}: "):
+        read_folder(str(folder), None, None, MODEL)
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
@@ -189,6 +276,39 @@ def test_the_nearest_path_is_never_the_path_itself(tmp_path: Path) -> None:
     file = tmp_path / "saes" / "blocks.2" / "sae_weights.safetensors"
     assert refusal(file).nearest == file.parent
     assert refusal(tmp_path / "saes" / "block.2").nearest == tmp_path / "saes" / "blocks.2"
+
+
+@pytest.mark.case("B7")
+def test_checkpoints_of_dictionary_learning_are_named(tmp_path: Path) -> None:
+    """The advice of the message works."""
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoder", _LINEAR | {"bias": B_DEC})
+    (folder / "checkpoints").mkdir()
+    checkpoint = (folder / "ae.pt").rename(folder / "checkpoints" / "ae_100.pt")
+    for path in (folder, checkpoint, checkpoint.parent):
+        error = refusal(path)
+        assert error.nearest is None
+        assert f"copy {checkpoint}, say, to ae.pt in a new folder, and its config.json" in str(error)
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "ae.pt").write_bytes(checkpoint.read_bytes())
+    (new / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert Place.of(read_folder(str(new), None, None, MODEL)) == Place(2)
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"),
+    [("config.json", "ae.pt"), ("ae.pt", "config.json"), ("sae_weights.safetensors", "cfg.json")],
+)
+def test_the_missing_file_is_named(tmp_path: Path, present: str, missing: str) -> None:
+    (tmp_path / present).write_text("{}")
+    assert f"it has {present} without {missing}" in str(refusal(tmp_path))
+
+
+def test_the_nearest_path_holds_an_sae(tmp_path: Path) -> None:
+    (tmp_path / "my_sae").mkdir()
+    assert refusal(tmp_path / "my_sea").nearest is None
+    (tmp_path / "my_sae" / "notes.txt").write_text("")
+    assert refusal(tmp_path / "my_sae" / "notes.txt").nearest is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from sae_lens import SAE, TemporalSAE, TemporalSAEConfig
+from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
 from sae_lens.registry import SAE_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import SAEMetadata
@@ -19,9 +21,10 @@ from torch import Tensor, nn
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import DType, SAEFamily
-from sae_lora.config.schema import SAEConfig
+from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.saes import probe
+from sae_lora.saes import converters, probe
+from sae_lora.saes.formats import FACTORS, UNUSED_FACTOR
 from sae_lora.saes.loading import LoadedSAE, load
 from sae_lora.saes.metadata import KEYS, read_folder
 from tests.support.coders import topk_sae
@@ -137,6 +140,11 @@ def test_a_factor_of_the_input_is_folded_where_it_is_known(tmp_path: Path, archi
         ({"architecture": "topk"}, "gives no k"),
         ({"architecture": "topk", "k": 4.0}, "k: 4.0"),
         ({"d_in": "16"}, "d_in: '16'"),
+        ({"activation_fn_kwargs": "none"}, "activation_fn_kwargs: 'none'"),
+        ({"metadata": {"group_blocks": 2}}, "group_blocks: 2"),
+        ({"metadata": {"exclude_first_position": "false"}}, "exclude_first_position: 'false'"),
+        ({"metadata": {"hook_name": 2}}, "hook_name: 2"),
+        ({"residual_threshold": float("nan")}, "residual_threshold: nan"),
         ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input: 'false'"),
     ],
 )
@@ -188,31 +196,141 @@ def test_a_truncated_file_is_named(tmp_path: Path, size: int) -> None:
     file = tmp_path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(UserError, match="damaged or incomplete") as error:
-        loaded(tmp_path)
+        read(tmp_path)
     assert str(file) in str(error.value)
     assert "Hugging Face" not in str(error.value)
 
 
-def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
-    write(tmp_path)
-    change(tmp_path, d_sae=64)
-    with pytest.raises(UserError, match="size mismatch") as error:
-        loaded(tmp_path)
-    assert "\n" not in str(error.value)
+def read(folder: Path) -> SAEChoice:
+    """The SAE of a folder, as the plan reads it."""
+    return read_folder(str(folder), None, None, MODEL)
 
 
-def test_factors_of_latents_are_refused_and_factors_of_one_are_not(tmp_path: Path) -> None:
-    """`scaling_factor` of older versions of SAELens, which today's class does not have."""
-    expected = write(tmp_path)
-    change(tmp_path, finetuning_scaling_factor=True, architecture="standard")
+@pytest.mark.case("B5")
+def test_the_plan_refuses_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
+    for architecture in USABLE:
+        folder = tmp_path / architecture
+        write(folder, architecture)
+        read(folder)
+        change(folder, d_sae=64)
+        with pytest.raises(ConfigError, match=r"in .* has the shape \[") as error:
+            read(folder)
+        assert error.value.field == "sae.path"
+        assert "W_enc [16, 64]" in error.value.allowed or "W_dec [64, 16]" in error.value.allowed
+        change(folder, d_sae=D_SAE)
+        file = folder / "sae_weights.safetensors"
+        weights = load_file(file)
+        for name in weights:
+            save_file({key: weights[key] for key in weights.keys() - {name}}, file)
+            with pytest.raises(ConfigError, match=f"has no {name}"):
+                read(folder)
+        save_file(weights | {"W_x": torch.ones(2)}, file)
+        with pytest.raises(ConfigError, match="holds W_x"):
+            read(folder)
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "abstopk"])
+def test_factors_of_latents_are_applied(tmp_path: Path, architecture: str, name: str) -> None:
+    """Older versions of SAELens multiply the latents by them in `decode`; today's classes do not."""
+    plain = write(tmp_path, architecture)
     file = tmp_path / "sae_weights.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"scaling_factor": torch.ones(D_SAE)}, file)
-    with torch.no_grad():
-        check_equal(tmp_path, expected(X))
-    save_file(weights | {"scaling_factor": torch.full((D_SAE,), 2.0)}, file)
-    with pytest.raises(UserError, match="finetuning_scaling_factor"):
-        loaded(tmp_path)
+    weights, factors = load_file(file), torch.linspace(0.5, 2, D_SAE)
+    for key in (True, False, None):  # factors of 1 need no key
+        change(tmp_path, finetuning_scaling_factor=key)
+        save_file(weights | {name: torch.ones(D_SAE)}, file)
+        with torch.no_grad():
+            check_equal(tmp_path, plain(X))
+        save_file(weights | {name: factors}, file)
+        if key:
+            read(tmp_path)
+            sae = loaded(tmp_path).sae
+            with torch.no_grad():
+                latents = plain.encode(X)
+                assert torch.equal(sae.encode(X), latents)
+                torch.testing.assert_close(sae.decode(latents), plain.decode(latents * factors))
+        else:
+            with pytest.raises(ConfigError, match=r"finetuning_scaling_factor: (false|null)"):
+                read(tmp_path)
+
+
+def test_factors_of_an_sae_of_the_hub_are_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    plain = write(tmp_path / "sae")
+    file, factors = tmp_path / "sae" / "sae_weights.safetensors", torch.linspace(0.5, 2, D_SAE)
+    _, weights, _ = converters.load_from_hub("org/saes", "sae", cfg_overrides={"dtype": "float32"})
+    assert torch.equal(weights["W_dec"], plain.W_dec)
+    save_file(load_file(file) | {"scaling_factor": factors}, file)
+    with pytest.raises(ValueError, match="finetuning_scaling_factor: null"):
+        converters.load_from_hub("org/saes", "sae")
+    change(tmp_path / "sae", finetuning_scaling_factor=True)
+    _, weights, _ = converters.load_from_hub("org/saes", "sae")
+    torch.testing.assert_close(weights["W_dec"], plain.W_dec * factors[:, None])
+    assert weights.keys() == plain.state_dict().keys()
+
+
+def test_factors_that_numpy_cannot_read_need_the_key_too(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "sae_weights.safetensors"
+    for name in FACTORS:
+        weights = {key: weight for key, weight in load_file(file).items() if key not in FACTORS}
+        save_file(weights | {name: torch.full((D_SAE,), 2.0, dtype=torch.bfloat16)}, file)
+        with pytest.raises(ConfigError, match="finetuning_scaling_factor: null"):
+            loaded(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (D_IN,), (D_SAE, 1)])
+def test_factors_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write(tmp_path)
+    change(tmp_path, finetuning_scaling_factor=True)
+    file = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(file) | {"scaling_factor": torch.full(shape, 2.0)}, file)
+    with pytest.raises(ConfigError, match=r"scaling_factor in .* has the shape"):
+        read(tmp_path)
+
+
+def test_factors_that_the_encoder_would_see_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "topk", rescale_acts_by_decoder_norm=True)
+    file = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(file) | {"scaling_factor": torch.full((D_SAE,), 2.0)}, file)
+    change(tmp_path, finetuning_scaling_factor=True)
+    with pytest.raises(ConfigError, match="reads the norms of its decoder"):
+        read(tmp_path)
+
+
+@pytest.mark.case("A3")
+def test_the_plan_refuses_excluded_tokens_that_are_no_ids_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path)
+    model = dataclasses.replace(MODEL, d_vocab=100)
+    for value in (["<|bos|>"], [[5]], [5.0], [True], 5, "false", {"a": 1}, [-1], [100], [5, 1_000_000]):
+        change(tmp_path, metadata={"exclude_special_tokens": value})
+        with pytest.raises(ConfigError, match=r"its cfg\.json says exclude_special_tokens") as error:
+            read_folder(str(tmp_path), None, None, model)
+        assert error.value.field == "sae.path"
+    for value, excluded in (([0, 99], (0, 99)), ([], ()), (True, True), (False, False), (None, False)):
+        change(tmp_path, metadata={"exclude_special_tokens": value})
+        choice = read_folder(str(tmp_path), None, None, model)
+        assert load(CONFIG, choice, model, torch.device("cpu")).excluded == excluded
+
+
+@pytest.mark.case("A4")
+def test_a_factor_of_the_input_that_cannot_be_applied_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, normalize_activations="expected_average_only_in")
+    for factor in (True, float("inf"), float("nan"), 0, -1.0, "2", [2]):
+        (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+        with pytest.raises(ConfigError, match=r"activation_scaler\.json says scaling_factor"):
+            read(tmp_path)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 3.0}))
+    assert UNUSED_FACTOR not in loaded(tmp_path).stated
+    change(tmp_path, normalize_activations="none")
+    assert loaded(tmp_path).stated[UNUSED_FACTOR] == 3.0
 
 
 class _Wrong(nn.Module):

@@ -12,7 +12,7 @@ from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.schema import Config, LayerConfig
 from sae_lora.embedded import SAES
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.models.hookpoints import Place
+from sae_lora.models.hookpoints import PLACES, Place
 from sae_lora.saes import resolve
 from sae_lora.saes.metadata import Notices, differences, differs_in_l0, read_folder, stated
 from sae_lora.saes.pretrained_table import place_in, same_model
@@ -122,7 +122,7 @@ def test_other_places_and_transcoders_are_refused(tmp_path: Path, values: dict[s
     for folder in folders:
         with pytest.raises(ConfigError, match="an SAE") as error:
             read_folder(folder, 5, None, TINY)
-        assert error.value.field == "sae"
+        assert error.value.field == "sae.path"
 
 
 def test_an_sae_of_another_width_is_refused(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_registry_takes_the_hook_from_the_id() -> None:
 def test_registry_at_other_places_is_refused(release: str, identifier: str) -> None:
     with pytest.raises(ConfigError) as error:
         places(GPT2, of_gpt2(release, identifier))
-    assert (error.value.field, error.value.got) == ("sae", identifier)
+    assert (error.value.field, error.value.got) == ("sae.id", identifier)
     if release != "res-jb":  # this release also has SAEs at other places
         with pytest.raises(ConfigError, match=r"it contains blocks\.0\.hook_") as error:
             places(GPT2, of_gpt2(release), index=5)
@@ -330,8 +330,11 @@ def test_names_of_a_blocks_output(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_names_of_other_places_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="hook_resid_post"):
-        read_folder(write_cfg(tmp_path / "sae", metadata={"hook_name": name}), None, None, TINY)
+    folder = write_cfg(tmp_path / "sae", metadata={"hook_name": name})
+    with pytest.raises(ConfigError, match=r"by the hook_name in its cfg\.json") as error:
+        read_folder(folder, None, None, TINY)
+    assert (error.value.field, error.value.got) == ("sae.path", folder)
+    assert f"an SAE at {PLACES}" in error.value.allowed
 
 
 NOTED = [
@@ -345,6 +348,12 @@ NOTED = [
     ({"prepend_bos": False}, "trained on sequences without BOS"),
     ({"context_size": "long"}, "context_size: 'long', which is not understood"),
     ({"seqpos_slice": {"a": 1}}, "which is not understood"),
+    ({"seqpos_slice": ["a", 3]}, "which is not understood"),
+    ({"seqpos_slice": []}, "which is not understood"),
+    ({"seqpos_slice": [1, 2, 3, 4]}, "which is not understood"),
+    ({"l0": float("nan")}, "which is not understood"),
+    ({"model_from_pretrained_kwargs": "none"}, "which is not understood"),
+    ({"unused_factor": 3.0}, "a factor of its input, 3.0, in activation_scaler.json"),
 ]
 UNNOTED = [
     {"model_name": "org/tiny"},

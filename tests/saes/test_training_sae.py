@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Architecture
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes.metadata import trained_at
+from sae_lora.saes.metadata import stated, trained_at
 from sae_lora.saes.sparse import SparseSAE
 from sae_lora.saes.training import training_sae
 from tests.support.coders import jumprelu_sae, topk_sae
@@ -75,7 +75,7 @@ def test_saved_files_equal_those_of_sae_lens_after_its_fold(architecture: str, t
     )
     assert ours == theirs
     assert ours["metadata"]["model_name"] == "small"
-    assert trained_at(ours) == Place.named(HOOKPOINT)
+    assert trained_at(stated(ours), "sae.path", "ours") == Place.named(HOOKPOINT)
 
 
 def test_the_scale_is_folded_in(architecture: str) -> None:

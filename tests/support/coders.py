@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from safetensors.numpy import save_file
 
 from tests.support.families import D_MODEL
 
@@ -36,9 +39,14 @@ def write_topk_sae(folder: Path, hookpoint: str, d_in: int = 128, width: int = 2
     return folder
 
 
-def write_cfg(folder: Path, **values: object) -> str:
-    """Write the files of an SAE's folder that planning reads, for the tiny model's width."""
+def write_cfg(folder: Path, b_dec: float = 0.0, **values: Any) -> str:
+    """Write an SAE that returns `b_dec`, with these values in its config, for the tiny model's width."""
     folder.mkdir(parents=True)
-    (folder / "cfg.json").write_text(json.dumps({"d_in": 128, **values}))
-    (folder / "sae_weights.safetensors").write_text("not read by the plan, only hashed")
+    config = {"architecture": "standard", "d_in": 128, "d_sae": 8, **values}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    d_in, d_sae = config["d_in"], config["d_sae"]
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    weights["b_dec"] = np.full(d_in, b_dec, np.float32)
+    save_file(weights, folder / "sae_weights.safetensors")
     return str(folder)

@@ -1,10 +1,10 @@
 """Commands that cannot work, and the words of their error: field, value, and allowed values."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from tests.support.coders import write_cfg
 from tests.support.commands import launch
 
 WRONG: list[tuple[str, list[str]]] = [
@@ -105,10 +105,7 @@ def prepare(home: Path) -> None:
         ("of_heads", 128, "blocks.3.attn.hook_z"),
         ("sound", 128, "blocks.3.hook_resid_post"),
     ):
-        (home / name).mkdir()
-        values = {"d_in": d_in, "d_sae": 512, "metadata": {"hook_name": hook}}
-        (home / name / "cfg.json").write_text(json.dumps(values))
-        (home / name / "sae_weights.safetensors").write_text("")
+        write_cfg(home / name, d_in=d_in, metadata={"hook_name": hook})
 
 
 def fault_of(
