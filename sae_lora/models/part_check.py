@@ -1,11 +1,13 @@
 """Checks that the parts of a model compute alone what they compute in the whole model."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from sae_lora.models.dimensions import stated
+from sae_lora.common.errors import UserError
+from sae_lora.models.dimensions import short_cause, stated
 from sae_lora.models.language_model import LanguageModel, first_argument, observed
 
 _PROBE_TOKENS = 8
@@ -26,7 +28,7 @@ def check_parts(model: LanguageModel) -> None:
     tokens %= sizes["d_vocab"]
     with model.supported(), torch.no_grad():
         outputs, logits = _observe(model, tokens)
-        _check_shapes(model, outputs, [*tokens.shape, sizes["d_model"]])
+        check_shapes(model, dict(enumerate(outputs)), [*tokens.shape, sizes["d_model"]])
         for block in range(len(outputs)):
             _check_block(model, tokens, outputs, block)
         if list(logits.shape) != [*tokens.shape, sizes["d_vocab"]]:
@@ -69,8 +71,13 @@ def _observe(model: LanguageModel, tokens: Tensor) -> tuple[list[Tensor], Tensor
     return outputs, logits
 
 
-def _check_shapes(model: LanguageModel, outputs: list[Tensor], shape: list[int]) -> None:
-    for block, output in enumerate(outputs):
+def check_shapes(model: LanguageModel, outputs: Mapping[int, Tensor], shape: list[int]) -> None:
+    """Check that the outputs of blocks, by block, have the shape `[batch, pos, d_model]`.
+
+    Raises:
+        UserError: If one has another shape.
+    """
+    for block, output in outputs.items():
         if list(output.shape) != shape:
             raise model.unsupported(
                 f"the output of block {block} has the shape {list(output.shape)} "
@@ -78,11 +85,21 @@ def _check_shapes(model: LanguageModel, outputs: list[Tensor], shape: list[int])
             )
 
 
+def runs_not_alone(model: LanguageModel, block: int, error: Exception) -> UserError:
+    """The error for a block that failed on the tokens and the output of the block before it."""
+    return model.unsupported(f"{_alone(block)}{short_cause(error)}")
+
+
+def _alone(block: int) -> str:
+    previous = f"the output of block {block - 1}" if block else "the embedding"
+    return f"block {block} does not run on the tokens and {previous} alone: "
+
+
 def _check_block(model: LanguageModel, tokens: Tensor, outputs: list[Tensor], block: int) -> None:
     """Check that a block alone repeats its output, and that its input stays as it is."""
     previous = f"the output of block {block - 1}" if block else "the embedding"
     resid = outputs[block - 1].clone() if block else None
-    with model.supported(f"block {block} does not run on the tokens and {previous} alone: "):
+    with model.supported(_alone(block)):
         repeated = model.resid_entering(block + 1, tokens, block, resid)
     if not agree(repeated, outputs[block]):
         raise model.unsupported(f"block {block} reads more than the tokens and {previous}")

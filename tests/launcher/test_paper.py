@@ -226,6 +226,10 @@ def test_new_saes_come_first() -> None:
         assert config.launcher.pack == "off"
 
 
+FINISHED_WIDTH = 64
+"""Number of latents of the SAEs that `finish` writes: 8 · d_model would take gigabytes."""
+
+
 def finish(run: Run, d_model: int) -> None:
     """Write the files of a finished run of method=sae that planning reads."""
     run.freeze()
@@ -233,7 +237,8 @@ def finish(run: Run, d_model: int) -> None:
     for number, parent in enumerate((*folders, run.folder.sae)):
         folder = parent / "blocks.12.hook_resid_post"
         hook = {"hook_name": "blocks.12.hook_resid_post"}
-        write_cfg(folder, number, architecture="topk", d_in=d_model, d_sae=64, k=64, metadata=hook)
+        size = {"d_in": d_model, "d_sae": FINISHED_WIDTH}
+        write_cfg(folder, number, architecture="topk", **size, k=64, metadata=hook)
     run.folder.summary.write_text("{}")
 
 
@@ -251,13 +256,13 @@ def timing_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def test_ten_lora_runs_follow_each_new_sae(timing_plan: Plan) -> None:
     assert timing_plan.waiting == []
     assert len({run.name for run in timing_plan.runs}) == len(timing_plan.runs) == 24
-    for sweep, (name, d_model) in NEW_SAES.items():
+    for sweep, (name, _) in NEW_SAES.items():
         configs = [run.config for run in timing_plan.runs if run.config.sweep == sweep]
         assert {config.model.name for config in configs} == {name}
         lora = [config for config in configs if config.init]
         assert [config.init_at for config in lora] == TENTHS
         assert len({config.sae.used[0].sha256 for config in lora}) == 10
-        assert {config.sae.used[0].width for config in lora} == {8 * d_model}
+        assert {config.sae.used[0].width for config in lora} == {FINISHED_WIDTH}
 
 
 def test_steering_also_uses_a_new_sae(timing_plan: Plan) -> None:
@@ -270,7 +275,8 @@ def test_steering_also_uses_a_new_sae(timing_plan: Plan) -> None:
     steering = "experiment=paper_downstream", "variant=paper_downstream/steering"
     (run,) = plan([composed(*steering, f"init={sae_run.folder.path}", "output_dir=/nowhere")]).runs
     (sae,) = run.config.sae.used
-    assert (sae.block, sae.width, sae.path) == (12, 18_432, str(sae_run.folder.sae / str(Place.of(sae))))
+    path = str(sae_run.folder.sae / str(Place.of(sae)))
+    assert (sae.block, sae.width, sae.path) == (12, FINISHED_WIDTH, path)
     assert run.config.lora.rank == 1
     assert adapted_blocks(run.config.lora.blocks, sae.block, 26) == list(range(13, 26))
 

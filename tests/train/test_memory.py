@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
@@ -49,6 +50,24 @@ def test_a_pass_with_gradient_takes_the_counted_memory(
 def test_unusual_blocks_are_counted(model_type: str, tmp_path: Path) -> None:
     """Doge's mask has a gradient, and OPT's head reads states that are narrower than its blocks."""
     check_counted(LanguageModel(small_causal_model(model_type)), *UPPER_HALF, tmp_path)
+
+
+@pytest.mark.case("B3")
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("deepseek_v4", "the output of block 3 has the shape"),
+        ("gemma3n_text", "the output of block 3 has the shape"),
+        ("gemma4_text", "does not run on the tokens and the output of block . alone: KeyError"),
+    ],
+)
+def test_a_model_that_a_launch_refuses_has_no_estimate(
+    model_type: str, words: str, tmp_path: Path
+) -> None:
+    small_causal_model(model_type).config.save_pretrained(tmp_path)
+    model = CountedModel(str(tmp_path), None, DType.float32, Attention.auto, on_gpu=False)
+    with pytest.raises(UserError, match=words):
+        model.graph(2, (BATCH, LENGTH), None, [], through_first=True)
 
 
 def test_a_block_that_cannot_be_counted_takes_at_least_its_matrices(tmp_path: Path) -> None:

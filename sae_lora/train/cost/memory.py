@@ -24,6 +24,7 @@ from sae_lora.config.schema import LoRAConfig, ModelConfig
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_shapes, silence_transformers
+from sae_lora.models.part_check import check_shapes, runs_not_alone
 
 PROCESS_BYTES = 630_000_000
 """Memory of a process on a CPU before it loads the model: Python, the imported libraries, and the text.
@@ -307,10 +308,16 @@ def _without_numbers(model: CountedModel) -> LanguageModel:
 
 @cache
 def _meta(model: CountedModel) -> LanguageModel:
-    """The same after its first pass, which also finds its structure."""
+    """The same after its first pass, which also finds its structure.
+
+    Raises:
+        UserError: If the output of its blocks is no residual stream.
+    """
     counted = _without_numbers(model)
     with _as_on_devices(), PeakMemory():
-        counted.resid_entering(len(counted.blocks), torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        resid = counted.resid_entering(len(counted.blocks), tokens)
+    check_shapes(counted, {len(counted.blocks) - 1: resid}, [1, 2, counted.config.hidden_size])
     return counted
 
 
@@ -348,6 +355,8 @@ def _block_pass(
         return _counted_pass(model, block, tokens, adapters, gradient)
     except UserError:
         raise
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise runs_not_alone(_without_numbers(model), block, error) from error
     except Exception:  # shapes that depend on numbers (the experts of JetMoE) raise errors of any kind
         return _pass_of_matrices(model, block, tokens, adapters, gradient)
 
