@@ -34,7 +34,7 @@ class LanguageModel:
     def __init__(self, model: PreTrainedModel, structure: "_Structure | None" = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.notes: list[str] = []
-        """What was noticed while it was loaded."""
+        """Notes about its files, from loading."""
         self._known_additions: set[int] = set()
         with self.supported():
             self.config: Any = model.config.get_text_config()

@@ -114,7 +114,7 @@ class Report:
 
     @property
     def notes(self) -> dict[str, list[str]]:
-        """What was noticed about SAEs, and the names of the runs that each note is about."""
+        """The notes of runs, each with the names of the runs that have it."""
         runs: defaultdict[str, list[str]] = defaultdict(list)
         for run, notes in zip(self.frame["run"], self.frame["sae_notes"], strict=True):
             for note in notes.splitlines():

@@ -24,14 +24,14 @@ def parts() -> Iterator[tuple[str, float]]:
 def test_the_time_left_is_exact_after_every_part() -> None:
     """Also in the last filling, which serves fewer steps."""
     pace, step, evaluated_at = Pace(PER_FILL), 0, 0
-    left = sum(seconds for _, seconds in parts())
+    remaining = sum(seconds for _, seconds in parts())
     for part, seconds in parts():
-        left -= seconds
+        remaining -= seconds
         match part:
             case "fill":
                 if pace.step_seconds is not None:
                     halfway = pace.seconds_left(step, STEPS, evaluations(evaluated_at), filled=0.5)
-                    assert halfway == pytest.approx(left + FILL / 2)
+                    assert halfway == pytest.approx(remaining + FILL / 2)
                 pace.note_fill(step, seconds)
             case "step":
                 pace.note_step(seconds)
@@ -40,7 +40,7 @@ def test_the_time_left_is_exact_after_every_part() -> None:
                 pace.evaluation_seconds = seconds
                 evaluated_at = step
         expected = pace.seconds_left(step, STEPS, evaluations(evaluated_at))
-        assert expected == (None if step == 0 else pytest.approx(left))
+        assert expected == (None if step == 0 else pytest.approx(remaining))
 
 
 def evaluations(evaluated_at: int) -> int:

@@ -63,8 +63,8 @@ from sae_lora.config.schema import Config, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import room_bytes
 from sae_lora.train.cost.flops import step_flops
-from sae_lora.train.cost.memory import CUDA_BYTES, HEAP, PROCESS_BYTES, CountedModel
-from sae_lora.train.cost.runs import BYTES, CountedRun, CountedSAE, Sizes, shapes
+from sae_lora.train.cost.memory import BYTES, CUDA_BYTES, HEAP, PROCESS_BYTES, CountedModel
+from sae_lora.train.cost.runs import CountedRun, CountedSAE, Sizes, shapes
 from sae_lora.train.distill import turns
 
 

@@ -26,6 +26,8 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import choose_attention, load_shapes, silence_transformers
 from sae_lora.models.part_check import check_shapes, runs_not_alone
 
+BYTES = {DType.float32: 4, DType.bfloat16: 2}
+"""Bytes per number."""
 PROCESS_BYTES = 630_000_000
 """Memory of a process on a CPU before it loads the model: Python, the imported libraries, and the text.
 `python -m scripts.benchmark.memory --process` measures it."""
@@ -161,9 +163,9 @@ class Gradient(enum.Enum):
 
     none = "none"
     of_weights = "of_weights"
-    """Of the adapters; the input needs none."""
+    """Gradients of the adapters; the input needs none."""
     through = "through"
-    """Of the input, and of adapters if there are any."""
+    """Gradients of the input, and of adapters if there are any."""
 
 
 class Pass(NamedTuple):
@@ -287,12 +289,12 @@ class CountedModel:
         """Memory of one block; after the last block, of the norm before the head."""
         kinds = self.blocks()
         kind = kinds[block] if block < len(kinds) else len(kinds)
-        return _block_pass(self, kind, tokens, adapters, gradient)
+        return _memory_of(_Part(self, kind, tokens, adapters, gradient))
 
     @property
     def bytes(self) -> int:
         """Bytes per number."""
-        return getattr(torch, self.dtype.name).itemsize
+        return BYTES[self.dtype]
 
 
 @cache
@@ -343,53 +345,48 @@ def _adapted(model: CountedModel, adapters: Adapters | None) -> LanguageModel:
     return view
 
 
+class _Part(NamedTuple):
+    """A pass through one block, or through the norm after the last block."""
+
+    model: CountedModel
+    block: int
+    tokens: tuple[int, int]
+    adapters: Adapters | None
+    gradient: Gradient
+
+
 @cache
-def _block_pass(
-    model: CountedModel,
-    block: int,
-    tokens: tuple[int, int],
-    adapters: Adapters | None,
-    gradient: Gradient,
-) -> Pass:
+def _memory_of(part: _Part) -> Pass:
     try:
-        return _counted_pass(model, block, tokens, adapters, gradient)
+        return _counted(part)
     except UserError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise runs_not_alone(_without_numbers(model), block, error) from error
+        raise runs_not_alone(_without_numbers(part.model), part.block, error) from error
     except Exception:  # shapes that depend on numbers (the experts of JetMoE) raise errors of any kind
-        return _pass_of_matrices(model, block, tokens, adapters, gradient)
+        return _of_matrices(part)
 
 
-def _pass_of_matrices(
-    model: CountedModel,
-    block: int,
-    tokens: tuple[int, int],
-    adapters: Adapters | None,
-    gradient: Gradient,
-) -> Pass:
+def _of_matrices(part: _Part) -> Pass:
     """Memory of a block that cannot be counted, at least: inputs and outputs of every matrix."""
-    blocks = _without_numbers(model).blocks
-    if block == len(blocks):  # the norm before the head, which is small
+    model, block, tokens, adapters, gradient = part
+    model_shapes = _without_numbers(model)
+    if block == len(model_shapes.blocks):  # the norm before the head, which is small
         return Pass(0, 0, 0)
-    experts = _without_numbers(model).config_value("num_experts_per_tok") or 1
-    weights = [weight for weight in blocks[block].parameters() if weight.dim() > 1]
+    experts = model_shapes.config_value("num_experts_per_tok") or 1
+    weights = [weight for weight in model_shapes.blocks[block].parameters() if weight.dim() > 1]
     shapes = [weight.shape[-2:] for weight in weights for _ in range(experts if weight.dim() > 2 else 1)]
     number = tokens[0] * tokens[1]
     numbers = [sum(shape) for shape in shapes]
+    largest = number * model.bytes * max(numbers)
     low_rank = 4 * adapters.rank * len(shapes) if adapters is not None else 0
     all_states = number * (model.bytes * sum(numbers) + low_rank)
-    kept = all_states if gradient is not Gradient.none else number * model.bytes * max(numbers)
-    return Pass(kept, kept, kept + number * model.bytes * max(numbers))
+    kept = all_states if gradient is not Gradient.none else largest
+    return Pass(kept, kept, kept + largest)
 
 
-def _counted_pass(
-    model: CountedModel,
-    block: int,
-    tokens: tuple[int, int],
-    adapters: Adapters | None,
-    gradient: Gradient,
-) -> Pass:
+def _counted(part: _Part) -> Pass:
+    model, block, tokens, adapters, gradient = part
     adapted = _adapted(model, adapters)
     with torch.device("meta"):
         ids = torch.zeros(tokens, dtype=torch.long)

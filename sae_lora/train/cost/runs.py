@@ -10,7 +10,6 @@ from torch import nn
 
 from sae_lora.config.enums import (
     Architecture,
-    DType,
     Method,
     SAEFamily,
 )
@@ -23,9 +22,7 @@ from sae_lora.models.loading import load_shapes
 from sae_lora.models.lora import selection
 from sae_lora.models.matrices import Selection
 from sae_lora.saes.sparse import is_sparse
-from sae_lora.train.cost.memory import Adapters, CountedModel, Graph
-
-BYTES = {DType.float32: 4, DType.bfloat16: 2}
+from sae_lora.train.cost.memory import BYTES, Adapters, CountedModel, Graph
 
 
 class SAELosses(NamedTuple):
