@@ -73,6 +73,15 @@ def point(tmp_path: Path) -> "Point":
     return points_in(tmp_path)
 
 
+@pytest.fixture
+def forked_jobs() -> Iterator[None]:
+    """Jobs of this machine are forked processes."""
+    from tests.support import forked_jobs
+
+    with forked_jobs.forked_jobs():
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["Cluster"]:
     """A SLURM cluster for the module."""

@@ -10,6 +10,7 @@ from tests.support.points import SMALL
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_launch_trains_a_sweep_and_returns_its_runs(tmp_path: Path) -> None:
     settings = [*SMALL, f"output_dir={tmp_path}/out puts", f"data.cache_dir={tmp_path}/cache"]
     overrides = [override for override in settings if "rank" not in override]
@@ -29,6 +30,7 @@ def test_launch_trains_a_sweep_and_returns_its_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_the_summary_of_a_failed_run_raises_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,9 +32,12 @@ def test_help_is_not_an_error(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_sweep_from_the_terminal(tmp_path: Path) -> None:
     small = ["train.train_tokens=1024", "data.validation_tokens=1024", "tracking=disabled"]
-    swept = launch("-m", "lora.rank=1,2", "layer.index=1,2", *small, f"output_dir={tmp_path}")
+    swept = launch_in_this_process(
+        "-m", "lora.rank=1,2", "layer.index=1,2", *small, f"output_dir={tmp_path}"
+    )
     assert swept.returncode == 0, swept.stderr
     assert len(list(tmp_path.glob("main/*/summary.json"))) == 4
     assert swept.stdout.count("done  tiny") == 4

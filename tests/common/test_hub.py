@@ -41,10 +41,12 @@ def launch_from(address: str, home: Path, *overrides: str, **more: str) -> Compl
     return launch(*overrides, *_places(home), **_environment(address, home) | more)
 
 
-def launch_each_from(address: str, home: Path, *commands: Sequence[str]) -> list[CompletedProcess[str]]:
-    """The same for several commands, which share their caches."""
+def launch_each_from(
+    address: str, home: Path, *commands: Sequence[str], **more: str
+) -> list[CompletedProcess[str]]:
+    """The same for commands in one process, which share their caches and whose jobs are forked."""
     given = [(*command, *_places(home)) for command in commands]
-    return launch_each(*given, **_environment(address, home))
+    return launch_each(*given, **_environment(address, home) | more)
 
 
 def _places(home: Path) -> tuple[str, str]:
@@ -86,7 +88,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     assert summary["data"]["bos"] is True
     # Without the hub, a repeated command finds the finished run, and a new point runs from the cache.
     ranks = "-m", *GEMMA, *SMALL, "lora.rank=2,1"
-    again = launch_from("http://127.0.0.1:9", tmp_path, *ranks, HF_HUB_OFFLINE="1")
+    (again,) = launch_each_from("http://127.0.0.1:9", tmp_path, ranks, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "1 of 2 already done" in again.stdout
     assert len(list(tmp_path.glob("outputs/main/*/summary.json"))) == 3
@@ -106,7 +108,7 @@ def test_gemma_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
 def test_llama_scope_end_to_end(hub: Hub, tmp_path: Path) -> None:
     """Data sets are downloaded, not streamed. RedPajama is read only from the hub's parquet files."""
     texts = "data=pile,redpajama", "data.streaming=false"
-    finished = launch_from(hub.address, tmp_path, "-m", *LLAMA[:-1], *SMALL, *texts)
+    (finished,) = launch_each_from(hub.address, tmp_path, ("-m", *LLAMA[:-1], *SMALL, *texts))
     assert finished.returncode == 0, finished.stderr
     first, second = summaries_in(tmp_path)
     for summary in (first, second):

@@ -35,6 +35,7 @@ def test_a_sweep_runs_each_point_once_and_shows_a_table(point: Point, tmp_path: 
     assert "2 of 2 already done" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_single_run_is_evaluated_and_shows_its_table(point: Point, tmp_path: Path, capsys) -> None:
     assert launcher.launch([point("evaluation=core", "evaluation.resamples=10")]) == 0
     printed = capsys.readouterr().out
@@ -44,6 +45,7 @@ def test_a_single_run_is_evaluated_and_shows_its_table(point: Point, tmp_path: P
         assert words in printed
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_failed_run_does_not_stop_other_runs_and_can_be_retried(
     point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -87,6 +89,7 @@ def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
     assert "training FLOPs" in printed
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_dry_run_shows_the_packs(point: Point, capsys) -> None:
     assert launcher.launch([point()]) == 0
     again = [
@@ -106,6 +109,7 @@ def test_dry_run_shows_the_packs(point: Point, capsys) -> None:
     ]
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_packing_does_not_change_results(point: Point, tmp_path: Path) -> None:
     runs = [(f"lora.rank={rank}", "lora.dropout=0.1") for rank in (1, 2, 4)]
     measured = {}

@@ -205,7 +205,7 @@ def test_a_share_that_was_not_saved_is_refused(at: float, nearest: float, traine
         )
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_waiting_points_run_after_their_sae_and_only_once(
     point: Point, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ small run.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import resource
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import psutil
 from safetensors.torch import load_file
@@ -50,20 +52,23 @@ def _end(main: Callable[[], int], paths: list[Path], *options: str) -> None:
     os._exit(code)
 
 
-def _redirect(*files: str) -> None:
+def redirect(*files: str) -> None:
     """Write stdout, or stdout and stderr, of this process into files."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
-def _child(paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]) -> None:
+def run_with_fault(
+    paths: list[Path], step: int, what: str, largest_file: int | None, output: list[str]
+) -> None:
+    """Execute the runs in this process, with the fault as in `attempt`."""
     import torch
 
     from sae_lora.run import execute
     from sae_lora.train import checkpoint
 
     torch.set_num_threads(1)
-    _redirect(*output)
+    redirect(*output)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     take_step, save_file = TrainState.take_step, checkpoint.save_file
@@ -124,7 +129,7 @@ def attempt(
         output = [f"{home}/stdout", f"{home}/stderr"]
         paths = [folder.path for folder in folders]
         process = FORKS.Process(
-            target=_child, args=(paths, step or 10**9, str(what), largest_file, output)
+            target=run_with_fault, args=(paths, step or 10**9, str(what), largest_file, output)
         )
         process.start()
         process.join(after_s or 600)
@@ -136,26 +141,35 @@ def attempt(
         return Ended(process.exitcode, *said)
 
 
-class ForkedWorker:
-    """A worker that is forked from its leader, with the parts of `subprocess.Popen` that leaders use.
+class ForkedModule:
+    """A module of this package in a forked process, with the parts of `subprocess.Popen` that are used.
 
     Args:
-        command: `python -m … sae_lora.run.worker <folder> …`.
-        env: The worker's environment variables.
+        command: `python -m sae_lora.common.lazy_imports <module> …`.
+        env: The environment variables of the process.
+        stdout: File to which the module prints, with its errors; by default those of this process.
     """
 
-    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: dict[str, str],
+        stdout: IO[bytes] | None = None,
+        stderr: int | None = None,
+    ) -> None:
         self._code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            from sae_lora.run import worker
-
             os.environ.clear()
             os.environ.update(env)
-            sys.argv = list(command[command.index("sae_lora.run.worker") :])
+            if stdout is not None:
+                assert stderr == subprocess.STDOUT
+                for number in (1, 2):
+                    os.dup2(stdout.fileno(), number)
+            sys.argv = list(command[command.index("sae_lora.common.lazy_imports") + 1 :])
             code = 1
             try:
-                code = worker.main()
+                code = importlib.import_module(sys.argv[0]).main()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -170,18 +184,23 @@ class ForkedWorker:
                     self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Wait for the end; return the exit code."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("worker", timeout)
+                raise subprocess.TimeoutExpired("module", timeout)
             time.sleep(0.01)
         return code
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def kill(self) -> None:
-        """Kill the worker."""
-        os.kill(self.pid, signal.SIGKILL)
+        """Kill the process."""
+        self.send_signal(signal.SIGKILL)
 
 
 class Leader:
@@ -226,8 +245,8 @@ def _leader(paths: list[Path], processes: int, output: str, forked: bool) -> Non
 
     if forked:
         timeout = subprocess.TimeoutExpired
-        distributed.subprocess = SimpleNamespace(Popen=ForkedWorker, TimeoutExpired=timeout)  # pyright: ignore
-    _redirect(output, output)
+        distributed.subprocess = SimpleNamespace(Popen=ForkedModule, TimeoutExpired=timeout)  # pyright: ignore
+    redirect(output, output)
     _end(execute.main, paths, f"--processes-per-node={processes}")
 
 

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,13 +25,14 @@ from sae_lora.config.serialize import load
 from sae_lora.evaluation import suite_records
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
+from sae_lora.run import active_run
 from sae_lora.tracking import tracker as tracking
 from sae_lora.tracking import wandb_run
 from sae_lora.tracking.sync import upload
 from sae_lora.tracking.tracker import Tracker
 from sae_lora.tracking.wandb_view import CURVES, WandbView
 from sae_lora.train import checkpoint
-from tests.support.attempts import frozen
+from tests.support.attempts import FORKS, frozen, run_with_fault
 from tests.support.submission import until
 from tests.support.sweeps import curve_point
 from tests.support.wandb_server import Server, serving
@@ -514,21 +519,20 @@ SMALL = (
     "train.train_tokens=1536 train.batch_size=1 train.eval_every_tokens=512 "
     "train.checkpoint_every_steps=3 data.validation_tokens=1024 lora.rank=2"
 ).split()
-ATTEMPT = """
-import sys
-from pathlib import Path
-from sae_lora.run import active_run
-from sae_lora.tracking.tracker import Tracker
-from tests.support.attempts import _child
 
-def open_tracker(*arguments):  # training is so short that it would end before wandb starts
-    tracker = Tracker(*arguments)
-    assert tracker.place.startswith("http")
-    return tracker
 
-active_run.Tracker = open_tracker
-_child([Path(sys.argv[1])], int(sys.argv[2]), "9", None, [])
-"""
+def _attempt(folder: Path, environment: dict[str, str], kill_at: int) -> None:
+    """Run with tracking until this step."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+    def open_tracker(*arguments: Any) -> Tracker:  # a short training would end before wandb starts
+        tracker = Tracker(*arguments)
+        assert tracker.place.startswith("http")
+        return tracker
+
+    active_run.Tracker = open_tracker
+    run_with_fault([folder], kill_at, str(signal.SIGKILL.value), None, [])
 
 
 @pytest.mark.slow
@@ -539,9 +543,10 @@ def test_a_killed_run_resumes_and_its_rows_are_those_of_the_curve(
     folder = run_in(tmp_path, *SMALL)
     run_id = view_of(folder).id
 
-    def run_until(kill_at: int) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", ATTEMPT, folder.path, str(kill_at)])
-        process.wait(300)
+    def run_until(kill_at: int) -> ForkServerProcess:
+        process = FORKS.Process(target=_attempt, args=(folder.path, dict(os.environ), kill_at))
+        process.start()
+        process.join(300)
         return process
 
     killed = run_until(9)
@@ -551,7 +556,7 @@ def test_a_killed_run_resumes_and_its_rows_are_those_of_the_curve(
     for process in psutil.process_iter(["name", "cmdline"]):  # the service outlives the killed process
         if process.info["name"] == "wandb-core" and str(killed.pid) in (process.info["cmdline"] or ()):
             process.kill()
-    assert (killed.returncode, finished.returncode) == (-9, 0)
+    assert (killed.exitcode, finished.exitcode) == (-9, 0)
     assert server.rows(run_id) == final
     assert server.runs[run_id].exit_code == 0
     assert len(first) == 3
