@@ -212,12 +212,15 @@ _ARCHIVES = {
 def _decoded(file: Path, content: bytes) -> str:
     """The content as text, without a byte order mark."""
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         advice = "; it may be UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         byte = error.object[error.start]
         cause = f"byte {error.start + 1:,} ({byte:#04x}) is not text in UTF-8{advice}"
         raise _unreadable(file, cause) from error
+    if 10 * text.count("\0") > len(text):
+        raise _unreadable(file, "much of it is zero bytes; it may be UTF-16 without a byte order mark")
+    return text
 
 
 def _json_rows(file: Path, content: bytes, column: str) -> _Rows:

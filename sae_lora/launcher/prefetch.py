@@ -18,7 +18,7 @@ from sae_lora.data import corpus
 from sae_lora.data.packing import convention_of
 from sae_lora.launcher.plan import pinned
 from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
-from sae_lora.models.loading import fetch_model, load_tokenizer
+from sae_lora.models.loading import check_attention, fetch_model, load_tokenizer
 from sae_lora.models.model_folder import has_local_tokenizer
 from sae_lora.saes.metadata import Notices, differences, stated_by
 
@@ -149,6 +149,7 @@ class _Fetcher:
         return self._saes[key]
 
     def _model(self, config: ModelConfig) -> str | None:
+        check_attention(config.attention)
         if config.name == EMBEDDED_NAME:
             return None
         key = (config.name, config.pinned_revision)

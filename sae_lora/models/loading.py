@@ -1,6 +1,7 @@
 """Loading of language models and tokenizers through transformers."""
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -146,6 +147,26 @@ def _check_finite(config: ModelConfig, model: PreTrainedModel) -> None:
             raise unusable(config, f"its weight {name} holds NaN or infinity")
 
 
+def check_attention(attention: Attention, device: torch.device | None = None) -> None:
+    """Refuse an implementation that no model can use here.
+
+    Args:
+        attention: The implementation.
+        device: The device of the runs; `None` if it is not known yet.
+
+    Raises:
+        ConfigError: If its package is not installed, or it does not run on the device.
+    """
+    on_cpu = device is not None and device.type == "cpu"
+    if attention is Attention.flex_attention and on_cpu:
+        because = "its backward pass does not run on a CPU"
+        raise ConfigError("model.attention", attention.name, "another one on a CPU", "sdpa", because)
+    installed = find_spec("flash_attn") or find_spec("kernels")
+    if attention is Attention.flash_attention_2 and not installed:
+        because = "the package flash_attn is not installed"
+        raise ConfigError("model.attention", attention.name, "an installed one", "auto", because)
+
+
 def choose_attention(model: PreTrainedModel, attention: Attention, device: torch.device) -> None:
     """Set the attention implementation of the model.
 
@@ -160,9 +181,7 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
             return
         attention, nearest = Attention.blockwise, "eager"
     blockwise_attention.register()
-    if attention is Attention.flex_attention and device.type == "cpu":
-        because = "its backward pass does not run on a CPU"
-        raise ConfigError("model.attention", attention.name, "another one on a CPU", "sdpa", because)
+    check_attention(attention, device)
     allowed = f"an implementation that {type(model).__name__} supports on this machine"
     expected = _probe_logits(model)
     try:

@@ -124,6 +124,8 @@ def test_rows_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
         ("a", '\ufeff\n{"text": "a"}\n{"text": "b"}', ["row of JSON with `text`", "in .txt"]),
         ("a.txt", b"ab\xe9c", ["byte 3 (0xe9) is not text in UTF-8"]),
         ("a.txt", "text".encode("utf-16"), ["byte 1 (0xff)", "UTF-16"]),
+        ("a.txt", "text".encode("utf-16-le"), ["zero bytes", "UTF-16"]),
+        ("a.csv", "text\na".encode("utf-32-be"), ["zero bytes", "UTF-16"]),
         ("a.csv", b"text\n\xe9", ["byte 6 (0xe9)"]),
         ("a.tsv", "text\tn\na\tb\t1\n", ["line 2 has 3 fields", "text with tabs needs quotes"]),
         ("a.csv", "id;text\n1;a", ["data.files", "separated by semicolons"]),

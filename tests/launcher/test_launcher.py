@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from sae_lora.common.errors import ConfigError
 from sae_lora.common.locks import held
 from sae_lora.launcher import launch as launcher
 from sae_lora.launcher.plan import plan
@@ -183,3 +185,12 @@ def test_a_stopped_run_saves_and_can_resume(tmp_path: Path, ctrl_c: bool) -> Non
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])
     assert planned.runs[0].folder.path == folder.path
     assert read_statuses([folder])[0].state is State.resumable
+
+
+def test_a_package_that_is_missing_is_named_before_anything_runs(point: Point, tmp_path: Path) -> None:
+    if find_spec("flash_attn") or find_spec("kernels"):
+        pytest.skip("the package is installed")
+    for overrides in ((), ("launcher.dry_run=true",)):
+        with pytest.raises(ConfigError, match="flash_attn is not installed"):
+            launcher.launch([point("model.attention=flash_attention_2", *overrides)])
+    assert not folders_in(tmp_path)

@@ -34,8 +34,8 @@ def launch_each(
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run the commands, given by their arguments, one after the other in one new process.
 
-    Their jobs are forked. That saves the seconds that processes take to import torch. `environment` is as
-    in `launch`.
+    Their jobs are forked. That saves the seconds that processes take to import torch.
+    `environment` is as in `launch`.
     """
     finished = _run(["-m", "tests.support.commands"], environment, json.dumps(commands))
     assert finished.returncode == 0, finished.stderr

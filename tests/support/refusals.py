@@ -50,6 +50,7 @@ WRONG: list[tuple[str, list[str]]] = [
         "-m launcher.max_parallel=1,2",
         ["launcher.max_parallel = 2", "nearest valid: launcher.max_parallel=1"],
     ),
+    ("launcher.dry_run=true model.attention=flex_attention train.device=cpu", ["not run on a CPU"]),
     # things that do not exist or do not fit together
     ("model.name=no/such-model", ["model.name = 'no/such-model'"]),
     ("model.name=./nowhere", ["model.name = './nowhere'"]),

@@ -23,7 +23,7 @@ from sae_lora.config.enums import Attention, DType, Initialisation
 from sae_lora.config.schema import LoRAConfig, ModelConfig
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import choose_attention, load_shapes, silence_transformers
+from sae_lora.models.loading import check_attention, choose_attention, load_shapes, silence_transformers
 from sae_lora.models.part_check import check_shapes, runs_not_alone
 
 BYTES = {DType.float32: 4, DType.bfloat16: 2}
@@ -302,9 +302,11 @@ def _without_numbers(model: CountedModel) -> LanguageModel:
     shapes = load_shapes(ModelConfig(name=model.name, revision=model.revision)).model
     for weight in shapes.parameters():
         weight.data = weight.data.to(getattr(torch, model.dtype.name))
+    device = torch.device("cuda" if model.on_gpu else "cpu")
+    check_attention(model.attention, device)
     fused = (Attention.sdpa, Attention.flash_attention_2, Attention.flex_attention)
     attention = Attention.sdpa if model.attention in fused else model.attention
-    choose_attention(shapes, attention, torch.device("cuda" if model.on_gpu else "cpu"))
+    choose_attention(shapes, attention, device)
     return LanguageModel(shapes)
 
 
