@@ -73,6 +73,7 @@ class Method(enum.Enum):
     linear_adapter = "linear_adapter"
     mlp_adapter = "mlp_adapter"
     sae_finetune = "sae_finetune"
+    lora_sae = "lora_sae"
     e2e = "e2e"
     sae = "sae"
 

@@ -30,15 +30,16 @@ _METHOD_KEYS: dict[Method, tuple[str, ...]] = {
     Method.linear_adapter: ("kind", "rank"),
     Method.mlp_adapter: ("kind", "rank"),
     Method.sae_finetune: ("kind", "rank", "mse", "dead_after_tokens", "checkpoints"),
+    Method.lora_sae: ("kind", "lora_lr", "mse", "dead_after_tokens"),
     Method.e2e: ("kind", "dead_after_tokens", "checkpoints"),
     Method.sae: ("kind", "dead_after_tokens", "checkpoints", "buffer_tokens"),
 }
 """The keys of `method` that each method reads."""
 _UNUSED_BY_SAE = ("grad_clip", "weight_decay", "kl_reduction", "micro_batch_size")
 """The keys of `train` that method=sae does not read, because it takes sae-lens's training steps."""
-ADAPTING = (Method.lora, Method.mezo)
+ADAPTING = (Method.lora, Method.mezo, Method.lora_sae)
 """Methods that train LoRA adapters."""
-TRAINING_SAES = (Method.sae_finetune, Method.e2e, Method.sae)
+TRAINING_SAES = (Method.sae_finetune, Method.lora_sae, Method.e2e, Method.sae)
 """Methods that train the SAE itself."""
 NOT_HASHED_KEYS = frozenset(f"{group}.{name}" for group, names in _NOT_HASHED.items() for name in names)
 """`_NOT_HASHED` as dotted keys."""
@@ -85,7 +86,7 @@ def identity(config: Config) -> str:
             del values["lora"]["selection"]
     else:
         del values["lora"]
-    if config.method.kind is not Method.lora:
+    if config.method.kind not in (Method.lora, Method.lora_sae):
         del values["train"]["loraplus_ratio"]
     if config.method.kind is Method.sae:
         values = _without(values, {"train": _UNUSED_BY_SAE})
@@ -114,7 +115,7 @@ _DIFFER_IN_PACK = {
         *("sae", "layer", "lora", "launcher", "evaluation", "tracking"),
         *("sweep", "output_dir", "init", "init_at"),
     ),
-    "method": ("rank", "mse", "epsilon", "dead_after_tokens", "checkpoints"),
+    "method": ("rank", "mse", "lora_lr", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block", "fit_context"),
     "data": ("cache_dir",),
     "train": (

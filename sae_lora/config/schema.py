@@ -197,18 +197,22 @@ class MethodConfig:
 
     kind: Method = Method.lora
     """Trained weights: lora, mezo (LoRA by forward passes only), linear_adapter or mlp_adapter (on the
-    SAE's output), sae_finetune, e2e (an SAE, end to end) or sae (an SAE, to reconstruct)."""
+    SAE's output), sae_finetune, lora_sae (LoRA and the SAE at once), e2e (an SAE, end to end) or sae (an
+    SAE, to reconstruct)."""
     rank: int | None = None
     """linear_adapter: rank of the map; mlp_adapter: hidden width; null: the model's width. sae_finetune:
     rank of LoRA on the SAE's encoder and decoder; null: train all SAE weights."""
     mse: bool = True
-    """sae_finetune: train with KL and reconstruction error, balanced (arXiv 2503.17272); false: KL
-    only."""
+    """sae_finetune, lora_sae: train the SAE with KL and reconstruction error, balanced (arXiv
+    2503.17272); false: KL only."""
+    lora_lr: float | None = None
+    """lora_sae: learning rate of the adapters, if it is not that of the SAE, `train.lr`. 0: the adapters
+    stay as in the run that `init` names, and only the SAE is trained."""
     epsilon: float = 1e-3
     """mezo: length of the step along a random direction to measure the loss."""
     dead_after_tokens: int = 100_000
-    """sae_finetune, e2e, sae: a latent that is inactive for this many tokens counts as dead. The
-    auxiliary loss of the architecture, if any, revives it."""
+    """sae_finetune, lora_sae, e2e, sae: a latent that is inactive for this many tokens counts as dead.
+    The auxiliary loss of the architecture, if any, revives it."""
     buffer_tokens: int = 65_536
     """sae: number of tokens whose activations are buffered and shuffled."""
     checkpoints: list[float] = field(default_factory=list)

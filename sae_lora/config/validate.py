@@ -15,6 +15,7 @@ from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, LauncherConfig, as_list
+from sae_lora.config.value_checks import check_blocks, check_repeats, is_whole, refusal
 
 
 def check(config: Config) -> None:
@@ -38,14 +39,6 @@ def check(config: Config) -> None:
     _check_lora(config)
     _check_steering(config)
     _check_saebench(config)
-
-
-def _refusal(
-    config: Config, key: str, allowed: str, nearest: object = None, because: str | None = None
-) -> ConfigError:
-    """The error for the value at a dotted key."""
-    value = attrgetter(key)(config)
-    return ConfigError(key, getattr(value, "name", value), allowed, nearest, because)
 
 
 def _check_secrets(config: Config) -> None:
@@ -108,47 +101,47 @@ def _check_ranges(config: Config) -> None:
         if value is not None and not 0 < value < math.inf:
             is_int = isinstance(value, int)
             allowed = "a whole number above 0" if is_int else "a finite number above 0"
-            raise _refusal(config, key, allowed, 1 if is_int else None)
+            raise refusal(config, key, allowed, 1 if is_int else None)
     for key in _NOT_NEGATIVE:
         value = attrgetter(key)(config)
         if value is not None and not 0 <= value < math.inf:
-            raise _refusal(config, key, "a number of 0 or more", 0)
+            raise refusal(config, key, "a number of 0 or more", 0)
     for key, (low, high) in _SHARES.items():
         value = attrgetter(key)(config)
         if not low <= value <= high:
             nearest = low if value < low else high
-            raise _refusal(config, key, f"a share from {low:g} to {high:g}", nearest)
+            raise refusal(config, key, f"a share from {low:g} to {high:g}", nearest)
     for key in ("train.seed", "data.seed"):
         if attrgetter(key)(config) > _LARGEST_SEED:
-            raise _refusal(config, key, f"at most {_LARGEST_SEED}", _LARGEST_SEED)
+            raise refusal(config, key, f"at most {_LARGEST_SEED}", _LARGEST_SEED)
     length = config.data.context_length
     if length < _SHORTEST_CONTEXT:
         allowed = f"at least {_SHORTEST_CONTEXT} tokens"
-        raise _refusal(config, "data.context_length", allowed, _SHORTEST_CONTEXT)
+        raise refusal(config, "data.context_length", allowed, _SHORTEST_CONTEXT)
     if config.train.grad_clip is not None and not config.train.grad_clip > 0:
-        raise _refusal(config, "train.grad_clip", "a number above 0, or null", "null")
+        raise refusal(config, "train.grad_clip", "a number above 0, or null", "null")
     minutes = config.train.checkpoint_every_min
     if minutes is not None and not 0 < minutes < math.inf:
         allowed = "minutes above 0, or null for checkpoints only by steps"
-        raise _refusal(config, "train.checkpoint_every_min", allowed, "null")
+        raise refusal(config, "train.checkpoint_every_min", allowed, "null")
     if config.sae.l0 is not None and not 0 < config.sae.l0 < math.inf:
-        raise _refusal(config, "sae.l0", "active latents per token, above 0")
+        raise refusal(config, "sae.l0", "active latents per token, above 0")
 
 
 def _check_names(config: Config) -> None:
     for key in ("sweep", "output_dir"):
         if not getattr(config, key).strip():
-            raise _refusal(config, key, "the name of a folder", "main")
+            raise refusal(config, key, "the name of a folder", "main")
     if "/" in config.sweep or config.sweep in {".", ".."}:
         nearest = config.sweep.strip("./").replace("/", "_")
-        raise _refusal(config, "sweep", "one folder name", nearest)
+        raise refusal(config, "sweep", "one folder name", nearest)
     length = len(config.sweep.encode())
     if length > LONGEST_NAME:
         nearest = config.sweep.encode()[:LONGEST_NAME].decode(errors="ignore")
         allowed = f"at most {LONGEST_NAME} bytes, the longest name of a folder"
-        raise _refusal(config, "sweep", allowed, nearest, f"it has {length} bytes")
+        raise refusal(config, "sweep", allowed, nearest, f"it has {length} bytes")
     if not config.model.name.strip():
-        raise _refusal(config, "model.name", "a repository, a folder, or tiny", "tiny")
+        raise refusal(config, "model.name", "a repository, a folder, or tiny", "tiny")
 
 
 _PATHS = (
@@ -163,46 +156,22 @@ def _check_homes(config: Config) -> None:
         for path in as_list(attrgetter(key)(config)):
             if isinstance(path, str) and os.path.expanduser(path).startswith("~"):  # noqa: PTH111 it does not raise
                 user = path.split("/")[0]
-                raise _refusal(config, key, "a path", f"./{path}", f"there is no user {user[1:]!r}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_blocks(config: Config, key: str) -> None:
-    """Refuse every value at this key except a block's index or a list of indices."""
-    entries = as_list(attrgetter(key)(config))
-    allowed = "a block's index or a list of indices, such as 3 or [1,4]"
-    if not entries:
-        raise _refusal(config, key, allowed)
-    for entry in entries:
-        if not _is_whole(entry) or entry < 0:
-            raise _refusal(config, key, allowed, 0 if isinstance(entry, int) else None)
-    _check_repeats(config, key, "block")
-
-
-def _check_repeats(config: Config, key: str, entry: str) -> None:
-    """Refuse a list with repeated entries."""
-    entries = as_list(attrgetter(key)(config))
-    distinct = list(dict.fromkeys(entries))
-    if len(distinct) < len(entries):
-        raise _refusal(config, key, f"each {entry} once", distinct)
+                raise refusal(config, key, "a path", f"./{path}", f"there is no user {user[1:]!r}")
 
 
 def _check_layer(config: Config) -> None:
     layer = config.layer
     if layer.index is not None:
-        _check_blocks(config, "layer.index")
+        check_blocks(config, "layer.index")
     if layer.every is None:
         if layer.first is not None:
-            raise _refusal(config, "layer.first", "null without layer.every", "null")
+            raise refusal(config, "layer.first", "null without layer.every", "null")
         return
     if layer.index is not None:
         allowed = "null, because layer.index names the blocks; or set layer.index=null"
-        raise _refusal(config, "layer.every", allowed, "null", f"layer.index is {layer.index}")
+        raise refusal(config, "layer.every", allowed, "null", f"layer.index is {layer.index}")
     if layer.first is not None and layer.first < 0:
-        raise _refusal(config, "layer.first", "a block's index, or null", 0)
+        raise refusal(config, "layer.first", "a block's index, or null", 0)
 
 
 def _check_groups(config: Config) -> None:
@@ -212,19 +181,19 @@ def _check_groups(config: Config) -> None:
         f"layer.{name}" for name in ("amad_max", "n_groups") if getattr(layer, name) is not None
     ]
     if layer.evenly and layer.n_groups is None:
-        raise _refusal(config, "layer.evenly", "false without layer.n_groups", "false")
+        raise refusal(config, "layer.evenly", "false without layer.n_groups", "false")
     if not group_keys:
         return
     if len(group_keys) > 1:
-        raise _refusal(config, group_keys[0], "null with layer.n_groups", "null")
+        raise refusal(config, group_keys[0], "null with layer.n_groups", "null")
     if layer.amad_max is not None and not 0 < layer.amad_max <= 1:
-        raise _refusal(config, "layer.amad_max", "a distance above 0 and up to 1", 0.2)
+        raise refusal(config, "layer.amad_max", "a distance above 0 and up to 1", 0.2)
     if config.method.kind is not Method.sae and config.init is None:
         allowed = "null, except with method=sae, which trains an SAE per group, or with init=<that run>"
-        raise _refusal(config, group_keys[0], allowed, "null")
+        raise refusal(config, group_keys[0], allowed, "null")
     for name in ("index", "every", "hook"):
         if getattr(layer, name) is not None:
-            raise _refusal(config, f"layer.{name}", f"null with {group_keys[0]}", "null")
+            raise refusal(config, f"layer.{name}", f"null with {group_keys[0]}", "null")
 
 
 def _check_lora(config: Config) -> None:
@@ -232,10 +201,10 @@ def _check_lora(config: Config) -> None:
     canonical_alpha(config.lora)
     blocks = config.lora.blocks
     if not isinstance(blocks, str):
-        _check_blocks(config, "lora.blocks")
+        check_blocks(config, "lora.blocks")
     elif blocks not in ("after", "all"):
         nearest = nearest_name(blocks, ("after", "all")) or "after"
-        raise _refusal(config, "lora.blocks", "after, all, or a list of indices", nearest)
+        raise refusal(config, "lora.blocks", "after, all, or a list of indices", nearest)
 
 
 def latents(width: str) -> int:
@@ -268,43 +237,50 @@ def _check_sae(config: Config) -> None:
     if sae.width is not None:
         latents(sae.width)
     if sae.outlier_norm is not None and not 1 < sae.outlier_norm < math.inf:
-        raise _refusal(config, "sae.outlier_norm", "a number above 1, in medians", nearest=10)
+        raise refusal(config, "sae.outlier_norm", "a number above 1, in medians", nearest=10)
     if sae.id is not None or sae.family in (SAEFamily.disk, SAEFamily.identity):
         for key in ("sae.width", "sae.l0"):
             if attrgetter(key)(config) is not None:
                 allowed = "null, because sae.id, sae.path or sae=identity already determines the SAE"
-                raise _refusal(config, key, allowed, "null")
+                raise refusal(config, key, allowed, "null")
     if sae.family is SAEFamily.registry:
         if sae.release is None:
-            raise _refusal(config, "sae.release", "a release of the sae-lens registry")
+            raise refusal(config, "sae.release", "a release of the sae-lens registry")
     elif sae.family is SAEFamily.disk:
         if sae.path is None:
-            raise _refusal(config, "sae.path", "a folder with cfg.json and the weights of an SAE")
+            raise refusal(config, "sae.path", "a folder with cfg.json and the weights of an SAE")
     else:
         needs = {"sae.release": "registry", "sae.id": "registry", "sae.path": "disk"}
         for key, family in needs.items():
             if attrgetter(key)(config) is not None:
                 allowed = f"null with sae={sae.family.name}; it belongs to sae={family}"
-                raise _refusal(config, key, allowed, "null")
+                raise refusal(config, key, allowed, "null")
 
 
 def _check_method(config: Config) -> None:
     method, family, kind = config.method, config.sae.family, config.method.kind
     if kind is Method.mezo and config.lora.dropout > 0:
-        raise _refusal(config, "lora.dropout", "0 with method=mezo", 0)
+        raise refusal(config, "lora.dropout", "0 with method=mezo", 0)
     if family is SAEFamily.new and kind not in (Method.e2e, Method.sae):
         allowed = f"an existing SAE with method={kind.name}; method=sae and method=e2e train new ones"
-        raise _refusal(config, "sae.family", allowed)
+        raise refusal(config, "sae.family", allowed)
     if kind is Method.sae and family is not SAEFamily.new:
-        raise _refusal(config, "sae.family", "new with method=sae, which trains a new SAE", "new")
+        raise refusal(config, "sae.family", "new with method=sae, which trains a new SAE", "new")
     if kind in TRAINING_SAES and family is SAEFamily.identity:
-        raise _refusal(config, "sae.family", f"an SAE that can be trained, with method={kind.name}")
-    if method.checkpoints and kind not in TRAINING_SAES:
-        allowed = f"none with method={kind.name}, which trains no SAE"
-        raise _refusal(config, "method.checkpoints", allowed, "[]")
+        raise refusal(config, "sae.family", f"an SAE that can be trained, with method={kind.name}")
+    if method.checkpoints and (kind not in TRAINING_SAES or kind is Method.lora_sae):
+        allowed = f"none with method={kind.name}: only methods that train nothing but SAEs save them"
+        raise refusal(config, "method.checkpoints", allowed, "[]")
     if not all(0 < share <= 1 for share in method.checkpoints):
-        raise _refusal(config, "method.checkpoints", "shares above 0 and up to 1")
-    _check_repeats(config, "method.checkpoints", "share")
+        raise refusal(config, "method.checkpoints", "shares above 0 and up to 1")
+    check_repeats(config, "method.checkpoints", "share")
+    rate = method.lora_lr
+    if rate is not None and (kind is not Method.lora_sae or not 0 <= rate < math.inf):
+        allowed = "0 or above, and null with other methods than lora_sae"
+        raise refusal(config, "method.lora_lr", allowed, "null")
+    if rate == 0 and config.init is None and config.lora.begun is None:
+        allowed = "above 0, or null, without init=<a run with adapters>"
+        raise refusal(config, "method.lora_lr", allowed, "null")
 
 
 TOPK_LIKE = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
@@ -316,19 +292,19 @@ def _check_new_sae(config: Config) -> None:
     if sae.family is not SAEFamily.new:
         return
     if sae.width is None:
-        raise _refusal(config, "sae.width", "a number of latents, such as 16k or 1024")
+        raise refusal(config, "sae.width", "a number of latents, such as 16k or 1024")
     if sae.architecture not in TOPK_LIKE:
         return
     kind = f"sae.architecture={sae.architecture.name}"
     if sae.l0 is None:
-        raise _refusal(config, "sae.l0", f"k, with {kind}", 32)
+        raise refusal(config, "sae.l0", f"k, with {kind}", 32)
     if sae.architecture is Architecture.topk and sae.l0 != round(sae.l0):
-        raise _refusal(config, "sae.l0", f"a whole number, with {kind}", round(sae.l0))
+        raise refusal(config, "sae.l0", f"a whole number, with {kind}", round(sae.l0))
     if sae.l0 > latents(sae.width):
-        raise _refusal(config, "sae.l0", "at most sae.width", latents(sae.width))
+        raise refusal(config, "sae.l0", "at most sae.width", latents(sae.width))
     if sae.sparsity_coefficient is not None:
         allowed = f"null with {kind}, whose sparsity is sae.l0"
-        raise _refusal(config, "sae.sparsity_coefficient", allowed, "null")
+        raise refusal(config, "sae.sparsity_coefficient", allowed, "null")
 
 
 _PATTERNS = "a path or glob pattern, or a list of them"
@@ -337,40 +313,40 @@ _PATTERNS = "a path or glob pattern, or a list of them"
 def _check_data(config: Config) -> None:
     data = config.data
     if data.source is TextSource.hub and data.name is None:
-        raise _refusal(config, "data.name", "a Hugging Face data set, such as org/name")
+        raise refusal(config, "data.name", "a Hugging Face data set, such as org/name")
     if data.source is TextSource.text_files and not data.files:
-        raise _refusal(config, "data.files", _PATTERNS)
+        raise refusal(config, "data.files", _PATTERNS)
     for pattern in as_list(data.files or []):
         if not isinstance(pattern, str) or not pattern:
             because = f"{pattern!r} is not text; quote a name of digits twice: 'data.files=\"2024\"'"
-            raise _refusal(config, "data.files", _PATTERNS, because=because)
+            raise refusal(config, "data.files", _PATTERNS, because=because)
     if not (data.bos == "auto" or isinstance(data.bos, bool)):
         nearest = str(data.bos).lower() if str(data.bos).lower() in ("true", "false") else "auto"
-        raise _refusal(config, "data.bos", "auto, true or false", nearest)
+        raise refusal(config, "data.bos", "auto, true or false", nearest)
     step = step_tokens(config)
     if config.train.train_tokens < step:
         allowed = f"at least one step of {step} tokens (train.batch_size × data.context_length)"
-        raise _refusal(config, "train.train_tokens", allowed, step)
+        raise refusal(config, "train.train_tokens", allowed, step)
     length = data.context_length
     if data.validation_tokens < length:
         allowed = f"at least one sequence of {length} tokens (data.context_length)"
-        raise _refusal(config, "data.validation_tokens", allowed, length)
+        raise refusal(config, "data.validation_tokens", allowed, length)
 
 
 def _check_launcher(config: Config) -> None:
     launcher, pack = config.launcher, config.launcher.pack
     # YAML reads off as False.
-    if pack is not False and pack not in ("auto", "off") and not (_is_whole(pack) and pack > 0):
+    if pack is not False and pack not in ("auto", "off") and not (is_whole(pack) and pack > 0):
         nearest = nearest_name(str(pack), ("auto", "off"))
         nearest = nearest or ("off" if isinstance(pack, int) else "auto")
-        raise _refusal(config, "launcher.pack", "auto, off or a number of runs", nearest)
+        raise refusal(config, "launcher.pack", "auto, off or a number of runs", nearest)
     if launcher.sbatch is not None and not isinstance(launcher.sbatch, dict):
-        raise _refusal(config, "launcher.sbatch", "options of sbatch, as {option: value}")
+        raise refusal(config, "launcher.sbatch", "options of sbatch, as {option: value}")
     if launcher.kind is LauncherKind.slurm and launcher.timeout_min is None:
-        raise _refusal(config, "launcher.timeout_min", "minutes, with launcher=slurm", 240)
+        raise refusal(config, "launcher.timeout_min", "minutes, with launcher=slurm", 240)
     if launcher.timeout_min is not None and 60 * launcher.timeout_min <= launcher.signal_delay_s:
         allowed = f"less than the {60 * launcher.timeout_min} s of launcher.timeout_min"
-        raise _refusal(config, "launcher.signal_delay_s", allowed, 15 * launcher.timeout_min)
+        raise refusal(config, "launcher.signal_delay_s", allowed, 15 * launcher.timeout_min)
 
 
 def _check_processes(config: Config) -> None:
@@ -381,9 +357,9 @@ def _check_processes(config: Config) -> None:
         for name in ("nodes", "gpus_per_node", "processes_per_node"):
             if (getattr(launcher, name) or 0) > 1:
                 key = f"launcher.{name}"
-                raise _refusal(config, key, "1 with sae=new: one process trains a new SAE", 1)
+                raise refusal(config, key, "1 with sae=new: one process trains a new SAE", 1)
     if launcher.nodes > 1 and launcher.kind is not LauncherKind.slurm:
-        raise _refusal(config, "launcher.nodes", "1, except with launcher=slurm", 1)
+        raise refusal(config, "launcher.nodes", "1, except with launcher=slurm", 1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
         check_processes(launcher)
     if config.train.batch_size < processes:
@@ -391,7 +367,7 @@ def _check_processes(config: Config) -> None:
             f"at least {processes}, one sequence for each of {processes} processes "
             "(launcher.nodes × launcher.processes_per_node or launcher.gpus_per_node)"
         )
-        raise _refusal(config, "train.batch_size", allowed, processes)
+        raise refusal(config, "train.batch_size", allowed, processes)
 
 
 def check_processes(launcher: LauncherConfig) -> None:
@@ -416,19 +392,19 @@ def _check_steering(config: Config) -> None:
     allowed = "a number of latents above 0, or a list of indices such as [3,17]"
     value = evaluation.steering_latents
     if isinstance(value, list):
-        if not value or not all(_is_whole(latent) and latent >= 0 for latent in value):
-            raise _refusal(config, key, allowed)
-        _check_repeats(config, key, "latent")
-    elif not _is_whole(value) or value < 1:
-        raise _refusal(config, key, allowed, 1)
+        if not value or not all(is_whole(latent) and latent >= 0 for latent in value):
+            raise refusal(config, key, allowed)
+        check_repeats(config, key, "latent")
+    elif not is_whole(value) or value < 1:
+        raise refusal(config, key, allowed, 1)
     key = "evaluation.steering_strengths"
     strengths = evaluation.steering_strengths
     if not strengths or not all(map(math.isfinite, strengths)):
-        raise _refusal(config, key, "a list of finite numbers", "[1.0]")
-    _check_repeats(config, key, "strength")
+        raise refusal(config, key, "a list of finite numbers", "[1.0]")
+    check_repeats(config, key, "strength")
     if evaluation.steering_text_tokens < SHORTEST_TEXT:
         allowed = f"at least {SHORTEST_TEXT}: the first token of a text is not scored"
-        raise _refusal(config, "evaluation.steering_text_tokens", allowed, SHORTEST_TEXT)
+        raise refusal(config, "evaluation.steering_text_tokens", allowed, SHORTEST_TEXT)
 
 
 def _check_saebench(config: Config) -> None:
@@ -436,13 +412,13 @@ def _check_saebench(config: Config) -> None:
     options = {} if options is None else options
     if not isinstance(options, dict):
         shape = "{benchmark: {setting: value}}, or null"
-        raise _refusal(config, "evaluation.saebench_options", shape, "null")
+        raise refusal(config, "evaluation.saebench_options", shape, "null")
     for key, benchmarks in (("saebench", names), ("saebench_options", options)):
         for name in benchmarks:
             if name not in BENCHMARKS:
                 allowed = f"one of SAEBench's {listed(BENCHMARKS)}"
                 raise ConfigError(f"evaluation.{key}", name, allowed, nearest_name(name, BENCHMARKS))
-    _check_repeats(config, "evaluation.saebench", "benchmark")
+    check_repeats(config, "evaluation.saebench", "benchmark")
     for name, values in options.items():
         if not isinstance(values, dict):
             allowed = "fields of the benchmark's config class, as {setting: value}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sae_lora.common.console import Report, no_report
 from sae_lora.config.enums import SAEFamily
-from sae_lora.config.identity import ADAPTING
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.data import corpus
 from sae_lora.export.adapted_model import Adapted, load_adapted
 from sae_lora.models.dimensions import read_dimensions
@@ -83,7 +83,7 @@ class Subject:
         config = self.config.sae
         if config.family is SAEFamily.new:
             return ()
-        if self.config.method.kind in ADAPTING:
+        if self.config.method.kind in ADAPTING and self.config.method.kind not in TRAINING_SAES:
             return self.after
         saes = loading.SAEs(read_dimensions(self.config.model), self.device).of(config)
         return loading.splices(config, saes, self.special_ids)

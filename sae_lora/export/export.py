@@ -120,7 +120,7 @@ def _write_weights(
         return f"the merged model; no logit differs by more than {difference:.1e} of the largest"
     name = BASE_MODEL if is_local(base) else base.name
     adapter_files.republish(folder.adapter, to, None if name == EMBEDDED_NAME else name, base.commit)
-    return "the adapters"
+    return "the adapters and the SAEs" if config.method.kind in TRAINING_SAES else "the adapters"
 
 
 def _write_saes(

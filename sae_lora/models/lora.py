@@ -226,6 +226,13 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
         layer.lora_dropout.train(training)
 
 
+def freeze(model: LanguageModel) -> None:
+    """Keep the adapters as they are, without dropout."""
+    set_adapter_dropout(model, False)
+    for weight in trainable_weights(model).values():
+        weight.requires_grad_(False)
+
+
 def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
     """The weights of the adapters, by name."""
     return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}

@@ -110,7 +110,7 @@ class ActiveRun:
         self._saes = saes
         spliced = splices(self.config.sae, saes, special_ids)
         self._special = [splice.special for splice in spliced]
-        self.training, self._artifact = methods.build(self.config, model, spliced, self._steps)
+        self.training, self._artifacts = methods.build(self.config, model, spliced, self._steps)
         self.trainable = sum(weight.numel() for weight in self.training.student.weights.values())
         """Number of trainable parameters."""
         as_loaded = copy.deepcopy(self.config)
@@ -157,8 +157,9 @@ class ActiveRun:
             folder = self.folder.sae_at / f"{share:g}"
             if self.training.step == max(1, round(share * self._steps)) and not folder.exists():
                 self.folder.sae_at.mkdir(exist_ok=True)
+                (saes,) = self._artifacts
                 with new_folder(folder) as new:
-                    self._artifact.save(new)
+                    saes.save(new)
 
     def finish(
         self,
@@ -176,8 +177,9 @@ class ActiveRun:
             common: Further fields of the summary.
         """
         self._check()
-        with new_folder(self.folder.path / self._artifact.name) as new:
-            self._artifact.save(new)
+        for artifact in self._artifacts:
+            with new_folder(self.folder.path / artifact.name) as new:
+                artifact.save(new)
         summary = summarise(
             self.config,
             self.folder.read_curve(),

@@ -97,13 +97,22 @@ class LoRAStudent(Student):
         model: The plain model, which is not changed.
         splices: The SAEs, in the order of their places.
         config: The adapters. Their initial values come from torch's global random state.
+        before: The SAEs before training, if `splices` are trained; else `None`.
+        modules: The trained SAEs, by name.
 
     Raises:
         ConfigError: If the model does not have the blocks or matrices to adapt.
         UserError: If an SAE is inside a block and the architecture does not support that.
     """
 
-    def __init__(self, model: LanguageModel, splices: Splices, config: LoRAConfig) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        splices: Splices,
+        config: LoRAConfig,
+        before: Splices | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         model.check_additions(splice.block for splice in splices if splice.place.is_inside)
         first_sae = splices[0].block
         view = model.view()
@@ -111,9 +120,22 @@ class LoRAStudent(Student):
         """peft's view of the model, for saving."""
         lora.set_adapter_dropout(view, True)
         first = min(adapted_blocks(config.blocks, first_sae, len(model.blocks)))
-        n_frozen = sum(splice.block < first for splice in splices)
+        if modules:
+            first = min(first, splices[0].place.begins)
+        n_frozen = 0 if modules else sum(splice.block < first for splice in splices)
         frozen, live = splices[:n_frozen], splices[n_frozen:]
-        super().__init__(view, frozen, live, first, lora.trainable_weights(view), before=splices)
+        weights = lora.trainable_weights(view) | named_weights(modules or {})
+        super().__init__(view, frozen, live, first, weights, before or splices, modules or {})
+
+
+def named_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The weights of the modules that are trained, by name."""
+    return {
+        f"{module_name}/{name}": weight
+        for module_name, module in modules.items()
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    }
 
 
 def cuts(students: Iterable[Student]) -> set[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sae_lora.config.enums import Method, SAEFamily
 from sae_lora.config.identity import dead_after_steps
 from sae_lora.config.schema import Config
-from sae_lora.models import adapter_files
+from sae_lora.models import adapter_files, lora
 from sae_lora.models.dimensions import source
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
@@ -21,7 +21,7 @@ from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
 from sae_lora.saes.training.spliced_sae import SplicedSAE
-from sae_lora.splice.student import LoRAStudent, Student
+from sae_lora.splice.student import LoRAStudent, Student, named_weights
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
 from sae_lora.train.reconstruct import ReconstructState
@@ -37,10 +37,12 @@ class Artifact(NamedTuple):
     """Writes its files into an empty folder."""
 
 
-def build(
-    config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[TrainState, Artifact]:
-    """The training of a run before its first step, and its result on disk.
+Built = tuple[TrainState, list[Artifact]]
+"""A training before its first step, and its results on disk."""
+
+
+def build(config: Config, model: LanguageModel, splices: Splices, steps: int) -> Built:
+    """The training of a run before its first step, and its results on disk.
 
     Initial values come from torch's global random state.
 
@@ -53,7 +55,7 @@ def build(
         ConfigError: If the method cannot train this model or these SAEs.
     """
     match config.method.kind:
-        case Method.lora | Method.mezo:
+        case Method.lora | Method.mezo | Method.lora_sae:
             return _lora(config, model, splices, steps)
         case Method.linear_adapter | Method.mlp_adapter:
             return _output_adapters(config, model, splices, steps)
@@ -63,25 +65,29 @@ def build(
             raise NotImplementedError(config.method.kind)
 
 
-def _lora(
-    config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[TrainState, Artifact]:
-    student = LoRAStudent(model, splices, config.lora)
+def _lora(config: Config, model: LanguageModel, splices: Splices, steps: int) -> Built:
+    method, trained = config.method, None
+    if method.kind is Method.lora_sae:
+        trained = _trainable(config, splices)
+        student = LoRAStudent(model, trained.splices, config.lora, splices, trained.by_hookpoint)
+    else:
+        student = LoRAStudent(model, splices, config.lora)
     if config.lora.begun is not None:
         adapter_files.begin_with(student.adapters, Path(config.lora.begun.path))
-    if config.method.kind is Method.mezo:
-        training = MeZOState(student, config.train, steps, config.method.epsilon)
-    else:
-        training = GradientState(student, config.train, steps)
+    if method.lora_lr == 0:
+        lora.freeze(student.model)
+        student.weights = named_weights(student.modules)
     base = source(config.model)
-    return training, Artifact(
-        "adapter", lambda folder: adapter_files.save(student.adapters, folder, base)
-    )
+    adapter = Artifact("adapter", lambda folder: adapter_files.save(student.adapters, folder, base))
+    if trained is not None:
+        training = SAEGradientState(student, config.train, steps, mse=method.mse, lora_lr=method.lora_lr)
+        return training, [adapter, trained.artifact]
+    if method.kind is Method.mezo:
+        return MeZOState(student, config.train, steps, method.epsilon), [adapter]
+    return GradientState(student, config.train, steps), [adapter]
 
 
-def _output_adapters(
-    config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[TrainState, Artifact]:
+def _output_adapters(config: Config, model: LanguageModel, splices: Splices, steps: int) -> Built:
     d_model, device = model.config.hidden_size, model.device
     adapters = {
         splice.hookpoint: OutputAdapter(config.method.kind, d_model, config.method.rank).to(device)
@@ -97,14 +103,30 @@ def _output_adapters(
             (folder / hookpoint).mkdir()
             output_adapter.save(adapter, folder / hookpoint)
 
-    return GradientState(student, config.train, steps), Artifact("output_adapter", save)
+    return GradientState(student, config.train, steps), [Artifact("output_adapter", save)]
 
 
-def _trained_saes(
-    config: Config, model: LanguageModel, splices: Splices, steps: int
-) -> tuple[TrainState, Artifact]:
+class _Trainable(NamedTuple):
+    """SAEs that a run trains."""
+
+    splices: Splices
+    """The places with the SAEs in training."""
+    by_hookpoint: dict[str, SplicedSAE]
+    """These SAEs; one that several blocks share is listed under its first block."""
+
+    @property
+    def artifact(self) -> Artifact:
+        def save(folder: Path) -> None:
+            for hookpoint, sae in self.by_hookpoint.items():
+                sae.save(folder / hookpoint)
+
+        return Artifact("sae", save)
+
+
+def _trainable(config: Config, splices: Splices) -> _Trainable:
+    """The SAEs of the run, as modules that can be trained."""
     rank = config.method.rank if config.method.kind is Method.sae_finetune else None
-    by_hookpoint: dict[str, SplicedSAE] = {}  # a shared SAE is listed under its first block
+    by_hookpoint: dict[str, SplicedSAE] = {}
     by_original: dict[int, SplicedSAE] = {}
     for splice in splices:
         sae = splice.sae
@@ -115,21 +137,21 @@ def _trained_saes(
             sae = SplicedSAE(copied, dead_after_steps(config), rank)
         by_original[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
     trained = tuple(splice._replace(sae=by_original[id(splice.sae)]) for splice in splices)
+    return _Trainable(trained, by_hookpoint)
+
+
+def _trained_saes(config: Config, model: LanguageModel, splices: Splices, steps: int) -> Built:
+    trained = _trainable(config, splices)
     untrained, is_new = splices, config.sae.family is SAEFamily.new
     if is_new:
-        untrained = tuple(splice._replace(sae=by_original[id(splice.sae)].frozen) for splice in splices)
-    student = _student(model, trained, untrained, by_hookpoint, is_new=is_new)
-
-    def save(folder: Path) -> None:
-        for hookpoint, sae in by_hookpoint.items():
-            sae.save(folder / hookpoint)
-
+        untrained = tuple(splice._replace(sae=splice.sae.frozen) for splice in trained.splices)
+    student = _student(model, trained.splices, untrained, trained.by_hookpoint, is_new=is_new)
     if config.method.kind is Method.sae:
         training = ReconstructState(student, config, steps)
     else:
         mse = config.method.kind is Method.sae_finetune and config.method.mse
         training = SAEGradientState(student, config.train, steps, mse=mse)
-    return training, Artifact("sae", save)
+    return training, [trained.artifact]
 
 
 def _student(
@@ -142,12 +164,7 @@ def _student(
 ) -> Student:
     """A student that trains only modules at the places of its SAEs, and no weights of the model."""
     model.check_additions(splice.block for splice in splices if splice.place.is_inside)
-    weights = {
-        f"{module_name}/{name}": weight
-        for module_name, module in modules.items()
-        for name, weight in module.named_parameters()
-        if weight.requires_grad
-    }
+    weights = named_weights(modules)
     first = splices[0].place.begins
     return Student(model.view(), (), splices, first, weights, untrained, modules, is_new)
 

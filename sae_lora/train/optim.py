@@ -13,7 +13,7 @@ from sae_lora.config.schema import TrainConfig
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Reading
 from sae_lora.splice.kl import SummedKL
-from sae_lora.splice.student import Student
+from sae_lora.splice.student import Student, named_weights
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.train_state import DistillState, zero
@@ -23,17 +23,23 @@ class GradientState(DistillState):
     """A student that AdamW trains on the gradient of the KL.
 
     Its dropout starts from torch's present global random state.
+
+    Args:
+        student, config, steps: As in `TrainState`.
+        lora_lr: Learning rate of LoRA's weights, if it is not `config.lr`.
     """
 
     needs_gradient = True
 
-    def __init__(self, student: Student, config: TrainConfig, steps: int) -> None:
+    def __init__(
+        self, student: Student, config: TrainConfig, steps: int, lora_lr: float | None = None
+    ) -> None:
         super().__init__(student, config, steps)
         if config.activation_checkpointing:
             student.model.recompute(student.first)
         # Fused on a GPU, for speed. On a CPU equal to the published loop, to the last bit.
         self._optimizer = torch.optim.AdamW(
-            _groups(student.weights, config.loraplus_ratio),
+            _groups(student.weights, config, lora_lr),
             lr=config.lr,
             weight_decay=config.weight_decay,
             fused=self._device.type == "cuda",
@@ -113,20 +119,31 @@ class SAEGradientState(GradientState):
     Source: arXiv 2503.17272, section on the balance of KL and MSE.
 
     Args:
-        student, config, steps: As in `TrainState`.
+        student, config, steps, lora_lr: As in `GradientState`.
         mse: True if MSE is part of the loss.
     """
 
-    def __init__(self, student: Student, config: TrainConfig, steps: int, *, mse: bool) -> None:
-        super().__init__(student, config, steps)
+    def __init__(
+        self,
+        student: Student,
+        config: TrainConfig,
+        steps: int,
+        *,
+        mse: bool,
+        lora_lr: float | None = None,
+    ) -> None:
+        super().__init__(student, config, steps, lora_lr)
         self._trained = [sae for sae in student.modules.values() if isinstance(sae, SplicedSAE)]
         self._by_hookpoint = {splice.hookpoint: splice.sae for splice in student.splices}
         self._with_mse = mse
         self._loss: Tensor | None = None
         self._mse, self._tokens = torch.zeros(2, dtype=torch.float64, device=self._device)
         self._active = {id(sae): torch.zeros_like(sae.since_active) for sae in self._trained}
-        self._sae_gradients = [torch.zeros_like(weight) for weight in student.weights.values()]
-        """For each weight, the gradient of the SAEs' losses, summed over tokens."""
+        self._sae_weights = list(named_weights(student.modules).values())
+        """The weights of the SAEs. Adapters learn from the KL only: they could lower the SAEs' losses by
+        a smaller input."""
+        self._sae_gradients = [torch.zeros_like(weight) for weight in self._sae_weights]
+        """For each of them, the gradient of the SAEs' losses, summed over tokens."""
 
     @property
     def _sae_sums(self) -> list[Tensor]:
@@ -166,8 +183,9 @@ class SAEGradientState(GradientState):
         recomputes = self._config.activation_checkpointing
         saved = {name: buffer.clone() for name, buffer in self.student.buffers.items() if recomputes}
         if self._loss.requires_grad:
-            weights = list(self.student.weights.values())
-            gradients = torch.autograd.grad(self._loss, weights, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                self._loss, self._sae_weights, retain_graph=True, allow_unused=True
+            )
             for total, gradient in zip(self._sae_gradients, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
@@ -180,8 +198,10 @@ class SAEGradientState(GradientState):
     def _update(self, lr: float, batch: torch.Size) -> Tensor | float | None:
         balance = (self._mse / self._tokens) / (self.total * self.weight(batch)).clamp(min=1e-12)
         kl_factor, sae_factor = (balance / 2, 1.0) if self._with_mse else (1.0, 1 / balance)
-        for gradient, sae_gradient in zip(self._gradients(), self._sae_gradients, strict=True):
-            gradient.mul_(kl_factor).add_(sae_gradient * (sae_factor / self._tokens))
+        self._gradients()
+        for weight, sae_gradient in zip(self._sae_weights, self._sae_gradients, strict=True):
+            assert weight.grad is not None
+            weight.grad.mul_(kl_factor).add_(sae_gradient * (sae_factor / self._tokens))
         norm = super()._update(lr, batch)
         for sae in self._trained:
             sae.count_step(self._active[id(sae)] > 0)
@@ -276,14 +296,18 @@ class MeZOState(DistillState):
             yield torch.randn(weight.shape, generator=generator, device=self._device, dtype=weight.dtype)
 
 
-def _groups(weights: Mapping[str, nn.Parameter], loraplus_ratio: float) -> list[dict[str, Any]]:
+def _groups(
+    weights: Mapping[str, nn.Parameter], config: TrainConfig, lora_lr: float | None
+) -> list[dict[str, Any]]:
     """AdamW's parameter groups by `times`, the factor of their learning rate.
 
-    It is `loraplus_ratio` for LoRA's B and 1 for all other weights.
+    It is 1 but for LoRA's weights at another rate, times `loraplus_ratio` for LoRA's B.
     """
+    of_lora = 1.0 if lora_lr is None else lora_lr / config.lr
     groups: dict[float, list[nn.Parameter]] = {}
     for name, weight in weights.items():
-        times = loraplus_ratio if "lora_B" in name else 1.0
+        times = of_lora if "lora_" in name else 1.0
+        times *= config.loraplus_ratio if "lora_B" in name else 1.0
         groups.setdefault(times, []).append(weight)
     return [{"params": weights, "times": times} for times, weights in groups.items()]
 

@@ -21,6 +21,7 @@ UNUSED: dict[str, list[str]] = {
     "linear_adapter": ["lora.rank=3", "method.epsilon=1", "train.loraplus_ratio=4"],
     "mlp_adapter": ["lora.alpha=1", "lora.blocks=all", "method.buffer_tokens=512"],
     "sae_finetune": ["lora.rank=3", "method.epsilon=1", "method.buffer_tokens=512"],
+    "lora_sae": ["method.rank=3", "method.epsilon=1", "method.buffer_tokens=512"],
     "e2e": ["lora.rank=3", "lora.targets=qv", "method.rank=3", "method.mse=false"],
     "sae": [
         *("lora.rank=3", "method.rank=3", "method.mse=false", "method.epsilon=1"),
@@ -34,6 +35,7 @@ USED: dict[str, list[str]] = {
     "linear_adapter": ["method.rank=3"],
     "mlp_adapter": ["method.rank=3"],
     "sae_finetune": ["method.rank=3", "method.mse=false", "method.dead_after_tokens=5"],
+    "lora_sae": ["lora.rank=3", "method.lora_lr=1e-3", "method.mse=false", "train.loraplus_ratio=4"],
     "e2e": ["method.dead_after_tokens=5", "method.checkpoints=[0.5]"],
     "sae": ["method.dead_after_tokens=5", "method.buffer_tokens=512", "sae.architecture=gated"],
 }

@@ -56,6 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
         "everywhere": ("sae.keep_special_tokens=false",),
         "sae_finetune": ("method=sae_finetune",),
         "linear_adapter": ("method=linear_adapter",),
+        "lora_sae": ("method=lora_sae", "train.lr=1e-2"),
         "e2e": ("method=e2e", "sae.width=64", "sae.l0=4"),
     }
     runs = {name: run_here(point(*overrides))[0] for name, overrides in methods.items()}
@@ -93,7 +94,7 @@ def test_results_equal_the_runs_summary(runs: dict[str, RunFolder], measured: di
 
 def test_the_cells_of_each_method(runs: dict[str, RunFolder], measured: dict[str, Core]) -> None:
     cells = {name: list(result.ce) for name, result in measured.items()}
-    assert cells["lora"] == ["base", "spliced", "student", "adapted"]
+    assert cells["lora"] == cells["lora_sae"] == ["base", "spliced", "student", "adapted"]
     assert cells["sae_finetune"] == cells["linear_adapter"] == ["base", "spliced", "student"]
     assert cells["e2e"] == ["base", "student"]  # there is no SAE before the run
     assert measured["e2e"].initial_gap is None and measured["e2e"].gap_closed is None

@@ -65,6 +65,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, elsewhere: Path) -> Iterat
         "sae_finetune": (*local, "method=sae_finetune"),
         "mlp_adapter": (*local, "method=mlp_adapter", "method.rank=4"),
         "linear_adapter": ("sae=identity", "method=linear_adapter"),
+        "lora_sae": (*local, "method=lora_sae", "train.lr=1e-2"),
         "e2e": ("method=e2e", "sae.width=64", "sae.l0=4"),
     }
     folders: dict[str, RunFolder] = {}
@@ -156,9 +157,9 @@ def test_saes_of_no_registry_are_in_the_export(exports: dict[str, Exported]) -> 
         folder = exports[name].folder
         sae = SAE.load_from_disk(folder / "sae" / place)
         assert sae.cfg.metadata.hook_name == place
-        if name.startswith("lora"):
+        if name.startswith("lora") and name != "lora_sae":
             assert sae.cfg.metadata.dataset_path == "my text"
-        if name not in ("sae_finetune", "e2e"):
+        if name not in ("sae_finetune", "lora_sae", "e2e"):
             (used,) = yaml.safe_load((folder / "config.yaml").read_text())["sae"]["used"]
             assert used["path"] == f"sae/{place}"
 

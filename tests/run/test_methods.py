@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,7 @@ RESULTS = {
     "linear_adapter": f"output_adapter/{HOOKPOINT}/output_adapter.safetensors",
     "mlp_adapter": f"output_adapter/{HOOKPOINT}/output_adapter.safetensors",
     "sae_finetune": f"sae/{HOOKPOINT}/sae_weights.safetensors",
+    "lora_sae": f"sae/{HOOKPOINT}/sae_weights.safetensors",
     "e2e": f"sae/{HOOKPOINT}/sae_weights.safetensors",
     "sae": f"sae/{HOOKPOINT}/sae_weights.safetensors",
 }
@@ -46,10 +48,12 @@ SETTINGS: dict[str, list[str]] = {
     "linear_adapter": ["train.lr=1e-3"],
     "mlp_adapter": ["train.lr=1e-3", "method.rank=8"],
     "sae_finetune": ["train.lr=5e-5"],
+    "lora_sae": ["train.lr=5e-5", "method.lora_lr=1e-3"],
     "e2e": ["train.lr=1e-3", "method.checkpoints=[0.5,1]", "sae.width=256"],
     "sae": ["method.checkpoints=[0.5,1]", "sae.width=256", "method.buffer_tokens=1024"],
 }
 """Settings for a run of a few steps."""
+ADAPTING = ("lora", "mezo", "lora_sae")
 MAKING_SAES = ("sae_finetune", "e2e", "sae")
 
 
@@ -115,13 +119,14 @@ def test_every_method_writes_a_curve_a_summary_and_a_result(
     assert summary["train_flops"] == points[-1].train_flops
     assert summary["dead_latents"] == points[-1].dead_latents
     assert summary["student_ce"] == points[-1].student_ce
-    assert bool(summary["lora"]) is (kind in ("lora", "mezo"))
+    assert bool(summary["lora"]) is (kind in ADAPTING)
     is_new = kind in ("e2e", "sae")
     assert (summary["gap_closed"] is None) is is_new
     assert is_new or summary["initial_gap"] > 0
     assert RESULTS[kind] in result_files(folder)
     folders = {name.split("/")[0] for name in result_files(folder)}
-    assert folders == {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
+    expected = {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
+    assert folders == expected | ({"adapter"} if kind in ADAPTING else set())
 
 
 def ce_from_scratch(config: Config, sae: SAE[Any]) -> float:
@@ -200,6 +205,9 @@ def test_lora_and_mezo_begin_with_trained_adapters(
         assert first.student_ce == last.student_ce
         assert first.spliced_ce == last.spliced_ce
         assert first.gap_closed == last.gap_closed
+    (both,) = run_here(point("method=lora_sae", f"init={finished['lora_sae'].path}"))
+    first, last_of_both = both.read_curve()[0], finished["lora_sae"].read_curve()[-1]
+    assert first.student_ce == pytest.approx(last_of_both.student_ce, abs=1e-6)
     trained = mezo.read_curve()[-1].student_ce
     assert trained != continued["lora"].read_curve()[-1].student_ce != last.student_ce
 
@@ -212,6 +220,22 @@ def test_adapters_begin_around_the_sae_they_were_trained_around(
     first, last = folder.read_curve()[0], continued["linear_adapter"].read_curve()[-1]
     assert first.spliced_ce == last.spliced_ce
     assert first.student_ce == last.student_ce
+
+
+def test_an_sae_is_finetuned_for_adapters_that_stay(
+    finished: dict[str, RunFolder], point: Point
+) -> None:
+    lora = finished["lora"]
+    (folder,) = run_here(point("method=lora_sae", "method.lora_lr=0", f"init={lora.path}"))
+    first, last = folder.read_curve()[0], lora.read_curve()[-1]
+    assert first.student_ce == pytest.approx(last.student_ce, abs=1e-6)
+    assert folder.read_curve()[-1].student_ce != first.student_ce
+    before, after = (load_file(run.adapter / "adapter_model.safetensors") for run in (lora, folder))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    saes = (finished["sae_finetune"], folder)
+    numbers = [run.read_summary()["trainable_parameters"] for run in saes]
+    assert numbers[0] == numbers[1]
 
 
 class TestRefusedInit:
@@ -273,6 +297,8 @@ class TestRefusedInit:
             ("e2e", "lora"),
             ("e2e", "linear_adapter"),
             ("sae_finetune", "mezo"),
+            ("sae_finetune", "lora_sae"),
+            ("lora_sae", "mlp_adapter"),
             ("mlp_adapter", "lora"),
         ],
     )
@@ -295,6 +321,7 @@ STOPPED = {
         *("layer.index=[2,4]", "method.checkpoints=[0.25]"),
     ],
     "mlp_adapter": ["method=mlp_adapter", "method.rank=8"],
+    "lora_sae": ["method=lora_sae", "method.lora_lr=1e-2", "lora.dropout=0.1"],
     "sae_finetune of a rank": ["method=sae_finetune", "method.rank=4"],
 }
 """Runs of eight steps; three steps use up a buffer."""

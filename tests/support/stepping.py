@@ -40,8 +40,14 @@ class BuiltTraining(NamedTuple):
     """A training as a run builds it."""
 
     training: TrainState
-    artifact: Artifact
-    """Its result on disk."""
+    artifacts: list[Artifact]
+    """Its results on disk."""
+
+    @property
+    def artifact(self) -> Artifact:
+        """The only result."""
+        (artifact,) = self.artifacts
+        return artifact
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ CASES = [
     ("method=mezo",),
     ("method=mlp_adapter method.rank=16",),
     ("method=sae_finetune",),
+    ("method=lora_sae", "method=lora_sae lora.blocks=all"),
     ("layer.index=[2,5] method=e2e sae=tiny",),
     ("layer.index=[2,5]", "layer.index=2", "layer.index=5 lora.dropout=0.1"),
     (*(f"sae=disk sae.path={{home}}/of_an_mlp lora.rank={rank}" for rank in (1, 2)), ""),

@@ -401,6 +401,7 @@ STOPPED: dict[str, Callable[[], BuiltTraining]] = {
     "linear_adapter": lambda: build_training(MODEL, Method.linear_adapter, topk_sae()),
     "mlp_adapter": lambda: build_training(MODEL, Method.mlp_adapter, topk_sae(), rank=5),
     "sae_finetune": lambda: build_training(MODEL, Method.sae_finetune, topk_sae(), dead_after_tokens=64),
+    "lora_sae": lambda: build_training(MODEL, Method.lora_sae, topk_sae(), lora_lr=1e-2),
     "sae_finetune of rank 2": lambda: build_training(MODEL, Method.sae_finetune, jumprelu_sae(), rank=2),
     "sae_finetune by KL": lambda: build_training(
         MODEL, Method.sae_finetune, frozen_standard(), mse=False

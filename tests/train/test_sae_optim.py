@@ -12,6 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lora.config.enums import Architecture, Hook, Method, Reduction
+from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training import training_sae
@@ -414,3 +415,31 @@ def test_evaluation_equals_that_of_the_saved_sae(tmp_path: Path) -> None:
     assert evaluation.kl == expected.kl
     assert evaluation.per_sae[HOOKPOINT]["l0"] == expected.per_sae[HOOKPOINT]["l0"]
     assert evaluation.spliced_ce != expected.spliced_ce
+
+
+def test_adapters_that_stay_zero_change_nothing_for_the_sae() -> None:
+    """LoRA's B is zero before training, so the student is that of `sae_finetune`."""
+    both = build_training(MODEL, Method.lora_sae, topk_sae(), train=PLAIN, lora_lr=0)
+    alone = build_training(MODEL, Method.sae_finetune, topk_sae(), train=PLAIN)
+    for _ in range(3):
+        step(MODEL, both.training)
+        step(MODEL, alone.training)
+    weights = both.training.student.weights
+    assert weights.keys() == alone.training.student.weights.keys()
+    for name, weight in alone.training.student.weights.items():
+        torch.testing.assert_close(weights[name], weight)
+
+
+@pytest.mark.parametrize("blocks", ["after", "all"])
+def test_adapters_learn_from_the_kl_alone_and_at_their_own_rate(blocks: str) -> None:
+    """With a rate of almost zero for the SAE, they are those of `lora` at their rate."""
+    lora = LoRAConfig(rank=2, blocks=blocks)
+    still = dataclasses.replace(PLAIN, lr=1e-12)
+    both = build_training(MODEL, Method.lora_sae, topk_sae(), train=still, lora=lora, lora_lr=1e-3)
+    faster = dataclasses.replace(PLAIN, lr=1e-3)
+    alone = build_training(MODEL, Method.lora, topk_sae(), train=faster, lora=lora)
+    for _ in range(3):
+        step(MODEL, both.training)
+        step(MODEL, alone.training)
+    for name, weight in alone.training.student.weights.items():
+        torch.testing.assert_close(both.training.student.weights[name], weight, rtol=1e-3, atol=1e-6)

@@ -37,14 +37,14 @@ def step_flops(sizes: Sizes, runs: Sequence[CountedRun], context: int) -> float:
         encoded |= {run.frozen[: index + 1] for index in range(len(run.frozen))}
         live = forward[run.first :]
         if run.mse:  # the error of later SAEs has a gradient for earlier ones, which change their input
-            last = run.live[-1].place.block
-            total += sum(flops + attention for flops in forward[run.first : last + 1])
+            between = forward[run.live[0].place.begins : run.live[-1].place.block + 1]
+            total += sum(flops + attention for flops in between)
         if run.kind is Method.mezo:
             total += 2 * sum(live) + 4 * run.weights
         else:
             total += sum(live) if run.config.train.activation_checkpointing else 0
             total += sum(2 * flops + attention for flops in live)
-            total += 0 if run.trains_saes else 6 * run.weights
+            total += (6 if run.config.method.lora_lr != 0 else 4) * run.products
         total += sizes.d_model * sum(
             run.times(sae, is_first=index == 0) * sae.width for index, sae in enumerate(run.live)
         )

@@ -75,7 +75,7 @@ class CountedRun:
         self.config = config
         self.kind = config.method.kind
         self.trains_saes = self.kind in TRAINING_SAES
-        self.mse = self.kind is Method.sae_finetune and config.method.mse
+        self.mse = self.kind in (Method.sae_finetune, Method.lora_sae) and config.method.mse
         """True if the SAEs' squared error is part of the loss."""
         # The architecture of an existing SAE is not known before it is loaded.
         known = _SAE_LOSSES if config.sae.family is SAEFamily.new else {}
@@ -93,16 +93,20 @@ class CountedRun:
             )
             for choice in config.sae.used
         )
+        adapts = self.kind in ADAPTING
+        self.trains_at_saes = self.trains_saes or not adapts
+        """True if it trains the SAEs, or maps on their output."""
         self.live = tuple(
-            sae for sae in self.saes if self.kind not in ADAPTING or sae.place.block >= self.first
+            sae for sae in self.saes if self.trains_at_saes or sae.place.block >= self.first
         )
         """The SAEs that are trained, or whose input training changes."""
         self.frozen = tuple(sae for sae in self.saes if sae not in self.live)
         self.d_model: int = model.config.hidden_size
         self.n_blocks = len(model.blocks)
-        self.adapters = Adapters.of(config.lora) if self.kind in ADAPTING else None
+        self.adapters = Adapters.of(config.lora) if adapts else None
         self.adapted_blocks: list[int] = []
-        if self.kind in ADAPTING:
+        weights = 0
+        if adapts:
             self.adapted_blocks = adapted_blocks(
                 config.lora.blocks, _first_sae(config), len(model.blocks)
             )
@@ -110,11 +114,13 @@ class CountedRun:
                 weight.adapter_weights(config.lora.rank, dora=config.lora.dora)
                 for weight in _selection(model, config).adapted
             )
-        else:
-            d_model = model.config.hidden_size
-            weights = sum(sae_weights(config, d_model, sae.width) for sae in each_once(self.saes))
-        self.weights = weights
+        at_saes = 0
+        if self.trains_at_saes:
+            at_saes = sum(sae_weights(config, self.d_model, sae.width) for sae in each_once(self.saes))
+        self.weights = at_saes + (weights if config.method.lora_lr != 0 else 0)
         """Number of trainable parameters."""
+        self.products = weights + (0 if self.trains_saes else at_saes)
+        """Weights of adapters, and of maps on SAEs: each takes part in one product per pass."""
 
     def times(self, sae: CountedSAE, *, is_first: bool) -> int:
         """Operations of a live SAE per token, in units of d_model · d_sae."""
@@ -122,7 +128,7 @@ class CountedRun:
         match self.kind:
             case Method.mezo:
                 return 2 * once
-            case Method.sae_finetune | Method.e2e:
+            case Method.sae_finetune | Method.lora_sae | Method.e2e:
                 # With LoRA b_dec is not trained, so that the first SAE needs no gradient of its input.
                 is_low_rank = self.kind is Method.sae_finetune and self.config.method.rank
                 losses, back = self.sae_losses, 6 if is_low_rank and is_first else 8
@@ -147,7 +153,7 @@ class CountedRun:
             tokens,
             self.adapters,
             self.adapted_blocks,
-            through_first=self.kind not in ADAPTING,
+            through_first=self.trains_at_saes and self.first == self.live[0].place.begins,
             recomputes=self.config.train.activation_checkpointing,
         )
         # At an SAE, the later blocks have no graph yet, or none any more.
@@ -175,10 +181,12 @@ def sae_weights(config: Config, d_model: int, width: int) -> int:
 
 def first_own_block(config: Config) -> int:
     """The first block that a run computes itself. Its SAEs must be resolved."""
-    if config.method.kind not in ADAPTING:
-        return min(Place.of(choice).begins for choice in config.sae.used)
-    model = shapes(config.model.name, config.model.pinned_revision)
-    return min(adapted_blocks(config.lora.blocks, _first_sae(config), len(model.blocks)))
+    trained = config.method.kind not in ADAPTING or config.method.kind in TRAINING_SAES
+    first = [Place.of(choice).begins for choice in config.sae.used] if trained else []
+    if config.method.kind in ADAPTING:
+        n_blocks = len(shapes(config.model.name, config.model.pinned_revision).blocks)
+        first += adapted_blocks(config.lora.blocks, _first_sae(config), n_blocks)
+    return min(first)
 
 
 def left_out(config: Config) -> dict[str, int]:
