@@ -1,6 +1,6 @@
 """The methods: from a run's config to the training of its student, and to its result on disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from sae_lora.saes.output_adapter import AdaptedCoder, OutputAdapter
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
 from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.hooks import Coder
 from sae_lora.splice.student import LoRAStudent, Student, named_weights
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
@@ -69,7 +70,8 @@ def _lora(config: Config, model: LanguageModel, splices: Splices, steps: int) ->
     method, trained = config.method, None
     if method.kind is Method.lora_sae:
         trained = _trainable(config, splices)
-        student = LoRAStudent(model, trained.splices, config.lora, splices, trained.by_hookpoint)
+        in_training = _with(splices, trained.at_places)
+        student = LoRAStudent(model, in_training, config.lora, splices, trained.by_hookpoint)
     else:
         student = LoRAStudent(model, splices, config.lora)
     if config.lora.begun is not None:
@@ -109,10 +111,10 @@ def _output_adapters(config: Config, model: LanguageModel, splices: Splices, ste
 class _Trainable(NamedTuple):
     """SAEs that a run trains."""
 
-    splices: Splices
-    """The places with the SAEs in training."""
+    at_places: list[SplicedSAE]
+    """The SAEs in the order of their places; several blocks may share one."""
     by_hookpoint: dict[str, SplicedSAE]
-    """These SAEs; one that several blocks share is listed under its first block."""
+    """The same SAEs; a shared one is listed under its first block."""
 
     @property
     def artifact(self) -> Artifact:
@@ -136,16 +138,21 @@ def _trainable(config: Config, splices: Splices) -> _Trainable:
             copied = training_sae.trainable(sae, config.sae.sparsity_coefficient)
             sae = SplicedSAE(copied, dead_after_steps(config), rank)
         by_original[id(splice.sae)] = by_hookpoint[splice.hookpoint] = sae
-    trained = tuple(splice._replace(sae=by_original[id(splice.sae)]) for splice in splices)
-    return _Trainable(trained, by_hookpoint)
+    return _Trainable([by_original[id(splice.sae)] for splice in splices], by_hookpoint)
+
+
+def _with(splices: Splices, saes: Iterable[Coder]) -> Splices:
+    """The same places with other SAEs."""
+    return tuple(splice._replace(sae=sae) for splice, sae in zip(splices, saes, strict=True))
 
 
 def _trained_saes(config: Config, model: LanguageModel, splices: Splices, steps: int) -> Built:
     trained = _trainable(config, splices)
     untrained, is_new = splices, config.sae.family is SAEFamily.new
     if is_new:
-        untrained = tuple(splice._replace(sae=splice.sae.frozen) for splice in trained.splices)
-    student = _student(model, trained.splices, untrained, trained.by_hookpoint, is_new=is_new)
+        untrained = _with(splices, (sae.frozen for sae in trained.at_places))
+    splices = _with(splices, trained.at_places)
+    student = _student(model, splices, untrained, trained.by_hookpoint, is_new=is_new)
     if config.method.kind is Method.sae:
         training = ReconstructState(student, config, steps)
     else:
