@@ -21,6 +21,7 @@ from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
 from sae_lora.models.loading import check_attention, fetch_model, load_tokenizer
 from sae_lora.models.model_folder import has_local_tokenizer
 from sae_lora.saes.metadata import Notices, differences, stated_by
+from sae_lora.saes.probe import check_file
 
 
 def prefetched(configs: Sequence[Config]) -> list[Config]:
@@ -80,18 +81,22 @@ class _Text(NamedTuple):
 
 
 def check_local(configs: Sequence[Config]) -> None:
-    """Refuse text, models and folders that a launch would refuse, as far as this is quick.
+    """Refuse text, models, SAEs and folders that a launch would refuse, as far as this is quick.
 
-    Nothing is fetched or written. Text and models of the hub are not checked.
+    Nothing is fetched or written. Text, models and SAEs of the hub are not checked.
 
     Raises:
-        UserError: For local text and models that cannot be used, and folders that cannot be written.
+        UserError: For local text, models and SAEs that cannot be used, and folders that cannot be
+            written.
     """
     transformers_logging.disable_progress_bar()
     checked: set[str] = set()
     for model in {config.model.name: config.model for config in configs}.values():
         if Path(model.name).expanduser().is_dir():
             fetch_model(model)
+    saes = [choice.path for config in configs for choice in config.sae.used]
+    for path in dict.fromkeys(path for path in saes if path is not None):
+        check_file(path)
     for config in configs:
         check_can_be_made(Path(config.output_dir).expanduser() / config.sweep, "output_dir")
         check_can_be_made(Path(config.data.cache_dir).expanduser(), "data.cache_dir")

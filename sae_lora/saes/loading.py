@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,9 +29,13 @@ from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import converters, formats, from_run, metadata, output_adapter, probe
-from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, settled, stated, stated_by, trained_at
+from sae_lora.saes import from_run, metadata, output_adapter, probe
+from sae_lora.saes.formats import converters
+from sae_lora.saes.formats import folder as folders
+from sae_lora.saes.formats.weights import check_weights, damaged
+from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, stated, stated_by
 from sae_lora.saes.output_adapter import AdaptedCoder
+from sae_lora.saes.places import settled, trained_at
 from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Coder, Splice
@@ -176,7 +179,7 @@ def _check_as_planned(choice: SAEChoice) -> None:
         )
     if choice.path is not None and choice.sha256 not in (
         None,
-        formats.read(choice.path).digest(),
+        folders.read(choice.path).digest(),
     ):
         raise UserError(
             f"sae.path = {choice.path!r}: the weights have changed since this run was planned"
@@ -245,7 +248,7 @@ def _through_sae_lens(
     metadata.check(now, key, name)
     settled(trained_at(now, key, name, choice.block), choice.block, choice.hook, name)
     _keep_statistics(sae)
-    probe.check_weights(sae, key, name)
+    probe.check_weights(sae.state_dict(), values, key, name)
     probe.check_coder(sae, sae.cfg.d_in, key, name)
     return sae, values, about
 
@@ -291,20 +294,17 @@ def _from_folder(path: str, config: SAEConfig, device: str) -> SAE[Any]:
         ConfigError: If its config states something that cannot be used.
         UserError: If a file is missing or damaged.
     """
-    folder = formats.read(path)
+    folder = folders.read(path)
     metadata.check(stated(folder.values), "sae.path", path, folder.format.config)
-    metadata.check_complete(folder.values, path)
-    formats.check_weights(folder)
+    metadata.check_complete(folder.values, path, folder.format.config)
+    check_weights(folder)
     try:
         with quiet():
             sae = SAE.load_from_disk(
                 path, device=device, dtype=config.dtype.name, converter=converters.load
             )
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        reason = "damaged or incomplete; copy it again, or save it again"
-        if isinstance(error, UnpicklingError):
-            reason = "damaged, or holds more than tensors; code in a file is never run"
-        raise UserError(f"sae.path = {path!r} cannot be loaded: {folder.weights} is {reason}") from error
+    except SafetensorError as error:
+        raise damaged(folder) from error
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
             raise

@@ -12,8 +12,9 @@ from sae_lora.config.enums import Hook
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
-from sae_lora.saes import formats
+from sae_lora.saes.formats.folder import SCALER, UNUSED_FACTOR, read
+from sae_lora.saes.formats.weights import FLOATS, check_weights
+from sae_lora.saes.places import settled, trained_at
 from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
 
 Stated = Mapping[str, Any]
@@ -39,6 +40,8 @@ class Key(NamedTuple):
     """The values that can be used; `None` for any value."""
     because: str = ""
     """Why other values are refused."""
+    least: float | None = None
+    """The smallest number that can be used."""
 
 
 _NUMBER = int | float
@@ -63,22 +66,22 @@ KEYS: dict[str, Key] = {
     ),
     "activation_fn": Key(Use.applied, str, ("relu", "topk"), "SAELens would compute ReLU instead"),
     "activation_fn_kwargs": Key(Use.applied, dict),
-    "activation_fn_kwargs.k": Key(Use.applied, int),
+    "activation_fn_kwargs.k": Key(Use.applied, int, least=1),
     "activation_fn_kwargs.signed": Key(
         Use.applied, bool, (False,), "SAELens would set negative latents to zero"
     ),
     "finetuning_scaling_factor": Key(Use.applied, bool),
     "apply_b_dec_to_input": Key(Use.applied, bool),
     "rescale_acts_by_decoder_norm": Key(Use.applied, bool),
-    "k": Key(Use.applied, int),
-    "residual_threshold": Key(Use.applied, _NUMBER),
-    "max_iterations": Key(Use.applied, int),
+    "k": Key(Use.applied, int, least=1),
+    "residual_threshold": Key(Use.applied, _NUMBER, least=0),
+    "max_iterations": Key(Use.applied, int, least=1),
     "stop_on_duplicate_support": Key(Use.applied, bool),
     "exclude_special_tokens": Key(Use.applied, bool | list[int]),
     EXCLUDES_FIRST: Key(Use.applied, bool),
     "group_blocks": Key(Use.applied, list[int]),
-    "d_in": Key(Use.checked, int),
-    "d_sae": Key(Use.checked, int),
+    "d_in": Key(Use.checked, int, least=1),
+    "d_sae": Key(Use.checked, int, least=1),
     "d_out": Key(Use.checked, int),
     "hook_name": Key(Use.checked, str),
     "hook_name_out": Key(Use.checked, str),
@@ -95,17 +98,17 @@ KEYS: dict[str, Key] = {
     "prepend_bos": Key(Use.noted, bool),
     "context_size": Key(Use.noted, int),
     "seqpos_slice": Key(Use.noted, list[int | None]),
-    formats.UNUSED_FACTOR: Key(Use.noted, _NUMBER),
+    UNUSED_FACTOR: Key(Use.noted, _NUMBER),
     "l0": Key(Use.noted, _NUMBER),
     "model_class_name": Key(Use.informative),
     "hf_hook_name": Key(Use.informative),
     "hf_hook_name_out": Key(Use.informative),
-    "dtype": Key(Use.informative),
+    "dtype": Key(Use.noted, str, (*FLOATS.values(), *(f"torch.{name}" for name in FLOATS.values()))),
     "device": Key(Use.informative),
     "dataset_path": Key(Use.informative),
     "dataset_trust_remote_code": Key(Use.informative),
     "neuronpedia_id": Key(Use.informative),
-    "sae_lens_version": Key(Use.informative),
+    "sae_lens_version": Key(Use.applied, str),
     "sae_lens_training_version": Key(Use.informative),
     "training_architecture": Key(Use.informative),
     "training_architecture_details": Key(Use.informative),
@@ -122,6 +125,7 @@ _RENAMED = {
 }
 """Names in older versions of SAELens."""
 _NESTED = ("activation_fn_kwargs", "model_from_pretrained_kwargs")
+_HOOKS = ("hook_name", "hook_name_out")
 _L0_TOLERANCE = 0.25
 """Share of the stated L0 by which the measured one may differ without a note."""
 
@@ -138,6 +142,9 @@ def stated(values: Mapping[str, Any]) -> dict[str, Any]:
             flat |= {f"{name}.{key}": value for key, value in nested.items()}
     if isinstance(normalises := flat.get("normalize_activations"), bool):
         flat["normalize_activations"] = "expected_average_only_in" if normalises else "none"
+    for name in _HOOKS:
+        if isinstance(hook := flat.get(name), str):
+            flat[name] = hook.strip() or None
     return {key: value for key, value in flat.items() if key != "metadata" and value is not None}
 
 
@@ -153,7 +160,7 @@ def stated_by(choice: SAEChoice) -> dict[str, Any]:
         is_no_sae = converter == "temporal" or "transcoder" in converter
         return about | ({"architecture": converter} if is_no_sae else {})
     folder = choice.path or (choice.id and str(EMBEDDED_SAES / choice.id))
-    return stated(formats.read(folder).values) if folder else {}
+    return stated(read(folder).values) if folder else {}
 
 
 def check(about: Stated, field: str, name: str, source: str = "metadata") -> None:
@@ -171,7 +178,7 @@ def check(about: Stated, field: str, name: str, source: str = "metadata") -> Non
     if writes not in (None, reads) or "transcoder" in str(about.get("architecture")):
         places = f", which reads {reads} and writes {writes}" if reads and writes else ""
         allowed = "an SAE, which reads and writes one activation"
-        raise ConfigError(field, name, allowed, because=f"it is a transcoder{places}")
+        raise ConfigError(field, name, allowed, because=f"it is a transcoder by its {source}{places}")
     for key, known in KEYS.items():
         value = about.get(key)
         if value is None or known.use in (Use.noted, Use.informative):
@@ -182,6 +189,9 @@ def check(about: Stated, field: str, name: str, source: str = "metadata") -> Non
             kind = kind.replace(" | ", " or ").replace("list[", "list of ").replace("]", "")
             allowed = f"an SAE whose {key} is of type {kind}"
             raise ConfigError(field, name, allowed, because=because)
+        if known.least is not None and value < known.least:
+            allowed = f"an SAE with {key} from {known.least} on"
+            raise ConfigError(field, name, allowed, because=f"its {source} says {key}: {value}")
         if known.allowed is None or value in known.allowed:
             continue
         words = listed(map(_written, known.allowed))
@@ -190,26 +200,42 @@ def check(about: Stated, field: str, name: str, source: str = "metadata") -> Non
         raise ConfigError(field, name, allowed, because=because)
     is_topk = about.get("architecture") in ("topk", "abstopk") or about.get("activation_fn") == "topk"
     k, d_sae = about.get("k", about.get("activation_fn_kwargs.k")), about.get("d_sae", math.inf)
+    kind = about.get("architecture")
+    if not is_topk and kind in (None, "standard", "gated") and "k" in about:
+        kind = "gives no architecture" if kind is None else f"says architecture: {kind}"
+        because = f"its {source} {kind}, but k: {k}, and SAELens would compute no TopK"
+        allowed = "a TopK SAE with architecture: topk, or an SAE without k"
+        raise ConfigError(field, name, allowed, because=because)
     if is_topk and (k is None or not 0 < k <= d_sae):
         words = "gives no k" if k is None else f"says k: {k}, d_sae: {d_sae}"
         allowed = "a TopK SAE with k from 1 to d_sae"
         raise ConfigError(field, name, allowed, because=f"its {source} {words}")
 
 
-def check_complete(values: Mapping[str, Any], name: str) -> None:
+def check_complete(values: Mapping[str, Any], name: str, source: str) -> None:
     """Refuse a config in SAELens's format that lacks what an SAE cannot be loaded without.
 
+    Args:
+        values: The config.
+        name: The folder of the SAE, for the message.
+        source: The file of the config, for the message.
+
     Raises:
-        ConfigError: For the first missing key of the SAE in the folder `name`.
+        ConfigError: For the first missing key, and for a version that is none.
     """
     about = stated(values)
     version = re.match(r"\d+", str(about.get("sae_lens_version")))
+    if "sae_lens_version" in about and version is None:
+        because = f"its {source} says sae_lens_version: {about['sae_lens_version']}"
+        allowed = "an SAE with a version such as 6.5.0, or without one"
+        raise ConfigError("sae.path", name, allowed, because=because)
     needed = ["d_in", "d_sae", "architecture"]
     if "architecture" not in values and (version is None or int(version[0]) < 6):
         needed.remove("architecture")  # the standard one
     for key in needed:
         if key not in about:
-            raise ConfigError("sae.path", name, f"an SAE whose config gives {key}")
+            allowed = f"an SAE whose {source} gives {key}"
+            raise ConfigError("sae.path", name, allowed, because=f"its {source} gives no {key}")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -257,10 +283,10 @@ def differences(about: Stated, config: Config, begins_with_bos: bool | None = No
         for key, known in KEYS.items()
         if known.use is Use.noted and key in about and not _is_understood(key, about[key])
     ]
-    if formats.UNUSED_FACTOR in about:
+    if UNUSED_FACTOR in about:
         texts.append(
-            f"the SAE's folder states a factor of its input, {about[formats.UNUSED_FACTOR]}, in "
-            f"{formats.SCALER}, and its normalize_activations does not ask for it: it is not used"
+            f"the SAE's folder states a factor of its input, {about[UNUSED_FACTOR]}, in "
+            f"{SCALER}, and its normalize_activations does not ask for it: it is not used"
         )
     model, length = about.get("model_name"), about.get("context_size")
     if isinstance(model, str) and not same_model(model, config.model.name):
@@ -297,8 +323,10 @@ def differences(about: Stated, config: Config, begins_with_bos: bool | None = No
 
 
 def _is_understood(key: str, value: Any) -> bool:
-    has_type = _has_type(value, KEYS[key].type)
-    return has_type and (key != "seqpos_slice" or 1 <= len(value) <= 3)  # the arguments of a slice
+    known = KEYS[key]
+    if not _has_type(value, known.type) or value not in (known.allowed or [value]):
+        return False
+    return key != "seqpos_slice" or (1 <= len(value) <= 3 and value[2:] != [0])  # arguments of a slice
 
 
 def differs_in_l0(stated_l0: float | None, measured: float) -> str | None:
@@ -336,13 +364,13 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
         ConfigError: If the folder contains no SAE, or its SAE does not fit the model or the place.
         UserError: If its files cannot be read.
     """
-    folder = formats.read(path)
+    folder = read(path)
     values, about = folder.values, stated(folder.values)
     check(about, "sae.path", path, folder.format.config)
     place = settled(trained_at(about, "sae.path", path, index, folder.format.config), index, hook, path)
     check_fits(about, model, "sae.path", path, folder.format.config)
-    check_complete(values, path)
-    formats.check_weights(folder)
+    check_complete(values, path, folder.format.config)
+    check_weights(folder)
     if place is None:
         because = f"{folder.path / folder.format.config} names no hook point"
         raise ConfigError("layer.index", None, f"the index of a block: {because}")
@@ -355,63 +383,6 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
         width=values.get("d_sae"),
         l0=l0 if _has_type(l0, _NUMBER) else None,
     )
-
-
-def trained_at(
-    about: Stated, field: str, name: str, block: int | None = None, source: str = "metadata"
-) -> Place | None:
-    """The place that an SAE was trained at, by its metadata; `None` if the metadata names none.
-
-    Args:
-        about: What its metadata states, after `check`.
-        field, name: The key that names the SAE, and its value, for the message.
-        block: The block that the SAE is requested for: an SAE may have been trained at several blocks.
-        source: The file of its metadata, for the message.
-
-    Raises:
-        ConfigError: If no SAE can be spliced in at that place.
-    """
-    hook = about.get("hook_name")
-    if hook is None:
-        return None
-    place = known_place(hook)
-    if place is None:
-        origin = about.get(formats.SOURCE_OF_HOOK, f"the hook_name in its {source}")
-        allowed = (
-            f"an SAE at {PLACES}; if {hook} is one of these in this model, change {origin} "
-            "and set layer.index and layer.hook"
-        )
-        raise ConfigError(field, name, allowed, because=f"its hook point is {hook}, by {origin}")
-    if block is not None and block in about.get("group_blocks", ()):
-        return Place(block, place.hook)
-    return place
-
-
-def settled(trained: Place | None, index: int | None, hook: Hook | None, name: str) -> Place | None:
-    """The place that an SAE was trained at, checked against the place that `layer` asks for.
-
-    If the training place is not known, it is the place that `layer` asks for; if `layer.index` is also
-    null, it is `None`.
-
-    Args:
-        trained: The place that the SAE was trained at; `None` if it is not known.
-        index: `layer.index`; `None` accepts any block.
-        hook: `layer.hook`; `None` accepts any hook.
-        name: The SAE's name, for messages.
-
-    Raises:
-        ConfigError: If the two places differ.
-    """
-    asked = None if index is None else Place.asked(index, hook)
-    if trained is None:
-        return asked
-    if hook is not None and trained.hook is not canonical_hook(hook):
-        allowed = f"{trained.hook.name}: {name} was trained at {trained}"
-        raise ConfigError("layer.hook", hook.name, allowed, nearest=trained.hook.name)
-    if asked is not None and trained.block != asked.block:
-        allowed = f"the block that {name} was trained on, or null"
-        raise ConfigError("layer.index", index, allowed, nearest=trained.index(hook))
-    return trained
 
 
 def check_fits(
@@ -437,4 +408,4 @@ def check_fits(
         raise ConfigError(field, name, allowed, because=because)
     if d_in is not None and d_in != model.d_model:
         allowed = f"an SAE with d_in={model.d_model}, the width of the model"
-        raise ConfigError(field, name, allowed, because=f"its d_in is {d_in}")
+        raise ConfigError(field, name, allowed, because=f"its d_in is {d_in}, by its {source}")

@@ -1,12 +1,18 @@
-"""A probe of a loaded SAE: does it reconstruct each token alone, as the splice uses it?"""
+"""Checks of an SAE's weights, and a probe: does it reconstruct each token alone, as it is spliced?"""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, is_out_of_memory
+from sae_lora.saes.formats.configs import DICTIONARY_LEARNING
+from sae_lora.saes.formats.folder import read
+from sae_lora.saes.formats.tensors import weights_of
 
+_SMALL = 64 * 2**20
+"""Size of a file of weights up to which a dry run reads its values, in bytes."""
 _SEQUENCES, _POSITIONS = 2, 12
 _ALONE = ((0, 1), (0, 6), (1, 11))
 """Sequence and position of the tokens that are also reconstructed alone."""
@@ -16,21 +22,47 @@ _TOLERANCE = 1e-2
 """Relative error that is rounding, also where a GPU multiplies in TF32."""
 
 
-def check_weights(sae: nn.Module, field: str, name: str) -> None:
-    """Refuse an SAE with a weight that is no number.
+def check_file(path: str) -> None:
+    """Refuse a folder whose weights cannot be used, as far as this is quick, without SAELens.
+
+    The header of a safetensors file must have been checked. A large file is not read for NaN.
+
+    Raises:
+        ConfigError: If a weight does not fit the config, or is no number.
+        UserError: If the file is damaged.
+    """
+    folder = read(path)
+    is_small = folder.weights.stat().st_size <= _SMALL
+    if is_small or folder.format is DICTIONARY_LEARNING:  # others have a header, which the plan read
+        weights = weights_of(folder)
+        if is_small:
+            check_weights(weights, folder.values, "sae.path", path)
+
+
+def check_weights(
+    weights: Mapping[str, Tensor], values: Mapping[str, Any], field: str, name: str
+) -> None:
+    """Refuse an SAE with a weight that is no number, and one that divides by zero.
 
     Args:
-        sae: The SAE.
+        weights: The weights of the SAE, by SAELens's names.
+        values: Its config.
         field, name: The key that names the SAE, and its value, for the message.
 
     Raises:
-        ConfigError: For NaN or infinity; names the weight.
+        ConfigError: For such weights; names them.
     """
-    for weight_name, weight in sae.state_dict().items():
+    for weight_name, weight in weights.items():
         wrong = int((~weight.isfinite()).sum())
         if wrong:
             because = f"{wrong} of the {weight.numel()} values of {weight_name} are NaN or infinite"
             raise ConfigError(field, name, "an SAE whose weights are all numbers", because=because)
+    if values.get("rescale_acts_by_decoder_norm"):
+        zero = int((weights["W_dec"] == 0).all(dim=-1).sum())
+        if zero:
+            because = f"{zero} rows of W_dec are zero, and rescale_acts_by_decoder_norm divides by norms"
+            allowed = "an SAE whose latents all have a direction in W_dec"
+            raise ConfigError(field, name, allowed, because=because)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from sae_lora.embedded import BLOCK as EMBEDDED_BLOCK
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
-from sae_lora.saes.metadata import check, read_folder, settled, stated_by
+from sae_lora.saes.metadata import check, read_folder, stated_by
+from sae_lora.saes.places import settled
 from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, table, width_in
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Hook
 from sae_lora.models.hookpoints import Place
+from sae_lora.saes import probe
 from sae_lora.saes.metadata import read_folder
 from tests.saes.test_loading import D_IN, D_SAE, MODEL, X, loaded, write
 
@@ -168,7 +169,7 @@ def test_tensors_that_are_not_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds W_skip"):
         read_folder(str(folder), None, None, MODEL)
     tensors = _LINEAR | {"b_dec": B_DEC, "k": torch.tensor(5)}
-    with pytest.raises(UserError, match="has k=5, but the config says k: 4"):
+    with pytest.raises(UserError, match=r"has k=5, but config\.json says k: 4"):
         loaded(write_dictionary(tmp_path / "topk", "AutoEncoderTopK", tensors))
 
 
@@ -205,9 +206,67 @@ def test_weights_of_dictionary_learning_that_do_not_fit(
     tmp_path: Path, tensors: Any, words: str
 ) -> None:
     folder = write_dictionary(tmp_path / "sae", "AutoEncoder", tensors)
-    with pytest.raises(UserError, match=words) as error:
-        loaded(folder)
-    assert "Error" not in str(error.value)
+    check_refused_by_all(folder, words)
+
+
+def check_refused_by_all(folder: Path, words: str) -> None:
+    """Assert that a dry run and a launch refuse this folder, but not the plan, which has no torch."""
+    read_folder(str(folder), None, None, MODEL)
+    for check in (lambda: probe.check_file(str(folder)), lambda: loaded(folder)):
+        with pytest.raises(UserError, match=words) as error:
+            check()
+        assert "ae.pt" in str(error.value) and "Error" not in str(error.value)
+
+
+_TOPK = _LINEAR | {"b_dec": B_DEC, "k": torch.tensor(4)}
+_BATCH = _LINEAR | {"b_dec": B_DEC, "threshold": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "words"),
+    [
+        ("AutoEncoderTopK", _TOPK | {"b_dec": B_DEC.long()}, "b_dec in .* is stored as int64"),
+        ("AutoEncoderTopK", _TOPK | {"b_dec": B_DEC + 0j}, "b_dec in .* is stored as complex64"),
+        ("AutoEncoderTopK", _TOPK | {"encoder.weight": ENCODER > 0}, "W_enc in .* is stored as bool"),
+        ("AutoEncoderTopK", _TOPK | {"b_dec": B_DEC.to_sparse()}, "no tensors: b_dec"),
+        (
+            "AutoEncoderTopK",
+            _TOPK | {"k": torch.tensor([4, 4])},
+            r"has k=\[4, 4\], but config.json says k: 4",
+        ),
+        ("AutoEncoderTopK", _TOPK | {"k": None}, "has k=None"),
+        ("BatchTopKSAE", _BATCH | {"threshold": torch.ones(3)}, r"threshold in .* the shape \[3\]"),
+        ("BatchTopKSAE", _BATCH | {"threshold": torch.tensor(1)}, "threshold in .* is stored as int64"),
+        ("BatchTopKSAE", _BATCH | {"threshold": "a"}, "threshold that is no number: 'a'"),
+        ("BatchTopKSAE", _LINEAR | {"b_dec": B_DEC}, "has no threshold"),
+    ],
+)
+def test_a_dry_run_reads_a_file_of_torch(
+    tmp_path: Path, kind: str, tensors: dict[str, Tensor], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_SMALL", 0)  # as for a large file
+    check_refused_by_all(write_dictionary(tmp_path / "sae", kind, tensors), words)
+
+
+def test_a_dry_run_refuses_a_damaged_file_of_torch(tmp_path: Path) -> None:
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoderTopK", _TOPK)
+    probe.check_file(str(folder))
+    file = folder / "ae.pt"
+    data = file.read_bytes()
+    for start in (100, 900, len(data) // 2):  # a pickle, a name in the archive, values
+        file.write_bytes(data[:start] + bytes(100) + data[start + 100 :])
+        check_refused_by_all(folder, r"ae\.pt is damaged")
+    for text in (b"<html>", b"\x80\x02" + data[:50]):
+        file.write_bytes(text)
+        check_refused_by_all(folder, r"ae\.pt is damaged")
+
+
+def test_a_threshold_is_one_number_or_one_per_latent(tmp_path: Path) -> None:
+    reference = write_dictionary(tmp_path / "scalar", "BatchTopKSAE", _BATCH)
+    for name, threshold in {"float": 0.5, "of_one": torch.full((1,), 0.5), "vector": _THRESHOLD}.items():
+        folder = write_dictionary(tmp_path / name, "BatchTopKSAE", _BATCH | {"threshold": threshold})
+        probe.check_file(str(folder))
+        assert torch.equal(reconstruction(folder), reconstruction(reference))
 
 
 @pytest.mark.parametrize("size", [0, 300, 2000])
@@ -228,6 +287,8 @@ def test_the_plan_refuses_a_truncated_file_of_torch(tmp_path: Path, size: int) -
         *(("trainer", "activation_dim", value) for value in ("16", 16.5, True, float("inf"), None)),
         *(("trainer", "dict_size", value) for value in (-32, 0, [32])),
         ("trainer", "k", 4.0),
+        *(("trainer", "layer", value) for value in ("2", 2.0, -1, True, 3)),
+        *(("trainer", "submodule_name", value) for value in (5, ["resid_post_layer_2"])),
     ],
 )
 @pytest.mark.case("B5")
@@ -320,7 +381,7 @@ def test_a_format_that_is_read_from_releases_is_named(tmp_path: Path, file: str,
     assert words in str(refusal(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"metadata": [1]}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"metadata": [1]}', '{"metadata": []}', "\xff"])
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     write(tmp_path)
     (tmp_path / "cfg.json").write_bytes(text.encode("latin-1"))

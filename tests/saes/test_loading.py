@@ -23,8 +23,10 @@ from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import DType, SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.models.dimensions import Dimensions
-from sae_lora.saes import converters, probe
-from sae_lora.saes.formats import FACTORS, UNUSED_FACTOR
+from sae_lora.saes import probe
+from sae_lora.saes.formats import converters
+from sae_lora.saes.formats.folder import UNUSED_FACTOR
+from sae_lora.saes.formats.weights import FACTORS
 from sae_lora.saes.loading import LoadedSAE, load
 from sae_lora.saes.metadata import KEYS, read_folder
 from tests.support.coders import topk_sae
@@ -146,6 +148,14 @@ def test_a_factor_of_the_input_is_folded_where_it_is_known(tmp_path: Path, archi
         ({"metadata": {"hook_name": 2}}, "hook_name: 2"),
         ({"residual_threshold": float("nan")}, "residual_threshold: nan"),
         ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input: 'false'"),
+        ({"k": 4}, "architecture: standard, but k: 4"),
+        ({"architecture": None, "k": 4}, "gives no architecture, but k: 4"),
+        ({"architecture": "topk", "k": -3}, "k: -3"),
+        ({"residual_threshold": -1}, "residual_threshold: -1"),
+        ({"max_iterations": 0}, "max_iterations: 0"),
+        ({"d_in": 0}, "d_in: 0"),
+        ({"metadata": {"sae_lens_version": 6}}, "sae_lens_version: 6"),
+        ({"metadata": {"sae_lens_version": "new"}}, "sae_lens_version: new"),
     ],
 )
 def test_unknown_values_of_known_keys_are_refused_by_the_plan(
@@ -165,7 +175,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     values = json.loads(file.read_text())
     del values[key]
     file.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=f"an SAE whose config gives {key}"):
+    with pytest.raises(ConfigError, match=rf"its cfg\.json gives no {key}"):
         loaded(tmp_path)
 
 
@@ -187,6 +197,52 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, wrong: float) -> No
     save_file(weights, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ConfigError, match="1 of the 512 values of W_dec are NaN or infinite"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", USABLE)
+def test_metadata_that_is_null_states_nothing(tmp_path: Path, architecture: str) -> None:
+    expected = write(tmp_path, architecture)
+    file = tmp_path / "cfg.json"
+    nothing = {"metadata": None, "device": None, "activation_fn_kwargs": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | nothing))
+    sae = load(CONFIG, read_folder(str(tmp_path), 2, None, MODEL), MODEL, torch.device("cpu")).sae
+    with torch.no_grad():
+        assert torch.equal(sae.decode(sae.encode(X)), expected(X))
+
+
+_INTEGERS = (torch.int8, torch.int32, torch.uint8, torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [*_INTEGERS, torch.complex64, torch.float8_e4m3fn])
+def test_the_plan_refuses_weights_that_are_no_floats(tmp_path: Path, dtype: torch.dtype) -> None:
+    write(tmp_path)
+    file = tmp_path / "sae_weights.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        save_file(weights | {name: weight.to(dtype)}, file)
+        with pytest.raises(ConfigError, match=f"{name} in .* is stored as ") as error:
+            read(tmp_path)
+        assert error.value.field == "sae.path"
+    for kept in (torch.float64, torch.float16, torch.bfloat16):
+        save_file({name: weight.to(kept) for name, weight in weights.items()}, file)
+        read(tmp_path)
+
+
+def test_a_dry_run_reads_the_values_of_small_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "topk", rescale_acts_by_decoder_norm=True)
+    probe.check_file(str(tmp_path))
+    file = tmp_path / "sae_weights.safetensors"
+    weights = load_file(file)
+    for value, words in ((float("nan"), "are NaN or infinite"), (0.0, "1 rows of W_dec are zero")):
+        weights["W_dec"][3] = value
+        save_file(weights, file)
+        for check in (lambda: probe.check_file(str(tmp_path)), lambda: loaded(tmp_path)):
+            with pytest.raises(ConfigError, match=words):
+                check()
+    monkeypatch.setattr(probe, "_SMALL", 0)
+    probe.check_file(str(tmp_path))
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 2000])
@@ -262,7 +318,8 @@ def test_factors_of_an_sae_of_the_hub_are_applied(
             raise EntryNotFoundError(filename)
         return str(tmp_path / filename)
 
-    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    for module in (pretrained_sae_loaders, converters):
+        monkeypatch.setattr(module, "hf_hub_download", download)
     plain = write(tmp_path / "sae")
     file, factors = tmp_path / "sae" / "sae_weights.safetensors", torch.linspace(0.5, 2, D_SAE)
     _, weights, _ = converters.load_from_hub("org/saes", "sae", cfg_overrides={"dtype": "float32"})
@@ -270,6 +327,10 @@ def test_factors_of_an_sae_of_the_hub_are_applied(
     save_file(load_file(file) | {"scaling_factor": factors}, file)
     with pytest.raises(ValueError, match="finetuning_scaling_factor: null"):
         converters.load_from_hub("org/saes", "sae")
+    save_file({"W_dec": factors.char()}, file)
+    with pytest.raises(ValueError, match="W_dec is stored as I8"):
+        converters.load_from_hub("org/saes", "sae")
+    save_file(dict(plain.state_dict()) | {"scaling_factor": factors}, file)
     change(tmp_path / "sae", finetuning_scaling_factor=True)
     _, weights, _ = converters.load_from_hub("org/saes", "sae")
     torch.testing.assert_close(weights["W_dec"], plain.W_dec * factors[:, None])

@@ -14,7 +14,7 @@ from sae_lora.embedded import SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import PLACES, Place
 from sae_lora.saes import resolve
-from sae_lora.saes.metadata import Notices, differences, differs_in_l0, read_folder, stated
+from sae_lora.saes.metadata import Notices, differences, differs_in_l0, read_folder, stated, stated_by
 from sae_lora.saes.pretrained_table import place_in, same_model
 from tests.support.coders import write_cfg
 from tests.support.composing import composed
@@ -413,3 +413,45 @@ def test_an_l0_far_from_the_stated_one_is_noted() -> None:
     assert differs_in_l0(8, 10) is differs_in_l0(8, 6) is differs_in_l0(None, 6) is None
     for measured in (10.1, 5.9, 30):
         assert f"{measured:.3g} were measured" in str(differs_in_l0(8, measured))
+
+
+def test_a_slip_in_the_spelling_of_a_hook_point_is_named(tmp_path: Path) -> None:
+    meant = {
+        "Blocks.5.hook_resid_post": "blocks.5.hook_resid_post",
+        "block.5.hook_mlp_out": "blocks.5.hook_mlp_out",
+        "blocks.5.hook_resid_pots": "blocks.5.hook_resid_post",
+        "Model.Layers.5": "model.layers.5",
+        "blocks.-5.hook_resid_post": None,
+        "blocks.0.hook_resid_pre": None,
+        "blocks.10.hook_resid_mid": None,
+        "blocks.10.hook_mlp_in": None,
+        "blocks.10.hook_attn_in": None,
+        "gpt_neox.layers.10.mlp": None,
+    }
+    for number, (name, expected) in enumerate(meant.items()):
+        folder = write_cfg(tmp_path / str(number), hook_name=name)
+        with pytest.raises(ConfigError, match="by the hook_name in its cfg") as error:
+            read_folder(folder, None, None, TINY)
+        said = f"is meant as {expected}, correct the hook_name in its cfg.json"
+        assert (said in error.value.allowed) == (expected is not None)
+        assert ("change the hook_name" in error.value.allowed) == (expected is None)
+
+
+def test_spaces_around_a_hook_point_are_dropped(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "sae", hook_name=" blocks.5.hook_mlp_out\n")
+    assert Place.of(read_folder(folder, None, None, TINY)) == Place(5, Hook.mlp_out)
+    folder = write_cfg(tmp_path / "empty", hook_name=" ")
+    with pytest.raises(ConfigError, match="names no hook point"):
+        read_folder(folder, None, None, TINY)
+
+
+def test_values_that_are_not_understood_are_noted(tmp_path: Path) -> None:
+    for number, (key, value) in enumerate(
+        {"dtype": "float33", "seqpos_slice": [0, None, 0], "context_size": "x"}.items()
+    ):
+        folder = write_cfg(tmp_path / str(number), hook_name="blocks.5.hook_resid_post", **{key: value})
+        (note,) = differences(stated_by(read_folder(folder, None, None, TINY)), asking(""))
+        assert note == f"the SAE's metadata says {key}: {value!r}, which is not understood"
+    for dtype in ("float32", "torch.bfloat16"):
+        folder = write_cfg(tmp_path / dtype, hook_name="blocks.5.hook_resid_post", dtype=dtype)
+        assert not differences(stated_by(read_folder(folder, None, None, TINY)), asking(""))

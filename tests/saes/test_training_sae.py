@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Architecture
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes.metadata import stated, trained_at
+from sae_lora.saes.metadata import stated
+from sae_lora.saes.places import trained_at
 from sae_lora.saes.sparse import SparseSAE
 from sae_lora.saes.training import training_sae
 from tests.support.coders import jumprelu_sae, topk_sae

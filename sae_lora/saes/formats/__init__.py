@@ -1,0 +1,1 @@
+"""Formats of SAE folders."""
