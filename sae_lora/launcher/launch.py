@@ -109,7 +109,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
     from sae_lora.train.cost.estimate import estimate
-    from sae_lora.train.cost.runs import left_out
+    from sae_lora.train.cost.runs import check_places, left_out
 
     for note in bos_notes([run.config for run in planned.runs]):
         say(f"note: {note}")
@@ -127,6 +127,8 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     to_run = _states_to_run(settings)
     to_do = [run for run, status in runs if status.state in to_run]
     check_local([run.config for run in to_do])
+    for run in to_do:
+        check_places(run.config)
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     flops_unpacked = 0.0
@@ -215,9 +217,10 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     if not runs:
         return []
     from sae_lora.launcher.prefetch import prefetched  # brings torch in
-    from sae_lora.train.cost.runs import left_out
+    from sae_lora.train.cost.runs import check_places, left_out
 
     for run in runs:
+        check_places(run.config)
         left_out(run.config)  # refuses lora.targets that the model does not have, before it is fetched
     configs = prefetched([run.config for run in runs])
     fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]

@@ -1,9 +1,10 @@
 """The size of a model, before its weights are loaded. Imports no torch, so that planning is fast."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -56,8 +57,12 @@ _NAMES = {
     "model_type": ("model_type",),
 }
 """Names of each dimension in configs of transformers."""
-_REQUIRED = {"d_model": "hidden_size", "n_blocks": "num_hidden_layers", "d_vocab": "vocab_size"}
-"""The dimensions that every model has, with their usual names."""
+_REQUIRED = ("d_model", "n_blocks", "d_vocab")
+"""The dimensions that every model has."""
+_SIZES = {name: _NAMES[name][0] for name in ("d_model", "d_vocab", "max_context")} | {
+    "n_blocks": "num_hidden_layers"
+}
+"""The dimensions that are sizes, with their usual names."""
 
 
 def stated(value_of: Callable[[str], Any]) -> dict[str, Any]:
@@ -78,16 +83,27 @@ def read_dimensions(config: ModelConfig) -> Dimensions:
         UserError: If the config cannot be found or fetched, or is not one of a causal model with float
             weights.
     """
-    values = config_values(config)
-    dimensions = stated((values.get("text_config") or values).get)
-    with reading(config):
+    dimensions = _stated_in_file(config)
+    with reading(config, "config.json"):
         if None in dimensions.values():  # the file omits a value whose default transformers knows
             dimensions = _through_transformers(config)
-    for name, usual in _REQUIRED.items():
+    for name, usual in _SIZES.items():
         value = dimensions[name]
-        if not isinstance(value, int) or value < 1:
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not is_size and (value is not None or name in _REQUIRED):
             raise unusable(config, f"{usual} in its config is {value!r}, not a size")
     return Dimensions(**dimensions)
+
+
+def unstated_sizes(config: ModelConfig) -> list[str]:
+    """The sizes that every model has and that its config file does not state, by their usual names."""
+    sizes = _stated_in_file(config)
+    return [_SIZES[name] for name in _REQUIRED if sizes[name] is None]
+
+
+def _stated_in_file(config: ModelConfig) -> dict[str, Any]:
+    values = config_values(config)
+    return stated((values.get("text_config") or values).get)
 
 
 def unusable(config: ModelConfig, because: str) -> UserError:
@@ -96,8 +112,10 @@ def unusable(config: ModelConfig, because: str) -> UserError:
 
 
 @contextmanager
-def reading(config: ModelConfig) -> Iterator[None]:
+def reading(config: ModelConfig, part: str = "") -> Iterator[None]:
     """Turn errors of transformers and of the hub inside the block into one message about the model.
+
+    `part` names the files that are read.
 
     Raises:
         UserError: Replaces the library's error, which is its cause.
@@ -111,7 +129,8 @@ def reading(config: ModelConfig) -> Iterator[None]:
     except Exception as error:  # transformers raises errors of every kind for files that it cannot read
         if is_out_of_memory(error):
             raise
-        raise unusable(config, short_cause(error)) from error
+        cause = short_cause(error)
+        raise unusable(config, f"{part}: {cause}" if part else cause) from error
 
 
 def short_cause(error: Exception) -> str:
@@ -133,6 +152,9 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
         raise unusable(config, f"{path}: {error}") from error
     if not isinstance(values, dict) or not values.get("model_type"):
         raise unusable(config, f"{path} is no config of transformers: it has no model_type")
+    for key, kind, words in (("model_type", str, "a name"), ("text_config", dict, "an object")):
+        if not isinstance(value := values.get(key) or kind(), kind):
+            raise unusable(config, f"{key} in {path} is {value!r}, not {words}")
     for part in (values, values.get("text_config") or {}):
         quantisation = part.get("quantization_config", part.get("compression_config"))
         if quantisation is not None:
@@ -145,6 +167,10 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
 def _config_file(config: ModelConfig) -> Path:
     folder = Path(source(config))
     if folder.is_dir():
+        if (folder / "adapter_config.json").exists():
+            because = f"{folder} holds an adapter of peft; save the model after merge_and_unload()"
+            raise unusable(config, because)
+        check_links(config, folder, ("config.json",))
         if not (folder / "config.json").exists():
             raise unusable(config, f"{folder} has no config.json")
         return folder / "config.json"
@@ -153,6 +179,19 @@ def _config_file(config: ModelConfig) -> Path:
         # One request without retries: a download of a wrong name or without network takes 25 s.
         HfApi().model_info(config.name, revision=revision, timeout=_TIMEOUT_S)
     return Path(hf_hub_download(config.name, "config.json", revision=revision))
+
+
+def check_links(config: ModelConfig, folder: Path, patterns: Sequence[str]) -> None:
+    """Check that no file whose name fits a pattern is a link to a file that does not exist.
+
+    Raises:
+        UserError: If one is.
+    """
+    for file in sorted(folder.iterdir()):
+        is_read = any(fnmatchcase(file.name, pattern) for pattern in patterns)
+        if is_read and file.is_symlink() and not file.exists():
+            target = file.readlink()
+            raise unusable(config, f"{file} is a link to {target}, which does not exist; copy the file")
 
 
 UNQUANTISED = (

@@ -35,7 +35,7 @@ class LanguageModel:
         self.model = model.requires_grad_(False).eval()
         self.notes: list[str] = []
         """Notes about its files, from loading."""
-        self._known_additions: set[int] = set()
+        self._known_additions: set[Place] = set()
         with self.supported():
             self.config: Any = model.config.get_text_config()
             self._blocks_at = self._find_blocks()
@@ -135,7 +135,7 @@ class LanguageModel:
 
         Raises:
             ConfigError: For a hookpoint that this model does not have. The message has the nearest one.
-            UserError: If no module of the architecture outputs what attention or MLP adds.
+                It has the hook resid_post if no module of the block outputs what attention or MLP adds.
         """
         place = Place.named(hookpoint)
         if place is not None:
@@ -148,7 +148,7 @@ class LanguageModel:
                     nearest=min(place.block, last),
                 )
             block = self.blocks[place.block]
-            return self._adding_module(block, place.hook) if place.is_inside else block
+            return self._adding_module(place) if place.is_inside else block
         modules = dict(self.model.named_modules())
         if hookpoint in modules:
             return modules[hookpoint]
@@ -164,59 +164,79 @@ class LanguageModel:
         target = self.module_at(hookpoint)
         return next(name for name, module in self.model.named_modules() if module is target)
 
-    def _adding_module(self, block: nn.Module, hook: Hook) -> nn.Module:
+    def _adding_module(self, place: Place) -> nn.Module:
         """The module whose output the block adds to the residual stream, found by its usual names."""
+        block, hook = self.blocks[place.block], place.hook
         names = _ADDING[hook]
         if hasattr(block, _NORM_BEFORE_ADDING[Hook.mlp_out]):
             names = (_NORM_BEFORE_ADDING[hook],)
         for name in names:
             if isinstance(module := getattr(block, name, None), nn.Module):
                 return module
-        raise UserError(
-            f"{type(self.model).__name__}: an SAE at {hook.name} is not supported, because "
-            f"{type(block).__name__} has no module named {' or '.join(names)}"
+        because = (
+            f"block {place.block} of {type(self.model).__name__} has no module named "
+            f"{' or '.join(names)} ({type(block).__name__})"
         )
+        raise self._only_between_blocks(hook, because)
+
+    def _only_between_blocks(self, hook: Hook, because: str) -> ConfigError:
+        """The error that an SAE cannot be inside a block of this model."""
+        usual = Hook.resid_post.name
+        allowed = f"{usual}, or {Hook.resid_pre.name} from block 1 on"
+        return ConfigError("layer.hook", hook.name, allowed, usual, because)
 
     @torch.no_grad()
-    def check_additions(self, blocks: Iterable[int]) -> None:
-        """Check that these blocks add `attn_out` + `mlp_out` to the residual stream, up to rounding.
+    def check_additions(self, places: Iterable[Place]) -> None:
+        """Check that blocks add the outputs at these places to the residual stream, up to rounding.
+
+        All else that a block adds must be the output of another of its modules.
 
         Raises:
-            UserError: If they add something else.
+            ConfigError: If a block adds something else.
         """
-        unchecked = set(blocks) - self._known_additions
+        unchecked = set(places) - self._known_additions
         if not unchecked:
             return
         with ExitStack() as hooks:
-            activations = {block: self._observed(block, hooks) for block in unchecked}
+            activations = {place: self._observed(place, hooks) for place in unchecked}
             self.hidden(torch.arange(4, device=self.device)[None])
-        for block, values in activations.items():
+        for place, values in activations.items():
+            post, pre, added = (values.pop(name) for name in ("resid_post", "resid_pre", "asked"))
+            others = [other for other in values.values() if other.shape == post.shape]
             # An upper bound of the rounding error of a sum of three, in any order.
-            rounding = torch.finfo(self.model.dtype).eps * sum(value.abs() for value in values.values())
-            added = values["attn_out"] + values["mlp_out"]
-            if not ((values["resid_post"] - values["resid_pre"] - added).abs() <= rounding).all():
-                raise UserError(
-                    f"{type(self.model).__name__}: SAEs are supported only at resid_post, because block "
-                    f"{block} does not add exactly the outputs of its attention and its MLP to the "
-                    "residual stream"
+            eps, size = torch.finfo(self.model.dtype).eps, post.abs() + pre.abs() + added.abs()
+            rest = post - pre - added
+            if not any(((rest - other).abs() <= eps * (size + other.abs())).all() for other in others):
+                because = (
+                    f"block {place.block} of {type(self.model).__name__} does not add exactly this "
+                    "output and that of one other module to the residual stream"
                 )
+                raise self._only_between_blocks(place.hook, because)
         self._known_additions |= unchecked
 
-    def _observed(self, block: int, hooks: ExitStack) -> dict[str, Tensor]:
-        """A dict that the next forward pass fills with a block's activations, by name of the hook."""
+    def _observed(self, place: Place, hooks: ExitStack) -> dict[str, Tensor]:
+        """A dict that the next forward pass fills with activations of the block of a place.
+
+        Its keys are resid_pre, resid_post, asked (the output at the place), and the names of the other
+        modules of the block.
+        """
         activations: dict[str, Tensor] = {}
 
-        def take(name: str, value: Tensor) -> None:
-            activations[name] = value.double()
+        def take(name: str, value: Any) -> None:
+            if isinstance(value, Tensor):  # a module may return something else
+                activations[name] = value.to(torch.float64, copy=True)  # some blocks add in place
 
         def take_input(module: object, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
             take("resid_pre", first_argument(positional, named))
 
-        handle = self.blocks[block].register_forward_pre_hook(take_input, with_kwargs=True)
+        block = self.blocks[place.block]
+        handle = block.register_forward_pre_hook(take_input, with_kwargs=True)
         hooks.callback(handle.remove)
-        observed_hooks = (Hook.attn_out, Hook.mlp_out, Hook.resid_post)
-        modules = {hook.name: self.module_at(str(Place(block, hook))) for hook in observed_hooks}
-        hooks.enter_context(observed(modules, take))
+        asked = self.module_at(str(place))
+        others = {
+            f"other {name}": module for name, module in block.named_children() if module is not asked
+        }
+        hooks.enter_context(observed({"asked": asked, "resid_post": block, **others}, take))
         return activations
 
     @property

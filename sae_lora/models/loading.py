@@ -21,19 +21,34 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
 from sae_lora.common.console import count
-from sae_lora.common.errors import ConfigError, is_out_of_memory, listed
+from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory, listed
 from sae_lora.config.enums import Attention, Device, DType
 from sae_lora.config.schema import Config, ModelConfig
-from sae_lora.models import blockwise_attention
-from sae_lora.models.dimensions import config_values, reading, short_cause, source, unusable
+from sae_lora.models import blockwise_attention, config_faults
+from sae_lora.models.dimensions import (
+    config_values,
+    reading,
+    short_cause,
+    source,
+    unstated_sizes,
+    unusable,
+)
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.model_folder import check_tokenizer, check_weights
+from sae_lora.models.model_folder import (
+    check_tokenizer,
+    check_weights,
+    files_of_tokenizer,
+    files_of_weights,
+)
 from sae_lora.models.part_check import agree, check_parts
 
 
-def _load(kind: Any, model: ModelConfig, **options: Any) -> Any:
-    """`kind.from_pretrained` at the model's revision. Code in the repository is never run."""
-    with reading(model):
+def _load(kind: Any, model: ModelConfig, part: str, **options: Any) -> Any:
+    """`kind.from_pretrained` at the model's revision. Code in the repository is never run.
+
+    `part` names what is read, for messages.
+    """
+    with reading(model, part):
         return kind.from_pretrained(
             source(model), revision=model.pinned_revision, trust_remote_code=False, **options
         )
@@ -52,7 +67,10 @@ def _load_config(config: ModelConfig) -> PreTrainedConfig:
             raise unusable(config, "it needs code from its repository, which is never run")
         version = f"transformers {transformers.__version__}"
         raise unusable(config, f"{version} does not know its architecture ({model_type})")
-    loaded = _load(AutoConfig, config)
+    with config_faults.explained(config, config_faults.parsed):
+        loaded = AutoConfig.from_pretrained(
+            source(config), revision=config.pinned_revision, trust_remote_code=False
+        )
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise unusable(config, f"{model_type} is not a causal language model")
     return loaded
@@ -65,10 +83,14 @@ def _load_causal_lm(config: ModelConfig, **options: Any) -> tuple[PreTrainedMode
         UserError: If transformers would draw a weight at random, or load an adapter with the model.
     """
     check_weights(config)
-    options |= {"config": _load_config(config), "ignore_mismatched_sizes": True}
-    model, report = _load(AutoModelForCausalLM, config, output_loading_info=True, **options)
+    model_config = _load_config(config)
+    options |= {"config": model_config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = _load(AutoModelForCausalLM, config, files_of_weights(config), **options)
     if missing := sorted(report["missing_keys"]):
-        raise unusable(config, f"its files lack {len(missing)} of its weights: {listed(missing, 3)}")
+        because = f"its files lack {len(missing)} of its weights: {listed(missing, 3)}"
+        if unstated := unstated_sizes(config):
+            because += f"; config.json does not state {listed(unstated)}, so that a default is taken"
+        raise unusable(config, because)
     for name, stored, expected in sorted(report["mismatched_keys"]):
         shapes = f"{list(stored)} in its files and {list(expected)} by its config"
         raise unusable(config, f"its weight {name} has the shape {shapes}")
@@ -84,7 +106,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: If it cannot be found or fetched.
     """
     check_tokenizer(config)
-    return _load(AutoTokenizer, config)
+    files = files_of_tokenizer(config)
+    tokenizer = _load(AutoTokenizer, config, files)
+    with reading(config, files):
+        tokenizer("a \u0416\u4e2d\U0001f642")  # some files can be read, and encode no text
+    return tokenizer
 
 
 def fetch_model(config: ModelConfig) -> str | None:
@@ -93,6 +119,7 @@ def fetch_model(config: ModelConfig) -> str | None:
     Raises:
         UserError: If it cannot be found or fetched.
     """
+    _checked_shapes(config, _load_config(config))
     _load_causal_lm(config, device_map="meta")
     return config.commit or hub.cached_commit(config.name, config.revision)
 
@@ -103,10 +130,23 @@ def load_shapes(config: ModelConfig) -> LanguageModel:
     Raises:
         UserError: If its config cannot be found or fetched.
     """
-    model_config = _load_config(config)
-    with reading(config), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    return LanguageModel(model)
+    return LanguageModel(_checked_shapes(config, _load_config(config)))
+
+
+def _checked_shapes(config: ModelConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights.
+
+    Raises:
+        UserError: If it cannot be built from its config, or its code cannot run with it.
+    """
+
+    def build_and_run(values: config_faults.Values) -> None:
+        config_faults.run(config_faults.built(config_faults.parsed(values)))
+
+    with config_faults.explained(config, build_and_run):
+        model = config_faults.built(model_config)
+        config_faults.run(model)
+    return model
 
 
 def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
@@ -126,25 +166,30 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
     model = model.to(device)  # pyright: ignore[reportArgumentType]
-    _check_finite(config, model)
+    with config_faults.with_unusual_numbers(config):
+        _check_finite(config, model)
     language_model = LanguageModel(model)
     if unused:
         language_model.notes.append(
             f"the files of {config.name} hold {count(len(unused), 'weight')} that "
             f"{type(model).__name__} does not use with this config: {listed(unused, 3)}"
         )
-    check_parts(language_model)
-    choose_attention(model, config.attention, device)
+    with config_faults.with_unusual_numbers(config):
+        check_parts(language_model)
+        choose_attention(model, config.attention, device)
     return language_model
 
 
 def _check_finite(config: ModelConfig, model: PreTrainedModel) -> None:
-    for name, weight in model.state_dict().items():  # with buffers of its files
+    weights = model.state_dict()
+    # Also buffers that are no part of the files: rotary frequencies come from numbers of the config.
+    for name, weight in (weights | dict(model.named_buffers())).items():
         if not weight.is_floating_point():
             continue
         # The two extremes are NaN if one element is: no mask as large as the weight is needed.
         if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
-            raise unusable(config, f"its weight {name} holds NaN or infinity")
+            kind = "weight" if name in weights else "buffer"
+            raise unusable(config, f"its {kind} {name} holds NaN or infinity")
 
 
 def check_attention(attention: Attention, device: torch.device | None = None) -> None:
@@ -175,14 +220,24 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
             else with it: an implementation ignores what it does not know, such as attention sinks.
     """
     soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    nearest = "auto"
-    if attention is Attention.auto:
+    is_auto = attention is Attention.auto
+    if is_auto:
         if not (soft_capped and device.type == "cpu"):
             return
-        attention, nearest = Attention.blockwise, "eager"
+        attention = Attention.blockwise
     blockwise_attention.register()
     check_attention(attention, device)
     allowed = f"an implementation that {type(model).__name__} supports on this machine"
+
+    def refused(because: str) -> UserError:
+        if not is_auto:
+            return ConfigError("model.attention", attention.name, allowed, "auto", because)
+        kind = type(model).__name__
+        return UserError(
+            f"{kind} is not supported with the attention {attention.name}, which model.attention=auto "
+            f"takes for soft-capped scores on a CPU: {because}"
+        )
+
     expected = _probe_logits(model)
     try:
         model.set_attn_implementation(attention.name)
@@ -190,16 +245,15 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
     except Exception as error:  # an implementation may come from any library, with errors of its own
         if is_out_of_memory(error):
             raise
-        because = short_cause(error)
-        raise ConfigError("model.attention", attention.name, allowed, nearest, because) from error
+        raise refused(short_cause(error)) from error
     if not agree(logits, expected, 1e-3):
-        because = "the model's logits with it differ from those with its usual attention"
-        raise ConfigError("model.attention", attention.name, allowed, nearest, because)
+        raise refused("the model's logits with it differ from those with its usual attention")
 
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> Tensor:
     if model.device.type == "meta":
+        config_faults.run(model)
         return torch.zeros(1)  # shapes have no numbers to compare
     tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     return model(input_ids=tokens, use_cache=False).logits

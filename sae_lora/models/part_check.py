@@ -63,6 +63,11 @@ def _observe(model: LanguageModel, tokens: Tensor) -> tuple[list[Tensor], Tensor
         raise model.unsupported(
             f"a forward pass runs {len(outputs)} blocks, and the model has {len(model.blocks)}"
         )
+    for block, output in enumerate(outputs):
+        if not output.isfinite().all():
+            raise model.unsupported(f"the output of block {block} holds NaN or infinity")
+    if logits.isnan().any():  # a model may exclude tokens by logits of −∞
+        raise model.unsupported("its logits hold NaN")
     for block in range(1, len(outputs)):
         if not torch.equal(inputs[block], outputs[block - 1]):
             raise model.unsupported(

@@ -101,8 +101,8 @@ class LoRAStudent(Student):
         modules: The trained SAEs, by name.
 
     Raises:
-        ConfigError: If the model does not have the blocks or matrices to adapt.
-        UserError: If an SAE is inside a block and the architecture does not support that.
+        ConfigError: If the model does not have the blocks or matrices to adapt, or an SAE is inside a
+            block and the architecture does not support that.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class LoRAStudent(Student):
         before: Splices | None = None,
         modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        model.check_additions(splice.block for splice in splices if splice.place.is_inside)
+        model.check_additions(splice.place for splice in splices if splice.place.is_inside)
         first_sae = splices[0].block
         view = model.view()
         self.adapters = lora.attach(view, config, first_sae)

@@ -170,7 +170,7 @@ def _student(
     is_new: bool = False,
 ) -> Student:
     """A student that trains only modules at the places of its SAEs, and no weights of the model."""
-    model.check_additions(splice.block for splice in splices if splice.place.is_inside)
+    model.check_additions(splice.place for splice in splices if splice.place.is_inside)
     weights = named_weights(modules)
     first = splices[0].place.begins
     return Student(model.view(), (), splices, first, weights, untrained, modules, is_new)

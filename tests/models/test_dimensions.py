@@ -57,7 +57,12 @@ def test_a_size_that_the_file_omits_is_that_of_transformers(tmp_path: Path) -> N
         ({"is_encoder_decoder": True}, "it is an encoder-decoder"),
         ({"hidden_size": "64"}, "hidden_size in its config is '64', not a size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers in its config is 0, not a size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers in its config is True, not a size"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings in its config is -1, not a size"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings in its config is '64', not a size"),
         ({"model_type": None}, "it has no model_type"),
+        ({"model_type": ["llama"]}, r"model_type in .*config.json is \['llama'\], not a name"),
+        ({"text_config": 5}, "text_config in .*config.json is 5, not an object"),
     ],
 )
 def test_a_model_that_cannot_work_is_refused_before_loading(
@@ -72,4 +77,18 @@ def test_a_model_that_cannot_work_is_refused_before_loading(
 def test_a_file_that_holds_no_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
+        read_dimensions(ModelConfig(name=str(tmp_path)))
+
+
+def test_an_adapter_without_a_model_is_named(tmp_path: Path) -> None:
+    """As peft saves it: without config.json."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge_and_unload"):
+        read_dimensions(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("target", ["../blobs/gone", "config.json"])
+def test_a_config_that_is_a_broken_link_is_named(tmp_path: Path, target: str) -> None:
+    (tmp_path / "config.json").symlink_to(target)
+    with pytest.raises(UserError, match=f"is a link to {target}, which does not exist"):
         read_dimensions(ModelConfig(name=str(tmp_path)))

@@ -40,7 +40,8 @@ def truncate(file: Path) -> None:
 
 def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    index = {"weight_map": {"one": "model-1.safetensors", "two": "model-2.safetensors"}}
+    files = {"one": "model-1.safetensors", "two": "model-2.safetensors"}
+    index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -48,6 +49,22 @@ def write_zip(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"weight": torch.zeros(1000)}, folder / "pytorch_model.bin")
     truncate(folder / "pytorch_model.bin")
+
+
+def write_bin(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+def write_index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def link(folder: Path, name: str) -> None:
+    """As in a copied snapshot of the cache of Hugging Face."""
+    (folder / name).unlink()
+    (folder / name).symlink_to("../blobs/gone")
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -61,6 +78,11 @@ def quantise(folder: Path) -> None:
     """As folders are whose quantization_config somebody has deleted."""
     codes = {"model.layers.1.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)}
     change_weights(folder, lambda weights: weights.update(codes))
+
+
+def whole_bias(folder: Path) -> None:
+    bias = {"model.layers.1.mlp.up_proj.bias": torch.ones(48, dtype=torch.int64)}
+    change_weights(folder, lambda weights: weights.update(bias))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +101,22 @@ def quantise(folder: Path) -> None:
             "git lfs pull",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+        (
+            lambda folder: (folder / "added_tokens.json").write_text("[]"),
+            r"holds \[\], not an object",
+        ),
+        (lambda folder: (folder / "added_tokens.json").write_text("{"), "added_tokens.json cannot be"),
+        (lambda folder: write_bin(folder, b""), "pytorch_model.bin is no file of torch"),
+        (lambda folder: write_bin(folder, b"<html>"), "it begins with b'<html>'"),
+        (lambda folder: write_index(folder, "[]"), r"index.json holds \[\], not an object"),
+        (lambda folder: write_index(folder, '{"metadata": {}}'), "with the key weight_map"),
+        (
+            lambda folder: write_index(folder, '{"metadata": {}, "weight_map": {"a": null}}'),
+            "names no file for the weight a: None",
+        ),
+        (lambda folder: link(folder, "model.safetensors"), "is a link to ../blobs/gone, which does not"),
+        (lambda folder: link(folder, "tokenizer.json"), "is a link to ../blobs/gone, which does not"),
+        (whole_bias, r"up_proj.bias is quantised \(I64 in model.safetensors\)"),
         (quantise, r"up_proj.weight is quantised \(I8 in model.safetensors\)"),
     ],
 )
@@ -159,3 +196,24 @@ def test_a_config_of_no_causal_model_is_refused_in_one_line(
         with pytest.raises(UserError, match=words) as refusal:
             load(ModelConfig(name=str(folder)))
         assert "\n" not in str(refusal.value)
+
+
+def test_a_causal_mask_under_the_name_bias_is_no_weight(folder: Path) -> None:
+    """As in files of GPT-2."""
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    change_weights(folder, lambda weights: weights.update(mask))
+    check_files(ModelConfig(name=str(folder)))
+
+
+def test_a_number_of_blocks_that_the_config_omits_is_named(folder: Path) -> None:
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    del values["num_hidden_layers"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"config\.json does not state num_hidden_layers"):
+        loading.fetch_model(ModelConfig(name=str(folder)))
+
+
+def test_the_files_of_a_tokenizer_that_cannot_be_read_are_named(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"its tokenizer \(tokenizer.json\): KeyError"):
+        loading.load_tokenizer(ModelConfig(name=str(folder)))

@@ -31,6 +31,7 @@ from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import TrainState
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
+from tests.support.tiny_models import small_causal_model
 from tests.support.trainings import CONFIG, curves, evaluator, fill, pack, whole_pass
 from tests.support.trunks import check_trunk
 
@@ -325,7 +326,9 @@ def test_additions_are_found_and_checked(family: str, dtype: torch.dtype) -> Non
     torch.manual_seed(0)
     model = LanguageModel((FAMILIES | OTHERS)[family]().to(dtype=dtype))  # pyright: ignore[reportCallIssue]
     n_hooks = hooks(model)
-    model.check_additions(range(len(model.blocks)))
+    model.check_additions(
+        Place(block, hook) for block in range(len(model.blocks)) for hook in (ATTENTION, MLP)
+    )
     assert hooks(model) == n_hooks
 
 
@@ -338,6 +341,18 @@ def test_an_architecture_that_adds_something_else_is_refused(family: str, hook: 
     with pytest.raises(UserError, match=type(model.model).__name__):
         LoRAStudent(model, (Splice(0, topk_sae(), hook),), LoRAConfig(rank=2))
     assert hooks(model) == n_hooks
+
+
+@pytest.mark.parametrize(
+    ("family", "hook", "missing"), [("falcon", MLP, ATTENTION), ("lfm2", ATTENTION, MLP)]
+)
+def test_only_the_place_of_an_sae_must_be_found(family: str, hook: Hook, missing: Hook) -> None:
+    """The module of the other place has a name that is not known."""
+    model = LanguageModel(small_causal_model(family))
+    model.check_additions([Place(0, hook)])
+    with pytest.raises(ConfigError, match=f"layer.hook = '{missing.name}'") as refusal:
+        model.module_at(str(Place(0, missing)))
+    assert refusal.value.nearest == "resid_post"
 
 
 def test_the_message_for_an_unknown_hookpoint_names_the_known_ones() -> None:

@@ -22,6 +22,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention, DType, Initialisation
 from sae_lora.config.schema import LoRAConfig, ModelConfig
 from sae_lora.models import lora
+from sae_lora.models.config_faults import asks_for_content, with_unusual_numbers
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import check_attention, choose_attention, load_shapes, silence_transformers
 from sae_lora.models.part_check import check_shapes, runs_not_alone
@@ -55,7 +56,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
     ) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and arguments[0].is_meta:
+        if asks_for_content(function, arguments):
             return True
         inputs = {storage._cdata for storage in _storages((arguments, keywords))}
         if function is _grouped_mm and arguments[0].is_meta:
@@ -299,14 +300,16 @@ class CountedModel:
 
 @cache
 def _without_numbers(model: CountedModel) -> LanguageModel:
-    shapes = load_shapes(ModelConfig(name=model.name, revision=model.revision)).model
+    config = ModelConfig(name=model.name, revision=model.revision)
+    shapes = load_shapes(config).model
     for weight in shapes.parameters():
         weight.data = weight.data.to(getattr(torch, model.dtype.name))
     device = torch.device("cuda" if model.on_gpu else "cpu")
     check_attention(model.attention, device)
     fused = (Attention.sdpa, Attention.flash_attention_2, Attention.flex_attention)
     attention = Attention.sdpa if model.attention in fused else model.attention
-    choose_attention(shapes, attention, device)
+    with with_unusual_numbers(config):
+        choose_attention(shapes, attention, device)
     return LanguageModel(shapes)
 
 

@@ -189,6 +189,17 @@ def first_own_block(config: Config) -> int:
     return min(first)
 
 
+def check_places(config: Config) -> None:
+    """Check that the model has the places of the SAEs, before its weights are loaded.
+
+    Raises:
+        ConfigError: If an SAE is inside a block that has no such place.
+    """
+    model = shapes(config.model.name, config.model.pinned_revision)
+    for choice in config.sae.used:
+        model.module_at(str(Place.of(choice)))
+
+
 def left_out(config: Config) -> dict[str, int]:
     """Weights in the adapted blocks that stay frozen: paths inside a block, and numbers of weights.
 
