@@ -6,6 +6,7 @@ Imports of modules that need torch, plotly or pandas are inside the commands.
 import dataclasses
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from sae_lora.common.console import complain, count, say, show
 from sae_lora.common.errors import UserError, causes, listed
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.lazy_imports import import_quickly
+from sae_lora.common.signals import handling
 from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
 from sae_lora.records.factors import differences_of
@@ -81,18 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code. A `UserError` is shown as one message."""
     import_quickly()
     try:
-        app(sys.argv[1:] if arguments is None else arguments, prog_name=PROGRAM)
+        with handling((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):  # like Ctrl-C
+            app(sys.argv[1:] if arguments is None else arguments, prog_name=PROGRAM)
     except SystemExit as exit:
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(exit)):
-            complain("stopped", _STOPPED)
+        if stops := [cause for cause in causes(exit) if isinstance(cause, KeyboardInterrupt)]:
+            complain("stopped", str(stops[0]) or _STOPPED)
         return exit.code if isinstance(exit.code, int) else 0
     except UserError as error:
         if os.environ.get(compose.TRACEBACK_VARIABLE) == "1":
             traceback.print_exc()
         complain("error", str(error))
         return 1
-    except KeyboardInterrupt:
-        complain("stopped", _STOPPED)
+    except KeyboardInterrupt as stop:
+        complain("stopped", str(stop) or _STOPPED)
         return 130  # a shell's exit code for SIGINT
     return 0
 
@@ -149,7 +152,7 @@ def _status(sweep: Runs) -> None:
     from sae_lora.launcher.live_view import status_rows, status_table
 
     folders = runs_of(sweep)
-    statuses = status_rows(folders)
+    statuses = status_rows(folders, lacking=True)
     show(status_table(statuses, differences_of(folders)))
     say(counts(status.state for status in statuses))
     raise typer.Exit(any(status.state is State.failed for status in statuses))

@@ -31,6 +31,7 @@ from sae_lora.data.documents import (
 from sae_lora.data.packing import (
     Convention,
     Packer,
+    check_tokens,
     check_vocabulary,
     convention_of,
     shuffled_batches,
@@ -111,7 +112,7 @@ def load(
             config, tokenizer, documents, convention, most, on_progress, vocabulary
         )
         sequences = _write(folder, recipe, train, validation)
-    _check_tokens(sequences.largest_token, tokenizer, vocabulary)
+    check_tokens(sequences.largest_token, tokenizer, vocabulary)
     train, validation = sequences.train, sequences.validation
     _check_length(config, len(train), len(validation), train_sequences, batch_size)
     begin = None if convention.bos is None else tokenizer.convert_ids_to_tokens(convention.bos)
@@ -147,8 +148,9 @@ def check(
 ) -> None:
     """Refuse local text that `load` would refuse, in seconds and without writing anything.
 
-    What this does not find: faults of text on the hub; a fault after the first 512k tokens of each split
-    in files of more than 64 MB; too little text if more than 512k tokens are needed.
+    What this does not find: faults of text on the hub; tokens that the model lacks after the first 512k
+    tokens of each split; too little text if more than 512k tokens are needed. Files of more than 64 MB
+    together are read in another order, and not to their end.
 
     Args:
         config: The text, and how it is cut.
@@ -170,12 +172,12 @@ def check(
     for file in files:
         check_readable(file, "data.files")
     documents = file_documents(files, config.column) if files else iter(stdlib_documents())
+    is_small = sum(file.stat().st_size for file in files) <= _CHECKED_BYTES
+    if is_small:
+        documents = shuffled(documents, config.seed)  # in the order of `load`; this reads all
     if tokenizer is not None and convention is not None:
-        needed = (
-            1 if config.repeat else train_sequences,
-            config.validation_tokens // config.context_length,
-        )
         most = _CHECKED_TOKENS // config.context_length
+        needed = train_sequences, config.validation_tokens // config.context_length
         train, validation = _packed(
             config,
             tokenizer,
@@ -184,10 +186,13 @@ def check(
             (min(needed[0], most), min(needed[1], most)),
             vocabulary=vocabulary,
         )
-        if not (train.full and validation.full):
-            _check_length(config, len(train), len(validation), train_sequences, batch_size)
-    if sum(file.stat().st_size for file in files) <= _CHECKED_BYTES:
-        deque(documents, maxlen=0)  # read the rest
+        lengths = (
+            needed[0] if train.full else len(train),
+            needed[1] if validation.full else len(validation),
+        )
+        _check_length(config, *lengths, train_sequences, batch_size)
+    elif is_small:
+        deque(documents, maxlen=0)
 
 
 def _recipe(
@@ -321,33 +326,26 @@ def _packed(
 
     `most` are the largest numbers of sequences.
     """
-    _check_tokens(max((id for id in convention if id is not None), default=0), tokenizer, vocabulary)
+    check_tokens(max((id for id in convention if id is not None), default=0), tokenizer, vocabulary)
     train, validation = (Packer(config.context_length, convention, number) for number in most)
 
     def packer_of(document: Document) -> Packer:
         held_out = in_validation(document.key, config.validation_share)
         return validation if held_out else train
 
-    needed = (document for document in documents if not packer_of(document).full)
-    for document, tokens in tokenised(needed, tokenizer):
-        _check_tokens(max(tokens, default=0), tokenizer, vocabulary)
-        packer_of(document).add(tokens)
+    def report() -> None:
         on_progress(len(train) + len(validation), sum(most))
+
+    report()  # before the text is read, which may take long
+    needed = (document for document in documents if not packer_of(document).full)
+    for document, tokens in tokenised(needed, tokenizer, report):
+        packer = packer_of(document)
+        packer.add(tokens)
+        check_tokens(packer.largest, tokenizer, vocabulary)
+        report()
         if train.full and validation.full:
             break
     return train, validation
-
-
-def _check_tokens(largest: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
-    """Refuse a token id that the model does not have."""
-    if vocabulary is not None and largest >= vocabulary:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} does not fit the model: it gives token {largest} "
-            f"({token!r}), and the model has tokens 0 to {vocabulary - 1} (vocab_size={vocabulary}). "
-            "Use the tokenizer that the model was trained with, or a model with a larger embedding "
-            "(resize_token_embeddings of transformers)"
-        )
 
 
 def _write(folder: Path, recipe: dict[str, Any], train: Packer, validation: Packer) -> _Sequences:

@@ -3,11 +3,13 @@
 import json
 import logging
 import re
+import threading
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, wait
 from functools import cached_property
-from itertools import count, islice
-from typing import Any, NamedTuple, cast
+from itertools import count
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,8 +20,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.data.documents import Document
 
-_MOST_PER_CALL = 64
-"""Largest number of documents in one call of the tokenizer."""
+_CHARACTERS = 2**8
+"""Characters in the first call of the tokenizer: few, because a short run needs little text."""
+_MOST_CHARACTERS = 2**20
+"""Largest number of characters in one call of the tokenizer, about a second; a longer document has its
+own call."""
+_WAITING_S = 1.0
+_Result = TypeVar("_Result")
 
 
 class Convention(NamedTuple):
@@ -71,6 +78,27 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(
             f"{name} has no tokenizer: only {len(tokenizer)} special tokens were found. Add "
             "the tokenizer that the model was trained with: tokenizer.save_pretrained(…)"
+        )
+
+
+def check_tokens(largest: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
+    """Refuse a token that the model lacks.
+
+    Args:
+        largest: The largest token id.
+        tokenizer: The tokenizer that gave it.
+        vocabulary: Number of token ids that the model has; `None` checks nothing.
+
+    Raises:
+        UserError: If the model lacks it.
+    """
+    if vocabulary is not None and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} does not fit the model: it gives token {largest} "
+            f"({token!r}), and the model has tokens 0 to {vocabulary - 1} (vocab_size={vocabulary}). "
+            "Use the tokenizer that the model was trained with, or a model with a larger embedding "
+            "(resize_token_embeddings of transformers)"
         )
 
 
@@ -126,7 +154,8 @@ class PlainText:
         if self._backend is None:
             ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         else:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            # `encode` would keep the interpreter for itself, so that no signal is heard.
+            ids = self._backend.encode_batch([text], add_special_tokens=False)[0].ids
         for id in self._special.intersection(ids) - self._unknown:
             token = str(self._tokenizer.convert_ids_to_tokens(id))
             if _MARKUP.fullmatch(token):
@@ -218,19 +247,61 @@ def _around(text: str, part: str, characters: int = 20) -> str:
 
 
 def tokenised(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    on_wait: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document with its token ids, without special tokens; a batch of documents at a time.
+
+    A document is never cut before it is tokenised, since its tokens may depend on all of its text: one
+    of 50 MB takes most of a minute. Signals are handled meanwhile.
+
+    Args:
+        documents: The text.
+        tokenizer: The model's.
+        on_wait: Called about once a second while the tokenizer works.
 
     Raises:
         UserError: If the tokenizer cannot read a special token that a document spells as text.
     """
     plain_text = PlainText(tokenizer)
-    documents = iter(documents)
-    per_call = 4  # few at first, because a short run needs few documents
-    while batch := list(islice(documents, per_call)):
-        yield from zip(batch, plain_text([document.text for document in batch]), strict=True)
-        per_call = min(2 * per_call, _MOST_PER_CALL)
+    for batch in _batches(documents):
+        texts = [document.text for document in batch]
+        yield from zip(batch, _in_thread(lambda: plain_text(texts), on_wait), strict=True)  # noqa: B023 called at once
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Batches of documents, each with a limited number of characters or a single document."""
+    batch: list[Document] = []
+    characters, most = 0, _CHARACTERS
+    for document in documents:
+        if batch and characters + len(document.text) > most:
+            yield batch
+            batch, characters, most = [], 0, min(2 * most, _MOST_CHARACTERS)
+        batch.append(document)
+        characters += len(document.text)
+    if batch:
+        yield batch
+
+
+def _in_thread(call: Callable[[], _Result], on_wait: Callable[[], object]) -> _Result:
+    """The result of a call in another thread, while this thread handles signals.
+
+    An exception that a signal raises here does not stop the other thread, but the end of the process
+    does.
+    """
+    result: Future[_Result] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:  # raised again in the thread that waits
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # a pool would wait for it at the end
+    while wait([result], _WAITING_S).not_done:
+        on_wait()
+    return result.result()
 
 
 class Packer:
@@ -250,7 +321,7 @@ class Packer:
         self._pending: list[int] = []
         self._sequences: list[np.ndarray] = []
         self.largest = max(self._head + self._tail, default=0)
-        """The largest token id so far."""
+        """The largest token id of BOS, the separator and all sequences so far."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -262,14 +333,15 @@ class Packer:
 
     def add(self, tokens: list[int]) -> None:
         """Add a document, given its token ids without special tokens."""
-        self.largest = max(self.largest, max(tokens, default=0))
         self._pending += tokens + self._tail
         size = self._length - len(self._head)
         start = 0
         while len(self._pending) - start >= size and not self.full:
             sequence = self._head + self._pending[start : start + size]
+            largest = max(sequence)
+            self.largest = max(self.largest, largest)
             # The smaller type if it holds the tokens; `np.array` of several sequences widens it.
-            dtype = np.uint16 if max(sequence) < 2**16 else np.int32
+            dtype = np.uint16 if largest < 2**16 else np.int32
             self._sequences.append(np.array(sequence, dtype=dtype))
             start += size
         del self._pending[:start]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora.common.console import count, say
-from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.common.files import sha256
 from sae_lora.data.documents import Document, is_text, no_column, row_text
 
@@ -87,16 +87,22 @@ def file_documents(files: Sequence[Path], column: str) -> Iterator[Document]:
     in a note. The key of a document is the text itself, so that copies of a text are in the same split.
 
     Raises:
-        UserError: If a file cannot be read or has no such column of text.
+        UserError: If a file cannot be read or has no such column of text, or no file has text.
     """
+    has_text = False
     for file in files:
         content = _content(file)
         if reader := _READERS.get(_kind(file)):
-            yield from _row_documents(reader(file, content, column), file, column)
+            documents = _row_documents(reader(file, content, column), file, column)
         else:
             _check_plain(file, content, column)
             text = _decoded(file, content).replace("\r\n", "\n").replace("\r", "\n")
-            yield Document(text, text)
+            documents = iter([Document(text, text)])
+        for document in documents:
+            has_text = has_text or bool(document.text)
+            yield document
+    if not has_text:
+        raise UserError(f"data.files: there is no text in {listed(map(str, files))}")
 
 
 def _kind(file: Path) -> str:
@@ -148,6 +154,10 @@ def _content(file: Path) -> bytes:
                 break
             except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise _unreadable(file, f"it is damaged or incomplete: {error}") from error
+    if any(re.match(magic, content) for magic in _COMPRESSIONS):
+        raise _unreadable(file, "it is compressed twice; decompress it once")
+    if content and not content.strip(b"\0"):
+        raise _unreadable(file, "all its bytes are zero, as after a crash or on a full disk")
     for magic, archive in _ARCHIVES.items():
         if re.match(magic, content, re.DOTALL):
             raise _unreadable(file, f"it is {archive}; extract its files, and name them")
@@ -192,7 +202,7 @@ def _from_xz(content: bytes) -> bytes:
 
 
 _COMPRESSIONS: dict[bytes, Callable[[bytes], bytes]] = {
-    rb"\x1f\x8b\x08": _from_gzip,
+    rb"\x1f\x8b": _from_gzip,
     rb"\x28\xb5\x2f\xfd": _from_zstd,
     rb"BZh\d(1AY&SY|\x17rE8P\x90)": _from_bzip2,
     rb"\xfd7zXZ\x00": _from_xz,
@@ -214,7 +224,8 @@ def _decoded(file: Path, content: bytes) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        advice = "; it may be UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        is_wide = content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content
+        advice = "; it may be UTF-16" if is_wide else ""
         byte = error.object[error.start]
         cause = f"byte {error.start + 1:,} ({byte:#04x}) is not text in UTF-8{advice}"
         raise _unreadable(file, cause) from error
@@ -269,7 +280,8 @@ def _rows_of_value(file: Path, content: bytes, column: str) -> _Rows:
     try:
         value = json.loads(_decoded(file, content))
     except (ValueError, RecursionError) as error:
-        raise _unreadable(file, f"not valid JSON: {error}") from error
+        cut = "" if content.rstrip().endswith((b"}", b"]")) else "; the file may be cut off"
+        raise _unreadable(file, f"not valid JSON: {error}{cut}") from error
     if isinstance(value, dict) and isinstance(value.get(column), list):
         value = [{column: entry} for entry in value[column]]
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):

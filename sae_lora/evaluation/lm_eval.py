@@ -1,7 +1,6 @@
 """The suite `tasks`: benchmarks through lm-evaluation-harness, for each of a run's models."""
 
 import contextlib
-import copy
 import functools
 import io
 import logging
@@ -117,7 +116,7 @@ def score(subject: Subject, config: EvaluationConfig) -> Tasks:
     for cell in subject.cells:
         say(f"  {listed(config.tasks)}: {cell}")
         with subject.in_place(cell) as model:
-            results[cell] = _results(model, subject.adapted.tokenizer, config)
+            results[cell] = _results(model, subject.padding_tokenizer(), config)
     scores = {name: _scores(name, results) for name in results[Cell.base]["results"]}
     return Tasks(harness=metadata.version("lm_eval"), scores=scores)
 
@@ -173,13 +172,12 @@ def _data_sets(manager: Any, name: str) -> Iterator[str]:
 
 
 def _results(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig) -> Mapping[str, Any]:
-    """Results of the harness, in total and by document."""
+    """Results of the harness, in total and by document. The tokenizer is changed."""
     import lm_eval
     from lm_eval.models import huggingface
 
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
     wrapped: Any = huggingface.HFLM
-    tokenizer = copy.deepcopy(tokenizer)  # the harness sets its padding token
     tokenizer.split_special_tokens = True  # a document that spells a special token is text
     with _silenced(), _random_states_restored():
         return evaluate(

@@ -1,8 +1,10 @@
 """A finished run, loaded to be measured: its models, its SAEs and its held-out text."""
 
+import copy
 import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from sae_lora.common.console import Report, no_report
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.data import corpus
+from sae_lora.data.packing import check_tokens
 from sae_lora.export.adapted_model import Adapted, load_adapted
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel, outputs_of
@@ -68,7 +71,10 @@ class Subject:
         self.model, self.with_adapters = self.adapted.parts
         """The plain model, and the model with adapters; the same object if the run has no adapters."""
         self.device = self.model.device
-        text = corpus.load(self.config.data, self.adapted.tokenizer, 1)
+        self._vocabulary = read_dimensions(self.config.model).d_vocab
+        for model in dict.fromkeys((self.model, self.with_adapters)):
+            model.model.get_input_embeddings().register_forward_pre_hook(self._check_tokens)
+        text = corpus.load(self.config.data, self.adapted.tokenizer, 1, vocabulary=self._vocabulary)
         self.tokens: Tensor = text.validation_tokens
         """Held-out text, `[sequence, pos]`."""
         self.special_ids = text.special_ids
@@ -87,6 +93,24 @@ class Subject:
             return self.after
         saes = loading.SAEs(read_dimensions(self.config.model), self.device).of(config)
         return loading.splices(config, saes, self.special_ids)
+
+    def _check_tokens(self, embedding: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        """Refuse tokens that the model lacks, in whatever text a suite reads; a GPU would crash."""
+        check_tokens(int(inputs[0].max()), self.adapted.tokenizer, self._vocabulary)
+
+    def padding_tokenizer(self) -> Any:
+        """A copy of the tokenizer for libraries that pad texts.
+
+        Padding is masked, so that its token has no effect, but the model must have it: a tokenizer may
+        have got a padding token without the model.
+        """
+        tokenizer: Any = copy.deepcopy(self.adapted.tokenizer)
+        # Without a padding token, libraries take one of the others.
+        ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+        known = [id for id in ids if id is not None]
+        if not known or max(known) >= self._vocabulary:
+            tokenizer.pad_token_id = next((id for id in known if id < self._vocabulary), 0)
+        return tokenizer
 
     def report_to(self, report: Report) -> None:
         """Call `report` with the slices of text that are measured."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ def missing(folder: RunFolder, suites: Sequence[Suite], evaluation: Mapping[str,
     """
     wanted = applicable(suites, folder.read_config(), evaluation)
     return [suite for suite in wanted if read(folder, suite) is None]
+
+
+def evaluate_command(sweep: Path, names: Iterable[str]) -> str:
+    """The command that runs these suites on the finished runs of a sweep, or on a single run."""
+    return f"sae-lora evaluate {sweep} --suite {' '.join(sorted(names))}"
 
 
 def applicable(

@@ -17,7 +17,7 @@ from sae_lora.config.enums import LauncherKind
 from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.config.serialize import as_dict
-from sae_lora.evaluation.suite_records import missing, pending
+from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import run_here, submit, wait_for
@@ -80,7 +80,10 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
         if packs and on_slurm:
             submit(packs, settings)
     if packs and not on_slurm:
-        run_here(packs, settings)
+        try:
+            run_here(packs, settings)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_how_to_continue(planned)) from stop
     if on_slurm:
         if not settings.wait:
             return 0
@@ -172,18 +175,26 @@ def _states_to_run(settings: LauncherConfig) -> set[State]:
     return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
 
 
-def _note_missing_suites(done: Sequence[Run]) -> None:
-    """Say how to run the suites that the command asks for and that finished runs do not have."""
+def _how_to_continue(planned: Plan) -> str:
+    """What to do after a stop, if repeating the command is not enough: it leaves out finished runs."""
+    done = [run for run in planned.runs if run.folder.is_finished]
+    command = _missing_suites(done)
+    if command is None:
+        return ""
+    advice = f"`{command}` runs the suites that finished runs lack"
+    is_all = len(done) == len(planned.runs) and not planned.waiting
+    return advice if is_all else f"repeat the command to continue the other runs; {advice}"
+
+
+def _missing_suites(done: Sequence[Run]) -> str | None:
+    """The command for suites that this command asks for and finished runs lack; `None` without any."""
     names = {
         suite.name
         for run in done
         if (asked := run.config.evaluation).suites
         for suite in missing(run.folder, asked.suites, vars(asked))
     }
-    if names:
-        sweep = done[0].folder.path.parent
-        command = f"sae-lora evaluate {sweep} --suite {' '.join(sorted(names))}"
-        say(f"these runs lack suites that you ask for: `{command}`")
+    return evaluate_command(done[0].folder.path.parent, names) if names else None
 
 
 def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> list[Run]:
@@ -196,7 +207,8 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     if states[State.done] and not again:
         say(f"{states[State.done]} of {len(planned.runs)} already done, skipped")
         done = [run for run, status in statuses if status.state is State.done]
-        _note_missing_suites(done)
+        if command := _missing_suites(done):
+            say(f"these runs lack suites that you ask for: `{command}`")
     if states[State.failed]:
         advice = (
             "running again" if settings.retry_failed else "launcher.retry_failed=true runs them again"

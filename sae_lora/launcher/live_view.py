@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.common.console import PROGRESS_MARK, Spacing, console, duration, percent, say
+from sae_lora.common.errors import listed
+from sae_lora.evaluation.suite_records import pending
 from sae_lora.records.factors import differences_of, labels
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
-from sae_lora.records.status import State, counts, read_statuses
+from sae_lora.records.status import State, counts, progress_of, read_statuses
 
 _COLOURS = {
     State.new: "dim",
@@ -44,7 +46,8 @@ class StatusRow:
     name: str
     state: State
     note: str
-    """One line: the process that runs it, the cause of its failure, the end of its job, or a suite."""
+    """One line: the process that runs it, the cause of its failure, the end of its job, the suite that
+    measures it, or the suites that it lacks."""
     progress: Progress | None
     """Its newest report; `None` without one."""
     process: str
@@ -85,12 +88,15 @@ class StatusRow:
         return duration(seconds) if seconds is not None and self.state is State.running else ""
 
 
-def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:
-    """The present status of each run."""
+def status_rows(folders: Sequence[RunFolder], *, lacking: bool = False) -> list[StatusRow]:
+    """The present status of each run; with `lacking`, notes on suites that were asked for, too.
+
+    These notes need the config of each finished run, which takes milliseconds.
+    """
     rows = []
     for folder, status in zip(folders, read_statuses(folders), strict=True):
         curve = folder.read_curve()
-        progress = None if status.state is State.failed else folder.read_progress()
+        progress = None if status.state is State.failed else progress_of(folder, status.state)
         age = folder.seconds_since_progress
         process = note = (status.note or "").partition("\n")[0]
         if status.state is State.running and age >= _OLD_S:
@@ -99,6 +105,8 @@ def status_rows(folders: Sequence[RunFolder]) -> list[StatusRow]:
             note = progress.text
             if age >= _OLD_S:  # a process that was killed leaves its last report
                 note, progress = f"{note} {duration(age)} ago", None
+        elif lacking and (suites := pending(folder)):
+            note = f"lacks suites: {listed(suite.name for suite in suites)}"
         rows.append(
             StatusRow(
                 name=folder.path.name,

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.locks import holder
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import Progress
 
 
 class State(Enum):
@@ -80,6 +81,24 @@ def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
     return states
 
 
+def progress_of(folder: RunFolder, state: State) -> Progress | None:
+    """The newest report of a run; `None` without one.
+
+    A run that waits to resume has the step of its checkpoint, from which it resumes: its process may
+    have taken more steps before it was killed, or fewer before its last report.
+    """
+    progress = folder.read_progress()
+    if progress is None or state not in (State.new, State.queued, State.resumable):
+        return progress
+    step = folder.checkpoint_step or 0
+    return replace(
+        progress,
+        step=step,
+        tokens=round(progress.train_tokens * step / max(1, progress.steps)),
+        loss=progress.loss if step == progress.step else None,
+    )
+
+
 def what_is_saved(stopped: Iterable[RunFolder]) -> str:
     """The steps that stopped runs resume from, as text."""
     checkpoints = [folder.checkpoint_step for folder in stopped]
@@ -110,7 +129,7 @@ def finished(path: Path) -> RunFolder:
     (status,) = read_statuses([folder])
     if status.state is State.done:
         return folder
-    progress = folder.read_progress()
+    progress = progress_of(folder, status.state)
     step = ""
     if progress is not None and progress.steps:
         step = f", at step {progress.step:,} of {progress.steps:,}"

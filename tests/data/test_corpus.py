@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig
-from sae_lora.data import corpus
+from sae_lora.data import corpus, packing
 from sae_lora.data.documents import Document, in_validation, shuffled, stdlib_documents
 from sae_lora.data.packing import Convention, Packer, convention_of, tokenised
 from scripts.embedded.language_model import BOS, EOS, train_tokenizer
@@ -319,3 +321,36 @@ def test_tokenised_is_lazy(tokenizer: PreTrainedTokenizerFast) -> None:
 
     next(tokenised(endless(), tokenizer))
     assert len(taken) < 100
+
+
+def test_calls_of_the_tokenizer_hold_a_limited_number_of_characters(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        packing.PlainText, "__call__", lambda self, texts: calls.append(sum(map(len, texts))) or texts
+    )
+    sizes = [10_000] * 400 + [3_000_000] * 3
+    documents = [Document(str(number), "x" * size) for number, size in enumerate(sizes)]
+    assert [document for document, _ in tokenised(documents, tokenizer)] == documents
+    assert sum(calls) == sum(sizes)
+    assert max(calls[:-3]) <= 2**20
+    assert calls[-3:] == [3_000_000] * 3
+
+
+def test_ctrl_c_is_heard_while_the_tokenizer_works(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_ended, waits = threading.Event(), []
+    monkeypatch.setattr(packing.PlainText, "__call__", lambda self, texts: has_ended.wait(60))
+    monkeypatch.setattr(packing, "_WAITING_S", 0.01)
+
+    def press() -> None:
+        waits.append(1)
+        if len(waits) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        next(tokenised([Document("x", "a text")], tokenizer, press))
+    has_ended.set()
+    assert len(waits) == 3

@@ -289,6 +289,25 @@ def test_a_token_that_the_model_lacks(tmp_path: Path) -> None:
             corpus.load(changed, tokenizer, 20, vocabulary=largest)
 
 
+@pytest.mark.case("B4")
+def test_a_dry_run_looks_for_tokens_that_the_model_lacks_in_all_text_that_is_needed(
+    tmp_path: Path,
+) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_tokens("<|new|>")
+    for number, text in enumerate([*TEXTS, "the last <|new|> one"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    config = data(tmp_path, files=f"{tmp_path}/*.txt", repeat=True)
+    corpus.check(config, tokenizer, 1, 1, 300)
+    assert corpus.load(config, tokenizer, 1, vocabulary=300).train.max() < 300
+    for refuse in (
+        lambda: corpus.check(config, tokenizer, 10_000, 1, 300),
+        lambda: corpus.load(config, tokenizer, 10_000, vocabulary=300),
+    ):
+        with pytest.raises(UserError, match=r"gives token 300 \('<\|new\|>'\)"):
+            refuse()
+
+
 @pytest.mark.parametrize("make", [GPT2Tokenizer, GemmaTokenizer])
 def test_a_tokenizer_that_transformers_made_up_without_files(make: type, tmp_path: Path) -> None:
     for refuse in (

@@ -1,5 +1,6 @@
 """Scores of lm-evaluation-harness equal a direct computation with our models and SAEs."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError
@@ -134,7 +136,7 @@ def test_generated_texts_equal_those_of_our_model(cell: Cell, subject: Subject, 
     """Our texts are generated token by token; the harness uses a cache and batches of prompts."""
     config = dataclasses.replace(CONFIG, tasks=SHIPPED[1:])
     with subject.in_place(cell) as model:
-        results = harness._results(model, subject.adapted.tokenizer, config)
+        results = harness._results(model, subject.padding_tokenizer(), config)
     written = [sample["filtered_resps"][0] for sample in results["samples"][SHIPPED[1]]]
     expected = [greedy(subject, cell, row) for row in first_rows(SHIPPED[1])]
     assert written == expected
@@ -424,3 +426,34 @@ def _describe(repository: Path, config: str, *splits: str) -> None:
     files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
     about = {"configs": [{"config_name": config, "data_files": files}]}
     (repository / "README.md").write_text(f"---\n{yaml.dump(about)}---\n")
+
+
+@pytest.mark.case("B4")
+def test_a_padding_token_that_the_model_lacks_has_no_effect(
+    subject: Subject, scores: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = copy.deepcopy(subject.adapted.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    assert tokenizer.pad_token_id >= subject.model.config.vocab_size
+    monkeypatch.setattr(subject.adapted, "tokenizer", tokenizer)
+    assert harness.score(subject, CONFIG) == scores
+
+
+@pytest.mark.case("B4")
+def test_a_token_of_a_prompt_that_the_model_lacks_is_refused(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = subject.adapted.tokenizer
+    beyond = subject.model.config.vocab_size + 5
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    token = max(vocabulary, key=first_rows("tiny_continuation")[0]["text"].count)
+    vocabulary[token] = beyond
+    changed = copy.deepcopy(tokenizer)
+    changed._tokenizer = Tokenizer.from_str(json.dumps(content))
+    monkeypatch.setattr(subject.adapted, "tokenizer", changed)
+    message = rf"does not fit the model: it gives token {beyond} \({re.escape(repr(token))}\)"
+    with pytest.raises(UserError, match=message):
+        harness.score(subject, CONFIG)
+    with pytest.raises(UserError, match=message):  # the texts of any other suite
+        subject.hidden(Cell.adapted, torch.tensor([[1, beyond]]))

@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from sae_lora.cli import main
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.locks import held
+from sae_lora.config import compose
+from sae_lora.config.schema import LauncherConfig
 from sae_lora.launcher import launch as launcher
-from sae_lora.launcher.plan import plan
+from sae_lora.launcher.plan import Pack, plan
 from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.commands import REPOSITORY
@@ -185,6 +189,34 @@ def test_a_stopped_run_saves_and_can_resume(tmp_path: Path, ctrl_c: bool) -> Non
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])
     assert planned.runs[0].folder.path == folder.path
     assert read_statuses([folder])[0].state is State.resumable
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_stop_while_suites_run_names_the_command_that_runs_them(
+    point: Point, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    """The same command would leave out finished runs."""
+
+    def stopped(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+        packs[0][0].folder.summary.write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "run_here", stopped)
+    points = [point(f"lora.rank={rank}", "evaluation=core") for rank in ((1, 2) if others else (1,))]
+    with pytest.raises(KeyboardInterrupt) as stop:
+        launcher.launch(points)
+    assert "sae-lora evaluate" in str(stop.value) and "--suite core" in str(stop.value)
+    assert ("repeat the command" in str(stop.value)) is others
+
+
+def test_sigterm_while_a_launch_is_planned_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compose, "points", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["launch"]) == 130
+    assert "stopped: repeat the command to continue" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_package_that_is_missing_is_named_before_anything_runs(point: Point, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from sae_lora.cli import main
 from sae_lora.common.console import PROGRESS_MARK, Spacing
 from sae_lora.common.locks import held
+from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.suite_records import Record
 from sae_lora.launcher import live_view
 from sae_lora.launcher.live_view import Watch, live_table, status_rows
 from sae_lora.records.factors import differences_of
@@ -101,6 +104,22 @@ def test_status_shows_the_suite_that_is_measured(tmp_path: Path) -> None:
     os.utime(folder.progress, (0, 0))
     (row,) = status_rows([folder])
     assert row.stage == "done" and row.note.endswith("ago")
+
+
+def test_status_names_the_suites_that_a_run_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = MadeUp(tmp_path).finished()
+    asked = folder.read_config() | {"evaluation": {"suites": ["core", "mechanism"]}}
+    folder.write_config(yaml.safe_dump(asked))
+    folder.evaluation.mkdir()
+    record = Record("core", settings={}, results={}, environment={}, seconds=1.0)
+    suite_records.write(folder, record)
+    assert main(["status", str(folder.path)]) == 0
+    assert "lacks suites: mechanism" in capsys.readouterr().out
+    suite_records.write(folder, dataclasses.replace(record, suite="mechanism"))
+    assert main(["status", str(folder.path)]) == 0
+    assert "lacks suites" not in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 """The state of a run, from its folder and from SLURM."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
+from sae_lora.launcher.live_view import status_rows
 from sae_lora.launcher.plan import plan
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import State, read_statuses, what_is_saved
+from sae_lora.records.schema import Progress
+from sae_lora.records.status import State, finished, progress_of, read_statuses, what_is_saved
 from tests.support.points import Point
+from tests.support.sweeps import MadeUp
 
 
 def test_the_state_of_a_run_follows_from_its_folder(
@@ -56,6 +61,26 @@ def test_a_submitted_run_counts_as_queued_if_slurm_does_not_answer(
     assert status.state is State.queued
     assert status.note is not None
     assert "no SLURM on this machine" in status.note
+
+
+@pytest.mark.parametrize("reported", [12, 24])
+def test_a_stopped_run_has_the_step_that_it_resumes_from(tmp_path: Path, reported: int) -> None:
+    folder = MadeUp(tmp_path).folder()
+    folder.write_progress(Progress("training", reported, 32, reported, 32, reported * 8, 256, loss=0.5))
+    (folder.checkpoints / "step-00000020").mkdir(parents=True)
+    progress = progress_of(folder, State.resumable)
+    assert progress is not None
+    assert (progress.step, progress.tokens, progress.loss) == (20, 160, None)
+    with pytest.raises(UserError, match="it is resumable, at step 20 of 32"):
+        finished(folder.path)
+    (row,) = status_rows([folder])
+    assert row.steps == "20/32"
+    with held(folder.path):
+        (row,) = status_rows([folder])
+        assert row.steps == f"{reported}/32"
+    shutil.rmtree(folder.checkpoints)
+    (row,) = status_rows([folder])
+    assert (row.state, row.steps) == (State.new, "0/32")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def pairs(subject: Subject, hookpoint: str) -> dict[Cell, Pair]:
         for splice in subject.splices_of(cell):
             if splice.hookpoint == hookpoint:
                 name = f"{subject.folder.path.name}-{cell}"
-                tokenizer = copy.deepcopy(subject.adapted.tokenizer)
+                tokenizer = subject.padding_tokenizer()
                 model = Model(subject.model_of(cell), tokenizer, hookpoint, name)
                 by_cell[cell] = Pair(name, subject, splice, model, _described(splice, name, subject))
     return by_cell
