@@ -115,14 +115,14 @@ def test_the_recipe_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_the_default_run_begins_to_close_its_gap(tmp_path: Path) -> None:
-    """`python launch.py` with default settings, offline, for a twentieth of its tokens."""
+    """`python launch.py` with default settings, offline, for a fortieth of its tokens."""
     paths = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
-    part = "train.train_tokens=20480", "data.validation_tokens=8192"
+    part = "train.train_tokens=10240", "data.validation_tokens=4096"
     finished = launch(*paths, *part, WANDB_MODE=None, WANDB_API_KEY=None)
     assert finished.returncode == 0, finished.stderr
     assert "tracking offline" in finished.stderr
     assert "W&B run" in finished.stdout
     (path,) = tmp_path.glob("main/*/summary.json")
     summary = json.loads(path.read_text())
-    assert summary["gap_closed"] > 0.015
+    assert summary["gap_closed"] > 0.005
     assert Path(summary["tracked_at"]).is_dir()

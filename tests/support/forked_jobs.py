@@ -3,10 +3,13 @@
 submitit starts a controller, which starts a task, which starts the run: three new processes.
 """
 
+import ctypes
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,12 +20,15 @@ from submitit.local import local
 
 from tests.support.attempts import FORKS, ForkedModule, redirect
 
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD: the size from which freed memory goes back to the system at once."""
+
 
 class _Task:
     """A job's process, with the parts of `subprocess.Popen` that submitit uses."""
 
-    def __init__(self, folder: Path, *_: object, **__: object) -> None:
-        self._process = FORKS.Process(target=_task, args=(folder, dict(os.environ)))
+    def __init__(self, limit: int | None, folder: Path, *_: object, **__: object) -> None:
+        self._process = FORKS.Process(target=_task, args=(limit, folder, dict(os.environ)))
         self._process.start()
 
     @property
@@ -37,10 +43,14 @@ class _Task:
         os.kill(self._process.pid, number)
 
 
-def _task(folder: Path, environment: dict[str, str]) -> None:
+def _task(limit: int | None, folder: Path, environment: dict[str, str]) -> None:
     """Execute a pickled job as `python -m submitit.core._submit` does."""
     from sae_lora.launcher import job
 
+    if limit is not None:
+        # Without this threshold, glibc keeps more or less of what was freed, from run to run.
+        assert ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 8_000_000) == 1
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     number = str(os.getpid())
     os.environ.clear()
     os.environ.update(
@@ -60,7 +70,11 @@ def _task(folder: Path, environment: dict[str, str]) -> None:
 
 
 @contextmanager
-def forked_jobs() -> Iterator[None]:
-    """Inside the block, jobs of this machine and their runs are forked processes."""
-    with mock.patch.object(local, "start_controller", _Task):
+def forked_jobs(limit: int | None = None) -> Iterator[None]:
+    """Inside the block, jobs of this machine and their runs are forked processes.
+
+    Args:
+        limit: Bytes of memory that each process may use; by default all.
+    """
+    with mock.patch.object(local, "start_controller", partial(_Task, limit)):
         yield

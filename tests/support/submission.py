@@ -13,7 +13,7 @@ import pytest
 from sae_lora.common.locks import holder
 from sae_lora.records.folder import RunFolder
 from tests.support.cluster import Cluster, missing_programs
-from tests.support.commands import launch
+from tests.support.commands import launch, launch_in_this_process
 from tests.support.points import SMALL, folders_in
 
 NEEDS_SLURM = [
@@ -45,10 +45,12 @@ def until(condition: Callable[[], object], what: str, limit_s: float = 300) -> N
 def submitted(
     home: Path, *arguments: str, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
+    """The launch command; in a process of its own only with other environment variables."""
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in options]
     folders = f"output_dir={home}", f"data.cache_dir={home}/cache"
-    return launch(*options, *SMALL, *ON_CLUSTER, *folders, *overrides, **environment)
+    command = *options, *SMALL, *ON_CLUSTER, *folders, *overrides
+    return launch(*command, **environment) if environment else launch_in_this_process(*command)
 
 
 def the_run(home: Path) -> RunFolder:
