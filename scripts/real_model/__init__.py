@@ -1,0 +1,1 @@
+"""Results on a real language model, SmolLM2-135M."""

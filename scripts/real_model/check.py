@@ -10,6 +10,7 @@ modules and SAEs after a block. Nothing of `sae_lora` is imported.
 import argparse
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def measured(run, batch):
             hook.remove()
         return result
 
-    sums = dict.fromkeys(("base_ce", "spliced_ce", "student_ce", "initial_kl", "kl", "top1"), 0.0)
+    sums: dict[str, float] = defaultdict(float)
     tokens_seen, squared, active = 0, 0.0, 0.0
     total, total_squares = torch.zeros(student.config.hidden_size, dtype=torch.float64), 0.0
     for start in range(0, len(held_out), batch):
@@ -149,7 +150,11 @@ def main():
     rows = {}
     for name, value in result.items():
         given = summary.get(name, summary["sae"][0].get(name))
-        rows[name] = {"run": given, "script": value, "difference": None if given is None else given - value}
+        rows[name] = {
+            "run": given,
+            "script": value,
+            "difference": None if given is None else given - value,
+        }
         print(f"{name:15} {given} {value:.12f} {rows[name]['difference']}")
     if arguments.to:
         arguments.to.write_text(json.dumps({"run": arguments.run.name, "values": rows}, indent=1) + "\n")
