@@ -33,7 +33,7 @@ def merged(folder, model):
             continue
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
         module = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-        plain = model.get_submodule(module).weight
+        plain = model.get_parameter(f"{module}.weight")
         yield module, plain + scale * b.to(plain) @ a.to(plain)
 
 
@@ -80,7 +80,7 @@ def measured(run, batch):
     ).eval()
     teacher, student = load(), load()
     for module, weight in merged(run / "adapter", student):
-        student.get_submodule(module).weight.copy_(weight)
+        student.get_parameter(f"{module}.weight").copy_(weight)
 
     def logits(model, tokens, sae, seen):
         """Logits with the SAE's reconstruction in place of the output of the block."""
