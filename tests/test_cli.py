@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.records.folder import RunFolder
-from tests.support.commands import launch, launch_each, launch_in_this_process
+from tests.support.commands import launch, launch_in_this_process, session
 from tests.support.points import SMALL
 from tests.support.refusals import WRONG, fault_of, prepare
 
@@ -93,7 +93,8 @@ def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
     variables = {"PYTHONPATH": f"{plugins.parent}:{os.environ.get('PYTHONPATH', '')}"}
     more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
     command = "-m", "hydra/sweeper=halving", *SMALL, *more, *paths
-    (swept,) = launch_each(command, **variables)
+    with session(**variables) as commands:
+        swept = commands.launch(*command)
     assert swept.returncode == 0, swept.stderr
     runs = [RunFolder(path.parent) for path in tmp_path.glob("outputs/main/*/summary.json")]
     gaps = {run.read_config()["train"]["lr"]: run.read_summary()["ce_gap"] for run in runs}

@@ -1,5 +1,6 @@
 """The suite `core` against identities, a direct computation, and sae-lens's evaluation."""
 
+import functools
 import json
 import math
 import re
@@ -48,7 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
 
     `packed` has trained with another run.
     """
-    point = points_in(tmp_path_factory.mktemp("outputs"))
+    compose = points_in(tmp_path_factory.mktemp("outputs"))
+    point = functools.partial(compose, "train.train_tokens=512", "data.validation_tokens=512")
     methods = {
         "lora": ("train.lr=1e-2",),
         "perfect": ("sae=identity", "layer.index=3"),

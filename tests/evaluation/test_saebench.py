@@ -31,6 +31,7 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.splice.kl import kl_divergence
 from tests.support.hub import serving
 from tests.support.points import Point, points_in, run_here
+from tests.support.served import serving_python
 
 pytestmark = pytest.mark.slow  # creates an environment, and processes with slow imports
 
@@ -57,7 +58,10 @@ ALL = EvaluationConfig(saebench=["core", *OPTIONS], saebench_options=OPTIONS)
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SAEBench's environment, created by the command, and a hub with the benchmarks' data."""
+    """SAEBench's environment, created by the command, and a hub with the benchmarks' data.
+
+    The command has started the module there once; processes after this are forked.
+    """
     home = tmp_path_factory.mktemp("home")
     _write_bios(home / "hub/datasets" / BIOS)
     with pytest.MonkeyPatch.context() as patch, serving(home / "hub") as hub:
@@ -68,7 +72,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_ENDPOINT", hub.address)
         patch.setenv("HF_HOME", str(home / "hf"))
         patch.delenv("HF_HUB_OFFLINE", raising=False)
-        yield
+        child = "sae_lora.evaluation.saebench"
+        imported = f"{child}.benchmarks", f"{child}.model"
+        with serving_python(str(layer.python(None)), layer.environment(), *imported) as forked:
+            patch.setattr(saebench, "subprocess", forked)
+            yield
 
 
 def _write_bios(repository: Path) -> None:
@@ -104,7 +112,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Point:
     shutil.copytree(MODEL, home / "model")
     draw = random.Random(0)
     letters = string.ascii_lowercase
-    words = sorted({first + "".join(draw.sample(letters, 4)) for first in letters for _ in range(12)})
+    words = sorted({first + "".join(draw.sample(letters, 4)) for first in letters for _ in range(6)})
     phrases = " ".join(
         _bio(draw, name, pronoun) for name in PROFESSIONS.values() for pronoun in ("he", "she")
     )

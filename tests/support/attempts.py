@@ -141,6 +141,14 @@ def attempt(
         return Ended(process.exitcode, *said)
 
 
+def _read_offline() -> None:
+    """Apply `HF_HUB_OFFLINE`, which the libraries have read when they were imported."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        for library in ("huggingface_hub.constants", "datasets.config"):
+            if library in sys.modules:
+                sys.modules[library].HF_HUB_OFFLINE = True  # pyright: ignore
+
+
 class ForkedModule:
     """A module of this package in a forked process, with the parts of `subprocess.Popen` that are used.
 
@@ -162,6 +170,7 @@ class ForkedModule:
         if self.pid == 0:
             os.environ.clear()
             os.environ.update(env)
+            _read_offline()
             if stdout is not None:
                 assert stderr == subprocess.STDOUT
                 for number in (1, 2):

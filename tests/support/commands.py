@@ -1,16 +1,19 @@
 """The command `python launch.py …`.
 
-`python -m tests.support.commands` runs several of them; `launch_each` calls it.
+`python -m tests.support.commands` runs several of them; `session` starts it.
 """
 
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -26,36 +29,53 @@ def launch(*arguments: str, **environment: str | None) -> subprocess.CompletedPr
         arguments: Overrides and options.
         environment: Environment variables to set, or to remove (`None`).
     """
-    return _run(["launch.py", *arguments], environment)
-
-
-def launch_each(
-    *commands: Sequence[str], **environment: str | None
-) -> list[subprocess.CompletedProcess[str]]:
-    """Run the commands, given by their arguments, one after the other in one new process.
-
-    Their jobs are forked. That saves the seconds that processes take to import torch.
-    `environment` is as in `launch`.
-    """
-    finished = _run(["-m", "tests.support.commands"], environment, json.dumps(commands))
-    assert finished.returncode == 0, finished.stderr
-    return [subprocess.CompletedProcess(*result) for result in json.loads(finished.stdout)]
-
-
-def _run(
-    arguments: Sequence[str], environment: Mapping[str, str | None], given: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    changed = os.environ | {"COLUMNS": "160", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "launch.py", *arguments],
         cwd=REPOSITORY,
-        env={name: value for name, value in changed.items() if value is not None},
-        input=given,
+        env=_changed(environment),
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
     )
+
+
+class Session:
+    """A process that runs commands one after the other, with the same caches.
+
+    Commands and their jobs are forked from a process that has imported everything, because imports take
+    longer than a small run.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command with these overrides and options."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        return subprocess.CompletedProcess(*json.loads(self._process.stdout.readline()))
+
+
+@contextlib.contextmanager
+def session(**environment: str | None) -> Iterator[Session]:
+    """A session inside the block; `environment` is as in `launch`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.commands"],
+        cwd=REPOSITORY,
+        env=_changed(environment),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        yield Session(process)
+
+
+def _changed(environment: Mapping[str, str | None]) -> dict[str, str]:
+    changed = os.environ | {"COLUMNS": "160", "HF_HUB_OFFLINE": "1"} | environment
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def launch_in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,13 +93,30 @@ def launch_in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, ended.value.code, stdout.getvalue(), stderr.getvalue())
 
 
-def main() -> None:
-    """Run the commands that stdin lists as JSON; print arguments, exit codes and output as JSON."""
+def _launch_forked(arguments: Sequence[str], answer: Connection) -> None:
+    """Run the command in this forked process; its jobs are forked from the same process."""
     from tests.support.forked_jobs import forked_jobs
 
-    with forked_jobs():
-        results = [launch_in_this_process(*arguments) for arguments in json.load(sys.stdin)]
-    print(json.dumps([(each.args, each.returncode, each.stdout, each.stderr) for each in results]))
+    # Without this, a process that is itself forked would start another process to fork from.
+    reached = mock.patch.object(
+        forkserver._forkserver, "ensure_running", resource_tracker.ensure_running
+    )  # pyright: ignore
+    with reached, forked_jobs():
+        ended = launch_in_this_process(*arguments)
+    answer.send((ended.args, ended.returncode, ended.stdout, ended.stderr))
+
+
+def main() -> None:
+    """Run the commands that the lines of stdin give as JSON; print how each ended, as JSON."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.support.imported"])
+    for line in sys.stdin:
+        ended, answer = forks.Pipe(duplex=False)
+        command = forks.Process(target=_launch_forked, args=(json.loads(line), answer))
+        command.start()
+        answer.close()
+        print(json.dumps(ended.recv()), flush=True)
+        command.join()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -40,6 +40,7 @@ class Hub:
         closed: Organisations that no token may write to.
         private: Private repositories.
         requests: Every request line so far.
+        listen: Accept connections; before this they are refused, if the hub is not yet `listening`.
     """
 
     root: Path
@@ -49,11 +50,12 @@ class Hub:
     closed: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
+    listen: Callable[[], None] = lambda: None
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[Hub]:
-    """Serve the folder until the block ends."""
+def serving(root: Path, *, listening: bool = True) -> Iterator[Hub]:
+    """Serve the folder until the block ends, at once or after `Hub.listen`."""
     hub = Hub(root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,15 +73,24 @@ def serving(root: Path) -> Iterator[Hub]:
         def do_POST(self) -> None:
             _answer(self, hub, with_body=True)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
     server.daemon_threads = True
+    server.server_bind()
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+
+    def listen() -> None:
+        server.server_activate()
+        thread.start()
+
+    hub.listen = listen
+    if listening:
+        listen()
     try:
         yield hub
     finally:
-        server.shutdown()
+        if thread.is_alive():
+            server.shutdown()
         server.server_close()
 
 
