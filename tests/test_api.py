@@ -54,6 +54,7 @@ def test_options_of_the_terminal_are_refused() -> None:
         sae_lora.launch("lora.rank=1,2")
 
 
+@pytest.mark.slow
 def test_a_dry_run_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = sae_lora.launch(["lora.rank=1,2", "launcher.dry_run=true", f"output_dir={tmp_path}/new"])
     assert len(runs) == 2 and all(run.state == "new" for run in runs)

@@ -46,6 +46,7 @@ def test_there_are_commands() -> None:
     assert len(LAUNCHES) >= 40 and len(COMMANDS) >= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", LAUNCHES)
 def test_launch_commands_compose(command: str) -> None:
     """Every point that the command names composes and passes all checks."""

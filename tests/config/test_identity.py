@@ -51,6 +51,7 @@ def name_of(*overrides: str) -> str:
     return plan([known(*overrides)]).runs[0].name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_that_a_method_does_not_read_change_no_hash(kind: str) -> None:
     plain = identity(known(f"method={kind}"))
@@ -58,6 +59,7 @@ def test_keys_that_a_method_does_not_read_change_no_hash(kind: str) -> None:
         assert identity(known(f"method={kind}", override)) == plain, override
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_that_a_method_reads_change_the_hash(kind: str) -> None:
     hashes = {identity(known(f"method={kind}", override)) for override in USED[kind]}

@@ -36,6 +36,7 @@ def test_the_groups_are_the_interface() -> None:
     assert set(GROUPS) == groups | {"tracking", "experiment", "variant"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", [file for file in FILES if file.parent.name not in ("", "experiment")], ids=str
 )
@@ -56,6 +57,7 @@ def test_every_file_begins_with_the_command_that_uses_it(file: Path) -> None:
         assert f"{group}={name}" in first or f"{group}.index" in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
 def test_every_value_of_every_experiment_composes(file: Path) -> None:
     params = yaml.safe_load(file.read_text()).get("hydra", {}).get("sweeper", {}).get("params", {})

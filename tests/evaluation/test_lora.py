@@ -438,6 +438,7 @@ def test_figures_show_the_grids(tmp_path: Path) -> None:
     assert len(figures(pairs * 2)) == 12  # two for each of the first six pairs
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_sweep_and_compares_its_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

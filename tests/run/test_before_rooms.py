@@ -43,6 +43,7 @@ def test_the_same_points_are_planned_into_the_same_folders(folders: list[RunFold
     assert [run.folder.path for run in plan(points).runs] == [folder.path for folder in folders]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(folders: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
     stopped = folders[1]
     old = stopped.curve.read_text().splitlines()

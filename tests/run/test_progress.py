@@ -58,6 +58,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Path, list[Prog
     return written, output.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.case("C1")
 def test_every_stage_of_a_run_is_in_its_folder(pack: tuple[dict[Path, list[Progress]], str]) -> None:
     written, _ = pack
@@ -124,6 +125,7 @@ def test_suites_report_and_stop_between_batches(
     assert "finished suites are kept; not done: mechanism" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.case("C4")
 def test_a_run_resumes_exactly_from_wherever_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -82,6 +82,7 @@ class Threads(ProcessGroup):
         return messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_two_ranks_train_like_one_process(micro_batch: int | None) -> None:
     """Adapters change the inputs of the SAEs, and the shards of a batch have different sizes."""

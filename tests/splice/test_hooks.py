@@ -243,6 +243,7 @@ def test_adapters_after_an_sae_inside_a_block_begin_with_the_next_block() -> Non
         assert student.cuts == ({2} if hook is OUTPUT else {1, 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["after", "all"])
 def test_runs_in_a_pack_of_hooks_equal_runs_alone(blocks: str) -> None:
     """Their curves (losses, evaluations, measures of the SAEs) are equal, with shared frozen blocks."""

@@ -52,6 +52,7 @@ def whole() -> tuple[list[CurvePoint], Snapshot]:
     return list(points(state)), state.state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(STEPS + 1))
 def test_a_training_stopped_at_any_step_ends_the_same(stop: int, whole, tmp_path: Path) -> None:
     """Saved after a step and before its evaluation, then restored from disk."""

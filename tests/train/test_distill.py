@@ -43,6 +43,7 @@ def train(
     return [point for _, point in pack(model, run).points(batches(steps))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["after", "all"])
 def test_training_closes_the_gap_and_changes_only_adapters(model: LanguageModel, blocks: str) -> None:
     sae = jumprelu_sae()
@@ -115,6 +116,7 @@ def test_evaluation_does_not_depend_on_batching(model: LanguageModel) -> None:
     assert of_whole == pytest.approx(of_parts, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_of_evaluations_changes_no_bit(model: LanguageModel) -> None:
     """Students that change, join, leave and return; with memory for all states, none, or some."""
     students = [

@@ -30,6 +30,7 @@ UPPER_HALF = 2, LoRAConfig(rank=4)
 ALL_BLOCKS_DROPOUT = 0, LoRAConfig(rank=16, dropout=0.5, targets="mlp")
 
 
+@pytest.mark.slow
 @pytest.mark.case("A13")
 @pytest.mark.parametrize(
     ("name", "students"),

@@ -423,6 +423,7 @@ def whole(name: str) -> tuple[list[CurvePoint], TrainState]:
     return curve, training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_restored_training_ends_the_same(name: str, stop: int, tmp_path: Path) -> None:
