@@ -176,7 +176,7 @@ def _states_to_run(settings: LauncherConfig) -> set[State]:
 
 
 def _how_to_continue(planned: Plan) -> str:
-    """What to do after a stop, if repeating the command is not enough: it leaves out finished runs."""
+    """Advice after a stop, empty if repeating the command is enough: that leaves out finished runs."""
     done = [run for run in planned.runs if run.folder.is_finished]
     command = _missing_suites(done)
     if command is None:

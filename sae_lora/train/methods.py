@@ -95,9 +95,8 @@ def _output_adapters(config: Config, model: LanguageModel, splices: Splices, ste
         splice.hookpoint: OutputAdapter(config.method.kind, d_model, config.method.rank).to(device)
         for splice in splices
     }
-    adapted = tuple(
-        splice._replace(sae=AdaptedCoder(splice.sae, adapters[splice.hookpoint])) for splice in splices
-    )
+    coders = (AdaptedCoder(splice.sae, adapters[splice.hookpoint]) for splice in splices)
+    adapted = _with(splices, coders)
     student = _student(model, adapted, splices, adapters)
 
     def save(folder: Path) -> None:
