@@ -1,6 +1,6 @@
-"""Check the numbers of a run of LoRA around a TopK SAE, in float64, without the package.
+"""Check the numbers of a run of LoRA, or of a finetuned TopK SAE, in float64, without the package.
 
-    python scripts/real_model/check.py outputs/SWEEP/RUN --to check.json
+    python -m scripts.real_model.check outputs/SWEEP/RUN --to check.json
 
 Reads the files of the run folder: the config, the adapters in peft's format, the SAE in SAELens's format
 and the held-out tokens. The sums below are written out from the definitions, for models with Llama's
@@ -79,8 +79,9 @@ def measured(run, batch):
         config["model"]["name"], dtype=torch.float64, attn_implementation="eager"
     ).eval()
     teacher, student = load(), load()
-    for module, weight in merged(run / "adapter", student):
-        student.get_parameter(f"{module}.weight").copy_(weight)
+    if (run / "adapter").exists():
+        for module, weight in merged(run / "adapter", student):
+            student.get_parameter(f"{module}.weight").copy_(weight)
 
     def logits(model, tokens, sae, seen):
         """Logits with the SAE's reconstruction in place of the output of the block."""

