@@ -1,6 +1,6 @@
 """Do the gains of LoRA and of finetuning the SAE add up?
 
-    python -m scripts.addup outputs --to docs/results/addup.json
+    python -m scripts.addup outputs --to docs/results/real_model/addup_tiny.json
 
 LoRA, finetuning, both at once, and one after the other in both orders with half of the tokens each:
 after the same tokens and after the same FLOPs, on the embedded model with three seeds. Finished runs are
@@ -93,7 +93,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def table(results: Sequence[Row]) -> str:
     """A row for each way and budget: means over seeds, and differences from LoRA with the same seed."""
     lines = [
-        "| way | after the same | tokens | FLOPs | gap closed | points more than LoRA | KL closed | FVU |",
+        "| way | the same | tokens | FLOPs | gap closed | points more than LoRA | KL closed | FVU |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     lora = {row["seed"]: row["gap_closed"] for row in results if row["way"] == "LoRA"}

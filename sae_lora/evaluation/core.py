@@ -15,7 +15,7 @@ from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.records.schema import gap_closed, rounding_error
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Coder, Observer, Reading
-from sae_lora.splice.kl import Comparison
+from sae_lora.splice.kl import Comparison, most_likely
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.evaluator import Reconstruction, cross_entropies, next_tokens, relative_rounding
 
@@ -198,7 +198,7 @@ def _measures(
     parts: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for rows in comparison.chunks(base):
         scores, log_sums = comparison.teacher
-        top = scores.argmax(-1)
+        top = most_likely(scores)
         parts["ce", Cell.base].append(cross_entropies(scores, log_sums, labels[rows], unit))
         for name, flat in states.items():
             for part in comparison.parts(flat[rows]):

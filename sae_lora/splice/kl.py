@@ -95,8 +95,16 @@ class ChunkPart(NamedTuple):
     """KL(teacher ‖ student) of each token in nats, `[token, 1]` in float64."""
 
     def puts_first(self, tokens: Tensor) -> Tensor:
-        """True `[token]` if no token is more likely than the given one. Faster than an argmax."""
-        return self.scores.gather(-1, tokens[:, None])[:, 0] == self.scores.amax(-1)
+        """True `[token]` if the given tokens are the most likely ones."""
+        return most_likely(self.scores) == tokens
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """The token `[token]` with the largest logit of `[token, d_vocab]`.
+
+    If several have it, as is common in bfloat16, it is the first of them for teacher and students.
+    """
+    return scores.max(-1).indices  # in bfloat16 on a CPU, five times as fast as argmax
 
 
 class Comparison:

@@ -11,7 +11,7 @@ from sae_lora.common.console import Report, no_report
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.schema import rounding_error
 from sae_lora.splice.hooks import Coder, Reading, Splice
-from sae_lora.splice.kl import Comparison
+from sae_lora.splice.kl import Comparison, most_likely
 from sae_lora.splice.student import Student, cuts
 from sae_lora.splice.trunk import Splices, Trunk, prefixes
 from sae_lora.train.distributed import ProcessGroup
@@ -251,7 +251,7 @@ class Evaluator:
         columns = [states.flatten(0, 1) for states in read_by_head]
         for rows in self._comparison.chunks(trunk.hidden().flatten(0, 1)):
             scores, log_sums = self._comparison.teacher
-            top = scores.argmax(-1)
+            top = most_likely(scores)
             base.ce += cross_entropies(scores, log_sums, labels[rows], unit).sum()
             for states, totals in zip(columns, sums, strict=True):
                 for part in self._comparison.parts(states[rows]):

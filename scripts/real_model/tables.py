@@ -363,28 +363,31 @@ def prompt(texts: Mapping[str, str]) -> str:
 
 OTHERS: dict[str, Callable[[Any], str]] = {
     "addup": addup.table,
+    "addup_tiny": addup.table,
     "check": lambda record: checked(record["values"]),
     "prompt": prompt,
 }
-"""Tables from files of their own, by the name of the file."""
+"""Tables from files of their own, by the name of the file. `scripts.addup` writes addup_tiny."""
 
 
 def with_tables(page: str, records: Path) -> str:
-    """The text of the page with the tables of the records."""
+    """The text of the page with the tables of the records.
+
+    Raises:
+        KeyError: If a comment names no table.
+    """
 
     def read(name: str) -> Any:
         return json.loads((records / f"{name}.json").read_text())
 
     frame = Frame(read("runs"))
-    made = {name: table(frame) for name, table in TABLES.items()}
-    made |= {name: table(read(name)) for name, table in OTHERS.items()}
-    for name, table in made.items():
-        page, number = re.subn(
-            rf"(<!-- {name} -->\n\n)(\|.*\n)*", lambda match, table=table: f"{match[1]}{table}\n", page
-        )
-        if number != 1:
-            raise ValueError(f"the page has {number} places for the table {name}")
-    return page
+
+    def made(match: re.Match[str]) -> str:
+        comment, name = match.groups()
+        table = OTHERS[name](read(name)) if name in OTHERS else TABLES[name](frame)
+        return f"{comment}\n\n{table}\n"
+
+    return re.sub(r"(<!-- (\w+) -->)\n\n(?:\|.*\n)*", made, page)
 
 
 def main() -> None:
@@ -400,7 +403,8 @@ def main() -> None:
         records.mkdir(parents=True, exist_ok=True)
         (records / "runs.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         for name in OTHERS:
-            shutil.copyfile(given.outputs / f"{name}.json", records / f"{name}.json")
+            if (made := given.outputs / f"{name}.json").exists():
+                shutil.copyfile(made, records / made.name)
         frame = Frame(rows)
         targets = [(draw(frame), records / f"{name}.svg") for name, draw in FIGURES.items()]
         for problem in try_pictures(targets):

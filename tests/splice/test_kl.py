@@ -8,7 +8,7 @@ import torch
 
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.head import Head
-from sae_lora.splice.kl import KL, Comparison, fused_kl, kl_divergence, whole_kl
+from sae_lora.splice.kl import KL, Comparison, fused_kl, kl_divergence, most_likely, whole_kl
 from tests.support.families import D_MODEL, random_tokens
 
 
@@ -96,6 +96,13 @@ def test_equal_states_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
         (result,) = kl(states, [states.clone()], [1.0])
         assert result.total == 0
         assert result.gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_the_largest_logits_is_the_most_likely(dtype: torch.dtype) -> None:
+    """Ties are common in bfloat16. A model that shares its first place agrees only with that token."""
+    scores = torch.randint(0, 3, (200, 40)).to(dtype)
+    assert most_likely(scores).equal((scores == 2).int().argmax(-1))
 
 
 def test_bfloat16_models_are_summed_in_float32(model: LanguageModel) -> None:
