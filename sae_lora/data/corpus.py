@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
-from sae_lora.common.console import say
+from sae_lora.common.console import count, say
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, check_readable, check_writable, new_folder, write_atomically
 from sae_lora.config.enums import TextSource
@@ -42,6 +42,10 @@ from sae_lora.data.text_files import content_digests, file_documents, files_matc
 
 Progress = Callable[[int, int], object]
 """Called with the number of sequences so far and in total while a corpus is tokenised."""
+_MANY = 16
+"""Held-out documents that are enough, whatever their length."""
+_LONG = 8192
+"""Tokens of a document that is long."""
 _FORMAT = 3
 """Version of the cached sequences: a new one where a text gives other sequences than before."""
 
@@ -58,6 +62,17 @@ class Corpus:
     """Ids of BOS and EOS."""
     description: dict[str, Any]
     """Source and version of the text, for `summary.json`."""
+
+    @property
+    def notes(self) -> list[str]:
+        """A note if the held-out tokens are of few and long documents, such as chapters."""
+        documents, tokens = self.description["validation_documents"], self.validation.size
+        if documents is None or documents >= min(_MANY, tokens / _LONG):
+            return []
+        return [
+            f"the {tokens:,} held-out tokens are of {count(documents, 'document')}, and say little "
+            "about other text; cut long documents into smaller files or rows"
+        ]
 
     def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
         """Endless training batches `[batch, pos]`; the arguments are those of `shuffled_batches`."""
@@ -128,6 +143,7 @@ def load(
             "begins_with": begin,
             "training_sequences": len(train),
             "validation_sequences": len(validation),
+            "validation_documents": sequences.validation_documents,
             "passes": round(train_sequences / len(train), 3),
         },
     )
@@ -290,9 +306,12 @@ class _Sequences(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
     largest_token: int
+    validation_documents: int | None
+    """Number of documents of the held-out sequences; `None` in a cache of an older version."""
 
 
 _LARGEST = "largest_token"
+_DOCUMENTS = "validation_documents"
 
 
 def _cached(folder: Path) -> _Sequences | None:
@@ -300,11 +319,12 @@ def _cached(folder: Path) -> _Sequences | None:
     if not folder.exists():
         return None
     try:
-        largest = json.loads((folder / "recipe.json").read_text())[_LARGEST]
+        recipe = json.loads((folder / "recipe.json").read_text())
+        largest, documents = recipe[_LARGEST], recipe.get(_DOCUMENTS)
         train, validation = (
             np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")
         )
-        return _Sequences(train, validation, largest)
+        return _Sequences(train, validation, largest, documents)
     except (FileNotFoundError, EOFError, ValueError, LookupError, TypeError) as error:
         say(f"note: {folder} is damaged, and made again: {error}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -350,12 +370,15 @@ def _packed(
 
 def _write(folder: Path, recipe: dict[str, Any], train: Packer, validation: Packer) -> _Sequences:
     """Write the folder, complete or not at all, and return its sequences."""
-    largest = int(max(train.largest, validation.largest))
+    measured = {
+        _LARGEST: int(max(train.largest, validation.largest)),
+        _DOCUMENTS: validation.documents,
+    }
     try:
         with new_folder(folder) as temporary:
             np.save(temporary / "train.npy", train.sequences)
             np.save(temporary / "validation.npy", validation.sequences)
-            write_atomically(temporary / "recipe.json", as_json(recipe | {_LARGEST: largest}))
+            write_atomically(temporary / "recipe.json", as_json(recipe | measured))
     except OSError as error:
         # Perhaps another run has written the same corpus in the meantime.
         if (written := _cached(folder)) is None:

@@ -322,6 +322,8 @@ class Packer:
         self._sequences: list[np.ndarray] = []
         self.largest = max(self._head + self._tail, default=0)
         """The largest token id of BOS, the separator and all sequences so far."""
+        self.documents = 0
+        """Number of documents that were added before it was full."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -333,6 +335,7 @@ class Packer:
 
     def add(self, tokens: list[int]) -> None:
         """Add a document, given its token ids without special tokens."""
+        self.documents += not self.full
         self._pending += tokens + self._tail
         size = self._length - len(self._head)
         start = 0

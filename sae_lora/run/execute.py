@@ -126,7 +126,7 @@ class _Execution:
                 with runs.only(run):
                     saes = builder.saes.of(run.config.sae)
                     run.build(builder.model, saes, text.special_ids, first)
-            self._note(builder.model, first)
+            self._note(builder.model, first, text.notes)
             for frozen in dict.fromkeys(in_words(run.left_out) for run in runs.active):
                 if frozen:
                     say(f"frozen in the adapted blocks: {frozen}")
@@ -135,14 +135,15 @@ class _Execution:
                 processes.broadcast((states, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes, report)
 
-    def _note(self, model: LanguageModel, tokens: Tensor) -> None:
+    def _note(self, model: LanguageModel, tokens: Tensor, of_text: Sequence[str]) -> None:
         """Note what loading noticed, and positions that hold most of the variance of SAEs' input."""
         by_run = {run: run.training.student.splices for run in self._runs.active}
         notes = dominant_positions(model, itertools.chain(*by_run.values()), tokens)
-        for note in [*model.notes, *sorted(set(notes.values()))]:
+        of_all = [*of_text, *model.notes]
+        for note in [*of_all, *sorted(set(notes.values()))]:
             complain("note", note)
         for run, splices in by_run.items():
-            run.noticed += model.notes
+            run.noticed += of_all
             run.noticed += sorted({notes[splice] for splice in splices if splice in notes})
 
     def _train(

@@ -36,8 +36,8 @@ class Runs:
         self._common = [f"output_dir={self.outputs}", "tracking=disabled"]
         self._saes: dict[int, str] = {}
         if not from_hub:
-            model, texts = folder / "SmolLM2-135M", folder / "texts"
-            self._common += [f"model.name={model}", "data=text_files", f"data.files='{texts}/*.md'"]
+            model, texts = folder / "SmolLM2-135M", folder / "texts.jsonl"
+            self._common += [f"model.name={model}", "data=text_files", f"data.files='{texts}'"]
 
     def __call__(self, experiment: str, *overrides: str) -> Sweep:
         """Run an experiment to its end; a failed run raises its cause."""
@@ -140,7 +140,8 @@ def prompt(runs: Runs) -> None:
 def checks(runs: Runs) -> None:
     """The independent script on a float32 run."""
     (run,) = runs("precision", runs.sae(), "model.dtype=float32", "sae.dtype=float32")
-    _python("-m", "scripts.real_model.check", str(run.folder), "--to", str(runs.outputs / "check.json"))
+    script = Path(__file__).with_name("check.py")
+    _python(str(script), str(run.folder), "--to", str(runs.outputs / "check.json"))
 
 
 def _python(*arguments: str) -> None:

@@ -23,10 +23,10 @@ import sae_lora
 from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, logarithmic, try_pictures
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.folder import RunFolder
+from sae_lora.report.fits import Frame
 from sae_lora.report.sweep import Run
 from scripts import addup
 
-Frame = pandas.DataFrame
 _MEASURED = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed"),
     *("initial_kl", "kl", "top1_agreement", "fvu", "dead_latents"),
@@ -178,7 +178,7 @@ def scales(frame: Frame) -> str:
 
 def other_rates(frame: Frame) -> str:
     """Gap closed by the other methods and rates."""
-    part = pandas.concat([_of(frame, "methods"), _of(frame, "both")])
+    part: Frame = pandas.concat([_of(frame, "methods"), _of(frame, "both")])
     part = part.assign(
         name=[
             _METHODS[method] + (f", LoRA at {lora:g}" if method == "lora_sae" else "")
@@ -380,7 +380,7 @@ def with_tables(page: str, records: Path) -> str:
     def read(name: str) -> Any:
         return json.loads((records / f"{name}.json").read_text())
 
-    frame = Frame(read("runs"))
+    frame: Frame = pandas.DataFrame(read("runs"))
 
     def made(match: re.Match[str]) -> str:
         comment, name = match.groups()
@@ -405,7 +405,7 @@ def main() -> None:
         for name in OTHERS:
             if (made := given.outputs / f"{name}.json").exists():
                 shutil.copyfile(made, records / made.name)
-        frame = Frame(rows)
+        frame: Frame = pandas.DataFrame(rows)
         targets = [(draw(frame), records / f"{name}.svg") for name, draw in FIGURES.items()]
         for problem in try_pictures(targets):
             print(problem)

@@ -66,6 +66,27 @@ def test_conventions(tokenizer: PreTrainedTokenizerFast) -> None:
     assert convention_of(plain) == Convention(None, eos)
 
 
+@pytest.mark.parametrize(
+    ("words", "few", "notes"),
+    [(40_000, "1 document,", 1), (300, "", 0)],  # a document that fills all sequences, or some
+)
+def test_held_out_tokens_of_few_long_documents_are_noted(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, words: int, few: str, notes: int
+) -> None:
+    rows = [f"{number} " + "things and nothing else " * (words // 4) for number in range(400)]
+    file = Path(config.files).parent / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    config = dataclasses.replace(config, files=str(file), validation_tokens=9_600)
+    for _ in range(2):  # the second time from the cache
+        text = corpus.load(config, tokenizer, train_sequences=20)
+        assert len(text.notes) == notes and all(few in note for note in text.notes)
+    (recipe,) = Path(config.cache_dir).glob("corpora/*/recipe.json")
+    older = json.loads(recipe.read_text())
+    assert older.pop("validation_documents") == text.description["validation_documents"]
+    recipe.write_text(json.dumps(older))
+    assert corpus.load(config, tokenizer, train_sequences=20).notes == []
+
+
 def test_sequences_decode_to_the_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     text = corpus.load(config, tokenizer, train_sequences=20)
     assert text.train.shape == (20, 16)

@@ -1,4 +1,4 @@
-"""The experiments on a real model: their stages, the independent check, the page's tables."""
+"""The experiments on a real model: their stages, and the independent check."""
 
 import importlib
 import json
@@ -14,11 +14,10 @@ from sae_lora.embedded import MODEL
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.sweep import Sweep
 from scripts import addup
-from scripts.real_model import check, tables
+from scripts.real_model import check
 from tests.support.points import Point, points_in, run_here
 
 stages = importlib.import_module("scripts.real_model.__main__")
-RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +104,3 @@ def test_every_launch_of_every_stage_composes(
     names = {point.model.name for point in launched}
     hub = "HuggingFaceTB/SmolLM2-135M"
     assert names == ({hub} if from_hub else {str(tmp_path / "SmolLM2-135M")})
-
-
-def test_tables_of_the_page_are_those_of_the_records() -> None:
-    page = RESULTS / "real_model.md"
-    text = page.read_text()
-    assert tables.with_tables(text, page.with_suffix("")) == text
-    assert "<!-- rates -->\n\n| rank" in text
