@@ -10,7 +10,7 @@ not run again. Prints a table.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from scipy import stats
 
 import sae_lora
-from sae_lora.report.sweep import Run, Sweep
+from sae_lora.report.sweep import Sweep
 
 SEEDS = (0, 1, 2)
 WAYS = {
@@ -26,7 +26,7 @@ WAYS = {
     "finetuning": ("finetune",),
     "both at once": ("both",),
     "LoRA, then finetuning": ("lora", "finetune_after"),
-    "finetuning, then LoRA": ("finetune", "lora"),
+    "finetuning, then LoRA": ("finetune", "lora_after"),
 }
 """The variants that each way trains one after the other."""
 
@@ -53,28 +53,21 @@ def rows(launch: Launch, tokens: int, step: int, budgets: Sequence[str]) -> Iter
                     continue  # the same run
                 share = flops["LoRA"] / flops[way] if budget == "FLOPs" else 1
                 each = int(tokens * share / len(variants)) // step * step
-                runs = list(_in_turn(launch, variants, seed, each))
+                names = ",".join(f"addup/{variant}" for variant in variants)
+                overrides = (f"train.seed={seed}", f"train.train_tokens={each}")
+                runs = launch(f"variant={names}", *overrides)
                 row = _row(runs) | {"budget": budget, "way": way, "seed": seed}
                 flops.setdefault(way, row["flops"])
                 yield row
 
 
-def _in_turn(launch: Launch, variants: Iterable[str], seed: int, tokens: int) -> Iterator[Run]:
-    before: list[str] = []
-    for variant in variants:
-        (run,) = launch(
-            f"variant=addup/{variant}", f"train.seed={seed}", f"train.train_tokens={tokens}", *before
-        )
-        yield run
-        before = [f"init='{run.folder}'"]
-
-
-def _row(runs: Sequence[Run]) -> Row:
+def _row(runs: Sweep) -> Row:
     """The results of a way: what its last run reaches, compared with the SAE before the first."""
-    first, last = runs[0].summary, runs[-1].summary
+    first, *_ = summaries = [run.summary for run in runs]
+    last = summaries[-1]
     return {
-        "tokens": sum(run.summary["train_tokens"] for run in runs),
-        "flops": sum(run.summary["train_flops"] for run in runs),
+        "tokens": sum(summary["train_tokens"] for summary in summaries),
+        "flops": sum(summary["train_flops"] for summary in summaries),
         "gap_before": first["initial_gap"],
         "gap_after": last["ce_gap"],
         "gap_closed": 1 - last["ce_gap"] / first["initial_gap"],

@@ -158,11 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stages", nargs="*", choices=[[], *STAGES], default=list(STAGES))
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--hub", action="store_true", help="model and text from Hugging Face's hub")
     given = parser.parse_args(arguments)
+    if unknown := set(given.stages) - set(STAGES):
+        parser.error(f"unknown stages: {', '.join(sorted(unknown))}")
     runs = Runs(given.folder.absolute(), from_hub=given.hub)
-    for name in given.stages:
+    for name in given.stages or STAGES:
         start = time.monotonic()
         STAGES[name](runs)
         print(f"{name}: {(time.monotonic() - start) / 60:.1f} min", flush=True)

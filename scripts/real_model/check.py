@@ -19,8 +19,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-torch.set_grad_enabled(False)
-
 
 def merged(folder, model):
     """The plain weights plus scale · B · A, by the name of the module."""
@@ -61,6 +59,7 @@ class TopK:
         return decoded + self.w["b_dec"], latents
 
 
+@torch.no_grad()
 def measured(run, batch):
     """The measures of the run on its held-out tokens, all sums in float64."""
     run = Path(run)

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +11,13 @@ import pytest
 import torch
 
 import sae_lora
-from sae_lora.config import compose
 from sae_lora.embedded import MODEL
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.sweep import Sweep
 from scripts import addup
 from scripts.real_model import check
-from tests.support.points import Point, points_in, run_here
+from tests.support.composing import composed
+from tests.support.points import points_in, run_here
 
 stages = importlib.import_module("scripts.real_model.__main__")
 
@@ -46,33 +48,34 @@ def test_an_independent_script_finds_the_same_numbers(
         assert values["student_ce"]["script"] != values["spliced_ce"]["script"]
 
 
-def _in_this_process(point: Point) -> addup.Launch:
-    def launch(*overrides: str) -> Sweep:
-        small = ("experiment=addup", "data.validation_tokens=1024", "train.eval_every_tokens=512")
-        return Sweep(run_here(point(*small, *overrides)))
-
-    return launch
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing exceeds LoRA's tokens and FLOPs, and each falls short by less than a step for each run."""
+    """Nothing exceeds LoRA's tokens and FLOPs, and each run falls short by less than a step."""
     monkeypatch.setattr(addup, "SEEDS", (3,))
-    launch = _in_this_process(points_in(tmp_path))
-    rows = list(addup.rows(launch, tokens=4096, step=512, budgets=("tokens", "FLOPs")))
-    ways = list(addup.WAYS)
+    ways = ["LoRA", "both at once", "finetuning, then LoRA"]
+    monkeypatch.setattr(addup, "WAYS", {way: addup.WAYS[way] for way in ways})
+    launched = []
+
+    def launch(*overrides: str) -> Sweep:
+        home = (f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache", "lora.rank=2")
+        small = ("data.validation_tokens=1024", "train.eval_every_tokens=2048", "tracking=disabled")
+        launched.append(sae_lora.launch(["experiment=addup", *home, *small, *overrides]))
+        return launched[-1]
+
+    rows = list(addup.rows(launch, tokens=2048, step=512, budgets=("tokens", "FLOPs")))
     assert [row["way"] for row in rows] == [*ways, *ways[1:]]
     lora = rows[0]
-    for row in rows:
-        step = 512 * len(addup.WAYS[row["way"]])
+    for row, runs in zip(rows, launched, strict=True):
+        begun = [run.config["init"] for run in runs]
+        assert begun == [None, *(str(run.folder) for run in runs[:-1])]
         assert row["gap_before"] == lora["gap_before"] and row["seed"] == 3
-        if row["budget"] == "tokens":
-            assert row["tokens"] == 4096
-        else:
-            missing = lora["flops"] - row["flops"]
-            assert 0 <= missing < step * row["flops"] / row["tokens"]
         assert row["gap_closed"] == pytest.approx(1 - row["gap_after"] / row["gap_before"])
-    assert addup.table(rows[:0]).count("\n") == 1
+        if row["budget"] == "tokens":
+            assert row["tokens"] == 2048
+        else:
+            step = 512 * len(runs) * row["flops"] / row["tokens"]
+            assert 0 <= lora["flops"] - row["flops"] < step
 
 
 def test_an_interval_is_students() -> None:
@@ -85,22 +88,22 @@ def test_an_interval_is_students() -> None:
 def test_every_launch_of_every_stage_composes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, from_hub: bool
 ) -> None:
-    launched = []
+    """With the last of the values of an override. Other tests compose all points of experiments."""
+    models = []
 
     def launch(overrides: list[str]) -> list[SimpleNamespace]:
-        points = compose.points(["--multirun", *overrides], run_now=pytest.fail)
-        launched.extend(points)
+        models.append(composed(*(re.sub(r"=.*,", "=", override) for override in overrides)).model.name)
         summary = dict.fromkeys(("initial_gap", "ce_gap", "initial_kl", "kl", "fvu", "train_flops"), 1.0)
-        summary["train_tokens"] = 1024
-        run = SimpleNamespace(folder=tmp_path / "RUN", summary=summary)
+        run = SimpleNamespace(folder=tmp_path / "RUN", summary=summary | {"train_tokens": 1024})
         run.adapted = lambda: SimpleNamespace(generate=lambda prompt, *_, **__: prompt)
-        return [run for _ in points]
+        return [run] * math.prod(1 + override.count(",") for override in overrides)
 
     monkeypatch.setattr(sae_lora, "launch", launch)
+    monkeypatch.setattr(addup, "SEEDS", (0, 1))
     monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: None)
     (tmp_path / "outputs").mkdir()
-    stages.main([str(tmp_path), *(["--hub"] if from_hub else [])])
-    assert len(launched) > 100
-    names = {point.model.name for point in launched}
-    hub = "HuggingFaceTB/SmolLM2-135M"
-    assert names == ({hub} if from_hub else {str(tmp_path / "SmolLM2-135M")})
+    names = ["saes", "checks"] if from_hub else []
+    stages.main([str(tmp_path), *names, *(["--hub"] if from_hub else [])])
+    assert len(models) >= (4 if from_hub else 25)
+    local = str(tmp_path / "SmolLM2-135M")
+    assert set(models) == {"HuggingFaceTB/SmolLM2-135M" if from_hub else local}
