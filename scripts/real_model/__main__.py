@@ -23,7 +23,6 @@ from scripts import addup
 
 SPARSITIES = (16, 64)
 """L0 of the SAEs. All stages but `ranks` use the first."""
-SEEDS = (0, 1, 2)
 SUITES = ("core", "mechanism", "lora")
 PROMPT = "Paris is the capital of France. The capital of Italy is"
 
@@ -89,7 +88,7 @@ def rivals(runs: Runs) -> None:
 
 def seeds(runs: Runs) -> None:
     """Other text in another order; without dropout, `train.seed` alone changes nothing."""
-    for seed in SEEDS[1:]:
+    for seed in addup.SEEDS[1:]:
         runs("ranks", runs.sae(), "lora.rank=16", f"train.seed={seed}", f"data.seed={seed}")
 
 

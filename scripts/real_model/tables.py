@@ -113,7 +113,7 @@ def sae_rates(frame: Frame) -> str:
 
 
 def saes(frame: Frame) -> str:
-    """What the SAEs cost the model, on all held-out tokens."""
+    """CE gap, KL and FVU of the SAEs, on all held-out tokens."""
     part = _of(frame, "ranks", method="lora", rank=1, recipe="default").sort_values("l0")
     return markdown(
         {
