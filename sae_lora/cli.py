@@ -3,13 +3,11 @@
 Imports of modules that need torch, plotly or pandas are inside the commands.
 """
 
-import dataclasses
-import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,9 +17,11 @@ from typer.core import TyperCommand
 
 from sae_lora.common.console import complain, count, say, show
 from sae_lora.common.errors import UserError, causes, listed
-from sae_lora.common.files import as_json, check_writable, write_atomically
+from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.common.signals import handling
+from sae_lora.comparisons import commands as comparisons
+from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
 from sae_lora.records.factors import differences_of
@@ -70,13 +70,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-compare = typer.Typer(help="Compare the runs of an experiment.", no_args_is_help=True)
-app.add_typer(compare, name="compare", rich_help_panel=_LOOK)
+app.add_typer(comparisons.app, name="compare", rich_help_panel=_LOOK)
 
-Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
 Runs = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>, or one run in it")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="outputs/<sweep>/<run>")]
-ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numbers and figures.")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -302,6 +299,7 @@ def _evaluate(
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
     """Compare the adapters within each sweep; write and draw the results."""
+    from sae_lora.common.plots import write_svgs
     from sae_lora.evaluation.lora import similarity, similarity_results
 
     for sweep in dict.fromkeys(folder.path.parent for folder in folders):
@@ -310,74 +308,7 @@ def _compare_adapters(folders: list[RunFolder]) -> None:
             similarity_results.write(sweep, pairs)
             path = similarity_results.path_in(sweep)
             say(f"{count(len(pairs), 'pair')} of adapters compared: {path}")
-            _draw(path.parent, similarity_results.figures(pairs))
-
-
-@compare.command("recipes")
-def _compare_recipes(
-    target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="outputs/<sweep> whose final gap is the target")
-    ],
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep> to compare with it")],
-    to: Annotated[Path | None, typer.Option(help="File for the numbers, .json.")] = None,
-) -> None:
-    """Compare how soon a sweep reaches the final gap of another sweep, run by run."""
-    from sae_lora.comparisons.recipes import savings, savings_table
-
-    results = savings(runs_of(target), runs_of(sweep))
-    show(savings_table(results))
-    if to is not None:
-        check_writable(to.parent, "--to")
-        _write_results(to, results)
-
-
-@compare.command("methods")
-def _compare_methods(sweep: Sweep, to: ToFolder = None) -> None:
-    """Compare methods after equal tokens and after equal time (experiment=methods)."""
-    _compare("methods", sweep, to, "methods")
-
-
-@compare.command("time-to-ce")
-def _compare_time_to_ce(sweep: Sweep, to: ToFolder = None) -> None:
-    """Compare the time of LoRA around an SAE and of an end-to-end SAE (experiment=time_to_ce)."""
-    _compare("time_to_ce", sweep, to, "time_to_ce")
-
-
-@compare.command("saes")
-def _compare_saes(sweep: Sweep, to: ToFolder = None) -> None:
-    """Show the cost of each SAE in runs with several (experiment=multi_sae)."""
-    _compare("saes", sweep, to, "multi_sae")
-
-
-@compare.command("groups")
-def _compare_groups(sweep: Sweep, to: ToFolder = None) -> None:
-    """Compare SAEs that are shared by groups of blocks (experiment=groups)."""
-    _compare("layer_groups", sweep, to, "groups")
-
-
-def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:
-    """Show a comparison, and write its numbers as `<name>.json` and its figures into a folder."""
-    comparison = importlib.import_module(f"sae_lora.comparisons.{module}")
-    folders = runs_of(sweep)
-    results = comparison.compare(folders)
-    show(comparison.table(results))
-    if to is not None:
-        check_writable(to, "--to")
-        _write_results(to / f"{name}.json", results)
-        _draw(to, comparison.figures(folders))
-
-
-def _write_results(file: Path, results: Sequence[Any]) -> None:
-    write_atomically(file, as_json([dataclasses.asdict(result) for result in results]))
-
-
-def _draw(to: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as SVG into a folder, if a browser is installed."""
-    from sae_lora.common import plots
-
-    pictures = [(figure, to / f"{name}.svg") for name, figure in figures.items()]
-    for note in plots.try_pictures(pictures):
-        complain("left out", note)
+            write_svgs(similarity_results.figures(pairs), path.parent)
 
 
 # ---- share --------------------------------------------------------------------------------------

@@ -9,15 +9,13 @@ not run again. Prints a table.
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from scipy import stats
-
 import sae_lora
+from sae_lora.report.fits import mean_and_margin
 from sae_lora.report.sweep import Sweep
 
 SEEDS = (0, 1, 2)
@@ -77,12 +75,6 @@ def _row(runs: Sweep) -> Row:
     }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half of its 95% interval, by Student's t over seeds."""
-    spread = stdev(values) / math.sqrt(len(values))
-    return mean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread
-
-
 def table(results: Sequence[Row]) -> str:
     """A row for each way and budget: means over seeds, and differences from LoRA with the same seed."""
     lines = [
@@ -92,9 +84,11 @@ def table(results: Sequence[Row]) -> str:
     lora = {row["seed"]: row["gap_closed"] for row in results if row["way"] == "LoRA"}
     for way, budget in dict.fromkeys((row["way"], row["budget"]) for row in results):
         group = [row for row in results if (row["way"], row["budget"]) == (way, budget)]
-        closed, margin = interval([100 * row["gap_closed"] for row in group])
-        more, more_margin = interval([100 * (row["gap_closed"] - lora[row["seed"]]) for row in group])
-        kl, kl_margin = interval([100 * (1 - row["kl_after"] / row["kl_before"]) for row in group])
+        closed, margin = mean_and_margin(100 * row["gap_closed"] for row in group)
+        more, more_margin = mean_and_margin(
+            100 * (row["gap_closed"] - lora[row["seed"]]) for row in group
+        )
+        kl, kl_margin = mean_and_margin(100 * (1 - row["kl_after"] / row["kl_before"]) for row in group)
         cells = (
             way,
             budget if way != "LoRA" else "",

@@ -2,17 +2,27 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
 
+from sae_lora.common.console import complain
+
 # Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+
+
+def line_and_markers(colour: str, number: int) -> dict[str, Any]:
+    """Style of a line and its markers: a colour, and the dash and the symbol with a number."""
+    return {
+        "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
+        "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 7},
+    }
 
 
 def ticks(values: Sequence[float], limit: int) -> dict[str, Any]:
@@ -72,3 +82,9 @@ def try_pictures(targets: Sequence[tuple[go.Figure, Path]]) -> list[str]:
         reason = re.split(r"[,.:] ", " ".join(str(error).split()))[0] or type(error).__name__
         return [f"no pictures ({reason}): they need `pip install kaleido` and Chrome or Chromium"]
     return []
+
+
+def write_svgs(figures: Mapping[str, go.Figure], folder: Path) -> None:
+    """Write figures as `<name>.svg` into a folder; without a browser, say that they are left out."""
+    for note in try_pictures([(figure, folder / f"{name}.svg") for name, figure in figures.items()]):
+        complain("left out", note)

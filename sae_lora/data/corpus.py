@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
-from sae_lora.common.console import count, say
+from sae_lora.common.console import count
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.common.files import as_json, check_readable, check_writable, new_folder, write_atomically
+from sae_lora.common.files import check_readable, check_writable, write_atomically
 from sae_lora.config.enums import TextSource
 from sae_lora.config.schema import DataConfig, as_list
+from sae_lora.data import corpus_cache
 from sae_lora.data.documents import (
     Document,
     hub_documents,
@@ -66,13 +66,8 @@ class Corpus:
     @property
     def notes(self) -> list[str]:
         """A note if the held-out tokens are of few and long documents, such as chapters."""
-        documents, tokens = self.description["validation_documents"], self.validation.size
-        if documents is None or documents >= min(_MANY, tokens / _LONG):
-            return []
-        return [
-            f"the {tokens:,} held-out tokens are of {count(documents, 'document')}, and say little "
-            "about other text; cut long documents into smaller files or rows"
-        ]
+        documents = self.description["validation_documents"]
+        return [] if documents is None else _few_documents(documents, self.validation.size)
 
     def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
         """Endless training batches `[batch, pos]`; the arguments are those of `shuffled_batches`."""
@@ -119,14 +114,14 @@ def load(
     recipe = _recipe(config, source, tokenizer, convention, train_sequences)
     key = _digest(json.dumps(recipe, sort_keys=True))
     folder = _cache(config, "corpora") / key
-    sequences = _cached(folder)
+    sequences = corpus_cache.read(folder)
     if sequences is None:
         check_writable(folder.parent, "data.cache_dir")  # before the work, which may take an hour
         most = recipe["train_sequences"], recipe["validation_sequences"]
         train, validation = _packed(
             config, tokenizer, documents, convention, most, on_progress, vocabulary
         )
-        sequences = _write(folder, recipe, train, validation)
+        sequences = corpus_cache.write(folder, recipe, train, validation)
     check_tokens(sequences.largest_token, tokenizer, vocabulary)
     train, validation = sequences.train, sequences.validation
     _check_length(config, len(train), len(validation), train_sequences, batch_size)
@@ -161,7 +156,7 @@ def check(
     train_sequences: int,
     batch_size: int,
     vocabulary: int,
-) -> None:
+) -> list[str]:
     """Refuse local text that `load` would refuse, in seconds and without writing anything.
 
     What this does not find: faults of text on the hub; tokens that the model lacks after the first 512k
@@ -175,6 +170,9 @@ def check(
         batch_size: Sequences per step.
         vocabulary: Number of token ids that the model has.
 
+    Returns:
+        The notes that the corpus will have.
+
     Raises:
         UserError: As `load` does.
     """
@@ -183,7 +181,7 @@ def check(
         check_vocabulary(tokenizer)
         convention = convention_of(tokenizer, config.bos)
     if config.source is TextSource.hub:
-        return
+        return []
     files = files_matching(as_list(config.files)) if config.source is TextSource.text_files else []
     for file in files:
         check_readable(file, "data.files")
@@ -207,8 +205,11 @@ def check(
             needed[1] if validation.full else len(validation),
         )
         _check_length(config, *lengths, train_sequences, batch_size)
+        if is_small:
+            return _few_documents(validation.documents, validation.sequences.size)
     elif is_small:
         deque(documents, maxlen=0)
+    return []
 
 
 def _recipe(
@@ -241,6 +242,16 @@ def first_held_out(config: DataConfig, corpus: str) -> list[int]:
     """
     file = Path(config.cache_dir).expanduser() / "corpora" / corpus / "validation.npy"
     return np.load(file, mmap_mode="r")[0].tolist() if file.is_file() else []
+
+
+def _few_documents(documents: int, tokens: int) -> list[str]:
+    """A note if so many held-out tokens are of so few documents that these are long."""
+    if documents >= min(_MANY, tokens / _LONG):
+        return []
+    return [
+        f"the {tokens:,} held-out tokens are of {count(documents, 'document')}, and say little "
+        "about other text; cut long documents into smaller files or rows"
+    ]
 
 
 def version_of(description: dict[str, Any]) -> str:
@@ -300,39 +311,6 @@ def _dataset_commit(config: DataConfig) -> str:
     return commit
 
 
-class _Sequences(NamedTuple):
-    """The sequences of both splits, `[sequence, pos]`, and their largest token id."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    largest_token: int
-    validation_documents: int | None
-    """Number of documents of the held-out sequences; `None` in a cache of an older version."""
-
-
-_LARGEST = "largest_token"
-_DOCUMENTS = "validation_documents"
-
-
-def _cached(folder: Path) -> _Sequences | None:
-    """The sequences in a folder of the cache; `None` if there are none. Remove a damaged folder."""
-    if not folder.exists():
-        return None
-    try:
-        recipe = json.loads((folder / "recipe.json").read_text())
-        largest, documents = recipe[_LARGEST], recipe.get(_DOCUMENTS)
-        train, validation = (
-            np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")
-        )
-        return _Sequences(train, validation, largest, documents)
-    except (FileNotFoundError, EOFError, ValueError, LookupError, TypeError) as error:
-        say(f"note: {folder} is damaged, and made again: {error}")
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    except OSError as error:
-        raise UserError(f"data.cache_dir: {folder} cannot be read: {error.strerror}") from error
-
-
 def _packed(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -366,28 +344,6 @@ def _packed(
         if train.full and validation.full:
             break
     return train, validation
-
-
-def _write(folder: Path, recipe: dict[str, Any], train: Packer, validation: Packer) -> _Sequences:
-    """Write the folder, complete or not at all, and return its sequences."""
-    measured = {
-        _LARGEST: int(max(train.largest, validation.largest)),
-        _DOCUMENTS: validation.documents,
-    }
-    try:
-        with new_folder(folder) as temporary:
-            np.save(temporary / "train.npy", train.sequences)
-            np.save(temporary / "validation.npy", validation.sequences)
-            write_atomically(temporary / "recipe.json", as_json(recipe | measured))
-    except OSError as error:
-        # Perhaps another run has written the same corpus in the meantime.
-        if (written := _cached(folder)) is None:
-            cause = error.strerror or f"the disk may be full ({error})"  # numpy's errors are only text
-            raise UserError(f"data.cache_dir: cannot write to {folder}: {cause}") from error
-        return written
-    written = _cached(folder)
-    assert written is not None
-    return written
 
 
 def _check_length(

@@ -83,7 +83,8 @@ class _Text(NamedTuple):
 def check_local(configs: Sequence[Config]) -> None:
     """Refuse text, models, SAEs and folders that a launch would refuse, as far as this is quick.
 
-    Nothing is fetched or written. Text, models and SAEs of the hub are not checked.
+    Print notes about the text. Nothing is fetched or written. Text, models and SAEs of the hub are not
+    checked.
 
     Raises:
         UserError: For local text, models and SAEs that cannot be used, and folders that cannot be
@@ -106,7 +107,9 @@ def check_local(configs: Sequence[Config]) -> None:
             checked.add(key)
             tokenizer = load_tokenizer(config.model) if has_local_tokenizer(config.model) else None
             vocabulary = read_dimensions(config.model).d_vocab
-            corpus.check(config.data, tokenizer, sequences, config.train.batch_size, vocabulary)
+            batch_size = config.train.batch_size
+            for note in corpus.check(config.data, tokenizer, sequences, batch_size, vocabulary):
+                say(f"note: {note}")
     for name in dict.fromkeys(
         config.data.name for config in configs if config.data.source is TextSource.hub
     ):

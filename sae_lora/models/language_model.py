@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory, nearest_name
 from sae_lora.config.enums import Hook
 from sae_lora.models.dimensions import short_cause, stated
 from sae_lora.models.hookpoints import PLACES, Place, resid_post
+from sae_lora.models.stand_ins import Given, Passing, first_argument
 
 Key = TypeVar("Key")
 
@@ -83,7 +83,7 @@ class LanguageModel:
         blocks = [
             block
             if first <= index < end
-            else _Passing(block, tuples[index], resid if index == first - 1 else None)
+            else Passing(block, tuples[index], resid if index == first - 1 else None)
             for index, block in enumerate(self.blocks)
         ]
         holder, name = self._blocks_at
@@ -116,7 +116,7 @@ class LanguageModel:
         path, _, name = self._structure.backbone.rpartition(".")
         holder, backbone = self.model.get_submodule(path), self._backbone
         states = hidden.reshape(1, -1, hidden.shape[-1])
-        holder._modules[name] = _Given(backbone, states)
+        holder._modules[name] = Given(backbone, states)
         try:
             # The stand-in does not read these tokens; some models ask for their shape.
             tokens = torch.zeros(states.shape[:-1], dtype=torch.long, device=states.device)
@@ -326,11 +326,6 @@ class _Structure(NamedTuple):
     tuples: list[int | None]
 
 
-def first_argument(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """The first argument of a block: the residual stream."""
-    return positional[0] if positional else named["hidden_states"]
-
-
 @contextmanager
 def observed(modules: Mapping[Key, nn.Module], take: Callable[[Key, Tensor], None]) -> Iterator[None]:
     """Inside the block, call `take` with the key and the output of each module that runs.
@@ -395,49 +390,3 @@ class _Hooked:
     def __exit__(self, *_: object) -> None:
         for module, hooks in self._current_hooks.items():
             module._forward_hooks = hooks
-
-
-class _StandIn(nn.Module):
-    """Stand-in for a module, with the attributes of that module: some models read them."""
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["replaced"] = replaced  # not a submodule: hooks and weights are not found in it
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["replaced"], name)
-
-
-class _Passing(_StandIn):
-    """Stand-in for a block: returns its input or the given states, in a tuple if the block does so."""
-
-    def __init__(self, block: nn.Module, length: int | None, given: Tensor | None) -> None:
-        super().__init__(block)
-        self.length = length
-        self.given = given
-
-    def forward(self, *positional: Any, **named: Any) -> Any:
-        states = first_argument(positional, named) if self.given is None else self.given
-        return states if self.length is None else (states, *[None] * (self.length - 1))
-
-
-class _Given(_StandIn):
-    """Stand-in for a backbone: returns the given hidden states."""
-
-    def __init__(self, backbone: nn.Module, hidden: Tensor) -> None:
-        super().__init__(backbone)
-        self.hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> "_GivenOutput":
-        return _GivenOutput(last_hidden_state=self.hidden)  # pyright: ignore[reportArgumentType]
-
-
-class _GivenOutput(BaseModelOutputWithPast):
-    """Output of a backbone that contains only the hidden states."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.models.dimensions import short_cause, stated
-from sae_lora.models.language_model import LanguageModel, first_argument, observed
+from sae_lora.models.language_model import LanguageModel, observed
+from sae_lora.models.stand_ins import first_argument
 
 _PROBE_TOKENS = 8
 

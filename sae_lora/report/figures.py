@@ -1,17 +1,17 @@
 """Figures of a sweep, made from its tables, with plotly. Imports no torch."""
 
-import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, ticks
+from sae_lora.common.plots import COLOURS, finished, line_and_markers, ticks
 from sae_lora.records.factors import FACTORS, SEED, label, text, title
 from sae_lora.records.metrics import METRICS
-from sae_lora.report.fits import CONFIDENCE, Fit, Frame, group_of
+from sae_lora.report.fits import Fit, Frame, group_of, mean_and_margin
 from sae_lora.report.frames import factors, in_order
 
 _MOST_IN_LEGEND = 10
@@ -55,7 +55,7 @@ class _GroupStyle:
         is_new = name not in self._named and len(self._named) < _MOST_IN_LEGEND
         self._named.add(name)
         entry = {"name": name, "legendgroup": name, "showlegend": is_new and bool(group)}
-        return entry | _line_and_markers(self._colours[first % len(self._colours)], second)
+        return entry | line_and_markers(self._colours[first % len(self._colours)], second)
 
     def explain(self, figure: go.Figure) -> None:
         """Add the title of the legend, and entries for the second factor if it has none yet."""
@@ -70,16 +70,8 @@ class _GroupStyle:
                 y=[None],
                 mode="lines+markers",
                 name=f"{label(self._by[1])} {value}",
-                **_line_and_markers("#666666", number),
+                **line_and_markers("#666666", number),
             )
-
-
-def _line_and_markers(colour: str, number: int) -> dict[str, Any]:
-    """Style of a line and its markers: a colour, and the dash and the symbol with a number."""
-    return {
-        "line": {"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
-        "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 7},
-    }
 
 
 def gap_curves(
@@ -253,15 +245,12 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
 
 def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
     """The mean of the gap closed and half its confidence interval, for each value of a factor."""
-    from scipy import stats
-
     means: dict[str, list[Any]] = {"value": [], "mean": [], "margin": [], "runs": []}
     for value, part in runs.groupby(factor):
-        closed, n = part["gap_closed"].astype(float), len(part)
-        margin = None
-        if part[SEED].nunique() > 1:
-            margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * closed.std(ddof=1) / math.sqrt(n))
-        row = value, float(closed.mean()), margin, n
+        closed = list(part["gap_closed"].astype(float))
+        has_seeds = part[SEED].nunique() > 1
+        average, margin = mean_and_margin(closed) if has_seeds else (mean(closed), None)
+        row = value, average, margin, len(closed)
         for column, cell in zip(means.values(), row, strict=True):
             column.append(cell)
     return means

@@ -1,8 +1,9 @@
 """Growth of the gap closed with a factor: a slope over log2 of the factor, with confidence interval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
 import pandas
@@ -61,8 +62,6 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
         factor: Column of the factor.
         others: The other factors in which runs differ, without the seed.
     """
-    from scipy import stats
-
     numbers, closed = frame[factor].map(_number), frame["gap_closed"].map(_number)
     usable = numbers.gt(0) & closed.notna()
     groups = group_of(frame, others)
@@ -82,7 +81,7 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
     slope = float((dx * dy).sum() / (dx**2).sum())
     residual = float(((dy - slope * dx) ** 2).sum())
     error = math.sqrt(residual / spare / float((dx**2).sum()))
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, spare)) * error
+    margin = _student(spare) * error
     total = float((dy**2).sum())
     intercepts = (y - slope * x).groupby(groups).mean()
     return Fit(
@@ -95,6 +94,20 @@ def fit(frame: Frame, factor: str, others: Sequence[str]) -> Fit | str:
         runs=len(x),
         r_squared=1 - residual / total if total else 1.0,
     )
+
+
+def mean_and_margin(values: Iterable[float]) -> tuple[float, float]:
+    """The mean of two or more values, and half its confidence interval, from Student's distribution."""
+    values = list(values)
+    error = stdev(values) / math.sqrt(len(values))
+    return mean(values), _student(len(values) - 1) * error
+
+
+def _student(degrees: int) -> float:
+    """Half of the confidence interval in standard errors, for these degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
 
 
 def _number(value: object) -> float:

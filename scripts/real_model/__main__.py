@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sae_lora
+from sae_lora.common.errors import UserError
 from sae_lora.report.sweep import Sweep
 from scripts import addup
 
@@ -163,10 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(given.stages) - set(STAGES):
         parser.error(f"unknown stages: {', '.join(sorted(unknown))}")
     runs = Runs(given.folder.absolute(), from_hub=given.hub)
-    for name in given.stages or STAGES:
-        start = time.monotonic()
-        STAGES[name](runs)
-        print(f"{name}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
+    try:
+        for name in given.stages or STAGES:
+            start = time.monotonic()
+            STAGES[name](runs)
+            print(f"{name}: {(time.monotonic() - start) / 60:.1f} min", flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ import pandas
 import plotly.graph_objects as go
 
 import sae_lora
-from sae_lora.common.plots import COLOURS, DASHES, SYMBOLS, finished, logarithmic, try_pictures
+from sae_lora.common.plots import COLOURS, finished, line_and_markers, logarithmic, write_svgs
 from sae_lora.evaluation.headlines import headlines
+from sae_lora.records.factors import values_of
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.fits import Frame
+from sae_lora.report.fits import Frame, mean_and_margin
 from sae_lora.report.sweep import Run
 from scripts import addup
 
@@ -44,14 +45,14 @@ _METHODS = {
 def record(run: Run) -> dict[str, Any]:
     """The settings and the results of a finished run."""
     config, summary = run.config, run.summary
+    factors = values_of(config, summary)
     lora, train = config["lora"], config["train"]
     curve = run.curve()
     return {
         "sweep": run.folder.parent.name,
         "run": run.name,
         "method": config["method"]["kind"],
-        "l0": summary["sae"][0]["l0"] if config["sae"]["l0"] is None else config["sae"]["l0"],
-        "rank": lora["rank"] if "lora" in config["method"]["kind"] else None,
+        **{name: factors[name] for name in ("l0", "rank")},
         "alpha": lora["alpha"],
         "recipe": "paper" if train["kl_reduction"] == "sequence_sum" else "default",
         "lr": train["lr"],
@@ -218,8 +219,8 @@ def ranks(frame: Frame) -> str:
 def seeds(frame: Frame) -> str:
     """Rank 16 on other text in another order."""
     part = _of(frame, "ranks", method="lora", rank=16, recipe="default", l0=16).sort_values("seed")
-    closed, margin = addup.interval(list(100 * part["gap_closed"]))
-    kl, kl_margin = addup.interval(list(100 * _kl_closed(part)))
+    closed, margin = mean_and_margin(100 * part["gap_closed"])
+    kl, kl_margin = mean_and_margin(100 * _kl_closed(part))
     return markdown(
         {
             "seed": [*whole(part["seed"]), "mean, 95% interval"],
@@ -282,8 +283,7 @@ def rate_figure(frame: Frame) -> go.Figure:
                 y=list(runs["gap_closed"]),
                 name=f"rank {rank:.0f}, {'falls to zero' if schedule == 'linear' else 'constant'}",
                 mode="lines+markers",
-                line={"color": COLOURS[number], "dash": DASHES[place], "width": 2},
-                marker={"color": COLOURS[number], "symbol": SYMBOLS[place], "size": 8},
+                **line_and_markers(COLOURS[number], place),
             )
     figure.update_layout(
         xaxis={"title": "learning rate", **logarithmic(list(part["lr"]), ".2~e")},
@@ -306,8 +306,7 @@ def rank_figure(frame: Frame) -> go.Figure:
                 y=list(values),
                 name=f"L0 {l0:.0f}, {recipe} recipe, {name}",
                 mode="lines+markers",
-                line={"color": COLOURS[number], "dash": DASHES[place], "width": 2},
-                marker={"color": COLOURS[number], "symbol": SYMBOLS[place], "size": 8},
+                **line_and_markers(COLOURS[number], place),
             )
     figure.update_layout(
         xaxis={"title": "LoRA rank", "type": "log", "tickvals": [1, 16, 64]},
@@ -406,9 +405,7 @@ def main() -> None:
             if (made := given.outputs / f"{name}.json").exists():
                 shutil.copyfile(made, records / made.name)
         frame: Frame = pandas.DataFrame(rows)
-        targets = [(draw(frame), records / f"{name}.svg") for name, draw in FIGURES.items()]
-        for problem in try_pictures(targets):
-            print(problem)
+        write_svgs({name: draw(frame) for name, draw in FIGURES.items()}, records)
     page.write_text(with_tables(page.read_text(), records))
 
 

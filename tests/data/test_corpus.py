@@ -67,19 +67,26 @@ def test_conventions(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "few", "notes"),
-    [(40_000, "1 document,", 1), (300, "", 0)],  # a document that fills all sequences, or some
+    ("documents", "words", "few", "notes"),
+    [(200, 40_000, "1 document,", 1), (400, 300, "", 0)],  # a document fills all sequences, or some
 )
 def test_held_out_tokens_of_few_long_documents_are_noted(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, words: int, few: str, notes: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: int,
+    words: int,
+    few: str,
+    notes: int,
 ) -> None:
-    rows = [f"{number} " + "things and nothing else " * (words // 4) for number in range(400)]
+    rows = [f"{number} " + "things and nothing else " * (words // 4) for number in range(documents)]
     file = Path(config.files).parent / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"text": row}) for row in rows))
     config = dataclasses.replace(config, files=str(file), validation_tokens=9_600)
+    planned = corpus.check(config, tokenizer, 20, 1, 300)
     for _ in range(2):  # the second time from the cache
         text = corpus.load(config, tokenizer, train_sequences=20)
         assert len(text.notes) == notes and all(few in note for note in text.notes)
+        assert text.notes == planned
     (recipe,) = Path(config.cache_dir).glob("corpora/*/recipe.json")
     older = json.loads(recipe.read_text())
     assert older.pop("validation_documents") == text.description["validation_documents"]

@@ -4,7 +4,7 @@ import pandas
 import pytest
 from scipy import stats
 
-from sae_lora.report.fits import Fit, fit
+from sae_lora.report.fits import Fit, fit, mean_and_margin
 
 
 def frame(rows: list[tuple[float, int, float | None]]) -> pandas.DataFrame:
@@ -55,3 +55,8 @@ def test_too_few_values_are_refused_with_a_reason(rows: list, reason: str) -> No
 def test_a_factor_in_words_is_refused() -> None:
     words = pandas.DataFrame({"width": ["1024+2048"] * 4, "gap_closed": [0.1, 0.2, 0.3, 0.4]})
     assert isinstance(fit(words, "width", []), str)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    """For three values 0, 1, 2: the mean 1 and 4.303 / √3."""
+    assert mean_and_margin([0, 1, 2]) == pytest.approx((1, 2.4841), abs=1e-4)

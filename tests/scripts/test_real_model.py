@@ -76,11 +76,6 @@ def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pyte
             assert 0 <= lora["flops"] - row["flops"] < step
 
 
-def test_an_interval_is_students() -> None:
-    """For three values 0, 1, 2: the mean 1 and 4.303 / √3."""
-    assert addup.interval([0, 1, 2]) == pytest.approx((1, 2.4841), abs=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("from_hub", [False, True])
 def test_every_launch_of_every_stage_composes(
