@@ -65,9 +65,14 @@ class Corpus:
 
     @property
     def notes(self) -> list[str]:
-        """A note if the held-out tokens are of few and long documents, such as chapters."""
+        """A note if the held-out tokens are of few and long documents, such as chapters.
+
+        Not for the included text, which a user does not change.
+        """
         documents = self.description["validation_documents"]
-        return [] if documents is None else _few_documents(documents, self.validation.size)
+        if documents is None or self.description["source"] == TextSource.stdlib.name:
+            return []
+        return _few_documents(documents, self.validation.size)
 
     def batches(self, batch_size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
         """Endless training batches `[batch, pos]`; the arguments are those of `shuffled_batches`."""
@@ -205,7 +210,7 @@ def check(
             needed[1] if validation.full else len(validation),
         )
         _check_length(config, *lengths, train_sequences, batch_size)
-        if is_small:
+        if files and is_small:
             return _few_documents(validation.documents, validation.sequences.size)
     elif is_small:
         deque(documents, maxlen=0)
