@@ -24,10 +24,13 @@ from sae_lora.comparisons import commands as comparisons
 from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
-from sae_lora.records.factors import differences_of
+from sae_lora.config.explain import TRACEBACK_VARIABLE
+from sae_lora.records import slurm
+from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
-from sae_lora.records.status import State, counts
-from sae_lora.report.tables import comparison_table, evaluation_tables
+from sae_lora.records.status import counts, sound
+from sae_lora.report import results
+from sae_lora.report.tables import evaluation_tables
 
 PROGRAM = "sae-lora"
 _RUN, _LOOK, _SHARE = "Run", "Look", "Share"
@@ -87,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             complain("stopped", str(stops[0]) or _STOPPED)
         return exit.code if isinstance(exit.code, int) else 0
     except UserError as error:
-        if os.environ.get(compose.TRACEBACK_VARIABLE) == "1":
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
             traceback.print_exc()
         complain("error", str(error))
         return 1
@@ -112,11 +115,11 @@ def _options(
     """Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps."""
 
 
-def _one_of(*allowed: str | int) -> Callable[[list[Any] | None], list[Any] | None]:
-    """A check that each value of a repeatable option is allowed."""
+def _one_of(*allowed: str | int) -> Callable[[Any], Any]:
+    """A check that the value of an option, or each value of a repeatable one, is allowed."""
 
-    def check(values: list[Any] | None) -> list[Any] | None:
-        for value in values or ():
+    def check(values: Any) -> Any:
+        for value in values if isinstance(values, list) else [values] if values else ():
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r} is not one of {listed(map(str, allowed), 20)}")
         return values
@@ -144,15 +147,28 @@ def _launch(
 
 
 @app.command("status", rich_help_panel=_RUN)
-def _status(sweep: Runs) -> None:
-    """Show the progress of each run; exit code 1 if a run has failed."""
-    from sae_lora.launcher.live_view import status_rows, status_table
+def _status(
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>, one run in it, or outputs")
+    ] = Path("outputs"),
+) -> None:
+    """Show the progress of each run, or each sweep; exit code 1 if a run has failed or is damaged."""
+    from sae_lora.launcher.status_tables import (
+        has_faults,
+        holds_sweeps,
+        status_rows,
+        status_table,
+        sweeps_table,
+    )
 
-    folders = runs_of(sweep)
+    if holds_sweeps(sweep):
+        show(sweeps_table(sweep))
+        raise typer.Exit(has_faults(sweep))
+    folders = ordered(runs_of(sweep))
     statuses = status_rows(folders, lacking=True)
     show(status_table(statuses, differences_of(folders)))
     say(counts(status.state for status in statuses))
-    raise typer.Exit(any(status.state is State.failed for status in statuses))
+    raise typer.Exit(any(status.has_ended_badly for status in statuses))
 
 
 @app.command("logs", rich_help_panel=_RUN)
@@ -161,13 +177,19 @@ def _logs(run: Run) -> None:
     folder, *more = runs_of(run)
     if more:
         raise UserError(f"{run} contains {len(more) + 1} runs; choose one, such as {folder.path}")
-    if folder.log.exists():
+    if folder.log.is_file():
         say(folder.log.read_text(errors="replace").rstrip())
+    (folder,) = sound([folder])
     failure = folder.read_failure()
     if failure is not None:
         say(f"\nfailed: {failure['message']}\n\n{failure['details'].rstrip()}")
     elif not folder.log.exists():
-        say(f"{folder.path.name} has printed nothing yet")
+        job = folder.job and slurm.last_message(folder.path.parent, folder.job)
+        say(
+            f"its SLURM job {folder.job}: {job}"
+            if job
+            else f"{folder.path.name} has printed nothing yet"
+        )
 
 
 @app.command("cancel", rich_help_panel=_RUN)
@@ -175,7 +197,7 @@ def _cancel(sweep: Runs) -> None:
     """Cancel the SLURM jobs of a sweep. Its runs keep their checkpoints."""
     from sae_lora.launcher.submit import cancel
 
-    cancel(runs_of(sweep))
+    raise typer.Exit(not cancel(runs_of(sweep)))
 
 
 @app.command("setup", rich_help_panel=_RUN)
@@ -222,13 +244,40 @@ def _benchmark(
 # ---- look ---------------------------------------------------------------------------------------
 
 
-@app.command("table", rich_help_panel=_LOOK)
-def _table(sweep: Sweep) -> None:
-    """Show the finished runs of a sweep side by side."""
-    folders = runs_of(sweep)
+@app.command("table", rich_help_panel=_LOOK, cls=_Command)
+def _table(
+    sweep: Sweep,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="Factors, config keys, measures or suite/name, such as rank,kl,train.lr."),
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Sort by this column, the best first.")
+    ] = None,
+    as_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            callback=_one_of("text", *results.FORMATS),
+            help=f"text, {listed(results.FORMATS)}; csv and json have full precision.",
+        ),
+    ] = "text",
+    each_seed: Annotated[
+        bool, typer.Option("--each-seed", help="A row for each run, instead of means over seeds.")
+    ] = False,
+) -> None:
+    """Show the finished runs of a sweep side by side; runs that differ only in seeds as their mean."""
+    every = runs_of(sweep)
+    folders = sound(every)
     if not any(folder.is_finished for folder in folders):
         raise UserError(f"no run in {sweep} is finished; `{PROGRAM} status {sweep}` shows them")
-    show(comparison_table(folders))
+    names = [name for value in columns or () for name in value.split(",")]
+    table = results.results(folders, columns=names, sort=sort, each_seed=each_seed)
+    if as_format == "text":
+        show(results.as_table(table))
+    else:
+        say(results.FORMATS[as_format](table))
+    raise typer.Exit(len(folders) < len(every))
 
 
 @app.command("report", rich_help_panel=_LOOK)
@@ -246,10 +295,12 @@ def _report(
     from sae_lora.report.sweep import load_sweep
 
     runs = load_sweep(*sweeps)
+    intact = sound(runs.folders)
     folder = to or sweeps[0] / "report"
     for note in page.write(runs, folder, pictures=not no_pictures):
         complain("left out", note)
     say(f"report of {count(len(runs), 'run')}: {folder / 'index.html'}")
+    raise typer.Exit(len(intact) < len(runs))
 
 
 @app.command("evaluate", rich_help_panel=_LOOK, cls=_Command)
@@ -273,7 +324,9 @@ def _evaluate(
     """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench."""
     from sae_lora.evaluation import run_suites, suite_records
 
-    folders = [folder for folder in runs_of(sweep) if folder.is_finished]
+    every = runs_of(sweep)
+    intact = sound(every)
+    folders = [folder for folder in intact if folder.is_finished]
     if not folders:
         raise UserError("none of these runs is finished")
     check_writable(folders[0].path.parent, "SWEEP")
@@ -294,7 +347,7 @@ def _evaluate(
         say(f"written into the folders of {count(len(folders), 'run')}: evaluation/*.json")
     if Suite.lora in suites:
         _compare_adapters(folders)
-    raise typer.Exit(bool(failed))
+    raise typer.Exit(bool(failed) or len(intact) < len(every))
 
 
 def _compare_adapters(folders: list[RunFolder]) -> None:
@@ -350,7 +403,10 @@ def _sync(sweep: Runs) -> None:
     """Upload the missing data of a sweep's runs to W&B."""
     from sae_lora.tracking.sync import upload
 
-    show(upload(runs_of(sweep)))
+    every = runs_of(sweep)
+    folders = sound(every)
+    show(upload(folders))
+    raise typer.Exit(len(folders) < len(every))
 
 
 @app.command("dashboard", rich_help_panel=_SHARE)
@@ -362,7 +418,10 @@ def _dashboard(
     from sae_lora.tracking import dashboard
 
     make = dashboard.specification if dry_run else dashboard.save
-    say(make(runs_of(sweep)))
+    every = runs_of(sweep)
+    folders = sound(every)
+    say(make(folders))
+    raise typer.Exit(len(folders) < len(every))
 
 
 # ---- commands of version 0.1 --------------------------------------------------------------------

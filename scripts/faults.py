@@ -1,7 +1,8 @@
 """Fault injection into real runs of the embedded model, with a table of the results.
 
 python -m scripts.faults                      all campaigns, half an hour on two cores
-python -m scripts.faults kills mutations      some of: kills, mutations, sweep, launches, refusals
+python -m scripts.faults kills folders        some of: kills, mutations, folders, sweep, launches,
+                                              refusals
 python -m scripts.faults --to docs/results/faults.md  also write the table into this file
 """
 
@@ -30,8 +31,10 @@ from sae_lora.launcher.launch import launch
 from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import State, read_statuses
+from scripts.damaged_folders import attempts, commands
 from tests.support.attempts import FORKS, attempt, frozen, results
 from tests.support.commands import REPOSITORY
+from tests.support.damage import DAMAGE
 from tests.support.points import folders_in, points_in
 from tests.support.refusals import WRONG, fault_of, prepare
 
@@ -232,6 +235,24 @@ def mutations(home: Path, progress: Progress) -> list[Row]:
     ]
 
 
+# ---- damaged run folders ------------------------------------------------------------------------
+
+
+def folders(home: Path, progress: Progress) -> list[Row]:
+    """Every kind of damage to a finished run: all commands show it, and no launch counts it as done."""
+    kinds = len(DAMAGE)
+    task = progress.add_task("damaged run folders", total=kinds)
+    wrong, counted = attempts(home, lambda: progress.advance(task))
+    tried = kinds * len(commands("", ""))
+    what = f"{kinds} kinds of damage to a finished run"
+    of_commands = f"{what} × {tried // kinds} commands: shown, exit code 1, no traceback"
+    of_launches = f"{what}: a launch neither runs it nor counts it as done"
+    return [
+        Row(of_commands, tried, tried - len(wrong), "; ".join(wrong)),
+        Row(of_launches, kinds, kinds - len(counted), "; ".join(counted)),
+    ]
+
+
 # ---- a sweep with faulty runs -------------------------------------------------------------------
 
 _FAULTY = """
@@ -402,6 +423,7 @@ def _full_output(home: Path) -> list[Row]:
 CAMPAIGNS = {
     "kills": kills,
     "mutations": mutations,
+    "folders": folders,
     "sweep": sweep,
     "launches": launches,
     "refusals": refusals,

@@ -2,11 +2,14 @@
 
 import gc
 import os
+import tempfile
 
 # No test may reach the network: tests that need a hub start one on loopback.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["WANDB_MODE"] = "offline"
+# Trackio reads the folder of its database once per process. pytest's processes share this one.
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))
 # Test processes share the cores: with more threads than cores, threads of torch wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,6 +1,8 @@
 """The command line for a user: exit codes, one message, a traceback only on request."""
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,28 @@ def test_wrong_commands_are_refused_with_one_message(
 ) -> None:
     prepare(tmp_path)
     assert fault_of(command, words, tmp_path, launch_in_this_process) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command, _ in WRONG])
+def test_following_a_hint_leads_further(command: str, tmp_path: Path) -> None:
+    """A dry run with the value that a message suggests: it works, or has another message."""
+    prepare(tmp_path)
+    given = command.replace("{home}", str(tmp_path)).split()
+    common = ["launcher.dry_run=true", f"output_dir={tmp_path}/outputs"]
+    common = [word for word in common if word.partition("=")[0] not in command]
+    first = launch_in_this_process(*given, *common).stderr
+    hint = re.search(r"nearest valid: (\S+=.*)|write (\S+=\S+)", first)
+    if hint is None or "value" in hint.group():
+        return
+    corrected = shlex.split(hint[1] or hint[2])
+    keys = {word.partition("=")[0] for word in corrected}
+    kept = [word for word in given if word.lstrip("+-~").partition("=")[0] not in keys]
+    if given[0].startswith("--"):  # a key with dashes, and its value
+        kept = []
+    second = launch_in_this_process(*kept, *corrected, *common)
+    assert second.stderr.splitlines()[:1] != first.splitlines()[:1]
+    assert "Traceback" not in second.stderr
 
 
 def test_hydra_full_error_shows_the_traceback() -> None:

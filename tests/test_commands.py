@@ -16,6 +16,7 @@ from sae_lora.launcher.launch import launch as launch_points
 from sae_lora.launcher.plan import plan
 from tests.support.commands import launch, launch_in_this_process
 from tests.support.points import points_in, run_here
+from tests.support.sweeps import MadeUp
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,8 +58,7 @@ def test_an_option_takes_several_values_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = "none of these runs is finished"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text("")
+    MadeUp(tmp_path).folder()
     for suites in (["--suite", "core", "lora"], ["--suite", "core", "--suite", "lora"]):
         assert main(["evaluate", str(tmp_path), *suites, "--again"]) == 1
         assert message in capsys.readouterr().err

@@ -20,7 +20,8 @@ README = PAGES[0].read_text()
 LAUNCH = re.compile(r"(sae-lora launch|python launch\.py)\b")
 FOREIGN = re.compile(
     r"(pip install|pytest|cd|git clone|make|mkdocs|ruff|pyright|pre-commit|apt-get install|"
-    r"hf auth login|wandb login|python -m scripts\.\w+|export \w+=|\w+=\S+ (sae-lora|python))\b"
+    r"hf auth login|wandb (login|sweep|agent)|trackio show|python -m scripts\.\w+|export \w+=|"
+    r"\w+=\S+ (sae-lora|python))\b"
 )
 """Commands of other programs."""
 

@@ -13,6 +13,8 @@ from sae_lora.common.console import complain
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
+LIGHT = ((0.0, "#f4f9fd"), (1.0, "#56b4e9"))
+"""Colours of a map from its smallest to its largest value, on all of which black numbers can be read."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 

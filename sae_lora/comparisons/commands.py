@@ -14,6 +14,7 @@ import typer
 from sae_lora.common.console import show
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.records.folder import runs_of
+from sae_lora.records.status import sound
 
 Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
 ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numbers and figures.")]
@@ -31,11 +32,14 @@ def _recipes(
     """Compare how soon a sweep reaches the final gap of another sweep, run by run."""
     from sae_lora.comparisons.recipes import savings, savings_table
 
-    results = savings(runs_of(target), runs_of(sweep))
+    every = runs_of(target), runs_of(sweep)
+    folders = sound(every[0]), sound(every[1])
+    results = savings(*folders)
     show(savings_table(results))
     if to is not None:
         check_writable(to.parent, "--to")
         _write_results(to, results)
+    raise typer.Exit(folders != every)
 
 
 @app.command("methods")
@@ -67,13 +71,15 @@ def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:
     from sae_lora.common.plots import write_svgs
 
     comparison = importlib.import_module(f"sae_lora.comparisons.{module}")
-    folders = runs_of(sweep)
+    every = runs_of(sweep)
+    folders = sound(every)
     results = comparison.compare(folders)
     show(comparison.table(results))
     if to is not None:
         check_writable(to, "--to")
         _write_results(to / f"{name}.json", results)
         write_svgs(comparison.figures(folders), to)
+    raise typer.Exit(len(folders) < len(every))
 
 
 def _write_results(file: Path, results: Sequence[Any]) -> None:

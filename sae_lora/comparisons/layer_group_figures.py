@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from scipy.cluster import hierarchy
 
-from sae_lora.common.plots import COLOURS, finished, ticks
+from sae_lora.common.plots import COLOURS, LIGHT, finished, ticks
 
 _DISTANCE = "angular distance"
 _GREY = "#888888"
@@ -38,10 +38,10 @@ def distance_map(distances: ArrayLike, groups: Sequence[Sequence[int]]) -> go.Fi
             x=names,
             y=names,
             z=values.tolist(),
-            colorscale="Cividis",
+            colorscale=LIGHT,
             colorbar={"title": {"text": _DISTANCE, "side": "right"}},
             texttemplate="%{z:.2f}" if n_blocks <= _MOST_WITH_NUMBERS else None,
-            textfont={"size": 12},
+            textfont={"size": 12, "color": "#000"},
             hovertemplate="blocks %{x} and %{y}: %{z:.4f}<extra></extra>",
         )
     )

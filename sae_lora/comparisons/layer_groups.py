@@ -15,7 +15,9 @@ from sae_lora.common.errors import UserError
 from sae_lora.comparisons import layer_group_figures, saes
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
+from sae_lora.records.factors import FinishedRun, finished_runs
 from sae_lora.records.folder import RunFolder
+from sae_lora.report.repeats import check_repeats, in_words
 from sae_lora.report.tables import in_whole_words, right_aligned
 from sae_lora.saes.layer_groups import group_blocks, linkage
 
@@ -50,13 +52,14 @@ def compare(folders: Sequence[RunFolder]) -> list[Shared]:
     Raises:
         UserError: If there is no finished run of method=sae with groups.
     """
-    gaps_with_lora: dict[str, list[float]] = defaultdict(list)
-    for folder in folders:
-        if folder.is_finished:
-            config = load(folder.config.read_text())
-            if config.init is not None and config.method.kind is Method.lora:
-                name = Path(config.init).name  # stays the same when the sweep is moved
-                gaps_with_lora[name].append(folder.read_summary()["ce_gap"])
+    with_lora: dict[str, list[FinishedRun]] = defaultdict(list)
+    for run in finished_runs(folders):
+        config = load(run.folder.config.read_text())
+        if config.init is not None and config.method.kind is Method.lora:
+            name = Path(config.init).name  # stays the same when the sweep is moved
+            with_lora[name].append(run)
+    for name, runs in with_lora.items():
+        check_repeats(runs, f"runs of LoRA around {name}")
     rows = []
     for folder, sharing in _measured(folders):
         summary = folder.read_summary()
@@ -70,7 +73,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Shared]:
                 fvu_alone=statistics.mean(sae["alone_fvu"] for sae in saes_alone),
                 ce_alone=statistics.mean(sae["alone_ce"] - summary["base_ce"] for sae in saes_alone),
                 gap=summary["ce_gap"],
-                gaps_with_lora=gaps_with_lora[folder.path.name],
+                gaps_with_lora=[run.summary["ce_gap"] for run in with_lora[folder.path.name]],
             )
         )
     if not rows:
@@ -93,7 +96,7 @@ def _measured(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, dict[str, A
 
 
 def table(rows: Sequence[Shared]) -> Table:
-    """A row for each way of sharing blocks; the mean over several LoRA runs."""
+    """A row for each way of sharing blocks; the mean over the seeds of LoRA, with a 95% interval."""
     numbers = "AMAD", "SAE FLOPs saved", "FVU alone", "CE alone", "gap with all", "with LoRA"
     columns = "groups", Column("blocks", overflow="fold"), *numbers
     lines = right_aligned("SAEs shared by groups of blocks", columns)
@@ -106,7 +109,7 @@ def table(rows: Sequence[Shared]) -> Table:
             f"{row.fvu_alone:.3f}",
             f"{row.ce_alone:+.3f}",
             f"{row.gap:+.3f}",
-            f"{statistics.mean(row.gaps_with_lora):+.3f}" if row.gaps_with_lora else "–",
+            in_words(row.gaps_with_lora, "+.3f") if row.gaps_with_lora else "–",
         )
     return in_whole_words(lines, breakable="blocks")
 

@@ -13,11 +13,13 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.plots import logarithmic
 from sae_lora.comparisons.interpolate import value_at
 from sae_lora.config.serialize import load
+from sae_lora.records.factors import differing, finished_runs, label, text
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.report.figures import gap_curves
 from sae_lora.report.frames import curves_frame, runs_frame
-from sae_lora.report.tables import in_whole_words, mean_and_range, right_aligned
+from sae_lora.report.repeats import Repeats, in_words, repeats
+from sae_lora.report.tables import in_whole_words, right_aligned
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Outcome:
 
     method: str
     """Name of the method; names of both methods if a run begins with another run's result."""
+    settings: dict[str, str]
+    """The factors in which runs of the same method differ besides their seeds."""
     trained_weights: int
     seconds: list[float]
     """Seconds of training until the number of tokens that all runs reach."""
@@ -39,41 +43,45 @@ class Outcome:
     """CE gap before training, of the first seed."""
     fvu: list[float]
     """FVU at the end."""
+    trained_together: int
+    """Largest number of runs that trained in one process: in a pack, seconds are a share of its time."""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Outcome]:
-    """The results of each method of a sweep, the smallest gap after the same tokens first.
+    """The results of each method and its settings, the smallest gap after the same tokens first.
 
     Args:
-        folders: Runs on the same text, trained one by one (`launcher.pack=off`), because in a pack a
-            run's seconds are only its share of the pack's.
+        folders: Runs on the same text. To compare seconds, train them one by one (`launcher.pack=off`).
 
     Raises:
         UserError: If no run is finished, or the run whose result one begins with is missing.
     """
-    finished = [folder for folder in folders if folder.is_finished]
+    finished = finished_runs(folders)
     if not finished:
         raise UserError("none of these runs is finished")
-    curves = {folder.path: folder.read_curve() for folder in finished}
+    curves = {run.folder.path: run.folder.read_curve() for run in finished}
     tokens = min(curve[-1].tokens for curve in curves.values())
     seconds = min(value_at(curve, "tokens", tokens, "train_seconds") for curve in curves.values())
-    by_method: dict[str, list[RunFolder]] = defaultdict(list)
-    for folder in finished:
-        by_method[method_of(folder)].append(folder)
+    by_method: dict[str, list[Repeats]] = defaultdict(list)
+    for group in repeats(finished):
+        by_method[method_of(group.runs[0].folder)].append(group)
     outcomes = []
-    for method, runs in by_method.items():
-        seeds = [curves[folder.path] for folder in runs]
+    for method, group in ((method, group) for method, groups in by_method.items() for group in groups):
+        seeds = [curves[run.folder.path] for run in group.runs]
         first = seeds[0][0]
+        names = differing([other.factors for other in by_method[method]])
         outcomes.append(
             Outcome(
                 method=method,
-                trained_weights=runs[0].read_summary()["trainable_parameters"],
+                settings={name: text(group.factors.get(name)) for name in names},
+                trained_weights=group.runs[0].summary["trainable_parameters"],
                 seconds=_values_at(seeds, "tokens", tokens, "train_seconds"),
                 flops=_values_at(seeds, "tokens", tokens, "train_flops"),
                 gap_after_tokens=_values_at(seeds, "tokens", tokens, "ce_gap"),
                 gap_after_seconds=_values_at(seeds, "train_seconds", seconds, "ce_gap"),
                 initial_gap=first.spliced_ce - first.base_ce,
                 fvu=[curve[-1].fvu for curve in seeds],
+                trained_together=max(run.summary.get("trained_together", 1) for run in group.runs),
             )
         )
     return sorted(outcomes, key=lambda outcome: statistics.mean(outcome.gap_after_tokens))
@@ -118,18 +126,25 @@ def method_of(folder: RunFolder) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each method: means over seeds, with the smallest and the largest value in brackets."""
-    columns = "method", "before", "after the same tokens", "after the same seconds", "FVU", "weights"
-    rows = right_aligned("CE gap in nats per token", [*columns, "seconds", "FLOPs"])
+    """A row for each method and its settings: means over seeds, with 95% intervals."""
+    settings = list(dict.fromkeys(name for outcome in outcomes for name in outcome.settings))
+    columns = "before", "after the same tokens", "after the same seconds", "FVU", "weights"
+    headings = ["method", *map(label, settings), *columns, "seconds", "FLOPs", "seeds"]
+    rows = right_aligned("CE gap in nats per token", headings)
     for outcome in outcomes:
         rows.add_row(
             outcome.method,
+            *(outcome.settings.get(name, "") for name in settings),
             f"{outcome.initial_gap:+.3f}",
-            mean_and_range(outcome.gap_after_tokens),
-            mean_and_range(outcome.gap_after_seconds),
-            f"{statistics.mean(outcome.fvu):.3f}",
+            in_words(outcome.gap_after_tokens, "+.3f"),
+            in_words(outcome.gap_after_seconds, "+.3f"),
+            in_words(outcome.fvu, ".3f"),
             f"{outcome.trained_weights:,}",
-            f"{statistics.mean(outcome.seconds):.0f}",
+            in_words(outcome.seconds, ".0f"),
             f"{statistics.mean(outcome.flops):.1e}",
+            str(len(outcome.seconds)),
         )
+    if any(outcome.trained_together > 1 for outcome in outcomes):
+        rows.caption = "seconds: runs trained in packs, and these are their shares of a pack's time"
+        rows.caption_justify = "left"
     return in_whole_words(rows)

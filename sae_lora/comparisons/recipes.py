@@ -11,11 +11,12 @@ from rich.table import Table
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons.interpolate import first_reached, speedup
-from sae_lora.records.factors import FACTORS, SEED, FinishedRun, finished_runs, label, text
+from sae_lora.records.factors import FACTORS, SEEDS, FinishedRun, finished_runs, label, text
 from sae_lora.records.folder import RunFolder
+from sae_lora.report.repeats import check_repeats
 from sae_lora.report.tables import right_aligned, spread
 
-_SHARED = [name for name in FACTORS if name not in ("alpha", "tokens", SEED)]
+_SHARED = [name for name in FACTORS if name not in ("alpha", "tokens", *SEEDS)]
 """Factors that two compared runs have in common. Recipe and seed are the others."""
 
 
@@ -46,9 +47,15 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
         folders: Runs that may reach the goal.
 
     Raises:
-        UserError: If no run of one sweep has a counterpart in the other.
+        UserError: If no run of one sweep has a counterpart in the other, or runs of a sweep differ in
+            more than these factors and their seeds.
     """
-    summaries = {_key(run): run.summary for run in finished_runs(others)}
+    by_key: dict[tuple[tuple[str, ...], str], list[FinishedRun]] = defaultdict(list)
+    for run in finished_runs(others):
+        by_key[_key(run)].append(run)
+    for runs in by_key.values():
+        check_repeats(runs, "runs of the first sweep")
+    summaries = {key: runs[0].summary for key, runs in by_key.items()}
     groups: dict[tuple[str, ...], list[tuple[FinishedRun, dict[str, Any]]]] = defaultdict(list)
     for run in finished_runs(folders):
         shared, seed = _key(run)
@@ -62,6 +69,7 @@ def savings(others: Sequence[RunFolder], folders: Sequence[RunFolder]) -> list[S
         )
     rows = []
     for shared, pairs in groups.items():
+        check_repeats([run for run, _ in pairs], "runs of the second sweep")
         tokens, seconds = [], []
         for run, reference in pairs:
             curve, goal = run.folder.read_curve(), reference["gap_closed"]
@@ -103,4 +111,4 @@ def savings_table(rows: Sequence[Saving]) -> Table:
 
 def _key(run: FinishedRun) -> tuple[tuple[str, ...], str]:
     """The factors that a run has in common with its counterpart, and its seed."""
-    return tuple(text(run.factors[name]) for name in _SHARED), text(run.factors[SEED])
+    return tuple(text(run.factors[name]) for name in _SHARED), text(run.factors[SEEDS[0]])

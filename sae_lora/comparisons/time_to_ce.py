@@ -1,6 +1,5 @@
 """Time that LoRA around an SAE needs to reach the CE of an SAE trained end to end."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,10 @@ from sae_lora.common.plots import COLOURS, finished, logarithmic
 from sae_lora.comparisons.interpolate import first_reached, speedup, value_at
 from sae_lora.config.enums import Method
 from sae_lora.config.serialize import load
+from sae_lora.records.factors import ORIGINS, differing, finished_runs, label, text
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import in_whole_words, right_aligned, spread
+from sae_lora.report.repeats import check_repeats, in_words
+from sae_lora.report.tables import in_whole_words, right_aligned
 
 COSTS = ("train_seconds", "train_flops")
 """Fields of a curve's points that measure the cost of training."""
@@ -29,6 +30,8 @@ class Branch:
 
     at: float
     """Share of the SAE's training after which it was saved."""
+    settings: dict[str, str]
+    """The other factors in which runs of LoRA differ, without the seeds."""
     seed: int
     ce: float
     """Held-out cross-entropy that both reach, in nats per token: the higher of their final values."""
@@ -70,21 +73,28 @@ def compare(folders: Sequence[RunFolder]) -> list[Branch]:
         folders: Runs of `experiment=time_to_ce` or of a similar one, with method=sae, lora and e2e.
 
     Raises:
-        UserError: If one of the three methods is missing.
+        UserError: If one of the three methods is missing, or several runs of e2e have the same seed.
     """
     runs = [_Run(folder) for folder in folders if folder.is_finished]
+    finished = {run.folder.path: run for run in finished_runs(folders)}
+    loras = _of(runs, Method.lora)
+    names = differing([finished[lora.folder.path].factors for lora in loras])
+    names = [name for name in names if name not in ("init_at", *ORIGINS)]
     branches = []
-    for lora in _of(runs, Method.lora):
-        sae = lora.previous()
-        branches += [
-            _branch(lora, sae, e2e) for e2e in _of(runs, Method.e2e) if e2e.matching() == lora.matching()
-        ]
+    for lora in loras:
+        matching = [e2e for e2e in _of(runs, Method.e2e) if e2e.matching() == lora.matching()]
+        check_repeats(
+            [finished[e2e.folder.path] for e2e in matching], "runs of method=e2e with the same seed"
+        )
+        factors = finished[lora.folder.path].factors
+        settings = {label(name): text(factors.get(name)) for name in names}
+        branches += [_branch(lora, lora.previous(), e2e, settings) for e2e in matching]
     if not branches:
         raise UserError(
             "no finished run of method=lora that begins with an SAE (init=) has a finished counterpart "
             "of method=e2e with the same model, block and seed"
         )
-    return sorted(branches, key=lambda branch: (branch.at, branch.seed))
+    return sorted(branches, key=lambda branch: (branch.at, str(branch.settings), branch.seed))
 
 
 def _of(runs: Sequence[_Run], kind: Method) -> list[_Run]:
@@ -93,12 +103,13 @@ def _of(runs: Sequence[_Run], kind: Method) -> list[_Run]:
     return [run for run in chosen if kind is not Method.lora or run.config.init is not None]
 
 
-def _branch(lora: _Run, sae: _Run, e2e: _Run) -> Branch:
+def _branch(lora: _Run, sae: _Run, e2e: _Run, settings: dict[str, str]) -> Branch:
     lora_ce, e2e_ce = lora.curve[-1].student_ce, e2e.curve[-1].student_ce
     ce = max(lora_ce, e2e_ce)
     sae_costs = {cost: _saved_at(sae, lora.config.init_at, cost) for cost in COSTS}
     return Branch(
         at=lora.config.init_at,
+        settings=settings,
         seed=lora.config.train.seed,
         ce=ce,
         lora_ce=lora_ce,
@@ -122,27 +133,39 @@ def _saved_at(run: _Run, share: float, cost: str) -> float:
 
 
 def table(branches: Sequence[Branch]) -> Table:
-    """A row for each share of the SAE's training: medians over seeds, with the range in brackets.
+    """A row for each share of the SAE's training: means over seeds, with 95% intervals.
 
     `LoRA alone` is the factor of time that LoRA saves if the SAE already exists.
     """
-    columns = "SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e", "times sooner"
+    settings = list(branches[0].settings)
+    columns = (
+        *settings,
+        "SAE trained to",
+        "LoRA ends at",
+        "e2e ends at",
+        "SAE and LoRA",
+        "e2e",
+        "times sooner",
+    )
     rows = right_aligned(
         "training to the same cross-entropy",
-        [*columns, "times fewer FLOPs", "LoRA alone", "seeds"],
+        [*settings, *columns, "times fewer FLOPs", "LoRA alone", "seeds"],
     )
     seconds, flops = COSTS
-    for at in sorted({branch.at for branch in branches}):
-        seeds = [branch for branch in branches if branch.at == at]
+    groups: dict[tuple[object, ...], list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault((branch.at, *branch.settings.values()), []).append(branch)
+    for seeds in groups.values():
         rows.add_row(
-            f"{at:.0%}",
-            f"{statistics.median(seed.lora_ce for seed in seeds):.3f}",
-            f"{statistics.median(seed.e2e_ce for seed in seeds):.3f}",
-            f"{statistics.median(seed.lora[seconds] for seed in seeds):.0f} s",
-            f"{statistics.median(seed.e2e[seconds] for seed in seeds):.0f} s",
-            spread([seed.e2e[seconds] / seed.lora[seconds] for seed in seeds]),
-            f"{statistics.median(seed.e2e[flops] / seed.lora[flops] for seed in seeds):.1f}",
-            f"{statistics.median(_sooner_alone(seed, seconds) for seed in seeds):.1f}",
+            *seeds[0].settings.values(),
+            f"{seeds[0].at:.0%}",
+            in_words([seed.lora_ce for seed in seeds], ".3f"),
+            in_words([seed.e2e_ce for seed in seeds], ".3f"),
+            f"{in_words([seed.lora[seconds] for seed in seeds], '.0f')} s",
+            f"{in_words([seed.e2e[seconds] for seed in seeds], '.0f')} s",
+            in_words([seed.e2e[seconds] / seed.lora[seconds] for seed in seeds], ".1f"),
+            in_words([seed.e2e[flops] / seed.lora[flops] for seed in seeds], ".1f"),
+            in_words([_sooner_alone(seed, seconds) for seed in seeds], ".1f"),
             str(len(seeds)),
         )
     return in_whole_words(rows)

@@ -1,13 +1,12 @@
-"""Composition of configs through Hydra, with errors as one clear message."""
+"""Composition of configs through Hydra."""
 
 import os
 import re
-import shlex
 import sys
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import hydra
@@ -15,14 +14,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sae_lora.common.console import complain
-from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
-from sae_lora.config.schema import Config
-from sae_lora.config.serialize import PLAIN_TEXT, keys, typed, unknown_key, written
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.explain import (
+    RENAMED_GROUPS,
+    asks_for_help,
+    check_words,
+    is_sweep,
+    mistakes_explained,
+)
+from sae_lora.config.schema import Config, TrackingConfig
+from sae_lora.config.serialize import PLAIN_TEXT, keys, typed, written
 from sae_lora.config.validate import check
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -30,10 +36,16 @@ ConfigStore.instance().store(name="schema", node=Config)
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
 """Folder of the config values: in the installed package, or beside it in a clone of the repository."""
-RENAMED_GROUPS = {"arm": "variant"}
-"""Names of config groups in version 0.1, with their present names."""
-TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
-"""Hydra's environment variable that makes it print tracebacks."""
+PROJECT = "sae_lora"
+"""The W&B project if neither the config nor a variable names one."""
+VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "name": "WANDB_NAME",
+    "notes": "WANDB_NOTES",
+    "dir": "WANDB_DIR",
+}
+"""W&B's variable for each text of `tracking`. `WANDB_TAGS` is a list; `tracking/` reads `WANDB_MODE`."""
 
 
 def checked(composed: DictConfig) -> Config:
@@ -43,8 +55,26 @@ def checked(composed: DictConfig) -> Config:
         ConfigError: If a value or a combination is impossible.
     """
     config = typed(composed)
+    config.tracking = with_variables(config.tracking)
     check(config)
     return config
+
+
+def with_variables(tracking: TrackingConfig) -> TrackingConfig:
+    """The settings of W&B, with the values of its own variables where they are null."""
+    values = {key: getattr(tracking, key) or os.environ.get(name) for key, name in VARIABLES.items()}
+    tags = os.environ.get("WANDB_TAGS", "").split(",")
+    return replace(
+        tracking,
+        **values | {"project": values["project"] or PROJECT},
+        tags=tracking.tags or [tag.strip() for tag in tags if tag.strip()],
+    )
+
+
+@cache
+def groups() -> frozenset[str]:
+    """The config groups: `model`, `experiment`."""
+    return frozenset(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
 @cache
@@ -67,32 +97,48 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
         UserError: For an impossible point.
     """
     composed: list[DictConfig] = []
+    dispatched: list[float] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def collect(point: DictConfig) -> float | None:
         if _is_dispatched_by_hydra():
-            return run_now(checked(point))
+            dispatched.append(run_now(checked(point)))
+            return dispatched[-1]
+        _check_is_sweep()
         composed.append(point)
         return None
 
-    words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
+    words = [with_quoted_text(_as_override(word)) for word in with_options_first(arguments)]
+    check_words(words, groups(), lambda key: attrgetter(key)(default()))
     original_argv = sys.argv
     # hydra.main reads its arguments only from sys.argv.
     sys.argv = [original_argv[0], *words]
     try:
-        with mistakes_explained():
+        with mistakes_explained(words, (ValueError, OSError, RecursionError)):
             collect()
-            return [checked(point) for point in composed]
+        with mistakes_explained(words):
+            found = [checked(point) for point in composed]
     finally:
         sys.argv = original_argv
+    if is_sweep(words) and not (found or dispatched or asks_for_help(words)):
+        empty = ", ".join(word for word in words if "(" in word) or " ".join(words)
+        raise UserError(f"this sweep has no points: {empty} stands for no value")
+    return found
 
 
 def with_options_first(arguments: Sequence[str]) -> list[str]:
     """The arguments with overrides last: Hydra does not read options after overrides."""
-    return sorted(arguments, key=lambda word: "=" in word and not word.startswith("-"))
+    overrides = map(_without_dashes, arguments)
+    return sorted(overrides, key=lambda word: "=" in word and not word.startswith("-"))
 
 
-def _with_new_names(argument: str) -> str:
+def _without_dashes(argument: str) -> str:
+    """The argument without the two dashes before a key, as `wandb agent` writes it: `--lora.rank=4`."""
+    key, equals, _ = argument.removeprefix("--").partition("=")
+    return argument.removeprefix("--") if equals and (key in keys() or key in groups()) else argument
+
+
+def _as_override(argument: str) -> str:
     """The argument with the present name of its group, if it uses a name of version 0.1."""
     for old, new in RENAMED_GROUPS.items():
         if argument.startswith(f"{old}="):
@@ -148,80 +194,23 @@ def _quoted_part(part: str) -> str:
     return part if is_read else written(part)
 
 
+def _check_is_sweep() -> None:
+    """Refuse the values of a sweep in a file, if the command composes a single point.
+
+    Raises:
+        UserError: Names the keys, whose values would have no effect.
+    """
+    chosen = HydraConfig.get()
+    params = getattr(chosen.sweeper, "params", None)
+    if chosen.mode is not RunMode.MULTIRUN and params:
+        raise UserError(
+            f"the chosen files have a sweep over {', '.join(params)}, and this command is of one run\n"
+            "  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
+        )
+
+
 def _is_dispatched_by_hydra() -> bool:
     """True if the user chose another launcher or sweeper than Hydra's basic ones."""
     chosen = HydraConfig.get()
     basic = "hydra._internal.core_plugins.basic_"
     return not all(part._target_.startswith(basic) for part in (chosen.launcher, chosen.sweeper))
-
-
-@contextmanager
-def mistakes_explained() -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf inside the block into one that names the field and the value.
-
-    Raises:
-        UserError: Replaces these errors.
-    """
-    previous = os.environ.get(TRACEBACK_VARIABLE)
-    os.environ[TRACEBACK_VARIABLE] = "1"  # otherwise Hydra prints errors itself and exits
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explanation(error)) from error
-    finally:
-        del os.environ[TRACEBACK_VARIABLE]
-        if previous is not None:
-            os.environ[TRACEBACK_VARIABLE] = previous
-
-
-def explanation(error: BaseException) -> str:
-    """The mistake of the user in terms of fields and values, whichever library raised the error."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        return _explain_choice(error.missing_cfg_file or "", error.options)
-    if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
-        quoted = shlex.quote(f'{key}="{value}"')
-        return (
-            f"{error.override} cannot be read: {str(error).splitlines()[0]}\n"
-            f"  text with special characters needs quotes inside quotes: {quoted}"
-        )
-    for cause in causes(error):
-        text = str(cause)
-        if isinstance(cause, ValidationError) and getattr(cause, "full_key", None):
-            return _explain_type(str(cause.full_key), text)
-        if "Key 'experiment' not in 'Config'" in text or "Key 'variant' not in 'Config'" in text:
-            return "the YAML file of an experiment or variant must begin with `# @package _global_`"
-        if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
-            key = (match[1] or match[2]).split("@")[0]
-            if key in RENAMED_GROUPS:
-                return f"the config group `{key}` is called `{RENAMED_GROUPS[key]}` now"
-            if key not in keys():
-                return str(unknown_key(key))
-    first, *more = str(error).splitlines()
-    return "\n  ".join([first, *(line for line in more if TRACEBACK_VARIABLE not in line)])
-
-
-def _explain_choice(path: str, options: Sequence[str]) -> str:
-    group, _, choice = path.rpartition("/")
-    nearest = nearest_name(choice, options)
-    name = path.removeprefix("model/")
-    if name != path and ("/" in name or Path(name).is_dir()):  # the name of a model, not of an option
-        group, choice, nearest = "model", name, f"hf model.name={name}"
-    return str(ConfigError(group, choice, f"one of {listed(options, 40)}", nearest))
-
-
-def _explain_type(key: str, text: str) -> str:
-    match = re.search(r"[Vv]alue '(.*?)'", text)
-    got = match[1] if match else "?"
-    kind = keys().get(key)
-    optional = " or null" if "None" in str(kind) else ""
-    for part in (kind, *typing.get_args(kind)):
-        if members := getattr(part, "__members__", None):
-            allowed = f"one of {listed(members)}{optional}"
-            return str(ConfigError(key, got, allowed, nearest_name(got, members)))
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    allowed = next((word for name, word in words.items() if name in str(kind)), str(kind))
-    nearest = round(float(got)) if kind is int and re.fullmatch(r"-?\d+(\.\d+)?", got) else None
-    return str(ConfigError(key, got, allowed + optional, nearest))

@@ -133,9 +133,10 @@ class LauncherKind(enum.Enum):
 
 
 class TrackingMode(enum.Enum):
-    """Mode of Weights & Biases."""
+    """Mode of Weights & Biases; or Trackio in its place."""
 
     auto = "auto"
     online = "online"
     offline = "offline"
     disabled = "disabled"
+    trackio = "trackio"

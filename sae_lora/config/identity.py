@@ -1,5 +1,6 @@
 """The hash and the name of a run, and the key of runs that may train together."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -56,50 +57,59 @@ def identity(config: Config) -> str:
     It is equal for two configs with equal results by construction: it leaves out output folders,
     launcher, tracking and the request for an SAE, which `sae.used` answers.
     """
-    values = _without(as_dict(config), _NOT_HASHED)
-    for choice in values["sae"]["used"]:
+    return identity_of(as_dict(config))
+
+
+def identity_of(values: dict[str, Any]) -> str:
+    """The hash, as `identity`, of a config as plain values: from `as_dict` or `completed`."""
+    kind = Method[values["method"]["kind"]]
+    keeps_first = _keeps_first(values)
+    values = _without(copy.deepcopy(values), _NOT_HASHED)
+    sae, lora, train = values["sae"], values["lora"], values["train"]
+    for choice in sae["used"]:
         del choice["commit"]
         _leave_out_path(choice, "adapter")
         if choice["hook"] == Hook.resid_post.name:  # as in versions that had no other hooks
             del choice["hook"]
         if not choice["group"]:
             del choice["group"]
-    if config.data.bos == "auto":  # as in versions that had no other choice
+    if values["data"]["bos"] == "auto":  # as in versions that had no other choice
         del values["data"]["bos"]
-    if config.sae.family is not SAEFamily.new:
-        del values["sae"]["architecture"]
-    if not _keeps_first(config):
-        del values["sae"]["keep_first"]
-    if config.sae.outlier_norm is None:
-        del values["sae"]["outlier_norm"]
-    if config.sae.sparsity_coefficient is None or config.method.kind not in TRAINING_SAES:
-        del values["sae"]["sparsity_coefficient"]
-    if names := _METHOD_KEYS[config.method.kind]:
+    if sae["family"] != SAEFamily.new.name:
+        del sae["architecture"]
+    if not keeps_first:
+        del sae["keep_first"]
+    if sae["outlier_norm"] is None:
+        del sae["outlier_norm"]
+    if sae["sparsity_coefficient"] is None or kind not in TRAINING_SAES:
+        del sae["sparsity_coefficient"]
+    if names := _METHOD_KEYS[kind]:
         values["method"] = {name: values["method"][name] for name in names}
     else:  # as in versions that had no other methods
         del values["method"]
-    if config.method.kind in ADAPTING:
-        _leave_out_path(values["lora"], "begun")
-        if not config.lora.dora:
-            del values["lora"]["dora"]
-        if config.lora.selection is None:
-            del values["lora"]["selection"]
+    if kind in ADAPTING:
+        _leave_out_path(lora, "begun")
+        if not lora["dora"]:
+            del lora["dora"]
+        if lora["selection"] is None:
+            del lora["selection"]
     else:
         del values["lora"]
-    if config.method.kind not in (Method.lora, Method.lora_sae):
-        del values["train"]["loraplus_ratio"]
-    if config.method.kind is Method.sae:
+    if kind not in (Method.lora, Method.lora_sae):
+        del train["loraplus_ratio"]
+    if kind is Method.sae:
         values = _without(values, {"train": _UNUSED_BY_SAE})
     return hashlib.sha256(_canonical(values).encode()).hexdigest()[:8]
 
 
-def _keeps_first(config: Config) -> bool:
+def _keeps_first(values: Mapping[str, Any]) -> bool:
     """False if the run treats first positions as version 0.1 did, which had no rule for them."""
-    if config.sae.keep_first is not None:
-        return config.sae.keep_first
+    if values["sae"]["keep_first"] is not None:
+        return values["sae"]["keep_first"]
     # Other SAEs that were trained without these positions did not exist then. The embedded model's text
     # always begins with BOS, which keeps its activation anyway.
-    return config.sae.family is SAEFamily.new and config.model.name != EMBEDDED_NAME
+    is_new = values["sae"]["family"] == SAEFamily.new.name
+    return is_new and values["model"]["name"] != EMBEDDED_NAME
 
 
 def _leave_out_path(values: dict[str, Any], name: str) -> None:

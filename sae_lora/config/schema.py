@@ -382,14 +382,24 @@ class LauncherConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. Does not change results."""
+    """Weights & Biases, or Trackio in its place. Does not change results."""
 
     mode: TrackingMode = TrackingMode.auto
-    """auto (online if logged in and the server answers, else offline), online, offline or disabled."""
-    project: str = "sae_lora"
-    """W&B project."""
+    """auto (online if logged in and the server answers, else offline), online, offline, disabled, or
+    trackio (in place of W&B, on this machine only)."""
+    project: str | None = None
+    """W&B project; null: WANDB_PROJECT, or else sae_lora."""
     entity: str | None = None
-    """W&B user or team; null: the account's default."""
+    """W&B user or team; null: WANDB_ENTITY, or else the account's default."""
+    name: str | None = None
+    """Name of the run in W&B; null: WANDB_NAME, or else the name of its folder without the hash. In a
+    sweep, what varies stands before it."""
+    tags: list[str] = field(default_factory=list)
+    """More tags in W&B; empty: WANDB_TAGS."""
+    notes: str | None = None
+    """A text about the run in W&B; null: WANDB_NOTES."""
+    dir: str | None = None
+    """Folder of W&B's own files; null: WANDB_DIR, or else the run folder."""
     finish_timeout_s: float = 30.0
     """Seconds that the end of a run may wait for uploads."""
 

@@ -3,14 +3,15 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
 
 from sae_lora.common.errors import UserError, listed, nearest_name
-from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
+from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, SAEChoice
 
 
 def typed(composed: DictConfig) -> Config:
@@ -52,6 +53,59 @@ def load(text: str) -> Config:
     loaded = OmegaConf.create(text)
     assert isinstance(loaded, DictConfig)
     return typed(loaded)
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a `config.yaml`, with the defaults of keys that it lacks: as `as_dict` gives them.
+
+    Much quicker than `load`, for commands that read hundreds of run folders.
+
+    Raises:
+        UserError: For a key that the schema does not have, and for a key without a value.
+    """
+    complete = _filled(Config, values, "")
+    used = complete["sae"]["used"]
+    complete["sae"]["used"] = [_filled(SAEChoice, choice, "sae.used.") for choice in used]
+    return complete
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values of a config by dotted key, without the groups. Lists stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= leaves(value, f"{key}.") if key in _groups() else {key: value}
+    return flat
+
+
+@cache
+def _groups() -> set[str]:
+    return {key for key, kind in keys().items() if dataclasses.is_dataclass(kind)}
+
+
+def _filled(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Values of a group, with its defaults."""
+    if unknown := [name for name in values if name not in _defaults(schema)]:
+        raise unknown_key(f"{prefix}{unknown[0]}")
+    filled = {}
+    for name, (default, kind) in _defaults(schema).items():
+        value = values.get(name, default)
+        if dataclasses.is_dataclass(kind):
+            value = _filled(typing.cast(type, kind), value, f"{prefix}{name}.")
+        elif kind in (float, float | None) and isinstance(value, int):
+            value = float(value)
+        if value == MISSING:
+            raise UserError(f"{prefix}{name} has no value")
+        filled[name] = value
+    return filled
+
+
+@cache
+def _defaults(schema: type) -> dict[str, tuple[Any, Any]]:
+    """The default of each key of a group as a plain value, and the key's type."""
+    plain = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    types = typing.get_type_hints(schema)
+    return {name: (value, types[name]) for name, value in typing.cast(dict[str, Any], plain).items()}
 
 
 PLAIN_TEXT = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
@@ -101,6 +155,9 @@ def unknown_key(key: str) -> UserError:
     siblings = siblings or [known_key for known_key in known if "." not in known_key]
     by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in [*known, *siblings]}
     lines = [f"there is no key {key}", f"  existing keys: {listed(siblings, 30)}"]
-    if (nearest := nearest_name(name, by_last_part)) is not None:
-        lines.append(f"  nearest valid: {by_last_part[nearest]}")
+    whole = nearest_name(key.replace("_", "."), known)  # lora_rank for lora.rank
+    last = nearest_name(name, by_last_part)
+    nearest = whole if "_" in key and "." not in key and whole else last and by_last_part[last]
+    if nearest is not None:
+        lines.append(f"  nearest valid: {nearest}")
     return UserError("\n".join(lines))

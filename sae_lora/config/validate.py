@@ -1,21 +1,27 @@
 """Checks of a config beyond types: impossible values and combinations."""
 
-import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from importlib import util
 from operator import attrgetter
-from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.files import LONGEST_NAME
-from sae_lora.common.secrets import secret_in
-from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily, TextSource
+from sae_lora.config.enums import (
+    Architecture,
+    Device,
+    LauncherKind,
+    Method,
+    SAEFamily,
+    Suite,
+    TextSource,
+    TrackingMode,
+)
 from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, LauncherConfig, as_list
-from sae_lora.config.value_checks import check_blocks, check_repeats, is_whole, refusal
+from sae_lora.config.value_checks import check_blocks, check_repeats, check_texts, is_whole, refusal
 
 
 def check(config: Config) -> None:
@@ -24,7 +30,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: Names the field, its value, the allowed values and the nearest valid value.
     """
-    _check_secrets(config)  # first, because other messages show the value
+    check_texts(config)  # first, because other messages show the value
     _check_ranges(config)
     _check_names(config)
     _check_homes(config)
@@ -39,38 +45,28 @@ def check(config: Config) -> None:
     _check_lora(config)
     _check_steering(config)
     _check_saebench(config)
+    _check_packages(config)
 
 
-def _check_secrets(config: Config) -> None:
-    for key, name, text in _texts(dataclasses.asdict(config)):
-        if secret_in(text) or secret_in(f"{name}={text}"):
-            raise ConfigError(
-                key,
-                "***",
-                "a value without keys, tokens or passwords; put them into environment variables, or use "
-                "`hf auth login` and `wandb login`",
-                because="it looks like a secret, and configs are saved and shown",
-            )
-
-
-def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every text in nested values, as (config key, innermost name, text)."""
-    match values:
-        case dict():
-            for inner, value in values.items():
-                # The schema has two levels; deeper values belong to one key.
-                yield from _texts(value, f"{key}.{inner}".lstrip(".") if "." not in key else key, inner)
-        case list():
-            for value in values:
-                yield from _texts(value, key, name)
-        case str():
-            yield key, name, values
+def _check_packages(config: Config) -> None:
+    """Refuse what needs a package that is not installed."""
+    if config.tracking.mode is TrackingMode.trackio and util.find_spec("trackio") is None:
+        allowed = "another one, or after `pip install 'sae_lora[trackio]'`"
+        raise ConfigError("tracking.mode", "trackio", allowed, "auto")
+    evaluation = config.evaluation
+    needs_lm_eval = Suite.tasks in evaluation.suites or (
+        Suite.downstream in evaluation.suites and bool(evaluation.tasks)
+    )
+    if needs_lm_eval and util.find_spec("lm_eval") is None:
+        allowed = "suites without tasks, or after `pip install 'sae_lora[downstream]'`"
+        suites = [suite.name for suite in evaluation.suites]
+        raise ConfigError("evaluation.suites", suites, allowed)
 
 
 _POSITIVE = (
     *("layer.every", "layer.n_groups", "lora.rank", "method.rank", "method.epsilon"),
     *("method.dead_after_tokens", "method.buffer_tokens"),
-    *("sae.sparsity_coefficient", "data.context_length", "data.validation_tokens"),
+    *("sae.sparsity_coefficient", "data.validation_tokens"),
     *("data.shuffle_buffer", "train.train_tokens", "train.batch_size", "train.micro_batch_size"),
     *("train.lr", "train.loraplus_ratio", "train.kl_chunk_tokens", "train.eval_every_tokens"),
     *("train.eval_batch_tokens", "train.checkpoint_every_steps", "evaluation.resamples"),
@@ -133,7 +129,7 @@ def _check_names(config: Config) -> None:
         if not getattr(config, key).strip():
             raise refusal(config, key, "the name of a folder", "main")
     if "/" in config.sweep or config.sweep in {".", ".."}:
-        nearest = config.sweep.strip("./").replace("/", "_")
+        nearest = config.sweep.strip("./").replace("/", "_") or "main"
         raise refusal(config, "sweep", "one folder name", nearest)
     length = len(config.sweep.encode())
     if length > LONGEST_NAME:

@@ -1,9 +1,13 @@
-"""Refusals of single values of a config, and checks of lists."""
+"""Refusals of single values of a config, and checks of lists and texts."""
 
+import dataclasses
+import unicodedata
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 from sae_lora.common.errors import ConfigError
+from sae_lora.common.secrets import secret_in
 from sae_lora.config.schema import Config, as_list
 
 
@@ -38,3 +42,43 @@ def check_repeats(config: Config, key: str, entry: str) -> None:
     distinct = list(dict.fromkeys(entries))
     if len(distinct) < len(entries):
         raise refusal(config, key, f"each {entry} once", distinct)
+
+
+def check_texts(config: Config) -> None:
+    """Refuse secrets and control characters in any text of a config."""
+    _check_secrets(config)
+    _check_characters(config)
+
+
+def _check_secrets(config: Config) -> None:
+    for key, name, text in _texts(dataclasses.asdict(config)):
+        if secret_in(text) or secret_in(f"{name}={text}"):
+            raise ConfigError(
+                key,
+                "***",
+                "a value without keys, tokens or passwords; put them into environment variables, or use "
+                "`hf auth login` and `wandb login`",
+                because="it looks like a secret, and configs are saved and shown",
+            )
+
+
+def _check_characters(config: Config) -> None:
+    """Refuse line breaks and other control characters: a line of an sbatch script could end there."""
+    for key, _, text in _texts(dataclasses.asdict(config)):
+        if key != "tracking.notes" and any(unicodedata.category(letter) == "Cc" for letter in text):
+            allowed = "text without line breaks, tabs and other control characters"
+            raise ConfigError(key, text, allowed)
+
+
+def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every text in nested values, as (config key, innermost name, text)."""
+    match values:
+        case dict():
+            for inner, value in values.items():
+                # The schema has two levels; deeper values belong to one key.
+                yield from _texts(value, f"{key}.{inner}".lstrip(".") if "." not in key else key, inner)
+        case list():
+            for value in values:
+                yield from _texts(value, key, name)
+        case str():
+            yield key, name, values

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -11,6 +12,52 @@ from sae_lora.records.folder import RunFolder
 
 Results = Mapping[str, Any]
 """Results of a suite, as in its record."""
+Number = float | Mapping[str, float | None] | None
+"""A headline number: alone, or with the bounds of its interval; `None` if undefined."""
+MEANINGS = {
+    "core/harm": ("nats/token", "rise of the plain model's CE by the adapters, without an SAE"),
+    "core/CE recovered": ("share", "(CE with zeros at the SAE's place − student CE) / (… − base CE)"),
+    "core/reverse KL": ("nats/token", "KL(student ‖ plain model)"),
+    "core/tokens worse": ("share", "tokens whose loss is higher with the adapters than without"),
+    "core/cosine": ("", "between the SAE's input and its output, after training"),
+    "core/dead latents": ("share", "latents that no held-out token makes active"),
+    "mechanism/L2 at the end": ("", "distance from the plain model's stream, after the last block"),
+    "mechanism/L2 shortened": ("share", "by which the adapters reduce this distance"),
+    "mechanism/cosine shortened": ("share", "by which they reduce 1 − cosine, after the last block"),
+    "lora/‖ΔW‖ / ‖W‖": ("", "norm of an adapter's change of its matrix, mean over matrices"),
+    "lora/effective rank": ("", "directions that a change uses: exp of its singular values' entropy"),
+    "lora/amplification": ("", "‖ΔW‖ relative to W in the directions of ΔW, median over matrices"),
+}
+"""The unit and the meaning of headline numbers that every run has."""
+OF_SUITE = {
+    Suite.tasks: "the first metric of each task, for each model (base, spliced, student, adapted)",
+    Suite.steering: (
+        "for each model: change of the log-probability of texts that show a latent by its direction, "
+        "minus that of other texts, in nats/token"
+    ),
+    Suite.saebench: "the metric that SAEBench shows first, in the plain and in the adapted model",
+}
+"""What the numbers of other suites are."""
+COVERAGE = {Suite.mechanism: 0.9}
+"""Coverage of the intervals of a suite, if it is not 95%."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A headline number with its 95% interval, if it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Three digits, with the interval in brackets."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
 SHOWN_FIRST = {
     "core": "ce_loss_score",
     "sparse_probing": "sae_top_1_test_accuracy",
@@ -23,13 +70,25 @@ SHOWN_FIRST = {
 
 def headlines(folder: RunFolder) -> dict[str, float]:
     """Headline numbers of a run by `suite/name`, from its suites' records."""
-    numbers = {}
-    for suite, numbers_of in _HEADLINES.items():
+    return {name: each.value for name, each in measured(folder).items()}
+
+
+def measured(folder: RunFolder) -> dict[str, Headline]:
+    """The headline numbers with their intervals, as `headlines`."""
+    found = {}
+    for suite, headlines_of in _HEADLINES.items():
         if (record := suite_records.read(folder, suite)) is not None:
-            for name, value in numbers_of(record.results).items():
-                if value is not None:
-                    numbers[f"{suite.name}/{name}"] = value
-    return numbers
+            for name, number in headlines_of(record.results).items():
+                if (headline := _headline(number)) is not None:
+                    found[f"{suite.name}/{name}"] = headline
+    return found
+
+
+def _headline(number: Number) -> Headline | None:
+    if number is None or isinstance(number, int | float):
+        return None if number is None else Headline(number)
+    value = number["value"]
+    return None if value is None else Headline(value, number.get("low"), number.get("high"))
 
 
 def first_metric(task: Mapping[str, Any]) -> str:
@@ -37,28 +96,28 @@ def first_metric(task: Mapping[str, Any]) -> str:
     return next(iter(task["higher_is_better"]))
 
 
-def _core(results: Results) -> dict[str, float | None]:
+def _core(results: Results) -> dict[str, Number]:
     saes = [reconstruction["after"] for reconstruction in results["saes"].values()]
     return {
-        "harm": _value(results["harm"]),
-        "CE recovered": _value(results["recovered"]["zero"]["student"]),
-        "reverse KL": _value(results["distance"]["student"]["reverse_kl"]),
+        "harm": results["harm"],
+        "CE recovered": results["recovered"]["zero"]["student"],
+        "reverse KL": results["distance"]["student"]["reverse_kl"],
         "tokens worse": results["loss_change"].get("student over spliced", {}).get("worse"),
         "cosine": mean(sae["cosine"] for sae in saes),
         "dead latents": mean(sae["dead"] for sae in saes),
     }
 
 
-def _mechanism(results: Results) -> dict[str, float | None]:
+def _mechanism(results: Results) -> dict[str, Number]:
     shortened = results["shortened"] or {}
     return {
-        "L2 at the end": results["distance"]["student"]["l2"][-1]["value"],
-        "L2 shortened": _value(shortened.get("l2")),
-        "cosine shortened": _value(shortened.get("cosine")),
+        "L2 at the end": results["distance"]["student"]["l2"][-1],
+        "L2 shortened": shortened.get("l2"),
+        "cosine shortened": shortened.get("cosine"),
     }
 
 
-def _lora(results: Results) -> dict[str, float | None]:
+def _lora(results: Results) -> dict[str, Number]:
     matrices = results["matrices"]
     ranks, amplifications = (
         [matrix[key] for matrix in matrices if matrix[key] is not None]
@@ -71,21 +130,21 @@ def _lora(results: Results) -> dict[str, float | None]:
     }
 
 
-def _tasks(results: Results) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
+def _tasks(results: Results) -> dict[str, Number]:
+    values: dict[str, Number] = {}
     for name, task in results["scores"].items():
         metric = first_metric(task)
         for cell, scores in task["cells"].items():
             if metric in scores:
-                values[f"{name} {metric}, {cell}"] = scores[metric]["value"]
+                values[f"{name} {metric}, {cell}"] = _with_error(scores[metric])
     return values
 
 
-def _steering(results: Results) -> dict[str, float | None]:
-    return {cell: _value(effect["difference"]) for cell, effect in results["cells"].items()}
+def _steering(results: Results) -> dict[str, Number]:
+    return {cell: effect["difference"] for cell, effect in results["cells"].items()}
 
 
-def _saebench(results: Results) -> dict[str, float | None]:
+def _saebench(results: Results) -> dict[str, Number]:
     """Means over SAEs."""
     values: dict[str, list[float]] = defaultdict(list)
     for benchmarks in results["scores"].values():
@@ -96,7 +155,7 @@ def _saebench(results: Results) -> dict[str, float | None]:
     return {name: mean(of_saes) for name, of_saes in values.items()}
 
 
-_HEADLINES: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
+_HEADLINES: dict[Suite, Callable[[Results], dict[str, Number]]] = {
     Suite.core: _core,
     Suite.mechanism: _mechanism,
     Suite.lora: _lora,
@@ -106,5 +165,9 @@ _HEADLINES: dict[Suite, Callable[[Results], dict[str, float | None]]] = {
 }
 
 
-def _value(interval: Mapping[str, float | None] | None) -> float | None:
-    return None if interval is None else interval["value"]
+def _with_error(score: Mapping[str, Any]) -> Number:
+    """A score of a task with the interval that its standard error gives."""
+    value, error = score["value"], score.get("stderr")
+    if value is None or error is None:
+        return value
+    return {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error}

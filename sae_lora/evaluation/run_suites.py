@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sae_lora.common.console import Report, complain, say, stage_display
 from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
-from sae_lora.config.compose import checked, explanation
+from sae_lora.config.compose import checked
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.explain import explanation
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
 from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench

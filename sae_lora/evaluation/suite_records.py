@@ -49,9 +49,15 @@ def write_failure(folder: RunFolder, suite: Suite, message: str, details: str) -
 
 
 def failure(folder: RunFolder, suite: Suite) -> str | None:
-    """Why the last attempt at a suite failed, in one line; `None` if it did not fail."""
+    """Why the last attempt at a suite failed, or why its record cannot be read, in one line.
+
+    `None` if neither is so.
+    """
     path = _failure(folder, suite)
-    return path.read_text().partition("\n")[0] if path.exists() else None
+    if path.exists():
+        return path.read_text(errors="replace").partition("\n")[0]
+    content = _content(folder, suite)
+    return content if isinstance(content, str) else None
 
 
 def _failure(folder: RunFolder, suite: Suite) -> Path:
@@ -59,12 +65,21 @@ def _failure(folder: RunFolder, suite: Suite) -> Path:
 
 
 def read(folder: RunFolder, suite: Suite) -> Record | None:
-    """The record of a suite; `None` if it is missing or of another version."""
+    """The record of a suite; `None` if it is missing, damaged or of another version."""
+    content = _content(folder, suite)
+    return content if isinstance(content, Record) else None
+
+
+def _content(folder: RunFolder, suite: Suite) -> Record | str | None:
+    """The record of a suite; `None` without one; the cause if it cannot be read."""
     path = folder.evaluation / f"{suite.name}.json"
-    if not path.exists():
+    try:
+        record = Record(**json.loads(path.read_text()))
+    except FileNotFoundError:
         return None
-    values = json.loads(path.read_text())
-    return Record(**values) if values.get("version") == VERSION else None
+    except (OSError, ValueError, TypeError) as error:
+        return f"{path.name} is damaged: {error}"
+    return record if record.version == VERSION else f"{path.name} is of version {record.version}"
 
 
 def pending(folder: RunFolder) -> list[Suite]:

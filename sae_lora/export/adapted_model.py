@@ -18,12 +18,12 @@ from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.config.serialize import load
 from sae_lora.data.packing import PlainText, convention_of, special_ids
-from sae_lora.export.public import BASE_MODEL, MODEL_CARD
+from sae_lora.export.public import BASE_MODEL
 from sae_lora.models import adapter_files, loading
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.folder import MODEL_CARD, RunFolder
 from sae_lora.records.status import finished
 from sae_lora.saes.from_run import trained_saes
 from sae_lora.saes.loading import LoadedSAE, SAEs, splices

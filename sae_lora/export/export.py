@@ -20,7 +20,6 @@ from sae_lora.data import corpus
 from sae_lora.export.model_card import card
 from sae_lora.export.public import (
     BASE_MODEL,
-    MODEL_CARD,
     is_local,
     last_part,
     public,
@@ -31,7 +30,7 @@ from sae_lora.models import adapter_files, loading
 from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.folder import MODEL_CARD, RunFolder
 from sae_lora.records.status import finished
 from sae_lora.saes import output_adapter
 from sae_lora.saes.from_run import check_as_planned, trained_saes
@@ -66,6 +65,8 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         raise UserError(
             f"--merge: {run} has no LoRA adapters: it is of method={config.method.kind.name}"
         )
+    if to.parent == folder.path.absolute().parent:
+        raise UserError(f"--to: {to} lies among the runs of a sweep; choose a folder elsewhere")
     try:
         is_free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     except OSError as error:

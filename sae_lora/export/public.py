@@ -10,7 +10,6 @@ from sae_lora.models.dimensions import EMBEDDED_NAME
 
 BASE_MODEL = "<path of the base model>"
 """The name of a local model in an export: nobody else has its folder."""
-MODEL_CARD = "README.md"
 """The file of the model card, which every export has, and no run folder."""
 _PATH = re.compile(
     r"(?<![\w:/.<\\])(?:(?:file|path):(?://)?)?(?:~[\w.-]*|\.\.)?/(?:[^\s'\"`,;:()/]+/)+([^\s'\"`,;:()/]*)"

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.hub import explained
-from sae_lora.export.public import MODEL_CARD
+from sae_lora.records.folder import MODEL_CARD
 
 _EXPORTED_FILES = (MODEL_CARD, "config.yaml", "curve.jsonl", "summary.json")
 _WEIGHTS = ("adapter_config.json", "config.json", "sae", "output_adapter")

@@ -9,26 +9,34 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sae_lora.common.console import complain, count, say, show
+from sae_lora.common.console import complain, count, duration, say, show
 from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
 from sae_lora.common.files import check_writable
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind
+from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import in_words
-from sae_lora.config.schema import Config, LauncherConfig
-from sae_lora.config.serialize import as_dict
+from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, LauncherConfig
+from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
-from sae_lora.launcher.packs import packed
-from sae_lora.launcher.plan import Plan, Run, plan, unpinned
-from sae_lora.launcher.submit import run_here, submit, wait_for
+from sae_lora.launcher.packs import packed, slots
+from sae_lora.launcher.plan import Pack, Plan, Run, plan, unpinned
+from sae_lora.launcher.submit import launching, run_here, submit, wait_for, wait_for_others
 from sae_lora.records import slurm
+from sae_lora.records.damage import damage
 from sae_lora.records.factors import differences, values_of
-from sae_lora.records.status import RunStatus, State, counts, read_statuses
-from sae_lora.report.tables import comparison_table, run_table
+from sae_lora.records.status import RunStatus, State, counts, is_done, read_statuses
+from sae_lora.report.results import comparison_table
+from sae_lora.report.tables import run_table
+from sae_lora.tracking.wandb_view import trial_id
 
 _POLL_S = 0.5
 _MAX_LINES = 5
 """Largest number of runs that are named in messages; the others are counted."""
+
+
+_OF_COMMAND = {"launcher.dry_run", "launcher.retry_failed", "launcher.wait", "tracking.name"}
+"""Keys that say what a command does with runs, or what it calls them."""
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -71,29 +79,53 @@ def launch(points: Sequence[Config]) -> int:
 
 def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
     """Run or submit the plan and return the exit code; `again` if this command did so before."""
+    from sae_lora.train.cost.runs import check_fits  # brings torch in
+
+    for run, status in _with_status(planned.runs):
+        if _is_to_run(run, status, settings):
+            check_fits(run.config)
+            _check_device(run.config)
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
     on_slurm = settings.kind is LauncherKind.slurm
-    with _locked(sweeps):
-        packs = packed(_prepare_runs(planned, settings, again=again), settings)
-        if packs and on_slurm:
-            submit(packs, settings)
-    if packs and not on_slurm:
-        try:
-            run_here(packs, settings)
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(_how_to_continue(planned)) from stop
+    with ExitStack() as stack:
+        with _locked(sweeps):
+            packs = packed(_prepare_runs(planned, settings, again=again), settings)
+            if packs and on_slurm:
+                say(_expected_time(packs, settings)[0])
+                submit(packs, settings)
+            starts_here = packs and not on_slurm
+            folder = stack.enter_context(launching(packs)) if starts_here else None
+        if folder is not None:
+            try:
+                _run_timed(packs, settings, folder)
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(_how_to_continue(planned)) from stop
+    if not packs and trial_id() is not None:  # `wandb agent` repeats a run that is done
+        from sae_lora.tracking.sync import upload  # brings torch in
+
+        upload([run.folder for run in planned.runs if is_done(run.folder)])
+    if not on_slurm:
+        _wait_for_others(planned)
     if on_slurm:
         if not settings.wait:
-            return 0
+            return int(_complain_of_damage(_with_status(planned.runs)))
         try:
             wait_for([run.folder for run in planned.runs])
         except KeyboardInterrupt:
             say("the jobs continue without this command")
             return 130
     _print_results(planned)
-    return 0 if all(run.folder.is_finished for run in planned.runs) else 1
+    return 0 if all(is_done(run.folder) for run in planned.runs) else 1
+
+
+def _check_device(config: Config) -> None:
+    """Refuse a GPU that this machine does not have, if the run is to be here."""
+    if config.launcher.kind is LauncherKind.local:
+        from sae_lora.models.loading import device_of  # brings torch in
+
+        device_of(config)
 
 
 def _common_settings(points: Sequence[Config]) -> LauncherConfig:
@@ -112,7 +144,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
     from sae_lora.train.cost.estimate import estimate
-    from sae_lora.train.cost.runs import check_places, left_out
+    from sae_lora.train.cost.runs import check_fits, left_out
 
     for note in bos_notes([run.config for run in planned.runs]):
         say(f"note: {note}")
@@ -127,17 +159,17 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         table.add_column(name, justify="right")
     # With their commits, runs that were started before would not share packs with new runs.
     runs = _with_status([replace(run, config=unpinned(run.config)) for run in planned.runs])
-    to_run = _states_to_run(settings)
-    to_do = [run for run, status in runs if status.state in to_run]
+    to_do = [run for run, status in runs if _is_to_run(run, status, settings)]
     check_local([run.config for run in to_do])
     for run in to_do:
-        check_places(run.config)
+        check_fits(run.config)
+        _check_device(run.config)
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     flops_unpacked = 0.0
     for number, (run, status) in enumerate(runs):
         cost = estimate([run.config])
-        flops_unpacked += cost.flops if status.state in to_run else 0.0
+        flops_unpacked += cost.flops if run in to_do else 0.0
         table.add_row(
             run.name,
             *(values[number] for values in varying.values()),
@@ -154,6 +186,9 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         if text:
             say(f"note: frozen in the adapted blocks of {count(number, 'run')}: {text}")
     say(f"{count(len(runs), 'run')}: {counts(status.state for _, status in runs)}")
+    if not to_do:
+        say("nothing to do")
+        return
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
@@ -161,6 +196,57 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {flops:.2e} training FLOPs "
         f"({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
     )
+    if packs:
+        say(_expected_time(packs, settings)[0])
+
+
+def _wait_for_others(planned: Plan) -> None:
+    """Wait for the runs that other launches on their machines have begun, or will begin."""
+    others = [
+        run.folder
+        for run, status in _with_status(planned.runs)
+        if status.state in (State.running, State.queued) and run.folder.job is None
+    ]
+    if others:
+        say(f"waiting for {count(len(others), 'run')} of another launch")
+        wait_for_others(others)
+
+
+def _run_timed(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> None:
+    """Run the packs here; print the expected time before, and the time that they took after."""
+    line, seconds = _expected_time(packs, settings)
+    say(line)
+    began = time.monotonic()
+    run_here(packs, settings, folder)
+    expected = f"; expected {duration(seconds)}" if seconds is not None else ""
+    say(f"took {duration(time.monotonic() - began)}{expected}")
+
+
+def _expected_time(packs: Sequence[Pack], settings: LauncherConfig) -> tuple[str, float | None]:
+    """The expected time of the packs as a line, and in seconds if this machine runs them."""
+    from sae_lora.train.cost import speed  # brings torch in
+
+    times = [speed.expected([run.config for run in pack]) for pack in packs]
+    known = [
+        replace(each, seconds=each.seconds * _share_left(pack))
+        for pack, each in zip(packs, times, strict=True)
+        if each is not None
+    ]
+    if len(known) < len(times):
+        return "expected time: unknown until a run has trained on this kind of machine", None
+    longest, total = max(each.seconds for each in known), sum(each.seconds for each in known)
+    if settings.kind is LauncherKind.slurm:
+        each = f"at most {duration(longest)} for each job, {duration(total)} together"
+        return f"expected time: {each} ({known[0].source})", None
+    at_once = len(slots([run for pack in packs for run in pack], settings))
+    seconds = max(longest, total / at_once)
+    return f"expected time: {duration(seconds)} ({known[0].source})", seconds
+
+
+def _share_left(pack: Pack) -> float:
+    """The share of its steps that a pack has still to take."""
+    taken = min(run.folder.checkpoint_step or 0 for run in pack)
+    return 1 - taken / train_steps(pack[0].config)
 
 
 def _sae_names(config: Config) -> str:
@@ -171,13 +257,28 @@ def _sae_names(config: Config) -> str:
     return ", ".join(names)
 
 
-def _states_to_run(settings: LauncherConfig) -> set[State]:
-    return {State.new, State.resumable} | ({State.failed} if settings.retry_failed else set())
+def _is_to_run(run: Run, status: RunStatus, settings: LauncherConfig) -> bool:
+    """True if the launch starts or continues the run: a failed one only if asked to, or changed."""
+    is_failed = status.state is State.failed
+    return status.is_to_do or (is_failed and (settings.retry_failed or bool(_changes(run))))
+
+
+def _changes(run: Run) -> list[str]:
+    """Settings in which the last attempt at a run differs from the plan: `train.device=cuda`.
+
+    None of them can change the result; but one of them may be why the attempt failed.
+    """
+    before, now = leaves(completed(run.folder.read_config())), leaves(as_dict(run.config))
+    return [
+        f"{key}={written(value)}"
+        for key, value in before.items()
+        if key not in WRITTEN_BY_PLANNER | _OF_COMMAND and now[key] != value
+    ]
 
 
 def _how_to_continue(planned: Plan) -> str:
     """Advice after a stop, empty if repeating the command is enough: that leaves out finished runs."""
-    done = [run for run in planned.runs if run.folder.is_finished]
+    done = [run for run in planned.runs if is_done(run.folder)]
     command = _missing_suites(done)
     if command is None:
         return ""
@@ -209,38 +310,47 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
         done = [run for run, status in statuses if status.state is State.done]
         if command := _missing_suites(done):
             say(f"these runs lack suites that you ask for: `{command}`")
-    if states[State.failed]:
-        advice = (
-            "running again" if settings.retry_failed else "launcher.retry_failed=true runs them again"
-        )
-        complain(f"{states[State.failed]} failed earlier", advice)
+    failed = [(run, status) for run, status in statuses if status.state is State.failed]
+    changed = {change for run, _ in failed for change in _changes(run)}
+    if failed:
+        advice = "launcher.retry_failed=true runs them again"
+        if settings.retry_failed:
+            advice = "running again"
+        elif changed:
+            advice = f"with {', '.join(sorted(changed))}; running again with the present settings"
+        complain(f"{len(failed)} failed earlier", advice)
     busy = [
         f"{run.name} is {status.state.value}, {status.note}"
         for run, status in statuses
         if status.state in (State.running, State.queued)
     ]
     for line in busy[:_MAX_LINES]:
-        complain("skipped", line)
+        say(f"not started: {line}")
     if len(busy) > _MAX_LINES:
-        complain("skipped", f"{len(busy) - _MAX_LINES} more runs that are running or queued")
+        say(f"not started: {len(busy) - _MAX_LINES} more runs that are running or queued")
 
-    to_run = _states_to_run(settings)
-    runs = [run for run, status in statuses if status.state in to_run]
+    runs = [run for run, status in statuses if _is_to_run(run, status, settings)]
     if not runs:
         return []
     from sae_lora.launcher.prefetch import prefetched  # brings torch in
-    from sae_lora.train.cost.runs import check_places, left_out
 
-    for run in runs:
-        check_places(run.config)
-        left_out(run.config)  # refuses lora.targets that the model does not have, before it is fetched
     configs = prefetched([run.config for run in runs])
     fetched = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
     # Fetching may take an hour. Another launch may have started some of the runs meanwhile.
-    ready = [run for run, status in _with_status(fetched) if status.state in to_run]
+    ready = [run for run, status in _with_status(fetched) if _is_to_run(run, status, settings)]
     for run in ready:
         run.freeze()
     return ready
+
+
+def _complain_of_damage(statuses: Sequence[tuple[Run, RunStatus]]) -> bool:
+    """Name damaged runs, which are neither run nor counted as done; return true if there are any."""
+    damaged = [(run, status) for run, status in statuses if status.state is State.damaged]
+    for run, status in damaged[:_MAX_LINES]:
+        complain("damaged", f"{run.folder.path}: {status.note}; move the folder away to run it again")
+    if len(damaged) > _MAX_LINES:
+        complain("damaged", f"{len(damaged) - _MAX_LINES} more runs; `sae-lora status` shows them")
+    return bool(damaged)
 
 
 def _with_status(runs: Sequence[Run]) -> list[tuple[Run, RunStatus]]:
@@ -280,6 +390,8 @@ def run_now(point: Config) -> float:
     from sae_lora.run.execute import attempt
 
     (run,) = plan([point]).runs
+    if (cause := damage(run.folder)) is not None:
+        raise UserError(f"damaged: {run.folder.path}: {cause}")
     if not run.folder.is_finished:
         with held(run.folder.path):
             if not run.folder.is_finished:  # another process may have finished it meanwhile
@@ -294,7 +406,7 @@ def run_now(point: Config) -> float:
 
 def _print_results(planned: Plan) -> None:
     """Print the table of results, the folders, and the runs that are not finished."""
-    finished = [run for run in planned.runs if run.folder.is_finished]
+    finished = [run for run in planned.runs if is_done(run.folder)]
     if len(planned.runs) == 1 and finished:
         summary = finished[0].folder.read_summary()
         show(run_table(summary))
@@ -307,13 +419,14 @@ def _print_results(planned: Plan) -> None:
     for run, status in statuses:
         if status.state is State.failed:
             complain("failed", f"{status.note}\n        {run.folder.failure}")
-        elif status.state is not State.done:
+        elif status.state not in (State.done, State.damaged):
             note = f" ({status.note})" if status.note else ""
             complain("not finished", f"{run.name} is {status.state.value}{note}")
     for run in finished:  # most ask for no suites, and `pending` reads a config from disk
         if run.config.evaluation.suites and (lacking := pending(run.folder)):
             names = ", ".join(suite.name for suite in lacking)
             complain("not evaluated", f"{run.name} by {names}; see its log\n        {run.folder.log}")
+    _complain_of_damage(statuses)
     failed = sum(status.state is State.failed for _, status in statuses)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs them again")

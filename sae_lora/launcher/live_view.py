@@ -1,8 +1,7 @@
 """The progress of runs, read from their folders: a live view in a terminal or notebook, or lines."""
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,172 +10,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_lora.common.console import PROGRESS_MARK, Spacing, console, duration, percent, say
-from sae_lora.common.errors import listed
-from sae_lora.evaluation.suite_records import pending
+from sae_lora.common.console import PROGRESS_MARK, Spacing, console, say
+from sae_lora.launcher.status_tables import StatusRow, live_table, status_rows
 from sae_lora.records.factors import differences_of, labels
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import Progress
-from sae_lora.records.status import State, counts, progress_of, read_statuses
+from sae_lora.records.status import State, counts
 
-_COLOURS = {
-    State.new: "dim",
-    State.queued: "blue",
-    State.running: "cyan",
-    State.resumable: "yellow",
-    State.failed: "red",
-    State.done: "green",
-}
 _CELL_COLUMNS = 120
 """Width of the view in a notebook, in columns."""
 _ROWS = 20
 """Largest number of runs in the live table; the others are counted."""
-_OLD_S = 60.0
-"""Age in seconds from which a report is said to be old."""
 _MOST_VALUES = 4
 """Largest number of values of a factor that a line about a pack lists."""
-_WIDEST_VALUE = 24
-"""Largest width of a factor's column in the live table."""
-
-
-@dataclass(frozen=True)
-class StatusRow:
-    """The present status of one run, from its folder."""
-
-    name: str
-    state: State
-    note: str
-    """One line: the process that runs it, the cause of its failure, the end of its job, the suite that
-    measures it, or the suites that it lacks."""
-    progress: Progress | None
-    """Its newest report; `None` without one."""
-    process: str
-    """The process that trains it, equal for the runs of a pack; for other runs, a note on the state."""
-    gap: float | None
-    """CE gap at its last evaluation, in nats per token."""
-    gap_closed: str
-    """Gap closed at its last evaluation, in per cent; empty without an evaluation."""
-    points: int
-    """Number of its evaluations."""
-
-    @property
-    def is_at_work(self) -> bool:
-        """True if a process trains the run, or measures it with suites."""
-        return self.state is State.running or (self.state is State.done and self.progress is not None)
-
-    @property
-    def stage(self) -> str:
-        """The present stage with its share done; without a process, the state."""
-        return self.progress.text if self.progress and self.is_at_work else self.state.value
-
-    @property
-    def steps(self) -> str:
-        """Steps taken, of all steps; empty before training."""
-        progress = self.progress
-        return f"{progress.step:,}/{progress.steps:,}" if progress and progress.steps else ""
-
-    @property
-    def rate(self) -> str:
-        """Training tokens per second; empty if unknown."""
-        rate = self.progress.tokens_per_second if self.progress else None
-        return f"{rate:,.0f}" if rate and self.state is State.running else ""
-
-    @property
-    def eta(self) -> str:
-        """Time until the end of its last evaluation; empty if unknown."""
-        seconds = self.progress.seconds_left if self.progress else None
-        return duration(seconds) if seconds is not None and self.state is State.running else ""
-
-
-def status_rows(folders: Sequence[RunFolder], *, lacking: bool = False) -> list[StatusRow]:
-    """The present status of each run; with `lacking`, notes on suites that were asked for, too.
-
-    These notes need the config of each finished run, which takes milliseconds.
-    """
-    rows = []
-    for folder, status in zip(folders, read_statuses(folders), strict=True):
-        curve = folder.read_curve()
-        progress = None if status.state is State.failed else progress_of(folder, status.state)
-        age = folder.seconds_since_progress
-        process = note = (status.note or "").partition("\n")[0]
-        if status.state is State.running and age >= _OLD_S:
-            note += f", last report {duration(age)} ago"
-        elif status.state is State.done and progress is not None:
-            note = progress.text
-            if age >= _OLD_S:  # a process that was killed leaves its last report
-                note, progress = f"{note} {duration(age)} ago", None
-        elif lacking and (suites := pending(folder)):
-            note = f"lacks suites: {listed(suite.name for suite in suites)}"
-        rows.append(
-            StatusRow(
-                name=folder.path.name,
-                state=status.state,
-                note=note,
-                progress=progress,
-                process=process,
-                gap=curve[-1].ce_gap if curve else None,
-                gap_closed=percent(curve[-1].gap_closed) if curve else "",
-                points=len(curve),
-            )
-        )
-    return rows
-
-
-def status_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[str]]) -> Table:
-    """A table of runs, one in each row.
-
-    Args:
-        statuses: The runs.
-        varying: What varies among them: by heading, the value of each run.
-    """
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run", no_wrap=True)
-    for name in varying:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state")
-    for name in ("step", "tokens/s", "loss", "gap", "gap closed", "ETA"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note", overflow="ellipsis", no_wrap=True)
-    for number, status in enumerate(statuses):
-        loss = status.progress.loss if status.progress is not None else None
-        table.add_row(
-            Text(status.name),
-            *(Text(values[number]) for values in varying.values()),
-            _stage_cell(status),
-            *(status.steps, status.rate, "" if loss is None else f"{loss:.3f}"),
-            *(_signed(status.gap), status.gap_closed, status.eta),
-            Text(status.note, style="red" if status.state is State.failed else "dim"),
-        )
-    return table
-
-
-def live_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[str]]) -> Table:
-    """A table of runs for 80 columns: what varies, stage, step, gap and ETA.
-
-    The arguments are those of `status_table`.
-    """
-    columns = varying or {"run": [status.name for status in statuses]}
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in columns:
-        table.add_column(Text(name, no_wrap=True), justify="right", max_width=_WIDEST_VALUE)
-    table.add_column("state")
-    for name in ("step", "gap", "ETA"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for number, status in enumerate(statuses):
-        table.add_row(
-            *(Text(values[number], no_wrap=True, overflow="ellipsis") for values in columns.values()),
-            _stage_cell(status),
-            *(status.steps, _signed(status.gap), status.eta),
-        )
-    return table
-
-
-def _stage_cell(status: StatusRow) -> Text:
-    return Text(status.stage, style=_COLOURS[status.state], overflow="ellipsis", no_wrap=True)
-
-
-def _signed(gap: float | None) -> str:
-    return "" if gap is None else f"{gap:+.3f}"
 
 
 class Watch:
@@ -280,7 +125,7 @@ class Watch:
         stopped = [
             number
             for number, status in enumerate(statuses)
-            if status.state in (State.failed, State.resumable)
+            if status.state in (State.failed, State.resumable, State.stopped)
         ]
         shown = [*at_work, *stopped][:_ROWS]
         states = Text(counts(status.state for status in statuses), style="bold")

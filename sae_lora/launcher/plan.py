@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sae_lora.common.errors import ConfigError, NoSuchCellError, UserError
 from sae_lora.common.files import as_json, check_readable, write_atomically
 from sae_lora.config.enums import Method, TextSource
-from sae_lora.config.identity import ADAPTING, folder_name
+from sae_lora.config.identity import ADAPTING, folder_name, readable_name
 from sae_lora.config.lora_targets import (
     adapted_blocks,
     canonical_alpha,
@@ -28,7 +28,10 @@ from sae_lora.data.documents import check_hub_name
 from sae_lora.data.text_files import files_matching
 from sae_lora.models.dimensions import Dimensions, read_dimensions
 from sae_lora.models.model_folder import check_files
-from sae_lora.records.folder import RunFolder
+from sae_lora.records import factors
+from sae_lora.records.damage import damage
+from sae_lora.records.folder import RunFolder, in_full
+from sae_lora.records.status import is_done
 from sae_lora.saes.from_run import begun, check_goes_on
 from sae_lora.saes.layer_groups import Distances, LayerGroups, groups
 from sae_lora.saes.metadata import Notices, differences, stated_by
@@ -94,14 +97,26 @@ def plan(points: Sequence[Config]) -> Plan:
             waiting.append(point)
             continue
         source = planner.init_run(point)
-        if source.folder.is_finished:
+        if is_done(source.folder):
             planner.add(replace(point, init=str(source.folder.path)))
         else:
             planner.check_waiting(point, source)
             waiting.append(point)
     if not planner.runs:
         raise UserError("\n  ".join(["no point of this sweep has an SAE", *planner.notes[:5]]))
-    return Plan(list(planner.runs.values()), planner.all_notes, waiting)
+    return Plan(_named(list(planner.runs.values())), planner.all_notes, waiting)
+
+
+def _named(runs: list[Run]) -> list[Run]:
+    """The runs with names for W&B in which what varies comes first: `rank=4 lr=0.001 tiny-l3-…`."""
+    values = [factors.values_of(as_dict(run.config), {}) for run in runs]
+    labels = factors.labels(factors.differences(values), len(runs))
+    named = []
+    for run, label in zip(runs, labels, strict=True):
+        tracking = run.config.tracking
+        name = f"{label} {tracking.name or readable_name(run.config)}" if label else tracking.name
+        named.append(replace(run, config=replace(run.config, tracking=replace(tracking, name=name))))
+    return named
 
 
 def _in_order(points: Sequence[Config]) -> Iterator[Config]:
@@ -163,6 +178,8 @@ class _Planner:
     def add(self, point: Config) -> None:
         """Add the run of a point."""
         request = point
+        if point.init is not None:  # perhaps outputs/<sweep>/<hash>
+            point = replace(point, init=str(in_full(Path(point.init).expanduser())))
         dimensions = self._dimensions(point)
         point = self._fitted(point, dimensions)
         try:
@@ -271,7 +288,7 @@ def _requested_cell(point: Config) -> str:
 
 def _pinned_to_start(config: Config, folder: RunFolder) -> Config:
     """The config; if the run has a checkpoint, with the model, SAEs and text that it started with."""
-    if folder.is_finished or not folder.checkpoints.exists():
+    if folder.is_finished or not folder.checkpoints.exists() or damage(folder) is not None:
         return config
     started = load(folder.config.read_text())
     return pinned(config, started.model.commit, started.sae.used, started.data.version)

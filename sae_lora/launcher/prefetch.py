@@ -162,7 +162,8 @@ class _Fetcher:
             return None
         key = (config.name, config.pinned_revision)
         if key not in self._commits:
-            say(f"fetching model {config.name}")
+            verb = "checking" if Path(config.name).expanduser().is_dir() else "fetching"
+            say(f"{verb} model {config.name}")
             self._commits[key] = fetch_model(config)
         return self._commits[key]
 

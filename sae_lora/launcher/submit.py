@@ -17,7 +17,7 @@ from submitit.helpers import clean_env
 
 from sae_lora.common.console import complain, count, say
 from sae_lora.common.errors import UserError
-from sae_lora.common.locks import holder
+from sae_lora.common.locks import held, holder
 from sae_lora.common.signals import interrupted_once
 from sae_lora.config.schema import LauncherConfig
 from sae_lora.launcher.job import Job, halves
@@ -25,7 +25,7 @@ from sae_lora.launcher.live_view import Watch
 from sae_lora.launcher.packs import slots
 from sae_lora.launcher.plan import Pack, Run
 from sae_lora.records import slurm
-from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.folder import DamagedError, RunFolder, runs_of
 from sae_lora.records.status import State, read_statuses, what_is_saved
 from sae_lora.tracking import tracker
 
@@ -53,14 +53,27 @@ class _Started:
     """Milestones that the pack had reached before this job."""
 
 
-def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+@contextmanager
+def launching(packs: Sequence[Pack]) -> Iterator[Path]:
+    """A folder of this launch; inside the block, its runs count as queued for other launches."""
+    folder = _new_folder(packs[0][0].folder.path.parent)
+    with held(folder):
+        for pack in packs:
+            for run in pack:
+                run.folder.write_launch(folder)
+        yield folder
+
+
+def run_here(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> None:
     """Execute the packs on this machine, one in each slot at a time, and show their progress.
+
+    `folder` is that of `launching`.
 
     Raises:
         KeyboardInterrupt: After a request to stop, when the runs have saved their state.
+        UserError: If submitit's files cannot be written, for a full disk; runs are stopped as above.
     """
     runs = [run for pack in packs for run in pack]
-    folder = _new_folder(runs[0].folder.path.parent)
     executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
     timeout_min = settings.timeout_min or _NO_LIMIT_MIN
     executor.update_parameters(timeout_min=timeout_min, signal_delay_s=settings.signal_delay_s)
@@ -87,7 +100,7 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
                 started = [entry for entry in started if entry not in ended]
                 free.extend(entry.slot for entry in ended)
                 waiting.extend(pack for entry in ended for pack in _remaining(entry))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError) as error:
             say("stopping: runs that have taken a step save a checkpoint first")
             for entry in started:
                 entry.job.cancel()
@@ -96,6 +109,9 @@ def run_here(packs: Sequence[Pack], settings: LauncherConfig) -> None:
             stopped = [run.folder for entry in started for run in entry.pack if _is_stopped(run)]
             if len(runs) > 1 and stopped:  # the log of a single run says it
                 say(f"stopped: {what_is_saved(stopped)}")
+            if isinstance(error, OSError):
+                cause = error.strerror or str(error)
+                raise UserError(f"output_dir: cannot write to {folder}: {cause}") from error
             raise
 
 
@@ -224,6 +240,14 @@ def submit(packs: Sequence[Pack], settings: LauncherConfig) -> None:
     say(f"{count(len(runs), 'run')} submitted to SLURM{in_jobs}; `sae-lora status {sweep}` shows them")
 
 
+def wait_for_others(folders: Sequence[RunFolder]) -> None:
+    """Show the runs until no process of another launch runs them, or will."""
+    with Watch(folders) as watch:
+        while any(status.state in (State.running, State.queued) for status in read_statuses(folders)):
+            watch.update()
+            time.sleep(_POLL_S)
+
+
 def wait_for(folders: Sequence[RunFolder]) -> None:
     """Show the runs until none of their jobs is in SLURM's queue."""
     jobs = {job for folder in folders if (job := folder.job) is not None}
@@ -236,27 +260,38 @@ def wait_for(folders: Sequence[RunFolder]) -> None:
             time.sleep(_POLL_SLURM_S)
 
 
-def cancel(folders: Sequence[RunFolder]) -> None:
+def cancel(folders: Sequence[RunFolder]) -> bool:
     """Cancel the jobs of unfinished runs. The runs keep their checkpoints and can resume.
+
+    Returns:
+        True if the job of every run is known; a line is printed for each other run.
 
     Raises:
         UserError: If SLURM does not answer, or refuses.
     """
-    queue = slurm.queue() if any(folder.job for folder in folders) else {}
-    unfinished = [folder for folder in folders if not folder.is_finished]
-    jobs = {job for folder in unfinished if (job := folder.job) in queue}
+    known = {}
+    for folder in folders:
+        try:
+            known[folder] = folder.job
+        except DamagedError as error:
+            complain("damaged", f"{folder.path}: {error.cause}")
+    queue = slurm.queue() if any(known.values()) else {}
+    jobs = {job for folder, job in known.items() if job in queue and not folder.is_finished}
     if jobs:
         slurm.cancel(sorted(jobs))
     say(f"{count(len(jobs), 'job')} cancelled")
     named = {folder.path for folder in folders}
-    for folder in runs_of(folders[0].path.parent):
-        if folder.path not in named and not folder.is_finished and folder.job in jobs:
-            say(f"{folder.path.name} stops too: it trains in the same job")
-    for folder, status in zip(folders, read_statuses(folders), strict=True):
-        if status.state is State.running and folder.job not in jobs:
+    others = [folder for folder in runs_of(folders[0].path.parent) if folder.path not in named]
+    for folder in others:
+        with contextlib.suppress(DamagedError):
+            if not folder.is_finished and folder.job in jobs:
+                say(f"{folder.path.name} stops too: it trains in the same job")
+    for folder, status in zip(known, read_statuses(list(known)), strict=True):
+        if status.state is State.running and known[folder] not in jobs:
             complain(
                 "skipped", f"{folder.path.name} is running {status.note}; stop it there with Ctrl-C"
             )
+    return len(known) == len(folders)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import NOT_HASHED_KEYS, trains_adapters
 from sae_lora.config.overrides import flat
+from sae_lora.records.damage import damage
 from sae_lora.records.folder import RunFolder
 
 Values = Mapping[str, Any]
@@ -76,8 +77,8 @@ def _l0(config: Values, measured: Values) -> Any:
     return _one_or_all(published)
 
 
-SEED = "seed"
-"""The factor in which repetitions of a run differ."""
+SEEDS = ("seed", "data.seed")
+"""The factors in which repetitions of a run differ: `train.seed`, and the seed of the text's order."""
 _ALL = (
     Factor("model", lambda config, _: config["model"]["name"], keys=("model.name",), tag="model"),
     Factor("method", lambda config, _: _method(config)["kind"], keys=("method.kind",), tag="method"),
@@ -133,7 +134,7 @@ _ALL = (
         keys=("train.train_tokens",),
         is_logarithmic=True,
     ),
-    Factor(SEED, lambda config, _: config["train"]["seed"], keys=("train.seed",)),
+    Factor(SEEDS[0], lambda config, _: config["train"]["seed"], keys=("train.seed",)),
 )
 FACTORS: dict[str, Factor] = {factor.name: factor for factor in _ALL}
 """The factors by name, in the order of display."""
@@ -167,21 +168,23 @@ def values_of(config: Values, measured: Values) -> dict[str, Any]:
 
 
 def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str]:
-    """The factors in which runs differ, in the order of display; the seed is last.
+    """The factors in which runs differ, in the order of display; the seeds are last.
 
     A follower, a factor whose values an earlier one determines (alpha, if it is twice the rank), is left
     out; `with_followers` keeps it if it is one of `FACTORS`. One of `ORIGINS` is left out if the others
-    together determine it. Each row contains the values of a run, from `values_of`.
+    together determine it. Each row contains the values of a run, from `values_of`. An empty row is of a
+    damaged run, and does not count.
     """
-    special = {*FACTORS, *ORIGINS}
+    rows = [row for row in rows if row]
+    special = {*FACTORS, *ORIGINS, *SEEDS}
     other_keys = dict.fromkeys(key for row in rows for key in row if key not in special)
     leaders: dict[str, list[str]] = {}
-    for name in (*(name for name in FACTORS if name != SEED), *other_keys, SEED):
+    for name in (*(name for name in FACTORS if name not in SEEDS), *other_keys, *SEEDS):
         values = [repr(row.get(name)) for row in rows]
         follows = any(
             len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in leaders.values()
         )
-        is_kept = name == SEED or (with_followers and name in FACTORS)
+        is_kept = name == SEEDS[0] or (with_followers and name in FACTORS)
         if len(set(values)) > 1 and (is_kept or not follows):
             leaders[name] = values
     for name in ORIGINS:
@@ -189,7 +192,12 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
         others = list(zip(*leaders.values(), strict=True)) or [()] * len(rows)
         if len({*zip(others, values, strict=True)}) > len({*others}):
             leaders[name] = values
-    return sorted(leaders, key=lambda name: name == SEED)
+    return sorted(leaders, key=lambda name: name in SEEDS)
+
+
+def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The factors in which runs differ, without the seeds. Each row has the factors of a run."""
+    return [name for name in varying(rows) if name not in SEEDS]
 
 
 def differences(rows: Sequence[Values]) -> dict[str, list[str]]:
@@ -210,7 +218,25 @@ def differences(rows: Sequence[Values]) -> dict[str, list[str]]:
 
 def differences_of(folders: Sequence[RunFolder]) -> dict[str, list[str]]:
     """Factors that vary among runs in any state, as `differences`, from their configs."""
-    return differences([values_of(folder.read_config(), {}) for folder in folders])
+    return differences([_values_in(folder) for folder in folders])
+
+
+def ordered(folders: Sequence[RunFolder]) -> list[RunFolder]:
+    """Runs in any state, ordered by the factors in which they differ; damaged runs come last."""
+    rows = {folder: _values_in(folder) for folder in folders}
+    names = varying(list(rows.values()))
+
+    def key(folder: RunFolder) -> tuple[bool, list[Any]]:
+        row = rows[folder]
+        return not row, [by_value(row.get(name)) for name in names]
+
+    return sorted(folders, key=key)
+
+
+def _values_in(folder: RunFolder) -> dict[str, Any]:
+    """The factors of a run, from its config; empty if that is damaged, or not written yet."""
+    is_readable = damage(folder) is None and folder.config.exists()
+    return values_of(folder.read_config(), {}) if is_readable else {}
 
 
 def labels(columns: Mapping[str, Sequence[str]], runs: int) -> list[str]:
@@ -229,13 +255,15 @@ def _without_common_folders(values: Sequence[str]) -> list[str]:
 
 
 def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:
-    """The finished runs, ordered by the factors in which they differ."""
+    """The finished runs, ordered by the factors in which they differ. Copies of a run count once."""
     runs = [
         FinishedRun(folder, summary, values_of(folder.read_config(), summary))
         for folder in folders
         if folder.is_finished
         for summary in [folder.read_summary()]
     ]
+    once = {run.summary["hash"]: run for run in reversed(runs)}
+    runs = [run for run in runs if once[run.summary["hash"]] is run]
     names = varying([run.factors for run in runs], with_followers=True)
     return sorted(runs, key=lambda run: [by_value(run.factors.get(name)) for name in names])
 

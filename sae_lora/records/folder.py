@@ -1,19 +1,48 @@
-"""The run folder, from which all tables, reports and W&B runs are made. Imports no torch."""
+"""The run folder, from which all tables, reports and W&B runs are made. Imports no torch.
+
+`damage.py` checks that its files belong together.
+"""
 
 import dataclasses
 import json
 import os
 import re
 import time
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.secrets import redacted
-from sae_lora.records.schema import CurvePoint, Progress, Summary
+from sae_lora.records.schema import CurvePoint, Progress, Summary, check_types
+
+Content = TypeVar("Content")
+_MARKS = (
+    *("config.yaml", "curve.jsonl", "summary.json", "failure.json", "log.txt"),
+    *("checkpoints", "adapter", "sae", "output_adapter"),
+)
+"""Files and folders of which every run folder has one, also if others are deleted."""
+_HASHED = re.compile(r"-([0-9a-f]{8})$")
+"""The end of a run folder's name."""
+MODEL_CARD = "README.md"
+"""The model card of an exported run, which is no run folder but has the same files."""
+
+
+class DamagedError(UserError):
+    """A file of a run folder is missing or cannot be used.
+
+    Args:
+        folder: The run folder.
+        cause: The file, and what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, cause: str) -> None:
+        self.cause = cause
+        super().__init__(f"damaged: {folder}: {cause}")
 
 
 class RunFolder:
@@ -25,6 +54,7 @@ class RunFolder:
         self.curve = path / "curve.jsonl"  # one line per evaluation, appended and fsynced
         self.summary = path / "summary.json"  # written last: a run with a summary is finished
         self.failure = path / "failure.json"  # the cause, if the run failed
+        self.stop = path / "stop.json"  # the cause, if the last attempt was stopped
         self.adapter = path / "adapter"  # the trained adapters in peft's format (method=lora, mezo)
         self.sae = path / "sae"  # the trained SAEs in sae-lens's format, by hookpoint
         self.sae_at = path / "sae_at"  # <share>/: the SAEs after this share of the tokens
@@ -34,6 +64,7 @@ class RunFolder:
         self.progress = path / "progress.json"  # unfinished run: its progress, replaced every second
         self.log = path / "log.txt"  # the output of its attempts
         self.job_file = path / "job.json"  # the last SLURM job of the run
+        self.launch_file = path / "launch.json"  # the last launch that started it on its own machine
         self.evaluation = path / "evaluation"  # <suite>.json: results (`evaluation/suite_records.py`)
 
     def before(self, init: str) -> "RunFolder":
@@ -75,12 +106,14 @@ class RunFolder:
             raise UserError(f"output_dir: cannot write {self.path}: {error.strerror}") from error
 
     def clear_failure(self) -> None:
-        """Forget the last SLURM job, and move the cause of a failure to `unfinished-<n>`."""
+        """Forget the last SLURM job and stop, and move the cause of a failure to `unfinished-<n>`."""
         self._set_aside(self.failure)
         self.job_file.unlink(missing_ok=True)
+        self.stop.unlink(missing_ok=True)
 
     def set_aside(self, *, curve: bool) -> None:
         """Move results of an unfinished attempt to `unfinished-<n>`; with `curve`, its curve too."""
+        self.stop.unlink(missing_ok=True)
         results = self.adapter, self.sae, self.output_adapter
         from_start = (self.curve, self.sae_at) if curve else ()
         self._set_aside(self.failure, *results, *from_start)
@@ -89,7 +122,8 @@ class RunFolder:
         paths = tuple(path for path in paths if path.exists())
         if not paths:
             return
-        numbers = [int(path.name.rpartition("-")[2]) for path in self.path.glob("unfinished-*")]
+        names = (path.name.rpartition("-")[2] for path in self.path.glob("unfinished-*"))
+        numbers = [int(name) for name in names if name.isdigit()]
         target = self.path / f"unfinished-{1 + max(numbers, default=0)}"
         target.mkdir()
         for path in paths:
@@ -99,13 +133,46 @@ class RunFolder:
         """Write the summary, which marks the run as finished."""
         write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
 
+    def _read(self, path: Path, parse: Callable[[str], Content]) -> Content:
+        """The content of a file.
+
+        Raises:
+            DamagedError: If it is missing, or cannot be read or parsed.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            if not text.strip():
+                raise DamagedError(self.path, f"{path.name} is empty")
+            return parse(text)
+        except FileNotFoundError as error:
+            raise DamagedError(self.path, f"{path.name} is missing") from error
+        except OSError as error:
+            raise DamagedError(self.path, f"{path.name} cannot be read: {error.strerror}") from error
+        except KeyError as error:
+            raise DamagedError(self.path, f"{path.name} lacks {error}") from error
+        except RecursionError as error:
+            raise DamagedError(
+                self.path, f"{path.name} cannot be read: it is nested too deep"
+            ) from error
+        except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+            cause = " ".join(str(error).split())
+            raise DamagedError(self.path, f"{path.name} cannot be read: {cause}") from error
+
     def read_config(self) -> dict[str, Any]:
-        """The resolved config as plain values."""
-        return yaml.load(self.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        """The resolved config as plain values.
+
+        Raises:
+            DamagedError: If it is missing or cannot be read.
+        """
+        return self._read(self.config, _yaml)
 
     def read_summary(self) -> dict[str, Any]:
-        """The summary as plain values."""
-        return json.loads(self.summary.read_text())
+        """The summary as plain values.
+
+        Raises:
+            DamagedError: If it is missing or cannot be read.
+        """
+        return self._read(self.summary, _object)
 
     def write_failure(self, message: str, details: str) -> None:
         """Record the cause of a failure, without secrets.
@@ -124,8 +191,11 @@ class RunFolder:
     def read_progress(self) -> Progress | None:
         """The progress of the run; `None` if unknown."""
         try:
-            return Progress(**json.loads(self.progress.read_text()))
-        except (OSError, ValueError, TypeError):  # not written yet, or by another version
+            values = json.loads(self.progress.read_text())
+            check_types(Progress, values)
+            return Progress(**values)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            # not written yet, or by another version
             return None
 
     @property
@@ -146,20 +216,57 @@ class RunFolder:
     def write_job(self, job: str) -> None:
         write_atomically(self.job_file, as_json({"id": job}))
 
+    def write_launch(self, launch: Path) -> None:
+        """Record the folder of the launch that will run it on this machine, and holds that folder."""
+        write_atomically(self.launch_file, as_json({"folder": str(launch)}))
+
     @property
-    def job(self) -> str | None:
-        """The last SLURM job of the run: `12`, or `12_3` in an array; `None` if there was none."""
+    def launch(self) -> Path | None:
+        """The folder of the last launch that was to run it on its own machine; `None` if unknown."""
         try:
-            return json.loads(self.job_file.read_text())["id"]
-        except FileNotFoundError:
+            folder = Path(json.loads(self.launch_file.read_text())["folder"])
+            return folder if folder.is_dir() else None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
-    def read_failure(self) -> dict[str, str] | None:
-        """The `message` and `details` of the last attempt's failure; `None` if it did not fail."""
-        try:
-            return json.loads(self.failure.read_text())
-        except FileNotFoundError:
+    @property
+    def job(self) -> str | None:
+        """The last SLURM job of the run: `12`, or `12_3` in an array; `None` if there was none.
+
+        Raises:
+            DamagedError: If its file cannot be read.
+        """
+        if not self.job_file.exists():
             return None
+        return self._read(self.job_file, lambda text: str(_object(text)["id"]))
+
+    def read_failure(self) -> dict[str, str] | None:
+        """The `message` and `details` of the last attempt's failure; `None` if it did not fail.
+
+        Raises:
+            DamagedError: If its file cannot be read.
+        """
+        if not self.failure.exists():
+            return None
+        return self._read(
+            self.failure,
+            lambda text: {name: str(_object(text)[name]) for name in ("message", "details")},
+        )
+
+    def write_stop(self, message: str) -> None:
+        """Record why the last attempt was stopped."""
+        write_atomically(self.stop, as_json({"message": message}))
+
+    @property
+    def stop_message(self) -> str | None:
+        """Why the last attempt was stopped; `None` if nobody stopped it.
+
+        Raises:
+            DamagedError: If its file cannot be read.
+        """
+        if not self.stop.exists():
+            return None
+        return self._read(self.stop, lambda text: str(_object(text)["message"]))
 
     @property
     def failure_message(self) -> str | None:
@@ -167,12 +274,14 @@ class RunFolder:
         return failure["message"] if failure is not None else None
 
     def read_curve(self) -> list[CurvePoint]:
-        """The evaluations in order, without a last line that a crash has truncated."""
-        known = {field.name for field in dataclasses.fields(CurvePoint)}  # versions differ in fields
-        return [
-            CurvePoint(**{key: value for key, value in json.loads(line).items() if key in known})
-            for line in self._curve_lines()
-        ]
+        """The evaluations in order, without a last line that a crash has truncated.
+
+        Raises:
+            DamagedError: If another line cannot be read.
+        """
+        if not self.curve.exists() or not self.curve.stat().st_size:
+            return []
+        return self._read(self.curve, _points)
 
     def cut_curve(self, points: int) -> None:
         """Keep this number of points; the resumed run measures the points after its checkpoint again.
@@ -189,7 +298,19 @@ class RunFolder:
         write_atomically(self.curve, "".join(lines[:points]))
 
     def append_point(self, point: CurvePoint) -> None:
-        """Append a point to the curve, and flush it to the disk."""
+        """Append a point to the curve, and flush it to the disk.
+
+        Raises:
+            UserError: If a measure is not finite.
+        """
+        measures = dataclasses.asdict(point).items()
+        if lost := [
+            name for name, value in measures if isinstance(value, float) and not isfinite(value)
+        ]:
+            raise UserError(
+                f"{', '.join(lost)} of the evaluation after {point.tokens:,} tokens is not finite; "
+                "train.lr may be too high"
+            )
         line = json.dumps(dataclasses.asdict(point), allow_nan=False) + "\n"
         with self.curve.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -201,20 +322,78 @@ class RunFolder:
         return [line for line in lines if line.endswith("\n")]
 
 
+def _yaml(text: str) -> dict[str, Any]:
+    values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no keys and values")
+    return values
+
+
+def _object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it holds no keys and values")
+    return values
+
+
+def _points(text: str) -> list[CurvePoint]:
+    """The points in the complete lines of a curve. Fields of other versions are left out."""
+    known = {field.name for field in dataclasses.fields(CurvePoint)}
+    points = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            values = _object(line)
+            check_types(CurvePoint, values)
+            points.append(CurvePoint(**{key: values[key] for key in values if key in known}))
+        except (ValueError, TypeError) as error:
+            cause = str(error).replace("CurvePoint.__init__() ", "")
+            raise ValueError(f"line {number}: {cause}") from error
+    return points
+
+
 def runs_of(sweep: Path) -> list[RunFolder]:
     """The runs of a sweep, sorted by name. For the folder of a run, only this run.
+
+    `outputs/<sweep>/<hash>` stands for the folder of the run with this hash.
 
     Raises:
         UserError: If the folder has no runs, or cannot be read.
     """
     try:
-        is_run = (sweep / "config.yaml").exists()
-        paths = [sweep] if is_run else [config.parent for config in sweep.glob("*/config.yaml")]
+        sweep = in_full(sweep)
+        inside = sorted(sweep.iterdir()) if sweep.is_dir() else []
+        paths = [sweep] if is_run(sweep) else [path for path in inside if is_run(path)]
     except OSError as error:
         raise UserError(f"{sweep} cannot be read: {error.strerror}") from error
     if not paths:
         raise UserError(f"{sweep} holds no runs; the folder of a sweep is outputs/<sweep>")
     return [RunFolder(path) for path in sorted(paths, key=lambda path: _by_numbers(path.name))]
+
+
+def in_full(run: Path) -> Path:
+    """The folder of a run that is given by its hash, `outputs/<sweep>/<hash>`; other paths stay."""
+    if run.exists() or not run.parent.is_dir() or not re.fullmatch("[0-9a-f]{8}", run.name):
+        return run
+    return next(run.parent.glob(f"*-{run.name}"), run)
+
+
+def hash_of(name: str) -> str:
+    """The hash at the end of a run's name, which stands for its folder in commands; else the name."""
+    match = _HASHED.search(name)
+    return match[1] if match else name
+
+
+def is_run(path: Path) -> bool:
+    """True for the folder of a run, damaged or not; false for an exported run, and for a report."""
+    if path.name.startswith("."):
+        return False
+    if _HASHED.search(path.name):  # perhaps a broken link, or an empty folder
+        return True
+    is_export = (path / MODEL_CARD).exists() and not (path / "log.txt").exists()
+    is_report = (path / "index.html").exists()
+    return any((path / mark).exists() for mark in _MARKS) and not is_export and not is_report
 
 
 def _by_numbers(name: str) -> list[str | int]:

@@ -2,12 +2,35 @@
 
 import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from sae_lora.common.console import stage_text
 
 SUMMARY_VERSION = 1
+
+
+def check_types(schema: type, values: Mapping[str, Any]) -> None:
+    """Check the values that a file has for the fields of a schema. Other values are left out.
+
+    Raises:
+        ValueError: For a value of another type, and for a number that is not finite.
+    """
+    for name, kind in typing.get_type_hints(schema).items():
+        if name in values and not _is_of(values[name], kind):
+            raise ValueError(f"{name} is {str(values[name])[:40]!r}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = tuple(typing.get_origin(each) or each for each in kinds)
+    if isinstance(value, bool | float | int):
+        is_number = not isinstance(value, bool) and math.isfinite(value)
+        return is_number and (float in plain or (int in plain and isinstance(value, int)))
+    return isinstance(value, plain)
 
 
 @dataclass(frozen=True)

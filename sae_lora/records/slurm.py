@@ -3,8 +3,10 @@
 import getpass
 import subprocess
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
+from sae_lora.common.secrets import redacted
 
 JOB_NAME = "sae_lora-"
 """The beginning of the names of this program's jobs."""
@@ -39,6 +41,17 @@ def ends(jobs: Collection[str]) -> dict[str, str]:
         return {}
     states = dict(line.split("|", 1) for line in lines)
     return {job: states[job].split()[0] for job in jobs if job in states}
+
+
+def last_message(sweep: Path, job: str) -> str | None:
+    """The last line that a job printed outside its runs, such as why its node could not start it.
+
+    `None` without one. `sweep` is the folder of the job's runs, in which submitit writes its logs.
+    """
+    for file in sorted(sweep.glob(f".submitit/*/{job}_*_log.err"), reverse=True):
+        if lines := file.read_text(errors="replace").split("\n"):
+            return next((redacted(line.strip()) for line in reversed(lines) if line.strip()), None)
+    return None
 
 
 def cancel(jobs: Sequence[str]) -> None:

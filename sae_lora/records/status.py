@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from sae_lora.common.console import count
+from sae_lora.common.console import complain, count
 from sae_lora.common.errors import UserError
-from sae_lora.common.locks import holder
+from sae_lora.common.locks import Holder, holder
 from sae_lora.records import slurm
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.damage import damage
+from sae_lora.records.folder import RunFolder, in_full, is_run
 from sae_lora.records.schema import Progress
 
 
@@ -20,13 +21,21 @@ class State(Enum):
     new = "new"
     """Not started: the folder contains at most a config."""
     queued = "queued"
-    """A SLURM job that will start or resume the run is in the queue."""
+    """A SLURM job in the queue, or another launch on its machine, will start or resume the run."""
     running = "running"
     """A process holds the run."""
     resumable = "resumable"
-    """Started, not running; resumes from its checkpoint."""
+    """Started, not running, and nobody stopped it; resumes from its checkpoint."""
+    stopped = "stopped"
+    """Stopped on request; resumes from its checkpoint."""
     failed = "failed"
     done = "done"
+    damaged = "damaged"
+    """A file is missing, cannot be read, or is not of this run."""
+
+
+TO_DO = (State.new, State.resumable, State.stopped)
+"""States of runs that a launch starts or continues."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +44,13 @@ class RunStatus:
 
     state: State
     note: str | None = None
-    """The process that holds the run, the cause of its failure, or the final state of its job; else
-    `None`."""
+    """The process that holds the run, the cause of its failure, of its stop or of its damage, or the
+    final state of its job; else `None`."""
 
     @property
     def is_to_do(self) -> bool:
-        """True if the run is unfinished and neither failed, running nor queued."""
-        return self.state in (State.new, State.resumable)
+        """True if the run is unfinished and neither failed, damaged, running nor queued."""
+        return self.state in TO_DO
 
 
 def counts(states: Iterable[State]) -> str:
@@ -76,7 +85,8 @@ def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
             states[number] = RunStatus(State.queued, f"as job {job}, {queue[job]}")
         else:
             end = ends.get(job, "final state unknown")
-            note = f"job {job} has left the SLURM queue: {end}"
+            message = slurm.last_message(folders[number].path.parent, job)
+            note = f"job {job} has left the SLURM queue: {end}" + (f"; {message}" if message else "")
             states[number] = RunStatus(states[number].state, note)
     return states
 
@@ -88,7 +98,7 @@ def progress_of(folder: RunFolder, state: State) -> Progress | None:
     have taken more steps before it was killed, or fewer before its last report.
     """
     progress = folder.read_progress()
-    if progress is None or state not in (State.new, State.queued, State.resumable):
+    if progress is None or state not in (*TO_DO, State.queued):
         return progress
     step = folder.checkpoint_step or 0
     return replace(
@@ -97,6 +107,26 @@ def progress_of(folder: RunFolder, state: State) -> Progress | None:
         tokens=round(progress.train_tokens * step / max(1, progress.steps)),
         loss=progress.loss if step == progress.step else None,
     )
+
+
+def is_done(folder: RunFolder) -> bool:
+    """True if the run is finished and its folder is not damaged."""
+    return folder.is_finished and damage(folder) is None
+
+
+def sound(folders: Sequence[RunFolder]) -> list[RunFolder]:
+    """The folders that are not damaged. For each other folder, a line is printed.
+
+    Raises:
+        UserError: If all are damaged.
+    """
+    causes = {folder: cause for folder in folders if (cause := damage(folder)) is not None}
+    lines = [f"{folder.path}: {cause}" for folder, cause in causes.items()]
+    if len(causes) == len(folders):
+        raise UserError("\n".join([f"damaged: {line}" for line in lines]))
+    for line in lines:
+        complain("damaged", line)
+    return [folder for folder in folders if folder not in causes]
 
 
 def what_is_saved(stopped: Iterable[RunFolder]) -> str:
@@ -123,8 +153,9 @@ def finished(path: Path) -> RunFolder:
     Raises:
         UserError: If the folder is not a run, or the run is not finished. The message has its state.
     """
+    path = in_full(path)
     folder = RunFolder(path)
-    if not folder.config.exists():
+    if not is_run(path):
         raise UserError(f"{path} is not a run; the folder of a run is outputs/<sweep>/<run>")
     (status,) = read_statuses([folder])
     if status.state is State.done:
@@ -137,11 +168,23 @@ def finished(path: Path) -> RunFolder:
     raise UserError(f"{path} is not finished: it is {status.state.value}{step}{note}")
 
 
+def _launching(folder: RunFolder) -> Holder | None:
+    """The process of another launch that will run this run; `None` without one."""
+    process = holder(folder.launch) if folder.launch is not None else None
+    return None if process == Holder.this_process() else process
+
+
 def _in_folder(folder: RunFolder) -> RunStatus:
+    if (cause := damage(folder)) is not None:
+        return RunStatus(State.damaged, cause)
     if folder.is_finished:
         return RunStatus(State.done)
     if (process := holder(folder.path)) is not None:
         return RunStatus(State.running, f"by process {process.pid} on {process.host}")
     if (message := folder.failure_message) is not None:
         return RunStatus(State.failed, message)
+    if (process := _launching(folder)) is not None:
+        return RunStatus(State.queued, f"in the launch of process {process.pid} on {process.host}")
+    if (message := folder.stop_message) is not None:
+        return RunStatus(State.stopped, message)
     return RunStatus(State.resumable if folder.checkpoints.exists() else State.new)

@@ -1,24 +1,30 @@
 """Figures of a sweep, made from its tables, with plotly. Imports no torch."""
 
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from sae_lora.common.plots import COLOURS, finished, line_and_markers, ticks
-from sae_lora.records.factors import FACTORS, SEED, label, text, title
+from sae_lora.common.console import count
+from sae_lora.common.plots import COLOURS, LIGHT, finished, line_and_markers, ticks
+from sae_lora.records.factors import FACTORS, label, text, title
 from sae_lora.records.metrics import METRICS
-from sae_lora.report.fits import Fit, Frame, group_of, mean_and_margin
+from sae_lora.report.fits import Fit, Frame, group_of
 from sae_lora.report.frames import factors, in_order
+from sae_lora.report.repeats import mean_of
 
 _MOST_IN_LEGEND = 10
 """Largest number of entries of a legend, and of named ticks of an axis."""
 _PROMINENT = ("rank", "l0", "width", "block", "blocks")
 """Factors that come first in figures and legends."""
 _CLOSED_AXIS = {"title": METRICS["gap_closed"].title, "tickformat": ".2~%"}
+
+
+def _is_logarithmic(factor: str) -> bool:
+    """True if values of a factor are compared by their ratios."""
+    return factor.endswith("lr") or (factor in FACTORS and FACTORS[factor].is_logarithmic)
 
 
 def by_prominence(factors: Sequence[str]) -> list[str]:
@@ -105,6 +111,7 @@ def gap_curves(
                 y=_numbers(curve["ce_gap"]),
                 mode="lines+markers" if len(curve) <= 30 else "lines",
                 hovertemplate=hover,
+                meta=run["run"],
                 **style | {"marker": style["marker"] | {"size": 5}},
             )
         )
@@ -143,8 +150,9 @@ def gap_closed_against(
             y=means["mean"],
             error_y={"array": means["margin"], "thickness": 1.5} if has_seeds else None,
             mode="lines+markers" if has_order else "markers",
-            customdata=means["runs"],
-            hovertemplate=f"{title(factor)} %{{x}}: %{{y:.1%}}<br>%{{customdata}} runs<extra></extra>",
+            customdata=means["first"],
+            text=means["runs"],
+            hovertemplate=f"{title(factor)} %{{x}}: %{{y:.1%}}<br>%{{text}}<extra></extra>",
             **styles.of(group),
         )
         if fitted is not None and group in fitted.intercepts:
@@ -160,7 +168,7 @@ def gap_closed_against(
     axis: dict[str, Any] = {"title": title(factor)}
     if not has_order:
         axis["type"] = "category"
-    elif factor in FACTORS and FACTORS[factor].is_logarithmic and min(numeric) > 0:
+    elif _is_logarithmic(factor) and min(numeric) > 0:
         axis["type"] = "log"
     distinct = sorted(set(numeric))
     if has_order and len(distinct) <= _MOST_IN_LEGEND:
@@ -170,19 +178,18 @@ def gap_closed_against(
     return finished(figure)
 
 
-def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
+def heat_map(frame: Frame, by: Sequence[str], *, stacked: bool = False) -> go.Figure:
     """The gap closed over two factors. With a third factor, there is a map for each of its values.
 
     Args:
         frame: Finished runs with a gap closed, as `runs_frame` gives them.
         by: The two or three factors. A cell is the mean over all runs with its values.
+        stacked: True for several maps one below the other, for a narrow screen.
     """
     across, down, *third = by
     parts = list(frame.groupby(third[0])) if third else [("", frame)]
     titles = [f"{title(third[0])}: {text(value)}" for value, _ in parts] if third else None
-    figure = make_subplots(
-        1, len(parts), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03
-    )
+    figure = _parts(len(parts), stacked=stacked, subplot_titles=titles)
     columns, rows = (list(frame[name].sort_values(key=in_order).unique()) for name in (across, down))
     for number, (_, part) in enumerate(parts, 1):
         means = part.pivot_table("gap_closed", down, across, "mean").reindex(index=rows, columns=columns)
@@ -192,30 +199,33 @@ def heat_map(frame: Frame, by: Sequence[str]) -> go.Figure:
             z=[_numbers(row) for _, row in means.iterrows()],
             coloraxis="coloraxis",
             texttemplate="%{z:.0%}",
+            textfont={"color": "#000"},
             hovertemplate=f"{title(across)} %{{x}}, {title(down)} %{{y}}: %{{z:.1%}}<extra></extra>",
-            row=1,
-            col=number,
+            **_place(number, stacked=stacked),
         )
     figure.update_xaxes(type="category", title=title(across))
     figure.update_yaxes(type="category")
+    if stacked:
+        figure.update_yaxes(title=title(down))
     figure.update_layout(
         yaxis={"title": title(down)},
-        coloraxis={"colorscale": "Cividis", "colorbar": _CLOSED_AXIS},
+        coloraxis={"colorscale": LIGHT, "colorbar": _CLOSED_AXIS},
     )
     return finished(figure)
 
 
-def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
+def efficiency(frame: Frame, by: Sequence[str], *, stacked: bool = False) -> go.Figure:
     """The gap closed over its cost: trained parameters, FLOPs, seconds.
 
     Args:
         frame: Finished runs with a gap closed, as `runs_frame` gives them.
         by: The factors in which the runs differ, without the seed. Only the first two are shown.
+        stacked: True for the costs one below the other, for a narrow screen.
     """
     by = by[:2]
     styles = _GroupStyle(frame, by)
     costs = ("trainable_parameters", "train_flops", "train_seconds")
-    figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
+    figure = _parts(len(costs), stacked=stacked)
     groups = group_of(frame, by)
     traces = []
     for group in dict.fromkeys(groups):
@@ -231,26 +241,38 @@ def efficiency(frame: Frame, by: Sequence[str]) -> go.Figure:
                     **style | {"showlegend": style["showlegend"] and number == 0},
                 )
             )
-    columns = [1 + number % len(costs) for number in range(len(traces))]
-    figure.add_traces(traces, rows=[1] * len(traces), cols=columns)
+    places = [_place(1 + number % len(costs), stacked=stacked) for number in range(len(traces))]
+    figure.add_traces(traces, [place["row"] for place in places], [place["col"] for place in places])
     for number, cost in enumerate(costs, 1):
         # Ranks from 1 to 256 do not fit on a linear axis of parameters.
         is_wide = cost == "trainable_parameters"
         kind: dict[str, Any] = {"type": "log", "nticks": 4} if is_wide else {"rangemode": "tozero"}
-        figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", row=1, col=number, **kind)
+        place = _place(number, stacked=stacked)
+        figure.update_xaxes(title=METRICS[cost].title, exponentformat="power", **place, **kind)
+    figure.update_yaxes(tickformat=_CLOSED_AXIS["tickformat"])
     figure.update_layout(yaxis=_CLOSED_AXIS)
     styles.explain(figure)
     return finished(figure)
 
 
+def _parts(number: int, *, stacked: bool, **options: Any) -> go.Figure:
+    """An empty figure with this number of parts, beside each other or one below the other."""
+    if stacked:
+        return make_subplots(number, 1, vertical_spacing=0.3 / max(1, number), **options)
+    return make_subplots(1, number, shared_yaxes=True, horizontal_spacing=0.03, **options)
+
+
+def _place(number: int, *, stacked: bool) -> dict[str, int]:
+    """The place of a part of `_parts`; the first is 1."""
+    return {"row": number, "col": 1} if stacked else {"row": 1, "col": number}
+
+
 def _over_seeds(runs: Frame, factor: str) -> dict[str, list[Any]]:
     """The mean of the gap closed and half its confidence interval, for each value of a factor."""
-    means: dict[str, list[Any]] = {"value": [], "mean": [], "margin": [], "runs": []}
+    means: dict[str, list[Any]] = {"value": [], "mean": [], "margin": [], "runs": [], "first": []}
     for value, part in runs.groupby(factor):
-        closed = list(part["gap_closed"].astype(float))
-        has_seeds = part[SEED].nunique() > 1
-        average, margin = mean_and_margin(closed) if has_seeds else (mean(closed), None)
-        row = value, average, margin, len(closed)
+        closed = mean_of(list(part["gap_closed"].astype(float)))
+        row = value, closed.value, closed.margin, count(len(part), "run"), part["run"].iloc[0]
         for column, cell in zip(means.values(), row, strict=True):
             column.append(cell)
     return means

@@ -9,10 +9,11 @@ import pandas
 
 from sae_lora.config.overrides import command
 from sae_lora.evaluation.headlines import headlines
+from sae_lora.records.damage import damage
 from sae_lora.records.factors import FACTORS, ORIGINS, by_value, values_of, varying
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from sae_lora.records.status import RunStatus, read_statuses
+from sae_lora.records.status import RunStatus, State, read_statuses
 from sae_lora.report.fits import Frame
 
 _MEASURED = [
@@ -27,16 +28,19 @@ _MEASURED = [
 def runs_frame(folders: Sequence[RunFolder]) -> Frame:
     """A row per run in any state, ordered by the factors in which the runs differ.
 
+    Of a damaged run, only `sweep`, `run`, `state`, `note` and `folder` are known.
+
     Columns: `sweep`, `run`, `state`, `note` (where it runs, why it failed); all `FACTORS`, and other
     config keys that differ; measures (cross-entropies and KL in nats per token), from the last point of
     the curve if a run is not finished; `closed_per_million_parameters`, `closed_per_petaflop` and
     `closed_per_minute` of training; `sae_notes`, differences between a finished run and its SAEs'
     metadata, a line each; `command` and `folder`; headline numbers of suites by `suite/name`.
     """
-    rows = list(map(_row, folders, read_statuses(folders)))
+    rows = list(map(_row, *_each_once(folders)))
     frame: Frame = pandas.DataFrame(rows)
     keys = [name for name in frame if _is_key(name)]
-    same = [name for name in keys if frame[name].map(repr).nunique() == 1]
+    sound = frame[frame["state"] != State.damaged.value]
+    same = [name for name in keys if sound[name].map(repr).nunique() == 1]
     frame = frame.drop(columns=same)
     closed = frame["gap_closed"].astype(float)
     for name, cost, unit in (
@@ -51,12 +55,28 @@ def runs_frame(folders: Sequence[RunFolder]) -> Frame:
     return frame.sort_values(["sweep", *factors(frame)], ignore_index=True, key=in_order)
 
 
+def _each_once(folders: Sequence[RunFolder]) -> tuple[list[RunFolder], list[RunStatus]]:
+    """The runs and their states, without copies of finished runs in the same sweep."""
+    known: set[tuple[str, str]] = set()
+    kept: dict[RunFolder, RunStatus] = {}
+    for folder, status in zip(folders, read_statuses(folders), strict=True):
+        if status.state is State.done:
+            key = _sweep_of(folder), folder.read_summary()["hash"]
+            if key in known:
+                continue
+            known.add(key)
+        kept[folder] = status
+    return list(kept), list(kept.values())
+
+
 def curves_frame(folders: Sequence[RunFolder]) -> Frame:
     """A row per evaluation: `sweep`, `run`, and the fields of `CurvePoint` except `per_sae`."""
     names = [field.name for field in dataclasses.fields(CurvePoint) if field.name != "per_sae"]
     fields_of = operator.attrgetter(*names)
     rows = []
     for folder in folders:
+        if damage(folder) is not None:
+            continue
         run = _sweep_of(folder), folder.path.name
         rows += [(*run, *fields_of(point)) for point in folder.read_curve()]
     return pandas.DataFrame(rows, columns=["sweep", "run", *names])
@@ -65,7 +85,7 @@ def curves_frame(folders: Sequence[RunFolder]) -> Frame:
 def factors(frame: Frame) -> list[str]:
     """The factors in which the runs of a frame differ, as `varying` names them."""
     names = [*FACTORS, *(name for name in frame if _is_key(name))]
-    return varying(frame[names].to_dict("records"))
+    return varying(frame[frame["state"] != State.damaged.value][names].to_dict("records"))
 
 
 def _is_key(column: str) -> bool:
@@ -79,7 +99,12 @@ def _sweep_of(folder: RunFolder) -> str:
 
 def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
     """A run's row of the frame, by column."""
-    config = folder.read_config()
+    place = {"sweep": _sweep_of(folder), "run": folder.path.name, "folder": str(folder.path)}
+    state = {"state": status.state.value, "note": status.note}
+    if status.state is State.damaged:
+        unknown = dict.fromkeys([*FACTORS, *_MEASURED, "measured_l0", "command"])
+        return place | state | unknown | {"sae_notes": ""}
+    config = folder.read_config() if folder.config.exists() else {}
     measured: dict[str, Any] = {}
     if folder.is_finished:
         measured = folder.read_summary()
@@ -91,12 +116,12 @@ def _row(folder: RunFolder, status: RunStatus) -> dict[str, Any]:
             "train_tokens": last.tokens,
         }
     return (
-        {"sweep": _sweep_of(folder), "run": folder.path.name}
-        | {"state": status.state.value, "note": status.note}
+        place
+        | state
         | values_of(config, measured)
         | {name: measured.get(name) for name in _MEASURED}
         | {"measured_l0": measured.get("l0"), "sae_notes": "\n".join(measured.get("notes", []))}
-        | {"command": command(config), "folder": str(folder.path)}
+        | {"command": command(config)}
         | headlines(folder)
     )
 

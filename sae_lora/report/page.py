@@ -10,18 +10,19 @@
 It is made only from run folders and can be made again. Imports no torch.
 """
 
+import base64
 import json
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from plotly.offline import get_plotlyjs
 
 from sae_lora.common import plots
 from sae_lora.common.console import count
@@ -29,12 +30,14 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_results
-from sae_lora.records.factors import SEED, label, text
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.damage import damage
+from sae_lora.records.factors import SEEDS, label, text
+from sae_lora.records.folder import RunFolder, hash_of
 from sae_lora.records.metrics import METRICS, NO_GAP
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
 from sae_lora.report.frames import factors
+from sae_lora.report.results import BEST_NOTE, results
 from sae_lora.report.sweep import CURVE_AXES, Sweep
 
 VERSION = 1
@@ -47,11 +50,17 @@ _MOST_MAPPED = 3
 """Largest number of factors in a heat map."""
 _WITHOUT_OUTLIERS = "fvu_without_outliers"
 _SHOWN = (
-    *("base_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement", "fvu"),
-    *(_WITHOUT_OUTLIERS, "trainable_parameters", "train_flops", "train_seconds"),
-    *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
+    *("initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement"),
+    *("trainable_parameters", "train_seconds"),
 )
 """Metrics in the page's table."""
+_EXTRA = (
+    *("base_ce", "student_ce", "fvu", _WITHOUT_OUTLIERS, "measured_l0", "train_flops"),
+    *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
+)
+"""Metrics in the table that the page shows on request."""
+_LIBRARY = "plotly-cartesian.min.js.gz"
+"""The part of plotly.js for lines, points and maps: the package plotly.js-cartesian-dist-min."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,17 @@ class View:
     """A sentence below the figure."""
 
 
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of the table of runs."""
+
+    name: str
+    """The column of the data frame."""
+    heading: str
+    is_extra: bool
+    """True if it is shown only on request."""
+
+
 class Report:
     """Results of sweeps, for the page and for programs.
 
@@ -80,13 +100,19 @@ class Report:
         self.done: Frame = self.frame[self.frame["state"] == "done"]
         self.states = dict(Counter(self.frame["state"]))
         """The number of runs in each state."""
-        self.varying = [name for name in figures.by_prominence(factors(self.frame)) if name != SEED]
-        """The factors in which runs differ, without the seed."""
+        self.varying = [name for name in figures.by_prominence(factors(self.frame)) if name not in SEEDS]
+        """The factors in which runs differ, without the seeds."""
         fits = [
             fit(self.done, name, [factor for factor in self.varying if factor != name])
             for name in _FITTED
             if name in self.varying
         ]
+        sound = [folder for folder in sweep.folders if damage(folder) is None]
+        table = results(sound)
+        self.means = table if any(len(row.runs) > 1 for row in table.rows) else None
+        """Means over seeds; `None` if no runs differ only in seeds."""
+        self.stacked: dict[str, Any] = {}
+        """Figures with several parts, with one below the other, by name; `views` fills it."""
         self.fits = [fitted for fitted in fits if isinstance(fitted, Fit)]
         self._refusals = [reason for reason in fits if isinstance(reason, str)]
 
@@ -95,6 +121,11 @@ class Report:
         """The run that closes the largest share of the gap."""
         closed = self.done["gap_closed"].astype(float)
         return None if closed.isna().all() else _json_row(self.done.loc[closed.idxmax()].to_dict())
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods of all runs."""
+        return list(self.frame["method"].dropna().unique())
 
     @property
     def missing(self) -> list[str]:
@@ -144,7 +175,9 @@ class Report:
         if 2 <= len(self.varying) <= _MOST_MAPPED:
             heading = f"Gap closed over {' and '.join(map(label, self.varying))}"
             views.append(View("heat_map", heading, figures.heat_map(done, self.varying)))
+            self.stacked["heat_map"] = figures.heat_map(done, self.varying, stacked=True)
         figure = figures.efficiency(done, self.varying)
+        self.stacked["efficiency"] = figures.efficiency(done, self.varying, stacked=True)
         return [*views, View("efficiency", "Gap closed against cost", figure)]
 
     def _suite_views(self) -> list[View]:
@@ -219,6 +252,8 @@ def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
             unfinished = to / f".{name}.parquet"
             _uniform(table).to_parquet(unfinished, index=False)
             unfinished.replace(to / f"{name}.parquet")
+        for old in (to / "figures").iterdir():  # of an older report
+            old.unlink()
         if pictures:
             files = [
                 (view.figure, to / "figures" / f"{view.name}.{kind}")
@@ -257,8 +292,9 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     runs = [
         _json_row(row)
         | {
+            "hash": hash_of(row["run"]),
             "href": os.path.relpath(row["folder"], to),
-            "config": RunFolder(Path(row["folder"])).config.read_text(),
+            "config": _config_text(Path(row["folder"])),
         }
         for row in report.frame.to_dict("records")
     ]
@@ -266,15 +302,25 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         report=report,
         sweeps=sorted(set(report.frame["sweep"])),
         created=time.strftime("%Y-%m-%d %H:%M"),
-        methods=["LoRA" if name == "lora" else name for name in report.frame["method"].unique()],
+        methods=["LoRA" if name == "lora" else name for name in report.methods],
         columns=_columns(report.frame),
         runs=runs,
         best=report.best,
         views=shown,
         figures={view.name: json.loads(str(view.figure.to_json())) for view in shown},
+        stacked={name: json.loads(str(each.to_json())) for name, each in report.stacked.items()},
         axes=axes,
-        plotly=get_plotlyjs(),
+        means=report.means,
+        best_note=BEST_NOTE,
+        mark=lambda cell: f"{cell} *",
+        plotly=base64.b64encode(files("sae_lora.report").joinpath(_LIBRARY).read_bytes()).decode(),
     )
+
+
+def _config_text(run: Path) -> str:
+    """The config of a run as text; of a damaged run, its damage."""
+    folder = RunFolder(run)
+    return damage(folder) or folder.config.read_text()
 
 
 def _check_free(to: Path) -> None:
@@ -299,16 +345,18 @@ def _check_free(to: Path) -> None:
         )
 
 
-def _columns(frame: Frame) -> list[tuple[str, str]]:
-    """Columns of the page's table: their names in the frame, and their headings."""
-    names = [(name, label(name)) for name in factors(frame)]
-    if frame["sweep"].nunique() > 1:
-        names = [("sweep", "sweep"), *names]
-    shown = [key for key in _SHOWN if key != _WITHOUT_OUTLIERS or _has_outliers(frame)]
-    metrics = [(key, METRICS[key].column) for key in shown]
-    metrics.insert(shown.index("trainable_parameters"), ("measured_l0", "L0 measured"))
-    evaluated = [(name, name.partition("/")[2]) for name in frame if "/" in name]
-    return [*names, *metrics, *evaluated]
+def _columns(frame: Frame) -> list[TableColumn]:
+    """Columns of the page's table: what varies comes first, the run last."""
+    names = ["sweep"] if frame["sweep"].nunique() > 1 else []
+    extra = [key for key in _EXTRA if key != _WITHOUT_OUTLIERS or _has_outliers(frame)]
+    headings = {"measured_l0": "L0 measured"} | {key: metric.column for key, metric in METRICS.items()}
+    return [
+        *(TableColumn(name, label(name), is_extra=False) for name in [*names, *factors(frame), "state"]),
+        *(TableColumn(key, headings[key], is_extra=False) for key in _SHOWN),
+        *(TableColumn(key, headings[key], is_extra=True) for key in extra),
+        *(TableColumn(key, key.partition("/")[2], is_extra=True) for key in frame if "/" in key),
+        TableColumn("run", "run", is_extra=False),
+    ]
 
 
 def _has_outliers(frame: Frame) -> bool:

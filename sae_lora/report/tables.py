@@ -9,10 +9,11 @@ from rich.table import Column, Table
 
 from sae_lora.config.enums import SAEFamily, Suite
 from sae_lora.evaluation import suite_records
-from sae_lora.evaluation.headlines import headlines
+from sae_lora.evaluation.headlines import COVERAGE, MEANINGS, OF_SUITE, Headline, measured
 from sae_lora.records.factors import FinishedRun, finished_runs, label, text, varying
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS, NO_GAP
+from sae_lora.report.fits import CONFIDENCE
 
 _RUN = "run"
 """Heading of the column with the runs' names, which is there if the runs differ in no factor."""
@@ -21,12 +22,6 @@ _OF_ONE_RUN = (
     *("top1_agreement", "fvu", "fvu_without_outliers", "l0", "trainable_parameters", "train_tokens"),
     *("train_seconds", "total_seconds"),
 )
-_OF_SEVERAL = (
-    *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed", "kl"),
-    *("trainable_parameters", "train_seconds"),
-)
-_IN_TITLE = ("model", "block", "width", "l0", "rank"), ("base_ce", "spliced_ce", "initial_gap")
-"""Factors and metrics that move into a table's title if all rows have the same value."""
 
 
 def run_table(summary: dict[str, Any]) -> Table:
@@ -60,12 +55,6 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})"
 
 
-def mean_and_range(values: Sequence[float]) -> str:
-    """The mean of values over seeds, with the smallest and the largest in brackets."""
-    mean = f"{statistics.mean(values):+.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):+.3f} to {max(values):+.3f})"
-
-
 def in_whole_words(table: Table, breakable: str | None = None) -> Table:
     """The table, with columns that are wide enough for their longest word.
 
@@ -82,22 +71,6 @@ def in_whole_words(table: Table, breakable: str | None = None) -> Table:
     return table
 
 
-def comparison_table(folders: Sequence[RunFolder]) -> Table:
-    """A row for each finished run. The title has the values that all runs have in common."""
-    runs = finished_runs(folders)
-    columns = _differences(runs)
-    columns |= {
-        METRICS[key].column: [METRICS[key].written(run.summary[key]) for run in runs]
-        for key in _OF_SEVERAL
-    }
-    same = {label(name): [text(run.factors[name]) for run in runs] for name in _IN_TITLE[0]}
-    same |= {name: columns[name] for key in _IN_TITLE[1] if (name := METRICS[key].column) in columns}
-    title = {name: values[0] for name, values in same.items() if len(set(values)) == 1}
-    heading = ", ".join(f"{name} {value}" for name, value in title.items())
-    table = _table(heading, {name: values for name, values in columns.items() if name not in title})
-    return explained(table, [run.summary["gap_closed"] for run in runs])
-
-
 def explained(table: Table, gaps_closed: Iterable[float | None]) -> Table:
     """The table, with a note if the gap closed of one of its runs is undefined."""
     if None in gaps_closed:
@@ -109,24 +82,44 @@ def evaluation_tables(folders: Sequence[RunFolder], suites: Iterable[Suite]) -> 
     """A table for each suite with results: a row for each finished run, with its headline numbers.
 
     A dash stands for a run that the suite has not measured. If it failed for a run, a column says why.
+    The caption says what each column is.
     """
     runs = finished_runs(folders)
     differences = _differences(runs)
-    measured = [headlines(run.folder) for run in runs]
-    names = dict.fromkeys(chain(*measured))
+    of_runs = [measured(run.folder) for run in runs]
+    every = dict.fromkeys(chain(*of_runs))
     for suite in suites:
+        names = [name for name in every if name.startswith(f"{suite.name}/")]
         values = {
-            name.partition("/")[2].replace(", ", "\n"): [
-                f"{numbers[name]:.3g}" if name in numbers else "–" for numbers in measured
-            ]
+            _with_unit(name): [numbers[name].text if name in numbers else "–" for numbers in of_runs]
             for name in names
-            if name.startswith(f"{suite.name}/")
         }
         failures = [suite_records.failure(run.folder, suite) for run in runs]
         if any(failures):
             values[""] = [f"failed: {failure}" if failure else "" for failure in failures]
         if values:
-            yield in_whole_words(_table(suite.name, differences | values))
+            table = in_whole_words(_table(suite.name, differences | values))
+            shown = [numbers[name] for numbers in of_runs for name in names if name in numbers]
+            table.caption, table.caption_justify = "\n".join(_explained(suite, names, shown)), "left"
+            yield table
+
+
+def _explained(suite: Suite, names: Sequence[str], shown: Sequence[Headline]) -> Iterator[str]:
+    """Lines that say what the numbers of a suite are."""
+    if suite in OF_SUITE:
+        yield OF_SUITE[suite]
+    for name in names:
+        if name in MEANINGS:
+            yield f"{name.partition('/')[2]}: {MEANINGS[name][1]}"
+    if any(headline.low is not None for headline in shown):
+        yield f"in brackets: {COVERAGE.get(suite, CONFIDENCE):.0%} intervals"
+
+
+def _with_unit(name: str) -> str:
+    """The heading of a headline number, with its unit below it."""
+    heading = name.partition("/")[2].replace(", ", "\n")
+    unit = MEANINGS[name][0] if name in MEANINGS else ""
+    return f"{heading}\n{unit}" if unit else heading
 
 
 def _differences(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:

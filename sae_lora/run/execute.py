@@ -43,6 +43,7 @@ from sae_lora.run.progress import Reporter
 from sae_lora.run.sinks import dominant_positions
 from sae_lora.saes.loading import LOADING
 from sae_lora.train import checkpoint
+from sae_lora.train.cost import speed
 from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
@@ -225,11 +226,15 @@ class _Execution:
                     **common,
                 )
 
+            is_whole = trainer.first_batch == 0
+            began = time.perf_counter()
             try:
                 for training, point in trainer.points(batches, after_step, self._interruption.held):
                     with trainings.only(training):
                         runs[training].take(point)
                         report.point(training, point)
+                if is_whole:
+                    _record_speed([run.config for run in runs.values()], time.perf_counter() - began)
                 trainings.each(evaluate_each_sae)
                 with self._interruption.held():
                     trainings.each(finish)
@@ -255,6 +260,14 @@ def _state(training: TrainState) -> tuple[int, dict[str, Tensor]]:
     """Step and trained weights, for workers: initial weights from a seed may differ in the last bits."""
     weights = training.student.weights
     return training.step, {name: weight.detach().cpu() for name, weight in weights.items()}
+
+
+def _record_speed(configs: Sequence[Config], seconds: float) -> None:
+    """Record the speed of a whole training, for later plans."""
+    try:
+        speed.record(configs, seconds)
+    except OSError as error:  # a full or read-only disk; the training does not depend on it
+        complain("note", f"the speed of this training was not recorded: {error.strerror}")
 
 
 def _end(runs: Sequence[ActiveRun]) -> None:
@@ -291,6 +304,8 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
     except Interrupted:
         if stopped := [run.folder for run in runs if run.folder.is_unsettled]:
             complain("stopped on request", what_is_saved(stopped))
+            for folder in stopped:
+                folder.write_stop(f"on request, {what_is_saved([folder])}")
         return EXIT_INTERRUPTED
     return EXIT_HELD if held_elsewhere and code != EXIT_NOT_TOGETHER else code
 

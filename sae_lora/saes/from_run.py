@@ -12,6 +12,7 @@ from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEConfig, as_l
 from sae_lora.config.serialize import load
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
+from sae_lora.records.damage import damage
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.metadata import read_folder
 
@@ -27,6 +28,8 @@ def begun(config: Config, model: Dimensions) -> Config:
     """
     assert config.init is not None
     folder = RunFolder(Path(config.init).expanduser())
+    if (cause := damage(folder)) is not None:
+        raise UserError(f"init = {config.init!r} is damaged: {cause}")
     if not folder.is_finished:
         raise _no_result(config.init, folder)
     earlier = load(folder.config.read_text())

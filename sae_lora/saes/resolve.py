@@ -72,7 +72,7 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
                 raise ConfigError(
                     "sae.family",
                     "tiny",
-                    "gemma_scope, llama_scope, registry or disk",
+                    "gemma_scope, llama_scope, registry or disk; method=sae sae=new trains one",
                     because=f"the tiny SAEs belong to model=tiny, not to {config.model.name!r}",
                 )
             resolution = _nearest_at_each_block(config, _embedded_candidates())

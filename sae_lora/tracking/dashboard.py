@@ -1,14 +1,16 @@
-"""A W&B workspace for a sweep: curves by rank, gap closed over each factor, and the best runs."""
+"""A W&B workspace for a sweep: curves, gap closed over each factor, and the best runs."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.secrets import redacted
+from sae_lora.config.compose import PROJECT
 from sae_lora.config.serialize import load
-from sae_lora.records.factors import FACTORS
+from sae_lora.records.factors import FACTORS, differing, values_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.tracking.wandb_run import obstacle
+from sae_lora.tracking.wandb_view import WandbView
 
 _CLOSED = "result.gap_closed"
 _SHOWN = [FACTORS[name] for name in ("rank", "width", "l0", "block")]
@@ -54,21 +56,21 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         raise UserError("a dashboard needs `pip install wandb-workspaces`") from error
 
     configs = [load(folder.config.read_text()) for folder in folders]
-    projects = {(config.tracking.entity, config.tracking.project) for config in configs}
+    projects = {(config.tracking.entity, config.tracking.project or PROJECT) for config in configs}
     if len(projects) > 1:
         names = ", ".join(sorted(f"{entity or '(default)'}/{project}" for entity, project in projects))
         raise UserError(f"a dashboard shows one W&B project, but these runs are in several: {names}")
     ((entity, project),) = projects
 
+    varying = differing([values_of(folder.read_config(), {}) for folder in folders])
+    # A line for each rank is a mean, which is right only over seeds.
+    by_rank: dict[str, Any] = {}
+    if set(varying) <= {"rank"}:
+        by_rank = {"groupby": panels.Config("lora.rank"), "groupby_aggfunc": "mean"}
+        by_rank |= {"groupby_rangefunc": "minmax"}
+
     def curves(title: str, metric: str, axis: str) -> Any:
-        return panels.LinePlot(
-            title=title,
-            x=axis,
-            y=[metric],
-            groupby=panels.Config("lora.rank"),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-        )
+        return panels.LinePlot(title=title, x=axis, y=[metric], **by_rank)
 
     def section(name: str, *contents: Any) -> Any:
         return workspaces.Section(name=name, is_open=True, panels=list(contents))
@@ -94,10 +96,10 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         name=f"sae_lora {configs[0].sweep}",
         sections=[
             section(
-                "CE gap by rank",
-                curves("CE gap over tokens, by rank", "ce_gap", "tokens"),
-                curves("CE gap over seconds of training, by rank", "ce_gap", "train_seconds"),
-                curves("KL over tokens, by rank", "kl", "tokens"),
+                "CE gap",
+                curves("CE gap over tokens", "ce_gap", "tokens"),
+                curves("CE gap over seconds of training", "ce_gap", "train_seconds"),
+                curves("KL over tokens", "kl", "tokens"),
             ),
             section(
                 "Gap closed by factor",
@@ -112,7 +114,7 @@ def _workspace(folders: Sequence[RunFolder]) -> Any:
         ],
         # The table of runs beside the panels, with the best run first.
         runset_settings=workspaces.RunsetSettings(
-            filters=[expr.Metric("Group") == configs[0].sweep],
+            filters=[expr.Metric("Group") == WandbView(folders[0], configs[0]).group],
             order=[expr.Ordering(expr.Summary(_CLOSED), ascending=False)],
             pinned_columns=[
                 *(f"summary:result.{name}" for name in ("gap_closed", "ce_gap", "kl")),

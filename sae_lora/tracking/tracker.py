@@ -20,12 +20,14 @@ from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary
 from sae_lora.tracking import wandb_run
+from sae_lora.tracking.trackio_run import TrackioRun
 from sae_lora.tracking.wandb_run import WandbRun
 from sae_lora.tracking.wandb_view import WandbView
 
 log = logging.getLogger(__name__)
 
 _PLACE_TIMEOUT_S = 10
+_Run = WandbRun | TrackioRun
 
 
 class Tracker:
@@ -39,7 +41,7 @@ class Tracker:
         self._mode = _configured_mode(config.tracking.mode)
         self._place: str | None = None
         self._is_cut_off = False
-        self._calls: queue.SimpleQueue[Callable[[WandbRun], object] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[_Run], object] | None] = queue.SimpleQueue()
         self._opened = threading.Event()
         self._place_deadline = time.monotonic() + _PLACE_TIMEOUT_S
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -69,25 +71,34 @@ class Tracker:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             command = f"sae-lora sync {self._view.folder.path.parent}"
-            log.warning("W&B did not finish in %g s; `%s` uploads the missing rows", timeout_s, command)
             self._is_cut_off = True
+            if self._mode is TrackingMode.trackio:
+                log.warning("Trackio did not finish in %g s", timeout_s)
+                return
+            log.warning("W&B did not finish in %g s; `%s` uploads the missing rows", timeout_s, command)
             wandb_run.cut_off()  # otherwise it would delay the exit of this process
 
     def _work(self) -> None:
-        run: WandbRun | None = None
+        run: _Run | None = None
         try:
-            if self._mode is not TrackingMode.disabled:
+            if self._mode is TrackingMode.trackio:
+                run = TrackioRun(self._view)
+            elif self._mode is not TrackingMode.disabled:
                 run = self._open()
-                self._place = run.place
+            self._place = run and run.place
         except Exception as error:  # no error of W&B may stop a run
-            self._warn("W&B is off for this run: %s", error)
+            self._warn(f"{self._name} is off for this run: %s", error)
         self._opened.set()
         while (call := self._calls.get()) is not None:
             if run is not None:
                 try:
                     call(run)
                 except Exception as error:  # as above
-                    self._warn("W&B: %s", error)
+                    self._warn(f"{self._name}: %s", error)
+
+    @property
+    def _name(self) -> str:
+        return "Trackio" if self._mode is TrackingMode.trackio else "W&B"
 
     def _open(self) -> WandbRun:
         if _settled_mode(self._mode) == "online":

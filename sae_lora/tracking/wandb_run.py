@@ -14,7 +14,7 @@ import psutil
 
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.metrics import METRICS
-from sae_lora.tracking.wandb_view import AXES, CURVES, WandbView, without_secrets
+from sae_lora.tracking.wandb_view import AXES, CURVES, WandbView, trial_id, without_secrets
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3
@@ -50,11 +50,12 @@ class WandbRun:
             # If going online fails, wandb does not accept the same id again.
             id=view.id if online else f"{view.id}-offline",
             name=view.name,
-            group=view.config.sweep,
+            notes=view.config.tracking.notes,
+            group=view.group,
             job_type="lora",
             tags=view.tags,
             config=view.values,
-            dir=str(view.folder.path),
+            dir=view.config.tracking.dir or str(view.folder.path),
             mode="online" if online else "offline",
             resume="allow",
             reinit="create_new",
@@ -74,7 +75,9 @@ class WandbRun:
             self._run.define_metric(axis)
         for name in CURVES:
             best = {"lower": "min,", "higher": "max,", "": ""}[METRICS[name].better]
-            self._run.define_metric(name, step_metric=AXES[0], summary=f"{best}last")
+            # A sweep of W&B needs its metric as one number, not as one of several in a summary.
+            summary = None if trial_id() else f"{best}last"
+            self._run.define_metric(name, step_metric=AXES[0], summary=summary)
         self._next_step: int = self._run.starting_step
         """The first step that W&B has no row for."""
 

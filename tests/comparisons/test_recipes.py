@@ -13,7 +13,7 @@ from sae_lora.comparisons.interpolate import first_reached
 from sae_lora.comparisons.recipes import savings
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
-from tests.support.sweeps import curve_point, finished
+from tests.support.sweeps import curve_point, finished, summed_up
 
 
 def curve(*closed: float) -> list[CurvePoint]:
@@ -32,15 +32,11 @@ def run(home: Path, rank: int, seed: int, closed: tuple[float, ...]) -> RunFolde
     config["train"]["seed"] = seed
     folder.config.write_text(yaml.safe_dump(config))
     points = curve(*closed)
-    summary = folder.read_summary() | {
-        "train_tokens": points[-1].tokens,
-        "train_seconds": points[-1].train_seconds,
-    }
-    folder.summary.write_text(json.dumps(summary))
     folder.curve.unlink()
     for point in points:
         folder.append_point(point)
-    return folder
+    last = points[-1]
+    return summed_up(folder, train_tokens=last.tokens, train_seconds=last.train_seconds)
 
 
 def test_the_first_time_counts_and_is_interpolated_between_evaluations() -> None:

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.compose import explanation
 from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.explain import explanation
 from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.lora_targets import matches, target_words
 from sae_lora.config.schema import Config

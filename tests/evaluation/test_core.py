@@ -30,8 +30,9 @@ from sae_lora.evaluation.core import Core
 from sae_lora.evaluation.subject import Subject
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.page import Report, page
+from sae_lora.report.results import comparison_table
 from sae_lora.report.sweep import Sweep
-from sae_lora.report.tables import comparison_table, run_table
+from sae_lora.report.tables import run_table
 from tests.support.points import points_in, run_here
 
 pytestmark = pytest.mark.slow  # many seconds in all

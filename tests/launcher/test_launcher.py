@@ -1,18 +1,23 @@
 """The launcher on this machine: submitit runs each pack in its own process."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import submitit
 
 from sae_lora.cli import main
-from sae_lora.common.errors import ConfigError
+from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.locks import held
 from sae_lora.config import compose
 from sae_lora.config.schema import LauncherConfig
@@ -23,6 +28,7 @@ from tests.support.attempts import results
 from tests.support.commands import REPOSITORY
 from tests.support.forked_jobs import forked_jobs
 from tests.support.points import SMALL, Point, folders_in, points_in
+from tests.support.sweeps import summed_up
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +61,7 @@ def test_a_single_run_is_evaluated_and_shows_its_table(point: Point, tmp_path: P
 def test_a_failed_run_does_not_stop_other_runs_and_can_be_retried(
     point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    monkeypatch.setattr(launcher, "_check_device", lambda config: None)  # as where a GPU was lost
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     broken = "train.device=cuda"  # the device is not part of the identity of a run
     points = [point(f"lora.rank={rank}", *([broken] if rank == 2 else [])) for rank in (1, 2, 3)]
@@ -65,23 +72,62 @@ def test_a_failed_run_does_not_stop_other_runs_and_can_be_retried(
     assert dict(zip(ranks, states, strict=True)) == {1: State.done, 2: State.failed, 3: State.done}
     (failed,) = [folder for folder in folders_in(tmp_path) if folder.has_failed]
     assert failed.failure_message in capsys.readouterr().err
-    # It is retried only on request.
-    corrected = [point(f"lora.rank={rank}") for rank in (1, 2, 3)]
-    assert launcher.launch(corrected) == 1
+    # With the same settings, it is retried only on request.
+    assert launcher.launch(points) == 1
     assert "launcher.retry_failed=true" in capsys.readouterr().err
-    retried = [point(f"lora.rank={rank}", "launcher.retry_failed=true") for rank in (1, 2, 3)]
-    assert launcher.launch(retried) == 0
+    asked = [replace(each, launcher=replace(each.launcher, retry_failed=True)) for each in points]
+    assert launcher.launch(asked) == 1
+    assert len(list(failed.path.glob("unfinished-*/failure.json"))) == 1
+    # With other settings, which its hash does not hold, it runs at once.
+    assert launcher.launch([point(f"lora.rank={rank}") for rank in (1, 2, 3)]) == 0
+    printed = capsys.readouterr().err
+    assert "with train.device=cuda; running again with the present settings" in printed
     assert all(folder.is_finished for folder in folders_in(tmp_path))
-    assert len(list(failed.path.glob("unfinished-1/failure.json"))) == 1
+    assert len(list(failed.path.glob("unfinished-*/failure.json"))) == 2
 
 
-def test_a_run_that_another_process_holds_is_skipped(point: Point, capsys) -> None:
+@pytest.mark.case("B11")
+def test_a_launch_waits_for_a_run_that_another_process_holds(point: Point, capsys) -> None:
+    """Then it says how the run ended, here without a result."""
     (planned,) = plan([point()]).runs
     planned.freeze()
-    with held(planned.folder.path):
+    with ExitStack() as lease:
+        lease.enter_context(held(planned.folder.path))
+        timer = threading.Timer(1.5, lease.close)
+        timer.start()
         assert launcher.launch([point()]) == 1
-    assert "is running, by process" in capsys.readouterr().err
-    assert not planned.folder.failure.exists()
+        timer.join()
+    printed = capsys.readouterr()
+    assert "is running, by process" in printed.out and "waiting for 1 run of" in printed.out
+    assert "not finished" in printed.err
+    assert not planned.folder.failure.exists() and not planned.folder.log.exists()
+
+
+@pytest.mark.case("B11")
+def test_two_launches_of_one_command_train_once(tmp_path: Path) -> None:
+    """The second one waits, says what was done, and writes nothing into the log of the first."""
+    small = [*SMALL, f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    command = [sys.executable, "-m", "sae_lora", "launch", "-m", *small, "lora.rank=1,2"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("gap closed" in text for text in printed)
+    assert sum("waiting for 2 runs of another launch" in text for text in printed) == 1
+    logs = [folder.log.read_text() for folder in folders_in(tmp_path)]
+    assert sum(log.count("training ") for log in logs) == 1  # one pack
+    assert not any("another process" in log for log in logs)
+
+
+@pytest.mark.case("B12")
+def test_a_full_disk_of_the_launcher_is_named_and_stops_the_runs(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(submitit.LocalExecutor, "submit", full)
+    with pytest.raises(UserError, match=r"output_dir: cannot write to .*No space left on device"):
+        launcher.launch([point()])
 
 
 def test_dry_run_writes_nothing(point: Point, tmp_path: Path, capsys) -> None:
@@ -171,7 +217,7 @@ def test_a_stopped_run_saves_and_can_resume(tmp_path: Path, ctrl_c: bool) -> Non
     (folder,) = folders_in(tmp_path)
     planned = plan([points_in(tmp_path)("train.train_tokens=100000")])
     assert planned.runs[0].folder.path == folder.path
-    assert read_statuses([folder])[0].state is State.resumable
+    assert read_statuses([folder])[0].state is State.stopped
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -180,8 +226,8 @@ def test_a_stop_while_suites_run_names_the_command_that_runs_them(
 ) -> None:
     """The same command would leave out finished runs."""
 
-    def stopped(packs: Sequence[Pack], settings: LauncherConfig) -> None:
-        packs[0][0].folder.summary.write_text("{}")
+    def stopped(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> None:
+        summed_up(packs[0][0].folder)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launcher, "run_here", stopped)

@@ -18,7 +18,8 @@ from sae_lora.common.locks import held
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.suite_records import Record
 from sae_lora.launcher import live_view
-from sae_lora.launcher.live_view import Watch, live_table, status_rows
+from sae_lora.launcher.live_view import Watch
+from sae_lora.launcher.status_tables import live_table, status_rows
 from sae_lora.records.factors import differences_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
@@ -90,7 +91,7 @@ def test_status_shows_stages_and_what_varies(
         os.utime(runs[1].progress, (0, 0))  # a process that reports nothing any more
         assert main(["status", str(runs[0].path.parent)]) == 0
     header, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["run", "rank", "seed", "state"]
+    assert header.split()[:3] == ["rank", "seed", "state"]
     assert "training 31%" in first and "1,234" in first and "2 h 07 min" in first
     assert "filling buffer 41%" in second and "last report" in second
 

@@ -33,6 +33,7 @@ from tests.support.commands import launch
 from tests.support.composing import combinations, composed, each_composed
 from tests.support.hub import COMMIT, serving
 from tests.support.repositories import published_configs, write_configs
+from tests.support.sweeps import summed_up
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -239,7 +240,7 @@ def finish(run: Run, d_model: int) -> None:
         hook = {"hook_name": "blocks.12.hook_resid_post"}
         size = {"d_in": d_model, "d_sae": FINISHED_WIDTH}
         write_cfg(folder, number, architecture="topk", **size, k=64, metadata=hook)
-    run.folder.summary.write_text("{}")
+    summed_up(run.folder)
 
 
 @pytest.fixture(scope="module")

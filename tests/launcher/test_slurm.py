@@ -198,7 +198,7 @@ def test_a_cancelled_run_can_resume(cluster: Cluster, tmp_path: Path, capsys) ->
     assert ended(cluster, folders[0].job).startswith("CANCELLED")
     until(lambda: not any(holder(folder.path) for folder in folders), "the runs are free")
     for status in read_statuses(folders):
-        assert status.state is State.resumable
+        assert status.state is State.stopped
         assert "CANCELLED" in str(status.note)
 
 

@@ -132,7 +132,7 @@ def test_points_do_not_start_if_their_run_fails(
     started: list[Run] = []
     monkeypatch.setattr(prefetch, "prefetched", list)
 
-    def fail(packs: Sequence[Pack], settings: LauncherConfig) -> None:
+    def fail(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> None:
         for run in itertools.chain(*packs):
             started.append(run)
             run.folder.write_failure("out of memory", "…")

@@ -43,7 +43,7 @@ def test_curve_round_trip_and_a_truncated_line(tmp_path: Path) -> None:
 
 
 def test_a_curve_holds_no_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(UserError, match="kl of the evaluation after 0 tokens is not finite"):
         RunFolder(tmp_path).append_point(dataclasses.replace(curve_point(0), kl=float("nan")))
 
 

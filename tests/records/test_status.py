@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
-from sae_lora.launcher.live_view import status_rows
 from sae_lora.launcher.plan import plan
+from sae_lora.launcher.status_tables import status_rows
 from sae_lora.records import slurm
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
 from sae_lora.records.status import State, finished, progress_of, read_statuses, what_is_saved
 from tests.support.points import Point
-from tests.support.sweeps import MadeUp
+from tests.support.sweeps import MadeUp, summed_up
 
 
 def test_the_state_of_a_run_follows_from_its_folder(
@@ -46,7 +47,8 @@ def test_the_state_of_a_run_follows_from_its_folder(
     monkeypatch.setattr(slurm, "ends", lambda jobs: dict.fromkeys(jobs, "NODE_FAIL"))
     assert state() is State.resumable
     assert "12_3 has left the SLURM queue: NODE_FAIL" in str(read_statuses([folder])[0].note)
-    folder.summary.write_text("{}")
+    folder.failure.unlink(missing_ok=True)
+    summed_up(folder)
     assert state() is State.done
 
 
@@ -61,6 +63,26 @@ def test_a_submitted_run_counts_as_queued_if_slurm_does_not_answer(
     assert status.state is State.queued
     assert status.note is not None
     assert "no SLURM on this machine" in status.note
+
+
+@pytest.mark.case("B14")
+def test_a_job_that_never_began_says_why(
+    point: Point, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """submitit's own log has the cause; the run has none, because its process did not start."""
+    (run,) = plan([point()]).runs
+    run.freeze()
+    run.folder.write_job("12_3")
+    logs = run.folder.path.parent / ".submitit/vm-1"
+    logs.mkdir(parents=True)
+    (logs / "12_3_0_log.err").write_text("a line\nFileNotFoundError: 'scontrol'\n\n")
+    (logs / "12_31_0_log.err").write_text("of another job\n")
+    monkeypatch.setattr(slurm, "queue", dict)
+    monkeypatch.setattr(slurm, "ends", lambda jobs: dict.fromkeys(jobs, "FAILED"))
+    (status,) = read_statuses([run.folder])
+    assert status.note == "job 12_3 has left the SLURM queue: FAILED; FileNotFoundError: 'scontrol'"
+    assert main(["logs", str(run.folder.path)]) == 0
+    assert "job 12_3: FileNotFoundError: 'scontrol'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reported", [12, 24])

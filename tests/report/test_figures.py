@@ -10,7 +10,7 @@ from sae_lora.common.plots import COLOURS
 from sae_lora.report.figures import by_prominence, efficiency, gap_closed_against, gap_curves, heat_map
 from sae_lora.report.fits import Fit, fit
 from sae_lora.report.sweep import Sweep, load_sweep
-from tests.support.sweeps import MadeUp
+from tests.support.sweeps import MadeUp, summed_up
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def test_seeds_are_drawn_as_their_mean_with_its_interval(tmp_path: Path) -> None
             sweep.finished(rank=rank, seed=seed, closed=value)
     (trace,) = gap_closed_against(load_sweep(tmp_path / "seeds").frame(), "rank", []).data
     assert list(trace.x) == [1, 4] and list(trace.y) == pytest.approx([0.2, 0.5])
-    assert list(trace.customdata) == [3, 3]
+    assert list(trace.text) == ["3 runs", "3 runs"]
+    assert [name.split("-r")[1] for name in trace.customdata] == ["1-s0", "4-s0"]
     expected = [
         stats.t.interval(0.95, 2, sum(values) / 3, stats.sem(values))[1] - sum(values) / 3
         for values in closed.values()
@@ -109,6 +110,7 @@ def test_a_map_names_blocks_of_several_saes_after_single_ones(tmp_path: Path) ->
         config = folder.read_config()
         config["sae"]["used"] = sweep.saes_at(2, 5)
         folder.write_config(yaml.safe_dump(config))
+        summed_up(folder)
     (heatmap,) = heat_map(load_sweep(tmp_path / "blocks").frame(), ["rank", "block"]).data
     assert list(heatmap.y) == ["1", "3", "2+5"]
 

@@ -14,7 +14,7 @@ from sae_lora.config.serialize import as_dict
 from sae_lora.report.frames import factors
 from sae_lora.report.sweep import load_sweep
 from tests.support.points import folders_in, points_in, run_here
-from tests.support.sweeps import MadeUp
+from tests.support.sweeps import MadeUp, summed_up
 
 
 def test_a_row_per_run_in_the_order_of_the_factors(tmp_path: Path) -> None:
@@ -68,6 +68,7 @@ def test_the_hook_of_the_saes_is_a_factor(tmp_path: Path) -> None:
         if hook is not None:
             used["hook"] = hook
         folder.write_config(yaml.safe_dump(config))
+        summed_up(folder)
     frame = load_sweep(tmp_path / "hooks").frame()
     assert dict(zip(frame["rank"], frame["hook"], strict=True)) == {
         1: "mlp_out",

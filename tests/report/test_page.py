@@ -1,14 +1,18 @@
 """The report: complete in one folder, equal to the run folders, and working in a real browser."""
 
+import gzip
 import json
+import re
 import shlex
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
 from playwright.sync_api import Page, Request, sync_playwright
+from plotly.offline import get_plotlyjs_version
 
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
@@ -72,7 +76,7 @@ def test_notes_and_settings_stand_beside_their_runs(tmp_path: Path) -> None:
     report = Report(load_sweep(tmp_path / "sweep"))
     assert report.notes == {noticed["notes"][0]: ["kept"]}
     text = page(report, [], tmp_path / "report")
-    row = text[text.index('data-value="kept"') :].partition("</tr>")[0]
+    row = text[text.index('data-run="kept"') :].partition("</tr>")[0]
     assert 'href="#notes"' in row and ">True</td>" in row and ">0.500</td>" in row
     section = text[text.index('id="notes"') :]
     assert section.index(noticed["notes"][0]) < section.index('href="#run-kept"')
@@ -138,6 +142,7 @@ def browser(tmp_path: Path) -> Iterator[Page]:
         opened.on("pageerror", lambda error: complaints.append(str(error)))
         opened.on("request", on_request)
         opened.goto((tmp_path / "report" / "index.html").as_uri())
+        opened.wait_for_selector("body[data-drawn]")
         yield opened
         assert complaints == []
         browser.close()
@@ -174,7 +179,8 @@ def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert axis() == ("training tokens", tokens)
 
     def shown() -> list[str]:
-        return browser.locator("#runs tbody tr:not([hidden]) td:first-child").all_inner_texts()
+        rows = browser.locator("#runs tbody tr:not([hidden])").all()
+        return [row.get_attribute("data-run") or "" for row in rows]
 
     def sort_by(heading: str) -> None:
         browser.locator(f"th button:text-is('{heading}')").click()
@@ -196,3 +202,79 @@ def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert browser.locator("details[open]").count() == 1
     browser.set_viewport_size({"width": 390, "height": 800})
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_the_page_on_several_widths(browser: Page, tmp_path: Path) -> None:
+    """The table fits 1280 px without scrolling; on a phone, figures are within the screen."""
+    browser.set_viewport_size({"width": 1280, "height": 900})
+    within = "element => element.scrollWidth <= element.clientWidth"
+    assert browser.evaluate(f"[...document.querySelectorAll('.wide')].every({within})")
+    assert browser.locator("#runs th.extra").first.is_hidden()
+    browser.get_by_label("all measures").check()
+    assert browser.locator("#runs th.extra").first.is_visible()
+    browser.set_viewport_size({"width": 390, "height": 800})
+    browser.reload()
+    browser.wait_for_selector("body[data-drawn]")
+    right = browser.evaluate(
+        "Math.max(...[...document.querySelectorAll('.figure text')]"
+        ".map(element => element.getBoundingClientRect().right))"
+    )
+    assert right <= 390
+    axes = "Object.keys(document.getElementById('efficiency').layout)"
+    places = browser.evaluate(f"{axes}.filter(key => key.startsWith('yaxis')).length")
+    assert places == 3
+    top = browser.evaluate("document.getElementById('efficiency').layout.yaxis.domain[0]")
+    assert top > 0.5  # the first part is above the others
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_click_on_a_point_shows_its_run(browser: Page, tmp_path: Path) -> None:
+    name = "gap_closed_rank"
+    run = browser.evaluate(f"document.getElementById('{name}').data[0].customdata[0]")
+    browser.locator(f"#{name}").scroll_into_view_if_needed()
+    point = browser.locator(f"#{name} .scatterlayer .trace .points path").first
+    box = point.bounding_box()
+    assert box is not None
+    browser.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    browser.wait_for_timeout(300)
+    browser.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    browser.wait_for_selector("details[open]")
+    assert browser.locator("details[open] summary").inner_text() == run
+
+
+def test_the_page_is_small(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "grid")
+    sweep.grid(ranks=(1, 4, 16, 64), blocks=(1, 3, 5), l0s=(4.0, 8.0, 16.0))
+    write(load_sweep(sweep.home), tmp_path / "report", pictures=False)
+    assert (tmp_path / "report/index.html").stat().st_size < 2e6
+
+
+def test_the_library_of_the_page_is_of_the_version_that_makes_the_figures() -> None:
+    library = files("sae_lora.report").joinpath("plotly-cartesian.min.js.gz").read_bytes()
+    version = re.search(r"plotly\.js \(cartesian - minified\) v(\S+)", gzip.decompress(library).decode())
+    assert version is not None
+    assert version[1].split(".")[0] == get_plotlyjs_version().split(".")[0]
+
+
+def test_seeds_are_means_on_the_page(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "seeds")
+    for rank in (1, 4):
+        for seed in (0, 1):
+            sweep.finished(rank=rank, seed=seed)
+    report = Report(load_sweep(sweep.home))
+    text = page(report, [], tmp_path / "report")
+    means = text[text.index("Means over seeds") : text.index("<h2>Runs</h2>")]
+    assert means.count("<tr") == 3 and "±" in means and "2 seeds" in means
+
+
+def test_damaged_runs_stand_beside_the_others(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "sweep")
+    sweep.grid(ranks=(1, 4), blocks=(3,))
+    (sweep.home / "tiny-l3-l0_4-r4-s0/config.yaml").unlink()
+    report = Report(load_sweep(sweep.home))
+    assert report.states == {"done": 1, "damaged": 1}
+    text = page(report, report.views(), tmp_path / "report")
+    assert "state-damaged" in text and "config.yaml is missing" in text

@@ -6,10 +6,15 @@ import pytest
 import yaml
 
 from sae_lora.common.console import duration, percent, show
+from sae_lora.config.enums import Suite
+from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.headlines import headlines
+from sae_lora.evaluation.suite_records import Record
 from sae_lora.records.factors import text
 from sae_lora.records.folder import RunFolder
-from sae_lora.report.tables import comparison_table, run_table
-from tests.support.sweeps import finished
+from sae_lora.report.results import comparison_table
+from sae_lora.report.tables import evaluation_tables, run_table
+from tests.support.sweeps import finished, summed_up
 
 
 def test_the_table_has_a_column_per_varying_factor_and_the_rest_in_its_title(
@@ -43,6 +48,7 @@ def test_the_hook_is_a_column_if_runs_differ_in_it(tmp_path: Path) -> None:
     (used,) = config["sae"]["used"]
     config["sae"]["used"] = [used, used | {"block": 6, "hook": "mlp_out"}]
     folders[1].config.write_text(yaml.safe_dump(config))
+    summed_up(folders[1])
     columns = {str(column.header): list(column.cells) for column in comparison_table(folders).columns}
     assert columns["SAE at block"] == ["3", "5+6"]
     assert columns["hook"] == ["resid_post", "resid_post+mlp_out"]
@@ -75,3 +81,27 @@ def test_percent() -> None:
 def test_a_dash_stands_for_a_factor_that_a_run_does_not_have() -> None:
     """Data frames contain NaN if, for example, one run of several has no rank."""
     assert [text(value) for value in (None, float("nan"), 4.0, "all")] == ["–", "–", "4", "all"]
+
+
+def test_the_table_of_a_suite_says_what_its_columns_are(tmp_path: Path) -> None:
+    """With units, and the interval of each number that has one."""
+    folder = finished(tmp_path, "run", 4, 3, 0.5)
+    interval = {"value": 0.25, "low": 0.125, "high": 0.5}
+    results = {
+        "harm": interval,
+        "recovered": {"zero": {"student": interval}},
+        "distance": {"student": {"reverse_kl": interval}},
+        "loss_change": {"student over spliced": {"worse": 0.4}},
+        "saes": {"a": {"after": {"cosine": 0.9, "dead": 0.1}}},
+    }
+    suite_records.write(folder, Record("core", {}, results, {}, 1.0))
+    (table,) = evaluation_tables([folder], [Suite.core])
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["harm\nnats/token"] == ["0.25 [0.125, 0.5]"]
+    assert columns["tokens worse\nshare"] == ["0.4"]
+    assert "harm: rise of the plain model's CE" in str(table.caption)
+    assert "in brackets: 95% intervals" in str(table.caption)
+    assert headlines(folder)["core/harm"] == 0.25
+    (folder.evaluation / "core.json").write_text("{")  # a damaged record counts as a failure
+    (table,) = evaluation_tables([folder], [Suite.core])
+    assert "core.json is damaged" in str(list(table.columns)[-1]._cells)

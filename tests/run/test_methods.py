@@ -28,6 +28,7 @@ from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 from tests.support.points import SMALL, Point, run_here
 from tests.support.subjects import copy_few_texts
+from tests.support.sweeps import summed_up
 from tests.support.trainings import comparable
 
 pytestmark = pytest.mark.slow  # many seconds in all
@@ -268,7 +269,7 @@ class TestRefusedInit:
         text = finished["lora"].config.read_text()
         assert "name: tiny" in text
         gpt2.config.write_text(text.replace("name: tiny", "name: gpt2"))
-        gpt2.summary.write_text("{}")
+        summed_up(gpt2)
         error = self.refused(point(f"init={gpt2.path}"))
         assert "a run of tiny" in str(error)
         assert "it is a run of gpt2" in str(error)

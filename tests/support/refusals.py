@@ -86,7 +86,32 @@ WRONG: list[tuple[str, list[str]]] = [
     ("method=lora sae=new", ["sae.family = 'new'", "method=sae and method=e2e train new ones"]),
     ("method=sae sae=tiny", ["sae.family = 'tiny'", "new with method=sae"]),
     ("init=nowhere", ["init = 'nowhere'", "it is not a run folder", "outputs/<sweep>/<run>"]),
+    # ranks that no matrix has
+    ("lora.rank=100000", ["lora.rank = 100000", "at most 128", "nearest valid: lora.rank=128"]),
+    ("method=sae_finetune method.rank=4000", ["nearest valid: method.rank=128"]),
+    # words of Hydra's that mean nothing here
+    ("+experiment=grid", ["write experiment=grid"]),
+    ("~lora.rank", ["cannot be deleted", "it is lora.rank=16"]),
+    ("--lora.rank 4", ["write lora.rank=4"]),
+    ("--config-dri x", ["there is no option --config-dri", "nearest valid: --config-dir"]),
+    ("lora.rank =4", ["lora.rank has no value"]),
+    ("foo", ["foo has no value"]),
+    ("lora.rank=1,2", ["lora.rank has several values", "add -m"]),
+    ("hydra/sweeper=optuna", ["pip install hydra-optuna-sweeper"]),
+    ("hydra/launcher=joblib", ["pip install hydra-joblib-launcher"]),
+    ("hydra/launcher=submitit_slurm", ["launcher=slurm"]),
+    ("-m experiment=grid,ranks", ["a sweep of its own", "nearest valid: experiment=grid"]),
+    ("experiment=grid,ranks", ["nearest valid: experiment=grid"]),
+    ("-m lora.rank=1 --cfg job", ["leave out -m"]),
+    # null, and texts with control characters
+    ("lora.rank=null", ["lora.rank = null", "a whole number"]),
+    ("evaluation.suites=[foo]", ["evaluation.suites[0] = 'foo'", "one of core"]),
+    ("launcher.account=a\x01b launcher=slurm", ["launcher.account", "control characters"]),
+    ("sweep=.", ["sweep = '.'", "nearest valid: sweep=main"]),
+    ("data.context_length=0", ["nearest valid: data.context_length=8"]),
     # an empty sweep
+    ("-m lora.rank=glob(*)", ["this sweep has no points", "lora.rank=glob(*)"]),
+    ("-m lora.rank=range(5,1)", ["this sweep has no points"]),
     ("-m sae.width=4k layer.index=2,4", ["no point of this sweep has an SAE"]),
     ("-m lora.rank=", ["lora.rank"]),
     # folders that cannot be written

@@ -1,6 +1,7 @@
 """Made-up sweeps: run folders like those of finished runs, with invented numbers."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -8,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from sae_lora.config.serialize import as_dict
+from sae_lora.config.enums import Method
+from sae_lora.config.identity import ADAPTING, TRAINING_SAES, identity_of
+from sae_lora.config.serialize import as_dict, completed
 from sae_lora.launcher.plan import plan
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.schema import CurvePoint
+from sae_lora.records.schema import SUMMARY_VERSION, CurvePoint
 from tests.support.composing import composed
 
 _NAMES = "base_ce student_ce spliced_ce ce_gap gap_closed kl top1_agreement fvu l0 train_seconds".split()
@@ -64,7 +69,7 @@ class MadeUp:
         summary: dict[str, Any] = {"trainable_parameters": 10_240 * factors.get("rank", 16)}
         if closed is None or not math.isnan(closed):
             summary["gap_closed"] = closed
-        return _summed_up(folder, summary)
+        return summed_up(folder, **summary)
 
     def told(
         self, name: str, curve: Sequence[CurvePoint], config: Mapping[str, Any], **summary: Any
@@ -85,7 +90,7 @@ class MadeUp:
         folder.write_config(yaml.safe_dump(values))
         for point in curve:
             folder.append_point(point)
-        return _summed_up(folder, summary) if curve else folder
+        return summed_up(folder, **summary) if curve else folder
 
     def saes_at(
         self, *blocks: int, group: Mapping[int, list[int]] | None = None
@@ -137,10 +142,17 @@ class MadeUp:
         return curve
 
 
-def _summed_up(folder: RunFolder, values: Mapping[str, Any]) -> RunFolder:
-    """Write the run's summary from its config, its last point and `values`; return its folder."""
-    last, config = folder.read_curve()[-1], yaml.safe_load(folder.config.read_text())
+def summed_up(folder: RunFolder, **values: Any) -> RunFolder:
+    """Make the folder of a run with a config that of a finished one; return it.
+
+    The summary follows from the config and the last point (one of step 0, without a curve), then from an
+    earlier summary, then from `values`.
+    """
+    if not folder.curve.exists():
+        folder.append_point(curve_point(0))
+    last, config = folder.read_curve()[-1], completed(folder.read_config())
     kind = config["method"]["kind"]
+    earlier = folder.read_summary() if folder.summary.exists() else {}
     summary = {name: getattr(last, name) for name in _NAMES} | {
         "name": folder.path.name,
         "initial_gap": last.spliced_ce - last.base_ce,
@@ -160,9 +172,39 @@ def _summed_up(folder: RunFolder, values: Mapping[str, Any]) -> RunFolder:
         "lora": config["lora"] if kind == "lora" else {},
         "method": {"kind": kind, "rank": config["method"]["rank"], "init": config["init"]},
         "seed": config["train"]["seed"],
+        "validation_tokens": 32_768,
+        "data": {},
+        "environment": {},
+        "version": SUMMARY_VERSION,
     }
-    folder.summary.write_text(json.dumps(summary | dict(values)))
+    fitting = {"hash": identity_of(config), "train_steps": last.step}
+    summary |= earlier | fitting | values
+    folder.summary.write_text(json.dumps(summary))
+    shared = {name: summary[name] for name in ("student_ce", "ce_gap", "gap_closed", "kl")}
+    points = [*folder.read_curve()[:-1], dataclasses.replace(last, **shared)]
+    folder.curve.unlink()
+    for point in points:
+        folder.append_point(point)
+    _write_weights(folder, config)
     return folder
+
+
+def _write_weights(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Write empty files in place of the weights that a finished run with this config leaves."""
+    kind = Method[config["method"]["kind"]]
+    weights = [(folder.adapter, "adapter_model", "adapter_config")] if kind in ADAPTING else []
+    for sae in config["sae"]["used"]:
+        place = f"blocks.{min([sae['block'], *sae['group']])}.hook_{sae['hook']}"
+        if kind in TRAINING_SAES:
+            weights.append((folder.sae / place, "sae_weights", "cfg"))
+        elif kind not in ADAPTING:
+            weights.append((folder.output_adapter / place, "output_adapter", "output_adapter"))
+    for path, tensors, settings in weights:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / f"{tensors}.safetensors").exists():
+            save_file({"weight": torch.zeros(1)}, path / f"{tensors}.safetensors")
+        if not (path / f"{settings}.json").exists():
+            (path / f"{settings}.json").write_text(json.dumps({"r": config["lora"]["rank"]}))
 
 
 def finished(home: Path, name: str, rank: int, block: int, closed: float | None) -> RunFolder:
@@ -173,9 +215,7 @@ def finished(home: Path, name: str, rank: int, block: int, closed: float | None)
     numbers = dict.fromkeys(
         ("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "kl", "fvu"), 1.0
     )
-    summary = folder.read_summary() | numbers | {"name": name, "train_seconds": 63.0}
-    folder.summary.write_text(json.dumps(summary))
-    return folder
+    return summed_up(folder, **numbers, name=name, train_seconds=63.0)
 
 
 def curve_point(step: int) -> CurvePoint:

@@ -58,6 +58,10 @@ class Server:
     state: str = "up"
     runs: dict[str, Run] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
+    sweep: str = ""
+    """YAML of the only sweep."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """Values by key of the trials that no agent has begun yet; the ids are `trial-<number left>`."""
     moved: threading.Event = field(default_factory=threading.Event)
     """Releases the requests that hang."""
 
@@ -147,10 +151,27 @@ def _answer(known: Server, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         run = known.runs.get(values["name"])
         bucket = None if run is None else _bucket(values["name"], run)
         return {"data": {"model": {"id": "p", "name": "p", "entity": _ENTITY, "bucket": bucket}}}
+    if "SweepWithRuns" in query:
+        sweep = {"id": "s", "name": values["sweep"], "config": known.sweep, "runs": {"edges": []}}
+        return {"data": {"project": {"sweep": sweep}}}
+    if "CreateAgent" in query:
+        return {"data": {"createAgent": {"agent": {"id": "a"}}}}
+    if "Heartbeat" in query:
+        running = any(json.loads(values["runState"] or "{}").values())
+        commands = [] if running else [_next_command(known)]
+        return {"data": {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}}
     if "CreateRunFiles" in query:
         files = [{"name": name, "uploadUrl": f"{known.address}/put/{name}"} for name in values["files"]]
         return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
     return {"data": {"viewer": _ENTITY | {"entity": "me", "username": "me", "flags": "{}"}}}
+
+
+def _next_command(known: Server) -> dict[str, Any]:
+    if not known.trials:
+        return {"type": "exit"}
+    name = f"trial-{len(known.trials)}"
+    values = {key: {"value": value} for key, value in known.trials.pop(0).items()}
+    return {"type": "run", "run_id": name, "program": "", "args": values}
 
 
 _ENTITY = {"id": "e", "name": "me"}

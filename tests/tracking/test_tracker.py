@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import psutil
 import pytest
 import torch
 import wandb
+import yaml
 
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held
+from sae_lora.config.compose import VARIABLES
 from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
 from sae_lora.evaluation import suite_records
+from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.run import active_run
@@ -33,11 +37,14 @@ from sae_lora.tracking.tracker import Tracker
 from sae_lora.tracking.wandb_view import CURVES, WandbView
 from sae_lora.train import checkpoint
 from tests.support.attempts import FORKS, frozen, run_with_fault
+from tests.support.commands import REPOSITORY
+from tests.support.points import points_in
 from tests.support.submission import until
-from tests.support.sweeps import curve_point
+from tests.support.sweeps import curve_point, summed_up
 from tests.support.wandb_server import Server, serving
 
 KEY = "0123456789" * 4
+DOCS = REPOSITORY / "docs/wandb.md"
 ENVIRONMENT = {"git_commit": "0df10b5", "packages": {"torch": "2.8"}}
 QUICK = {
     "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
@@ -53,11 +60,11 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_TAGS", *VARIABLES.values()):
         monkeypatch.delenv(name, raising=False)
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR"):
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -82,7 +89,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def run_in(home: Path, *overrides: str) -> RunFolder:
-    return frozen(home, "tracking=wandb", "tracking.finish_timeout_s=20", *overrides)
+    return frozen(home, "tracking=wandb", "tracking.finish_timeout_s=60", *overrides)
 
 
 def begin(folder: RunFolder) -> Tracker:
@@ -120,10 +127,8 @@ def measure(folder: RunFolder, *steps: int, keep: int = 0, seconds: float = 1.0)
 
 
 def finish(folder: RunFolder) -> Summary:
-    values = {field.name: None for field in dataclasses.fields(Summary)}
-    summary = Summary(**values | {"name": "run", "gap_closed": 0.25, "environment": ENVIRONMENT})
-    folder.write_summary(summary)
-    return summary
+    summed_up(folder, environment=ENVIRONMENT)
+    return Summary(**folder.read_summary())
 
 
 def save(folder: RunFolder, step: int, points: int) -> None:
@@ -176,6 +181,94 @@ class TestView:
         assert view_of(folder).id == f"{first}-2"
 
 
+class TestVariables:
+    """W&B's own variables are heard where the config is silent, and saved with the run."""
+
+    @pytest.fixture(autouse=True)
+    def variables(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in ("PROJECT", "ENTITY", "NAME", "NOTES"):
+            monkeypatch.setenv(f"WANDB_{name}", f"my {name.lower()}")
+        monkeypatch.setenv("WANDB_TAGS", "paper, ,draft")
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+
+    def test_they_apply_where_the_config_is_silent(self, tmp_path: Path, server: Server) -> None:
+        folder = run_in(tmp_path)
+        measure(folder, 0)
+        attempt(folder, 1, None)
+        (run,) = server.runs.values()
+        assert run.values["project"] == "my project"
+        assert run.config["tracking"]["entity"] == "my entity"
+        assert run.values["displayName"] == "my name" and run.values["notes"] == "my notes"
+        assert run.values["tags"][-2:] == ["paper", "draft"]
+        assert run.values["groupName"] == "main"  # the sweep
+        assert (tmp_path / "elsewhere/wandb").is_dir() and not (folder.path / "wandb").exists()
+
+    def test_the_config_wins(self, tmp_path: Path) -> None:
+        keys = ("project", "entity", "name", "notes", "dir")
+        folder = run_in(tmp_path, *(f"tracking.{key}=mine" for key in keys), "tracking.tags=[own]")
+        config = load(folder.config.read_text()).tracking
+        assert [getattr(config, key) for key in keys] == ["mine"] * 5 and config.tags == ["own"]
+
+    def test_a_secret_in_a_variable_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_NOTES", f"see hf_{KEY}")
+        with pytest.raises(UserError, match=r"tracking\.notes"):
+            run_in(tmp_path)
+
+
+def test_what_varies_comes_first_in_the_names_of_a_sweep(tmp_path: Path) -> None:
+    point = points_in(tmp_path)
+    runs = plan([point(f"train.lr={lr}", "tracking.name=mine") for lr in (1e-3, 2e-3)]).runs
+    assert [run.config.tracking.name for run in runs] == ["lr=0.001 mine", "lr=0.002 mine"]
+    runs = plan([point(f"lora.rank={rank}") for rank in (1, 2)]).runs
+    names = [WandbView(run.folder, run.config).name for run in runs]
+    assert [name.split(" tiny-")[0] for name in names] == ["rank=1", "rank=2"]
+    (run,) = plan([point()]).runs
+    assert run.config.tracking.name is None
+
+
+def test_names_and_ids_are_within_the_limits_of_wandb(tmp_path: Path) -> None:
+    views = [
+        view_of(run_in(tmp_path, f"sweep={'s' * 200}{end}", f"tracking.name={'n' * 200}{end}", tags))
+        for end, tags in (("a", f"tracking.tags=[{'t' * 90}a,{'t' * 90}b]"), ("b", "tracking.tags=[]"))
+    ]
+    for of_view in ("id", "name", "group"):
+        texts = [getattr(view, of_view) for view in views]
+        assert len(set(texts)) == 2 and all(len(text) <= 128 for text in texts)
+    assert all(len(f"{view.id}-offline") <= 128 for view in views)
+    assert len(set(views[0].tags)) == len(views[0].tags) and max(map(len, views[0].tags)) <= 64
+
+
+@pytest.mark.slow
+def test_wandb_agent_runs_the_trials_of_a_sweep(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the command of docs/wandb.md. A trial that repeats a finished run shows its curve again."""
+    (recipe,) = re.findall(r"```yaml\n(# sweep.yaml\n.*?)```", DOCS.read_text(), re.DOTALL)
+    command = yaml.safe_load(recipe)["command"]
+    assert command[:2] == ["${env}", "sae-lora"]
+    small = [f"output_dir={tmp_path}/outputs", f"data.cache_dir={tmp_path}/cache", *SMALL]
+    command[1:2] = [sys.executable, "-m", "sae_lora"]
+    server.sweep = yaml.safe_dump({"command": [*command[:-1], *small, command[-1]]})
+    server.trials = [{"lora.rank": 1}, {"lora.rank": 1}]
+    for name in ("WANDB_DIR", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    agent = [sys.executable, "-m", "wandb", "agent", "me/my_project/s"]
+    variables = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        agent, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    runs = {name: server.runs[name] for name in ("trial-2", "trial-1")}
+    assert list(server.runs) == list(runs)
+    assert [run.config["lora"]["rank"] for run in runs.values()] == [1, 1]
+    assert [run.values["sweep"] for run in runs.values()] == ["s", "s"]
+    first, repeated = (run.rows for run in runs.values())
+    assert first == repeated and first[-1]["ce_gap"] == runs["trial-2"].summary["ce_gap"]
+    assert len(list(tmp_path.glob("outputs/*/*/config.yaml"))) == 1
+
+
 class TestOnline:
     def test_a_run_from_its_first_point_to_its_summary(
         self, folder: RunFolder, server: Server, capsys: pytest.CaptureFixture[str]
@@ -191,7 +284,7 @@ class TestOnline:
         assert run.rows == expected_rows(folder)
         assert run.exit_code == 0
         assert run.summary["student_ce"] == {"min": 2.9, "last": 2.975}
-        assert run.summary["result"]["gap_closed"] == 0.25
+        assert run.summary["result"]["gap_closed"] == 0.5
         assert run.config == json.loads(json.dumps(view.values)) | {"environment": ENVIRONMENT}
         assert run.values["displayName"] == view.name
         assert run.values["groupName"] == "main"
@@ -457,7 +550,7 @@ class TestSync:
             run = server.runs[view_of(folder).id]
             assert run.rows == expected_rows(folder)
             assert run.exit_code == 0
-            assert run.summary["result"]["gap_closed"] == 0.25
+            assert run.summary["result"]["gap_closed"] == 0.5
             assert run.config["environment"] == ENVIRONMENT
 
     def test_later_evaluations_are_uploaded_beside_the_result(

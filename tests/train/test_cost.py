@@ -19,9 +19,12 @@ from sae_lora.run.build import Builder
 from sae_lora.saes import loading
 from sae_lora.train import methods
 from sae_lora.train.cost.estimate import estimate
+from sae_lora.train.cost.flops import evaluation_flops
 from sae_lora.train.cost.memory import PROCESS_BYTES, PeakMemory
+from sae_lora.train.cost.runs import CountedRun, Sizes
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import ProcessGroup
+from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import GradientState, SAEGradientState
 from sae_lora.train.train_state import TrainState
 from tests.support.families import small_model
@@ -152,6 +155,30 @@ def test_a_step_costs_the_estimate(
     assert estimated.adapter_weights == sum(
         weight.numel() for run in trainer.active for weight in run.student.weights.values()
     )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("",),
+        ("lora.rank=1", "lora.rank=2 lora.blocks=[7]"),
+        ("method=sae_finetune",),
+        ("layer.index=[2,5] method=linear_adapter",),
+    ],
+)
+def test_an_evaluation_costs_the_estimate(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """The first one, which keeps what later ones need, and the second one."""
+    configs = resolved(tmp_path, overrides)
+    pack = pack_of(configs)
+    held_out = torch.randint(3, 2000, (4, configs[0].data.context_length))
+    evaluate = Evaluator(pack._model, held_out, 4, pack._evaluate._comparison, cache_bytes=1e9)
+    use_attention(models_of(pack), "eager")
+    runs = [CountedRun(pack._model, config) for config in configs]
+    counted = evaluation_flops(Sizes(pack._model), runs, held_out.shape[1])
+    for flops in counted:
+        with FlopCounterMode(display=False) as counter:
+            evaluate([training.student for training in pack.active])
+        assert held_out.numel() * flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_every_family_has_shapes(family: str, tmp_path: Path) -> None:

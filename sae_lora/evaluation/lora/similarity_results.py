@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.common.plots import finished
+from sae_lora.common.plots import LIGHT, finished
 
 VERSION = 1
 """Version of the schema; fields are only ever added within a version."""
@@ -21,7 +21,7 @@ MOST_PAIRS = 6
 _MOST_WITH_NUMBERS = 9
 """Largest number of sizes along a map at which a number fits into a cell."""
 _MOST_KINDS = 8
-_WHOLE = {"cmin": 0, "cmax": 1, "colorscale": "Cividis"}
+_WHOLE = {"cmin": 0, "cmax": 1, "colorscale": LIGHT}
 """The same colour for the same φ in all figures, so that pairs can be compared."""
 
 
@@ -115,7 +115,7 @@ def _maps(
             z=values,
             coloraxis="coloraxis",
             texttemplate="%{z:.2f}" if with_numbers and has_room else None,
-            textfont={"size": 10},
+            textfont={"size": 10, "color": "#000"},
             hovertemplate=f"{name}, i %{{y}}, j %{{x}}: %{{z:.3f}}<extra></extra>",
             row=1 + number // columns,
             col=1 + number % columns,

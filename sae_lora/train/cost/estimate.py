@@ -20,7 +20,8 @@ Operations per token. A multiply-add counts as two; every matrix of the model co
 The live part of a run begins at its first adapted block; the gradient passes through all of it. The
 trunk is the teacher, and the blocks before the live parts. Each block of it is computed once for each
 sequence of SAEs before the block, for any number of runs. The model is frozen: its matrices get no
-gradient. Evaluations are not counted.
+gradient. Evaluations are counted apart: the first with the trunk and the spliced models, the others with
+the live parts alone, because their inputs are kept.
 
     memory of a process = Python and the imported libraries on a CPU, or CUDA itself (memory.py)
              + model (while it is loaded in another precision than its files have: also the files)
@@ -62,7 +63,7 @@ from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import room_bytes
-from sae_lora.train.cost.flops import step_flops
+from sae_lora.train.cost.flops import evaluation_flops, step_flops
 from sae_lora.train.cost.memory import BYTES, CUDA_BYTES, HEAP, PROCESS_BYTES, CountedModel
 from sae_lora.train.cost.runs import CountedRun, CountedSAE, Sizes, shapes
 from sae_lora.train.distill import turns
@@ -74,6 +75,8 @@ class Estimate:
 
     flops: float
     """Floating-point operations of all training steps, without evaluations."""
+    evaluation_flops: float
+    """Floating-point operations of all evaluations on the held-out tokens."""
     peak_bytes: float
     """Peak memory, in bytes."""
     adapter_weights: int
@@ -97,9 +100,18 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     per_token = step_flops(sizes, runs, common.data.context_length)
     return Estimate(
         flops=per_token * step_tokens(common) * train_steps(common),
+        evaluation_flops=_evaluation_flops(sizes, runs),
         peak_bytes=_peak_bytes(model, sizes, runs),
         adapter_weights=sum(run.weights for run in runs),
     )
+
+
+def _evaluation_flops(sizes: Sizes, runs: Sequence[CountedRun]) -> float:
+    """Operations of all evaluations: before training, after its last step, and those between."""
+    config = runs[0].config
+    tokens, train = config.data.validation_tokens, config.train
+    first, each = evaluation_flops(sizes, runs, config.data.context_length)
+    return tokens * (first + each * math.ceil(train.train_tokens / train.eval_every_tokens))
 
 
 def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) -> float:

@@ -9,12 +9,31 @@ from sae_lora.train.cost.runs import CountedRun, Sizes, each_once
 from sae_lora.train.distill import turns
 
 
+def _forward(sizes: Sizes, context: int) -> list[float]:
+    """Operations of each block per token."""
+    attention = 4 * context * sizes.d_attention
+    return [2 * sum(inputs * outputs for inputs, outputs in block) + attention for block in sizes.blocks]
+
+
+def evaluation_flops(sizes: Sizes, runs: Sequence[CountedRun], context: int) -> tuple[float, float]:
+    """Operations of the first evaluation and of each later one, per held-out token."""
+    forward, head = _forward(sizes, context), 2 * sizes.d_model * sizes.d_vocab
+    spliced = {run.saes for run in runs}
+    first = sum(forward)  # of the plain model, whose states before the head are kept
+    for saes in spliced:
+        first += sum(forward[saes[0].place.begins :]) + head
+        first += sum(4 * sizes.d_model * sae.width for sae in saes)
+    each = head
+    for run in runs:
+        each += sum(forward[run.first :]) + head + 2 * run.products
+        each += sum(4 * sizes.d_model * sae.width for sae in run.live)
+    return first + each, each
+
+
 def step_flops(sizes: Sizes, runs: Sequence[CountedRun], context: int) -> float:
     """Operations of a training step per token."""
     attention = 4 * context * sizes.d_attention
-    forward = [
-        2 * sum(inputs * outputs for inputs, outputs in block) + attention for block in sizes.blocks
-    ]
+    forward = _forward(sizes, context)
     head = 2 * sizes.d_model * sizes.d_vocab
     if runs[0].kind is Method.sae:
         last = max(sae.place.block for run in runs for sae in run.saes)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import (
     Architecture,
     Method,
@@ -189,15 +190,28 @@ def first_own_block(config: Config) -> int:
     return min(first)
 
 
-def check_places(config: Config) -> None:
-    """Check that the model has the places of the SAEs, before its weights are loaded.
+def check_fits(config: Config) -> None:
+    """Check that the model has what a run adapts and replaces, before its weights are loaded.
 
     Raises:
-        ConfigError: If an SAE is inside a block that has no such place.
+        ConfigError: If an SAE is inside a block that has no such place, `lora.targets` names no matrix
+            of the model, or a rank is larger than that of every matrix.
     """
     model = shapes(config.model.name, config.model.pinned_revision)
     for choice in config.sae.used:
         model.module_at(str(Place.of(choice)))
+    kind, d_model = config.method.kind, model.config.hidden_size
+    if kind in ADAPTING:
+        adapted = _selection(model, config).adapted
+        _check_rank("lora.rank", config.lora.rank, max(min(w.inputs, w.outputs) for w in adapted))
+    if kind in (Method.linear_adapter, Method.sae_finetune) and config.method.rank is not None:
+        _check_rank("method.rank", config.method.rank, d_model)
+
+
+def _check_rank(key: str, rank: int, largest: int) -> None:
+    if rank > largest:
+        allowed = f"at most {largest}: no matrix here has a larger rank"
+        raise ConfigError(key, rank, allowed, nearest=largest)
 
 
 def left_out(config: Config) -> dict[str, int]:

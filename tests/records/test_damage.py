@@ -1,0 +1,106 @@
+"""Damaged run folders: each kind is found, no command dies of it, and none counts such a run as done."""
+
+from pathlib import Path
+
+import pytest
+
+import sae_lora
+from sae_lora.cli import main
+from sae_lora.common.errors import UserError
+from sae_lora.launcher.launch import launch
+from sae_lora.launcher.plan import plan
+from sae_lora.records.damage import damage
+from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import State, read_statuses
+from tests.support.damage import DAMAGE
+from tests.support.points import Point
+from tests.support.sweeps import MadeUp, curve_point, summed_up
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_each_kind_of_damage_is_found(kind: str, tmp_path: Path) -> None:
+    folder = MadeUp(tmp_path).finished()
+    assert damage(folder) is None
+    harm, cause = DAMAGE[kind]
+    harm(folder)
+    (status,) = read_statuses([folder])
+    assert status.state is State.damaged
+    assert status.note is not None and cause in status.note
+    with pytest.raises(UserError, match="it is damaged"):
+        _ = sae_lora.load_sweep(folder.path)[0].summary
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_commands_show_a_damaged_run_and_go_on_with_the_others(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = MadeUp(tmp_path / "ranks")
+    sweep.grid(ranks=(1, 4, 16), blocks=(3,))
+    damaged = sweep.home / "tiny-l3-l0_4-r16-s0"
+    harm, cause = DAMAGE[kind]
+    harm(RunFolder(damaged))
+    home = str(sweep.home)
+    for command in (
+        ["status", home],
+        ["table", home],
+        ["report", home, "--no-pictures"],
+        ["compare", "methods", home],
+        ["compare", "recipes", home, home],
+    ):
+        assert main(command) == 1, command
+        printed = capsys.readouterr()
+        shown = printed.out + printed.err
+        assert "damaged" in shown, command
+        if command[0] != "status":
+            assert f"{damaged}: " in shown.replace("\n", "") and cause in shown, command
+        if command[0] == "status":
+            assert "2 done, 1 damaged" in printed.out
+        if command[0] == "table":
+            assert printed.out.count("%") == 2  # the gap closed by the others
+    runs = {run["run"]: run for run in sae_lora.load_sweep(home).frame().to_dict("records")}
+    assert [run["state"] for run in runs.values()].count("done") == 2
+    assert runs[damaged.name]["state"] == "damaged"
+    for command in (
+        ["logs", str(damaged)],
+        ["export", str(damaged), "--to", str(tmp_path / "export")],
+        ["table", str(damaged)],
+        ["evaluate", str(damaged)],
+        ["report", str(damaged)],
+    ):
+        assert main(command) == 1, command
+        assert "damaged" in capsys.readouterr().err, command
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_launch_neither_trusts_nor_overwrites_a_damaged_run(
+    kind: str, point: Point, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished in a pack with a run that stays as it is; nothing is left to do."""
+    points = [point("lora.rank=16"), point("lora.rank=4")]
+    for run in plan(points).runs:
+        run.freeze()
+        for step in range(0, 500, 100):
+            run.folder.append_point(curve_point(step))
+        summed_up(run.folder)
+    assert launch(points) == 0
+    first, _ = plan(points).runs
+    harm, cause = DAMAGE[kind]
+    harm(first.folder)
+    files = {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert launch(points) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 already done" in printed.out
+    assert cause in printed.err and "move the folder away" in printed.err
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def test_a_changed_folder_is_looked_at_again(tmp_path: Path) -> None:
+    folder = MadeUp(tmp_path).finished()
+    text = folder.config.read_text()
+    for _ in range(2):
+        folder.config.write_text(text.replace("rank: 16", "rank: 17"))
+        assert damage(folder) is not None
+        folder.config.write_text(text)
+        assert damage(folder) is None
