@@ -70,7 +70,7 @@ def rates(runs: Runs) -> None:
     """Rate × rank × schedule for LoRA, then rates of the other methods."""
     runs("recipe", runs.sae(), "train.schedule=linear")
     runs("methods", runs.sae())
-    both = ("method=lora_sae", "method.lora_lr=1.5e-3,4.5e-3")
+    both = ("method=lora_sae", "method.lora_lr=4.5e-3")
     runs("methods", runs.sae(), *both, "sweep=smollm2_both")
 
 
@@ -82,7 +82,7 @@ def ranks(runs: Runs) -> None:
 
 def rivals(runs: Runs) -> None:
     """The published recipe and the other methods, after the same tokens."""
-    runs("ranks", runs.sae(), "train=paper", "lora=paper")
+    runs("ranks", runs.sae(), "train=paper", "lora=paper", "lora.rank=16,64")
     for method in ("linear_adapter", "sae_finetune"):
         runs("ranks", runs.sae(), f"variant=methods/{method}", "lora.rank=16")
 
@@ -99,18 +99,22 @@ def add_up(runs: Runs) -> None:
     def launch(*overrides: str) -> Sweep:
         return runs("addup", runs.sae(), *overrides)
 
-    results = list(addup.rows(launch, tokens=100_352, step=1024, budgets=("tokens", "FLOPs")))
+    results = list(addup.rows(launch, tokens=49_152, step=1024, budgets=("tokens", "FLOPs")))
     (runs.outputs / "addup.json").write_text(json.dumps(results, indent=1) + "\n")
     print(addup.table(results))
 
 
 def recipe(runs: Runs) -> None:
-    """Schedules, batch sizes, alpha and LoRA+."""
-    runs("recipe", runs.sae(), "train.schedule=constant")
+    """Schedules, batch sizes, alpha and LoRA+, at rank 16."""
+
+    def launch(*overrides: str) -> None:
+        runs("recipe", runs.sae(), "lora.rank=16", *overrides)
+
+    launch("train.schedule=constant", "train.lr=1.5e-3,2.6e-3,4.5e-3,7.8e-3")
     for batch in (1, 16):
-        runs("recipe", runs.sae(), "lora.rank=16", f"train.batch_size={batch}")
+        launch("train.schedule=linear", "train.lr=1.5e-3,4.5e-3,1.35e-2", f"train.batch_size={batch}")
     scales = ("lora.alpha=3,6,12", "train.loraplus_ratio=1,4")
-    runs("recipe", runs.sae(), "lora.rank=16", "train.lr=4.5e-3", "train.schedule=linear", *scales)
+    launch("train.schedule=linear", "train.lr=4.5e-3", *scales)
 
 
 def suites(runs: Runs) -> None:

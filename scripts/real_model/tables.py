@@ -4,12 +4,13 @@
     python -m scripts.real_model.tables docs/results/real_model.md
 
 The first command writes the records (`real_model/*.json`) and the figures beside the page, from the
-runs of `python -m scripts.real_model`. Both write the tables into the page, from the records: each in
-place of the table after its comment, `<!-- rates -->`.
+runs of `python -m scripts.real_model`; records of runs that these outputs lack stay. Both write the
+tables into the page, from the records: each in place of the table after its comment, `<!-- rates -->`.
 """
 
 import argparse
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,10 @@ _METHODS = {
 }
 
 
-def record(run: Run) -> dict[str, Any]:
+Row = dict[str, Any]
+
+
+def record(run: Run) -> Row:
     """The settings and the results of a finished run."""
     config, summary = run.config, run.summary
     factors = values_of(config, summary)
@@ -81,8 +85,8 @@ def markdown(columns: Mapping[str, Sequence[str]]) -> str:
 
 
 def percent(values: Iterable[float]) -> list[str]:
-    """Shares as percentages."""
-    return [f"{100 * value:.1f}%" for value in values]
+    """Shares as percentages; nothing for a missing one."""
+    return ["" if math.isnan(value) else f"{100 * value:.1f}%" for value in values]
 
 
 def fixed(values: Iterable[float], digits: int = 3) -> list[str]:
@@ -278,6 +282,8 @@ def rate_figure(frame: Frame) -> go.Figure:
     for number, (rank, of_rank) in enumerate(part.groupby("rank")):
         for place, schedule in enumerate(("linear", "constant")):
             runs = of_rank[of_rank["schedule"] == schedule]
+            if runs.empty:
+                continue
             figure.add_scatter(
                 x=list(runs["lr"]),
                 y=list(runs["gap_closed"]),
@@ -389,6 +395,13 @@ def with_tables(page: str, records: Path) -> str:
     return re.sub(r"(<!-- (\w+) -->)\n\n(?:\|.*\n)*", made, page)
 
 
+def _with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
+    """The records in the file and these, by name of sweep and run; of two for a run, the new one."""
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    by_name = {(row["sweep"], row["run"]): row for row in [*earlier, *rows]}
+    return [by_name[name] for name in sorted(by_name)]
+
+
 def main() -> None:
     """Write the records, the figures and the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -398,8 +411,8 @@ def main() -> None:
     page, records = given.page, given.page.with_suffix("")
     if given.outputs:
         runs = sae_lora.load_sweep(*sorted(given.outputs.glob("smollm2_*")))
-        rows = [record(run) for run in runs if run.state == "done"]
         records.mkdir(parents=True, exist_ok=True)
+        rows = _with_earlier([record(run) for run in runs if run.state == "done"], records / "runs.json")
         (records / "runs.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         for name in OTHERS:
             if (made := given.outputs / f"{name}.json").exists():
