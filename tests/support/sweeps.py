@@ -181,10 +181,12 @@ def summed_up(folder: RunFolder, **values: Any) -> RunFolder:
     summary |= earlier | fitting | values
     folder.summary.write_text(json.dumps(summary))
     shared = {name: summary[name] for name in ("student_ce", "ce_gap", "gap_closed", "kl")}
-    points = [*folder.read_curve()[:-1], dataclasses.replace(last, **shared)]
-    folder.curve.unlink()
-    for point in points:
-        folder.append_point(point)
+    ended = dataclasses.replace(last, **shared)
+    if ended != last:  # a tracker's thread may be reading the curve
+        points = [*folder.read_curve()[:-1], ended]
+        folder.curve.unlink()
+        for point in points:
+            folder.append_point(point)
     _write_weights(folder, config)
     return folder
 
