@@ -24,7 +24,8 @@ from sae_lora.comparisons import commands as comparisons
 from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
-from sae_lora.config.explain import TRACEBACK_VARIABLE
+from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
+from sae_lora.evaluation import suite_records
 from sae_lora.records import slurm
 from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
@@ -277,7 +278,15 @@ def _table(
         show(results.as_table(table))
     else:
         say(results.FORMATS[as_format](table))
-    raise typer.Exit(len(folders) < len(every))
+    raise typer.Exit(_lack_records(folders) or len(folders) < len(every))
+
+
+def _lack_records(folders: list[RunFolder]) -> bool:
+    """Name the results of suites that cannot be used; return true if there are any."""
+    lines = list(suite_records.damaged(folders))
+    for line in lines:
+        complain("damaged", f"{line}; `{PROGRAM} evaluate` measures it again")
+    return bool(lines)
 
 
 @app.command("report", rich_help_panel=_LOOK)
@@ -300,7 +309,7 @@ def _report(
     for note in page.write(runs, folder, pictures=not no_pictures):
         complain("left out", note)
     say(f"report of {count(len(runs), 'run')}: {folder / 'index.html'}")
-    raise typer.Exit(len(intact) < len(runs))
+    raise typer.Exit(_lack_records(intact) or len(intact) < len(runs))
 
 
 @app.command("evaluate", rich_help_panel=_LOOK, cls=_Command)
@@ -322,7 +331,7 @@ def _evaluate(
     ] = None,
 ) -> None:
     """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench."""
-    from sae_lora.evaluation import run_suites, suite_records
+    from sae_lora.evaluation import run_suites
 
     every = runs_of(sweep)
     intact = sound(every)

@@ -48,9 +48,15 @@ class NoSuchCellError(ConfigError):
     """A point without an SAE. A sweep drops this point; a single run is refused."""
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The name that is closest in spelling; `None` if no name is close."""
-    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+def nearest_name(name: str, names: Iterable[str], similarity: float = 0.5) -> str | None:
+    """The name that is closest in spelling; `None` if no name is close.
+
+    Args:
+        name: The misspelt name.
+        names: The names that exist.
+        similarity: The least share of letters in common: 0 for any two names, 1 for equal ones.
+    """
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=similarity)
     return matches[0] if matches else None
 
 

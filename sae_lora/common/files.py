@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,9 @@ def check_readable(file: Path, asked_by: str) -> None:
 
 
 def check_can_be_made(folder: Path, asked_by: str) -> None:
-    """Refuse a folder that `check_writable` would refuse, as far as this is known without writing.
+    """Refuse a folder that `check_writable` would refuse for another reason than a full disk.
+
+    For a moment, an empty folder is in the nearest parent that exists.
 
     Raises:
         UserError: If a file is in its place, or its nearest existing parent is not writable.
@@ -56,8 +59,11 @@ def check_can_be_made(folder: Path, asked_by: str) -> None:
         cause = f"a name in it is longer than {LONGEST_NAME} bytes"
     elif not existing.is_dir():
         cause = f"{existing} is not a folder"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        cause = f"no permission to write to {existing}"
+    else:
+        try:
+            tempfile.TemporaryDirectory(prefix=".room", dir=existing).cleanup()
+        except OSError as error:
+            cause = f"{existing}: {error.strerror}"
     if cause is not None:
         raise UserError(f"{asked_by}: cannot write to {folder}: {cause}")
 

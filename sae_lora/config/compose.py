@@ -3,11 +3,12 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -20,15 +21,11 @@ from omegaconf import DictConfig
 
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.explain import (
-    RENAMED_GROUPS,
-    asks_for_help,
-    check_words,
-    is_sweep,
-    mistakes_explained,
-)
+from sae_lora.config.mistakes.explain import mistakes_explained
+from sae_lora.config.mistakes.files import RENAMED_GROUPS, ChosenFiles
+from sae_lora.config.mistakes.words import asks_for_help, check_words, given, is_sweep
 from sae_lora.config.schema import Config, TrackingConfig
-from sae_lora.config.serialize import PLAIN_TEXT, keys, typed, written
+from sae_lora.config.serialize import keys, typed, written
 from sae_lora.config.validate import check
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -98,25 +95,33 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
     """
     composed: list[DictConfig] = []
     dispatched: list[float] = []
+    unused: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def collect(point: DictConfig) -> float | None:
         if _is_dispatched_by_hydra():
             dispatched.append(run_now(checked(point)))
             return dispatched[-1]
-        _check_is_sweep()
+        unused.extend(_unused_params())
         composed.append(point)
         return None
 
     words = [with_quoted_text(_as_override(word)) for word in with_options_first(arguments)]
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
+    options = given(words)
+    files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
     original_argv = sys.argv
     # hydra.main reads its arguments only from sys.argv.
     sys.argv = [original_argv[0], *words]
     try:
-        with mistakes_explained(words, (ValueError, OSError, RecursionError)):
+        with mistakes_explained(files, (ValueError, OSError, RecursionError)):
             collect()
-        with mistakes_explained(words):
+        if unused:
+            raise UserError(
+                f"the chosen files have a sweep over {', '.join(unused)}, and this command is of one "
+                "run\n  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
+            )
+        with mistakes_explained(files):
             found = [checked(point) for point in composed]
     finally:
         sys.argv = original_argv
@@ -152,13 +157,14 @@ def with_quoted_text(argument: str) -> str:
 
     This is the path of an existing file or folder, such as `data.files=a,b=[1].txt`, and a path or name
     that Hydra refuses, such as `sae.path=saes/{block}`. Between the commas of a sweep or a list, each
-    text gets its own quotes. Everything that Hydra can read keeps its meaning.
+    text gets its own quotes. So does a text that Hydra would read as a number or as a truth value, such
+    as `model.revision=12e4`. Everything else that Hydra can read keeps its meaning.
 
     Raises:
         ConfigError: For the path of an existing file or folder that looks like an interpolation.
     """
     key, equals, value = argument.partition("=")
-    if not equals or key.lstrip("+") not in _text_keys() or PLAIN_TEXT.fullmatch(value):
+    if not equals or key.lstrip("+") not in _text_keys():
         return argument
     if os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 False for a path that is too long
         if "${" in value:
@@ -167,10 +173,18 @@ def with_quoted_text(argument: str) -> str:
             raise ConfigError(key, value, allowed, because=because)
         return f"{key}={written(value)}"
     try:
-        OverridesParser.create().parse_override(argument)
-    except HydraException:
+        override = OverridesParser.create().parse_override(argument)
+        values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    except (HydraException, ValueError):
         return f"{key}={_quoted(value)}"
-    return argument
+    is_number = any(isinstance(each, bool | int | float) for each in _flat(values))
+    return f"{key}={_quoted(value)}" if is_number else argument
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    """The values, and those in lists among them."""
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else [value]
 
 
 @cache
@@ -190,23 +204,15 @@ def _quoted_part(part: str) -> str:
     if part.startswith("[") and part.endswith("]"):
         return f"[{_quoted(part[1:-1])}]"
     part = part.strip()
-    is_read = PLAIN_TEXT.fullmatch(part) or part[:1] in "\"'" or re.match(r"\w+\(", part)
+    is_read = part == "null" or part[:1] in "\"'" or re.match(r"\w+\(", part)
     return part if is_read else written(part)
 
 
-def _check_is_sweep() -> None:
-    """Refuse the values of a sweep in a file, if the command composes a single point.
-
-    Raises:
-        UserError: Names the keys, whose values would have no effect.
-    """
+def _unused_params() -> list[str]:
+    """The keys that a file varies in a command of a single point, where their values have no effect."""
     chosen = HydraConfig.get()
     params = getattr(chosen.sweeper, "params", None)
-    if chosen.mode is not RunMode.MULTIRUN and params:
-        raise UserError(
-            f"the chosen files have a sweep over {', '.join(params)}, and this command is of one run\n"
-            "  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
-        )
+    return list(params or ()) if chosen.mode is not RunMode.MULTIRUN else []
 
 
 def _is_dispatched_by_hydra() -> bool:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from sae_lora.common.console import console, say
 from sae_lora.config.compose import CONF, with_options_first, with_quoted_text
-from sae_lora.config.explain import mistakes_explained
+from sae_lora.config.mistakes.explain import mistakes_explained
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 from sae_lora.config.serialize import written
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -150,14 +150,25 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
 def unknown_key(key: str) -> UserError:
     """The error for an unknown key; it lists the keys of the same group."""
     known = [name for name in keys() if name not in WRITTEN_BY_PLANNER]
-    group, _, name = key.rpartition(".")
+    group = key.rpartition(".")[0]
     siblings = [known_key for known_key in known if known_key.rpartition(".")[0] == group]
     siblings = siblings or [known_key for known_key in known if "." not in known_key]
-    by_last_part = {known_key.rpartition(".")[2]: known_key for known_key in [*known, *siblings]}
     lines = [f"there is no key {key}", f"  existing keys: {listed(siblings, 30)}"]
-    whole = nearest_name(key.replace("_", "."), known)  # lora_rank for lora.rank
-    last = nearest_name(name, by_last_part)
-    nearest = whole if "_" in key and "." not in key and whole else last and by_last_part[last]
-    if nearest is not None:
+    if (nearest := _nearest_key(key, known, siblings)) is not None:
         lines.append(f"  nearest valid: {nearest}")
     return UserError("\n".join(lines))
+
+
+def _nearest_key(key: str, known: Sequence[str], siblings: Sequence[str]) -> str | None:
+    """The key that is probably meant: of this name elsewhere, or of a similar name in the same group."""
+    name = key.rpartition(".")[2]
+    elsewhere = {known_key.rpartition(".")[2]: known_key for known_key in known}
+    beside = {known_key.rpartition(".")[2]: known_key for known_key in siblings}
+    if name in elsewhere:
+        return elsewhere[name]
+    if "_" in key and "." not in key and (whole := nearest_name(key.replace("_", "."), known)):
+        return whole  # lora_rank for lora.rank
+    for names, similarity in ((beside, 0.5), (elsewhere, 0.7)):
+        if near := nearest_name(name, names, similarity):
+            return names[near]
+    return None

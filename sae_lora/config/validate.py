@@ -21,7 +21,14 @@ from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, LauncherConfig, as_list
-from sae_lora.config.value_checks import check_blocks, check_repeats, check_texts, is_whole, refusal
+from sae_lora.config.value_checks import (
+    check_blocks,
+    check_repeats,
+    check_texts,
+    check_wandb,
+    is_whole,
+    refusal,
+)
 
 
 def check(config: Config) -> None:
@@ -33,6 +40,7 @@ def check(config: Config) -> None:
     check_texts(config)  # first, because other messages show the value
     _check_ranges(config)
     _check_names(config)
+    check_wandb(config)
     _check_homes(config)
     _check_groups(config)
     _check_layer(config)

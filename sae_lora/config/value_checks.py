@@ -1,13 +1,15 @@
 """Refusals of single values of a config, and checks of lists and texts."""
 
 import dataclasses
+import os
 import unicodedata
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from sae_lora.common.errors import ConfigError
+from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
+from sae_lora.config.enums import TrackingMode
 from sae_lora.config.schema import Config, as_list
 
 
@@ -27,7 +29,7 @@ def is_whole(value: Any) -> bool:
 def check_blocks(config: Config, key: str) -> None:
     """Refuse every value at this key except a block's index or a list of indices."""
     entries = as_list(attrgetter(key)(config))
-    allowed = "a block's index or a list of indices, such as 3 or [1,4]"
+    allowed = "a block's index, counted from 0, or a list of indices, such as 3 or [1,4]"
     if not entries:
         raise refusal(config, key, allowed)
     for entry in entries:
@@ -82,3 +84,32 @@ def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, st
                 yield from _texts(value, key, name)
         case str():
             yield key, name, values
+
+
+WANDB_MODES = {
+    "online": "online",
+    "offline": "offline",
+    "disabled": "disabled",
+    "run": "online",
+    "dryrun": "offline",
+}
+"""What values of W&B's variable `WANDB_MODE` mean; the last two are its old words."""
+_NO_PROJECT = "/\\#?%:"
+"""Characters that W&B refuses in the name of a project."""
+
+
+def check_wandb(config: Config) -> None:
+    """Refuse what W&B refuses only when a run starts; also in its own variables."""
+    for key in ("project", "entity"):
+        name = getattr(config.tracking, key)
+        if name and set(name) & set(_NO_PROJECT):
+            variable = f"WANDB_{key.upper()}"
+            is_variable = os.environ.get(variable) == name
+            nearest = "".join("-" if letter in _NO_PROJECT else letter for letter in name)
+            allowed = f"a name without {' '.join(_NO_PROJECT)}"
+            because = f"it is the value of {variable}" if is_variable else None
+            raise ConfigError(f"tracking.{key}", name, allowed, nearest, because)
+    mode = os.environ.get("WANDB_MODE")
+    if mode and config.tracking.mode is TrackingMode.auto and mode not in WANDB_MODES:
+        near = nearest_name(mode, WANDB_MODES, similarity=0.7)
+        raise ConfigError("WANDB_MODE", mode, f"one of {listed(WANDB_MODES)}", near)

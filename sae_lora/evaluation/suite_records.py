@@ -1,8 +1,9 @@
 """Results of suites: `evaluation/<suite>.json` in a run folder; logs of failures. Imports no torch."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import Suite
 from sae_lora.config.identity import trains_adapters
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.schema import check_types
 
 VERSION = 1
 """Version of the schema; fields are only ever added within a version."""
@@ -29,6 +31,10 @@ class Record:
     """Versions, device, host, git commit."""
     seconds: float
     """Duration, without loading the run."""
+    run: str | None = None
+    """The hash of the run. Null in records of older versions; so is `digest`."""
+    digest: str | None = None
+    """SHA-256 of run, suite, settings and results."""
     version: int = VERSION
 
 
@@ -36,7 +42,8 @@ def write(folder: RunFolder, record: Record) -> None:
     """Write a record into the run's folder, over an older one."""
     folder.evaluation.mkdir(exist_ok=True)
     path = folder.evaluation / f"{record.suite}.json"
-    write_atomically(path, as_json(dataclasses.asdict(record)))
+    values = dataclasses.asdict(record) | {"run": folder.read_summary()["hash"]}
+    write_atomically(path, as_json(values | {"digest": _digest(json.loads(as_json(values)))}))
     _failure(folder, Suite[record.suite]).unlink(missing_ok=True)
 
 
@@ -64,8 +71,16 @@ def _failure(folder: RunFolder, suite: Suite) -> Path:
     return folder.evaluation / f"{suite.name}_failed.log"
 
 
+def damaged(folders: Sequence[RunFolder]) -> Iterator[str]:
+    """Records that cannot be used: damaged, of another version or of another run, in a line each."""
+    for folder in folders:
+        for suite in Suite:
+            if isinstance(cause := _content(folder, suite), str):
+                yield f"{folder.path}: evaluation/{cause}"
+
+
 def read(folder: RunFolder, suite: Suite) -> Record | None:
-    """The record of a suite; `None` if it is missing, damaged or of another version."""
+    """The record of a suite; `None` if it is missing, damaged, of another version or of another run."""
     content = _content(folder, suite)
     return content if isinstance(content, Record) else None
 
@@ -74,12 +89,32 @@ def _content(folder: RunFolder, suite: Suite) -> Record | str | None:
     """The record of a suite; `None` without one; the cause if it cannot be read."""
     path = folder.evaluation / f"{suite.name}.json"
     try:
-        record = Record(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        version = values.get("version")
+        if version != VERSION:
+            return f"{path.name} is of version {version}; this sae_lora reads version {VERSION}"
+        check_types(Record, values)
+        record = Record(**values)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        return f"{path.name} is damaged: {error}"
-    return record if record.version == VERSION else f"{path.name} is of version {record.version}"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path.name} is damaged: {' '.join(str(error).split())}"
+    if record.suite != suite.name or record.run not in (None, _hash(folder)):
+        return f"{path.name} is of another {'run' if record.suite == suite.name else 'suite'}"
+    if record.digest not in (None, _digest(values)):
+        return f"{path.name} has changed since the suite wrote it"
+    return record
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """The digest of a record with these values, as JSON has them."""
+    measured = [values[name] for name in ("run", "suite", "settings", "results")]
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(folder: RunFolder) -> str | None:
+    """The hash of the run; `None` if it is not finished."""
+    return folder.read_summary()["hash"] if folder.is_finished else None
 
 
 def pending(folder: RunFolder) -> list[Suite]:

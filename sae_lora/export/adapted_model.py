@@ -24,7 +24,7 @@ from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of
 from sae_lora.records.folder import MODEL_CARD, RunFolder
-from sae_lora.records.status import finished
+from sae_lora.records.status import with_weights
 from sae_lora.saes.from_run import trained_saes
 from sae_lora.saes.loading import LoadedSAE, SAEs, splices
 from sae_lora.splice.hooks import Coder, Observer, spliced
@@ -230,7 +230,7 @@ def load_adapted(
     """
     path = run.path if isinstance(run, RunFolder) else Path(run).expanduser()
     is_export = (path / MODEL_CARD).is_file()
-    folder = RunFolder(path) if is_export else finished(path)
+    folder = RunFolder(path) if is_export else with_weights(path)
     config = load(folder.config.read_text())
     if is_export:
         config = _in_export(config, path)

@@ -31,7 +31,7 @@ from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.folder import MODEL_CARD, RunFolder
-from sae_lora.records.status import finished
+from sae_lora.records.status import with_weights
 from sae_lora.saes import output_adapter
 from sae_lora.saes.from_run import check_as_planned, trained_saes
 from sae_lora.saes.loading import write_copy
@@ -59,7 +59,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         UserError: If the run is not finished, the folder cannot be written, a file of the run or of an
             SAE is missing, or the merged model differs from the model with the adapters.
     """
-    folder, to = finished(run), to.expanduser().absolute()
+    folder, to = with_weights(run), to.expanduser().absolute()
     config = load(folder.config.read_text())
     if merge and config.method.kind not in ADAPTING:
         raise UserError(

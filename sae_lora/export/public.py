@@ -71,7 +71,8 @@ def public_config(config: Config, sae: SAEConfig) -> dict[str, Any]:
 def public_summary(
     summary: dict[str, Any], model: ModelConfig, saes: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The summary without host, visible GPUs, and the address of the W&B run.
+    """The summary without host, visible GPUs, the address of the W&B run, and the hashes of files that
+    an export changes.
 
     Args:
         summary: The run's summary.
@@ -87,6 +88,7 @@ def public_summary(
             key: value for key, value in summary["environment"].items() if key not in left_out
         },
         "tracked_at": None,
+        "weights": {},
     }
     return public(summary | changed, model)
 

@@ -66,7 +66,7 @@ def launch(points: Sequence[Config]) -> int:
         say(f"{waiting} will start after these runs, from their results")
     if settings.dry_run:
         _show_plan(planned, settings)
-        return 0
+        return int(_complain_of_damage(_with_status(planned.runs)))
     code = _execute(planned, settings)
     while code == 0 and planned.waiting and (settings.kind is LauncherKind.local or settings.wait):
         planned = plan(points)
@@ -340,6 +340,11 @@ def _prepare_runs(planned: Plan, settings: LauncherConfig, *, again: bool) -> li
     ready = [run for run, status in _with_status(fetched) if _is_to_run(run, status, settings)]
     for run in ready:
         run.freeze()
+    if saved := [step for run in ready if (step := run.folder.checkpoint_step)]:
+        steps = (
+            f"step {saved[0]:,}" if len(set(saved)) == 1 else f"steps {min(saved):,} to {max(saved):,}"
+        )
+        say(f"{count(len(saved), 'run')} resuming from {steps}")
     return ready
 
 

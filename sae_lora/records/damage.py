@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lora.common.errors import UserError
+from sae_lora.common.files import sha256
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES, identity_of
 from sae_lora.config.serialize import completed
@@ -40,12 +41,30 @@ def damage(folder: RunFolder) -> str | None:
 
     Checks that all files that the run leaves are there and can be read, that their schema is known, and
     that the config is the one that the run was started with: it has the run's hash. Weights are checked
-    for their complete length, but not read. A folder that has not changed is not read again.
+    for their complete length, but not read (`damage_of_weights`). A folder that has not changed is not
+    read again.
     """
     state = _state(folder)
     if folder.path not in _known or _known[folder.path][0] != state:
         _known[folder.path] = state, _find(folder)
     return _known[folder.path][1]
+
+
+def weights_of(folder: RunFolder) -> dict[str, str]:
+    """SHA-256 of each file of trained weights, by its path in the run folder."""
+    files = [file for kind in _WEIGHTS for file in sorted(getattr(folder, kind).rglob("*.safetensors"))]
+    return {file.relative_to(folder.path).as_posix(): sha256(file) for file in files}
+
+
+def damage_of_weights(folder: RunFolder) -> str | None:
+    """What is wrong with the trained weights of a sound run, in one line; reads them all.
+
+    `damage` does not read them, because they may be large. Commands that use them ask here first.
+    """
+    saved: dict[str, str] = folder.read_summary().get("weights", {})
+    found = weights_of(folder) if saved else {}
+    changed = [file for file, digest in saved.items() if found.get(file) != digest]
+    return f"{changed[0]} has changed: it is not the file that the run wrote" if changed else None
 
 
 def _state(folder: RunFolder) -> tuple[object, ...]:

@@ -238,7 +238,7 @@ class RunFolder:
         """
         if not self.job_file.exists():
             return None
-        return self._read(self.job_file, lambda text: str(_object(text)["id"]))
+        return self._read(self.job_file, _job)
 
     def read_failure(self) -> dict[str, str] | None:
         """The `message` and `details` of the last attempt's failure; `None` if it did not fail.
@@ -334,6 +334,13 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("it holds no keys and values")
     return values
+
+
+def _job(text: str) -> str:
+    job = str(_object(text)["id"])
+    if not re.fullmatch(r"\d+(_\d+)?", job):
+        raise ValueError(f"{job[:40]!r} is no job")
+    return job
 
 
 def _points(text: str) -> list[CurvePoint]:

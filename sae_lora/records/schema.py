@@ -186,4 +186,6 @@ class Summary:
     notes: list[str] = dataclasses.field(default_factory=list)
     """One line each: differences between the run and what the metadata of its SAEs states, and positions
     that hold most of the variance of an SAE's input."""
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of each file of trained weights, by its path in the folder. Empty in older versions."""
     version: int = SUMMARY_VERSION

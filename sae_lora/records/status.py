@@ -10,7 +10,7 @@ from sae_lora.common.console import complain, count
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import Holder, holder
 from sae_lora.records import slurm
-from sae_lora.records.damage import damage
+from sae_lora.records.damage import damage, damage_of_weights
 from sae_lora.records.folder import RunFolder, in_full, is_run
 from sae_lora.records.schema import Progress
 
@@ -145,6 +145,18 @@ def what_is_saved(stopped: Iterable[RunFolder]) -> str:
     return "; ".join(
         f"{count(runs, 'run')}: {text}" if several else text for text, runs in texts.items()
     )
+
+
+def with_weights(path: Path) -> RunFolder:
+    """The finished run in this folder, for a command that uses its trained weights.
+
+    Raises:
+        UserError: As `finished`, and if the weights are not those that the run wrote.
+    """
+    folder = finished(path)
+    if (cause := damage_of_weights(folder)) is not None:
+        raise UserError(f"{folder.path} is damaged: {cause}")
+    return folder
 
 
 def finished(path: Path) -> RunFolder:

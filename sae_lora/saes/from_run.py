@@ -12,7 +12,7 @@ from sae_lora.config.schema import Adapters, Config, LoRAConfig, SAEConfig, as_l
 from sae_lora.config.serialize import load
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.records.damage import damage
+from sae_lora.records.damage import damage, damage_of_weights
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes.metadata import read_folder
 
@@ -32,6 +32,8 @@ def begun(config: Config, model: Dimensions) -> Config:
         raise UserError(f"init = {config.init!r} is damaged: {cause}")
     if not folder.is_finished:
         raise _no_result(config.init, folder)
+    if (cause := damage_of_weights(folder)) is not None:
+        raise UserError(f"init = {config.init!r} is damaged: {cause}")
     earlier = load(folder.config.read_text())
     if (earlier.model.name, earlier.model.revision) != (config.model.name, config.model.revision):
         because = f"it is a run of {earlier.model.name}"

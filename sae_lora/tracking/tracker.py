@@ -17,6 +17,7 @@ from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import TrackingMode
 from sae_lora.config.schema import Config, TrackingConfig
+from sae_lora.config.value_checks import WANDB_MODES
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary
 from sae_lora.tracking import wandb_run
@@ -118,10 +119,8 @@ class Tracker:
 
 def _configured_mode(mode: TrackingMode) -> TrackingMode:
     """The mode of the config; if it is `auto`, the mode in W&B's variable `WANDB_MODE`, if any."""
-    variable = os.environ.get("WANDB_MODE", "")
-    if mode is TrackingMode.auto and variable in TrackingMode.__members__:
-        return TrackingMode[variable]
-    return mode
+    variable = WANDB_MODES.get(os.environ.get("WANDB_MODE", ""))
+    return TrackingMode[variable] if mode is TrackingMode.auto and variable else mode
 
 
 _said_offline = threading.Event()

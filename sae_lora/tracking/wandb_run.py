@@ -113,12 +113,26 @@ def obstacle(*, probe: bool) -> str | None:
 
     With `probe`, also ask the server, which takes at most a few seconds.
     """
-    settings = _library().setup().settings
+    try:
+        settings = _library().setup().settings
+    except ValueError as error:  # its message has a line for each refused setting, and then a link
+        return f"W&B refuses its settings: {_refused(error)}"
     if not is_logged_in(settings):
         return "not logged in to W&B (`wandb login`)"
     if probe and not _answers(settings.base_url):
         return "the W&B server does not answer"
     return None
+
+
+def _refused(error: ValueError) -> str:
+    """The settings that wandb refuses, each with the variable that may have set it."""
+    faults = getattr(error, "errors", list)()  # of pydantic
+    parts = [
+        f"{name} ({fault['msg']}); the variable WANDB_{str(name).upper()} sets it"
+        for fault in faults
+        for name in fault["loc"][:1]
+    ]
+    return "; ".join(parts) or str(error)
 
 
 def is_logged_in(settings: Any) -> bool:

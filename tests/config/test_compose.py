@@ -10,7 +10,7 @@ import pytest
 import sae_lora
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.compose import points, with_quoted_text
-from sae_lora.config.explain import TRACEBACK_VARIABLE
+from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 
 PACKAGE = Path(sae_lora.__file__).parent
 
@@ -129,38 +129,3 @@ def test_an_installed_package_has_its_own_conf(tmp_path: Path) -> None:
     )
     assert ended.stdout.splitlines() == [str(installed / "conf"), "16"]
     assert 'conf = "sae_lora/conf"' in (PACKAGE.parent / "pyproject.toml").read_text()
-
-
-FAULTS = {
-    "tab": (b"# @package _global_\nlora:\n\trank: 4\n", "line 3: a tab"),
-    "binary": (b"# @package _global_\n\x89PNG\xff", "line 2: this is not text in UTF-8"),
-    "no header": (b"lora:\n  rank: 4\n", "must begin with `# @package _global_`"),
-    "byte order mark": (b"\xef\xbb\xbf# @package _global_\nlora:\n  rank: 4\n", "a byte order mark"),
-    "bracket": (b"# @package _global_\nlora: [\n", "line 3: "),
-    "misspelt": (b"# @package _global_\nlora:\n  rnk: 4\n", "line 3: there is no key lora.rnk"),
-    "list": (b"# @package _global_\n- lora\n", "it holds no keys and values"),
-    "empty": (b"", "must begin with"),
-}
-
-
-@pytest.mark.parametrize(
-    ("fault", "through"),
-    [
-        *((fault, "chosen") for fault in FAULTS),
-        *((fault, "by its defaults") for fault in ("tab", "binary", "bracket", "misspelt", "list")),
-    ],
-)
-@pytest.mark.case("B9")
-def test_a_faulty_file_is_named_with_its_line(fault: str, through: str, tmp_path: Path) -> None:
-    content, cause = FAULTS[fault]
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_bytes(content)
-    chosen = "mine"
-    if through != "chosen":
-        chosen = "other"
-        text = "# @package _global_\ndefaults:\n  - mine\n  - _self_\n"
-        (tmp_path / "experiment/other.yaml").write_text(text)
-    with pytest.raises(UserError) as error:
-        points(["--config-dir", str(tmp_path), f"experiment={chosen}"], run_now=pytest.fail)
-    assert f"{tmp_path}/experiment/mine.yaml" in str(error.value) and cause in str(error.value)
-    assert len(points(["--config-dir", str(tmp_path), "lora.rank=2"], run_now=pytest.fail)) == 1

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.evaluation import EvaluationConfig
-from sae_lora.config.explain import explanation
 from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.lora_targets import matches, target_words
+from sae_lora.config.mistakes.explain import explanation
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import as_dict, keys, load, typed
 from sae_lora.config.validate import check, latents

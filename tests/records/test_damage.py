@@ -1,5 +1,6 @@
 """Damaged run folders: each kind is found, no command dies of it, and none counts such a run as done."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,15 @@ import pytest
 import sae_lora
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
+from sae_lora.config.enums import Suite
+from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.headlines import headlines
+from sae_lora.evaluation.suite_records import Record
 from sae_lora.launcher.launch import launch
 from sae_lora.launcher.plan import plan
-from sae_lora.records.damage import damage
-from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import State, read_statuses
+from sae_lora.records.damage import damage, weights_of
+from sae_lora.records.folder import RunFolder, runs_of
+from sae_lora.records.status import State, read_statuses, with_weights
 from tests.support.damage import DAMAGE
 from tests.support.points import Point
 from tests.support.sweeps import MadeUp, curve_point, summed_up
@@ -94,6 +99,74 @@ def test_a_launch_neither_trusts_nor_overwrites_a_damaged_run(
     assert "1 of 2 already done" in printed.out
     assert cause in printed.err and "move the folder away" in printed.err
     assert files == {path: path.read_bytes() for path in files}
+
+
+def test_weights_of_another_run_are_found_where_they_are_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same size and rank: only the digest in the summary tells them from the run's own."""
+    folder = MadeUp(tmp_path / "sweep").finished()
+    summed_up(folder, weights=weights_of(folder))
+    assert with_weights(folder.path).path == folder.path
+    weights = folder.adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert damage(folder) is None
+    cause = "adapter/adapter_model.safetensors has changed"
+    for command in (
+        ["export", str(folder.path), "--to", str(tmp_path / "export")],
+        ["evaluate", str(folder.path), "--suite", "core"],
+        ["launch", f"init={folder.path}", "launcher.dry_run=true", f"output_dir={tmp_path}"],
+    ):
+        assert main(command) == 1, command
+        assert cause in capsys.readouterr().err.replace("\n", " "), command
+    with pytest.raises(UserError, match=cause):
+        sae_lora.load_adapted(folder.path)
+
+
+INTERVAL = {"value": 0.25, "low": 0.125, "high": 0.5}
+CORE = {
+    "harm": INTERVAL,
+    "recovered": {"zero": {"student": INTERVAL}},
+    "distance": {"student": {"reverse_kl": INTERVAL}},
+    "loss_change": {},
+    "ce_by_position": {},
+    "saes": {"a": {"after": {"cosine": 0.9, "dead": 0.1}}},
+}
+RECORDS = {
+    "half a file": (lambda text: text[:-20], "core.json is damaged: "),
+    "another run": (lambda text: text.replace('"run": "', '"run": "0'), "core.json is of another run"),
+    "another suite": (lambda text: text.replace('"core"', '"lora"'), "core.json is of another suite"),
+    "newer": (lambda text: text.replace('"version": 1', '"version": 2'), "core.json is of version 2"),
+    "another number": (lambda text: text.replace("0.125", "0.0625"), "core.json has changed since"),
+    "no results": (lambda text: text.replace('"harm"', '"charm"'), "core.json has changed since"),
+    "list": (lambda _: "[]", "core.json is damaged: "),
+    "nested": (lambda _: "[" * 100_000, "core.json is damaged: "),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_results_of_a_suite_that_cannot_be_used_are_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = MadeUp(tmp_path / "ranks")
+    sweep.grid(ranks=(1, 4), blocks=(3,))
+    first, second = runs_of(sweep.home)
+    for folder in (first, second):
+        suite_records.write(folder, Record("core", {}, CORE, {}, 1.0))
+    assert main(["table", str(sweep.home), "--columns", "rank,core/harm"]) == 0
+    file = first.evaluation / "core.json"
+    harm, cause = RECORDS[kind]
+    changed = harm(json.dumps(json.loads(file.read_text())))
+    assert changed != file.read_text()
+    file.write_text(changed)
+    capsys.readouterr()
+    for command in (["table", str(sweep.home)], ["report", str(sweep.home), "--no-pictures"]):
+        assert main(command) == 1, command
+        shown = capsys.readouterr().err.replace("\n", " ")
+        assert f"{first.path}: evaluation/{cause}" in shown and str(second.path) not in shown, command
+    assert suite_records.missing(first, [Suite.core], {}) == [Suite.core]
+    assert list(headlines(first)) == [] and headlines(second)["core/harm"] == 0.25
 
 
 def test_a_changed_folder_is_looked_at_again(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sae_lora.data import corpus
 from sae_lora.launcher.plan import plan
 from sae_lora.models.dimensions import source
 from sae_lora.models.loading import load_tokenizer
+from sae_lora.records.damage import weights_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint
 from sae_lora.run import execute
@@ -125,6 +126,7 @@ def test_every_method_writes_a_curve_a_summary_and_a_result(
     assert (summary["gap_closed"] is None) is is_new
     assert is_new or summary["initial_gap"] > 0
     assert RESULTS[kind] in result_files(folder)
+    assert summary["weights"] == weights_of(folder) != {}
     folders = {name.split("/")[0] for name in result_files(folder)}
     expected = {RESULTS[kind].split("/")[0]} | ({"sae_at"} if is_new else set())
     assert folders == expected | ({"adapter"} if kind in ADAPTING else set())

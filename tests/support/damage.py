@@ -85,5 +85,6 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "another gap": (summary_with(ce_gap=0.25), "ce_gap of curve.jsonl is not that of summary.json"),
     "nested": (written("summary.json", "[" * 100_000), "summary.json cannot be read: it is nested"),
     "job": (written("job.json", "[]"), "job.json cannot be read"),
+    "another job": (written("job.json", '{"id": [1]}'), "job.json cannot be read: '[1]' is no job"),
 }
 """Kinds of damage to a finished run, and a part of the cause that is shown."""

@@ -17,6 +17,7 @@ from sae_lora.config.identity import trains_adapters
 from sae_lora.evaluation.lora.similarity_results import Grid, Pair
 from sae_lora.models import adapter_files
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.status import with_weights
 
 _EACH_UP_TO = 8
 """A grid has all sizes up to this one; each further size is twice the one before."""
@@ -65,6 +66,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Pair]:
     for folder in folders:
         config = folder.read_config()
         if trains_adapters(config):
+            with_weights(folder.path)
             model = [config["model"][key] for key in ("name", "revision")]
             comparable[repr((model, adapter_files.saved_inputs(folder.adapter)))].append(folder)
     return [pair for runs in comparable.values() if len(runs) > 1 for pair in _pairs(runs)]

@@ -111,8 +111,9 @@ def _format_of(path: str, folder: Path) -> Format:
     nearest: Path | None = None
     if unread := names & _UNREAD.keys():
         because = f"its format is that of {_UNREAD[unread.pop()]}"
-    elif inside := sorted(entry for name in names if _holds_sae(entry := folder / name)):
-        because = f"it is a folder of SAEs: {listed(entry.name for entry in inside)}"
+    elif inside := sorted(filter(_holds_sae, [*folder.glob("*"), *folder.glob("sae/*")])):
+        names_inside = [entry.relative_to(folder).as_posix() for entry in inside]
+        because = f"it is a folder of SAEs: {listed(names_inside)}"
         nearest = inside[0]
     elif checkpoint := _checkpoint(folder):
         because = (

@@ -1,0 +1,130 @@
+"""Words of a command line that Hydra would refuse with advice that does not work here."""
+
+import re
+import typing
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from sae_lora.common.console import complain
+from sae_lora.common.errors import ConfigError, UserError, nearest_name
+from sae_lora.config.serialize import keys, written
+
+
+def check_words(words: Sequence[str], groups: typing.Collection[str], default: Any) -> None:
+    """Refuse words that Hydra would refuse with advice that does not work here.
+
+    Args:
+        words: Options and overrides.
+        groups: The config groups.
+        default: Returns the default of a key.
+
+    Raises:
+        UserError: For the first of them. The message has the words that work.
+    """
+    _check_options(words)
+    overrides = given(words).overrides
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+~")
+        if "@" in name:
+            raise UserError(f"{word}: a group is chosen by its name: {name.split('@')[0]}={value}")
+        if key.startswith(("+", "~")) and name in groups:
+            raise UserError(
+                f"{word}: every command has the group {name}; write {name}={value or 'option'}"
+            )
+        if key.startswith("~") and name in keys():
+            raise UserError(
+                f"{word}: a key cannot be deleted; without {word}, it is {name}={written(default(name))}"
+            )
+        if name in groups and value in ("null", "???"):
+            raise UserError(f"{word}: a group needs one of its options; `--help` lists them")
+        if value == "???":
+            raise UserError(f"{word} is no value; without it, {name} has its default")
+        if key != key.strip():
+            raise UserError(
+                f"{word}: write {key.strip()}={value.strip()}, without spaces around the sign"
+            )
+        if not equals:
+            near = nearest_name(name, [*keys(), *groups])
+            raise UserError(
+                f"{word} has no value; write {near or 'key'}=value, without spaces around the sign"
+            )
+        if name == "experiment" and _has_several(value):
+            first = value.split(",")[0] if re.match(r"\w+,", value) else None
+            because = "each experiment has a sweep of its own"
+            raise ConfigError("experiment", value, "one for each command", first, because)
+        _check_values(word)
+    keys_given = Counter(word.lstrip("+~").partition("=")[0] for word in overrides)
+    for key in (key for key, number in keys_given.items() if number > 1):
+        last = next(word for word in reversed(overrides) if word.lstrip("+~").startswith(f"{key}="))
+        complain("note", f"{key} is given {keys_given[key]} times; {last} is used")
+
+
+def _check_values(word: str) -> None:
+    """Refuse the values of a sweep that do not exist: `range(1,9,0)`."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if override.is_sweep_override() and not override.is_choice_sweep():
+            list(override.sweep_iterator())
+    except HydraException:  # Hydra refuses it, and `explain.py` explains
+        return
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{word} cannot be read: {error}") from error
+
+
+def _has_several(value: str) -> bool:
+    return "," in re.sub(r"\[[^\]]*\]|\"[^\"]*\"|'[^']*'", "", value) or value.startswith("glob(")
+
+
+def _check_options(words: Sequence[str]) -> None:
+    parser, options = get_args_parser(), given(words)
+    if options.multirun and (options.cfg or options.info):
+        raise UserError(
+            "--cfg and --info show one config: leave out -m, and give one value for each key"
+        )
+    for name in ("resolve", "package"):
+        if getattr(options, name) and not options.cfg:
+            value = "" if name == "resolve" else f" {options.package}"
+            raise UserError(f"--{name} belongs to --cfg: write --cfg job --{name}{value}")
+    if options.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: repeat the command instead; finished runs are left out")
+    unknown = [word for word in parser.parse_known_args(list(words))[1] if word.startswith("-")]
+    if not unknown:
+        return
+    name, _, value = unknown[0].lstrip("-").partition("=")
+    if name in keys():
+        following = words[list(words).index(unknown[0]) + 1 :]
+        value = value or (following[0] if following and "=" not in following[0] else "value")
+        raise UserError(f"{unknown[0]}: keys have no dashes; write {name}={value}")
+    names = [name for action in parser._actions for name in action.option_strings if name[:2] == "--"]
+    near = nearest_name(unknown[0], names)
+    raise UserError(
+        "\n".join(
+            [
+                f"there is no option {unknown[0]}",
+                "  allowed: -m, --config-dir FOLDER, --help; and key=value, which `--help` lists",
+                *([f"  nearest valid: {near}"] if near else []),
+            ]
+        )
+    )
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """True if Hydra only prints something for these words."""
+    options = given(words)
+    return any((options.help, options.hydra_help, options.cfg, options.info, options.shell_completion))
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """True if the words ask for several points by -m."""
+    return bool(given(words).multirun)
+
+
+def given(words: Sequence[str]) -> Any:
+    """Hydra's options among the words, and the overrides."""
+    return get_args_parser().parse_known_args(list(words))[0]
