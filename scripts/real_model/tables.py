@@ -395,7 +395,7 @@ def with_tables(page: str, records: Path) -> str:
     return re.sub(r"(<!-- (\w+) -->)\n\n(?:\|.*\n)*", made, page)
 
 
-def _with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
+def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
     """The records in the file and these, by name of sweep and run; of two for a run, the new one."""
     earlier = json.loads(path.read_text()) if path.exists() else []
     by_name = {(row["sweep"], row["run"]): row for row in [*earlier, *rows]}
@@ -412,7 +412,7 @@ def main() -> None:
     if given.outputs:
         runs = sae_lora.load_sweep(*sorted(given.outputs.glob("smollm2_*")))
         records.mkdir(parents=True, exist_ok=True)
-        rows = _with_earlier([record(run) for run in runs if run.state == "done"], records / "runs.json")
+        rows = with_earlier([record(run) for run in runs if run.state == "done"], records / "runs.json")
         (records / "runs.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         for name in OTHERS:
             if (made := given.outputs / f"{name}.json").exists():

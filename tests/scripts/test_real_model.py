@@ -14,7 +14,7 @@ from sae_lora.embedded import MODEL
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.sweep import Sweep
 from scripts import addup
-from scripts.real_model import check
+from scripts.real_model import check, tables
 from tests.support.composing import composed
 from tests.support.points import points_in, run_here
 
@@ -75,6 +75,16 @@ def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pyte
         else:
             step = 512 * len(runs) * row["flops"] / row["tokens"]
             assert 0 <= lora["flops"] - row["flops"] < step
+
+
+def test_records_of_runs_that_the_outputs_lack_stay(tmp_path: Path) -> None:
+    rows = [
+        {"sweep": "s", "run": name, "kl": kl} for name, kl in (("a", 1), ("b", 1), ("b", 2), ("c", 2))
+    ]
+    path = tmp_path / "runs.json"
+    assert tables.with_earlier(rows[:1], path) == rows[:1]
+    path.write_text(json.dumps(rows[:2]))
+    assert tables.with_earlier(rows[2:], path) == [rows[0], *rows[2:]]
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("sae=disk sae.path={home}/of_heads", ["blocks.3.attn.hook_z", "hook_attn_out"]),
     ("layer.hook=mlp", ["layer.hook = 'mlp'", "nearest valid: layer.hook=mlp_out"]),
     ("sae=disk sae.path={home}/another_widht", ["another_width"]),
+    ("sae=disk sae.path={home}/of_a_run", ["a folder of SAEs", "of_a_run/sae/blocks.3.hook_resid_post"]),
     (
         "sae=disk sae.path={home}/sound layer.index=2",
         ["layer.index = 2", "nearest valid: layer.index=3"],
@@ -109,6 +110,8 @@ WRONG: list[tuple[str, list[str]]] = [
     ("launcher.account=a\x01b launcher=slurm", ["launcher.account", "control characters"]),
     ("sweep=.", ["sweep = '.'", "nearest valid: sweep=main"]),
     ("data.context_length=0", ["nearest valid: data.context_length=8"]),
+    ("tracking.project=a/b", ["tracking.project = 'a/b'", "nearest valid: tracking.project=a-b"]),
+    ("tracking.entity=a:b", ["tracking.entity = 'a:b'", "nearest valid: tracking.entity=a-b"]),
     # an empty sweep
     ("-m lora.rank=glob(*)", ["this sweep has no points", "lora.rank=glob(*)"]),
     ("-m lora.rank=range(5,1)", ["this sweep has no points"]),
@@ -130,6 +133,7 @@ def prepare(home: Path) -> None:
         ("of_an_mlp", 128, "blocks.3.hook_mlp_out"),
         ("of_heads", 128, "blocks.3.attn.hook_z"),
         ("sound", 128, "blocks.3.hook_resid_post"),
+        ("of_a_run/sae/blocks.3.hook_resid_post", 128, "blocks.3.hook_resid_post"),
     ):
         write_cfg(home / name, d_in=d_in, metadata={"hook_name": hook})
 

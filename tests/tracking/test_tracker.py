@@ -25,6 +25,7 @@ from sae_lora.common.locks import held
 from sae_lora.config.compose import VARIABLES
 from sae_lora.config.identity import identity
 from sae_lora.config.serialize import load
+from sae_lora.config.value_checks import WANDB_MODES
 from sae_lora.evaluation import suite_records
 from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
@@ -208,6 +209,26 @@ class TestVariables:
         folder = run_in(tmp_path, *(f"tracking.{key}=mine" for key in keys), "tracking.tags=[own]")
         config = load(folder.config.read_text()).tracking
         assert [getattr(config, key) for key in keys] == ["mine"] * 5 and config.tags == ["own"]
+
+    def test_a_mode_that_wandb_lacks_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_MODE", "offlne")
+        with pytest.raises(
+            UserError, match=r"WANDB_MODE = 'offlne'[^$]*nearest valid: WANDB_MODE=offline"
+        ):
+            run_in(tmp_path)
+        run_in(tmp_path, "tracking.mode=online")  # the config wins
+        for mode in WANDB_MODES:
+            monkeypatch.setenv("WANDB_MODE", mode)
+            run_in(tmp_path)
+
+    def test_a_name_that_wandb_refuses_is_refused_with_its_variable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_PROJECT", "mine/ranks")
+        with pytest.raises(UserError, match=r"tracking\.project = 'mine/ranks'[^$]*WANDB_PROJECT"):
+            run_in(tmp_path)
 
     def test_a_secret_in_a_variable_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
