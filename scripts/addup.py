@@ -44,9 +44,6 @@ def rows(launch: Launch, tokens: int, step: int, budgets: Sequence[str]) -> Iter
             FLOPs of LoRA on `tokens`, but for less than a step.
     """
     for seed in SEEDS:
-        for runs in (1, 2):  # what begins with the same model and tokens shares the plain model's passes
-            first = [variants[0] for variants in WAYS.values() if len(variants) == runs]
-            launch(*_overrides(first, seed, tokens // runs // step * step))
         flops: dict[str, float] = {}
         for budget in budgets:
             for way, variants in WAYS.items():
@@ -54,15 +51,12 @@ def rows(launch: Launch, tokens: int, step: int, budgets: Sequence[str]) -> Iter
                     continue  # the same run
                 share = flops["LoRA"] / flops[way] if budget == "FLOPs" else 1
                 each = int(tokens * share / len(variants)) // step * step
-                results = _row(launch(*_overrides(variants, seed, each)))
-                row = results | {"budget": budget, "way": way, "seed": seed}
+                names = ",".join(f"addup/{variant}" for variant in variants)
+                overrides = (f"train.seed={seed}", f"train.train_tokens={each}")
+                runs = launch(f"variant={names}", *overrides)
+                row = _row(runs) | {"budget": budget, "way": way, "seed": seed}
                 flops.setdefault(way, row["flops"])
                 yield row
-
-
-def _overrides(variants: Sequence[str], seed: int, tokens: int) -> tuple[str, str, str]:
-    names = ",".join(f"addup/{variant}" for variant in variants)
-    return f"variant={names}", f"train.seed={seed}", f"train.train_tokens={tokens}"
 
 
 def _row(runs: Sweep) -> Row:

@@ -64,8 +64,7 @@ def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pyte
     rows = list(addup.rows(launch, tokens=2048, step=512, budgets=("tokens", "FLOPs")))
     assert [row["way"] for row in rows] == [*ways, *ways[1:]]
     lora = rows[0]
-    assert [len(runs) for runs in launched] == [2, 1, *(len(addup.WAYS[row["way"]]) for row in rows)]
-    for row, runs in zip(rows, launched[2:], strict=True):
+    for row, runs in zip(rows, launched, strict=True):
         begun = [run.config["init"] for run in runs]
         assert begun == [None, *(str(run.folder) for run in runs[:-1])]
         assert row["gap_before"] == lora["gap_before"] and row["seed"] == 3
