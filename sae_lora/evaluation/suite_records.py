@@ -101,14 +101,14 @@ def _content(folder: RunFolder, suite: Suite) -> Record | str | None:
         return f"{path.name} is damaged: {' '.join(str(error).split())}"
     if record.suite != suite.name or record.run not in (None, _hash(folder)):
         return f"{path.name} is of another {'run' if record.suite == suite.name else 'suite'}"
-    if record.digest not in (None, _digest(values)):
+    if record.digest is not None and record.digest != _digest(values):
         return f"{path.name} has changed since the suite wrote it"
     return record
 
 
 def _digest(values: Mapping[str, Any]) -> str:
     """The digest of a record with these values, as JSON has them."""
-    measured = [values[name] for name in ("run", "suite", "settings", "results")]
+    measured = [values.get(name) for name in ("run", "suite", "settings", "results")]
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 

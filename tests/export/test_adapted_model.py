@@ -172,7 +172,7 @@ def test_damaged_adapters_are_refused(damage: str, runs: dict[str, RunFolder], t
             save_file(weights, file)
         case _:
             shutil.rmtree(copy.adapter)
-    with pytest.raises(UserError, match=r"adapters in .* cannot be loaded|is damaged \(adapter/"):
+    with pytest.raises(UserError, match=r"is damaged(: | \()adapter/"):
         sae_lora.load_adapted(copy)
 
 
