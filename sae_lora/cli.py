@@ -29,7 +29,7 @@ from sae_lora.evaluation import suite_records
 from sae_lora.records import slurm
 from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
-from sae_lora.records.status import counts, sound
+from sae_lora.records.status import ENDED_BADLY, counts, sound
 from sae_lora.report import results
 from sae_lora.report.tables import evaluation_tables
 
@@ -154,17 +154,12 @@ def _status(
     ] = Path("outputs"),
 ) -> None:
     """Show the progress of each run, or each sweep; exit code 1 if a run has failed or is damaged."""
-    from sae_lora.launcher.status_tables import (
-        has_faults,
-        holds_sweeps,
-        status_rows,
-        status_table,
-        sweeps_table,
-    )
+    from sae_lora.launcher.status_tables import status_rows, status_table, sweeps_in, sweeps_table
 
-    if holds_sweeps(sweep):
-        show(sweeps_table(sweep))
-        raise typer.Exit(has_faults(sweep))
+    if sweeps := sweeps_in(sweep):
+        show(sweeps_table(sweeps))
+        statuses = [status for runs in sweeps.values() for status in runs.values()]
+        raise typer.Exit(any(status.state in ENDED_BADLY for status in statuses))
     folders = ordered(runs_of(sweep))
     statuses = status_rows(folders, lacking=True)
     show(status_table(statuses, differences_of(folders)))

@@ -37,11 +37,13 @@ class ConfigError(UserError):
         self.allowed = allowed
         self.nearest = nearest
         typed = "null" if got is None else repr(got) if isinstance(got, str) else str(got)
-        lines = [f"{field} = {typed} cannot be used" + (f": {because}" if because else "")]
-        lines.append(f"  allowed: {allowed}")
-        if nearest is not None:
-            lines.append(f"  nearest valid: {field}={nearest}")
-        super().__init__("\n".join(lines))
+        reason = f": {because}" if because else ""
+        near = None if nearest is None else f"{field}={nearest}"
+        super().__init__(
+            with_nearest(
+                f"{field} = {typed} cannot be used{reason}", f"  allowed: {allowed}", nearest=near
+            )
+        )
 
 
 class NoSuchCellError(ConfigError):
@@ -58,6 +60,11 @@ def nearest_name(name: str, names: Iterable[str], similarity: float = 0.5) -> st
     """
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=similarity)
     return matches[0] if matches else None
+
+
+def with_nearest(*lines: str, nearest: str | None) -> str:
+    """The lines of a refusal, with the nearest valid name or value on the last one if there is one."""
+    return "\n".join(lines if nearest is None else (*lines, f"  nearest valid: {nearest}"))
 
 
 def listed(names: Iterable[object], limit: int = 12) -> str:

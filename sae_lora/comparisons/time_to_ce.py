@@ -138,15 +138,7 @@ def table(branches: Sequence[Branch]) -> Table:
     `LoRA alone` is the factor of time that LoRA saves if the SAE already exists.
     """
     settings = list(branches[0].settings)
-    columns = (
-        *settings,
-        "SAE trained to",
-        "LoRA ends at",
-        "e2e ends at",
-        "SAE and LoRA",
-        "e2e",
-        "times sooner",
-    )
+    columns = "SAE trained to", "LoRA ends at", "e2e ends at", "SAE and LoRA", "e2e", "times sooner"
     rows = right_aligned(
         "training to the same cross-entropy",
         [*settings, *columns, "times fewer FLOPs", "LoRA alone", "seeds"],

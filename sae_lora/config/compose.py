@@ -23,7 +23,7 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.mistakes.explain import mistakes_explained
 from sae_lora.config.mistakes.files import RENAMED_GROUPS, ChosenFiles
-from sae_lora.config.mistakes.words import asks_for_help, check_words, given, is_sweep
+from sae_lora.config.mistakes.words import asks_for_help, check_words, given
 from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.config.serialize import keys, typed, written
 from sae_lora.config.validate import check
@@ -106,7 +106,7 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
         composed.append(point)
         return None
 
-    words = [with_quoted_text(_as_override(word)) for word in with_options_first(arguments)]
+    words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
     options = given(words)
     files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
@@ -122,13 +122,13 @@ def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list
                 "run\n  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
             )
         with mistakes_explained(files):
-            found = [checked(point) for point in composed]
+            configs = [checked(point) for point in composed]
     finally:
         sys.argv = original_argv
-    if is_sweep(words) and not (found or dispatched or asks_for_help(words)):
+    if options.multirun and not (configs or dispatched or asks_for_help(options)):
         empty = ", ".join(word for word in words if "(" in word) or " ".join(words)
         raise UserError(f"this sweep has no points: {empty} stands for no value")
-    return found
+    return configs
 
 
 def with_options_first(arguments: Sequence[str]) -> list[str]:
@@ -143,7 +143,7 @@ def _without_dashes(argument: str) -> str:
     return argument.removeprefix("--") if equals and (key in keys() or key in groups()) else argument
 
 
-def _as_override(argument: str) -> str:
+def _with_new_names(argument: str) -> str:
     """The argument with the present name of its group, if it uses a name of version 0.1."""
     for old, new in RENAMED_GROUPS.items():
         if argument.startswith(f"{old}="):

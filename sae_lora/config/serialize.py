@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
 
-from sae_lora.common.errors import UserError, listed, nearest_name
+from sae_lora.common.errors import UserError, listed, nearest_name, with_nearest
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, SAEChoice
 
 
@@ -153,10 +153,9 @@ def unknown_key(key: str) -> UserError:
     group = key.rpartition(".")[0]
     siblings = [known_key for known_key in known if known_key.rpartition(".")[0] == group]
     siblings = siblings or [known_key for known_key in known if "." not in known_key]
-    lines = [f"there is no key {key}", f"  existing keys: {listed(siblings, 30)}"]
-    if (nearest := _nearest_key(key, known, siblings)) is not None:
-        lines.append(f"  nearest valid: {nearest}")
-    return UserError("\n".join(lines))
+    existing = f"  existing keys: {listed(siblings, 30)}"
+    nearest = _nearest_key(key, known, siblings)
+    return UserError(with_nearest(f"there is no key {key}", existing, nearest=nearest))
 
 
 def _nearest_key(key: str, known: Sequence[str], siblings: Sequence[str]) -> str | None:

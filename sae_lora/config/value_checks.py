@@ -93,7 +93,7 @@ WANDB_MODES = {
     "run": "online",
     "dryrun": "offline",
 }
-"""What values of W&B's variable `WANDB_MODE` mean; the last two are its old words."""
+"""The meaning of each value of W&B's variable `WANDB_MODE`; the last two are its old words."""
 _NO_PROJECT = "/\\#?%:"
 """Characters that W&B refuses in the name of a project."""
 

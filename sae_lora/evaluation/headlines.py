@@ -37,7 +37,7 @@ OF_SUITE = {
     ),
     Suite.saebench: "the metric that SAEBench shows first, in the plain and in the adapted model",
 }
-"""What the numbers of other suites are."""
+"""The meaning of the numbers of other suites."""
 COVERAGE = {Suite.mechanism: 0.9}
 """Coverage of the intervals of a suite, if it is not 95%."""
 
@@ -75,13 +75,13 @@ def headlines(folder: RunFolder) -> dict[str, float]:
 
 def measured(folder: RunFolder) -> dict[str, Headline]:
     """The headline numbers with their intervals, as `headlines`."""
-    found = {}
+    numbers = {}
     for suite, headlines_of in _HEADLINES.items():
         if (record := suite_records.read(folder, suite)) is not None:
             for name, number in headlines_of(record.results).items():
                 if (headline := _headline(number)) is not None:
-                    found[f"{suite.name}/{name}"] = headline
-    return found
+                    numbers[f"{suite.name}/{name}"] = headline
+    return numbers
 
 
 def _headline(number: Number) -> Headline | None:

@@ -79,12 +79,9 @@ def launch(points: Sequence[Config]) -> int:
 
 def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
     """Run or submit the plan and return the exit code; `again` if this command did so before."""
-    from sae_lora.train.cost.runs import check_fits  # brings torch in
-
     for run, status in _with_status(planned.runs):
         if _is_to_run(run, status, settings):
-            check_fits(run.config)
-            _check_device(run.config)
+            _check_can_run(run.config)
     sweeps = sorted({run.folder.path.parent for run in planned.runs})
     for sweep in sweeps:
         check_writable(sweep, "output_dir")
@@ -120,8 +117,11 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
     return 0 if all(is_done(run.folder) for run in planned.runs) else 1
 
 
-def _check_device(config: Config) -> None:
-    """Refuse a GPU that this machine does not have, if the run is to be here."""
+def _check_can_run(config: Config) -> None:
+    """Refuse what the model lacks, and a GPU that this machine lacks if the run is to be here."""
+    from sae_lora.train.cost.runs import check_fits  # brings torch in
+
+    check_fits(config)
     if config.launcher.kind is LauncherKind.local:
         from sae_lora.models.loading import device_of  # brings torch in
 
@@ -144,7 +144,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
     from sae_lora.train.cost.estimate import estimate
-    from sae_lora.train.cost.runs import check_fits, left_out
+    from sae_lora.train.cost.runs import left_out
 
     for note in bos_notes([run.config for run in planned.runs]):
         say(f"note: {note}")
@@ -162,8 +162,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     to_do = [run for run, status in runs if _is_to_run(run, status, settings)]
     check_local([run.config for run in to_do])
     for run in to_do:
-        check_fits(run.config)
-        _check_device(run.config)
+        _check_can_run(run.config)
     packs = packed(to_do, settings)
     numbers = {run.name: number for number, pack in enumerate(packs, 1) for run in pack}
     flops_unpacked = 0.0

@@ -9,11 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lora.common.console import console, duration, percent
-from sae_lora.common.errors import UserError, listed
+from sae_lora.common.errors import listed
 from sae_lora.evaluation.suite_records import pending
 from sae_lora.records.folder import RunFolder, hash_of, is_run, runs_of
 from sae_lora.records.schema import Progress
-from sae_lora.records.status import State, counts, is_done, progress_of, read_statuses
+from sae_lora.records.status import (
+    ENDED_BADLY,
+    RunStatus,
+    State,
+    counts,
+    progress_of,
+    read_statuses,
+)
 
 COLOURS = {
     State.new: "dim",
@@ -56,7 +63,7 @@ class StatusRow:
     @property
     def has_ended_badly(self) -> bool:
         """True if the run has failed or is damaged."""
-        return self.state in (State.failed, State.damaged)
+        return self.state in ENDED_BADLY
 
     @property
     def is_at_work(self) -> bool:
@@ -101,8 +108,8 @@ def status_rows(folders: Sequence[RunFolder], *, lacking: bool = False) -> list[
     for folder, status in zip(folders, read_statuses(folders), strict=True):
         is_damaged = status.state is State.damaged
         curve = [] if is_damaged else folder.read_curve()
-        has_progress = status.state not in (State.failed, State.damaged)
-        progress = progress_of(folder, status.state) if has_progress else None
+        has_ended_badly = status.state in ENDED_BADLY
+        progress = None if has_ended_badly else progress_of(folder, status.state)
         age = folder.seconds_since_progress
         process = note = (status.note or "").partition("\n")[0]
         if status.state is State.running and age >= _OLD_S:
@@ -160,58 +167,45 @@ def status_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[s
     return table
 
 
-def sweeps_table(outputs: Path) -> Table:
-    """A table of the sweeps in a folder, the newest last: states of their runs, and the best run.
+Sweeps = Mapping[Path, Mapping[RunFolder, RunStatus]]
+"""The runs of sweeps with their status, by the folders of the sweeps."""
 
-    Raises:
-        UserError: If the folder contains no sweeps.
-    """
+
+def sweeps_in(folder: Path) -> Sweeps:
+    """The sweeps in a folder such as `outputs`; empty for other folders: of a sweep, or of a run."""
+    if not folder.is_dir() or is_run(folder) or _holds_runs(folder):
+        return {}
+    inside = [path for path in folder.iterdir() if path.is_dir() and _holds_runs(path)]
+    runs = {sweep: runs_of(sweep) for sweep in inside}
+    every = [run for of_sweep in runs.values() for run in of_sweep]
+    statuses = dict(zip(every, read_statuses(every), strict=True))
+    return {sweep: {run: statuses[run] for run in of_sweep} for sweep, of_sweep in runs.items()}
+
+
+def _holds_runs(folder: Path) -> bool:
+    return any(map(is_run, folder.iterdir()))
+
+
+def sweeps_table(sweeps: Sweeps) -> Table:
+    """A table of sweeps, the newest last: states of their runs, and the best run."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("sweep", no_wrap=True)
     for name in ("runs", "best closed", "changed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("states")
-    changed = {sweep: _last_change(sweep) for sweep in _sweeps(outputs)}
-    if not changed:
-        raise UserError(
-            f"{outputs} holds no runs and no sweeps; the folder of a sweep is outputs/<sweep>"
-        )
+    changed = {sweep: max(run.path.lstat().st_mtime for run in sweeps[sweep]) for sweep in sweeps}
     for sweep in sorted(changed, key=lambda sweep: changed[sweep]):
-        folders = runs_of(sweep)
-        closed = [folder.read_summary()["gap_closed"] for folder in folders if is_done(folder)]
-        best = max((value for value in closed if value is not None), default=None)
+        states = {run: status.state for run, status in sweeps[sweep].items()}
+        done = [run.read_summary() for run, state in states.items() if state is State.done]
+        closed = [summary["gap_closed"] for summary in done]
         table.add_row(
             Text(sweep.name),
-            str(len(folders)),
-            percent(best),
+            str(len(states)),
+            percent(max((value for value in closed if value is not None), default=None)),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(changed[sweep])),
-            counts(status.state for status in read_statuses(folders)),
+            counts(states.values()),
         )
     return table
-
-
-def has_faults(outputs: Path) -> bool:
-    """True if a run of a sweep in the folder has failed or is damaged."""
-    folders = [folder for sweep in _sweeps(outputs) for folder in runs_of(sweep)]
-    return any(status.state in (State.failed, State.damaged) for status in read_statuses(folders))
-
-
-def holds_sweeps(folder: Path) -> bool:
-    """True for a folder that contains sweeps, and no runs."""
-    return folder.is_dir() and not is_run(folder) and not _runs_in(folder) and bool(_sweeps(folder))
-
-
-def _sweeps(outputs: Path) -> list[Path]:
-    return [folder for folder in outputs.iterdir() if folder.is_dir() and _runs_in(folder)]
-
-
-def _runs_in(sweep: Path) -> list[Path]:
-    return [folder for folder in sweep.iterdir() if is_run(folder)]
-
-
-def _last_change(sweep: Path) -> float:
-    """Time of the last change of a run in a sweep."""
-    return max(path.lstat().st_mtime for path in _runs_in(sweep))
 
 
 def live_table(statuses: Sequence[StatusRow], varying: Mapping[str, Sequence[str]]) -> Table:

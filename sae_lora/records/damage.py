@@ -37,7 +37,7 @@ _known: dict[Path, tuple[tuple[object, ...], str | None]] = {}
 
 
 def damage(folder: RunFolder) -> str | None:
-    """What is wrong with a run folder, in one line; `None` for a sound one.
+    """The damage of a run folder, in one line; `None` for a sound one.
 
     Checks that all files that the run leaves are there and can be read, that their schema is known, and
     that the config is the one that the run was started with: it has the run's hash. Weights are checked
@@ -57,13 +57,13 @@ def weights_of(folder: RunFolder) -> dict[str, str]:
 
 
 def damage_of_weights(folder: RunFolder) -> str | None:
-    """What is wrong with the trained weights of a sound run, in one line; reads them all.
+    """The damage of the trained weights of a sound run, in one line; reads them all.
 
     `damage` does not read them, because they may be large. Commands that use them ask here first.
     """
     saved: dict[str, str] = folder.read_summary().get("weights", {})
-    found = weights_of(folder) if saved else {}
-    changed = [file for file, digest in saved.items() if found.get(file) != digest]
+    present = weights_of(folder) if saved else {}
+    changed = [file for file, digest in saved.items() if present.get(file) != digest]
     return f"{changed[0]} has changed: it is not the file that the run wrote" if changed else None
 
 

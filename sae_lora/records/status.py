@@ -36,6 +36,7 @@ class State(Enum):
 
 TO_DO = (State.new, State.resumable, State.stopped)
 """States of runs that a launch starts or continues."""
+ENDED_BADLY = (State.failed, State.damaged)
 
 
 @dataclass(frozen=True)

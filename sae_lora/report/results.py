@@ -15,7 +15,7 @@ from rich.table import Column as TerminalColumn
 from rich.table import Table
 
 from sae_lora.common.console import console, count
-from sae_lora.common.errors import UserError, listed, nearest_name
+from sae_lora.common.errors import UserError, listed, nearest_name, with_nearest
 from sae_lora.evaluation.headlines import headlines
 from sae_lora.records.factors import (
     FACTORS,
@@ -86,7 +86,7 @@ class Results:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know besides the table."""
+        """Notes that a reader needs besides the table."""
         runs = [run for row in self.rows for run in row.runs]
         shown = {column.key for column in self.columns}
         undefined = _BEST in shown and any(run.summary[_BEST] is None for run in runs)
@@ -130,10 +130,11 @@ def results(
     """
     runs = finished_runs(folders)
     rows = [Repeats([run]) for run in runs] if each_seed else repeats(runs)
-    names = _names(runs)
     columns = [_KEYS.get(name, name) for name in columns]
     sort = _KEYS.get(sort, sort) if sort else None
-    for name in (*columns, *([sort] if sort else [])):
+    asked = [*columns, *([sort] if sort else [])]
+    names = _names(runs) if asked else []  # reads the results of all suites
+    for name in asked:
         if name not in names:
             raise _unknown(name, names)
     if sort is not None:
@@ -158,10 +159,9 @@ def _names(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _unknown(name: str, names: Sequence[str]) -> UserError:
     short = [each for each in names if "." not in each]
-    allowed = f"{listed(short, len(short))}; and config keys such as train.lr"
-    lines = [f"there is no column {name}", f"  allowed: {allowed}"]
+    allowed = f"  allowed: {listed(short, len(short))}; and config keys such as train.lr"
     near = nearest_name(name, names)
-    return UserError("\n".join([*lines, *([f"  nearest valid: {near}"] if near else [])]))
+    return UserError(with_nearest(f"there is no column {name}", allowed, nearest=near))
 
 
 def _differing(rows: Sequence[Repeats]) -> list[str]:
@@ -200,10 +200,6 @@ def _column(name: str, rows: Sequence[Repeats]) -> Column:
     return Column(
         name, heading, [mean.written(metric.written if metric else text) for mean in means], means
     )
-
-
-def _three_digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def _runs_of(row: Repeats) -> str:

@@ -20,7 +20,7 @@ class TrackioRun:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        self._folder = view.folder
+        self._view = view
         self._project = view.config.tracking.project or PROJECT
         # Trackio finds a run again by its name. Ours ends with the id, and begins with what varies in a
         # command, which another command may write in another way.
@@ -47,11 +47,10 @@ class TrackioRun:
 
     def show(self, points: int | None) -> int:
         """Write the missing rows among the first `points` (`None`: all); return their number."""
-        new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
-        for point in new:
-            values = {key: value for key, value in vars(point).items() if value is not None}
-            step = values.pop("step")
-            self._run.log(values, step=step)
+        new = self._view.rows(points, self._next_step)
+        for row in new:
+            step = row.pop("step")
+            self._run.log(row, step=step)
             self._next_step = step + 1
         return len(new)
 

@@ -43,7 +43,7 @@ class WandbRun:
 
     def __init__(self, view: WandbView, *, online: bool) -> None:
         wandb = _library()
-        self._folder = view.folder
+        self._view = view
         self._run = wandb.init(
             entity=view.config.tracking.entity,
             project=view.config.tracking.project,
@@ -88,11 +88,10 @@ class WandbRun:
 
     def show(self, points: int | None) -> int:
         """Send the missing rows among the first `points` (`None`: all); return their number."""
-        new = [point for point in self._folder.read_curve()[:points] if point.step >= self._next_step]
-        for point in new:
-            values = {key: value for key, value in vars(point).items() if value is not None}
-            self._run.log(values, step=point.step, commit=True)
-            self._next_step = point.step + 1
+        new = self._view.rows(points, self._next_step)
+        for row in new:
+            self._run.log(row, step=row["step"], commit=True)
+            self._next_step = row["step"] + 1
         return len(new)
 
     def finish(self, summary: dict[str, Any] | None, *, will_resume: bool) -> None:
@@ -100,7 +99,7 @@ class WandbRun:
         if summary is not None:
             # Under a separate key, because curves such as `student_ce` have their own summary.
             results = {"result": without_secrets(summary)}
-            if measured := headlines(self._folder):
+            if measured := headlines(self._view.folder):
                 results["evaluation"] = measured
             self._run.summary.update(results)
         elif will_resume:

@@ -43,6 +43,11 @@ class WandbView:
         """The name of the run, as `tracking.name` or its settings give it."""
         return shortened(self.config.tracking.name or readable_name(self.config))
 
+    def rows(self, points: int | None, first_step: int) -> list[dict[str, Any]]:
+        """The rows from a step on, among the first `points` of the curve (`None`: all); no nulls."""
+        new = [point for point in self.folder.read_curve()[:points] if point.step >= first_step]
+        return [{key: value for key, value in vars(point).items() if value is not None} for point in new]
+
     @property
     def group(self) -> str:
         """The sweep."""

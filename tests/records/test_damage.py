@@ -104,7 +104,7 @@ def test_a_launch_neither_trusts_nor_overwrites_a_damaged_run(
 def test_weights_of_another_run_are_found_where_they_are_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the same size and rank: only the digest in the summary tells them from the run's own."""
+    """They have the same size and rank: only the digest in the summary tells them from the run's own."""
     folder = MadeUp(tmp_path / "sweep").finished()
     summed_up(folder, weights=weights_of(folder))
     assert with_weights(folder.path).path == folder.path

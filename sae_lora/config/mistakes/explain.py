@@ -15,7 +15,7 @@ from hydra.conf import HydraConf
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, causes, listed, nearest_name, with_nearest
 from sae_lora.config.mistakes.files import RENAMED_GROUPS, ChosenFiles
 from sae_lora.config.serialize import keys, unknown_key
 
@@ -138,15 +138,14 @@ def _explain_choice(path: str, options: Sequence[str]) -> str:
     name = path.removeprefix("model/")
     if name != path and ("/" in name or Path(name).is_dir()):  # the name of a model, not of an option
         group, choice, nearest = "model", name, f"hf model.name={name}"
-    own = "; options of your own need --config-dir FOLDER" if nearest is None else ""
-    return str(ConfigError(group, choice, f"one of {listed(options, 40)}{own}", nearest))
+    hint = "; options of your own need --config-dir FOLDER" if nearest is None else ""
+    return str(ConfigError(group, choice, f"one of {listed(options, 40)}{hint}", nearest))
 
 
 def _explain_hydra_key(key: str) -> str:
     names = [f"hydra.{field.name}" for field in dataclasses.fields(HydraConf)]
     near = nearest_name(".".join(key.split(".")[:2]), names)
-    lines = [f"Hydra has no key {key}", f"  its keys: {listed(names, 40)}"]
-    return "\n".join([*lines, *([f"  nearest valid: {near}"] if near else [])])
+    return with_nearest(f"Hydra has no key {key}", f"  its keys: {listed(names, 40)}", nearest=near)
 
 
 def _explain_interpolation(key: str, text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from sae_lora.common.errors import UserError, listed, nearest_name
+from sae_lora.common.errors import UserError, listed, nearest_name, with_nearest
 from sae_lora.config.serialize import keys, unknown_key
 
 _OF_THE_WHOLE_CONFIG = ("experiment", "variant")
@@ -21,7 +21,7 @@ RENAMED_GROUPS = {"arm": "variant"}
 
 
 class _FaultError(Exception):
-    """What is wrong with a file, and its line if there is one."""
+    """A fault in a file, with its line if it has one."""
 
     def __init__(self, cause: object, line: int | None = None) -> None:
         super().__init__(str(cause))
@@ -77,8 +77,7 @@ class _File:
         except yaml.YAMLError as error:
             raise _FaultError(" ".join(str(error).split())) from error
         if self._is_global and _HEADER not in (line.strip() for line in self.text.splitlines()):
-            whole = self._root
-            raise _FaultError(f"a file of the group {whole} must begin with `{_HEADER}`", 1)
+            raise _FaultError(f"a file of the group {self._root} must begin with `{_HEADER}`", 1)
         if not isinstance(node, yaml.MappingNode):
             raise _FaultError("it holds no keys and values")
         return node
@@ -98,7 +97,7 @@ class _File:
 
     @property
     def _prefix(self) -> str:
-        """What its keys begin with in the whole config."""
+        """The text before its keys in the whole config: `lora.`."""
         header = re.search(r"^#\s*@package\s+(\S+)\s*$", self.text, re.MULTILINE)
         package = header[1] if header else "_group_"
         known = {"_global_": "", "_group_": self.folder.replace("/", ".")}
@@ -220,9 +219,9 @@ class ChosenFiles:
         if self._find(entry.group, entry.option) is None:
             options = self._groups.get(entry.group, ())
             near = nearest_name(entry.option, options)
-            lines = [f"{entry.group} has no option {entry.option}", f"  allowed: {listed(options, 40)}"]
-            lines += [f"  nearest valid: {near}"] if near else []
-            raise _FaultError("\n".join(lines), entry.line)
+            allowed = f"  allowed: {listed(options, 40)}"
+            cause = with_nearest(f"{entry.group} has no option {entry.option}", allowed, nearest=near)
+            raise _FaultError(cause, entry.line)
         if not entry.is_override and not entry.is_of_own_group and root not in _OF_THE_WHOLE_CONFIG:
             raise _FaultError(f"write `- override /{entry.group}: {entry.option}`", entry.line)
 
@@ -239,13 +238,13 @@ class ChosenFiles:
 
 def _groups_in(homes: Sequence[Path]) -> Mapping[str, list[str]]:
     """Every config group with its options."""
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for home in homes:
         for path in sorted(home.rglob("*.yaml")):
             parts = path.relative_to(home).with_suffix("").parts
             for depth in range(1, len(parts)):
-                found.setdefault("/".join(parts[:depth]), []).append("/".join(parts[depth:]))
-    return found
+                options.setdefault("/".join(parts[:depth]), []).append("/".join(parts[depth:]))
+    return options
 
 
 def _check_names(own: Path, shipped: Path) -> None:
@@ -264,8 +263,8 @@ def _no_group(group: str, groups: Mapping[str, object]) -> str:
         return f"the config group `{group}` is called `{RENAMED_GROUPS[group]}` now"
     roots = [name for name in groups if "/" not in name]
     near = nearest_name(group, roots)
-    lines = [f"there is no config group {group}", f"  allowed: {listed(sorted(roots), 20)}"]
-    return "\n".join([*lines, *([f"  nearest valid: {near}"] if near else [])])
+    allowed = f"  allowed: {listed(sorted(roots), 20)}"
+    return with_nearest(f"there is no config group {group}", allowed, nearest=near)
 
 
 def _check_value(key: str, value: yaml.Node, line: int) -> None:
@@ -274,12 +273,17 @@ def _check_value(key: str, value: yaml.Node, line: int) -> None:
         raise _FaultError(unknown_key(key), line)
     if is_dataclass(keys()[key]):
         if not isinstance(value, yaml.MappingNode):
-            raise _FaultError(f"`{last}` is a section: its keys stand below it, indented", line)
+            raise _no_section(key, line)
     elif keys()[key] in (str, str | None) and _is_plain(value):
         text = value.value
         read = OmegaConf.create(f"text: {text}").text
         if read is not None and str(read) != text:
             raise _FaultError(f'{key} is a text, and YAML reads {read}: write {last}: "{text}"', line)
+
+
+def _no_section(key: str, line: int) -> _FaultError:
+    name = key.rpartition(".")[2]
+    return _FaultError(f"`{name}` is a section: its keys stand below it, indented", line)
 
 
 def _is_plain(value: yaml.Node) -> bool:
@@ -291,8 +295,7 @@ def _is_plain(value: yaml.Node) -> bool:
 def _check_hydra(key: str, value: yaml.Node, line: int) -> None:
     is_section = isinstance(value, yaml.MappingNode)
     if key in ("hydra", "hydra.sweeper", "hydra.sweeper.params") and not is_section:
-        last = key.rpartition(".")[2]
-        raise _FaultError(f"`{last}` is a section: its keys stand below it, indented", line)
+        raise _no_section(key, line)
     varied = key.removeprefix("hydra.sweeper.params.")
     if varied != key and "." in varied and varied.split(".")[0] in keys() and varied not in keys():
         raise _FaultError(unknown_key(varied), line)

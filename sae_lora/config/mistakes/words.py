@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from sae_lora.common.console import complain
-from sae_lora.common.errors import ConfigError, UserError, nearest_name
+from sae_lora.common.errors import ConfigError, UserError, nearest_name, with_nearest
 from sae_lora.config.serialize import keys, written
 
 
@@ -26,8 +26,9 @@ def check_words(words: Sequence[str], groups: typing.Collection[str], default: A
     Raises:
         UserError: For the first of them. The message has the words that work.
     """
-    _check_options(words)
-    overrides = given(words).overrides
+    options = given(words)
+    _check_options(words, options)
+    overrides = options.overrides
     for word in overrides:
         key, equals, value = word.partition("=")
         name = key.lstrip("+~")
@@ -81,8 +82,8 @@ def _has_several(value: str) -> bool:
     return "," in re.sub(r"\[[^\]]*\]|\"[^\"]*\"|'[^']*'", "", value) or value.startswith("glob(")
 
 
-def _check_options(words: Sequence[str]) -> None:
-    parser, options = get_args_parser(), given(words)
+def _check_options(words: Sequence[str], options: Any) -> None:
+    parser = get_args_parser()
     if options.multirun and (options.cfg or options.info):
         raise UserError(
             "--cfg and --info show one config: leave out -m, and give one value for each key"
@@ -103,26 +104,13 @@ def _check_options(words: Sequence[str]) -> None:
         raise UserError(f"{unknown[0]}: keys have no dashes; write {name}={value}")
     names = [name for action in parser._actions for name in action.option_strings if name[:2] == "--"]
     near = nearest_name(unknown[0], names)
-    raise UserError(
-        "\n".join(
-            [
-                f"there is no option {unknown[0]}",
-                "  allowed: -m, --config-dir FOLDER, --help; and key=value, which `--help` lists",
-                *([f"  nearest valid: {near}"] if near else []),
-            ]
-        )
-    )
+    allowed = "  allowed: -m, --config-dir FOLDER, --help; and key=value, which `--help` lists"
+    raise UserError(with_nearest(f"there is no option {unknown[0]}", allowed, nearest=near))
 
 
-def asks_for_help(words: Sequence[str]) -> bool:
-    """True if Hydra only prints something for these words."""
-    options = given(words)
+def asks_for_help(options: Any) -> bool:
+    """True if Hydra only prints something with these options, from `given`."""
     return any((options.help, options.hydra_help, options.cfg, options.info, options.shell_completion))
-
-
-def is_sweep(words: Sequence[str]) -> bool:
-    """True if the words ask for several points by -m."""
-    return bool(given(words).multirun)
 
 
 def given(words: Sequence[str]) -> Any:
