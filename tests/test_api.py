@@ -34,7 +34,7 @@ def test_launch_trains_a_sweep_and_returns_its_runs(tmp_path: Path) -> None:
 def test_the_summary_of_a_failed_run_raises_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae_lora.launcher.launch._check_device", lambda config: None)
+    monkeypatch.setattr("sae_lora.launcher.launch._check_can_run", lambda config: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (run,) = sae_lora.launch([*SMALL, f"output_dir={tmp_path}", "train.device=cuda"])
     assert run.state == "failed"

@@ -61,7 +61,7 @@ def test_a_single_run_is_evaluated_and_shows_its_table(point: Point, tmp_path: P
 def test_a_failed_run_does_not_stop_other_runs_and_can_be_retried(
     point: Point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(launcher, "_check_device", lambda config: None)  # as where a GPU was lost
+    monkeypatch.setattr(launcher, "_check_can_run", lambda config: None)  # as where a GPU was lost
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     broken = "train.device=cuda"  # the device is not part of the identity of a run
     points = [point(f"lora.rank={rank}", *([broken] if rank == 2 else [])) for rank in (1, 2, 3)]
