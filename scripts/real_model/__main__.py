@@ -68,7 +68,7 @@ def precision(runs: Runs) -> None:
 
 def rates(runs: Runs) -> None:
     """Rate × rank × schedule for LoRA, then rates of the other methods."""
-    runs("recipe", runs.sae(), "train.schedule=linear")
+    runs("recipe", runs.sae())
     runs("methods", runs.sae())
     both = ("method=lora_sae", "method.lora_lr=4.5e-3")
     runs("methods", runs.sae(), *both, "sweep=smollm2_both")
@@ -105,16 +105,20 @@ def add_up(runs: Runs) -> None:
 
 
 def recipe(runs: Runs) -> None:
-    """Schedules, batch sizes, alpha and LoRA+, at rank 16."""
+    """Batch sizes, alpha and LoRA+, at rank 16."""
 
     def launch(*overrides: str) -> None:
-        runs("recipe", runs.sae(), "lora.rank=16", *overrides)
+        runs("recipe", runs.sae(), "lora.rank=16", "train.schedule=linear", *overrides)
 
-    launch("train.schedule=constant", "train.lr=1.5e-3,2.6e-3,4.5e-3,7.8e-3")
     for batch in (1, 16):
-        launch("train.schedule=linear", "train.lr=1.5e-3,4.5e-3,1.35e-2", f"train.batch_size={batch}")
-    scales = ("lora.alpha=3,6,12", "train.loraplus_ratio=1,4")
-    launch("train.schedule=linear", "train.lr=4.5e-3", *scales)
+        launch(f"train.batch_size={batch}")
+    launch("train.lr=4.5e-3", "lora.alpha=3,6,12", "train.loraplus_ratio=1,4")
+
+
+def budget(runs: Runs) -> None:
+    """Ten times the tokens, of LoRA and of the finetuned SAE."""
+    runs("budget", runs.sae())
+    runs("budget", runs.sae(), "method=sae_finetune", "lora.rank=16", "train.lr=3e-4,1e-3")
 
 
 def suites(runs: Runs) -> None:
@@ -154,7 +158,20 @@ def _python(*arguments: str) -> None:
 
 STAGES: dict[str, Callable[[Runs], None]] = {
     stage.__name__: stage
-    for stage in (saes, precision, rates, ranks, rivals, seeds, add_up, recipe, suites, prompt, checks)
+    for stage in (
+        saes,
+        precision,
+        rates,
+        ranks,
+        rivals,
+        seeds,
+        add_up,
+        recipe,
+        budget,
+        suites,
+        prompt,
+        checks,
+    )
 }
 
 

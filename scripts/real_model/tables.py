@@ -55,6 +55,7 @@ def record(run: Run) -> Row:
     return {
         "sweep": run.folder.parent.name,
         "run": run.name,
+        "device": summary["environment"]["device"],
         "method": config["method"]["kind"],
         **{name: factors[name] for name in ("l0", "rank")},
         "alpha": lora["alpha"],
@@ -396,9 +397,9 @@ def with_tables(page: str, records: Path) -> str:
 
 
 def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
-    """The records in the file and these, by name of sweep and run; of two for a run, the new one."""
+    """The records in the file and these; of two for a run and a device, the new one."""
     earlier = json.loads(path.read_text()) if path.exists() else []
-    by_name = {(row["sweep"], row["run"]): row for row in [*earlier, *rows]}
+    by_name = {(row["sweep"], row["run"], row["device"]): row for row in [*earlier, *rows]}
     return [by_name[name] for name in sorted(by_name)]
 
 

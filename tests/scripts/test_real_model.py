@@ -78,12 +78,13 @@ def test_ways_have_equal_tokens_or_equal_flops(tmp_path: Path, monkeypatch: pyte
 
 def test_records_of_runs_that_the_outputs_lack_stay(tmp_path: Path) -> None:
     rows = [
-        {"sweep": "s", "run": name, "kl": kl} for name, kl in (("a", 1), ("b", 1), ("b", 2), ("c", 2))
+        {"sweep": "s", "run": name, "device": device, "kl": kl}
+        for name, device, kl in (("a", "cpu", 1), ("b", "cpu", 1), ("b", "cpu", 2), ("a", "gpu", 2))
     ]
     path = tmp_path / "runs.json"
     assert tables.with_earlier(rows[:1], path) == rows[:1]
     path.write_text(json.dumps(rows[:2]))
-    assert tables.with_earlier(rows[2:], path) == [rows[0], *rows[2:]]
+    assert tables.with_earlier(rows[2:], path) == [rows[0], rows[3], rows[2]]
 
 
 @pytest.mark.slow

@@ -1,0 +1,340 @@
+"""One session on a GPU: waits, times and memory of training steps at Gemma-2-2B's shape.
+
+    python -m scripts.gpu_session docs/results/gpu.json
+    python -m scripts.gpu_session gpu.json --tiny       # small shapes, also on a CPU: a rehearsal
+
+Model, SAEs (JumpReLU, 16k latents) and tokens are random, so nothing is downloaded. `waits` lists the
+places where the host waits for the device, `steps` has the time and the peak memory of a step of packs
+and of the published loop, `changes` the time of a pack of five with changes that are not made yet, and
+`compiled` that of compiled blocks.
+A row that fails is recorded with its error; the others go on. Prints each row as it is measured, and
+writes the record after each.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma2Config, Gemma2ForCausalLM, masking_utils
+
+from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.provenance import environment
+from sae_lora.config.enums import DType, KLComputation, SAEFamily
+from sae_lora.config.schema import Config, SAEChoice
+from sae_lora.models import blockwise_attention
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.loading import silence_transformers
+from sae_lora.saes.sparse import multiplied
+from sae_lora.splice.hooks import Splice
+from sae_lora.splice.kl import Comparison
+from sae_lora.train.cost.estimate import estimate
+from sae_lora.train.distill import DistillTrainer
+from scripts.benchmark import compare, reference
+from scripts.benchmark.compare import RANKS, SINGLE
+
+ACTIVE = 80
+"""Mean number of active latents of a token."""
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+}
+Step = Callable[[], object]
+
+
+class Session:
+    """A frozen model with random weights, and what was measured with it.
+
+    Args:
+        tiny: True for small shapes.
+        to: File of the record.
+    """
+
+    def __init__(self, tiny: bool, to: Path) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._config = Gemma2Config(**(TINY if tiny else {}))  # the defaults are Gemma-2-2B's
+        self._block, self._width, self._context = (1, 256, 32) if tiny else (12, 16_384, 1024)
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = Gemma2ForCausalLM(self._config)
+        for weight in model.parameters():  # not buffers: rotary frequencies stay float32
+            weight.data = weight.data.to(torch.bfloat16)
+        self.model = LanguageModel(model)
+        self._generator = torch.Generator().manual_seed(1)
+        self._to = to
+        self._record: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "environment": environment(self.device),
+            "shape": {
+                "d_model": self._config.hidden_size,
+                "blocks": self._config.num_hidden_layers,
+                "d_vocab": self._config.vocab_size,
+                "sae_block": self._block,
+                "d_sae": self._width,
+                "context": self._context,
+            },
+            "waits": {},
+            "steps": [],
+            "changes": [],
+            "errors": {},
+        }
+
+    def take(self, parts: Sequence[str]) -> None:
+        """Measure parts, one after the other."""
+        for part in parts:
+            start = time.monotonic()
+            with self._recorded_errors(part):
+                getattr(self, part)()
+            self._write()
+            print(f"-- {part}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def waits(self) -> None:
+        """Record where the host waits for the device in a step, alone and in packs."""
+        for ranks, saes in (([SINGLE], 1), (RANKS, 1), (RANKS, 5)):
+            step = self._packed(ranks, saes)
+            step(), step()
+            places: Counter[str] = Counter()
+            if self.device.type == "cuda":
+                with warnings.catch_warnings(), patch.object(warnings, "showwarning", _noting(places)):
+                    warnings.simplefilter("always")
+                    torch.cuda.set_sync_debug_mode("warn")
+                    step()
+                    torch.cuda.set_sync_debug_mode("default")
+            self._record["waits"][f"{len(ranks) * saes}"] = dict(places)
+            print(f"waits of a pack of {len(ranks) * saes}: {dict(places)}", flush=True)
+            del step
+            self._free()
+
+    def steps(self) -> None:
+        """Record time, peak memory and kernels of packs and of the published loop."""
+        cases = (([SINGLE], 1), ([256], 1), (RANKS, 1), ([SINGLE] * 8, 1), (RANKS, 5))
+        for ranks, saes in cases:
+            runs = len(ranks) * saes
+            with self._recorded_errors(f"pack of {runs}"):
+                row = self._timed(self._packed(ranks, saes), runs, count=runs <= 8)
+                row["estimated_gb"] = self._estimated_gb(ranks, saes)
+                self._keep("steps", {"what": "here", "ranks": list(ranks), "saes": saes} | row)
+        for rank in (SINGLE, 256):
+            row = self._timed(self._published(rank), 1)
+            self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
+
+    def changes(self) -> None:
+        """Record a pack of five with changes, each on top of those before it but for attentions."""
+        self._change("none", self._packed(RANKS))
+        torch.set_float32_matmul_precision("high")
+        self._change("float32 products in TF32", self._packed(RANKS))
+        saes = [multiplied(self._sae(0), True).eval()]
+        self._change("SparseSAE in evaluation mode", self._packed(RANKS, of=saes))
+        with patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None):
+            self._change("masks that do not search for packed sequences", self._packed(RANKS, of=saes))
+            softmax, slope = torch.compile(Comparison._softmax), torch.compile(Comparison.slope_)
+            with (
+                patch.object(Comparison, "_softmax", softmax),
+                patch.object(Comparison, "slope_", slope),
+            ):
+                self._change("softmax and slope of the KL compiled", self._packed(RANKS, of=saes))
+            blockwise_attention.register()
+            for name in (blockwise_attention.NAME, "sdpa", "flex_attention"):
+                with self._recorded_errors(name), self._attention(name):
+                    self._change(f"attention {name}", self._packed(RANKS, of=saes))
+        torch.set_float32_matmul_precision("highest")
+
+    def compiled(self) -> None:
+        """Record the published loop and a pack of five with compiled blocks."""
+        torch._dynamo.config.recompile_limit = 64
+        self._change("published loop, blocks and KL compiled", self._published(SINGLE, compiled=True), 1)
+        step = self._packed([SINGLE] * len(RANKS), compiled=True)
+        self._change("rank 16 five times, blocks compiled", step)
+
+    def _change(self, what: str, step: Step, runs: int = len(RANKS)) -> None:
+        with self._recorded_errors(what):
+            self._keep("changes", {"what": what} | self._timed(step, runs, count=False))
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    def _packed(
+        self,
+        ranks: Sequence[int],
+        saes: int = 1,
+        of: Sequence[Any] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> Step:
+        """A step of a pack with every rank around every SAE."""
+        coders = of or [multiplied(self._sae(seed), None) for seed in range(saes)]
+        splices = [Splice(self._block, coder) for coder in coders]
+        runs = [compare.training(self.model, splice, rank) for splice in splices for rank in ranks]
+        if compiled:
+            for model in (self.model, *(run.student.model for run in runs)):
+                for block in model.blocks:
+                    block.compile()
+        together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused)
+        return lambda: together._take_step(together.active, together._on_device(self._tokens()))
+
+    def _published(self, rank: int, *, compiled: bool = False) -> Step:
+        """A step of the published loop."""
+        loop = compare.reference(self.model, Splice(self._block, self._sae(0)), rank)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64
+            for block in loop._model.blocks:
+                block.compile()
+            reference.kl_divergence = torch.compile(reference.kl_divergence)
+        return lambda: loop.step(self._tokens().to(self.device))
+
+    def _tokens(self) -> Tensor:
+        size = 1, self._context
+        return torch.randint(3, self._config.vocab_size, size, generator=self._generator)
+
+    def _sae(self, seed: int) -> JumpReLUSAE:
+        """Random, with `ACTIVE` latents on a token whose activations have variance one."""
+        torch.manual_seed(seed)
+        d_model, width = self._config.hidden_size, self._width
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_model, d_sae=width, device=str(self.device)))
+        quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(max(0.5, 1 - ACTIVE / width)))
+        with torch.no_grad():
+            sae.W_enc.normal_(std=d_model**-0.5)
+            sae.W_dec.normal_(std=d_model**-0.5)
+            sae.threshold.fill_(float(quantile))
+        return sae.requires_grad_(False).eval()
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        before = self.model.model.config._attn_implementation
+        self.model.model.set_attn_implementation(name)
+        yield
+        self.model.model.set_attn_implementation(before)
+
+    # ---- measurements -------------------------------------------------------------------------
+
+    def _timed(self, step: Step, runs: int, *, count: bool = True, rounds: int = 6) -> dict[str, Any]:
+        """Milliseconds of a step: until it returns and until the device is done; medians of rounds."""
+        for _ in range(3):
+            step()
+        self._wait()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        returned, done = [], []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            step()
+            returned.append(time.perf_counter() - start)
+            self._wait()
+            done.append(time.perf_counter() - start)
+        row: dict[str, Any] = {
+            "ms": 1e3 * statistics.median(done),
+            "ms_least": 1e3 * min(done),
+            "ms_most": 1e3 * max(done),
+            "host_ms": 1e3 * statistics.median(returned),
+            "ms_per_run": 1e3 * statistics.median(done) / runs,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+        }
+        if count:
+            with profile(
+                activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+            ) as profiled:
+                step()
+                self._wait()
+            averages: Any = profiled.key_averages()
+            row["kernels"] = sum(event.count for event in averages if "LaunchKernel" in event.key)
+            if on_gpu:
+                row["device_ms"] = sum(event.self_device_time_total for event in averages) / 1e3
+                table = averages.table(sort_by="self_cuda_time_total", row_limit=30)
+                named = f"{self._to.stem}_profile_{runs}_{len(self._record['steps'])}.txt"
+                self._to.with_name(named).write_text(table)
+        return row
+
+    def _estimated_gb(self, ranks: Sequence[int], saes: int) -> float:
+        """The estimate for these runs, without CUDA's own memory."""
+        configs = []
+        with tempfile.TemporaryDirectory() as home:
+            self._config.architectures = ["Gemma2ForCausalLM"]
+            self._config.save_pretrained(home)
+            for number in range(saes):
+                for rank in ranks:
+                    config = Config()
+                    config.model.name, config.model.dtype = home, DType.bfloat16
+                    config.sae.family, config.sae.dtype = SAEFamily.gemma_scope, DType.float32
+                    choice = SAEChoice(block=self._block, width=self._width, release="r", id=str(number))
+                    config.sae.used = [choice]
+                    config.lora = compare.adapters(rank)
+                    config.train.dtype, config.train.batch_size = DType.bfloat16, 1
+                    config.data.context_length = config.data.validation_tokens = self._context
+                    configs.append(config)
+            return estimate(configs).peak_bytes / 1e9
+
+    def _keep(self, part: str, row: dict[str, Any]) -> None:
+        self._record[part].append(row)
+        self._write()
+        print({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
+        self._free()
+
+    def _write(self) -> None:
+        write_atomically(self._to, as_json(self._record))
+
+    @contextmanager
+    def _recorded_errors(self, what: str) -> Iterator[None]:
+        """Record an error, so that what remains of the session is measured."""
+        try:
+            yield
+        except Exception as error:  # of any library: the session is short, and cannot be repeated
+            traceback.print_exc()
+            self._record["errors"][what] = f"{type(error).__name__}: {error}"[:500]
+        self._free()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _noting(places: Counter[str]) -> Callable[..., None]:
+    """A receiver of warnings that counts the lines of this package whose calls wait for the device."""
+
+    def note(message: Warning | str, category: object, file: str, line: int, *_: object) -> None:
+        if "synchroniz" in str(message):
+            ours = [frame for frame in traceback.extract_stack() if "/sae_lora/" in frame.filename]
+            place = f"{Path(file).name}:{line}"
+            places[
+                f"{place} from {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else place
+            ] += 1
+
+    return note
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("to", type=Path, help="JSON file for the record")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--parts", nargs="+", default=("waits", "steps", "changes", "compiled"))
+    given = parser.parse_args()
+    silence_transformers()
+    Session(given.tiny, given.to).take(given.parts)
+
+
+if __name__ == "__main__":
+    main()
