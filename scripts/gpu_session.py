@@ -28,6 +28,7 @@ from unittest.mock import patch
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, masking_utils
 
@@ -257,7 +258,8 @@ class Session:
             averages: Any = profiled.key_averages()
             row["kernels"] = sum(event.count for event in averages if "LaunchKernel" in event.key)
             if on_gpu:
-                row["device_ms"] = sum(event.self_device_time_total for event in averages) / 1e3
+                on_device = (event for event in averages if event.device_type is DeviceType.CUDA)
+                row["device_ms"] = sum(event.self_device_time_total for event in on_device) / 1e3
                 table = averages.table(sort_by="self_cuda_time_total", row_limit=30)
                 named = f"{self._to.stem}_profile_{runs}_{len(self._record['steps'])}.txt"
                 self._to.with_name(named).write_text(table)

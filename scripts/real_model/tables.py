@@ -135,55 +135,67 @@ def saes(frame: Frame) -> str:
 
 def precision(frame: Frame) -> str:
     """Forward and training in bfloat16 and float32."""
-    part = _of(frame, "precision").sort_values(["model_dtype", "sae_dtype"], ascending=False)
+    part = _of(frame, "precision").sort_values(["device", "model_dtype", "sae_dtype"], ascending=False)
     return markdown(
         {
-            "model, SAE": [
-                f"{a}, {b}" for a, b in zip(part["model_dtype"], part["sae_dtype"], strict=True)
-            ],
+            "model, SAE": [f"{run.model_dtype}, {run.sae_dtype}" for run in part.itertuples()],
+            "device": ["two cores" if device == "cpu" else device for device in part["device"]],
             "CE, plain": fixed(part["base_ce"], 4),
             "CE, spliced": fixed(part["spliced_ce"], 4),
             "CE, student": fixed(part["student_ce"], 4),
             "gap closed": percent(part["gap_closed"]),
             "KL": fixed(part["kl"], 4),
-            "tokens/s": whole(part["train_tokens"] / part["train_seconds"]),
+            "tokens/s": [  # on the GPU, other runs trained at the same time
+                f"{run.train_tokens / run.train_seconds:,.0f}" if run.device == "cpu" else ""
+                for run in part.itertuples()
+            ],
         }
     )
 
 
 def rates(frame: Frame) -> str:
-    """Gap closed by rank, schedule and rate."""
+    """Gap and KL closed by rank, schedule and rate."""
     part = _of(frame, "recipe", batch=4, alpha=6, loraplus=1)
     return _by_rate(part, ["rank", "schedule"], "rank, schedule")
 
 
 def batches(frame: Frame) -> str:
-    """Gap closed by batch size, schedule and rate."""
-    part = _of(frame, "recipe", rank=16, alpha=6, loraplus=1)
-    return _by_rate(part, ["batch", "schedule"], "sequences per step, schedule")
+    """Gap and KL closed by batch size and rate."""
+    part = _of(frame, "recipe", rank=16, alpha=6, loraplus=1, schedule="linear")
+    return _by_rate(part, ["batch"], "sequences per step")
 
 
 def _by_rate(part: Frame, rows: Sequence[str], title: str) -> str:
-    cells = part.pivot_table("gap_closed", list(rows), "lr")
-    names = [
-        ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in key)
-        for key in cells.index
-    ]
-    return markdown({title: names} | {f"{lr:g}": percent(cells[lr]) for lr in cells.columns})
+    part = part.assign(
+        row=[
+            ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in key)
+            for key in zip(*(part[name] for name in rows), strict=True)
+        ]
+    )
+    return _shares(part.sort_values(list(rows)), "row", "lr", title, "rate {:g}")
 
 
-def scales(frame: Frame) -> str:
-    """Gap closed by alpha and LoRA+."""
-    part = _of(frame, "recipe", rank=16, lr=4.5e-3, batch=4, schedule="linear")
-    cells = part.pivot_table("gap_closed", "alpha", "loraplus")
+def _shares(part: Frame, row: str, column: str, title: str, heading: str) -> str:
+    """Gap closed and KL closed in each cell, with a row and a column for each value of two settings."""
+    cells = {
+        (run[row], run[column]): f"{100 * run['gap_closed']:.1f}, {100 * run['kl_closed']:.1f}"
+        for _, run in part.assign(kl_closed=_kl_closed(part)).iterrows()
+    }
+    rows, columns = list(dict.fromkeys(part[row])), sorted(set(part[column]))
     return markdown(
-        {"alpha": whole(cells.index)}
-        | {f"LoRA+ ratio {ratio:g}": percent(cells[ratio]) for ratio in cells.columns}
+        {title: [f"{value:g}" if isinstance(value, float) else str(value) for value in rows]}
+        | {heading.format(value): [cells.get((name, value), "") for name in rows] for value in columns}
     )
 
 
+def scales(frame: Frame) -> str:
+    """Gap and KL closed by alpha and LoRA+."""
+    part = _of(frame, "recipe", rank=16, lr=4.5e-3, batch=4, schedule="linear")
+    return _shares(part.sort_values("alpha"), "alpha", "loraplus", "alpha", "LoRA+ ratio {:g}")
+
+
 def other_rates(frame: Frame) -> str:
-    """Gap closed by the other methods and rates."""
+    """Gap and KL closed by the other methods and rates."""
     part: Frame = pandas.concat([_of(frame, "methods"), _of(frame, "both")])
     part = part.assign(
         name=[
@@ -191,10 +203,23 @@ def other_rates(frame: Frame) -> str:
             for method, lora in zip(part["method"], part["lora_lr"], strict=True)
         ]
     )
-    cells = part.pivot_table("gap_closed", "name", "lr", sort=False)
-    return markdown(
-        {"method": list(cells.index)} | {f"{lr:g}": percent(cells[lr]) for lr in sorted(cells.columns)}
-    )
+    return _shares(part, "name", "lr", "method", "rate {:g}")
+
+
+def budget(frame: Frame) -> str:
+    """Gap and KL closed over ten times the tokens."""
+    part = _of(frame, "budget").sort_values(["method", "rank", "lr"])
+    names = [
+        _METHODS[run.method] + (f", rank {run.rank:.0f}" if run.rank == run.rank else "")
+        for run in part.itertuples()
+    ]
+    shares: dict[str, list[str]] = {}
+    for curve in part["curve"]:
+        (_, first_gap, first_kl), *points = curve
+        for tokens, gap, kl in points:
+            share = f"{100 * (1 - gap / first_gap):.1f}, {100 * (1 - kl / first_kl):.1f}"
+            shares.setdefault(f"{tokens:,} tokens", []).append(share)
+    return markdown({"method": names, "rate": [f"{lr:g}" for lr in part["lr"]]} | shares)
 
 
 def ranks(frame: Frame) -> str:
@@ -237,18 +262,42 @@ def seeds(frame: Frame) -> str:
     )
 
 
-def costs(frame: Frame) -> str:
-    """Minutes of each sweep."""
-    grouped = frame.groupby("sweep", sort=False)
-    minutes = grouped["total_seconds"].sum() / 60
+def devices(frame: Frame) -> str:
+    """The largest difference between the results of runs on two devices, by sweep and dtype."""
+    measures = ["base_ce", "spliced_ce", "kl", "gap_closed"]
+    on_two = frame[frame.duplicated(["sweep", "run"], keep=False)]
+    rows = []
+    for (sweep, dtype), part in on_two.groupby(["sweep", "model_dtype"], sort=False):
+        apart = part.groupby("run")[measures].agg(lambda values: values.max() - values.min())
+        rows.append([f"`{sweep}`, {dtype}", len(apart), *apart.max()])
+    names, runs, base, spliced, kl, closed = zip(*rows, strict=True)
     return markdown(
         {
-            "sweep": [f"`{name}`" for name in minutes.index],
-            "runs": whole(grouped.size()),
-            "minutes": fixed(minutes, 0),
-            "training FLOPs": [f"{flops:.2g}" for flops in grouped["train_flops"].sum()],
+            "sweep, model": names,
+            "runs": whole(runs),
+            "CE, plain": fixed(base, 4),
+            "CE, spliced": fixed(spliced, 4),
+            "KL": fixed(kl, 4),
+            "gap closed, points": fixed((100 * share for share in closed), 1),
         }
     )
+
+
+def costs(frame: Frame) -> str:
+    """Minutes of each sweep on two cores: measured, or at the mean speed of what was measured."""
+    measured = frame[frame["device"] == "cpu"]
+    flops_per_minute = 60 * measured["train_flops"].sum() / measured["total_seconds"].sum()
+    columns: dict[str, list[str]] = {"sweep": [], "runs": [], "training FLOPs": [], "minutes": []}
+    for sweep, runs in preferred(frame).groupby("sweep", sort=False):
+        here = measured[measured["sweep"] == sweep]
+        complete = set(here["run"]) == set(runs["run"])
+        minutes = here["total_seconds"].sum() / 60
+        counted = runs["train_flops"].sum() / flops_per_minute
+        columns["sweep"].append(f"`{sweep}`")
+        columns["runs"].append(str(len(runs)))
+        columns["training FLOPs"].append(f"{runs['train_flops'].sum():.2g}")
+        columns["minutes"].append(f"{minutes:.0f}" if complete else f"about {counted:.0f}")
+    return markdown(columns)
 
 
 def suites(frame: Frame) -> str:
@@ -270,15 +319,24 @@ def suites(frame: Frame) -> str:
 TABLES: dict[str, Callable[[Frame], str]] = {
     table.__name__: table
     for table in (
-        *(sae_rates, saes, precision, rates, batches, scales),
-        *(other_rates, ranks, seeds, suites, costs),
+        *(sae_rates, saes, rates, batches, scales, other_rates, budget),
+        *(ranks, seeds, suites, precision, devices, costs),
     )
 }
+_OF_ALL_DEVICES = {"precision", "devices", "costs", "suites"}
+
+
+def preferred(frame: Frame) -> Frame:
+    """One record for each run: of two devices the GPU's, because it has more of the runs."""
+    by_device = frame.sort_values("device", key=lambda device: device == "cpu", kind="stable")
+    return by_device.drop_duplicates(["sweep", "run"]).sort_index()
 
 
 def rate_figure(frame: Frame) -> go.Figure:
-    """Gap closed over the rate, by rank and schedule."""
+    """KL closed over the rate, by rank and schedule; rates that close nothing are left out."""
     part = _of(frame, "recipe", batch=4, alpha=6, loraplus=1).sort_values("lr")
+    part = part.assign(kl_closed=_kl_closed(part))
+    part = part[part["kl_closed"] > 0]
     figure = go.Figure()
     for number, (rank, of_rank) in enumerate(part.groupby("rank")):
         for place, schedule in enumerate(("linear", "constant")):
@@ -287,14 +345,14 @@ def rate_figure(frame: Frame) -> go.Figure:
                 continue
             figure.add_scatter(
                 x=list(runs["lr"]),
-                y=list(runs["gap_closed"]),
+                y=list(runs["kl_closed"]),
                 name=f"rank {rank:.0f}, {'falls to zero' if schedule == 'linear' else 'constant'}",
                 mode="lines+markers",
                 **line_and_markers(COLOURS[number], place),
             )
     figure.update_layout(
         xaxis={"title": "learning rate", **logarithmic(list(part["lr"]), ".2~e")},
-        yaxis={"title": "gap closed", "tickformat": ".0%"},
+        yaxis={"title": "KL closed", "tickformat": ".0%"},
     )
     return finished(figure)
 
@@ -388,9 +446,14 @@ def with_tables(page: str, records: Path) -> str:
 
     frame: Frame = pandas.DataFrame(read("runs"))
 
+    one_device = preferred(frame)
+
     def made(match: re.Match[str]) -> str:
         comment, name = match.groups()
-        table = OTHERS[name](read(name)) if name in OTHERS else TABLES[name](frame)
+        if name in OTHERS:
+            table = OTHERS[name](read(name))
+        else:
+            table = TABLES[name](frame if name in _OF_ALL_DEVICES else one_device)
         return f"{comment}\n\n{table}\n"
 
     return re.sub(r"(<!-- (\w+) -->)\n\n(?:\|.*\n)*", made, page)
@@ -418,7 +481,7 @@ def main() -> None:
         for name in OTHERS:
             if (made := given.outputs / f"{name}.json").exists():
                 shutil.copyfile(made, records / made.name)
-        frame: Frame = pandas.DataFrame(rows)
+        frame = preferred(pandas.DataFrame(rows))
         write_svgs({name: draw(frame) for name, draw in FIGURES.items()}, records)
     page.write_text(with_tables(page.read_text(), records))
 
