@@ -78,29 +78,37 @@ def _row(runs: Sweep) -> Row:
 def table(results: Sequence[Row]) -> str:
     """A row for each way and budget: means over seeds, and differences from LoRA with the same seed."""
     lines = [
-        "| way | the same | tokens | FLOPs | gap closed | points more than LoRA | KL closed | FVU |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| way | the same | tokens | FLOPs | gap closed | points more than LoRA | "
+        "KL closed | points more than LoRA | FVU |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    lora = {row["seed"]: row["gap_closed"] for row in results if row["way"] == "LoRA"}
+    lora = {row["seed"]: row for row in results if row["way"] == "LoRA"}
     for way, budget in dict.fromkeys((row["way"], row["budget"]) for row in results):
         group = [row for row in results if (row["way"], row["budget"]) == (way, budget)]
-        closed, margin = mean_and_margin(100 * row["gap_closed"] for row in group)
-        more, more_margin = mean_and_margin(
-            100 * (row["gap_closed"] - lora[row["seed"]]) for row in group
-        )
-        kl, kl_margin = mean_and_margin(100 * (1 - row["kl_after"] / row["kl_before"]) for row in group)
+        measures: list[str] = []
+        for closed in (_gap_closed, _kl_closed):
+            value, margin = mean_and_margin(map(closed, group))
+            more, more_margin = mean_and_margin(closed(row) - closed(lora[row["seed"]]) for row in group)
+            measures.append(f"{value:.1f}% ± {margin:.1f}")
+            measures.append(f"{more:+.1f} ± {more_margin:.1f}" if way != "LoRA" else "")
         cells = (
             way,
             budget if way != "LoRA" else "",
             f"{group[0]['tokens']:,}",
             f"{mean(row['flops'] for row in group):.3g}",
-            f"{closed:.1f}% ± {margin:.1f}",
-            f"{more:+.1f} ± {more_margin:.1f}" if way != "LoRA" else "",
-            f"{kl:.1f}% ± {kl_margin:.1f}",
+            *measures,
             f"{mean(row['fvu'] for row in group):.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _gap_closed(row: Row) -> float:
+    return 100 * row["gap_closed"]
+
+
+def _kl_closed(row: Row) -> float:
+    return 100 * (1 - row["kl_after"] / row["kl_before"])
 
 
 def main() -> None:
