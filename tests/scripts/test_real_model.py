@@ -18,6 +18,7 @@ from scripts.real_model import check, tables
 from tests.support.composing import composed
 from tests.support.points import points_in, run_here
 
+REPOSITORY = Path(__file__).parents[2]
 stages = importlib.import_module("scripts.real_model.__main__")
 
 
@@ -85,6 +86,13 @@ def test_records_of_runs_that_the_outputs_lack_stay(tmp_path: Path) -> None:
     assert tables.with_earlier(rows[:1], path) == rows[:1]
     path.write_text(json.dumps(rows[:2]))
     assert tables.with_earlier(rows[2:], path) == [rows[0], rows[3], rows[2]]
+
+
+def test_the_tables_of_the_page_are_those_of_its_records() -> None:
+    page = REPOSITORY / "docs/results/real_model.md"
+    text = page.read_text()
+    assert tables.with_tables(text, page.with_suffix("")) == text
+    assert set(re.findall(r"<!-- (\w+) -->", text)) == {*tables.TABLES, *tables.OTHERS}
 
 
 @pytest.mark.slow
