@@ -76,11 +76,14 @@ def _row(runs: Sweep) -> Row:
 
 
 def table(results: Sequence[Row]) -> str:
-    """A row for each way and budget: means over seeds, and differences from LoRA with the same seed."""
+    """A row for each way and budget: shares in percent, means over seeds with 95% intervals.
+
+    Behind a way stands what it has as much of as LoRA. `more` is the difference in points from LoRA with
+    the same seed.
+    """
     lines = [
-        "| way | the same | tokens | FLOPs | gap closed | points more than LoRA | "
-        "KL closed | points more than LoRA | FVU |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| way | tokens | FLOPs | gap closed | more | KL closed | more |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lora = {row["seed"]: row for row in results if row["way"] == "LoRA"}
     for way, budget in dict.fromkeys((row["way"], row["budget"]) for row in results):
@@ -89,15 +92,13 @@ def table(results: Sequence[Row]) -> str:
         for closed in (_gap_closed, _kl_closed):
             value, margin = mean_and_margin(map(closed, group))
             more, more_margin = mean_and_margin(closed(row) - closed(lora[row["seed"]]) for row in group)
-            measures.append(f"{value:.1f}% ± {margin:.1f}")
-            measures.append(f"{more:+.1f} ± {more_margin:.1f}" if way != "LoRA" else "")
+            measures.append(f"{value:.1f}\u00a0±\u00a0{margin:.1f}")
+            measures.append(f"{more:+.1f}\u00a0±\u00a0{more_margin:.1f}" if way != "LoRA" else "")
         cells = (
-            way,
-            budget if way != "LoRA" else "",
+            way if way == "LoRA" else f"{way} ({budget})",
             f"{group[0]['tokens']:,}",
             f"{mean(row['flops'] for row in group):.3g}",
             *measures,
-            f"{mean(row['fvu'] for row in group):.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -28,7 +28,6 @@ from unittest.mock import patch
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, masking_utils
 
@@ -49,7 +48,7 @@ from scripts.benchmark.compare import RANKS, SINGLE
 
 ACTIVE = 80
 """Mean number of active latents of a token."""
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -112,7 +111,8 @@ class Session:
         """Record where the host waits for the device in a step, alone and in packs."""
         for ranks, saes in (([SINGLE], 1), (RANKS, 1), (RANKS, 5)):
             step = self._packed(ranks, saes)
-            step(), step()
+            step()
+            step()
             places: Counter[str] = Counter()
             if self.device.type == "cuda":
                 with warnings.catch_warnings(), patch.object(warnings, "showwarning", _noting(places)):
@@ -219,7 +219,7 @@ class Session:
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
-        before = self.model.model.config._attn_implementation
+        before: Any = self.model.model.config._attn_implementation
         self.model.model.set_attn_implementation(name)
         yield
         self.model.model.set_attn_implementation(before)
@@ -258,7 +258,7 @@ class Session:
             averages: Any = profiled.key_averages()
             row["kernels"] = sum(event.count for event in averages if "LaunchKernel" in event.key)
             if on_gpu:
-                on_device = (event for event in averages if event.device_type is DeviceType.CUDA)
+                on_device = (event for event in averages if event.device_type.name == "CUDA")
                 row["device_ms"] = sum(event.self_device_time_total for event in on_device) / 1e3
                 table = averages.table(sort_by="self_cuda_time_total", row_limit=30)
                 named = f"{self._to.stem}_profile_{runs}_{len(self._record['steps'])}.txt"

@@ -139,10 +139,9 @@ def precision(frame: Frame) -> str:
     return markdown(
         {
             "model, SAE": [f"{run.model_dtype}, {run.sae_dtype}" for run in part.itertuples()],
-            "device": ["two cores" if device == "cpu" else device for device in part["device"]],
+            "device": ["CPU" if device == "cpu" else "GPU" for device in part["device"]],
             "CE, plain": fixed(part["base_ce"], 4),
             "CE, spliced": fixed(part["spliced_ce"], 4),
-            "CE, student": fixed(part["student_ce"], 4),
             "gap closed": percent(part["gap_closed"]),
             "KL": fixed(part["kl"], 4),
             "tokens/s": [  # on the GPU, other runs trained at the same time
@@ -236,11 +235,10 @@ def ranks(frame: Frame) -> str:
         {
             "method": names,
             "L0": whole(part["l0"]),
-            "gap before": fixed(part["initial_gap"]),
             "gap after": fixed(part["ce_gap"]),
             "gap closed": percent(part["gap_closed"]),
             "KL closed": percent(_kl_closed(part)),
-            "top-1 agreement": percent(part["top1_agreement"]),
+            "top-1": percent(part["top1_agreement"]),
             "weights": whole(part["trainable_parameters"]),
         }
     )
@@ -454,9 +452,9 @@ def with_tables(page: str, records: Path) -> str:
             table = OTHERS[name](read(name))
         else:
             table = TABLES[name](frame if name in _OF_ALL_DEVICES else one_device)
-        return f"{comment}\n\n{table}\n"
+        return f"{comment}\n\n{table}\n\n"
 
-    return re.sub(r"(<!-- (\w+) -->)\n\n(?:\|.*\n)*", made, page)
+    return re.sub(r"(<!-- (\w+) -->)\n\n?(?:(?:\|.*\n)+\n?)?", made, page).rstrip("\n") + "\n"
 
 
 def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:
