@@ -12,6 +12,7 @@ writes the record after each.
 """
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import tempfile
@@ -27,16 +28,14 @@ from unittest.mock import patch
 
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma2Config, Gemma2ForCausalLM, masking_utils
+from transformers import masking_utils
 
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.provenance import environment
 from sae_lora.config.enums import DType, KLComputation, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.models import blockwise_attention
-from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Splice
@@ -45,19 +44,33 @@ from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.distill import DistillTrainer
 from scripts.benchmark import compare, reference
 from scripts.benchmark.compare import RANKS, SINGLE
+from scripts.benchmark.measure import wait
+from scripts.benchmark.shapes import Shape, Style, random_model
 
-ACTIVE = 80
-"""Mean number of active latents of a token."""
-TINY: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-}
+GEMMA_2_2B = Shape(
+    d_model=2304,
+    d_mlp=9216,
+    n_blocks=26,
+    n_heads=8,
+    n_kv_heads=4,
+    d_head=256,
+    d_vocab=256_000,
+    sae_block=12,
+    d_sae=16_384,
+    k=80,
+)
+TINY = Shape(
+    d_model=64,
+    d_mlp=128,
+    n_blocks=4,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=16,
+    d_vocab=512,
+    sae_block=1,
+    d_sae=256,
+    k=80,
+)
 Step = Callable[[], object]
 
 
@@ -71,27 +84,15 @@ class Session:
 
     def __init__(self, tiny: bool, to: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._config = Gemma2Config(**(TINY if tiny else {}))  # the defaults are Gemma-2-2B's
-        self._block, self._width, self._context = (1, 256, 32) if tiny else (12, 16_384, 1024)
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            model = Gemma2ForCausalLM(self._config)
-        for weight in model.parameters():  # not buffers: rotary frequencies stay float32
-            weight.data = weight.data.to(torch.bfloat16)
-        self.model = LanguageModel(model)
-        self._generator = torch.Generator().manual_seed(1)
+        self._shape, self._context = (TINY, 32) if tiny else (GEMMA_2_2B, 1024)
+        self.model = random_model(Style.gemma2, self._shape, self.device, torch.bfloat16)
+        self._tokens = compare.Tokens(self._shape, self._context, torch.device("cpu"))
         self._to = to
         self._record: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"),
             "environment": environment(self.device),
-            "shape": {
-                "d_model": self._config.hidden_size,
-                "blocks": self._config.num_hidden_layers,
-                "d_vocab": self._config.vocab_size,
-                "sae_block": self._block,
-                "d_sae": self._width,
-                "context": self._context,
-            },
+            "shape": dataclasses.asdict(self._shape),
+            "context": self._context,
             "waits": {},
             "steps": [],
             "changes": [],
@@ -182,35 +183,33 @@ class Session:
     ) -> Step:
         """A step of a pack with every rank around every SAE."""
         coders = of or [multiplied(self._sae(seed), None) for seed in range(saes)]
-        splices = [Splice(self._block, coder) for coder in coders]
+        splices = [Splice(self._shape.sae_block, coder) for coder in coders]
         runs = [compare.training(self.model, splice, rank) for splice in splices for rank in ranks]
         if compiled:
             for model in (self.model, *(run.student.model for run in runs)):
                 for block in model.blocks:
                     block.compile()
         together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused)
-        return lambda: together._take_step(together.active, together._on_device(self._tokens()))
+        return lambda: together._take_step(together.active, together._on_device(self._tokens.next()))
 
     def _published(self, rank: int, *, compiled: bool = False) -> Step:
         """A step of the published loop."""
-        loop = compare.reference(self.model, Splice(self._block, self._sae(0)), rank)
+        loop = compare.reference(self.model, Splice(self._shape.sae_block, self._sae(0)), rank)
         if compiled:
             torch._dynamo.config.recompile_limit = 64
             for block in loop._model.blocks:
                 block.compile()
             reference.kl_divergence = torch.compile(reference.kl_divergence)
-        return lambda: loop.step(self._tokens().to(self.device))
-
-    def _tokens(self) -> Tensor:
-        size = 1, self._context
-        return torch.randint(3, self._config.vocab_size, size, generator=self._generator)
+        return lambda: loop.step(self._tokens.next().to(self.device))
 
     def _sae(self, seed: int) -> JumpReLUSAE:
-        """Random, with `ACTIVE` latents on a token whose activations have variance one."""
+        """Random, with `shape.k` active latents on a token whose activations have variance one."""
         torch.manual_seed(seed)
-        d_model, width = self._config.hidden_size, self._width
+        d_model, width = self._shape.d_model, self._shape.d_sae
         sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_model, d_sae=width, device=str(self.device)))
-        quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(max(0.5, 1 - ACTIVE / width)))
+        quantile = torch.distributions.Normal(0, 1).icdf(
+            torch.tensor(max(0.5, 1 - self._shape.k / width))
+        )
         with torch.no_grad():
             sae.W_enc.normal_(std=d_model**-0.5)
             sae.W_dec.normal_(std=d_model**-0.5)
@@ -221,8 +220,10 @@ class Session:
     def _attention(self, name: str) -> Iterator[None]:
         before: Any = self.model.model.config._attn_implementation
         self.model.model.set_attn_implementation(name)
-        yield
-        self.model.model.set_attn_implementation(before)
+        try:
+            yield
+        finally:
+            self.model.model.set_attn_implementation(before)
 
     # ---- measurements -------------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class Session:
         """Milliseconds of a step: until it returns and until the device is done; medians of rounds."""
         for _ in range(3):
             step()
-        self._wait()
+        wait(self.device)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -239,7 +240,7 @@ class Session:
             start = time.perf_counter()
             step()
             returned.append(time.perf_counter() - start)
-            self._wait()
+            wait(self.device)
             done.append(time.perf_counter() - start)
         row: dict[str, Any] = {
             "ms": 1e3 * statistics.median(done),
@@ -254,7 +255,7 @@ class Session:
                 activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
             ) as profiled:
                 step()
-                self._wait()
+                wait(self.device)
             averages: Any = profiled.key_averages()
             row["kernels"] = sum(event.count for event in averages if "LaunchKernel" in event.key)
             if on_gpu:
@@ -269,14 +270,16 @@ class Session:
         """The estimate for these runs, without CUDA's own memory."""
         configs = []
         with tempfile.TemporaryDirectory() as home:
-            self._config.architectures = ["Gemma2ForCausalLM"]
-            self._config.save_pretrained(home)
+            self.model.config.architectures = ["Gemma2ForCausalLM"]
+            self.model.config.save_pretrained(home)
             for number in range(saes):
                 for rank in ranks:
                     config = Config()
                     config.model.name, config.model.dtype = home, DType.bfloat16
                     config.sae.family, config.sae.dtype = SAEFamily.gemma_scope, DType.float32
-                    choice = SAEChoice(block=self._block, width=self._width, release="r", id=str(number))
+                    choice = SAEChoice(
+                        block=self._shape.sae_block, width=self._shape.d_sae, release="r", id=str(number)
+                    )
                     config.sae.used = [choice]
                     config.lora = compare.adapters(rank)
                     config.train.dtype, config.train.batch_size = DType.bfloat16, 1
@@ -302,10 +305,6 @@ class Session:
             traceback.print_exc()
             self._record["errors"][what] = f"{type(error).__name__}: {error}"[:500]
         self._free()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _free(self) -> None:
         gc.collect()

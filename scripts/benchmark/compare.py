@@ -134,7 +134,7 @@ def compare_steps(
     choose_attention(model.model, Attention.auto, device)
     trainings = [training(model, splice, rank) for splice in splices for rank in ranks]
     together = pack(model, trainings, KLComputation.fused)
-    tokens = _Tokens(shape, context, device)
+    tokens = Tokens(shape, context, device)
     calls: dict[str, Callable[[], object]] = {
         name: lambda run=run: run.step(tokens.next()) for name, run in references.items()
     }
@@ -158,7 +158,7 @@ def compare_evaluations(
     references = [reference(model, splice, rank) for rank in ranks]
     choose_attention(model.model, Attention.auto, device)
     students = [training(model, splice, rank).student for rank in ranks]
-    held_out = _Tokens(shape, context, device).next(4)
+    held_out = Tokens(shape, context, device).next(4)
     batch = max(1, TRAIN.eval_batch_tokens // context)
     cache = 1e9 * TRAIN.eval_cache_gb
     evaluator = Evaluator(model, held_out, batch, Comparison(Head.of(model)), cache)
@@ -212,7 +212,7 @@ def compare_results(style: Style, shape: Shape, device: torch.device) -> list[Eq
         choose_attention(model.model, attention, device)
         trainings = [training(model, splice, rank) for rank in ranks]
         together = pack(model, trainings, how)
-        batches = _Tokens(shape, 256, device)
+        batches = Tokens(shape, 256, device)
         steps = [batches.next() for _ in range(_STEPS)]
         for tokens in steps:
             together._take_step(trainings, tokens)
@@ -250,7 +250,7 @@ def head_memory(tokens: int = 1024, d_vocab: int = 65_536, d_model: int = 512) -
     return peaks[0], peaks[1]
 
 
-class _Tokens:
+class Tokens:
     """Random tokens from a fixed seed."""
 
     def __init__(self, shape: Shape, context: int, device: torch.device) -> None:

@@ -20,10 +20,10 @@ class Ratio:
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, including its work on a GPU."""
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - started
 
 
@@ -55,6 +55,7 @@ def ratio(slower: Sequence[float], quicker: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -52,16 +52,17 @@ def random_model(style: Style, shape: Shape, device: torch.device, dtype: torch.
         "max_position_embeddings": 8192,
     }
     torch.manual_seed(0)
-    match style:
-        case Style.gemma2:
-            model = Gemma2ForCausalLM(Gemma2Config(**sizes, query_pre_attn_scalar=shape.d_head))
-        case Style.llama:
-            model = LlamaForCausalLM(LlamaConfig(**sizes))
-        case _:
-            raise NotImplementedError(style)
+    with device:  # billions of random numbers take minutes on a CPU
+        match style:
+            case Style.gemma2:
+                model = Gemma2ForCausalLM(Gemma2Config(**sizes, query_pre_attn_scalar=shape.d_head))
+            case Style.llama:
+                model = LlamaForCausalLM(LlamaConfig(**sizes))
+            case _:
+                raise NotImplementedError(style)
     for weight in model.parameters():  # not buffers: rotary frequencies stay float32
         weight.data = weight.data.to(dtype)
-    return LanguageModel(model.to(device))  # pyright: ignore[reportArgumentType]
+    return LanguageModel(model)
 
 
 def random_splice(shape: Shape, seed: int, device: torch.device, dtype: torch.dtype) -> Splice:

@@ -108,6 +108,20 @@ def _of(frame: Frame, sweep: str, **values: Any) -> Frame:
     return part
 
 
+def _names(part: Frame) -> list[str]:
+    """Method, rank and recipe of each run."""
+    return [
+        _METHODS[run.method]
+        + (f", rank {run.rank:.0f}" if run.rank == run.rank else "")
+        + (", paper's recipe" if run.recipe == "paper" else "")
+        for run in part.itertuples()
+    ]
+
+
+def _pair(gap_closed: float, kl_closed: float) -> str:
+    return f"{100 * gap_closed:.1f}, {100 * kl_closed:.1f}"
+
+
 def _kl_closed(part: Frame) -> Any:
     return 1 - part["kl"] / part["initial_kl"]
 
@@ -177,7 +191,7 @@ def _by_rate(part: Frame, rows: Sequence[str], title: str) -> str:
 def _shares(part: Frame, row: str, column: str, title: str, heading: str) -> str:
     """Gap closed and KL closed in each cell, with a row and a column for each value of two settings."""
     cells = {
-        (run[row], run[column]): f"{100 * run['gap_closed']:.1f}, {100 * run['kl_closed']:.1f}"
+        (run[row], run[column]): _pair(run["gap_closed"], run["kl_closed"])
         for _, run in part.assign(kl_closed=_kl_closed(part)).iterrows()
     }
     rows, columns = list(dict.fromkeys(part[row])), sorted(set(part[column]))
@@ -208,32 +222,22 @@ def other_rates(frame: Frame) -> str:
 def budget(frame: Frame) -> str:
     """Gap and KL closed over ten times the tokens."""
     part = _of(frame, "budget").sort_values(["method", "rank", "lr"])
-    names = [
-        _METHODS[run.method] + (f", rank {run.rank:.0f}" if run.rank == run.rank else "")
-        for run in part.itertuples()
-    ]
     shares: dict[str, list[str]] = {}
     for curve in part["curve"]:
         (_, first_gap, first_kl), *points = curve
         for tokens, gap, kl in points:
-            share = f"{100 * (1 - gap / first_gap):.1f}, {100 * (1 - kl / first_kl):.1f}"
+            share = _pair(1 - gap / first_gap, 1 - kl / first_kl)
             shares.setdefault(f"{tokens:,} tokens", []).append(share)
-    return markdown({"method": names, "rate": [f"{lr:g}" for lr in part["lr"]]} | shares)
+    return markdown({"method": _names(part), "rate": [f"{lr:g}" for lr in part["lr"]]} | shares)
 
 
 def ranks(frame: Frame) -> str:
     """Ranks, recipes and methods after the same tokens."""
     part = _of(frame, "ranks", seed=0)
     part = part.sort_values(["l0", "recipe", "method", "rank"], ascending=[True, True, False, True])
-    names = [
-        _METHODS[run.method]
-        + (f", rank {run.rank:.0f}" if run.rank == run.rank else "")
-        + (", paper's recipe" if run.recipe == "paper" else "")
-        for run in part.itertuples()
-    ]
     return markdown(
         {
-            "method": names,
+            "method": _names(part),
             "L0": whole(part["l0"]),
             "gap after": fixed(part["ce_gap"]),
             "gap closed": percent(part["gap_closed"]),
@@ -443,7 +447,6 @@ def with_tables(page: str, records: Path) -> str:
         return json.loads((records / f"{name}.json").read_text())
 
     frame: Frame = pandas.DataFrame(read("runs"))
-
     one_device = preferred(frame)
 
     def made(match: re.Match[str]) -> str:

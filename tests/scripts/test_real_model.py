@@ -15,10 +15,10 @@ from sae_lora.records.folder import RunFolder
 from sae_lora.report.sweep import Sweep
 from scripts import addup
 from scripts.real_model import check, tables
+from tests.support.commands import REPOSITORY
 from tests.support.composing import composed
 from tests.support.points import points_in, run_here
 
-REPOSITORY = Path(__file__).parents[2]
 stages = importlib.import_module("scripts.real_model.__main__")
 
 
