@@ -26,6 +26,7 @@ from sae_lora.config import compose, reference
 from sae_lora.config.enums import Suite
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.evaluation import suite_records
+from sae_lora.evaluation.lora import similarity_results
 from sae_lora.records import slurm
 from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
@@ -278,7 +279,9 @@ def _table(
 
 def _lack_records(folders: list[RunFolder]) -> bool:
     """Name the results of suites that cannot be used; return true if there are any."""
-    lines = list(suite_records.damaged(folders))
+    sweeps = dict.fromkeys(folder.path.parent for folder in folders)
+    similarities = filter(None, map(similarity_results.damage, sweeps))
+    lines = [*suite_records.damaged(folders), *similarities]
     for line in lines:
         complain("damaged", f"{line}; `{PROGRAM} evaluate` measures it again")
     return bool(lines)
@@ -327,6 +330,7 @@ def _evaluate(
 ) -> None:
     """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench."""
     from sae_lora.evaluation import run_suites
+    from sae_lora.evaluation.lora import similarity
 
     every = runs_of(sweep)
     intact = sound(every)
@@ -336,36 +340,14 @@ def _evaluate(
     check_writable(folders[0].path.parent, "SWEEP")
     names = [name for value in suite for name in (_EVERY_SUITE if value == "all" else [value])]
     suites = [Suite[name] for name in names]
-    failed: list[Suite] = []
-    applicable: list[Suite] = []
-    for folder in folders:
-        config = run_suites.settings(folder, settings or [])
-        measured = suite_records.applicable(suites, folder.read_config(), vars(config))
-        if Suite.lora in suites and Suite.lora not in measured:
-            complain("skipped", f"lora of {folder.path.name}: the run trained no adapters")
-        applicable += measured
-        failed += run_suites.evaluate(folder, suites, config, again=again, device=device)
-    for table in evaluation_tables(folders, dict.fromkeys(applicable)):
+    done = run_suites.evaluate_all(folders, suites, settings or [], again=again, device=device)
+    for table in evaluation_tables(folders, done.suites):
         show(table)
-    if applicable:
-        say(f"written into the folders of {count(len(folders), 'run')}: evaluation/*.json")
-    if Suite.lora in suites:
-        _compare_adapters(folders)
-    raise typer.Exit(bool(failed) or len(intact) < len(every))
-
-
-def _compare_adapters(folders: list[RunFolder]) -> None:
-    """Compare the adapters within each sweep; write and draw the results."""
-    from sae_lora.common.plots import write_svgs
-    from sae_lora.evaluation.lora import similarity, similarity_results
-
-    for sweep in dict.fromkeys(folder.path.parent for folder in folders):
-        pairs = similarity.compare([folder for folder in folders if folder.path.parent == sweep])
-        if pairs:
-            similarity_results.write(sweep, pairs)
-            path = similarity_results.path_in(sweep)
-            say(f"{count(len(pairs), 'pair')} of adapters compared: {path}")
-            write_svgs(similarity_results.figures(pairs), path.parent)
+    if done.written:
+        say(f"written into the folders of {count(done.written, 'run')}: evaluation/*.json")
+    if Suite.lora in done.suites:
+        similarity.compare_in_sweeps(folders)
+    raise typer.Exit(done.has_failed or len(intact) < len(every))
 
 
 # ---- share --------------------------------------------------------------------------------------

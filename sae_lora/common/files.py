@@ -73,6 +73,12 @@ def as_json(values: dict[str, Any] | list[Any]) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
+def json_digest(values: Any) -> str:
+    """SHA-256 of values as a JSON file has them, whatever the order of their keys; in hexadecimal."""
+    read_again = json.loads(json.dumps(values))  # tuples become lists, keys become text
+    return hashlib.sha256(json.dumps(read_again, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:

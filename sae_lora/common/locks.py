@@ -27,6 +27,8 @@ import psutil
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import write_atomically
 
+LEASE = ".lease"
+"""Folder of the leases, in the folder that they are for."""
 RENEW_S = 10.0
 """Seconds between two touches of the lease file."""
 STALE_S = 90.0
@@ -122,8 +124,9 @@ def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
     Raises:
         HeldError: If another process holds the run.
+        UserError: If a file has the name of the folder of its leases.
     """
-    file = _take(folder / ".lease")
+    file = _take(folder / LEASE)
     lease = Lease(file)
     stop = threading.Event()
     thread = threading.Thread(target=lease._renew_until, args=(stop, renew_s), daemon=True)
@@ -139,7 +142,7 @@ def held(folder: Path, renew_s: float = RENEW_S) -> Iterator[Lease]:
 
 def holder(folder: Path) -> Holder | None:
     """The process that holds the run of this folder now; `None` if the run is free."""
-    return _look(folder / ".lease")[1]
+    return _look(folder / LEASE)[1]
 
 
 def _look(leases: Path) -> tuple[int, Holder | None]:
@@ -151,7 +154,10 @@ def _look(leases: Path) -> tuple[int, Holder | None]:
 
 
 def _take(leases: Path) -> Path:
-    leases.mkdir(parents=True, exist_ok=True)
+    try:
+        leases.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{leases} must be a folder, and is a file: delete it") from error
     while True:
         number, process = _look(leases)
         if process is not None:

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -69,9 +69,13 @@ def with_variables(tracking: TrackingConfig) -> TrackingConfig:
 
 
 @cache
-def groups() -> frozenset[str]:
-    """The config groups: `model`, `experiment`."""
-    return frozenset(folder.name for folder in CONF.iterdir() if folder.is_dir())
+def groups() -> Mapping[str, list[str]]:
+    """The config groups, `model` and `experiment`, each with the options that the package has."""
+    return {
+        folder.name: sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and (files := list(folder.rglob("*.yaml")))
+    }
 
 
 @cache

@@ -69,6 +69,43 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
         raise UserError(f"--set {' '.join(assignments)}: a value is not valid YAML: {error}") from error
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation of several runs has done."""
+
+    suites: list[Suite]
+    """The suites that apply to at least one of the runs."""
+    written: int
+    """The number of runs that have results of these suites now."""
+    has_failed: bool
+
+
+def evaluate_all(
+    folders: Sequence[RunFolder],
+    suites: Sequence[Suite],
+    assignments: Sequence[str],
+    *,
+    again: bool,
+    device: str | None,
+) -> Evaluated:
+    """Run the suites on each finished run, as `evaluate`; name the runs that a suite does not apply to.
+
+    Raises:
+        UserError: For an unknown key of `evaluation` or an invalid value in the assignments.
+    """
+    failed: list[Suite] = []
+    applicable: list[Suite] = []
+    written = 0
+    for folder in folders:
+        config = settings(folder, assignments)
+        measured = suite_records.applicable(suites, folder.read_config(), vars(config))
+        if Suite.lora in suites and Suite.lora not in measured:
+            complain("skipped", f"lora of {folder.path.name}: the run trained no adapters")
+        applicable += measured
+        failed += evaluate(folder, suites, config, again=again, device=device)
+        written += any(suite_records.read(folder, suite) for suite in measured)
+    return Evaluated(list(dict.fromkeys(applicable)), written, bool(failed))
+
+
 def evaluate(
     folder: RunFolder,
     requested: Sequence[Suite],

@@ -1,13 +1,12 @@
 """Results of suites: `evaluation/<suite>.json` in a run folder; logs of failures. Imports no torch."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.files import as_json, json_digest, write_atomically
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import Suite
 from sae_lora.config.identity import trains_adapters
@@ -43,7 +42,7 @@ def write(folder: RunFolder, record: Record) -> None:
     folder.evaluation.mkdir(exist_ok=True)
     path = folder.evaluation / f"{record.suite}.json"
     values = dataclasses.asdict(record) | {"run": folder.read_summary()["hash"]}
-    write_atomically(path, as_json(values | {"digest": _digest(json.loads(as_json(values)))}))
+    write_atomically(path, as_json(values | {"digest": _digest(values)}))
     _failure(folder, Suite[record.suite]).unlink(missing_ok=True)
 
 
@@ -107,9 +106,7 @@ def _content(folder: RunFolder, suite: Suite) -> Record | str | None:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """The digest of a record with these values, as JSON has them."""
-    measured = [values.get(name) for name in ("run", "suite", "settings", "results")]
-    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+    return json_digest([values.get(name) for name in ("run", "suite", "settings", "results")])
 
 
 def _hash(folder: RunFolder) -> str | None:

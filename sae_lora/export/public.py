@@ -88,9 +88,10 @@ def public_summary(
             key: value for key, value in summary["environment"].items() if key not in left_out
         },
         "tracked_at": None,
-        "weights": {},
     }
-    return public(summary | changed, model)
+    hashes = {"weights", "files", "digest"}
+    values = {key: value for key, value in (summary | changed).items() if key not in hashes}
+    return public(values, model)
 
 
 def last_part(path: str | None) -> str | None:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sae_lora.common.console import complain, count, duration, say, show
+from sae_lora.common.console import complain, count, say, show
 from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
-from sae_lora.common.files import check_writable
+from sae_lora.common.files import check_can_be_made, check_writable
 from sae_lora.common.locks import HeldError, held
-from sae_lora.config.enums import LauncherKind
-from sae_lora.config.identity import train_steps
+from sae_lora.config.enums import LauncherKind, TrackingMode
 from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, LauncherConfig
 from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
-from sae_lora.launcher.packs import packed, slots
-from sae_lora.launcher.plan import Pack, Plan, Run, plan, unpinned
-from sae_lora.launcher.submit import launching, run_here, submit, wait_for, wait_for_others
+from sae_lora.launcher.expected_time import expected_time, run_timed
+from sae_lora.launcher.packs import packed
+from sae_lora.launcher.plan import Plan, Run, plan, unpinned
+from sae_lora.launcher.submit import launching, submit, wait_for, wait_for_others
 from sae_lora.records import slurm
 from sae_lora.records.damage import damage
 from sae_lora.records.factors import differences, values_of
@@ -90,13 +90,13 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
         with _locked(sweeps):
             packs = packed(_prepare_runs(planned, settings, again=again), settings)
             if packs and on_slurm:
-                say(_expected_time(packs, settings)[0])
+                say(expected_time(packs, settings)[0])
                 submit(packs, settings)
             starts_here = packs and not on_slurm
             folder = stack.enter_context(launching(packs)) if starts_here else None
         if folder is not None:
             try:
-                _run_timed(packs, settings, folder)
+                run_timed(packs, settings, folder)
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(_how_to_continue(planned)) from stop
     if not packs and trial_id() is not None:  # `wandb agent` repeats a run that is done
@@ -118,10 +118,12 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
 
 
 def _check_can_run(config: Config) -> None:
-    """Refuse what the model lacks, and a GPU that this machine lacks if the run is to be here."""
+    """Refuse what the model lacks, a folder that cannot be, and a GPU that this machine lacks."""
     from sae_lora.train.cost.runs import check_fits  # brings torch in
 
     check_fits(config)
+    if config.tracking.dir is not None and config.tracking.mode is not TrackingMode.disabled:
+        check_can_be_made(Path(config.tracking.dir).expanduser(), "tracking.dir (or WANDB_DIR)")
     if config.launcher.kind is LauncherKind.local:
         from sae_lora.models.loading import device_of  # brings torch in
 
@@ -196,7 +198,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
         f"({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
     )
     if packs:
-        say(_expected_time(packs, settings)[0])
+        say(expected_time(packs, settings)[0])
 
 
 def _wait_for_others(planned: Plan) -> None:
@@ -209,43 +211,6 @@ def _wait_for_others(planned: Plan) -> None:
     if others:
         say(f"waiting for {count(len(others), 'run')} of another launch")
         wait_for_others(others)
-
-
-def _run_timed(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> None:
-    """Run the packs here; print the expected time before, and the time that they took after."""
-    line, seconds = _expected_time(packs, settings)
-    say(line)
-    began = time.monotonic()
-    run_here(packs, settings, folder)
-    expected = f"; expected {duration(seconds)}" if seconds is not None else ""
-    say(f"took {duration(time.monotonic() - began)}{expected}")
-
-
-def _expected_time(packs: Sequence[Pack], settings: LauncherConfig) -> tuple[str, float | None]:
-    """The expected time of the packs as a line, and in seconds if this machine runs them."""
-    from sae_lora.train.cost import speed  # brings torch in
-
-    times = [speed.expected([run.config for run in pack]) for pack in packs]
-    known = [
-        replace(each, seconds=each.seconds * _share_left(pack))
-        for pack, each in zip(packs, times, strict=True)
-        if each is not None
-    ]
-    if len(known) < len(times):
-        return "expected time: unknown until a run has trained on this kind of machine", None
-    longest, total = max(each.seconds for each in known), sum(each.seconds for each in known)
-    if settings.kind is LauncherKind.slurm:
-        each = f"at most {duration(longest)} for each job, {duration(total)} together"
-        return f"expected time: {each} ({known[0].source})", None
-    at_once = len(slots([run for pack in packs for run in pack], settings))
-    seconds = max(longest, total / at_once)
-    return f"expected time: {duration(seconds)} ({known[0].source})", seconds
-
-
-def _share_left(pack: Pack) -> float:
-    """The share of its steps that a pack has still to take."""
-    taken = min(run.folder.checkpoint_step or 0 for run in pack)
-    return 1 - taken / train_steps(pack[0].config)
 
 
 def _sae_names(config: Config) -> str:

@@ -7,16 +7,18 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import sha256
+from sae_lora.common.locks import LEASE
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES, identity_of
 from sae_lora.config.serialize import completed
-from sae_lora.records.folder import DamagedError, RunFolder
-from sae_lora.records.schema import SUMMARY_VERSION, Summary, check_types
+from sae_lora.records.folder import DamagedError, RunFolder, summary_digest
+from sae_lora.records.schema import SUMMARY_VERSION, CurvePoint, Summary, check_types
 
 _NEEDED = [
     field.name
@@ -31,7 +33,7 @@ _WEIGHTS = {
     "sae": ("cfg.json", "sae_weights.safetensors"),
     "output_adapter": ("output_adapter.json", "output_adapter.safetensors"),
 }
-"""Folders of trained weights, and the files in each of their folders."""
+"""Folders of trained weights, and the files in each of their folders: settings, then weights."""
 _known: dict[Path, tuple[tuple[object, ...], str | None]] = {}
 """The damage of folders that were looked at before, and the state of their files then."""
 
@@ -51,27 +53,51 @@ def damage(folder: RunFolder) -> str | None:
 
 
 def weights_of(folder: RunFolder) -> dict[str, str]:
-    """SHA-256 of each file of trained weights, by its path in the run folder."""
-    files = [file for kind in _WEIGHTS for file in sorted(getattr(folder, kind).rglob("*.safetensors"))]
+    """SHA-256 of each file of trained weights by its path, also after shares of training (`sae_at/`)."""
+    kinds = (*_WEIGHTS, "sae_at")
+    return _digests(folder, (file for kind in kinds for file in _inside(folder, kind, "*.safetensors")))
+
+
+def files_of(folder: RunFolder) -> dict[str, str]:
+    """SHA-256 of the other files that a finished run leaves beside its config and summary."""
+    single = [file for file in (folder.curve, folder.groups) if file.exists()]
+    settings = [file for kind, parts in _WEIGHTS.items() for file in _inside(folder, kind, parts[0])]
+    return _digests(folder, [*single, *settings])
+
+
+def _inside(folder: RunFolder, kind: str, pattern: str) -> list[Path]:
+    return sorted(getattr(folder, kind).rglob(pattern))
+
+
+def _digests(folder: RunFolder, files: Iterable[Path]) -> dict[str, str]:
     return {file.relative_to(folder.path).as_posix(): sha256(file) for file in files}
 
 
-def damage_of_weights(folder: RunFolder) -> str | None:
+def damage_of_weights(folder: RunFolder, at: float = 1.0) -> str | None:
     """The damage of the trained weights of a sound run, in one line; reads them all.
 
     `damage` does not read them, because they may be large. Commands that use them ask here first.
+
+    Args:
+        folder: The run.
+        at: Share of its training after which the weights are used.
     """
     saved: dict[str, str] = folder.read_summary().get("weights", {})
-    present = weights_of(folder) if saved else {}
-    changed = [file for file, digest in saved.items() if present.get(file) != digest]
-    return f"{changed[0]} has changed: it is not the file that the run wrote" if changed else None
+    for name, digest in saved.items():
+        is_used = name.startswith(f"sae_at/{at:g}/") if at < 1 else not name.startswith("sae_at/")
+        if is_used and not (folder.path / name).exists():
+            return f"{name} is missing"
+        if is_used and sha256(folder.path / name) != digest:
+            return f"{name} has changed since the run wrote it"
+    return None
 
 
 def _state(folder: RunFolder) -> tuple[object, ...]:
     """Sizes and times of the files that `_find` reads."""
     files = (folder.config, folder.summary, folder.curve, folder.failure, folder.stop, folder.job_file)
-    weights = [file for kind in _WEIGHTS for file in sorted(getattr(folder, kind).rglob("*.*"))]
-    return tuple(map(_stamp, (*files, *weights, folder.checkpoints)))
+    weights = [file for kind in _WEIGHTS for file in _inside(folder, kind, "*.*")]
+    others = (folder.groups, folder.checkpoints, folder.progress)
+    return tuple(_stamp(path) for path in (*files, *weights, *others))
 
 
 def _stamp(path: Path) -> object:
@@ -96,6 +122,10 @@ def _check(folder: RunFolder) -> None:
         if os.path.lexists(folder.path):
             raise DamagedError(folder.path, "it is no folder")
         return
+    folders = (folder.checkpoints, folder.evaluation, folder.sae_at, folder.path / LEASE)
+    for path in (*folders, *(getattr(folder, kind) for kind in _WEIGHTS)):
+        if path.exists() and not path.is_dir():
+            raise DamagedError(folder.path, f"{path.name} is a file, not a folder")
     curve = folder.read_curve()
     _ = folder.read_failure(), folder.stop_message, folder.job
     if not any(not entry.name.startswith(".") for entry in folder.path.iterdir()):
@@ -104,14 +134,30 @@ def _check(folder: RunFolder) -> None:
     named = re.search(r"-([0-9a-f]{8})$", folder.path.name)
     if named and named[1] != run_hash:
         raise _other_config(folder, named[1], run_hash)
-    if not folder.summary.exists():
-        return
+    if folder.summary.exists():
+        _check_results(folder, config, run_hash, curve)
+    elif _has_lost_its_summary(folder):
+        raise DamagedError(folder.path, "summary.json is missing")
+
+
+def _has_lost_its_summary(folder: RunFolder) -> bool:
+    """True if the run has finished: its weights are there, and what an unfinished run has is gone."""
+    unfinished = (folder.checkpoints, folder.progress, folder.failure, folder.stop)
+    return any(getattr(folder, kind).exists() for kind in _WEIGHTS) and not any(
+        path.exists() for path in unfinished
+    )
+
+
+def _check_results(
+    folder: RunFolder, config: dict[str, Any], run_hash: str, curve: Sequence[CurvePoint]
+) -> None:
+    """Check the summary of a finished run, its curve and its weights."""
     summary = folder.read_summary()
     version = summary.get("version")
-    if version != SUMMARY_VERSION:
+    if isinstance(version, int) and version != SUMMARY_VERSION:
         cause = f"summary.json has version {version}; this sae_lora reads version {SUMMARY_VERSION}"
         raise DamagedError(folder.path, cause)
-    if missing := [name for name in _NEEDED if name not in summary]:
+    if missing := [name for name in (*_NEEDED, "version") if name not in summary]:
         raise DamagedError(folder.path, f"summary.json lacks {missing[0]}")
     try:
         check_types(Summary, summary)
@@ -120,11 +166,21 @@ def _check(folder: RunFolder) -> None:
     if summary["hash"] != run_hash:
         raise _other_config(folder, summary["hash"], run_hash)
     if not curve or curve[-1].step != summary["train_steps"]:
-        step = f"ends at step {curve[-1].step}" if curve else "is missing"
+        without = "is empty" if folder.curve.exists() else "is missing"
+        step = f"ends at step {curve[-1].step}" if curve else without
         raise DamagedError(folder.path, f"curve.jsonl {step}, summary.json at {summary['train_steps']}")
     if differing := [name for name in _SHARED if getattr(curve[-1], name) != summary[name]]:
         raise DamagedError(folder.path, f"{differing[0]} of curve.jsonl is not that of summary.json")
     _check_weights(folder, config)
+    # Summaries of older versions have neither digest nor files.
+    if {"digest", "files"} & set(summary) and summary.get("digest") != summary_digest(summary):
+        raise DamagedError(folder.path, "summary.json has changed since the run wrote it")
+    present = files_of(folder)
+    for name, digest in summary.get("files", {}).items():
+        if name not in present:
+            raise DamagedError(folder.path, f"{name} is missing")
+        if present[name] != digest:
+            raise DamagedError(folder.path, f"{name} has changed since the run wrote it")
 
 
 def _config(folder: RunFolder) -> tuple[dict[str, Any], str]:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sae_lora.common.errors import UserError
-from sae_lora.common.files import as_json, write_atomically
+from sae_lora.common.files import as_json, json_digest, write_atomically
 from sae_lora.common.secrets import redacted
 from sae_lora.records.schema import CurvePoint, Progress, Summary, check_types
 
@@ -130,8 +130,10 @@ class RunFolder:
             path.rename(target / path.name)
 
     def write_summary(self, summary: Summary) -> None:
-        """Write the summary, which marks the run as finished."""
-        write_atomically(self.summary, as_json(dataclasses.asdict(summary)))
+        """Write the summary with its digest. It marks the run as finished."""
+        values = dataclasses.asdict(summary)
+        values["digest"] = summary_digest(values)
+        write_atomically(self.summary, as_json(values))
 
     def _read(self, path: Path, parse: Callable[[str], Content]) -> Content:
         """The content of a file.
@@ -322,6 +324,11 @@ class RunFolder:
         return [line for line in lines if line.endswith("\n")]
 
 
+def summary_digest(summary: Mapping[str, Any]) -> str:
+    """The digest of a summary with these values."""
+    return json_digest({name: value for name, value in summary.items() if name != "digest"})
+
+
 def _yaml(text: str) -> dict[str, Any]:
     values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if not isinstance(values, dict):
@@ -346,14 +353,17 @@ def _job(text: str) -> str:
 def _points(text: str) -> list[CurvePoint]:
     """The points in the complete lines of a curve. Fields of other versions are left out."""
     known = {field.name for field in dataclasses.fields(CurvePoint)}
-    points = []
+    points: list[CurvePoint] = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
             values = _object(line)
             check_types(CurvePoint, values)
-            points.append(CurvePoint(**{key: values[key] for key in values if key in known}))
+            point = CurvePoint(**{key: values[key] for key in values if key in known})
+            if points and point.step <= points[-1].step:
+                raise ValueError(f"step {point.step} follows step {points[-1].step}")
+            points.append(point)
         except (ValueError, TypeError) as error:
             cause = str(error).replace("CurvePoint.__init__() ", "")
             raise ValueError(f"line {number}: {cause}") from error

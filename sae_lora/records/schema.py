@@ -188,4 +188,8 @@ class Summary:
     that hold most of the variance of an SAE's input."""
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of each file of trained weights, by its path in the folder. Empty in older versions."""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The same of the other files that a run leaves: the curve, and the settings beside the weights."""
+    digest: str | None = None
+    """SHA-256 of the other fields. Null in older versions."""
     version: int = SUMMARY_VERSION

@@ -29,7 +29,7 @@ from sae_lora.common.console import count
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.evaluation import suite_figures, suite_records
-from sae_lora.evaluation.lora import similarity_results
+from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.damage import damage
 from sae_lora.records.factors import SEEDS, label, text
 from sae_lora.records.folder import RunFolder, hash_of
@@ -207,10 +207,10 @@ class Report:
             View(
                 f"similarity_{number}",
                 "Similarity of adapters' directions",
-                similarity_results.similarity_map(pair),
+                similarity_figures.similarity_map(pair),
                 f"{pair['first']} and {pair['second']}.",
             )
-            for number, pair in enumerate(pairs[: similarity_results.MOST_PAIRS], 1)
+            for number, pair in enumerate(pairs[: similarity_figures.MOST_PAIRS], 1)
         ]
 
     def summary(self) -> dict[str, Any]:

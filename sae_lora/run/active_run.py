@@ -18,7 +18,7 @@ from sae_lora.config.identity import identity, readable_name, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.records.damage import weights_of
+from sae_lora.records.damage import files_of, weights_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.run.summary import l0_notes, summarise
@@ -200,6 +200,7 @@ class ActiveRun:
             special=self._special,
             noticed=self.noticed,
             weights=weights_of(self.folder),
+            files=files_of(self.folder),
             **common,
         )
         self.folder.write_summary(summary)

@@ -32,7 +32,7 @@ def begun(config: Config, model: Dimensions) -> Config:
         raise UserError(f"init = {config.init!r} is damaged: {cause}")
     if not folder.is_finished:
         raise _no_result(config.init, folder)
-    if (cause := damage_of_weights(folder)) is not None:
+    if (cause := damage_of_weights(folder, config.init_at)) is not None:
         raise UserError(f"init = {config.init!r} is damaged: {cause}")
     earlier = load(folder.config.read_text())
     if (earlier.model.name, earlier.model.revision) != (config.model.name, config.model.revision):

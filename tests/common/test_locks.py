@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common import locks
+from sae_lora.common.errors import UserError
 from sae_lora.common.locks import HeldError, Holder, LostError, held, holder
 
 ELSEWHERE = Holder("elsewhere", 1, "another machine", "0")
@@ -81,6 +82,15 @@ def test_a_requeued_job_frees_its_earlier_start(tmp_path: Path, monkeypatch: pyt
     assert holder(tmp_path) is not None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert holder(tmp_path) is None
+
+
+def test_a_file_in_place_of_the_leases_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lease").write_text("")
+    with (
+        pytest.raises(UserError, match=r"\.lease must be a folder, and is a file: delete it"),
+        held(tmp_path),
+    ):
+        pass
 
 
 def test_an_empty_lease_file_counts_as_held(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ FAULTS = {
     "number for a text": ("model:\n  revision: 12e4\n", 'YAML reads 120000.0: write revision: "12e4"'),
     "wrong type": ("lora:\n  rank: four\n", "line 3: lora.rank = 'four' cannot be used"),
     "wrong value": ("lora:\n  rank: -4\n", "line 3: lora.rank = -4 cannot be used"),
+    "no value": ("lora:\n  rank: ???\n", "line 3: lora.rank has no value: give it on the command line"),
+    "no varied value": (
+        "hydra:\n  sweeper:\n    params:\n      lora.rank: ???\n",
+        "line 5: lora.rank has no value",
+    ),
     "interpolation": ("lora:\n  rank: ${lora.rnk}\n", "line 3: lora.rank = ${lora.rnk} cannot be used"),
     "variable": ("lora:\n  rank: ${oc.env:NOT_SET}\n", "line 3: lora.rank cannot be used: Environment"),
     "hydra": ("hydra: 5\n", "line 2: `hydra` is a section"),
@@ -117,6 +122,15 @@ def test_a_value_of_the_command_line_has_no_line(tmp_path: Path) -> None:
     assert refusal(tmp_path, "experiment=mine", "lora.rank=-4").startswith(
         "lora.rank = -4 cannot be used"
     )
+
+
+def test_a_value_that_a_file_leaves_to_the_user_may_be_given_elsewhere(tmp_path: Path) -> None:
+    written(tmp_path, "experiment/mine", HEADER + "lora:\n  rank: ???\n")
+    child = "defaults:\n  - mine\n  - _self_\nlora:\n  rank: 4\n"
+    written(tmp_path, "experiment/other", HEADER + child)
+    for words in (["experiment=mine", "lora.rank=4"], ["experiment=other"]):
+        (point,) = points(["--config-dir", str(tmp_path), *words], run_now=pytest.fail)
+        assert point.lora.rank == 4
 
 
 def test_no_shipped_file_has_a_fault() -> None:

@@ -16,15 +16,16 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.config.evaluation import EvaluationConfig
 from sae_lora.config.schema import LoRAConfig
-from sae_lora.evaluation import suite_records
+from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.lora import similarity, similarity_results, weights
 from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap, shared
 from sae_lora.evaluation.lora.similarity import directions, expected, similarities
-from sae_lora.evaluation.lora.similarity_results import figures, kinds_map, similarity_map
+from sae_lora.evaluation.lora.similarity_figures import figures, kinds_map, similarity_map
+from sae_lora.evaluation.suite_records import Record
 from sae_lora.models import adapter_files, lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import AdaptedMatrix, adapted_matrices
-from sae_lora.records.folder import runs_of
+from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.hooks import Splice
 from tests.support.architectures import tiny_model
@@ -32,7 +33,7 @@ from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL, small_model
 from tests.support.points import run_here
 from tests.support.subjects import Made, quick_points_in
-from tests.support.sweeps import MadeUp
+from tests.support.sweeps import MadeUp, curve_point, summed_up
 from tests.support.trainings import fill
 
 CONFIG = EvaluationConfig()
@@ -365,7 +366,26 @@ def make_run(home: Path, model: LanguageModel, config: LoRAConfig, seed: int) ->
     view = model.view()
     torch.manual_seed(seed)
     adapters = lora.attach(view, config, first_sae=1)
-    adapter_files.save(adapters, MadeUp(home).finished(rank=config.rank, seed=seed).adapter, "org/base")
+    folder = MadeUp(home).finished(rank=config.rank, seed=seed)
+    adapter_files.save(adapters, folder.adapter, "org/base")
+    summed_up(folder)
+
+
+def test_only_runs_with_results_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three runs, one trained no adapters, and the suite fails for another."""
+    sweep = MadeUp(tmp_path / "sweep")
+    folders = [sweep.finished(rank=rank) for rank in (1, 4)]
+    folders.append(sweep.told("finetuned", [curve_point(0)], {"method.kind": "sae_finetune"}))
+
+    def evaluate(folder: RunFolder, suites: Sequence[Suite], *_: object, **__: object) -> list[Suite]:
+        if folder is not folders[0]:
+            return list(suites) if folder is folders[1] else []
+        suite_records.write(folder, Record("lora", {}, {}, {}, 1.0))
+        return []
+
+    monkeypatch.setattr(run_suites, "evaluate", evaluate)
+    done = run_suites.evaluate_all(folders, [Suite.lora], [], again=False, device=None)
+    assert done == ([Suite.lora], 1, True)
 
 
 def test_runs_that_adapt_the_same_matrices_are_compared(tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def test_a_pack_has_one_line_for_each_stage_and_evaluation(
         clock.advance(11)
         assert len(lines(FILLING)) == 1
         for number, run in enumerate(runs):
-            run.append_point(run.read_curve()[-1])
+            last = run.read_curve()[-1]
+            run.append_point(dataclasses.replace(last, step=last.step + 1))
             # The evaluation is complete when the last run has its point.
             assert len(lines(FILLING)) == (number == len(runs) - 1)
 

@@ -11,10 +11,12 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.headlines import headlines
+from sae_lora.evaluation.lora import similarity_results
+from sae_lora.evaluation.lora.similarity_results import Grid, Pair
 from sae_lora.evaluation.suite_records import Record
 from sae_lora.launcher.launch import launch
 from sae_lora.launcher.plan import plan
-from sae_lora.records.damage import damage, weights_of
+from sae_lora.records.damage import damage, damage_of_weights, weights_of
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import State, read_statuses, with_weights
 from tests.support.damage import DAMAGE
@@ -112,7 +114,7 @@ def test_weights_of_another_run_are_found_where_they_are_used(
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert damage(folder) is None
-    cause = "adapter/adapter_model.safetensors has changed"
+    cause = "adapter/adapter_model.safetensors has changed since the run wrote it"
     for command in (
         ["export", str(folder.path), "--to", str(tmp_path / "export")],
         ["evaluate", str(folder.path), "--suite", "core"],
@@ -122,6 +124,22 @@ def test_weights_of_another_run_are_found_where_they_are_used(
         assert cause in capsys.readouterr().err.replace("\n", " "), command
     with pytest.raises(UserError, match=cause):
         sae_lora.load_adapted(folder.path)
+
+
+def test_weights_after_a_share_of_the_training_are_checked_where_they_are_used(tmp_path: Path) -> None:
+    """They may be deleted to save room; then only `init_at` lacks them."""
+    folder = MadeUp(tmp_path / "sweep").finished()
+    half = folder.sae_at / "0.5/blocks.3.hook_resid_post/sae_weights.safetensors"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    summed_up(folder, weights=weights_of(folder))
+    assert damage_of_weights(folder) is damage_of_weights(folder, 0.5) is None
+    half.write_bytes(b"flah")
+    name = half.relative_to(folder.path).as_posix()
+    assert damage_of_weights(folder, 0.5) == f"{name} has changed since the run wrote it"
+    half.unlink()
+    assert damage_of_weights(folder, 0.5) == f"{name} is missing"
+    assert damage_of_weights(folder) is damage(folder) is None
 
 
 INTERVAL = {"value": 0.25, "low": 0.125, "high": 0.5}
@@ -167,6 +185,45 @@ def test_results_of_a_suite_that_cannot_be_used_are_named(
         assert f"{first.path}: evaluation/{cause}" in shown and str(second.path) not in shown, command
     assert suite_records.missing(first, [Suite.core], {}) == [Suite.core]
     assert list(headlines(first)) == [] and headlines(second)["core/harm"] == 0.25
+
+
+SIMILARITY = {
+    "a list": (lambda _: "[]", "is damaged: "),
+    "half a file": (lambda text: text[:-20], "is damaged: "),
+    "newer": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2"),
+    "another number": (lambda text: text.replace("0.5", "0.25"), "has changed since it was written"),
+    "no pairs": (lambda text: text.replace('"pairs"', '"pears"'), "is damaged: 'pairs'"),
+    "older": (lambda _: '{"version": 1, "pairs": [{"first": "a"}]}', "has changed since"),
+}
+
+
+@pytest.mark.parametrize("kind", SIMILARITY)
+def test_similarities_that_cannot_be_used_are_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = MadeUp(tmp_path / "ranks")
+    sweep.grid(ranks=(1, 4), blocks=(3,))
+    grid: Grid = {"similarity": [[0.5]], "expected": [[0.125]]}
+    first, second = (folder.path.name for folder in runs_of(sweep.home))
+    pair = Pair(
+        first=first,
+        second=second,
+        matrices=1,
+        first_sizes=[1],
+        second_sizes=[1],
+        of_all=grid,
+        of_kinds={"q_proj": grid},
+    )
+    similarity_results.write(sweep.home, [pair])
+    assert similarity_results.read(sweep.home) == [pair]
+    assert main(["report", str(sweep.home), "--no-pictures"]) == 0
+    harm, cause = SIMILARITY[kind]
+    file = similarity_results.path_in(sweep.home)
+    file.write_text(harm(file.read_text()))
+    capsys.readouterr()
+    for command in (["table", str(sweep.home)], ["report", str(sweep.home), "--no-pictures"]):
+        assert main(command) == 1, command
+        assert f"{file} {cause}" in capsys.readouterr().err.replace("\n", " "), command
 
 
 def test_a_changed_folder_is_looked_at_again(tmp_path: Path) -> None:

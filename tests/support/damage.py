@@ -48,6 +48,17 @@ def cut_off(name: str) -> Callable[[RunFolder], None]:
     return lambda folder: written(name, (folder.path / name).read_bytes()[:-1])(folder)
 
 
+def without_line(text: str, number: int) -> str:
+    """The text without a line, counted from 0."""
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:number] + lines[number + 1 :])
+
+
+def with_last_twice(text: str) -> str:
+    """The text with its last line twice."""
+    return text + text.splitlines(keepends=True)[-1]
+
+
 ADAPTER = "adapter/adapter_model.safetensors"
 DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "no config": (deleted("config.yaml"), "config.yaml is missing"),
@@ -59,6 +70,15 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "an unknown method": (edited("config.yaml", "kind: lora", "kind: foo"), "KeyError 'foo'"),
     "empty summary": (written("summary.json", ""), "summary.json is empty"),
     "half a summary": (written("summary.json", '{"version": 1, "base'), "summary.json cannot be read"),
+    "no summary": (deleted("summary.json"), "summary.json is missing"),
+    "another base CE": (
+        lambda folder: summary_with(base_ce=folder.read_summary()["base_ce"] + 1)(folder),
+        "summary.json has changed since the run wrote it",
+    ),
+    "no digests": (summary_with(files={}), "summary.json has changed since the run wrote it"),
+    "no digest": (summary_with(digest=None), "summary.json has changed since the run wrote it"),
+    "no version": (summary_with(version=None), "summary.json lacks version"),
+    "a text for the version": (summary_with(version="1"), "summary.json: version is '1'"),
     "newer summary": (summary_with(version=999), "has version 999; this sae_lora reads version 1"),
     "summary without a key": (summary_with(fvu=None), "summary.json lacks fvu"),
     "garbage in the curve": (
@@ -66,6 +86,14 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         "curve.jsonl cannot be read: line 2",
     ),
     "a field of the curve": (edited("curve.jsonl", '"kl"', '"lk"'), "missing 1 required positional"),
+    "a point left out": (
+        lambda folder: written("curve.jsonl", without_line(folder.curve.read_text(), 2))(folder),
+        "curve.jsonl has changed since the run wrote it",
+    ),
+    "a point twice": (
+        lambda folder: written("curve.jsonl", with_last_twice(folder.curve.read_text()))(folder),
+        "curve.jsonl cannot be read: line 6: step 400 follows step 400",
+    ),
     "half a curve": (cut_off("curve.jsonl"), "curve.jsonl ends at step"),
     "no curve": (deleted("curve.jsonl"), "curve.jsonl is missing"),
     "no adapters": (deleted(ADAPTER), f"{ADAPTER} is missing"),
@@ -79,11 +107,17 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
         edited("adapter/adapter_config.json", '"r": 16', '"r": 8'),
         "is of rank 8, the run of rank 16",
     ),
+    "another alpha": (
+        edited("adapter/adapter_config.json", '"r": 16', '"r": 16, "lora_alpha": 600'),
+        "adapter/adapter_config.json has changed since the run wrote it",
+    ),
     "no weights": (written(ADAPTER, b"\x02\0\0\0\0\0\0\0{}"), "is cut off, or holds no weights"),
     "a text for a number": (summary_with(gap_closed="0.5"), "summary.json: gap_closed is '0.5'"),
     "not a number": (summary_with(kl=float("nan")), "summary.json: kl is 'nan'"),
     "another gap": (summary_with(ce_gap=0.25), "ce_gap of curve.jsonl is not that of summary.json"),
     "nested": (written("summary.json", "[" * 100_000), "summary.json cannot be read: it is nested"),
+    "a file for a folder": (written("checkpoints", ""), "checkpoints is a file, not a folder"),
+    "an empty curve": (written("curve.jsonl", ""), "curve.jsonl is empty, summary.json at"),
     "job": (written("job.json", "[]"), "job.json cannot be read"),
     "another job": (written("job.json", '{"id": [1]}'), "job.json cannot be read: '[1]' is no job"),
 }

@@ -112,6 +112,29 @@ WRONG: list[tuple[str, list[str]]] = [
     ("data.context_length=0", ["nearest valid: data.context_length=8"]),
     ("tracking.project=a/b", ["tracking.project = 'a/b'", "nearest valid: tracking.project=a-b"]),
     ("tracking.entity=a:b", ["tracking.entity = 'a:b'", "nearest valid: tracking.entity=a-b"]),
+    # a value in place of a group's option
+    ("lora=16", ["lora = '16'", "one of default, paper", "set by their names: lora.rank"]),
+    ("-m lora=default,16", ["lora = 16", "one of default, paper"]),
+    ("model=1", ["model = '1'", "one of gemma2_27b"]),
+    ("lora=true", ["lora = 'true'", "one of default, paper"]),
+    ("sae=1.5", ["sae = '1.5'", "one of disk"]),
+    ("lora=[paper]", ["lora = '[paper]'", "one of default, paper"]),
+    ("lora={rank:4}", ["lora = '{rank:4}'", "one of default, paper"]),
+    ("model=", ["model = ''", "one of gemma2_27b"]),
+    # Hydra's options
+    ("--config-name foo", ["--config-name has no use here", "--config-dir FOLDER"]),
+    ("--config-path foo", ["--config-path has no use here"]),
+    ("--config-dir {home}/nowhere", ["there is no such folder"]),
+    ("--multirun=1", ["it takes no value, and got '1'", "allowed: -m"]),
+    ("--info lora.rank=4", ["--info/-i", "choose from"]),
+    ("--cfg lora.rank=4", ["--cfg/-c", "choose from"]),
+    ("--shell-completion", ["--install-completion"]),
+    ("+lora.rank=4", ["the config has the key lora.rank; write lora.rank=4"]),
+    # several numbers in place of one
+    ("lora.rank=[4]", ["a whole number, without brackets: lora.rank=4"]),
+    ("lora.rank=[1,4]", ["for a sweep, several with commas: -m lora.rank=1,4"]),
+    ("lora.rank=1-4", ["for a sweep: -m lora.rank=range(1,5)"]),
+    ("lora.rank=1..4", ["for a sweep: -m lora.rank=range(1,5)"]),
     # an empty sweep
     ("-m lora.rank=glob(*)", ["this sweep has no points", "lora.rank=glob(*)"]),
     ("-m lora.rank=range(5,1)", ["this sweep has no points"]),
@@ -119,6 +142,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("-m lora.rank=", ["lora.rank"]),
     # folders that cannot be written
     ("output_dir={home}/file", ["output_dir", "file"]),
+    ("tracking.mode=offline tracking.dir={home}/file", ["tracking.dir (or WANDB_DIR)", "not a folder"]),
     ("output_dir=/proc/outputs", ["output_dir", "/proc/outputs"]),
 ]
 """A command, with `{home}` for the folder of `prepare`, and words of its error."""

@@ -18,7 +18,8 @@ from sae_lora.config.identity import ADAPTING, TRAINING_SAES, identity_of
 from sae_lora.config.serialize import as_dict, completed
 from sae_lora.launcher.plan import plan
 from sae_lora.models.hookpoints import resid_post
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.damage import files_of
+from sae_lora.records.folder import RunFolder, summary_digest
 from sae_lora.records.schema import SUMMARY_VERSION, CurvePoint
 from tests.support.composing import composed
 
@@ -57,8 +58,9 @@ class MadeUp:
         return folder
 
     def begun(self, points: int = 5, **factors: Any) -> RunFolder:
-        """An unfinished run with a curve."""
+        """An unfinished run with a curve, in place of an earlier one."""
         folder = self.folder(**factors)
+        folder.curve.unlink(missing_ok=True)
         for point in self._points(points, **factors):
             folder.append_point(point)
         return folder
@@ -179,7 +181,6 @@ def summed_up(folder: RunFolder, **values: Any) -> RunFolder:
     }
     fitting = {"hash": identity_of(config), "train_steps": last.step}
     summary |= earlier | fitting | values
-    folder.summary.write_text(json.dumps(summary))
     shared = {name: summary[name] for name in ("student_ce", "ce_gap", "gap_closed", "kl")}
     ended = dataclasses.replace(last, **shared)
     if ended != last:  # a tracker's thread may be reading the curve
@@ -188,7 +189,14 @@ def summed_up(folder: RunFolder, **values: Any) -> RunFolder:
         for point in points:
             folder.append_point(point)
     _write_weights(folder, config)
+    write_summary(folder, summary)
     return folder
+
+
+def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Write a summary that fits the other files of the folder."""
+    values = {**summary, "files": files_of(folder)}
+    folder.summary.write_text(json.dumps(values | {"digest": summary_digest(values)}))
 
 
 def _write_weights(folder: RunFolder, config: Mapping[str, Any]) -> None:

@@ -134,9 +134,10 @@ def _explain_choice(path: str, options: Sequence[str]) -> str:
     if group == "hydra/launcher" and choice.startswith("submitit"):
         allowed = f"one of {listed(options)}; launcher=slurm submits jobs through submitit"
         return str(ConfigError(group, choice, allowed))
-    nearest = nearest_name(choice, options)
+    nearest = nearest_name(choice, options) if choice else None
     name = path.removeprefix("model/")
-    if name != path and ("/" in name or Path(name).is_dir()):  # the name of a model, not of an option
+    is_model = name != path and name != "" and ("/" in name or Path(name).is_dir())
+    if is_model:  # the name of a model, not of an option
         group, choice, nearest = "model", name, f"hf model.name={name}"
     hint = "; options of your own need --config-dir FOLDER" if nearest is None else ""
     return str(ConfigError(group, choice, f"one of {listed(options, 40)}{hint}", nearest))
@@ -170,11 +171,21 @@ def _explain_type(key: str, text: str) -> str:
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     allowed = next((word for name, word in words.items() if name in str(kind)), str(kind))
     nearest = _number(got or "") if kind is int else None
-    if words["int"] == allowed and (got or "").startswith("["):
-        allowed += (
-            f"; for a sweep, several with commas: -m {key}={(got or '').strip('[]').replace(' ', '')}"
-        )
+    if words["int"] == allowed:
+        allowed += _several_numbers(key, got or "")
     return str(ConfigError(key, got, allowed + optional, nearest))
+
+
+def _several_numbers(key: str, text: str) -> str:
+    """Advice for several whole numbers: `[1,4]`, and a range such as `1-4`, `1..4` or `1:4`."""
+    if text.startswith("["):
+        values = text.strip("[]").replace(" ", "")
+        sweep = f"; for a sweep, several with commas: -m {key}={values}"
+        return sweep if "," in values else f", without brackets: {key}={values}"
+    if match := re.fullmatch(r"(\d+)\s*(?:-|\.\.+|:)\s*(\d+)", text):
+        first, last = int(match[1]), int(match[2])
+        return f"; for a sweep: -m {key}=range({first},{last + 1})" if first < last else ""
+    return ""
 
 
 def _number(text: str) -> int | None:

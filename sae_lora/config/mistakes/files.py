@@ -178,6 +178,7 @@ class ChosenFiles:
             if equals and group in self._groups:
                 for option in value.split(","):
                     self._add(group, option, ())
+        self._check_values_to_give()
 
     def _add(self, group: str, option: str, within: tuple[_File, ...]) -> None:
         """Add a file and those that it chooses. Hydra explains options that do not exist."""
@@ -197,6 +198,24 @@ class ChosenFiles:
                 raise UserError(f"{file.at(entry.line)}: {entry.option} leads back to this file")
             self._add(entry.group, entry.option, (*within, file))
         self._files.append(file)
+
+    def _check_values_to_give(self) -> None:
+        """Refuse a key that is `???` in a file of the user's, and is not given.
+
+        Hydra would leave the value of a shipped file in its place.
+        """
+        given, to_give = set(self._given), []
+        for file in self._files:
+            for key, value, line in file.lines():
+                is_missing = isinstance(value, yaml.ScalarNode) and value.value == MISSING
+                name = key.removeprefix("hydra.sweeper.params.")
+                if is_missing and file.home != self._homes[0]:
+                    to_give.append((name, file.at(line)))
+                elif not is_missing:
+                    given.add(name)
+        for key, place in to_give:
+            if key not in given:
+                raise UserError(f"{place}: {key} has no value: give it on the command line, {key}=value")
 
     def _find(self, group: str, option: str) -> _File | None:
         option = option.strip("\"' ").removesuffix(".yaml")

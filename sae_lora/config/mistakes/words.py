@@ -1,26 +1,35 @@
 """Words of a command line that Hydra would refuse with advice that does not work here."""
 
 import re
-import typing
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from sae_lora.common.console import complain
-from sae_lora.common.errors import ConfigError, UserError, nearest_name, with_nearest
+from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name, with_nearest
 from sae_lora.config.serialize import keys, written
 
+_OPTIONS = "  allowed: -m, --config-dir FOLDER, --help; and key=value, which `--help` lists"
+_REFUSED = {
+    "config_name": "the package has one config; options of your own are files in --config-dir FOLDER",
+    "config_path": "the package has one config; options of your own are files in --config-dir FOLDER",
+    "experimental_rerun": "repeat the command instead; finished runs are left out",
+    "shell_completion": "`sae-lora --install-completion` completes commands",
+}
+"""Hydra's options that do nothing here, and what to do instead."""
 
-def check_words(words: Sequence[str], groups: typing.Collection[str], default: Any) -> None:
+
+def check_words(words: Sequence[str], groups: Mapping[str, Sequence[str]], default: Any) -> None:
     """Refuse words that Hydra would refuse with advice that does not work here.
 
     Args:
         words: Options and overrides.
-        groups: The config groups.
+        groups: The config groups with their options.
         default: Returns the default of a key.
 
     Raises:
@@ -38,6 +47,8 @@ def check_words(words: Sequence[str], groups: typing.Collection[str], default: A
             raise UserError(
                 f"{word}: every command has the group {name}; write {name}={value or 'option'}"
             )
+        if key.startswith("+") and not key.startswith("++") and name in keys():
+            raise UserError(f"{word}: the config has the key {name}; write {name}={value or 'value'}")
         if key.startswith("~") and name in keys():
             raise UserError(
                 f"{word}: a key cannot be deleted; without {word}, it is {name}={written(default(name))}"
@@ -60,6 +71,8 @@ def check_words(words: Sequence[str], groups: typing.Collection[str], default: A
             because = "each experiment has a sweep of its own"
             raise ConfigError("experiment", value, "one for each command", first, because)
         _check_values(word)
+        if name in groups:
+            _check_option(word, name, groups[name])
     keys_given = Counter(word.lstrip("+~").partition("=")[0] for word in overrides)
     for key in (key for key, number in keys_given.items() if number > 1):
         last = next(word for word in reversed(overrides) if word.lstrip("+~").startswith(f"{key}="))
@@ -78,6 +91,21 @@ def _check_values(word: str) -> None:
         raise UserError(f"{word} cannot be read: {error}") from error
 
 
+def _check_option(word: str, group: str, options: Sequence[str]) -> None:
+    """Refuse a number, a truth value or a list in place of an option: `lora=16`."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+        values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    except (HydraException, ValueError):  # Hydra refuses it, and `explain.py` explains
+        return
+    wrong = [value for value in values if isinstance(value, bool | int | float | list | dict)]
+    if wrong:
+        own = [key for key in keys() if key.startswith(f"{group}.")]
+        set_by_name = f"; its keys are set by their names: {listed(own, 4)}" if own else ""
+        got = wrong[0] if override.is_sweep_override() else word.partition("=")[2]
+        raise ConfigError(group, got, f"one of {listed(options, 40)}{set_by_name}")
+
+
 def _has_several(value: str) -> bool:
     return "," in re.sub(r"\[[^\]]*\]|\"[^\"]*\"|'[^']*'", "", value) or value.startswith("glob(")
 
@@ -92,8 +120,11 @@ def _check_options(words: Sequence[str], options: Any) -> None:
         if getattr(options, name) and not options.cfg:
             value = "" if name == "resolve" else f" {options.package}"
             raise UserError(f"--{name} belongs to --cfg: write --cfg job --{name}{value}")
-    if options.experimental_rerun is not None:
-        raise UserError("--experimental-rerun: repeat the command instead; finished runs are left out")
+    for name, instead in _REFUSED.items():
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} has no use here: {instead}")
+    if options.config_dir and not Path(options.config_dir).is_dir():
+        raise UserError(f"--config-dir {options.config_dir}: there is no such folder")
     unknown = [word for word in parser.parse_known_args(list(words))[1] if word.startswith("-")]
     if not unknown:
         return
@@ -104,8 +135,7 @@ def _check_options(words: Sequence[str], options: Any) -> None:
         raise UserError(f"{unknown[0]}: keys have no dashes; write {name}={value}")
     names = [name for action in parser._actions for name in action.option_strings if name[:2] == "--"]
     near = nearest_name(unknown[0], names)
-    allowed = "  allowed: -m, --config-dir FOLDER, --help; and key=value, which `--help` lists"
-    raise UserError(with_nearest(f"there is no option {unknown[0]}", allowed, nearest=near))
+    raise UserError(with_nearest(f"there is no option {unknown[0]}", _OPTIONS, nearest=near))
 
 
 def asks_for_help(options: Any) -> bool:
@@ -114,5 +144,18 @@ def asks_for_help(options: Any) -> bool:
 
 
 def given(words: Sequence[str]) -> Any:
-    """Hydra's options among the words, and the overrides."""
-    return get_args_parser().parse_known_args(list(words))[0]
+    """Hydra's options among the words, and the overrides.
+
+    Raises:
+        UserError: If an option lacks its value, or has one that it does not take.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # argparse would print every option and end the process
+    return parser.parse_known_args(list(words))[0]
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raise a message of argparse as a UserError: `argument --run/-r: ignored explicit argument '1'`."""
+    cause = message.removeprefix("argument ")
+    cause = cause.replace("ignored explicit argument", "it takes no value, and got")
+    raise UserError(f"{cause}\n{_OPTIONS}")

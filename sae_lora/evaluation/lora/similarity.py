@@ -12,10 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lora.common.console import count, say
 from sae_lora.common.errors import UserError
+from sae_lora.common.plots import write_svgs
 from sae_lora.config.identity import trains_adapters
+from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.evaluation.lora.similarity_results import Grid, Pair
 from sae_lora.models import adapter_files
+from sae_lora.records.damage import damage_of_weights
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import with_weights
 
@@ -51,6 +55,18 @@ def similarities(first: Tensor, second: Tensor) -> Tensor:
 def expected(i: int, j: int, d: int) -> float:
     """Expected φ if one of the two subspaces is random: (i · j / d) / min(i, j)."""
     return max(i, j) / d
+
+
+def compare_in_sweeps(folders: Sequence[RunFolder]) -> None:
+    """Compare the adapters of finished runs within each sweep; write and draw the results."""
+    for sweep in dict.fromkeys(folder.path.parent for folder in folders):
+        runs = [folder for folder in folders if folder.path.parent == sweep]
+        pairs = compare([folder for folder in runs if damage_of_weights(folder) is None])
+        if pairs:
+            similarity_results.write(sweep, pairs)
+            path = similarity_results.path_in(sweep)
+            say(f"{count(len(pairs), 'pair')} of adapters compared: {path}")
+            write_svgs(similarity_figures.figures(pairs), path.parent)
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Pair]:
