@@ -23,7 +23,7 @@ from sae_lora.common.signals import handling
 from sae_lora.comparisons import commands as comparisons
 from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import compose, reference
-from sae_lora.config.enums import Suite
+from sae_lora.config.enums import Device, Suite
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.lora import similarity_results
@@ -321,7 +321,11 @@ def _evaluate(
     ] = ["core"],  # noqa: B006 typer copies the list
     again: Annotated[bool, typer.Option("--again", help="Repeat suites that have results.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda; default: the device of the run.")
+        str | None,
+        typer.Option(
+            callback=_one_of(*Device.__members__),
+            help="auto, cpu or cuda; default: the device of the run.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -1,5 +1,6 @@
 """Messages for people: plain lines, tables, and the progress of a stage as a bar or as lines."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,10 +33,19 @@ def say(text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table. If the output is not a terminal, the table takes the width that it needs."""
-    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    """Print a table. If the output is not a terminal, the table takes the width that it needs.
+
+    Its title and its caption may be wider than a narrow table.
+    """
+    bare = copy.copy(table)
+    bare.title = bare.caption = None
+    width = console.measure(bare, options=console.options.update(max_width=10_000)).maximum
     wide = Console(width=max(console.width, width), highlight=False)
-    (console if console.is_terminal else wide).print(table)
+    for part in (table.title, bare, table.caption):
+        if isinstance(part, Table):
+            (console if console.is_terminal else wide).print(part)
+        elif part:
+            console.print(part, style="italic", highlight=False, soft_wrap=not console.is_terminal)
 
 
 def complain(what: str, text: str) -> None:

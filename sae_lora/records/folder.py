@@ -366,6 +366,7 @@ def _points(text: str) -> list[CurvePoint]:
             points.append(point)
         except (ValueError, TypeError) as error:
             cause = str(error).replace("CurvePoint.__init__() ", "")
+            cause = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", cause)
             raise ValueError(f"line {number}: {cause}") from error
     return points
 

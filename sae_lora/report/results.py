@@ -130,7 +130,7 @@ def results(
     """
     runs = finished_runs(folders)
     rows = [Repeats([run]) for run in runs] if each_seed else repeats(runs)
-    columns = [_KEYS.get(name, name) for name in columns]
+    columns = list(dict.fromkeys(_KEYS.get(name, name) for name in columns))
     sort = _KEYS.get(sort, sort) if sort else None
     asked = [*columns, *([sort] if sort else [])]
     names = _names(runs) if asked else []  # reads the results of all suites
@@ -161,7 +161,8 @@ def _unknown(name: str, names: Sequence[str]) -> UserError:
     short = [each for each in names if "." not in each]
     allowed = f"  allowed: {listed(short, len(short))}; and config keys such as train.lr"
     near = nearest_name(name, names)
-    return UserError(with_nearest(f"there is no column {name}", allowed, nearest=near))
+    cause = f"there is no column {name}" if name else "a column needs a name"
+    return UserError(with_nearest(cause, allowed, nearest=near))
 
 
 def _differing(rows: Sequence[Repeats]) -> list[str]:

@@ -13,7 +13,7 @@ from sae_lora.config.serialize import load
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
 from sae_lora.records.damage import damage, damage_of_weights
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.folder import RunFolder, is_run
 from sae_lora.saes.metadata import read_folder
 
 _MAPS = (Method.linear_adapter, Method.mlp_adapter)
@@ -28,6 +28,8 @@ def begun(config: Config, model: Dimensions) -> Config:
     """
     assert config.init is not None
     folder = RunFolder(Path(config.init).expanduser())
+    if not is_run(folder.path):
+        raise _no_result(config.init, folder)
     if (cause := damage(folder)) is not None:
         raise UserError(f"init = {config.init!r} is damaged: {cause}")
     if not folder.is_finished:
@@ -86,6 +88,10 @@ def check_as_planned(adapters: Adapters) -> None:
 
 
 def _no_result(init: str, folder: RunFolder) -> ConfigError:
+    if inside := sorted(folder.path.glob("*/summary.json")):
+        allowed = "the folder of one run in it"
+        because = "it is the folder of a sweep"
+        return ConfigError("init", init, allowed, nearest=inside[0].parent, because=because)
     sweep = folder.path.parent
     finished = [path.parent.name for path in sweep.glob("*/summary.json")]
     near = nearest_name(folder.path.name, finished)
