@@ -105,14 +105,15 @@ def add_up(runs: Runs) -> None:
 
 
 def recipe(runs: Runs) -> None:
-    """Batch sizes, alpha and LoRA+, at rank 16."""
+    """Batch sizes at each rank; alpha and LoRA+ at rank 16."""
 
     def launch(*overrides: str) -> None:
-        runs("recipe", runs.sae(), "lora.rank=16", "train.schedule=linear", *overrides)
+        runs("recipe", runs.sae(), "train.schedule=linear", *overrides)
 
     for batch in (1, 16):
-        launch(f"train.batch_size={batch}")
-    launch("train.lr=4.5e-3", "lora.alpha=3,6,12", "train.loraplus_ratio=1,4")
+        launch("lora.rank=16", f"train.batch_size={batch}")
+        launch("lora.rank=1,64", "train.lr=1.5e-3,2.6e-3,4.5e-3,7.8e-3", f"train.batch_size={batch}")
+    launch("lora.rank=16", "train.lr=4.5e-3", "lora.alpha=3,6,12", "train.loraplus_ratio=1,4")
 
 
 def budget(runs: Runs) -> None:

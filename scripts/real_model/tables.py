@@ -173,9 +173,9 @@ def rates(frame: Frame) -> str:
 
 
 def batches(frame: Frame) -> str:
-    """Gap and KL closed by batch size and rate."""
-    part = _of(frame, "recipe", rank=16, alpha=6, loraplus=1, schedule="linear")
-    return _by_rate(part, ["batch"], "sequences per step")
+    """Gap and KL closed by rank, batch size and rate."""
+    part = _of(frame, "recipe", alpha=6, loraplus=1, schedule="linear")
+    return _by_rate(part, ["rank", "batch"], "rank, sequences per step")
 
 
 def _by_rate(part: Frame, rows: Sequence[str], title: str) -> str:
@@ -286,19 +286,22 @@ def devices(frame: Frame) -> str:
 
 
 def costs(frame: Frame) -> str:
-    """Minutes of each sweep on two cores: measured, or at the mean speed of what was measured."""
-    measured = frame[frame["device"] == "cpu"]
+    """Minutes of each sweep on two cores: measured, or at the mean speed of the measured sweeps."""
+    sweeps = preferred(frame).groupby("sweep", sort=False)
+    on_cpu = frame[frame["device"] == "cpu"]
+    complete = [
+        name for name, runs in sweeps if set(runs["run"]) <= set(on_cpu[on_cpu["sweep"] == name]["run"])
+    ]
+    measured = on_cpu[on_cpu["sweep"].isin(complete)]
     flops_per_minute = 60 * measured["train_flops"].sum() / measured["total_seconds"].sum()
     columns: dict[str, list[str]] = {"sweep": [], "runs": [], "training FLOPs": [], "minutes": []}
-    for sweep, runs in preferred(frame).groupby("sweep", sort=False):
-        here = measured[measured["sweep"] == sweep]
-        complete = set(here["run"]) == set(runs["run"])
-        minutes = here["total_seconds"].sum() / 60
+    for sweep, runs in sweeps:
+        minutes = measured[measured["sweep"] == sweep]["total_seconds"].sum() / 60
         counted = runs["train_flops"].sum() / flops_per_minute
         columns["sweep"].append(f"`{sweep}`")
         columns["runs"].append(str(len(runs)))
         columns["training FLOPs"].append(f"{runs['train_flops'].sum():.2g}")
-        columns["minutes"].append(f"{minutes:.0f}" if complete else f"about {counted:.0f}")
+        columns["minutes"].append(f"{minutes:.0f}" if sweep in complete else f"about {counted:.0f}")
     return markdown(columns)
 
 

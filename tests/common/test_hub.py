@@ -109,6 +109,25 @@ def summaries_in(home: Path) -> list[dict]:
     return sorted(summaries, key=lambda summary: "mlp" in summary["name"])
 
 
+def test_the_experiments_on_smollm2_end_to_end(researcher: Researcher, tmp_path: Path) -> None:
+    """A new SAE, and adapters of two ranks around it, with the model and the text of the hub."""
+    few = ("train.train_tokens=2048", "train.eval_every_tokens=2048", "data.validation_tokens=512")
+    trained = researcher.launch(tmp_path, "experiment=smollm2_saes", "sae.l0=4", "sae.width=64", *few)
+    assert trained.returncode == 0, trained.stderr
+    (sae,) = tmp_path.glob("outputs/smollm2_saes/*/sae/blocks.15.hook_resid_post")
+    ranks = ("experiment=smollm2_ranks", f"sae.path={sae}", "lora.rank=1,2", *few)
+    finished = researcher.launch(tmp_path, *ranks)
+    assert finished.returncode == 0, finished.stderr
+    summaries = [
+        json.loads(path.read_text()) for path in tmp_path.glob("outputs/smollm2_ranks/*/summary.json")
+    ]
+    assert sorted(summary["lora"]["rank"] for summary in summaries) == [1, 2]
+    for summary in summaries:
+        assert summary["model"]["name"] == "HuggingFaceTB/SmolLM2-135M"
+        assert summary["model"]["commit"] == summary["data"]["revision"] == COMMIT
+        assert summary["sae"][0]["block"] == 15 and summary["sae"][0]["l0"] == 4
+
+
 def test_gemma_scope_end_to_end(researcher: Researcher, tmp_path: Path) -> None:
     sweep = "-m", *GEMMA, *SMALL, "layer.hook=resid_post,mlp_out"
     of_mlp = "gemma-scope-2b-pt-mlp", "layer_12/width_16k/average_l0_108"

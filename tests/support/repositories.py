@@ -1,7 +1,7 @@
 """Small repositories in the published layouts.
 
 Gemma 2 with Gemma Scope, Llama with Llama Scope, GPT-2 with an SAE in sae-lens's older format, Pythia
-(without SAEs), the Pile and RedPajama.
+and SmolLM2 (without SAEs), the Pile and RedPajama.
 """
 
 import json
@@ -34,6 +34,7 @@ GEMMA_D_MODEL, GEMMA_WIDTH = 2304, 16_384
 LLAMA_D_MODEL, LLAMA_WIDTH = 48, 128
 GPT2_D_MODEL, GPT2_WIDTH = 32, 96
 PYTHIA_D_MODEL = 32
+SMOLLM2_D_MODEL = 32
 VOCABULARY = 384
 
 
@@ -75,6 +76,21 @@ def write_all(root: Path) -> None:
                 max_position_embeddings=64,
             )
         ),
+    )
+    _write_model(
+        root / "models/HuggingFaceTB/SmolLM2-135M",
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=SMOLLM2_D_MODEL,
+                intermediate_size=64,
+                num_hidden_layers=17,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+            )
+        ),
+        begins_with_bos=False,
     )
     _write_model(
         root / "models/openai-community/gpt2",
