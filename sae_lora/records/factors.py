@@ -171,9 +171,9 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
     """The factors in which runs differ, in the order of display; the seeds are last.
 
     A follower, a factor whose values an earlier one determines (alpha, if it is twice the rank), is left
-    out; `with_followers` keeps it if it is one of `FACTORS`. One of `ORIGINS` is left out if the others
-    together determine it. Each row contains the values of a run, from `values_of`. An empty row is of a
-    damaged run, and does not count.
+    out; `with_followers` keeps it if it is one of `FACTORS` with several values. One of `ORIGINS` is
+    left out if the others together determine it. Each row contains the values of a run, from
+    `values_of`. An empty row is of a damaged run, and does not count.
     """
     rows = [row for row in rows if row]
     special = {*FACTORS, *ORIGINS, *SEEDS}
@@ -184,7 +184,8 @@ def varying(rows: Sequence[Values], *, with_followers: bool = False) -> list[str
         follows = any(
             len({*zip(leader, values, strict=True)}) == len({*leader}) for leader in leaders.values()
         )
-        is_kept = name == SEEDS[0] or (with_followers and name in FACTORS)
+        several = len({*values} - {repr(None)}) > 1  # else it only repeats which runs have the factor
+        is_kept = name == SEEDS[0] or (with_followers and name in FACTORS and several)
         if len(set(values)) > 1 and (is_kept or not follows):
             leaders[name] = values
     for name in ORIGINS:

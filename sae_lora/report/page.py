@@ -13,6 +13,7 @@ It is made only from run folders and can be made again. Imports no torch.
 import base64
 import json
 import os
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from sae_lora.common import plots
 from sae_lora.common.console import count
@@ -37,7 +39,7 @@ from sae_lora.records.metrics import METRICS, NO_GAP
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
 from sae_lora.report.frames import factors
-from sae_lora.report.results import BEST_NOTE, results
+from sae_lora.report.results import BEST_NOTE, LEAST, fitted, results
 from sae_lora.report.sweep import CURVE_AXES, Sweep
 
 VERSION = 1
@@ -59,6 +61,10 @@ _EXTRA = (
     *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
 )
 """Metrics in the table that the page shows on request."""
+_BREAKS = re.compile(r"(?<=[._])")
+"""Places at which the name of a key may break: after `train.` and `warmup_`."""
+_ROOM = 135
+"""Characters of a row on a screen of 1280 px; the margins of a cell count as three."""
 _LIBRARY = "plotly-cartesian.min.js.gz"
 """The part of plotly.js for lines, points and maps: the package plotly.js-cartesian-dist-min."""
 
@@ -108,7 +114,7 @@ class Report:
             if name in self.varying
         ]
         sound = [folder for folder in sweep.folders if damage(folder) is None]
-        table = results(sound)
+        table = fitted(results(sound), _ROOM)
         self.means = table if any(len(row.runs) > 1 for row in table.rows) else None
         """Means over seeds; `None` if no runs differ only in seeds."""
         self.stacked: dict[str, Any] = {}
@@ -278,6 +284,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     loader = PackageLoader("sae_lora.report.page", ".")
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True)
     templates.filters["cell"] = _cell
+    templates.filters["breakable"] = lambda heading: Markup("<wbr>").join(_BREAKS.split(heading))
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     curves = [view for view in views if view.name.startswith(_CURVES)]
     shown = [view for view in views if view not in curves[1:]]
@@ -350,13 +357,27 @@ def _columns(frame: Frame) -> list[TableColumn]:
     names = ["sweep"] if frame["sweep"].nunique() > 1 else []
     extra = [key for key in _EXTRA if key != _WITHOUT_OUTLIERS or _has_outliers(frame)]
     headings = {"measured_l0": "L0 measured"} | {key: metric.column for key, metric in METRICS.items()}
+    runs = frame.assign(run=frame["run"].map(hash_of))
+    always = [*names, *factors(frame), "state", "run"]
+    shown = list(_SHOWN)
+    for key in LEAST:
+        if key in shown and sum(_width(runs, name) for name in [*always, *shown]) > _ROOM:
+            shown.remove(key)
+            extra = [key, *extra]
     return [
-        *(TableColumn(name, label(name), is_extra=False) for name in [*names, *factors(frame), "state"]),
-        *(TableColumn(key, headings[key], is_extra=False) for key in _SHOWN),
+        *(TableColumn(name, label(name), is_extra=False) for name in always[:-1]),
+        *(TableColumn(key, headings[key], is_extra=False) for key in shown),
         *(TableColumn(key, headings[key], is_extra=True) for key in extra),
         *(TableColumn(key, key.partition("/")[2], is_extra=True) for key in frame if "/" in key),
         TableColumn("run", "run", is_extra=False),
     ]
+
+
+def _width(frame: Frame, column: str) -> int:
+    """Characters of a column of the page's table, with its margins."""
+    heading = METRICS[column].column if column in METRICS else label(column)
+    cells = [_cell(None if value != value else value, column) for value in frame[column]]
+    return 3 + max(map(len, [*re.split(r"[ ._]", heading), *cells]))
 
 
 def _has_outliers(frame: Frame) -> bool:

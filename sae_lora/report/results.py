@@ -36,11 +36,11 @@ MEASURES = (
     *("trainable_parameters", "train_seconds"),
 )
 """The measures that a table shows unless others are asked for."""
-_LEAST = (
-    *("spliced_ce", "base_ce", "student_ce", "trainable_parameters", "train_seconds", "kl"),
-    *("initial_gap", "ce_gap"),
+LEAST = (
+    *("spliced_ce", "base_ce", "student_ce", "trainable_parameters", "train_seconds"),
+    *("top1_agreement", "kl", "initial_gap", "ce_gap"),
 )
-"""Measures that a narrow terminal leaves out, the first one first."""
+"""Measures that a narrow terminal or page leaves out, the first one first."""
 _IN_TITLE = (*("model", "block", "width", "l0", "rank"), *("base_ce", "spliced_ce", "initial_gap"))
 """Factors and measures that move into the title if all rows have the same value."""
 _KEYS = {key: name for name, factor in FACTORS.items() for key in factor.keys}
@@ -95,7 +95,7 @@ class Results:
             f"– gap closed: {NO_GAP}, or is new": undefined,
             "± 95% interval of the mean over seeds": len(runs) > len(self.rows),
             "training: of a run in a pack, its share of the time": packed and "train_seconds" in shown,
-            f"too wide for this terminal: {', '.join(self.left_out)}": bool(self.left_out),
+            f"left out for lack of room: {', '.join(self.left_out)}": bool(self.left_out),
         }
         return [note for note, holds in notes.items() if holds]
 
@@ -224,9 +224,9 @@ def _sort_key(row: Repeats, name: str) -> tuple[Any, ...]:
 
 
 def fitted(table: Results, width: int) -> Results:
-    """The table without the least important measures, so that it fits a terminal of this width."""
+    """The table without the least important measures, so that it fits a width in characters."""
     columns, left_out = list(table.columns), []
-    for name in _LEAST:
+    for name in LEAST:
         if _width(columns) > width and (column := _with_key(columns, name)) is not None:
             columns.remove(column)
             left_out.append(column.heading)

@@ -5,7 +5,9 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,23 +129,30 @@ def test_pictures_for_papers(tmp_path: Path) -> None:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Page]:
     """The page of a report in a browser. Console messages and requests to a network fail the test."""
-    write(load_sweep(half_finished(tmp_path)), tmp_path / "report", pictures=False)
+    with opened(half_finished(tmp_path), tmp_path / "report") as page:
+        yield page
+
+
+@contextmanager
+def opened(sweep: Path, to: Path) -> Iterator[Page]:
+    """The page of a sweep's report, as `browser`."""
+    write(load_sweep(sweep), to, pictures=False)
     with sync_playwright() as playwright:
         options: dict[str, Any] = {"executable_path": BROWSER, "args": ["--no-sandbox", "--disable-gpu"]}
         browser = playwright.chromium.launch(**options)
-        opened = browser.new_page()
+        shown = browser.new_page()
         complaints: list[str] = []
 
         def on_request(request: Request) -> None:
             if "://" in request.url[5:]:  # the page itself is at file://
                 complaints.append(request.url)
 
-        opened.on("console", lambda line: complaints.append(line.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on("request", on_request)
-        opened.goto((tmp_path / "report" / "index.html").as_uri())
-        opened.wait_for_selector("body[data-drawn]")
-        yield opened
+        shown.on("console", lambda line: complaints.append(line.text))
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.on("request", on_request)
+        shown.goto((to / "index.html").as_uri())
+        shown.wait_for_selector("body[data-drawn]")
+        yield shown
         assert complaints == []
         browser.close()
 
@@ -204,13 +213,43 @@ def test_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def check_tables_fit(page: Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 900})
+    within = "element => element.scrollWidth <= element.clientWidth"
+    assert page.evaluate(f"[...document.querySelectorAll('.wide')].every({within})")
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_tables_with_many_factors_fit(tmp_path: Path) -> None:
+    """The least important measures are shown on request."""
+    sweep = MadeUp(tmp_path / "sweep")
+    for number, (seed, a, b, c) in enumerate(product((0, 1), repeat=4)):
+        factors = {  # no factor determines another
+            "train.seed": seed,
+            "lora.rank": 4**a,
+            "lora.dropout": 0.1 + 0.05 * b,
+            "train.lr": 1.234e-3 * (1 + c),
+            "train.warmup_share": 0.15 / (1 + (a ^ b)),
+            "train.loraplus_ratio": 1.0 + (b ^ c),
+            "data.context_length": 64 * (1 + (a ^ c)),
+            "train.grad_clip": 1.0 + (a ^ b ^ c),
+        }
+        points = MadeUp.points_of(5, rank=4**a, block=number, seed=seed)
+        sweep.told(f"run-{number}", points, factors)
+    with opened(sweep.home, tmp_path / "report") as page:
+        check_tables_fit(page)
+        assert page.locator("#runs th.extra").first.is_hidden()
+        assert page.locator("#runs th:not(.extra) button:text-is('gap closed')").is_visible()
+        left_out = page.locator("p:has-text('left out for lack of room')")
+        assert left_out.count() == 1
+
+
 @pytest.mark.slow
 @in_a_browser
 def test_the_page_on_several_widths(browser: Page, tmp_path: Path) -> None:
     """The table fits 1280 px without scrolling; on a phone, figures are within the screen."""
-    browser.set_viewport_size({"width": 1280, "height": 900})
-    within = "element => element.scrollWidth <= element.clientWidth"
-    assert browser.evaluate(f"[...document.querySelectorAll('.wide')].every({within})")
+    check_tables_fit(browser)
     assert browser.locator("#runs th.extra").first.is_hidden()
     browser.get_by_label("all measures").check()
     assert browser.locator("#runs th.extra").first.is_visible()

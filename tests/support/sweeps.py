@@ -61,7 +61,7 @@ class MadeUp:
         """An unfinished run with a curve, in place of an earlier one."""
         folder = self.folder(**factors)
         folder.curve.unlink(missing_ok=True)
-        for point in self._points(points, **factors):
+        for point in self.points_of(points, **factors):
             folder.append_point(point)
         return folder
 
@@ -114,7 +114,7 @@ class MadeUp:
                     self.finished(rank=rank, block=block, l0=l0)
 
     @staticmethod
-    def _points(
+    def points_of(
         points: int, rank: int = 16, block: int = 3, l0: float = 4.0, seed: int = 0, **_: Any
     ) -> list[CurvePoint]:
         end = 0.06 * math.log2(2 * rank) + 0.01 * block - 0.02 * math.log2(l0) + 0.005 * seed
