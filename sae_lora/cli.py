@@ -3,6 +3,7 @@
 Imports of modules that need torch, plotly or pandas are inside the commands.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.lora import similarity_results
 from sae_lora.records import slurm
+from sae_lora.records.damage import damage
 from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
 from sae_lora.records.status import ENDED_BADLY, counts, sound
@@ -39,6 +41,8 @@ _RUN, _LOOK, _SHARE = "Run", "Look", "Share"
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 _EVERY_SUITE = ("core", "mechanism", "lora", "downstream")
 """The suites that `all` stands for."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk, also of one that the output of a command is written to."""
 _STOPPED = "repeat the command to continue"
 _RENAMED = {
     "reach": "recipes",
@@ -99,6 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         complain("stopped", str(stop) or _STOPPED)
         return 130  # a shell's exit code for SIGINT
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        complain("error", f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        return 1
     return 0
 
 
@@ -165,7 +174,8 @@ def _status(
     statuses = status_rows(folders, lacking=True)
     show(status_table(statuses, differences_of(folders)))
     say(counts(status.state for status in statuses))
-    raise typer.Exit(any(status.has_ended_badly for status in statuses))
+    lacking = _lack_records([folder for folder in folders if damage(folder) is None])
+    raise typer.Exit(lacking or any(status.has_ended_badly for status in statuses))
 
 
 @app.command("logs", rich_help_panel=_RUN)

@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all, also if the machine stops suddenly."""
 
+import errno
 import hashlib
 import json
 import os
@@ -71,6 +72,18 @@ def check_can_be_made(folder: Path, asked_by: str) -> None:
 def as_json(values: dict[str, Any] | list[Any]) -> str:
     """Indented JSON. NaN and infinity raise a ValueError, because JSON has no such numbers."""
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def text_of(file: Path) -> str:
+    """The content of a regular file. Reading a FIFO could wait for ever.
+
+    Raises:
+        OSError: If it is missing, or is no regular file, or cannot be read.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(file))
+    return file.read_text(encoding="utf-8")
 
 
 def json_digest(values: Any) -> str:

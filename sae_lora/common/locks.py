@@ -176,7 +176,7 @@ def _take(leases: Path) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         for path in leases.iterdir():
-            if path.name.isdigit() and int(path.name) <= number:
+            if path.name.isdigit() and path.is_file() and int(path.name) <= number:
                 path.unlink(missing_ok=True)
         return file
 
@@ -195,6 +195,8 @@ def _living(file: Path) -> Holder | None:
     Raises:
         FileNotFoundError: If the lease has been deleted.
     """
+    if file.is_dir():  # nobody's lease; the next number is free
+        return None
     touched = file.stat().st_mtime
     try:
         values = json.loads(file.read_text())

@@ -27,6 +27,7 @@ from sae_lora.config.mistakes.words import asks_for_help, check_words, given
 from sae_lora.config.schema import Config, TrackingConfig
 from sae_lora.config.serialize import keys, typed, written
 from sae_lora.config.validate import check
+from sae_lora.config.value_checks import ONE_LINE, has_control_characters
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -58,14 +59,33 @@ def checked(composed: DictConfig) -> Config:
 
 
 def with_variables(tracking: TrackingConfig) -> TrackingConfig:
-    """The settings of W&B, with the values of its own variables where they are null."""
-    values = {key: getattr(tracking, key) or os.environ.get(name) for key, name in VARIABLES.items()}
-    tags = os.environ.get("WANDB_TAGS", "").split(",")
+    """The settings of W&B, with the values of its own variables where they are null.
+
+    Raises:
+        ConfigError: For a value of a variable that a config cannot hold.
+    """
+    values = {key: getattr(tracking, key) or _variable(name) for key, name in VARIABLES.items()}
+    tags = "" if tracking.tags else _variable("WANDB_TAGS") or ""
     return replace(
         tracking,
         **values | {"project": values["project"] or PROJECT},
-        tags=tracking.tags or [tag.strip() for tag in tags if tag.strip()],
+        tags=tracking.tags or [tag.strip() for tag in tags.split(",") if tag.strip()],
     )
+
+
+def _variable(name: str) -> str | None:
+    """The value of one of W&B's variables; `None` without one.
+
+    Raises:
+        ConfigError: For a value that a config cannot hold.
+    """
+    value = os.environ.get(name)
+    if value and "${" in value:
+        because = "in a config, ${…} stands for the value of another key"
+        raise ConfigError(name, value, "text without ${", because=because)
+    if value and name != "WANDB_NOTES" and has_control_characters(value):
+        raise ConfigError(name, value, ONE_LINE)
+    return value
 
 
 @cache

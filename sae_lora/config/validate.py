@@ -96,6 +96,8 @@ _SHARES = {
     "init_at": (0.001, 1.0),
 }
 _SHORTEST_CONTEXT = 8
+_LARGEST = 10**15
+"""Largest number of anything; no text has as many tokens."""
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -110,6 +112,10 @@ def _check_ranges(config: Config) -> None:
         value = attrgetter(key)(config)
         if value is not None and not 0 <= value < math.inf:
             raise refusal(config, key, "a number of 0 or more", 0)
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = attrgetter(key)(config)
+        if value is not None and value > _LARGEST:
+            raise refusal(config, key, f"at most {_LARGEST}", _LARGEST)
     for key, (low, high) in _SHARES.items():
         value = attrgetter(key)(config)
         if not low <= value <= high:
@@ -133,12 +139,12 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    for key in ("sweep", "output_dir"):
+    for key, default in (("sweep", "main"), ("output_dir", "outputs")):
         if not getattr(config, key).strip():
-            raise refusal(config, key, "the name of a folder", "main")
-    if "/" in config.sweep or config.sweep in {".", ".."}:
+            raise refusal(config, key, "the name of a folder", default)
+    if "/" in config.sweep or config.sweep.startswith("."):
         nearest = config.sweep.strip("./").replace("/", "_") or "main"
-        raise refusal(config, "sweep", "one folder name", nearest)
+        raise refusal(config, "sweep", "one folder name that does not begin with a dot", nearest)
     length = len(config.sweep.encode())
     if length > LONGEST_NAME:
         nearest = config.sweep.encode()[:LONGEST_NAME].decode(errors="ignore")

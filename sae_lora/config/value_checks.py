@@ -67,9 +67,17 @@ def _check_secrets(config: Config) -> None:
 def _check_characters(config: Config) -> None:
     """Refuse line breaks and other control characters: a line of an sbatch script could end there."""
     for key, _, text in _texts(dataclasses.asdict(config)):
-        if key != "tracking.notes" and any(unicodedata.category(letter) == "Cc" for letter in text):
-            allowed = "text without line breaks, tabs and other control characters"
-            raise ConfigError(key, text, allowed)
+        if key != "tracking.notes" and has_control_characters(text):
+            raise ConfigError(key, text, ONE_LINE)
+
+
+ONE_LINE = "text without line breaks, tabs and other control characters"
+"""The allowed values of most texts."""
+
+
+def has_control_characters(text: str) -> bool:
+    """True for a text with a line break, a tab or another control character."""
+    return any(unicodedata.category(letter) == "Cc" for letter in text)
 
 
 def _texts(values: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:

@@ -152,6 +152,7 @@ def evaluate(
     for suite in suites:
         try:
             _SUITES[suite].check(config)
+            suite_records.check_can_be_written(folder, suite)
             ready.append(suite)
         except UserError as error:
             skip(suite, error)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lora.common.files import as_json, json_digest, write_atomically
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, json_digest, text_of, write_atomically
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import Suite
 from sae_lora.config.identity import trains_adapters
@@ -46,6 +47,17 @@ def write(folder: RunFolder, record: Record) -> None:
     _failure(folder, Suite[record.suite]).unlink(missing_ok=True)
 
 
+def check_can_be_written(folder: RunFolder, suite: Suite) -> None:
+    """Refuse to measure a run if a folder has the name of the suite's record.
+
+    Raises:
+        UserError: If it is so.
+    """
+    path = folder.evaluation / f"{suite.name}.json"
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and must be a file: move it away")
+
+
 def write_failure(folder: RunFolder, suite: Suite, message: str, details: str) -> Path:
     """Write why a suite failed, with the traceback, into a log file; return its path."""
     folder.evaluation.mkdir(exist_ok=True)
@@ -73,7 +85,7 @@ def _failure(folder: RunFolder, suite: Suite) -> Path:
 def damaged(folders: Sequence[RunFolder]) -> Iterator[str]:
     """Records that cannot be used: damaged, of another version or of another run, in a line each."""
     for folder in folders:
-        for suite in Suite:
+        for suite in Suite if folder.is_finished else ():
             if isinstance(cause := _content(folder, suite), str):
                 yield f"{folder.path}: evaluation/{cause}"
 
@@ -88,7 +100,7 @@ def _content(folder: RunFolder, suite: Suite) -> Record | str | None:
     """The record of a suite; `None` without one; the cause if it cannot be read."""
     path = folder.evaluation / f"{suite.name}.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(text_of(path))
         version = values.get("version")
         if version != VERSION:
             return f"{path.name} is of version {version}; this sae_lora reads version {VERSION}"

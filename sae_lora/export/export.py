@@ -65,7 +65,7 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         raise UserError(
             f"--merge: {run} has no LoRA adapters: it is of method={config.method.kind.name}"
         )
-    if to.parent == folder.path.absolute().parent:
+    if folder.path.absolute().parent in to.parents:
         raise UserError(f"--to: {to} lies among the runs of a sweep; choose a folder elsewhere")
     try:
         is_free = not to.exists() or (to.is_dir() and not any(to.iterdir()))

@@ -142,10 +142,8 @@ def _check(folder: RunFolder) -> None:
 
 def _has_lost_its_summary(folder: RunFolder) -> bool:
     """True if the run has finished: its weights are there, and what an unfinished run has is gone."""
-    unfinished = (folder.checkpoints, folder.progress, folder.failure, folder.stop)
-    return any(getattr(folder, kind).exists() for kind in _WEIGHTS) and not any(
-        path.exists() for path in unfinished
-    )
+    has_weights = any(getattr(folder, kind).exists() for kind in _WEIGHTS)
+    return has_weights and not (folder.checkpoints.exists() or folder.progress.exists())
 
 
 def _check_results(

@@ -263,7 +263,11 @@ def finished_runs(folders: Sequence[RunFolder]) -> list["FinishedRun"]:
         if folder.is_finished
         for summary in [folder.read_summary()]
     ]
-    once = {run.summary["hash"]: run for run in reversed(runs)}
+    once: dict[str, FinishedRun] = {}
+    for run in runs:  # of copies, the one with the run's own name counts, else the first
+        run_hash = run.summary["hash"]
+        if run_hash not in once or run.folder.path.name.endswith(f"-{run_hash}"):
+            once[run_hash] = run
     runs = [run for run in runs if once[run.summary["hash"]] is run]
     names = varying([run.factors for run in runs], with_followers=True)
     return sorted(runs, key=lambda run: [by_value(run.factors.get(name)) for name in names])

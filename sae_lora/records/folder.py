@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sae_lora.common.errors import UserError
-from sae_lora.common.files import as_json, json_digest, write_atomically
+from sae_lora.common.files import as_json, json_digest, text_of, write_atomically
 from sae_lora.common.secrets import redacted
 from sae_lora.records.schema import CurvePoint, Progress, Summary, check_types
 
@@ -142,7 +142,7 @@ class RunFolder:
             DamagedError: If it is missing, or cannot be read or parsed.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = text_of(path)
             if not text.strip():
                 raise DamagedError(self.path, f"{path.name} is empty")
             return parse(text)
@@ -157,7 +157,7 @@ class RunFolder:
                 self.path, f"{path.name} cannot be read: it is nested too deep"
             ) from error
         except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error).split()).partition("; use sys.")[0]
             raise DamagedError(self.path, f"{path.name} cannot be read: {cause}") from error
 
     def read_config(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class RunFolder:
     def read_progress(self) -> Progress | None:
         """The progress of the run; `None` if unknown."""
         try:
-            values = json.loads(self.progress.read_text())
+            values = json.loads(text_of(self.progress))
             check_types(Progress, values)
             return Progress(**values)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -226,7 +226,7 @@ class RunFolder:
     def launch(self) -> Path | None:
         """The folder of the last launch that was to run it on its own machine; `None` if unknown."""
         try:
-            folder = Path(json.loads(self.launch_file.read_text())["folder"])
+            folder = Path(json.loads(text_of(self.launch_file))["folder"])
             return folder if folder.is_dir() else None
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
@@ -281,7 +281,7 @@ class RunFolder:
         Raises:
             DamagedError: If another line cannot be read.
         """
-        if not self.curve.exists() or not self.curve.stat().st_size:
+        if not self.curve.exists() or (self.curve.is_file() and not self.curve.stat().st_size):
             return []
         return self._read(self.curve, _points)
 
@@ -394,7 +394,18 @@ def in_full(run: Path) -> Path:
     """The folder of a run that is given by its hash, `outputs/<sweep>/<hash>`; other paths stay."""
     if run.exists() or not run.parent.is_dir() or not re.fullmatch("[0-9a-f]{8}", run.name):
         return run
-    return next(run.parent.glob(f"*-{run.name}"), run)
+    if named := next(run.parent.glob(f"*-{run.name}"), None):
+        return named
+    renamed = (path for path in run.parent.iterdir() if _hash_inside(path) == run.name)
+    return next(renamed, run)
+
+
+def _hash_inside(run: Path) -> str | None:
+    """The hash that a finished run has in its summary; `None` for another folder."""
+    try:
+        return RunFolder(run).read_summary().get("hash")
+    except UserError:
+        return None
 
 
 def hash_of(name: str) -> str:

@@ -44,6 +44,8 @@ from sae_lora.report.sweep import CURVE_AXES, Sweep
 
 VERSION = 1
 _KIND = "sae_lora report"
+_MARK = f'<meta name="generator" content="{_KIND}">'
+"""A line of `report.html`, by which a page is known."""
 _FITTED = ("rank", "l0", "width")
 """Factors over which the gap closed is fitted."""
 _CURVES = "gap_over_"
@@ -246,7 +248,7 @@ def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
     Raises:
         UserError: If the folder contains other files, or cannot be written.
     """
-    _check_free(to)
+    earlier = _earlier_figures(to)
     report = Report(sweep)
     views = report.views()
     notes = []
@@ -258,16 +260,14 @@ def write(sweep: Sweep, to: Path, *, pictures: bool = True) -> list[str]:
             unfinished = to / f".{name}.parquet"
             _uniform(table).to_parquet(unfinished, index=False)
             unfinished.replace(to / f"{name}.parquet")
-        for old in (to / "figures").iterdir():  # of an older report
-            old.unlink()
+        for name in earlier:
+            (to / "figures" / name).unlink(missing_ok=True)
+        possible = {f"{view.name}.{kind}": view.figure for view in views for kind in ("svg", "png")}
         if pictures:
-            files = [
-                (view.figure, to / "figures" / f"{view.name}.{kind}")
-                for view in views
-                for kind in ("svg", "png")
-            ]
+            files = [(figure, to / "figures" / name) for name, figure in possible.items()]
             notes = plots.try_pictures(files)
-        write_atomically(to / "summary.json", as_json(report.summary()))
+        drawn = sorted(path.name for path in (to / "figures").iterdir() if path.name in possible)
+        write_atomically(to / "summary.json", as_json(report.summary() | {"figures": drawn}))
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror}") from error
     return notes
@@ -330,17 +330,22 @@ def _config_text(run: Path) -> str:
     return damage(folder) or folder.config.read_text()
 
 
-def _check_free(to: Path) -> None:
-    """Check that the folder contains at most an older report, which may be replaced.
+def _earlier_figures(to: Path) -> list[str]:
+    """The files of the figures of an older report in the folder, which may be replaced.
 
     Raises:
-        UserError: If it contains other files.
+        UserError: If the folder contains anything but an older report.
     """
     ours = {"index.html", "figures", "runs.csv", "runs.parquet", "curves.parquet", "summary.json"}
     try:
         if not to.exists():
-            return
-        foreign = sorted(path.name for path in to.iterdir() if path.name.lstrip(".") not in ours)
+            return []
+        names = sorted(path.name for path in to.iterdir() if path.name != "figures")
+        figures_before = {path.name for path in (to / "figures").glob("*")}
+        earlier = _earlier(to)
+        foreign = [name for name in names if earlier is None or name.lstrip(".") not in ours]
+        if earlier is None and figures_before:
+            foreign.append("figures")
     except NotADirectoryError as error:
         raise UserError(f"--to: {to} is a file, not a folder") from error
     except OSError as error:
@@ -350,6 +355,19 @@ def _check_free(to: Path) -> None:
             f"--to: {to} contains files that are not part of a report ({', '.join(foreign[:3])}); "
             "choose another folder"
         )
+    return sorted(figures_before & set(earlier or ()))
+
+
+def _earlier(to: Path) -> list[str] | None:
+    """The figures that an older report in this folder has written; `None` if it has no report."""
+    try:
+        summary = json.loads((to / "summary.json").read_text())
+        if summary["kind"] == _KIND:
+            return [str(name) for name in summary.get("figures", [])]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # a report whose writing was stopped has no summary yet
+    index = to / "index.html"
+    return [] if index.is_file() and _MARK in index.read_text(errors="replace") else None
 
 
 def _columns(frame: Frame) -> list[TableColumn]:

@@ -38,7 +38,7 @@ MEASURES = (
 """The measures that a table shows unless others are asked for."""
 LEAST = (
     *("spliced_ce", "base_ce", "student_ce", "trainable_parameters", "train_seconds"),
-    *("top1_agreement", "kl", "initial_gap", "ce_gap"),
+    *("top1_agreement", "initial_gap", "kl", "ce_gap"),
 )
 """Measures that a narrow terminal or page leaves out, the first one first."""
 _IN_TITLE = (*("model", "block", "width", "l0", "rank"), *("base_ce", "spliced_ce", "initial_gap"))
@@ -131,8 +131,8 @@ def results(
     runs = finished_runs(folders)
     rows = [Repeats([run]) for run in runs] if each_seed else repeats(runs)
     columns = list(dict.fromkeys(_KEYS.get(name, name) for name in columns))
-    sort = _KEYS.get(sort, sort) if sort else None
-    asked = [*columns, *([sort] if sort else [])]
+    sort = None if sort is None else _KEYS.get(sort, sort)
+    asked = columns if sort is None else [*columns, sort]
     names = _names(runs) if asked else []  # reads the results of all suites
     for name in asked:
         if name not in names:

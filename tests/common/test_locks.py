@@ -93,6 +93,14 @@ def test_a_file_in_place_of_the_leases_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_in_place_of_a_lease_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / ".lease/00000007").mkdir(parents=True)
+    assert holder(tmp_path) is None
+    with held(tmp_path):
+        assert holder(tmp_path) == Holder.this_process()
+    assert holder(tmp_path) is None and (tmp_path / ".lease/00000007").is_dir()
+
+
 def test_an_empty_lease_file_counts_as_held(tmp_path: Path) -> None:
     write(tmp_path, 1, None).write_text("")
     assert holder(tmp_path) is not None

@@ -192,7 +192,7 @@ SIMILARITY = {
     "half a file": (lambda text: text[:-20], "is damaged: "),
     "newer": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2"),
     "another number": (lambda text: text.replace("0.5", "0.25"), "has changed since it was written"),
-    "no pairs": (lambda text: text.replace('"pairs"', '"pears"'), "is damaged: 'pairs'"),
+    "no pairs": (lambda text: text.replace('"pairs"', '"pears"'), "is damaged: it lacks 'pairs'"),
     "older": (lambda _: '{"version": 1, "pairs": [{"first": "a"}]}', "has changed since"),
 }
 

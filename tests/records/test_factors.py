@@ -1,5 +1,6 @@
 """Factors that vary among runs, by short names."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import yaml
 
 from sae_lora.config.serialize import as_dict
-from sae_lora.records.factors import differences, differences_of, labels, values_of
+from sae_lora.records.factors import differences, differences_of, finished_runs, labels, values_of
+from sae_lora.records.folder import runs_of
 from tests.support.composing import with_values
 from tests.support.sweeps import MadeUp
 
@@ -67,6 +69,16 @@ def test_each_run_has_a_label(tmp_path: Path) -> None:
         "rank=4 seed=1",
     ]
     assert labels(differences_of(folders[:1]), 1) == [""]
+
+
+def test_of_copies_the_one_with_the_name_of_the_run_counts(tmp_path: Path) -> None:
+    folder = MadeUp(tmp_path).finished()
+    run_hash = folder.read_summary()["hash"]
+    named = tmp_path / f"tiny-{run_hash}"
+    for copy in ("another", named.name, "zzz"):
+        shutil.copytree(folder.path, tmp_path / copy)
+    (run,) = finished_runs(runs_of(tmp_path))
+    assert run.folder.path == named
 
 
 def test_a_config_without_newer_keys_is_read(tmp_path: Path) -> None:

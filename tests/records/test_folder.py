@@ -9,10 +9,10 @@ import pytest
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder, write_atomically
-from sae_lora.records.folder import RunFolder
+from sae_lora.records.folder import RunFolder, in_full
 from sae_lora.records.metrics import METRICS
 from sae_lora.records.schema import CurvePoint, Summary, gap_closed, rounding_error
-from tests.support.sweeps import curve_point
+from tests.support.sweeps import MadeUp, curve_point
 
 
 def test_gap_closed() -> None:
@@ -70,6 +70,15 @@ def test_results_of_unfinished_attempts_are_kept(tmp_path: Path) -> None:
     assert [json.loads(path.read_text())["step"] for path in curves] == [1, 2]
     folder.set_aside(curve=True)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
+
+
+def test_a_hash_stands_for_a_run_also_if_its_folder_was_renamed(tmp_path: Path) -> None:
+    folder = MadeUp(tmp_path).finished()
+    run_hash = folder.read_summary()["hash"]
+    assert in_full(tmp_path / run_hash) == folder.path
+    named = folder.path.rename(tmp_path / f"tiny-{run_hash}")
+    assert in_full(tmp_path / run_hash) == named
+    assert in_full(tmp_path / "01234567") == tmp_path / "01234567"
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

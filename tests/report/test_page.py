@@ -114,6 +114,28 @@ def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "none")]) == 1
 
 
+def test_only_an_older_report_is_replaced(tmp_path: Path) -> None:
+    """Files of others may have the names of a report's, and lie beside its figures."""
+    runs = load_sweep(half_finished(tmp_path))
+    for name in ("index.html", "figures/mine.png"):
+        site = tmp_path / name.partition(".")[0].replace("/", "_")
+        (site / name).parent.mkdir(parents=True)
+        (site / name).write_text("mine")
+        with pytest.raises(UserError, match="contains files that are not part of a report"):
+            write(runs, site, pictures=False)
+        assert (site / name).read_text() == "mine"
+    report = tmp_path / "report"
+    for unfinished in (False, True):
+        write(runs, report, pictures=False)
+        if unfinished:
+            (report / "summary.json").unlink()
+    (report / "figures/mine.png").write_text("mine")
+    (report / "figures/gap_over_tokens.svg").write_text("old")
+    write(runs, report, pictures=False)
+    write(runs, report, pictures=False)
+    assert [path.name for path in (report / "figures").iterdir()] == ["mine.png"]
+
+
 @pytest.mark.slow
 @in_a_browser
 def test_pictures_for_papers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Kinds of damage to the folder of a finished run of LoRA with rank 16, and the cause that is shown."""
 
 import json
+import os
 from collections.abc import Callable
 
 from sae_lora.records.folder import RunFolder
@@ -30,6 +31,32 @@ def written(name: str, content: str | bytes) -> Callable[[RunFolder], None]:
 def deleted(name: str) -> Callable[[RunFolder], None]:
     """Damage by deleting a file."""
     return lambda folder: (folder.path / name).unlink()
+
+
+def fifo(name: str) -> Callable[[RunFolder], None]:
+    """Damage by a FIFO in place of a file: reading it would wait for ever."""
+
+    def replace(folder: RunFolder) -> None:
+        (folder.path / name).unlink()
+        os.mkfifo(folder.path / name)
+
+    return replace
+
+
+def folder_for(name: str) -> Callable[[RunFolder], None]:
+    """Damage by a folder in place of a file."""
+
+    def replace(folder: RunFolder) -> None:
+        (folder.path / name).unlink()
+        (folder.path / name).mkdir()
+
+    return replace
+
+
+def failed_and_without_summary(folder: RunFolder) -> None:
+    """Damage by the failure of an attempt that is not of this run, and no summary."""
+    folder.write_failure("boom", "boom")
+    folder.summary.unlink()
 
 
 def summary_with(**values: object) -> Callable[[RunFolder], None]:
@@ -118,6 +145,9 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "nested": (written("summary.json", "[" * 100_000), "summary.json cannot be read: it is nested"),
     "a file for a folder": (written("checkpoints", ""), "checkpoints is a file, not a folder"),
     "an empty curve": (written("curve.jsonl", ""), "curve.jsonl is empty, summary.json at"),
+    "a FIFO": (fifo("summary.json"), "summary.json cannot be read: it is no file"),
+    "a folder for a file": (folder_for("curve.jsonl"), "curve.jsonl cannot be read: it is no file"),
+    "a failure and no summary": (failed_and_without_summary, "summary.json is missing"),
     "job": (written("job.json", "[]"), "job.json cannot be read"),
     "another job": (written("job.json", '{"id": [1]}'), "job.json cannot be read: '[1]' is no job"),
 }

@@ -135,6 +135,16 @@ WRONG: list[tuple[str, list[str]]] = [
     ("lora.rank=[1,4]", ["for a sweep, several with commas: -m lora.rank=1,4"]),
     ("lora.rank=1-4", ["for a sweep: -m lora.rank=range(1,5)"]),
     ("lora.rank=1..4", ["for a sweep: -m lora.rank=range(1,5)"]),
+    # lists and mappings in place of a text, and texts in place of a list
+    ("sweep=[1,2]", ["sweep = ", "'1', '2'", "allowed: text"]),
+    ("sae.path={a:1}", ["sae.path", "'a': 1"]),
+    ("lora.dora={a:1}", ["lora.dora", "'a': 1"]),
+    ("tracking.tags=5", ["tracking.tags takes a list", "tracking.tags=[A,B]"]),
+    # numbers that nothing has, and names of folders
+    ("train.train_tokens=99999999999999999999999", ["at most 1000000000000000"]),
+    ("sweep=.hidden", ["sweep = '.hidden'", "nearest valid: sweep=hidden"]),
+    ("output_dir=", ["nearest valid: output_dir=outputs"]),
+    ("hydra.job=1", ["hydra.job is a section"]),
     # an empty sweep
     ("-m lora.rank=glob(*)", ["this sweep has no points", "lora.rank=glob(*)"]),
     ("-m lora.rank=range(5,1)", ["this sweep has no points"]),

@@ -230,6 +230,20 @@ class TestVariables:
         with pytest.raises(UserError, match=r"tracking\.project = 'mine/ranks'[^$]*WANDB_PROJECT"):
             run_in(tmp_path)
 
+    @pytest.mark.parametrize("name", [*VARIABLES.values(), "WANDB_TAGS"])
+    def test_a_value_that_a_config_cannot_hold_is_refused_with_its_variable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv(name, "a ${b")
+        with pytest.raises(UserError, match=rf"^{name} = 'a \${{b' cannot be used: in a config"):
+            run_in(tmp_path)
+        monkeypatch.setenv(name, "a\nb")
+        if name == "WANDB_NOTES":
+            assert load(run_in(tmp_path).config.read_text()).tracking.notes == "a\nb"
+        else:
+            with pytest.raises(UserError, match=rf"^{name} = 'a\\nb' cannot be used"):
+                run_in(tmp_path)
+
     def test_a_secret_in_a_variable_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -139,13 +139,13 @@ def _explain_choice(path: str, options: Sequence[str]) -> str:
     is_model = name != path and name != "" and ("/" in name or Path(name).is_dir())
     if is_model:  # the name of a model, not of an option
         group, choice, nearest = "model", name, f"hf model.name={name}"
-    hint = "; options of your own need --config-dir FOLDER" if nearest is None else ""
+    hint = "; options of your own are files in --config-dir FOLDER" if nearest is None else ""
     return str(ConfigError(group, choice, f"one of {listed(options, 40)}{hint}", nearest))
 
 
 def _explain_hydra_key(key: str) -> str:
     names = [f"hydra.{field.name}" for field in dataclasses.fields(HydraConf)]
-    near = nearest_name(".".join(key.split(".")[:2]), names)
+    near = nearest_name(".".join(key.split(".")[:2]), names, similarity=0.8)
     return with_nearest(f"Hydra has no key {key}", f"  its keys: {listed(names, 40)}", nearest=near)
 
 
@@ -159,9 +159,14 @@ def _explain_interpolation(key: str, text: str) -> str:
 
 def _explain_type(key: str, text: str) -> str:
     if key not in keys() and key.startswith("hydra"):
+        if "is not a subclass of" in text:
+            return f"{key} is a section: set one of its keys, {key}.KEY=value"
         return f"{key}: {text.splitlines()[0]}"
-    match = re.search(r"[Vv]alue '(.*?)'", text)
-    got = match[1] if match else None  # null in place of a value
+    if "is not a ListConfig" in text:
+        return f"{key} takes a list\n  allowed: values in brackets with commas between them: {key}=[A,B]"
+    value = r"[Vv]alue '(.*?)'(?: of type| is not| could not|, expected|$)|to string: '(.*)'"
+    match = re.search(value, text.splitlines()[0])
+    got = (match[1] or match[2] or "") if match else None  # null in place of a value
     kind = keys().get(re.sub(r"\[\d+\]$", "", key))
     optional = " or null" if "None" in str(kind) else ""
     for part in _parts(kind):

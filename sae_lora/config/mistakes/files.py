@@ -237,7 +237,7 @@ class ChosenFiles:
             raise _FaultError(_no_group(within, self._groups), entry.line)
         if self._find(entry.group, entry.option) is None:
             options = self._groups.get(entry.group, ())
-            near = nearest_name(entry.option, options)
+            near = "_self_" if "self" in entry.option else nearest_name(entry.option, options)
             allowed = f"  allowed: {listed(options, 40)}"
             cause = with_nearest(f"{entry.group} has no option {entry.option}", allowed, nearest=near)
             raise _FaultError(cause, entry.line)
@@ -259,7 +259,7 @@ def _groups_in(homes: Sequence[Path]) -> Mapping[str, list[str]]:
     """Every config group with its options."""
     options: dict[str, list[str]] = {}
     for home in homes:
-        for path in sorted(home.rglob("*.yaml")):
+        for path in filter(Path.is_file, sorted(home.rglob("*.yaml"))):
             parts = path.relative_to(home).with_suffix("").parts
             for depth in range(1, len(parts)):
                 options.setdefault("/".join(parts[:depth]), []).append("/".join(parts[depth:]))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sae_lora.common.files import as_json, json_digest, write_atomically
+from sae_lora.common.errors import UserError
+from sae_lora.common.files import as_json, json_digest, text_of, write_atomically
 
 VERSION = 1
 """Version of the schema; fields are only ever added within a version."""
@@ -42,8 +43,16 @@ def path_in(sweep: Path) -> Path:
 
 
 def write(sweep: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs into the sweep's folder, over older ones."""
+    """Write pairs into the sweep's folder, over older ones.
+
+    Raises:
+        UserError: If a file has the name of the folder, or a folder that of the file.
+    """
     path = path_in(sweep)
+    if path.parent.is_file() or path.is_dir():
+        wrong = path if path.is_dir() else path.parent
+        kinds = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise UserError(f"{wrong} is a {kinds[0]}, and must be a {kinds[1]}: move it away")
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, as_json({"pairs": pairs, "version": VERSION, "digest": json_digest(pairs)}))
 
@@ -64,10 +73,12 @@ def _content(sweep: Path) -> list[Pair] | str:
     """The pairs of a sweep, or why the file cannot be used."""
     path = path_in(sweep)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(text_of(path))
         version, pairs = values["version"], values["pairs"]
     except FileNotFoundError:
         return []
+    except KeyError as error:
+        return f"{path} is damaged: it lacks {error}"
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"{path} is damaged: {' '.join(str(error).split())}"
     if version != VERSION:
