@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.common.lazy_imports import import_quickly
-from sae_lora.config import compose
 from sae_lora.report.sweep import Sweep
 
 
@@ -33,6 +32,5 @@ def launch(overrides: Sequence[str] = ()) -> Sweep:
     from sae_lora.launcher import launch as launcher
     from sae_lora.launcher.plan import plan
 
-    points = compose.points(["--multirun", *overrides], launcher.run_now)
-    launcher.launch(points)
+    _, points = launcher.launch_command(["--multirun", *overrides])
     return Sweep([run.folder for run in plan(points).runs])

@@ -17,13 +17,13 @@ import typer
 from typer.core import TyperCommand
 
 from sae_lora.common.console import complain, count, say, show
-from sae_lora.common.errors import UserError, causes, listed
+from sae_lora.common.errors import EXIT_STOPPED, UserError, causes, listed
 from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.common.signals import handling
 from sae_lora.comparisons import commands as comparisons
 from sae_lora.comparisons.commands import Sweep
-from sae_lora.config import compose, reference
+from sae_lora.config import reference
 from sae_lora.config.enums import Device, Suite
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.evaluation import suite_records
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         complain("stopped", str(stop) or _STOPPED)
-        return 130  # a shell's exit code for SIGINT
+        return EXIT_STOPPED
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -154,7 +154,8 @@ def _launch(
         return
     from sae_lora.launcher import launch as launcher
 
-    raise typer.Exit(launcher.launch(compose.points(words, launcher.run_now)))
+    code, _ = launcher.launch_command(words)
+    raise typer.Exit(code)
 
 
 @app.command("status", rich_help_panel=_RUN)

@@ -109,7 +109,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=Halving
 
 @pytest.mark.slow
 def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
-    """As in Optuna, the next point depends on the results of earlier points."""
+    """As in Optuna, the next point depends on the results of earlier points. A batch is a pack."""
     plugins = tmp_path / "plugins/hydra_plugins"
     plugins.mkdir(parents=True)
     (plugins / "halving.py").write_text(SWEEPER)
@@ -118,9 +118,20 @@ def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
     more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
     command = "-m", "hydra/sweeper=halving", *SMALL, *more, *paths
     with session(**variables) as commands:
+        planned = commands.launch(*command, "launcher.dry_run=true")
         swept = commands.launch(*command)
+        again = commands.launch(*command)
+    assert planned.returncode == 0 and "2 runs: 2 new" in planned.stdout
     assert swept.returncode == 0, swept.stderr
     runs = [RunFolder(path.parent) for path in tmp_path.glob("outputs/main/*/summary.json")]
-    gaps = {run.read_config()["train"]["lr"]: run.read_summary()["ce_gap"] for run in runs}
+    summaries = {run.read_config()["train"]["lr"]: run.read_summary() for run in runs}
+    gaps = {rate: summary["ce_gap"] for rate, summary in summaries.items()}
     better = min(1e-4, 2e-3, key=gaps.__getitem__)
-    assert f"best of two {better} then {0.75 * better} [{gaps[0.75 * better]}]" in swept.stdout
+    last = 0.75 * better
+    assert f"best of two {better} then {last} [{gaps[last]}]" in swept.stdout
+    together = {rate: summary["trained_together"] for rate, summary in summaries.items()}
+    assert together == {1e-4: 2, 2e-3: 2, last: 1}
+    best = min(gaps, key=gaps.__getitem__)
+    assert "3 trials by gap after" in swept.stdout and f"train.lr={best}" in swept.stdout
+    assert again.returncode == 0 and again.stdout.count("already done, skipped") == 2
+    assert f"best of two {better} then {last} [{gaps[last]}]" in again.stdout

@@ -106,7 +106,7 @@ def test_config_groups_of_the_user(tmp_path: Path) -> None:
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      train.seed: 1,2\n"
     )
     arguments = [f"--config-dir={tmp_path}", "experiment=mine"]
-    composed = points(arguments, run_now=pytest.fail)
+    composed = points(arguments)
     assert [(point.lora.rank, point.train.seed, point.sweep) for point in composed] == [
         (3, 1, "mine"),
         (3, 2, "mine"),

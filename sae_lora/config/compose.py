@@ -1,9 +1,10 @@
 """Composition of configs through Hydra."""
 
+import copy
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -17,11 +18,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.mistakes.explain import mistakes_explained
+from sae_lora.config.batches import register
+from sae_lora.config.mistakes.explain import (
+    TRACEBACK_VARIABLE,
+    mistakes_explained,
+    traceback_variable,
+)
 from sae_lora.config.mistakes.files import RENAMED_GROUPS, ChosenFiles
 from sae_lora.config.mistakes.words import asks_for_help, check_words, given
 from sae_lora.config.schema import Config, TrackingConfig
@@ -105,54 +111,111 @@ def default() -> Config:
         return typed(compose("config"))
 
 
-def points(arguments: Sequence[str], run_now: Callable[[Config], float]) -> list[Config]:
-    """The points of a command line, as Hydra and its sweeper compose them.
+class _LaunchEndedError(Exception):
+    """Carries an error of a launch past the explanations of mistakes, or the end of a sweep (`None`)."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+def dispatch(
+    arguments: Sequence[str], launch: Callable[[list[Config], bool], Sequence[Any] | None]
+) -> None:
+    """Compose the points of a command line, and launch each batch of its sweeper as a whole.
 
     Args:
         arguments: Overrides and options of Hydra: `["-m", "lora.rank=1,4"]`.
-        run_now: Runs a point and returns its objective, which is minimised. Launchers and sweepers other
-            than Hydra's basic ones call it, because they may need a result before the next point. The
-            returned list is then empty.
+        launch: Launches the points of a batch and returns the result of each: its objective, or the
+            error of its run; or `None` to end the sweep. It is also told whether the sweeper is an
+            adaptive one, which needs the objectives for the next batch.
 
     Raises:
-        UserError: For an impossible point.
+        UserError: For an impossible point, before anything of its batch runs.
     """
-    composed: list[DictConfig] = []
-    dispatched: list[float] = []
+    number = 0
+    alone: list[DictConfig] = []
     unused: list[str] = []
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def collect(point: DictConfig) -> float | None:
-        if _is_dispatched_by_hydra():
-            dispatched.append(run_now(checked(point)))
-            return dispatched[-1]
-        unused.extend(_unused_params())
-        composed.append(point)
-        return None
+    def batch(points: Iterable[DictConfig], is_adaptive: bool) -> Sequence[Any]:
+        nonlocal number
+        configs = [checked(_without_hydra(point)) for point in points]
+        number += len(configs)
+        try:
+            with traceback_variable(before):
+                results = launch(configs, is_adaptive)
+        except BaseException as error:  # of a run, not of the command line
+            raise _LaunchEndedError(error) from error
+        if results is None:
+            raise _LaunchEndedError(None)
+        return results
 
+    def single(point: DictConfig) -> None:
+        # Launched when Hydra has ended: of an error in here, Hydra would print lines of its own.
+        alone.append(point)
+        unused.extend(_unused_params())
+
+    single.batch = batch  # pyright: ignore[reportFunctionMemberAccess]
     words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
+    words = _with_seed(words)
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
     options = given(words)
     files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
+    register()
+    before = os.environ.get(TRACEBACK_VARIABLE)
     original_argv = sys.argv
     # hydra.main reads its arguments only from sys.argv.
     sys.argv = [original_argv[0], *words]
     try:
         with mistakes_explained(files, (ValueError, OSError, RecursionError)):
-            collect()
-        if unused:
-            raise UserError(
-                f"the chosen files have a sweep over {', '.join(unused)}, and this command is of one "
-                "run\n  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
-            )
-        with mistakes_explained(files):
-            configs = [checked(point) for point in composed]
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(single)()
+            if unused:
+                raise UserError(
+                    f"the chosen files have a sweep over {', '.join(unused)}, and this command is of "
+                    "one run\n  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
+                )
+            if alone:
+                batch(alone, False)
+    except _LaunchEndedError as end:
+        if end.error is not None:
+            raise end.error from None
     finally:
         sys.argv = original_argv
-    if options.multirun and not (configs or dispatched or asks_for_help(options)):
+    if options.multirun and not (number or asks_for_help(options)):
         empty = ", ".join(word for word in words if "(" in word) or " ".join(words)
         raise UserError(f"this sweep has no points: {empty} stands for no value")
-    return configs
+
+
+def points(arguments: Sequence[str]) -> list[Config]:
+    """The points of a command line, without a launch.
+
+    Raises:
+        UserError: For an impossible point, and for an adaptive sweeper, which needs results.
+    """
+    composed: list[Config] = []
+
+    def collect(batch: list[Config], is_adaptive: bool) -> Sequence[None]:
+        if is_adaptive:
+            raise UserError("the points of an adaptive sweeper follow from the results of earlier ones")
+        composed.extend(batch)
+        return [None] * len(batch)
+
+    dispatch(arguments, collect)
+    return composed
+
+
+def _with_seed(words: Sequence[str]) -> list[str]:
+    """The words, with a seed for Optuna: then the same command proposes the same trials again."""
+    samples = "hydra/sweeper=optuna" in words and "hydra/sweeper/sampler=grid" not in words
+    has_seed = any(word.startswith("hydra.sweeper.sampler.seed=") for word in words)
+    return [*words, "hydra.sweeper.sampler.seed=0"] if samples and not has_seed else list(words)
+
+
+def _without_hydra(point: DictConfig) -> DictConfig:
+    """A copy of a composed point without Hydra's own config."""
+    plain = copy.copy(point)
+    with open_dict(plain):
+        plain.pop("hydra", None)
+    return plain
 
 
 def with_options_first(arguments: Sequence[str]) -> list[str]:
@@ -237,10 +300,3 @@ def _unused_params() -> list[str]:
     chosen = HydraConfig.get()
     params = getattr(chosen.sweeper, "params", None)
     return list(params or ()) if chosen.mode is not RunMode.MULTIRUN else []
-
-
-def _is_dispatched_by_hydra() -> bool:
-    """True if the user chose another launcher or sweeper than Hydra's basic ones."""
-    chosen = HydraConfig.get()
-    basic = "hydra._internal.core_plugins.basic_"
-    return not all(part._target_.startswith(basic) for part in (chosen.launcher, chosen.sweeper))

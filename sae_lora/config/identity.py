@@ -15,7 +15,10 @@ from sae_lora.config.serialize import as_dict
 from sae_lora.embedded import NAME as EMBEDDED_NAME
 
 _NOT_HASHED = {
-    "": ("launcher", "evaluation", "tracking", "sweep", "output_dir", "layer", "init", "init_at"),
+    "": (
+        *("launcher", "evaluation", "tracking", "objective", "sweep", "output_dir"),
+        *("layer", "init", "init_at"),
+    ),
     "model": ("middle_block", "fit_context", "commit", "attention"),
     "sae": ("width", "l0", "release", "id", "path", "sparse"),
     "data": ("cache_dir", "version"),
@@ -123,7 +126,7 @@ def _leave_out_path(values: dict[str, Any], name: str) -> None:
 _DIFFER_IN_PACK = {
     "": (
         *("sae", "layer", "lora", "launcher", "evaluation", "tracking"),
-        *("sweep", "output_dir", "init", "init_at"),
+        *("objective", "sweep", "output_dir", "init", "init_at"),
     ),
     "method": ("rank", "mse", "lora_lr", "epsilon", "dead_after_tokens", "checkpoints"),
     "model": ("middle_block", "fit_context"),

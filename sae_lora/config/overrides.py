@@ -14,6 +14,7 @@ _EXECUTION_KEYS = {
     "launcher",
     "evaluation",
     "tracking",
+    "objective",
     "output_dir",
     "data.cache_dir",
     "train.device",

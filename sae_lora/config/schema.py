@@ -423,6 +423,9 @@ class Config:
     which stands for the run of the same command with this method and the same model, layer and seed."""
     init_at: float = 1.0
     """Use the SAE of `init` after this share of its training: 1, or one of `method.checkpoints`."""
+    objective: Any = "ce_gap"
+    """The measure that an adaptive sweeper gets of each run, or a list of them: ce_gap, kl, student_ce
+    and fvu are to be minimised, gap_closed and top1_agreement to be maximised."""
     sweep: str = "main"
     """Name of the sweep: the folder under `output_dir` that holds its runs."""
     output_dir: str = "outputs"

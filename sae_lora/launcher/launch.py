@@ -6,24 +6,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from sae_lora.common.console import complain, count, say, show
-from sae_lora.common.errors import EXIT_INTERRUPTED, ConfigError, UserError
+from sae_lora.common.errors import EXIT_STOPPED, ConfigError, UserError
 from sae_lora.common.files import check_can_be_made, check_writable
 from sae_lora.common.locks import HeldError, held
+from sae_lora.config.compose import dispatch
 from sae_lora.config.enums import LauncherKind, TrackingMode
 from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, LauncherConfig
 from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
 from sae_lora.launcher.expected_time import expected_time, run_timed
+from sae_lora.launcher.objective import check_objective, objective_of, show_best
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import launching, submit, wait_for, wait_for_others
 from sae_lora.records import slurm
-from sae_lora.records.damage import damage
 from sae_lora.records.factors import differences, values_of
 from sae_lora.records.status import RunStatus, State, counts, is_done, read_statuses
 from sae_lora.report.results import comparison_table
@@ -39,6 +41,38 @@ _OF_COMMAND = {"launcher.dry_run", "launcher.retry_failed", "launcher.wait", "tr
 """Keys that say what a command does with runs, or what it calls them."""
 
 
+def launch_command(arguments: Sequence[str]) -> tuple[int, list[Config]]:
+    """Launch what a command line asks for; return the exit code and all points.
+
+    Args:
+        arguments: Overrides and options of Hydra: `["-m", "lora.rank=1,4"]`.
+
+    Raises:
+        UserError: If a point cannot work, before anything of its batch runs.
+    """
+    every: list[Config] = []
+    trials: list[Config] = []
+    codes = [0]
+
+    def launch_batch(points: list[Config], is_adaptive: bool) -> Sequence[Any] | None:
+        every.extend(points)
+        if not is_adaptive:
+            codes.append(launch(points))
+            return [None] * len(points)
+        trials.extend(points)
+        code, objectives = launch_trials(points)
+        codes.append(code)
+        return objectives or None  # of a dry run, and after a stop: the end of the sweep
+
+    try:
+        dispatch(arguments, launch_batch)
+    except UserError:  # such as a failed trial, which ends the sweep
+        show_best(trials)
+        raise
+    show_best(trials)
+    return max(codes), every
+
+
 def launch(points: Sequence[Config]) -> int:
     """Plan the points, run or submit those that are not done, and print a table.
 
@@ -48,9 +82,9 @@ def launch(points: Sequence[Config]) -> int:
     Raises:
         UserError: If a point cannot work, before anything runs.
     """
-    if not points:  # Hydra was asked for help, or to show a config
-        return 0
     settings = _common_settings(points)
+    for point in points:
+        check_objective(point)
     if settings.kind is LauncherKind.slurm:
         try:
             slurm.check_partition(settings.partition)
@@ -75,6 +109,22 @@ def launch(points: Sequence[Config]) -> int:
         waiting = count(len(planned.waiting), "point")
         say(f"{waiting} not submitted yet: repeat the command when these runs are done")
     return code
+
+
+def launch_trials(points: Sequence[Config]) -> tuple[int, list[Any]]:
+    """Launch a batch of an adaptive sweeper, as `launch`, and wait for it.
+
+    Returns:
+        The exit code, and the objective of each point, or why its run has none; of a dry run, and after
+        a stop, only the code.
+
+    Raises:
+        UserError: As `launch`.
+    """
+    points = [replace(point, launcher=replace(point.launcher, wait=True)) for point in points]
+    code = launch(points)
+    is_over = points[0].launcher.dry_run or code == EXIT_STOPPED
+    return code, [] if is_over else [objective_of(point) for point in points]
 
 
 def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:
@@ -112,7 +162,7 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
             wait_for([run.folder for run in planned.runs])
         except KeyboardInterrupt:
             say("the jobs continue without this command")
-            return 130
+            return EXIT_STOPPED
     _print_results(planned)
     return 0 if all(is_done(run.folder) for run in planned.runs) else 1
 
@@ -343,34 +393,6 @@ def _locked(sweeps: Sequence[Path]) -> Iterator[None]:
                     has_printed = True
                     time.sleep(_POLL_S)
         yield
-
-
-def run_now(point: Config) -> float:
-    """Run one point in this process, for Hydra's own launchers and adaptive sweepers.
-
-    Returns:
-        The objective to minimise: the remaining CE gap, in nats per token.
-
-    Raises:
-        UserError: If the point cannot work, or its run fails.
-        KeyboardInterrupt: When asked to stop, after a checkpoint is saved.
-    """
-    from sae_lora.run.evaluate import evaluate_pending
-    from sae_lora.run.execute import attempt
-
-    (run,) = plan([point]).runs
-    if (cause := damage(run.folder)) is not None:
-        raise UserError(f"damaged: {run.folder.path}: {cause}")
-    if not run.folder.is_finished:
-        with held(run.folder.path):
-            if not run.folder.is_finished:  # another process may have finished it meanwhile
-                run.freeze()
-        if attempt([run.folder]) == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt
-        if not run.folder.is_finished:
-            raise UserError(run.folder.failure_message or f"{run.name} did not finish")
-        evaluate_pending([run.folder])
-    return run.folder.read_summary()["ce_gap"]
 
 
 def _print_results(planned: Plan) -> None:

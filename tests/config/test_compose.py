@@ -4,29 +4,60 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import sae_lora
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.compose import points, with_quoted_text
+from sae_lora.config.compose import dispatch, points, with_quoted_text
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
+from sae_lora.config.schema import Config
 
 PACKAGE = Path(sae_lora.__file__).parent
 
 
 def test_options_may_follow_overrides() -> None:
-    composed = points(["lora.rank=3", "-m", "train.seed=1,2"], run_now=pytest.fail)
+    composed = points(["lora.rank=3", "-m", "train.seed=1,2"])
     assert [(point.lora.rank, point.train.seed) for point in composed] == [(3, 1), (3, 2)]
 
 
 def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
     arguments = list(sys.argv)
-    points(["lora.rank=3"], run_now=pytest.fail)
+    points(["lora.rank=3"])
     with pytest.raises(UserError):
-        points(["lora.rnk=3"], run_now=pytest.fail)
+        points(["lora.rnk=3"])
     assert sys.argv == arguments and TRACEBACK_VARIABLE not in os.environ
+
+
+def test_the_points_of_a_sweep_are_launched_together() -> None:
+    batches: list[tuple[list[int], bool]] = []
+
+    def launch(batch: list[Config], is_adaptive: bool) -> list[None]:
+        batches.append(([point.lora.rank for point in batch], is_adaptive))
+        return [None] * len(batch)
+
+    dispatch(["-m", "lora.rank=1,2,4"], launch)
+    dispatch(["lora.rank=8"], launch)
+    assert batches == [([1, 2, 4], False), ([8], False)]
+
+
+@pytest.mark.parametrize("words", [["lora.rank=1"], ["-m", "lora.rank=1,2"]])
+@pytest.mark.parametrize("error", [OSError("disk"), ValueError("a bug"), KeyboardInterrupt("stop")])
+def test_an_error_of_a_launch_is_not_a_mistake_of_the_user(
+    words: list[str], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "0")
+    seen = []
+
+    def launch(_batch: list[Config], _is_adaptive: bool) -> NoReturn:
+        seen.append(os.environ[TRACEBACK_VARIABLE])
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        dispatch(words, launch)
+    assert raised.value is error and seen == ["0"] == [os.environ[TRACEBACK_VARIABLE]]
 
 
 @pytest.fixture
@@ -72,8 +103,7 @@ def test_paths_need_no_quotes_for_hydra(argument: str, quoted: str) -> None:
 def test_points_with_paths_of_special_characters() -> None:
     paths = "sae.path=a/{block}.x,b c/{block}=1"
     composed = points(
-        ["-m", "sae=disk", paths, "data=text_files", "data.files=a,b=[1].txt", "data.name=ä/日"],
-        run_now=pytest.fail,
+        ["-m", "sae=disk", paths, "data=text_files", "data.files=a,b=[1].txt", "data.name=ä/日"]
     )
     assert {point.data.name for point in composed} == {"ä/日"}
     assert [point.sae.path for point in composed] == ["a/{block}.x", "b c/{block}=1"]
@@ -84,7 +114,7 @@ def test_points_with_paths_of_special_characters() -> None:
 @pytest.mark.case("B17")
 def test_a_file_that_looks_like_an_interpolation() -> None:
     with pytest.raises(ConfigError, match="rename the file or folder") as refusal:
-        points(["data=text_files", "data.files=${x}.txt"], run_now=pytest.fail)
+        points(["data=text_files", "data.files=${x}.txt"])
     assert refusal.value.field == "data.files"
 
 
@@ -92,7 +122,7 @@ def test_a_file_that_looks_like_an_interpolation() -> None:
 def test_a_value_that_needs_quotes_is_shown_with_them(argument: str) -> None:
     key, _, value = argument.partition("=")
     with pytest.raises(UserError) as refusal:
-        points([argument], run_now=pytest.fail)
+        points([argument])
     assert f"""'{key}="{value}"'""" in str(refusal.value)
 
 
@@ -100,15 +130,15 @@ def test_a_value_that_needs_quotes_is_shown_with_them(argument: str) -> None:
 @pytest.mark.case("C7")
 def test_the_name_of_a_model_is_not_an_option_of_the_group(name: str) -> None:
     with pytest.raises(UserError, match="model = ") as refusal:
-        points([f"model={name}"], run_now=pytest.fail)
+        points([f"model={name}"])
     assert str(refusal.value).endswith(f"nearest valid: model=hf model.name={name}")
-    (point,) = points(["model=hf", f"model.name={name}"], run_now=pytest.fail)
+    (point,) = points(["model=hf", f"model.name={name}"])
     assert point.model.name == name
 
 
 def test_an_option_that_needs_a_value_says_so() -> None:
     with pytest.raises(UserError, match=r"model\.name has no value: add model\.name=<value>"):
-        points(["model=hf"], run_now=pytest.fail)
+        points(["model=hf"])
 
 
 def test_an_installed_package_has_its_own_conf(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 
 def refusal(folder: Path, *words: str) -> str:
     with pytest.raises(UserError) as error:
-        points(["--config-dir", str(folder), *words], run_now=pytest.fail)
+        points(["--config-dir", str(folder), *words])
     return str(error.value)
 
 
@@ -81,7 +81,7 @@ def test_a_faulty_file_is_named_with_its_line(fault: str, through: str, tmp_path
     chosen = "mine" if through == "chosen" else "other"
     message = refusal(tmp_path, f"experiment={chosen}")
     assert message.startswith(str(file)) and cause in message
-    assert len(points(["--config-dir", str(tmp_path), "lora.rank=2"], run_now=pytest.fail)) == 1
+    assert len(points(["--config-dir", str(tmp_path), "lora.rank=2"])) == 1
 
 
 @pytest.mark.parametrize("content", ["lora:\n  rank: 4\n", ""])
@@ -114,7 +114,7 @@ def test_a_file_with_the_name_of_a_shipped_one(tmp_path: Path) -> None:
     file = written(tmp_path, "lora/paper", "rank: 4\n")
     assert refusal(tmp_path, "lora=paper").startswith(f"{file}: sae_lora has an option of this name")
     file.write_bytes((CONF / "lora/paper.yaml").read_bytes())
-    assert points(["--config-dir", str(tmp_path), "lora=paper"], run_now=pytest.fail)
+    assert points(["--config-dir", str(tmp_path), "lora=paper"])
 
 
 def test_a_value_of_the_command_line_has_no_line(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_value_that_a_file_leaves_to_the_user_may_be_given_elsewhere(tmp_path:
     child = "defaults:\n  - mine\n  - _self_\nlora:\n  rank: 4\n"
     written(tmp_path, "experiment/other", HEADER + child)
     for words in (["experiment=mine", "lora.rank=4"], ["experiment=other"]):
-        (point,) = points(["--config-dir", str(tmp_path), *words], run_now=pytest.fail)
+        (point,) = points(["--config-dir", str(tmp_path), *words])
         assert point.lora.rank == 4
 
 
@@ -167,12 +167,12 @@ def test_the_values_of_a_sweep_in_a_command_of_one_run(
 )
 def test_words_with_advice(words: str, advice: str) -> None:
     with pytest.raises(UserError) as error:
-        points(words.split(), run_now=pytest.fail)
+        points(words.split())
     assert advice in str(error.value)
 
 
 def test_a_key_that_is_given_twice_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    (point,) = points(["lora.rank=4", "lora.rank=8"], run_now=pytest.fail)
+    (point,) = points(["lora.rank=4", "lora.rank=8"])
     assert point.lora.rank == 8
     assert "lora.rank is given 2 times; lora.rank=8 is used" in capsys.readouterr().err
 
@@ -180,7 +180,7 @@ def test_a_key_that_is_given_twice_is_noted(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("text", ["true", "12e4", "nan", "1", "a,12e4"])
 def test_a_text_that_looks_like_a_number_stays_as_it_is(text: str) -> None:
     """`12e4` is the beginning of a commit's hash, and a number to Hydra."""
-    composed = points(["-m", f"model.revision={text}"], run_now=pytest.fail)
+    composed = points(["-m", f"model.revision={text}"])
     assert [point.model.revision for point in composed] == text.split(",")
     quoted = with_quoted_text(f"model.revision={text}")
     assert with_quoted_text(quoted) == quoted

@@ -12,11 +12,10 @@ from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD
 from sae_lora.common.locks import held
 from sae_lora.config.schema import ModelConfig
 from sae_lora.config.serialize import load
-from sae_lora.launcher.launch import run_now
 from sae_lora.launcher.plan import plan
 from sae_lora.models.loading import load_model
 from sae_lora.run import execute
-from tests.support.points import Point, folders_in, run_here
+from tests.support.points import Point, run_here
 
 
 def test_a_run_writes_curve_and_summary(point: Point) -> None:
@@ -86,15 +85,6 @@ def test_a_run_that_another_process_holds_is_skipped(
     assert "being run by another process" in capsys.readouterr().err
     assert not planned.folder.failure.exists()
     assert not planned.folder.curve.exists()
-
-
-def test_run_now_returns_the_objective_for_sweepers(point: Point, tmp_path: Path) -> None:
-    gap = run_now(point())
-    (folder,) = folders_in(tmp_path)
-    assert gap == folder.read_summary()["ce_gap"]
-    written = folder.summary.stat().st_mtime_ns
-    assert run_now(point()) == gap
-    assert folder.summary.stat().st_mtime_ns == written
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

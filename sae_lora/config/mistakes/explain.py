@@ -27,11 +27,6 @@ _PLUGINS = {
         "ax": "hydra-ax-sweeper",
         "nevergrad": "hydra-nevergrad-sweeper",
     },
-    "hydra/launcher": {
-        "joblib": "hydra-joblib-launcher",
-        "ray": "hydra-ray-launcher",
-        "rq": "hydra-rq-launcher",
-    },
 }
 """Packages of Hydra's plug-ins, by group and option."""
 
@@ -49,10 +44,9 @@ def mistakes_explained(
     Raises:
         UserError: Replaces these errors.
     """
-    previous = os.environ.get(TRACEBACK_VARIABLE)
-    os.environ[TRACEBACK_VARIABLE] = "1"  # otherwise Hydra prints errors itself and exits
     try:
-        yield
+        with traceback_variable("1"):  # otherwise Hydra prints errors itself and exits
+            yield
     except ConfigError as error:
         error.args = (_placed(str(error), error.field, files),)
         raise
@@ -61,8 +55,18 @@ def mistakes_explained(
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, *others) as error:
         key = next(filter(None, (getattr(cause, "full_key", None) for cause in causes(error))), None)
         raise UserError(_placed(explanation(error), key, files)) from error
+
+
+@contextmanager
+def traceback_variable(value: str | None) -> Iterator[None]:
+    """Give Hydra's variable this value inside the block; `None`: no value."""
+    previous = os.environ.pop(TRACEBACK_VARIABLE, None)
+    if value is not None:
+        os.environ[TRACEBACK_VARIABLE] = value
+    try:
+        yield
     finally:
-        del os.environ[TRACEBACK_VARIABLE]
+        os.environ.pop(TRACEBACK_VARIABLE, None)
         if previous is not None:
             os.environ[TRACEBACK_VARIABLE] = previous
 
@@ -130,9 +134,6 @@ def _explain_choice(path: str, options: Sequence[str]) -> str:
     group, _, choice = path.rpartition("/")
     if package := _PLUGINS.get(group, {}).get(choice):
         allowed = f"one of {listed(options)}; or {choice}, after `pip install {package}`"
-        return str(ConfigError(group, choice, allowed))
-    if group == "hydra/launcher" and choice.startswith("submitit"):
-        allowed = f"one of {listed(options)}; launcher=slurm submits jobs through submitit"
         return str(ConfigError(group, choice, allowed))
     nearest = nearest_name(choice, options) if choice else None
     name = path.removeprefix("model/")

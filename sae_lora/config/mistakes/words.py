@@ -41,6 +41,11 @@ def check_words(words: Sequence[str], groups: Mapping[str, Sequence[str]], defau
     for word in overrides:
         key, equals, value = word.partition("=")
         name = key.lstrip("+~")
+        if name == "hydra/launcher":
+            raise UserError(
+                f"{word} has no use here: sae_lora plans and packs the points of every sweeper itself; "
+                "launcher=slurm submits them, launcher.max_parallel sets how many run at a time"
+            )
         if "@" in name:
             raise UserError(f"{word}: a group is chosen by its name: {name.split('@')[0]}={value}")
         if key.startswith(("+", "~")) and name in groups:
