@@ -3,14 +3,19 @@
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sae_lora.records.folder import RunFolder
-from tests.support.commands import launch, launch_in_this_process, session
+from tests.support.commands import REPOSITORY, launch, launch_in_this_process, session
+from tests.support.halving import with_sweeper
 from tests.support.points import SMALL
 from tests.support.refusals import WRONG, fault_of, prepare
+from tests.support.submission import until
 
 
 @pytest.mark.slow
@@ -71,53 +76,18 @@ def test_a_sweep_from_the_terminal(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["main"]
 
 
-SWEEPER = """
-from dataclasses import dataclass
-from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-
-
-class Halving(Sweeper):
-    '''Tries two learning rates, and then the mean of the better one and its half.'''
-
-    def setup(self, *, hydra_context, task_function, config):
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments):
-        def gaps(rates, first):
-            points = [[*arguments, f"train.lr={rate}"] for rate in rates]
-            jobs = self.launcher.launch(points, initial_job_idx=first)
-            return [job.return_value for job in jobs]
-
-        rates = [1e-4, 2e-3]
-        results = gaps(rates, 0)
-        best = rates[results.index(min(results))]
-        print("best of two", best, "then", 0.75 * best, gaps([0.75 * best], 2))
-
-
-@dataclass
-class HalvingConf:
-    _target_: str = "hydra_plugins.halving.Halving"
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=HalvingConf, provider="test")
-"""
+def halving(home: Path) -> list[str]:
+    """A sweep of three trials in two batches, with outputs in this folder."""
+    paths = [f"output_dir={home}/outputs", f"data.cache_dir={home}/cache"]
+    more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
+    return ["-m", "hydra/sweeper=halving", *SMALL, *more, *paths]
 
 
 @pytest.mark.slow
 def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
     """As in Optuna, the next point depends on the results of earlier points. A batch is a pack."""
-    plugins = tmp_path / "plugins/hydra_plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "halving.py").write_text(SWEEPER)
-    paths = [f"output_dir={tmp_path}/outputs", f"data.cache_dir={tmp_path}/cache"]
-    variables = {"PYTHONPATH": f"{plugins.parent}:{os.environ.get('PYTHONPATH', '')}"}
-    more = ["train.train_tokens=8192", "train.eval_every_tokens=8192"]
-    command = "-m", "hydra/sweeper=halving", *SMALL, *more, *paths
-    with session(**variables) as commands:
+    command = halving(tmp_path)
+    with session(**with_sweeper(tmp_path / "plugins")) as commands:
         planned = commands.launch(*command, "launcher.dry_run=true")
         swept = commands.launch(*command)
         again = commands.launch(*command)
@@ -135,3 +105,28 @@ def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
     assert "3 trials by gap after" in swept.stdout and f"train.lr={best}" in swept.stdout
     assert again.returncode == 0 and again.stdout.count("already done, skipped") == 2
     assert f"best of two {better} then {last} [{gaps[last]}]" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(tmp_path: Path) -> None:
+    command, variables = halving(tmp_path), with_sweeper(tmp_path / "plugins")
+
+    def summaries() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/main/*/summary.json")}
+
+    process = subprocess.Popen(
+        [sys.executable, "launch.py", *command],
+        cwd=REPOSITORY,
+        env=os.environ | variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        until(lambda: len(summaries()) == 2, "the first batch")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    first = summaries()
+    with session(**variables) as commands:
+        again = commands.launch(*command)
+    assert again.returncode == 0 and "2 of 2 already done, skipped" in again.stdout
+    assert len(summaries()) == 3 and first.items() <= summaries().items()

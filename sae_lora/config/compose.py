@@ -134,6 +134,7 @@ def dispatch(
     """
     number = 0
     alone: list[DictConfig] = []
+    ended: BaseException | None = None
     unused: list[str] = []
 
     def batch(points: Iterable[DictConfig], is_adaptive: bool) -> Sequence[Any]:
@@ -144,7 +145,7 @@ def dispatch(
             with traceback_variable(before):
                 results = launch(configs, is_adaptive)
         except BaseException as error:  # of a run, not of the command line
-            raise _LaunchEndedError(error) from error
+            raise _LaunchEndedError(error) from None
         if results is None:
             raise _LaunchEndedError(None)
         return results
@@ -176,10 +177,11 @@ def dispatch(
             if alone:
                 batch(alone, False)
     except _LaunchEndedError as end:
-        if end.error is not None:
-            raise end.error from None
+        ended = end.error
     finally:
         sys.argv = original_argv
+    if ended is not None:  # raised here, where it does not become the context of its own context
+        raise ended
     if options.multirun and not (number or asks_for_help(options)):
         empty = ", ".join(word for word in words if "(" in word) or " ".join(words)
         raise UserError(f"this sweep has no points: {empty} stands for no value")

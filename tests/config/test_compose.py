@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 
 import sae_lora
-from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError, causes
 from sae_lora.config.compose import dispatch, points, with_quoted_text
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.config.schema import Config
@@ -58,6 +58,7 @@ def test_an_error_of_a_launch_is_not_a_mistake_of_the_user(
     with pytest.raises(type(error)) as raised:
         dispatch(words, launch)
     assert raised.value is error and seen == ["0"] == [os.environ[TRACEBACK_VARIABLE]]
+    assert list(causes(error)) == [error]  # no circle
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from sae_lora.records.status import State, read_statuses
 from tests.support.attempts import results
 from tests.support.cluster import Cluster
 from tests.support.commands import REPOSITORY
+from tests.support.halving import with_sweeper
 from tests.support.hub import COMMIT, serving
 from tests.support.points import SMALL, folders_in, points_in, run_here
 from tests.support.repositories import write_all
@@ -91,6 +92,22 @@ def test_points_with_init_are_submitted_when_their_sae_is_finished(
     assert [folder.read_summary()["spliced_ce"] for folder in at_the_end] == [
         pytest.approx(sae.read_summary()["student_ce"], abs=1e-6)
     ]
+
+
+def test_the_trials_of_an_adaptive_sweeper_are_jobs(cluster: Cluster, tmp_path: Path) -> None:
+    """A batch is a pack, and the next batch waits for its results."""
+    variables = with_sweeper(tmp_path / "plugins")
+    swept = submitted(tmp_path, "-m", "hydra/sweeper=halving", **variables)
+    assert swept.returncode == 0, swept.stderr
+    folders = folders_in(tmp_path)
+    assert all(folder.is_finished for folder in folders)
+    rates = {load(folder.config.read_text()).train.lr: folder.job for folder in folders}
+    first, second = rates.pop(1e-4), rates.pop(2e-3)
+    assert first == second and len(rates) == 1 and first not in rates.values()
+    assert "best of two" in swept.stdout and "3 trials by gap after" in swept.stdout
+    again = submitted(tmp_path, "-m", "hydra/sweeper=halving", **variables)
+    assert again.returncode == 0 and again.stdout.count("already done, skipped") == 2
+    assert not jobs(cluster)
 
 
 def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
