@@ -141,6 +141,8 @@ def dispatch(
         nonlocal number
         configs = [checked(_without_hydra(point)) for point in points]
         number += len(configs)
+        if not configs:  # refused below
+            return []
         try:
             with traceback_variable(before):
                 results = launch(configs, is_adaptive)

@@ -97,7 +97,7 @@ _SHARES = {
 }
 _SHORTEST_CONTEXT = 8
 _LARGEST = 10**15
-"""Largest number of anything; no text has as many tokens."""
+"""Largest whole number; no text has as many tokens."""
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -114,7 +114,7 @@ def _check_ranges(config: Config) -> None:
             raise refusal(config, key, "a number of 0 or more", 0)
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         value = attrgetter(key)(config)
-        if value is not None and value > _LARGEST:
+        if isinstance(value, int) and value > _LARGEST:
             raise refusal(config, key, f"at most {_LARGEST}", _LARGEST)
     for key, (low, high) in _SHARES.items():
         value = attrgetter(key)(config)
