@@ -21,6 +21,7 @@ from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.locks import held
 from sae_lora.config import compose
 from sae_lora.config.schema import LauncherConfig
+from sae_lora.launcher import expected_time
 from sae_lora.launcher import launch as launcher
 from sae_lora.launcher.plan import Pack, plan
 from sae_lora.records.status import State, read_statuses
@@ -230,7 +231,7 @@ def test_a_stop_while_suites_run_names_the_command_that_runs_them(
         summed_up(packs[0][0].folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "run_here", stopped)
+    monkeypatch.setattr(expected_time, "run_here", stopped)
     points = [point(f"lora.rank={rank}", "evaluation=core") for rank in ((1, 2) if others else (1,))]
     with pytest.raises(KeyboardInterrupt) as stop:
         launcher.launch(points)

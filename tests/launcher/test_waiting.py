@@ -11,8 +11,8 @@ import pytest
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.schema import Config, LauncherConfig
 from sae_lora.config.serialize import load
+from sae_lora.launcher import expected_time, prefetch
 from sae_lora.launcher import launch as launcher
-from sae_lora.launcher import prefetch
 from sae_lora.launcher.plan import Pack, Run, plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import layer_groups
@@ -137,7 +137,7 @@ def test_points_do_not_start_if_their_run_fails(
             started.append(run)
             run.folder.write_failure("out of memory", "…")
 
-    monkeypatch.setattr(launcher, "run_here", fail)
+    monkeypatch.setattr(expected_time, "run_here", fail)
     assert launcher.launch(sweep(point)) == 1
     assert [run.config.method.kind.name for run in started] == ["sae"]
     assert len(folders_in(tmp_path)) == 1
