@@ -1,7 +1,6 @@
 """The loaded model of a finished run gives the values that the run has measured."""
 
 import functools
-import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from sae_lora.records.schema import Progress
 from sae_lora.splice.hooks import Reading
 from tests.support.coders import write_topk_sae
 from tests.support.points import points_in, run_here
+from tests.support.sweeps import write_summary
 
 pytestmark = pytest.mark.slow  # many seconds in all
 
@@ -149,7 +149,7 @@ def test_unusable_runs_are_refused(runs: dict[str, RunFolder], tmp_path: Path) -
     shutil.copytree(run.path, copy.path)
     summary = copy.read_summary()
     summary["sae"][0]["sha256"] = "0"
-    copy.summary.write_text(json.dumps(summary))
+    write_summary(copy, summary)
     with pytest.raises(UserError, match=r"weights of the SAE at .* have changed since this run"):
         sae_lora.load_adapted(copy)
     copy.summary.unlink()
