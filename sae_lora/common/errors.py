@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 EXIT_FAILED, EXIT_HELD, EXIT_NOT_TOGETHER, EXIT_INTERRUPTED = 1, 73, 74, 75
-EXIT_STOPPED = 130
-"""The exit code of a command that was stopped, as a shell has it for SIGINT."""
 """Exit codes of a process that did not finish its runs: a run failed (its `failure.json` has the cause);
 another process holds a run; the runs cannot train together (too little memory, for example), but a
 part of them may; the runs were asked to stop and can resume from their checkpoints."""
+EXIT_STOPPED = 130
+"""The exit code of a command that was stopped, as a shell has it for SIGINT."""
 
 
 class UserError(Exception):

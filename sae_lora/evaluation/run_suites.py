@@ -70,7 +70,7 @@ def settings(folder: RunFolder, assignments: Sequence[str]) -> EvaluationConfig:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation of several runs has done."""
+    """The outcome of an evaluation of several runs."""
 
     suites: list[Suite]
     """The suites that apply to at least one of the runs."""

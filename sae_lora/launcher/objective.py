@@ -57,16 +57,17 @@ def show_best(points: Sequence[Config]) -> None:
 
     With several objectives, for each of them.
     """
-    folders = {folder.path: folder for folder in map(_folder, points) if is_done(folder)}
-    if not folders:
+    every = {folder.path: folder for folder in map(_folder, points)}
+    done = [folder for folder in every.values() if is_done(folder)]
+    if not done:
         return
     for name in as_list(points[0].objective):
-        table = results(list(folders.values()), sort=name, each_seed=True)
-        say(f"\n{count(len(folders), 'trial')} by {METRICS[name].name}")
+        table = results(done, sort=name, each_seed=True)
+        say(f"\n{count(len(done), 'trial')} by {METRICS[name].name}")
         show(as_table(table))
         best = table.rows[0].runs[0].folder
         say(f"best  {command(best.read_config())}")
-    if unfinished := len({_folder(point).path for point in points}) - len(folders):
+    if unfinished := len(every) - len(done):
         complain("not finished", count(unfinished, "trial"))
 
 

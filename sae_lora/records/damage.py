@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,21 @@ def damage_of_weights(folder: RunFolder, at: float = 1.0) -> str | None:
         at: Share of its training after which the weights are used.
     """
     saved: dict[str, str] = folder.read_summary().get("weights", {})
+    used = {
+        name: digest
+        for name, digest in saved.items()
+        if (name.startswith(f"sae_at/{at:g}/") if at < 1 else not name.startswith("sae_at/"))
+    }
+    return _difference(folder, used)
+
+
+def _difference(folder: RunFolder, saved: Mapping[str, str]) -> str | None:
+    """The first of these files that is not the one with this digest, in one line; `None` if all are."""
     for name, digest in saved.items():
-        is_used = name.startswith(f"sae_at/{at:g}/") if at < 1 else not name.startswith("sae_at/")
-        if is_used and not (folder.path / name).exists():
+        file = folder.path / name
+        if not file.is_file():
             return f"{name} is missing"
-        if is_used and sha256(folder.path / name) != digest:
+        if sha256(file) != digest:
             return f"{name} has changed since the run wrote it"
     return None
 
@@ -173,12 +183,8 @@ def _check_results(
     # Summaries of older versions have neither digest nor files.
     if {"digest", "files"} & set(summary) and summary.get("digest") != summary_digest(summary):
         raise DamagedError(folder.path, "summary.json has changed since the run wrote it")
-    present = files_of(folder)
-    for name, digest in summary.get("files", {}).items():
-        if name not in present:
-            raise DamagedError(folder.path, f"{name} is missing")
-        if present[name] != digest:
-            raise DamagedError(folder.path, f"{name} has changed since the run wrote it")
+    if (cause := _difference(folder, summary.get("files", {}))) is not None:
+        raise DamagedError(folder.path, cause)
 
 
 def _config(folder: RunFolder) -> tuple[dict[str, Any], str]:

@@ -378,8 +378,9 @@ def _columns(frame: Frame) -> list[TableColumn]:
     runs = frame.assign(run=frame["run"].map(hash_of))
     always = [*names, *factors(frame), "state", "run"]
     shown = list(_SHOWN)
+    widths = {name: _width(runs, name) for name in [*always, *shown]}
     for key in LEAST:
-        if key in shown and sum(_width(runs, name) for name in [*always, *shown]) > _ROOM:
+        if key in shown and sum(widths[name] for name in [*always, *shown]) > _ROOM:
             shown.remove(key)
             extra = [key, *extra]
     return [

@@ -372,7 +372,7 @@ def make_run(home: Path, model: LanguageModel, config: LoRAConfig, seed: int) ->
 
 
 def test_only_runs_with_results_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three runs, one trained no adapters, and the suite fails for another."""
+    """The suite does not apply to one of three runs, and fails for another."""
     sweep = MadeUp(tmp_path / "sweep")
     folders = [sweep.finished(rank=rank) for rank in (1, 4)]
     folders.append(sweep.told("finetuned", [curve_point(0)], {"method.kind": "sae_finetune"}))

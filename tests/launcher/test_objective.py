@@ -46,17 +46,17 @@ def test_an_objective_that_a_run_lacks_is_refused(
 
 
 def test_the_objective_is_that_of_the_finished_run(point: Point) -> None:
-    one, several = point(), point("objective=[kl,gap_closed]")
-    error = objective_of(one)
+    single, several = point(), point("objective=[kl,gap_closed]")
+    error = objective_of(single)
     assert isinstance(error, UserError) and "did not finish" in str(error)
-    (run,) = plan([one]).runs
+    (run,) = plan([single]).runs
     run.freeze()
     run.folder.write_failure("boom", "boom")
-    assert str(objective_of(one)) == "boom"
+    assert str(objective_of(single)) == "boom"
     run.folder.clear_failure()
-    finished(one)
+    finished(single)
     summary = run.folder.read_summary()
-    assert objective_of(one) == summary["ce_gap"]
+    assert objective_of(single) == summary["ce_gap"]
     assert objective_of(several) == [summary["kl"], summary["gap_closed"]]  # the same run
 
 
