@@ -242,7 +242,7 @@ def test_a_stop_while_suites_run_names_the_command_that_runs_them(
 def test_sigterm_while_a_launch_is_planned_is_a_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compose, "points", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(compose, "check", lambda _: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["launch"]) == 130
     assert "stopped: repeat the command to continue" in capsys.readouterr().err
