@@ -32,7 +32,7 @@ from sae_lora.records import slurm
 from sae_lora.records.damage import damage
 from sae_lora.records.factors import differences_of, ordered
 from sae_lora.records.folder import RunFolder, runs_of
-from sae_lora.records.status import ENDED_BADLY, counts, sound
+from sae_lora.records.status import ENDED_BADLY, State, counts, read_statuses, sound
 from sae_lora.report import results
 from sae_lora.report.tables import evaluation_tables
 
@@ -283,6 +283,9 @@ def _table(
     table = results.results(folders, columns=names, sort=sort, each_seed=each_seed)
     if as_format == "text":
         show(results.as_table(table))
+        states = [status.state for status in read_statuses(folders) if status.state is not State.done]
+        if states:
+            say(f"not in the table: {counts(states)}")
     else:
         say(results.FORMATS[as_format](table))
     raise typer.Exit(_lack_records(folders) or len(folders) < len(every))

@@ -21,9 +21,9 @@ class Isolation(Generic[Run]):
         self, runs: Iterable[Run], on_failure: Callable[[Run, Exception], None] | None = None
     ) -> None:
         self.runs = list(runs)
-        """All runs, also the failed ones."""
+        """All runs, also those that are no longer active."""
         self.active = self.runs.copy()
-        """The runs that have not failed."""
+        """The runs that have neither failed nor left."""
         self._on_failure = on_failure
 
     @contextmanager
@@ -45,8 +45,12 @@ class Isolation(Generic[Run]):
                 self.active.remove(run)
             self._on_failure(run, error)
 
+    def leave(self, run: Run) -> None:
+        """Let a run end before the others, without an error."""
+        self.active.remove(run)
+
     def each(self, action: Callable[[Run], object]) -> None:
-        """Apply the action to each run that has not failed."""
+        """Apply the action to each active run."""
         for run in self.active.copy():
             with self.only(run):
                 action(run)

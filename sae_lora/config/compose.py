@@ -23,6 +23,7 @@ from omegaconf import DictConfig, open_dict
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.batches import register
+from sae_lora.config.execution import TrackingConfig
 from sae_lora.config.mistakes.explain import (
     TRACEBACK_VARIABLE,
     mistakes_explained,
@@ -30,7 +31,7 @@ from sae_lora.config.mistakes.explain import (
 )
 from sae_lora.config.mistakes.files import RENAMED_GROUPS, ChosenFiles
 from sae_lora.config.mistakes.words import asks_for_help, check_words, given
-from sae_lora.config.schema import Config, TrackingConfig
+from sae_lora.config.schema import Config
 from sae_lora.config.serialize import keys, typed, written
 from sae_lora.config.validate import check
 from sae_lora.config.value_checks import ONE_LINE, has_control_characters

@@ -17,15 +17,13 @@ from sae_lora.config.enums import (
     Hook,
     Initialisation,
     KLComputation,
-    LauncherKind,
     Method,
     Reduction,
     SAEFamily,
     Schedule,
     TextSource,
-    TrackingMode,
 )
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig, LauncherConfig, TrackingConfig
 
 
 @dataclass
@@ -321,90 +319,6 @@ class TrainConfig:
 
 
 @dataclass
-class LauncherConfig:
-    """Execution of runs. Does not change results."""
-
-    kind: LauncherKind = LauncherKind.local
-    """Place of execution: local (this machine) or slurm (array jobs on a cluster)."""
-    pack: Any = "auto"
-    """Runs that train together in one process and share the frozen model's work: auto (as many as fit,
-    up to eight), off, or the largest number. Each run gives the same result as alone."""
-    gpu_mem_gb: float | None = None
-    """Memory of a GPU, in GB, which limits packs; null: this machine's GPU, or 40 on a cluster."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-    strict: bool = False
-    """Refuse a width or an L0 that does not exist instead of taking the nearest, and a point of a sweep
-    without an SAE instead of dropping it."""
-    retry_failed: bool = False
-    """Run failed runs again."""
-    timeout_min: int | None = None
-    """Time limit of a job, in minutes, after which it saves and is started again; null: none. slurm
-    needs one."""
-    signal_delay_s: int = 90
-    """Seconds before the time limit at which runs are asked to save."""
-    cpus_per_task: int | None = None
-    """CPU cores of a job; null: an equal share of this machine, or the cluster's default."""
-    max_parallel: int | None = None
-    """local: jobs at a time; null: one per GPU, or one without GPUs."""
-    partition: str | None = None
-    """slurm: the partition; null: the cluster's default."""
-    account: str | None = None
-    """slurm: the account to charge."""
-    qos: str | None = None
-    """slurm: quality of service."""
-    constraint: str | None = None
-    """slurm: features that a node must have."""
-    gpus_per_node: int = 1
-    """GPUs of a job on each node; 0 for none. Several GPUs share each batch."""
-    nodes: int = 1
-    """slurm: nodes of a job. Several nodes share each batch."""
-    processes_per_node: int | None = None
-    """Processes on each node that share each batch; null: one per GPU, or one."""
-    mem_gb: float | None = None
-    """slurm: main memory of a job, in GB; null: the partition's default."""
-    setup: list[str] = field(default_factory=list)
-    """slurm: shell commands at the beginning of a job, such as `module load cuda`."""
-    array_parallelism: int = 256
-    """slurm: largest number of jobs of an array that run at the same time."""
-    max_array_size: int = 1000
-    """slurm: largest number of jobs in one array. A larger sweep becomes several arrays."""
-    sbatch: Any = None
-    """slurm: further sbatch options, as `{option: value}`."""
-    wait: bool = False
-    """slurm: wait until the runs end, and show their progress."""
-
-    @property
-    def node_processes(self) -> int:
-        """Processes on each node that share the batches of a pack."""
-        return self.processes_per_node or self.gpus_per_node or 1
-
-
-@dataclass
-class TrackingConfig:
-    """Weights & Biases, or Trackio in its place. Does not change results."""
-
-    mode: TrackingMode = TrackingMode.auto
-    """auto (online if logged in and the server answers, else offline), online, offline, disabled, or
-    trackio (in place of W&B, on this machine only)."""
-    project: str | None = None
-    """W&B project; null: WANDB_PROJECT, or else sae_lora."""
-    entity: str | None = None
-    """W&B user or team; null: WANDB_ENTITY, or else the account's default."""
-    name: str | None = None
-    """Name of the run in W&B; null: WANDB_NAME, or else the name of its folder without the hash. In a
-    sweep, what varies stands before it."""
-    tags: list[str] = field(default_factory=list)
-    """More tags in W&B; empty: WANDB_TAGS."""
-    notes: str | None = None
-    """A text about the run in W&B; null: WANDB_NOTES."""
-    dir: str | None = None
-    """Folder of W&B's own files; null: WANDB_DIR, or else the run folder."""
-    finish_timeout_s: float = 30.0
-    """Seconds that the end of a run may wait for uploads."""
-
-
-@dataclass
 class Config:
     """The complete config of one run, as `config.yaml` in a run folder holds it."""
 
@@ -424,8 +338,9 @@ class Config:
     init_at: float = 1.0
     """Use the SAE of `init` after this share of its training: 1, or one of `method.checkpoints`."""
     objective: Any = "ce_gap"
-    """The measure that an adaptive sweeper gets of each run, or a list of them: ce_gap, kl, student_ce
-    and fvu are to be minimised, gap_closed and top1_agreement to be maximised."""
+    """The measure by which `launcher.halving` compares runs, and that an adaptive sweeper gets of each
+    run; for a sweeper, also a list. ce_gap, kl, student_ce and fvu are to be minimised, gap_closed and
+    top1_agreement to be maximised."""
     sweep: str = "main"
     """Name of the sweep: the folder under `output_dir` that holds its runs."""
     output_dir: str = "outputs"

@@ -17,10 +17,10 @@ from sae_lora.config.enums import (
     TextSource,
     TrackingMode,
 )
-from sae_lora.config.evaluation import BENCHMARKS, SHORTEST_TEXT
+from sae_lora.config.execution import BENCHMARKS, SHORTEST_TEXT, LauncherConfig
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_words
-from sae_lora.config.schema import Config, LauncherConfig, as_list
+from sae_lora.config.schema import Config, as_list
 from sae_lora.config.value_checks import (
     check_blocks,
     check_repeats,
@@ -94,6 +94,7 @@ _SHARES = {
     "train.warmup_share": (0, 1.0),
     "data.validation_share": (0.001, 0.9),
     "init_at": (0.001, 1.0),
+    "launcher.keep": (0.01, 0.99),
 }
 _SHORTEST_CONTEXT = 8
 _LARGEST = 10**15

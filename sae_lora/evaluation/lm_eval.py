@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sae_lora.common import hub
 from sae_lora.common.console import say
 from sae_lora.common.errors import ConfigError, UserError, listed, nearest_name
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.evaluation.tasks import FOLDER
 

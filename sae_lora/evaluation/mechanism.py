@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, Resampled, interval
 from sae_lora.evaluation.subject import Cell, Subject
 from sae_lora.train.evaluator import relative_rounding

@@ -17,7 +17,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.provenance import environment
 from sae_lora.config.compose import checked
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.mistakes.explain import explanation
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
 from sae_lora.evaluation.lora import weights

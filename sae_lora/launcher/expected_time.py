@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sae_lora.common.console import duration, say
 from sae_lora.config.enums import LauncherKind
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.identity import train_steps
-from sae_lora.config.schema import LauncherConfig
 from sae_lora.launcher.packs import slots
 from sae_lora.launcher.plan import Pack
 from sae_lora.launcher.submit import run_here
@@ -36,13 +36,14 @@ def expected_time(packs: Sequence[Pack], settings: LauncherConfig) -> tuple[str,
     ]
     if len(known) < len(times):
         return "expected time: unknown until a run has trained on this kind of machine", None
+    most = "" if settings.halving is None else "at most "
     longest, total = max(each.seconds for each in known), sum(each.seconds for each in known)
     if settings.kind is LauncherKind.slurm:
         each = f"at most {duration(longest)} for each job, {duration(total)} together"
         return f"expected time: {each} ({known[0].source})", None
     at_once = len(slots([run for pack in packs for run in pack], settings))
     seconds = max(longest, total / at_once)
-    return f"expected time: {duration(seconds)} ({known[0].source})", seconds
+    return f"expected time: {most}{duration(seconds)} ({known[0].source})", seconds
 
 
 def _share_left(pack: Pack) -> float:

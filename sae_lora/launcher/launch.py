@@ -16,11 +16,19 @@ from sae_lora.common.files import check_can_be_made, check_writable
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.compose import dispatch
 from sae_lora.config.enums import LauncherKind, TrackingMode
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.lora_targets import in_words
-from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config, LauncherConfig
+from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
 from sae_lora.launcher.expected_time import expected_time, run_timed
+from sae_lora.launcher.halving import (
+    check_halving,
+    described,
+    refuse,
+    saved,
+    write_brackets,
+)
 from sae_lora.launcher.objective import check_objective, objective_of, show_best
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
@@ -37,7 +45,10 @@ _MAX_LINES = 5
 """Largest number of runs that are named in messages; the others are counted."""
 
 
-_OF_COMMAND = {"launcher.dry_run", "launcher.retry_failed", "launcher.wait", "tracking.name"}
+_OF_COMMAND = {
+    *("launcher.dry_run", "launcher.retry_failed", "launcher.wait", "tracking.name"),
+    *("launcher.halving", "launcher.rungs", "launcher.keep"),
+}
 """Keys that say what a command does with runs, or what it calls them."""
 
 
@@ -85,6 +96,7 @@ def launch(points: Sequence[Config]) -> int:
     settings = _common_settings(points)
     for point in points:
         check_objective(point)
+    check_halving(points)
     if settings.kind is LauncherKind.slurm:
         try:
             slurm.check_partition(settings.partition)
@@ -93,8 +105,11 @@ def launch(points: Sequence[Config]) -> int:
                 raise
             say(f"note: the partition was not checked: {error}")
     planned = plan(points)
+    refuse(planned.waiting, "points whose init names a method begin with finished runs of this command")
     for note in planned.notes:
         say(f"note: {note}")
+    if (rule := described(planned.runs)) is not None:
+        say(rule)
     if planned.waiting:
         waiting = count(len(planned.waiting), "point")
         say(f"{waiting} will start after these runs, from their results")
@@ -121,6 +136,7 @@ def launch_trials(points: Sequence[Config]) -> tuple[int, list[Any]]:
     Raises:
         UserError: As `launch`.
     """
+    refuse(points, "an adaptive sweeper needs the objective of each run at its end")
     points = [replace(point, launcher=replace(point.launcher, wait=True)) for point in points]
     code = launch(points)
     is_over = points[0].launcher.dry_run or code == EXIT_STOPPED
@@ -139,6 +155,7 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
     with ExitStack() as stack:
         with _locked(sweeps):
             packs = packed(_prepare_runs(planned, settings, again=again), settings)
+            write_brackets(planned.runs)
             if packs and on_slurm:
                 say(expected_time(packs, settings)[0])
                 submit(packs, settings)
@@ -163,8 +180,7 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
         except KeyboardInterrupt:
             say("the jobs continue without this command")
             return EXIT_STOPPED
-    _print_results(planned)
-    return 0 if all(is_done(run.folder) for run in planned.runs) else 1
+    return _print_results(planned, settings)
 
 
 def _check_can_run(config: Config) -> None:
@@ -243,9 +259,10 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
+    most = "" if settings.halving is None else "at most "
     say(
-        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {flops:.2e} training FLOPs "
-        f"({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
+        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {most}{flops:.2e} training "
+        f"FLOPs ({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
     )
     if packs:
         say(expected_time(packs, settings)[0])
@@ -273,6 +290,8 @@ def _sae_names(config: Config) -> str:
 
 def _is_to_run(run: Run, status: RunStatus, settings: LauncherConfig) -> bool:
     """True if the launch starts or continues the run: a failed one only if asked to, or changed."""
+    if status.state is State.outranked:
+        return settings.halving is None
     is_failed = status.state is State.failed
     return status.is_to_do or (is_failed and (settings.retry_failed or bool(_changes(run))))
 
@@ -395,8 +414,8 @@ def _locked(sweeps: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def _print_results(planned: Plan) -> None:
-    """Print the table of results, the folders, and the runs that are not finished."""
+def _print_results(planned: Plan, settings: LauncherConfig) -> int:
+    """Print the table of results, the folders and the unfinished runs; return the exit code."""
     finished = [run for run in planned.runs if is_done(run.folder)]
     if len(planned.runs) == 1 and finished:
         summary = finished[0].folder.read_summary()
@@ -407,10 +426,13 @@ def _print_results(planned: Plan) -> None:
         show(comparison_table([run.folder for run in finished]))
         say(f"run folders  {finished[0].folder.path.parent}")
     statuses = _with_status(planned.runs)
+    ended = (State.done,) if settings.halving is None else (State.done, State.outranked)
+    if outranked := [run for run, status in statuses if status.state is State.outranked]:
+        say(saved(outranked, len(planned.runs)))
     for run, status in statuses:
         if status.state is State.failed:
             complain("failed", f"{status.note}\n        {run.folder.failure}")
-        elif status.state not in (State.done, State.damaged):
+        elif status.state not in (*ended, State.damaged):
             note = f" ({status.note})" if status.note else ""
             complain("not finished", f"{run.name} is {status.state.value}{note}")
     for run in finished:  # most ask for no suites, and `pending` reads a config from disk
@@ -421,3 +443,4 @@ def _print_results(planned: Plan) -> None:
     failed = sum(status.state is State.failed for _, status in statuses)
     if failed:
         complain(f"{failed} failed", "launcher.retry_failed=true runs them again")
+    return int(any(status.state not in ended for _, status in statuses))

@@ -9,8 +9,8 @@ import psutil
 
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import LauncherKind
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.identity import pack_key
-from sae_lora.config.schema import LauncherConfig
 from sae_lora.config.validate import check_processes
 from sae_lora.launcher.plan import Pack, Run
 

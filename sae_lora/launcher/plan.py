@@ -44,6 +44,8 @@ class Run:
 
     config: Config
     folder: RunFolder
+    request: Config
+    """The point as it was asked for."""
     groups: LayerGroups | None = None
     """Groups of blocks that share an SAE, if the run has such groups."""
 
@@ -223,7 +225,7 @@ class _Planner:
         path = Path(config.output_dir).expanduser() / config.sweep / folder_name(config)
         self._planned.append((request, path))
         folder = RunFolder(path)
-        self.runs.setdefault(path, Run(_pinned_to_start(config, folder), folder, shared))
+        self.runs.setdefault(path, Run(_pinned_to_start(config, folder), folder, request, shared))
 
     def init_run(self, point: Config) -> Run:
         """The only run of this plan that the `init` of a point names by its method."""

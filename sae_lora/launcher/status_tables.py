@@ -28,6 +28,7 @@ COLOURS = {
     State.running: "cyan",
     State.resumable: "yellow",
     State.stopped: "yellow",
+    State.outranked: "magenta",
     State.failed: "red",
     State.done: "green",
     State.damaged: "red",

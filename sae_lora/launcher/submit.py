@@ -19,7 +19,7 @@ from sae_lora.common.console import complain, count, say
 from sae_lora.common.errors import UserError
 from sae_lora.common.locks import held, holder
 from sae_lora.common.signals import interrupted_once
-from sae_lora.config.schema import LauncherConfig
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.launcher.job import Job, halves
 from sae_lora.launcher.live_view import Watch
 from sae_lora.launcher.packs import slots

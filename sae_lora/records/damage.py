@@ -17,6 +17,7 @@ from sae_lora.common.locks import LEASE
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES, identity_of
 from sae_lora.config.serialize import completed
+from sae_lora.records import halving
 from sae_lora.records.folder import DamagedError, RunFolder, summary_digest
 from sae_lora.records.schema import SUMMARY_VERSION, CurvePoint, Summary, check_types
 
@@ -106,7 +107,7 @@ def _state(folder: RunFolder) -> tuple[object, ...]:
     """Sizes and times of the files that `_find` reads."""
     files = (folder.config, folder.summary, folder.curve, folder.failure, folder.stop, folder.job_file)
     weights = [file for kind in _WEIGHTS for file in _inside(folder, kind, "*.*")]
-    others = (folder.groups, folder.checkpoints, folder.progress)
+    others = (folder.groups, folder.halving, folder.checkpoints, folder.progress)
     return tuple(_stamp(path) for path in (*files, *weights, *others))
 
 
@@ -137,7 +138,7 @@ def _check(folder: RunFolder) -> None:
         if path.exists() and not path.is_dir():
             raise DamagedError(folder.path, f"{path.name} is a file, not a folder")
     curve = folder.read_curve()
-    _ = folder.read_failure(), folder.stop_message, folder.job
+    _ = folder.read_failure(), folder.stop_message, folder.job, halving.read(folder)
     if not any(not entry.name.startswith(".") for entry in folder.path.iterdir()):
         return  # a run that a launch has just planned
     config, run_hash = _config(folder)

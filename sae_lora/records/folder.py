@@ -3,6 +3,7 @@
 `damage.py` checks that its files belong together.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -55,6 +56,7 @@ class RunFolder:
         self.summary = path / "summary.json"  # written last: a run with a summary is finished
         self.failure = path / "failure.json"  # the cause, if the run failed
         self.stop = path / "stop.json"  # the cause, if the last attempt was stopped
+        self.halving = path / "halving.json"  # the runs that it competes with (`records/halving.py`)
         self.adapter = path / "adapter"  # the trained adapters in peft's format (method=lora, mezo)
         self.sae = path / "sae"  # the trained SAEs in sae-lens's format, by hookpoint
         self.sae_at = path / "sae_at"  # <share>/: the SAEs after this share of the tokens
@@ -90,8 +92,15 @@ class RunFolder:
 
     @property
     def is_unsettled(self) -> bool:
-        """True until the run has finished or failed."""
-        return not self.is_finished and not self.has_failed
+        """True until the run has finished, failed, or was left behind by others."""
+        return not (self.is_finished or self.has_failed or self.is_outranked)
+
+    @property
+    def is_outranked(self) -> bool:
+        """True if `launcher.halving` has stopped the run because others were ahead."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            return parsed_object(text_of(self.stop)).get("outranked") is True
+        return False
 
     def write_config(self, text: str) -> None:
         """Write the resolved config for the next attempt.
@@ -135,7 +144,7 @@ class RunFolder:
         values["digest"] = summary_digest(values)
         write_atomically(self.summary, as_json(values))
 
-    def _read(self, path: Path, parse: Callable[[str], Content]) -> Content:
+    def parsed(self, path: Path, parse: Callable[[str], Content]) -> Content:
         """The content of a file.
 
         Raises:
@@ -166,7 +175,7 @@ class RunFolder:
         Raises:
             DamagedError: If it is missing or cannot be read.
         """
-        return self._read(self.config, _yaml)
+        return self.parsed(self.config, _yaml)
 
     def read_summary(self) -> dict[str, Any]:
         """The summary as plain values.
@@ -174,7 +183,7 @@ class RunFolder:
         Raises:
             DamagedError: If it is missing or cannot be read.
         """
-        return self._read(self.summary, _object)
+        return self.parsed(self.summary, parsed_object)
 
     def write_failure(self, message: str, details: str) -> None:
         """Record the cause of a failure, without secrets.
@@ -240,7 +249,7 @@ class RunFolder:
         """
         if not self.job_file.exists():
             return None
-        return self._read(self.job_file, _job)
+        return self.parsed(self.job_file, _job)
 
     def read_failure(self) -> dict[str, str] | None:
         """The `message` and `details` of the last attempt's failure; `None` if it did not fail.
@@ -250,14 +259,14 @@ class RunFolder:
         """
         if not self.failure.exists():
             return None
-        return self._read(
+        return self.parsed(
             self.failure,
-            lambda text: {name: str(_object(text)[name]) for name in ("message", "details")},
+            lambda text: {name: str(parsed_object(text)[name]) for name in ("message", "details")},
         )
 
-    def write_stop(self, message: str) -> None:
-        """Record why the last attempt was stopped."""
-        write_atomically(self.stop, as_json({"message": message}))
+    def write_stop(self, message: str, *, outranked: bool = False) -> None:
+        """Record why the last attempt was stopped, and whether others were ahead."""
+        write_atomically(self.stop, as_json({"message": message, "outranked": outranked}))
 
     @property
     def stop_message(self) -> str | None:
@@ -268,7 +277,7 @@ class RunFolder:
         """
         if not self.stop.exists():
             return None
-        return self._read(self.stop, lambda text: str(_object(text)["message"]))
+        return self.parsed(self.stop, lambda text: str(parsed_object(text)["message"]))
 
     @property
     def failure_message(self) -> str | None:
@@ -283,7 +292,7 @@ class RunFolder:
         """
         if not self.curve.exists() or (self.curve.is_file() and not self.curve.stat().st_size):
             return []
-        return self._read(self.curve, _points)
+        return self.parsed(self.curve, _points)
 
     def cut_curve(self, points: int) -> None:
         """Keep this number of points; the resumed run measures the points after its checkpoint again.
@@ -336,7 +345,12 @@ def _yaml(text: str) -> dict[str, Any]:
     return values
 
 
-def _object(text: str) -> dict[str, Any]:
+def parsed_object(text: str) -> dict[str, Any]:
+    """The keys and values of a JSON object.
+
+    Raises:
+        ValueError: For another text.
+    """
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it holds no keys and values")
@@ -344,7 +358,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _job(text: str) -> str:
-    job = str(_object(text)["id"])
+    job = str(parsed_object(text)["id"])
     if not re.fullmatch(r"\d+(_\d+)?", job):
         raise ValueError(f"{job[:40]!r} is no job")
     return job
@@ -358,7 +372,7 @@ def _points(text: str) -> list[CurvePoint]:
         if not line.endswith("\n"):
             break
         try:
-            values = _object(line)
+            values = parsed_object(line)
             check_types(CurvePoint, values)
             point = CurvePoint(**{key: values[key] for key in values if key in known})
             if points and point.step <= points[-1].step:

@@ -28,6 +28,8 @@ class State(Enum):
     """Started, not running, and nobody stopped it; resumes from its checkpoint."""
     stopped = "stopped"
     """Stopped on request; resumes from its checkpoint."""
+    outranked = "outranked"
+    """Stopped by `launcher.halving`, because others were ahead; can be taken up again."""
     failed = "failed"
     done = "done"
     damaged = "damaged"
@@ -95,11 +97,11 @@ def read_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 def progress_of(folder: RunFolder, state: State) -> Progress | None:
     """The newest report of a run; `None` without one.
 
-    A run that waits to resume has the step of its checkpoint, from which it resumes: its process may
+    A run that does not train has the step of its checkpoint, from which it resumes: its process may
     have taken more steps before it was killed, or fewer before its last report.
     """
     progress = folder.read_progress()
-    if progress is None or state not in (*TO_DO, State.queued):
+    if progress is None or state not in (*TO_DO, State.queued, State.outranked):
         return progress
     step = folder.checkpoint_step or 0
     return replace(
@@ -196,6 +198,8 @@ def _in_folder(folder: RunFolder) -> RunStatus:
         return RunStatus(State.running, f"by process {process.pid} on {process.host}")
     if (message := folder.failure_message) is not None:
         return RunStatus(State.failed, message)
+    if folder.is_outranked:
+        return RunStatus(State.outranked, folder.stop_message)
     if (process := _launching(folder)) is not None:
         return RunStatus(State.queued, f"in the launch of process {process.pid} on {process.host}")
     if (message := folder.stop_message) is not None:

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """new, queued, running, resumable, failed or done."""
+        """The name of its state, a member of `sae_lora.records.status.State`."""
         (status,) = read_statuses([self._folder])
         return status.state.value
 

@@ -20,6 +20,7 @@ from sae_lora.config.serialize import load
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.records.damage import files_of, weights_of
 from sae_lora.records.folder import RunFolder
+from sae_lora.records.halving import Standing
 from sae_lora.records.schema import CurvePoint, Summary
 from sae_lora.run.summary import l0_notes, summarise
 from sae_lora.saes.loading import LoadedSAE, splices
@@ -54,8 +55,8 @@ class ActiveRun:
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
-        self.outcome: Summary | Exception | None = None
-        """The summary or the error; `None` while the run is unfinished."""
+        self.outcome: Summary | Standing | Exception | None = None
+        """The summary, the place if others are ahead, or the error; `None` while it is unfinished."""
         self.checkpoint_step: int | None = None
         """Step of the newest checkpoint."""
         self.noticed: list[str] = []
@@ -207,6 +208,13 @@ class ActiveRun:
         self.outcome = summary
         shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
         self.folder.progress.unlink(missing_ok=True)
+        self._release()
+
+    def leave(self, standing: Standing) -> None:
+        """Stop here, after `save`, because others are ahead. The run can be taken up again."""
+        say(f"{self.name}: {standing}")
+        self.folder.write_stop(str(standing), outranked=True)
+        self.outcome = standing
         self._release()
 
     def fail(self, error: Exception) -> None:

@@ -35,6 +35,7 @@ from sae_lora.data import corpus
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_tokenizer, silence_transformers
+from sae_lora.records import halving
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import what_is_saved
 from sae_lora.run.active_run import ActiveRun, write_failure
@@ -189,6 +190,25 @@ class _Execution:
                 ]
             )
 
+        def stop_outranked(evaluated: Sequence[TrainState]) -> None:
+            """Save and end the runs that `launcher.halving` stops at a rung."""
+            competing = {
+                runs[training].folder: training
+                for training in evaluated
+                if runs[training].config.launcher.halving is not None and not training.has_ended
+            }
+            with self._interruption.held():
+                behind = {
+                    competing[folder]: standing
+                    for folder, standing in halving.outranked(list(competing)).items()
+                }
+                save(list(behind))
+                for training, standing in behind.items():
+                    if training in trainings.active:
+                        with trainings.only(training):
+                            runs[training].leave(standing)
+                            trainings.leave(training)
+
         with ExitStack() as stack:
             stack.callback(_end, list(runs.values()))
             provenance = environment(model.device)
@@ -229,11 +249,12 @@ class _Execution:
             is_whole = trainer.first_batch == 0
             began = time.perf_counter()
             try:
-                for training, point in trainer.points(batches, after_step, self._interruption.held):
+                points = trainer.points(batches, after_step, self._interruption.held, stop_outranked)
+                for training, point in points:
                     with trainings.only(training):
                         runs[training].take(point)
                         report.point(training, point)
-                if is_whole:
+                if is_whole and all(training.has_ended for training in runs):
                     _record_speed([run.config for run in runs.values()], time.perf_counter() - began)
                 trainings.each(evaluate_each_sae)
                 with self._interruption.held():
@@ -298,7 +319,7 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                     complain("skipped", str(error))
                     held_elsewhere = True
                 else:
-                    if not folder.is_finished:
+                    if not (folder.is_finished or folder.is_outranked):
                         runs.append(ActiveRun(folder, lease.check, lock.close))
             code = _execute(runs, interruption, layout)
     except Interrupted:
@@ -347,7 +368,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
     code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
-    if code == EXIT_INTERRUPTED and all(folder.is_finished for folder in folders):
+    if code == EXIT_INTERRUPTED and all(folder.is_finished or folder.is_outranked for folder in folders):
         return 0
     return code
 

@@ -16,7 +16,8 @@ from typing import Any
 from sae_lora.common.console import say
 from sae_lora.common.secrets import redacted
 from sae_lora.config.enums import TrackingMode
-from sae_lora.config.schema import Config, TrackingConfig
+from sae_lora.config.execution import TrackingConfig
+from sae_lora.config.schema import Config
 from sae_lora.config.value_checks import WANDB_MODES
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Summary

@@ -18,6 +18,8 @@ from sae_lora.tracking.wandb_view import AXES, CURVES, WandbView, trial_id, with
 
 INIT_TIMEOUT_S = 20
 _PROBE_TIMEOUT_S = 3
+_OUTRANKED = "outranked"
+"""The key of a summary that says where `launcher.halving` stopped the run."""
 
 
 def _library() -> Any:
@@ -96,15 +98,20 @@ class WandbRun:
 
     def finish(self, summary: dict[str, Any] | None, *, will_resume: bool) -> None:
         """End the W&B run after all uploads; the arguments are those of `Tracker.finish`."""
+        outranked = self._view.folder.is_outranked
         if summary is not None:
             # Under a separate key, because curves such as `student_ce` have their own summary.
             results = {"result": without_secrets(summary)}
             if measured := headlines(self._view.folder):
                 results["evaluation"] = measured
+            if self._run.summary.get(_OUTRANKED) is not None:  # it was taken up again
+                results[_OUTRANKED] = None
             self._run.summary.update(results)
+        elif outranked:
+            self._run.summary[_OUTRANKED] = self._view.folder.stop_message
         elif will_resume:
             self._run.mark_preempting()
-        self._run.finish(exit_code=0 if summary is not None else 1)
+        self._run.finish(exit_code=0 if summary is not None or outranked else 1)
 
 
 def obstacle(*, probe: bool) -> str | None:

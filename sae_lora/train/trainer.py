@@ -65,7 +65,7 @@ class Trainer(ABC, Generic[State]):
 
     @property
     def active(self) -> list[State]:
-        """The trainings that have not failed."""
+        """The trainings that have neither failed nor ended early."""
         return self._trainings.active
 
     def _prepare(self, step: int, batches: Iterator[Tensor]) -> bool:
@@ -105,6 +105,7 @@ class Trainer(ABC, Generic[State]):
         batches: Iterable[Tensor],
         after_step: Callable[[Sequence[State]], None] = lambda trained: None,
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
+        after_points: Callable[[Sequence[State]], None] = lambda evaluated: None,
     ) -> Iterator[tuple[State, CurvePoint]]:
         """Train to the end, and yield points of the curves before, between and after the steps.
 
@@ -114,13 +115,15 @@ class Trainer(ABC, Generic[State]):
                 complete.
             held: Entered around each step, to delay signals that would interrupt it. A buffer is filled
                 outside, because this may take minutes and changes no weights.
+            after_points: Called after every evaluation with the trainings whose points were yielded; it
+                may end some of them.
 
         Raises:
             UserError: If a loss is no longer finite, unless the isolation handles the error.
         """
         source = iter(batches)
         step = self.step
-        yield from self._points_due()
+        yield from self._points_due(after_points)
         while not all(training.has_ended for training in self.active):
             self._start_clock()
             began = time.perf_counter()
@@ -136,7 +139,7 @@ class Trainer(ABC, Generic[State]):
                     self._last_trained = trained
                     self._share_seconds(of_step=True)
             after_step(self._still_active(trained))
-            yield from self._points_due()
+            yield from self._points_due(after_points)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -161,7 +164,9 @@ class Trainer(ABC, Generic[State]):
         numbers = [self._trainings.runs.index(training) for training in trainings]
         self._processes.broadcast(Task(numbers, tokens, contributions))
 
-    def _points_due(self) -> Iterator[tuple[State, CurvePoint]]:
+    def _points_due(
+        self, after_points: Callable[[Sequence[State]], None]
+    ) -> Iterator[tuple[State, CurvePoint]]:
         due = [training for training in self.active if training.evaluation_is_due]
         if not due:
             return
@@ -181,6 +186,7 @@ class Trainer(ABC, Generic[State]):
                 # After the caller has recorded the point: if it stops earlier, the point is measured
                 # again.
                 training.note_evaluation()
+        after_points(self._still_active(due))
 
     def _start_clock(self) -> None:
         if self._clock_start is None:

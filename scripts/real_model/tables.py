@@ -10,10 +10,8 @@ tables into the page, from the records: each in place of the table after its com
 
 import argparse
 import json
-import math
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,8 @@ from sae_lora.records.factors import values_of
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.fits import Frame, mean_and_margin
 from sae_lora.report.sweep import Run
-from scripts import addup
+from scripts import addup, pages
+from scripts.pages import fixed, markdown, percent, whole
 
 _MEASURED = (
     *("base_ce", "spliced_ce", "student_ce", "initial_gap", "ce_gap", "gap_closed"),
@@ -76,28 +75,6 @@ def record(run: Run) -> Row:
             for tokens, gap, kl in zip(curve["tokens"], curve["ce_gap"], curve["kl"], strict=True)
         ],
     }
-
-
-def markdown(columns: Mapping[str, Sequence[str]]) -> str:
-    """A table; the first column holds text, the others hold numbers."""
-    names = list(columns)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def percent(values: Iterable[float]) -> list[str]:
-    """Shares as percentages; nothing for a missing one."""
-    return ["" if math.isnan(value) else f"{100 * value:.1f}%" for value in values]
-
-
-def fixed(values: Iterable[float], digits: int = 3) -> list[str]:
-    """Numbers with a fixed number of digits after the point."""
-    return [f"{value:.{digits}f}" for value in values]
-
-
-def whole(values: Iterable[float]) -> list[str]:
-    """Whole numbers."""
-    return [f"{value:,.0f}" for value in values]
 
 
 def _of(frame: Frame, sweep: str, **values: Any) -> Frame:
@@ -452,15 +429,12 @@ def with_tables(page: str, records: Path) -> str:
     frame: Frame = pandas.DataFrame(read("runs"))
     one_device = preferred(frame)
 
-    def made(match: re.Match[str]) -> str:
-        comment, name = match.groups()
+    def table(name: str) -> str:
         if name in OTHERS:
-            table = OTHERS[name](read(name))
-        else:
-            table = TABLES[name](frame if name in _OF_ALL_DEVICES else one_device)
-        return f"{comment}\n\n{table}\n\n"
+            return OTHERS[name](read(name))
+        return TABLES[name](frame if name in _OF_ALL_DEVICES else one_device)
 
-    return re.sub(r"(<!-- (\w+) -->)\n\n?(?:(?:\|.*\n)+\n?)?", made, page).rstrip("\n") + "\n"
+    return pages.with_tables(page, table)
 
 
 def with_earlier(rows: Sequence[Row], path: Path) -> list[Row]:

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.identity import identity, readable_name
 from sae_lora.config.lora_targets import matches, target_words
 from sae_lora.config.mistakes.explain import explanation
@@ -179,7 +179,7 @@ def test_added_keys_are_refused(override: str) -> None:
 def test_every_field_is_documented() -> None:
     """Each dataclass field has a docstring on the next line."""
     package = CONF.parent / "sae_lora"
-    files = package / "config" / "schema.py", package / "config" / "evaluation.py"
+    files = package / "config" / "schema.py", package / "config" / "execution.py"
     lines = [line for file in files for line in file.read_text().splitlines()]
     for name in {key.rsplit(".", 1)[-1] for key in keys() if "." in key}:
         fields = [n for n, line in enumerate(lines) if line.startswith(f"    {name}: ")]

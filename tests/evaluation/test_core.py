@@ -23,7 +23,7 @@ from sae_lora.common.console import show
 from sae_lora.common.errors import UserError
 from sae_lora.comparisons.recipes import savings
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation import core, run_suites, suite_records
 from sae_lora.evaluation.bootstrap import Bootstrap, interval
 from sae_lora.evaluation.core import Core

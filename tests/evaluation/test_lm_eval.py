@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import DataConfig
 from sae_lora.data.documents import in_validation
 from sae_lora.evaluation import lm_eval as harness

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.lora import similarity, similarity_results, weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.evaluation.bootstrap import Interval

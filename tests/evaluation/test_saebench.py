@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_lora.cli import main
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.embedded import MODEL, SAES
 from sae_lora.evaluation import headlines, run_suites, suite_records

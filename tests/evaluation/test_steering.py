@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from sae_lora.common.console import no_report
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.config.validate import check
 from sae_lora.evaluation.steering.effects import DEPENDS_ON, Steering, best_strengths, steer

@@ -5,7 +5,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from sae_lora.config.evaluation import BENCHMARKS
+from sae_lora.config.execution import BENCHMARKS
 from sae_lora.evaluation import suite_figures
 from sae_lora.evaluation.headlines import SHOWN_FIRST
 

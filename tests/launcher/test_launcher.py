@@ -20,7 +20,7 @@ from sae_lora.cli import main
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.locks import held
 from sae_lora.config import compose
-from sae_lora.config.schema import LauncherConfig
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.launcher import expected_time
 from sae_lora.launcher import launch as launcher
 from sae_lora.launcher.plan import Pack, plan

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from sae_lora.common.errors import NoSuchCellError
 from sae_lora.config.enums import Device, LauncherKind, Suite
+from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.identity import train_steps
 from sae_lora.config.lora_targets import adapted_blocks
-from sae_lora.config.schema import Config, LauncherConfig
+from sae_lora.config.schema import Config
 from sae_lora.evaluation import suite_records
 from sae_lora.launcher import launch as launcher
 from sae_lora.launcher.packs import packed

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.schema import Config, LauncherConfig
+from sae_lora.config.execution import LauncherConfig
+from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.launcher import expected_time, prefetch
 from sae_lora.launcher import launch as launcher

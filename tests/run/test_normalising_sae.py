@@ -8,7 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.evaluation import run_suites, suite_records
 from sae_lora.launcher.launch import launch

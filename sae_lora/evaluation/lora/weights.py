@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.lora.sae_overlap import Overlap, overlap
 from sae_lora.evaluation.subject import Subject
 from sae_lora.models import lora

@@ -12,7 +12,7 @@ from sae_lora.common.console import complain, say
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
-from sae_lora.config.evaluation import BENCHMARKS, EvaluationConfig
+from sae_lora.config.execution import BENCHMARKS, EvaluationConfig
 from sae_lora.evaluation import suite_records
 from sae_lora.evaluation.saebench import environment
 from sae_lora.evaluation.subject import Subject

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.evaluation import EvaluationConfig
+from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, interval
 from sae_lora.evaluation.steering.models import SteeredModels
 from sae_lora.evaluation.steering.texts import Texts, texts_of

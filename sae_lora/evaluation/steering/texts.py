@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_lora.common.errors import ConfigError, UserError, listed
-from sae_lora.config.evaluation import SHORTEST_TEXT, EvaluationConfig
+from sae_lora.config.execution import SHORTEST_TEXT, EvaluationConfig
 from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.evaluation.subject import Cell, Subject
