@@ -109,7 +109,7 @@ def rungs_of(point: Config) -> list[int]:
     for tokens in asked:
         if tokens % every or not every <= tokens <= last * every:
             near = min(last, max(1, round(tokens / every))) * every
-            raise ConfigError("launcher.rungs", tokens, allowed, near)
+            raise ConfigError("launcher.rungs", tokens, allowed, f"[{near}]")
     if not asked:
         raise ConfigError("launcher.rungs", asked, allowed, f"[{every}]")
     return sorted({tokens // every for tokens in asked})

@@ -49,9 +49,9 @@ def states(home: Path) -> dict[float, State]:
         ("launcher.halving=[]", "or a list of such keys", "train.lr"),
         ("launcher.halving=[train.lr,train.lr]", "or a list of such keys", "train.lr"),
         ("launcher.halving=[[train.lr]]", "a config key", "train.lr"),
-        ("launcher.rungs=[500]", "multiples of train.eval_every_tokens, from 512 to 512", 512),
-        ("launcher.rungs=[512,1024]", "from 512 to 512", 512),
-        ("launcher.rungs=[0]", "from 512 to 512", 512),
+        ("launcher.rungs=[500]", "multiples of train.eval_every_tokens, from 512 to 512", "[512]"),
+        ("launcher.rungs=[512,1024]", "from 512 to 512", "[512]"),
+        ("launcher.rungs=[0]", "from 512 to 512", "[512]"),
         ("launcher.rungs=[]", "from 512 to 512", "[512]"),
         ("train.eval_every_tokens=1024", "needs an evaluation before the end", 128),
         ("objective=[kl,ce_gap]", "with launcher.halving one of", "kl"),
@@ -82,9 +82,8 @@ def test_every_suggestion_works(point: Point) -> None:
     for words in ("launcher.halving=lora.rnk", "launcher.rungs=[500]", "train.eval_every_tokens=1024"):
         with pytest.raises(ConfigError) as refusal:
             check_halving(over_rates(point, HALVING, words))
-        value = refusal.value.nearest
-        value = f"[{value}]" if "rungs" in words else value
-        check_halving(over_rates(point, HALVING, f"{refusal.value.field}={value}"))
+        suggestion = f"{refusal.value.field}={refusal.value.nearest}"
+        check_halving(over_rates(point, HALVING, suggestion))
 
 
 def test_runs_that_must_finish_are_refused(point: Point) -> None:

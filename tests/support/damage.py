@@ -148,6 +148,8 @@ DAMAGE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "a FIFO": (fifo("summary.json"), "summary.json cannot be read: it is no file"),
     "a folder for a file": (folder_for("curve.jsonl"), "curve.jsonl cannot be read: it is no file"),
     "a failure and no summary": (failed_and_without_summary, "summary.json is missing"),
+    "halving": (written("halving.json", '{"bracket": 1}'), "halving.json cannot be read: bracket is"),
+    "half a bracket": (written("halving.json", '{"bracket": "a"}'), "halving.json cannot be read"),
     "job": (written("job.json", "[]"), "job.json cannot be read"),
     "another job": (written("job.json", '{"id": [1]}'), "job.json cannot be read: '[1]' is no job"),
 }

@@ -102,6 +102,24 @@ WRONG: list[tuple[str, list[str]]] = [
     ("hydra/launcher=joblib", ["has no use here", "launcher.max_parallel"]),
     ("hydra/launcher=submitit_slurm", ["launcher=slurm"]),
     ("objective=gap_close", ["objective = 'gap_close'", "nearest valid: objective=gap_closed"]),
+    # halving
+    ("launcher.halving=lora.rnk", ["launcher.halving = 'lora.rnk'", "launcher.halving=lora.rank"]),
+    ("launcher.halving=lr", ["launcher.halving = 'lr'", "nearest valid: launcher.halving=train.lr"]),
+    ("launcher.halving=train.seed", ["their mean counts", "launcher.halving=train.lr"]),
+    ("launcher.halving=off", ["launcher.halving = 'off'", "nearest valid: launcher.halving=null"]),
+    ("launcher.halving=train.lr launcher.keep=2", ["launcher.keep = 2", "launcher.keep=0.99"]),
+    (
+        "launcher.halving=train.lr launcher.rungs=[50000]",
+        ["launcher.rungs = 50000", "from 100,000 to 300,000", "nearest valid: launcher.rungs=[100000]"],
+    ),
+    (
+        "launcher.halving=train.lr train.eval_every_tokens=400000",
+        ["train.eval_every_tokens = 400000", "nearest valid: train.eval_every_tokens=50000"],
+    ),
+    (
+        "launcher.halving=train.lr objective=[kl,ce_gap]",
+        ["objective = ['kl', 'ce_gap']", "nearest valid: objective=kl"],
+    ),
     ("-m experiment=grid,ranks", ["a sweep of its own", "nearest valid: experiment=grid"]),
     ("experiment=grid,ranks", ["nearest valid: experiment=grid"]),
     ("-m lora.rank=1 --cfg job", ["leave out -m"]),
