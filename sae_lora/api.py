@@ -29,8 +29,8 @@ def launch(overrides: Sequence[str] = ()) -> Sweep:
         if override.startswith("-"):
             raise ConfigError("overrides", override, "group=option or key=value", override.lstrip("-"))
     import_quickly()
-    from sae_lora.launcher import launch as launcher
+    from sae_lora.launcher.command import launch_command
     from sae_lora.launcher.plan import plan
 
-    _, points = launcher.launch_command(["--multirun", *overrides])
+    _, points = launch_command(["--multirun", *overrides])
     return Sweep([run.folder for run in plan(points).runs])

@@ -152,9 +152,9 @@ def _launch(
     if {"-h", "--help"} & set(words):
         reference.show_help([word for word in words if word not in ("-h", "--help")])
         return
-    from sae_lora.launcher import launch as launcher
+    from sae_lora.launcher.command import launch_command
 
-    code, _ = launcher.launch_command(words)
+    code, _ = launch_command(words)
     raise typer.Exit(code)
 
 

@@ -211,8 +211,8 @@ def _early(bracket: Bracket, share: float) -> tuple[float, int, bool]:
     final = [row[_MEASURE][-1] for row in bracket]
     best = final.index(min(final))
     rank = 1 + sum(gap < then[best] for gap in then)
-    tau, _ = stats.kendalltau(then, final)
-    return float(tau), rank, rank == 1
+    tau: Any = stats.kendalltau(then, final)
+    return float(tau.statistic), rank, rank == 1
 
 
 SHARES = [number / 8 for number in range(1, 8)]

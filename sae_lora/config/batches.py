@@ -5,7 +5,9 @@ So the points of any sweeper are planned together, share packs and go to SLURM.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +17,16 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 
-Batch = Callable[[Iterable[DictConfig], bool], Sequence[Any]]
-"""Launches composed points, and returns the result of each: a value, or the error of its run. It is also
-told whether the sweeper is an adaptive one, which needs the results for its next batch."""
+from sae_lora.common.errors import UserError
+
+Directions = list[str]
+"""What an adaptive sweeper does with each objective, `minimize` or `maximize`; empty if its config does
+not say so."""
+Batch = Callable[[Iterable[DictConfig], Directions | None], Sequence[Any]]
+"""Launches composed points, and returns the result of each: a value, or the error of its run. It also
+gets the directions of an adaptive sweeper, which needs the results for its next batch; else `None`."""
 _NAME = "batches"
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper."
 
@@ -35,14 +42,18 @@ class BatchLauncher(Launcher):
         self._loader = hydra_context.config_loader
         self._batch: Batch = task_function.batch  # pyright: ignore[reportFunctionMemberAccess]
         self._config = config
-        self._is_adaptive = not str(config.hydra.sweeper._target_).startswith(_BASIC_SWEEPER)
+        sweeper = config.hydra.sweeper
+        is_basic = str(sweeper._target_).startswith(_BASIC_SWEEPER)
+        self._directions = None if is_basic else _directions(sweeper)
+        if task_function.replaces_study:  # pyright: ignore[reportFunctionMemberAccess]
+            _forget_study(str(sweeper.storage), str(sweeper.study_name))
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         setup_globals()
         points = self._composed(job_overrides, initial_job_idx)
-        results = self._batch(points, self._is_adaptive)
+        results = self._batch(points, self._directions)
         return [
             JobReturn(
                 overrides=list(overrides),
@@ -59,6 +70,31 @@ class BatchLauncher(Launcher):
                 config.hydra.job.id = config.hydra.job.num = number
             HydraConfig.instance().set_config(config)  # for values such as ${hydra:job.num}
             yield config
+
+
+def _forget_study(storage: str, name: str) -> None:
+    """Make the folder of Optuna's storage, and remove an earlier study of this name from it.
+
+    Raises:
+        UserError: If the file cannot be used.
+    """
+    file = Path(storage.removeprefix("sqlite:///"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            import optuna
+
+            with suppress(KeyError):
+                optuna.delete_study(study_name=name, storage=storage)
+    except Exception as error:  # of optuna's, of many types
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be used for the trials: {cause}; move it away") from error
+
+
+def _directions(sweeper: DictConfig) -> Directions:
+    direction = sweeper.get("direction")
+    several = direction if isinstance(direction, ListConfig) else [direction] if direction else []
+    return [str(getattr(each, "name", each)) for each in several]
 
 
 @dataclass

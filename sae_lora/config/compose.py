@@ -1,6 +1,7 @@
 """Composition of configs through Hydra."""
 
 import copy
+import hashlib
 import os
 import re
 import sys
@@ -18,11 +19,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.batches import register
+from sae_lora.config.batches import Directions, register
 from sae_lora.config.execution import TrackingConfig
 from sae_lora.config.mistakes.explain import (
     TRACEBACK_VARIABLE,
@@ -41,6 +42,12 @@ ConfigStore.instance().store(name="schema", node=Config)
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
 """Folder of the config values: in the installed package, or beside it in a clone of the repository."""
+STUDY = "optuna.db"
+"""Optuna's storage, in the folder of a sweep."""
+_FULL_PATH = "sae_lora.full_path"
+OmegaConf.register_new_resolver(
+    _FULL_PATH, lambda path: str(Path(path).expanduser().absolute()), replace=True
+)
 PROJECT = "sae_lora"
 """The W&B project if neither the config nor a variable names one."""
 VARIABLES = {
@@ -120,15 +127,16 @@ class _LaunchEndedError(Exception):
 
 
 def dispatch(
-    arguments: Sequence[str], launch: Callable[[list[Config], bool], Sequence[Any] | None]
+    arguments: Sequence[str],
+    launch: Callable[[list[Config], Directions | None], Sequence[Any] | None],
 ) -> None:
     """Compose the points of a command line, and launch each batch of its sweeper as a whole.
 
     Args:
         arguments: Overrides and options of Hydra: `["-m", "lora.rank=1,4"]`.
         launch: Launches the points of a batch and returns the result of each: its objective, or the
-            error of its run; or `None` to end the sweep. It is also told whether the sweeper is an
-            adaptive one, which needs the objectives for the next batch.
+            error of its run; or `None` to end the sweep. It also gets the directions of an adaptive
+            sweeper, which needs the objectives for the next batch; else `None`.
 
     Raises:
         UserError: For an impossible point, before anything of its batch runs.
@@ -138,7 +146,7 @@ def dispatch(
     ended: BaseException | None = None
     unused: list[str] = []
 
-    def batch(points: Iterable[DictConfig], is_adaptive: bool) -> Sequence[Any]:
+    def batch(points: Iterable[DictConfig], directions: Directions | None) -> Sequence[Any]:
         nonlocal number
         configs = [checked(_without_hydra(point)) for point in points]
         number += len(configs)
@@ -146,7 +154,7 @@ def dispatch(
             return []
         try:
             with traceback_variable(before):
-                results = launch(configs, is_adaptive)
+                results = launch(configs, directions)
         except BaseException as error:  # of a run, not of the command line
             raise _LaunchEndedError(error) from None
         if results is None:
@@ -160,8 +168,10 @@ def dispatch(
 
     single.batch = batch  # pyright: ignore[reportFunctionMemberAccess]
     words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
-    words = _with_seed(words)
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
+    study = _study(words)
+    single.replaces_study = any("storage=" in word for word in study)  # pyright: ignore[reportFunctionMemberAccess]
+    words += study
     options = given(words)
     files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
     register()
@@ -178,7 +188,7 @@ def dispatch(
                     "one run\n  add -m, or `mode: MULTIRUN` below `hydra:` in the file"
                 )
             if alone:
-                batch(alone, False)
+                batch(alone, None)
     except _LaunchEndedError as end:
         ended = end.error
     finally:
@@ -198,8 +208,8 @@ def points(arguments: Sequence[str]) -> list[Config]:
     """
     composed: list[Config] = []
 
-    def collect(batch: list[Config], is_adaptive: bool) -> Sequence[None]:
-        if is_adaptive:
+    def collect(batch: list[Config], directions: Directions | None) -> Sequence[None]:
+        if directions is not None:
             raise UserError("the points of an adaptive sweeper follow from the results of earlier ones")
         composed.extend(batch)
         return [None] * len(batch)
@@ -208,11 +218,28 @@ def points(arguments: Sequence[str]) -> list[Config]:
     return composed
 
 
-def _with_seed(words: Sequence[str]) -> list[str]:
-    """The words, with a seed for Optuna: then the same command proposes the same trials again."""
-    samples = "hydra/sweeper=optuna" in words and "hydra/sweeper/sampler=grid" not in words
-    has_seed = any(word.startswith("hydra.sweeper.sampler.seed=") for word in words)
-    return [*words, "hydra.sweeper.sampler.seed=0"] if samples and not has_seed else list(words)
+def _study(words: Sequence[str]) -> list[str]:
+    """Overrides for Optuna's sampler and storage, where the words are silent.
+
+    With the seed, the same command proposes the same trials again; their runs are then done. So the
+    study in the storage is written anew, by `BatchLauncher`. A storage of the user's own goes on where
+    it was, and then a seed would propose the first trials twice.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "hydra/sweeper=optuna" not in words or "hydra.sweeper.storage" in given:
+        return []
+    added = []
+    if "hydra/sweeper/sampler=grid" not in words and "hydra.sweeper.sampler.seed" not in given:
+        added.append("hydra.sweeper.sampler.seed=0")
+    if "launcher.dry_run=true" not in words:
+        added.append(
+            f'hydra.sweeper.storage="sqlite:///${{{_FULL_PATH}:${{output_dir}}}}/${{sweep}}/{STUDY}"'
+        )
+        if "hydra.sweeper.study_name" not in given:
+            of_trials = [word for word in words if not word.startswith(("launcher.", "tracking."))]
+            digest = hashlib.sha256("\n".join(sorted(of_trials)).encode()).hexdigest()[:8]
+            added.append(f"hydra.sweeper.study_name={digest}")
+    return added
 
 
 def _without_hydra(point: DictConfig) -> DictConfig:

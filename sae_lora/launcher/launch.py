@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from sae_lora.common.console import complain, count, say, show
-from sae_lora.common.errors import EXIT_STOPPED, ConfigError, UserError
+from sae_lora.common.errors import EXIT_STOPPED, ConfigError
 from sae_lora.common.files import check_can_be_made, check_writable
 from sae_lora.common.locks import HeldError, held
-from sae_lora.config.compose import dispatch
 from sae_lora.config.enums import LauncherKind, TrackingMode
 from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.lora_targets import in_words
@@ -29,7 +27,7 @@ from sae_lora.launcher.halving import (
     saved,
     write_brackets,
 )
-from sae_lora.launcher.objective import check_objective, objective_of, show_best
+from sae_lora.launcher.objective import check_objective
 from sae_lora.launcher.packs import packed
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import launching, submit, wait_for, wait_for_others
@@ -50,38 +48,6 @@ _OF_COMMAND = {
     *("launcher.halving", "launcher.rungs", "launcher.keep"),
 }
 """Keys that say what a command does with runs, or what it calls them."""
-
-
-def launch_command(arguments: Sequence[str]) -> tuple[int, list[Config]]:
-    """Launch what a command line asks for; return the exit code and all points.
-
-    Args:
-        arguments: Overrides and options of Hydra: `["-m", "lora.rank=1,4"]`.
-
-    Raises:
-        UserError: If a point cannot work, before anything of its batch runs.
-    """
-    every: list[Config] = []
-    trials: list[Config] = []
-    codes = [0]
-
-    def launch_batch(points: list[Config], is_adaptive: bool) -> Sequence[Any] | None:
-        every.extend(points)
-        if not is_adaptive:
-            codes.append(launch(points))
-            return [None] * len(points)
-        trials.extend(points)
-        code, objectives = launch_trials(points)
-        codes.append(code)
-        return objectives or None  # of a dry run, and after a stop: the end of the sweep
-
-    try:
-        dispatch(arguments, launch_batch)
-    except UserError:  # such as a failed trial, which ends the sweep
-        show_best(trials)
-        raise
-    show_best(trials)
-    return max(codes), every
 
 
 def launch(points: Sequence[Config]) -> int:
@@ -124,23 +90,6 @@ def launch(points: Sequence[Config]) -> int:
         waiting = count(len(planned.waiting), "point")
         say(f"{waiting} not submitted yet: repeat the command when these runs are done")
     return code
-
-
-def launch_trials(points: Sequence[Config]) -> tuple[int, list[Any]]:
-    """Launch a batch of an adaptive sweeper, as `launch`, and wait for it.
-
-    Returns:
-        The exit code, and the objective of each point, or why its run has none; of a dry run, and after
-        a stop, only the code.
-
-    Raises:
-        UserError: As `launch`.
-    """
-    refuse(points, "an adaptive sweeper needs the objective of each run at its end")
-    points = [replace(point, launcher=replace(point.launcher, wait=True)) for point in points]
-    code = launch(points)
-    is_over = points[0].launcher.dry_run or code == EXIT_STOPPED
-    return code, [] if is_over else [objective_of(point) for point in points]
 
 
 def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) -> int:

@@ -30,16 +30,19 @@ from sae_lora.common import plots
 from sae_lora.common.console import count
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
+from sae_lora.config.schema import as_list
 from sae_lora.evaluation import suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.damage import damage
-from sae_lora.records.factors import SEEDS, label, text
+from sae_lora.records.factors import SEEDS, label
 from sae_lora.records.folder import RunFolder, hash_of
 from sae_lora.records.metrics import METRICS, NO_GAP
 from sae_lora.report import figures
 from sae_lora.report.fits import Fit, Frame, fit, group_of
 from sae_lora.report.frames import factors
-from sae_lora.report.results import BEST_NOTE, LEAST, fitted, results
+from sae_lora.report.importance import importances
+from sae_lora.report.page_table import ROOM, cell, columns
+from sae_lora.report.results import BEST_NOTE, fitted, results
 from sae_lora.report.sweep import CURVE_AXES, Sweep
 
 VERSION = 1
@@ -52,21 +55,8 @@ _CURVES = "gap_over_"
 """Prefix of the names of the figures of curves."""
 _MOST_MAPPED = 3
 """Largest number of factors in a heat map."""
-_WITHOUT_OUTLIERS = "fvu_without_outliers"
-_SHOWN = (
-    *("initial_gap", "ce_gap", "gap_closed", "kl", "top1_agreement"),
-    *("trainable_parameters", "train_seconds"),
-)
-"""Metrics in the page's table."""
-_EXTRA = (
-    *("base_ce", "student_ce", "fvu", _WITHOUT_OUTLIERS, "measured_l0", "train_flops"),
-    *("closed_per_million_parameters", "closed_per_petaflop", "closed_per_minute"),
-)
-"""Metrics in the table that the page shows on request."""
 _BREAKS = re.compile(r"(?<=[._])")
 """Places at which the name of a key may break: after `train.` and `warmup_`."""
-_ROOM = 135
-"""Characters of a row on a screen of 1280 px; the margins of a cell count as three."""
 _LIBRARY = "plotly-cartesian.min.js.gz"
 """The part of plotly.js for lines, points and maps: the package plotly.js-cartesian-dist-min."""
 
@@ -82,17 +72,6 @@ class View:
     """A plotly figure."""
     note: str = ""
     """A sentence below the figure."""
-
-
-@dataclass(frozen=True)
-class TableColumn:
-    """A column of the table of runs."""
-
-    name: str
-    """The column of the data frame."""
-    heading: str
-    is_extra: bool
-    """True if it is shown only on request."""
 
 
 class Report:
@@ -116,7 +95,10 @@ class Report:
             if name in self.varying
         ]
         sound = [folder for folder in sweep.folders if damage(folder) is None]
-        table = fitted(results(sound), _ROOM)
+        table = fitted(results(sound), ROOM)
+        self.measure = _objective(self.done)
+        """The measure that an adaptive sweeper, or halving, went by."""
+        self.importances = importances(self.done, self.varying, self.measure)
         self.means = table if any(len(row.runs) > 1 for row in table.rows) else None
         """Means over seeds; `None` if no runs differ only in seeds."""
         self.stacked: dict[str, Any] = {}
@@ -231,6 +213,9 @@ class Report:
             "states": self.states,
             "varying": self.varying,
             "best": self.best,
+            "importances": {
+                self.measure: {each.factor: each.share for each in self.importances},
+            },
             "fits": [asdict(fitted) | {"intercepts": _intercepts(fitted)} for fitted in self.fits],
             "missing": self.missing,
             "runs": [_json_row(row) for row in self.frame.to_dict("records")],
@@ -283,7 +268,8 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     """
     loader = PackageLoader("sae_lora.report.page", ".")
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    templates.filters["cell"] = _cell
+    templates.filters["cell"] = cell
+    templates.filters["named"] = label
     templates.filters["breakable"] = lambda heading: Markup("<wbr>").join(_BREAKS.split(heading))
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     curves = [view for view in views if view.name.startswith(_CURVES)]
@@ -307,10 +293,11 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
     ]
     return templates.get_template("report.html").render(
         report=report,
+        measure=METRICS[report.measure].name,
         sweeps=sorted(set(report.frame["sweep"])),
         created=time.strftime("%Y-%m-%d %H:%M"),
         methods=["LoRA" if name == "lora" else name for name in report.methods],
-        columns=_columns(report.frame),
+        columns=columns(report.frame),
         runs=runs,
         best=report.best,
         views=shown,
@@ -319,7 +306,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         axes=axes,
         means=report.means,
         best_note=BEST_NOTE,
-        mark=lambda cell: f"{cell} *",
+        mark=lambda text: f"{text} *",
         plotly=base64.b64encode(files("sae_lora.report").joinpath(_LIBRARY).read_bytes()).decode(),
     )
 
@@ -370,47 +357,13 @@ def _earlier(to: Path) -> list[str] | None:
     return [] if index.is_file() and _MARK in index.read_text(errors="replace") else None
 
 
-def _columns(frame: Frame) -> list[TableColumn]:
-    """Columns of the page's table: what varies comes first, the run last."""
-    names = ["sweep"] if frame["sweep"].nunique() > 1 else []
-    extra = [key for key in _EXTRA if key != _WITHOUT_OUTLIERS or _has_outliers(frame)]
-    headings = {"measured_l0": "L0 measured"} | {key: metric.column for key, metric in METRICS.items()}
-    runs = frame.assign(run=frame["run"].map(hash_of))
-    always = [*names, *factors(frame), "state", "run"]
-    shown = list(_SHOWN)
-    widths = {name: _width(runs, name) for name in [*always, *shown]}
-    for key in LEAST:
-        if key in shown and sum(widths[name] for name in [*always, *shown]) > _ROOM:
-            shown.remove(key)
-            extra = [key, *extra]
-    return [
-        *(TableColumn(name, label(name), is_extra=False) for name in always[:-1]),
-        *(TableColumn(key, headings[key], is_extra=False) for key in shown),
-        *(TableColumn(key, headings[key], is_extra=True) for key in extra),
-        *(TableColumn(key, key.partition("/")[2], is_extra=True) for key in frame if "/" in key),
-        TableColumn("run", "run", is_extra=False),
-    ]
-
-
-def _width(frame: Frame, column: str) -> int:
-    """Characters of a column of the page's table, with its margins."""
-    heading = METRICS[column].column if column in METRICS else label(column)
-    cells = [_cell(None if value != value else value, column) for value in frame[column]]
-    return 3 + max(map(len, [*re.split(r"[ ._]", heading), *cells]))
-
-
-def _has_outliers(frame: Frame) -> bool:
-    """True if outliers change the FVU of a run."""
-    return bool((frame[_WITHOUT_OUTLIERS].notna() & (frame[_WITHOUT_OUTLIERS] != frame["fvu"])).any())
-
-
-def _cell(value: Any, column: str) -> str:
-    """A value as the table shows it."""
-    if value is not None and column in METRICS:
-        return METRICS[column].written(value)
-    if isinstance(value, float):
-        return f"{value:.3f}" if "/" in column else f"{value:,.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else text(value)
+def _objective(done: Frame) -> str:
+    """The first objective of finished runs, if the frame has it; else the gap."""
+    for path in done["folder"]:
+        (name, *_) = as_list(RunFolder(Path(path)).read_config().get("objective", "ce_gap"))
+        if name in done:
+            return name
+    return "ce_gap"
 
 
 def _intercepts(fitted: Fit) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 import sae_lora
 from sae_lora.common.errors import ConfigError, UserError, causes
+from sae_lora.config.batches import Directions
 from sae_lora.config.compose import dispatch, points, with_quoted_text
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
 from sae_lora.config.schema import Config
@@ -32,15 +33,15 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_points_of_a_sweep_are_launched_together() -> None:
-    batches: list[tuple[list[int], bool]] = []
+    batches: list[tuple[list[int], Directions | None]] = []
 
-    def launch(batch: list[Config], is_adaptive: bool) -> list[None]:
-        batches.append(([point.lora.rank for point in batch], is_adaptive))
+    def launch(batch: list[Config], directions: Directions | None) -> list[None]:
+        batches.append(([point.lora.rank for point in batch], directions))
         return [None] * len(batch)
 
     dispatch(["-m", "lora.rank=1,2,4"], launch)
     dispatch(["lora.rank=8"], launch)
-    assert batches == [([1, 2, 4], False), ([8], False)]
+    assert batches == [([1, 2, 4], None), ([8], None)]
 
 
 @pytest.mark.parametrize("words", [["lora.rank=1"], ["-m", "lora.rank=1,2"]])
@@ -51,7 +52,7 @@ def test_an_error_of_a_launch_is_not_a_mistake_of_the_user(
     monkeypatch.setenv(TRACEBACK_VARIABLE, "0")
     seen = []
 
-    def launch(_batch: list[Config], _is_adaptive: bool) -> NoReturn:
+    def launch(_batch: list[Config], _directions: Directions | None) -> NoReturn:
         seen.append(os.environ[TRACEBACK_VARIABLE])
         raise error
 

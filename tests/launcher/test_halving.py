@@ -7,6 +7,7 @@ import pytest
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.schema import Config
 from sae_lora.launcher import launch as launcher
+from sae_lora.launcher.command import launch_trials
 from sae_lora.launcher.halving import brackets, check_halving, described, rungs_of
 from sae_lora.launcher.plan import plan
 from sae_lora.records import halving
@@ -88,7 +89,7 @@ def test_every_suggestion_works(point: Point) -> None:
 
 def test_runs_that_must_finish_are_refused(point: Point) -> None:
     with pytest.raises(ConfigError, match="adaptive sweeper"):
-        launcher.launch_trials(over_rates(point, HALVING))
+        launch_trials(over_rates(point, HALVING), [])
     sae = "method=sae", "sae.width=64", "sae.l0=8"
     with pytest.raises(ConfigError, match="init names a method"):
         launcher.launch([point(*sae, HALVING), point("init=sae", HALVING)])

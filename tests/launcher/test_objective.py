@@ -4,8 +4,15 @@ import pytest
 
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.schema import Config
+from sae_lora.launcher import command
 from sae_lora.launcher import launch as launcher
-from sae_lora.launcher.objective import OBJECTIVES, check_objective, objective_of, show_best
+from sae_lora.launcher.objective import (
+    OBJECTIVES,
+    check_directions,
+    check_objective,
+    objective_of,
+    show_best,
+)
 from sae_lora.launcher.plan import plan
 from sae_lora.records.metrics import METRICS
 from tests.support.points import Point
@@ -78,7 +85,7 @@ def test_the_best_trials_come_first_with_the_command_of_the_best(
     rows = [line.split("│")[1].strip() for line in printed.out.splitlines() if line.startswith("│")]
     assert rows == ["2", "4", "1", "4", "2", "1"]
     assert "3 trials by gap after" in printed.out and "3 trials by top-1" in printed.out
-    best = [line for line in printed.out.splitlines() if line.startswith("best  sae-lora launch")]
+    best = [line for line in printed.out.splitlines() if line.startswith("1. sae-lora launch")]
     assert ["lora.rank=2" in best[0], "lora.rank=4" in best[1]] == [True, True]
     assert "1 trial" in printed.err
 
@@ -87,8 +94,29 @@ def test_a_batch_waits_and_a_dry_run_has_no_objectives(
     point: Point, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[Config] = []
-    monkeypatch.setattr(launcher, "launch", lambda points: launched.extend(points) or 0)
+    monkeypatch.setattr(command, "launch", lambda points: launched.extend(points) or 0)
     finished(point())
-    code, objectives = launcher.launch_trials([point()])
+    code, objectives = command.launch_trials([point()], [])
     assert (code, len(objectives)) == (0, 1) and launched[0].launcher.wait
-    assert launcher.launch_trials([point("launcher.dry_run=true")]) == (0, [])
+    assert command.launch_trials([point("launcher.dry_run=true")], ["minimize"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("objective", "directions", "right"),
+    [
+        ("ce_gap", ["maximize"], "minimize"),
+        ("gap_closed", ["minimize"], "maximize"),
+        ("[kl,gap_closed]", ["minimize", "minimize"], "[minimize,maximize]"),
+        ("[kl,gap_closed]", ["minimize"], "[minimize,maximize]"),
+        ("kl", ["minimize", "minimize"], "minimize"),
+    ],
+)
+def test_a_sweeper_that_looks_for_the_worst_is_refused(
+    point: Point, objective: str, directions: list[str], right: str
+) -> None:
+    trial = point(f"objective={objective}")
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.direction") as refusal:
+        command.launch_trials([trial], directions)
+    assert refusal.value.nearest == right
+    check_directions(trial, right.strip("[]").split(","))
+    check_directions(trial, [])  # of a sweeper whose config has none

@@ -110,6 +110,24 @@ def test_the_trials_of_an_adaptive_sweeper_are_jobs(cluster: Cluster, tmp_path: 
     assert not jobs(cluster)
 
 
+def test_a_job_stops_where_runs_of_other_jobs_are_ahead(cluster: Cluster, tmp_path: Path) -> None:
+    halving = "launcher.halving=train.lr", "launcher.pack=off", "launcher.wait=true"
+    assert submitted(tmp_path, "train.lr=4e-3", *halving).returncode == 0
+    swept = submitted(tmp_path, "-m", "train.lr=4e-3,1e-5,1e-4", *halving)
+    assert swept.returncode == 0, swept.stderr
+    folders = {load(folder.config.read_text()).train.lr: folder for folder in folders_in(tmp_path)}
+    statuses = dict(zip(folders, read_statuses([*folders.values()]), strict=True))
+    assert statuses[4e-3].state is State.done and statuses[1e-5].state is State.outranked
+    assert "stopped at 512 tokens, rank" in str(statuses[1e-5].note)
+    assert f"halving stopped {sum(not run.is_finished for run in folders.values())} of 3" in swept.stdout
+    job = folders[1e-5].job
+    assert job is not None and ended(cluster, job) == "COMPLETED"
+    assert main(["status", str(tmp_path / "main")]) == 0
+    again = submitted(tmp_path, "-m", "train.lr=4e-3,1e-5,1e-4", "launcher.wait=true")
+    assert again.returncode == 0, again.stderr
+    assert all(folder.is_finished for folder in folders.values())
+
+
 def test_each_job_has_its_own_gpu(cluster: Cluster, tmp_path: Path) -> None:
     options = "launcher.pack=off", "launcher.sbatch={nodelist: n1}", "launcher.gpus_per_node=1"
     assert submitted(tmp_path, "-m", "lora.rank=1,2", *options).returncode == 0

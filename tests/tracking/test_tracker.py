@@ -345,6 +345,26 @@ class TestOnline:
         assert run.exit_code == 0
         assert run.summary["student_ce"] == {"min": 2.9, "last": 2.975}
 
+    def test_a_run_that_others_have_left_behind_is_no_failure(
+        self, folder: RunFolder, server: Server
+    ) -> None:
+        """It says where it stopped, and goes on in the same W&B run."""
+        measure(folder, 0, 50)
+        tracker = begin(folder)
+        tracker.show(None)
+        folder.write_stop("stopped at 50 tokens, rank 3 of 4 by gap after", outranked=True)
+        tracker.finish(None, will_resume=False)
+        (run,) = server.runs.values()
+        assert run.exit_code == 0 and "result" not in run.summary
+        assert run.summary["outranked"] == "stopped at 50 tokens, rank 3 of 4 by gap after"
+        folder.clear_failure()
+        tracker = begin(folder)
+        measure(folder, 100, keep=2)
+        tracker.show(None)
+        tracker.finish(finish(folder), will_resume=False)
+        assert list(server.runs.values()) == [run] and run.rows == expected_rows(folder)
+        assert run.summary.get("outranked") is None and "result" in run.summary
+
     def test_a_failed_attempt_keeps_its_rows_and_the_next_gets_a_new_id(
         self, folder: RunFolder, server: Server
     ) -> None:
