@@ -48,7 +48,7 @@ def importances(frame: Frame, factors: Sequence[str], measure: str) -> list[Impo
     x = list(zip(*codes.values(), strict=True))
     y = rows[measure].astype(float).to_numpy()
     forest = RandomForestRegressor(_TREES, random_state=0).fit(x, y)
-    shuffled = permutation_importance(forest, x, y, n_repeats=_SHUFFLES, random_state=0)
+    shuffled: Any = permutation_importance(forest, x, y, n_repeats=_SHUFFLES, random_state=0)
     losses = [max(0.0, float(loss)) for loss in shuffled.importances_mean]
     total = sum(losses) or 1.0
     every = [
