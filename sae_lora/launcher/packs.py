@@ -12,6 +12,7 @@ from sae_lora.config.enums import LauncherKind
 from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.identity import pack_key
 from sae_lora.config.validate import check_processes
+from sae_lora.launcher.halving import brackets
 from sae_lora.launcher.plan import Pack, Run
 
 _MAX_RUNS = 8
@@ -27,7 +28,8 @@ def packed(runs: Sequence[Run], settings: LauncherConfig) -> list[Pack]:
 
     On this machine, there is at least one pack for each slot. A pack that does not fit into memory is
     halved until its parts fit. Runs with the same SAEs are packed together, and of these first the runs
-    whose first adapted block is the same.
+    whose first adapted block is the same. Runs that compete (`launcher.halving`) share a pack, where
+    they reach each rung together.
     """
     largest = {"auto": _MAX_RUNS, "off": 1, False: 1}.get(
         settings.pack
@@ -47,7 +49,26 @@ def _split(group: Pack, largest: int, fewest: int, settings: LauncherConfig) -> 
 
     ordered = sorted(group, key=lambda run: (repr(run.config.sae.used), first_own_block(run.config)))
     number = min(len(group), max(fewest, -(-len(group) // largest)))
-    return [pack for part in _equal_parts(ordered, number) for pack in _fitting(part, settings)]
+    of_run = brackets(ordered)
+    if of_run:
+        competing: dict[str, Pack] = {}
+        for run in ordered:
+            competing.setdefault(of_run[run.name].bracket, []).append(run)
+        parts = _whole(list(competing.values()), -(-len(group) // number))
+    else:
+        parts = _equal_parts(ordered, number)
+    return [pack for part in parts for pack in _fitting(part, settings)]
+
+
+def _whole(units: Sequence[Pack], size: int) -> list[Pack]:
+    """Packs of at most this size that divide as few of these units as possible."""
+    packs: list[Pack] = []
+    for unit in units:
+        if packs and len(packs[-1]) + len(unit) <= size:
+            packs[-1] += unit
+        else:
+            packs += _equal_parts(unit, -(-len(unit) // size))
+    return packs
 
 
 def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:

@@ -43,6 +43,18 @@ def test_every_slot_gets_a_pack(point: Point) -> None:
     assert [len(pack) for pack in pack_runs(runs)] == [1, 1]
 
 
+@pytest.mark.parametrize(("rates", "sizes"), [(3, [6, 6]), (6, [6] * 4), (5, [5] * 4), (10, [5] * 8)])
+def test_runs_that_compete_share_a_pack(point: Point, rates: int, sizes: list[int]) -> None:
+    """As far as packs of eight allow."""
+    every = [f"train.lr={1e-4 * number}" for number in range(1, rates + 1)]
+    words = [f"{rate} lora.rank={rank}" for rate in every for rank in (1, 2, 4, 8)]
+    runs = plan_runs(point, *words, launcher="launcher.halving=train.lr")
+    packs = pack_runs(runs)
+    assert [len(pack) for pack in packs] == sizes
+    of_rank = [[run.config.lora.rank for run in pack] for pack in packs]
+    assert max(len({*ranks}) for ranks in of_rank) == (2 if rates == 3 else 1)
+
+
 MAY_DIFFER = (
     "lora.rank=4 lora.alpha=1 lora.dropout=0.1 lora.targets=qv",
     "lora.blocks=all",
