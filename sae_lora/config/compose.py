@@ -182,6 +182,9 @@ def dispatch(
     try:
         with mistakes_explained(files, (ValueError, OSError, RecursionError)):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(single)()
+            sweepers = [word for word in words if word.startswith("hydra/sweeper=")]
+            if alone and sweepers:
+                raise UserError(f"{sweepers[0]} has no use here: this command is of one run\n  add -m")
             if unused:
                 raise UserError(
                     f"the chosen files have a sweep over {', '.join(unused)}, and this command is of "

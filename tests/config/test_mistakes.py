@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.compose import CONF, points, with_quoted_text
@@ -184,3 +185,13 @@ def test_a_text_that_looks_like_a_number_stays_as_it_is(text: str) -> None:
     assert [point.model.revision for point in composed] == text.split(",")
     quoted = with_quoted_text(f"model.revision={text}")
     assert with_quoted_text(quoted) == quoted
+
+
+def test_a_sweeper_that_is_not_installed_is_named_with_its_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also Optuna's, an extra of this package which the tests have."""
+    points([])  # Hydra has now searched for plug-ins
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
+    with pytest.raises(UserError, match=r"after `pip install 'sae_lora\[optuna\]'`"):
+        points(["-m", "hydra/sweeper=optuna", "lora.rank=1,2"])

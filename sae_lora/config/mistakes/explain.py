@@ -21,14 +21,12 @@ from sae_lora.config.serialize import keys, unknown_key
 
 TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 """Hydra's environment variable that makes it print tracebacks."""
-_PLUGINS = {
-    "hydra/sweeper": {
-        "optuna": "hydra-optuna-sweeper",
-        "ax": "hydra-ax-sweeper",
-        "nevergrad": "hydra-nevergrad-sweeper",
-    },
+_SWEEPERS = {
+    "hydra/sweeper/optuna": "'sae_lora[optuna]'",
+    "hydra/sweeper/ax": "hydra-ax-sweeper",
+    "hydra/sweeper/nevergrad": "hydra-nevergrad-sweeper",
 }
-"""Packages of Hydra's plug-ins, by group and option."""
+"""The package of each of Hydra's sweepers."""
 
 
 @contextmanager
@@ -132,7 +130,7 @@ def _explain_several(key: str, values: str) -> str:
 
 def _explain_choice(path: str, options: Sequence[str]) -> str:
     group, _, choice = path.rpartition("/")
-    if package := _PLUGINS.get(group, {}).get(choice):
+    if package := _SWEEPERS.get(path):
         allowed = f"one of {listed(options)}; or {choice}, after `pip install {package}`"
         return str(ConfigError(group, choice, allowed))
     nearest = nearest_name(choice, options) if choice else None
