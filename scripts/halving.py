@@ -5,7 +5,7 @@
 
 The first command writes the curves of all runs of these sweeps beside the page (`halving/curves.json`),
 and the figure. Both write the tables into the page, from the curves: each in place of the table after
-its comment. A sweep `NAME_halving` is `NAME` with `launcher.halving=train.lr`.
+its comment. A sweep `NAME_halving…` is `NAME` with `launcher.halving=train.lr`.
 
 A *bracket* is the runs that differ only in the learning rate. Its recorded curves say what halving would
 have stopped at any rungs: a run reads the same batches whether others go on or not.
@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +27,8 @@ from scipy import stats
 
 import sae_lora
 from sae_lora.common.plots import COLOURS, finished, line_and_markers, write_svgs
+from sae_lora.config.execution import LauncherConfig
+from sae_lora.launcher.halving import SHARES
 from sae_lora.records.factors import text, values_of, varying
 from sae_lora.records.halving import places, rank_of
 from sae_lora.report.fits import mean_and_margin
@@ -35,7 +38,10 @@ from scripts.pages import markdown, whole
 _FACTOR = "train.lr"
 _MEASURE = "ce_gap"
 _ON = "_halving"
-"""The end of the name of a sweep that was run with halving."""
+"""Part of the name of a sweep that was run with halving."""
+_KEEP = LauncherConfig().keep
+_NEAR = 0.005
+"""A share of the gap that is less than the spread between seeds."""
 _ORDERS = 50
 """Random orders of arrival in the replay of runs that come one after the other."""
 
@@ -56,13 +62,13 @@ class Rule:
 
 RULES = [
     Rule(shares, keep)
-    for shares in ((1 / 8,), (1 / 4,), (1 / 2,), (1 / 4, 1 / 2), (1 / 8, 1 / 4, 1 / 2))
-    for keep in (1 / 2, 1 / 3)
+    for shares in ((1 / 8,), (1 / 2,), (1 / 4, 1 / 2), SHARES, (1 / 8, 1 / 2, 3 / 4))
+    for keep in (3 / 4, 2 / 3, 1 / 2, 1 / 3)
 ]
 
 
 def _fraction(value: float) -> str:
-    return f"1/{1 / value:.0f}"
+    return str(Fraction(value).limit_denominator(8))
 
 
 def record(runs: Iterable[Any]) -> list[Row]:
@@ -79,6 +85,7 @@ def record(runs: Iterable[Any]) -> list[Row]:
                 "bracket": " ".join(f"{name}={text(values[name])}" for name in names),
                 "lr": values[_FACTOR],
                 "state": run.state,
+                "keep": run.config["launcher"].get("keep"),
                 **{name: curve[name].tolist() for name in ("tokens", "train_seconds", _MEASURE)},
             }
         )
@@ -89,7 +96,7 @@ def brackets(rows: Sequence[Row]) -> list[Bracket]:
     """The brackets of the sweeps that were run without halving."""
     groups: dict[tuple[str, str], Bracket] = {}
     for row in rows:
-        if not row["sweep"].endswith(_ON):
+        if _ON not in row["sweep"]:
             groups.setdefault((row["sweep"], row["bracket"]), []).append(row)
     return list(groups.values())
 
@@ -177,6 +184,7 @@ def replay(rows: Sequence[Row]) -> str:
         for name, cell in {
             "rungs; keep": str(rule),
             "best run kept": _of(sum(outcome.kept for outcome in ended), len(ended)),
+            "within half a point": str(sum(each < _NEAR for each in lost)),
             "lost, points of the gap": _points(lost, 2),
             "largest loss": f"{100 * max(lost):.2f}",
             "tokens saved, %": _points([outcome.saved for outcome in ended]),
@@ -215,24 +223,24 @@ def _early(bracket: Bracket, share: float) -> tuple[float, int, bool]:
     return float(tau.statistic), rank, rank == 1
 
 
-SHARES = [number / 8 for number in range(1, 8)]
+_EIGHTHS = [number / 8 for number in range(1, 8)]
 
 
 def order(rows: Sequence[Row]) -> str:
     """The table of how early the curves are in their final order."""
     groups = brackets(rows)
-    early = {share: [_early(bracket, share) for bracket in groups] for share in SHARES}
+    early = {share: [_early(bracket, share) for bracket in groups] for share in _EIGHTHS}
     return markdown(
         {
-            "share of the training": [f"{share:g}" for share in SHARES],
+            "share of the training": [f"{share:g}" for share in _EIGHTHS],
             "Kendall's tau with the final order": [
-                f"{mean(tau for tau, _, _ in early[share]):.2f}" for share in SHARES
+                f"{mean(tau for tau, _, _ in early[share]):.2f}" for share in _EIGHTHS
             ],
             "the best then is the final best": [
-                _of(sum(same for *_, same in early[share]), len(groups)) for share in SHARES
+                _of(sum(same for *_, same in early[share]), len(groups)) for share in _EIGHTHS
             ],
             "worst rank of the final best": [
-                str(max(rank for _, rank, _ in early[share])) for share in SHARES
+                str(max(rank for _, rank, _ in early[share])) for share in _EIGHTHS
             ],
         }
     )
@@ -241,13 +249,13 @@ def order(rows: Sequence[Row]) -> str:
 def live(rows: Sequence[Row]) -> str:
     """The table of the sweeps that were run with halving and without."""
     columns: dict[str, list[str]] = {}
-    for name in sorted({row["sweep"] for row in rows if row["sweep"].endswith(_ON)}):
+    for name in sorted({row["sweep"] for row in rows if _ON in row["sweep"]}):
         on = [row for row in rows if row["sweep"] == name]
         keys = {(row["bracket"], row["lr"]) for row in on}
         off = [
             row
             for row in rows
-            if row["sweep"] == name.removesuffix(_ON) and (row["bracket"], row["lr"]) in keys
+            if row["sweep"] == name.partition(_ON)[0] and (row["bracket"], row["lr"]) in keys
         ]
         best = {row["bracket"]: row for row in sorted(off, key=lambda row: -row[_MEASURE][-1])}
         kept = [row for row in on if row["state"] == "done" and row["lr"] == best[row["bracket"]]["lr"]]
@@ -257,7 +265,7 @@ def live(rows: Sequence[Row]) -> str:
             for what in ("tokens", "train_seconds")
         }
         for heading, cell in {
-            "sweep": name.removesuffix(_ON),
+            "sweep; keep": f"{name.partition(_ON)[0]}; {_fraction(on[0]['keep'])}",
             "runs": str(len(on)),
             "stopped": str(sum(row["state"] == "outranked" for row in on)),
             "best of each bracket kept": f"{len(kept)} of {len(best)}",
@@ -283,7 +291,7 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
 def figure(rows: Sequence[Row]) -> go.Figure:
     """The curves of one bracket: what the default rule stops is drawn up to its rung."""
     bracket = max(brackets(rows), key=len)
-    rule = Rule((1 / 8, 1 / 4, 1 / 2), 1 / 2)
+    rule = Rule(SHARES, _KEEP)
     drawn = go.Figure()
     alive = list(range(len(bracket)))
     ends = [len(row["tokens"]) - 1 for row in bracket]

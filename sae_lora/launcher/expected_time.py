@@ -20,7 +20,7 @@ def run_timed(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> 
     say(line)
     began = time.monotonic()
     run_here(packs, settings, folder)
-    expected = f"; expected {duration(seconds)}" if seconds is not None else ""
+    expected = f"; expected {_most(settings)}{duration(seconds)}" if seconds is not None else ""
     say(f"took {duration(time.monotonic() - began)}{expected}")
 
 
@@ -36,14 +36,18 @@ def expected_time(packs: Sequence[Pack], settings: LauncherConfig) -> tuple[str,
     ]
     if len(known) < len(times):
         return "expected time: unknown until a run has trained on this kind of machine", None
-    most = "" if settings.halving is None else "at most "
     longest, total = max(each.seconds for each in known), sum(each.seconds for each in known)
     if settings.kind is LauncherKind.slurm:
         each = f"at most {duration(longest)} for each job, {duration(total)} together"
         return f"expected time: {each} ({known[0].source})", None
     at_once = len(slots([run for pack in packs for run in pack], settings))
     seconds = max(longest, total / at_once)
-    return f"expected time: {most}{duration(seconds)} ({known[0].source})", seconds
+    return f"expected time: {_most(settings)}{duration(seconds)} ({known[0].source})", seconds
+
+
+def _most(settings: LauncherConfig) -> str:
+    """A word before an expected time that halving may shorten."""
+    return "" if settings.halving is None else "at most "
 
 
 def _share_left(pack: Pack) -> float:

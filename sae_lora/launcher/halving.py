@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from sae_lora.common.console import count, percent
+from sae_lora.common.console import count
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.overrides import flat
@@ -169,7 +169,7 @@ def described(runs: Sequence[Run]) -> str | None:
     rungs = listed(f"{number * every:,}" for number in each.rungs)
     return (
         f"halving: {groups} of {of_size} compete in {names} by {METRICS[each.measure].name}; "
-        f"at {rungs} tokens the best {percent(each.keep)} go on"
+        f"at {rungs} tokens the best {each.keep:.0%} go on"
     )
 
 

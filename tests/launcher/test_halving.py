@@ -18,6 +18,7 @@ from tests.support.points import Point, folders_in, points_in, run_here
 
 RATES = (1e-5, 4e-3, 1e-3, 1e-4)  # the best one at the rung is not the first
 HALVING = "launcher.halving=train.lr"
+HALF = "launcher.keep=0.5"
 
 
 def over_rates(point: Point, *overrides: str) -> list[Config]:
@@ -152,7 +153,7 @@ def test_seeds_are_repetitions(point: Point) -> None:
 
 
 def test_a_dry_run_says_who_competes(point: Point, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launcher.launch(over_rates(point, HALVING, "launcher.dry_run=true")) == 0
+    assert launcher.launch(over_rates(point, HALVING, HALF, "launcher.dry_run=true")) == 0
     printed = capsys.readouterr().out
     assert "halving: 1 group of 4 compete in train.lr by gap after; at 512 tokens the best 50" in printed
     assert "at most" in printed
@@ -163,7 +164,7 @@ def stopped(
     point: Point, tmp_path: Path, forked_jobs: None, capsys: pytest.CaptureFixture[str]
 ) -> list[RunFolder]:
     """The runs of a sweep over rates, of which two were stopped at the only rung."""
-    assert launcher.launch(over_rates(point, HALVING)) == 0
+    assert launcher.launch(over_rates(point, HALVING, HALF)) == 0
     printed = capsys.readouterr().out
     assert "halving stopped 2 of 4 runs and saved 1,024 training tokens" in printed
     return [folder for folder in folders_in(tmp_path) if folder.is_outranked]
@@ -198,7 +199,7 @@ def test_what_was_stopped_goes_on_only_if_halving_is_off(
     stopped: list[RunFolder], point: Point, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And ends with the same bits as a run that was never stopped."""
-    assert launcher.launch(over_rates(point, HALVING)) == 0
+    assert launcher.launch(over_rates(point, HALVING, HALF)) == 0
     printed = capsys.readouterr().out
     assert "2 of 4 already done" in printed and "halving stopped 2 of 4 runs" in printed
     assert all(folder.is_outranked for folder in stopped)
@@ -215,7 +216,7 @@ def test_what_was_stopped_goes_on_only_if_halving_is_off(
 def test_runs_of_other_packs_and_launches_count_by_their_folders(
     point: Point, tmp_path: Path, forked_jobs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    points = {rate: point(f"train.lr={rate}", HALVING, "launcher.pack=off") for rate in RATES}
+    points = {rate: point(f"train.lr={rate}", HALVING, HALF, "launcher.pack=off") for rate in RATES}
     assert launcher.launch([point("train.lr=4e-3")]) == 0  # without halving
     assert "halving" not in capsys.readouterr().out
     assert launcher.launch([points[4e-3], points[1e-4]]) == 0  # one after the other

@@ -111,7 +111,7 @@ def test_the_trials_of_an_adaptive_sweeper_are_jobs(cluster: Cluster, tmp_path: 
 
 
 def test_a_job_stops_where_runs_of_other_jobs_are_ahead(cluster: Cluster, tmp_path: Path) -> None:
-    halving = "launcher.halving=train.lr", "launcher.pack=off", "launcher.wait=true"
+    halving = "launcher.halving=train.lr", "launcher.keep=0.5", "launcher.pack=off", "launcher.wait=true"
     assert submitted(tmp_path, "train.lr=4e-3", *halving).returncode == 0
     swept = submitted(tmp_path, "-m", "train.lr=4e-3,1e-5,1e-4", *halving)
     assert swept.returncode == 0, swept.stderr
