@@ -196,7 +196,7 @@ def replay(rows: Sequence[Row]) -> str:
 def arrivals(rows: Sequence[Row]) -> str:
     """The table of the rules, for runs that train one after the other."""
     columns: dict[str, list[str]] = {}
-    for rule in RULES:
+    for rule in (rule for rule in RULES if rule.shares == SHARES):
         ended = [
             one_by_one(bracket, rule, order)
             for bracket in brackets(rows)
