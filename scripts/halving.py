@@ -1,4 +1,4 @@
-"""How often successive halving keeps the best run: recorded sweeps are run again under its rule.
+"""Replay of recorded sweeps under the rule of successive halving: is the best run kept?
 
     python -m scripts.halving docs/results/halving.md --outputs outputs/rates outputs/rates_halving
     python -m scripts.halving docs/results/halving.md
@@ -113,7 +113,7 @@ class Outcome:
     kept: bool
     """True if the run that is best at the end was not stopped."""
     lost: float
-    """What the best of the remaining runs closes less than that run, as a share of the gap."""
+    """The share of the gap that the best remaining run closes less than that run."""
     saved: float
     """Share of the training tokens that halving saved."""
 
@@ -122,11 +122,11 @@ def _outcome(bracket: Bracket, ends: Sequence[int]) -> Outcome:
     """The outcome if the runs ended after these evaluations."""
     final = [row[_MEASURE][-1] for row in bracket]
     last = [len(row["tokens"]) - 1 for row in bracket]
-    left = [gap for gap, end, whole_run in zip(final, ends, last, strict=True) if end == whole_run]
+    remaining = [gap for gap, end, whole_run in zip(final, ends, last, strict=True) if end == whole_run]
     used = sum(row["tokens"][end] for row, end in zip(bracket, ends, strict=True))
     asked = sum(row["tokens"][-1] for row in bracket)
-    lost = (min(left) - min(final)) / bracket[0][_MEASURE][0]
-    return Outcome(min(left) == min(final), lost, 1 - used / asked)
+    lost = (min(remaining) - min(final)) / bracket[0][_MEASURE][0]
+    return Outcome(min(remaining) == min(final), lost, 1 - used / asked)
 
 
 def at_once(bracket: Bracket, rule: Rule) -> Outcome:
@@ -150,8 +150,8 @@ def one_by_one(bracket: Bracket, rule: Rule, order: Sequence[int]) -> Outcome:
         arrived.append(new)
         for share in rule.shares:
             number = _number(bracket[new], share)
-            there = [i for i in arrived if ends[i] >= _number(bracket[i], share)]
-            values = {str(i): [bracket[i][_MEASURE][_number(bracket[i], share)]] for i in there}
+            reached = [i for i in arrived if ends[i] >= _number(bracket[i], share)]
+            values = {str(i): [bracket[i][_MEASURE][_number(bracket[i], share)]] for i in reached}
             if rank_of(values, str(new), _MEASURE) > places(len(values), rule.keep):
                 ends[new] = number
                 break
@@ -261,8 +261,8 @@ def live(rows: Sequence[Row]) -> str:
         kept = [row for row in on if row["state"] == "done" and row["lr"] == best[row["bracket"]]["lr"]]
         same = all(row[_MEASURE] == best[row["bracket"]][_MEASURE] for row in kept)
         totals = {
-            what: [sum(row[what][-1] for row in part) for part in (off, on)]
-            for what in ("tokens", "train_seconds")
+            measure: [sum(row[measure][-1] for row in part) for part in (off, on)]
+            for measure in ("tokens", "train_seconds")
         }
         for heading, cell in {
             "sweep; keep": f"{name.partition(_ON)[0]}; {_fraction(on[0]['keep'])}",

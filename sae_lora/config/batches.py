@@ -5,7 +5,7 @@ So the points of any sweeper are planned together, share packs and go to SLURM.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +20,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, open_dict
 
 from sae_lora.common.errors import UserError
+from sae_lora.common.locks import HeldError, held
 
 Directions = list[str]
-"""What an adaptive sweeper does with each objective, `minimize` or `maximize`; empty if its config does
-not say so."""
+"""`minimize` or `maximize`, for each objective of an adaptive sweeper; empty if its config does not say
+so."""
 Batch = Callable[[Iterable[DictConfig], Directions | None], Sequence[Any]]
 """Launches composed points, and returns the result of each: a value, or the error of its run. It also
 gets the directions of an adaptive sweeper, which needs the results for its next batch; else `None`."""
@@ -45,8 +46,9 @@ class BatchLauncher(Launcher):
         sweeper = config.hydra.sweeper
         is_basic = str(sweeper._target_).startswith(_BASIC_SWEEPER)
         self._directions = None if is_basic else _directions(sweeper)
-        if task_function.replaces_study:  # pyright: ignore[reportFunctionMemberAccess]
-            _forget_study(str(sweeper.storage), str(sweeper.study_name))
+        study: ExitStack | None = task_function.study  # pyright: ignore[reportFunctionMemberAccess]
+        if study is not None and sweeper.storage is not None:
+            study.enter_context(_new_study(str(sweeper.storage), str(sweeper.study_name)))
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -72,23 +74,29 @@ class BatchLauncher(Launcher):
             yield config
 
 
-def _forget_study(storage: str, name: str) -> None:
-    """Make the folder of Optuna's storage, and remove an earlier study of this name from it.
+@contextmanager
+def _new_study(storage: str, name: str) -> Iterator[None]:
+    """Remove an earlier study from Optuna's storage; inside the block, no other command writes it.
 
     Raises:
-        UserError: If the file cannot be used.
+        UserError: If another command writes it, or the file cannot be used.
     """
     file = Path(storage.removeprefix("sqlite:///"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            import optuna
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(file.parent / f".{file.stem}-{name}"))
+            if file.exists():
+                import optuna
 
-            with suppress(KeyError):
-                optuna.delete_study(study_name=name, storage=storage)
-    except Exception as error:  # of optuna's, of many types
-        cause = str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be used for the trials: {cause}; move it away") from error
+                with suppress(KeyError):
+                    optuna.delete_study(study_name=name, storage=storage)
+        except HeldError as error:
+            process = str(error).partition("(")[2].rstrip(")")
+            raise UserError(f"this search is running already ({process}); wait for its end") from error
+        except Exception as error:  # of optuna's, of many types
+            cause = str(error).partition("\n")[0]
+            raise UserError(f"{file} cannot be used for the trials: {cause}; move it away") from error
+        yield
 
 
 def _directions(sweeper: DictConfig) -> Directions:

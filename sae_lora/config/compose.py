@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -44,10 +45,16 @@ CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
 """Folder of the config values: in the installed package, or beside it in a clone of the repository."""
 STUDY = "optuna.db"
 """Optuna's storage, in the folder of a sweep."""
-_FULL_PATH = "sae_lora.full_path"
-OmegaConf.register_new_resolver(
-    _FULL_PATH, lambda path: str(Path(path).expanduser().absolute()), replace=True
-)
+_STORAGE = "sae_lora.storage"
+
+
+def _storage(output_dir: str, sweep: str, dry_run: bool) -> str | None:
+    """The address of Optuna's storage of a sweep; `None`, in memory, for a dry run."""
+    folder = Path(output_dir).expanduser().absolute() / sweep
+    return None if dry_run else f"sqlite:///{folder / STUDY}"
+
+
+OmegaConf.register_new_resolver(_STORAGE, _storage, replace=True)
 PROJECT = "sae_lora"
 """The W&B project if neither the config nor a variable names one."""
 VARIABLES = {
@@ -170,7 +177,7 @@ def dispatch(
     words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
     study = _study(words)
-    single.replaces_study = any("storage=" in word for word in study)  # pyright: ignore[reportFunctionMemberAccess]
+    single.study = ExitStack() if study else None  # pyright: ignore[reportFunctionMemberAccess]
     words += study
     options = given(words)
     files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
@@ -196,6 +203,8 @@ def dispatch(
         ended = end.error
     finally:
         sys.argv = original_argv
+        if study:
+            single.study.close()  # pyright: ignore[reportFunctionMemberAccess]
     if ended is not None:  # raised here, where it does not become the context of its own context
         raise ended
     if options.multirun and not (number or asks_for_help(options)):
@@ -228,20 +237,17 @@ def _study(words: Sequence[str]) -> list[str]:
     study in the storage is written anew, by `BatchLauncher`. A storage of the user's own goes on where
     it was, and then a seed would propose the first trials twice.
     """
-    given = {word.partition("=")[0].lstrip("+") for word in words}
-    if "hydra/sweeper=optuna" not in words or "hydra.sweeper.storage" in given:
+    keys_given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "hydra/sweeper=optuna" not in words or "hydra.sweeper.storage" in keys_given:
         return []
-    added = []
-    if "hydra/sweeper/sampler=grid" not in words and "hydra.sweeper.sampler.seed" not in given:
+    of_sweep = "${output_dir},${sweep},${launcher.dry_run}"
+    added = [f"hydra.sweeper.storage=${{{_STORAGE}:{of_sweep}}}"]
+    if "hydra/sweeper/sampler=grid" not in words and "hydra.sweeper.sampler.seed" not in keys_given:
         added.append("hydra.sweeper.sampler.seed=0")
-    if "launcher.dry_run=true" not in words:
-        added.append(
-            f'hydra.sweeper.storage="sqlite:///${{{_FULL_PATH}:${{output_dir}}}}/${{sweep}}/{STUDY}"'
-        )
-        if "hydra.sweeper.study_name" not in given:
-            of_trials = [word for word in words if not word.startswith(("launcher.", "tracking."))]
-            digest = hashlib.sha256("\n".join(sorted(of_trials)).encode()).hexdigest()[:8]
-            added.append(f"hydra.sweeper.study_name={digest}")
+    if "hydra.sweeper.study_name" not in keys_given:
+        of_trials = [word for word in words if not word.startswith(("launcher.", "tracking."))]
+        digest = hashlib.sha256("\n".join(sorted(of_trials)).encode()).hexdigest()[:8]
+        added.append(f"hydra.sweeper.study_name={digest}")
     return added
 
 

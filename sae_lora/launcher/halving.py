@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from sae_lora.common.console import count
 from sae_lora.common.errors import ConfigError, listed, nearest_name
-from sae_lora.config.identity import step_tokens, train_steps
+from sae_lora.config.identity import NOT_HASHED_KEYS, step_tokens, train_steps
 from sae_lora.config.overrides import flat
 from sae_lora.config.schema import Config, as_list
 from sae_lora.config.serialize import as_dict
@@ -20,6 +20,7 @@ from sae_lora.records.folder import DamagedError
 from sae_lora.records.halving import Bracket
 from sae_lora.records.metrics import METRICS
 from sae_lora.records.schema import CurvePoint
+from sae_lora.records.status import RunStatus, State
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of the training after which the default rungs lie."""
@@ -34,6 +35,12 @@ _REFUSED = dict.fromkeys(
     "runs are compared at the same tokens of the same schedule of the learning rate",
 )
 """Keys that may not compete, with the reason."""
+_REQUESTS = {
+    *("sae.width", "sae.l0", "sae.release", "sae.id", "sae.path"),
+    *("model.middle_block", "model.fit_context"),
+}
+_WITHOUT_EFFECT = NOT_HASHED_KEYS - _REQUESTS
+"""Keys that cannot change a result. `NOT_HASHED_KEYS` also has requests that the planner answers."""
 _CURVE = [name for name in OBJECTIVES if name in CurvePoint.__dataclass_fields__]
 _EXACT = 1e-9
 
@@ -134,18 +141,24 @@ def _bracket(point: Config) -> Bracket:
 
 def _key(point: Config, without: Iterable[str]) -> str:
     """A text that is equal for points that ask for the same, but for the values of some keys."""
-    values = {key: value for key, value in flat(as_dict(point)).items() if key not in {*without}}
+    left_out = {*without, *_WITHOUT_EFFECT}
+    values = {key: value for key, value in flat(as_dict(point)).items() if key not in left_out}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def write_brackets(runs: Sequence[Run]) -> None:
-    """Write the brackets into the folders of the runs that have one, also of finished runs."""
-    of_run = brackets(runs)
-    for run in runs:
+def write_brackets(runs: Sequence[tuple[Run, RunStatus]]) -> None:
+    """Write the brackets into the folders of runs, also of finished ones.
+
+    Runs that another launch trains keep the rule of that launch.
+    """
+    of_run = brackets([run for run, _ in runs])
+    for run, status in runs:
         if run.name not in of_run or not run.folder.config.exists():
             continue
+        is_busy = status.state in (State.running, State.queued)
         with suppress(DamagedError):  # the launch names it
-            if halving.read(run.folder) != of_run[run.name]:
+            before = halving.read(run.folder)
+            if before != of_run[run.name] and not (is_busy and before is not None):
                 halving.write(run.folder, of_run[run.name])
 
 
@@ -160,7 +173,7 @@ def described(runs: Sequence[Run]) -> str | None:
     )
     names = listed(as_list(point.launcher.halving))
     if max(candidates.values()) < 2:
-        return f"halving: no two of these runs differ only in {names}, so none of them stops another"
+        return f"halving: no two of these runs differ only in {names}; runs of other launches count"
     sizes = sorted(set(candidates.values()))
     of_size = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     groups = count(len(candidates), "group")
@@ -168,13 +181,13 @@ def described(runs: Sequence[Run]) -> str | None:
     every = point.train.eval_every_tokens
     rungs = listed(f"{number * every:,}" for number in each.rungs)
     return (
-        f"halving: {groups} of {of_size} compete in {names} by {METRICS[each.measure].name}; "
-        f"at {rungs} tokens the best {each.keep:.0%} go on"
+        f"halving: {groups} of {of_size} that differ in {names}; at {rungs} tokens, "
+        f"the best {each.keep:.0%} by {METRICS[each.measure].name} go on"
     )
 
 
 def saved(outranked: Sequence[Run], total: int) -> str:
-    """What halving saved, in a sentence.
+    """A sentence with the number of stopped runs and the tokens saved.
 
     Args:
         outranked: The runs that were stopped.

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from submitit.helpers import DelayedSubmission
 
 from sae_lora.common.errors import EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
+from sae_lora.common.locks import holder
 from sae_lora.common.signals import SIGNALS
 from sae_lora.evaluation.suite_records import pending
 from sae_lora.records.folder import RunFolder
@@ -42,8 +43,15 @@ class _Part:
 
     @property
     def unsettled(self) -> list[RunFolder]:
-        """Runs that have neither finished nor failed. A run whose folder was deleted is left out."""
-        return [folder for folder in self.folders if folder.path.exists() and folder.is_unsettled]
+        """Runs that have still to be trained by this job.
+
+        A run that another launch has taken up, or whose folder was deleted, is left out.
+        """
+        return [
+            folder
+            for folder in self.folders
+            if folder.path.exists() and folder.is_unsettled and holder(folder.path) is None
+        ]
 
 
 class Job:

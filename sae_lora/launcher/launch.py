@@ -54,7 +54,7 @@ def launch(points: Sequence[Config]) -> int:
     """Plan the points, run or submit those that are not done, and print a table.
 
     Returns:
-        The exit code: 0 if every run of the plan is finished or submitted.
+        The exit code: 0 if every run of the plan is finished, outranked or submitted.
 
     Raises:
         UserError: If a point cannot work, before anything runs.
@@ -104,7 +104,7 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
     with ExitStack() as stack:
         with _locked(sweeps):
             packs = packed(_prepare_runs(planned, settings, again=again), settings)
-            write_brackets(planned.runs)
+            write_brackets(_with_status(planned.runs))
             if packs and on_slurm:
                 say(expected_time(packs, settings)[0])
                 submit(packs, settings)
@@ -118,7 +118,7 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
     if not packs and trial_id() is not None:  # `wandb agent` repeats a run that is done
         from sae_lora.tracking.sync import upload  # brings torch in
 
-        upload([run.folder for run in planned.runs if is_done(run.folder)])
+        upload([run.folder for run in planned.runs if is_done(run.folder) or run.folder.is_outranked])
     if not on_slurm:
         _wait_for_others(planned)
     if on_slurm:

@@ -21,6 +21,7 @@ _CELL_COLUMNS = 120
 _ROWS = 20
 """Largest number of runs in the live table; the others are counted."""
 _MOST_VALUES = 4
+_ENDS = (State.done, State.failed, State.outranked)
 """Largest number of values of a factor that a line about a pack lists."""
 
 
@@ -83,9 +84,9 @@ class Watch:
         """Print a line for each run that has ended since the last call."""
         for folder, status, label in zip(self._folders, statuses, self._labels, strict=True):
             previous, self._states[folder] = self._states.get(folder), status.state
-            if status.state is not previous and status.state in (State.done, State.failed):
+            if status.state is not previous and status.state in _ENDS:
                 closed = status.gap_closed and f"gap closed {status.gap_closed}"
-                end = status.note if status.state is State.failed else closed
+                end = closed if status.state is State.done else status.note
                 words = filter(None, (f"{status.state.value:>9}", status.name, label, end))
                 say("  ".join(words))
 
@@ -125,7 +126,7 @@ class Watch:
         stopped = [
             number
             for number, status in enumerate(statuses)
-            if status.state in (State.failed, State.resumable, State.stopped)
+            if status.state in (State.failed, State.resumable, State.stopped, State.outranked)
         ]
         shown = [*at_work, *stopped][:_ROWS]
         states = Text(counts(status.state for status in statuses), style="bold")

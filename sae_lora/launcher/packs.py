@@ -55,6 +55,9 @@ def _split(group: Pack, largest: int, fewest: int, settings: LauncherConfig) -> 
         for run in ordered:
             competing.setdefault(of_run[run.name].bracket, []).append(run)
         parts = _whole(list(competing.values()), -(-len(group) // number))
+        while len(parts) < fewest and (longest := max(parts, key=len))[1:]:
+            parts.remove(longest)
+            parts += _equal_parts(longest, 2)
     else:
         parts = _equal_parts(ordered, number)
     return [pack for part in parts for pack in _fitting(part, settings)]

@@ -276,7 +276,7 @@ def cancel(folders: Sequence[RunFolder]) -> bool:
         except DamagedError as error:
             complain("damaged", f"{folder.path}: {error.cause}")
     queue = slurm.queue() if any(known.values()) else {}
-    jobs = {job for folder, job in known.items() if job in queue and not folder.is_finished}
+    jobs = {job for folder, job in known.items() if job in queue and folder.is_unsettled}
     if jobs:
         slurm.cancel(sorted(jobs))
     say(f"{count(len(jobs), 'job')} cancelled")
@@ -284,7 +284,7 @@ def cancel(folders: Sequence[RunFolder]) -> bool:
     others = [folder for folder in runs_of(folders[0].path.parent) if folder.path not in named]
     for folder in others:
         with contextlib.suppress(DamagedError):
-            if not folder.is_finished and folder.job in jobs:
+            if folder.is_unsettled and folder.job in jobs:
                 say(f"{folder.path.name} stops too: it trains in the same job")
     for folder, status in zip(known, read_statuses(list(known)), strict=True):
         if status.state is State.running and known[folder] not in jobs:

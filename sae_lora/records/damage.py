@@ -145,6 +145,9 @@ def _check(folder: RunFolder) -> None:
     named = re.search(r"-([0-9a-f]{8})$", folder.path.name)
     if named and named[1] != run_hash:
         raise _other_config(folder, named[1], run_hash)
+    if folder.is_outranked and not curve:
+        without = "is empty" if folder.curve.exists() else "is missing"
+        raise DamagedError(folder.path, f"curve.jsonl {without}")
     if folder.summary.exists():
         _check_results(folder, config, run_hash, curve)
     elif _has_lost_its_summary(folder):

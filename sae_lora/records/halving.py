@@ -84,9 +84,14 @@ def outranked(folders: Sequence[RunFolder]) -> dict[RunFolder, Standing]:
     """The unfinished runs among these that are not among the best at the last rung that they passed.
 
     Args:
-        folders: Runs of one sweep that have just been evaluated.
+        folders: Runs that have just been evaluated.
+
+    Raises:
+        UserError: If the folder of a sweep cannot be read.
     """
-    brackets = _brackets(folders[0].path.parent) if folders else {}
+    brackets: dict[Path, Bracket] = {}
+    for sweep in {folder.path.parent for folder in folders}:
+        brackets |= _brackets(sweep)
     curves = {path: _curve(RunFolder(path)) for path in brackets}
     behind = {}
     for folder in folders:
@@ -98,7 +103,8 @@ def outranked(folders: Sequence[RunFolder]) -> dict[RunFolder, Standing]:
         values: dict[str, list[float]] = defaultdict(list)
         for path, other in brackets.items():
             value = value_at(curves[path], rung, bracket.measure)
-            if other.bracket == bracket.bracket and value is not None:
+            competes = path.parent == folder.path.parent and other.bracket == bracket.bracket
+            if competes and value is not None:
                 values[other.candidate].append(value)
         if bracket.candidate not in values:  # its measure is undefined
             continue

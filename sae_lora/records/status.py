@@ -52,7 +52,7 @@ class RunStatus:
 
     @property
     def is_to_do(self) -> bool:
-        """True if the run is unfinished and neither failed, damaged, running nor queued."""
+        """True if a launch starts or continues the run without being asked to."""
         return self.state in TO_DO
 
 

@@ -16,7 +16,7 @@ _SHUFFLES = 30
 
 @dataclass(frozen=True)
 class Importance:
-    """How much one factor matters for a measure."""
+    """The importance of one factor for a measure."""
 
     factor: str
     share: float
@@ -30,14 +30,15 @@ def importances(frame: Frame, factors: Sequence[str], measure: str) -> list[Impo
 
     A random forest predicts the measure from the factors. The importance of a factor is the loss of its
     predictions (R²) when the values of this factor are shuffled among the runs; all sum to 1. It holds
-    for the runs that there are: a sweeper that samples one region more often says more about that.
+    for these runs: an adaptive sweeper tries some values often and others rarely.
 
     Args:
         frame: Finished runs.
-        factors: The columns in which they differ.
+        factors: The columns in which they may differ.
         measure: The column of the measure.
     """
     rows = frame[frame[measure].notna()]
+    factors = [name for name in factors if len({repr(value) for value in rows[name]}) > 1]
     if len(factors) < 2 or len(rows) < FEWEST_RUNS or rows[measure].nunique() < 2:
         return []
     from sklearn.ensemble import RandomForestRegressor  # slow to import
@@ -80,5 +81,6 @@ def _codes(values: Sequence[object]) -> list[float]:
     """The values as numbers: numbers stay, words get their place in the order of display."""
     if _is_number(values):
         return [float(value) for value in values]  # pyright: ignore[reportArgumentType]
-    places = {repr(value): place for place, value in enumerate(sorted(set(values), key=by_value))}
+    distinct = sorted({repr(value): value for value in values}.values(), key=by_value)
+    places = {repr(value): place for place, value in enumerate(distinct)}
     return [float(places[repr(value)]) for value in values]

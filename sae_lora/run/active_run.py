@@ -215,6 +215,7 @@ class ActiveRun:
         say(f"{self.name}: {standing}")
         self.folder.write_stop(str(standing), outranked=True)
         self.outcome = standing
+        self.end()  # before another process may take the run up, and open the same W&B run
         self._release()
 
     def fail(self, error: Exception) -> None:
@@ -230,9 +231,10 @@ class ActiveRun:
         self._release()
 
     def end(self) -> None:
-        """End the W&B run."""
+        """End the W&B run, once."""
         if not self._has_started:
             return
+        self._has_started = False
         will_resume = self.outcome is None or isinstance(self.outcome, LostError)
         if not will_resume:
             self._tracker.show(None)

@@ -63,10 +63,13 @@ class _Execution:
     def __init__(
         self, runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
     ) -> None:
-        self._runs = Isolation(runs, ActiveRun.fail)
+        self._runs = Isolation(runs, self._fail)
         self._layout = layout
         self._interruption = interruption
-        self._started = time.perf_counter()
+        self._working = list(runs)
+        """The runs among which the time of this process is divided now."""
+        self._seconds = dict.fromkeys(runs, 0.0)
+        self._divided_at = time.perf_counter()
 
     def run(self) -> None:
         """Build the runs, train them, and write their results; show each stage.
@@ -162,7 +165,7 @@ class _Execution:
 
         def fail(training: TrainState, error: Exception) -> None:
             training.reset()
-            runs[training].fail(error)
+            self._fail(runs[training], error)
 
         trainings = Isolation(runs, fail)
         trainer = builder.trainer(trainings, text.validation_tokens, processes, report.stage)
@@ -197,15 +200,18 @@ class _Execution:
                 for training in evaluated
                 if runs[training].config.launcher.halving is not None and not training.has_ended
             }
+            try:
+                places = halving.outranked(list(competing))
+            except UserError as error:  # the folder of the sweep cannot be read now
+                complain("note", f"halving: {error}; no run is compared")
+                return
+            behind = {competing[folder]: standing for folder, standing in places.items()}
             with self._interruption.held():
-                behind = {
-                    competing[folder]: standing
-                    for folder, standing in halving.outranked(list(competing)).items()
-                }
                 save(list(behind))
                 for training, standing in behind.items():
                     if training in trainings.active:
                         with trainings.only(training):
+                            self._end_work(runs[training])
                             runs[training].leave(standing)
                             trainings.leave(training)
 
@@ -272,9 +278,25 @@ class _Execution:
                 raise
 
     def _total_seconds(self, run: ActiveRun) -> float:
-        """Seconds of all attempts at a run; runs share the seconds of this process equally."""
-        share = (time.perf_counter() - self._started) / len(self._runs.runs)
-        return run.seconds_before + share
+        """Seconds of all attempts at a run; runs at work share the seconds of this process equally."""
+        self._divide_seconds()
+        return run.seconds_before + self._seconds[run]
+
+    def _divide_seconds(self) -> None:
+        """Divide the seconds since the last call among the runs at work."""
+        began, self._divided_at = self._divided_at, time.perf_counter()
+        for run in self._working:
+            self._seconds[run] += (self._divided_at - began) / len(self._working)
+
+    def _end_work(self, run: ActiveRun) -> None:
+        """Leave a run out of the time of this process from now on."""
+        self._divide_seconds()
+        if run in self._working:
+            self._working.remove(run)
+
+    def _fail(self, run: ActiveRun, error: Exception) -> None:
+        self._end_work(run)
+        run.fail(error)
 
 
 def _state(training: TrainState) -> tuple[int, dict[str, Tensor]]:
@@ -298,12 +320,15 @@ def _end(runs: Sequence[ActiveRun]) -> None:
 
 
 def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -> int:
-    """Train the runs together. Finished runs, and runs that another process holds, are left out.
+    """Train the runs together.
+
+    Finished and outranked runs, and runs that another process holds, are left out.
 
     Errors are printed and written into the folders.
 
     Returns:
-        The exit code: 0 if all runs are finished, otherwise a code of `sae_lora.common.errors`.
+        The exit code: 0 if all runs are finished or outranked, otherwise a code of
+        `sae_lora.common.errors`.
     """
     interruption = Interruption()
     held_elsewhere = False
@@ -323,7 +348,8 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                         runs.append(ActiveRun(folder, lease.check, lock.close))
             code = _execute(runs, interruption, layout)
     except Interrupted:
-        if stopped := [run.folder for run in runs if run.folder.is_unsettled]:
+        unfinished = [run.folder for run in runs if run.outcome is None]
+        if stopped := [folder for folder in unfinished if folder.is_unsettled]:
             complain("stopped on request", what_is_saved(stopped))
             for folder in stopped:
                 folder.write_stop(f"on request, {what_is_saved([folder])}")
@@ -340,7 +366,7 @@ def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: Proc
         complain("ended", str(error))
         return EXIT_NOT_TOGETHER
     except Exception as error:
-        unsettled = [run.folder for run in runs if run.folder.is_unsettled]
+        unsettled = [run.folder for run in runs if run.outcome is None and run.folder.is_unsettled]
         if len(unsettled) > 1 and not isinstance(error, UserError):
             # Training together may be the cause (memory, for example), so no run is marked as failed:
             # the launcher tries smaller packs.

@@ -142,7 +142,7 @@ class _Training:
 
     Args:
         runs: The run of each training.
-        trainings: The trainings that have not failed.
+        trainings: The active trainings.
         pace: The measured durations.
     """
 
@@ -159,7 +159,7 @@ class _Training:
         self._eval_every = math.ceil(config.train.eval_every_tokens / self._step_tokens)
 
     def each(self, action: Callable[[ActiveRun], object]) -> None:
-        """Apply the action to each run that has not failed."""
+        """Apply the action to each active run."""
         self._trainings.each(lambda training: action(self.runs[training]))
 
     def progress(self, training: TrainState, loss: float) -> Progress:

@@ -155,7 +155,7 @@ class Trainer(ABC, Generic[State]):
         return self._evaluate.contributions(training.student)
 
     def _still_active(self, trained: Sequence[State]) -> list[State]:
-        """The trainings among these that have not failed."""
+        """The active trainings among these."""
         return [training for training in trained if training in self.active]
 
     def _broadcast(

@@ -8,11 +8,17 @@ from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.schema import Config
 from sae_lora.launcher import launch as launcher
 from sae_lora.launcher.command import launch_trials
-from sae_lora.launcher.halving import brackets, check_halving, described, rungs_of
+from sae_lora.launcher.halving import (
+    brackets,
+    check_halving,
+    described,
+    rungs_of,
+    write_brackets,
+)
 from sae_lora.launcher.plan import plan
 from sae_lora.records import halving
 from sae_lora.records.folder import RunFolder
-from sae_lora.records.status import State, read_statuses
+from sae_lora.records.status import RunStatus, State, read_statuses
 from tests.support.attempts import results
 from tests.support.points import Point, folders_in, points_in, run_here
 
@@ -127,19 +133,20 @@ def test_runs_compete_if_they_differ_in_the_named_keys_only(point: Point) -> Non
         *(point(both, f"lora.rank={rank}", f"train.lr={rate}") for rank in (2, 4) for rate in RATES),
         point(both, "train.seed=1"),
         point(both, "sae.l0=16"),
-        point(both, "lora.targets=mlp", "train.device=cpu", "tracking.name=x"),
+        point(both, "lora.targets=mlp", "train.eval_batch_tokens=512", "tracking.name=x"),
     ]
     runs = plan(points).runs
     of_run = list(brackets(runs).values())
     assert len({each.bracket for each in of_run[:9]}) == 1  # alpha follows the rank
     assert len({each.bracket for each in of_run}) == 3
     assert len({each.candidate for each in of_run[:9]}) == 8 + 1
-    same = brackets(plan([point(both, "train.device=cpu", "train.lr=1e-5", "lora.rank=2")]).runs)
+    without_effect = "train.device=cpu", "train.eval_batch_tokens=512", "train.checkpoint_every_steps=7"
+    same = brackets(plan([point(both, *without_effect, "train.lr=1e-5", "lora.rank=2")]).runs)
     assert [*same.values()] == of_run[:1]
     text = described(runs)
     assert text is not None
-    assert "3 groups of 1 to 9 compete in train.lr, lora.rank by gap after; at 512 tokens" in text
-    assert "none of them stops another" in str(described(runs[-1:]))
+    assert "halving: 3 groups of 1 to 9 that differ in train.lr, lora.rank; at 512 tokens" in text
+    assert "runs of other launches count" in str(described(runs[-1:]))
     assert described(plan([point()]).runs) is None
 
 
@@ -155,7 +162,7 @@ def test_seeds_are_repetitions(point: Point) -> None:
 def test_a_dry_run_says_who_competes(point: Point, capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.launch(over_rates(point, HALVING, HALF, "launcher.dry_run=true")) == 0
     printed = capsys.readouterr().out
-    assert "halving: 1 group of 4 compete in train.lr by gap after; at 512 tokens the best 50" in printed
+    assert "halving: 1 group of 4 that differ in train.lr; at 512 tokens, the best 50% by gap" in printed
     assert "at most" in printed
 
 
@@ -190,6 +197,8 @@ def test_the_worst_runs_stop_and_the_others_are_as_without_halving(
         alone = RunFolder(whole / "main" / folder.path.name)
         if folder.is_finished:
             assert results(folder) == results(alone)
+            summary = folder.read_summary()
+            assert summary["total_seconds"] > summary["train_seconds"]
         same = [point.ce_gap for point in alone.read_curve()[: len(folder.read_curve())]]
         assert [point.ce_gap for point in folder.read_curve()] == same
 
@@ -226,6 +235,36 @@ def test_runs_of_other_packs_and_launches_count_by_their_folders(
     assert launcher.launch([points[1e-5]]) == 0
     (last,) = [folder for folder in folders_in(tmp_path) if "rank 4 of 4" in str(folder.stop_message)]
     assert halving.read(last) is not None
+
+
+def test_runs_of_another_launch_keep_its_rule(point: Point) -> None:
+    """Until that launch has ended."""
+    (run,) = plan([point(HALVING)]).runs
+    run.freeze()
+    new = [(run, RunStatus(State.new))]
+    write_brackets(new)
+    before = halving.read(run.folder)
+    assert before is not None and before.keep == 0.75
+    (other,) = plan([point(HALVING, HALF)]).runs
+    for state in (State.running, State.queued):
+        write_brackets([(other, RunStatus(state))])
+        assert halving.read(run.folder) == before
+    write_brackets([(other, RunStatus(State.done))])
+    assert halving.read(run.folder) != before
+    run.folder.halving.unlink()
+    write_brackets([(other, RunStatus(State.running))])  # a launch without halving: it competes
+    assert halving.read(run.folder) is not None
+
+
+@pytest.mark.slow
+def test_a_pack_may_hold_runs_of_several_sweeps(point: Point, tmp_path: Path, forked_jobs: None) -> None:
+    points = [
+        point(HALVING, HALF, f"train.lr={rate}", f"sweep={name}") for name in "ab" for rate in RATES[:2]
+    ]
+    assert launcher.launch(points) == 0
+    for name in "ab":
+        outranked = [path for path in (tmp_path / name).glob("*-*") if RunFolder(path).is_outranked]
+        assert len(outranked) == 1
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common import lazy_imports
+from sae_lora.common.locks import held
 from sae_lora.launcher.job import Job, RunFailedError, how_it_ended
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.schema import Progress
@@ -226,3 +227,13 @@ def test_exit_codes_are_described() -> None:
     assert how_it_ended(1, "Traceback\nImportError: no torch\n").endswith("1: ImportError: no torch")
     assert "SIGSEGV" in how_it_ended(-signal.SIGSEGV)
     assert "code 9" in how_it_ended(9)
+
+
+def test_a_run_that_another_launch_has_taken_up_is_left_to_it(tmp_path: Path) -> None:
+    """Such as one that was outranked in this job."""
+    folders = [tmp_path / name for name in ("good-1", "stopped-2")]
+    for folder in folders:
+        folder.mkdir()
+    with held(folders[1]):
+        Job(folders, {}, time_s=60)()
+    assert (tmp_path / "attempts.txt").read_text() == "good-1\n"

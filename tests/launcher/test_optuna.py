@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.locks import held
 from sae_lora.launcher.command import launch_command
 from sae_lora.records.folder import RunFolder
 from tests.support.points import SMALL, folders_in
@@ -65,14 +66,14 @@ def test_trials_share_packs_and_the_same_command_repeats_none(
 
 def test_a_storage_of_ones_own_goes_on(command: list[str], tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/mine.db"
-    own = [
+    mine = [
         *command,
         "hydra.sweeper.n_trials=2",
         f"hydra.sweeper.storage='{storage}'",
         "hydra.sweeper.study_name=mine",
     ]
     for number in (2, 4):
-        assert launch_command(own)[0] == 0
+        assert launch_command(mine)[0] == 0
         assert len(optuna.load_study(study_name="mine", storage=storage).trials) == number
     assert not (tmp_path / "main/optuna.db").exists()
 
@@ -92,9 +93,18 @@ def test_a_search_for_the_worst_is_refused_before_anything_runs(
 def test_a_dry_run_writes_nothing(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch_command([*command, "launcher.dry_run=true"])[0] == 0
-    assert "2 runs: 2 new" in capsys.readouterr().out
-    assert not (tmp_path / "main").exists()
+    for word in ("launcher.dry_run=true", "launcher.dry_run=True", "++launcher.dry_run=true"):
+        assert launch_command([*command, word])[0] == 0
+        assert "2 runs: 2 new" in capsys.readouterr().out
+        assert not (tmp_path / "main").exists()
+
+
+def test_the_same_search_does_not_run_twice_at_once(command: list[str], tmp_path: Path) -> None:
+    assert launch_command([*command, "hydra.sweeper.n_trials=2"])[0] == 0
+    (leases,) = (tmp_path / "main").glob(".optuna-*")
+    with held(leases), pytest.raises(UserError, match=r"is running already \(PID \d+ on .*wait"):
+        launch_command([*command, "hydra.sweeper.n_trials=2"])
+    assert launch_command([*command, "hydra.sweeper.n_trials=2"])[0] == 0
 
 
 def test_a_storage_that_cannot_be_used_is_named(command: list[str], tmp_path: Path) -> None:

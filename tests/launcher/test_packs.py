@@ -55,6 +55,12 @@ def test_runs_that_compete_share_a_pack(point: Point, rates: int, sizes: list[in
     assert max(len({*ranks}) for ranks in of_rank) == (2 if rates == 3 else 1)
 
 
+def test_every_slot_gets_runs_also_if_they_compete(point: Point) -> None:
+    words = [f"train.lr={1e-4 * number}" for number in range(1, 10)]
+    runs = plan_runs(point, *words, launcher="launcher.halving=train.lr launcher.max_parallel=8")
+    assert sorted(map(len, pack_runs(runs))) == [1] * 7 + [2]
+
+
 MAY_DIFFER = (
     "lora.rank=4 lora.alpha=1 lora.dropout=0.1 lora.targets=qv",
     "lora.blocks=all",

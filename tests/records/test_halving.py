@@ -126,6 +126,16 @@ def test_a_stopped_run_has_its_own_state_until_it_is_taken_up(tmp_path: Path) ->
     assert read_statuses([folder])[0].state is State.resumable
 
 
+def test_a_stopped_run_without_its_curve_is_damaged(tmp_path: Path) -> None:
+    folder = MadeUp(tmp_path / "main").begun()
+    folder.write_stop("stopped at 50,176 tokens, rank 3 of 8 by gap after", outranked=True)
+    assert damage(folder) is None
+    folder.curve.write_text("")
+    assert damage(folder) == "curve.jsonl is empty"
+    folder.curve.unlink()
+    assert damage(folder) == "curve.jsonl is missing"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"bracket": 1}', '{"bracket": "a"}'])
 def test_an_unreadable_bracket_is_damage(tmp_path: Path, text: str) -> None:
     folder = MadeUp(tmp_path / "main").begun()

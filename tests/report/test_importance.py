@@ -56,6 +56,13 @@ def test_values_of_several_types_and_missing_ones_are_words() -> None:
     assert mixed.correlation is None
 
 
+def test_lists_are_words_and_constant_factors_are_left_out() -> None:
+    frame = grid({"lr": 1, "blocks": 1}).assign(shares=[[], [0.5], [0.1, 0.5]] * 6, same=[[1]] * 18)
+    every = importances(frame, ["lr", "shares", "same"], "ce_gap")
+    assert {each.factor for each in every} == {"lr", "shares"}
+    assert not importances(frame, ["lr", "same"], "ce_gap")
+
+
 def test_the_report_shows_them(tmp_path: Path) -> None:
     MadeUp(tmp_path / "grid").grid(ranks=(1, 4, 16, 64), blocks=(1, 3))
     report = Report(load_sweep(tmp_path / "grid"))

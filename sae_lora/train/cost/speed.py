@@ -1,8 +1,8 @@
 """Minutes of a training, from a speed measured on this kind of machine, or stated for a known GPU.
 
-Every training that began at its first step writes its speed into `speeds.json` of `data.cache_dir`; the
-newest one of a kind counts. A speed is floating-point operations per second of training and evaluations
-together, as `estimate.py` counts them.
+Every training that began at its first step, and in which all runs came to their ends, writes its speed
+into `speeds.json` of `data.cache_dir`; the newest one of a kind counts. A speed is floating-point
+operations per second of training and evaluations together, as `estimate.py` counts them.
 """
 
 import json
