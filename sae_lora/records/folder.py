@@ -69,6 +69,10 @@ class RunFolder:
         self.launch_file = path / "launch.json"  # the last launch that started it on its own machine
         self.evaluation = path / "evaluation"  # <suite>.json: results (`evaluation/suite_records.py`)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A job in SLURM's queue is a pickle, perhaps of a version that knew fewer files.
+        RunFolder.__init__(self, state["path"])
+
     def before(self, init: str) -> "RunFolder":
         """The run whose result this one began with: at `init`, or beside it if the sweep was moved.
 
