@@ -231,9 +231,7 @@ def test_exit_codes_are_described() -> None:
 
 def test_a_run_that_another_launch_has_taken_up_is_left_to_it(tmp_path: Path) -> None:
     """Such as one that was outranked in this job."""
-    folders = [tmp_path / name for name in ("good-1", "stopped-2")]
-    for folder in folders:
-        folder.mkdir()
-    with held(folders[1]):
-        Job(folders, {}, time_s=60)()
-    assert (tmp_path / "attempts.txt").read_text() == "good-1\n"
+    job = job_of(tmp_path, "good-1", "stopped-2")
+    with held(tmp_path / "stopped-2"):
+        job()
+    assert attempts(tmp_path) == [["good-1"]]
