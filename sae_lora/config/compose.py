@@ -177,7 +177,8 @@ def dispatch(
     words = [with_quoted_text(_with_new_names(word)) for word in with_options_first(arguments)]
     check_words(words, groups(), lambda key: attrgetter(key)(default()))
     study = _study(words)
-    single.study = ExitStack() if study else None  # pyright: ignore[reportFunctionMemberAccess]
+    ended_with_the_sweep = ExitStack()
+    single.study = ended_with_the_sweep if study else None  # pyright: ignore[reportFunctionMemberAccess]
     words += study
     options = given(words)
     files = ChosenFiles(options.overrides, CONF, options.config_dir and Path(options.config_dir))
@@ -203,8 +204,7 @@ def dispatch(
         ended = end.error
     finally:
         sys.argv = original_argv
-        if study:
-            single.study.close()  # pyright: ignore[reportFunctionMemberAccess]
+        ended_with_the_sweep.close()
     if ended is not None:  # raised here, where it does not become the context of its own context
         raise ended
     if options.multirun and not (number or asks_for_help(options)):
@@ -241,7 +241,7 @@ def _study(words: Sequence[str]) -> list[str]:
     if "hydra/sweeper=optuna" not in words or "hydra.sweeper.storage" in keys_given:
         return []
     of_sweep = "${output_dir},${sweep},${launcher.dry_run}"
-    added = [f"hydra.sweeper.storage=${{{_STORAGE}:{of_sweep}}}"]
+    added = [f'hydra.sweeper.storage="${{{_STORAGE}:{of_sweep}}}"']
     if "hydra/sweeper/sampler=grid" not in words and "hydra.sweeper.sampler.seed" not in keys_given:
         added.append("hydra.sweeper.sampler.seed=0")
     if "hydra.sweeper.study_name" not in keys_given:
