@@ -389,7 +389,9 @@ def refusals(home: Path, progress: Progress) -> list[Row]:
     wrong = [f"{command}: {fault}" for command, fault in zip(commands, faults, strict=True) if fault]
     quick = sum(taken < 3 for taken in seconds)
     median = sorted(seconds)[len(seconds) // 2]
+    slow = dict(sorted(zip(seconds, commands, strict=True), reverse=True)[: len(WRONG) - quick])
     slowest = f"slowest {max(seconds):.1f} s, median {median:.1f} s"
+    slowest += "".join(f"; {command}: {taken:.1f} s" for taken, command in slow.items())
     return [
         Row(
             "commands that cannot work: refused with one clear message",

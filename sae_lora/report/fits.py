@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-import pandas
-
 from sae_lora.records.factors import label, text
 
 Frame = Any
@@ -117,5 +115,7 @@ def _number(value: object) -> float:
 
 def group_of(frame: Frame, others: Sequence[str]) -> Any:
     """The values of factors as text, a tuple for each run."""
+    import pandas  # slow to import, and tables in the terminal do without it
+
     rows = frame[list(others)].itertuples(index=False, name=None)
     return pandas.Series([tuple(map(text, row)) for row in rows], index=frame.index, dtype=object)
