@@ -129,8 +129,8 @@ def _outcome(bracket: Bracket, ends: Sequence[int]) -> Outcome:
     return Outcome(min(remaining) == min(final), lost, 1 - used / asked)
 
 
-def at_once(bracket: Bracket, rule: Rule) -> Outcome:
-    """The replay of runs that reach each rung at the same time, as in a pack."""
+def _ends(bracket: Bracket, rule: Rule) -> list[int]:
+    """The last evaluation of each run, if all reach each rung at the same time."""
     ends = [len(row["tokens"]) - 1 for row in bracket]
     alive = list(range(len(bracket)))
     for share in rule.shares:
@@ -139,7 +139,12 @@ def at_once(bracket: Bracket, rule: Rule) -> Outcome:
             if rank_of(values, i, _MEASURE) > places(len(values), rule.keep):
                 ends[int(i)] = _number(bracket[int(i)], share)
                 alive.remove(int(i))
-    return _outcome(bracket, ends)
+    return ends
+
+
+def at_once(bracket: Bracket, rule: Rule) -> Outcome:
+    """The replay of runs that reach each rung at the same time, as in a pack."""
+    return _outcome(bracket, _ends(bracket, rule))
 
 
 def one_by_one(bracket: Bracket, rule: Rule, order: Sequence[int]) -> Outcome:
@@ -289,37 +294,20 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
 
 
 def figure(rows: Sequence[Row]) -> go.Figure:
-    """The curves of one bracket: what the default rule stops is drawn up to its rung."""
-    bracket = max(brackets(rows), key=len)
-    rule = Rule(SHARES, _KEEP)
+    """The curves of the bracket whose order changes most; dotted after the default rule stops them."""
+    every = brackets(rows)
+    largest = [bracket for bracket in every if len(bracket) == max(map(len, every))]
+    bracket = min(largest, key=lambda bracket: _early(bracket, SHARES[0])[0])
     drawn = go.Figure()
-    alive = list(range(len(bracket)))
-    ends = [len(row["tokens"]) - 1 for row in bracket]
-    for share in rule.shares:
-        ranked = sorted(alive, key=lambda i: bracket[i][_MEASURE][_number(bracket[i], share)])
-        for i in ranked[places(len(ranked), rule.keep) :]:
-            ends[i] = _number(bracket[i], share)
-            alive.remove(i)
-    for number, (row, end) in enumerate(zip(bracket, ends, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
+    for number, (row, end) in enumerate(zip(bracket, _ends(bracket, Rule(SHARES, _KEEP)), strict=True)):
+        style = line_and_markers(COLOURS[number % len(COLOURS)], number)
+        style["line"]["dash"] = "solid"
         x, y = row["tokens"], row[_MEASURE]
-        drawn.add_scatter(
-            x=x[: end + 1], y=y[: end + 1], name=f"{row['lr']:g}", **line_and_markers(colour, number)
-        )
-        if end < len(x) - 1:
-            drawn.add_scatter(
-                x=x[end:],
-                y=y[end:],
-                mode="lines",
-                showlegend=False,
-                line={"color": colour, "dash": "dot"},
-            )
-    drawn.update_layout(
-        xaxis_title="training tokens",
-        yaxis_title="CE gap (nats per token)",
-        legend_title="learning rate",
-    )
-    return finished(drawn)
+        drawn.add_scatter(x=x[: end + 1], y=y[: end + 1], name=f"{row['lr']:g}", **style)
+        dotted = style["line"] | {"dash": "dot"}
+        drawn.add_scatter(x=x[end:], y=y[end:], mode="lines", showlegend=False, line=dotted)
+    titles = {"xaxis": "training tokens", "yaxis": "CE gap (nats per token)", "legend": "learning rate"}
+    return finished(drawn.update_layout({f"{part}_title_text": title for part, title in titles.items()}))
 
 
 def with_tables(page: str, rows: Sequence[Row]) -> str:
