@@ -13,7 +13,6 @@ have stopped at any rungs: a run reads the same batches whether others go on or 
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from sae_lora.common.plots import COLOURS, finished, line_and_markers, write_svg
 from sae_lora.config.execution import LauncherConfig
 from sae_lora.launcher.halving import SHARES
 from sae_lora.records.factors import text, values_of, varying
-from sae_lora.records.halving import places, rank_of
+from sae_lora.records.halving import places, rank_of, rounded_up
 from sae_lora.report.fits import mean_and_margin
 from scripts import pages
 from scripts.pages import markdown, whole
@@ -103,7 +102,7 @@ def brackets(rows: Sequence[Row]) -> list[Bracket]:
 
 def _number(row: Row, share: float) -> int:
     """The number of the first evaluation after this share of the training."""
-    return math.ceil(share * (len(row["tokens"]) - 1) - 1e-9)
+    return rounded_up(share * (len(row["tokens"]) - 1))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,16 @@ STALE_S = 90.0
 
 
 class HeldError(UserError):
-    """Another process holds the run."""
+    """Another process holds the run.
+
+    Args:
+        name: Name of the folder of the run.
+        process: The process that holds it.
+    """
+
+    def __init__(self, name: str, process: "Holder") -> None:
+        self.process = f"PID {process.pid} on {process.host}"
+        super().__init__(f"{name} is being run by another process ({self.process})")
 
 
 class LostError(UserError):
@@ -161,10 +170,7 @@ def _take(leases: Path) -> Path:
     while True:
         number, process = _look(leases)
         if process is not None:
-            raise HeldError(
-                f"{leases.parent.name} is being run by another process "
-                f"(PID {process.pid} on {process.host})"
-            )
+            raise HeldError(leases.parent.name, process)
         # Several processes may see that this lease is free; only one of them can create the next file.
         file = leases / f"{number + 1:08d}"
         try:

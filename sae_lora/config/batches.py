@@ -91,8 +91,8 @@ def _new_study(storage: str, name: str) -> Iterator[None]:
                 with suppress(KeyError):
                     optuna.delete_study(study_name=name, storage=storage)
         except HeldError as error:
-            process = str(error).partition("(")[2].rstrip(")")
-            raise UserError(f"this search is running already ({process}); wait for its end") from error
+            cause = f"this search is running already ({error.process}); wait for its end"
+            raise UserError(cause) from error
         except Exception as error:  # of optuna's, of many types
             cause = str(error).partition("\n")[0]
             raise UserError(f"{file} cannot be used for the trials: {cause}; move it away") from error

@@ -1,7 +1,6 @@
 """Composition of configs through Hydra."""
 
 import copy
-import hashlib
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sae_lora.common.console import complain
 from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.files import json_digest
 from sae_lora.config.batches import Directions, register
 from sae_lora.config.execution import TrackingConfig
 from sae_lora.config.mistakes.explain import (
@@ -246,7 +246,7 @@ def _study(words: Sequence[str]) -> list[str]:
         added.append("hydra.sweeper.sampler.seed=0")
     if "hydra.sweeper.study_name" not in keys_given:
         of_trials = [word for word in words if not word.startswith(("launcher.", "tracking."))]
-        digest = hashlib.sha256("\n".join(sorted(of_trials)).encode()).hexdigest()[:8]
+        digest = json_digest(sorted(of_trials))[:8]
         added.append(f"hydra.sweeper.study_name={digest}")
     return added
 

@@ -20,7 +20,7 @@ def run_timed(packs: Sequence[Pack], settings: LauncherConfig, folder: Path) -> 
     say(line)
     began = time.monotonic()
     run_here(packs, settings, folder)
-    expected = f"; expected {_most(settings)}{duration(seconds)}" if seconds is not None else ""
+    expected = f"; expected {at_most(settings)}{duration(seconds)}" if seconds is not None else ""
     say(f"took {duration(time.monotonic() - began)}{expected}")
 
 
@@ -42,11 +42,11 @@ def expected_time(packs: Sequence[Pack], settings: LauncherConfig) -> tuple[str,
         return f"expected time: {each} ({known[0].source})", None
     at_once = len(slots([run for pack in packs for run in pack], settings))
     seconds = max(longest, total / at_once)
-    return f"expected time: {_most(settings)}{duration(seconds)} ({known[0].source})", seconds
+    return f"expected time: {at_most(settings)}{duration(seconds)} ({known[0].source})", seconds
 
 
-def _most(settings: LauncherConfig) -> str:
-    """A word before an expected time that halving may shorten."""
+def at_most(settings: LauncherConfig) -> str:
+    """Words before a time or a number of FLOPs that halving may make smaller; empty without it."""
     return "" if settings.halving is None else "at most "
 
 

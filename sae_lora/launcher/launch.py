@@ -19,7 +19,7 @@ from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
-from sae_lora.launcher.expected_time import expected_time, run_timed
+from sae_lora.launcher.expected_time import at_most, expected_time, run_timed
 from sae_lora.launcher.halving import (
     check_halving,
     described,
@@ -208,10 +208,9 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     costs = [estimate([run.config for run in pack]) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
-    most = "" if settings.halving is None else "at most "
     say(
-        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {most}{flops:.2e} training "
-        f"FLOPs ({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
+        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {at_most(settings)}{flops:.2e} "
+        f"training FLOPs ({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
     )
     if packs:
         say(expected_time(packs, settings)[0])

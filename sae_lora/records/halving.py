@@ -151,4 +151,9 @@ def rank_of(values: Mapping[str, Sequence[float]], candidate: str, measure: str)
 
 def places(candidates: int, keep: float) -> int:
     """The number of candidates at a rung that go on."""
-    return max(1, math.ceil(keep * candidates - _EXACT))
+    return max(1, rounded_up(keep * candidates))
+
+
+def rounded_up(value: float) -> int:
+    """The next whole number. A value a little above a whole number is that number, with an error."""
+    return math.ceil(value - _EXACT)
