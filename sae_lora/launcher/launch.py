@@ -209,8 +209,9 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
     say(
-        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, {at_most(settings)}{flops:.2e} "
-        f"training FLOPs ({flops_unpacked:.2e} without packs) plus evaluations, peak memory {memory / 1e9:.2f} GB"
+        f"to do: {count(len(to_do), 'run')} in {count(len(packs), 'pack')}, "
+        f"{at_most(settings)}{flops:.2e} training FLOPs ({flops_unpacked:.2e} without packs) plus "
+        f"evaluations, peak memory {memory / 1e9:.2f} GB"
     )
     if packs:
         say(expected_time(packs, settings)[0])
