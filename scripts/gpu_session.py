@@ -35,7 +35,7 @@ from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.provenance import environment
 from sae_lora.config.enums import DType, KLComputation, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice
-from sae_lora.models import blockwise_attention
+from sae_lora.models.attention import blockwise
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Splice
@@ -154,8 +154,8 @@ class Session:
                 patch.object(Comparison, "slope_", slope),
             ):
                 self._change("softmax and slope of the KL compiled", self._packed(RANKS, of=saes))
-            blockwise_attention.register()
-            for name in (blockwise_attention.NAME, "sdpa", "flex_attention"):
+            blockwise.register()
+            for name in (blockwise.NAME, "sdpa", "flex_attention"):
                 with self._recorded_errors(name), self._attention(name):
                     self._change(f"attention {name}", self._packed(RANKS, of=saes))
         torch.set_float32_matmul_precision("highest")

@@ -19,7 +19,8 @@ class Device(enum.Enum):
 
 
 class Attention(enum.Enum):
-    """Implementation of attention; `auto` is transformers' choice, or blockwise if that is faster."""
+    """Implementation of attention; `auto` is the fused one on a GPU, blockwise for soft-capped scores on
+    a CPU, and else transformers' choice."""
 
     auto = "auto"
     eager = "eager"
@@ -27,6 +28,7 @@ class Attention(enum.Enum):
     flash_attention_2 = "flash_attention_2"
     flex_attention = "flex_attention"
     blockwise = "blockwise"
+    fused = "fused"
 
 
 class SAEFamily(enum.Enum):

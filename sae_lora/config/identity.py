@@ -20,7 +20,7 @@ _NOT_HASHED = {
         *("layer", "init", "init_at"),
     ),
     "model": ("middle_block", "fit_context", "commit", "attention"),
-    "sae": ("width", "l0", "release", "id", "path", "sparse"),
+    "sae": ("width", "l0", "release", "id", "path", "sparse", "tf32"),
     "data": ("cache_dir", "version"),
     "train": (
         *("device", "kl", "kl_chunk_tokens", "activation_checkpointing", "eval_each_sae"),

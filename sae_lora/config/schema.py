@@ -39,8 +39,9 @@ class ModelConfig:
     dtype: DType = DType.float32
     """Precision of the loaded weights."""
     attention: Attention = Attention.auto
-    """Attention implementation: auto, eager, sdpa, flash_attention_2, flex_attention, or blockwise. auto
-    takes blockwise for soft-capped scores (Gemma-2) on a CPU. Results differ only by rounding."""
+    """Attention implementation: auto, eager, sdpa, flash_attention_2, flex_attention, blockwise, fused.
+    auto takes fused on a GPU if the model's attention is causal, perhaps with windows and soft-capped
+    scores, and blockwise for soft-capped scores (Gemma-2) on a CPU. Results differ only by rounding."""
     middle_block: int | None = None
     """Block of the SAE if `layer.index` is null and the SAE's metadata names no block. Null: half of the
     model's blocks; 3 for the embedded model."""
@@ -120,7 +121,10 @@ class SAEConfig:
     """Precision of the SAE's weights and arithmetic."""
     sparse: bool | None = None
     """Compute decoding and gradients of a TopK, JumpReLU or ReLU SAE from its active latents only. Null:
-    true for 16k latents or more. Results differ only by rounding."""
+    true for 16k latents or more, on a GPU for 128k or more. Results differ only by rounding."""
+    tf32: bool = True
+    """On a GPU, multiply a bfloat16 residual stream with the encoder of a frozen float32 SAE in TF32:
+    the residual stream is exact, and the encoder's weights are rounded to 11 bits. False: in float32."""
     keep_special_tokens: bool | None = None
     """Keep the original activation at BOS and EOS. Null: true for new SAEs and Gemma Scope; for other
     SAEs as they were trained (`exclude_special_tokens` of their config, which may list token ids)."""

@@ -132,7 +132,7 @@ class Job:
                 [sys.executable, "-m", "sae_lora.common.lazy_imports", module, *options, *paths],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._environment,
+                env=_for_torch() | os.environ | self._environment,
             )
         try:
             code = self._child.wait()
@@ -214,6 +214,13 @@ class Job:
             time.sleep(0.1)
         os.kill(self._child.pid, signal.SIGKILL)
         return False
+
+
+def _for_torch() -> dict[str, str]:
+    """Settings of torch's allocator on a GPU, unless the user has some: without them, memory breaks into
+    pieces where packs nearly fill it."""
+    own = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    return {} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def halves(pack: list[Item]) -> list[list[Item]]:

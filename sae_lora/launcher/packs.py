@@ -1,9 +1,10 @@
 """Packs: runs that train together, because they use the same model and the same batches."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import psutil
 
@@ -139,11 +140,17 @@ def slots(runs: Sequence[Run], settings: LauncherConfig) -> list[dict[str, str]]
     ]
 
 
+_IS_GPU = re.compile(r"\d+|(GPU|MIG)-.+")
+
+
 def _gpus() -> list[str]:
-    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Source: CUDA's programming guide: the list ends before the first name that is no GPU, such as -1.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        return list(takewhile(_IS_GPU.fullmatch, (name.strip() for name in visible.split(","))))
     import torch  # already imported by the code that fetches the text
 
     return [str(number) for number in range(torch.cuda.device_count())]

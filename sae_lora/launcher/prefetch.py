@@ -17,8 +17,9 @@ from sae_lora.config.schema import Config, ModelConfig, SAEChoice, SAEConfig
 from sae_lora.data import corpus
 from sae_lora.data.packing import convention_of
 from sae_lora.launcher.plan import pinned
+from sae_lora.models.attention.choice import check_attention
 from sae_lora.models.dimensions import EMBEDDED_NAME, read_dimensions
-from sae_lora.models.loading import check_attention, fetch_model, load_tokenizer
+from sae_lora.models.loading import fetch_model, load_tokenizer
 from sae_lora.models.model_folder import has_local_tokenizer
 from sae_lora.saes.metadata import Notices, differences, stated_by
 from sae_lora.saes.probe import check_file

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory, nearest_name
 from sae_lora.config.enums import Hook
+from sae_lora.models.attention.packed_rows import Answers, searched_once
 from sae_lora.models.dimensions import short_cause, stated
 from sae_lora.models.hookpoints import PLACES, Place, resid_post
 from sae_lora.models.stand_ins import Given, Passing, first_argument
@@ -36,6 +37,7 @@ class LanguageModel:
         self.notes: list[str] = []
         """Notes about its files, from loading."""
         self._known_additions: set[Place] = set()
+        self._packed_rows: Answers = {}
         with self.supported():
             self.config: Any = model.config.get_text_config()
             self._blocks_at = self._find_blocks()
@@ -58,7 +60,7 @@ class LanguageModel:
                 0, which reads the embedding.
         """
         with self._segment(first, len(self.blocks), resid):
-            return self._backbone(input_ids=tokens, use_cache=False).last_hidden_state
+            return self._run(tokens).last_hidden_state
 
     def resid_entering(
         self, block: int, tokens: Tensor, first: int = 0, resid: Tensor | None = None
@@ -69,8 +71,13 @@ class LanguageModel:
         `block`; `first` and `resid` are as in `hidden`.
         """
         with self._segment(first, block, resid), outputs_of([self.blocks[block - 1]]) as outputs:
-            self._backbone(input_ids=tokens, use_cache=False)
+            self._run(tokens)
         return outputs[0]
+
+    def _run(self, tokens: Tensor) -> Any:
+        """The output of the backbone."""
+        with searched_once(self._packed_rows):
+            return self._backbone(input_ids=tokens, use_cache=False)
 
     @contextmanager
     def _segment(self, first: int, end: int, resid: Tensor | None) -> Iterator[None]:

@@ -1,12 +1,10 @@
 """Loading of language models and tokenizers through transformers."""
 
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,14 +19,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from sae_lora.common import hub
 from sae_lora.common.console import count
-from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory, listed
-from sae_lora.config.enums import Attention, Device, DType
+from sae_lora.common.errors import ConfigError, listed
+from sae_lora.config.enums import Device, DType
 from sae_lora.config.schema import Config, ModelConfig
-from sae_lora.models import blockwise_attention, config_faults
+from sae_lora.models import config_faults
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.dimensions import (
     config_values,
     reading,
-    short_cause,
     source,
     unstated_sizes,
     unusable,
@@ -40,7 +38,7 @@ from sae_lora.models.model_folder import (
     files_of_tokenizer,
     files_of_weights,
 )
-from sae_lora.models.part_check import agree, check_parts
+from sae_lora.models.part_check import check_parts
 
 
 def _load(kind: Any, model: ModelConfig, part: str, **options: Any) -> Any:
@@ -161,7 +159,10 @@ def load_model(config: ModelConfig, compute: DType, device: torch.device) -> Lan
         UserError: If it cannot be found, fetched or used.
     """
     model: Any
-    model, unused = _load_causal_lm(config, dtype=getattr(torch, config.dtype.name))
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype.name)}
+    if device.type != "cpu":  # weight by weight: the whole may not fit into main memory
+        options["device_map"] = {"": device}
+    model, unused = _load_causal_lm(config, **options)
     # Only weights: rotary frequencies are buffers and stay float32, or positions become inexact.
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
@@ -190,73 +191,6 @@ def _check_finite(config: ModelConfig, model: PreTrainedModel) -> None:
         if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
             kind = "weight" if name in weights else "buffer"
             raise unusable(config, f"its {kind} {name} holds NaN or infinity")
-
-
-def check_attention(attention: Attention, device: torch.device | None = None) -> None:
-    """Refuse an implementation that no model can use here.
-
-    Args:
-        attention: The implementation.
-        device: The device of the runs; `None` if it is not known yet.
-
-    Raises:
-        ConfigError: If its package is not installed, or it does not run on the device.
-    """
-    on_cpu = device is not None and device.type == "cpu"
-    if attention is Attention.flex_attention and on_cpu:
-        because = "its backward pass does not run on a CPU"
-        raise ConfigError("model.attention", attention.name, "another one on a CPU", "sdpa", because)
-    installed = find_spec("flash_attn") or find_spec("kernels")
-    if attention is Attention.flash_attention_2 and not installed:
-        because = "the package flash_attn is not installed"
-        raise ConfigError("model.attention", attention.name, "an installed one", "auto", because)
-
-
-def choose_attention(model: PreTrainedModel, attention: Attention, device: torch.device) -> None:
-    """Set the attention implementation of the model.
-
-    Raises:
-        ConfigError: If this model or this machine does not support it, or the model computes something
-            else with it: an implementation ignores what it does not know, such as attention sinks.
-    """
-    soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    is_auto = attention is Attention.auto
-    if is_auto:
-        if not (soft_capped and device.type == "cpu"):
-            return
-        attention = Attention.blockwise
-    blockwise_attention.register()
-    check_attention(attention, device)
-    allowed = f"an implementation that {type(model).__name__} supports on this machine"
-
-    def refused(because: str) -> UserError:
-        if not is_auto:
-            return ConfigError("model.attention", attention.name, allowed, "auto", because)
-        kind = type(model).__name__
-        return UserError(
-            f"{kind} is not supported with the attention {attention.name}, which model.attention=auto "
-            f"takes for soft-capped scores on a CPU: {because}"
-        )
-
-    expected = _probe_logits(model)
-    try:
-        model.set_attn_implementation(attention.name)
-        logits = _probe_logits(model)
-    except Exception as error:  # an implementation may come from any library, with errors of its own
-        if is_out_of_memory(error):
-            raise
-        raise refused(short_cause(error)) from error
-    if not agree(logits, expected, 1e-3):
-        raise refused("the model's logits with it differ from those with its usual attention")
-
-
-@torch.no_grad()
-def _probe_logits(model: PreTrainedModel) -> Tensor:
-    if model.device.type == "meta":
-        config_faults.run(model)
-        return torch.zeros(1)  # shapes have no numbers to compare
-    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    return model(input_ids=tokens, use_cache=False).logits
 
 
 def silence_transformers() -> None:

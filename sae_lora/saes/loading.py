@@ -218,7 +218,9 @@ def splices(
 ) -> tuple[Splice, ...]:
     """The SAEs of a run, in the order of their places; `special_ids` are BOS and EOS."""
     return tuple(
-        Splice(choice.block, loaded.sae, choice.hook, special_of(config, loaded, special_ids))
+        Splice(
+            choice.block, loaded.sae, choice.hook, special_of(config, loaded, special_ids), config.tf32
+        )
         for choice, loaded in zip(config.used, saes, strict=True)
     )
 

@@ -1,6 +1,7 @@
 """SAEs that compute with their active latents only: a few dozen out of tens of thousands."""
 
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch.nn.functional import embedding_bag
 
 from sae_lora.common.errors import ConfigError, listed
 
-_WIDE = 16_384
-"""Number of latents from which a `SparseSAE` is faster."""
+_WIDE = {"cpu": 16_384, "cuda": 131_072}
+"""Number of latents from which a `SparseSAE` is faster or smaller, by kind of device. On an H200, the
+sum over active latents at 1,024 tokens took 26 ms (docs/performance.md), and a dense product with 131k
+latents should take 13 ms in float32; from there on, memory for latents decides."""
 _AFFINE = ("standard", "topk", "jumprelu")
 """sae-lens's architectures whose active latents are affine in the SAE's input."""
 
@@ -22,7 +25,8 @@ def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
     """
     config: Any = getattr(sae, "cfg", None)
     if config is not None and config.architecture() in _AFFINE and config.reshape_activations == "none":
-        return SparseSAE(sae) if is_sparse(sparse, config.d_sae) else sae
+        device = next(sae.parameters()).device.type
+        return SparseSAE(sae).eval() if is_sparse(sparse, config.d_sae, device) else sae
     if sparse:
         raise ConfigError(
             "sae.sparse",
@@ -33,9 +37,9 @@ def multiplied(sae: nn.Module, sparse: bool | None) -> nn.Module:
     return sae
 
 
-def is_sparse(sparse: bool | None, d_sae: int) -> bool:
-    """True if `sae.sparse` means a `SparseSAE`; if it is null, wide SAEs are sparse."""
-    return d_sae >= _WIDE if sparse is None else sparse
+def is_sparse(sparse: bool | None, d_sae: int, device: str) -> bool:
+    """True if `sae.sparse` means a `SparseSAE`; if it is null, SAEs that are wide for the device are."""
+    return d_sae >= _WIDE.get(device, _WIDE["cpu"]) if sparse is None else sparse
 
 
 class SparseSAE(nn.Module):
@@ -56,22 +60,35 @@ class SparseSAE(nn.Module):
         rescaled = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
         self._norms: Tensor | None = self.sae.W_dec.norm(dim=-1) if rescaled else None
         """Norms of the decoder's rows, `[d_sae]`, if the latents are multiplied by them."""
+        self._last: _Searched | None = None
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             latents = self.sae.encode(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return latents
-        return _Encoded.apply(self.sae.process_sae_in(x), latents, self.sae.W_enc.T, self._norms)
+        active = _Active.of(latents)
+        latents = _Encoded.apply(
+            self.sae.process_sae_in(x), latents, active, self.sae.W_enc.T, self._norms
+        )
+        self._last = _Searched(ref(latents), latents._version, active)
+        return latents
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        sae, active = self.sae, _Active.of(feature_acts)
+        sae, active = self.sae, self._active_in(feature_acts)
         values = feature_acts.flatten().index_select(0, active.positions)
         if self._norms is not None:
             values = values / self._norms[active.latents]
         recon = active.sum_of_rows(sae.W_dec, values).unflatten(0, feature_acts.shape[:-1])
         recon = sae.hook_sae_recons(recon + sae.b_dec)
         return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(recon), sae.d_head)
+
+    def _active_in(self, latents: Tensor) -> "_Active":
+        """The active latents; those of the last `encode` if these latents are its result, unchanged."""
+        last, self._last = self._last, None
+        if last is not None and last.latents() is latents and last.version == latents._version:
+            return last.active
+        return _Active.of(latents)
 
 
 class _Active(NamedTuple):
@@ -113,14 +130,27 @@ class _Active(NamedTuple):
         return embedding_bag(self.latents, matrix, self.first, mode="sum", per_sample_weights=values)
 
 
+class _Searched(NamedTuple):
+    """Latents that were searched for active ones."""
+
+    latents: "ref[Tensor]"
+    version: int
+    """torch's count of the changes of these latents in place."""
+    active: _Active
+
+
 class _Encoded(torch.autograd.Function):
     """Computed latents as a function of the encoder's input, for the gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, latents: Tensor, by_latent: Tensor, norms: Tensor | None
+        ctx: Any,
+        inputs: Tensor,
+        latents: Tensor,
+        active: _Active,
+        by_latent: Tensor,
+        norms: Tensor | None,
     ) -> Tensor:
-        active = _Active.of(latents)
         ctx.save_for_backward(active.positions, active.first, by_latent, norms)
         return latents.view_as(latents)
 
@@ -133,4 +163,4 @@ class _Encoded(torch.autograd.Function):
         if norms is not None:
             values = values * norms[active.latents]
         to_inputs = active.sum_of_rows(by_latent, values).unflatten(0, gradient.shape[:-1])
-        return to_inputs, None, None, None
+        return to_inputs, None, None, None, None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_lora.models.blockwise_attention import LARGEST_EXPONENT
+from sae_lora.models.attention.blockwise import LARGEST_EXPONENT
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.part_check import agree
 

@@ -54,6 +54,8 @@ class Splice(NamedTuple):
     """The activation of the block that the SAE replaces."""
     special: Special = NOT_SPECIAL
     """The positions that keep their activation."""
+    tf32: bool = True
+    """True if a GPU may encode a bfloat16 residual stream in TF32, as `sae.tf32`."""
 
     @property
     def place(self) -> Place:
@@ -124,7 +126,8 @@ def reconstructed(
         keep = splice.special.positions(tokens, resid, begins)
     sae, is_training = splice.sae, getattr(splice.sae, "training", False)
     inputs = resid[~keep] if keep is not None and is_training else resid
-    latents = sae.encode(inputs)
+    with _precision(inputs, splice.tf32 and not is_training):
+        latents = sae.encode(inputs)
     recon = sae.decode(latents).to(resid.dtype)
     if observe is not None:
         outlier = exceeds_median(resid, OUTLIER)
@@ -139,3 +142,20 @@ def reconstructed(
     if inputs is not resid:
         return resid.masked_scatter(~keep[..., None], recon)
     return torch.where(keep[..., None], resid, recon)
+
+
+@contextmanager
+def _precision(inputs: Tensor, tf32: bool) -> Iterator[None]:
+    """Inside the block, multiply float32 matrices on a GPU in TF32, if `tf32` allows it and the inputs
+    are exact in it: a bfloat16 number has the exponents of float32 and 8 bits, a TF32 number 11 bits.
+    """
+    before = torch.get_float32_matmul_precision()
+    is_exact = inputs.dtype is torch.bfloat16 and inputs.device.type == "cuda"
+    if not (tf32 and is_exact and before == "highest"):
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

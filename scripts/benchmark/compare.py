@@ -26,8 +26,9 @@ from sae_lora.common.isolation import Isolation
 from sae_lora.common.provenance import environment
 from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import choose_attention, silence_transformers
+from sae_lora.models.loading import silence_transformers
 from sae_lora.models.lora import Dropout
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.head import Head

@@ -19,9 +19,10 @@ from sae_lora.config.schema import Config, LoRAConfig, ModelConfig
 from sae_lora.export.adapted_model import Adapted
 from sae_lora.launcher.plan import plan
 from sae_lora.models import adapter_files, lora
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import choose_attention, load_model, load_tokenizer
+from sae_lora.models.loading import load_model, load_tokenizer
 from sae_lora.saes.loading import SAEs, splices
 from sae_lora.splice.hooks import Reading, Splice
 from sae_lora.splice.positions import NOT_SPECIAL, Special

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_lora.models import blockwise_attention as attention
+from sae_lora.models.attention import blockwise as attention
 from sae_lora.models.language_model import LanguageModel
 from tests.support.families import random_tokens
 

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import ModelConfig
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.dimensions import read_dimensions
-from sae_lora.models.loading import choose_attention, load_model
+from sae_lora.models.loading import load_model
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 from tests.support.tiny_models import small_causal_model
 

@@ -10,8 +10,8 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention, DType
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import choose_attention
 from sae_lora.train.cost.memory import Adapters, CountedModel, PeakMemory
 from scripts.benchmark.memory import measured_bytes
 from tests.support.architectures import ARCHITECTURES, tiny_model

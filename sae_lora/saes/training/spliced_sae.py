@@ -53,7 +53,7 @@ class SplicedSAE(nn.Module):
         if not self.training:
             return self.frozen.encode(x)
         dead = self.since_active > self._dead_after_steps
-        scaled = x.flatten(0, -2).float() * float(self.scale)
+        scaled = x.flatten(0, -2).float() * self.scale  # as a tensor: a number would wait for the device
         self.last_forward = training_sae.forward(self.sae, scaled, dead, self.step)
         return self.last_forward.latents.reshape(*x.shape[:-1], -1)
 
@@ -65,7 +65,7 @@ class SplicedSAE(nn.Module):
         if not self.training:
             return self.frozen.decode(feature_acts)
         assert self.last_forward is not None
-        return (self.last_forward.recon / float(self.scale)).reshape(*feature_acts.shape[:-1], -1)
+        return (self.last_forward.recon / self.scale).reshape(*feature_acts.shape[:-1], -1)
 
     @property
     def frozen(self) -> SAE[Any]:
@@ -82,7 +82,7 @@ class SplicedSAE(nn.Module):
         """Count a step; `active` `[d_sae]` is true for the latents that were active in it."""
         self.step += 1
         self.since_active += 1
-        self.since_active[active] = 0
+        self.since_active.masked_fill_(active, 0)
         self.drop_frozen()
 
     def drop_frozen(self) -> None:

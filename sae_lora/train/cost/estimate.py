@@ -25,13 +25,12 @@ the live parts alone, because their inputs are kept.
 
     memory of a process = Python and the imported libraries on a CPU, or CUDA itself (memory.py)
              + model (while it is loaded in another precision than its files have: also the files)
-             + SAEs + 16 bytes per adapter weight (float32: weight, gradient, two moments of AdamW)
-               (with several processes 4 more, for the exchange of gradients; for an SAE in training 24
-               instead of 16: also the gradient of its own loss, and the frozen copy for evaluation)
+             + SAEs + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in
+               training 20: also the gradient of its own loss, and the frozen copy for evaluation)
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
              + hidden states kept for evaluations (`train.eval_cache_gb`)
              + with method=sae, the buffer of activations; no backward pass goes through the model
-             + max(a pass of the training, a batch of an evaluation)
+             + max(a pass of the training, a batch of an evaluation, the gradients of all weights)
 
     a pass of the training = hidden states of the trunk + for each run the states for its backward pass
                              and the gradient of its last hidden state + the most that the backward
@@ -40,8 +39,9 @@ the live parts alone, because their inputs are kept.
                                the latents of an SAE take
 
     Blocks are counted on the meta device (memory.py); on a CPU, what they keep for a backward pass takes
-    1.75 times its size, for holes in the heap. SAEs: 3 copies of the latents exist at once;
-    for the backward pass of an SAE in training 4 are kept, of a dense SAE with live input 1.
+    1.75 times its size, for holes in the heap. SAEs: 2 to 5 copies of the latents exist at once, by the
+    architecture (runs.py); for the backward pass of an SAE in training 4 are kept, of a dense SAE with
+    live input 0 to 2.5.
 
 The tokens of training are those of one pass of one process: `train.micro_batch_size`, or its share of
 the batch.
@@ -53,20 +53,18 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_lora.config.enums import (
-    Device,
-    KLComputation,
-    LauncherKind,
-    Method,
-)
+from sae_lora.config.enums import KLComputation, Method
 from sae_lora.config.identity import step_tokens, train_steps
 from sae_lora.config.schema import Config, TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import room_bytes
 from sae_lora.train.cost.flops import evaluation_flops, step_flops
 from sae_lora.train.cost.memory import BYTES, CUDA_BYTES, HEAP, PROCESS_BYTES, CountedModel
-from sae_lora.train.cost.runs import CountedRun, CountedSAE, Sizes, shapes
+from sae_lora.train.cost.runs import OBSERVED, CountedRun, CountedSAE, Sizes, runs_on_gpu, shapes
 from sae_lora.train.distill import turns
+
+GRADIENT = 4
+"""Bytes of the gradient of a trained weight."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) 
     """Peak memory of one process of a pack."""
     common = runs[0].config
     data, train = common.data, common.train
-    on_gpu = _on_gpu(common)
+    on_gpu = runs_on_gpu(common)
     processes = common.launcher.nodes * common.launcher.node_processes
     share = -(-train.batch_size // processes)
     trained = min(share, train.micro_batch_size or share), data.context_length
@@ -129,31 +127,24 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) 
         common.model.name, common.model.pinned_revision, train.dtype, common.model.attention, on_gpu
     )
     saes = {sae for run in runs for sae in run.saes}
-    exchanged = 4 if processes > 1 else 0
+    gradients = GRADIENT * sum(run.weights for run in runs)
     held = (
         sizes.weights * BYTES[train.dtype]
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
-        + sum(((24 if run.trains_saes else 16) + exchanged) * run.weights for run in runs)
+        + sum(((24 if run.trains_saes else 16) - GRADIENT) * run.weights for run in runs)
         + _kept_for_logits(sizes.d_vocab, math.prod(trained), train, on_gpu)
         + _kept_for_evaluation(common, runs, state_bytes)
         + _buffered(common, saes, state_bytes)
     )
+    before = gradients if share > trained[0] else 0  # of the other parts of the step
     passes = max(
-        _training(counted, sizes, runs, trained, state_bytes, 1 if on_gpu else HEAP),
+        before + _training(counted, sizes, runs, trained, state_bytes, 1 if on_gpu else HEAP),
         _evaluation(counted, runs, evaluated, state_bytes),
+        gradients * (2 if processes > 1 else 1),  # at the end of the step, with a copy that is exchanged
     )
     if on_gpu:
         return CUDA_BYTES + held + passes
     return PROCESS_BYTES + max(held + passes, sizes.weights * _loading(model, common))
-
-
-def _on_gpu(config: Config) -> bool:
-    """True if the run will be on a GPU: on a cluster by what it asks for, else by this machine."""
-    if config.train.device is Device.cpu:
-        return False
-    if config.launcher.kind is LauncherKind.slurm:
-        return config.launcher.gpus_per_node > 0
-    return torch.cuda.is_available()
 
 
 def _loading(model: LanguageModel, config: Config) -> int:
@@ -177,19 +168,26 @@ def _training(
 ) -> float:
     """Peak bytes of one pass of the training, with `(sequences, length)` tokens.
 
-    `heap` is the memory of the states that blocks keep, relative to these.
+    Each backward pass frees the states of its run and leaves the gradients of its weights. `heap` is the
+    memory of the states that blocks keep, relative to these.
     """
-    number = math.prod(tokens)
-    state = number * state_bytes
-    latents: list[float] = [sae.latents_bytes * number for run in runs for sae in run.frozen]
+    size = math.prod(tokens)
+    state = size * state_bytes
+    latents: list[float] = [
+        size * sae.bytes_of(sae.copies.encoding) for run in runs for sae in run.frozen
+    ]
     full = runs[0].config.train.kl is KLComputation.full and runs[0].kind is not Method.sae
-    logits = 6 * 4 * sizes.d_vocab * number if full else 0
+    logits = 6 * 4 * sizes.d_vocab * size if full else 0
     peaks = latents  # of the trunk, before the students
+    gradients = 0
     for turn in turns(runs):
         graphs = [run.graph(model, tokens) for run in turn]
         # And the gradient of the last state.
-        kept = sum(heap * graph.kept + graph.of_saes + state for graph in graphs)
-        peaks.append(kept + max(logits, *(graph.extra for graph in graphs)))
+        kept = [heap * graph.kept + graph.of_saes + state for graph in graphs]
+        peaks.append(gradients + sum(kept) + logits)
+        for number, (run, graph) in enumerate(zip(turn, graphs, strict=True)):
+            peaks.append(gradients + sum(kept[number:]) + graph.extra)
+            gradients += GRADIENT * run.weights
     return state * _states_of_trunk(runs) + max(peaks)
 
 
@@ -198,7 +196,9 @@ def _evaluation(
 ) -> float:
     """Peak bytes of the evaluation of a batch with `(sequences, length)` tokens."""
     number = math.prod(tokens)
-    latents = number * max(sae.latents_bytes for run in runs for sae in run.saes)
+    latents = number * max(
+        sae.bytes_of(max(sae.copies.encoding, OBSERVED)) for run in runs for sae in run.saes
+    )
     of_reading = 4 * 8 * number * state_bytes // model.bytes  # float64 copies of input and output
     blocks = max(model.inference(tokens, run.adapters, run.adapted_blocks) for run in runs)
     states = number * state_bytes * (_states_of_trunk(runs) + len(runs))

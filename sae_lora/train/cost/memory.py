@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +23,10 @@ from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Attention, DType, Initialisation
 from sae_lora.config.schema import LoRAConfig, ModelConfig
 from sae_lora.models import lora
+from sae_lora.models.attention.choice import check_attention, choose_attention
 from sae_lora.models.config_faults import asks_for_content, with_unusual_numbers
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.loading import check_attention, choose_attention, load_shapes, silence_transformers
+from sae_lora.models.loading import load_shapes, silence_transformers
 from sae_lora.models.part_check import check_shapes, runs_not_alone
 
 BYTES = {DType.float32: 4, DType.bfloat16: 2}
@@ -46,10 +48,15 @@ class PeakMemory(TorchDispatchMode):
 
     `now` and `peak` are the current and the largest number of bytes. On the meta device, a question to
     the content of a tensor ("is no position padded?") is answered with yes.
+
+    Args:
+        device: The kind of device whose memory is counted; `None`: all devices.
+        granularity: Memory is allocated in multiples of so many bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None, granularity: int = 1) -> None:
         super().__init__()
+        self._device, self._granularity = device, granularity
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -58,12 +65,12 @@ class PeakMemory(TorchDispatchMode):
     ) -> Any:
         if asks_for_content(function, arguments):
             return True
-        inputs = {storage._cdata for storage in _storages((arguments, keywords))}
+        inputs = {storage._cdata for storage in self._storages((arguments, keywords))}
         if function is _grouped_mm and arguments[0].is_meta:
             result = _grouped_product(*arguments, **(keywords or {}))
         else:
             result = function(*arguments, **(keywords or {}))
-        for storage in _storages(result):
+        for storage in self._storages(result):
             if storage._cdata not in inputs:  # a view of an input needs no new memory
                 self._count(storage)
         return result
@@ -72,7 +79,7 @@ class PeakMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        size = -(-storage.nbytes() // self._granularity) * self._granularity
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -81,6 +88,13 @@ class PeakMemory(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+    def _storages(self, tree: Any) -> list[torch.UntypedStorage]:
+        return [
+            leaf.untyped_storage()
+            for leaf in tree_leaves(tree)
+            if isinstance(leaf, torch.Tensor) and self._device in (None, leaf.device.type)
+        ]
 
 
 _grouped_mm = torch.ops.aten._grouped_mm.default
@@ -96,10 +110,6 @@ def _grouped_product(
     if left.dim() == right.dim() == 2:  # the gradient of the matrices
         return left.new_empty(len(offs), len(left), right.shape[-1])
     return left.new_empty(left.shape[-2], right.shape[-1])
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -306,8 +316,8 @@ def _without_numbers(model: CountedModel) -> LanguageModel:
         weight.data = weight.data.to(getattr(torch, model.dtype.name))
     device = torch.device("cuda" if model.on_gpu else "cpu")
     check_attention(model.attention, device)
-    fused = (Attention.sdpa, Attention.flash_attention_2, Attention.flex_attention)
-    attention = Attention.sdpa if model.attention in fused else model.attention
+    kernels = (Attention.sdpa, Attention.flash_attention_2, Attention.flex_attention)
+    attention = Attention.sdpa if model.attention in kernels else model.attention
     with with_unusual_numbers(config):
         choose_attention(shapes, attention, device)
     return LanguageModel(shapes)
@@ -345,9 +355,23 @@ def _adapted(model: CountedModel, adapters: Adapters | None) -> LanguageModel:
     silence_transformers()
     with torch.device("meta"):
         view = adapters.attached_to(_meta(model), set(_kinds(model)))
-    if not model.on_gpu:
-        lora.replace_dropout(view, lora.Dropout)
+    lora.replace_dropout(view, _DropoutOnGPU if model.on_gpu else lora.Dropout)
     return view
+
+
+class _DropoutOnGPU(nn.Module):
+    """Dropout as on a GPU, which keeps a byte per element; on the meta device, torch's keeps a number.
+
+    Args:
+        p: Share of the elements that are zero.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(inputs, self.p, self.training)[0] if self.p else inputs
 
 
 class _Part(NamedTuple):

@@ -2,26 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from sae_lora.common.errors import ConfigError
-from sae_lora.config.enums import (
-    Architecture,
-    Method,
-    SAEFamily,
-)
+from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.lora_targets import adapted_blocks
-from sae_lora.config.schema import Config, ModelConfig
+from sae_lora.config.schema import Config, ModelConfig, SAEChoice
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes
 from sae_lora.models.lora import selection
 from sae_lora.models.matrices import Selection
+from sae_lora.saes.formats import folder
 from sae_lora.saes.sparse import is_sparse
 from sae_lora.train.cost.memory import BYTES, Adapters, CountedModel, Graph
 
@@ -45,6 +44,34 @@ _SAE_LOSSES = {
 """Architectures whose losses cost more than the squared error. Losses of dead latents are left out."""
 
 
+class Copies(NamedTuple):
+    """Copies of the latents of a frozen SAE that exist at once: before, during and after the activation.
+
+    Counted for sae-lens's classes; a test counts them again.
+    """
+
+    encoding: float
+    kept: float
+    """For the backward pass, if the input has a gradient."""
+    backward: float
+    """At the peak of the backward pass, with those that are kept."""
+
+    @property
+    def extra(self) -> float:
+        """The most that a pass adds to those that are kept."""
+        return max(self.encoding, self.backward - self.kept)
+
+
+COPIES = {
+    Architecture.topk: Copies(2, 0, 2),
+    Architecture.standard: Copies(2, 1, 3),
+    Architecture.jumprelu: Copies(4, 2, 4),
+    Architecture.gated: Copies(5, 2.5, 4.5),
+}
+OBSERVED = 2.25
+"""Copies of the latents while an evaluation reads them."""
+
+
 @dataclass(frozen=True)
 class CountedSAE:
     """The properties of an SAE that costs depend on, and its identity."""
@@ -58,10 +85,17 @@ class CountedSAE:
     group: tuple[int, ...]
     """The blocks that share it; empty if it belongs to one block."""
 
+    architecture: Architecture
+
     @property
-    def latents_bytes(self) -> int:
-        """Bytes per token of the latents that exist at once: before, during and after the activation."""
-        return 3 * self.width * self.bytes
+    def copies(self) -> Copies:
+        """Copies of the latents; a `SparseSAE` keeps only the active ones."""
+        counted = COPIES.get(self.architecture, COPIES[Architecture.jumprelu])
+        return Copies(counted.encoding, 0.1, 2.1) if self.sparse else counted
+
+    def bytes_of(self, copies: float) -> int:
+        """Bytes per token of so many copies of the latents."""
+        return int(copies * self.width * self.bytes)
 
 
 def each_once(saes: Sequence[CountedSAE]) -> list[CountedSAE]:
@@ -83,14 +117,16 @@ class CountedRun:
         self.sae_losses = known.get(config.sae.architecture, SAELosses())
         self.first = first_own_block(config)
         """The first block that it computes itself."""
+        device = "cuda" if runs_on_gpu(config) else "cpu"
         self.saes = tuple(
             CountedSAE(
                 place=Place.of(choice),
                 name=f"{choice.release} {choice.id} {choice.path}",
                 width=choice.width or 0,
                 bytes=BYTES[config.sae.dtype],
-                sparse=is_sparse(config.sae.sparse, choice.width or 0),
+                sparse=is_sparse(config.sae.sparse, choice.width or 0, device),
                 group=tuple(choice.group),
+                architecture=_architecture(config, choice),
             )
             for choice in config.sae.used
         )
@@ -146,9 +182,11 @@ class CountedRun:
             blocks = model.inference(tokens, self.adapters, self.adapted_blocks)
             return Graph(math.prod(tokens) * self.d_model * model.bytes, blocks)
         number = math.prod(tokens)
-        trained = sum(4 * sae.width * sae.bytes for sae in self.live) if self.trains_saes else 0
+        of_saes = number * sum(
+            sae.bytes_of(4 if self.trains_saes else sae.copies.kept) for sae in self.live
+        )
         if self.kind is Method.sae:
-            return Graph(0, 0, number * trained)
+            return Graph(0, 0, of_saes)
         graph = model.graph(
             self.first,
             tokens,
@@ -161,9 +199,33 @@ class CountedRun:
         n_live = self.n_blocks - self.first
         later = [graph.kept * (self.n_blocks - 1 - sae.place.block) / n_live for sae in self.live]
         at_saes = (
-            number * sae.latents_bytes - freed for sae, freed in zip(self.live, later, strict=True)
+            number * sae.bytes_of(sae.copies.extra) - freed
+            for sae, freed in zip(self.live, later, strict=True)
         )
-        return Graph(graph.kept, int(max(graph.extra, *at_saes, 0)), number * trained)
+        return Graph(graph.kept, int(max(graph.extra, *at_saes, 0)), of_saes)
+
+
+def runs_on_gpu(config: Config) -> bool:
+    """True if the run will be on a GPU: on a cluster by what it asks for, else by this machine."""
+    if config.train.device is Device.cpu:
+        return False
+    if config.launcher.kind is LauncherKind.slurm:
+        return config.launcher.gpus_per_node > 0
+    return torch.cuda.is_available()
+
+
+def _architecture(config: Config, choice: SAEChoice) -> Architecture:
+    """The architecture of an SAE. One in a folder states it; that of a release is known after it is
+    loaded, and JumpReLU takes the most memory of the usual ones."""
+    if config.sae.family is SAEFamily.new:
+        return config.sae.architecture
+    if config.sae.family is SAEFamily.tiny:
+        return Architecture.topk
+    stated = "jumprelu"
+    if choice.path is not None:
+        with suppress(UserError):  # the launch refuses a folder that cannot be read
+            stated = folder.read(choice.path).values.get("architecture", "standard")
+    return Architecture.__members__.get(stated, Architecture.jumprelu)
 
 
 def sae_weights(config: Config, d_model: int, width: int) -> int:

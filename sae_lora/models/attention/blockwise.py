@@ -37,14 +37,14 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention `[batch, query, head, d_head]`; the queries are at the last positions.
+    """Causal attention `[batch, query, head, d_value]`; the queries are at the last positions.
 
     transformers prescribes the signature. Dropout must be 0, because the model is frozen.
 
     Args:
         query: `[batch, head, query, d_head]`.
         key: `[batch, kv_head, pos, d_head]`; an equal number of heads shares each of them.
-        value: `[batch, kv_head, pos, d_head]`.
+        value: `[batch, kv_head, pos, d_value]`; latent attention has other widths here.
         attention_mask: `[batch, 1, query, pos]`, true for visible positions; `None`: a query sees its
             own position and all before it.
         scaling: Factor of the scores; `None`: 1 / √d_head.
@@ -69,7 +69,7 @@ class _Blockwise(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         blocks = _Blocks(query, key, mask, scale, softcap)
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
         shape = *query.shape[:-1], 1
         sums, peaks = (query.new_empty(shape, dtype=blocks.precise) for _ in range(2))
         for rows, n_visible in blocks:

@@ -1,0 +1,55 @@
+"""Steps on a GPU, counted without one: waits for the device, and memory against the estimate."""
+
+import pytest
+
+from tests.support.fake_cuda import Case, Counted, compiler, count
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="the stand-in for CUDA needs a C++ compiler"),
+]
+WIDE = 524_288
+CASES = {
+    "Gemma-2, a run alone": Case("small-gemma-2", (16,)),
+    "Gemma-2, a pack of five around two SAEs": Case("small-gemma-2", (1, 4, 16, 64, 256), saes=2),
+    "Gemma-2, a wide SAE": Case("small-gemma-2", (16,), width=WIDE),
+    "Gemma-2, a pack around two wide SAEs": Case("small-gemma-2", (4, 16), saes=2, width=WIDE),
+    "Gemma-2, windows, four sequences": Case("small-gemma-2", (16,), batch=4),
+    "Gemma-2, the SAE is live": Case("small-gemma-2", (16,), overrides={"lora.blocks": "all"}),
+    "Gemma-2, a wide SAE is live": Case(
+        "small-gemma-2", (16,), width=WIDE, overrides={"lora.blocks": "all"}
+    ),
+    "Llama, a run alone": Case("small-llama", (16,)),
+    "Llama, a pack of five": Case("small-llama", (1, 4, 16, 64, 256)),
+    "Llama, a wide SAE": Case("small-llama", (16,), width=WIDE),
+    "Llama, blocks computed again": Case(
+        "small-llama", (16,), batch=4, overrides={"train.activation_checkpointing": True}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
+    return dict(zip(CASES, count(list(CASES.values()), tmp_path_factory.mktemp("counts")), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_at_most_once_for_each_sparse_sae(name: str, counted: dict[str, Counted]) -> None:
+    case, waits = CASES[name], counted[name].waits
+    assert sum(waits.values()) == (case.saes if case.width == WIDE else 0), waits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_as_estimated(name: str, counted: dict[str, Counted]) -> None:
+    assert counted[name].estimated == pytest.approx(counted[name].peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_machine_without_a_gpu_plans_as_one_with_it(name: str, counted: dict[str, Counted]) -> None:
+    assert counted[name].planned == counted[name].estimated
+
+
+def test_runs_share_kernels(counted: dict[str, Counted]) -> None:
+    """A pack of five asks the device for less than five runs alone."""
+    alone, five = counted["Llama, a run alone"], counted["Llama, a pack of five"]
+    assert five.kernels < 5 * alone.kernels and five.moved < 5 * alone.moved
