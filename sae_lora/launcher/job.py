@@ -23,7 +23,7 @@ from sae_lora.common.signals import SIGNALS
 from sae_lora.evaluation.suite_records import pending
 from sae_lora.records.folder import RunFolder
 
-STOP = signal.SIGUSR2
+STOP = SIGNALS[0]
 """Asks a run to save and stop."""
 _TAIL_BYTES = 20_000
 Item = TypeVar("Item")

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -42,10 +42,11 @@ from sae_lora.run.active_run import ActiveRun, write_failure
 from sae_lora.run.build import Builder
 from sae_lora.run.progress import Reporter
 from sae_lora.run.sinks import dominant_positions
+from sae_lora.run.worker import follow
 from sae_lora.saes.loading import LOADING
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import speed
-from sae_lora.train.distributed import ONE_PROCESS, GoneError, ProcessGroup, ProcessLayout, leading
+from sae_lora.train.distributed import GoneError, Member, ProcessGroup, ProcessLayout, member
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
 from sae_lora.train.trainer import TRAINING
@@ -61,10 +62,10 @@ class _Execution:
     """
 
     def __init__(
-        self, runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout
+        self, runs: Sequence[ActiveRun], interruption: Interruption, leader: Member | None
     ) -> None:
         self._runs = Isolation(runs, self._fail)
-        self._layout = layout
+        self._leader = leader
         self._interruption = interruption
         self._working = list(runs)
         """The runs among which the time of this process is divided now."""
@@ -118,16 +119,17 @@ class _Execution:
         if not runs.active:
             return
 
-        shared = runs.active.copy()
-        paths = [str(run.folder.path) for run in shared]
+        leader = self._leader
         on_gpus = builder.device.type == "cuda"
-        with leading(self._layout, paths, on_gpus, lambda: self._interruption.asked) as processes:
-            processes_note = f" in {self._layout.size} processes" if self._layout.size > 1 else ""
+        with nullcontext(ProcessGroup()) if leader is None else leader.leading(on_gpus) as processes:
+            processes_note = "" if leader is None else f" in {leader.size} processes"
+            processes.broadcast([str(run.folder.path) for run in runs.active])
             report.announce(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
             first = next(text.batches(batch_size, config.data.seed))
             _ = builder.model  # loaded here, because an error of loading concerns all runs
-            for number, run in enumerate(shared):
-                report.stage(_BUILDING, number, len(shared))
+            building = runs.active.copy()
+            for number, run in enumerate(building):
+                report.stage(_BUILDING, number, len(building))
                 with runs.only(run):
                     saes = builder.saes.of(run.config.sae)
                     run.build(builder.model, saes, text.special_ids, first)
@@ -136,7 +138,7 @@ class _Execution:
                 if frozen:
                     say(f"frozen in the adapted blocks: {frozen}")
             if runs.active:
-                states = {shared.index(run): _state(run.training) for run in runs.active}
+                states = {str(run.folder.path): _state(run.training) for run in runs.active}
                 processes.broadcast((states, text.special_ids, text.validation_tokens))
                 self._train(builder, config, text, processes, report)
 
@@ -266,12 +268,10 @@ class _Execution:
                 with self._interruption.held():
                     trainings.each(finish)
             except Interrupted:
-                processes.release()
                 save([training for training in trainings.active if training.step > 0])
                 raise
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, GoneError):
-                    processes.release()
                     traceback.clear_frames(error.__traceback__)  # otherwise they keep tensors in memory
                     # If a stop was requested meanwhile, this raises `Interrupted` in place of the error.
                     save([training for training in trainings.active if training.is_between_steps])
@@ -319,12 +319,16 @@ def _end(runs: Sequence[ActiveRun]) -> None:
         list(threads.map(ActiveRun.end, runs))
 
 
-def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -> int:
+def attempt(folders: Sequence[RunFolder], leader: Member | None = None) -> int:
     """Train the runs together.
 
     Finished and outranked runs, and runs that another process holds, are left out.
 
     Errors are printed and written into the folders.
+
+    Args:
+        folders: The run folders.
+        leader: This process, if it leads others that share the batches.
 
     Returns:
         The exit code: 0 if all runs are finished or outranked, otherwise a code of
@@ -335,6 +339,8 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
     runs: list[ActiveRun] = []
     try:
         with interruption.watching(), ExitStack() as leases:
+            if leader is not None and not leader.register():
+                return EXIT_INTERRUPTED
             for folder in folders:
                 # One stack per run: a finished run gives up its lease at once, the others at the end.
                 lock = leases.enter_context(ExitStack())
@@ -346,8 +352,11 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
                 else:
                     if not (folder.is_finished or folder.is_outranked):
                         runs.append(ActiveRun(folder, lease.check, lock.close))
-            code = _execute(runs, interruption, layout)
+            code = _execute(runs, interruption, leader)
     except Interrupted:
+        if leader is not None and not leader.is_asked_to_stop():
+            complain("ended", "another process that shares the batches has ended")
+            return EXIT_NOT_TOGETHER
         unfinished = [run.folder for run in runs if run.outcome is None]
         if stopped := [folder for folder in unfinished if folder.is_unsettled]:
             complain("stopped on request", what_is_saved(stopped))
@@ -357,10 +366,10 @@ def attempt(folders: Sequence[RunFolder], layout: ProcessLayout = ONE_PROCESS) -
     return EXIT_HELD if held_elsewhere and code != EXIT_NOT_TOGETHER else code
 
 
-def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: ProcessLayout) -> int:
+def _execute(runs: Sequence[ActiveRun], interruption: Interruption, leader: Member | None) -> int:
     """Train the runs together and return the exit code."""
     try:
-        _Execution(runs, interruption, layout).run()
+        _Execution(runs, interruption, leader).run()
         outcomes = [run.outcome for run in runs]
     except GoneError as error:
         complain("ended", str(error))
@@ -381,7 +390,10 @@ def _execute(runs: Sequence[ActiveRun], interruption: Interruption, layout: Proc
 
 
 def main() -> int:
-    """Train runs together in this process: `python -m sae_lora.run.execute outputs/<sweep>/<run> …`."""
+    """Train runs together: `python -m sae_lora.run.execute outputs/<sweep>/<run> …`.
+
+    With several processes, this one starts them and waits; each of them then calls this function again.
+    """
     parser = argparse.ArgumentParser(prog="python -m sae_lora.run.execute", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="nodes of this SLURM job")
@@ -393,9 +405,26 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
-    code = attempt(folders, ProcessLayout(arguments.nodes, arguments.processes_per_node))
-    if code == EXIT_INTERRUPTED and all(folder.is_finished or folder.is_outranked for folder in folders):
-        return 0
+    layout = ProcessLayout(arguments.nodes, arguments.processes_per_node)
+    try:
+        this = member()
+        if layout.size > 1:
+            from sae_lora.run import together  # torch's elastic agent takes a while to import
+
+            code = together.start(layout, [str(path) for path in arguments.folders])
+        elif this is not None and not this.leads:
+            return follow(this, folders)
+        else:
+            code = attempt(folders, this)
+        if code == EXIT_INTERRUPTED and all(
+            folder.is_finished or folder.is_outranked for folder in folders
+        ):
+            code = 0
+        if this is not None:
+            this.report(code)
+    except GoneError as error:
+        complain("ended", str(error))
+        return EXIT_NOT_TOGETHER
     return code
 
 

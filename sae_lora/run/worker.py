@@ -1,7 +1,4 @@
-"""A worker process, which follows the leader and writes no files.
-
-Command: `python -m sae_lora.run.worker <folder> …`.
-"""
+"""A process that shares the batches of a pack: it follows the leader and writes no files."""
 
 import os
 import signal
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sae_lora.common.console import complain
+from sae_lora.common.errors import EXIT_NOT_TOGETHER
 from sae_lora.common.isolation import Isolation
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
@@ -19,13 +16,42 @@ from sae_lora.models.loading import silence_transformers
 from sae_lora.records.folder import RunFolder
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
-from sae_lora.train.distributed import Distributed, GoneError, following
+from sae_lora.train.distributed import Distributed, GoneError, Member
 
 
-def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
+def follow(this: Member, folders: Sequence[RunFolder]) -> int:
+    """Follow the leader until all tasks are done; return the exit code.
+
+    Args:
+        this: This process.
+        folders: The run folders of the pack, of which the leader chooses some.
+    """
+    for number in SIGNALS:  # the leader handles them, and needs this process to finish a step
+        signal.signal(number, signal.SIG_IGN)
+    silence_transformers()
+    try:
+        first = ActiveRun(folders[0])
+        first.read()
+        on_gpu = first.config.train.device is not Device.cpu and torch.cuda.is_available()
+        with this.following(on_gpu) as processes:
+            if processes is not None:
+                _do_tasks(processes)
+    except GoneError:  # the process that is gone, or the agent, has said why
+        sys.stderr.flush()
+        os._exit(EXIT_NOT_TOGETHER)  # a normal exit could wait for GPU work that other processes share
+    return 0
+
+
+def _do_tasks(processes: Distributed) -> None:
     """Build the same pack as the leader, and do the leader's tasks until it ends."""
-    builder = Builder(runs[0].config)
-    for run in runs:
+    paths = processes.receive()
+    if paths is None:
+        return
+    runs = {path: ActiveRun(RunFolder(Path(path))) for path in paths}
+    for run in runs.values():
+        run.read()
+    builder = Builder(next(iter(runs.values())).config)
+    for run in runs.values():
         builder.saes.of(run.config.sae)
     _ = builder.model  # loaded while the leader loads its model
     start = processes.receive()
@@ -33,8 +59,8 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
         return
     states, special_ids, validation_tokens = start
     trainings = []
-    for number, (step, weights) in states.items():
-        run = runs[number]
+    for path, (step, weights) in states.items():
+        run = runs[path]
         run.build(builder.model, builder.saes.of(run.config.sae), special_ids)
         if run.training.step != step:
             raise RuntimeError(
@@ -46,27 +72,3 @@ def follow(processes: Distributed, runs: Sequence[ActiveRun]) -> None:
     trainer = builder.trainer(Isolation(trainings), validation_tokens, processes)
     while (task := processes.receive()) is not None:
         trainer.follow(task)
-
-
-def main() -> int:
-    """Follow the leader that started this process, until all tasks are done."""
-    for number in SIGNALS:  # the leader handles them, and needs this process to finish a step
-        signal.signal(number, signal.SIG_IGN)
-    silence_transformers()
-    runs = [ActiveRun(RunFolder(Path(path))) for path in sys.argv[1:]]
-    for run in runs:
-        run.read()
-    on_gpu = runs[0].config.train.device is not Device.cpu and torch.cuda.is_available()
-    try:
-        with following(on_gpu) as processes:
-            if processes is not None:
-                follow(processes, runs)
-    except GoneError as error:
-        complain("ended", str(error))
-        sys.stderr.flush()
-        os._exit(1)  # a normal exit could wait for GPU work that other processes share
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO
 
 import psutil
@@ -30,7 +29,9 @@ from sae_lora.train.train_state import TrainState
 from tests.support.composing import composed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sae_lora.run.execute", "sae_lora.run.worker", "sae_lora.launcher.launch"])
+FORKS.set_forkserver_preload(
+    ["sae_lora.run.execute", "sae_lora.run.together", "sae_lora.launcher.launch"]
+)
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,14 @@ class ForkedModule:
         self.send_signal(signal.SIGKILL)
 
 
-class Leader:
+class Together:
     """A running attempt, with several processes that share the batches.
 
     Args:
         folders: The run folders.
         processes: Number of processes.
-        forked: True if workers are forked from the leader. Real workers are new processes, whose imports
-            take longer than a small run.
+        forked: True if the processes are forked from the one that starts them. Real ones are new
+            processes, whose imports take longer than a small run.
     """
 
     def __init__(self, folders: Sequence[RunFolder], processes: int, *, forked: bool = True) -> None:
@@ -230,16 +231,21 @@ class Leader:
         self._process.start()
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the leader only."""
+        """Send a signal to the process that has started the others, as a job does."""
         psutil.Process(self._process.pid).send_signal(number)
 
     @property
-    def workers(self) -> list[psutil.Process]:
-        """The workers that are still alive."""
-        return psutil.Process(self._process.pid).children()
+    def members(self) -> list[psutil.Process]:
+        """The processes that share the batches and are still alive, by rank: the leader is the first."""
+        children = psutil.Process(self._process.pid).children()
+        return sorted(children, key=lambda child: child.pid)
+
+    def kill(self) -> None:
+        """Kill the process that has started the others."""
+        self._process.kill()
 
     def ended(self) -> tuple[int, str]:
-        """Wait until the leader ends; return its exit code and the output of all processes."""
+        """Wait until it ends; return its exit code and the output of all processes."""
         self._process.join(300)
         output = Path(self._output)
         text = output.read_text()
@@ -249,14 +255,25 @@ class Leader:
 
 
 def _leader(paths: list[Path], processes: int, output: str, forked: bool) -> None:
-    from sae_lora.run import execute
-    from sae_lora.train import distributed
+    from sae_lora.run import execute, together
 
     if forked:
-        timeout = subprocess.TimeoutExpired
-        distributed.subprocess = SimpleNamespace(Popen=ForkedModule, TimeoutExpired=timeout)  # pyright: ignore
+        together.member_command = lambda folders: (_member, [output, *folders], "fork")
     redirect(output, output)
     _end(execute.main, paths, f"--processes-per-node={processes}")
+
+
+def _member(output: str, *folders: str) -> None:
+    """A process that the agent has forked. The agent waits for its result after code 0."""
+    from sae_lora.run import execute
+
+    redirect(output, output)
+    sys.argv = ["sae_lora.run.execute", *folders]
+    code = execute.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
 
 
 def frozen(home: Path, *overrides: str) -> RunFolder:

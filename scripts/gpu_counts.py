@@ -1,0 +1,118 @@
+"""Waits, kernels and memory of steps on a GPU, counted without one, at the sizes of real models.
+
+    python -m scripts.gpu_counts docs/results/gpu_counted.json --page docs/performance.md
+
+A step of each pack runs on torch's fake tensors, which have shapes and no numbers, on a stand-in for CUDA
+(`tests/support/fake_cuda.py`). Nothing is timed. Needs a C++ compiler; one to ten minutes per pack, and the
+record is written after each. `--only 3 7` counts these packs again. Without a GPU, the numbers are those of
+one with CUDA's kernels for attention.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_lora.common.console import say
+from sae_lora.common.files import as_json, write_atomically
+from scripts import pages
+from tests.support.fake_cuda import Case, count
+
+FIVE = (1, 4, 16, 64, 256)
+CASES = (
+    Case("gemma-2-2b", (16,)),
+    Case("gemma-2-2b", (64,)),
+    Case("gemma-2-2b", (256,)),
+    Case("gemma-2-2b", FIVE),
+    Case("gemma-2-2b", (16,) * 8),
+    Case("gemma-2-2b", (64,) * 8),
+    Case("gemma-2-2b", (256,) * 8),
+    Case("gemma-2-2b", (16,), batch=4),
+    Case("gemma-2-2b", FIVE, batch=4),
+    Case("gemma-2-2b", FIVE, saes=5),
+    Case("gemma-2-2b", (16,), width=524_288),
+    Case("gemma-2-2b", FIVE, saes=5, width=524_288),
+    Case("gemma-2-9b", (16,)),
+    Case("gemma-2-9b", (64,) * 4),
+    Case("gemma-2-9b", FIVE),
+    Case("gemma-2-9b", (16,) * 8),
+    Case("gemma-2-9b", (64,), batch=4),
+    Case("gemma-2-27b", (64,), width=131_072),
+    Case("llama-3-8b", (16,)),
+    Case("llama-3-8b", FIVE),
+    Case("llama-3-8b", (16,), batch=4),
+)
+_NAMES = {
+    "gemma-2-2b": "Gemma-2-2B",
+    "gemma-2-9b": "Gemma-2-9B",
+    "gemma-2-27b": "Gemma-2-27B",
+    "llama-3-8b": "Llama-3-8B",
+}
+Row = dict[str, Any]
+
+
+def rows_of(counted: dict[str, Row]) -> str:
+    """The table of the packs that were counted."""
+    columns: dict[str, list[str]] = {}
+    for case in CASES:
+        row = counted.get(_key(case))
+        if row is None:
+            continue
+        runs = len(case.ranks) * case.saes
+        peak, estimated = row["peak"] / 1e9, row["estimated"] / 1e9
+        for heading, cell in {
+            "model; latents; tokens of a step": f"{_NAMES[case.model]}; {case.width // 1024}k; "
+            f"{case.batch} × {case.context:,}",
+            "ranks": _ranks(case),
+            "waits": f"{sum(row['waits'].values())}",
+            "kernels per run": f"{row['kernels'] / runs:,.0f}",
+            "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
+            "peak, GB": f"{peak:.1f}",
+            "estimated, GB": f"{estimated:.1f} ({estimated / peak - 1:+.0%})",
+        }.items():
+            columns.setdefault(heading, []).append(cell)
+    return pages.markdown(columns)
+
+
+def _ranks(case: Case) -> str:
+    same = len(set(case.ranks)) == 1
+    ranks = f"{len(case.ranks)} × {case.ranks[0]}" if same else ", ".join(map(str, case.ranks))
+    ranks = ranks.removeprefix("1 × ")
+    return f"{ranks}; {case.saes} SAEs" if case.saes > 1 else ranks
+
+
+def _key(case: Case) -> str:
+    return f"{case.model} {_ranks(case)} width {case.width} batch {case.batch}"
+
+
+def main() -> None:
+    """Count, and write the record and the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--page", type=Path, help="page with the table after <!-- counted -->")
+    parser.add_argument(
+        "--only", type=int, nargs="*", help="numbers of packs, from 0; none: only the page"
+    )
+    given = parser.parse_args()
+    counted: dict[str, Row] = json.loads(given.record.read_text()) if given.record.exists() else {}
+    chosen: Sequence[int] = range(len(CASES)) if given.only is None else given.only
+    for number in chosen:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            (row,) = count([CASES[number]], Path(folder))
+        counted[_key(CASES[number])] = dataclasses.asdict(row)
+        write_atomically(given.record, as_json(counted))
+        say(f"{_key(CASES[number])}: {time.monotonic() - start:.0f} s")
+    if given.page is not None:
+        page = given.page.read_text()
+        given.page.write_text(pages.with_tables(page, lambda _: rows_of(counted)))
+
+
+if __name__ == "__main__":
+    main()
