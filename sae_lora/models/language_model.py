@@ -36,6 +36,8 @@ class LanguageModel:
         self.model = model.requires_grad_(False).eval()
         self.notes: list[str] = []
         """Notes about its files, from loading."""
+        self.shards: list[Any] = []
+        """The `Shard` of each block, if the weights are divided among processes."""
         self._known_additions: set[Place] = set()
         self._packed_rows: Answers = {}
         with self.supported():
@@ -102,9 +104,11 @@ class LanguageModel:
 
     def view(self) -> "LanguageModel":
         """A second model that shares the weights of this one, to which other adapters can be added."""
-        shared = [*self.model.parameters(), *self.model.buffers()]
-        copied = copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
-        return LanguageModel(copied, self.__dict__.get("_structure"))
+        shared = [*self.model.parameters(), *self.model.buffers(), *self.shards]
+        copied = copy.deepcopy(self.model, {id(part): part for part in shared})
+        view = LanguageModel(copied, self.__dict__.get("_structure"))
+        view.shards = self.shards
+        return view
 
     def recompute(self, first: int) -> None:
         """From block `first` on, keep only block inputs, and recompute the blocks in the backward pass.

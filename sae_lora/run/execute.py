@@ -416,9 +416,8 @@ def main() -> int:
             return follow(this, folders)
         else:
             code = attempt(folders, this)
-        if code == EXIT_INTERRUPTED and all(
-            folder.is_finished or folder.is_outranked for folder in folders
-        ):
+        ended = [folder.is_finished or folder.is_outranked for folder in folders]
+        if code == EXIT_INTERRUPTED and all(ended):
             code = 0
         if this is not None:
             this.report(code)

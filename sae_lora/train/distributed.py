@@ -26,8 +26,8 @@ from sae_lora.common.errors import is_out_of_memory
 STORE = "SAE_LORA_STORE"
 """Environment variable with the address of the store that all processes of a pack share."""
 ASKED, LEADER, BEGINS, CODE = "asked", "leader", "begins", "code"
-"""Keys of the store: set if a stop was requested; host and process id of the leader; 1 when the leader needs
-the followers, 0 if it ends without them; the exit code of the leader."""
+"""Keys of the store: set if a stop was requested; host and process id of the leader; 1 when the leader
+needs the followers, 0 if it ends without them; the exit code of the leader."""
 Rows = TypeVar("Rows", Tensor, Sequence[Any])
 _START_S = 600
 """Time for all processes to connect; they load the model later."""
@@ -129,7 +129,7 @@ class Member:
         return self.rank == 0
 
     def register(self) -> bool:
-        """Tell who leads. From now on this process is told to stop by a signal. Only the leader calls this.
+        """Tell who leads: from now on a signal asks this process to stop. Only the leader calls this.
 
         Returns:
             False if a stop was requested before.

@@ -1,0 +1,76 @@
+"""Models that are larger than a GPU: the frozen weights of each block are divided among the processes.
+
+torch's FSDP2 (`fully_shard`) gathers the weights of a block for its forward pass, frees them, and gathers
+them again for its backward pass. The weights of a block lie in a module of their own, a `Shard`, which runs
+the block. The plain model and its views, with adapters of their own, run their blocks in the same shards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Shard(nn.Module):
+    """The frozen weights of a block, of which each process holds a part.
+
+    Args:
+        weights: The whole weights. They are replaced by parts when the shard is made.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, run: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """The result of a function that reads the whole weights."""
+        return run(*arguments, **keywords)
+
+
+def divide(blocks: nn.ModuleList, device: torch.device, processes: int) -> list[Shard]:
+    """Divide the weights of the blocks among the processes; all of them must call this.
+
+    From now on the blocks have their weights only while they run, or inside `gathered`. Weights that
+    several blocks share, and buffers, stay whole.
+
+    Args:
+        blocks: Frozen blocks, on any device; only one at a time is whole on the device.
+        device: The device of this process.
+        processes: Number of processes.
+
+    Returns:
+        The shard of each block.
+    """
+    mesh = init_device_mesh(device.type, (processes,))
+    return [_divided(block, mesh) for block in blocks]
+
+
+def _divided(block: nn.Module, mesh: Any) -> Shard:
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in block.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            places.setdefault(weight, []).append((module, name))
+    shard = Shard(list(places))
+    fully_shard(shard, mesh=mesh, reshard_after_forward=True)
+    # While the shard runs, torch has the whole weights there; it uses the same tensors every time.
+    whole = shard(lambda: list(shard.weights))
+    for weight, of_weight in zip(whole, places.values(), strict=True):
+        for module, name in of_weight:
+            module._parameters[name] = weight
+    block.forward = partial(shard, block.forward)
+    return shard
+
+
+@contextmanager
+def gathered(shard: Shard) -> Iterator[None]:
+    """Inside the block, the weights are whole; all processes must enter it."""
+    shard.unshard()  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        shard.reshard()  # pyright: ignore[reportCallIssue]
