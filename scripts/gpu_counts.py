@@ -2,10 +2,9 @@
 
     python -m scripts.gpu_counts docs/results/gpu_counted.json --page docs/performance.md
 
-A step of each pack runs on torch's fake tensors, which have shapes and no numbers, on a stand-in for CUDA
-(`tests/support/fake_cuda.py`). Nothing is timed. Needs a C++ compiler; one to ten minutes per pack, and the
-record is written after each. `--only 3 7` counts these packs again. Without a GPU, the numbers are those of
-one with CUDA's kernels for attention.
+A step of each pack runs on torch's fake tensors, which have shapes and no numbers, on a stand-in for
+CUDA (`tests/support/fake_cuda.py`). Nothing is timed. It needs a C++ compiler. A pack takes one to ten
+minutes, and the record is written after each. `--only 3 7` counts only these packs, `--only` none.
 """
 
 import argparse
@@ -96,9 +95,7 @@ def main() -> None:
     )
     parser.add_argument("record", type=Path)
     parser.add_argument("--page", type=Path, help="page with the table after <!-- counted -->")
-    parser.add_argument(
-        "--only", type=int, nargs="*", help="numbers of packs, from 0; none: only the page"
-    )
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of packs, from 0")
     given = parser.parse_args()
     counted: dict[str, Row] = json.loads(given.record.read_text()) if given.record.exists() else {}
     chosen: Sequence[int] = range(len(CASES)) if given.only is None else given.only

@@ -103,6 +103,9 @@ class LauncherConfig:
     """slurm: nodes of a job. Several nodes share each batch."""
     processes_per_node: int | None = None
     """Processes on each node that share each batch; null: one per GPU, or one."""
+    shard: Any = "auto"
+    """Divide the frozen weights of the model's blocks among the processes that share each batch: on,
+    off, or auto: if a run alone does not fit into a GPU. Saves memory; gathering the weights takes time."""
     mem_gb: float | None = None
     """slurm: main memory of a job, in GB; null: the partition's default."""
     setup: list[str] = field(default_factory=list)
@@ -125,6 +128,11 @@ class LauncherConfig:
     keep: float = 0.75
     """halving: share of the runs at a rung that goes on, rounded up to whole runs. 0.5 saves twice as
     much, and often loses the best run (docs/results/halving.md)."""
+
+    @property
+    def shards(self) -> bool | None:
+        """`shard` as true, false, or `None` for auto. YAML reads on and off as true and false."""
+        return {"on": True, "off": False, True: True, False: False}.get(self.shard)
 
     @property
     def node_processes(self) -> int:

@@ -17,13 +17,15 @@ from sae_lora.config.enums import (
     TextSource,
     TrackingMode,
 )
-from sae_lora.config.execution import BENCHMARKS, SHORTEST_TEXT, LauncherConfig
+from sae_lora.config.execution import BENCHMARKS, SHORTEST_TEXT
 from sae_lora.config.identity import TRAINING_SAES, step_tokens
 from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, as_list
 from sae_lora.config.value_checks import (
     check_blocks,
+    check_processes,
     check_repeats,
+    check_shard,
     check_texts,
     check_wandb,
     is_whole,
@@ -373,28 +375,16 @@ def _check_processes(config: Config) -> None:
         raise refusal(config, "launcher.nodes", "1, except with launcher=slurm", 1)
     if launcher.kind is LauncherKind.slurm and config.train.device is not Device.cpu:
         check_processes(launcher)
+    if launcher.shards is None and launcher.shard != "auto":
+        raise refusal(config, "launcher.shard", "auto, on or off", "auto")
+    if launcher.shards:
+        check_shard(config)
     if config.train.batch_size < processes:
         allowed = (
             f"at least {processes}, one sequence for each of {processes} processes "
             "(launcher.nodes × launcher.processes_per_node or launcher.gpus_per_node)"
         )
         raise refusal(config, "train.batch_size", allowed, processes)
-
-
-def check_processes(launcher: LauncherConfig) -> None:
-    """Refuse more processes than GPUs on a node: each process needs its own GPU.
-
-    Raises:
-        ConfigError: If there are more processes than GPUs.
-    """
-    if launcher.node_processes > launcher.gpus_per_node > 0:
-        raise ConfigError(
-            "launcher.processes_per_node",
-            launcher.node_processes,
-            f"at most {launcher.gpus_per_node}, one per GPU (launcher.gpus_per_node), except with "
-            "train.device=cpu",
-            nearest=launcher.gpus_per_node,
-        )
 
 
 def _check_steering(config: Config) -> None:

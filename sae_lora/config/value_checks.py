@@ -1,4 +1,4 @@
-"""Refusals of single values of a config, and checks of lists and texts."""
+"""Refusals of single values of a config, and checks of lists, texts and numbers of processes."""
 
 import dataclasses
 import os
@@ -10,6 +10,8 @@ from typing import Any
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
 from sae_lora.config.enums import TrackingMode
+from sae_lora.config.execution import LauncherConfig
+from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, as_list
 
 
@@ -121,3 +123,42 @@ def check_wandb(config: Config) -> None:
     if mode and config.tracking.mode is TrackingMode.auto and mode not in WANDB_MODES:
         near = nearest_name(mode, WANDB_MODES, similarity=0.7)
         raise ConfigError("WANDB_MODE", mode, f"one of {listed(WANDB_MODES)}", near)
+
+
+def check_shard(config: Config) -> None:
+    """Refuse to divide the weights of a model if the processes would not run the same passes.
+
+    Raises:
+        ConfigError: If they would not, or there is only one process.
+    """
+    launcher, batch = config.launcher, config.train.batch_size
+    processes = launcher.nodes * launcher.node_processes
+    if processes == 1:
+        allowed = (
+            "off or auto with one process; several share a batch with launcher.gpus_per_node=2, say"
+        )
+        raise refusal(config, "launcher.shard", allowed, "off")
+    if config.method.kind in ADAPTING and config.lora.dora:
+        allowed = "false with launcher.shard: DoRA reads all weights at once"
+        raise refusal(config, "lora.dora", allowed, "false")
+    if batch % processes:
+        allowed = (
+            f"a multiple of {processes} processes, which divide the model's weights (launcher.shard)"
+        )
+        raise refusal(config, "train.batch_size", allowed, batch - batch % processes or processes)
+
+
+def check_processes(launcher: LauncherConfig) -> None:
+    """Refuse more processes than GPUs on a node: each process needs its own GPU.
+
+    Raises:
+        ConfigError: If there are more processes than GPUs.
+    """
+    if launcher.node_processes > launcher.gpus_per_node > 0:
+        raise ConfigError(
+            "launcher.processes_per_node",
+            launcher.node_processes,
+            f"at most {launcher.gpus_per_node}, one per GPU (launcher.gpus_per_node), except with "
+            "train.device=cpu",
+            nearest=launcher.gpus_per_node,
+        )

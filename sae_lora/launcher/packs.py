@@ -12,7 +12,7 @@ from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.execution import LauncherConfig
 from sae_lora.config.identity import pack_key
-from sae_lora.config.validate import check_processes
+from sae_lora.config.value_checks import check_processes, check_shard
 from sae_lora.launcher.halving import brackets
 from sae_lora.launcher.plan import Pack, Run
 
@@ -80,10 +80,28 @@ def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
     from sae_lora.train.cost.estimate import estimate  # brings torch in
 
     if len(pack) > 1:
-        needed = estimate([run.config for run in pack]).peak_bytes
+        needed = estimate([run.config for run in pack], divides(pack, settings)).peak_bytes
         if needed > _MAX_FILL * _free_bytes(pack, settings):
             return [part for half in _equal_parts(pack, 2) for part in _fitting(half, settings)]
     return [pack]
+
+
+def divides(pack: Sequence[Run], settings: LauncherConfig) -> bool:
+    """True if the processes of this pack divide the model's weights among them (`launcher.shard`).
+
+    Raises:
+        ConfigError: If they must, and cannot.
+    """
+    if settings.shards is not None or settings.nodes * settings.node_processes == 1:
+        return bool(settings.shards)
+    from sae_lora.train.cost.estimate import estimate  # brings torch in
+
+    first = pack[0]
+    needed = estimate([first.config], divided=False).peak_bytes
+    if needed <= _MAX_FILL * _free_bytes([first], settings):
+        return False
+    check_shard(first.config)
+    return True
 
 
 def _equal_parts(runs: Pack, number: int) -> list[Pack]:

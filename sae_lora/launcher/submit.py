@@ -22,7 +22,7 @@ from sae_lora.common.signals import interrupted_once
 from sae_lora.config.execution import LauncherConfig
 from sae_lora.launcher.job import Job, halves
 from sae_lora.launcher.live_view import Watch
-from sae_lora.launcher.packs import slots
+from sae_lora.launcher.packs import divides, slots
 from sae_lora.launcher.plan import Pack, Run
 from sae_lora.records import slurm
 from sae_lora.records.folder import DamagedError, RunFolder, runs_of
@@ -316,7 +316,11 @@ def _job(pack: Pack, variables: dict[str, str], settings: LauncherConfig) -> Job
         variables,
         time_s=60 * (settings.timeout_min or _NO_LIMIT_MIN) - settings.signal_delay_s,
         answer_s=0.8 * settings.signal_delay_s,
-        options=[f"--nodes={settings.nodes}", f"--processes-per-node={settings.node_processes}"],
+        options=[
+            f"--nodes={settings.nodes}",
+            f"--processes-per-node={settings.node_processes}",
+            *["--shard"] * divides(pack, settings),
+        ],
     )
 
 

@@ -110,6 +110,27 @@ class LanguageModel:
         view.shards = self.shards
         return view
 
+    def divide(self, device: torch.device, processes: int) -> None:
+        """Divide the weights of the blocks among processes; all of them must call this.
+
+        The rest of the model moves to the device.
+        """
+        from sae_lora.models import sharding  # torch's FSDP takes a second to import
+
+        self.shards = sharding.divide(self.blocks, device, processes)
+        self.model.to(device)  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside the `with` block, the weights of a module are whole; all processes must enter it."""
+        with ExitStack() as stack:
+            if self.shards:
+                from sae_lora.models.sharding import gathered
+
+                for weight in module.parameters():
+                    stack.enter_context(gathered(self.shards, weight))
+            yield
+
     def recompute(self, first: int) -> None:
         """From block `first` on, keep only block inputs, and recompute the blocks in the backward pass.
 

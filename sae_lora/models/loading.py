@@ -147,29 +147,38 @@ def _checked_shapes(config: ModelConfig, model_config: PreTrainedConfig) -> PreT
     return model
 
 
-def load_model(config: ModelConfig, compute: DType, device: torch.device) -> LanguageModel:
+def load_model(
+    config: ModelConfig, compute: DType, device: torch.device, divided_by: int = 1
+) -> LanguageModel:
     """The frozen model on the device, in evaluation mode.
 
     Args:
         config: The model, and the precision to which its weights are rounded.
         compute: Precision of the weights in memory and of the computation.
         device: The device.
+        divided_by: Number of processes that divide the weights of the blocks among them; all of them
+            must call this.
 
     Raises:
         UserError: If it cannot be found, fetched or used.
     """
     model: Any
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype.name)}
-    if device.type != "cpu":  # weight by weight: the whole may not fit into main memory
+    if (
+        device.type != "cpu" and divided_by == 1
+    ):  # weight by weight: the whole may not fit into main memory
         options["device_map"] = {"": device}
     model, unused = _load_causal_lm(config, **options)
     # Only weights: rotary frequencies are buffers and stay float32, or positions become inexact.
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, compute.name))
-    model = model.to(device)  # pyright: ignore[reportArgumentType]
+    if divided_by == 1:
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
     with config_faults.with_unusual_numbers(config):
         _check_finite(config, model)
     language_model = LanguageModel(model)
+    if divided_by > 1:
+        language_model.divide(device, divided_by)
     if unused:
         language_model.notes.append(
             f"the files of {config.name} hold {count(len(unused), 'weight')} that "

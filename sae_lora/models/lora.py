@@ -77,7 +77,8 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     _check_adapted(model, weights, config)
     if config.init is Initialisation.svd:
         for layer in _adapters(model).values():
-            _initialise_by_svd(layer)
+            with model.whole(layer.get_base_layer()):
+                _initialise_by_svd(layer)
     if model.device.type == "cpu":
         replace_dropout(model, Dropout)
     if model.device.type != "meta":

@@ -1,11 +1,12 @@
 """Models that are larger than a GPU: the frozen weights of each block are divided among the processes.
 
-torch's FSDP2 (`fully_shard`) gathers the weights of a block for its forward pass, frees them, and gathers
-them again for its backward pass. The weights of a block lie in a module of their own, a `Shard`, which runs
-the block. The plain model and its views, with adapters of their own, run their blocks in the same shards.
+torch's FSDP2 (`fully_shard`) gathers the weights of a block for its forward pass, frees them, and
+gathers them again for its backward pass. The weights lie in a module of their own, a `Shard`, which runs
+the block. The plain model and its views, with adapters of their own, run their blocks in the same
+shards. All processes must run the same blocks in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ class Shard(nn.Module):
     def __init__(self, weights: list[nn.Parameter]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(weights)
+        self.whole: list[nn.Parameter] = []
+        """The tensors that hold the whole weights while the shard runs, and nothing otherwise."""
 
     def forward(self, run: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """The result of a function that reads the whole weights."""
@@ -58,8 +61,8 @@ def _divided(block: nn.Module, mesh: Any) -> Shard:
     shard = Shard(list(places))
     fully_shard(shard, mesh=mesh, reshard_after_forward=True)
     # While the shard runs, torch has the whole weights there; it uses the same tensors every time.
-    whole = shard(lambda: list(shard.weights))
-    for weight, of_weight in zip(whole, places.values(), strict=True):
+    shard.whole = shard(lambda: list(shard.weights))
+    for weight, of_weight in zip(shard.whole, places.values(), strict=True):
         for module, name in of_weight:
             module._parameters[name] = weight
     block.forward = partial(shard, block.forward)
@@ -67,8 +70,12 @@ def _divided(block: nn.Module, mesh: Any) -> Shard:
 
 
 @contextmanager
-def gathered(shard: Shard) -> Iterator[None]:
-    """Inside the block, the weights are whole; all processes must enter it."""
+def gathered(shards: Sequence[Shard], weight: nn.Parameter) -> Iterator[None]:
+    """Inside the block, a weight is whole if a shard has a part of it; all processes must enter it."""
+    shard = next((shard for shard in shards if any(one is weight for one in shard.whole)), None)
+    if shard is None:
+        yield
+        return
     shard.unshard()  # pyright: ignore[reportCallIssue]
     try:
         yield

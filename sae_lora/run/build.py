@@ -18,7 +18,7 @@ from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.splice.head import Head
 from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
-from sae_lora.train.distributed import ProcessGroup
+from sae_lora.train.distributed import Member, ProcessGroup
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from sae_lora.train.trainer import Trainer
@@ -30,11 +30,14 @@ class Builder:
     Args:
         config: The config of any run of the pack: model, data and batches are the same for all.
 
+        this: This process, if several share the batches.
+
     Raises:
         ConfigError: If the config needs a GPU and there is none.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, this: Member | None = None) -> None:
+        self._this = this
         self.device = device_of(config)
         self.saes = SAEs(read_dimensions(config.model), self.device)
         self._config = config
@@ -42,7 +45,8 @@ class Builder:
     @cached_property
     def model(self) -> LanguageModel:
         """The plain model, loaded on first access."""
-        return load_model(self._config.model, self._config.train.dtype, self.device)
+        divided = self._this.size if self._this is not None and self._this.divides else 1
+        return load_model(self._config.model, self._config.train.dtype, self.device, divided)
 
     def trainer(
         self,
@@ -66,7 +70,7 @@ class Builder:
             validation_tokens,
             max(1, train.eval_batch_tokens // config.data.context_length),
             comparison,
-            1e9 * train.eval_cache_gb,
+            0 if self.model.shards else 1e9 * train.eval_cache_gb,
             processes,
             report,
         )

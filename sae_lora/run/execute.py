@@ -100,7 +100,7 @@ class _Execution:
         config = runs.active[0].config  # model, data and batches are the same for all
         if len({pack_key(run.config) for run in runs.active}) > 1:
             raise RuntimeError("model, data or batches of these runs differ")
-        builder = Builder(config)
+        builder = Builder(config, self._leader)
 
         # Text and SAEs come first, so that their errors show before the model is loaded.
         families = ", ".join(sorted({run.config.sae.family.name for run in runs.active}))
@@ -123,7 +123,8 @@ class _Execution:
         on_gpus = builder.device.type == "cuda"
         with nullcontext(ProcessGroup()) if leader is None else leader.leading(on_gpus) as processes:
             processes_note = "" if leader is None else f" in {leader.size} processes"
-            processes.broadcast([str(run.folder.path) for run in runs.active])
+            paths = [str(run.folder.path) for run in runs.active]
+            processes.broadcast((paths, text.special_ids, text.validation_tokens))
             report.announce(f"loading model ({config.model.name}) on {builder.device}{processes_note}")
             first = next(text.batches(batch_size, config.data.seed))
             _ = builder.model  # loaded here, because an error of loading concerns all runs
@@ -133,13 +134,13 @@ class _Execution:
                 with runs.only(run):
                     saes = builder.saes.of(run.config.sae)
                     run.build(builder.model, saes, text.special_ids, first)
-            self._note(builder.model, first, text.notes)
             for frozen in dict.fromkeys(in_words(run.left_out) for run in runs.active):
                 if frozen:
                     say(f"frozen in the adapted blocks: {frozen}")
             if runs.active:
                 states = {str(run.folder.path): _state(run.training) for run in runs.active}
-                processes.broadcast((states, text.special_ids, text.validation_tokens))
+                processes.broadcast(states)
+                self._note(builder.model, first, text.notes)
                 self._train(builder, config, text, processes, report)
 
     def _note(self, model: LanguageModel, tokens: Tensor, of_text: Sequence[str]) -> None:
@@ -403,9 +404,10 @@ def main() -> int:
         default=1,
         help="processes on each node, which share the batches",
     )
+    parser.add_argument("--shard", action="store_true", help="these divide the model's weights")
     arguments = parser.parse_args()
     folders = [RunFolder(path) for path in arguments.folders]
-    layout = ProcessLayout(arguments.nodes, arguments.processes_per_node)
+    layout = ProcessLayout(arguments.nodes, arguments.processes_per_node, arguments.shard)
     try:
         this = member()
         if layout.size > 1:

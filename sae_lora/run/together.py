@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from sae_lora.common.console import complain
 from sae_lora.common.errors import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EXIT_NOT_TOGETHER
 from sae_lora.common.signals import SIGNALS, handling
-from sae_lora.train.distributed import ASKED, CODE, LEADER, STORE, ProcessLayout, client
+from sae_lora.train.distributed import ASKED, CODE, DIVIDES, LEADER, STORE, ProcessLayout, client
 
 _STOP = SIGNALS[0]
 _LOOK_EVERY_S = 0.5
@@ -104,7 +104,8 @@ class _Node:
         """The options of this module for the agent of another node."""
         nodes, per_node = self._layout.nodes, self._layout.per_node
         numbers = [f"--nodes={nodes}", f"--processes-per-node={per_node}"]
-        return [f"--store={self._address}", *numbers, *self._folders]
+        shard = ["--shard"] * self._layout.divides
+        return [f"--store={self._address}", *numbers, *shard, *self._folders]
 
     def run(self) -> str | None:
         """Start the processes of this node, and wait until all have ended.
@@ -148,7 +149,7 @@ class _Node:
                 local_addr=None if self._layout.nodes > 1 else "127.0.0.1",
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
-            os.environ[STORE] = self._address
+            os.environ |= {STORE: self._address, DIVIDES: str(int(self._layout.divides))}
             try:
                 elastic_launch(config, entry)(*arguments)
             except ChildFailedError as error:
@@ -172,8 +173,10 @@ def main() -> int:
     parser.add_argument("--store", required=True)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes-per-node", type=int, required=True)
+    parser.add_argument("--shard", action="store_true")
     given = parser.parse_args()
-    node = _Node(given.store, ProcessLayout(given.nodes, given.processes_per_node), given.folders)
+    layout = ProcessLayout(given.nodes, given.processes_per_node, given.shard)
+    node = _Node(given.store, layout, given.folders)
     with handling(SIGNALS, lambda number, frame: node.stop_leader()):
         failure = node.run()
     if failure:

@@ -35,33 +35,40 @@ def follow(this: Member, folders: Sequence[RunFolder]) -> int:
         on_gpu = first.config.train.device is not Device.cpu and torch.cuda.is_available()
         with this.following(on_gpu) as processes:
             if processes is not None:
-                _do_tasks(processes)
+                _do_tasks(processes, this)
     except GoneError:  # the process that is gone, or the agent, has said why
         sys.stderr.flush()
         os._exit(EXIT_NOT_TOGETHER)  # a normal exit could wait for GPU work that other processes share
     return 0
 
 
-def _do_tasks(processes: Distributed) -> None:
+def _do_tasks(processes: Distributed, this: Member) -> None:
     """Build the same pack as the leader, and do the leader's tasks until it ends."""
-    paths = processes.receive()
-    if paths is None:
-        return
-    runs = {path: ActiveRun(RunFolder(Path(path))) for path in paths}
-    for run in runs.values():
-        run.read()
-    builder = Builder(next(iter(runs.values())).config)
-    for run in runs.values():
-        builder.saes.of(run.config.sae)
-    _ = builder.model  # loaded while the leader loads its model
     start = processes.receive()
     if start is None:
         return
-    states, special_ids, validation_tokens = start
+    paths, special_ids, validation_tokens = start
+    runs = {path: ActiveRun(RunFolder(Path(path))) for path in paths}
+    for run in runs.values():
+        run.read()
+    builder = Builder(next(iter(runs.values())).config, this)
+    for run in runs.values():
+        builder.saes.of(run.config.sae)
+    _ = builder.model  # loaded while the leader loads its model; perhaps each has a part
+    errors: dict[str, Exception] = {}
+    for path, run in runs.items():
+        try:
+            run.build(builder.model, builder.saes.of(run.config.sae), special_ids)
+        except Exception as error:  # the leader has the same, and goes on without this run
+            errors[path] = error
+    states = processes.receive()
+    if states is None:
+        return
     trainings = []
     for path, (step, weights) in states.items():
+        if path in errors:
+            raise errors[path]
         run = runs[path]
-        run.build(builder.model, builder.saes.of(run.config.sae), special_ids)
         if run.training.step != step:
             raise RuntimeError(
                 f"{run.name}: this worker is at step {run.training.step}, the leader at {step}"
@@ -69,6 +76,8 @@ def _do_tasks(processes: Distributed) -> None:
         for name, weight in run.training.student.weights.items():
             weight.data.copy_(weights[name])
         trainings.append(run.training)
+    if builder.model.shards:  # the leader looks for dominant positions, with one pass
+        builder.model.hidden(torch.zeros(1, 2, dtype=torch.long, device=builder.device))
     trainer = builder.trainer(Isolation(trainings), validation_tokens, processes)
     while (task := processes.receive()) is not None:
         trainer.follow(task)

@@ -23,8 +23,9 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from sae_lora.common.errors import is_out_of_memory
 
-STORE = "SAE_LORA_STORE"
-"""Environment variable with the address of the store that all processes of a pack share."""
+STORE, DIVIDES = "SAE_LORA_STORE", "SAE_LORA_DIVIDES"
+"""Environment variables: the address of the store that all processes of a pack share; 1 if they divide
+the model's weights among them."""
 ASKED, LEADER, BEGINS, CODE = "asked", "leader", "begins", "code"
 """Keys of the store: set if a stop was requested; host and process id of the leader; 1 when the leader
 needs the followers, 0 if it ends without them; the exit code of the leader."""
@@ -47,6 +48,8 @@ class ProcessGroup:
 
     rank = 0
     """Rank of this process; the leader has rank 0."""
+    size = 1
+    """Number of processes."""
 
     def shard(self, rows: Rows) -> Rows:
         """The rows that this process works on."""
@@ -69,10 +72,10 @@ class Distributed(ProcessGroup):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
-        self._size = size
+        self.size = size
 
     def shard(self, rows: Rows) -> Rows:
-        return rows[self.rank :: self._size]
+        return rows[self.rank :: self.size]
 
     def broadcast(self, message: object) -> None:
         with _gone_if_alone():
@@ -103,6 +106,8 @@ class ProcessLayout:
     nodes: int = 1
     """Nodes of the SLURM job; 1 for only this machine."""
     per_node: int = 1
+    divides: bool = False
+    """True if they divide the model's weights among them."""
 
     @property
     def size(self) -> int:
@@ -120,6 +125,8 @@ class Member:
         self.rank, self.size, self._on_node = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         )
+        self.divides = os.environ[DIVIDES] == "1"
+        """True if the processes divide the model's weights among them."""
         self._store = client(os.environ[STORE])
         self._parent = os.getppid()
 

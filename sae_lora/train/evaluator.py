@@ -151,7 +151,12 @@ class Evaluator:
         self._model = model
         self.processes = processes or ProcessGroup()
         self.report = report
-        self._batches = self.processes.shard(tokens.split(batch_size))
+        batches = tokens.split(batch_size)
+        self._batches = self.processes.shard(batches)
+        fewer = len(self._batches) < -(-len(batches) // self.processes.size)
+        self._uncounted = batches[:1] if model.shards and fewer else ()
+        """Batches that are computed for nothing: if each process has a part of the model, all of them
+        must run the same number of passes."""
         self._positions = tokens.numel()
         self._predictions = tokens.numel() - len(tokens)
         self._comparison = comparison
@@ -206,6 +211,12 @@ class Evaluator:
                 trunk.forget_all_but((student.frozen, student.first) for student in students)
                 if trunk.bytes_held * len(self._batches) <= self._cache_bytes:
                     trunks[number] = trunk
+            for batch in self._uncounted:
+                trunk = Trunk(self._model, batch.to(self._model.device), needed)
+                for student in students:
+                    student.hidden(trunk)
+                for splices in (*spliced, ()):
+                    trunk.hidden(splices)
         self._trunks = trunks
         summed = base, *spliced.values(), *sums, *self._new_frozen.values()
         self.processes.all_reduce([total for each in summed for total in each.totals])

@@ -164,6 +164,36 @@ def test_two_processes_train_like_one_process(tmp_path: Path) -> None:
         assert error < 1e-4 * change
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "recomputes"), [(2, False), (4, False), (2, True)])
+def test_processes_that_divide_the_model_train_like_one(
+    processes: int, recomputes: bool, tmp_path: Path
+) -> None:
+    """Also with an uneven number of held-out batches, and adapters before the SAE."""
+    overrides = [
+        f"train.activation_checkpointing={recomputes}",
+        *("train.batch_size=4", "train.train_tokens=1536", "train.eval_batch_tokens=128"),
+        *("train.micro_batch_size=1", "data.validation_tokens=896"),
+    ]
+    variants = "lora.rank=3 lora.blocks=all".split(), ["sae.l0=8", "lora.init=svd"]
+    folders: dict[str, list[RunFolder]] = {}
+    for home in ("one", "divided"):
+        point = points_in(tmp_path / home)
+        cache = f"data.cache_dir={tmp_path}/cache"
+        runs = plan([point(cache, *overrides, *variant) for variant in variants]).runs
+        for planned in runs:
+            planned.freeze()
+        folders[home] = [planned.folder for planned in runs]
+    assert attempt(*folders["one"]).returncode == 0
+    code, output = Together(folders["divided"], processes, shard=True).ended()
+    assert code == 0, output
+    for single, divided in zip(folders["one"], folders["divided"], strict=True):
+        for expected_point, point in zip(single.read_curve(), divided.read_curve(), strict=True):
+            for name in MEASURED:
+                value = getattr(expected_point, name)
+                assert getattr(point, name) == pytest.approx(value, rel=1e-4), name
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return frozen(tmp_path, *SMALL[1:-1], *LONG)
@@ -239,6 +269,30 @@ def test_a_job_stops_while_its_processes_are_killed(folder: RunFolder, when: str
         finished = attempt(folder)
         assert finished.returncode == 0, finished.stderr
         assert first_step(finished.stdout) >= last_step
+
+
+@pytest.mark.slow
+def test_a_divided_model_is_stopped_and_killed_without_loss(folder: RunFolder, tmp_path: Path) -> None:
+    """A stop, then the death of a follower; each time the run goes on where it was."""
+    whole = frozen(tmp_path / "whole", *SMALL[1:-1], *LONG, f"data.cache_dir={tmp_path}/cache")
+    code, output = Together([whole], 2, shard=True).ended()
+    assert code == 0, output
+    processes = Together([folder], 2, shard=True)
+    until(lambda: step_of(folder) >= 5, "step 5")
+    processes.send_signal(signal.SIGUSR2)
+    code, output = processes.ended()
+    assert code == EXIT_INTERRUPTED, output
+    stopped = step_of(folder)
+    processes = Together([folder], 2, shard=True)
+    until(lambda: step_of(folder) >= stopped + 3, "three more steps")
+    processes.members[1].kill()
+    code, output = processes.ended()
+    assert code == EXIT_NOT_TOGETHER, output
+    assert first_step(output) >= 5
+    code, output = Together([folder], 2, shard=True).ended()
+    assert code == 0, output
+    assert first_step(output) >= stopped + 3
+    assert results(folder) == results(whole)
 
 
 @pytest.mark.slow

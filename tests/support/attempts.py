@@ -221,13 +221,22 @@ class Together:
         processes: Number of processes.
         forked: True if the processes are forked from the one that starts them. Real ones are new
             processes, whose imports take longer than a small run.
+        shard: True if they divide the model's weights among them.
     """
 
-    def __init__(self, folders: Sequence[RunFolder], processes: int, *, forked: bool = True) -> None:
+    def __init__(
+        self,
+        folders: Sequence[RunFolder],
+        processes: int,
+        *,
+        forked: bool = True,
+        shard: bool = False,
+    ) -> None:
         descriptor, self._output = tempfile.mkstemp()
         os.close(descriptor)
         paths = [folder.path for folder in folders]
-        self._process = FORKS.Process(target=_leader, args=(paths, processes, self._output, forked))
+        options = [f"--processes-per-node={processes}", *["--shard"] * shard]
+        self._process = FORKS.Process(target=_leader, args=(paths, options, self._output, forked))
         self._process.start()
 
     def send_signal(self, number: int) -> None:
@@ -254,13 +263,13 @@ class Together:
         return self._process.exitcode, text
 
 
-def _leader(paths: list[Path], processes: int, output: str, forked: bool) -> None:
+def _leader(paths: list[Path], options: list[str], output: str, forked: bool) -> None:
     from sae_lora.run import execute, together
 
     if forked:
         together.member_command = lambda folders: (_member, [output, *folders], "fork")
     redirect(output, output)
-    _end(execute.main, paths, f"--processes-per-node={processes}")
+    _end(execute.main, paths, *options)
 
 
 def _member(output: str, *folders: str) -> None:

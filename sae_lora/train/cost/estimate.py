@@ -24,7 +24,8 @@ gradient. Evaluations are counted apart: the first with the trunk and the splice
 the live parts alone, because their inputs are kept.
 
     memory of a process = Python and the imported libraries on a CPU, or CUDA itself (memory.py)
-             + model (while it is loaded in another precision than its files have: also the files)
+             + model (with `launcher.shard`: its share of the blocks, and one whole block; while it is
+               loaded in another precision than its files have: also the files)
              + SAEs + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in
                training 20: also the gradient of its own loss, and the frozen copy for evaluation)
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
@@ -81,12 +82,14 @@ class Estimate:
     """Number of trainable parameters of all runs."""
 
 
-def estimate(configs: Sequence[Config]) -> Estimate:
+def estimate(configs: Sequence[Config], divided: bool | None = None) -> Estimate:
     """Estimate the cost of runs that train together, without loading weights.
 
     Args:
         configs: Configs of the runs, with their SAEs resolved. An SAE whose width is not known before
             loading counts as having width 0.
+        divided: True if the processes divide the model's weights; `None`: as `launcher.shard`, with auto
+            as off.
 
     Raises:
         UserError: If the model's config does not exist or cannot be downloaded.
@@ -99,7 +102,9 @@ def estimate(configs: Sequence[Config]) -> Estimate:
     return Estimate(
         flops=per_token * step_tokens(common) * train_steps(common),
         evaluation_flops=_evaluation_flops(sizes, runs),
-        peak_bytes=_peak_bytes(model, sizes, runs),
+        peak_bytes=_peak_bytes(
+            model, sizes, runs, bool(common.launcher.shards) if divided is None else divided
+        ),
         adapter_weights=sum(run.weights for run in runs),
     )
 
@@ -112,7 +117,7 @@ def _evaluation_flops(sizes: Sizes, runs: Sequence[CountedRun]) -> float:
     return tokens * (first + each * math.ceil(train.train_tokens / train.eval_every_tokens))
 
 
-def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) -> float:
+def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun], divided: bool) -> float:
     """Peak memory of one process of a pack."""
     common = runs[0].config
     data, train = common.data, common.train
@@ -128,8 +133,12 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun]) 
     )
     saes = {sae for run in runs for sae in run.saes}
     gradients = GRADIENT * sum(run.weights for run in runs)
+    weights = sizes.weights
+    if divided:
+        blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
+        weights += sum(blocks) / processes - sum(blocks) + max(blocks)  # one is whole while it runs
     held = (
-        sizes.weights * BYTES[train.dtype]
+        weights * BYTES[train.dtype]
         + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
         + sum(((24 if run.trains_saes else 16) - GRADIENT) * run.weights for run in runs)
         + _kept_for_logits(sizes.d_vocab, math.prod(trained), train, on_gpu)
