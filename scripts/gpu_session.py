@@ -5,8 +5,9 @@
 
 Model, SAEs (JumpReLU, 16k latents) and tokens are random, so nothing is downloaded. `waits` lists the
 places where the host waits for the device, `steps` has the time and the peak memory of a step of packs
-and of the published loop, `changes` the time of a pack of five with changes that are not made yet, and
-`compiled` that of compiled blocks.
+and of the published loop, `changes` the time of a pack of five with other implementations of its parts,
+and `compiled` that of compiled blocks. It takes at most eight minutes, and needs the package with its
+dependencies and a C compiler (for Triton). `pytest -m gpu` tests what only a GPU can show.
 A row that fails is recorded with its error; the others go on. Prints each row as it is measured, and
 writes the record after each.
 """
@@ -29,13 +30,13 @@ from unittest.mock import patch
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from torch.profiler import ProfilerActivity, profile
-from transformers import masking_utils
 
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.common.provenance import environment
-from sae_lora.config.enums import DType, KLComputation, SAEFamily
+from sae_lora.config.enums import Attention, DType, KLComputation, SAEFamily
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.models.attention import blockwise
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Splice
@@ -86,6 +87,7 @@ class Session:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._shape, self._context = (TINY, 32) if tiny else (GEMMA_2_2B, 1024)
         self.model = random_model(Style.gemma2, self._shape, self.device, torch.bfloat16)
+        choose_attention(self.model.model, Attention.auto, self.device)
         self._tokens = compare.Tokens(self._shape, self._context, torch.device("cpu"))
         self._to = to
         self._record: dict[str, Any] = {
@@ -140,25 +142,19 @@ class Session:
             self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
 
     def changes(self) -> None:
-        """Record a pack of five with changes, each on top of those before it but for attentions."""
+        """Record a pack of five with a sparse SAE, with float32 instead of TF32, with other attentions, and
+        with the KL compiled.
+        """
         self._change("none", self._packed(RANKS))
-        torch.set_float32_matmul_precision("high")
-        self._change("float32 products in TF32", self._packed(RANKS))
-        saes = [multiplied(self._sae(0), True).eval()]
-        self._change("SparseSAE in evaluation mode", self._packed(RANKS, of=saes))
-        with patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None):
-            self._change("masks that do not search for packed sequences", self._packed(RANKS, of=saes))
-            softmax, slope = torch.compile(Comparison._softmax), torch.compile(Comparison.slope_)
-            with (
-                patch.object(Comparison, "_softmax", softmax),
-                patch.object(Comparison, "slope_", slope),
-            ):
-                self._change("softmax and slope of the KL compiled", self._packed(RANKS, of=saes))
-            blockwise.register()
-            for name in (blockwise.NAME, "sdpa", "flex_attention"):
-                with self._recorded_errors(name), self._attention(name):
-                    self._change(f"attention {name}", self._packed(RANKS, of=saes))
-        torch.set_float32_matmul_precision("highest")
+        self._change("SparseSAE", self._packed(RANKS, of=[multiplied(self._sae(0), True)]))
+        exact = [Splice(self._shape.sae_block, self._sae(0), tf32=False)]
+        self._change("the SAE encodes in float32", self._packed(RANKS, splices=exact))
+        for name in ("eager", blockwise.NAME, "sdpa"):
+            with self._recorded_errors(name), self._attention(name):
+                self._change(f"attention {name}", self._packed(RANKS))
+        softmax, slope = torch.compile(Comparison._softmax), torch.compile(Comparison.slope_)
+        with patch.object(Comparison, "_softmax", softmax), patch.object(Comparison, "slope_", slope):
+            self._change("softmax and slope of the KL compiled", self._packed(RANKS))
 
     def compiled(self) -> None:
         """Record the published loop and a pack of five with compiled blocks."""
@@ -178,12 +174,13 @@ class Session:
         ranks: Sequence[int],
         saes: int = 1,
         of: Sequence[Any] | None = None,
+        splices: Sequence[Splice] = (),
         *,
         compiled: bool = False,
     ) -> Step:
         """A step of a pack with every rank around every SAE."""
         coders = of or [multiplied(self._sae(seed), None) for seed in range(saes)]
-        splices = [Splice(self._shape.sae_block, coder) for coder in coders]
+        splices = splices or [Splice(self._shape.sae_block, coder) for coder in coders]
         runs = [compare.training(self.model, splice, rank) for splice in splices for rank in ranks]
         if compiled:
             for model in (self.model, *(run.student.model for run in runs)):

@@ -84,6 +84,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_known_class or any(word in str(error) for word in words)
 
 
+class GoneError(Exception):
+    """Another process has ended, so that the processes cannot continue together."""
+
+
+def is_gone(error: BaseException) -> bool:
+    """True if the error means that another process of a pack has ended, wherever it was raised."""
+    names = (
+        "DistBackendError",
+        "DistNetworkError",
+        "DistStoreError",
+    )  # torch's, which is not imported here
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    is_known_class = isinstance(error, GoneError) or type(error).__name__ in names
+    return is_known_class or any(word in str(error) for word in words)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error and the chain of its causes: libraries wrap each other's errors."""
     while error is not None:

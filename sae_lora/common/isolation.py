@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from sae_lora.common.errors import is_out_of_memory
+from sae_lora.common.errors import is_gone, is_out_of_memory
 
 Run = TypeVar("Run")
 
@@ -32,14 +32,14 @@ class Isolation(Generic[Run]):
 
         Raises:
             Exception: If several runs are active and the error concerns the device that they share: out
-                of memory, or a failed GPU. Also if there is no `on_failure`.
+                of memory, or a failed GPU; if another process is gone; if there is no `on_failure`.
         """
         try:
             yield
         except Exception as error:
             # The name of torch's class is compared, because this module does not import torch.
             is_of_device = is_out_of_memory(error) or type(error).__name__ == "AcceleratorError"
-            if self._on_failure is None or (is_of_device and len(self.active) > 1):
+            if self._on_failure is None or is_gone(error) or (is_of_device and len(self.active) > 1):
                 raise
             if run in self.active:
                 self.active.remove(run)

@@ -105,7 +105,7 @@ class LauncherConfig:
     """Processes on each node that share each batch; null: one per GPU, or one."""
     shard: Any = "auto"
     """Divide the frozen weights of the model's blocks among the processes that share each batch: on,
-    off, or auto: if a run alone does not fit into a GPU. Saves memory; gathering the weights takes time."""
+    off, or auto: if a run alone does not fit into a GPU. Saves memory; gathering weights takes time."""
     mem_gb: float | None = None
     """slurm: main memory of a job, in GB; null: the partition's default."""
     setup: list[str] = field(default_factory=list)

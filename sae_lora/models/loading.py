@@ -1,5 +1,6 @@
 """Loading of language models and tokenizers through transformers."""
 
+import os
 import warnings
 from typing import Any
 
@@ -209,7 +210,8 @@ def silence_transformers() -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a run. On a GPU, also set the precision of float32 matrix products.
+    """The device of a run. On a GPU, also set the precision of float32 matrix products, and whether only
+    deterministic algorithms are used.
 
     Raises:
         ConfigError: If the config requires a GPU and there is none.
@@ -222,4 +224,8 @@ def device_of(config: Config) -> torch.device:
     if requested is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    if config.train.deterministic:
+        # Before the first product. Source: torch's notes on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.train.deterministic)
     return torch.device("cuda", torch.cuda.current_device())

@@ -20,7 +20,9 @@ from sae_lora.common.errors import (
     EXIT_HELD,
     EXIT_INTERRUPTED,
     EXIT_NOT_TOGETHER,
+    GoneError,
     UserError,
+    is_gone,
     is_out_of_memory,
 )
 from sae_lora.common.isolation import Isolation
@@ -46,7 +48,7 @@ from sae_lora.run.worker import follow
 from sae_lora.saes.loading import LOADING
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import speed
-from sae_lora.train.distributed import GoneError, Member, ProcessGroup, ProcessLayout, member
+from sae_lora.train.distributed import Member, ProcessGroup, ProcessLayout, member
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
 from sae_lora.train.trainer import TRAINING
@@ -272,7 +274,7 @@ class _Execution:
                 save([training for training in trainings.active if training.step > 0])
                 raise
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, GoneError):
+                if is_out_of_memory(error) or is_gone(error):
                     traceback.clear_frames(error.__traceback__)  # otherwise they keep tensors in memory
                     # If a stop was requested meanwhile, this raises `Interrupted` in place of the error.
                     save([training for training in trainings.active if training.is_between_steps])
@@ -372,10 +374,10 @@ def _execute(runs: Sequence[ActiveRun], interruption: Interruption, leader: Memb
     try:
         _Execution(runs, interruption, leader).run()
         outcomes = [run.outcome for run in runs]
-    except GoneError as error:
-        complain("ended", str(error))
-        return EXIT_NOT_TOGETHER
     except Exception as error:
+        if is_gone(error):
+            complain("ended", "another process that shares the batches has ended")
+            return EXIT_NOT_TOGETHER
         unsettled = [run.folder for run in runs if run.outcome is None and run.folder.is_unsettled]
         if len(unsettled) > 1 and not isinstance(error, UserError):
             # Training together may be the cause (memory, for example), so no run is marked as failed:

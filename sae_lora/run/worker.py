@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sae_lora.common.errors import EXIT_NOT_TOGETHER
+from sae_lora.common.errors import EXIT_NOT_TOGETHER, is_gone
 from sae_lora.common.isolation import Isolation
 from sae_lora.common.signals import SIGNALS
 from sae_lora.config.enums import Device
@@ -16,7 +16,7 @@ from sae_lora.models.loading import silence_transformers
 from sae_lora.records.folder import RunFolder
 from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
-from sae_lora.train.distributed import Distributed, GoneError, Member
+from sae_lora.train.distributed import Distributed, Member
 
 
 def follow(this: Member, folders: Sequence[RunFolder]) -> int:
@@ -36,7 +36,10 @@ def follow(this: Member, folders: Sequence[RunFolder]) -> int:
         with this.following(on_gpu) as processes:
             if processes is not None:
                 _do_tasks(processes, this)
-    except GoneError:  # the process that is gone, or the agent, has said why
+    except Exception as error:
+        if not is_gone(error):
+            raise
+        # The process that is gone, or the agent, has said why.
         sys.stderr.flush()
         os._exit(EXIT_NOT_TOGETHER)  # a normal exit could wait for GPU work that other processes share
     return 0

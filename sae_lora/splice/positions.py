@@ -65,7 +65,9 @@ def exceeds_median(resid: Tensor, multiple: float) -> Tensor:
         multiple: The multiple.
     """
     norms = resid.detach().float().norm(dim=-1)
-    return norms > multiple * norms.median(dim=-1, keepdim=True).values
+    # As torch's median, which has no deterministic algorithm on a GPU.
+    median = norms.sort(dim=-1).values[..., (norms.shape[-1] - 1) // 2]
+    return norms > multiple * median[..., None]
 
 
 def variance_by_position(resid: Tensor, counted: Tensor) -> Tensor:

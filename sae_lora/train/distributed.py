@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from sae_lora.common.errors import is_out_of_memory
+from sae_lora.common.errors import GoneError, is_out_of_memory
 
 STORE, DIVIDES = "SAE_LORA_STORE", "SAE_LORA_DIVIDES"
 """Environment variables: the address of the store that all processes of a pack share; 1 if they divide
@@ -37,10 +37,6 @@ _PATIENCE = timedelta(days=7)
 _LOOK_EVERY_S = 1
 _ASK_S = 5
 """Time in which a request to stop must be in the store after the leader has received its signal."""
-
-
-class GoneError(Exception):
-    """Another process has ended, so that the processes cannot continue together."""
 
 
 class ProcessGroup:

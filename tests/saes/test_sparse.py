@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sae_lora.common.errors import ConfigError
+from sae_lora.config.enums import Architecture
+from sae_lora.saes import sparse as sparse_module
 from sae_lora.saes.loading import IdentitySAE
-from sae_lora.saes.sparse import SparseSAE, multiplied
+from sae_lora.saes.sparse import SparseSAE, is_sparse, multiplied
 from sae_lora.train.cost.memory import PeakMemory
+from sae_lora.train.cost.runs import COPIES
 from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL
 
@@ -152,3 +155,51 @@ def test_an_sae_that_cannot_be_sparse_stays_dense_or_is_refused(sae: nn.Module) 
     assert multiplied(sae, None) is sae
     with pytest.raises(ConfigError, match=r"sae\.sparse = True"):
         multiplied(sae, True)
+
+
+def test_a_gpu_has_sparse_saes_from_another_width_on() -> None:
+    assert is_sparse(None, 16_384, "cpu") and not is_sparse(None, 16_384, "cuda")
+    assert is_sparse(None, 131_072, "cuda") and is_sparse(True, 64, "cuda")
+
+
+def test_encoding_and_decoding_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the latents have changed in between, as in steering."""
+    searches: list[Tensor] = []
+    search = sparse_module._Active.of
+
+    def counted(latents: Tensor) -> Any:
+        searches.append(latents)
+        return search(latents)
+
+    monkeypatch.setattr(sparse_module._Active, "of", counted)
+    sae = SparseSAE(random_sae("topk"))
+    inputs = torch.randn(2, 3, D_MODEL).requires_grad_()
+    latents = sae.encode(inputs * 1.0)
+    recon = sae.decode(latents)
+    assert len(searches) == 1
+    torch.testing.assert_close(recon, sae.decode(latents.clone()))
+    assert len(searches) == 2
+    with torch.no_grad():
+        latents = sae.encode(inputs)
+        latents[..., 0] = 7.0
+        changed = sae.decode(latents)
+    torch.testing.assert_close(changed, sae.sae.decode(latents))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rescaled"])
+def test_the_estimate_knows_the_copies_of_latents(kind: str) -> None:
+    """While a dense SAE encodes, between the passes, and at the peak of the backward pass."""
+    width, tokens = 8192, 64
+    sae: Any = random_sae(kind, width)
+    unit = 4 * tokens * width
+    with torch.no_grad(), PeakMemory() as memory:
+        sae.encode(torch.randn(tokens, D_MODEL))
+    encoding = memory.peak / unit
+    inputs = torch.randn(tokens, D_MODEL).requires_grad_()
+    with PeakMemory() as memory:
+        recon = sae.decode(sae.encode(inputs * 1.0))
+        kept = memory.now / unit
+        memory.peak = memory.now
+        recon.sum().backward()
+    counted = COPIES[Architecture[kind]]
+    assert (encoding, kept, memory.peak / unit) == pytest.approx(tuple(counted), abs=0.1)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lora.config.enums import Attention
 from sae_lora.config.schema import LoRAConfig
+from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.cost.memory import CUDA_BYTES
@@ -50,6 +52,18 @@ def test_a_step_does_not_wait(family: str, request: pytest.FixtureRequest) -> No
 
 
 @pytest.mark.parametrize("family", MODELS)
+def test_fused_attention_serves(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernels prove themselves on this GPU, and the states are those of eager attention."""
+    model = on_gpu(family)
+    tokens = random_tokens(batch=2, length=200, seed=1).to(DEVICE)
+    expected = model.hidden(tokens)
+    choose_attention(model.model, Attention.auto, DEVICE)
+    assert model.model.config._attn_implementation == "fused"
+    torch.testing.assert_close(model.hidden(tokens), expected, rtol=1e-3, atol=1e-3)
+    assert "serves in place" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", MODELS)
 def test_packed_runs_equal_single_runs_to_the_last_bit(family: str) -> None:
     model = on_gpu(family)
     saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
@@ -59,7 +73,16 @@ def test_packed_runs_equal_single_runs_to_the_last_bit(family: str) -> None:
     assert [together[run] for run in trainings] == alone
 
 
-def test_a_restored_run_continues_the_same() -> None:
+def test_a_restored_run_continues_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)  # as train.deterministic
+    try:
+        _continue_the_same()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _continue_the_same() -> None:
     model, sae = on_gpu("llama"), topk_sae().to(DEVICE)
     whole = training(model, sae)
     expected = curves(pack(model, whole), 6)[whole]

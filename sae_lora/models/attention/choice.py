@@ -42,7 +42,7 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
     """Set the attention implementation of the model.
 
     `auto` is the fused one on a GPU if it computes what the model asks for, blockwise for soft-capped
-    scores on a CPU, and else transformers' choice.
+    scores on a CPU, and else transformers' choice. With `train.deterministic`, a GPU is as a CPU.
 
     Raises:
         ConfigError: If this model or this machine does not support it, or the model computes something
@@ -63,7 +63,7 @@ def choose_attention(model: PreTrainedModel, attention: Attention, device: torch
 
 
 def _choose_automatically(model: PreTrainedModel, device: torch.device) -> None:
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         with suppress(_UnfitError):  # the usual attention stays
             _set(model, Attention.fused)
         return
