@@ -142,14 +142,14 @@ class Session:
             self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
 
     def changes(self) -> None:
-        """Record a pack of five with a sparse SAE, with float32 instead of TF32, with other attentions, and
-        with the KL compiled.
+        """Record a pack of five with a sparse SAE, with float32 instead of TF32, with other attentions,
+        and with the KL compiled.
         """
         self._change("none", self._packed(RANKS))
         self._change("SparseSAE", self._packed(RANKS, of=[multiplied(self._sae(0), True)]))
         exact = [Splice(self._shape.sae_block, self._sae(0), tf32=False)]
         self._change("the SAE encodes in float32", self._packed(RANKS, splices=exact))
-        for name in ("eager", blockwise.NAME, "sdpa"):
+        for name in ("eager", blockwise.NAME):
             with self._recorded_errors(name), self._attention(name):
                 self._change(f"attention {name}", self._packed(RANKS))
         softmax, slope = torch.compile(Comparison._softmax), torch.compile(Comparison.slope_)

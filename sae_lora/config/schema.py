@@ -322,7 +322,7 @@ class TrainConfig:
     """Multiply float32 matrices in TF32 on GPUs. Results change in the third digit."""
     deterministic: bool = False
     """Use only deterministic algorithms on a GPU, so that a run that was stopped and resumed gives the
-    results of one that was not, to the last bit. Slower; an operation without such an algorithm fails."""
+    results of one that was not, to the last bit. Slower; operations without such an algorithm fail."""
 
 
 @dataclass
