@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 
@@ -53,19 +53,25 @@ def divide(blocks: nn.ModuleList, device: torch.device, processes: int) -> list[
     return [_divided(block, mesh) for block in blocks]
 
 
-def _divided(block: nn.Module, mesh: Any) -> Shard:
+def _divided(block: nn.Module, mesh: DeviceMesh) -> Shard:
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in block.modules():
         for name, weight in module.named_parameters(recurse=False):
             places.setdefault(weight, []).append((module, name))
-    shard = Shard(list(places))
-    fully_shard(shard, mesh=mesh, reshard_after_forward=True)
-    # While the shard runs, torch has the whole weights there; it uses the same tensors every time.
-    shard.whole = shard(lambda: list(shard.weights))
+    shard = shard_of(list(places), mesh)
     for weight, of_weight in zip(shard.whole, places.values(), strict=True):
         for module, name in of_weight:
             module._parameters[name] = weight
     block.forward = partial(shard, block.forward)
+    return shard
+
+
+def shard_of(weights: list[nn.Parameter], mesh: DeviceMesh) -> Shard:
+    """A shard of these weights, which are contiguous; all processes of the mesh must call this."""
+    shard = Shard(weights)
+    fully_shard(shard, mesh=mesh, reshard_after_forward=True)
+    # While the shard runs, torch has the whole weights there; it uses the same tensors every time.
+    shard.whole = shard(lambda: list(shard.weights))
     return shard
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_lora.common.console import Report, no_report
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Method
-from sae_lora.config.identity import step_tokens, train_steps
+from sae_lora.config.identity import TRAINING_SAES, step_tokens, train_steps
 from sae_lora.config.schema import Config
 from sae_lora.models.dimensions import read_dimensions
 from sae_lora.models.language_model import LanguageModel
@@ -44,9 +44,13 @@ class Builder:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The plain model, loaded on first access."""
-        divided = self._this.size if self._this is not None and self._this.divides else 1
-        return load_model(self._config.model, self._config.train.dtype, self.device, divided)
+        """The plain model, loaded on first access. The SAEs must be loaded before."""
+        this, config = self._this, self._config
+        divided_by = this.size if this is not None and this.divides else 1
+        model = load_model(config.model, config.train.dtype, self.device, divided_by)
+        if divided_by > 1 and config.method.kind not in TRAINING_SAES:
+            self.saes.divide(divided_by)
+        return model
 
     def trainer(
         self,

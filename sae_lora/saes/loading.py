@@ -29,7 +29,7 @@ from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import from_run, metadata, output_adapter, probe
+from sae_lora.saes import from_run, metadata, output_adapter, probe, sparse
 from sae_lora.saes.formats import converters
 from sae_lora.saes.formats import folder as folders
 from sae_lora.saes.formats.weights import check_weights, damaged
@@ -391,3 +391,8 @@ class SAEs:
             description = loaded.description | {"block": choice.block, "hookpoint": hookpoint}
             saes.append(replace(loaded, description=description))
         return saes
+
+    def divide(self, processes: int) -> None:
+        """Divide the loaded SAEs among processes; all of them must call this, with the same SAEs."""
+        for _, loaded in sorted(self._loaded.items()):
+            sparse.divide(loaded.sae, self._device, processes)  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,6 @@
 """SAEs that compute with their active latents only: a few dozen out of tens of thousands."""
 
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -89,6 +90,38 @@ class SparseSAE(nn.Module):
         if last is not None and last.latents() is latents and last.version == latents._version:
             return last.active
         return _Active.of(latents)
+
+
+def divide(coder: nn.Module, device: torch.device, processes: int) -> None:
+    """Divide the matrices of a frozen SAE among processes; all of them must call this.
+
+    Each is whole only while the SAE encodes or decodes. An SAE whose encoder reads its decoder stays
+    whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from sae_lora.models.sharding import shard_of  # torch's FSDP takes a second to import
+
+    sae: Any = coder.sae if isinstance(coder, SparseSAE) else coder
+    config = getattr(sae, "cfg", None)
+    if config is None or config.architecture() not in _AFFINE:
+        return
+    if getattr(config, "rescale_acts_by_decoder_norm", False):
+        return
+    mesh = init_device_mesh(device.type, (processes,))
+    for name, call in (("W_enc", "encode"), ("W_dec", "decode")):
+        matrix = getattr(sae, name)
+        if matrix.is_contiguous():
+            shard = shard_of([matrix], mesh)
+            (sae._parameters[name],) = shard.whole
+        else:  # the encoder of a `SparseSAE`; a view of the whole matrix can only be taken while it is there
+            shard = shard_of([_frozen(matrix.data.T)], mesh)
+            sae._parameters[name] = shard(lambda shard=shard: _frozen(shard.whole[0].data.T))
+        setattr(coder, call, partial(shard, getattr(coder, call)))
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 class _Active(NamedTuple):

@@ -197,16 +197,15 @@ def _difference(
     if how.window is not None:
         how = how._replace(window=min(how.window, _PROOF_WINDOW))
     inputs = [part[:1, :, :_PROOF_LENGTH].detach().requires_grad_() for part in (query, key, value)]
-    results = []
-    kernels: tuple[_Kernel, _Kernel] = _plain, kernel
-    for attention in kernels:
+
+    def results(attention: _Kernel) -> list[Tensor]:
         output = attention(*inputs, how)
         towards = output.detach().flip(2)  # any direction that all positions share
-        results.append([output.detach(), *torch.autograd.grad(output, inputs, towards)])
-    expected, actual = results
+        return [output.detach(), *torch.autograd.grad(output, inputs, towards)]
+
     return max(
         float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-        for ours, theirs in zip(actual, expected, strict=True)
+        for ours, theirs in zip(results(kernel), results(_plain), strict=True)
     )
 
 

@@ -26,8 +26,9 @@ the live parts alone, because their inputs are kept.
     memory of a process = Python and the imported libraries on a CPU, or CUDA itself (memory.py)
              + model (with `launcher.shard`: its share of the blocks, and one whole block; while it is
                loaded in another precision than its files have: also the files)
-             + SAEs + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in
-               training 20: also the gradient of its own loss, and the frozen copy for evaluation)
+             + SAEs (with `launcher.shard`: its share, and one whole matrix)
+             + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in training
+               20: also the gradient of its own loss, and the frozen copy for evaluation)
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
              + hidden states kept for evaluations (`train.eval_cache_gb`)
              + with method=sae, the buffer of activations; no backward pass goes through the model
@@ -133,13 +134,16 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun], 
     )
     saes = {sae for run in runs for sae in run.saes}
     gradients = GRADIENT * sum(run.weights for run in runs)
-    weights = sizes.weights
+    weights, of_saes = sizes.weights, [2 * sizes.d_model * sae.width * sae.bytes for sae in saes]
+    at_once: float = sum(of_saes)
+    if divided and not runs[0].trains_saes:
+        at_once = sum(of_saes) / processes + max(of_saes, default=0) / 2
     if divided:
         blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
         weights += sum(blocks) / processes - sum(blocks) + max(blocks)  # one is whole while it runs
     held = (
         weights * BYTES[train.dtype]
-        + sum(2 * sizes.d_model * sae.width * sae.bytes for sae in saes)
+        + at_once
         + sum(((24 if run.trains_saes else 16) - GRADIENT) * run.weights for run in runs)
         + _kept_for_logits(sizes.d_vocab, math.prod(trained), train, on_gpu)
         + _kept_for_evaluation(common, runs, state_bytes)
