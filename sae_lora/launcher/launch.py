@@ -28,7 +28,7 @@ from sae_lora.launcher.halving import (
     write_brackets,
 )
 from sae_lora.launcher.objective import check_objective
-from sae_lora.launcher.packs import packed
+from sae_lora.launcher.packs import divides, packed, too_large
 from sae_lora.launcher.plan import Plan, Run, plan, unpinned
 from sae_lora.launcher.submit import launching, submit, wait_for, wait_for_others
 from sae_lora.records import slurm
@@ -104,6 +104,8 @@ def _execute(planned: Plan, settings: LauncherConfig, *, again: bool = False) ->
     with ExitStack() as stack:
         with _locked(sweeps):
             packs = packed(_prepare_runs(planned, settings, again=again), settings)
+            for note in too_large(packs, settings):
+                complain("note", note)
             write_brackets(_with_status(planned.runs))
             if packs and on_slurm:
                 say(expected_time(packs, settings)[0])
@@ -205,7 +207,9 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     if not to_do:
         say("nothing to do")
         return
-    costs = [estimate([run.config for run in pack]) for pack in packs]
+    for note in too_large(packs, settings):
+        say(f"note: {note}")
+    costs = [estimate([run.config for run in pack], divides(pack, settings)) for pack in packs]
     flops = sum(cost.flops for cost in costs)
     memory = max((cost.peak_bytes for cost in costs), default=0.0)
     say(

@@ -86,6 +86,27 @@ def _fitting(pack: Pack, settings: LauncherConfig) -> list[Pack]:
     return [pack]
 
 
+def too_large(packs: Sequence[Pack], settings: LauncherConfig) -> list[str]:
+    """Notes about runs that do not fit into a GPU even alone, by the estimate."""
+    from sae_lora.train.cost.estimate import estimate  # brings torch in
+    from sae_lora.train.cost.runs import runs_on_gpu
+
+    notes = {}
+    for pack in packs:
+        first = pack[0].config
+        if len(pack) > 1 or not runs_on_gpu(first):
+            continue
+        needed = estimate([first], divides(pack, settings)).peak_bytes
+        free = _free_bytes(pack, settings)
+        if needed > free:
+            notes[f"{needed / 1e9:.1f} GB, and a GPU has {free / 1e9:.1f} GB"] = pack[0].name
+    return [
+        f"{name} needs about {numbers}: launcher.gpus_per_node=2 launcher.shard=on divides the model, "
+        "train.micro_batch_size=1 and train.activation_checkpointing=true take less"
+        for numbers, name in notes.items()
+    ]
+
+
 def divides(pack: Sequence[Run], settings: LauncherConfig) -> bool:
     """True if the processes of this pack divide the model's weights among them (`launcher.shard`).
 

@@ -114,7 +114,7 @@ def divide(coder: nn.Module, device: torch.device, processes: int) -> None:
         if matrix.is_contiguous():
             shard = shard_of([matrix], mesh)
             (sae._parameters[name],) = shard.whole
-        else:  # the encoder of a `SparseSAE`; a view of the whole matrix can only be taken while it is there
+        else:  # the encoder of a `SparseSAE`; only while the whole matrix is there, it has a view
             shard = shard_of([_frozen(matrix.data.T)], mesh)
             sae._parameters[name] = shard(lambda shard=shard: _frozen(shard.whole[0].data.T))
         setattr(coder, call, partial(shard, getattr(coder, call)))

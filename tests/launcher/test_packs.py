@@ -8,7 +8,8 @@ import pytest
 from sae_lora.common.errors import ConfigError
 from sae_lora.config.enums import LauncherKind
 from sae_lora.config.identity import pack_key
-from sae_lora.launcher.packs import packed, slots
+from sae_lora.launcher import packs
+from sae_lora.launcher.packs import divides, packed, slots, too_large
 from sae_lora.launcher.plan import Pack, Run, plan
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.cost.runs import first_own_block
@@ -187,3 +188,60 @@ def test_runs_share_the_cores(point: Point, sixteen_cores: None) -> None:
     assert slots_for(runs, max_parallel=3) == [{"OMP_NUM_THREADS": "5"}] * 3
     assert slots_for(runs, max_parallel=3, cpus_per_task=2) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert slots_for(runs, processes_per_node=4) == [{"OMP_NUM_THREADS": "4"}]
+
+
+def test_the_list_of_gpus_ends_before_a_name_that_is_none(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA reads it."""
+    runs = plan_runs(point, "")
+    for names, gpus in (
+        ("-1", []),
+        ("0,-1,1", ["0"]),
+        ("NoDevFiles", []),
+        ("MIG-a,GPU-b", ["MIG-a", "GPU-b"]),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots_for(runs)] == (gpus or [None])
+
+
+ON_GPUS = "launcher=slurm", "launcher.gpus_per_node=2", "train.batch_size=4"
+
+
+def test_a_model_is_divided_if_a_run_alone_does_not_fit(
+    point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = plan_runs(point, " ".join(ON_GPUS))
+    settings = run.config.launcher
+    assert not divides([run], settings)
+    assert divides([run], replace(settings, shard="on"))
+    whole = estimate([run.config]).peak_bytes
+    monkeypatch.setattr(packs, "_free_bytes", lambda *_: whole)  # not all of it is used
+    assert divides([run], settings)
+    assert not divides([run], replace(settings, shard="off"))
+    assert not divides([run], replace(settings, gpus_per_node=1))
+    assert estimate([run.config], True).peak_bytes < whole
+
+
+def test_a_run_that_is_too_large_is_noted(point: Point) -> None:
+    (run,) = plan_runs(point, "launcher=slurm")
+    assert too_large([[run]], run.config.launcher) == []
+    (note,) = too_large([[run]], replace(run.config.launcher, gpu_mem_gb=0.3))
+    assert "and a GPU has 0.3 GB: launcher.gpus_per_node=2 launcher.shard=on" in note
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (("launcher.shard=on",), "launcher.shard"),
+        (("launcher.shard=perhaps",), "launcher.shard"),
+        ((*ON_GPUS, "launcher.shard=on", "train.batch_size=5"), "train.batch_size"),
+        ((*ON_GPUS, "launcher.shard=on", "lora.dora=true"), "lora.dora"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_is_refused(
+    overrides: tuple[str, ...], field: str, point: Point
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        point(*overrides)
+    assert refusal.value.field == field
