@@ -71,7 +71,7 @@ def rows_of(counted: dict[str, Row]) -> str:
             "kernels per run": f"{row['kernels'] / runs:,.0f}",
             "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
             "peak, GB": f"{peak:.1f}",
-            "estimated, GB": f"{estimated:.1f} ({estimated / peak - 1:+.0%})",
+            "estimated, GB": f"{estimated:.1f} ({estimated / peak - 1:+.1%})",
         }.items():
             columns.setdefault(heading, []).append(cell)
     return pages.markdown(columns)
