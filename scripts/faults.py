@@ -1,8 +1,8 @@
 """Fault injection into real runs of the embedded model, with a table of the results.
 
 python -m scripts.faults                      all campaigns, half an hour on two cores
-python -m scripts.faults kills folders        some of: kills, mutations, folders, sweep, launches,
-                                              refusals
+python -m scripts.faults kills folders        some of: kills, processes, mutations, folders, sweep,
+                                              launches, refusals
 python -m scripts.faults --to docs/results/faults.md  also write the table into this file
 """
 
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from sae_lora.launcher.plan import plan
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.status import State, read_statuses
 from scripts.damaged_folders import attempts, commands
-from tests.support.attempts import FORKS, attempt, frozen, results
+from tests.support.attempts import FORKS, Together, attempt, frozen, results
 from tests.support.commands import REPOSITORY
 from tests.support.damage import DAMAGE
 from tests.support.points import folders_in, points_in
@@ -135,6 +136,61 @@ def kills(home: Path, progress: Progress) -> list[Row]:
             f"{sum(saving)} of them left a half-written checkpoint",
         ),
     ]
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def processes(home: Path, progress: Progress) -> list[Row]:
+    """One of several processes that share the batches dies, at a random step; the run goes on later."""
+    shared = "train.batch_size=4", "train.train_tokens=6400", "train.checkpoint_every_steps=7"
+    expected = {}
+    for shard in (False, True):
+        whole = _run_folder(home, f"whole-{shard}", *shared)
+        code, output = Together([whole], 2, shard=shard).ended()
+        assert code == 0, output
+        expected[shard] = results(whole)
+    generator = random.Random(2)
+    faults = [
+        (shard, who, generator.randrange(3, STEPS - 5))
+        for shard in (False, True)
+        for who in ("leader", "follower", "agent", "stop")
+        for _ in range(3)
+    ]
+    saved = []  # true if a living leader has saved the step that it had reached
+
+    def survives(number: int) -> bool:
+        shard, who, step = faults[number]
+        folder = _run_folder(home, f"dies-{number}", *shared)
+        pack = Together([folder], 2, shard=shard)
+        while pack.is_alive and _step(folder) < step:
+            time.sleep(0.02)
+        leader, follower = pack.members
+        kill = {"leader": leader.kill, "follower": follower.kill, "agent": pack.kill}
+        kill.get(who, lambda: pack.send_signal(signal.SIGUSR2))()
+        failed, _ = pack.ended()
+        reached = _step(folder)
+        code, output = Together([folder], 2, shard=shard).ended()
+        resumed = re.search(r"resuming from step (\d+)", output)
+        if who != "leader":
+            saved.append(resumed is not None and int(resumed[1]) >= reached)
+        return failed != 0 and code == 0 and results(folder) == expected[shard]
+
+    passed = _in_parallel(survives, range(len(faults)), "several processes", progress)
+    return [
+        Row(
+            "two processes share the batches, half of them also the model: the leader, the follower or the "
+            "process that started them is killed, or all are stopped: the resumed run is bit-identical",
+            len(passed),
+            sum(passed),
+        ),
+        Row("the same, if the leader lives: it has saved its last step", len(saved), sum(saved)),
+    ]
+
+
+def _step(folder: RunFolder) -> int:
+    progress = folder.read_progress()
+    return 0 if progress is None else progress.step
 
 
 # ---- damaged checkpoints ------------------------------------------------------------------------
@@ -424,6 +480,7 @@ def _full_output(home: Path) -> list[Row]:
 
 CAMPAIGNS = {
     "kills": kills,
+    "processes": processes,
     "mutations": mutations,
     "folders": folders,
     "sweep": sweep,

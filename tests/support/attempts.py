@@ -249,6 +249,11 @@ class Together:
         children = psutil.Process(self._process.pid).children()
         return sorted(children, key=lambda child: child.pid)
 
+    @property
+    def is_alive(self) -> bool:
+        """True until the process that has started the others ends."""
+        return self._process.is_alive()
+
     def kill(self) -> None:
         """Kill the process that has started the others."""
         self._process.kill()
