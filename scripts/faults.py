@@ -179,8 +179,8 @@ def processes(home: Path, progress: Progress) -> list[Row]:
     passed = _in_parallel(survives, range(len(faults)), "several processes", progress)
     return [
         Row(
-            "two processes share the batches, half of them also the model: the leader, the follower or the "
-            "process that started them is killed, or all are stopped: the resumed run is bit-identical",
+            "two processes share the batches, in half of the cases also the model; one of them, or the "
+            "process that started them, is killed, or all are stopped: the resumed run is bit-identical",
             len(passed),
             sum(passed),
         ),

@@ -86,6 +86,7 @@ class Session:
     def __init__(self, tiny: bool, to: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._shape, self._context = (TINY, 32) if tiny else (GEMMA_2_2B, 1024)
+        self._rounds, self._warm = (1, 1) if tiny else (6, 3)
         self.model = random_model(Style.gemma2, self._shape, self.device, torch.bfloat16)
         choose_attention(self.model.model, Attention.auto, self.device)
         self._tokens = compare.Tokens(self._shape, self._context, torch.device("cpu"))
@@ -224,16 +225,16 @@ class Session:
 
     # ---- measurements -------------------------------------------------------------------------
 
-    def _timed(self, step: Step, runs: int, *, count: bool = True, rounds: int = 6) -> dict[str, Any]:
+    def _timed(self, step: Step, runs: int, *, count: bool = True) -> dict[str, Any]:
         """Milliseconds of a step: until it returns and until the device is done; medians of rounds."""
-        for _ in range(3):
+        for _ in range(self._warm):
             step()
         wait(self.device)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         returned, done = [], []
-        for _ in range(rounds):
+        for _ in range(self._rounds):
             start = time.perf_counter()
             step()
             returned.append(time.perf_counter() - start)

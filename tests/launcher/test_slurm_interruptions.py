@@ -129,7 +129,7 @@ def test_a_dead_node_loses_only_steps_after_the_checkpoint(
 def test_nodes_share_the_batches_of_a_pack(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
-    """Four processes on two nodes, which divide the model, give the results of one, also after a stop."""
+    """Four processes on two nodes divide the model and give the results of one, also after a stop."""
     two = "launcher.nodes=2", "launcher.processes_per_node=2", "launcher.shard=on"
     assert submitted(tmp_path / "two", *LONG, *two).returncode == 0
     folder = the_run(tmp_path / "two")

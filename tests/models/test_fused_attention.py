@@ -61,16 +61,24 @@ def results(output: Tensor, given: list[Tensor]) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, given, weight)]
 
 
-@pytest.mark.parametrize("length", [16, 100, 1024, 4096])
+WAYS = [
+    (None, None, "_causal"),
+    (5.0, None, "_flexible"),
+    (5.0, 50, "_flexible"),
+    (None, 50, "_flexible"),
+]
+
+
 @pytest.mark.parametrize(
-    ("softcap", "window", "kernel"),
-    [(None, None, "_causal"), (5.0, None, "_flexible"), (5.0, 50, "_flexible"), (None, 50, "_flexible")],
+    ("length", "softcap", "window", "kernel"),
+    [(length, *way) for length in (16, 100, 512) for way in WAYS]
+    + [(4096, None, None, "_causal"), (4096, 5.0, 50, "_flexible")],
 )
 def test_it_equals_ordinary_attention(
     length: int, softcap: float | None, window: int | None, kernel: str, calls: list[str]
 ) -> None:
     """Output and gradients, in float64; soft-capped scores, windows, keys that heads share."""
-    given = [part[:1] for part in inputs(length, heads=2 if length > 1024 else 4)]
+    given = [part[:1] for part in inputs(length, heads=2 if length > 512 else 4)]
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     if window is not None:
         visible = visible.triu(1 - window)

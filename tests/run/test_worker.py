@@ -35,7 +35,10 @@ from tests.support.trainings import CONFIG, HELD_OUT, fill, kl, training
 
 MEASURED = "base_ce", "spliced_ce", "student_ce", "kl", "fvu", "l0", "top1_agreement"
 SAES = [topk_sae(), jumprelu_sae()]
-LONG = "train.train_tokens=12288", "train.checkpoint_every_steps=3", "lora.dropout=0.2"
+LONG = (
+    *("train.train_tokens=12288", "train.checkpoint_every_steps=3", "lora.dropout=0.2"),
+    "train.eval_every_tokens=6144",
+)
 
 
 def step_of(folder: RunFolder) -> int:
