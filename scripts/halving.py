@@ -38,6 +38,8 @@ _FACTOR = "train.lr"
 _MEASURE = "ce_gap"
 _ON = "_halving"
 """Part of the name of a sweep that was run with halving."""
+_DEFAULT = "default"
+"""The sweep on the default's own budget."""
 _KEEP = LauncherConfig().keep
 _NEAR = 0.005
 """A share of the gap that is less than the spread between seeds."""
@@ -284,10 +286,21 @@ def live(rows: Sequence[Row]) -> str:
     return markdown(columns)
 
 
+def _of_default(rows: Sequence[Row]) -> list[Row]:
+    """The runs on the default's own budget, by which the rule was not chosen."""
+    return [row for row in rows if row["sweep"] == _DEFAULT]
+
+
+def _others(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["sweep"] != _DEFAULT]
+
+
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
-    "replay": replay,
-    "arrivals": arrivals,
-    "order": order,
+    "replay": lambda rows: replay(_others(rows)),
+    "replay_default": lambda rows: replay(_of_default(rows)),
+    "arrivals": lambda rows: arrivals(_others(rows)),
+    "order": lambda rows: order(_others(rows)),
+    "order_default": lambda rows: order(_of_default(rows)),
     "live": live,
 }
 
