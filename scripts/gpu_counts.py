@@ -64,28 +64,33 @@ def rows_of(counted: dict[str, Row]) -> str:
         runs = len(case.ranks) * case.saes
         peak, estimated = row["peak"] / 1e9, row["estimated"] / 1e9
         for heading, cell in {
-            "model; latents; tokens of a step": f"{_NAMES[case.model]}; {case.width // 1024}k; "
-            f"{case.batch} × {case.context:,}",
-            "ranks": _ranks(case),
+            "model, ranks": f"{_NAMES[case.model]}, {_named(case)}",
             "waits": f"{sum(row['waits'].values())}",
             "kernels per run": f"{row['kernels'] / runs:,.0f}",
             "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
             "peak, GB": f"{peak:.1f}",
-            "estimated, GB": f"{estimated:.1f} ({estimated / peak - 1:+.1%})",
+            "estimated, GB": f"{estimated:.1f}",
         }.items():
             columns.setdefault(heading, []).append(cell)
     return pages.markdown(columns)
 
 
+def _named(case: Case) -> str:
+    """What differs in a pack from one SAE of 16k latents and one sequence."""
+    width = "" if case.width == CASES[0].width else f" of {case.width // 1024}k latents"
+    saes = f"; {case.saes} SAEs{width}" if case.saes > 1 else width and f"; SAE{width}"
+    return f"{_ranks(case)}{saes}" + (f"; {case.batch} sequences" if case.batch > 1 else "")
+
+
 def _ranks(case: Case) -> str:
     same = len(set(case.ranks)) == 1
     ranks = f"{len(case.ranks)} × {case.ranks[0]}" if same else ", ".join(map(str, case.ranks))
-    ranks = ranks.removeprefix("1 × ")
-    return f"{ranks}; {case.saes} SAEs" if case.saes > 1 else ranks
+    return ranks.removeprefix("1 × ")
 
 
 def _key(case: Case) -> str:
-    return f"{case.model} {_ranks(case)} width {case.width} batch {case.batch}"
+    saes = f"; {case.saes} SAEs" if case.saes > 1 else ""
+    return f"{case.model} {_ranks(case)}{saes} width {case.width} batch {case.batch}"
 
 
 def main() -> None:

@@ -274,10 +274,10 @@ def live(rows: Sequence[Row]) -> str:
             "sweep; keep": f"{name.partition(_ON)[0]}; {_fraction(on[0]['keep'])}",
             "runs": str(len(on)),
             "stopped": str(sum(row["state"] == "outranked" for row in on)),
-            "best of each bracket kept": f"{len(kept)} of {len(best)}",
-            "the same results": "yes" if same else "no",
-            "tokens, off and on": " → ".join(whole(totals["tokens"])),
-            "seconds of training, off and on": " → ".join(whole(totals["train_seconds"])),
+            "best kept": f"{len(kept)} of {len(best)}",
+            "same": "yes" if same else "no",
+            "tokens, thousands": " → ".join(whole(tokens / 1000 for tokens in totals["tokens"])),
+            "seconds": " → ".join(whole(totals["train_seconds"])),
             "saved": " / ".join(
                 f"{100 * (1 - after / before):.0f}%" for before, after in totals.values()
             ),
