@@ -252,6 +252,10 @@ def order(rows: Sequence[Row]) -> str:
     )
 
 
+def _of_all(number: int, of: int) -> str:
+    return f"{number} of {of}"
+
+
 def live(rows: Sequence[Row]) -> str:
     """The table of the sweeps that were run with halving and without."""
     columns: dict[str, list[str]] = {}
@@ -265,17 +269,16 @@ def live(rows: Sequence[Row]) -> str:
         ]
         best = {row["bracket"]: row for row in sorted(off, key=lambda row: -row[_MEASURE][-1])}
         kept = [row for row in on if row["state"] == "done" and row["lr"] == best[row["bracket"]]["lr"]]
-        same = all(row[_MEASURE] == best[row["bracket"]][_MEASURE] for row in kept)
+        differing = [row for row in kept if row[_MEASURE] != best[row["bracket"]][_MEASURE]]
+        assert not differing, "halving has changed the results of runs that went on"
         totals = {
             measure: [sum(row[measure][-1] for row in part) for part in (off, on)]
             for measure in ("tokens", "train_seconds")
         }
         for heading, cell in {
             "sweep; keep": f"{name.partition(_ON)[0]}; {_fraction(on[0]['keep'])}",
-            "runs": str(len(on)),
-            "stopped": str(sum(row["state"] == "outranked" for row in on)),
-            "best kept": f"{len(kept)} of {len(best)}",
-            "same": "yes" if same else "no",
+            "runs stopped": _of_all(sum(row["state"] == "outranked" for row in on), len(on)),
+            "best kept": _of_all(len(kept), len(best)),
             "tokens, thousands": " → ".join(whole(tokens / 1000 for tokens in totals["tokens"])),
             "seconds": " → ".join(whole(totals["train_seconds"])),
             "saved": " / ".join(
