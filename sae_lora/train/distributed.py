@@ -111,9 +111,6 @@ class ProcessLayout:
         return self.nodes * self.per_node
 
 
-ONE_PROCESS = ProcessLayout()
-
-
 class Member:
     """This process as one of those that share the batches, by the variables that the agent sets."""
 

@@ -196,12 +196,14 @@ def _difference(
     """
     if how.window is not None:
         how = how._replace(window=min(how.window, _PROOF_WINDOW))
-    inputs = [part[:1, :, :_PROOF_LENGTH].detach().requires_grad_() for part in (query, key, value)]
+    query, key, value = (
+        part[:1, :, :_PROOF_LENGTH].detach().requires_grad_() for part in (query, key, value)
+    )
 
     def results(attention: _Kernel) -> list[Tensor]:
-        output = attention(*inputs, how)
+        output = attention(query, key, value, how)
         towards = output.detach().flip(2)  # any direction that all positions share
-        return [output.detach(), *torch.autograd.grad(output, inputs, towards)]
+        return [output.detach(), *torch.autograd.grad(output, (query, key, value), towards)]
 
     return max(
         float((ours.double() - theirs.double()).norm() / theirs.double().norm())
