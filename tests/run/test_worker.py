@@ -168,7 +168,7 @@ def test_two_processes_train_like_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "recomputes"), [(2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(("processes", "recomputes"), [(4, False), (2, True)])
 def test_processes_that_divide_the_model_train_like_one(
     processes: int, recomputes: bool, tmp_path: Path
 ) -> None:
