@@ -76,7 +76,7 @@ def rows_of(counted: dict[str, Row]) -> str:
 
 
 def _named(case: Case) -> str:
-    """What differs in a pack from one SAE of 16k latents and one sequence."""
+    """The ranks of a pack, and its differences from one SAE of 16k latents and one sequence."""
     width = "" if case.width == CASES[0].width else f" of {case.width // 1024}k latents"
     saes = f"; {case.saes} SAEs{width}" if case.saes > 1 else width and f"; SAE{width}"
     return f"{_ranks(case)}{saes}" + (f"; {case.batch} sequences" if case.batch > 1 else "")

@@ -78,7 +78,7 @@ def shard_of(weights: list[nn.Parameter], mesh: DeviceMesh) -> Shard:
 @contextmanager
 def gathered(shards: Sequence[Shard], weight: nn.Parameter) -> Iterator[None]:
     """Inside the block, a weight is whole if a shard has a part of it; all processes must enter it."""
-    shard = next((shard for shard in shards if any(one is weight for one in shard.whole)), None)
+    shard = next((shard for shard in shards if any(weight is each for each in shard.whole)), None)
     if shard is None:
         yield
         return

@@ -72,15 +72,19 @@ def test_every_family_gives_the_results_of_eager_attention(model: LanguageModel)
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_changes_nothing(model: LanguageModel) -> None:
+def check_padding(model: LanguageModel) -> None:
     """The logits of a padded text are those of the text without padding."""
     tokens = random_tokens(batch=2, length=16)
     padded = torch.cat([torch.zeros_like(tokens[:, :5]), tokens], dim=1)
     mask = torch.cat([torch.zeros_like(tokens[:, :5]), torch.ones_like(tokens)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    attention.register()
-    model.model.set_attn_implementation(attention.NAME)
     with torch.no_grad():
         whole = model.model(tokens, use_cache=False).logits
         logits = model.model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(logits[:, 5:], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_changes_nothing(model: LanguageModel) -> None:
+    attention.register()
+    model.model.set_attn_implementation(attention.NAME)
+    check_padding(model)

@@ -13,7 +13,7 @@ from sae_lora.common.fast_path import FastPath
 from sae_lora.config.enums import Attention
 from sae_lora.models.attention import choice, fused
 from sae_lora.models.language_model import LanguageModel
-from tests.models.test_blockwise_attention import whole_attention
+from tests.models.test_blockwise_attention import check_padding, whole_attention
 from tests.support.families import random_tokens
 from tests.support.tiny_models import small_causal_model
 
@@ -189,16 +189,8 @@ def test_every_family_gives_the_results_of_eager_attention(model: LanguageModel)
 
 
 def test_padding_changes_nothing(model: LanguageModel) -> None:
-    """The logits of a padded text are those of the text without padding."""
-    tokens = random_tokens(batch=2, length=16)
-    padded = torch.cat([torch.zeros_like(tokens[:, :5]), tokens], dim=1)
-    mask = torch.cat([torch.zeros_like(tokens[:, :5]), torch.ones_like(tokens)], dim=1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     choice._set(model.model, Attention.fused)
-    with torch.no_grad():
-        whole = model.model(tokens, use_cache=False).logits
-        logits = model.model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(logits[:, 5:], whole, rtol=1e-4, atol=1e-4)
+    check_padding(model)
 
 
 def test_a_cache_changes_nothing(model: LanguageModel) -> None:

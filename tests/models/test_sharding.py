@@ -56,7 +56,7 @@ def through(sae: Any, resid: Tensor) -> list[Tensor]:
 
 
 def divided(rank: int, size: int, meeting: str) -> None:
-    """What one of the processes checks."""
+    """The checks of one of the processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     for family in ("gemma2", "llama", "gpt2"):

@@ -135,23 +135,31 @@ def test_two_ranks_train_like_one_process(micro_batch: int | None) -> None:
             assert torch.equal(weight, working[name])
 
 
+def trained_both_ways(
+    home: Path, overrides: Sequence[str], variants: Sequence[Sequence[str]], **options: bool
+) -> list[list[RunFolder]]:
+    """The runs, trained in one process, and in two with these options of `Together`."""
+    both: list[list[RunFolder]] = []
+    for name in ("one", "two"):
+        point = points_in(home / name)
+        cache = f"data.cache_dir={home}/cache"
+        runs = plan([point(cache, *overrides, *variant) for variant in variants]).runs
+        for planned in runs:
+            planned.freeze()
+        both.append([planned.folder for planned in runs])
+    assert attempt(*both[0]).returncode == 0
+    code, output = Together(both[1], 2, **options).ended()
+    assert code == 0, output
+    return both
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one_process(tmp_path: Path) -> None:
     """Batches do not divide evenly, and adapters change the input of an SAE."""
     overrides = ["train.batch_size=5", "train.train_tokens=1920", "train.micro_batch_size=2"]
     variants = "lora.rank=3 lora.blocks=all layer.index=[2,5]".split(), ["sae.l0=8"]
-    folders: dict[str, list[RunFolder]] = {}
-    for home in ("one", "two"):
-        point = points_in(tmp_path / home)
-        cache = f"data.cache_dir={tmp_path}/cache"
-        runs = plan([point(cache, *overrides, *variant) for variant in variants]).runs
-        for planned in runs:
-            planned.freeze()
-        folders[home] = [planned.folder for planned in runs]
-    assert attempt(*folders["one"]).returncode == 0
-    code, output = Together(folders["two"], 2, forked=False).ended()
-    assert code == 0, output
-    for single, shared in zip(folders["one"], folders["two"], strict=True):
+    alone, together = trained_both_ways(tmp_path, overrides, variants, forked=False)
+    for single, shared in zip(alone, together, strict=True):
         for expected_point, point in zip(single.read_curve(), shared.read_curve(), strict=True):
             assert point.tokens == expected_point.tokens
             for name in MEASURED:
@@ -176,18 +184,8 @@ def test_processes_that_divide_the_model_train_like_one(tmp_path: Path) -> None:
         *("train.micro_batch_size=1", "data.validation_tokens=896"),
     ]
     variants = "lora.rank=3 lora.blocks=all".split(), ["sae.l0=8", "lora.init=svd"]
-    folders: dict[str, list[RunFolder]] = {}
-    for home in ("one", "divided"):
-        point = points_in(tmp_path / home)
-        cache = f"data.cache_dir={tmp_path}/cache"
-        runs = plan([point(cache, *overrides, *variant) for variant in variants]).runs
-        for planned in runs:
-            planned.freeze()
-        folders[home] = [planned.folder for planned in runs]
-    assert attempt(*folders["one"]).returncode == 0
-    code, output = Together(folders["divided"], 2, shard=True).ended()
-    assert code == 0, output
-    for single, divided in zip(folders["one"], folders["divided"], strict=True):
+    alone, together = trained_both_ways(tmp_path, overrides, variants, shard=True)
+    for single, divided in zip(alone, together, strict=True):
         for expected_point, point in zip(single.read_curve(), divided.read_curve(), strict=True):
             for name in MEASURED:
                 value = getattr(expected_point, name)

@@ -6,6 +6,7 @@ small run.
 
 import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -272,6 +273,8 @@ def _leader(paths: list[Path], options: list[str], output: str, forked: bool) ->
     from sae_lora.run import execute, together
 
     if forked:
+        # torch's agent tells of forked processes through another logger than of real ones.
+        logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
         together.member_command = lambda folders: (_member, [output, *folders], "fork")
     redirect(output, output)
     _end(execute.main, paths, *options)

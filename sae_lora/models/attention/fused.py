@@ -103,7 +103,7 @@ def attend(
 
 
 class _How(NamedTuple):
-    """What is computed from queries, keys and values."""
+    """The function of queries, keys and values to compute."""
 
     scale: float
     softcap: float | None
