@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 # No test may reach the network: tests that need a hub start one on loopback.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,12 +11,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["WANDB_MODE"] = "offline"
 # Trackio reads the folder of its database once per process. pytest's processes share this one.
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))
+# Without a GPU, kernels run in Triton's interpreter. Triton reads this when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Test processes share the cores: with more threads than cores, threads of torch wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest

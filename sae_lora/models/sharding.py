@@ -3,12 +3,14 @@
 torch's FSDP2 (`fully_shard`) gathers the weights of a block for its forward pass, frees them, and
 gathers them again for its backward pass. The weights lie in a module of their own, a `Shard`, which runs
 the block. The plain model and its views, with adapters of their own, run their blocks in the same
-shards. All processes must run the same blocks in the same order.
+shards. While a block runs, the weights of the next one are gathered. All processes must run the same
+blocks in the same order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +52,12 @@ def divide(blocks: nn.ModuleList, device: torch.device, processes: int) -> list[
         The shard of each block.
     """
     mesh = init_device_mesh(device.type, (processes,))
-    return [_divided(block, mesh) for block in blocks]
+    shards = [_divided(block, mesh) for block in blocks]
+    for shard, following in pairwise(shards):
+        # What is gathered for a block that does not run then serves the next time: weights are frozen.
+        shard.set_modules_to_forward_prefetch([following])  # pyright: ignore[reportCallIssue]
+        following.set_modules_to_backward_prefetch([shard])  # pyright: ignore[reportCallIssue]
+    return shards
 
 
 def _divided(block: nn.Module, mesh: DeviceMesh) -> Shard:

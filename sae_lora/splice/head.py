@@ -65,7 +65,21 @@ class Head:
         elif hidden.dtype == scores.dtype:
             torch.mm(hidden / self.unit, self.matrix.T, out=scores)
         else:  # divide in the dtype of `scores`, because the model's dtype would round again
-            scores.copy_(hidden @ self.matrix.T).div_(self.unit)
+            self.product(hidden, scores)
+            scores.div_(self.unit)
+
+    def product(self, hidden: Tensor, logits: Tensor) -> None:
+        """Write the logits before the soft-cap, `[token, d_vocab]` in float32; needs a matrix.
+
+        A GPU does not round them to the model's dtype; a CPU has no such product.
+        """
+        assert self.matrix is not None
+        if hidden.dtype == logits.dtype:
+            torch.mm(hidden, self.matrix.T, out=logits)
+        elif hidden.device.type == "cuda":
+            torch.mm(hidden, self.matrix.T, logits.dtype, out=logits)
+        else:
+            logits.copy_(hidden @ self.matrix.T)
 
     @torch.no_grad()
     def pull_back(self, slope: Tensor, hidden: Tensor, gradient: Tensor) -> None:

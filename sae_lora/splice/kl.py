@@ -1,7 +1,8 @@
 """KL between next-token distributions of two models: by the definition, and fused with its gradient.
 
 Logits are the largest tensors of a run. The fused form computes them for a few tokens at a time, in
-reused memory, and each pass over them takes at most as many tokens as a cache holds.
+reused memory, and each pass over them takes at most as many tokens as a cache holds. On a GPU, two
+kernels serve in place of torch's operations (kl_kernels.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lora.common.fast_path import FastPath
 from sae_lora.config.enums import KLComputation
 from sae_lora.splice.head import Head
 
@@ -122,10 +124,18 @@ class Comparison:
         self._part_buffers: list[Tensor] = []
         self._log_sums: list[Tensor] = []
 
+    def room(self, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for the logits of a chunk of these tokens: three float32 tensors `[token, d_vocab]`."""
+        chunk = _chunk_tokens(self._chunk_tokens, self.head.d_vocab, teacher_hidden.device.type)
+        tokens = min(len(teacher_hidden), chunk)
+        self._allocate(tokens, teacher_hidden.device)
+        first, second, third = (buffer[:tokens] for buffer in self._chunk_buffers)
+        return first, second, third
+
     def chunks(self, teacher_hidden: Tensor) -> Iterator[slice]:
         """Chunks of the teacher's tokens `[token, d_model]`. Other methods use the current chunk."""
         chunk = _chunk_tokens(self._chunk_tokens, self.head.d_vocab, teacher_hidden.device.type)
-        self._allocate(min(len(teacher_hidden), chunk), teacher_hidden.device)
+        self.room(teacher_hidden)
         for start in range(0, len(teacher_hidden), chunk):
             rows = slice(start, start + chunk)
             hidden = teacher_hidden[rows]
@@ -232,25 +242,72 @@ def fused_kl(
     Each chunk gives its part of the value and of the gradient, so its logits are not needed later. All
     students use the same logits of the teacher. Softmaxes are in float32, sums over tokens in float64.
     """
+    shape, teacher = teacher_hidden.shape, teacher_hidden.flatten(0, -2)
     hidden = [student.detach().flatten(0, -2) for student in students]
+    head = comparison.head
+    if teacher.device.type == "cuda" and head.matrix is not None:
+        results = _KERNELS.take(
+            (teacher.device, teacher.dtype, head.matrix.shape, head.softcap),
+            lambda: _by_kernels(teacher, hidden, weights, comparison),
+            lambda: _by_operations(teacher, hidden, weights, comparison),
+            lambda: _difference(teacher, comparison),
+            max(1e-3, 4 * torch.finfo(teacher.dtype).eps),
+        )
+    else:
+        results = _by_operations(teacher, hidden, weights, comparison)
+    return [
+        SummedKL(total, None if gradient is None else gradient.reshape(shape))
+        for total, gradient in results
+    ]
+
+
+_Results = list[tuple[Tensor, Tensor | None]]
+"""For each student the summed KL, and the gradient of weight · KL, `[token, d_model]`."""
+_KERNELS = FastPath("the KL in two kernels", "the KL in operations of torch")
+_PROOF_TOKENS = 256
+
+
+def _by_operations(
+    teacher: Tensor, students: Sequence[Tensor], weights: Sequence[float | None], comparison: Comparison
+) -> _Results:
+    """The KL of states `[token, d_model]`, in operations of torch."""
     gradients = [
         None if weight is None else torch.empty_like(states)
-        for states, weight in zip(hidden, weights, strict=True)
+        for states, weight in zip(students, weights, strict=True)
     ]
-    totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in hidden]
-    for rows in comparison.chunks(teacher_hidden.flatten(0, -2)):
-        for states, gradient, total in zip(hidden, gradients, totals, strict=True):
+    totals = [torch.zeros((), dtype=torch.float64, device=states.device) for states in students]
+    for rows in comparison.chunks(teacher):
+        for states, gradient, total in zip(students, gradients, totals, strict=True):
             for part in comparison.parts(states[rows]):
                 total += part.kl.sum()
                 if gradient is not None:
                     comparison.slope_(part)
             if gradient is not None:
                 comparison.head.pull_back(comparison.student_scores, states[rows], gradient[rows])
-    shape = teacher_hidden.shape
-    return [
-        SummedKL(total, None if weight is None else gradient.mul_(weight).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
-        for total, gradient, weight in zip(totals, gradients, weights, strict=True)
-    ]
+    for gradient, weight in zip(gradients, weights, strict=True):
+        if gradient is not None:
+            gradient.mul_(weight)
+    return list(zip(totals, gradients, strict=True))
+
+
+def _by_kernels(
+    teacher: Tensor, students: Sequence[Tensor], weights: Sequence[float | None], comparison: Comparison
+) -> _Results:
+    """The same in two kernels."""
+    from sae_lora.splice.kl_kernels import kernel_kl  # Triton comes with torch for CUDA only
+
+    return kernel_kl(teacher, students, weights, comparison.head, comparison.room(teacher))
+
+
+def _difference(teacher: Tensor, comparison: Comparison) -> float:
+    """The largest relative difference of the two, in KL and gradient, for a few tokens."""
+    states = teacher[:_PROOF_TOKENS]
+    some = states, [0.9 * states], [1.0]  # a student that differs from the teacher
+    ((by_kernels, kernel_gradient),) = _by_kernels(*some, comparison)
+    ((kl, gradient),) = _by_operations(*some, comparison)
+    assert kernel_gradient is not None and gradient is not None
+    of_gradient = (kernel_gradient - gradient).norm() / gradient.norm()
+    return max(float((by_kernels - kl).abs() / kl), float(of_gradient))
 
 
 def kl_of(comparison: Comparison, how: KLComputation) -> KL:

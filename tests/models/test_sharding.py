@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models import lora
@@ -55,6 +57,31 @@ def through(sae: Any, resid: Tensor) -> list[Tensor]:
     return [recon.detach(), *torch.autograd.grad(recon.square().sum(), inputs)]
 
 
+class Gathers(TorchDispatchMode):
+    """Counts how often processes gather something inside the `with` block."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        self.number += "allgather" in function.name()
+        return function(*arguments, **(keywords or {}))
+
+
+def gathered_before_each_block(model: LanguageModel, tokens: Tensor) -> list[int]:
+    """The number of blocks that were gathered when each block runs, in a pass through the model."""
+    model.hidden(tokens)  # uses what a backward pass has gathered ahead
+    numbers = []
+    with Gathers() as gathers, ExitStack() as hooks:
+        for block in model.blocks:
+            inside = next(block.children())
+            handle = inside.register_forward_pre_hook(lambda *_: numbers.append(gathers.number))
+            hooks.callback(handle.remove)
+        model.hidden(tokens)
+    return numbers
+
+
 def divided(rank: int, size: int, meeting: str) -> None:
     """The checks of one of the processes."""
     torch.set_num_threads(1)
@@ -73,6 +100,9 @@ def divided(rank: int, size: int, meeting: str) -> None:
         held = sum(part.to_local().nbytes for shard in model.shards for part in shard.parameters())
         assert held == pytest.approx(bytes_of_blocks / size, rel=0.05)
         assert not any(weight.untyped_storage().nbytes() for weight in model.blocks.parameters())
+        n_blocks = len(model.blocks)
+        ahead = [min(number + 2, n_blocks) for number in range(n_blocks)]
+        assert gathered_before_each_block(model, tokens) == ahead
     resid = torch.randn(3, 5, D_MODEL, generator=torch.Generator().manual_seed(rank))
     for sae in (topk_sae(), jumprelu_sae(), sparse.SparseSAE(jumprelu_sae()).eval()):
         expected = through(copy.deepcopy(sae), resid)

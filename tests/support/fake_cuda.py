@@ -269,6 +269,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     from torch.utils import _foreach_utils
 
     from sae_lora.models.attention import fused
+    from sae_lora.splice import kl
 
     def attended(query: Any, key: Any, value: Any, how: Any) -> Any:
         return flash(query, key, value, 0.0, True, scale=how.scale)[0]
@@ -307,6 +308,7 @@ def _as_on_a_gpu() -> Iterator[None]:
             (fused, "_flexible", attended),
             (fused, "_causal", attended),
             (fused, "_difference", lambda *_: 0.0),
+            (kl, "_difference", lambda *_: 0.0),
             (fused._Visible, "differs", lambda *_: False),  # fake tensors hold no numbers to compare
             (cuda, "get_rng_state", lambda device=None: state),
             (cuda, "set_rng_state", lambda new, device=None: None),

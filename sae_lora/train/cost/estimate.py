@@ -24,9 +24,9 @@ gradient. Evaluations are counted apart: the first with the trunk and the splice
 the live parts alone, because their inputs are kept.
 
     memory of a process = Python and the imported libraries on a CPU, or CUDA itself (memory.py)
-             + model (with `launcher.shard`: its share of the blocks, and one whole block; while it is
-               loaded in another precision than its files have: also the files)
-             + SAEs (with `launcher.shard`: its share, and one whole matrix)
+             + model (with `launcher.shard`: its share of the blocks, and three whole blocks; while it
+               is loaded in another precision than its files have: also the files)
+             + SAEs (with `launcher.shard`: its share, and two whole matrices)
              + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in training
                20: also the gradient of its own loss, and the frozen copy for evaluation)
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
@@ -67,6 +67,11 @@ from sae_lora.train.distill import turns
 
 GRADIENT = 4
 """Bytes of the gradient of a trained weight."""
+_WHOLE_BLOCKS = 3
+"""Blocks of a divided model that are whole at once: the one that runs, twice, because torch copies what
+it has gathered, and the next one."""
+_WHOLE_MATRICES = 2
+"""Matrices of divided SAEs that are whole at once: one, and what torch has copied it from."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,10 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun], 
     weights, of_saes = sizes.weights, [2 * sizes.d_model * sae.width * sae.bytes for sae in saes]
     at_once: float = sum(of_saes)
     if divided and not runs[0].trains_saes:
-        at_once = sum(of_saes) / processes + max(of_saes, default=0) / 2
+        at_once = sum(of_saes) / processes + _WHOLE_MATRICES * max(of_saes, default=0) / 2
     if divided:
         blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
-        weights += sum(blocks) / processes - sum(blocks) + max(blocks)  # one is whole while it runs
+        weights += sum(blocks) / processes - sum(blocks) + _WHOLE_BLOCKS * max(blocks)
     held = (
         weights * BYTES[train.dtype]
         + at_once
