@@ -256,13 +256,13 @@ def fused_kl(
     else:
         results = _by_operations(teacher, hidden, weights, comparison)
     return [
-        SummedKL(total, None if gradient is None else gradient.reshape(shape))
-        for total, gradient in results
+        SummedKL(total, None if gradient is None else gradient.mul_(weight or 0).reshape(shape))
+        for (total, gradient), weight in zip(results, weights, strict=True)
     ]
 
 
 _Results = list[tuple[Tensor, Tensor | None]]
-"""For each student the summed KL, and the gradient of weight · KL, `[token, d_model]`."""
+"""For each student the summed KL, and its gradient, `[token, d_model]`, if it has a weight."""
 _KERNELS = FastPath("the KL in two kernels", "the KL in operations of torch")
 _PROOF_TOKENS = 256
 
@@ -284,9 +284,6 @@ def _by_operations(
                     comparison.slope_(part)
             if gradient is not None:
                 comparison.head.pull_back(comparison.student_scores, states[rows], gradient[rows])
-    for gradient, weight in zip(gradients, weights, strict=True):
-        if gradient is not None:
-            gradient.mul_(weight)
     return list(zip(totals, gradients, strict=True))
 
 

@@ -75,7 +75,7 @@ def kernel_kl(
     head: Head,
     room: tuple[Tensor, Tensor, Tensor],
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """KL(teacher ‖ student) of each student, summed in float64, and the gradient of weight · KL.
+    """KL(teacher ‖ student) of each student, summed in float64, and its gradient if it has a weight.
 
     Args:
         teacher_hidden: The teacher's states before the head, `[token, d_model]`; at least one token.
@@ -104,9 +104,6 @@ def kernel_kl(
                 to = for_slope.view(states.dtype).flatten()[: student.numel()].view_as(student)
                 slope(teacher, student, statistics, to, *cap)
                 head.pull_back(to, states[rows], gradient[rows])
-    for gradient, weight in zip(gradients, weights, strict=True):
-        if gradient is not None:
-            gradient.mul_(weight)
     return list(zip(totals, gradients, strict=True))
 
 
