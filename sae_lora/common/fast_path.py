@@ -42,9 +42,7 @@ class FastPath:
                 difference.
             tolerance: The largest difference that rounding explains.
         """
-        if kind not in self._is_proven:
-            self._is_proven[kind] = self._proves(difference, tolerance)
-        if self._is_proven[kind]:
+        if self.proves(kind, difference, tolerance):
             try:
                 return fast()
             except Exception as error:  # a kernel may come from any library, with errors of its own
@@ -52,7 +50,13 @@ class FastPath:
                 self._note(error)
         return plain()
 
-    def _proves(self, difference: Callable[[], float], tolerance: float) -> bool:
+    def proves(self, kind: Hashable, difference: Callable[[], float], tolerance: float) -> bool:
+        """True if the fast computation may be used; the arguments are those of `take`."""
+        if kind not in self._is_proven:
+            self._is_proven[kind] = self._agrees(difference, tolerance)
+        return self._is_proven[kind]
+
+    def _agrees(self, difference: Callable[[], float], tolerance: float) -> bool:
         try:
             differs_by = difference()
         except Exception as error:  # as in `take`

@@ -11,6 +11,11 @@ SHORTEST_TEXT = 2
 """Least number of tokens of a text for steering: the first token is only context."""
 
 
+def switch(value: Any) -> bool | None:
+    """on and off as true and false, `None` for auto and all else. YAML reads on and off as booleans."""
+    return {"on": True, "off": False, True: True, False: False}.get(value)
+
+
 @dataclass
 class EvaluationConfig:
     """The measurements of finished runs. Does not change their training."""
@@ -131,8 +136,8 @@ class LauncherConfig:
 
     @property
     def shards(self) -> bool | None:
-        """`shard` as true, false, or `None` for auto. YAML reads on and off as true and false."""
-        return {"on": True, "off": False, True: True, False: False}.get(self.shard)
+        """`shard` as true, false, or `None` for auto."""
+        return switch(self.shard)
 
     @property
     def node_processes(self) -> int:

@@ -23,7 +23,7 @@ from sae_lora.config.enums import (
     Schedule,
     TextSource,
 )
-from sae_lora.config.execution import EvaluationConfig, LauncherConfig, TrackingConfig
+from sae_lora.config.execution import EvaluationConfig, LauncherConfig, TrackingConfig, switch
 
 
 @dataclass
@@ -323,6 +323,16 @@ class TrainConfig:
     deterministic: bool = False
     """Use only deterministic algorithms on a GPU, so that a run that was stopped and resumed gives the
     results of one that was not, to the last bit. Slower; operations without such an algorithm fail."""
+    stack: Any = "auto"
+    """Runs of a pack that go through the same blocks are one batch there: on, off, or auto (on for a GPU
+    without `deterministic`). Results differ only by rounding; on a GPU, dropout hits other inputs."""
+
+    def stacks_on(self, *, gpu: bool) -> bool:
+        """True if runs of a pack are stacked on a GPU, or on a CPU."""
+        chosen = switch(self.stack)
+        if chosen is None:
+            return gpu and not self.deterministic and not self.activation_checkpointing
+        return chosen
 
 
 @dataclass

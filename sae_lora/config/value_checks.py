@@ -10,7 +10,7 @@ from typing import Any
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
 from sae_lora.config.enums import TrackingMode
-from sae_lora.config.execution import LauncherConfig
+from sae_lora.config.execution import LauncherConfig, switch
 from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, as_list
 
@@ -146,6 +146,20 @@ def check_shard(config: Config) -> None:
             f"a multiple of {processes} processes, which divide the model's weights (launcher.shard)"
         )
         raise refusal(config, "train.batch_size", allowed, batch - batch % processes or processes)
+
+
+def check_stack(config: Config) -> None:
+    """Refuse unknown values of `train.stack`, and stacks that cannot be.
+
+    Raises:
+        ConfigError: For such a value.
+    """
+    stack = switch(config.train.stack)
+    if stack is None and config.train.stack != "auto":
+        raise refusal(config, "train.stack", "auto, on or off", "auto")
+    if stack and config.train.activation_checkpointing:
+        allowed = "off or auto with train.activation_checkpointing, which would draw other dropout again"
+        raise refusal(config, "train.stack", allowed, "off")
 
 
 def check_processes(launcher: LauncherConfig) -> None:

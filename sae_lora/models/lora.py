@@ -76,7 +76,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     )
     _check_adapted(model, weights, config)
     if config.init is Initialisation.svd:
-        for layer in _adapters(model).values():
+        for layer in adapters_by_weight(model).values():
             with model.whole(layer.get_base_layer()):
                 _initialise_by_svd(layer)
     if model.device.type == "cpu":
@@ -86,7 +86,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     return adapters  # pyright: ignore[reportReturnType]
 
 
-def _adapters(model: LanguageModel) -> dict[str, Any]:
+def adapters_by_weight(model: LanguageModel) -> dict[str, Any]:
     """peft's adapters by the dotted path, in the plain model, of the weight that each changes."""
     return {
         adapted_weight(name, layer): layer
@@ -104,7 +104,7 @@ def _check_adapted(model: LanguageModel, weights: Sequence[BlockWeight], config:
     planned = {weight.name: weight.adapter_weights(config.rank, dora=config.dora) for weight in weights}
     made = {
         name: sum(weight.numel() for weight in _weights_of(layer))
-        for name, layer in _adapters(model).items()
+        for name, layer in adapters_by_weight(model).items()
     }
     trained = sum(weight.numel() for weight in trainable_weights(model).values())
     if made != planned or trained != sum(made.values()):
@@ -136,7 +136,7 @@ def _check_used(model: LanguageModel, config: LoRAConfig) -> None:
     Raises:
         ConfigError: If the pass fails, or does not call an adapter.
     """
-    layers = _adapters(model)
+    layers = adapters_by_weight(model)
     called: set[nn.Module] = set()
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     set_adapter_dropout(model, False)  # it would take numbers from the random state
@@ -211,7 +211,7 @@ def _initialise_by_svd(layer: Any) -> None:
 
 def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
     """Replace the dropout modules of the adapters with `kind(share)`."""
-    for layer in _adapters(model).values():
+    for layer in adapters_by_weight(model).values():
         for name, dropout in layer.lora_dropout.items():
             if isinstance(dropout, nn.Dropout | Dropout):
                 layer.lora_dropout[name] = kind(dropout.p)
@@ -223,7 +223,7 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
     Other modules stay in evaluation mode: the model's own dropout (GPT-2 has some) would add noise to
     the difference between student and teacher.
     """
-    for layer in _adapters(model).values():
+    for layer in adapters_by_weight(model).values():
         layer.lora_dropout.train(training)
 
 
@@ -277,7 +277,7 @@ class AdaptedMatrix(NamedTuple):
 
 def adapted_matrices(model: LanguageModel) -> Iterator[AdaptedMatrix]:
     """The adapted matrices, block by block; an iterator, because they may be large."""
-    layers = _adapters(model)
+    layers = adapters_by_weight(model)
     for weight in block_weights(model, range(len(model.blocks))):
         if weight.name in layers:
             yield from _adapted_matrices(layers[weight.name], weight)
@@ -310,6 +310,17 @@ def _adapted_matrices(layer: Any, described: BlockWeight) -> Iterator[AdaptedMat
         )
 
 
+def dropout_share(layer: Any) -> float:
+    """Share of an adapter's inputs that are zero in training, as `Dropout` rounds it."""
+    (dropout,) = layer.lora_dropout.values()
+    return Dropout(dropout.p).p if isinstance(dropout, nn.Dropout | Dropout) else 0.0
+
+
+def dropout_threshold(share: float) -> int:
+    """An input is kept if its random 16-bit integer is at least this."""
+    return round(share * _LEVELS) - _LEVELS // 2
+
+
 _LEVELS = 2**16
 
 
@@ -332,5 +343,5 @@ class Dropout(nn.Module):
             return inputs
         words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         levels = words.view(torch.int16)[: inputs.numel()].view(inputs.shape)
-        mask = levels >= round(self.p * _LEVELS) - _LEVELS // 2
+        mask = levels >= dropout_threshold(self.p)
         return inputs * mask.to(inputs.dtype).mul_(1 / (1 - self.p))

@@ -80,7 +80,9 @@ class Builder:
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-            return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch)
+            # Processes that divide the model would have to agree on the proof of a stack.
+            stacked = train.stacks_on(gpu=self.device.type == "cuda") and not self.model.shards
+            return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch, stacked=stacked)
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,

@@ -79,15 +79,7 @@ class Student:
             observe: Called after each application of a `live` SAE.
         """
         resid = trunk.resid_entering(self.first, self.frozen)
-        later = []
-        for splice in self.live:
-            if splice.place == Place(self.first - 1):
-                assert resid is not None  # no SAE is before block 0
-                resid = reconstructed(splice, resid, trunk.tokens, observe)
-            else:
-                later.append(splice)
-        with spliced(self.model, later, trunk.tokens, observe):
-            return self.model.hidden(trunk.tokens, self.first, resid)
+        return hidden_from(self.model, self.first, self.live, trunk.tokens, resid, observe)
 
 
 class LoRAStudent(Student):
@@ -126,6 +118,36 @@ class LoRAStudent(Student):
         frozen, live = splices[:n_frozen], splices[n_frozen:]
         weights = lora.trainable_weights(view) | named_weights(modules or {})
         super().__init__(view, frozen, live, first, weights, before or splices, modules or {})
+
+
+def hidden_from(
+    model: LanguageModel,
+    first: int,
+    live: Splices,
+    tokens: Tensor,
+    resid: Tensor | None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """The states that the head reads, `[batch, pos, d_model]`, of tokens `[batch, pos]`.
+
+    Args:
+        model: The model, with adapters.
+        first: The first block to compute.
+        live: The SAEs right before this block and in it or later ones.
+        tokens: The tokens.
+        resid: The residual stream that the block reads, before an SAE right before it; `None` for
+            block 0.
+        observe: Called after each application of an SAE.
+    """
+    later = []
+    for splice in live:
+        if splice.place == Place(first - 1):
+            assert resid is not None  # no SAE is before block 0
+            resid = reconstructed(splice, resid, tokens, observe)
+        else:
+            later.append(splice)
+    with spliced(model, later, tokens, observe):
+        return model.hidden(tokens, first, resid)
 
 
 def named_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.passes import Passes
 from sae_lora.train.train_state import DistillState
 from sae_lora.train.trainer import Task, Trainer
 
@@ -28,6 +29,7 @@ class DistillTrainer(Trainer[DistillState]):
         trainings, evaluate: As in `Trainer`.
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; `None` for all sequences of the step.
+        stacked: True if runs that go through the same blocks do so in a stack.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class DistillTrainer(Trainer[DistillState]):
         evaluate: Evaluator,
         kl: KL,
         micro_batch: int | None = None,
+        stacked: bool = False,
     ) -> None:
         super().__init__(model.device, trainings, evaluate)
         self._model = model
         self._kl = kl
         self._micro_batch = micro_batch
+        self._passes = Passes(model, trainings, stacked=stacked)
 
     def follow(self, task: Task) -> None:
         trainings = [self._trainings.runs[number] for number in task.numbers]
@@ -76,23 +80,23 @@ class DistillTrainer(Trainer[DistillState]):
             trunk = Trunk(self._model, part, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_active(trained)):
-                hidden: dict[DistillState, list[Tensor]] = {}  # one tensor for each pass of a student
-                for training in turn:
-                    with self._trainings.only(training):
-                        hidden[training] = training.hidden(trunk)
-                passes = [states for of_student in hidden.values() for states in of_student]
+                passes = self._passes.of(turn, part)
+                hidden = {
+                    training: states
+                    for each in passes
+                    for training, states in each.hidden(trunk).items()
+                }
                 weights = [
                     training.weight(tokens.shape) if training.needs_gradient else None
                     for training, of_student in hidden.items()
                     for _ in of_student
                 ]
-                summed = iter(self._kl(teacher, passes, weights))
-                del passes
-                for training in list(hidden):
-                    states = hidden.pop(training)
-                    kl = [next(summed) for _ in states]
-                    with self._trainings.only(training):
-                        training.backward(states, kl)
+                states = [states for of_student in hidden.values() for states in of_student]
+                summed = iter(self._kl(teacher, states, weights))
+                kl = {training: [next(summed) for _ in states] for training, states in hidden.items()}
+                del hidden, states
+                for each in passes:
+                    each.backward(kl)
         self._processes.all_reduce([part for training in trained for part in training.sums])
         for training in self._still_active(trained):
             with self._trainings.only(training):

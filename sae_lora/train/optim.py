@@ -54,6 +54,19 @@ class GradientState(DistillState):
         with self._randomness.in_use():
             return [self.student.hidden(trunk)]
 
+    @property
+    def has_gradient(self) -> bool:
+        """True after the first part of a step."""
+        return any(weight.grad is not None for weight in self.student.weights.values())
+
+    def generator(self) -> torch.Generator:
+        """A generator of the random numbers that dropout takes next."""
+        return self._randomness.generator()
+
+    def note_drawn(self, generator: torch.Generator) -> None:
+        """Go on after the numbers that were taken from a result of `generator`."""
+        self._randomness.follow(generator)
+
     def backward(self, hidden: Sequence[Tensor], kl: Sequence[SummedKL]) -> None:
         (states,), (summed,) = hidden, kl
         states.backward(summed.gradient)
@@ -333,6 +346,16 @@ class _Randomness:
             torch.cuda.set_rng_state(self._current["cuda"], self._device)
         yield
         self._current = self._now()
+
+    def generator(self) -> torch.Generator:
+        """A generator of the device at the present state of the step."""
+        generator = torch.Generator(self._device)
+        generator.set_state(self._current[self._device.type])
+        return generator
+
+    def follow(self, generator: torch.Generator) -> None:
+        """Take the state of a result of `generator` as the present one."""
+        self._current = self._current | {self._device.type: generator.get_state()}
 
     def advance(self) -> None:
         """Begin the next step at the present state."""

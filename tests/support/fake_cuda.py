@@ -256,7 +256,8 @@ def _pack(case: Case, configs: Sequence[Any]) -> Any:
     held_out = torch.zeros(common.data.validation_tokens // case.context, case.context, dtype=torch.long)
     evaluate = Evaluator(model, held_out, common.train.eval_batch_tokens // case.context, comparison)
     kl, micro_batch = kl_of(comparison, common.train.kl), common.train.micro_batch_size
-    return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch)
+    stacked = common.train.stacks_on(gpu=True)
+    return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch, stacked=stacked)
 
 
 @contextmanager
@@ -269,7 +270,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     from torch.utils import _foreach_utils
 
     from sae_lora.models.attention import fused
-    from sae_lora.splice import kl
+    from sae_lora.splice import kl, stack
+    from sae_lora.train import optim
 
     def attended(query: Any, key: Any, value: Any, how: Any) -> Any:
         return flash(query, key, value, 0.0, True, scale=how.scale)[0]
@@ -309,6 +311,9 @@ def _as_on_a_gpu() -> Iterator[None]:
             (fused, "_causal", attended),
             (fused, "_difference", lambda *_: 0.0),
             (kl, "_difference", lambda *_: 0.0),
+            (stack.Stack, "difference", lambda *_: 0.0),
+            (optim._Randomness, "generator", lambda self: torch.Generator()),
+            (optim._Randomness, "follow", lambda self, generator: None),
             (fused._Visible, "differs", lambda *_: False),  # fake tensors hold no numbers to compare
             (cuda, "get_rng_state", lambda device=None: state),
             (cuda, "set_rng_state", lambda new, device=None: None),

@@ -107,9 +107,11 @@ def pack(
     model: LanguageModel,
     *trainings: TrainState,
     micro_batch: int | None = None,
+    stacked: bool = False,
 ) -> DistillTrainer:
     """A trainer of these trainings."""
-    return DistillTrainer(model, Isolation(trainings), evaluator(model), kl(model), micro_batch)
+    isolation = Isolation(trainings)
+    return DistillTrainer(model, isolation, evaluator(model), kl(model), micro_batch, stacked=stacked)
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:

@@ -1,0 +1,128 @@
+"""Students of a pack that go through the same blocks in one pass, each with its rows of the batch."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sae_lora.models import lora
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.stacked_lora import Draw, StackedModel, can_stack, padded_rank
+from sae_lora.splice.student import LoRAStudent, Student, cuts, hidden_from
+from sae_lora.splice.trunk import Trunk
+
+
+class Stack:
+    """Students with adapters at the same matrices, which compute a batch together.
+
+    Args:
+        model: The plain model.
+        students: The students, all of one kind; see `kind_of`.
+    """
+
+    def __init__(self, model: LanguageModel, students: Iterable[LoRAStudent]) -> None:
+        self.students = sorted(students, key=_rank)
+        """The students, in the order of their rows."""
+        self._model = model
+        self._stacked = StackedModel(model, [student.model for student in self.students])
+
+    def hidden(self, trunk: Trunk, draw: Draw | None = None) -> Tensor:
+        """The states that the head reads, `[student, batch, pos, d_model]`.
+
+        Args:
+            trunk: The trunk of the batch.
+            draw: The random words of dropout; `None`: no dropout.
+        """
+        self._stacked.begin(draw)
+        one = self.students[0]
+        entering = [trunk.resid_entering(one.first, student.frozen) for student in self.students]
+        # All are `None` if the students begin at block 0.
+        states = [state for state in entering if state is not None]
+        tokens = trunk.tokens.repeat(len(self.students), 1)
+        hidden = hidden_from(
+            self._stacked.view, one.first, one.live, tokens, torch.cat(states) if states else None
+        )
+        return hidden.view(len(self.students), *trunk.tokens.shape, -1)
+
+    def backward(self, hidden: Tensor, gradients: Tensor) -> None:
+        """Add to the gradients of all students' weights.
+
+        Args:
+            hidden: The result of `hidden`.
+            gradients: The gradient of it, in the same shape.
+        """
+        hidden.backward(gradients)
+        self._stacked.give_gradients()
+
+    def reset(self) -> None:
+        """Begin a step without gradients."""
+        self._stacked.forget_gradients()
+
+    def difference(self, tokens: Tensor) -> float:
+        """The largest relative difference from each student alone, in states and gradients.
+
+        There is no dropout meanwhile. Before the first step B is zero, which hides the gradient of A: it
+        is random meanwhile.
+
+        Args:
+            tokens: A few tokens, `[batch, pos]`.
+        """
+        generator = torch.Generator(tokens.device).manual_seed(0)
+        weights = [weight for student in self.students for weight in student.weights.values()]
+        blank = [weight.data for weight in weights if not weight.any()]
+        for weight in blank:
+            weight.normal_(0, 0.02, generator=generator)
+        trunk = Trunk(self._model, tokens, cuts(self.students))
+        together = self.hidden(trunk)
+        towards = torch.randn(together.shape, generator=generator, device=tokens.device).to(together)
+        self.backward(together, towards)
+        joint = [_gradient(student) for student in self.students]
+        self.reset()
+        differences = []
+        for student, states, gradient, direction in zip(
+            self.students, together, joint, towards, strict=True
+        ):
+            lora.set_adapter_dropout(student.model, False)
+            _forget(student)
+            alone = student.hidden(trunk)
+            alone.backward(direction)
+            differences += [
+                _relative(states.detach(), alone.detach()),
+                _relative(gradient, _gradient(student)),
+            ]
+            _forget(student)
+            lora.set_adapter_dropout(student.model, True)
+        for weight in blank:
+            weight.zero_()
+        return max(float(each) for each in differences)
+
+
+def kind_of(student: Student) -> tuple[object, ...] | None:
+    """Students with equal kinds can be in one stack; `None`: in none.
+
+    They begin at the same block, have the same SAEs from there on, and adapters at the same matrices.
+    """
+    if not isinstance(student, LoRAStudent) or student.modules or not can_stack(student.model):
+        return None
+    return student.first, student.live, frozenset(student.weights)
+
+
+def _rank(student: LoRAStudent) -> int:
+    layer = next(iter(lora.adapters_by_weight(student.model).values()))
+    return padded_rank(layer.r["default"])
+
+
+def _gradient(student: Student) -> Tensor:
+    """All gradients of a student as one vector."""
+    return torch.cat(
+        [weight.grad.flatten() for weight in student.weights.values() if weight.grad is not None]
+    )
+
+
+def _forget(student: Student) -> None:
+    for weight in student.weights.values():
+        weight.grad = None
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours.float() - theirs.float()).norm() / theirs.float().norm()

@@ -1,0 +1,155 @@
+"""Passes of trainings through a part of a batch: each alone, or several in a stack."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sae_lora.common.fast_path import FastPath
+from sae_lora.common.isolation import Isolation
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.kl import SummedKL
+from sae_lora.splice.stack import Stack, kind_of
+from sae_lora.splice.trunk import Trunk
+from sae_lora.train.optim import GradientState
+from sae_lora.train.train_state import DistillState
+
+_PROOF_TOKENS = 256
+
+Hidden = dict[DistillState, list[Tensor]]
+"""For each training, its input to the head in each of its passes, `[batch, pos, d_model]`, detached."""
+
+
+class Pass(Protocol):
+    """A pass of one training or several. `hidden` is called first, then `backward`."""
+
+    def hidden(self, trunk: Trunk) -> Hidden:
+        """The states that the head reads; without a training that failed."""
+        ...
+
+    def backward(self, kl: Mapping[DistillState, Sequence[SummedKL]]) -> None:
+        """Add the part of the batch to the step of each training in `kl`."""
+        ...
+
+
+class Alone(Pass):
+    """A pass of one training.
+
+    Args:
+        training: The training.
+        trainings: Those of the pack, for the rule for errors.
+    """
+
+    def __init__(self, training: DistillState, trainings: Isolation[DistillState]) -> None:
+        self._training = training
+        self._trainings = trainings
+        self._states: list[Tensor] = []
+
+    def hidden(self, trunk: Trunk) -> Hidden:
+        with self._trainings.only(self._training):
+            self._states = self._training.hidden(trunk)
+            return {self._training: [states.detach() for states in self._states]}
+        return {}
+
+    def backward(self, kl: Mapping[DistillState, Sequence[SummedKL]]) -> None:
+        states, self._states = self._states, []
+        if self._training in kl:
+            with self._trainings.only(self._training):
+                self._training.backward(states, kl[self._training])
+
+
+class Together(Pass):
+    """A pass of several trainings in a stack.
+
+    Args:
+        model: The plain model.
+        trainings: The trainings.
+    """
+
+    def __init__(self, model: LanguageModel, trainings: Sequence[GradientState]) -> None:
+        by_student = {training.student: training for training in trainings}
+        self.stack = Stack(model, by_student)
+        self.trainings = [by_student[student] for student in self.stack.students]
+        self._states: Tensor | None = None
+
+    def hidden(self, trunk: Trunk) -> Hidden:
+        if not self.trainings[0].has_gradient:
+            self.stack.reset()
+        generators = [training.generator() for training in self.trainings]
+
+        def draw(number: int, words: Tensor) -> None:
+            words.random_(-(2**63), None, generator=generators[number])
+
+        self._states = self.stack.hidden(trunk, draw)
+        for training, generator in zip(self.trainings, generators, strict=True):
+            training.note_drawn(generator)
+        return {
+            training: [states.detach()]
+            for training, states in zip(self.trainings, self._states, strict=True)
+        }
+
+    def backward(self, kl: Mapping[DistillState, Sequence[SummedKL]]) -> None:
+        states, self._states = self._states, None
+        assert states is not None
+        gradients = []
+        for training in self.trainings:
+            (summed,) = kl[training]
+            assert summed.gradient is not None
+            gradients.append(summed.gradient)
+            training.total += summed.total
+        self.stack.backward(states, torch.stack(gradients))
+
+
+class Passes:
+    """The passes of a pack.
+
+    Args:
+        model: The plain model.
+        trainings: The trainings of the pack.
+        stacked: True if those that go through the same blocks do so in a stack.
+    """
+
+    def __init__(
+        self, model: LanguageModel, trainings: Isolation[DistillState], *, stacked: bool
+    ) -> None:
+        self._model = model
+        self._trainings = trainings
+        self._stacked = stacked
+        self._together: list[Together] = []
+        self._path = FastPath("runs in a stack", "each run alone")
+
+    def of(self, turn: Sequence[DistillState], tokens: Tensor) -> list[Pass]:
+        """The passes of these trainings with tokens `[batch, pos]`.
+
+        A new stack proves on a few of the tokens that it gives what the trainings give alone.
+        """
+        some = tokens[:1, :_PROOF_TOKENS]
+        tolerance = max(1e-3, 4 * torch.finfo(self._model.model.dtype).eps)
+        stacks = [
+            stack
+            for stack in map(self._stack_of, self._groups(turn))
+            if self._path.proves(stack, partial(stack.stack.difference, some), tolerance)
+        ]
+        stacked = {training for stack in stacks for training in stack.trainings}
+        alone = [training for training in turn if training not in stacked]
+        return [*stacks, *(Alone(training, self._trainings) for training in alone)]
+
+    def _groups(self, turn: Sequence[DistillState]) -> list[list[GradientState]]:
+        """The trainings that can be stacked, by what they share."""
+        groups: dict[object, list[GradientState]] = {}
+        for training in turn if self._stacked else ():
+            kind = kind_of(training.student) if type(training) is GradientState else None
+            if kind is not None:
+                groups.setdefault(kind, []).append(training)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def _stack_of(self, trainings: Sequence[GradientState]) -> Together:
+        for made in self._together:
+            if set(made.trainings) == set(trainings):
+                return made
+        # A training is in one stack only, of which its weights are views.
+        self._together = [made for made in self._together if not set(made.trainings) & set(trainings)]
+        self._together.append(Together(self._model, trainings))
+        return self._together[-1]
