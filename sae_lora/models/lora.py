@@ -76,7 +76,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     )
     _check_adapted(model, weights, config)
     if config.init is Initialisation.svd:
-        for layer in adapters_by_weight(model).values():
+        for layer in _adapters(model).values():
             with model.whole(layer.get_base_layer()):
                 _initialise_by_svd(layer)
     if model.device.type == "cpu":
@@ -86,7 +86,7 @@ def attach(model: LanguageModel, config: LoRAConfig, first_sae: int) -> PeftMode
     return adapters  # pyright: ignore[reportReturnType]
 
 
-def adapters_by_weight(model: LanguageModel) -> dict[str, Any]:
+def _adapters(model: LanguageModel) -> dict[str, Any]:
     """peft's adapters by the dotted path, in the plain model, of the weight that each changes."""
     return {
         adapted_weight(name, layer): layer
@@ -104,7 +104,7 @@ def _check_adapted(model: LanguageModel, weights: Sequence[BlockWeight], config:
     planned = {weight.name: weight.adapter_weights(config.rank, dora=config.dora) for weight in weights}
     made = {
         name: sum(weight.numel() for weight in _weights_of(layer))
-        for name, layer in adapters_by_weight(model).items()
+        for name, layer in _adapters(model).items()
     }
     trained = sum(weight.numel() for weight in trainable_weights(model).values())
     if made != planned or trained != sum(made.values()):
@@ -136,7 +136,7 @@ def _check_used(model: LanguageModel, config: LoRAConfig) -> None:
     Raises:
         ConfigError: If the pass fails, or does not call an adapter.
     """
-    layers = adapters_by_weight(model)
+    layers = _adapters(model)
     called: set[nn.Module] = set()
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     set_adapter_dropout(model, False)  # it would take numbers from the random state
@@ -211,7 +211,7 @@ def _initialise_by_svd(layer: Any) -> None:
 
 def replace_dropout(model: LanguageModel, kind: Callable[[float], nn.Module]) -> None:
     """Replace the dropout modules of the adapters with `kind(share)`."""
-    for layer in adapters_by_weight(model).values():
+    for layer in _adapters(model).values():
         for name, dropout in layer.lora_dropout.items():
             if isinstance(dropout, nn.Dropout | Dropout):
                 layer.lora_dropout[name] = kind(dropout.p)
@@ -223,7 +223,7 @@ def set_adapter_dropout(model: LanguageModel, training: bool) -> None:
     Other modules stay in evaluation mode: the model's own dropout (GPT-2 has some) would add noise to
     the difference between student and teacher.
     """
-    for layer in adapters_by_weight(model).values():
+    for layer in _adapters(model).values():
         layer.lora_dropout.train(training)
 
 
@@ -237,6 +237,47 @@ def freeze(model: LanguageModel) -> None:
 def trainable_weights(model: LanguageModel) -> dict[str, nn.Parameter]:
     """The weights of the adapters, by name."""
     return {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
+
+
+class PlainAdapter(NamedTuple):
+    """An adapter that is LoRA and nothing else, on the matrix of a module."""
+
+    base: nn.Module
+    """The module without the adapter."""
+    is_transposed: bool
+    """True if the module holds its matrix as `[input, output]`."""
+    a: nn.Parameter
+    """A, `[rank, input]`."""
+    b: nn.Parameter
+    """B, `[output, rank]`."""
+    scale: float
+    """Factor of B · A."""
+    dropout: float
+    """Share of the inputs that are zero in training, as `Dropout` rounds it."""
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+def plain_adapters(model: LanguageModel) -> dict[str, PlainAdapter] | None:
+    """The adapters by the dotted path of their modules; `None` if any is more than LoRA on a matrix."""
+    plain = {}
+    for name, layer in _adapters(model).items():
+        base, dropouts = layer.get_base_layer(), list(layer.lora_dropout.values())
+        if type(base) not in (nn.Linear, Conv1D) or layer.lora_variant or len(dropouts) != 1:
+            return None
+        (adapter,) = layer.lora_A
+        share = getattr(dropouts[0], "p", 0.0)
+        plain[name.removesuffix(".weight")] = PlainAdapter(
+            base,
+            isinstance(base, Conv1D),
+            layer.lora_A[adapter].weight,
+            layer.lora_B[adapter].weight,
+            layer.scaling[adapter],
+            Dropout(share).p,
+        )
+    return plain
 
 
 class AdaptedMatrix(NamedTuple):
@@ -277,7 +318,7 @@ class AdaptedMatrix(NamedTuple):
 
 def adapted_matrices(model: LanguageModel) -> Iterator[AdaptedMatrix]:
     """The adapted matrices, block by block; an iterator, because they may be large."""
-    layers = adapters_by_weight(model)
+    layers = _adapters(model)
     for weight in block_weights(model, range(len(model.blocks))):
         if weight.name in layers:
             yield from _adapted_matrices(layers[weight.name], weight)
@@ -308,12 +349,6 @@ def _adapted_matrices(layer: Any, described: BlockWeight) -> Iterator[AdaptedMat
             scale=float(layer.scaling[adapter]),
             magnitude=magnitude,
         )
-
-
-def dropout_share(layer: Any) -> float:
-    """Share of an adapter's inputs that are zero in training, as `Dropout` rounds it."""
-    (dropout,) = layer.lora_dropout.values()
-    return Dropout(dropout.p).p if isinstance(dropout, nn.Dropout | Dropout) else 0.0
 
 
 def dropout_threshold(share: float) -> int:

@@ -1,13 +1,15 @@
 """Students of a pack that go through the same blocks in one pass, each with its rows of the batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
-from sae_lora.models.stacked_lora import Draw, StackedModel, can_stack, padded_rank
+from sae_lora.models.lora import PlainAdapter
+from sae_lora.splice.stacked_lora import Draw, StackedModel, padded_rank
 from sae_lora.splice.student import LoRAStudent, Student, cuts, hidden_from
 from sae_lora.splice.trunk import Trunk
 
@@ -20,11 +22,11 @@ class Stack:
         students: The students, all of one kind; see `kind_of`.
     """
 
-    def __init__(self, model: LanguageModel, students: Iterable[LoRAStudent]) -> None:
+    def __init__(self, model: LanguageModel, students: Iterable[Student]) -> None:
         self.students = sorted(students, key=_rank)
         """The students, in the order of their rows."""
         self._model = model
-        self._stacked = StackedModel(model, [student.model for student in self.students])
+        self._stacked = StackedModel(model, [_adapters(student) for student in self.students])
 
     def hidden(self, trunk: Trunk, draw: Draw | None = None) -> Tensor:
         """The states that the head reads, `[student, batch, pos, d_model]`.
@@ -68,33 +70,39 @@ class Stack:
             tokens: A few tokens, `[batch, pos]`.
         """
         generator = torch.Generator(tokens.device).manual_seed(0)
-        weights = [weight for student in self.students for weight in student.weights.values()]
-        blank = [weight.data for weight in weights if not weight.any()]
-        for weight in blank:
-            weight.normal_(0, 0.02, generator=generator)
         trunk = Trunk(self._model, tokens, cuts(self.students))
-        together = self.hidden(trunk)
-        towards = torch.randn(together.shape, generator=generator, device=tokens.device).to(together)
-        self.backward(together, towards)
-        joint = [_gradient(student) for student in self.students]
-        self.reset()
-        differences = []
-        for student, states, gradient, direction in zip(
-            self.students, together, joint, towards, strict=True
-        ):
-            lora.set_adapter_dropout(student.model, False)
-            _forget(student)
-            alone = student.hidden(trunk)
-            alone.backward(direction)
-            differences += [
-                _relative(states.detach(), alone.detach()),
-                _relative(gradient, _gradient(student)),
-            ]
-            _forget(student)
-            lora.set_adapter_dropout(student.model, True)
-        for weight in blank:
-            weight.zero_()
+        with self._comparable(generator):
+            together = self.hidden(trunk)
+            towards = torch.randn(together.shape, generator=generator, device=tokens.device).to(together)
+            self.backward(together, towards)
+            joint = [_gradient(student) for student in self.students]
+            differences = []
+            for number, student in enumerate(self.students):
+                _forget_gradients(student)
+                alone = student.hidden(trunk)
+                alone.backward(towards[number])
+                of_gradient = _relative(joint[number], _gradient(student))
+                differences += [_relative(together[number].detach(), alone.detach()), of_gradient]
         return max(float(each) for each in differences)
+
+    @contextmanager
+    def _comparable(self, generator: torch.Generator) -> Iterator[None]:
+        """Inside the block, students have no dropout and no B that is zero; after it, no gradients."""
+        weights = [weight.data for student in self.students for weight in student.weights.values()]
+        blank = [weight for weight in weights if not weight.any()]
+        try:
+            for weight in blank:
+                weight.normal_(0, 0.02, generator=generator)
+            for student in self.students:
+                lora.set_adapter_dropout(student.model, False)
+            yield
+        finally:
+            for weight in blank:
+                weight.zero_()
+            for student in self.students:
+                lora.set_adapter_dropout(student.model, True)
+                _forget_gradients(student)
+            self.reset()
 
 
 def kind_of(student: Student) -> tuple[object, ...] | None:
@@ -102,14 +110,20 @@ def kind_of(student: Student) -> tuple[object, ...] | None:
 
     They begin at the same block, have the same SAEs from there on, and adapters at the same matrices.
     """
-    if not isinstance(student, LoRAStudent) or student.modules or not can_stack(student.model):
+    is_plain = isinstance(student, LoRAStudent) and not student.modules
+    if not is_plain or lora.plain_adapters(student.model) is None:
         return None
     return student.first, student.live, frozenset(student.weights)
 
 
-def _rank(student: LoRAStudent) -> int:
-    layer = next(iter(lora.adapters_by_weight(student.model).values()))
-    return padded_rank(layer.r["default"])
+def _adapters(student: Student) -> dict[str, PlainAdapter]:
+    adapters = lora.plain_adapters(student.model)
+    assert adapters is not None  # see `kind_of`
+    return adapters
+
+
+def _rank(student: Student) -> int:
+    return padded_rank(next(iter(_adapters(student).values())).rank)
 
 
 def _gradient(student: Student) -> Tensor:
@@ -119,7 +133,7 @@ def _gradient(student: Student) -> Tensor:
     )
 
 
-def _forget(student: Student) -> None:
+def _forget_gradients(student: Student) -> None:
     for weight in student.weights.values():
         weight.grad = None
 

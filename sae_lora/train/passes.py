@@ -117,6 +117,7 @@ class Passes:
         self._model = model
         self._trainings = trainings
         self._stacked = stacked
+        self._kinds: dict[GradientState, object] = {}
         self._together: list[Together] = []
         self._path = FastPath("runs in a stack", "each run alone")
 
@@ -140,8 +141,12 @@ class Passes:
         """The trainings that can be stacked, by what they share."""
         groups: dict[object, list[GradientState]] = {}
         for training in turn if self._stacked else ():
-            kind = kind_of(training.student) if type(training) is GradientState else None
-            if kind is not None:
+            # Its subclass also has the losses of SAEs.
+            if type(training) is not GradientState:
+                continue
+            if training not in self._kinds:
+                self._kinds[training] = kind_of(training.student)
+            if (kind := self._kinds[training]) is not None:
                 groups.setdefault(kind, []).append(training)
         return [group for group in groups.values() if len(group) > 1]
 

@@ -36,7 +36,8 @@ the live parts alone, because their inputs are kept.
 
     a pass of the training = hidden states of the trunk + for each run the states for its backward pass
                              and the gradient of its last hidden state + the most that the backward
-                             pass, the KL or the SAEs add (for eight runs at a time; the others wait)
+                             pass, the KL or the SAEs add (for eight runs at a time; the others wait;
+                             for all runs of a stack)
     a batch of an evaluation = hidden states of the trunk and of each run + the most that a block or
                                the latents of an SAE take
 
@@ -186,8 +187,8 @@ def _training(
 ) -> float:
     """Peak bytes of one pass of the training, with `(sequences, length)` tokens.
 
-    Each backward pass frees the states of its run and leaves the gradients of its weights. `heap` is the
-    memory of the states that blocks keep, relative to these.
+    Each backward pass frees the states of its runs and leaves the gradients of their weights. `heap` is
+    the memory of the states that blocks keep, relative to these.
     """
     size = math.prod(tokens)
     state = size * state_bytes
@@ -199,14 +200,29 @@ def _training(
     peaks = latents  # of the trunk, before the students
     gradients = 0
     for turn in turns(runs):
-        graphs = [run.graph(model, tokens) for run in turn]
-        # And the gradient of the last state.
-        kept = [heap * graph.kept + graph.of_saes + state for graph in graphs]
+        stacks = _stacks(turn)
+        graphs = [
+            [run.graph(model, tokens, stacked=len(stack) > 1) for run in stack] for stack in stacks
+        ]
+        # And the gradient of the last state; a stack puts those of its runs together.
+        kept = [
+            sum(heap * graph.kept + graph.of_saes + min(len(stack), 2) * state for graph in stack)
+            for stack in graphs
+        ]
         peaks.append(gradients + sum(kept) + logits)
-        for number, (run, graph) in enumerate(zip(turn, graphs, strict=True)):
-            peaks.append(gradients + sum(kept[number:]) + graph.extra)
-            gradients += GRADIENT * run.weights
+        for number, (stack, of_runs) in enumerate(zip(stacks, graphs, strict=True)):
+            extra = sum(graph.extra for graph in of_runs)
+            peaks.append(gradients + sum(kept[number:]) + extra)
+            gradients += GRADIENT * sum(run.weights for run in stack)
     return state * _states_of_trunk(runs) + max(peaks)
+
+
+def _stacks(turn: Sequence[CountedRun]) -> list[list[CountedRun]]:
+    """The runs that compute a batch together, and those that do it alone."""
+    stacks: dict[object, list[CountedRun]] = {}
+    for run in turn:
+        stacks.setdefault(run.kind_of_stack or run, []).append(run)
+    return list(stacks.values())
 
 
 def _evaluation(

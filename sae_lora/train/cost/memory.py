@@ -28,6 +28,7 @@ from sae_lora.models.config_faults import asks_for_content, with_unusual_numbers
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import load_shapes, silence_transformers
 from sae_lora.models.part_check import check_shapes, runs_not_alone
+from sae_lora.splice.stacked_lora import StackedModel
 
 BYTES = {DType.float32: 4, DType.bfloat16: 2}
 """Bytes per number."""
@@ -209,6 +210,8 @@ class Adapters:
     dropout: bool
     dora: bool
     targets: tuple[str, ...] | str
+    stacked: bool = False
+    """True if the run is in a stack."""
 
     @classmethod
     def of(cls, config: LoRAConfig) -> "Adapters":
@@ -228,7 +231,12 @@ class Adapters:
         )
         lora.attach(view, config, first_sae=0)
         lora.set_adapter_dropout(view, True)
-        return view
+        adapters = lora.plain_adapters(view) if self.stacked else None
+        if adapters is None:
+            return view
+        stacked = StackedModel(model, [adapters])
+        stacked.begin(lambda run, words: None)
+        return stacked.view
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -176,8 +176,22 @@ class CountedRun:
             case _:
                 return 2 if sae.sparse else 8
 
-    def graph(self, model: CountedModel, tokens: tuple[int, int]) -> Graph:
-        """Memory of its forward and backward pass with `(sequences, length)` tokens."""
+    @property
+    def kind_of_stack(self) -> tuple[object, ...] | None:
+        """Runs with equal kinds are stacked; `None`: it is alone. As `splice.stack.kind_of`."""
+        stacks = self.config.train.stacks_on(gpu=runs_on_gpu(self.config))
+        if self.kind is not Method.lora or not stacks or self.config.lora.dora:
+            return None
+        return self.first, self.live, tuple(self.adapted_blocks), repr(self.config.lora.targets)
+
+    def graph(self, model: CountedModel, tokens: tuple[int, int], *, stacked: bool = False) -> Graph:
+        """Memory of its forward and backward pass with `(sequences, length)` tokens.
+
+        Args:
+            model, tokens: The model and the tokens.
+            stacked: True if the run is in a stack.
+        """
+        adapters = self.adapters and replace(self.adapters, stacked=stacked)
         if self.kind is Method.mezo:
             blocks = model.inference(tokens, self.adapters, self.adapted_blocks)
             return Graph(math.prod(tokens) * self.d_model * model.bytes, blocks)
@@ -190,7 +204,7 @@ class CountedRun:
         graph = model.graph(
             self.first,
             tokens,
-            self.adapters,
+            adapters,
             self.adapted_blocks,
             through_first=self.trains_at_saes and self.first == self.live[0].place.begins,
             recomputes=self.config.train.activation_checkpointing,

@@ -4,32 +4,21 @@ A frozen matrix multiplies the rows of all runs at once. The adapters of one mat
 one for all runs whose ranks are similar: on a GPU a smaller number of larger kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.models.lora import PlainAdapter
 
 Draw = Callable[[int, Tensor], object]
 """Fills int64 `[word]` with the next random words of a run, given its number."""
-
-
-def can_stack(model: LanguageModel) -> bool:
-    """True if all adapters of a model are plain LoRA on matrices of modules of its own."""
-    return all(_is_plain(layer) for layer in lora.adapters_by_weight(model).values())
-
-
-def _is_plain(layer: Any) -> bool:
-    is_matrix = type(layer.get_base_layer()) in (nn.Linear, Conv1D)
-    return is_matrix and not layer.lora_variant and list(layer.lora_A) == ["default"]
 
 
 class StackedModel:
@@ -39,20 +28,18 @@ class StackedModel:
 
     Args:
         model: The plain model.
-        runs: The models of the runs, with adapters at the same matrices; see `can_stack`. The rows of
-            the batch belong to them in this order, and are equally many. They are in the order of
-            `padded_rank`.
+        runs: The adapters of each run, at the same matrices, by the dotted path of their modules. The
+            rows of the batch belong to the runs in this order, which is that of `padded_rank`, and are
+            equally many.
     """
 
-    def __init__(self, model: LanguageModel, runs: Sequence[LanguageModel]) -> None:
+    def __init__(self, model: LanguageModel, runs: Sequence[Mapping[str, PlainAdapter]]) -> None:
         self.view = model.view()
-        of_runs = [lora.adapters_by_weight(run) for run in runs]
         self._draws = _Draws()
-        self._layers = []
-        for name in of_runs[0]:
-            layers = [of_run[name] for of_run in of_runs]
-            stacked = StackedLoRA(layers, self._draws)
-            self.view.model.set_submodule(name.removesuffix(".weight"), stacked)
+        self._layers: list[StackedLoRA] = []
+        for name in runs[0]:
+            stacked = StackedLoRA([adapters[name] for adapters in runs], self._draws)
+            self.view.model.set_submodule(name, stacked)
             self._layers.append(stacked)
 
     def begin(self, draw: Draw | None) -> None:
@@ -83,19 +70,20 @@ class StackedLoRA(nn.Module):
     """A frozen matrix with one adapter for each run.
 
     Args:
-        layers: peft's adapters of the matrix, one for each run, in the order of `padded_rank`.
+        adapters: The adapters of the matrix, one for each run, in the order of `padded_rank`.
         draws: The random words of dropout.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer], draws: _Draws) -> None:
+    def __init__(self, adapters: Sequence[PlainAdapter], draws: _Draws) -> None:
         super().__init__()
-        self.base_layer = layers[0].get_base_layer()
+        self.base_layer = adapters[0].base
+        self._is_transposed = adapters[0].is_transposed
         self._draws = draws
-        self._shares = [lora.dropout_share(layer) for layer in layers]
-        device = layers[0].lora_A["default"].weight.device
+        self._shares = [adapter.dropout for adapter in adapters]
+        device = adapters[0].a.device
         thresholds = [lora.dropout_threshold(share) for share in self._shares]
         self._thresholds = torch.tensor(thresholds, dtype=torch.int16, device=device)[:, None]
-        scales = [layer.scaling["default"] for layer in layers]
+        scales = [adapter.scale for adapter in adapters]
         self._scales = torch.tensor(scales, device=device)[:, None, None]
         kept = [1 - share for share in self._shares]
         self._dropout_scales = self._scales / torch.tensor(kept, device=device)[:, None, None]
@@ -106,35 +94,37 @@ class StackedLoRA(nn.Module):
         self.stacks = nn.ParameterList()
         """A `[run, rank, input]` and B `[run, output, rank]` of each batched product. Beyond the rank of
         a run they are zero, and so are their gradients."""
-        for _, members in groupby(layers, lambda layer: padded_rank(layer.r["default"])):
-            self._add(list(members))
+        for rank, members in groupby(adapters, lambda adapter: padded_rank(adapter.rank)):
+            self._add(list(members), rank)
 
-    def _add(self, layers: Sequence[LoraLayer]) -> None:
-        """Add a batched product for these runs."""
+    def _add(self, adapters: Sequence[PlainAdapter], rank: int) -> None:
+        """Add a batched product of this padded rank for these runs."""
         first = self._runs[-1].stop if self._runs else 0
-        self._runs.append(slice(first, first + len(layers)))
-        weights = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
-        (some_a, some_b), rank = weights[0], padded_rank(layers[0].r["default"])
-        a_stack = nn.Parameter(some_a.new_zeros(len(layers), rank, some_a.shape[1]))
-        b_stack = nn.Parameter(some_b.new_zeros(len(layers), some_b.shape[0], rank))
-        for run, (a, b) in enumerate(weights):
-            self._pairs.append((a, a_stack, (run, slice(len(a)))))
-            self._pairs.append((b, b_stack, (run, slice(None), slice(b.shape[1]))))
+        self._runs.append(slice(first, first + len(adapters)))
+        a, b = adapters[0].a, adapters[0].b
+        a_stack = nn.Parameter(a.new_zeros(len(adapters), rank, a.shape[1]))
+        b_stack = nn.Parameter(b.new_zeros(len(adapters), b.shape[0], rank))
         self.stacks.extend([a_stack, b_stack])
-        for weight, stack, place in self._pairs[-2 * len(layers) :]:
+        pairs = []
+        for run, adapter in enumerate(adapters):
+            pairs.append((adapter.a, a_stack, (run, slice(adapter.rank))))
+            pairs.append((adapter.b, b_stack, (run, slice(None), slice(adapter.rank))))
+        for weight, stack, place in pairs:
             view = stack.data[place]
             view.copy_(weight.data)
             if view.is_contiguous():  # as AdamW's kernels need it
                 weight.data = view
+        self._pairs += pairs
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight; some models read its dtype."""
-        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+        return self.base_layer.get_parameter("weight")
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # pyright: ignore[reportReturnType]
+        bias = self.base_layer.bias
+        return bias if isinstance(bias, Tensor) else None
 
     def read(self) -> None:
         """Copy the weights of the runs that are no views of the stacks."""
@@ -153,7 +143,7 @@ class StackedLoRA(nn.Module):
         """The output `[run · sequence, ..., output]` of inputs `[run · sequence, ..., input]`."""
         mask = None if self._draws.draw is None else self._mask(inputs, self._draws.draw)
         scales = self._scales if mask is None else self._dropout_scales
-        matrix = self.weight if isinstance(self.base_layer, nn.Linear) else self.weight.T
+        matrix = self.weight.T if self._is_transposed else self.weight
         return _Adapted.apply(inputs, matrix, self.bias, mask, scales, self._runs, *self.stacks)
 
     def _mask(self, inputs: Tensor, draw: Draw) -> Tensor | None:
@@ -162,7 +152,8 @@ class StackedLoRA(nn.Module):
             return None
         n_runs, width = len(self._shares), inputs.shape[-1]
         number = inputs.numel() // n_runs
-        words = torch.zeros(n_runs, -(-number // 4), dtype=torch.int64, device=inputs.device)
+        make = torch.empty if all(self._shares) else torch.zeros
+        words = make(n_runs, -(-number // 4), dtype=torch.int64, device=inputs.device)
         for run, share in enumerate(self._shares):
             if share:
                 draw(run, words[run])
@@ -204,10 +195,11 @@ class _Adapted(Function):
         by_run = output.view(len(scales), -1, output.shape[-1])
         kept = _kept(inputs, mask, len(scales), stacks[0].dtype)
         lowered = []
+        changes = kept.new_empty(by_run.shape)
         for which, a, b in zip(runs, stacks[::2], stacks[1::2], strict=True):
-            low = torch.bmm(kept[which], a.mT).mul_(scales[which])
-            _add_product(by_run[which], low, b.mT)
-            lowered.append(low)
+            lowered.append(torch.bmm(kept[which], a.mT))
+            torch.bmm(lowered[-1], b.mT, out=changes[which])
+        by_run.addcmul_(changes, scales)
         ctx.runs = runs
         ctx.save_for_backward(inputs, matrix, mask, scales, *stacks, *lowered)
         return output
@@ -215,23 +207,26 @@ class _Adapted(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         inputs, matrix, mask, scales, *rest = ctx.saved_tensors
-        n_runs, n_groups = len(scales), len(ctx.runs)
-        stacks, lowered = rest[: 2 * n_groups], rest[2 * n_groups :]
+        n_runs, n_stacks = len(scales), 2 * len(ctx.runs)
+        stacks, lowered = rest[:n_stacks], rest[n_stacks:]
         (gradient,) = gradients
-        of_inputs = gradient @ matrix if ctx.needs_input_grad[0] else None
         kept = _kept(inputs, mask, n_runs, stacks[0].dtype)
-        by_run = gradient.reshape(n_runs, -1, gradient.shape[-1]).to(stacks[0].dtype)
+        # Multiplied by the scales, the gradient has their precision.
+        scaled = (gradient.reshape(n_runs, -1, gradient.shape[-1]) * scales).to(stacks[0].dtype)
+        is_wanted = ctx.needs_input_grad[0]
+        of_kept = torch.empty_like(kept) if is_wanted else None
         of_stacks: list[Tensor] = []
         for which, low, a, b in zip(ctx.runs, lowered, stacks[::2], stacks[1::2], strict=True):
-            of_low = torch.bmm(by_run[which], b).mul_(scales[which])
-            of_stacks += [torch.bmm(of_low.mT, kept[which]), torch.bmm(by_run[which].mT, low)]
-            if of_inputs is None:
-                continue
-            into = of_inputs.view(n_runs, -1, of_inputs.shape[-1])[which]
-            if mask is None:
-                _add_product(into, of_low, a)
-            else:
-                into += torch.bmm(of_low, a).mul_(mask[which])
+            of_low = torch.bmm(scaled[which], b)
+            of_stacks += [torch.bmm(of_low.mT, kept[which]), torch.bmm(scaled[which].mT, low)]
+            if of_kept is not None:
+                torch.bmm(of_low, a, out=of_kept[which])
+        of_inputs = None
+        if of_kept is not None:
+            of_inputs = gradient @ matrix
+            if mask is not None:
+                of_kept.mul_(mask)
+            of_inputs += of_kept.view_as(of_inputs)
         return of_inputs, None, None, None, None, None, *of_stacks
 
 
@@ -239,11 +234,3 @@ def _kept(inputs: Tensor, mask: Tensor | None, n_runs: int, dtype: torch.dtype) 
     """The inputs that dropout keeps, and zeros, `[run, row, input]`."""
     by_run = inputs.reshape(n_runs, -1, inputs.shape[-1])
     return (by_run if mask is None else by_run * mask).to(dtype)
-
-
-def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a batched product to a tensor, which may have less precision."""
-    if to.dtype == left.dtype:
-        to.baddbmm_(left, right)
-    else:
-        to += torch.bmm(left, right)
