@@ -23,19 +23,19 @@ from tests.support.submission import until
 def test_wrong_commands_are_refused_with_one_message(
     command: str, words: list[str], tmp_path: Path
 ) -> None:
+    """And a dry run with the value that the message suggests works, or has another message."""
     prepare(tmp_path)
-    assert fault_of(command, words, tmp_path, launch_in_this_process) is None
+    refused: list[subprocess.CompletedProcess[str]] = []
 
+    def by(*arguments: str) -> subprocess.CompletedProcess[str]:
+        refused.append(launch_in_this_process(*arguments))
+        return refused[0]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command, _ in WRONG])
-def test_following_a_hint_leads_further(command: str, tmp_path: Path) -> None:
-    """A dry run with the value that a message suggests: it works, or has another message."""
-    prepare(tmp_path)
+    assert fault_of(command, words, tmp_path, by) is None
+    first = refused[0].stderr
     given = command.replace("{home}", str(tmp_path)).split()
     common = ["launcher.dry_run=true", f"output_dir={tmp_path}/outputs"]
     common = [word for word in common if word.partition("=")[0] not in command]
-    first = launch_in_this_process(*given, *common).stderr
     hint = re.search(r"nearest valid: (\S+=.*)|write (\S+=\S+)", first)
     if hint is None or "value" in hint.group():
         return

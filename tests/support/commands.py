@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -78,9 +80,33 @@ def _changed(environment: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in changed.items() if value is not None}
 
 
+_checked: dict[str, list[str]] = {}
+"""Results of checks of the included text. A dry run cuts it into tokens, which takes a second."""
+
+
+@contextlib.contextmanager
+def _text_checked_once() -> Iterator[None]:
+    """Inside the block, the included text is not checked again for the same request."""
+    from sae_lora.data import corpus
+
+    check = corpus.check
+
+    def check_once(config: Any, tokenizer: Any, *numbers: int) -> list[str]:
+        if config.source is not corpus.TextSource.stdlib or tokenizer is None:
+            return check(config, tokenizer, *numbers)
+        key = repr((replace(config, cache_dir=""), tokenizer.name_or_path, numbers))
+        if key not in _checked:
+            _checked[key] = check(config, tokenizer, *numbers)
+        return _checked[key]
+
+    with mock.patch.object(corpus, "check", check_once):
+        yield
+
+
 def launch_in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which saves the seconds that a new process takes to start."""
     with (
+        _text_checked_once(),
         contextlib.chdir(REPOSITORY),
         mock.patch.dict(os.environ, {"COLUMNS": "160"}),
         mock.patch("sys.argv", ["launch.py", *arguments]),
