@@ -39,8 +39,8 @@ from sae_lora.models.attention import blockwise
 from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
+from sae_lora.splice import kl
 from sae_lora.splice.hooks import Splice
-from sae_lora.splice.kl import Comparison
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.distill import DistillTrainer
 from scripts.benchmark import compare, reference
@@ -143,25 +143,25 @@ class Session:
             self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
 
     def changes(self) -> None:
-        """Record a pack of five with a sparse SAE, with float32 instead of TF32, with other attentions,
-        and with the KL compiled.
+        """Record a pack of five with each run alone, with a sparse SAE, with float32 instead of TF32, with
+        other attentions, and with the KL in operations of torch.
         """
         self._change("none", self._packed(RANKS))
+        self._change("each run alone", self._packed(RANKS, stacked=False))
         self._change("SparseSAE", self._packed(RANKS, of=[multiplied(self._sae(0), True)]))
         exact = [Splice(self._shape.sae_block, self._sae(0), tf32=False)]
         self._change("the SAE encodes in float32", self._packed(RANKS, splices=exact))
         for name in ("eager", blockwise.NAME):
             with self._recorded_errors(name), self._attention(name):
                 self._change(f"attention {name}", self._packed(RANKS))
-        softmax, slope = torch.compile(Comparison._softmax), torch.compile(Comparison.slope_)
-        with patch.object(Comparison, "_softmax", softmax), patch.object(Comparison, "slope_", slope):
-            self._change("softmax and slope of the KL compiled", self._packed(RANKS))
+        with patch.object(kl, "_by_kernels", kl._by_operations):
+            self._change("the KL in operations of torch", self._packed(RANKS))
 
     def compiled(self) -> None:
         """Record the published loop and a pack of five with compiled blocks."""
         torch._dynamo.config.recompile_limit = 64
         self._change("published loop, blocks and KL compiled", self._published(SINGLE, compiled=True), 1)
-        step = self._packed([SINGLE] * len(RANKS), compiled=True)
+        step = self._packed([SINGLE] * len(RANKS), compiled=True, stacked=False)
         self._change("rank 16 five times, blocks compiled", step)
 
     def _change(self, what: str, step: Step, runs: int = len(RANKS)) -> None:
@@ -178,6 +178,7 @@ class Session:
         splices: Sequence[Splice] = (),
         *,
         compiled: bool = False,
+        stacked: bool = True,
     ) -> Step:
         """A step of a pack with every rank around every SAE."""
         coders = of or [multiplied(self._sae(seed), None) for seed in range(saes)]
@@ -187,7 +188,7 @@ class Session:
             for model in (self.model, *(run.student.model for run in runs)):
                 for block in model.blocks:
                     block.compile()
-        together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused)
+        together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused, stacked=stacked)
         return lambda: together._take_step(together.active, together._on_device(self._tokens.next()))
 
     def _published(self, rank: int, *, compiled: bool = False) -> Step:

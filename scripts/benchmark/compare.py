@@ -111,11 +111,20 @@ def reference(
     return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
-def pack(model: LanguageModel, trainings: Sequence[GradientState], how: KLComputation) -> DistillTrainer:
-    """A pack of runs, without evaluations."""
+def pack(
+    model: LanguageModel,
+    trainings: Sequence[GradientState],
+    how: KLComputation,
+    *,
+    stacked: bool | None = None,
+) -> DistillTrainer:
+    """A pack of runs, without evaluations; `stacked` is as `train.stack`, with `None` for auto."""
     comparison = Comparison(Head.of(model))
     evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), 1, comparison)
-    return DistillTrainer(model, Isolation(trainings), evaluator, kl_of(comparison, how))
+    if stacked is None:
+        stacked = model.device.type == "cuda"
+    kl = kl_of(comparison, how)
+    return DistillTrainer(model, Isolation(trainings), evaluator, kl, stacked=stacked)
 
 
 def compare_steps(

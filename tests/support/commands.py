@@ -12,9 +12,9 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock

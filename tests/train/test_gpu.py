@@ -44,7 +44,8 @@ def test_a_step_does_not_wait(family: str, request: pytest.FixtureRequest) -> No
     model = on_gpu(family)
     saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
     adapters = LoRAConfig(rank=2, dropout=0.2, blocks="all")
-    together = pack(model, *(training(model, sae, adapters=adapters) for sae in saes))
+    runs = [training(model, sae, adapters=adapters) for sae in (*saes, saes[0])]
+    together = pack(model, *runs, stacked=True)
     tokens = together._on_device(random_tokens(batch=2, length=16, seed=1))
     together._take_step(together.active, tokens)
     request.getfixturevalue("never_waiting")
@@ -71,6 +72,23 @@ def test_packed_runs_equal_single_runs_to_the_last_bit(family: str) -> None:
     trainings = [training(model, sae) for sae in saes]
     together = curves(pack(model, *trainings), 6)
     assert [together[run] for run in trainings] == alone
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_stack_proves_itself(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And gives what runs give alone, without dropout, which hits other inputs."""
+    model, tokens = on_gpu(family), random_tokens(batch=2, length=16, seed=1)
+    saes = [topk_sae().to(DEVICE), jumprelu_sae().to(DEVICE)]
+    results = []
+    for stacked in (False, True):
+        runs = [training(model, sae, adapters=LoRAConfig(rank=2)) for sae in saes]
+        together = pack(model, *runs, stacked=stacked)
+        for _ in range(3):
+            together._take_step(together.active, together._on_device(tokens))
+        results.append([weight for run in runs for weight in run.student.weights.values()])
+    for alone, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-4)
+    assert "serves in place" not in capsys.readouterr().err
 
 
 def test_a_restored_run_continues_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
