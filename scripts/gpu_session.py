@@ -143,8 +143,8 @@ class Session:
             self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
 
     def changes(self) -> None:
-        """Record a pack of five with each run alone, with a sparse SAE, with float32 instead of TF32, with
-        other attentions, and with the KL in operations of torch.
+        """Record a pack of five with each run alone, with a sparse SAE, with float32 instead of TF32,
+        with other attentions, and with the KL in operations of torch.
         """
         self._change("none", self._packed(RANKS))
         self._change("each run alone", self._packed(RANKS, stacked=False))

@@ -1,6 +1,7 @@
 """Conversion of the config to text and plain values, and back. Unknown keys are refused."""
 
 import dataclasses
+import enum
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,23 @@ def _schema() -> DictConfig:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The config as plain nested values, with enums as their names."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    return typing.cast(dict[str, Any], plain)
+    return _plain(config, Config)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A value of a key of this type as OmegaConf writes it, which takes twenty times as long."""
+    if dataclasses.is_dataclass(value):
+        types = _types(type(value))
+        return {name: _plain(getattr(value, name), types[name]) for name in types}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {key: _plain(each, Any) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, Any) for each in value]
+    if kind in (float, float | None) and isinstance(value, int):
+        return float(value)
+    return value
 
 
 def load(text: str) -> Config:
@@ -104,8 +120,14 @@ def _filled(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, A
 def _defaults(schema: type) -> dict[str, tuple[Any, Any]]:
     """The default of each key of a group as a plain value, and the key's type."""
     plain = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
-    types = typing.get_type_hints(schema)
+    types = _types(schema)
     return {name: (value, types[name]) for name, value in typing.cast(dict[str, Any], plain).items()}
+
+
+@cache
+def _types(schema: type) -> dict[str, Any]:
+    """The type of each key of a group."""
+    return typing.get_type_hints(schema)
 
 
 PLAIN_TEXT = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
