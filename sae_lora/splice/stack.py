@@ -56,10 +56,6 @@ class Stack:
         hidden.backward(gradients)
         self._stacked.give_gradients()
 
-    def reset(self) -> None:
-        """Begin a step without gradients."""
-        self._stacked.forget_gradients()
-
     def difference(self, tokens: Tensor) -> float:
         """The largest relative difference from each student alone, in states and gradients.
 
@@ -102,7 +98,6 @@ class Stack:
             for student in self.students:
                 lora.set_adapter_dropout(student.model, True)
                 _forget_gradients(student)
-            self.reset()
 
 
 def kind_of(student: Student) -> tuple[object, ...] | None:

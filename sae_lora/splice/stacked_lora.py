@@ -50,14 +50,10 @@ class StackedModel:
                 layer.read()
 
     def give_gradients(self) -> None:
-        """Give the runs the gradients of their weights, after a backward pass."""
-        for layer in self._layers:
-            layer.give_gradients()
-
-    def forget_gradients(self) -> None:
-        """Begin a step without gradients."""
-        for layer in self._layers:
-            layer.zero_grad(set_to_none=True)
+        """Add the gradients of a backward pass to those of the runs' weights."""
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.give_gradients()
 
 
 class _Draws:
@@ -134,10 +130,13 @@ class StackedLoRA(nn.Module):
                 view.copy_(weight.data)
 
     def give_gradients(self) -> None:
-        """Set the gradients of the runs' weights."""
+        """Add the gradients of the stacks to those of the runs' weights, and keep none."""
         for weight, stack, place in self._pairs:
             assert stack.grad is not None
-            weight.grad = stack.grad[place].contiguous()
+            gradient = stack.grad[place].contiguous()  # as AdamW's kernels need it
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        for stack in self.stacks:
+            stack.grad = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The output `[run · sequence, ..., output]` of inputs `[run · sequence, ..., input]`."""

@@ -54,11 +54,6 @@ class GradientState(DistillState):
         with self._randomness.in_use():
             return [self.student.hidden(trunk)]
 
-    @property
-    def has_gradient(self) -> bool:
-        """True after the first part of a step."""
-        return any(weight.grad is not None for weight in self.student.weights.values())
-
     def generator(self) -> torch.Generator:
         """A generator of the random numbers that dropout takes next."""
         return self._randomness.generator()
