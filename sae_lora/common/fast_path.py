@@ -42,7 +42,9 @@ class FastPath:
                 difference.
             tolerance: The largest difference that rounding explains.
         """
-        if self.proves(kind, difference, tolerance):
+        if kind not in self._is_proven:
+            self._is_proven[kind] = self._proves(difference, tolerance)
+        if self._is_proven[kind]:
             try:
                 return fast()
             except Exception as error:  # a kernel may come from any library, with errors of its own
@@ -50,13 +52,7 @@ class FastPath:
                 self._note(error)
         return plain()
 
-    def proves(self, kind: Hashable, difference: Callable[[], float], tolerance: float) -> bool:
-        """True if the fast computation may be used; the arguments are those of `take`."""
-        if kind not in self._is_proven:
-            self._is_proven[kind] = self._agrees(difference, tolerance)
-        return self._is_proven[kind]
-
-    def _agrees(self, difference: Callable[[], float], tolerance: float) -> bool:
+    def _proves(self, difference: Callable[[], float], tolerance: float) -> bool:
         try:
             differs_by = difference()
         except Exception as error:  # as in `take`

@@ -80,7 +80,7 @@ class DistillTrainer(Trainer[DistillState]):
             trunk = Trunk(self._model, part, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_active(trained)):
-                passes = self._passes.of(turn, part)
+                passes = self._passes.of(turn)
                 hidden = {
                     training: states
                     for each in passes

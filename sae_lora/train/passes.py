@@ -1,7 +1,6 @@
 """Passes of trainings through a part of a batch: each alone, or several in a stack."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -63,18 +62,43 @@ class Alone(Pass):
 class Together(Pass):
     """A pass of several trainings in a stack.
 
+    Its first pass proves on a few tokens that it gives what the trainings give alone. If it does not, or
+    fails later, each goes on alone.
+
     Args:
         model: The plain model.
-        trainings: The trainings.
+        group: The trainings.
+        trainings: Those of the pack, for the rule for errors.
+        path: Notes what is proven.
     """
 
-    def __init__(self, model: LanguageModel, trainings: Sequence[GradientState]) -> None:
-        by_student = {training.student: training for training in trainings}
+    def __init__(
+        self,
+        model: LanguageModel,
+        group: Sequence[GradientState],
+        trainings: Isolation[DistillState],
+        path: FastPath,
+    ) -> None:
+        by_student = {training.student: training for training in group}
         self.stack = Stack(model, by_student)
         self.trainings = [by_student[student] for student in self.stack.students]
+        self._path = path
+        # They round differently: over 15 blocks of SmolLM2, gradients in bfloat16 differ by 2 to 4 eps.
+        self._tolerance = max(1e-3, 16 * torch.finfo(model.model.dtype).eps)
+        self._alone = [Alone(training, trainings) for training in self.trainings]
         self._states: Tensor | None = None
 
     def hidden(self, trunk: Trunk) -> Hidden:
+        some = trunk.tokens[:1, :_PROOF_TOKENS]
+        return self._path.take(
+            self,
+            lambda: self._stacked(trunk),
+            lambda: self._each(trunk),
+            lambda: self.stack.difference(some),
+            self._tolerance,
+        )
+
+    def _stacked(self, trunk: Trunk) -> Hidden:
         generators = [training.generator() for training in self.trainings]
 
         def draw(number: int, words: Tensor) -> None:
@@ -88,9 +112,17 @@ class Together(Pass):
             for training, states in zip(self.trainings, self._states, strict=True)
         }
 
+    def _each(self, trunk: Trunk) -> Hidden:
+        return {
+            training: states for alone in self._alone for training, states in alone.hidden(trunk).items()
+        }
+
     def backward(self, kl: Mapping[DistillState, Sequence[SummedKL]]) -> None:
         states, self._states = self._states, None
-        assert states is not None
+        if states is None:
+            for alone in self._alone:
+                alone.backward(kl)
+            return
         gradients = []
         for training in self.trainings:
             (summed,) = kl[training]
@@ -119,19 +151,9 @@ class Passes:
         self._together: list[Together] = []
         self._path = FastPath("runs in a stack", "each run alone")
 
-    def of(self, turn: Sequence[DistillState], tokens: Tensor) -> list[Pass]:
-        """The passes of these trainings with tokens `[batch, pos]`.
-
-        A new stack proves on a few of the tokens that it gives what the trainings give alone.
-        """
-        some = tokens[:1, :_PROOF_TOKENS]
-        # They round differently: over 15 blocks of SmolLM2, gradients in bfloat16 differ by 2 to 4 eps.
-        tolerance = max(1e-3, 16 * torch.finfo(self._model.model.dtype).eps)
-        stacks = [
-            stack
-            for stack in map(self._stack_of, self._groups(turn))
-            if self._path.proves(stack, partial(stack.stack.difference, some), tolerance)
-        ]
+    def of(self, turn: Sequence[DistillState]) -> list[Pass]:
+        """The passes of these trainings."""
+        stacks = [self._stack_of(group) for group in self._groups(turn)]
         stacked = {training for stack in stacks for training in stack.trainings}
         alone = [training for training in turn if training not in stacked]
         return [*stacks, *(Alone(training, self._trainings) for training in alone)]
@@ -149,11 +171,11 @@ class Passes:
                 groups.setdefault(kind, []).append(training)
         return [group for group in groups.values() if len(group) > 1]
 
-    def _stack_of(self, trainings: Sequence[GradientState]) -> Together:
+    def _stack_of(self, group: Sequence[GradientState]) -> Together:
         for made in self._together:
-            if set(made.trainings) == set(trainings):
+            if set(made.trainings) == set(group):
                 return made
         # A training is in one stack only, of which its weights are views.
-        self._together = [made for made in self._together if not set(made.trainings) & set(trainings)]
-        self._together.append(Together(self._model, trainings))
+        self._together = [made for made in self._together if not set(made.trainings) & set(group)]
+        self._together.append(Together(self._model, group, self._trainings, self._path))
         return self._together[-1]

@@ -95,7 +95,7 @@ def test_only_runs_of_one_kind_share_a_stack() -> None:
         return made
 
     runs = [run(), run(), run(2), run(2), run(targets=["mlp"]), run(dora=True), run(dora=True)]
-    stacks = pack(model, *runs, stacked=True)._passes.of(runs, random_tokens(batch=1, length=16, seed=0))
+    stacks = pack(model, *runs, stacked=True)._passes.of(runs)
     members = [stack.trainings for stack in stacks if isinstance(stack, Together)]
     assert members == [runs[:2], runs[2:4]]
     assert len(stacks) == 2 + 3
@@ -187,6 +187,27 @@ def test_a_stack_that_proves_nothing_gives_way(
     assert all(same(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
     told = capsys.readouterr().err
     assert told.count("each run alone serves in place of runs in a stack") == 1
+
+
+def test_a_pass_that_fails_later_is_computed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model("llama")
+    alone = trained(model, trainings(model))
+    calls = 0
+
+    def failing_late(self: Stack, *arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # after the proof and two steps
+            raise RuntimeError("no kernel for this device")
+        return usual_hidden(self, *arguments)
+
+    usual_hidden = Stack.hidden
+    monkeypatch.setattr(Stack, "hidden", failing_late)
+    assert_close(trained(model, trainings(model), stacked=True), alone)
+    assert calls == 4
+    assert capsys.readouterr().err.count("each run alone serves in place of runs in a stack") == 1
 
 
 def test_the_proof_leaves_no_trace() -> None:
