@@ -91,6 +91,17 @@ def test_estimated_flops_of_new_saes_are_those_of_a_step(
     assert estimate([config]).flops / steps == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+def test_runs_of_a_divided_model_are_no_stack(tmp_path: Path) -> None:
+    """They compute alone, and keep more for their backward pass."""
+
+    def peak(stack: str, divided: bool) -> float:
+        runs = (f"train.stack={stack} train.seed=1", f"train.stack={stack} train.seed=2")
+        return estimate(resolved(tmp_path, runs), divided).peak_bytes
+
+    assert peak("on", divided=True) == peak("off", divided=True)
+    assert peak("on", divided=False) != peak("off", divided=False)
+
+
 def test_the_activation_buffer_takes_memory(tmp_path: Path) -> None:
     """It counts once for SAEs with the same hookpoints."""
     defaults = "train.train_tokens=131072 method=sae sae.width=64 sae.l0=8"

@@ -157,7 +157,8 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun], 
     )
     before = gradients if share > trained[0] else 0  # of the other parts of the step
     passes = max(
-        before + _training(counted, sizes, runs, trained, state_bytes, 1 if on_gpu else HEAP),
+        before
+        + _training(counted, sizes, runs, trained, state_bytes, 1 if on_gpu else HEAP, not divided),
         _evaluation(counted, runs, evaluated, state_bytes),
         gradients * (2 if processes > 1 else 1),  # at the end of the step, with a copy that is exchanged
     )
@@ -184,11 +185,13 @@ def _training(
     tokens: tuple[int, int],
     state_bytes: int,
     heap: float,
+    stacks: bool,
 ) -> float:
     """Peak bytes of one pass of the training, with `(sequences, length)` tokens.
 
     Each backward pass frees the states of its runs and leaves the gradients of their weights. `heap` is
-    the memory of the states that blocks keep, relative to these.
+    the memory of the states that blocks keep, relative to these. `stacks` is false for a divided
+    model, whose runs compute alone.
     """
     size = math.prod(tokens)
     state = size * state_bytes
@@ -200,9 +203,9 @@ def _training(
     peaks = latents  # of the trunk, before the students
     gradients = 0
     for turn in turns(runs):
-        stacks = _stacks(turn)
+        groups = _stacks(turn) if stacks else [[run] for run in turn]
         graphs = [
-            [run.graph(model, tokens, stacked=len(stack) > 1) for run in stack] for stack in stacks
+            [run.graph(model, tokens, stacked=len(stack) > 1) for run in stack] for stack in groups
         ]
         # And the gradient of the last state; a stack puts those of its runs together.
         kept = [
@@ -210,7 +213,7 @@ def _training(
             for stack in graphs
         ]
         peaks.append(gradients + sum(kept) + logits)
-        for number, (stack, of_runs) in enumerate(zip(stacks, graphs, strict=True)):
+        for number, (stack, of_runs) in enumerate(zip(groups, graphs, strict=True)):
             extra = sum(graph.extra for graph in of_runs)
             peaks.append(gradients + sum(kept[number:]) + extra)
             gradients += GRADIENT * sum(run.weights for run in stack)
