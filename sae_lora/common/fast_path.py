@@ -10,6 +10,8 @@ from sae_lora.common.console import complain
 from sae_lora.common.errors import is_out_of_memory
 
 Result = TypeVar("Result")
+PROOF_TOKENS = 256
+"""Tokens on which a fast computation proves itself, at most."""
 
 
 class FastPath:

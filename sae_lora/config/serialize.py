@@ -49,7 +49,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """A value of a key of this type as OmegaConf writes it, which takes twenty times as long."""
+    """A value of a key of this type as OmegaConf writes it, which takes much longer."""
     if dataclasses.is_dataclass(value):
         types = _types(type(value))
         return {name: _plain(getattr(value, name), types[name]) for name in types}

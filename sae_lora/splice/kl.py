@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lora.common.fast_path import FastPath
+from sae_lora.common.fast_path import PROOF_TOKENS, FastPath
 from sae_lora.config.enums import KLComputation
 from sae_lora.splice.head import Head
 
@@ -264,7 +264,6 @@ def fused_kl(
 _Results = list[tuple[Tensor, Tensor | None]]
 """For each student the summed KL, and its gradient, `[token, d_model]`, if it has a weight."""
 _KERNELS = FastPath("the KL in two kernels", "the KL in operations of torch")
-_PROOF_TOKENS = 256
 
 
 def _by_operations(
@@ -298,7 +297,7 @@ def _by_kernels(
 
 def _difference(teacher: Tensor, comparison: Comparison) -> float:
     """The largest relative difference of the two, in KL and gradient, for a few tokens."""
-    states = teacher[:_PROOF_TOKENS]
+    states = teacher[:PROOF_TOKENS]
     some = states, [0.9 * states], [1.0]  # a student that differs from the teacher
     ((by_kernels, kernel_gradient),) = _by_kernels(*some, comparison)
     ((kl, gradient),) = _by_operations(*some, comparison)

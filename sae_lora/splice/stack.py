@@ -36,13 +36,13 @@ class Stack:
             draw: The random words of dropout; `None`: no dropout.
         """
         self._stacked.begin(draw)
-        one = self.students[0]
-        entering = [trunk.resid_entering(one.first, student.frozen) for student in self.students]
+        first = self.students[0]
+        entering = [trunk.resid_entering(first.first, student.frozen) for student in self.students]
         # All are `None` if the students begin at block 0.
         states = [state for state in entering if state is not None]
         tokens = trunk.tokens.repeat(len(self.students), 1)
         hidden = hidden_from(
-            self._stacked.view, one.first, one.live, tokens, torch.cat(states) if states else None
+            self._stacked.view, first.first, first.live, tokens, torch.cat(states) if states else None
         )
         return hidden.view(len(self.students), *trunk.tokens.shape, -1)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sae_lora.common.fast_path import FastPath
+from sae_lora.common.fast_path import PROOF_TOKENS, FastPath
 from sae_lora.common.isolation import Isolation
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import SummedKL
@@ -14,8 +14,6 @@ from sae_lora.splice.stack import Stack, kind_of
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import DistillState
-
-_PROOF_TOKENS = 256
 
 Hidden = dict[DistillState, list[Tensor]]
 """For each training, its input to the head in each of its passes, `[batch, pos, d_model]`, detached."""
@@ -89,7 +87,7 @@ class Together(Pass):
         self._states: Tensor | None = None
 
     def hidden(self, trunk: Trunk) -> Hidden:
-        some = trunk.tokens[:1, :_PROOF_TOKENS]
+        some = trunk.tokens[:1, :PROOF_TOKENS]
         return self._path.take(
             self,
             lambda: self._stacked(trunk),

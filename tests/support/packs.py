@@ -50,11 +50,15 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTra
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
     evaluate = Evaluator(model, nothing, 1, comparison)
     kl = kl_of(comparison, common.train.kl)
-    micro_batch, stacked = (
-        common.train.micro_batch_size,
-        common.train.stacks_on(gpu=device.type == "cuda"),
+    train = common.train
+    return DistillTrainer(
+        model,
+        Isolation(trainings),
+        evaluate,
+        kl,
+        train.micro_batch_size,
+        stacked=train.stacks_on(gpu=device.type == "cuda"),
     )
-    return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch, stacked=stacked)
 
 
 def take_step(pack: DistillTrainer, config: Config) -> None:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from sae_lora.common.errors import listed
-from sae_lora.common.fast_path import FastPath
+from sae_lora.common.fast_path import PROOF_TOKENS, FastPath
 from sae_lora.models.attention import blockwise
 
 NAME = "fused"
@@ -27,8 +27,8 @@ CHECKED = "fused_checked"
 """The same with a check, at every call, that this attention computes what the module asks for."""
 _SHORT = 128
 """Texts of at most so many tokens are computed as on a CPU: a kernel would be compiled for nothing."""
-_PROOF_LENGTH, _PROOF_WINDOW = 256, 100
-"""Length of the text on which a kernel proves itself, and the largest window there."""
+_PROOF_WINDOW = 100
+"""The largest window when a kernel proves itself."""
 _KINDS = 64
 """The number of kinds of attention (window or not, soft-cap, gradient or not, shapes) for which torch
 may compile a kernel; with its own limit of 8 it would go on without one."""
@@ -197,7 +197,7 @@ def _difference(
     if how.window is not None:
         how = how._replace(window=min(how.window, _PROOF_WINDOW))
     query, key, value = (
-        part[:1, :, :_PROOF_LENGTH].detach().requires_grad_() for part in (query, key, value)
+        part[:1, :, :PROOF_TOKENS].detach().requires_grad_() for part in (query, key, value)
     )
 
     def results(attention: _Kernel) -> list[Tensor]:
