@@ -5,7 +5,8 @@ one for all runs whose ranks are similar: on a GPU a smaller number of larger ke
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from contextlib import ExitStack
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import PlainAdapter
+from sae_lora.models.stand_ins import first_argument
 
 Draw = Callable[[int, Tensor], object]
 """Fills int64 `[word]` with the next random words of a run, given its number."""
@@ -35,16 +37,23 @@ class StackedModel:
 
     def __init__(self, model: LanguageModel, runs: Sequence[Mapping[str, PlainAdapter]]) -> None:
         self.view = model.view()
-        self._draws = _Draws()
+        self._draw: Draw | None = None
         self._layers: list[StackedLoRA] = []
         for name in runs[0]:
-            stacked = StackedLoRA([adapters[name] for adapters in runs], self._draws)
+            stacked = StackedLoRA([adapters[name] for adapters in runs])
             self.view.model.set_submodule(name, stacked)
             self._layers.append(stacked)
+        shares = [next(iter(adapters.values())).dropout for adapters in runs]
+        if any(shares):
+            order = self._order(len(runs))
+            for block in self.view.blocks:
+                inside = set(block.modules())
+                if layers := [layer for layer in order if layer in inside]:
+                    self._drop_inputs(block, _Masks(layers, shares, model.device))
 
     def begin(self, draw: Draw | None) -> None:
         """Prepare a forward pass: read the weights of the runs. Without `draw`, there is no dropout."""
-        self._draws.draw = draw
+        self._draw = draw
         with torch.no_grad():
             for layer in self._layers:
                 layer.read()
@@ -55,11 +64,69 @@ class StackedModel:
             for layer in self._layers:
                 layer.give_gradients()
 
+    @torch.no_grad()
+    def _order(self, n_runs: int) -> list["StackedLoRA"]:
+        """The layers in the order in which the model calls them, which is that of their masks."""
+        if self.view.device.type == "meta":  # without numbers, any order will do
+            return self._layers
+        called: dict[StackedLoRA, None] = {}
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                handle = layer.register_forward_pre_hook(lambda module, _: called.setdefault(module))
+                hooks.callback(handle.remove)
+            self.view.hidden(torch.zeros(n_runs, 2, dtype=torch.long, device=self.view.device))
+        return list(called)
 
-class _Draws:
-    """The random words of a pass. The layers of a model share one."""
+    def _drop_inputs(self, block: nn.Module, masks: "_Masks") -> None:
+        """Give the layers of a block their masks whenever it runs.
 
-    draw: Draw | None = None
+        All are drawn before, so that the block itself can be compiled.
+        """
+
+        def give(_: object, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if self._draw is not None:
+                states = first_argument(positional, named)
+                masks.give(states.shape[:-1].numel(), self._draw)
+
+        block.register_forward_pre_hook(give, with_kwargs=True)
+        block.register_forward_hook(lambda *_: masks.take_back())
+
+
+class _Masks:
+    """The dropout of the layers of one block, with the same masks as `lora.Dropout`.
+
+    Args:
+        layers: The layers, in the order in which the block calls them.
+        shares: The share of the inputs that are zero, for each run.
+        device: The device of the masks.
+    """
+
+    def __init__(
+        self, layers: Sequence["StackedLoRA"], shares: Sequence[float], device: torch.device
+    ) -> None:
+        self._layers, self._shares = layers, shares
+        thresholds = [lora.dropout_threshold(share) for share in shares]
+        self._thresholds = torch.tensor(thresholds, dtype=torch.int16, device=device)[:, None]
+
+    def give(self, rows: int, draw: Draw) -> None:
+        """Give each layer its mask for a batch with this number of rows, those of all runs."""
+        n_runs = len(self._shares)
+        sizes = [rows // n_runs * layer.width for layer in self._layers]
+        words = [-(-size // 4) for size in sizes]  # four inputs for each word
+        make = torch.empty if all(self._shares) else torch.zeros
+        drawn = make(n_runs, sum(words), dtype=torch.int64, device=self._thresholds.device)
+        for run, share in enumerate(self._shares):
+            if share:
+                draw(run, drawn[run])
+        kept = drawn.view(torch.int16) >= self._thresholds
+        starts = accumulate(words, initial=0)
+        for layer, start, size in zip(self._layers, starts, sizes, strict=False):
+            layer.mask = kept[:, 4 * start : 4 * start + size].view(n_runs, -1, layer.width)
+
+    def take_back(self) -> None:
+        """Let the backward pass alone hold the masks."""
+        for layer in self._layers:
+            layer.mask = None
 
 
 class StackedLoRA(nn.Module):
@@ -67,21 +134,20 @@ class StackedLoRA(nn.Module):
 
     Args:
         adapters: The adapters of the matrix, one for each run, in the order of `padded_rank`.
-        draws: The random words of dropout.
     """
 
-    def __init__(self, adapters: Sequence[PlainAdapter], draws: _Draws) -> None:
+    def __init__(self, adapters: Sequence[PlainAdapter]) -> None:
         super().__init__()
         self.base_layer = adapters[0].base
+        self.width = adapters[0].a.shape[1]
+        """Number of inputs."""
+        self.mask: Tensor | None = None
+        """True where a run keeps an input, `[run, row, input]`; `None` without dropout."""
         self._is_transposed = adapters[0].is_transposed
-        self._draws = draws
-        self._shares = [adapter.dropout for adapter in adapters]
         device = adapters[0].a.device
-        thresholds = [lora.dropout_threshold(share) for share in self._shares]
-        self._thresholds = torch.tensor(thresholds, dtype=torch.int16, device=device)[:, None]
         scales = [adapter.scale for adapter in adapters]
         self._scales = torch.tensor(scales, device=device)[:, None, None]
-        kept = [1 - share for share in self._shares]
+        kept = [1 - adapter.dropout for adapter in adapters]
         self._dropout_scales = self._scales / torch.tensor(kept, device=device)[:, None, None]
         self._pairs: list[tuple[nn.Parameter, nn.Parameter, tuple[Any, ...]]] = []
         """Each weight of a run, the stack that it is in, and its place there."""
@@ -140,24 +206,9 @@ class StackedLoRA(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The output `[run · sequence, ..., output]` of inputs `[run · sequence, ..., input]`."""
-        mask = None if self._draws.draw is None else self._mask(inputs, self._draws.draw)
-        scales = self._scales if mask is None else self._dropout_scales
+        scales = self._scales if self.mask is None else self._dropout_scales
         matrix = self.weight.T if self._is_transposed else self.weight
-        return _Adapted.apply(inputs, matrix, self.bias, mask, scales, self._runs, *self.stacks)
-
-    def _mask(self, inputs: Tensor, draw: Draw) -> Tensor | None:
-        """True where a run keeps an input, `[run, row, input]`; the same masks as `lora.Dropout`."""
-        if not any(self._shares):
-            return None
-        n_runs, width = len(self._shares), inputs.shape[-1]
-        number = inputs.numel() // n_runs
-        make = torch.empty if all(self._shares) else torch.zeros
-        words = make(n_runs, -(-number // 4), dtype=torch.int64, device=inputs.device)
-        for run, share in enumerate(self._shares):
-            if share:
-                draw(run, words[run])
-        levels = words.view(torch.int16)[:, :number]
-        return (levels >= self._thresholds).view(n_runs, -1, width)
+        return _Adapted.apply(inputs, matrix, self.bias, self.mask, scales, self._runs, *self.stacks)
 
 
 _RANKS = 16
