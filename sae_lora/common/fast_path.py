@@ -20,10 +20,12 @@ class FastPath:
     Args:
         name: Its name, for messages.
         plain: The name of the plain computation.
+        for_all: True if a failure for one kind of input is one for all.
     """
 
-    def __init__(self, name: str, plain: str) -> None:
+    def __init__(self, name: str, plain: str, *, for_all: bool = False) -> None:
         self._name, self._plain = name, plain
+        self._for_all, self._has_failed = for_all, False
         self._is_proven: dict[Hashable, bool] = {}
 
     def take(
@@ -44,6 +46,8 @@ class FastPath:
                 difference.
             tolerance: The largest difference that rounding explains.
         """
+        if self._for_all and self._has_failed:
+            return plain()
         if kind not in self._is_proven:
             self._is_proven[kind] = self._proves(difference, tolerance)
         if self._is_proven[kind]:
@@ -71,4 +75,5 @@ class FastPath:
         self._tell(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _tell(self, because: str) -> None:
+        self._has_failed = True
         complain("note", f"{self._plain} serves in place of {self._name}: {because}")

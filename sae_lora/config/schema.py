@@ -327,12 +327,22 @@ class TrainConfig:
     """Runs of a pack that go through the same blocks are one batch there: on, off, or auto (on for a GPU
     without `deterministic`). Results differ only by rounding; on a GPU, dropout hits other inputs."""
 
+    compile: Any = "auto"
+    """Compile the model's blocks with torch.compile, which takes a minute or more at the beginning: on,
+    off, or auto (on for a GPU without `deterministic`). Results differ only by rounding."""
+
+    def compiles_on(self, *, gpu: bool) -> bool:
+        """True if blocks are compiled on a GPU, or on a CPU."""
+        return self._is_on(self.compile, gpu)
+
     def stacks_on(self, *, gpu: bool) -> bool:
         """True if runs of a pack are stacked on a GPU, or on a CPU."""
-        chosen = switch(self.stack)
-        if chosen is None:
-            return gpu and not self.deterministic and not self.activation_checkpointing
-        return chosen
+        return self._is_on(self.stack, gpu)
+
+    def _is_on(self, value: Any, gpu: bool) -> bool:
+        if (chosen := switch(value)) is not None:
+            return chosen
+        return gpu and not self.deterministic and not self.activation_checkpointing
 
 
 @dataclass

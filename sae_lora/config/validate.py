@@ -23,10 +23,10 @@ from sae_lora.config.lora_targets import canonical_alpha, target_words
 from sae_lora.config.schema import Config, as_list
 from sae_lora.config.value_checks import (
     check_blocks,
+    check_passes,
     check_processes,
     check_repeats,
     check_shard,
-    check_stack,
     check_texts,
     check_wandb,
     is_whole,
@@ -132,7 +132,7 @@ def _check_ranges(config: Config) -> None:
     if length < _SHORTEST_CONTEXT:
         allowed = f"at least {_SHORTEST_CONTEXT} tokens"
         raise refusal(config, "data.context_length", allowed, _SHORTEST_CONTEXT)
-    check_stack(config)
+    check_passes(config)
     if config.train.grad_clip is not None and not config.train.grad_clip > 0:
         raise refusal(config, "train.grad_clip", "a number above 0, or null", "null")
     minutes = config.train.checkpoint_every_min

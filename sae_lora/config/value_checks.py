@@ -148,18 +148,20 @@ def check_shard(config: Config) -> None:
         raise refusal(config, "train.batch_size", allowed, batch - batch % processes or processes)
 
 
-def check_stack(config: Config) -> None:
-    """Refuse unknown values of `train.stack`, and stacks that cannot be.
+def check_passes(config: Config) -> None:
+    """Refuse unknown values of `train.stack` and `train.compile`, and those that cannot be.
 
     Raises:
         ConfigError: For such a value.
     """
-    stack = switch(config.train.stack)
-    if stack is None and config.train.stack != "auto":
-        raise refusal(config, "train.stack", "auto, on or off", "auto")
-    if stack and config.train.activation_checkpointing:
-        allowed = "off or auto with train.activation_checkpointing, which would draw other dropout again"
-        raise refusal(config, "train.stack", allowed, "off")
+    for key in ("stack", "compile"):
+        value = getattr(config.train, key)
+        is_on = switch(value)
+        if is_on is None and value != "auto":
+            raise refusal(config, f"train.{key}", "auto, on or off", "auto")
+        if is_on and config.train.activation_checkpointing:
+            allowed = "off or auto with train.activation_checkpointing, which computes blocks again"
+            raise refusal(config, f"train.{key}", allowed, "off")
 
 
 def check_processes(launcher: LauncherConfig) -> None:

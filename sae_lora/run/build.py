@@ -80,9 +80,18 @@ class Builder:
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-            # Processes that divide the model would have to agree on the proof of a stack.
-            stacked = train.stacks_on(gpu=self.device.type == "cuda") and not self.model.shards
-            return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch, stacked=stacked)
+            gpu = self.device.type == "cuda"
+            # Processes that divide the model would have to agree on each proof.
+            whole = not self.model.shards
+            return DistillTrainer(
+                self.model,
+                trainings,
+                evaluate,
+                kl,
+                micro_batch,
+                stacked=whole and train.stacks_on(gpu=gpu),
+                compiled=whole and train.compiles_on(gpu=gpu),
+            )
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,

@@ -1,14 +1,15 @@
 """Students of a pack that go through the same blocks in one pass, each with its rows of the batch."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.lora import PlainAdapter
+from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.stacked_lora import Draw, StackedModel, padded_rank
 from sae_lora.splice.student import LoRAStudent, Student, cuts, hidden_from
 from sae_lora.splice.trunk import Trunk
@@ -27,23 +28,27 @@ class Stack:
         """The students, in the order of their rows."""
         self._model = model
         self._stacked = StackedModel(model, [_adapters(student) for student in self.students])
+        self._compiled: CompiledBlocks | None = None
 
-    def hidden(self, trunk: Trunk, draw: Draw | None = None) -> Tensor:
+    def hidden(self, trunk: Trunk, draw: Draw | None = None, *, compiled: bool = False) -> Tensor:
         """The states that the head reads, `[student, batch, pos, d_model]`.
 
         Args:
             trunk: The trunk of the batch.
             draw: The random words of dropout; `None`: no dropout.
+            compiled: True if the blocks are compiled.
         """
         self._stacked.begin(draw)
+        if compiled and self._compiled is None:
+            self._compiled = CompiledBlocks(self._stacked.view)
         first = self.students[0]
         entering = [trunk.resid_entering(first.first, student.frozen) for student in self.students]
         # All are `None` if the students begin at block 0.
         states = [state for state in entering if state is not None]
+        resid = torch.cat(states) if states else None
         tokens = trunk.tokens.repeat(len(self.students), 1)
-        hidden = hidden_from(
-            self._stacked.view, first.first, first.live, tokens, torch.cat(states) if states else None
-        )
+        with self._compiled.in_use() if compiled and self._compiled else nullcontext():
+            hidden = hidden_from(self._stacked.view, first.first, first.live, tokens, resid)
         return hidden.view(len(self.students), *trunk.tokens.shape, -1)
 
     def backward(self, hidden: Tensor, gradients: Tensor) -> None:
@@ -55,6 +60,39 @@ class Stack:
         """
         hidden.backward(gradients)
         self._stacked.give_gradients()
+
+    def compiled_difference(self, trunk: Trunk) -> float:
+        """The largest relative difference of compiled blocks from plain ones, in states and gradients.
+
+        It computes the whole batch with dropout, so that the code for training is compiled. B is as in
+        `difference`.
+        """
+        device = trunk.tokens.device
+
+        def results(*, compiled: bool) -> tuple[Tensor, list[Tensor]]:
+            generator = torch.Generator(device).manual_seed(1)
+
+            def draw(_: int, words: Tensor) -> None:
+                words.random_(-(2**63), None, generator=generator)
+
+            hidden = self.hidden(trunk, draw, compiled=compiled)
+            towards = torch.randn(hidden.shape, generator=generator, device=device).to(hidden)
+            self.backward(hidden, towards)
+            gradients = []
+            for weight in self._weights():
+                assert weight.grad is not None
+                gradients.append(weight.grad)
+                weight.grad = None
+            return hidden.detach(), gradients
+
+        with self._comparable(torch.Generator(device).manual_seed(0)):
+            states, gradients = results(compiled=False)
+            compiled_states, compiled_gradients = results(compiled=True)
+        error = torch.stack(
+            [(ours - theirs).norm() for ours, theirs in zip(compiled_gradients, gradients, strict=True)]
+        ).norm()
+        size = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        return max(float(relative(compiled_states, states)), float(error / size))
 
     def difference(self, tokens: Tensor) -> float:
         """The largest relative difference from each student alone, in states and gradients.
@@ -77,14 +115,14 @@ class Stack:
                 _forget_gradients(student)
                 alone = student.hidden(trunk)
                 alone.backward(towards[number])
-                of_gradient = _relative(joint[number], _gradient(student))
-                differences += [_relative(together[number].detach(), alone.detach()), of_gradient]
+                of_gradient = relative(joint[number], _gradient(student))
+                differences += [relative(together[number].detach(), alone.detach()), of_gradient]
         return max(float(each) for each in differences)
 
     @contextmanager
     def _comparable(self, generator: torch.Generator) -> Iterator[None]:
         """Inside the block, students have no dropout and no B that is zero; after it, no gradients."""
-        weights = [weight.data for student in self.students for weight in student.weights.values()]
+        weights = [weight.data for weight in self._weights()]
         blank = [weight for weight in weights if not weight.any()]
         try:
             for weight in blank:
@@ -98,6 +136,9 @@ class Stack:
             for student in self.students:
                 lora.set_adapter_dropout(student.model, True)
                 _forget_gradients(student)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for student in self.students for weight in student.weights.values()]
 
 
 def kind_of(student: Student) -> tuple[object, ...] | None:
@@ -133,5 +174,6 @@ def _forget_gradients(student: Student) -> None:
         weight.grad = None
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+def relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The norm of the difference, relative to the norm of the second."""
     return (ours.float() - theirs.float()).norm() / theirs.float().norm()

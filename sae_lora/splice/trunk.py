@@ -1,7 +1,7 @@
 """Hidden states of a batch that do not depend on trained weights, computed once for all students."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Trunk:
         tokens: The batch, `[batch, pos]`.
         cuts: Blocks whose input is stored, so that several forward passes can begin there.
         observe: Called after an application of an SAE, once per combination of it and earlier SAEs.
+        running: Entered around each pass through the model: `CompiledBlocks.in_use`.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Trunk:
         tokens: Tensor,
         cuts: Iterable[int],
         observe: Callable[[Splices, Reading], None] | None = None,
+        running: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.tokens = tokens
+        self._running = running
         self._model = model
         self.cuts = frozenset({0, *cuts})
         self._observe = observe
@@ -73,7 +76,8 @@ class Trunk:
             last = splices[-1].block + 1 if splices else 0
             cut = end if last == end else self._cut_before(end)
             resid = self.resid_entering(cut, splices)
-            self._read_by_head[splices] = self._model.hidden(self.tokens, cut, resid)
+            with self._running():
+                self._read_by_head[splices] = self._model.hidden(self.tokens, cut, resid)
         return self._read_by_head[splices]
 
     @property
@@ -106,6 +110,7 @@ class Trunk:
             for prefix in previous_block:
                 observe = self._observer(prefix)
                 inside.enter_context(spliced(self._model, prefix[-1:], self.tokens, observe))
+            inside.enter_context(self._running())
             return self._model.resid_entering(block, self.tokens, cut, resid)
 
     def _observer(self, splices: Splices) -> Observer | None:

@@ -9,7 +9,6 @@ from sae_lora.common.isolation import Isolation
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
-from sae_lora.splice.trunk import Trunk
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.passes import Passes
 from sae_lora.train.train_state import DistillState
@@ -30,6 +29,7 @@ class DistillTrainer(Trainer[DistillState]):
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; `None` for all sequences of the step.
         stacked: True if runs that go through the same blocks do so in a stack.
+        compiled: True if blocks are compiled.
     """
 
     def __init__(
@@ -39,13 +39,15 @@ class DistillTrainer(Trainer[DistillState]):
         evaluate: Evaluator,
         kl: KL,
         micro_batch: int | None = None,
+        *,
         stacked: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__(model.device, trainings, evaluate)
         self._model = model
         self._kl = kl
         self._micro_batch = micro_batch
-        self._passes = Passes(model, trainings, stacked=stacked)
+        self._passes = Passes(model, trainings, stacked=stacked, compiled=compiled)
 
     def follow(self, task: Task) -> None:
         trainings = [self._trainings.runs[number] for number in task.numbers]
@@ -77,7 +79,7 @@ class DistillTrainer(Trainer[DistillState]):
 
         # ---- the step -------------------------------------------------------------------------
         for part in shard.split(self._micro_batch or len(shard)):
-            trunk = Trunk(self._model, part, cuts(state.student for state in trained))
+            trunk = self._passes.trunk(part, cuts(state.student for state in trained))
             teacher = trunk.hidden()
             for turn in turns(self._still_active(trained)):
                 passes = self._passes.of(turn)

@@ -1,6 +1,6 @@
 """Passes of trainings through a part of a batch: each alone, or several in a stack."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 from sae_lora.common.fast_path import PROOF_TOKENS, FastPath
 from sae_lora.common.isolation import Isolation
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.kl import SummedKL
-from sae_lora.splice.stack import Stack, kind_of
+from sae_lora.splice.stack import Stack, kind_of, relative
 from sae_lora.splice.trunk import Trunk
 from sae_lora.train.optim import GradientState
 from sae_lora.train.train_state import DistillState
@@ -68,6 +69,7 @@ class Together(Pass):
         group: The trainings.
         trainings: Those of the pack, for the rule for errors.
         path: Notes what is proven.
+        compiled: Notes for which stacks compiled blocks are proven; `None`: they are not compiled.
     """
 
     def __init__(
@@ -76,13 +78,13 @@ class Together(Pass):
         group: Sequence[GradientState],
         trainings: Isolation[DistillState],
         path: FastPath,
+        compiled: FastPath | None = None,
     ) -> None:
         by_student = {training.student: training for training in group}
         self.stack = Stack(model, by_student)
         self.trainings = [by_student[student] for student in self.stack.students]
-        self._path = path
-        # They round differently: over 15 blocks of SmolLM2, gradients in bfloat16 differ by 2 to 4 eps.
-        self._tolerance = max(1e-3, 16 * torch.finfo(model.model.dtype).eps)
+        self._path, self._compiled = path, compiled
+        self._tolerance = _tolerance(model)
         self._alone = [Alone(training, trainings) for training in self.trainings]
         self._states: Tensor | None = None
 
@@ -90,19 +92,30 @@ class Together(Pass):
         some = trunk.tokens[:1, :PROOF_TOKENS]
         return self._path.take(
             self,
-            lambda: self._stacked(trunk),
+            lambda: self._together(trunk),
             lambda: self._each(trunk),
             lambda: self.stack.difference(some),
             self._tolerance,
         )
 
-    def _stacked(self, trunk: Trunk) -> Hidden:
+    def _together(self, trunk: Trunk) -> Hidden:
+        if self._compiled is None:
+            return self._stacked(trunk)
+        return self._compiled.take(
+            (self, trunk.tokens.shape),
+            lambda: self._stacked(trunk, compiled=True),
+            lambda: self._stacked(trunk),
+            lambda: self.stack.compiled_difference(trunk),
+            self._tolerance,
+        )
+
+    def _stacked(self, trunk: Trunk, *, compiled: bool = False) -> Hidden:
         generators = [training.generator() for training in self.trainings]
 
         def draw(number: int, words: Tensor) -> None:
             words.random_(-(2**63), None, generator=generators[number])
 
-        self._states = self.stack.hidden(trunk, draw)
+        self._states = self.stack.hidden(trunk, draw, compiled=compiled)
         for training, generator in zip(self.trainings, generators, strict=True):
             training.note_drawn(generator)
         return {
@@ -137,17 +150,52 @@ class Passes:
         model: The plain model.
         trainings: The trainings of the pack.
         stacked: True if those that go through the same blocks do so in a stack.
+        compiled: True if blocks are compiled. A training that is alone is then a stack of one.
     """
 
     def __init__(
-        self, model: LanguageModel, trainings: Isolation[DistillState], *, stacked: bool
+        self,
+        model: LanguageModel,
+        trainings: Isolation[DistillState],
+        *,
+        stacked: bool = False,
+        compiled: bool = False,
     ) -> None:
         self._model = model
         self._trainings = trainings
         self._stacked = stacked
+        self._compiled = None
+        if compiled:
+            self._compiled = FastPath("compiled blocks", "the uncompiled model", for_all=True)
+        self._blocks = CompiledBlocks(model) if compiled else None
         self._kinds: dict[GradientState, object] = {}
         self._together: list[Together] = []
         self._path = FastPath("runs in a stack", "each run alone")
+
+    def trunk(self, tokens: Tensor, cuts: Collection[int]) -> Trunk:
+        """The trunk of a part of a batch, with the teacher's states computed."""
+
+        def plain() -> Trunk:
+            trunk = Trunk(self._model, tokens, cuts)
+            trunk.hidden()
+            return trunk
+
+        if self._blocks is None or self._compiled is None:
+            return plain()
+        blocks = self._blocks
+
+        def compiled() -> Trunk:
+            trunk = Trunk(self._model, tokens, cuts, running=blocks.in_use)
+            trunk.hidden()
+            return trunk
+
+        return self._compiled.take(
+            tokens.shape,
+            compiled,
+            plain,
+            lambda: float(relative(compiled().hidden(), plain().hidden())),
+            _tolerance(self._model),
+        )
 
     def of(self, turn: Sequence[DistillState]) -> list[Pass]:
         """The passes of these trainings."""
@@ -159,15 +207,15 @@ class Passes:
     def _groups(self, turn: Sequence[DistillState]) -> list[list[GradientState]]:
         """The trainings that can be stacked, by what they share."""
         groups: dict[object, list[GradientState]] = {}
-        for training in turn if self._stacked else ():
+        for training in turn if self._stacked or self._compiled else ():
             # Its subclass also has the losses of SAEs.
             if type(training) is not GradientState:
                 continue
             if training not in self._kinds:
                 self._kinds[training] = kind_of(training.student)
             if (kind := self._kinds[training]) is not None:
-                groups.setdefault(kind, []).append(training)
-        return [group for group in groups.values() if len(group) > 1]
+                groups.setdefault(kind if self._stacked else training, []).append(training)
+        return [group for group in groups.values() if self._compiled or len(group) > 1]
 
     def _stack_of(self, group: Sequence[GradientState]) -> Together:
         for made in self._together:
@@ -175,5 +223,14 @@ class Passes:
                 return made
         # A training is in one stack only, of which its weights are views.
         self._together = [made for made in self._together if not set(made.trainings) & set(group)]
-        self._together.append(Together(self._model, group, self._trainings, self._path))
-        return self._together[-1]
+        made = Together(self._model, group, self._trainings, self._path, self._compiled)
+        self._together.append(made)
+        return made
+
+
+def _tolerance(model: LanguageModel) -> float:
+    """The largest relative difference that rounding explains over many blocks.
+
+    Over 15 blocks of SmolLM2, gradients in bfloat16 differ by 2 to 4 eps.
+    """
+    return max(1e-3, 16 * torch.finfo(model.model.dtype).eps)

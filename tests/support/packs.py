@@ -58,6 +58,7 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTra
         kl,
         train.micro_batch_size,
         stacked=train.stacks_on(gpu=device.type == "cuda"),
+        compiled=train.compiles_on(gpu=device.type == "cuda"),
     )
 
 

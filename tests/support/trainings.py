@@ -107,11 +107,11 @@ def pack(
     model: LanguageModel,
     *trainings: TrainState,
     micro_batch: int | None = None,
-    stacked: bool = False,
+    **how: bool,
 ) -> DistillTrainer:
-    """A trainer of these trainings."""
+    """A trainer of these trainings; `how` is `stacked` and `compiled`."""
     isolation = Isolation(trainings)
-    return DistillTrainer(model, isolation, evaluator(model), kl(model), micro_batch, stacked=stacked)
+    return DistillTrainer(model, isolation, evaluator(model), kl(model), micro_batch, **how)
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
