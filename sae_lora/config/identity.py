@@ -25,7 +25,7 @@ _NOT_HASHED = {
     "train": (
         *("device", "kl", "kl_chunk_tokens", "activation_checkpointing", "eval_each_sae"),
         *("eval_batch_tokens", "eval_cache_gb", "checkpoint_every_steps", "checkpoint_every_min"),
-        *("deterministic", "stack", "compile"),
+        *("deterministic", "stack", "compile", "adapter_products"),
     ),
 }
 """Keys that cannot change a result, or requests that `sae.used` answers."""

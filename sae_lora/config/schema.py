@@ -331,13 +331,24 @@ class TrainConfig:
     """Compile the model's blocks with torch.compile, which takes a minute or more at the beginning: on,
     off, or auto (on for a GPU without `deterministic`). Results differ only by rounding."""
 
+    adapter_products: Any = "auto"
+    """Precision in which adapters are multiplied if runs are stacked or compiled: float32, bfloat16
+    (needs `dtype` bfloat16), or auto (as `dtype` on a GPU, else float32). Their weights and gradients
+    are float32 in any case."""
+
+    def products_on(self, *, gpu: bool) -> DType:
+        """The precision in which stacks multiply adapters on a GPU, or on a CPU."""
+        if self.adapter_products == "auto":
+            return self.dtype if gpu else DType.float32
+        return DType[self.adapter_products]
+
     def compiles_on(self, *, gpu: bool) -> bool:
         """True if blocks are compiled on a GPU, or on a CPU."""
         return self._is_on(self.compile, gpu)
 
     def stacks_on(self, *, gpu: bool) -> bool:
         """True if runs of a pack are stacked on a GPU, or on a CPU."""
-        return self._is_on(self.stack, gpu)
+        return self._is_on(self.stack, gpu or self.adapter_products == DType.bfloat16.name)
 
     def _is_on(self, value: Any, gpu: bool) -> bool:
         if (chosen := switch(value)) is not None:

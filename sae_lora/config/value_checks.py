@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
-from sae_lora.config.enums import TrackingMode
+from sae_lora.config.enums import DType, Method, TrackingMode
 from sae_lora.config.execution import LauncherConfig, switch
 from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, as_list
@@ -162,6 +162,28 @@ def check_passes(config: Config) -> None:
         if is_on and config.train.activation_checkpointing:
             allowed = "off or auto with train.activation_checkpointing, which computes blocks again"
             raise refusal(config, f"train.{key}", allowed, "off")
+    _check_products(config)
+
+
+def _check_products(config: Config) -> None:
+    key, train = "train.adapter_products", config.train
+    words = ("auto", *DType.__members__)
+    if train.adapter_products not in words:
+        raise refusal(config, key, "auto, float32 or bfloat16", "auto")
+    if train.adapter_products != DType.bfloat16.name:
+        return
+    alone = switch(train.stack) is False and switch(train.compile) is not True
+    reasons = {
+        "train.dtype=float32": train.dtype is not DType.bfloat16,
+        f"method={config.method.kind.name}": config.method.kind is not Method.lora,
+        "lora.dora=true": config.lora.dora,
+        "train.activation_checkpointing=true": train.activation_checkpointing,
+        "train.stack=off": alone,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            allowed = f"auto or float32 with {reason}: only stacked adapters of a bfloat16 model round"
+            raise refusal(config, key, allowed, "auto")
 
 
 def check_processes(launcher: LauncherConfig) -> None:

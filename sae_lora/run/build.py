@@ -20,6 +20,7 @@ from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import Member, ProcessGroup
 from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.passes import Passing
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from sae_lora.train.trainer import Trainer
 
@@ -80,18 +81,9 @@ class Builder:
         )
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
-            gpu = self.device.type == "cuda"
             # Processes that divide the model would have to agree on each proof.
-            whole = not self.model.shards
-            return DistillTrainer(
-                self.model,
-                trainings,
-                evaluate,
-                kl,
-                micro_batch,
-                stacked=whole and train.stacks_on(gpu=gpu),
-                compiled=whole and train.compiles_on(gpu=gpu),
-            )
+            passing = Passing() if self.model.shards else Passing.of(train, self.device)
+            return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch, passing)
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(
             self.model,

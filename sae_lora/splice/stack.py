@@ -21,13 +21,19 @@ class Stack:
     Args:
         model: The plain model.
         students: The students, all of one kind; see `kind_of`.
+        products: The precision in which their adapters are multiplied.
     """
 
-    def __init__(self, model: LanguageModel, students: Iterable[Student]) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        students: Iterable[Student],
+        products: torch.dtype = torch.float32,
+    ) -> None:
         self.students = sorted(students, key=_rank)
         """The students, in the order of their rows."""
         self._model = model
-        self._stacked = StackedModel(model, [_adapters(student) for student in self.students])
+        self._stacked = StackedModel(model, [_adapters(student) for student in self.students], products)
         self._compiled: CompiledBlocks | None = None
 
     def hidden(self, trunk: Trunk, draw: Draw | None = None, *, compiled: bool = False) -> Tensor:

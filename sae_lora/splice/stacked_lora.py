@@ -33,14 +33,20 @@ class StackedModel:
         runs: The adapters of each run, at the same matrices, by the dotted path of their modules. The
             rows of the batch belong to the runs in this order, which is that of `padded_rank`, and are
             equally many.
+        dtype: The precision in which adapters are multiplied. Their weights are float32.
     """
 
-    def __init__(self, model: LanguageModel, runs: Sequence[Mapping[str, PlainAdapter]]) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        runs: Sequence[Mapping[str, PlainAdapter]],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.view = model.view()
         self._draw: Draw | None = None
         self._layers: list[StackedLoRA] = []
         for name in runs[0]:
-            stacked = StackedLoRA([adapters[name] for adapters in runs])
+            stacked = StackedLoRA([adapters[name] for adapters in runs], dtype)
             self.view.model.set_submodule(name, stacked)
             self._layers.append(stacked)
         shares = [next(iter(adapters.values())).dropout for adapters in runs]
@@ -57,6 +63,10 @@ class StackedModel:
         with torch.no_grad():
             for layer in self._layers:
                 layer.read()
+            rounded = [stack for layer in self._layers for stack in layer.rounded]
+            if rounded:  # all at once, in few kernels
+                stacks = [stack for layer in self._layers for stack in layer.stacks]
+                torch._foreach_copy_(rounded, stacks)
 
     def give_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the runs' weights."""
@@ -134,9 +144,10 @@ class StackedLoRA(nn.Module):
 
     Args:
         adapters: The adapters of the matrix, one for each run, in the order of `padded_rank`.
+        dtype: The precision in which they are multiplied.
     """
 
-    def __init__(self, adapters: Sequence[PlainAdapter]) -> None:
+    def __init__(self, adapters: Sequence[PlainAdapter], dtype: torch.dtype) -> None:
         super().__init__()
         self.base_layer = adapters[0].base
         self.width = adapters[0].a.shape[1]
@@ -158,6 +169,10 @@ class StackedLoRA(nn.Module):
         a run they are zero, and so are their gradients."""
         for rank, members in groupby(adapters, lambda adapter: padded_rank(adapter.rank)):
             self._add(list(members), rank)
+        self.rounded: list[Tensor] = []
+        """The stacks in the precision in which they are multiplied, if that is another one."""
+        if dtype is not self.stacks[0].dtype:
+            self.rounded = [torch.empty_like(stack, dtype=dtype) for stack in self.stacks]
 
     def _add(self, adapters: Sequence[PlainAdapter], rank: int) -> None:
         """Add a batched product of this padded rank for these runs."""
@@ -208,7 +223,16 @@ class StackedLoRA(nn.Module):
         """The output `[run · sequence, ..., output]` of inputs `[run · sequence, ..., input]`."""
         scales = self._scales if self.mask is None else self._dropout_scales
         matrix = self.weight.T if self._is_transposed else self.weight
-        return _Adapted.apply(inputs, matrix, self.bias, self.mask, scales, self._runs, *self.stacks)
+        return _Adapted.apply(
+            inputs,
+            matrix,
+            self.bias,
+            self.mask,
+            scales,
+            self._runs,
+            self.rounded or list(self.stacks),
+            *self.stacks,
+        )
 
 
 _RANKS = 16
@@ -226,8 +250,8 @@ def padded_rank(rank: int) -> int:
 class _Adapted(Function):
     """The product with a frozen matrix, and the adapters of several runs, with their gradients.
 
-    Inputs under the mask are computed again in the backward pass. What torch would keep for it takes
-    several times the memory.
+    Adapters are multiplied in the precision of `operands`. Inputs under the mask are computed again in
+    the backward pass. What torch would keep for it takes several times the memory.
     """
 
     @staticmethod
@@ -239,36 +263,38 @@ class _Adapted(Function):
         mask: Tensor | None,
         scales: Tensor,
         runs: Sequence[slice],
+        operands: Sequence[Tensor],
         *stacks: Tensor,
     ) -> Tensor:
         output = functional.linear(inputs, matrix, bias)
         by_run = output.view(len(scales), -1, output.shape[-1])
-        kept = _kept(inputs, mask, len(scales), stacks[0].dtype)
+        kept = _kept(inputs, mask, len(scales), operands[0].dtype)
         lowered = []
         changes = kept.new_empty(by_run.shape)
-        for which, a, b in zip(runs, stacks[::2], stacks[1::2], strict=True):
+        for which, a, b in zip(runs, operands[::2], operands[1::2], strict=True):
             lowered.append(torch.bmm(kept[which], a.mT))
             torch.bmm(lowered[-1], b.mT, out=changes[which])
         by_run.addcmul_(changes, scales)
         ctx.runs = runs
-        ctx.save_for_backward(inputs, matrix, mask, scales, *stacks, *lowered)
+        ctx.save_for_backward(inputs, matrix, mask, scales, *operands, *lowered)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         inputs, matrix, mask, scales, *rest = ctx.saved_tensors
-        n_runs, n_stacks = len(scales), 2 * len(ctx.runs)
-        stacks, lowered = rest[:n_stacks], rest[n_stacks:]
+        n_runs, n_operands = len(scales), 2 * len(ctx.runs)
+        operands, lowered = rest[:n_operands], rest[n_operands:]
         (gradient,) = gradients
-        kept = _kept(inputs, mask, n_runs, stacks[0].dtype)
+        kept = _kept(inputs, mask, n_runs, operands[0].dtype)
         # Multiplied by the scales, the gradient has their precision.
-        scaled = (gradient.reshape(n_runs, -1, gradient.shape[-1]) * scales).to(stacks[0].dtype)
+        scaled = (gradient.reshape(n_runs, -1, gradient.shape[-1]) * scales).to(kept.dtype)
         is_wanted = ctx.needs_input_grad[0]
         of_kept = torch.empty_like(kept) if is_wanted else None
         of_stacks: list[Tensor] = []
-        for which, low, a, b in zip(ctx.runs, lowered, stacks[::2], stacks[1::2], strict=True):
+        for which, low, a, b in zip(ctx.runs, lowered, operands[::2], operands[1::2], strict=True):
             of_low = torch.bmm(scaled[which], b)
-            of_stacks += [torch.bmm(of_low.mT, kept[which]), torch.bmm(scaled[which].mT, low)]
+            of_stacks.append(_in_float32(of_low.mT, kept[which]))
+            of_stacks.append(_in_float32(scaled[which].mT, low))
             if of_kept is not None:
                 torch.bmm(of_low, a, out=of_kept[which])
         of_inputs = None
@@ -277,10 +303,17 @@ class _Adapted(Function):
             if mask is not None:
                 of_kept.mul_(mask)
             of_inputs += of_kept.view_as(of_inputs)
-        return of_inputs, None, None, None, None, None, *of_stacks
+        return of_inputs, *[None] * 6, *of_stacks
 
 
 def _kept(inputs: Tensor, mask: Tensor | None, n_runs: int, dtype: torch.dtype) -> Tensor:
     """The inputs that dropout keeps, and zeros, `[run, row, input]`."""
     by_run = inputs.reshape(n_runs, -1, inputs.shape[-1])
     return (by_run if mask is None else by_run * mask).to(dtype)
+
+
+def _in_float32(first: Tensor, second: Tensor) -> Tensor:
+    """The batched product, which a GPU does not round to the precision of its factors."""
+    if first.device.type == "cuda" and first.dtype is not torch.float32:
+        return torch.bmm(first, second, out_dtype=torch.float32)
+    return torch.bmm(first, second).float()

@@ -10,7 +10,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.kl import KL
 from sae_lora.splice.student import cuts
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.passes import Passes
+from sae_lora.train.passes import EACH_ALONE, Passes, Passing
 from sae_lora.train.train_state import DistillState
 from sae_lora.train.trainer import Task, Trainer
 
@@ -28,8 +28,7 @@ class DistillTrainer(Trainer[DistillState]):
         trainings, evaluate: As in `Trainer`.
         kl: The KL of several students at once.
         micro_batch: Sequences per forward and backward pass; `None` for all sequences of the step.
-        stacked: True if runs that go through the same blocks do so in a stack.
-        compiled: True if blocks are compiled.
+        passing: The way of the trainings through the model.
     """
 
     def __init__(
@@ -39,15 +38,13 @@ class DistillTrainer(Trainer[DistillState]):
         evaluate: Evaluator,
         kl: KL,
         micro_batch: int | None = None,
-        *,
-        stacked: bool = False,
-        compiled: bool = False,
+        passing: Passing = EACH_ALONE,
     ) -> None:
         super().__init__(model.device, trainings, evaluate)
         self._model = model
         self._kl = kl
         self._micro_batch = micro_batch
-        self._passes = Passes(model, trainings, stacked=stacked, compiled=compiled)
+        self._passes = Passes(model, trainings, passing)
 
     def follow(self, task: Task) -> None:
         trainings = [self._trainings.runs[number] for number in task.numbers]

@@ -1,13 +1,15 @@
 """Passes of trainings through a part of a batch: each alone, or several in a stack."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sae_lora.common.fast_path import PROOF_TOKENS, FastPath
 from sae_lora.common.isolation import Isolation
+from sae_lora.config.schema import TrainConfig
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.kl import SummedKL
@@ -18,6 +20,27 @@ from sae_lora.train.train_state import DistillState
 
 Hidden = dict[DistillState, list[Tensor]]
 """For each training, its input to the head in each of its passes, `[batch, pos, d_model]`, detached."""
+
+
+class Passing(NamedTuple):
+    """The way of the trainings of a pack through the model."""
+
+    stacked: bool = False
+    """True if those that go through the same blocks do so in a stack."""
+    compiled: bool = False
+    """True if blocks are compiled. A training that is alone is then a stack of one."""
+    products: torch.dtype = torch.float32
+    """The precision in which the adapters of stacks are multiplied."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, device: torch.device) -> "Passing":
+        """The way that a config asks for on this device."""
+        on_gpu = device.type == "cuda"
+        products = getattr(torch, config.products_on(gpu=on_gpu).name)
+        return cls(config.stacks_on(gpu=on_gpu), config.compiles_on(gpu=on_gpu), products)
+
+
+EACH_ALONE = Passing()
 
 
 class Pass(Protocol):
@@ -70,6 +93,7 @@ class Together(Pass):
         trainings: Those of the pack, for the rule for errors.
         path: Notes what is proven.
         compiled: Notes for which stacks compiled blocks are proven; `None`: they are not compiled.
+        products: As in `Passing`.
     """
 
     def __init__(
@@ -78,13 +102,14 @@ class Together(Pass):
         group: Sequence[GradientState],
         trainings: Isolation[DistillState],
         path: FastPath,
-        compiled: FastPath | None = None,
+        compiled: FastPath | None,
+        products: torch.dtype,
     ) -> None:
         by_student = {training.student: training for training in group}
-        self.stack = Stack(model, by_student)
+        self.stack = Stack(model, by_student, products)
         self.trainings = [by_student[student] for student in self.stack.students]
         self._path, self._compiled = path, compiled
-        self._tolerance = _tolerance(model)
+        self._tolerance = _tolerance(model.model.dtype)
         self._alone = [Alone(training, trainings) for training in self.trainings]
         self._states: Tensor | None = None
 
@@ -149,25 +174,19 @@ class Passes:
     Args:
         model: The plain model.
         trainings: The trainings of the pack.
-        stacked: True if those that go through the same blocks do so in a stack.
-        compiled: True if blocks are compiled. A training that is alone is then a stack of one.
+        passing: Their way.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        trainings: Isolation[DistillState],
-        *,
-        stacked: bool = False,
-        compiled: bool = False,
+        self, model: LanguageModel, trainings: Isolation[DistillState], passing: Passing
     ) -> None:
         self._model = model
         self._trainings = trainings
-        self._stacked = stacked
-        self._compiled = None
-        if compiled:
+        self._stacked, self._products = passing.stacked, passing.products
+        self._compiled = self._blocks = None
+        if passing.compiled:
             self._compiled = FastPath("compiled blocks", "the uncompiled model", for_all=True)
-        self._blocks = CompiledBlocks(model) if compiled else None
+            self._blocks = CompiledBlocks(model)
         self._kinds: dict[GradientState, object] = {}
         self._together: list[Together] = []
         self._path = FastPath("runs in a stack", "each run alone")
@@ -175,26 +194,25 @@ class Passes:
     def trunk(self, tokens: Tensor, cuts: Collection[int]) -> Trunk:
         """The trunk of a part of a batch, with the teacher's states computed."""
 
-        def plain() -> Trunk:
-            trunk = Trunk(self._model, tokens, cuts)
+        def computed(running: Callable[[], AbstractContextManager[None]]) -> Trunk:
+            trunk = Trunk(self._model, tokens, cuts, running=running)
             trunk.hidden()
             return trunk
+
+        def difference() -> float:
+            # The plain one first, because a kernel inside a block may have to prove itself.
+            plain = computed(nullcontext).hidden()
+            return float(relative(computed(in_use).hidden(), plain))
 
         if self._blocks is None or self._compiled is None:
-            return plain()
-        blocks = self._blocks
-
-        def compiled() -> Trunk:
-            trunk = Trunk(self._model, tokens, cuts, running=blocks.in_use)
-            trunk.hidden()
-            return trunk
-
+            return computed(nullcontext)
+        in_use = self._blocks.in_use
         return self._compiled.take(
             tokens.shape,
-            compiled,
-            plain,
-            lambda: float(relative(compiled().hidden(), plain().hidden())),
-            _tolerance(self._model),
+            lambda: computed(in_use),
+            lambda: computed(nullcontext),
+            difference,
+            _tolerance(self._model.model.dtype),
         )
 
     def of(self, turn: Sequence[DistillState]) -> list[Pass]:
@@ -223,14 +241,14 @@ class Passes:
                 return made
         # A training is in one stack only, of which its weights are views.
         self._together = [made for made in self._together if not set(made.trainings) & set(group)]
-        made = Together(self._model, group, self._trainings, self._path, self._compiled)
+        made = Together(self._model, group, self._trainings, self._path, self._compiled, self._products)
         self._together.append(made)
         return made
 
 
-def _tolerance(model: LanguageModel) -> float:
+def _tolerance(dtype: torch.dtype) -> float:
     """The largest relative difference that rounding explains over many blocks.
 
     Over 15 blocks of SmolLM2, gradients in bfloat16 differ by 2 to 4 eps.
     """
-    return max(1e-3, 16 * torch.finfo(model.model.dtype).eps)
+    return max(1e-3, 16 * torch.finfo(dtype).eps)

@@ -39,6 +39,7 @@ from sae_lora.train.cost.memory import PeakMemory
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import GradientState
+from sae_lora.train.passes import Passing
 from scripts.benchmark.measure import Ratio, ratio, taking_turns
 from scripts.benchmark.profile import Work, peak_flops_per_second, work_of
 from scripts.benchmark.reference import Reference, evaluate
@@ -116,15 +117,14 @@ def pack(
     trainings: Sequence[GradientState],
     how: KLComputation,
     *,
-    stacked: bool | None = None,
+    passing: Passing | None = None,
 ) -> DistillTrainer:
-    """A pack of runs, without evaluations; `stacked` is as `train.stack`, with `None` for auto."""
+    """A pack of runs, without evaluations; `None` for the way of the default on this device."""
     comparison = Comparison(Head.of(model))
     evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), 1, comparison)
-    if stacked is None:
-        stacked = model.device.type == "cuda"
     kl = kl_of(comparison, how)
-    return DistillTrainer(model, Isolation(trainings), evaluator, kl, stacked=stacked)
+    passing = passing or Passing.of(TRAIN, model.device)
+    return DistillTrainer(model, Isolation(trainings), evaluator, kl, passing=passing)
 
 
 def compare_steps(

@@ -234,6 +234,7 @@ def _pack(case: Case, configs: Sequence[Any]) -> Any:
     from sae_lora.train import methods
     from sae_lora.train.distill import DistillTrainer
     from sae_lora.train.evaluator import Evaluator
+    from sae_lora.train.passes import Passing
 
     common, device = configs[0], torch.device("cuda", 0)
     with device:
@@ -256,8 +257,8 @@ def _pack(case: Case, configs: Sequence[Any]) -> Any:
     held_out = torch.zeros(common.data.validation_tokens // case.context, case.context, dtype=torch.long)
     evaluate = Evaluator(model, held_out, common.train.eval_batch_tokens // case.context, comparison)
     kl, micro_batch = kl_of(comparison, common.train.kl), common.train.micro_batch_size
-    stacked = common.train.stacks_on(gpu=True)
-    return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch, stacked=stacked)
+    passing = Passing.of(common.train, device)
+    return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch, passing)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train import methods
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
+from sae_lora.train.passes import Passing
 from tests.support.coders import write_topk_sae
 from tests.support.points import points_in
 
@@ -57,8 +58,7 @@ def pack_of(configs: Sequence[Config], device: torch.device = CPU) -> DistillTra
         evaluate,
         kl,
         train.micro_batch_size,
-        stacked=train.stacks_on(gpu=device.type == "cuda"),
-        compiled=train.compiles_on(gpu=device.type == "cuda"),
+        passing=Passing.of(train, device),
     )
 
 

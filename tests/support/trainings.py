@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from sae_lora.splice.student import LoRAStudent, Student
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.optim import GradientState
+from sae_lora.train.passes import Passing
 from sae_lora.train.train_state import TrainState
 from tests.support.families import random_tokens
 
@@ -107,11 +108,11 @@ def pack(
     model: LanguageModel,
     *trainings: TrainState,
     micro_batch: int | None = None,
-    **how: bool,
+    **how: Any,
 ) -> DistillTrainer:
-    """A trainer of these trainings; `how` is `stacked` and `compiled`."""
+    """A trainer of these trainings; `how` has the fields of `Passing`."""
     isolation = Isolation(trainings)
-    return DistillTrainer(model, isolation, evaluator(model), kl(model), micro_batch, **how)
+    return DistillTrainer(model, isolation, evaluator(model), kl(model), micro_batch, Passing(**how))
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:

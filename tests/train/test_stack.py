@@ -196,12 +196,12 @@ def test_a_pass_that_fails_later_is_computed_alone(
     alone = trained(model, trainings(model))
     calls = 0
 
-    def failing_late(self: Stack, *arguments: Any) -> Tensor:
+    def failing_late(self: Stack, *arguments: Any, **named: Any) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:  # after the proof and two steps
             raise RuntimeError("no kernel for this device")
-        return usual_hidden(self, *arguments)
+        return usual_hidden(self, *arguments, **named)
 
     usual_hidden = Stack.hidden
     monkeypatch.setattr(Stack, "hidden", failing_late)

@@ -7,7 +7,7 @@ do not give the results of blockwise attention go through the latter.
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -138,34 +138,39 @@ def _flexible(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
     shared_by = query.shape[1] // key.shape[1]
     if shared_by & (shared_by - 1):  # the kernel serves powers of two
         key, value = (part.repeat_interleave(shared_by, 1) for part in (key, value))
-    from torch._dynamo import config  # takes a second, and most processes need it not
+    options: dict[str, Any] = {
+        "score_mod": None if how.softcap is None else _capping(how.softcap),
+        "block_mask": _block_mask(query.shape[2], how.window, query.device),
+        "scale": how.scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    # On a CPU not compiled, because the compiled form has no gradient there.
+    if query.device.type == "cpu" or torch.compiler.is_compiling():  # with the block around it
+        output = flex_attention(query, key, value, **options)
+    else:
+        from torch._dynamo import config  # takes a second, and most processes need it not
 
-    with config.patch(recompile_limit=_KINDS):
-        output = _kernel(query.device.type)(
-            query,
-            key,
-            value,
-            score_mod=None if how.softcap is None else _capping(how.softcap),
-            block_mask=_block_mask(query.shape[2], how.window, query.device),
-            scale=how.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        with config.patch(recompile_limit=_KINDS):
+            output = _kernel()(query, key, value, **options)
     assert isinstance(output, Tensor)
     return output
 
 
 @cache
-def _kernel(device: str) -> Callable[..., Any]:
-    """torch's attention; on a CPU not compiled, because its compiled form has no gradient there."""
-    return flex_attention if device == "cpu" else torch.compile(flex_attention)
+def _kernel() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
-@cache  # the same function every time: another one would be compiled again
+_CAPPING: dict[float, Callable[..., Tensor]] = {}
+
+
 def _capping(softcap: float) -> Callable[..., Tensor]:
+    """The same function for equal soft-caps: another one would be compiled again."""
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    return capped
+    return _CAPPING.setdefault(softcap, capped)
 
 
 def _sees(query: Tensor, position: Tensor, window: int | None) -> Tensor:
@@ -174,8 +179,17 @@ def _sees(query: Tensor, position: Tensor, window: int | None) -> Tensor:
     return causal if window is None else causal & (position > query - window)
 
 
-@lru_cache(maxsize=32)  # lengths of training and evaluation, with and without the window
+_MASKS: dict[tuple[int, int | None, torch.device], BlockMask] = {}
+"""Masks by length, window and device: those of training and evaluation."""
+
+
 def _block_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
+    if (length, window, device) not in _MASKS:  # not a cache of functools, which torch does not compile
+        _MASKS[length, window, device] = _new_mask(length, window, device)
+    return _MASKS[length, window, device]
+
+
+def _new_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
     def sees(_: Tensor, __: Tensor, query: Tensor, position: Tensor) -> Tensor:
         return _sees(query, position, window)
 
