@@ -161,6 +161,7 @@ def _counted(case: Case) -> Counted:
 
     from sae_lora.train.cost import estimate
     from sae_lora.train.cost.memory import CUDA_BYTES
+    from tests.support import fake_inductor
 
     with tempfile.TemporaryDirectory() as home:
         configs = _configs(case, Path(home) / case.model)
@@ -171,7 +172,12 @@ def _counted(case: Case) -> Counted:
             config.launcher.gpus_per_node = 1
         planned = estimate.estimate(configs).peak_bytes - CUDA_BYTES
         requests, memory = _requests(case), _device_memory()
-        with _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), memory, requests:
+        with ExitStack() as modes:
+            modes.enter_context(_as_on_a_gpu())
+            if configs[0].train.compiles_on(gpu=True):
+                modes.enter_context(fake_inductor.as_on_a_gpu(requests, memory))
+            for mode in (FakeTensorMode(allow_non_fake_inputs=True), memory, requests):
+                modes.enter_context(mode)
             pack = _pack(case, configs)
             tokens = torch.zeros(case.batch, case.context, dtype=torch.long)
             step = lambda: pack._take_step(pack.active, pack._on_device(tokens))  # noqa: E731
@@ -355,6 +361,12 @@ def _requests(case: Case) -> Any:
             self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
             self.kernels = self.moved = 0
 
+        @contextmanager
+        def paused(self) -> Iterator[None]:
+            before = self.waits.copy(), self.kernels, self.moved
+            yield
+            self.waits, self.kernels, self.moved = before
+
         def __torch_dispatch__(
             self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
         ) -> Any:
@@ -422,10 +434,24 @@ def _requests(case: Case) -> Any:
 
 def _device_memory() -> Any:
     """A mode that counts the memory of the device, in the blocks of CUDA's allocator."""
+    import torch
 
     from sae_lora.train.cost.memory import PeakMemory
 
-    return PeakMemory(device="cuda", granularity=512)
+    class DeviceMemory(PeakMemory):
+        is_paused = False
+
+        @contextmanager
+        def paused(self) -> Iterator[None]:
+            before, self.is_paused = self.is_paused, True
+            yield
+            self.is_paused = before
+
+        def _count(self, storage: torch.UntypedStorage) -> None:
+            if not self.is_paused:
+                super()._count(storage)
+
+    return DeviceMemory(device="cuda", granularity=512)
 
 
 if __name__ == "__main__":
