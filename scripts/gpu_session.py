@@ -5,8 +5,8 @@
 
 Model, SAEs (JumpReLU, 16k latents) and tokens are random, so nothing is downloaded. `waits` lists the
 places where the host waits for the device, `steps` has the time and the peak memory of a step of packs
-and of the published loop, `changes` the time of a pack of five with other implementations of its parts,
-and `compiled` that of compiled blocks. It takes at most eight minutes, and needs the package with its
+and of the published loop, and `changes` the time of a pack of five with other implementations of its
+parts, and of the published loop compiled. It takes at most eight minutes, and needs the package with its
 dependencies and a C compiler (for Triton). `pytest -m gpu` tests what only a GPU can show.
 A row that fails is recorded with its error; the others go on. Prints each row as it is measured, and
 writes the record after each.
@@ -40,11 +40,13 @@ from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import kl
+from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.hooks import Splice
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.passes import EACH_ALONE, Passing
 from scripts.benchmark import compare, reference
-from scripts.benchmark.compare import RANKS, SINGLE
+from scripts.benchmark.compare import RANKS, SINGLE, TRAIN
 from scripts.benchmark.measure import wait
 from scripts.benchmark.shapes import Shape, Style, random_model
 
@@ -143,11 +145,16 @@ class Session:
             self._keep("steps", {"what": "published loop", "ranks": [rank], "saes": 1} | row)
 
     def changes(self) -> None:
-        """Record a pack of five with each run alone, with a sparse SAE, with float32 instead of TF32,
-        with other attentions, and with the KL in operations of torch.
+        """Record a pack of five without compilation, with adapters in float32, with each run alone, with
+        a sparse SAE, with float32 instead of TF32, with other attentions, and with the KL in operations
+        of torch; and the published loop compiled.
         """
+        way = Passing.of(TRAIN, self.device)
         self._change("none", self._packed(RANKS))
-        self._change("each run alone", self._packed(RANKS, stacked=False))
+        self._change("not compiled", self._packed(RANKS, passing=way._replace(compiled=False)))
+        in_float32 = way._replace(products=torch.float32)
+        self._change("adapters multiplied in float32", self._packed(RANKS, passing=in_float32))
+        self._change("each run alone", self._packed(RANKS, passing=EACH_ALONE))
         self._change("SparseSAE", self._packed(RANKS, of=[multiplied(self._sae(0), True)]))
         exact = [Splice(self._shape.sae_block, self._sae(0), tf32=False)]
         self._change("the SAE encodes in float32", self._packed(RANKS, splices=exact))
@@ -156,13 +163,7 @@ class Session:
                 self._change(f"attention {name}", self._packed(RANKS))
         with patch.object(kl, "_by_kernels", kl._by_operations):
             self._change("the KL in operations of torch", self._packed(RANKS))
-
-    def compiled(self) -> None:
-        """Record the published loop and a pack of five with compiled blocks."""
-        torch._dynamo.config.recompile_limit = 64
         self._change("published loop, blocks and KL compiled", self._published(SINGLE, compiled=True), 1)
-        step = self._packed([SINGLE] * len(RANKS), compiled=True, stacked=False)
-        self._change("rank 16 five times, blocks compiled", step)
 
     def _change(self, what: str, step: Step, runs: int = len(RANKS)) -> None:
         with self._recorded_errors(what):
@@ -177,29 +178,28 @@ class Session:
         of: Sequence[Any] | None = None,
         splices: Sequence[Splice] = (),
         *,
-        compiled: bool = False,
-        stacked: bool = True,
+        passing: Passing | None = None,
     ) -> Step:
-        """A step of a pack with every rank around every SAE."""
+        """A step of a pack with every rank around every SAE; `None` for the way of the default."""
         coders = of or [multiplied(self._sae(seed), None) for seed in range(saes)]
         splices = splices or [Splice(self._shape.sae_block, coder) for coder in coders]
         runs = [compare.training(self.model, splice, rank) for splice in splices for rank in ranks]
-        if compiled:
-            for model in (self.model, *(run.student.model for run in runs)):
-                for block in model.blocks:
-                    block.compile()
-        together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused, stacked=stacked)
+        together: DistillTrainer = compare.pack(self.model, runs, KLComputation.fused, passing=passing)
         return lambda: together._take_step(together.active, together._on_device(self._tokens.next()))
 
     def _published(self, rank: int, *, compiled: bool = False) -> Step:
         """A step of the published loop."""
         loop = compare.reference(self.model, Splice(self._shape.sae_block, self._sae(0)), rank)
-        if compiled:
-            torch._dynamo.config.recompile_limit = 64
-            for block in loop._model.blocks:
-                block.compile()
-            reference.kl_divergence = torch.compile(reference.kl_divergence)
-        return lambda: loop.step(self._tokens.next().to(self.device))
+        if not compiled:
+            return lambda: loop.step(self._tokens.next().to(self.device))
+        reference.kl_divergence = torch.compile(reference.kl_divergence)
+        blocks = CompiledBlocks(loop._model)
+
+        def step() -> None:
+            with blocks.in_use():
+                loop.step(self._tokens.next().to(self.device))
+
+        return step
 
     def _sae(self, seed: int) -> JumpReLUSAE:
         """Random, with `shape.k` active latents on a token whose activations have variance one."""
@@ -330,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("to", type=Path, help="JSON file for the record")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
-    parser.add_argument("--parts", nargs="+", default=("waits", "steps", "changes", "compiled"))
+    parser.add_argument("--parts", nargs="+", default=("waits", "steps", "changes"))
     given = parser.parse_args()
     silence_transformers()
     Session(given.tiny, given.to).take(given.parts)

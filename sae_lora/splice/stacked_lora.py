@@ -66,7 +66,7 @@ class StackedModel:
             rounded = [stack for layer in self._layers for stack in layer.rounded]
             if rounded:  # all at once, in few kernels
                 stacks = [stack for layer in self._layers for stack in layer.stacks]
-                torch._foreach_copy_(rounded, stacks)
+                torch._foreach_copy_(rounded, stacks)  # pyright: ignore[reportPrivateImportUsage]
 
     def give_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the runs' weights."""
@@ -82,7 +82,9 @@ class StackedModel:
         called: dict[StackedLoRA, None] = {}
         with ExitStack() as hooks:
             for layer in self._layers:
-                handle = layer.register_forward_pre_hook(lambda module, _: called.setdefault(module))
+                handle = layer.register_forward_pre_hook(
+                    lambda *_, layer=layer: called.setdefault(layer)
+                )
                 hooks.callback(handle.remove)
             self.view.hidden(torch.zeros(n_runs, 2, dtype=torch.long, device=self.view.device))
         return list(called)

@@ -54,7 +54,7 @@ class Reference:
             self.weights.values(), lr=config.lr, weight_decay=config.weight_decay
         )
 
-    def step(self, tokens: Tensor) -> float:
+    def step(self, tokens: Tensor) -> float | Tensor:
         """Make one step on tokens `[batch, pos]`; return the KL in nats, summed over tokens."""
         with torch.no_grad(), self._adapters.disable_adapter():
             teacher = self._logits(tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from sae_lora.cli import main
-from scripts.benchmark import compare, profile
+from scripts.benchmark import compare, profile, rivals
 from scripts.benchmark.compare import compare_evaluations, compare_saes, compare_steps
 from scripts.benchmark.profile import work_of
 from scripts.benchmark.shapes import Shape, Style
@@ -98,3 +98,20 @@ def test_the_command(
     assert len(written["rows"]) == 2  # a pack of each size, and the evaluation
     assert all(row["what"] in printed for row in written["rows"])
     assert written["equalities"][0]["error"] == 0
+
+
+@pytest.mark.slow
+def test_rivals_train_the_same_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rivals, "SMALL", TINY)
+    monkeypatch.setitem(profile._SIDE, "cpu", 256)
+    record = tmp_path / "rivals.json"
+    options = "--style llama --context 32 --rounds 1 --packs 1 2 --uncompiled"
+    monkeypatch.setattr("sys.argv", ["rivals", str(record), *options.split()])
+    rivals.main()
+    rows = json.loads(record.read_text())["rows"]
+    assert [row["runs"] for row in rows] == [1, 1, 1, 2, 2]
+    assert all(row["error"] < 1e-3 and row["seconds"] > 0 and row["flops"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(row["what"] in printed for row in rows)
