@@ -159,9 +159,16 @@ def check_passes(config: Config) -> None:
         is_on = switch(value)
         if is_on is None and value != "auto":
             raise refusal(config, f"train.{key}", "auto, on or off", "auto")
-        if is_on and config.train.activation_checkpointing:
-            allowed = "off or auto with train.activation_checkpointing, which computes blocks again"
-            raise refusal(config, f"train.{key}", allowed, "off")
+        reasons = {
+            "train.activation_checkpointing, which computes blocks again": (
+                config.train.activation_checkpointing
+            ),
+            "launcher.shard=on, which divides blocks among processes": switch(config.launcher.shard),
+            "method=sae, which has no adapters": config.method.kind is Method.sae,
+        }
+        for reason, holds in reasons.items():
+            if is_on and holds:
+                raise refusal(config, f"train.{key}", f"off or auto with {reason}", "off")
     _check_products(config)
 
 

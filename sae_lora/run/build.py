@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sae_lora.common.console import Report, no_report
+from sae_lora.common.console import Report, complain, no_report
 from sae_lora.common.isolation import Isolation
 from sae_lora.config.enums import Method
 from sae_lora.config.identity import TRAINING_SAES, step_tokens, train_steps
@@ -20,7 +20,7 @@ from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import Member, ProcessGroup
 from sae_lora.train.evaluator import Evaluator
-from sae_lora.train.passes import Passing
+from sae_lora.train.passes import EACH_ALONE, Passing
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from sae_lora.train.trainer import Trainer
 
@@ -82,7 +82,11 @@ class Builder:
         if config.method.kind is not Method.sae:
             kl, micro_batch = kl_of(comparison, train.kl), train.micro_batch_size
             # Processes that divide the model would have to agree on each proof.
-            passing = Passing() if self.model.shards else Passing.of(train, self.device)
+            passing = EACH_ALONE if self.model.shards else Passing.of(train, self.device)
+            is_asked_for = Passing.of(train, torch.device("cpu")) != EACH_ALONE  # not by default
+            if self.model.shards and is_asked_for and not processes.rank:
+                keys = "train.stack, train.compile and train.adapter_products"
+                complain("note", f"{keys} have no effect: the model is divided (launcher.shard)")
             return DistillTrainer(self.model, trainings, evaluate, kl, micro_batch, passing)
         students = [training.student for training in trainings.active]
         buffer = ActivationBuffer(

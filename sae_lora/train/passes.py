@@ -233,7 +233,9 @@ class Passes:
                 self._kinds[training] = kind_of(training.student)
             if (kind := self._kinds[training]) is not None:
                 groups.setdefault(kind if self._stacked else training, []).append(training)
-        return [group for group in groups.values() if self._compiled or len(group) > 1]
+        # Only a stack can be compiled, or have adapters in another precision.
+        of_one = self._compiled is not None or self._products is not torch.float32
+        return [group for group in groups.values() if of_one or len(group) > 1]
 
     def _stack_of(self, group: Sequence[GradientState]) -> Together:
         for made in self._together:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
 from sae_lora.config.enums import Hook
 from sae_lora.config.schema import LoRAConfig
+from sae_lora.models.attention import fused
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import compiled
 from sae_lora.splice.compiled import CompiledBlocks
@@ -87,6 +89,7 @@ def test_runs_train_as_without_and_nothing_is_compiled_after_the_first_step(stac
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
@@ -141,6 +144,23 @@ def test_a_block_with_an_sae_inside_runs_as_it_is() -> None:
             torch.testing.assert_close(model.hidden(tokens), plain)
     assert graphs() == 1  # the three other blocks share their code
     assert not any("forward" in block.__dict__ for block in model.blocks)
+
+
+def test_fused_attention_is_compiled_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has its definition, and no gradient of it."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    fused.register()
+    model = small_model("gemma2")
+    model.model.set_attn_implementation(fused.NAME)
+    tokens = random_tokens(batch=1, length=fused._SHORT + 1, seed=0)
+    blocks = CompiledBlocks(model)
+    with torch.no_grad():
+        plain = model.hidden(tokens)
+        before = graphs()
+        with blocks.in_use():
+            torch.testing.assert_close(model.hidden(tokens), plain)
+    assert graphs() - before == 2  # blocks with a window and without
+    assert not counters["graph_break"]
 
 
 def test_evaluations_do_not_compile() -> None:

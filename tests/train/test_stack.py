@@ -245,3 +245,25 @@ def test_ranks_are_padded() -> None:
         for run, rank in enumerate((3, 5)):
             assert a[run, :rank].any() and b[run, :, :rank].any()
             assert not a[run, rank:].any() and not b[run, :, rank:].any()
+
+
+def test_adapters_in_bfloat16() -> None:
+    """Of a bfloat16 model: what they add is rounded as its outputs are, their weights are not."""
+    model = small_model("llama")
+    model.model.to(torch.bfloat16)
+    students = [run.student for run in trainings(model)]
+    tokens = random_tokens(batch=1, length=16, seed=0)
+    differences = [
+        Stack(model, students, products).difference(tokens)
+        for products in (torch.float32, torch.bfloat16)
+    ]
+    assert 0 < differences[0] < differences[1] < 2 * torch.finfo(torch.bfloat16).eps
+    runs = trainings(model)
+    together = pack(model, *runs, stacked=True, products=torch.bfloat16)
+    together._take_step(together.active, batches(1)[0])
+    (made,) = together._passes._together
+    layers = [part for part in made.stack._stacked.view.model.modules() if isinstance(part, StackedLoRA)]
+    for layer in layers:
+        for rounded, weight in zip(layer.rounded, layer.stacks, strict=True):
+            assert rounded.dtype is torch.bfloat16 and weight.dtype is torch.float32
+    assert all(weight.dtype is torch.float32 for run in runs for weight in run.student.weights.values())
