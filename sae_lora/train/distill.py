@@ -15,6 +15,8 @@ from sae_lora.train.train_state import DistillState
 from sae_lora.train.trainer import Task, Trainer
 
 Run = TypeVar("Run")
+COMPILING = "compiling"
+"""The stage of a first step that compiles blocks."""
 AT_ONCE = 8
 """Number of students of a pack whose activations are held at once. For every further group the teacher's
 logits are computed again, at a third of the cost of one student's logits and their gradient."""
@@ -45,6 +47,8 @@ class DistillTrainer(Trainer[DistillState]):
         self._kl = kl
         self._micro_batch = micro_batch
         self._passes = Passes(model, trainings, passing)
+        self._compiles = passing.compiled
+        """True if the next step compiles blocks."""
 
     def follow(self, task: Task) -> None:
         trainings = [self._trainings.runs[number] for number in task.numbers]
@@ -62,6 +66,9 @@ class DistillTrainer(Trainer[DistillState]):
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[DistillState]) -> None:
         tokens = next(batches)
         if trained:
+            if self._compiles:
+                self._compiles, self.pace.is_unusual = False, True
+                self._evaluate.report(COMPILING, 0, 0)
             self._broadcast(trained, tokens)
             self._take_step(trained, self._on_device(tokens))
 

@@ -21,6 +21,8 @@ class Pace:
         """The step that the next filling is for."""
         self.evaluation_seconds: float | None = None
         """Duration of the last evaluation; `None` before the first."""
+        self.is_unusual = False
+        """True before a step that takes longer than others, because blocks are compiled."""
         self._recent: deque[float] = deque()
         self._recent_sum = 0.0
 
@@ -36,6 +38,9 @@ class Pace:
             The duration with an equal part of the filling that serves the step. Over all steps that a
             filling serves, its sum is the time that the filling and the steps took.
         """
+        if self.is_unusual:
+            self.is_unusual = False
+            return seconds + self._fill_share
         self._recent.append(seconds)
         self._recent_sum += seconds
         while self._recent_sum - self._recent[0] > _RECENT_S:

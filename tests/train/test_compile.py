@@ -20,8 +20,9 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.splice import compiled
 from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.hooks import Splice, spliced
-from sae_lora.train.distill import DistillTrainer
+from sae_lora.train.distill import COMPILING, DistillTrainer
 from sae_lora.train.optim import GradientState
+from sae_lora.train.trainer import TRAINING
 from tests.support.coders import topk_sae
 from tests.support.families import random_tokens, small_model
 from tests.support.trainings import CONFIG, batches, evaluator, pack, same, training
@@ -161,6 +162,17 @@ def test_fused_attention_is_compiled_with_its_block(monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(model.hidden(tokens), plain)
     assert graphs() - before == 2  # blocks with a window and without
     assert not counters["graph_break"]
+
+
+def test_the_step_that_compiles_is_announced() -> None:
+    model = small_model("llama")
+    together = pack(model, *runs(model), compiled=True)
+    stages: list[str] = []
+    together._evaluate.report = lambda stage, done, total: stages.append(stage)
+    for _ in together.points(batches(STEPS)):
+        pass
+    assert stages.count(COMPILING) == 1
+    assert stages.index(TRAINING) < stages.index(COMPILING)
 
 
 def test_evaluations_do_not_compile() -> None:

@@ -10,6 +10,15 @@ STEPS, PER_FILL, EVERY = 20, 8, 6
 FILL, STEP, EVALUATION = 60.0, 2.0, 5.0
 
 
+def test_a_step_that_compiles_is_not_like_the_others() -> None:
+    pace = Pace()
+    pace.is_unusual = True
+    assert pace.note_step(100.0) == 100.0
+    assert pace.step_seconds is None
+    pace.note_step(2.0)
+    assert pace.step_seconds == 2.0
+
+
 def parts() -> Iterator[tuple[str, float]]:
     """The parts of a training in order, with their seconds; evaluations also before and after it."""
     yield "evaluation", EVALUATION
