@@ -12,7 +12,7 @@ from sae_lora.splice.student import cuts
 from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.passes import EACH_ALONE, Passes, Passing
 from sae_lora.train.train_state import DistillState
-from sae_lora.train.trainer import Task, Trainer
+from sae_lora.train.trainer import TRAINING, Task, Trainer
 
 Run = TypeVar("Run")
 COMPILING = "compiling"
@@ -66,11 +66,14 @@ class DistillTrainer(Trainer[DistillState]):
     def _step(self, step: int, batches: Iterator[Tensor], trained: Sequence[DistillState]) -> None:
         tokens = next(batches)
         if trained:
-            if self._compiles:
-                self._compiles, self.pace.is_unusual = False, True
+            compiles, self._compiles = self._compiles, False
+            if compiles:
+                self.pace.is_unusual = True
                 self._evaluate.report(COMPILING, 0, 0)
             self._broadcast(trained, tokens)
             self._take_step(trained, self._on_device(tokens))
+            if compiles:
+                self._evaluate.report(TRAINING, 0, 0)
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         """The tokens on the model's device; a GPU copies them from pinned memory while it computes."""

@@ -1,5 +1,6 @@
 """Time of torch code, its share in matrix products, and the rate of these."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from sae_lora.train.cost.memory import PeakMemory
 
-_ON_CPU = {
+_NOT_COUNTED = {
+    torch.ops.aten.bmm: lambda first, second, *_, **__: 2 * math.prod(first) * second[-1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     ),
@@ -20,7 +22,8 @@ _ON_CPU = {
         lambda output, query, key, value, *_, **__: sdpa_backward_flop_count(output, query, key, value)
     ),
 }
-"""Counts of FLOPs of attention on a CPU, which torch does not count. Masks are ignored, as on a GPU."""
+"""Counts of FLOPs that torch lacks: of batched products with a precision of their own, and of attention
+on a CPU, where masks are ignored, as on a GPU."""
 _LISTED = 10
 _SIDE = {"cpu": 4096, "cuda": 8192}
 _TIMES = 5
@@ -49,7 +52,7 @@ def work_of(call: Callable[[], object], device: torch.device) -> Work:
         call: The function. It must have been called before, so that its set-up is not profiled.
         device: Device of the function. On a GPU, the GPU's time counts.
     """
-    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter, PeakMemory() as memory:
+    with FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter, PeakMemory() as memory:
         call()
     counted = counter.get_flop_counts().get("Global", {})
     flops = {str(operator).replace(".", "::"): number for operator, number in counted.items()}
@@ -78,6 +81,38 @@ def work_of(call: Callable[[], object], device: torch.device) -> Work:
         peak_bytes=memory.peak,
         operators={name: time / whole for name, time in seconds.most_common(_LISTED)},
     )
+
+
+@dataclass(frozen=True)
+class Product:
+    """The products of two matrices of one size in a call."""
+
+    sizes: list[int]
+    """Batch, rows, columns, and the size that is summed over."""
+    number: int
+    seconds: float
+    flops: float
+
+
+def products_of(call: Callable[[], object]) -> list[Product]:
+    """The products of matrices in a call on a CPU, from the longest to the shortest in total."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
+        call()
+    products: dict[tuple[int, ...], Product] = {}
+    for operator in profiler.key_averages(group_by_input_shape=True):
+        factors = [shape for shape in operator.input_shapes if len(shape) >= 2]
+        if operator.key not in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            continue
+        first, second = factors[-2:] if operator.key.endswith("addmm") else factors[:2]
+        sizes = (first[0] if len(first) == 3 else 1, first[-2], second[-1], first[-1])
+        known = products.get(sizes, Product(list(sizes), 0, 0.0, 0.0))
+        products[sizes] = Product(
+            list(sizes),
+            known.number + operator.count,
+            known.seconds + operator.self_cpu_time_total / 1e6,
+            known.flops + 2 * math.prod(sizes) * operator.count,
+        )
+    return sorted(products.values(), key=lambda product: -product.seconds)
 
 
 def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

@@ -40,7 +40,7 @@ from sae_lora.train.passes import Passing
 from scripts import pages
 from scripts.benchmark.compare import SINGLE, TRAIN, Tokens, adapters, pack
 from scripts.benchmark.measure import taking_turns
-from scripts.benchmark.profile import peak_flops_per_second, work_of
+from scripts.benchmark.profile import peak_flops_per_second, products_of, work_of
 from scripts.benchmark.reference import Reference
 from scripts.benchmark.shapes import SMALL, Shape, Style, random_model, random_splice
 
@@ -48,6 +48,8 @@ _STEPS = 4
 """Number of steps after which adapters are compared."""
 _SHORT = 128
 """Tokens per sequence in these steps, at most."""
+_LISTED = 12
+"""Number of sizes of products in the record."""
 _SAES = 5
 """A pack of more runs has this number of SAEs, and a pack of fewer has one."""
 Weights = Mapping[str, nn.Parameter]
@@ -219,7 +221,25 @@ def measure(
                 "operators": work.operators,
             }
         )
+        if device.type == "cpu" and not contender.compiled:
+            products = products_of(calls[name])[:_LISTED]
+            rows[-1]["products"] = [dataclasses.asdict(product) for product in products]
     return rows
+
+
+def table_of_products(row: dict[str, Any], peak: float) -> str:
+    """The products of matrices in a step as a Markdown table."""
+    whole = row["seconds"] * row["runs"]
+    columns: dict[str, list[str]] = {}
+    for product in row["products"]:
+        for heading, cell in {
+            f"{row['what']}: batch, rows, columns, sum": " × ".join(map(str, product["sizes"])),
+            "number": f"{product['number']}",
+            "share of the time": f"{product['seconds'] / whole:.0%}",
+            "share of peak": f"{product['flops'] / product['seconds'] / peak:.0%}",
+        }.items():
+            columns.setdefault(heading, []).append(cell)
+    return pages.markdown(columns)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -286,6 +306,9 @@ def main() -> None:
     }
     write_atomically(given.record, as_json(record))
     say(table(rows))
+    for row in rows:
+        if row["runs"] == _SAES and "products" in row:
+            say(f"\n{table_of_products(row, peak)}")
 
 
 if __name__ == "__main__":

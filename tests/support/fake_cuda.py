@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ class Case:
     context: int = 1024
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values of config keys, by their dotted names."""
+    published: bool = False
+    """True for the published loop, with the first rank. It is compiled as `train.compile` says."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Counted:
     kernels: int
     moved: int
     """Bytes that kernels read and write."""
+    seconds: float
+    """The time of the kernels on an H200, as it is projected from their operations and bytes."""
     peak: int
-    """Peak memory of a step and of an evaluation in bytes, without that of CUDA itself."""
+    """Peak memory of a step and of an evaluation in bytes, without that of CUDA itself. Of the published
+    loop, of a step."""
     estimated: float
     """The estimate of `peak` on a machine with a GPU."""
     planned: float
@@ -178,19 +183,54 @@ def _counted(case: Case) -> Counted:
                 modes.enter_context(fake_inductor.as_on_a_gpu(requests, memory))
             for mode in (FakeTensorMode(allow_non_fake_inputs=True), memory, requests):
                 modes.enter_context(mode)
-            pack = _pack(case, configs)
-            tokens = torch.zeros(case.batch, case.context, dtype=torch.long)
-            step = lambda: pack._take_step(pack.active, pack._on_device(tokens))  # noqa: E731
+            step, evaluate = (_published if case.published else _steps)(case, configs)
             step()
-            pack._evaluate([training.student for training in pack.active])
+            evaluate()
             gc.collect()
             memory.peak = memory.now
             requests.clear()
             step()
-            waits, kernels, moved = dict(requests.waits), requests.kernels, requests.moved
-            pack._evaluate([training.student for training in pack.active])
+            waits, asked = dict(requests.waits), (requests.kernels, requests.moved, requests.seconds)
+            evaluate()
     named = {f"{name} at {place}": number for (name, place), number in waits.items()}
-    return Counted(named, kernels, moved, memory.peak, estimated, planned)
+    return Counted(named, *asked, memory.peak, estimated, planned)
+
+
+Call = Callable[[], object]
+
+
+def _steps(case: Case, configs: Sequence[Any]) -> tuple[Call, Call]:
+    """A step of a pack, and an evaluation."""
+    import torch
+
+    pack = _pack(case, configs)
+    tokens = torch.zeros(case.batch, case.context, dtype=torch.long)
+    return (
+        lambda: pack._take_step(pack.active, pack._on_device(tokens)),
+        lambda: pack._evaluate([training.student for training in pack.active]),
+    )
+
+
+def _published(case: Case, configs: Sequence[Any]) -> tuple[Call, Call]:
+    """A step of the published loop, and no evaluation."""
+    import torch
+
+    from sae_lora.splice import compiled
+    from scripts.benchmark import reference
+
+    model, splices = _frozen(case, configs[0])
+    loop = reference.Reference(model, splices[:1], configs[0].lora, configs[0].train)
+    tokens = torch.zeros(case.batch, case.context, dtype=torch.long).to("cuda", non_blocking=True)
+    if not configs[0].train.compiles_on(gpu=True):
+        return lambda: loop.step(tokens), lambda: None
+    reference.kl_divergence = torch.compile(reference.kl_divergence, backend=compiled.BACKEND)
+    blocks = compiled.CompiledBlocks(loop._model)
+
+    def step() -> None:
+        with blocks.in_use():
+            loop.step(tokens)
+
+    return step, lambda: None
 
 
 def _configs(case: Case, folder: Path) -> list[Any]:
@@ -224,46 +264,56 @@ def _configs(case: Case, folder: Path) -> list[Any]:
     return configs
 
 
-def _pack(case: Case, configs: Sequence[Any]) -> Any:
-    """The trainer of the runs, as a process builds it, with weights and tokens without numbers."""
+def _frozen(case: Case, common: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The model and the SAEs at their places, without numbers."""
     import torch
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sae_lora.common.isolation import Isolation
     from sae_lora.models.attention.choice import choose_attention
     from sae_lora.models.language_model import LanguageModel
     from sae_lora.saes.sparse import multiplied
-    from sae_lora.splice.head import Head
     from sae_lora.splice.hooks import Splice
-    from sae_lora.splice.kl import Comparison, kl_of
-    from sae_lora.train import methods
-    from sae_lora.train.distill import DistillTrainer
-    from sae_lora.train.evaluator import Evaluator
-    from sae_lora.train.passes import Passing
 
-    common, device = configs[0], torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
     with device:
         shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(common.model.name))
     for weight in shapes.parameters():
         weight.data = weight.data.to(torch.bfloat16)
     choose_attention(shapes, common.model.attention, device)
     model = LanguageModel(shapes)
-    saes = []
+    splices = []
     for _ in range(case.saes):
         sizes = {"d_in": model.config.hidden_size, "d_sae": case.width}
         sae = JumpReLUSAE(JumpReLUSAEConfig(**sizes, device="cuda"))
-        saes.append(multiplied(sae.requires_grad_(False).eval(), common.sae.sparse))
+        coder = multiplied(sae.requires_grad_(False).eval(), common.sae.sparse)
+        splices.append(Splice(common.sae.used[0].block, coder))
+    return model, tuple(splices)
+
+
+def _pack(case: Case, configs: Sequence[Any]) -> Any:
+    """The trainer of the runs, as a process builds it, with weights and tokens without numbers."""
+    import torch
+
+    from sae_lora.common.isolation import Isolation
+    from sae_lora.splice.head import Head
+    from sae_lora.splice.kl import Comparison, kl_of
+    from sae_lora.train import methods
+    from sae_lora.train.distill import DistillTrainer
+    from sae_lora.train.evaluator import Evaluator
+    from sae_lora.train.passes import Passing
+
+    common = configs[0]
+    model, splices = _frozen(case, common)
     trainings = []
     for config in configs:
-        (choice,) = config.sae.used
-        splice = Splice(choice.block, saes[int(choice.id)])
+        splice = splices[int(config.sae.used[0].id)]
         trainings.append(methods.build(config, model, (splice,), 2**20)[0])
     comparison = Comparison(Head.of(model), common.train.kl_chunk_tokens)
     held_out = torch.zeros(common.data.validation_tokens // case.context, case.context, dtype=torch.long)
     evaluate = Evaluator(model, held_out, common.train.eval_batch_tokens // case.context, comparison)
     kl, micro_batch = kl_of(comparison, common.train.kl), common.train.micro_batch_size
-    passing = Passing.of(common.train, device)
+    passing = Passing.of(common.train, model.device)
     return DistillTrainer(model, Isolation(trainings), evaluate, kl, micro_batch, passing)
 
 
@@ -274,8 +324,9 @@ def _as_on_a_gpu() -> Iterator[None]:
     import transformers
     from torch.nn import functional
     from torch.optim import adam
-    from torch.utils import _foreach_utils
+    from torch.utils import _foreach_utils, flop_counter
 
+    from sae_lora.common import fast_path
     from sae_lora.models.attention import fused
     from sae_lora.splice import kl, stack
     from sae_lora.train import optim
@@ -287,6 +338,12 @@ def _as_on_a_gpu() -> Iterator[None]:
         if attn_mask is None and named.get("is_causal"):
             return flash(query, key, value, 0.0, True, scale=named.get("scale"))[0]
         return usual(query, key, value, attn_mask, **named)
+
+    def of_batched_product(first: Any, second: Any, *_: Any, **__: Any) -> int:
+        return 2 * first.numel() * second.shape[-1]
+
+    def refuse(kind: str, told: str) -> None:
+        raise RuntimeError(told)  # another computation would be counted
 
     def apply(self: torch.nn.Module, change: Any, recurse: bool = True) -> torch.nn.Module:
         """As torch's, which cannot put a fake tensor in the place of another one."""
@@ -314,6 +371,7 @@ def _as_on_a_gpu() -> Iterator[None]:
             (torch.nn.Module, "_apply", apply),
             (adam, "_default_to_fused_or_foreach", lambda *_, **__: (False, True)),
             (functional, "scaled_dot_product_attention", sdpa),
+            (fast_path, "complain", refuse),
             (fused, "_flexible", attended),
             (fused, "_causal", attended),
             (fused, "_difference", lambda *_: 0.0),
@@ -329,6 +387,9 @@ def _as_on_a_gpu() -> Iterator[None]:
             (torch.Tensor, "pin_memory", lambda self, *_: self),
         ):
             patches.enter_context(patch.object(owner, name, stand_in))
+        # torch's own count fails for products with a precision of their own.
+        product = torch.ops.aten.bmm
+        patches.enter_context(patch.dict(flop_counter.flop_registry, {product: of_batched_product}))
         transformers.logging.set_verbosity_error()
         yield
 
@@ -338,6 +399,9 @@ def _requests(case: Case) -> Any:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    from tests.support import h200
 
     questions = ("_local_scalar_dense", "is_nonzero", "equal", "item")
     of_unknown_size = ("masked_select", "_unique2", "unique_consecutive", "repeat_interleave")
@@ -360,12 +424,13 @@ def _requests(case: Case) -> Any:
         def clear(self) -> None:
             self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
             self.kernels = self.moved = 0
+            self.seconds = 0.0
 
         @contextmanager
         def paused(self) -> Iterator[None]:
-            before = self.waits.copy(), self.kernels, self.moved
+            before = self.waits.copy(), self.kernels, self.moved, self.seconds
             yield
-            self.waits, self.kernels, self.moved = before
+            self.waits, self.kernels, self.moved, self.seconds = before
 
         def __torch_dispatch__(
             self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
@@ -378,7 +443,7 @@ def _requests(case: Case) -> Any:
                 return True if arguments[0].dtype == torch.bool else 1
             if name == "nonzero" and on_device(inputs):
                 self._wait(name)
-                self._count(name, function, inputs, [])
+                self._count(name, function, inputs, [], 0)
                 number = min(_ACTIVE * case.batch * case.context, arguments[0].numel())
                 return torch.empty(number, arguments[0].dim(), dtype=torch.long, device="cuda")
             if name == "index" and on_device(inputs):
@@ -393,7 +458,9 @@ def _requests(case: Case) -> Any:
             result = function(*arguments, **keywords)
             if name in ("_to_copy", "copy_"):
                 self._note_copy(name, arguments, keywords, result)
-            self._count(name, function, inputs, tensors(result))
+            counted = flop_registry.get(function._overloadpacket)
+            flops = 0 if counted is None else counted(*arguments, **keywords, out_val=result)
+            self._count(name, function, inputs, tensors(result), flops)
             return result
 
         def _note_copy(self, name: str, arguments: Any, keywords: Any, result: Any) -> None:
@@ -417,7 +484,7 @@ def _requests(case: Case) -> Any:
             )
             self.waits[name, place] += 1
 
-        def _count(self, name: str, function: Any, inputs: Any, outputs: Any) -> None:
+        def _count(self, name: str, function: Any, inputs: Any, outputs: Any, flops: int) -> None:
             if not on_device([*inputs, *outputs]) or name in no_kernel:
                 return
             known = {tensor.untyped_storage()._cdata for tensor in inputs}
@@ -427,7 +494,9 @@ def _requests(case: Case) -> Any:
             self.kernels += 1
             gathers = name.startswith("embedding") or name in ("gather", "index_select", "index")
             read = outputs if gathers else inputs
-            self.moved += sum(t.numel() * t.element_size() for t in (*read, *outputs))
+            moved = sum(t.numel() * t.element_size() for t in (*read, *outputs))
+            self.moved += moved
+            self.seconds += h200.seconds(flops, inputs[0].dtype if inputs else None, moved)
 
     return Requests()
 

@@ -13,12 +13,15 @@ from unittest.mock import patch
 import torch
 from torch import fx
 
+from tests.support import h200
+
 
 class Requests(Protocol):
     """What is asked of the device, counted."""
 
     kernels: int
     moved: int
+    seconds: float
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which nothing is counted."""
@@ -92,6 +95,8 @@ class _Plan(NamedTuple):
     """Bytes that they read and write."""
     memory: int
     """Peak bytes of the tensors that they make."""
+    seconds: float
+    """The projected time of the kernels."""
 
 
 def _planning(requests: Requests, memory: Memory) -> Callable[..., Any]:
@@ -111,6 +116,7 @@ def _planning(requests: Requests, memory: Memory) -> Callable[..., Any]:
             memory.peak = max(before, memory.now, entering + plan.memory)
             requests.kernels += plan.kernels
             requests.moved += plan.moved
+            requests.seconds += plan.seconds
             return outputs
 
         run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -124,6 +130,7 @@ def _plan(graph: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool) -
     from torch._inductor import compile_fx
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import MultiOutput
     from torch._inductor.memory import estimate_peak_memory, get_freeable_input_buf
     from torch._inductor.scheduler import NopKernelSchedulerNode
     from torch._inductor.virtualized import V
@@ -144,9 +151,23 @@ def _plan(graph: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool) -
         given = get_freeable_input_buf(nodes, OrderedSet(lowered.graph_inputs))
         outputs = OrderedSet(lowered.get_output_names())
         with_inputs, _ = estimate_peak_memory(nodes, given, outputs)
-        kernels = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
+        kernels = [
+            node
+            for node in nodes
+            if not isinstance(node, NopKernelSchedulerNode) and not isinstance(node.node, MultiOutput)
+        ]
         return _Plan(
             len(kernels),
             sum(node.get_read_write_buffers_sizes() for node in kernels),
             with_inputs - sum(buffer.mpi_buffer.size_free for buffer in given.values()),
+            sum(map(_seconds, kernels)),
         )
+
+
+def _seconds(kernel: Any) -> float:
+    """The projected time of a kernel. Generated ones multiply no matrices."""
+    flops, dtype = 0, None
+    if kernel.is_extern():
+        flops = kernel.estimate_flops() or 0
+        dtype = kernel.node.inputs[0].get_dtype() if kernel.node.inputs else None
+    return h200.seconds(flops, dtype, kernel.get_read_write_buffers_sizes())
