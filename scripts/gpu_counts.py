@@ -44,6 +44,10 @@ CASES = (
     Case("llama-3-8b", (16,)),
     Case("llama-3-8b", FIVE),
     Case("llama-3-8b", (16,), batch=4),
+    Case("gemma-2-2b", (16,), published=True, overrides={"train.compile": "off"}),
+    Case("gemma-2-2b", (16,), published=True),
+    Case("gemma-2-2b", (16,), overrides={"train.compile": "off"}),
+    Case("gemma-2-2b", FIVE, overrides={"train.compile": "off"}),
 )
 _NAMES = {
     "gemma-2-2b": "Gemma-2-2B",
@@ -62,14 +66,16 @@ def rows_of(counted: dict[str, Row]) -> str:
         if row is None:
             continue
         runs = len(case.ranks) * case.saes
-        peak, estimated = row["peak"] / 1e9, row["estimated"] / 1e9
+        estimated = "" if case.published else f"{row['estimated'] / 1e9:.1f}"
+        seconds = row.get("seconds")
         for heading, cell in {
-            "model, ranks": f"{_NAMES[case.model]}, {_named(case)}",
+            "model, ranks": f"{_NAMES[case.model]}, {_named(case)}{_way(case)}",
             "waits": f"{sum(row['waits'].values())}",
             "kernels per run": f"{row['kernels'] / runs:,.0f}",
             "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
-            "peak, GB": f"{peak:.1f}",
-            "estimated, GB": f"{estimated:.1f}",
+            "projected ms per run": "" if seconds is None else f"{1e3 * seconds / runs:.0f}",
+            "peak, GB": f"{row['peak'] / 1e9:.1f}",
+            "estimated, GB": estimated,
         }.items():
             columns.setdefault(heading, []).append(cell)
     return pages.markdown(columns)
@@ -82,6 +88,14 @@ def _named(case: Case) -> str:
     return f"{_ranks(case)}{saes}" + (f"; {case.batch} sequences" if case.batch > 1 else "")
 
 
+def _way(case: Case) -> str:
+    """The loop, if it is not that of this package, and whether blocks are compiled, if it differs."""
+    is_compiled = not case.overrides
+    if case.published:
+        return "; published loop" + ", compiled" * is_compiled
+    return "" if is_compiled else "; not compiled"
+
+
 def _ranks(case: Case) -> str:
     same = len(set(case.ranks)) == 1
     ranks = f"{len(case.ranks)} × {case.ranks[0]}" if same else ", ".join(map(str, case.ranks))
@@ -90,7 +104,7 @@ def _ranks(case: Case) -> str:
 
 def _key(case: Case) -> str:
     saes = f"; {case.saes} SAEs" if case.saes > 1 else ""
-    return f"{case.model} {_ranks(case)}{saes} width {case.width} batch {case.batch}"
+    return f"{case.model} {_ranks(case)}{saes} width {case.width} batch {case.batch}{_way(case)}"
 
 
 def main() -> None:

@@ -27,8 +27,9 @@ the live parts alone, because their inputs are kept.
              + model (with `launcher.shard`: its share of the blocks, and three whole blocks; while it
                is loaded in another precision than its files have: also the files)
              + SAEs (with `launcher.shard`: its share, and two whole matrices)
-             + 12 bytes per adapter weight (float32: weight, two moments of AdamW; for an SAE in training
-               20: also the gradient of its own loss, and the frozen copy for evaluation)
+             + 12 bytes per adapter weight (float32: weight, two moments of AdamW; 14 with the copy in
+               bfloat16 that stacks multiply; for an SAE in training 20: also the gradient of its own
+               loss, and the frozen copy for evaluation)
              + logits: 3 float32 copies for a chunk, 2 for a few tokens
              + hidden states kept for evaluations (`train.eval_cache_gb`)
              + with method=sae, the buffer of activations; no backward pass goes through the model
@@ -41,7 +42,8 @@ the live parts alone, because their inputs are kept.
     a batch of an evaluation = hidden states of the trunk and of each run + the most that a block or
                                the latents of an SAE take
 
-    Blocks are counted on the meta device (memory.py); on a CPU, what they keep for a backward pass takes
+    Blocks are counted on the meta device (memory.py), and what compiled ones keep from the widths of
+    their matrices (runs.py); on a CPU, what blocks keep for a backward pass takes
     1.75 times its size, for holes in the heap. SAEs: 2 to 5 copies of the latents exist at once, by the
     architecture (runs.py); for the backward pass of an SAE in training 4 are kept, of a dense SAE with
     live input 0 to 2.5.
@@ -151,6 +153,7 @@ def _peak_bytes(model: LanguageModel, sizes: Sizes, runs: Sequence[CountedRun], 
         weights * BYTES[train.dtype]
         + at_once
         + sum(((24 if run.trains_saes else 16) - GRADIENT) * run.weights for run in runs)
+        + sum(run.rounded_bytes for run in runs)
         + _kept_for_logits(sizes.d_vocab, math.prod(trained), train, on_gpu)
         + _kept_for_evaluation(common, runs, state_bytes)
         + _buffered(common, saes, state_bytes)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.enums import Architecture, Device, LauncherKind, Method, SAEFamily
+from sae_lora.config.enums import Architecture, Device, DType, LauncherKind, Method, SAEFamily
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
 from sae_lora.config.lora_targets import adapted_blocks
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice
@@ -130,6 +130,8 @@ class CountedRun:
             )
             for choice in config.sae.used
         )
+        self.compiled_bytes = _compiled_bytes(model, config) if runs_on_gpu(config) else None
+        """Bytes per token that its compiled blocks keep for the backward pass; `None` if none are."""
         adapts = self.kind in ADAPTING
         self.trains_at_saes = self.trains_saes or not adapts
         """True if it trains the SAEs, or maps on their output."""
@@ -184,6 +186,13 @@ class CountedRun:
             return None
         return self.first, self.live, tuple(self.adapted_blocks), repr(self.config.lora.targets)
 
+    @property
+    def rounded_bytes(self) -> int:
+        """Bytes of its adapters in the precision in which stacks multiply them, if they have another."""
+        products = self.config.train.products_on(gpu=runs_on_gpu(self.config))
+        is_stacked = self.kind_of_stack is not None or self.compiled_bytes is not None
+        return BYTES[products] * self.weights if is_stacked and products is not DType.float32 else 0
+
     def graph(self, model: CountedModel, tokens: tuple[int, int], *, stacked: bool = False) -> Graph:
         """Memory of its forward and backward pass with `(sequences, length)` tokens.
 
@@ -216,7 +225,10 @@ class CountedRun:
             number * sae.bytes_of(sae.copies.extra) - freed
             for sae, freed in zip(self.live, later, strict=True)
         )
-        return Graph(graph.kept, int(max(graph.extra, *at_saes, 0)), of_saes)
+        kept = graph.kept
+        if self.compiled_bytes is not None:
+            kept = min(kept, self.compiled_bytes * number)
+        return Graph(kept, int(max(graph.extra, *at_saes, 0)), of_saes)
 
 
 def runs_on_gpu(config: Config) -> bool:
@@ -311,6 +323,28 @@ def _selection(model: LanguageModel, config: Config) -> Selection:
     if key not in _selections:
         _selections[key] = selection(model, lora, first_sae)
     return _selections[key]
+
+
+def _compiled_bytes(model: LanguageModel, config: Config) -> int | None:
+    """Bytes per token that compiled blocks with adapters keep; `None` if not all are known.
+
+    Compiled code keeps what its products write, and for an adapter the input that dropout leaves, with
+    its mask; between these it computes again.
+    """
+    train, lora = config.train, config.lora
+    if config.method.kind is not Method.lora or lora.dora or not train.compiles_on(gpu=True):
+        return None
+    selected = _selection(model, config)
+    weights = [*selected.adapted, *selected.frozen]
+    blocks = range(first_own_block(config), len(model.blocks))
+    is_known = all(weight.experts == 1 and weight.in_module for weight in weights)
+    if not is_known or {weight.block for weight in weights} != set(blocks):
+        return None
+    written = sum(weight.outputs for weight in weights) + len(blocks) * model.config.hidden_size
+    attended = sum(weight.inputs for weight in weights if "o" in weight.roles)
+    adapted = sum(weight.inputs for weight in selected.adapted)
+    of_products = BYTES[train.products_on(gpu=True)] + (lora.dropout > 0)
+    return BYTES[train.dtype] * (written + attended) + of_products * adapted
 
 
 def _first_sae(config: Config) -> int:
