@@ -18,6 +18,8 @@ def test_the_table_of_the_page_is_that_of_its_record() -> None:
 
 def test_what_the_page_says_of_it() -> None:
     for case, row in zip(gpu_counts.CASES, RECORD.values(), strict=True):
+        if case.published:
+            continue
         sparse = case.saes if case.width >= 131_072 else 0
         assert sum(row["waits"].values()) == sparse
         assert abs(row["estimated"] / row["peak"] - 1) < 0.1
