@@ -84,11 +84,8 @@ class Stack:
             hidden = self.hidden(trunk, draw, compiled=compiled)
             towards = torch.randn(hidden.shape, generator=generator, device=device).to(hidden)
             self.backward(hidden, towards)
-            gradients = []
-            for weight in self._weights():
-                assert weight.grad is not None
-                gradients.append(weight.grad)
-                weight.grad = None
+            gradients = [weight.grad for weight in self._weights() if weight.grad is not None]
+            self._forget_gradients()
             return hidden.detach(), gradients
 
         with self._comparable(torch.Generator(device).manual_seed(0)):
@@ -118,7 +115,7 @@ class Stack:
             joint = [_gradient(student) for student in self.students]
             differences = []
             for number, student in enumerate(self.students):
-                _forget_gradients(student)
+                self._forget_gradients()
                 alone = student.hidden(trunk)
                 alone.backward(towards[number])
                 of_gradient = relative(joint[number], _gradient(student))
@@ -127,10 +124,14 @@ class Stack:
 
     @contextmanager
     def _comparable(self, generator: torch.Generator) -> Iterator[None]:
-        """Inside the block, students have no dropout and no B that is zero; after it, no gradients."""
-        weights = [weight.data for weight in self._weights()]
-        blank = [weight for weight in weights if not weight.any()]
+        """Inside the block, students have no dropout, no B that is zero, and no gradients of earlier
+        parts of the batch.
+        """
+        weights = self._weights()
+        blank = [weight.data for weight in weights if not weight.any()]
+        gradients = [weight.grad for weight in weights]
         try:
+            self._forget_gradients()
             for weight in blank:
                 weight.normal_(0, 0.02, generator=generator)
             for student in self.students:
@@ -141,10 +142,15 @@ class Stack:
                 weight.zero_()
             for student in self.students:
                 lora.set_adapter_dropout(student.model, True)
-                _forget_gradients(student)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
 
     def _weights(self) -> list[nn.Parameter]:
         return [weight for student in self.students for weight in student.weights.values()]
+
+    def _forget_gradients(self) -> None:
+        for weight in self._weights():
+            weight.grad = None
 
 
 def kind_of(student: Student) -> tuple[object, ...] | None:
@@ -173,11 +179,6 @@ def _gradient(student: Student) -> Tensor:
     return torch.cat(
         [weight.grad.flatten() for weight in student.weights.values() if weight.grad is not None]
     )
-
-
-def _forget_gradients(student: Student) -> None:
-    for weight in student.weights.values():
-        weight.grad = None
 
 
 def relative(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -84,8 +84,9 @@ class Alone(Pass):
 class Together(Pass):
     """A pass of several trainings in a stack.
 
-    Its first pass proves on a few tokens that it gives what the trainings give alone. If it does not, or
-    fails later, each goes on alone.
+    Its first pass proves on a few tokens that it gives what the trainings give alone, and the first pass
+    of each size that compiled blocks give what others give. If they do not, or fail later, each goes on
+    alone, or without compilation.
 
     Args:
         model: The plain model.

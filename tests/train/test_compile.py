@@ -90,6 +90,19 @@ def test_runs_train_as_without_and_nothing_is_compiled_after_the_first_step(stac
     assert not counters["graph_break"]
 
 
+def test_a_smaller_last_part_of_a_batch_keeps_the_gradients_of_the_first() -> None:
+    """It has another shape, which is compiled and proven in the middle of a step."""
+    model = small_model("llama")
+    results = []
+    for compiles in (True, False):
+        made = runs(model)
+        together = pack(model, *made, micro_batch=2, compiled=compiles)
+        for seed in range(2):
+            together._take_step(together.active, random_tokens(batch=3, length=16, seed=seed))
+        results.append([dict(run.student.weights) for run in made])
+    assert_close(*results)
+
+
 @pytest.mark.slow
 def test_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
