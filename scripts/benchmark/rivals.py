@@ -1,6 +1,6 @@
 """One training step, by this package in each of its ways, and by other loops.
 
-    python -m scripts.benchmark.rivals rivals.json --style gemma2
+    python -m scripts.benchmark.rivals docs/results/rivals/gemma2.json --page docs/results/rivals.md
     python -m scripts.benchmark.rivals rivals.json --model FOLDER --packs 1 4 --context 256
 
 All take turns in one process, on the same frozen model, SAE and tokens; adapters have rank 16, with
@@ -12,6 +12,7 @@ published loop. The first step of a compiled loop takes a minute; `--uncompiled`
 import argparse
 import dataclasses
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,7 @@ _STEPS = 4
 """Number of steps after which adapters are compared."""
 _SHORT = 128
 """Tokens per sequence in these steps, at most."""
+_PROFILED = "pack of 5"
 _LISTED = 12
 """Number of sizes of products in the record."""
 _SAES = 5
@@ -233,7 +235,7 @@ def table_of_products(row: dict[str, Any], peak: float) -> str:
     columns: dict[str, list[str]] = {}
     for product in row["products"]:
         for heading, cell in {
-            f"{row['what']}: batch, rows, columns, sum": " × ".join(map(str, product["sizes"])),
+            "batch × rows × columns × sum": " × ".join(map(str, product["sizes"])),
             "number": f"{product['number']}",
             "share of the time": f"{product['seconds'] / whole:.0%}",
             "share of peak": f"{product['flops'] / product['seconds'] / peak:.0%}",
@@ -262,6 +264,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return pages.markdown(columns)
 
 
+def with_tables(page: str, records: Path) -> str:
+    """The text of a page with the tables of its records: `<!-- NAME -->` stands before that of the loops
+    in `NAME.json`, and `<!-- NAME_products -->` before that of the products of a pack of five.
+    """
+
+    def made(name: str) -> str:
+        stem = name.removesuffix("_products")
+        record = json.loads((records / f"{stem}.json").read_text())
+        if name == stem:
+            return table(record["rows"])
+        (row,) = (row for row in record["rows"] if row["what"] == _PROFILED)
+        return table_of_products(row, record["peak_flops_per_second"])
+
+    return pages.with_tables(page, made)
+
+
 def _model(folder: Path | None, style: Style, device: torch.device) -> tuple[LanguageModel, Shape]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if folder is None:
@@ -278,7 +296,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("record", type=Path)
+    parser.add_argument("record", type=Path, nargs="?", help="file of the record; none: only the page")
+    parser.add_argument("--page", type=Path, help="page with tables of the records in its folder")
     parser.add_argument("--style", choices=[style.name for style in Style], default="gemma2")
     parser.add_argument("--model", type=Path, help="folder of a model, in place of a random one")
     parser.add_argument("--packs", type=int, nargs="+", default=[1, 5, 25])
@@ -287,6 +306,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--uncompiled", action="store_true", help="leave compiled loops out")
     given = parser.parse_args()
+    if given.record is not None:
+        _record(given)
+    if given.page is not None:
+        given.page.write_text(with_tables(given.page.read_text(), given.page.with_suffix("")))
+
+
+def _record(given: argparse.Namespace) -> None:
     silence_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, shape = _model(given.model, Style[given.style], device)
@@ -306,9 +332,6 @@ def main() -> None:
     }
     write_atomically(given.record, as_json(record))
     say(table(rows))
-    for row in rows:
-        if row["runs"] == _SAES and "products" in row:
-            say(f"\n{table_of_products(row, peak)}")
 
 
 if __name__ == "__main__":

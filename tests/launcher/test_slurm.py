@@ -29,6 +29,7 @@ from tests.support.submission import (
     jobs,
     occupy,
     submitted,
+    submitted_jobs,
     the_run,
     until,
 )
@@ -241,12 +242,13 @@ def test_two_launches_at_once_submit_each_run_once(cluster: Cluster, tmp_path: P
     paths = f"output_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
     command = [sys.executable, "launch.py", "-m", *SMALL, *ON_CLUSTER, *paths, "lora.rank=1,2,4"]
     command.append("launcher.pack=off")
+    before = submitted_jobs(cluster)
     launches = [
         subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         for _ in range(2)
     ]
     assert [process.wait(60) for process in launches] == [0, 0]
-    assert len(jobs(cluster)) == 3
+    assert len(submitted_jobs(cluster) - before) == 3
     until(lambda: all(folder.is_finished for folder in folders_in(tmp_path)), "the sweep")
 
 

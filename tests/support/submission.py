@@ -31,6 +31,12 @@ ON_CLUSTER = (
 )
 
 
+def submitted_jobs(cluster: Cluster) -> set[str]:
+    """The jobs of the last minutes, also those that have ended."""
+    options = "--noheader", "--array", "--states=all", "--format=%i"
+    return set(cluster.command("squeue", *options).split())
+
+
 def jobs(cluster: Cluster) -> list[str]:
     return cluster.command("squeue", "--noheader", "--array", "--format=%i").split()
 

@@ -5,7 +5,7 @@ Most tests let torch trace blocks without generating code, which takes seconds i
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -55,10 +55,11 @@ def runs(model: LanguageModel, **adapters: Any) -> list[GradientState]:
 def trained(
     model: LanguageModel,
     after_step: Callable[[DistillTrainer], object] = lambda pack: None,
+    targets: Sequence[str] = ("all",),
     **how: bool,
 ) -> list[Weights]:
     """The weights of two runs after all steps."""
-    made = runs(model)
+    made = runs(model, targets=list(targets))
     together = pack(model, *made, **how)
     for tokens in batches(STEPS):
         together._take_step(together.active, tokens)
@@ -109,9 +110,9 @@ def test_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
     model = small_model("llama")
-    ours = trained(model, stacked=True, compiled=True)
+    ours = trained(model, stacked=True, compiled=True, targets=["down"])  # little to generate
     assert graphs() > 0
-    assert_close(ours, trained(model), atol=1e-4)
+    assert_close(ours, trained(model, targets=["down"]), atol=1e-4)
 
 
 def wrong(self: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -9,18 +9,19 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="the stand-in for CUDA needs a C++ compiler"),
 ]
 WIDE = 524_288
+UNCOMPILED = {"train.compile": "off"}
 CASES = {
-    "Gemma-2, a pack around two SAEs": Case("small-gemma-2", (1, 16, 256), saes=2),
-    "Gemma-2, not compiled": Case("small-gemma-2", (1, 16), overrides={"train.compile": "off"}),
+    "Gemma-2, a pack around two SAEs": Case("small-gemma-2", (1, 16, 256), saes=2, overrides=UNCOMPILED),
     "Gemma-2, a wide SAE is live": Case(
-        "small-gemma-2", (16,), width=WIDE, overrides={"lora.blocks": "all", "train.compile": "off"}
+        "small-gemma-2", (16,), width=WIDE, overrides={"lora.blocks": "all", **UNCOMPILED}
     ),
-    "Llama, a pack around two wide SAEs, not compiled": Case(
-        "small-llama", (4, 16), saes=2, width=WIDE, overrides={"train.compile": "off"}
+    "Llama, a pack around two wide SAEs": Case(
+        "small-llama", (4, 16), saes=2, width=WIDE, overrides=UNCOMPILED
     ),
     "Llama, blocks computed again, four sequences": Case(
         "small-llama", (16,), batch=4, overrides={"train.activation_checkpointing": True}
     ),
+    "Llama, compiled": Case("small-llama", (16,)),
 }
 
 
