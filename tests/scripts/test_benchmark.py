@@ -15,6 +15,7 @@ from scripts.benchmark import compare, profile, rivals
 from scripts.benchmark.compare import compare_evaluations, compare_saes, compare_steps
 from scripts.benchmark.profile import work_of
 from scripts.benchmark.shapes import Shape, Style
+from tests.support.commands import REPOSITORY
 
 CPU = torch.device("cpu")
 TINY = Shape(
@@ -115,3 +116,9 @@ def test_rivals_train_the_same_adapters(
     assert all(row["error"] < 1e-3 and row["seconds"] > 0 and row["flops"] > 0 for row in rows)
     printed = capsys.readouterr().out
     assert all(row["what"] in printed for row in rows)
+
+
+def test_the_tables_of_rivals_are_those_of_their_records() -> None:
+    page = REPOSITORY / "docs/results/rivals.md"
+    text = page.read_text()
+    assert rivals.with_tables(text, page.with_suffix("")) == text
