@@ -67,13 +67,12 @@ def rows_of(counted: dict[str, Row]) -> str:
             continue
         runs = len(case.ranks) * case.saes
         estimated = "" if case.published else f"{row['estimated'] / 1e9:.1f}"
-        seconds = row.get("seconds")
         for heading, cell in {
             "model, ranks": f"{_NAMES[case.model]}, {_named(case)}{_way(case)}",
             "waits": f"{sum(row['waits'].values())}",
             "kernels per run": f"{row['kernels'] / runs:,.0f}",
             "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
-            "projected ms per run": "" if seconds is None else f"{1e3 * seconds / runs:.0f}",
+            "projected ms per run": f"{1e3 * row['seconds'] / runs:.0f}",
             "peak, GB": f"{row['peak'] / 1e9:.1f}",
             "estimated, GB": estimated,
         }.items():

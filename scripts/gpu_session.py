@@ -40,13 +40,12 @@ from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.loading import silence_transformers
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice import kl
-from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.hooks import Splice
 from sae_lora.train.cost.estimate import estimate
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.passes import EACH_ALONE, Passing
-from scripts.benchmark import compare, reference
-from scripts.benchmark.compare import RANKS, SINGLE, TRAIN
+from scripts.benchmark import compare
+from scripts.benchmark.compare import RANKS, SINGLE
 from scripts.benchmark.measure import wait
 from scripts.benchmark.shapes import Shape, Style, random_model
 
@@ -149,7 +148,7 @@ class Session:
         a sparse SAE, with float32 instead of TF32, with other attentions, and with the KL in operations
         of torch; and the published loop compiled.
         """
-        way = Passing.of(TRAIN, self.device)
+        way = compare.usual_way(self.model)
         self._change("none", self._packed(RANKS))
         self._change("not compiled", self._packed(RANKS, passing=way._replace(compiled=False)))
         in_float32 = way._replace(products=torch.float32)
@@ -190,16 +189,9 @@ class Session:
     def _published(self, rank: int, *, compiled: bool = False) -> Step:
         """A step of the published loop."""
         loop = compare.reference(self.model, Splice(self._shape.sae_block, self._sae(0)), rank)
-        if not compiled:
-            return lambda: loop.step(self._tokens.next().to(self.device))
-        reference.kl_divergence = torch.compile(reference.kl_divergence)
-        blocks = CompiledBlocks(loop._model)
-
-        def step() -> None:
-            with blocks.in_use():
-                loop.step(self._tokens.next().to(self.device))
-
-        return step
+        if compiled:
+            loop.compile()
+        return lambda: loop.step(self._tokens.next().to(self.device))
 
     def _sae(self, seed: int) -> JumpReLUSAE:
         """Random, with `shape.k` active latents on a token whose activations have variance one."""

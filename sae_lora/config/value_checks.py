@@ -174,8 +174,7 @@ def check_passes(config: Config) -> None:
 
 def _check_products(config: Config) -> None:
     key, train = "train.adapter_products", config.train
-    words = ("auto", *DType.__members__)
-    if train.adapter_products not in words:
+    if train.adapter_products not in ("auto", *DType.__members__):
         raise refusal(config, key, "auto, float32 or bfloat16", "auto")
     if train.adapter_products != DType.bfloat16.name:
         return

@@ -24,7 +24,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.common.isolation import Isolation
 from sae_lora.common.provenance import environment
-from sae_lora.config.enums import Attention, Initialisation, KLComputation, Schedule
+from sae_lora.config.enums import Attention, DType, Initialisation, KLComputation, Schedule
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.language_model import LanguageModel
@@ -112,6 +112,12 @@ def reference(
     return Reference(model, (splice,), adapters(rank), TRAIN, dropout=dropout)
 
 
+def usual_way(model: LanguageModel) -> Passing:
+    """The way of a pack through this model if the config says nothing of it."""
+    dtype = DType[str(model.model.dtype).removeprefix("torch.")]
+    return Passing.of(dataclasses.replace(TRAIN, dtype=dtype), model.device)
+
+
 def pack(
     model: LanguageModel,
     trainings: Sequence[GradientState],
@@ -123,8 +129,8 @@ def pack(
     comparison = Comparison(Head.of(model))
     evaluator = Evaluator(model, torch.empty(0, 1, dtype=torch.long), 1, comparison)
     kl = kl_of(comparison, how)
-    passing = passing or Passing.of(TRAIN, model.device)
-    return DistillTrainer(model, Isolation(trainings), evaluator, kl, passing=passing)
+    way = usual_way(model) if passing is None else passing
+    return DistillTrainer(model, Isolation(trainings), evaluator, kl, passing=way)
 
 
 def compare_steps(

@@ -1,6 +1,7 @@
 """The training loop of the published code, only for comparison."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from sae_lora.config.enums import Reduction
 from sae_lora.config.schema import LoRAConfig, TrainConfig
 from sae_lora.models import lora
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice import compiled
+from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.hooks import spliced
 from sae_lora.splice.kl import kl_divergence
 from sae_lora.splice.trunk import Splices
@@ -50,17 +53,28 @@ class Reference:
         self._config = config
         self.weights = lora.trainable_weights(self._model)
         """The adapters' weights by name."""
+        self._kl: Callable[[Tensor, Tensor], Tensor] = kl_divergence
+        self._running: Callable[[], AbstractContextManager[None]] = nullcontext
         self._optimizer = torch.optim.AdamW(
             self.weights.values(), lr=config.lr, weight_decay=config.weight_decay
         )
 
+    def compile(self) -> None:
+        """Compile the blocks and the KL in the first step."""
+        self._running = CompiledBlocks(self._model).in_use
+        self._kl = torch.compile(self._kl, backend=compiled.BACKEND)
+
     def step(self, tokens: Tensor) -> float | Tensor:
         """Make one step on tokens `[batch, pos]`; return the KL in nats, summed over tokens."""
+        with self._running():
+            return self._step(tokens)
+
+    def _step(self, tokens: Tensor) -> float | Tensor:
         with torch.no_grad(), self._adapters.disable_adapter():
             teacher = self._logits(tokens)
         with spliced(self._model, self._splices, tokens):
             student = self._logits(tokens)
-        kl = kl_divergence(teacher, student).sum()
+        kl = self._kl(teacher, student).sum()
         per_token = self._config.kl_reduction is Reduction.token_mean
         (kl / (tokens.numel() if per_token else len(tokens))).backward()
         if self._config.grad_clip is not None:

@@ -16,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +32,12 @@ from sae_lora.config.enums import Attention, KLComputation
 from sae_lora.models.attention.choice import choose_attention
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import silence_transformers
-from sae_lora.splice.compiled import CompiledBlocks
 from sae_lora.splice.hooks import Splice, spliced
 from sae_lora.splice.student import LoRAStudent
 from sae_lora.train.optim import GradientState
 from sae_lora.train.passes import Passing
 from scripts import pages
-from scripts.benchmark.compare import SINGLE, TRAIN, Tokens, adapters, pack
+from scripts.benchmark.compare import SINGLE, TRAIN, Tokens, adapters, pack, usual_way
 from scripts.benchmark.measure import taking_turns
 from scripts.benchmark.profile import peak_flops_per_second, products_of, work_of
 from scripts.benchmark.reference import Reference
@@ -75,19 +73,25 @@ class PlainLoop(Reference):
             weight_decay=self._config.weight_decay,
             fused=True,
         )
+        self._kl = _kl_to
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def _step(self, tokens: Tensor) -> Tensor:
         with torch.no_grad(), self._adapters.disable_adapter():
             teacher = self._logits(tokens).float().log_softmax(-1)
         with spliced(self._model, self._splices, tokens):
             student = self._logits(tokens)
-        log_q = student.float().log_softmax(-1)
-        kl = functional.kl_div(log_q, teacher, log_target=True, reduction="sum")
+        kl = self._kl(teacher, student)
         (kl / tokens.numel()).backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), self._config.grad_clip or 0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return kl.detach()
+
+
+def _kl_to(teacher: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(teacher ‖ student) summed over tokens, from log-probabilities of the teacher."""
+    log_q = student_logits.float().log_softmax(-1)
+    return functional.kl_div(log_q, teacher, log_target=True, reduction="sum")
 
 
 class Contender(NamedTuple):
@@ -117,8 +121,7 @@ class Contest:
         self._model, self._shape, self._packs = model, shape, packs
         dtype = model.model.dtype
         self._splices = [random_splice(shape, seed, model.device, dtype) for seed in range(_SAES)]
-        on_gpu = model.device.type == "cuda"
-        self._products = dtype if on_gpu else torch.float32
+        self._products = usual_way(model).products
 
     def contenders(self, dropout: float) -> dict[str, Callable[[], Contender]]:
         """The ways by name, in the order of the table. Each is made when it is called."""
@@ -143,15 +146,9 @@ class Contest:
         torch.manual_seed(0)
         config = dataclasses.replace(adapters(SINGLE), dropout=dropout)
         loop = kind(self._model, tuple(self._splices[:1]), config, TRAIN)
-        running: Callable[[], AbstractContextManager[None]] = nullcontext
         if compiled:
-            running = CompiledBlocks(loop._model).in_use
-
-        def step(tokens: Tensor) -> object:
-            with running():
-                return loop.step(tokens)
-
-        return Contender(1, compiled, step, loop.weights)
+            loop.compile()
+        return Contender(1, compiled, loop.step, loop.weights)
 
     def _ours(self, runs: int, passing: Passing, dropout: float) -> Contender:
         splices = self._splices if runs > _SAES else self._splices[:1]

@@ -215,22 +215,14 @@ def _published(case: Case, configs: Sequence[Any]) -> tuple[Call, Call]:
     """A step of the published loop, and no evaluation."""
     import torch
 
-    from sae_lora.splice import compiled
-    from scripts.benchmark import reference
+    from scripts.benchmark.reference import Reference
 
     model, splices = _frozen(case, configs[0])
-    loop = reference.Reference(model, splices[:1], configs[0].lora, configs[0].train)
+    loop = Reference(model, splices[:1], configs[0].lora, configs[0].train)
     tokens = torch.zeros(case.batch, case.context, dtype=torch.long).to("cuda", non_blocking=True)
-    if not configs[0].train.compiles_on(gpu=True):
-        return lambda: loop.step(tokens), lambda: None
-    reference.kl_divergence = torch.compile(reference.kl_divergence, backend=compiled.BACKEND)
-    blocks = compiled.CompiledBlocks(loop._model)
-
-    def step() -> None:
-        with blocks.in_use():
-            loop.step(tokens)
-
-    return step, lambda: None
+    if configs[0].train.compiles_on(gpu=True):
+        loop.compile()
+    return lambda: loop.step(tokens), lambda: None
 
 
 def _configs(case: Case, folder: Path) -> list[Any]:

@@ -17,7 +17,7 @@ from tests.support import h200
 
 
 class Requests(Protocol):
-    """What is asked of the device, counted."""
+    """Counters of requests to the device."""
 
     kernels: int
     moved: int
@@ -88,7 +88,7 @@ def as_on_a_gpu(requests: Requests, memory: Memory) -> Iterator[None]:
 
 
 class _Plan(NamedTuple):
-    """What the compiler plans for a graph."""
+    """The plan of the compiler for a graph."""
 
     kernels: int
     moved: int

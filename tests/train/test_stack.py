@@ -248,7 +248,7 @@ def test_ranks_are_padded() -> None:
 
 
 def test_adapters_in_bfloat16() -> None:
-    """Of a bfloat16 model: what they add is rounded as its outputs are, their weights are not."""
+    """They round what they add to a bfloat16 model, as its outputs are rounded, but no weights."""
     model = small_model("llama")
     model.model.to(torch.bfloat16)
     students = [run.student for run in trainings(model)]
