@@ -204,26 +204,38 @@ class Comparison:
         if buffers and len(buffers[0]) >= tokens and buffers[0].device == device:
             return
         part = min(tokens, _part_tokens(self.head.d_vocab, device.type))
-        self._chunk_buffers = [torch.empty(tokens, self.head.d_vocab, device=device) for _ in range(3)]
-        self._part_buffers = [torch.empty(part, self.head.d_vocab, device=device) for _ in range(2)]
+        length = _row_length(self.head.d_vocab)
+        self._chunk_buffers, self._part_buffers = (
+            [torch.empty(rows, length, device=device)[:, : self.head.d_vocab] for _ in range(number)]
+            for rows, number in ((tokens, 3), (part, 2))
+        )
 
 
-_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**28}
+_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a chunk, by device."""
 _PART_LOGITS = {"cpu": 2**18, "cuda": 2**28}
 """Logits of a part of a chunk, by device: as many as a CPU's cache holds; a GPU is faster with many."""
-_FEWEST_TOKENS = 88
-"""Tokens per chunk, at least. With fewer, reading the head's matrix takes longer than the product."""
+_FEWEST_TOKENS = 256
+"""Tokens per chunk, at least. With fewer, reading the head's matrix slows the product."""
 
 
 def room_bytes(tokens: int, chunk_tokens: int | None, d_vocab: int, device: str) -> int:
     """Memory of a `Comparison` for this number of tokens, in bytes; `device` is `cpu` or `cuda`."""
     chunk = min(tokens, _chunk_tokens(chunk_tokens, d_vocab, device))
-    return 4 * d_vocab * (3 * chunk + 2 * min(chunk, _part_tokens(d_vocab, device)))
+    return 4 * _row_length(d_vocab) * (3 * chunk + 2 * min(chunk, _part_tokens(d_vocab, device)))
 
 
 def _chunk_tokens(configured: int | None, d_vocab: int, device: str) -> int:
-    return configured or max(_FEWEST_TOKENS, _CHUNK_LOGITS.get(device, 2**22) // d_vocab)
+    return configured or max(_FEWEST_TOKENS, _CHUNK_LOGITS.get(device, 2**24) // d_vocab)
+
+
+def _row_length(d_vocab: int) -> int:
+    """Numbers from one row of logits to the next in memory.
+
+    Rows begin at multiples of 64 bytes, and not all at the same place of a cache, as rows of a power of
+    two do. On a CPU, products are up to a fifth quicker for it.
+    """
+    return (d_vocab + 15) // 32 * 32 + 16
 
 
 def _part_tokens(d_vocab: int, device: str) -> int:

@@ -27,7 +27,8 @@ def compare(teacher: Tensor, student: Tensor, unit: float, is_capped: bool) -> t
     """KL(teacher ‖ student) of each token in nats, `[token]` in float64, and what `slope` needs.
 
     Args:
-        teacher, student: Logits before the soft-cap, `[token, d_vocab]`, contiguous and in float32.
+        teacher, student: Logits before the soft-cap, `[token, d_vocab]`, in float32. There may be gaps
+            between rows, of the same size in both.
         unit: The soft-cap, if there is one.
         is_capped: True if there is a soft-cap.
 
@@ -38,7 +39,8 @@ def compare(teacher: Tensor, student: Tensor, unit: float, is_capped: bool) -> t
     tokens, d_vocab = teacher.shape
     kl, statistics = _empty(teacher, student, unit, is_capped)
     settings = {"is_capped": is_capped, "columns": _COLUMNS, "num_warps": 8}
-    _compare[(tokens,)](teacher, student, kl, statistics, d_vocab, unit, **settings)
+    length = teacher.stride(0)
+    _compare[(tokens,)](teacher, student, kl, statistics, d_vocab, length, unit, **settings)
     return kl, statistics
 
 
@@ -60,12 +62,13 @@ def slope(
     Args:
         teacher, student, unit, is_capped: As in `compare`.
         statistics: The second result of `compare`.
-        to: Contiguous memory for the result, in the dtype that the product with the head's matrix takes.
+        to: Memory for the result, in the dtype that the product with the head's matrix takes.
     """
     tokens, d_vocab = teacher.shape
     grid = tokens, triton.cdiv(d_vocab, _COLUMNS)
     settings = {"is_capped": is_capped, "columns": _COLUMNS, "num_warps": 8}
-    _slope[grid](teacher, student, statistics, to, d_vocab, unit, **settings)
+    lengths = teacher.stride(0), to.stride(0)
+    _slope[grid](teacher, student, statistics, to, d_vocab, *lengths, unit, **settings)
 
 
 def kernel_kl(
@@ -101,7 +104,7 @@ def kernel_kl(
             kl, statistics = compare(teacher, student, *cap)
             total += kl.sum()
             if gradient is not None:
-                to = for_slope.view(states.dtype).flatten()[: student.numel()].view_as(student)
+                to = for_slope[:number].view(states.dtype)[:, : head.d_vocab]
                 slope(teacher, student, statistics, to, *cap)
                 head.pull_back(to, states[rows], gradient[rows])
     return list(zip(totals, gradients, strict=True))
@@ -137,12 +140,13 @@ def _compare(
     kl,
     statistics,
     d_vocab,
+    length,
     unit,
     is_capped: tl.constexpr,
     columns: tl.constexpr,
 ):
     token = tl.program_id(0)
-    row = token.to(tl.int64) * d_vocab
+    row = token.to(tl.int64) * length
     lanes = tl.arange(0, columns)
     # Each lane has its own largest logit and sums. They begin at -1e30 and not at −∞, because the
     # difference of two of them must be a number.
@@ -185,6 +189,8 @@ def _slope(
     statistics,
     to,
     d_vocab,
+    length,
+    length_to,
     unit,
     is_capped: tl.constexpr,
     columns: tl.constexpr,
@@ -192,7 +198,7 @@ def _slope(
     token = tl.program_id(0).to(tl.int64)
     within = tl.program_id(1) * columns + tl.arange(0, columns)
     inside = within < d_vocab
-    where = token * d_vocab + within
+    where = token * length + within
     of_token = statistics + token * 4
     p = _logit(teacher, where, inside, unit, is_capped)
     q = _logit(student, where, inside, unit, is_capped)
@@ -202,4 +208,4 @@ def _slope(
     if is_capped:
         share = tl.where(inside, q / unit, 0.0)
         result = result * (1 - share * share)
-    tl.store(to + where, result.to(to.dtype.element_ty), mask=inside)
+    tl.store(to + token * length_to + within, result.to(to.dtype.element_ty), mask=inside)
