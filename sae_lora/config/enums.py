@@ -37,6 +37,7 @@ class SAEFamily(enum.Enum):
     tiny = "tiny"
     gemma_scope = "gemma_scope"
     llama_scope = "llama_scope"
+    transcoder = "transcoder"
     registry = "registry"
     disk = "disk"
     new = "new"
@@ -52,6 +53,14 @@ class Architecture(enum.Enum):
     jumprelu = "jumprelu"
     standard = "standard"
     gated = "gated"
+    transcoder = "transcoder"
+    """Standard, from the input of an MLP to its output."""
+    batchtopk_transcoder = "batchtopk_transcoder"
+    """BatchTopK, from the input of an MLP to its output."""
+
+
+TRANSCODING = (Architecture.transcoder, Architecture.batchtopk_transcoder)
+"""Architectures of new transcoders."""
 
 
 class Suite(enum.Enum):
@@ -89,6 +98,16 @@ class Hook(enum.Enum):
     attn_out = "attn_out"
     mlp_out = "mlp_out"
     resid_post = "resid_post"
+
+
+class Reads(enum.Enum):
+    """Activation of a block that a transcoder reads: the input of the MLP, which is the output of the
+    norm before it; the same without the norm's weight and bias; or the input of this norm.
+    """
+
+    mlp_in = "mlp_in"
+    mlp_normalized = "mlp_normalized"
+    resid_mid = "resid_mid"
 
 
 class TextSource(enum.Enum):

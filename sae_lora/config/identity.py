@@ -75,12 +75,16 @@ def identity_of(values: dict[str, Any]) -> str:
         _leave_out_path(choice, "adapter")
         if choice["hook"] == Hook.resid_post.name:  # as in versions that had no other hooks
             del choice["hook"]
+        if choice["reads"] is None:  # as in versions that had no transcoders
+            del choice["reads"]
         if not choice["group"]:
             del choice["group"]
     if values["data"]["bos"] == "auto":  # as in versions that had no other choice
         del values["data"]["bos"]
     if sae["family"] != SAEFamily.new.name:
         del sae["architecture"]
+    if sae["family"] != SAEFamily.new.name or not sae["skip"]:
+        del sae["skip"]
     if not keeps_first:
         del sae["keep_first"]
     if sae["outlier_norm"] is None:

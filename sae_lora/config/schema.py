@@ -18,6 +18,7 @@ from sae_lora.config.enums import (
     Initialisation,
     KLComputation,
     Method,
+    Reads,
     Reduction,
     SAEFamily,
     Schedule,
@@ -73,6 +74,9 @@ class SAEChoice:
     """The block that the SAE is in."""
     hook: Hook = Hook.resid_post
     """The activation that the SAE replaces: resid_pre, attn_out, mlp_out or resid_post."""
+    reads: Reads | None = None
+    """The activation that a transcoder reads: mlp_in, mlp_normalized or resid_mid. Null: it is an SAE,
+    which reads what it replaces."""
     release: str | None = None
     """Registry release."""
     id: str | None = None
@@ -98,15 +102,17 @@ class SAEConfig:
     """The sparse autoencoder. It is frozen. Everything is loaded through sae-lens."""
 
     family: SAEFamily = MISSING
-    """Source of the SAE: tiny, gemma_scope, llama_scope, registry, disk, identity, or new, which the run
-    trains."""
+    """Source of the SAE: tiny, gemma_scope, llama_scope, transcoder, registry, disk, identity, or new,
+    which the run trains."""
     width: str | None = None
     """Number of latents: `16k`, `131k`, `1m` or a number. The nearest existing SAE is used."""
     l0: float | None = None
     """Active latents per token. The nearest existing SAE is used. New SAE: k of topk, batchtopk and
     matryoshka, or the target of jumprelu; standard and gated have none."""
     architecture: Architecture = Architecture.topk
-    """Architecture of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated."""
+    """Architecture of a new SAE: topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated. Or that
+    of a new transcoder, from the input of an MLP to its output: batchtopk_transcoder or transcoder (L1).
+    """
     sparsity_coefficient: float | None = None
     """Weight of the sparsity penalty of a new jumprelu, standard or gated SAE; null: sae-lens's
     default."""
@@ -117,6 +123,9 @@ class SAEConfig:
     path: str | None = None
     """Folder of an SAE (family `disk`), in the format of sae-lens, sparsify or dictionary_learning.
     `{block}` in it is replaced by the block's index."""
+    skip: bool = False
+    """True for transcoders with a skip connection, a linear map from their input to their output: family
+    `transcoder`, and new transcoders."""
     dtype: DType = DType.float32
     """Precision of the SAE's weights and arithmetic."""
     sparse: bool | None = None
@@ -148,6 +157,10 @@ class LayerConfig:
     """The activation that the SAE replaces: resid_pre or resid_post (the residual stream before or after
     the block), attn_out or mlp_out (the output of attention or MLP). Null: from the SAE's metadata, or
     resid_post."""
+    reads: Reads | None = None
+    """The activation that a transcoder reads: mlp_in (the input of the MLP, after its norm),
+    mlp_normalized (the same without the norm's weight) or resid_mid (the norm's input). Null: from the
+    transcoder's metadata."""
     every: int | None = None
     """Put an SAE at every n-th block that has one, all at once; instead of `index`."""
     first: int | None = None

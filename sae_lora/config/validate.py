@@ -28,6 +28,7 @@ from sae_lora.config.value_checks import (
     check_repeats,
     check_shard,
     check_texts,
+    check_transcoder,
     check_wandb,
     is_whole,
     refusal,
@@ -49,6 +50,7 @@ def check(config: Config) -> None:
     _check_layer(config)
     _check_sae(config)
     _check_method(config)
+    check_transcoder(config)
     _check_new_sae(config)
     _check_data(config)
     _check_launcher(config)
@@ -298,7 +300,10 @@ def _check_method(config: Config) -> None:
         raise refusal(config, "method.lora_lr", allowed, "null")
 
 
-TOPK_LIKE = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
+TOPK_LIKE = (
+    *(Architecture.topk, Architecture.batchtopk, Architecture.matryoshka),
+    Architecture.batchtopk_transcoder,
+)
 """Architectures with k active latents per token."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_lora.common.errors import ConfigError, listed, nearest_name
 from sae_lora.common.secrets import secret_in
-from sae_lora.config.enums import DType, Method, TrackingMode
+from sae_lora.config.enums import TRANSCODING, DType, Hook, Method, SAEFamily, TrackingMode
 from sae_lora.config.execution import LauncherConfig, switch
 from sae_lora.config.identity import ADAPTING
 from sae_lora.config.schema import Config, as_list
@@ -206,3 +206,22 @@ def check_processes(launcher: LauncherConfig) -> None:
             "train.device=cpu",
             nearest=launcher.gpus_per_node,
         )
+
+
+_READING = (SAEFamily.transcoder, SAEFamily.registry, SAEFamily.disk)
+"""Families that may have transcoders."""
+
+
+def check_transcoder(config: Config) -> None:
+    """Refuse keys of transcoders where there is none, and transcoders at other places than MLPs."""
+    sae, layer = config.sae, config.layer
+    is_new = sae.family is SAEFamily.new and sae.architecture in TRANSCODING
+    if layer.reads is not None and not is_new and sae.family not in _READING:
+        allowed = f"null with sae.family={sae.family.name}: an SAE reads what it replaces"
+        raise refusal(config, "layer.reads", allowed, "null")
+    if sae.skip and not is_new and sae.family is not SAEFamily.transcoder:
+        raise refusal(config, "sae.skip", "false: only transcoders have a skip connection", "false")
+    is_at_mlp = is_new or sae.family is SAEFamily.transcoder
+    if is_at_mlp and layer.hook not in (None, Hook.mlp_out):
+        allowed = "mlp_out with a transcoder, which replaces the output of an MLP"
+        raise refusal(config, "layer.hook", allowed, "mlp_out")

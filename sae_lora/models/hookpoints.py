@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.enums import Hook
+from sae_lora.config.enums import Hook, Reads
 from sae_lora.config.schema import SAEChoice
 
 PLACES = "hook_resid_post, hook_resid_pre (except of block 0), hook_attn_out or hook_mlp_out"
@@ -98,3 +98,36 @@ def known_place(hookpoint: str) -> Place | None:
     if match := _INPUT_OF_BLOCK.fullmatch(hookpoint):
         hookpoint = f"blocks.{match[1]}.hook_{Hook.resid_pre.name}"
     return Place.named(hookpoint)
+
+
+_LAYER = rf"(?:(?:{_PARENTS})\.)*(?:layers|h)\.(\d+)\."
+_INPUTS_OF_MLP = {
+    Reads.mlp_in: r"blocks\.(\d+)\.(?:mlp\.hook_in|ln2\.hook_out)",
+    Reads.mlp_normalized: r"blocks\.(\d+)\.ln2\.hook_normalized",
+    # TransformerLens's hook_mlp_in comes before the norm.
+    Reads.resid_mid: r"blocks\.(\d+)\.(?:hook_resid_mid|hook_mlp_in)",
+}
+_MODULES_BEFORE_MLP = (
+    rf"{_LAYER}(?:mlp\.input|(?:pre_feedforward_layernorm|post_attention_layernorm|ln_2)\.output)"
+)
+_OUTPUT_OF_MLP = (
+    rf"(?:blocks\.(\d+)\.(?:hook_mlp_out|mlp\.hook_out))|{_LAYER}(?:mlp|post_feedforward_layernorm)"
+    r"(?:\.output)?"
+)
+READINGS = "blocks.{l}.mlp.hook_in, ln2.hook_normalized or hook_resid_mid"
+"""Usual names of the activations that a transcoder may read, for messages."""
+
+
+def known_reading(hookpoint: str) -> tuple[int, Reads] | None:
+    """The block and the activation that a transcoder reads there; `None` if no transcoder can."""
+    for reads, name in _INPUTS_OF_MLP.items():
+        if match := re.fullmatch(name, hookpoint):
+            return int(match[1]), reads
+    match = re.fullmatch(_MODULES_BEFORE_MLP, hookpoint)
+    return None if match is None else (int(match[1]), Reads.mlp_in)
+
+
+def output_of_mlp(hookpoint: str) -> Place | None:
+    """The place of a transcoder that writes there; `None` if it is not the output of an MLP."""
+    match = re.fullmatch(_OUTPUT_OF_MLP, hookpoint)
+    return None if match is None else Place(int(match[1] or match[2]), Hook.mlp_out)

@@ -15,6 +15,7 @@ from sae_lora.models.language_model import LanguageModel
 from sae_lora.models.loading import device_of, load_model
 from sae_lora.saes.loading import SAEs
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.saes.transcoders import check_readings
 from sae_lora.splice.head import Head
 from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
@@ -23,6 +24,9 @@ from sae_lora.train.evaluator import Evaluator
 from sae_lora.train.passes import EACH_ALONE, Passing
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
 from sae_lora.train.trainer import Trainer
+
+_READ = 4
+"""Number of sequences on which transcoders are checked."""
 
 
 class Builder:
@@ -69,6 +73,11 @@ class Builder:
             report: Called with the stages of the training.
         """
         config, train = self._config, self._config.train
+        for training in trainings.active:
+            student = training.student
+            with trainings.only(training):
+                splices = () if student.is_new else student.before
+                check_readings(self.model, splices, validation_tokens[:_READ])
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
         evaluate = Evaluator(
             self.model,
@@ -92,7 +101,7 @@ class Builder:
         buffer = ActivationBuffer(
             self.model,
             {
-                name: source.hookpoints
+                name: source.streams
                 for student in students
                 for name, source in sources_of(student).items()
             },

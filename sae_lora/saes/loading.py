@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from sae_lora.common import hub
 from sae_lora.common.console import Report, no_report
-from sae_lora.common.errors import UserError, is_out_of_memory
+from sae_lora.common.errors import ConfigError, UserError, is_out_of_memory
 from sae_lora.config.enums import SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.models.hookpoints import Place
-from sae_lora.saes import from_run, metadata, output_adapter, probe, sparse
+from sae_lora.saes import from_run, metadata, output_adapter, probe, sparse, transcoders
 from sae_lora.saes.formats import converters
 from sae_lora.saes.formats import folder as folders
 from sae_lora.saes.formats.weights import check_weights, damaged
-from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, stated, stated_by
+from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, reads_of, stated, stated_by
 from sae_lora.saes.output_adapter import AdaptedCoder
 from sae_lora.saes.places import settled, trained_at
 from sae_lora.saes.pretrained_table import repository_of
@@ -87,7 +87,8 @@ def load(config: SAEConfig, choice: SAEChoice, model: Dimensions, device: torch.
     module = module.to(device).requires_grad_(False).eval()
     width, digest = values.get("d_sae"), _digest(module)
     description = describe(config, choice, values["architecture"], width, digest)
-    sae: Coder = multiplied(module, config.sparse)  # pyright: ignore[reportAssignmentType]
+    used = transcoders.with_skip(multiplied(module, config.sparse), module)
+    sae: Coder = used  # pyright: ignore[reportAssignmentType]
     if choice.adapter is not None:
         adapter = output_adapter.load(Path(choice.adapter.path), device)
         sae = AdaptedCoder(sae, adapter).eval()
@@ -219,7 +220,12 @@ def splices(
     """The SAEs of a run, in the order of their places; `special_ids` are BOS and EOS."""
     return tuple(
         Splice(
-            choice.block, loaded.sae, choice.hook, special_of(config, loaded, special_ids), config.tf32
+            choice.block,
+            loaded.sae,
+            choice.hook,
+            special_of(config, loaded, special_ids),
+            config.tf32,
+            choice.reads,
         )
         for choice, loaded in zip(config.used, saes, strict=True)
     )
@@ -249,6 +255,10 @@ def _through_sae_lens(
     now = stated(values) | about | {"normalize_activations": values["normalize_activations"]}
     metadata.check(now, key, name)
     settled(trained_at(now, key, name, choice.block), choice.block, choice.hook, name)
+    reads = reads_of(now, choice.reads, key, name)
+    if reads is not choice.reads:  # the plan did not know that it is a transcoder
+        because = f"{name} is a transcoder"
+        raise ConfigError("layer.reads", None, "what it reads", reads and reads.name, because)
     _keep_statistics(sae)
     probe.check_weights(sae.state_dict(), values, key, name)
     probe.check_coder(sae, sae.cfg.d_in, key, name)

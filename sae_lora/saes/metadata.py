@@ -8,13 +8,13 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 from sae_lora.common.errors import ConfigError, listed
-from sae_lora.config.enums import Hook
+from sae_lora.config.enums import Hook, Reads
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.saes.formats.folder import SCALER, UNUSED_FACTOR, read
 from sae_lora.saes.formats.weights import FLOATS, check_weights
-from sae_lora.saes.places import settled, trained_at
+from sae_lora.saes.places import TRANSCODERS, is_transcoder, reading, settled, trained_at
 from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
 
 Stated = Mapping[str, Any]
@@ -52,8 +52,8 @@ KEYS: dict[str, Key] = {
     "architecture": Key(
         Use.applied,
         str,
-        ("standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit"),
-        "this is no SAE of single tokens that SAELens knows",
+        ("standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit", *TRANSCODERS),
+        "this is no SAE or transcoder of single tokens that SAELens knows",
     ),
     "normalize_activations": Key(
         Use.applied,
@@ -82,7 +82,7 @@ KEYS: dict[str, Key] = {
     "group_blocks": Key(Use.applied, list[int]),
     "d_in": Key(Use.checked, int, least=1),
     "d_sae": Key(Use.checked, int, least=1),
-    "d_out": Key(Use.checked, int),
+    "d_out": Key(Use.checked, int, least=1),
     "hook_name": Key(Use.checked, str),
     "hook_name_out": Key(Use.checked, str),
     "hook_head_index": Key(Use.checked, allowed=(), because=_OF_A_HEAD),
@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
     UNUSED_FACTOR: Key(Use.noted, _NUMBER),
     "l0": Key(Use.noted, _NUMBER),
     "model_class_name": Key(Use.informative),
-    "hf_hook_name": Key(Use.informative),
+    "hf_hook_name": Key(Use.checked, str),
     "hf_hook_name_out": Key(Use.informative),
     "dtype": Key(Use.noted, str, (*FLOATS.values(), *(f"torch.{name}" for name in FLOATS.values()))),
     "device": Key(Use.informative),
@@ -125,7 +125,7 @@ _RENAMED = {
 }
 """Names in older versions of SAELens."""
 _NESTED = ("activation_fn_kwargs", "model_from_pretrained_kwargs")
-_HOOKS = ("hook_name", "hook_name_out")
+_HOOKS = ("hook_name", "hook_name_out", "hf_hook_name")
 _L0_TOLERANCE = 0.25
 """Share of the stated L0 by which the measured one may differ without a note."""
 
@@ -157,14 +157,14 @@ def stated_by(choice: SAEChoice) -> dict[str, Any]:
     if choice.release is not None:
         model, converter = model_of(choice.release), converter_of(choice.release)
         about = {} if model is None else {"model_name": model}
-        is_no_sae = converter == "temporal" or "transcoder" in converter
+        is_no_sae = converter in ("temporal", "mntss_clt_layer_transcoder")
         return about | ({"architecture": converter} if is_no_sae else {})
     folder = choice.path or (choice.id and str(EMBEDDED_SAES / choice.id))
     return stated(read(folder).values) if folder else {}
 
 
 def check(about: Stated, field: str, name: str, source: str = "metadata") -> None:
-    """Refuse an SAE whose metadata has a value that cannot be used, and a transcoder.
+    """Refuse an SAE or transcoder whose metadata has a value that cannot be used.
 
     Args:
         about: What its metadata states.
@@ -175,10 +175,12 @@ def check(about: Stated, field: str, name: str, source: str = "metadata") -> Non
         ConfigError: For the first such value.
     """
     reads, writes = about.get("hook_name"), about.get("hook_name_out")
-    if writes not in (None, reads) or "transcoder" in str(about.get("architecture")):
-        places = f", which reads {reads} and writes {writes}" if reads and writes else ""
-        allowed = "an SAE, which reads and writes one activation"
-        raise ConfigError(field, name, allowed, because=f"it is a transcoder by its {source}{places}")
+    if writes not in (None, reads) and not is_transcoder(about):
+        allowed = (
+            f"an SAE, which reads and writes one activation, or architecture: {listed(TRANSCODERS)}"
+        )
+        because = f"it reads {reads} and writes {writes} by its {source}"
+        raise ConfigError(field, name, allowed, because=because)
     for key, known in KEYS.items():
         value = about.get(key)
         if value is None or known.use in (Use.noted, Use.informative):
@@ -197,6 +199,11 @@ def check(about: Stated, field: str, name: str, source: str = "metadata") -> Non
         words = listed(map(_written, known.allowed))
         allowed = f"an SAE with {key}: {words}" if words else f"an SAE without {key}"
         because = f"its {source} says {key}: {_written(value)}, and {known.because}"
+        raise ConfigError(field, name, allowed, because=because)
+    normalises = about.get("normalize_activations", "none")
+    if is_transcoder(about) and normalises != "none":
+        because = f"its {source} says normalize_activations: {normalises}"
+        allowed = "a transcoder with normalize_activations: none, because its output has other units"
         raise ConfigError(field, name, allowed, because=because)
     is_topk = about.get("architecture") in ("topk", "abstopk") or about.get("activation_fn") == "topk"
     k, d_sae = about.get("k", about.get("activation_fn_kwargs.k")), about.get("d_sae", math.inf)
@@ -229,7 +236,7 @@ def check_complete(values: Mapping[str, Any], name: str, source: str) -> None:
         because = f"its {source} says sae_lens_version: {about['sae_lens_version']}"
         allowed = "an SAE with a version such as 6.5.0, or without one"
         raise ConfigError("sae.path", name, allowed, because=because)
-    needed = ["d_in", "d_sae", "architecture"]
+    needed = ["d_in", "d_sae", "architecture", *(["d_out"] if is_transcoder(about) else [])]
     if "architecture" not in values and (version is None or int(version[0]) < 6):
         needed.remove("architecture")  # the standard one
     for key in needed:
@@ -355,10 +362,12 @@ def _positions(stated_slice: Any) -> str:
     return f"{start}:{'' if stop is None else stop}" + ("" if step == 1 else f":{step}")
 
 
-def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensions) -> SAEChoice:
-    """The SAE in a folder, checked against its config.
+def read_folder(
+    path: str, index: int | None, hook: Hook | None, model: Dimensions, reads: Reads | None = None
+) -> SAEChoice:
+    """The SAE or transcoder in a folder, checked against its config.
 
-    `index` and `hook` are those of `layer`; if they are `None`, the config gives the place.
+    `index`, `hook` and `reads` are those of `layer`; what is `None`, the config gives.
 
     Raises:
         ConfigError: If the folder contains no SAE, or its SAE does not fit the model or the place.
@@ -371,6 +380,7 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
     check_fits(about, model, "sae.path", path, folder.format.config)
     check_complete(values, path, folder.format.config)
     check_weights(folder)
+    reads = reads_of(about, reads, "sae.path", path, folder.format.config)
     if place is None:
         because = f"{folder.path / folder.format.config} names no hook point"
         raise ConfigError("layer.index", None, f"the index of a block: {because}")
@@ -378,11 +388,38 @@ def read_folder(path: str, index: int | None, hook: Hook | None, model: Dimensio
     return SAEChoice(
         block=place.block,
         hook=place.hook,
+        reads=reads,
         path=str(folder.path.resolve()),
         sha256=folder.digest(),
         width=values.get("d_sae"),
         l0=l0 if _has_type(l0, _NUMBER) else None,
     )
+
+
+def reads_of(
+    about: Stated, asked: Reads | None, field: str, name: str, source: str = "metadata"
+) -> Reads | None:
+    """The activation that a transcoder reads: `layer.reads`, or else by its metadata. `None`: an SAE.
+
+    Args:
+        about: What its metadata states, after `check`.
+        asked: `layer.reads`.
+        field, name: The key that names the transcoder, and its value, for the message.
+        source: The file of its metadata, for the message.
+
+    Raises:
+        ConfigError: If an SAE is asked to read another activation than it replaces, or if neither says
+            what a transcoder reads.
+    """
+    if not is_transcoder(about):
+        if asked is not None:
+            because = f"{name} is an SAE, which reads what it replaces"
+            raise ConfigError("layer.reads", asked.name, "null", "null", because)
+        return None
+    if (reads := asked or reading(about, field, name, source)) is None:
+        because = f"the {source} of {name} does not say what this transcoder reads"
+        raise ConfigError("layer.reads", None, listed(each.name for each in Reads), "mlp_in", because)
+    return reads
 
 
 def check_fits(
@@ -406,6 +443,7 @@ def check_fits(
         allowed = f"an SAE that excludes token ids of this model, from 0 to {model.d_vocab - 1}"
         because = f"its {source} says exclude_special_tokens: {excluded}"
         raise ConfigError(field, name, allowed, because=because)
-    if d_in is not None and d_in != model.d_model:
-        allowed = f"an SAE with d_in={model.d_model}, the width of the model"
-        raise ConfigError(field, name, allowed, because=f"its d_in is {d_in}, by its {source}")
+    for key, size in {"d_in": d_in, "d_out": about.get("d_out")}.items():
+        if size is not None and size != model.d_model:
+            allowed = f"an SAE with {key}={model.d_model}, the width of the model"
+            raise ConfigError(field, name, allowed, because=f"its {key} is {size}, by its {source}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sae_lora.common.errors import UserError
 from sae_lora.config.enums import Method
-from sae_lora.splice.hooks import Coder
+from sae_lora.splice.hooks import Coder, decoded
 
 WEIGHTS, _SHAPE = "output_adapter.safetensors", "output_adapter.json"
 
@@ -66,6 +66,9 @@ class AdaptedCoder(nn.Module):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         return self.adapter(self.sae.decode(feature_acts))
+
+    def decode_with(self, feature_acts: Tensor, x: Tensor) -> Tensor:
+        return self.adapter(decoded(self.sae, feature_acts, x))
 
 
 def save(adapter: OutputAdapter, folder: Path) -> None:

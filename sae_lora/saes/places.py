@@ -1,4 +1,7 @@
-"""Places that SAEs were trained at, checked against those that a run asks for. Imports no torch."""
+"""Places that SAEs and transcoders were trained at, checked against those that a run asks for.
+
+Imports no torch.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,9 +9,65 @@ from difflib import get_close_matches
 from typing import Any
 
 from sae_lora.common.errors import ConfigError
-from sae_lora.config.enums import Hook
-from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
+from sae_lora.config.enums import Hook, Reads
+from sae_lora.models.hookpoints import (
+    PLACES,
+    READINGS,
+    Place,
+    canonical_hook,
+    known_place,
+    known_reading,
+    output_of_mlp,
+)
 from sae_lora.saes.formats.configs import SOURCE_OF_HOOK
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+"""SAELens's architectures of transcoders."""
+
+
+def is_transcoder(about: Mapping[str, Any]) -> bool:
+    """True for what an SAE's metadata states if it is a transcoder."""
+    return about.get("architecture") in TRANSCODERS
+
+
+def hooks_of(block: int, reads: Reads) -> dict[str, str]:
+    """The metadata for a transcoder of a block that reads this activation."""
+    name = {
+        Reads.mlp_in: "mlp.hook_in",
+        Reads.mlp_normalized: "ln2.hook_normalized",
+        Reads.resid_mid: "hook_resid_mid",
+    }[reads]
+    return {"hook_name": f"blocks.{block}.{name}", "hook_name_out": str(Place(block, Hook.mlp_out))}
+
+
+def reading(about: Mapping[str, Any], field: str, name: str, source: str = "metadata") -> Reads | None:
+    """The activation that a transcoder was trained on, by its metadata; `None` if it states none.
+
+    SAELens names a module of transformers beside its own hook if it knows one; the module counts,
+    because not all libraries mean the same by a hook's name.
+
+    Args:
+        about: What its metadata states, after `check`.
+        field, name: The key that names the transcoder, and its value, for the message.
+        source: The file of its metadata, for the message.
+
+    Raises:
+        ConfigError: If no transcoder can read this activation, or it writes to another block.
+    """
+    hooks = [about[key] for key in ("hf_hook_name", "hook_name") if key in about]
+    if not hooks:
+        return None
+    known = next((known for hook in hooks if (known := known_reading(hook)) is not None), None)
+    if known is None:
+        allowed = f"a transcoder that reads {READINGS}"
+        raise ConfigError(field, name, allowed, because=f"it reads {hooks[-1]}, by its {source}")
+    block, reads = known
+    place = trained_at(about, field, name, None, source)
+    if place is not None and place.block != block:
+        allowed = "a transcoder that reads and writes one block"
+        because = f"it reads block {block} and writes block {place.block}, by its {source}"
+        raise ConfigError(field, name, allowed, because=because)
+    return reads
 
 
 def trained_at(
@@ -25,9 +84,15 @@ def trained_at(
     Raises:
         ConfigError: If no SAE can be spliced in at that place.
     """
-    hook = about.get("hook_name")
+    hook = about.get("hook_name_out" if is_transcoder(about) else "hook_name")
     if hook is None:
         return None
+    if is_transcoder(about):
+        place = output_of_mlp(hook)
+        if place is None:
+            allowed = "a transcoder that writes blocks.{l}.hook_mlp_out"
+            raise ConfigError(field, name, allowed, because=f"it writes {hook}, by its {source}")
+        return place
     place = known_place(hook)
     if place is None:
         origin = about.get(SOURCE_OF_HOOK, f"the hook_name in its {source}")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sae_lora.common.errors import ConfigError, nearest_name
-from sae_lora.config.enums import Hook
+from sae_lora.config.enums import Hook, Reads
 from sae_lora.config.validate import latents
 from sae_lora.models.hookpoints import Place, canonical_hook
 
@@ -38,6 +38,22 @@ def model_of(release: str) -> str | None:
 def converter_of(release: str) -> str:
     """SAELens's name of the format of a release; `sae_lens` if the table does not have it."""
     return table().get(release, {}).get("conversion_func") or "sae_lens"
+
+
+def reading_of(release: str) -> Reads | None:
+    """The activation that the transcoders of a release read; `None` if it contains SAEs.
+
+    The input of Gemma Scope's is the norm's output before its weight, because the weight was moved into
+    the MLP for them (arXiv 2408.05147, appendix on transcoders).
+    """
+    match converter_of(release):
+        case "gemma_2_transcoder":
+            return Reads.mlp_normalized
+        case "mwhanna_transcoder":
+            return Reads.mlp_in
+        case "gemma_3" if "transcoder" in table()[release]["saes"][0]["path"]:
+            return Reads.mlp_in
+    return None
 
 
 def same_model(name: str, other: str) -> bool:
@@ -100,7 +116,7 @@ def place_in(sae_id: str, hook: Hook | None) -> Place | None:
         return Place.named(match[0])
     if match := re.match(r"l(\d+)([ram])_", sae_id):
         return Place(int(match[1]), SUBLAYERS[match[2]])
-    match = re.match(r"(?:resid_post_)?(?:layer_?|l)(\d+)", sae_id)
+    match = re.match(r"(?:resid_post_|transcoder/)?(?:layer_?|l)(\d+)", sae_id)
     return Place(int(match[1]), canonical_hook(hook)) if match else None
 
 

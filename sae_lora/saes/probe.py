@@ -10,6 +10,8 @@ from sae_lora.common.errors import ConfigError, is_out_of_memory
 from sae_lora.saes.formats.configs import DICTIONARY_LEARNING
 from sae_lora.saes.formats.folder import read
 from sae_lora.saes.formats.tensors import weights_of
+from sae_lora.saes.transcoders import with_skip
+from sae_lora.splice.hooks import decoded
 
 _SMALL = 64 * 2**20
 """Size of a file of weights up to which a dry run reads its values, in bytes."""
@@ -82,6 +84,8 @@ def check_coder(sae: Any, d_in: int, field: str, name: str) -> None:
     """
     allowed = "an SAE that reconstructs each token by decode(encode(x)), from this token alone"
 
+    coder: Any = with_skip(sae, sae)
+
     def refuse(because: str) -> ConfigError:
         return ConfigError(field, name, allowed, because=because)
 
@@ -99,8 +103,8 @@ def check_coder(sae: Any, d_in: int, field: str, name: str) -> None:
         return bool((error <= tolerance * size).float().mean() < 0.5)  # NaN differs
 
     try:
-        latents = sae.encode(x)
-        recon, again = sae.decode(latents), sae.decode(latents)
+        latents = coder.encode(x)
+        recon, again = decoded(coder, latents, x), decoded(coder, latents, x)
         if recon.shape != x.shape:
             raise refuse(f"for activations {list(x.shape)} it returns {list(recon.shape)}")
         if not recon.isfinite().all():
@@ -109,9 +113,8 @@ def check_coder(sae: Any, d_in: int, field: str, name: str) -> None:
             raise refuse("decode gives another result for the same latents when it is called again")
         if differ(recon, sae(x)):
             raise refuse("decode(encode(x)) differs from the SAE's own forward pass")
-        alone = [
-            sae.decode(sae.encode(x[row : row + 1, place : place + 1]))[0, 0] for row, place in _ALONE
-        ]
+        tokens = [x[row : row + 1, place : place + 1] for row, place in _ALONE]
+        alone = [decoded(coder, coder.encode(token), token)[0, 0] for token in tokens]
     except (RuntimeError, ValueError, AttributeError, IndexError, TypeError) as error:
         if is_out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lora.common.errors import ConfigError, NoSuchCellError, listed, nearest_name
-from sae_lora.config.enums import Architecture, Hook, SAEFamily
+from sae_lora.config.enums import TRANSCODING, Architecture, Hook, Reads, SAEFamily
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice, as_list
 from sae_lora.config.validate import latents
 from sae_lora.embedded import BLOCK as EMBEDDED_BLOCK
@@ -17,7 +17,14 @@ from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
 from sae_lora.saes.metadata import check, read_folder, stated_by
 from sae_lora.saes.places import settled
-from sae_lora.saes.pretrained_table import SUBLAYERS, place_in, release_named, table, width_in
+from sae_lora.saes.pretrained_table import (
+    SUBLAYERS,
+    place_in,
+    reading_of,
+    release_named,
+    table,
+    width_in,
+)
 
 
 class Resolution(NamedTuple):
@@ -81,6 +88,8 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
             resolution = _nearest_at_each_block(config, _release_candidates(release, config))
         case SAEFamily.llama_scope:
             resolution = _nearest_at_each_block(config, _llama_scope_candidates(config))
+        case SAEFamily.transcoder:
+            resolution = _nearest_at_each_block(config, _transcoder_candidates(config))
         case SAEFamily.registry:
             assert sae.release is not None
             resolution = _nearest_at_each_block(config, _release_candidates(sae.release, config))
@@ -152,11 +161,16 @@ def _new(config: Config, model: Dimensions, groups: Sequence[list[int]] | None) 
     sae = config.sae
     assert sae.width is not None
     l0, notes = sae.l0, []
-    if sae.architecture in (Architecture.standard, Architecture.gated) and l0 is not None:
+    penalised = Architecture.standard, Architecture.gated, Architecture.transcoder
+    if sae.architecture in penalised and l0 is not None:
         name = sae.architecture.name
         notes.append(f"sae.l0={l0:g} is not used: a {name} SAE has sae.sparsity_coefficient instead")
         l0 = None
-    if groups is None:
+    if groups is None and sae.architecture in TRANSCODING:
+        reads = config.layer.reads or Reads.mlp_in
+        blocks = _requested_blocks(config, range(model.n_blocks))
+        choices = [SAEChoice(block=block, hook=Hook.mlp_out, reads=reads) for block in blocks]
+    elif groups is None:
         choices = _anywhere(config, model)
     else:
         choices = [SAEChoice(block=block, group=group) for group in groups for block in group]
@@ -276,16 +290,58 @@ def _embedded_candidates() -> list[SAEChoice]:
 def _release_candidates(release: str, config: Config) -> list[SAEChoice]:
     candidates = []
     entries = release_named(release)["saes"]
+    reads = _reads_in(release, config)
+    hook = config.layer.hook if reads is None else Hook.mlp_out
     for entry in entries:
         name, l0 = entry["id"], float(entry.get("l0") or 0) or None
-        place = place_in(name, config.layer.hook)
+        place = place_in(name, hook)
         if place is not None:
-            choice = SAEChoice(place.block, place.hook, release, name, width=width_in(name), l0=l0)
-            candidates.append(choice)
+            size = {"width": width_in(name), "l0": l0}
+            candidates.append(SAEChoice(place.block, place.hook, reads, release, name, **size))
     if not candidates:
         allowed = f"a release of SAEs at {PLACES}"
         raise ConfigError("sae.release", release, allowed, because=f"it contains {entries[0]['id']}")
     return candidates
+
+
+def _reads_in(release: str, config: Config) -> Reads | None:
+    """The activation that a release's transcoders read, or `layer.reads`; `None` for SAEs.
+
+    Raises:
+        ConfigError: If `layer.reads` is given for SAEs.
+    """
+    asked, stated = config.layer.reads, reading_of(release)
+    if stated is None and asked is not None and release in table():
+        because = f"{release} contains SAEs, which read what they replace"
+        raise ConfigError("layer.reads", asked.name, "null", "null", because)
+    return asked or stated
+
+
+def _transcoder_candidates(config: Config) -> list[SAEChoice]:
+    """The transcoders for a model."""
+    if config.model.name == EMBEDDED_NAME:
+        return [choice for choice in _embedded_candidates() if choice.reads is not None]
+    name = config.model.name.rstrip("/").split("/")[-1].lower()
+    if match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
+        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-transcoders-all"
+    elif match := re.fullmatch(r"qwen3-([\d.]+b)(?:-base)?", name):
+        release = f"mwhanna-qwen3-{match[1]}-transcoders"
+        release = release if release in table() else f"{release}-lowl0"
+    else:
+        release = "gemma-scope-2b-pt-transcoders" if name == "gemma-2-2b" else ""
+    if release not in table():
+        raise _made_for("gemma-2-2b, gemma-3 (270m to 27b, pt or it) or qwen3 (0.6b to 14b)", config)
+    skips = [choice for choice in _release_candidates(release, config) if _skips(choice)]
+    others = [choice for choice in _release_candidates(release, config) if not _skips(choice)]
+    if config.sae.skip and not skips:
+        because = f"{release} has no transcoders with a skip connection"
+        raise ConfigError("sae.skip", "true", "false", "false", because)
+    return skips if config.sae.skip else others
+
+
+def _skips(choice: SAEChoice) -> bool:
+    """True for a transcoder of Gemma Scope 2 with a skip connection."""
+    return str(choice.id).endswith("_affine")
 
 
 def _made_for(models: str, config: Config) -> ConfigError:
@@ -353,7 +409,8 @@ def _by_id(config: Config) -> SAEChoice:
         l0 = entries[sae.id].get("l0")
     elif "/" not in sae.release:
         release_named(sae.release)
-    stated = place_in(sae.id, layer.hook)
+    reads = _reads_in(sae.release, config)
+    stated = place_in(sae.id, layer.hook if reads is None else Hook.mlp_out)
     if stated is None and sae.id.startswith("blocks.") and known_place(sae.id) is None:
         raise ConfigError("sae.id", sae.id, f"an SAE at {PLACES}")
     if layer.every is not None:
@@ -367,7 +424,7 @@ def _by_id(config: Config) -> SAEChoice:
     if place is None:
         allowed = f"the block of {sae.id!r}: the id does not name it"
         raise ConfigError("layer.index", None, allowed)
-    return SAEChoice(place.block, place.hook, sae.release, sae.id, width=width, l0=l0)
+    return SAEChoice(place.block, place.hook, reads, sae.release, sae.id, width=width, l0=l0)
 
 
 def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
@@ -379,11 +436,11 @@ def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
                 allowed = f"a path that contains {{block}}: layer.{key} asks for several blocks"
                 raise ConfigError("sae.path", path, allowed)
         (index,) = as_list(layer.index)
-        return [read_folder(path, index, layer.hook, model)]
+        return [read_folder(path, index, layer.hook, model, layer.reads)]
     paths = {index: path.replace("{block}", str(index)) for index in range(model.n_blocks)}
     blocks = [index for index in paths if Path(paths[index]).expanduser().is_dir()]
     if layer.every is not None and not blocks:
         allowed = f"a path with a folder for at least one of the {len(paths)} blocks"
         raise ConfigError("sae.path", path, allowed)
     requested = _requested_blocks(config, blocks)
-    return [read_folder(paths[index], index, layer.hook, model) for index in requested]
+    return [read_folder(paths[index], index, layer.hook, model, layer.reads) for index in requested]

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from sae_lora.common.errors import ConfigError, listed
+from sae_lora.saes.places import TRANSCODERS
 
 _WIDE = {"cpu": 16_384, "cuda": 131_072}
 """Number of latents from which a `SparseSAE` is faster or smaller, by kind of device. On an H200, the
 sum over active latents at 1,024 tokens took 26 ms (docs/performance.md), and a dense product with 131k
 latents should take 13 ms in float32; from there on, memory for latents decides."""
-_AFFINE = ("standard", "topk", "jumprelu")
+_AFFINE = ("standard", "topk", "jumprelu", *TRANSCODERS)
 """sae-lens's architectures whose active latents are affine in the SAE's input."""
 
 

@@ -22,6 +22,7 @@ from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import activations
 from sae_lora.saes.training.spliced_sae import SplicedSAE
 from sae_lora.splice.hooks import Coder
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.student import LoRAStudent, Student, named_weights
 from sae_lora.splice.trunk import Splices
 from sae_lora.train.optim import GradientState, MeZOState, SAEGradientState
@@ -193,8 +194,8 @@ def new_saes(
         "exclude_special_tokens": bool(special.ids),
         EXCLUDES_FIRST: special.first,
     }
-    hookpoints = [str(Place.of(choice)) for choice in config.sae.used]
-    resids = next(activations(model, hookpoints, [tokens], special))
+    streams = [Stream(str(Place.of(choice)), choice.reads) for choice in config.sae.used]
+    resids = next(activations(model, streams, [tokens], special))
     architecture = config.sae.architecture.name
     saes: list[LoadedSAE] = []
     shared: dict[int, SplicedSAE] = {}

@@ -13,6 +13,7 @@ from sae_lora.config.schema import Config
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.student import Student
 from sae_lora.train.checkpoint import Snapshot
 from sae_lora.train.evaluator import Evaluator
@@ -21,19 +22,22 @@ from sae_lora.train.trainer import Trainer
 
 
 class Source(NamedTuple):
-    """An SAE in training and the hookpoints it reads; each token takes one of them at random."""
+    """An SAE in training and the streams it reads; each token takes one of them at random."""
 
     sae: SplicedSAE
-    hookpoints: list[str]
+    streams: list[Stream]
 
 
 def sources_of(student: Student) -> dict[str, Source]:
-    """The SAEs of a student and their hookpoints, by the names of the hookpoints joined with `+`."""
+    """The SAEs of a student and their streams, by the names of the hookpoints joined with `+`."""
     by_sae: dict[int, Source] = {}
     for splice in student.splices:
         assert isinstance(splice.sae, SplicedSAE)
-        by_sae.setdefault(id(splice.sae), Source(splice.sae, [])).hookpoints.append(splice.hookpoint)
-    return {"+".join(source.hookpoints): source for source in by_sae.values()}
+        source = by_sae.setdefault(id(splice.sae), Source(splice.sae, []))
+        source.streams.append(Stream(splice.hookpoint, splice.reads))
+    return {
+        "+".join(stream.hookpoint for stream in source.streams): source for source in by_sae.values()
+    }
 
 
 class ReconstructState(TrainState):

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training.activation_buffer import activations
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.positions import Special
 
 
@@ -106,7 +107,7 @@ def train_topk(
         multi_hook_concat_split_iter(
             budget.buffer_tokens,
             budget.batch_tokens,
-            activations(model, distinct, batches, special),
+            activations(model, map(Stream, distinct), batches, special),
             distinct,
         ),
     )

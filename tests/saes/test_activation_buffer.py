@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.models.language_model import LanguageModel
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.positions import NOT_SPECIAL, Special
 from tests.support.families import D_MODEL, N_BLOCKS, random_tokens, small_model
 
@@ -33,7 +34,9 @@ def buffer(
     special: Special = NOT_SPECIAL,
     seed: int = 0,
 ) -> ActivationBuffer:
-    return ActivationBuffer(model, sources or {"sae": [POST[1]]}, special, seed, PER_FILL)
+    sources = sources or {"sae": [POST[1]]}
+    streams = {name: [Stream(hookpoint) for hookpoint in each] for name, each in sources.items()}
+    return ActivationBuffer(model, streams, special, seed, PER_FILL)
 
 
 def served(buffer: ActivationBuffer, first: int, last: int, name: str = "sae") -> list[Tensor]:
@@ -228,7 +231,8 @@ def test_module_names_and_resid_pre_are_hookpoints() -> None:
     activations = buffer(model, {"sae": [module], "before": ["blocks.2.hook_resid_pre"]})
     parts = [activations.serve(step, text)["before"] for text in [batches()] for step in range(PER_FILL)]
     assert bag(torch.cat(parts)) == bag(direct(model, 1, 0))
-    assert activations._held[(module,)].shape == activations._held[("blocks.2.hook_resid_pre",)].shape
+    shapes = {group[0].hookpoint: held.shape for group, held in activations._held.items()}
+    assert shapes[module] == shapes["blocks.2.hook_resid_pre"]
 
 
 def test_impossible_requests_are_refused() -> None:

@@ -33,6 +33,7 @@ from sae_lora.run.active_run import ActiveRun
 from sae_lora.run.build import Builder
 from sae_lora.saes import layer_groups
 from sae_lora.saes.loading import SAEs
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.positions import Special
 from sae_lora.train.distributed import ProcessGroup
 from sae_lora.train.reconstruct import ReconstructTrainer, sources_of
@@ -266,8 +267,8 @@ def test_activations_come_from_every_block_of_a_group(home: Home) -> None:
     student = run.training.student
     assert len({id(splice.sae) for splice in student.splices}) == len(student.modules) == 2
     names = {"+".join(map(resid_post, group)): group for group in home.groups}
-    assert {name: source.hookpoints for name, source in sources_of(student).items()} == {
-        name: list(map(resid_post, group)) for name, group in names.items()
+    assert {name: source.streams for name, source in sources_of(student).items()} == {
+        name: [Stream(resid_post(block)) for block in group] for name, group in names.items()
     }
     pack = Builder(run.config).trainer(Isolation([run.training]), text.validation_tokens, ProcessGroup())
     assert isinstance(pack, ReconstructTrainer)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.enums import DType, SAEFamily
+from sae_lora.config.enums import DType, Reads, SAEFamily
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.saes import probe
@@ -29,6 +29,8 @@ from sae_lora.saes.formats.folder import UNUSED_FACTOR
 from sae_lora.saes.formats.weights import FACTORS
 from sae_lora.saes.loading import LoadedSAE, load
 from sae_lora.saes.metadata import KEYS, read_folder
+from sae_lora.saes.places import TRANSCODERS, hooks_of
+from sae_lora.splice.hooks import decoded
 from tests.support.coders import topk_sae
 
 D_IN, D_SAE = 16, 32
@@ -51,7 +53,10 @@ def write(folder: Path, architecture: str = "standard", **values: Any) -> SAE[An
     kind, config_kind = get_sae_class(architecture)
     if "transcoder" in architecture:
         values = {"d_out": D_IN, "apply_b_dec_to_input": False} | values
-    metadata = SAEMetadata(hook_name=HOOK)
+    hooks = {"hook_name": HOOK}
+    if architecture in TRANSCODERS:
+        hooks = hooks_of(2, Reads.mlp_in)
+    metadata = SAEMetadata(**hooks)
     values = _VALUES.get(architecture, {}) | values
     sae = kind(config_kind(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **values))
     for weight in sae.parameters():
@@ -79,18 +84,18 @@ def check_equal(folder: Path, expected: Tensor) -> None:
     sae = loaded(folder).sae
     latents = sae.encode(X)
     for _ in range(2):
-        assert torch.equal(sae.decode(latents), expected)
+        assert torch.equal(decoded(sae, latents, X), expected)
 
 
 def test_every_architecture_of_saelens_is_used_as_it_is_or_refused(tmp_path: Path) -> None:
     assert set(USABLE) < set(SAE_CLASS_REGISTRY)
     for architecture in SAE_CLASS_REGISTRY:
         expected = write(tmp_path / architecture, architecture)
-        if architecture in USABLE:
+        if architecture in (*USABLE, *TRANSCODERS):
             with torch.no_grad():
                 check_equal(tmp_path / architecture, expected(X))
         else:
-            with pytest.raises(ConfigError, match=r"transcoder|no SAE of single tokens"):
+            with pytest.raises(ConfigError, match="no SAE or transcoder of single tokens"):
                 loaded(tmp_path / architecture)
 
 

@@ -14,15 +14,16 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 
 from sae_lora.common.errors import UserError
-from sae_lora.config.enums import Architecture
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
 from sae_lora.saes.training.spliced_sae import SplicedSAE
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.positions import NOT_SPECIAL
 from tests.support.families import D_MODEL, random_tokens, small_model
 from tests.support.learners import (
     HOOKPOINT,
+    OF_SAES,
     TOKENS,
     WIDTH,
     K,
@@ -37,7 +38,7 @@ from tests.support.trainings import same
 STEPS, SCALE = 24, 0.37
 
 
-@pytest.fixture(params=[*Architecture.__members__])
+@pytest.fixture(params=OF_SAES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -263,7 +264,9 @@ def test_a_trained_sae_can_be_trained_further() -> None:
 def test_on_a_models_activations_it_learns_to_reconstruct(architecture: str) -> None:
     model = small_model("llama")
     steps = 80
-    buffer = ActivationBuffer(model, {"sae": [HOOKPOINT]}, NOT_SPECIAL, seed=0, batches_per_fill=4)
+    buffer = ActivationBuffer(
+        model, {"sae": [Stream(HOOKPOINT)]}, NOT_SPECIAL, seed=0, batches_per_fill=4
+    )
     batches = (random_tokens(batch=4, length=24, seed=seed) for seed in range(steps))
     first_served = buffer.serve(0, batches)["sae"]
     torch.manual_seed(0)

@@ -13,10 +13,10 @@ from sae_lens import (
     GatedSAE,
     GatedSAEConfig,
     JumpReLUTrainingSAE,
+    MatchingPursuitSAE,
+    MatchingPursuitSAEConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
-    SkipTranscoder,
-    SkipTranscoderConfig,
     StandardSAE,
     StandardSAEConfig,
     StandardTrainingSAE,
@@ -28,7 +28,6 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from safetensors.torch import load_file
 
 from sae_lora.common.errors import ConfigError, UserError
-from sae_lora.config.enums import Architecture
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes.metadata import stated
 from sae_lora.saes.places import trained_at
@@ -36,14 +35,14 @@ from sae_lora.saes.sparse import SparseSAE
 from sae_lora.saes.training import training_sae
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL
-from tests.support.learners import HOOKPOINT, WIDTH, K, in_training, learner, new, residuals
+from tests.support.learners import HOOKPOINT, OF_SAES, WIDTH, K, in_training, learner, new, residuals
 from tests.support.trainings import same
 
 SCALE = 0.37
 SAVED_AS = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}
 
 
-@pytest.fixture(params=[*Architecture.__members__])
+@pytest.fixture(params=OF_SAES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -200,11 +199,9 @@ def test_metadata_of_a_finetuned_sae_is_kept(tmp_path: Path, recwarn: pytest.War
 
 
 def test_saes_that_cannot_be_trained_further_are_refused() -> None:
-    transcoder: Any = SkipTranscoder(
-        SkipTranscoderConfig(D_MODEL, WIDTH, d_out=D_MODEL, apply_b_dec_to_input=False)
-    )
-    with pytest.raises(ConfigError, match=r"skip_transcoder.*\n.*topk, jumprelu, standard, gated"):
-        training_sae.trainable(transcoder)
+    pursuit = MatchingPursuitSAE(MatchingPursuitSAEConfig(D_MODEL, WIDTH))
+    with pytest.raises(ConfigError, match=r"matching_pursuit.*\n.*topk, jumprelu, standard, gated"):
+        training_sae.trainable(pursuit)
     normalising = {"normalize_activations": "layer_norm"}
     topk, gated = TopKSAEConfig(D_MODEL, WIDTH, k=K), GatedSAEConfig(D_MODEL, WIDTH)
     for refused in (TopKSAE(replace(topk, **normalising)), GatedSAE(replace(gated, **normalising))):
@@ -304,10 +301,10 @@ def test_the_sparsity_coefficient_is_sae_lenss_default_or_the_given_one(
 
 
 def test_each_architecture_has_its_class_of_sae_lens() -> None:
-    kinds = {name: type(new(name)) for name in [*Architecture.__members__]}
+    kinds = {name: type(new(name)) for name in OF_SAES}
     assert kinds["topk"] is TopKTrainingSAE
     assert kinds["standard"] is StandardTrainingSAE
-    assert len(set(kinds.values())) == len([*Architecture.__members__])
+    assert len(set(kinds.values())) == len(OF_SAES)
     assert all(issubclass(kind, TrainingSAE) for kind in kinds.values())
 
 

@@ -12,6 +12,7 @@ from sae_lora.run.sinks import dominant_positions
 from sae_lora.saes.loading import IdentitySAE, LoadedSAE, splices
 from sae_lora.saes.training.activation_buffer import ActivationBuffer, activations
 from sae_lora.splice.hooks import Reading, Splice, spliced
+from sae_lora.splice.mlp_input import Stream
 from sae_lora.splice.positions import (
     NOT_SPECIAL,
     OUTLIER,
@@ -125,9 +126,9 @@ def test_training_splicing_and_metrics_leave_out_the_same_positions(special: Spe
     model = with_sink(0)
     kept = special.positions(TOKENS)
     kept[:, 0] = True
-    (resids,) = activations(model, [POST], [TOKENS], special)
+    (resids,) = activations(model, [Stream(POST)], [TOKENS], special)
     assert len(resids[POST]) == int((~kept).sum())
-    buffer = ActivationBuffer(model, {"sae": [POST]}, special, 0, 1)
+    buffer = ActivationBuffer(model, {"sae": [Stream(POST)]}, special, 0, 1)
     served = buffer.serve(0, iter([TOKENS]))["sae"]
     assert sorted(map(tuple, served.tolist())) == sorted(map(tuple, resids[POST].tolist()))
     readings: list[Reading] = []

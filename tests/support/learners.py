@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 
-from sae_lora.config.enums import Architecture
+from sae_lora.config.enums import TRANSCODING, Architecture
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.saes.training import training_sae
 from sae_lora.saes.training.sae_trainer import SteppedSAETrainer
@@ -13,6 +13,8 @@ from tests.support.families import D_MODEL
 
 CPU = torch.device("cpu")
 HOOKPOINT = "blocks.1.hook_resid_post"
+OF_SAES = [each.name for each in Architecture if each not in TRANSCODING]
+"""Architectures of SAEs."""
 WIDTH, K = 64, 4
 TOKENS = 48
 

@@ -18,7 +18,7 @@ from sae_lora.evaluation.steering.texts import Halves, Texts, residuals
 from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.splice.head import Head
-from sae_lora.splice.hooks import Coder, Splice, reconstructed, spliced
+from sae_lora.splice.hooks import Coder, Splice, decoded, reconstructed, spliced
 from sae_lora.splice.kl import log_probabilities
 from sae_lora.train.evaluator import NO_LABEL, next_tokens
 
@@ -30,13 +30,18 @@ class _SteeredSAE:
 
     def __init__(self, sae: Coder, latents: Tensor, amounts: Tensor) -> None:
         self._sae, self._latents, self._amounts = sae, latents, amounts
-        self.decode = sae.decode
 
     def encode(self, x: Tensor) -> Tensor:
         code = self._sae.encode(x).clone()
         texts = torch.arange(len(code), device=code.device)
         code[texts, :, self._latents] += self._amounts[:, None].to(code.dtype)
         return code
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self._sae.decode(feature_acts)
+
+    def decode_with(self, feature_acts: Tensor, x: Tensor) -> Tensor:
+        return decoded(self._sae, feature_acts, x)
 
 
 class SteeredModels:
@@ -90,6 +95,8 @@ class SteeredModels:
         plain = IdentitySAE().eval() if sae is None else sae
         for coder in (plain, *(self._coder(sae, which, amounts) for amounts in strengths)):
             steered = self._splice._replace(sae=coder)
+            if sae is None:  # the activation itself, with what is added to it
+                steered = steered._replace(reads=None)
             inside = [steered] if place.is_inside else []
             entering = resid
             if not place.is_inside:

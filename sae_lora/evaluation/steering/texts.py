@@ -16,9 +16,8 @@ from sae_lora.config.execution import SHORTEST_TEXT, EvaluationConfig
 from sae_lora.data.documents import Document
 from sae_lora.data.packing import convention_of, tokenised
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.saes.loading import IdentitySAE
-from sae_lora.splice.hooks import Reading, Splice
-from sae_lora.splice.positions import NOT_SPECIAL
+from sae_lora.splice.hooks import Splice
+from sae_lora.splice.mlp_input import Stream, streamed
 
 _FEWEST = 4
 """Number of positive and of negative texts in each half that a latent needs to be chosen."""
@@ -103,12 +102,14 @@ def residuals(
         A slice of the texts; their residuals `[batch, pos, d_model]`; a mask `[batch, pos]` of positions
         that keep their activation.
     """
-    readings: list[Reading] = []
-    identity = splice._replace(sae=IdentitySAE(), special=NOT_SPECIAL)
+    model = subject.model_of(Cell.base)
+    read: list[Tensor] = []
+    stream = Stream(splice.hookpoint, splice.reads)
     for rows in subject.slices(tokens):
         batch = tokens[rows].to(subject.device)
-        subject.hidden(Cell.base, batch, readings.append, instead=(identity,))
-        resid = readings.pop().resid.reshape(*batch.shape, -1)
+        with streamed(model, [stream], lambda stream, value: read.append(stream.inputs(value))):
+            subject.hidden(Cell.base, batch)
+        resid = read.pop()
         yield rows, resid, splice.special.positions(batch, resid)
 
 

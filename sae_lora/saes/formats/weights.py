@@ -36,8 +36,9 @@ NAMES: dict[str, dict[str, Sources]] = {
 _SHAPES = {
     "W_enc": ("d_in", "d_sae"),
     "b_enc": ("d_sae",),
-    "W_dec": ("d_sae", "d_in"),
-    "b_dec": ("d_in",),
+    "W_dec": ("d_sae", "d_out"),
+    "b_dec": ("d_out",),
+    "W_skip": ("d_out", "d_in"),
     "threshold": ("d_sae",),
     "b_gate": ("d_sae",),
     "b_mag": ("d_sae",),
@@ -45,7 +46,7 @@ _SHAPES = {
     "scaling_factor": ("d_sae",),
     "finetuning_scaling_factor": ("d_sae",),
 }
-"""Shapes of weights in SAELens."""
+"""Shapes of weights in SAELens. d_out of an SAE is d_in."""
 _LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
 _WEIGHTS = {
     "standard": _LINEAR,
@@ -54,6 +55,10 @@ _WEIGHTS = {
     "jumprelu": (*_LINEAR, "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
     "matching_pursuit": ("W_dec", "b_dec"),
+    "transcoder": _LINEAR,
+    "skip_transcoder": (*_LINEAR, "W_skip"),
+    "jumprelu_transcoder": (*_LINEAR, "threshold"),
+    "jumprelu_skip_transcoder": (*_LINEAR, "threshold", "W_skip"),
 }
 """Weights of each architecture in SAELens."""
 FACTORS = ("scaling_factor", "finetuning_scaling_factor")
@@ -181,7 +186,7 @@ def check_stored(folder: SAEFolder, stored: Mapping[str, Stored]) -> None:
     Raises:
         ConfigError: Names the weight.
     """
-    values = folder.values
+    values = {"d_out": folder.values["d_in"]} | folder.values
     factors = stored.keys() & set(FACTORS) if folder.format is SAE_LENS else ()
     needed = {
         name: [values[size] for size in _SHAPES[name]]

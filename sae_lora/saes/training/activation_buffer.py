@@ -9,13 +9,14 @@ from torch import Tensor
 from sae_lora.common.console import Report, no_report
 from sae_lora.common.errors import UserError
 from sae_lora.models.hookpoints import Place
-from sae_lora.models.language_model import LanguageModel, observed
+from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.mlp_input import Stream, streamed
 from sae_lora.splice.positions import Special, exceeds_median
 
 FILLING = "filling buffer"
 """The stage in which a fill is read."""
-_Group = tuple[str, ...]
-"""The hookpoints that an SAE reads; each token takes one of them."""
+_Group = tuple[Stream, ...]
+"""The streams that an SAE reads; each token takes one of them."""
 
 
 class ActivationBuffer:
@@ -26,15 +27,14 @@ class ActivationBuffer:
     the next fill replaces all of it. The part of step n depends only on the seed, n, and the text from
     batch `first_batch_of(n)` on, so that a run that resumes recomputes its fill.
 
-    Memory: one fill in the model's precision for each distinct list of hookpoints, one batch and one
-    part.
+    Memory: one fill in the model's precision for each distinct list of streams, one batch and one part.
 
     Args:
         model: The language model. The blocks after the last hookpoint are not computed.
-        sources: Lists of hookpoints by name. With several hookpoints, each token takes one at random,
-            and the same one for all names with the same list.
+        sources: Lists of streams by name. With several streams, each token takes one at random, and the
+            same one for all names with the same list.
         special: The positions to leave out.
-        seed: Seed of the order and of the hookpoint that each token takes.
+        seed: Seed of the order and of the stream that each token takes.
         batches_per_fill: Batches of tokens per fill, which is also the number of steps per fill.
         report: Called with the batches of a fill that are read.
 
@@ -45,7 +45,7 @@ class ActivationBuffer:
     def __init__(
         self,
         model: LanguageModel,
-        sources: Mapping[str, Sequence[str]],
+        sources: Mapping[str, Sequence[Stream]],
         special: Special,
         seed: int,
         batches_per_fill: int,
@@ -54,10 +54,11 @@ class ActivationBuffer:
         self.batches_per_fill = batches_per_fill
         self._report = report
         self._model = model
-        self._groups = {name: tuple(hookpoints) for name, hookpoints in sources.items()}
-        hookpoints = sorted({hookpoint for group in self._groups.values() for hookpoint in group})
-        self._modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
-        places = [Place.named(hookpoint) for hookpoint in hookpoints]
+        self._groups = {name: tuple(streams) for name, streams in sources.items()}
+        self._streams = sorted({stream for group in self._groups.values() for stream in group}, key=str)
+        for stream in self._streams:
+            model.module_at(stream.hookpoint)  # raises if there is none
+        places = [Place.named(stream.hookpoint) for stream in self._streams]
         # The block of any other module is unknown: compute all blocks.
         self._end = max(len(model.blocks) if place is None else place.block + 1 for place in places)
         self._special = special
@@ -65,7 +66,7 @@ class ActivationBuffer:
         self._held: dict[_Group, Tensor] = {}
         self._shape = torch.Size()
         self._counts: dict[_Group, int] = {}
-        """Number of activations for each list of hookpoints, because outliers differ between them."""
+        """Number of activations for each list of streams, because outliers differ between them."""
         self._orders: dict[_Group, Tensor] = {}
         self._fill: int | None = None
 
@@ -112,7 +113,9 @@ class ActivationBuffer:
     @torch.no_grad()
     def _read(self, fill: int, batches: Iterator[Tensor]) -> None:
         """Replace the present fill."""
-        generators = {group: self._random(fill, *group) for group in set(self._groups.values())}
+        generators = {
+            group: self._random(fill, *map(str, group)) for group in set(self._groups.values())
+        }
         self._fill, self._counts = None, dict.fromkeys(generators, 0)
         for number in range(self.batches_per_fill):
             self._report(FILLING, number, self.batches_per_fill)
@@ -136,29 +139,30 @@ class ActivationBuffer:
     def _append(self, tokens: Tensor, generators: Mapping[_Group, np.random.Generator]) -> None:
         """Add the activations of one batch."""
         rows = (~self._special.positions(tokens)).flatten().nonzero()[:, 0]
-        taken: dict[tuple[_Group, str], Tensor] = {}
+        taken: dict[tuple[_Group, Stream], Tensor] = {}
         for group, generator in generators.items():
             choices = torch.from_numpy(generator.integers(len(group), size=len(rows)))
             choices = choices.to(tokens.device)
-            for choice, hookpoint in enumerate(group):
-                taken[group, hookpoint] = (choices == choice).nonzero()[:, 0]
+            for choice, stream in enumerate(group):
+                taken[group, stream] = (choices == choice).nonzero()[:, 0]
         multiple = self._special.norm_multiple
         is_outlier = {group: torch.zeros_like(rows, dtype=torch.bool) for group in generators}
 
-        def take(hookpoint: str, resid: Tensor) -> None:
-            outlier = None if multiple is None else exceeds_median(resid, multiple).flatten()
+        def take(stream: Stream, resid: Tensor) -> None:
+            read = stream.inputs(resid)
+            outlier = None if multiple is None else exceeds_median(read, multiple).flatten()
             resid = resid.flatten(0, 1)
             for group in generators:
-                if hookpoint in group:
+                if stream in group:
                     if group not in self._held:
                         capacity = self._shape.numel() * self.batches_per_fill
                         self._held[group] = resid.new_empty(capacity, resid.shape[-1])
-                    indices = taken[group, hookpoint]
+                    indices = taken[group, stream]
                     self._held[group][self._counts[group] + indices] = resid[rows[indices]]
                     if outlier is not None:
                         is_outlier[group][indices] = outlier[rows[indices]]
 
-        with observed(self._modules, take):
+        with streamed(self._model, self._streams, take):
             self._model.resid_entering(self._end, tokens)
         for group, count in self._counts.items():
             number = len(rows)
@@ -177,20 +181,21 @@ class ActivationBuffer:
 @torch.no_grad()
 def activations(
     model: LanguageModel,
-    hookpoints: Iterable[str],
+    streams: Iterable[Stream],
     batches: Iterable[Tensor],
     special: Special,
 ) -> Iterator[dict[str, Tensor]]:
-    """Activations `[token, d_model]` by hookpoint, one item per batch of tokens `[batch, pos]`.
+    """Activations `[token, d_in]` by hookpoint, one item per batch of tokens `[batch, pos]`.
 
     Special positions are left out.
     """
-    modules = {hookpoint: model.module_at(hookpoint) for hookpoint in hookpoints}
+    streams = list(streams)
     for tokens in batches:
         tokens = tokens.to(model.device)
-        resids: dict[str, Tensor] = {}
-        with observed(modules, resids.__setitem__):
+        resids: dict[Stream, Tensor] = {}
+        with streamed(model, streams, resids.__setitem__):
             model.hidden(tokens)
         yield {
-            hookpoint: resid[~special.positions(tokens, resid)] for hookpoint, resid in resids.items()
+            stream.hookpoint: resid[~special.positions(tokens, stream.inputs(resid))]
+            for stream, resid in resids.items()
         }

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import TrainingSAE
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sae_lora.common.errors import UserError
 from sae_lora.saes.training import training_sae
+from sae_lora.saes.training.training_transcoder import TrainingTranscoder
+from sae_lora.saes.transcoders import with_skip
+from sae_lora.splice.hooks import Coder, decoded
 
 ADAPTED = ("W_enc", "W_dec")
 """The matrices that LoRA adapts in an SAE."""
@@ -40,7 +43,9 @@ class SplicedSAE(nn.Module):
         """Steps taken."""
         self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=sae.device))
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
-        self._frozen: list[SAE[Any]] = []  # in a list, so that torch does not register it as a submodule
+        self._frozen: list[
+            nn.Module
+        ] = []  # in a list, so that torch does not register it as a submodule
         self.last_forward: training_sae.Forward | None = None
         """Result of the last forward pass in training mode."""
         if rank is not None:
@@ -67,12 +72,20 @@ class SplicedSAE(nn.Module):
         assert self.last_forward is not None
         return (self.last_forward.recon / self.scale).reshape(*feature_acts.shape[:-1], -1)
 
+    def decode_with(self, feature_acts: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction, with what a skip connection adds."""
+        if self.training:
+            return self.decode(feature_acts)
+        return decoded(self.frozen, feature_acts, x)
+
     @property
-    def frozen(self) -> SAE[Any]:
+    def frozen(self) -> Coder:
         """The SAE with its present weights, as sae-lens would load it after saving."""
         if not self._frozen:
-            self._frozen.append(training_sae.inference(self._plain(), float(self.scale)))
-        return self._frozen[0]
+            sae = training_sae.inference(self._plain(), float(self.scale))
+            self._frozen.append(with_skip(sae, sae))
+        frozen: Any = self._frozen[0]
+        return frozen
 
     def save(self, folder: Path) -> None:
         """Write the SAE with its present weights in sae-lens's format."""
@@ -92,16 +105,20 @@ class SplicedSAE(nn.Module):
     def fit_scale(self, resid: Tensor) -> None:
         """Set `scale`, so that residuals `[token, d_model]` times it have the mean norm √d_model.
 
+        For a transcoder they are pairs, as in `TrainingTranscoder`, and the input gets this norm.
+
         Raises:
             UserError: If there are no residuals, or their norms are not finite or all zero.
         """
-        tokens, d_model = resid.shape
-        norms = float(resid.double().norm(dim=-1).sum())
+        tokens, d_model = len(resid), self.sae.cfg.d_in
+        norms = float(resid[:, :d_model].double().norm(dim=-1).sum())
         if not math.isfinite(norms) or norms <= 0:
             raise UserError(
                 f"the SAE's input cannot be scaled: the norms of {tokens} residuals sum to {norms:g}"
             )
         self.scale.fill_(math.sqrt(d_model) * tokens / norms)
+        if isinstance(self.sae, TrainingTranscoder):
+            self.sae.fit_targets(resid)
         self.drop_frozen()
 
     def _plain(self) -> TrainingSAE[Any]:

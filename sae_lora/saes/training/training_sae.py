@@ -22,12 +22,17 @@ from sae_lora.config.enums import Architecture
 from sae_lora.config.schema import SAEChoice, SAEConfig
 from sae_lora.models.hookpoints import Place
 from sae_lora.saes.loading import quiet
+from sae_lora.saes.places import TRANSCODERS, hooks_of
 from sae_lora.saes.sparse import SparseSAE
+from sae_lora.saes.training.training_transcoder import CLASSES
+from sae_lora.saes.transcoders import SkipTranscoder
 from sae_lora.splice.hooks import Coder
 
-_TRAINABLE = ("topk", "jumprelu", "standard", "gated")
+_TRAINABLE = ("topk", "jumprelu", "standard", "gated", *TRANSCODERS)
 """Architectures of saved SAEs that can be trained further."""
-_PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1"}
+_PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1", "transcoder": "l1"} | {
+    name: "l0" if "jumprelu" in name else "l1" for name in TRANSCODERS
+}
 """sae-lens's name of the sparsity penalty, by architecture."""
 _LEVELS = (8, 4, 2, 1)
 """The groups of a Matryoshka SAE: the first eighth, quarter and half of its latents, and all latents."""
@@ -47,7 +52,7 @@ def new(
             token, batchtopk and matryoshka have k on average over a batch. For jumprelu, k is the target
             of its penalty, which is then quadratic, as in Gemma Scope 2; if it is `None`, the penalty is
             proportional to the number of active latents.
-        d_in: Width of its input.
+        d_in: Width of its input and its output.
         device: Its device.
         metadata: JSON-able values about model and data, for the SAE's config; `exclude_special_tokens`
             is true if the SAE is not trained on special tokens.
@@ -61,7 +66,7 @@ def new(
     match config.architecture:
         case Architecture.topk:
             values["k"] = int(_active(config, choice))
-        case Architecture.batchtopk:
+        case Architecture.batchtopk | Architecture.batchtopk_transcoder:
             values["k"] = _active(config, choice)
         case Architecture.matryoshka:
             name = "matryoshka_batchtopk"  # sae-lens's name
@@ -69,9 +74,16 @@ def new(
             values |= {"k": _active(config, choice), "matryoshka_widths": widths}
         case Architecture.jumprelu if choice.l0 is not None:
             values |= {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": _active(config, choice)}
-    kind, config_kind = get_sae_training_class(name)
+    if choice.reads is None:
+        kind, config_kind = get_sae_training_class(name)
+        hooks = {"hook_name": str(Place.of(choice))}
+    else:
+        latents = "standard" if config.architecture is Architecture.transcoder else "batchtopk"
+        kind, config_kind = CLASSES[latents]
+        values |= {"d_out": d_in, "skip": config.skip, "apply_b_dec_to_input": False}
+        hooks = hooks_of(choice.block, choice.reads)
     group = {"group_blocks": choice.group} if choice.group else {}
-    about = SAEMetadata(hook_name=str(Place.of(choice)), **metadata, **group)
+    about = SAEMetadata(**hooks, **metadata, **group)
     with quiet():
         return kind(config_kind(d_in=d_in, d_sae=width, metadata=about, **values)).to(device)
 
@@ -108,7 +120,9 @@ def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> Train
     Raises:
         ConfigError: If the SAE cannot be trained further.
     """
-    sae: Any = loaded.sae if isinstance(loaded, SparseSAE) else loaded
+    sae: Any = loaded
+    while isinstance(sae, SparseSAE | SkipTranscoder):
+        sae = sae.sae
     architecture = sae.cfg.architecture()
     if architecture not in _TRAINABLE:
         allowed = f"an SAE of architecture {listed(_TRAINABLE)}, to train it further"
@@ -129,7 +143,12 @@ def trainable(loaded: Coder, sparsity_coefficient: float | None = None) -> Train
     if "threshold" in weights:
         # A negative threshold acts like zero in inference, but sae-lens's training sets it to zero.
         weights["threshold"].clamp_(min=0)
-    kind, config_kind = get_sae_training_class(architecture)
+    if architecture in TRANSCODERS:
+        kind, config_kind = CLASSES["jumprelu" if "jumprelu" in architecture else "standard"]
+        values["skip"] = "W_skip" in weights
+        weights["target_scale"] = torch.ones((), dtype=torch.float64, device=sae.device)
+    else:
+        kind, config_kind = get_sae_training_class(architecture)
     return _holding(kind, config_kind(**values), weights, sae.device)
 
 
@@ -159,7 +178,8 @@ def forward(sae: TrainingSAE[Any], resid: Tensor, dead: Tensor, step: int) -> Fo
 
     Args:
         sae: The SAE.
-        resid: Its input, `[token, d_in]`; for a BatchTopK SAE, all tokens that share the k.
+        resid: Its input, `[token, d_in]`, or a transcoder's input and target, `[token, d_in + d_out]`.
+            For BatchTopK, all tokens that share the k.
         dead: True for the latents that count as dead, `[d_sae]`.
         step: Number of steps taken before.
     """

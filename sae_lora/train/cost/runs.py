@@ -22,6 +22,7 @@ from sae_lora.models.lora import selection
 from sae_lora.models.matrices import Selection
 from sae_lora.saes.formats import folder
 from sae_lora.saes.sparse import is_sparse
+from sae_lora.splice.mlp_input import reading
 from sae_lora.train.cost.memory import BYTES, Adapters, CountedModel, Graph
 
 
@@ -288,6 +289,9 @@ def check_fits(config: Config) -> None:
     model = shapes(config.model.name, config.model.pinned_revision)
     for choice in config.sae.used:
         model.module_at(str(Place.of(choice)))
+        if choice.reads is not None:
+            with reading(model, choice.block, choice.reads):
+                pass
     kind, d_model = config.method.kind, model.config.hidden_size
     if kind in ADAPTING:
         adapted = _selection(model, config).adapted
