@@ -57,7 +57,8 @@ def evaluations(model: LanguageModel, text: corpus.Corpus, names: Sequence[str])
 
 
 def test_the_package_contains_all_saes_of_the_recipe() -> None:
-    assert {path.name for path in SAES.iterdir()} == set(recipe.requests())
+    transcoders = {f"transcoder_{block}-width_1024-l0_16" for block in range(8)}
+    assert {path.name for path in SAES.iterdir()} == {*recipe.requests(), *transcoders}
     assert (MODEL / "model.safetensors").exists()
     size = sum(path.stat().st_size for path in MODEL.parent.rglob("*") if path.is_file())
     assert size < 24 * 2**20

@@ -65,6 +65,10 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         raise UserError(
             f"--merge: {run} has no LoRA adapters: it is of method={config.method.kind.name}"
         )
+    if any(choice.reads is not None for choice in config.sae.used):
+        raise UserError(
+            f"{run} has transcoders, and only runs with SAEs can be exported; load_adapted loads the run"
+        )
     if folder.path.absolute().parent in to.parents:
         raise UserError(f"--to: {to} lies among the runs of a sweep; choose a folder elsewhere")
     try:

@@ -116,7 +116,8 @@ def describe(
     sha256: str | None = None,
 ) -> dict[str, Any]:
     """Values that identify an SAE, for the summary; `sha256` is that of its weights, if they exist."""
-    return {
+    reads = {} if choice.reads is None else {"reads": choice.reads.name}
+    return reads | {
         "family": config.family.name,
         "block": choice.block,
         "hookpoint": str(Place.of(choice)),

@@ -56,6 +56,19 @@ def reading_of(release: str) -> Reads | None:
     return None
 
 
+def transcoders_for(model: str) -> str | None:
+    """The release of transcoders for a model, with one for every block; `None` if there is none."""
+    name = _bare(model)
+    if match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
+        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-transcoders-all"
+    elif match := re.fullmatch(r"qwen3-([\d.]+b)(?:-base)?", name):
+        release = f"mwhanna-qwen3-{match[1]}-transcoders"
+        release = release if release in table() else f"{release}-lowl0"
+    else:
+        release = "gemma-scope-2b-pt-transcoders" if name == "gemma-2-2b" else ""
+    return release if release in table() else None
+
+
 def same_model(name: str, other: str) -> bool:
     """True if two names mean the same model, such as `gpt2-small` and `openai-community/gpt2`.
 

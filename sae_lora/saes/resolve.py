@@ -23,6 +23,7 @@ from sae_lora.saes.pretrained_table import (
     reading_of,
     release_named,
     table,
+    transcoders_for,
     width_in,
 )
 
@@ -280,10 +281,16 @@ def _nearest(
 
 
 def _embedded_candidates() -> list[SAEChoice]:
+    return _embedded("block", Hook.resid_post, None)
+
+
+def _embedded(kind: str, hook: Hook, reads: Reads | None) -> list[SAEChoice]:
+    """The embedded SAEs or transcoders, whose folders begin with this word."""
     candidates = []
-    for folder in sorted(EMBEDDED_SAES.glob("block_*-width_*-l0_*")):
+    for folder in sorted(EMBEDDED_SAES.glob(f"{kind}_*-width_*-l0_*")):
         block, width, l0 = map(int, re.findall(r"\d+", folder.name.replace("l0_", "")))
-        candidates.append(SAEChoice(block=block, id=folder.name, width=width, l0=float(l0)))
+        size = {"width": width, "l0": float(l0)}
+        candidates.append(SAEChoice(block, hook, reads, id=folder.name, **size))
     return candidates
 
 
@@ -320,28 +327,19 @@ def _reads_in(release: str, config: Config) -> Reads | None:
 def _transcoder_candidates(config: Config) -> list[SAEChoice]:
     """The transcoders for a model."""
     if config.model.name == EMBEDDED_NAME:
-        return [choice for choice in _embedded_candidates() if choice.reads is not None]
-    name = config.model.name.rstrip("/").split("/")[-1].lower()
-    if match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
-        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-transcoders-all"
-    elif match := re.fullmatch(r"qwen3-([\d.]+b)(?:-base)?", name):
-        release = f"mwhanna-qwen3-{match[1]}-transcoders"
-        release = release if release in table() else f"{release}-lowl0"
-    else:
-        release = "gemma-scope-2b-pt-transcoders" if name == "gemma-2-2b" else ""
-    if release not in table():
+        return _embedded("transcoder", Hook.mlp_out, Reads.mlp_in)
+    release = transcoders_for(config.model.name)
+    if release is None:
         raise _made_for("gemma-2-2b, gemma-3 (270m to 27b, pt or it) or qwen3 (0.6b to 14b)", config)
-    skips = [choice for choice in _release_candidates(release, config) if _skips(choice)]
-    others = [choice for choice in _release_candidates(release, config) if not _skips(choice)]
-    if config.sae.skip and not skips:
+    candidates = [
+        choice
+        for choice in _release_candidates(release, config)
+        if str(choice.id).endswith("_affine") == config.sae.skip  # Gemma Scope 2's word for it
+    ]
+    if not candidates:
         because = f"{release} has no transcoders with a skip connection"
         raise ConfigError("sae.skip", "true", "false", "false", because)
-    return skips if config.sae.skip else others
-
-
-def _skips(choice: SAEChoice) -> bool:
-    """True for a transcoder of Gemma Scope 2 with a skip connection."""
-    return str(choice.id).endswith("_affine")
+    return candidates
 
 
 def _made_for(models: str, config: Config) -> ConfigError:

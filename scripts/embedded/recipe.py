@@ -21,6 +21,7 @@ from sae_lora.models.loading import load_model, load_tokenizer
 from sae_lora.splice.positions import Special
 from scripts.embedded import language_model
 from scripts.embedded.saes import SAEBudget, TopKRequest, train_topk
+from scripts.embedded.transcoders import make_transcoders
 
 VOCABULARY = 2048
 CONTEXT_LENGTH = 128
@@ -66,8 +67,16 @@ def make_model(folder: Path, budget: language_model.Budget, seed: int) -> None:
     console.print(f"held-out cross-entropy {ce:.4f} nats/token")
 
 
+_METADATA = {
+    "model_name": "tiny",
+    "dataset_path": "the Python standard library",
+    "context_size": CONTEXT_LENGTH,
+    "prepend_bos": True,
+}
+
+
 def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) -> None:
-    """Train the SAEs on the model's activations and write them in sae-lens's format, in float16."""
+    """Train SAEs and transcoders, and write them in sae-lens's format, in float16."""
     config = ModelConfig(name=str(model_folder))
     model = load_model(config, DType.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(config)
@@ -78,18 +87,27 @@ def make_saes(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) ->
         model,
         shuffled_batches(sequences, 64, seed),
         budget,
-        metadata={
-            "model_name": "tiny",
-            "dataset_path": "the Python standard library",
-            "context_size": CONTEXT_LENGTH,
-            "prepend_bos": True,
-        },
+        metadata=_METADATA,
         # The residual stream at BOS has ten times the norm of other positions. An SAE that must also
         # reconstruct it learns little else, and its FVU is then dominated by BOS.
         special=Special(special_ids(tokenizer)),
     )
     for name, sae in trained.items():
         sae.to("cpu", torch.float16).save_inference_model(folder / name)
+    make_transcoders_of(folder, model_folder, budget, seed)
+
+
+def make_transcoders_of(folder: Path, model_folder: Path, budget: SAEBudget, seed: int) -> None:
+    """Train a transcoder for every block, and write them in sae-lens's format, in float16."""
+    config = ModelConfig(name=str(model_folder))
+    model = load_model(config, DType.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(config)
+    batches = shuffled_batches(_packed(_documents(seed)[0], tokenizer), 16, seed)
+    set_seed(seed)
+    special = Special(special_ids(tokenizer))
+    metadata = _METADATA | {"exclude_special_tokens": True}
+    twice = budget._replace(tokens=2 * budget.tokens)  # they are quick to train, and learn slowly
+    make_transcoders(folder, model, iter(batches), twice, metadata=metadata, special=special, seed=seed)
 
 
 def make(folder: Path, budget: language_model.Budget, sae_budget: SAEBudget, seed: int) -> None:

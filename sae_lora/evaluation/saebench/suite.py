@@ -65,10 +65,10 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
         UserError: If there is no environment with SAEBench, or an SAE is not a plain SAE of SAELens.
     """
     for splice in subject.after:
-        if isinstance(splice.sae, AdaptedCoder | IdentitySAE):
+        if splice.reads is not None or isinstance(splice.sae, AdaptedCoder | IdentitySAE):
+            kind = type(splice.sae).__name__ if splice.reads is None else "transcoder"
             raise UserError(
-                f"SAEBench measures only SAEs of SAELens, not the {type(splice.sae).__name__} at "
-                f"{splice.hookpoint}"
+                f"SAEBench measures only SAEs of SAELens, not the {kind} at {splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
     python, request = environment.python(config.saebench_python), _request(config)
