@@ -310,8 +310,8 @@ class TrainConfig:
     """Computation of KL: fused (a few tokens at a time), or full (all logits at once, as a reference).
     Results differ only by rounding."""
     kl_chunk_tokens: int | None = None
-    """Tokens whose logits are in memory at once. Null: as many as make 16M logits on a CPU or 256M on
-    a GPU, but at least 256. Results differ only by rounding."""
+    """Tokens whose logits are in memory at once. Null: as many as make 16M logits on a CPU, but from
+    256 to 512; on a GPU 256M logits. Results differ only by rounding."""
     eval_every_tokens: int = 100_000
     """Training tokens between two evaluations."""
     eval_each_sae: bool = True

@@ -217,6 +217,8 @@ _PART_LOGITS = {"cpu": 2**18, "cuda": 2**28}
 """Logits of a part of a chunk, by device: as many as a CPU's cache holds; a GPU is faster with many."""
 _FEWEST_TOKENS = 256
 """Tokens per chunk, at least. With fewer, reading the head's matrix slows the product."""
+_MOST_TOKENS = {"cpu": 2**9, "cuda": 2**28}
+"""Tokens per chunk, at most, by device. With more, a CPU's product is hardly quicker."""
 
 
 def room_bytes(tokens: int, chunk_tokens: int | None, d_vocab: int, device: str) -> int:
@@ -226,7 +228,8 @@ def room_bytes(tokens: int, chunk_tokens: int | None, d_vocab: int, device: str)
 
 
 def _chunk_tokens(configured: int | None, d_vocab: int, device: str) -> int:
-    return configured or max(_FEWEST_TOKENS, _CHUNK_LOGITS.get(device, 2**24) // d_vocab)
+    tokens = max(_FEWEST_TOKENS, _CHUNK_LOGITS.get(device, 2**24) // d_vocab)
+    return configured or min(tokens, _MOST_TOKENS.get(device, 2**9))
 
 
 def _row_length(d_vocab: int) -> int:

@@ -72,7 +72,7 @@ def test_estimated_flops_of_new_saes_are_those_of_a_step(
     method: str, architecture: str, tmp_path: Path
 ) -> None:
     """They include sae-lens's losses, and the pass that fills the activation buffer."""
-    l0 = () if architecture in ("standard", "gated") else ("sae.l0=8",)
+    l0 = () if architecture in ("standard", "gated", "transcoder") else ("sae.l0=8",)
     overrides = f"method={method}", "sae=new", f"sae.architecture={architecture}", "sae.width=1024", *l0
     (config,) = resolved(
         tmp_path, (" ".join((*overrides, "method.buffer_tokens=1", "sae.keep_special_tokens=false")),)

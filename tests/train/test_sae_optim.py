@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lora.config.enums import Architecture, Hook, Method, Reduction
+from sae_lora.config.enums import Hook, Method, Reduction
 from sae_lora.config.schema import LoRAConfig
 from sae_lora.models.hookpoints import resid_post
 from sae_lora.models.language_model import LanguageModel
@@ -22,7 +22,7 @@ from sae_lora.splice.student import Student
 from sae_lora.splice.trunk import Trunk
 from tests.support.coders import jumprelu_sae, topk_sae
 from tests.support.families import D_MODEL, random_tokens, small_model
-from tests.support.learners import WIDTH, K, residuals
+from tests.support.learners import OF_SAES, WIDTH, K, residuals
 from tests.support.stepping import (
     SPECIAL,
     TOKENS,
@@ -278,7 +278,7 @@ class TestLowRank:
 class TestSpecialPositions:
     """At positions that keep their activation, an SAE neither reads nor changes anything."""
 
-    @pytest.mark.parametrize("architecture", [*Architecture.__members__])
+    @pytest.mark.parametrize("architecture", OF_SAES)
     def test_they_are_neither_read_nor_changed(self, architecture: str) -> None:
         keep = SPECIAL.positions(TOKENS)
         assert 0 < keep.sum() < keep.numel() / 2
@@ -383,7 +383,7 @@ def test_recomputation_changes_no_bit(architecture: str, hook: Hook) -> None:
     assert [name for name, value in plain.items() if not torch.equal(recomputed[name], value)] == []
 
 
-@pytest.mark.parametrize("architecture", [*Architecture.__members__])
+@pytest.mark.parametrize("architecture", OF_SAES)
 @pytest.mark.parametrize("kind", [Method.e2e, Method.sae_finetune])
 def test_an_evaluation_changes_no_state(kind: Method, architecture: str) -> None:
     """Also the thresholds, which sae-lens changes outside the optimiser."""

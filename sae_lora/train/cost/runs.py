@@ -41,6 +41,9 @@ _SAE_LOSSES = {
     Architecture.standard: SAELosses(without=4),  # gradient of the penalty, through the encoder
     Architecture.gated: SAELosses(10, 16, 8),  # three encoders and two decoders
     Architecture.matryoshka: SAELosses(5, 10, 6),  # half of the decoder a second time
+    # No bias of the decoder is subtracted from the input, which needs no gradient for it.
+    Architecture.transcoder: SAELosses(with_mse=6, without=2),
+    Architecture.batchtopk_transcoder: SAELosses(with_mse=6),
 }
 """Architectures whose losses cost more than the squared error. Losses of dead latents are left out."""
 
@@ -87,6 +90,8 @@ class CountedSAE:
     """The blocks that share it; empty if it belongs to one block."""
 
     architecture: Architecture
+    transcodes: bool = False
+    """True for a transcoder."""
 
     @property
     def copies(self) -> Copies:
@@ -128,6 +133,7 @@ class CountedRun:
                 sparse=is_sparse(config.sae.sparse, choice.width or 0, device),
                 group=tuple(choice.group),
                 architecture=_architecture(config, choice),
+                transcodes=choice.reads is not None,
             )
             for choice in config.sae.used
         )
@@ -169,9 +175,11 @@ class CountedRun:
             case Method.mezo:
                 return 2 * once
             case Method.sae_finetune | Method.lora_sae | Method.e2e:
-                # With LoRA b_dec is not trained, so that the first SAE needs no gradient of its input.
+                # The first one needs a gradient of its input only if b_dec, which is subtracted from it,
+                # is trained: not with LoRA, and not for a transcoder.
                 is_low_rank = self.kind is Method.sae_finetune and self.config.method.rank
-                losses, back = self.sae_losses, 6 if is_low_rank and is_first else 8
+                needs_none = is_first and (is_low_rank or sae.transcodes)
+                losses, back = self.sae_losses, 6 if needs_none else 8
                 back_from_losses = back + losses.with_mse - 8 if self.mse else losses.without
                 return losses.forward + back + back_from_losses
             case Method.linear_adapter | Method.mlp_adapter if is_first:
