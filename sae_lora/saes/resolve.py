@@ -325,21 +325,20 @@ def _reads_in(release: str, config: Config) -> Reads | None:
 
 
 def _transcoder_candidates(config: Config) -> list[SAEChoice]:
-    """The transcoders for a model."""
+    """The transcoders for a model, with a skip connection or without."""
+    release = None
     if config.model.name == EMBEDDED_NAME:
-        return _embedded("transcoder", Hook.mlp_out, Reads.mlp_in)
-    release = transcoders_for(config.model.name)
-    if release is None:
+        everything = _embedded("transcoder", Hook.mlp_out, Reads.mlp_in)
+    elif (release := transcoders_for(config.model.name)) is not None:
+        everything = _release_candidates(release, config)
+    else:
         raise _made_for("gemma-2-2b, gemma-3 (270m to 27b, pt or it) or qwen3 (0.6b to 14b)", config)
-    candidates = [
-        choice
-        for choice in _release_candidates(release, config)
-        if str(choice.id).endswith("_affine") == config.sae.skip  # Gemma Scope 2's word for it
-    ]
-    if not candidates:
-        because = f"{release} has no transcoders with a skip connection"
+    # "affine" is Gemma Scope 2's word for a skip connection.
+    of_kind = [each for each in everything if str(each.id).endswith("_affine") == config.sae.skip]
+    if not of_kind:
+        because = f"{release or config.model.name} has no transcoders with a skip connection"
         raise ConfigError("sae.skip", "true", "false", "false", because)
-    return candidates
+    return of_kind
 
 
 def _made_for(models: str, config: Config) -> ConfigError:
