@@ -1,7 +1,7 @@
 """The activations around an MLP that transcoders read."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -43,7 +43,7 @@ class Stream(NamedTuple):
 
 @contextmanager
 def streamed(
-    model: LanguageModel, streams: Iterable[Stream], take: Callable[[Stream, Tensor], None]
+    model: LanguageModel, streams: Collection[Stream], take: Callable[[Stream, Tensor], None]
 ) -> Iterator[None]:
     """Inside the `with` block, call `take` with each stream and its activations when the model runs.
 
