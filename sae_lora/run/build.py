@@ -17,6 +17,7 @@ from sae_lora.saes.loading import SAEs
 from sae_lora.saes.training.activation_buffer import ActivationBuffer
 from sae_lora.saes.transcoders import check_readings
 from sae_lora.splice.head import Head
+from sae_lora.splice.hooks import Splice
 from sae_lora.splice.kl import Comparison, kl_of
 from sae_lora.train.distill import DistillTrainer
 from sae_lora.train.distributed import Member, ProcessGroup
@@ -73,11 +74,14 @@ class Builder:
             report: Called with the stages of the training.
         """
         config, train = self._config, self._config.train
+        checked: set[Splice] = set()
         for training in trainings.active:
             student = training.student
             with trainings.only(training):
-                splices = () if student.is_new else student.before
-                check_readings(self.model, splices, validation_tokens[:_READ])
+                before = () if student.is_new else student.before
+                unchecked = [splice for splice in before if splice not in checked]
+                check_readings(self.model, unchecked, validation_tokens[:_READ])
+                checked.update(unchecked)
         comparison = Comparison(Head.of(self.model), train.kl_chunk_tokens)
         evaluate = Evaluator(
             self.model,

@@ -33,9 +33,9 @@ from sae_lora.saes import from_run, metadata, output_adapter, probe, sparse, tra
 from sae_lora.saes.formats import converters
 from sae_lora.saes.formats import folder as folders
 from sae_lora.saes.formats.weights import check_weights, damaged
-from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, reads_of, stated, stated_by
+from sae_lora.saes.metadata import EXCLUDES_FIRST, check_fits, stated, stated_by
 from sae_lora.saes.output_adapter import AdaptedCoder
-from sae_lora.saes.places import settled, trained_at
+from sae_lora.saes.places import reads_of, settled, trained_at
 from sae_lora.saes.pretrained_table import repository_of
 from sae_lora.saes.sparse import multiplied
 from sae_lora.splice.hooks import Coder, Splice

@@ -14,7 +14,7 @@ from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
 from sae_lora.saes.formats.folder import SCALER, UNUSED_FACTOR, read
 from sae_lora.saes.formats.weights import FLOATS, check_weights
-from sae_lora.saes.places import TRANSCODERS, is_transcoder, reading, settled, trained_at
+from sae_lora.saes.places import TRANSCODERS, is_transcoder, reads_of, settled, trained_at
 from sae_lora.saes.pretrained_table import converter_of, model_of, same_model
 
 Stated = Mapping[str, Any]
@@ -394,32 +394,6 @@ def read_folder(
         width=values.get("d_sae"),
         l0=l0 if _has_type(l0, _NUMBER) else None,
     )
-
-
-def reads_of(
-    about: Stated, asked: Reads | None, field: str, name: str, source: str = "metadata"
-) -> Reads | None:
-    """The activation that a transcoder reads: `layer.reads`, or else by its metadata. `None`: an SAE.
-
-    Args:
-        about: What its metadata states, after `check`.
-        asked: `layer.reads`.
-        field, name: The key that names the transcoder, and its value, for the message.
-        source: The file of its metadata, for the message.
-
-    Raises:
-        ConfigError: If an SAE is asked to read another activation than it replaces, or if neither says
-            what a transcoder reads.
-    """
-    if not is_transcoder(about):
-        if asked is not None:
-            because = f"{name} is an SAE, which reads what it replaces"
-            raise ConfigError("layer.reads", asked.name, "null", "null", because)
-        return None
-    if (reads := asked or reading(about, field, name, source)) is None:
-        because = f"the {source} of {name} does not say what this transcoder reads"
-        raise ConfigError("layer.reads", None, listed(each.name for each in Reads), "mlp_in", because)
-    return reads
 
 
 def check_fits(

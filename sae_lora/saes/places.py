@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from sae_lora.common.errors import ConfigError
+from sae_lora.common.errors import ConfigError, listed
 from sae_lora.config.enums import Hook, Reads
 from sae_lora.models.hookpoints import (
     PLACES,
@@ -67,6 +67,32 @@ def reading(about: Mapping[str, Any], field: str, name: str, source: str = "meta
         allowed = "a transcoder that reads and writes one block"
         because = f"it reads block {block} and writes block {place.block}, by its {source}"
         raise ConfigError(field, name, allowed, because=because)
+    return reads
+
+
+def reads_of(
+    about: Mapping[str, Any], asked: Reads | None, field: str, name: str, source: str = "metadata"
+) -> Reads | None:
+    """The activation that a transcoder reads: `layer.reads`, or else by its metadata. `None`: an SAE.
+
+    Args:
+        about: What its metadata states, after `check`.
+        asked: `layer.reads`.
+        field, name: The key that names the transcoder, and its value, for the message.
+        source: The file of its metadata, for the message.
+
+    Raises:
+        ConfigError: If an SAE is asked to read another activation than it replaces, or if neither says
+            what a transcoder reads.
+    """
+    if not is_transcoder(about):
+        if asked is not None:
+            because = f"{name} is an SAE, which reads what it replaces"
+            raise ConfigError("layer.reads", asked.name, "null", "null", because)
+        return None
+    if (reads := asked or reading(about, field, name, source)) is None:
+        because = f"the {source} of {name} does not say what this transcoder reads"
+        raise ConfigError("layer.reads", None, listed(each.name for each in Reads), "mlp_in", because)
     return reads
 
 

@@ -328,7 +328,7 @@ def _transcoder_candidates(config: Config) -> list[SAEChoice]:
     """The transcoders for a model, with a skip connection or without."""
     release = None
     if config.model.name == EMBEDDED_NAME:
-        everything = _embedded("transcoder", Hook.mlp_out, Reads.mlp_in)
+        everything = _embedded("transcoder", Hook.mlp_out, config.layer.reads or Reads.mlp_in)
     elif (release := transcoders_for(config.model.name)) is not None:
         everything = _release_candidates(release, config)
     else:

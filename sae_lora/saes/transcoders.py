@@ -31,7 +31,7 @@ class SkipTranscoder(nn.Module):
         return self.sae.encode(x)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """What the latents alone write, `[..., d_model]`."""
+        """The part of the output that comes from latents, `[..., d_model]`."""
         return self.sae.decode(feature_acts)
 
     def decode_with(self, feature_acts: Tensor, x: Tensor) -> Tensor:

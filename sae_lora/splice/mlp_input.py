@@ -31,13 +31,13 @@ class Stream(NamedTuple):
     hookpoint: str
     """The activation that it replaces."""
     reads: Reads | None = None
-    """What a transcoder reads; `None` for an SAE."""
+    """The activation that a transcoder reads; `None` for an SAE."""
 
     def __str__(self) -> str:
         return self.hookpoint if self.reads is None else f"{self.hookpoint} from {self.reads.name}"
 
     def inputs(self, activations: Tensor) -> Tensor:
-        """What the SAE or the transcoder reads, of the stream's activations."""
+        """The part of the stream's activations that the SAE or the transcoder reads."""
         return activations if self.reads is None else activations.tensor_split(2, dim=-1)[0]
 
 

@@ -80,6 +80,15 @@ def test_every_block_of_the_embedded_model_has_one() -> None:
     assert [choice.block for choice in choices] == list(range(8))
 
 
+@pytest.mark.parametrize(
+    ("dimensions", "model"), [(TINY, "tiny"), (GEMMA_2B, "gemma2_2b"), (QWEN, "qwen3_1_7b")]
+)
+def test_what_is_asked_to_be_read_is_never_ignored(dimensions: Dimensions, model: str) -> None:
+    asked = f"model={model}", "sae=transcoder", "layer.index=0", "layer.reads=resid_mid"
+    (choice,), _ = resolve(dimensions, *asked)
+    assert choice.reads is Reads.resid_mid
+
+
 def test_releases_for_whole_models() -> None:
     assert transcoders_for("google/gemma-3-270m-it") == "gemma-scope-2-270m-it-transcoders-all"
     assert transcoders_for("Qwen/Qwen3-4B-Base") == "mwhanna-qwen3-4b-transcoders"

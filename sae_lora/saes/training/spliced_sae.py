@@ -43,9 +43,8 @@ class SplicedSAE(nn.Module):
         """Steps taken."""
         self.register_buffer("scale", torch.ones((), dtype=torch.float64, device=sae.device))
         self.register_buffer("since_active", torch.zeros(sae.cfg.d_sae, device=sae.device))
-        self._frozen: list[
-            nn.Module
-        ] = []  # in a list, so that torch does not register it as a submodule
+        # In a list, so that torch does not register it as a submodule.
+        self._frozen: list[Any] = []
         self.last_forward: training_sae.Forward | None = None
         """Result of the last forward pass in training mode."""
         if rank is not None:
@@ -84,8 +83,7 @@ class SplicedSAE(nn.Module):
         if not self._frozen:
             sae = training_sae.inference(self._plain(), float(self.scale))
             self._frozen.append(with_skip(sae, sae))
-        frozen: Any = self._frozen[0]
-        return frozen
+        return self._frozen[0]
 
     def save(self, folder: Path) -> None:
         """Write the SAE with its present weights in sae-lens's format."""

@@ -30,7 +30,7 @@ from sae_lora.splice.hooks import Coder
 
 _TRAINABLE = ("topk", "jumprelu", "standard", "gated", *TRANSCODERS)
 """Architectures of saved SAEs that can be trained further."""
-_PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1", "transcoder": "l1"} | {
+_PENALTIES = {"jumprelu": "l0", "standard": "l1", "gated": "l1"} | {
     name: "l0" if "jumprelu" in name else "l1" for name in TRANSCODERS
 }
 """sae-lens's name of the sparsity penalty, by architecture."""

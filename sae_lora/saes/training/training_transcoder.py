@@ -6,7 +6,7 @@ its output, side by side.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sae_lens.registry import get_sae_class
@@ -19,12 +19,23 @@ from torch import Tensor, nn
 
 @dataclass(kw_only=True)
 class Outputs:
-    """What a transcoder has besides an SAE."""
+    """The part of a config that an SAE does not have."""
 
+    trained_as: ClassVar[str]
+    saved_as: ClassVar[str]
+    """sae-lens's architecture without a skip connection."""
     d_out: int
     """Width of its output."""
     skip: bool = False
     """True with a linear map from its input to its output."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return cls.trained_as
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        kind = "skip_transcoder" if self.skip else "transcoder"
+        return get_sae_class(self.saved_as.replace("transcoder", kind))[1]
 
 
 class TrainingTranscoder(TrainingSAE[Any]):
@@ -42,8 +53,8 @@ class TrainingTranscoder(TrainingSAE[Any]):
         size = {"dtype": self.dtype, "device": self.device}
         if cfg.skip:
             self.W_skip = nn.Parameter(torch.zeros(cfg.d_out, cfg.d_in, **size))
-        one = torch.ones((), dtype=torch.float64, device=self.device)
-        self.register_buffer("target_scale", one)
+        unscaled = torch.ones((), dtype=torch.float64, device=self.device)
+        self.register_buffer("target_scale", unscaled)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -93,22 +104,11 @@ class TrainingTranscoder(TrainingSAE[Any]):
                 state_dict[name] = state_dict[name] / scale
 
 
-def _inference(config: Any, name: str) -> type[SAEConfig]:
-    return get_sae_class(name.replace("transcoder", "skip_transcoder" if config.skip else "transcoder"))[
-        1
-    ]
-
-
 @dataclass(kw_only=True)
 class BatchTopKTranscoderConfig(Outputs, BatchTopKTrainingSAEConfig):
     """Config of a `BatchTopKTranscoder`."""
 
-    @classmethod
-    def architecture(cls) -> str:
-        return "batchtopk_transcoder"
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return _inference(self, "jumprelu_transcoder")
+    trained_as, saved_as = "batchtopk_transcoder", "jumprelu_transcoder"
 
 
 class BatchTopKTranscoder(BatchTopKTrainingSAE, TrainingTranscoder):
@@ -119,12 +119,7 @@ class BatchTopKTranscoder(BatchTopKTrainingSAE, TrainingTranscoder):
 class StandardTranscoderConfig(Outputs, StandardTrainingSAEConfig):
     """Config of a `StandardTranscoder`."""
 
-    @classmethod
-    def architecture(cls) -> str:
-        return "standard_transcoder"
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return _inference(self, "transcoder")
+    trained_as, saved_as = "standard_transcoder", "transcoder"
 
 
 class StandardTranscoder(StandardTrainingSAE, TrainingTranscoder):
@@ -135,12 +130,7 @@ class StandardTranscoder(StandardTrainingSAE, TrainingTranscoder):
 class JumpReLUTranscoderConfig(Outputs, JumpReLUTrainingSAEConfig):
     """Config of a `JumpReLUTranscoder`."""
 
-    @classmethod
-    def architecture(cls) -> str:
-        return "jumprelu_transcoder"
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return _inference(self, "jumprelu_transcoder")
+    trained_as = saved_as = "jumprelu_transcoder"
 
 
 class JumpReLUTranscoder(JumpReLUTrainingSAE, TrainingTranscoder):

@@ -298,7 +298,7 @@ def check_fits(config: Config) -> None:
     for choice in config.sae.used:
         model.module_at(str(Place.of(choice)))
         if choice.reads is not None:
-            with reading(model, choice.block, choice.reads):
+            with reading(model, choice.block, choice.reads):  # raises if there is none
                 pass
     kind, d_model = config.method.kind, model.config.hidden_size
     if kind in ADAPTING:
