@@ -80,6 +80,31 @@ def rows_of(counted: dict[str, Row]) -> str:
     return pages.markdown(columns)
 
 
+PROFILED = (0, 3, 9, 21, 22)
+"""Numbers of the packs whose projected time is shown by what it is for."""
+_PARTS = {
+    "products": "products",
+    "attention": "attention",
+    "rest": "other kernels",
+    "starts": "starts of kernels",
+}
+
+
+def parts_of(counted: dict[str, Row]) -> str:
+    """The table of what the projected time of packs is for, in milliseconds per run."""
+    columns: dict[str, list[str]] = {}
+    for case in map(CASES.__getitem__, PROFILED):
+        row = counted.get(_key(case))
+        if row is None:
+            continue
+        runs = len(case.ranks) * case.saes
+        columns.setdefault("model, ranks", []).append(f"{_NAMES[case.model]}, {_named(case)}{_way(case)}")
+        for name, heading in _PARTS.items():
+            columns.setdefault(heading, []).append(f"{1e3 * row['parts'][name] / runs:.1f}")
+        columns.setdefault("all", []).append(f"{1e3 * row['seconds'] / runs:.1f}")
+    return pages.markdown(columns)
+
+
 def _named(case: Case) -> str:
     """The ranks of a pack, and its differences from one SAE of 16k latents and one sequence."""
     width = "" if case.width == CASES[0].width else f" of {case.width // 1024}k latents"
@@ -112,7 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("record", type=Path)
-    parser.add_argument("--page", type=Path, help="page with the table after <!-- counted -->")
+    parser.add_argument("--page", type=Path, help="page with tables after <!-- counted --> and <!-- parts -->")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of packs, from 0")
     given = parser.parse_args()
     counted: dict[str, Row] = json.loads(given.record.read_text()) if given.record.exists() else {}
@@ -126,7 +151,8 @@ def main() -> None:
         say(f"{_key(CASES[number])}: {time.monotonic() - start:.0f} s")
     if given.page is not None:
         page = given.page.read_text()
-        given.page.write_text(pages.with_tables(page, lambda _: rows_of(counted)))
+        tables = {"counted": rows_of, "parts": parts_of}
+        given.page.write_text(pages.with_tables(page, lambda name: tables[name](counted)))
 
 
 if __name__ == "__main__":

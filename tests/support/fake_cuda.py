@@ -57,6 +57,8 @@ class Counted:
     """Bytes that kernels read and write."""
     seconds: float
     """The time of the kernels on an H200, as it is projected from their operations and bytes."""
+    parts: dict[str, float]
+    """`seconds` by what they are for: "starts" of kernels, "products", "attention" and the "rest"."""
     peak: int
     """Peak memory of a step and of an evaluation in bytes, without that of CUDA itself. Of the published
     loop, of a step."""
@@ -190,10 +192,11 @@ def _counted(case: Case) -> Counted:
             memory.peak = memory.now
             requests.clear()
             step()
-            waits, asked = dict(requests.waits), (requests.kernels, requests.moved, requests.seconds)
+            waits, asked = dict(requests.waits), (requests.kernels, requests.moved)
+            seconds = sum(requests.seconds.values()), dict(requests.seconds)
             evaluate()
     named = {f"{name} at {place}": number for (name, place), number in waits.items()}
-    return Counted(named, *asked, memory.peak, estimated, planned)
+    return Counted(named, *asked, *seconds, memory.peak, estimated, planned)
 
 
 Call = Callable[[], object]
@@ -416,11 +419,11 @@ def _requests(case: Case) -> Any:
         def clear(self) -> None:
             self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
             self.kernels = self.moved = 0
-            self.seconds = 0.0
+            self.seconds: collections.Counter[str] = collections.Counter()
 
         @contextmanager
         def paused(self) -> Iterator[None]:
-            before = self.waits.copy(), self.kernels, self.moved, self.seconds
+            before = self.waits.copy(), self.kernels, self.moved, self.seconds.copy()
             yield
             self.waits, self.kernels, self.moved, self.seconds = before
 
@@ -488,7 +491,8 @@ def _requests(case: Case) -> Any:
             read = outputs if gathers else inputs
             moved = sum(t.numel() * t.element_size() for t in (*read, *outputs))
             self.moved += moved
-            self.seconds += h200.seconds(flops, inputs[0].dtype if inputs else None, moved)
+            dtype = inputs[0].dtype if inputs else None
+            self.seconds += h200.seconds(name, flops, dtype, moved)
 
     return Requests()
 

@@ -5,6 +5,7 @@ that they read and write, and the memory that they take are counted. Graphs run 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ class Requests(Protocol):
 
     kernels: int
     moved: int
-    seconds: float
+    seconds: Counter[str]
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which nothing is counted."""
@@ -95,8 +96,8 @@ class _Plan(NamedTuple):
     """Bytes that they read and write."""
     memory: int
     """Peak bytes of the tensors that they make."""
-    seconds: float
-    """The projected time of the kernels."""
+    seconds: Counter[str]
+    """The projected time of the kernels, by what they are for."""
 
 
 def _planning(requests: Requests, memory: Memory) -> Callable[..., Any]:
@@ -160,14 +161,14 @@ def _plan(graph: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool) -
             len(kernels),
             sum(node.get_read_write_buffers_sizes() for node in kernels),
             with_inputs - sum(buffer.mpi_buffer.size_free for buffer in given.values()),
-            sum(map(_seconds, kernels)),
+            sum(map(_seconds, kernels), Counter()),
         )
 
 
-def _seconds(kernel: Any) -> float:
+def _seconds(kernel: Any) -> Counter[str]:
     """The projected time of a kernel. Generated ones multiply no matrices."""
-    flops, dtype = 0, None
+    name, flops, dtype = "", 0, None
     if kernel.is_extern():
-        flops = kernel.estimate_flops() or 0
+        name, flops = str(kernel.node.op_overload), kernel.estimate_flops() or 0
         dtype = kernel.node.inputs[0].get_dtype() if kernel.node.inputs else None
-    return h200.seconds(flops, dtype, kernel.get_read_write_buffers_sizes())
+    return h200.seconds(name, flops, dtype, kernel.get_read_write_buffers_sizes())
