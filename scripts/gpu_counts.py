@@ -98,7 +98,9 @@ def parts_of(counted: dict[str, Row]) -> str:
         if row is None:
             continue
         runs = len(case.ranks) * case.saes
-        columns.setdefault("model, ranks", []).append(f"{_NAMES[case.model]}, {_named(case)}{_way(case)}")
+        columns.setdefault("model, ranks", []).append(
+            f"{_NAMES[case.model]}, {_named(case)}{_way(case)}"
+        )
         for name, heading in _PARTS.items():
             columns.setdefault(heading, []).append(f"{1e3 * row['parts'][name] / runs:.1f}")
         columns.setdefault("all", []).append(f"{1e3 * row['seconds'] / runs:.1f}")
@@ -137,7 +139,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("record", type=Path)
-    parser.add_argument("--page", type=Path, help="page with tables after <!-- counted --> and <!-- parts -->")
+    parser.add_argument(
+        "--page", type=Path, help="page with tables after <!-- counted --> and <!-- parts -->"
+    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of packs, from 0")
     given = parser.parse_args()
     counted: dict[str, Row] = json.loads(given.record.read_text()) if given.record.exists() else {}

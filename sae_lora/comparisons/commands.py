@@ -66,6 +66,12 @@ def _groups(sweep: Sweep, to: ToFolder = None) -> None:
     _compare("layer_groups", sweep, to, "groups")
 
 
+@app.command("replacement")
+def _replacement(sweep: Sweep, to: ToFolder = None) -> None:
+    """Compare ways to adapt a model whose MLPs are transcoders (experiment=replacement)."""
+    _compare("replacement", sweep, to, "replacement")
+
+
 def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:
     """Show a comparison, and write its numbers as `<name>.json` and its figures into a folder."""
     from sae_lora.common.plots import write_svgs

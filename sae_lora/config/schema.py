@@ -120,9 +120,10 @@ class SAEConfig:
     """sae-lens registry release (family `registry`)."""
     id: str | None = None
     """sae-lens registry id within the release (family `registry`)."""
-    path: str | None = None
-    """Folder of an SAE (family `disk`), in the format of sae-lens, sparsify or dictionary_learning.
-    `{block}` in it is replaced by the block's index."""
+    path: Any = None
+    """Folder of an SAE or transcoder (family `disk`), in the format of sae-lens, sparsify or
+    dictionary_learning. `{block}` in it is replaced by the block's index. Or a list of folders, each of
+    which names its own place, to mix SAEs and transcoders."""
     skip: bool = False
     """True for transcoders with a skip connection, a linear map from their input to their output: family
     `transcoder`, and new transcoders."""

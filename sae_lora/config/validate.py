@@ -264,14 +264,29 @@ def _check_sae(config: Config) -> None:
         if sae.release is None:
             raise refusal(config, "sae.release", "a release of the sae-lens registry")
     elif sae.family is SAEFamily.disk:
-        if sae.path is None:
-            raise refusal(config, "sae.path", "a folder with cfg.json and the weights of an SAE")
+        _check_folders(config)
     else:
         needs = {"sae.release": "registry", "sae.id": "registry", "sae.path": "disk"}
         for key, family in needs.items():
             if attrgetter(key)(config) is not None:
                 allowed = f"null with sae={sae.family.name}; it belongs to sae={family}"
                 raise refusal(config, key, allowed, "null")
+
+
+def _check_folders(config: Config) -> None:
+    """Check `sae.path`: a folder, or a list of folders that name their places."""
+    path, allowed = config.sae.path, "a folder with cfg.json and the weights of an SAE"
+    folders = as_list(path)
+    if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise refusal(config, "sae.path", f"{allowed}, or a list of such folders")
+    if not isinstance(path, list):
+        return
+    if any("{block}" in folder for folder in folders):
+        raise refusal(config, "sae.path", f"in a list, {allowed}, without {{block}}")
+    for key in ("layer.index", "layer.every", "layer.hook", "layer.reads"):
+        if attrgetter(key)(config) is not None:
+            allowed = "null with a list in sae.path, each of whose folders names its place"
+            raise refusal(config, key, allowed, "null")
 
 
 def _check_method(config: Config) -> None:

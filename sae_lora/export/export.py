@@ -35,6 +35,7 @@ from sae_lora.records.status import with_weights
 from sae_lora.saes import output_adapter
 from sae_lora.saes.from_run import check_as_planned, trained_saes
 from sae_lora.saes.loading import write_copy
+from sae_lora.splice.mlp_input import code_of_reading, module_read
 
 TOLERANCE = 1e-4
 """Largest allowed change of a logit by merging, as a share of the largest logit. Rounding changes far
@@ -65,10 +66,6 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
         raise UserError(
             f"--merge: {run} has no LoRA adapters: it is of method={config.method.kind.name}"
         )
-    if any(choice.reads is not None for choice in config.sae.used):
-        raise UserError(
-            f"{run} has transcoders, and only runs with SAEs can be exported; load_adapted loads the run"
-        )
     if folder.path.absolute().parent in to.parents:
         raise UserError(f"--to: {to} lies among the runs of a sweep; choose a folder elsewhere")
     try:
@@ -97,10 +94,19 @@ def export(run: Path, to: Path, *, merge: bool = False) -> str:
                 for module, sae in zip(modules, saes, strict=True)
                 if sae.get("adapter") is not None
             }
+            reads = {
+                module: (
+                    shapes.name_of(module_read(shapes, choice.block, choice.reads)),
+                    code_of_reading(shapes, choice.block, choice.reads),
+                )
+                for module, choice in zip(modules, config.sae.used, strict=True)
+                if choice.reads is not None
+            }
             text = card(
                 values,
                 summary,
                 modules,
+                reads,
                 _prompt(config, summary, base),
                 {module: f"{path}/{output_adapter.WEIGHTS}" for module, path in folders.items()},
                 next((output_adapter.code(new / path) for path in folders.values()), ""),
@@ -166,9 +172,12 @@ def _write_saes(
         described.append(description)
     if config.method.kind in TRAINING_SAES:  # the config keeps the SAEs that the run began with
         return replace(config.sae, path=last_part(config.sae.path)), described
-    hook = used[0].hook.name
-    pattern = None if trained.path is None else f"sae/blocks.{{block}}.hook_{hook}"
-    return replace(trained, path=pattern, used=used), described
+    path = trained.path
+    if isinstance(path, list):
+        path = [choice.path for choice in used]
+    elif path is not None:
+        path = f"sae/blocks.{{block}}.hook_{used[0].hook.name}"
+    return replace(trained, path=path, used=used), described
 
 
 def _prompt(config: Config, summary: dict[str, Any], base: ModelConfig) -> str:

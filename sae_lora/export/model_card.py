@@ -23,6 +23,7 @@ def card(
     config: dict[str, Any],
     summary: dict[str, Any],
     modules: Sequence[str],
+    reads: Mapping[str, tuple[str, str]],
     prompt: str,
     maps: Mapping[str, str],
     map_code: str,
@@ -35,6 +36,8 @@ def card(
         config: The run's config, as plain values that may be published.
         summary: The run's summary, as plain values that may be published.
         modules: Dotted paths of the modules in the transformers model whose outputs the SAEs replace.
+        reads: By module, for a transcoder, the path of the module whose input it reads, and code of what
+            it reads from `x`, this input.
         prompt: Text that the code runs the model on.
         maps: By module, the weights file of the trained map on the SAE's output, if there is one.
         map_code: Code of what such a map adds to `recon`, from its `weights`.
@@ -71,6 +74,7 @@ def card(
         ],
         left_out=in_words(summary["lora"].get("left_out", {})),  # older summaries do not have it
         saes=saes,
+        reads={module: reads[module] for module in saes if module in reads},
         kept=dict(zip(modules, rules, strict=True)),
         kept_in_words="; ".join(dict.fromkeys(map(_kept_in_words, rules))),
         embedded=[

@@ -94,6 +94,8 @@ def public_summary(
     return public(values, model)
 
 
-def last_part(path: str | None) -> str | None:
-    """The last part of a path."""
+def last_part(path: Any) -> Any:
+    """The last part of a path, or of each path of a list."""
+    if isinstance(path, list):
+        return [last_part(each) for each in path]
     return None if path is None else PurePath(path).name

@@ -193,8 +193,11 @@ class LanguageModel:
 
     def name_at(self, hookpoint: str) -> str:
         """The dotted path, in the transformers model, of the module that `module_at` returns."""
-        target = self.module_at(hookpoint)
-        return next(name for name, module in self.model.named_modules() if module is target)
+        return self.name_of(self.module_at(hookpoint))
+
+    def name_of(self, module: nn.Module) -> str:
+        """The dotted path of a module in the transformers model."""
+        return next(name for name, each in self.model.named_modules() if each is module)
 
     def _adding_module(self, place: Place) -> nn.Module:
         """The module whose output the block adds to the residual stream, found by its usual names."""

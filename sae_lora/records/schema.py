@@ -157,9 +157,9 @@ class Summary:
     sae: list[dict[str, Any]]
     """Per SAE: block, hookpoint, the rule for positions that keep their activation (`kept`), release, id
     or path, width, stated L0, measured L0, FVU and share of dead latents, the repository's commit and
-    the SHA-256 of its weights. With several SAEs, also
-    `alone_ce` and `alone_fvu`, with only this SAE in the plain model, and `left_out_ce`, of the student
-    without this SAE."""
+    the SHA-256 of its weights. With several SAEs, also `alone_ce` and `alone_fvu`, with only this SAE in
+    the plain model, and without this SAE `left_out_ce`, of the student, and `spliced_left_out_ce`,
+    before training."""
     lora: dict[str, Any]
     """Rank, alpha, dropout, targets, blocks, the scale (the factor of B · A), and `left_out`: the number
     of weights in the adapted blocks without an adapter, by path in the block, except weights of one

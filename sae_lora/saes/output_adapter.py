@@ -60,6 +60,7 @@ class AdaptedCoder(nn.Module):
         super().__init__()
         self.sae = sae
         self.adapter = adapter
+        self.eval()  # the SAE is frozen, and splices treat it as such; the adapter has no modes
 
     def encode(self, x: Tensor) -> Tensor:
         return self.sae.encode(x)

@@ -56,6 +56,23 @@ def reading_of(release: str) -> Reads | None:
     return None
 
 
+def gemma_scope_for(model: str, kind: str) -> str | None:
+    """The release of Gemma Scope's SAEs for a model; `None` if there is none.
+
+    Args:
+        model: `model.name`.
+        kind: `res` for SAEs of the residual stream, `mlp` for SAEs of what MLPs add to it.
+    """
+    name = _bare(model)
+    if match := re.fullmatch(r"gemma-2-(2b|9b|27b)(-it)?", name):
+        release = f"gemma-scope-{match[1]}-{'it' if match[2] else 'pt'}-{kind}"
+    elif match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
+        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-{kind}-all"
+    else:
+        release = ""
+    return release if release in table() else None
+
+
 def transcoders_for(model: str) -> str | None:
     """The release of transcoders for a model, with one for every block; `None` if there is none."""
     name = _bare(model)

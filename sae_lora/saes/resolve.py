@@ -19,6 +19,7 @@ from sae_lora.saes.metadata import check, read_folder, stated_by
 from sae_lora.saes.places import settled
 from sae_lora.saes.pretrained_table import (
     SUBLAYERS,
+    gemma_scope_for,
     place_in,
     reading_of,
     release_named,
@@ -106,7 +107,7 @@ def resolve(config: Config, model: Dimensions, groups: Sequence[list[int]] | Non
 def _takes_middle_block(config: Config, groups: Sequence[list[int]] | None) -> bool:
     """True if `model.middle_block` gives the place: neither `layer`, nor an id, nor a folder does."""
     sae, layer = config.sae, config.layer
-    names_place = sae.id is not None or (sae.path is not None and "{block}" not in sae.path)
+    names_place = sae.id is not None or (sae.path is not None and "{block}" not in sae.path)  # or a list
     return layer.index is None and layer.every is None and groups is None and not names_place
 
 
@@ -356,25 +357,17 @@ def _gemma_scope_release(config: Config) -> str:
             "mlp_out, resid_pre or resid_post with sae=gemma_scope",
             because="its attention SAEs read hook_z, the output of the heads before W_O",
         )
-    kind = "mlp" if hook is Hook.mlp_out else "res"
-    name = model.name.rstrip("/").split("/")[-1]
-    if match := re.fullmatch(r"gemma-2-(2b|9b|27b)(-it)?", name):
-        release = f"gemma-scope-{match[1]}-{'it' if match[2] else 'pt'}-{{}}"
-    elif match := re.fullmatch(r"gemma-3-(\w+?)(?:-(pt|it))?", name):
-        release = f"gemma-scope-2-{match[1]}-{match[2] or 'pt'}-{{}}-all"
-    else:
-        release = ""
-    if release.format("res") not in table():
+    if gemma_scope_for(model.name, "res") is None:
         raise _made_for(
             "gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-2-9b-it, gemma-3-270m, gemma-3-1b-pt, "
             "gemma-3-4b-pt, gemma-3-12b-pt, gemma-3-27b-pt (or their -it)",
             config,
         )
-    if release.format(kind) not in table():
-        raise ConfigError(
-            "layer.hook", "mlp_out", f"resid_pre or resid_post with {name}", nearest="resid_post"
-        )
-    return release.format(kind)
+    release = gemma_scope_for(model.name, "mlp" if hook is Hook.mlp_out else "res")
+    if release is None:
+        allowed = f"resid_pre or resid_post with {model.name.rstrip('/').split('/')[-1]}"
+        raise ConfigError("layer.hook", "mlp_out", allowed, nearest="resid_post")
+    return release
 
 
 _LLAMA_SCOPE = {"8x": 32_768, "32x": 131_072}
@@ -426,7 +419,8 @@ def _by_id(config: Config) -> SAEChoice:
 
 def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
     path, layer = config.sae.path, config.layer
-    assert path is not None
+    if isinstance(path, list):
+        return _mixed(path, model)
     if "{block}" not in path:
         for key, several in {"every": layer.every, "index": as_list(layer.index)[1:]}.items():
             if several:
@@ -441,3 +435,15 @@ def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
         raise ConfigError("sae.path", path, allowed)
     requested = _requested_blocks(config, blocks)
     return [read_folder(paths[index], index, layer.hook, model, layer.reads) for index in requested]
+
+
+def _mixed(paths: Sequence[str], model: Dimensions) -> list[SAEChoice]:
+    """SAEs and transcoders from several folders, each at the place that its config names."""
+    choices: dict[Place, SAEChoice] = {}
+    for path in paths:
+        choice = read_folder(path, None, None, model)
+        if (other := choices.setdefault(place := Place.of(choice), choice)) is not choice:
+            because = f"{other.path} is at {place}, too"
+            raise ConfigError("sae.path", path, "one SAE or transcoder per place", because=because)
+    # The names of hooks are in the order of the forward pass.
+    return sorted(choices.values(), key=lambda choice: (choice.block, choice.hook.name))

@@ -83,7 +83,7 @@ def reading(model: LanguageModel, block: int, reads: Reads) -> Iterator[Callable
     Raises:
         ConfigError: If the block has no such activation.
     """
-    module = mlp_of(model, block) if reads is Reads.mlp_in else norm_before_mlp(model, block)
+    module = module_read(model, block, reads)
     last: list[Tensor] = []
 
     def take(_: object, positional: tuple[Any, ...], named: dict[str, Any], __: object) -> None:
@@ -96,6 +96,27 @@ def reading(model: LanguageModel, block: int, reads: Reads) -> Iterator[Callable
         yield lambda: last[0]
     finally:
         handle.remove()
+
+
+def module_read(model: LanguageModel, block: int, reads: Reads) -> nn.Module:
+    """The module whose input contains the activation: the MLP of a block, or the norm before it.
+
+    Raises:
+        ConfigError: If the block has no such module.
+    """
+    return mlp_of(model, block) if reads is Reads.mlp_in else norm_before_mlp(model, block)
+
+
+def code_of_reading(model: LanguageModel, block: int, reads: Reads) -> str:
+    """Python code of the activation, from `x`, the input of `module_read`."""
+    if reads is not Reads.mlp_normalized:
+        return "x"
+    norm = norm_before_mlp(model, block)
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    if isinstance(norm, nn.LayerNorm):
+        return f"torch.nn.functional.layer_norm(x, x.shape[-1:], eps={eps})"
+    mean_square = "x.float().square().mean(-1, keepdim=True)"
+    return f"(x.float() * torch.rsqrt({mean_square} + {eps})).to(x.dtype)"
 
 
 def norm_before_mlp(model: LanguageModel, block: int) -> nn.Module:

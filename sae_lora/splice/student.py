@@ -59,16 +59,16 @@ class Student:
 
     def without(self, hookpoint: str) -> "Student":
         """This student without one of its SAEs; the two share their weights."""
-        frozen, live = (
+        frozen, live, before = (
             tuple(splice for splice in splices if splice.hookpoint != hookpoint)
-            for splices in (self.frozen, self.live)
+            for splices in (self.frozen, self.live, self.before)
         )
-        # `before` is empty, because the CE before training is not needed again.
-        return Student(self.model, frozen, live, self.first, self.weights, (), self.modules)
+        return Student(self.model, frozen, live, self.first, self.weights, before, self.modules)
 
     def alone(self, hookpoint: str, model: LanguageModel) -> "Student":
         """A student with only one of the SAEs, in the given model; the SAE's weights are shared."""
         (splice,) = (splice for splice in self.splices if splice.hookpoint == hookpoint)
+        # `before` is empty, because the CE before training is not needed again.
         return Student(model, (), (splice,), splice.place.begins, {}, (), self.modules)
 
     def hidden(self, trunk: Trunk, observe: Observer | None = None) -> Tensor:

@@ -48,6 +48,8 @@ class Contribution(NamedTuple):
     """FVU of the SAE on the residuals of the plain model, which nothing else changes."""
     left_out_ce: float
     """Cross-entropy of the student without this SAE."""
+    spliced_left_out_ce: float
+    """Cross-entropy of the plain model with the other SAEs as they were before training."""
 
 
 class Reconstruction:
@@ -243,7 +245,9 @@ class Evaluator:
             students = [student.alone(name, self._model), student.without(name)]
             alone, left_out = self._measure(students, on_batch)
             alone_fvu = alone.per_sae[name]["fvu"]
-            contributions[name] = Contribution(alone.student_ce, alone_fvu, left_out.student_ce)
+            contributions[name] = Contribution(
+                alone.student_ce, alone_fvu, left_out.student_ce, left_out.spliced_ce
+            )
         return contributions
 
     def _compare(

@@ -20,7 +20,7 @@ from sae_lora.cli import main
 from sae_lora.common.errors import ConfigError, UserError
 from sae_lora.config.enums import Method
 from sae_lora.config.schema import ModelConfig
-from sae_lora.embedded import MODEL
+from sae_lora.embedded import MODEL, SAES
 from sae_lora.export.public import BASE_MODEL, public
 from sae_lora.records.folder import RunFolder
 from sae_lora.saes import output_adapter
@@ -68,6 +68,20 @@ def exports(tmp_path_factory: pytest.TempPathFactory, elsewhere: Path) -> Iterat
         "lora_sae": (*local, "method=lora_sae", "train.lr=1e-2"),
         "e2e": ("method=e2e", "sae.width=64", "sae.l0=4"),
     }
+    saes = ",".join(
+        f"{SAES}/{name}" for name in ("transcoder_2-width_1024-l0_16", "block_3-width_1024-l0_8")
+    )
+    transcoders = {
+        "transcoders": ("sae=transcoder", "layer.index=[2,3]"),
+        "a transcoder and an SAE": (model, "sae=disk", f"sae.path=[{saes}]", "layer.index=null"),
+        "a skip transcoder": (
+            *("sae=new", "method=sae", "sae.architecture=batchtopk_transcoder", "sae.skip=true"),
+            *("sae.width=64", "sae.l0=4"),
+        ),
+        "a transcoder with a map": ("sae=transcoder", "method=linear_adapter"),
+        "a finetuned transcoder": ("sae=transcoder", "method=sae_finetune"),
+    }
+    trained |= transcoders
     folders: dict[str, RunFolder] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "node", lambda: HOST)
@@ -152,9 +166,15 @@ def test_no_file_names_the_machine(exports: dict[str, Exported], elsewhere: Path
 def test_saes_of_no_registry_are_in_the_export(exports: dict[str, Exported]) -> None:
     place = "blocks.3.hook_resid_post"
     with_sae = {name for name, exported in exports.items() if (exported.folder / "sae").exists()}
-    assert with_sae == exports.keys() - {"linear_adapter"}
+    embedded = {"linear_adapter", "transcoders", "a transcoder with a map"}
+    assert with_sae == exports.keys() - embedded
     for name in with_sae:
         folder = exports[name].folder
+        if "transcoder" in name:
+            copies = sorted(path.name for path in (folder / "sae").iterdir())
+            mixed = ["blocks.2.hook_mlp_out", place]
+            assert copies == (mixed if "and" in name else ["blocks.3.hook_mlp_out"])
+            continue
         sae = SAE.load_from_disk(folder / "sae" / place)
         assert sae.cfg.metadata.hook_name == place
         if name.startswith("lora") and name != "lora_sae":

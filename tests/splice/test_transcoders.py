@@ -15,7 +15,16 @@ from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.saes.places import TRANSCODERS
 from sae_lora.saes.transcoders import check_readings, with_skip
 from sae_lora.splice.hooks import Splice, spliced
-from sae_lora.splice.mlp_input import Stream, mlp_of, norm_before_mlp, reading, streamed, without_gain
+from sae_lora.splice.mlp_input import (
+    Stream,
+    code_of_reading,
+    mlp_of,
+    module_read,
+    norm_before_mlp,
+    reading,
+    streamed,
+    without_gain,
+)
 from sae_lora.splice.positions import Special
 from tests.support.coders import topk_sae
 from tests.support.families import D_MODEL, FAMILIES, N_BLOCKS, random_tokens, small_model
@@ -103,6 +112,18 @@ def test_the_three_activations_around_a_norm(model: LanguageModel) -> None:
     weight = ((read - bias) * plain).sum((0, 1)) / plain.square().sum((0, 1))
     torch.testing.assert_close(weight * plain + bias, read, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(read, plain)
+
+
+@pytest.mark.parametrize("reads", Reads)
+def test_the_code_of_an_activation_computes_it(model: LanguageModel, reads: Reads) -> None:
+    inputs: list[Tensor] = []
+    module = module_read(model, 1, reads)
+    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    with reading(model, 1, reads) as read:
+        model.hidden(TOKENS)
+        computed = eval(code_of_reading(model, 1, reads), {"torch": torch, "x": inputs[0]})
+        assert torch.allclose(computed, read(), atol=1e-6)
+    handle.remove()
 
 
 def test_a_skip_transcoder_with_its_skip_alone_is_the_linear_map(model: LanguageModel) -> None:

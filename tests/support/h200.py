@@ -13,7 +13,7 @@ _KERNEL_S = 2e-6
 
 
 def seconds(name: str, flops: float, dtype: torch.dtype | None, moved: float) -> Counter[str]:
-    """The time of a kernel by what it is for: its start, and computing or moving, whichever takes longer.
+    """The time of a kernel by what it is for: its start, and the longer of computing and moving.
 
     The host's time is left out.
 

@@ -72,6 +72,9 @@ def check(model: LanguageModel, student: Student, evaluate: Evaluator) -> None:
         remaining = [other_splice for other_splice in splices if other_splice is not splice]
         left_out = whole_pass(student.model, remaining).ce
         assert contribution.left_out_ce == pytest.approx(left_out, abs=1e-5), name
+        untrained = [other for other in student.before if other.hookpoint != name]
+        before = whole_pass(model, untrained).ce
+        assert contribution.spliced_left_out_ce == pytest.approx(before, abs=1e-5), name
         assert abs(left_out - full.ce) > 1e-4
         assert abs(alone.ce - whole.base_ce) > 1e-4
     assert len({contribution.left_out_ce for contribution in contributions.values()}) == len(
@@ -251,7 +254,7 @@ def test_the_summary_has_the_contribution_of_each_sae(runs: Measured) -> None:
 
 def test_a_run_without_contributions_is_the_same(runs: Measured) -> None:
     each, whole = (folder.read_summary() for folder in runs)
-    measured = {"alone_ce", "alone_fvu", "left_out_ce"}
+    measured = {"alone_ce", "alone_fvu", "left_out_ce", "spliced_left_out_ce"}
     assert all(measured <= set(sae) for sae in each["sae"])
     assert not any(measured & set(sae) for sae in whole["sae"])
     assert each["hash"] == whole["hash"]
