@@ -210,12 +210,14 @@ def _cancel(sweep: Runs) -> None:
 
 @app.command("setup", rich_help_panel=_RUN)
 def _setup(
-    suite: Annotated[Literal["saebench"], typer.Argument(help="SAEBench, in its own environment")],
+    suite: Annotated[
+        Literal["saebench", "circuits"], typer.Argument(help="SAEBench, or circuit-tracer for circuits.")
+    ],
 ) -> None:
     """Install the packages of a suite that needs its own environment."""
-    from sae_lora.evaluation.saebench import environment
+    from sae_lora.evaluation.environments import BY_SUITE
 
-    say(f"ready: {environment.make()}")
+    say(f"ready: {BY_SUITE[suite].make()}")
 
 
 @app.command("benchmark", rich_help_panel=_RUN, cls=_Command)
@@ -346,7 +348,7 @@ def _evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="Keys of `evaluation`, as for launch."),
     ] = None,
 ) -> None:
-    """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench."""
+    """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench, circuits."""
     from sae_lora.evaluation import run_suites
     from sae_lora.evaluation.lora import similarity
 

@@ -72,6 +72,7 @@ class Suite(enum.Enum):
     tasks = "tasks"
     steering = "steering"
     saebench = "saebench"
+    circuits = "circuits"
     downstream = "downstream"
     """tasks, steering and saebench together, without those for which nothing is configured."""
 

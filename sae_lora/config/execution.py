@@ -21,8 +21,8 @@ class EvaluationConfig:
     """The measurements of finished runs. Does not change their training."""
 
     suites: list[Suite] = field(default_factory=list)
-    """Suites at the end of each run: core, mechanism, lora, tasks, steering, saebench, or downstream for
-    the last three. `sae-lora evaluate` runs them at any time."""
+    """Suites at the end of each run: core, mechanism, lora, tasks, steering, saebench, circuits; or
+    downstream for tasks, steering and saebench. `sae-lora evaluate` runs them at any time."""
     resamples: int = 1000
     """Number of bootstrap resamples of held-out sequences, for intervals of means."""
     sequences: int = 500
@@ -65,6 +65,12 @@ class EvaluationConfig:
     {probe_train_set_size: 400}}`; null: SAEBench's own values."""
     saebench_python: str | None = None
     """Python of an environment with SAEBench; null: the environment of `sae-lora setup saebench`."""
+    circuits_prompts: str | None = None
+    """A .jsonl file of prompts for attribution graphs, with the field `text`. Null: ten of our own."""
+    circuits_max_features: int = 8192
+    """Largest number of active latents in an attribution graph."""
+    circuits_python: str | None = None
+    """Python of an environment with circuit-tracer; null: that of `sae-lora setup circuits`."""
 
 
 @dataclass

@@ -36,6 +36,10 @@ OF_SUITE = {
         "minus that of other texts, in nats/token"
     ),
     Suite.saebench: "the metric that SAEBench shows first, in the plain and in the adapted model",
+    Suite.circuits: (
+        "scores of attribution graphs, before and after training, and the share of error nodes: the "
+        "influence that transcoders do not reconstruct"
+    ),
 }
 """The meaning of the numbers of other suites."""
 COVERAGE = {Suite.mechanism: 0.9}
@@ -155,6 +159,14 @@ def _saebench(results: Results) -> dict[str, Number]:
     return {name: mean(of_saes) for name, of_saes in values.items()}
 
 
+def _circuits(results: Results) -> dict[str, Number]:
+    return {
+        f"{name.replace('_', ' ')}, {cell}": number
+        for cell, means in results["means"].items()
+        for name, number in means.items()
+    }
+
+
 _HEADLINES: dict[Suite, Callable[[Results], dict[str, Number]]] = {
     Suite.core: _core,
     Suite.mechanism: _mechanism,
@@ -162,6 +174,7 @@ _HEADLINES: dict[Suite, Callable[[Results], dict[str, Number]]] = {
     Suite.tasks: _tasks,
     Suite.steering: _steering,
     Suite.saebench: _saebench,
+    Suite.circuits: _circuits,
 }
 
 

@@ -20,6 +20,7 @@ from sae_lora.config.enums import Suite
 from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.mistakes.explain import explanation
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
+from sae_lora.evaluation.circuits import suite as circuits
 from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.steering import effects
@@ -35,17 +36,21 @@ class _Suite(NamedTuple):
     """Function that measures a run and returns a dataclass of plain values."""
     depends_on: tuple[str, ...]
     """The keys of `evaluation` that the results depend on."""
-    check: Callable[[EvaluationConfig], None] = lambda config: None
-    """Function that raises for a config that cannot work, before anything is loaded."""
+    check: Callable[[EvaluationConfig, RunFolder], None] = lambda config, folder: None
+    """Function that raises for a config or a run that cannot work, before anything is loaded."""
 
 
+_OF_TASKS = "resamples", "tasks", "task_limit", "few_shot"
 _SUITES: dict[Suite, _Suite] = {
     Suite.core: _Suite(core.evaluate, ("resamples",)),
     Suite.mechanism: _Suite(mechanism.evaluate, ("resamples", "sequences")),
     Suite.lora: _Suite(weights.evaluate, ("sequences", "directions")),
-    Suite.tasks: _Suite(lm_eval.score, ("resamples", "tasks", "task_limit", "few_shot"), lm_eval.check),
+    Suite.tasks: _Suite(lm_eval.score, _OF_TASKS, lambda config, _: lm_eval.check(config)),
     Suite.steering: _Suite(effects.steer, effects.DEPENDS_ON),
-    Suite.saebench: _Suite(saebench.score, saebench.DEPENDS_ON, saebench.check),
+    Suite.saebench: _Suite(
+        saebench.score, saebench.DEPENDS_ON, lambda config, _: saebench.check(config)
+    ),
+    Suite.circuits: _Suite(circuits.score, circuits.DEPENDS_ON, circuits.check),
 }
 
 
@@ -151,7 +156,7 @@ def evaluate(
     ready = []
     for suite in suites:
         try:
-            _SUITES[suite].check(config)
+            _SUITES[suite].check(config, folder)
             suite_records.check_can_be_written(folder, suite)
             ready.append(suite)
         except UserError as error:

@@ -124,6 +124,17 @@ def saebench(runs: _Runs) -> go.Figure:
     return _by_cell(panels)
 
 
+def circuits(runs: _Runs) -> go.Figure:
+    """Suite `circuits`: scores of attribution graphs, with 95% intervals."""
+    panels: dict[str, _Values] = defaultdict(dict)
+    for name, results in runs.items():
+        for cell, means in results["means"].items():
+            for score, mean_of in means.items():
+                if None not in mean_of.values():
+                    panels[score.replace("_", " ")].setdefault(name, {})[cell] = _bounded(mean_of)
+    return _by_cell(panels)
+
+
 def _by_cell(panels: Mapping[str, _Values]) -> go.Figure:
     """A figure with a panel per title, two in a row. A panel shows the cells from left to right."""
     across = min(2, len(panels)) or 1
@@ -223,5 +234,6 @@ FIGURES = (
     SuiteFigure(Suite.tasks, tasks, "Task scores", "Bars: 1.96 standard errors."),
     SuiteFigure(Suite.steering, steering, "Effect of steering", "Bars: 95% intervals."),
     SuiteFigure(Suite.saebench, saebench, "SAEBench", "The first SAE of each run."),
+    SuiteFigure(Suite.circuits, circuits, "Attribution graphs", "Bars: 95% intervals over prompts."),
 )
 """The figures of suites, in the order of the report."""

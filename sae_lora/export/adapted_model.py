@@ -132,7 +132,7 @@ class Adapted:
         """
         self._check_plain()
         model: Any = self.model if adapters else self.base  # most classes have `generate`, not all
-        ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
         inputs = torch.tensor([ids], device=model.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.eos_token_id} | options
         with self.spliced() if sae else nullcontext():
@@ -142,7 +142,7 @@ class Adapted:
             )
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _tokens_of(self, text: str) -> list[int]:
+    def tokens_of(self, text: str) -> list[int]:
         """Token ids of a text, with the token that sequences of the run begin with."""
         bos = convention_of(self.tokenizer, self.config.data.bos).bos
         (ids,) = PlainText(self.tokenizer)([text])

@@ -1,6 +1,6 @@
 """SAEBench on a run's models and SAEs: `python -m sae_lora.evaluation.saebench <request as JSON>`.
 
-It runs in SAEBench's environment (`environment.py`). Without a request it only checks the imports.
+It runs in SAEBench's environment (`environments.py`). Without a request it only checks the imports.
 """
 
 import contextlib

@@ -14,14 +14,13 @@ from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.enums import Suite
 from sae_lora.config.execution import BENCHMARKS, EvaluationConfig
 from sae_lora.evaluation import suite_records
-from sae_lora.evaluation.saebench import environment
+from sae_lora.evaluation.environments import SAEBENCH
 from sae_lora.evaluation.subject import Subject
 from sae_lora.saes.loading import IdentitySAE
 from sae_lora.saes.output_adapter import AdaptedCoder
 
 DEPENDS_ON = ("saebench", "saebench_options")
 """The keys of `evaluation` that the suite depends on."""
-_CHILD = "sae_lora.evaluation.saebench"
 _NO_NUMBER = -1
 """SAEBench's value for a missing score."""
 
@@ -48,7 +47,7 @@ def check(config: EvaluationConfig) -> None:
     """
     if not config.saebench:
         raise ConfigError("evaluation.saebench", [], "at least one benchmark", list(BENCHMARKS[:1]))
-    lacking = _lacking(environment.python(config.saebench_python), json.dumps(_request(config)))
+    lacking = _lacking(SAEBENCH.python(config.saebench_python), json.dumps(_request(config)))
     if len(lacking) == len(config.saebench):
         raise UserError("\n".join(f"{name}: {reason}" for name, reason in lacking.items()))
     for name, reason in lacking.items():
@@ -71,7 +70,7 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
                 f"SAEBench measures only SAEs of SAELens, not the {kind} at {splice.hookpoint}"
             )
     folder = subject.folder.evaluation / "saebench"
-    python, request = environment.python(config.saebench_python), _request(config)
+    python, request = SAEBENCH.python(config.saebench_python), _request(config)
     lacking = _lacking(python, json.dumps(request))
     _begin(subject, folder, config)
     say(f"  SAEBench, with its log in {folder / 'saebench.log'}")
@@ -83,7 +82,7 @@ def score(subject: Subject, config: EvaluationConfig) -> SAEBench:
     }
     _run(python, request, folder)
     failed = json.loads((folder / "failed.json").read_text())
-    return SAEBench(environment.VERSION, _scores(folder), lacking | failed)
+    return SAEBench(SAEBENCH.version, _scores(folder), lacking | failed)
 
 
 def _request(config: EvaluationConfig) -> dict[str, Any]:
@@ -94,17 +93,16 @@ def _request(config: EvaluationConfig) -> dict[str, Any]:
 def _lacking(python: Path, request: str) -> dict[str, str]:
     """Reasons for the benchmarks of a request that cannot run."""
     done = subprocess.run(
-        [str(python), "-m", _CHILD, request],
+        [str(python), "-m", SAEBENCH.module, request],
         capture_output=True,
         text=True,
-        env=environment.environment(),
+        env=SAEBENCH.environment(),
         check=False,
     )
     if done.returncode != 0:
         end = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(
-            f"{python} cannot run SAEBench; create an environment for it with "
-            f"{environment.COMMAND}:\n{end}"
+            f"{python} cannot run SAEBench; create an environment for it with {SAEBENCH.command}:\n{end}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -127,11 +125,11 @@ def _run(python: Path, request: dict[str, Any], folder: Path) -> None:
     with (
         log.open("a") as printed,
         subprocess.Popen(
-            [str(python), "-m", _CHILD, json.dumps(request)],
+            [str(python), "-m", SAEBENCH.module, json.dumps(request)],
             stdout=subprocess.PIPE,
             stderr=printed,
             text=True,
-            env=environment.environment(),
+            env=SAEBENCH.environment(),
         ) as child,
     ):
         try:

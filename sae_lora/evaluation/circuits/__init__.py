@@ -1,0 +1,1 @@
+"""Attribution graphs by circuit-tracer, in an environment of its own."""
