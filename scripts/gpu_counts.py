@@ -102,9 +102,13 @@ def parts_of(counted: dict[str, Row]) -> str:
             f"{_NAMES[case.model]}, {_named(case)}{_way(case)}"
         )
         for name, heading in _PARTS.items():
-            columns.setdefault(heading, []).append(f"{1e3 * row['parts'][name] / runs:.1f}")
+            columns.setdefault(heading, []).append(f"{1e3 * row['parts'].get(name, 0.0) / runs:.1f}")
         columns.setdefault("all", []).append(f"{1e3 * row['seconds'] / runs:.1f}")
     return pages.markdown(columns)
+
+
+TABLES = {"counted": rows_of, "parts": parts_of}
+"""The tables of the page by the names in its comments."""
 
 
 def _named(case: Case) -> str:
@@ -155,8 +159,7 @@ def main() -> None:
         say(f"{_key(CASES[number])}: {time.monotonic() - start:.0f} s")
     if given.page is not None:
         page = given.page.read_text()
-        tables = {"counted": rows_of, "parts": parts_of}
-        given.page.write_text(pages.with_tables(page, lambda name: tables[name](counted)))
+        given.page.write_text(pages.with_tables(page, lambda name: TABLES[name](counted)))
 
 
 if __name__ == "__main__":

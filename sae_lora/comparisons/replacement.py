@@ -213,10 +213,17 @@ def _over_rank(ways: Sequence[Way]) -> go.Figure:
                 row=1,
                 col=column,
             )
-    if ways:
+    if ranks:
         initial = statistics.mean(ways[0].initial_kl)
-        dotted = {"color": "#999999", "dash": "dot", "width": 1}
-        figure.add_hline(initial, line=dotted, annotation_text="before training", row=1, col=2)
+        figure.add_scatter(
+            x=[ranks[0], ranks[-1]],
+            y=[initial, initial],
+            mode="lines",
+            line={"color": "#666666", "dash": "dot", "width": 2},
+            name="before training",
+            row=1,
+            col=2,
+        )
     figure.update_xaxes(title="rank", type="log", tickvals=ranks)
     figure.update_yaxes(title=METRICS["gap_closed"].title, tickformat=".0%", rangemode="tozero", col=1)
     figure.update_yaxes(title="KL (nats per token)", rangemode="tozero", col=2)
@@ -229,8 +236,9 @@ def _over_blocks(ways: Sequence[Way]) -> go.Figure:
     first = ways[0].blocks
     x = [block.block for block in first]
     drawn = [("alone in the plain model", "#bbbbbb", [block.alone for block in first])]
-    if all(block.before is not None for block in first):
-        drawn.append(("with all others, before training", "#666666", [block.before for block in first]))
+    before = [block.before for block in first if block.before is not None]
+    if len(before) == len(first):
+        drawn.append(("with all others, before training", "#666666", before))
     for colour, way in zip(COLOURS, ways, strict=False):
         drawn.append((_with_rank(way), colour, [block.after for block in way.blocks]))
     for name, colour, values in drawn:

@@ -23,8 +23,8 @@ from sae_lora.config.enums import Suite
 from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.schema import Config
 from sae_lora.embedded import MODEL, SAES
-from sae_lora.evaluation import headlines, run_suites, suite_records
-from sae_lora.evaluation.saebench import environment as layer
+from sae_lora.evaluation import environments, headlines, run_suites, suite_records
+from sae_lora.evaluation.environments import SAEBENCH as layer
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.subject import Cell, Replacement, Subject
 from sae_lora.records.folder import RunFolder
@@ -262,8 +262,8 @@ def test_an_empty_list_of_benchmarks_is_refused() -> None:
 
 
 def test_an_environment_of_other_versions_must_be_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = layer._shared()
-    monkeypatch.setattr(layer, "_shared", lambda: versions | {"torch": "9"})
+    versions = environments._versions(tuple(layer.shared))
+    monkeypatch.setattr(environments, "_versions", lambda packages: versions | {"torch": "9"})
     with pytest.raises(UserError, match="create it again with: sae-lora setup saebench"):
         layer.python(None)
     with pytest.raises(UserError, match="no such file"):

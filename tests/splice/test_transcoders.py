@@ -1,11 +1,9 @@
 """Transcoders: identities that hold for every model, and the place that they read."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from sae_lens.registry import get_sae_class
 from torch import Tensor, nn
 
 from sae_lora.common.errors import ConfigError
@@ -13,7 +11,7 @@ from sae_lora.config.enums import Hook, Reads
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel, outputs_of
 from sae_lora.saes.places import TRANSCODERS
-from sae_lora.saes.transcoders import check_readings, with_skip
+from sae_lora.saes.transcoders import check_readings
 from sae_lora.splice.hooks import Splice, spliced
 from sae_lora.splice.mlp_input import (
     Stream,
@@ -26,8 +24,8 @@ from sae_lora.splice.mlp_input import (
     without_gain,
 )
 from sae_lora.splice.positions import Special
-from tests.support.coders import topk_sae
-from tests.support.families import D_MODEL, FAMILIES, N_BLOCKS, random_tokens, small_model
+from tests.support.coders import topk_sae, transcoder
+from tests.support.families import FAMILIES, N_BLOCKS, random_tokens, small_model
 from tests.support.trunks import check_trunk
 
 TOKENS = random_tokens(length=24)
@@ -58,18 +56,6 @@ class Exact(nn.Module):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         return self.function(feature_acts)
-
-
-def transcoder(architecture: str = "jumprelu_skip_transcoder", seed: int = 0) -> Any:
-    """A random transcoder of sae-lens, as a splice uses it."""
-    torch.manual_seed(seed)
-    kind, config = get_sae_class(architecture)
-    sae = kind(config(d_in=D_MODEL, d_sae=64, d_out=D_MODEL, apply_b_dec_to_input=False))
-    with torch.no_grad():
-        for name, weight in sae.named_parameters():
-            weight.normal_(std=0.3) if name != "threshold" else weight.uniform_(0.1, 0.5)
-    sae.requires_grad_(False).eval()
-    return with_skip(sae, sae)
 
 
 def exact(model: LanguageModel, block: int, reads: Reads) -> Splice:

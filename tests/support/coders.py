@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.numpy import save_file
 
+from sae_lora.saes.transcoders import with_skip
 from tests.support.families import D_MODEL
 
 
@@ -28,6 +30,18 @@ def jumprelu_sae(width: int = 64, seed: int = 8) -> JumpReLUSAE:
         sae.threshold.uniform_(0.1, 0.5)
         sae.b_enc.normal_(std=0.1)
     return sae.requires_grad_(False).eval()
+
+
+def transcoder(architecture: str = "jumprelu_skip_transcoder", seed: int = 0) -> Any:
+    """A random transcoder of sae-lens, as a splice uses it."""
+    torch.manual_seed(seed)
+    kind, config = get_sae_class(architecture)
+    sae = kind(config(d_in=D_MODEL, d_sae=64, d_out=D_MODEL, apply_b_dec_to_input=False))
+    with torch.no_grad():
+        for name, weight in sae.named_parameters():
+            weight.normal_(std=0.3) if name != "threshold" else weight.uniform_(0.1, 0.5)
+    sae.requires_grad_(False).eval()
+    return with_skip(sae, sae)
 
 
 def write_topk_sae(folder: Path, hookpoint: str, d_in: int = 128, width: int = 256, k: int = 32) -> Path:

@@ -3,6 +3,7 @@
 It runs in circuit-tracer's environment, whose transformers is older, and imports nothing of this package
 that needs transformers. Without a folder it only checks the imports. `suite.py` writes the folder.
 """
+# pyright: reportMissingImports=false
 
 import json
 import sys
@@ -47,7 +48,7 @@ def trace(folder: Path) -> None:
 
 def _model(folder: Path, request: dict[str, Any]) -> Any:
     """The model with its transcoders, as circuit-tracer builds it."""
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     hooks = get_mapping(config.architectures[0]).feature_hook_mapping
     where = request["input"]
     hooks[_INPUT] = hooks[where] if isinstance(where, str) else tuple(where)

@@ -67,8 +67,6 @@ def _weights(sae: Any) -> dict[str, Tensor]:
     while hasattr(sae, "sae"):  # a module around that of sae-lens
         sae = sae.sae
     weights = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
-    if sae.cfg.apply_b_dec_to_input:
-        weights["b_enc"] = sae.b_enc - sae.b_dec @ sae.W_enc
     if getattr(sae, "threshold", None) is not None:
         weights["threshold"] = sae.threshold
     if (skip := getattr(sae, "W_skip", skip)) is not None:
