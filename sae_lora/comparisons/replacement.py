@@ -13,7 +13,7 @@ from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, line_and_markers
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation.suite_records import read
-from sae_lora.records.factors import FinishedRun, finished_runs, label, text, varying
+from sae_lora.records.factors import SEEDS, FinishedRun, finished_runs, label, text, varying
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 from sae_lora.report.repeats import Repeats, mean_of, repeats
@@ -73,7 +73,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Way]:
             "no finished run has several SAEs that were also evaluated one by one (train.eval_each_sae)"
         )
     groups = repeats(runs)
-    names = varying([group.factors for group in groups])
+    names = [name for name in varying([group.factors for group in groups]) if name not in SEEDS]
     return [_way(group, names) for group in groups]
 
 

@@ -15,7 +15,6 @@ from sae_lora.common.files import check_can_be_made, check_writable
 from sae_lora.common.locks import HeldError, held
 from sae_lora.config.enums import LauncherKind, TrackingMode
 from sae_lora.config.execution import LauncherConfig
-from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import WRITTEN_BY_PLANNER, Config
 from sae_lora.config.serialize import as_dict, completed, leaves, written
 from sae_lora.evaluation.suite_records import evaluate_command, missing, pending
@@ -163,7 +162,7 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
     """Print a table of all runs: state, SAEs, pack and cost."""
     from sae_lora.launcher.prefetch import bos_notes, check_local  # brings torch in
     from sae_lora.train.cost.estimate import estimate
-    from sae_lora.train.cost.runs import left_out
+    from sae_lora.train.cost.runs import notes
 
     for note in bos_notes([run.config for run in planned.runs]):
         say(f"note: {note}")
@@ -199,10 +198,9 @@ def _show_plan(planned: Plan, settings: LauncherConfig) -> None:
             f"{cost.peak_bytes / 1e9:.2f} GB",
         )
     show(table)
-    frozen = Counter(in_words(left_out(run.config)) for run in planned.runs)
-    for text, number in frozen.items():
-        if text:
-            say(f"note: frozen in the adapted blocks of {count(number, 'run')}: {text}")
+    remarks = Counter(note for run in planned.runs for note in notes(run.config))
+    for text, number in remarks.items():
+        say(f"note: {count(number, 'run')}: {text}")
     say(f"{count(len(runs), 'run')}: {counts(status.state for _, status in runs)}")
     if not to_do:
         say("nothing to do")

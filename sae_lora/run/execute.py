@@ -31,7 +31,6 @@ from sae_lora.common.provenance import environment
 from sae_lora.common.secrets import redacted
 from sae_lora.common.signals import Interrupted, Interruption
 from sae_lora.config.identity import pack_key, train_steps
-from sae_lora.config.lora_targets import in_words
 from sae_lora.config.schema import Config
 from sae_lora.data import corpus
 from sae_lora.models.dimensions import read_dimensions
@@ -48,6 +47,7 @@ from sae_lora.run.worker import follow
 from sae_lora.saes.loading import LOADING
 from sae_lora.train import checkpoint
 from sae_lora.train.cost import speed
+from sae_lora.train.cost.runs import notes
 from sae_lora.train.distributed import Member, ProcessGroup, ProcessLayout, member
 from sae_lora.train.evaluator import Contribution
 from sae_lora.train.train_state import TrainState
@@ -136,9 +136,8 @@ class _Execution:
                 with runs.only(run):
                     saes = builder.saes.of(run.config.sae)
                     run.build(builder.model, saes, text.special_ids, first)
-            for frozen in dict.fromkeys(in_words(run.left_out) for run in runs.active):
-                if frozen:
-                    say(f"frozen in the adapted blocks: {frozen}")
+            for note in dict.fromkeys(note for run in runs.active for note in notes(run.config)):
+                say(note)
             if runs.active:
                 states = {str(run.folder.path): _state(run.training) for run in runs.active}
                 processes.broadcast(states)

@@ -3,7 +3,7 @@
 import enum
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -12,6 +12,7 @@ from sae_lora.config.enums import Hook, Reads
 from sae_lora.config.schema import Config, SAEChoice
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import Dimensions
+from sae_lora.models.hookpoints import Place
 from sae_lora.saes.formats.folder import SCALER, UNUSED_FACTOR, read
 from sae_lora.saes.formats.weights import FLOATS, check_weights
 from sae_lora.saes.places import TRANSCODERS, is_transcoder, reads_of, settled, trained_at
@@ -394,6 +395,23 @@ def read_folder(
         width=values.get("d_sae"),
         l0=l0 if _has_type(l0, _NUMBER) else None,
     )
+
+
+def read_folders(paths: Sequence[str], model: Dimensions) -> list[SAEChoice]:
+    """SAEs and transcoders from several folders, each at the place that its config names.
+
+    Raises:
+        ConfigError: As `read_folder`, and for two at the same place.
+        UserError: If a file cannot be read.
+    """
+    choices: dict[Place, SAEChoice] = {}
+    for path in paths:
+        choice = read_folder(path, None, None, model)
+        if (other := choices.setdefault(place := Place.of(choice), choice)) is not choice:
+            because = f"{other.path} is at {place}, too"
+            raise ConfigError("sae.path", path, "one SAE or transcoder per place", because=because)
+    # The names of hooks are in the order of the forward pass.
+    return sorted(choices.values(), key=lambda choice: (choice.block, choice.hook.name))
 
 
 def check_fits(

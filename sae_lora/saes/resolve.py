@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from sae_lora.embedded import BLOCK as EMBEDDED_BLOCK
 from sae_lora.embedded import SAES as EMBEDDED_SAES
 from sae_lora.models.dimensions import EMBEDDED_NAME, Dimensions
 from sae_lora.models.hookpoints import PLACES, Place, canonical_hook, known_place
-from sae_lora.saes.metadata import check, read_folder, stated_by
+from sae_lora.saes.metadata import check, read_folder, read_folders, stated_by
 from sae_lora.saes.places import settled
 from sae_lora.saes.pretrained_table import (
     SUBLAYERS,
@@ -196,7 +197,7 @@ def _nearest_at_each_block(config: Config, everywhere: Sequence[SAEChoice]) -> R
     `everywhere` are all SAEs of the family, at all places.
     """
     sae, hook, strict = config.sae, config.layer.hook, config.launcher.strict
-    choices, notes = [], []
+    choices, blocks_by_note = [], defaultdict[str, list[int]](list)
     candidates = _at_hook(hook, everywhere)
     blocks = sorted({Place.of(choice).index(hook) for choice in candidates})
     for index in _requested_blocks(config, blocks):
@@ -231,7 +232,11 @@ def _nearest_at_each_block(config: Config, everywhere: Sequence[SAEChoice]) -> R
             if requested is not None and requested != actual:
                 nearest = f"{name} {requested:g} does not exist; the nearest is {actual:g}"
                 unknown = f"{requested:g} is not used: the table does not state {name} of {choice.id}"
-                notes.append(f"block {block}: {nearest if actual else unknown}")
+                blocks_by_note[nearest if actual else unknown].append(block)
+    notes = [
+        f"block{'s' * (len(blocks) > 1)} {listed(blocks, 50)}: {note}"
+        for note, blocks in blocks_by_note.items()
+    ]
     return Resolution(choices, notes)
 
 
@@ -420,7 +425,7 @@ def _by_id(config: Config) -> SAEChoice:
 def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
     path, layer = config.sae.path, config.layer
     if isinstance(path, list):
-        return _mixed(path, model)
+        return read_folders(path, model)
     if "{block}" not in path:
         for key, several in {"every": layer.every, "index": as_list(layer.index)[1:]}.items():
             if several:
@@ -435,15 +440,3 @@ def _on_disk(config: Config, model: Dimensions) -> list[SAEChoice]:
         raise ConfigError("sae.path", path, allowed)
     requested = _requested_blocks(config, blocks)
     return [read_folder(paths[index], index, layer.hook, model, layer.reads) for index in requested]
-
-
-def _mixed(paths: Sequence[str], model: Dimensions) -> list[SAEChoice]:
-    """SAEs and transcoders from several folders, each at the place that its config names."""
-    choices: dict[Place, SAEChoice] = {}
-    for path in paths:
-        choice = read_folder(path, None, None, model)
-        if (other := choices.setdefault(place := Place.of(choice), choice)) is not choice:
-            because = f"{other.path} is at {place}, too"
-            raise ConfigError("sae.path", path, "one SAE or transcoder per place", because=because)
-    # The names of hooks are in the order of the forward pass.
-    return sorted(choices.values(), key=lambda choice: (choice.block, choice.hook.name))

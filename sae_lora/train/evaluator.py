@@ -166,6 +166,8 @@ class Evaluator:
         self._trunks: dict[int, Trunk] = {}
         """Hidden states by number of the batch, for the batches that fit into the cache."""
         self._spliced_ce: dict[Splices, float] = {}
+        self._alone: dict[Splice, tuple[float, float]] = {}
+        """CE and FVU of frozen SAEs alone in the plain model, which all students share."""
         self._frozen: dict[Splices, Reconstruction] = {}
         self._new_frozen: dict[Splices, Reconstruction] = {}
         """The frozen SAEs that the present evaluation measures for the first time."""
@@ -242,12 +244,14 @@ class Evaluator:
             def on_batch(batch: int, before: int = before) -> None:
                 self.report("evaluating each SAE", before + batch, total)
 
-            students = [student.alone(name, self._model), student.without(name)]
-            alone, left_out = self._measure(students, on_batch)
-            alone_fvu = alone.per_sae[name]["fvu"]
-            contributions[name] = Contribution(
-                alone.student_ce, alone_fvu, left_out.student_ce, left_out.spliced_ce
-            )
+            students = [student.without(name)]
+            if splice not in self._alone:
+                students.append(student.alone(name, self._model))
+            left_out, *measured = self._measure(students, on_batch)
+            alone = self._alone.get(splice) or (measured[0].student_ce, measured[0].per_sae[name]["fvu"])
+            if splice in student.before:  # it is frozen
+                self._alone[splice] = alone
+            contributions[name] = Contribution(*alone, left_out.student_ce, left_out.spliced_ce)
         return contributions
 
     def _compare(

@@ -7,6 +7,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import yaml
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
@@ -165,6 +166,26 @@ def test_gemma_scope_end_to_end(researcher: Researcher, tmp_path: Path) -> None:
     assert "nearest valid: layer.hook=mlp_out" in refused.stderr
     assert not list(tmp_path.glob("outputs/guessed/*/summary.json"))
     assert "training" not in refused.stdout
+
+
+def test_gemma_scopes_transcoders_end_to_end(researcher: Researcher, tmp_path: Path) -> None:
+    """They read the norm's output without its weight, as their metadata says, and replace the MLP's."""
+    finished = researcher.launch(
+        tmp_path, "model=gemma2_2b", "sae=transcoder", "layer.index=12", "data=pile", *SMALL
+    )
+    assert finished.returncode == 0, finished.stderr
+    summary = summary_in(tmp_path)
+    (sae,) = summary["sae"]
+    assert (sae["release"], sae["id"]) == (
+        *("gemma-scope-2b-pt-transcoders", "layer_12/width_16k/average_l0_6"),
+    )
+    assert (sae["hookpoint"], sae["width"], sae["commit"]) == (
+        *("blocks.12.hook_mlp_out", GEMMA_WIDTH, COMMIT),
+    )
+    (config,) = tmp_path.glob("outputs/main/*/config.yaml")
+    (used,) = yaml.safe_load(config.read_text())["sae"]["used"]
+    assert used["reads"] == "mlp_normalized"
+    assert summary["initial_gap"] != 0
 
 
 def test_llama_scope_end_to_end(researcher: Researcher, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_run_says_which_weights_stay_frozen(
     all_matrices = point(*common)
     wrong = point(*common, "lora.targets=mlp.expert.*")
     assert launch([with_launcher(all_matrices, dry_run=True)]) == 0
-    assert "note: frozen in the adapted blocks of 1 run: mlp.gate (2)" in capsys.readouterr().out
+    assert "note: 1 run: frozen in the adapted blocks: mlp.gate (2)" in capsys.readouterr().out
     for dry_run in (True, False):  # before anything is fetched or loaded
         with pytest.raises(ConfigError, match=r"no matrix mlp\.expert\.\*"):
             launch([with_launcher(wrong, dry_run=dry_run)])

@@ -15,6 +15,7 @@ from sae_lora.saes import resolve as registry
 from sae_lora.saes.metadata import read_folder
 from sae_lora.saes.places import TRANSCODERS, hooks_of, reading
 from sae_lora.saes.pretrained_table import converter_of, reading_of, table, transcoders_for
+from tests.support.coders import write_cfg
 from tests.support.composing import composed
 
 TINY = Dimensions(d_model=128, n_blocks=8, d_vocab=2048, max_context=256)
@@ -73,6 +74,39 @@ def test_a_models_transcoders(
     choices, _ = resolve(dimensions, "sae=transcoder", *overrides)
     assert [choice.id for choice in choices] == ids
     assert {(choice.hook, choice.reads) for choice in choices} == {(Hook.mlp_out, reads)}
+
+
+def test_a_list_of_folders_mixes_transcoders_and_saes(tmp_path: Path) -> None:
+    """Each is at the place that its config names, in the order of the forward pass."""
+    sae = write_cfg(tmp_path / "an_sae", metadata={"hook_name": "blocks.3.hook_resid_post"})
+    first, second = (write(tmp_path / str(block), **hooks_of(block, Reads.mlp_in)) for block in (2, 3))
+    choices, _ = resolve(TINY, "sae=disk", f"sae.path=[{sae},{second},{first}]")
+    assert [(choice.block, choice.hook, choice.reads) for choice in choices] == [
+        (2, Hook.mlp_out, Reads.mlp_in),
+        (3, Hook.mlp_out, Reads.mlp_in),
+        (3, Hook.resid_post, None),
+    ]
+    assert [choice.path for choice in choices] == [first, second, sae]
+    with pytest.raises(ConfigError, match=r"is at blocks\.3\.hook_resid_post, too"):
+        resolve(TINY, "sae=disk", f"sae.path=[{sae},{sae}]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (("sae.path=[]",), "sae.path"),
+        (("sae.path=[one,3]",), "sae.path"),
+        (("sae.path=['{block}']",), "sae.path"),
+        (("sae.path=[one,two]", "layer.index=3"), "layer.index"),
+        (("sae.path=[one,two]", "layer.every=2"), "layer.every"),
+        (("sae.path=[one,two]", "layer.hook=mlp_out"), "layer.hook"),
+        (("sae.path=[one,two]", "layer.reads=mlp_in"), "layer.reads"),
+    ],
+)
+def test_lists_that_cannot_be_used(overrides: tuple[str, ...], field: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed("sae=disk", *overrides)
+    assert error.value.field == field
 
 
 def test_every_block_of_the_embedded_model_has_one() -> None:

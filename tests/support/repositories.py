@@ -116,6 +116,9 @@ def write_all(root: Path) -> None:
     _write_older_format(root / "models/jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs/v5_32k_layer_6.pt")
     _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
     _write_gemma_scope(root / "models/google/gemma-scope-2b-pt-mlp/layer_12/width_16k/average_l0_108")
+    _write_gemma_scope(
+        root / "models/google/gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6"
+    )
     for sublayer, hook in (("R", "resid_post"), ("A", "attn_out"), ("M", "mlp_out")):
         folder = f"models/fnlp/Llama3_1-8B-Base-LX{sublayer}-8x/Llama3_1-8B-Base-L16{sublayer}-8x"
         _write_llama_scope(root / folder, f"blocks.16.hook_{hook}")

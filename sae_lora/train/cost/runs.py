@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sae_lora.common.errors import ConfigError, UserError
+from sae_lora.common.errors import ConfigError, UserError, listed
 from sae_lora.config.enums import Architecture, Device, DType, LauncherKind, Method, SAEFamily
 from sae_lora.config.identity import ADAPTING, TRAINING_SAES
-from sae_lora.config.lora_targets import adapted_blocks
+from sae_lora.config.lora_targets import adapted_blocks, in_words
 from sae_lora.config.schema import Config, ModelConfig, SAEChoice
 from sae_lora.models.hookpoints import Place
 from sae_lora.models.language_model import LanguageModel
@@ -323,6 +323,24 @@ def left_out(config: Config) -> dict[str, int]:
         return {}
     model = shapes(config.model.name, config.model.pinned_revision)
     return _selection(model, config).left_out
+
+
+def notes(config: Config) -> list[str]:
+    """Remarks on the adapters of a run: what they leave out, and where they hardly act."""
+    if config.method.kind not in ADAPTING:
+        return []
+    model = shapes(config.model.name, config.model.pinned_revision)
+    chosen = _selection(model, config)
+    made = []
+    if chosen.left_out:
+        made.append(f"frozen in the adapted blocks: {in_words(chosen.left_out)}")
+    replaced = {choice.block for choice in config.sae.used if choice.reads is not None}
+    if blocks := sorted({each.block for each in chosen.adapted if each.part == "mlp"} & replaced):
+        made.append(
+            f"adapters on the MLPs of blocks {listed(blocks, 50)} act only at positions that keep their "
+            "activation, because transcoders replace the MLPs' outputs (see lora.targets=attn)"
+        )
+    return made
 
 
 _selections: dict[tuple[LanguageModel, str], Selection] = {}
