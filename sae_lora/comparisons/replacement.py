@@ -49,10 +49,12 @@ class Way:
     gap_closed: list[float | None]
     initial_kl: list[float]
     """KL before training, in nats per token."""
-    kl: list[float]
+    kl_closed: list[float]
+    """1 − KL after training / KL before it."""
     initial_top1: list[float]
     """Share of positions with the plain model's most likely token, before training."""
-    top1: list[float]
+    top1_gain: list[float]
+    """This share after training minus that before it."""
     blocks: list[Block]
     distance: dict[str, list[float]] = field(default_factory=dict)
     """By `before` and `after` and block: L2 distance of the residual stream after the block to the plain
@@ -86,9 +88,12 @@ def _way(group: Repeats, names: Sequence[str]) -> Way:
         initial_gap=[summary["initial_gap"] for summary in summaries],
         gap_closed=[summary["gap_closed"] for summary in summaries],
         initial_kl=[summary["initial_kl"] for summary in summaries],
-        kl=[summary["kl"] for summary in summaries],
+        kl_closed=[1 - summary["kl"] / summary["initial_kl"] for summary in summaries],
         initial_top1=[point.top1_agreement for point in first],
-        top1=[summary["top1_agreement"] for summary in summaries],
+        top1_gain=[
+            summary["top1_agreement"] - point.top1_agreement
+            for summary, point in zip(summaries, first, strict=True)
+        ],
         blocks=[_block(summaries, number) for number in range(len(summaries[0]["sae"]))],
         distance=_distance(group.runs),
     )
@@ -137,12 +142,10 @@ def _distance(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
 def table(ways: Sequence[Way]) -> Table:
     """A row for each way: means over seeds, with 95% intervals."""
     names = list(ways[0].settings)
-    measures = ("trainable_parameters", "initial_gap", "gap_closed", "initial_kl", "kl")
+    measures = ("trainable_parameters", "initial_gap", "gap_closed", "initial_kl")
     headings = [METRICS[name].column for name in measures]
-    rows = right_aligned(
-        "The model with all SAEs at once",
-        [*map(label, names), *headings, "top-1 before", METRICS["top1_agreement"].column, "seeds"],
-    )
+    others = "KL closed", "top-1 before", "top-1 gain", "seeds"
+    rows = right_aligned("The model with all SAEs at once", [*map(label, names), *headings, *others])
     for way in ways:
         rows.add_row(
             *(text(way.settings[name]) for name in names),
@@ -150,10 +153,10 @@ def table(ways: Sequence[Way]) -> Table:
             _written("initial_gap", way.initial_gap),
             _written("gap_closed", way.gap_closed),
             _written("initial_kl", way.initial_kl),
-            _written("kl", way.kl),
+            _written("gap_closed", way.kl_closed),
             _written("top1_agreement", way.initial_top1),
-            _written("top1_agreement", way.top1),
-            str(len(way.kl)),
+            _written("top1_agreement", way.top1_gain),
+            str(len(way.kl_closed)),
         )
     return in_whole_words(rows)
 
@@ -163,11 +166,11 @@ def _written(name: str, values: Sequence[float | None]) -> str:
 
 
 def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
-    """Gap closed and KL over the rank; the share of each block; the distance after each block."""
+    """Gap and KL closed over the rank; the share of each block; the distance after each block."""
     ways = compare(folders)
     best = {}
-    for way in sorted(ways, key=lambda way: statistics.mean(way.kl), reverse=True):
-        best[name_of(way)] = way  # of each kind, the way with the least KL
+    for way in sorted(ways, key=lambda way: statistics.mean(way.kl_closed)):
+        best[name_of(way)] = way  # of each kind, the rank that closes most of the KL
     kinds = [best[name] for name in dict.fromkeys(map(name_of, ways))]
     made = {"replacement_rank": _over_rank(ways), "replacement_blocks": _over_blocks(kinds)}
     if all(way.distance for way in kinds):
@@ -188,14 +191,17 @@ def _with_rank(way: Way) -> str:
 
 
 def _over_rank(ways: Sequence[Way]) -> go.Figure:
-    """Gap closed and KL; ways without a rank are horizontal lines."""
+    """Gap and KL closed; ways without a rank are horizontal lines."""
     figure = make_subplots(1, 2, horizontal_spacing=0.15)
     ranks = sorted({rank for way in ways if (rank := way.settings.get(_RANK)) is not None})
     for number, name in enumerate(dict.fromkeys(map(name_of, ways))):
         named = [way for way in ways if name_of(way) == name]
         named.sort(key=lambda way: way.settings.get(_RANK) or 0)
         x = [way.settings.get(_RANK) for way in named]
-        for column, values in ((1, [way.gap_closed for way in named]), (2, [way.kl for way in named])):
+        for column, values in (
+            (1, [way.gap_closed for way in named]),
+            (2, [way.kl_closed for way in named]),
+        ):
             means = [mean_of(each) for each in values]
             y = [mean.value for mean in means]
             has_rank = None not in x
@@ -213,20 +219,9 @@ def _over_rank(ways: Sequence[Way]) -> go.Figure:
                 row=1,
                 col=column,
             )
-    if ranks:
-        initial = statistics.mean(ways[0].initial_kl)
-        figure.add_scatter(
-            x=[ranks[0], ranks[-1]],
-            y=[initial, initial],
-            mode="lines",
-            line={"color": "#666666", "dash": "dot", "width": 2},
-            name="before training",
-            row=1,
-            col=2,
-        )
     figure.update_xaxes(title="rank", type="log", tickvals=ranks)
     figure.update_yaxes(title=METRICS["gap_closed"].title, tickformat=".0%", rangemode="tozero", col=1)
-    figure.update_yaxes(title="KL (nats per token)", rangemode="tozero", col=2)
+    figure.update_yaxes(title="KL closed", tickformat=".0%", rangemode="tozero", col=2)
     return _with_legend_above(figure)
 
 

@@ -75,7 +75,8 @@ def test_ways_are_means_over_seeds(sweep: MadeUp) -> None:
     assert set(by_settings) == {(1, "attn"), (16, "attn"), (16, "all")}
     way = by_settings[16, "attn"]
     assert mean_of(way.gap_closed).value == pytest.approx(1 - 1.05 / 2)
-    assert way.kl == pytest.approx([1.0, 1.1])
+    assert way.kl_closed == pytest.approx([1 - 1 / 0.8, 1 - 1.1 / 0.8])
+    assert way.top1_gain == [0, 0]
     for block in BLOCKS:
         measured = way.blocks[block]
         alone = 0.1 * (block + 1)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sae_lora.config.schema import TrainConfig
 from tests.support.fake_cuda import Case, Counted, compiler, count
 
 pytestmark = [
@@ -9,9 +10,10 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="the stand-in for CUDA needs a C++ compiler"),
 ]
 WIDE = 524_288
-UNCOMPILED = {"train.compile": "off"}
+ONE_BATCH = {"data.validation_tokens": TrainConfig().eval_batch_tokens}
+UNCOMPILED = {"train.compile": "off", **ONE_BATCH}
 CASES = {
-    "Gemma-2, a pack around two SAEs": Case("small-gemma-2", (1, 16, 256), saes=2, overrides=UNCOMPILED),
+    "Gemma-2, a pack around two SAEs": Case("small-gemma-2", (1, 256), saes=2, overrides=UNCOMPILED),
     "Gemma-2, a wide SAE is live": Case(
         "small-gemma-2", (16,), width=WIDE, overrides={"lora.blocks": "all", **UNCOMPILED}
     ),
@@ -19,9 +21,9 @@ CASES = {
         "small-llama", (4, 16), saes=2, width=WIDE, overrides=UNCOMPILED
     ),
     "Llama, blocks computed again, four sequences": Case(
-        "small-llama", (16,), batch=4, overrides={"train.activation_checkpointing": True}
+        "small-llama", (16,), batch=4, overrides={"train.activation_checkpointing": True, **ONE_BATCH}
     ),
-    "Llama, compiled": Case("small-llama", (16,)),
+    "Llama, compiled": Case("small-llama", (16,), overrides=ONE_BATCH),
 }
 
 
