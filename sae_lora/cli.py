@@ -348,7 +348,9 @@ def _evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="Keys of `evaluation`, as for launch."),
     ] = None,
 ) -> None:
-    """Measure finished runs with suites: core, mechanism, lora, tasks, steering, saebench, circuits."""
+    """Measure finished runs with suites: core, mechanism, lora, latents, tasks, steering, saebench,
+    circuits.
+    """
     from sae_lora.evaluation import run_suites
     from sae_lora.evaluation.lora import similarity
 

@@ -319,7 +319,7 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 def _text_keys() -> frozenset[str]:
     """The keys whose values are text."""
     texts = {key for key, kind in keys().items() if kind in (str, str | None)}
-    return frozenset(texts | {"data.files"})
+    return frozenset(texts | {"data.files", "sae.path"})
 
 
 def _quoted(value: str) -> str:

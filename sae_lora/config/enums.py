@@ -73,6 +73,7 @@ class Suite(enum.Enum):
     steering = "steering"
     saebench = "saebench"
     circuits = "circuits"
+    latents = "latents"
     downstream = "downstream"
     """tasks, steering and saebench together, without those for which nothing is configured."""
 

@@ -21,8 +21,8 @@ class EvaluationConfig:
     """The measurements of finished runs. Does not change their training."""
 
     suites: list[Suite] = field(default_factory=list)
-    """Suites at the end of each run: core, mechanism, lora, tasks, steering, saebench, circuits; or
-    downstream for tasks, steering and saebench. `sae-lora evaluate` runs them at any time."""
+    """Suites at the end of each run: core, mechanism, lora, latents, tasks, steering, saebench,
+    circuits; or downstream (tasks, steering, saebench). `sae-lora evaluate` runs them at any time."""
     resamples: int = 1000
     """Number of bootstrap resamples of held-out sequences, for intervals of means."""
     sequences: int = 500
@@ -65,6 +65,8 @@ class EvaluationConfig:
     {probe_train_set_size: 400}}`; null: SAEBench's own values."""
     saebench_python: str | None = None
     """Python of an environment with SAEBench; null: the environment of `sae-lora setup saebench`."""
+    latents_effect_tokens: int = 4096
+    """Suite latents: held-out tokens on which the effects of latents are measured."""
     circuits_prompts: str | None = None
     """A .jsonl file of prompts for attribution graphs, with the field `text`. Null: ten of our own."""
     circuits_max_features: int = 8192

@@ -24,6 +24,10 @@ MEANINGS = {
     "mechanism/L2 at the end": ("", "distance from the plain model's stream, after the last block"),
     "mechanism/L2 shortened": ("share", "by which the adapters reduce this distance"),
     "mechanism/cosine shortened": ("share", "by which they reduce 1 − cosine, after the last block"),
+    "latents/turned": ("share", "latents whose effect on the logits turned by more than 30°"),
+    "latents/contexts changed": ("share", "latents with most of their most active tokens changed"),
+    "latents/cosine": ("", "of a latent's effects on the logits before and after, mean"),
+    "latents/correlation": ("", "of a latent's activations before and after, token by token, mean"),
     "lora/‖ΔW‖ / ‖W‖": ("", "norm of an adapter's change of its matrix, mean over matrices"),
     "lora/effective rank": ("", "directions that a change uses: exp of its singular values' entropy"),
     "lora/amplification": ("", "‖ΔW‖ relative to W in the directions of ΔW, median over matrices"),
@@ -134,6 +138,15 @@ def _lora(results: Results) -> dict[str, Number]:
     }
 
 
+def _latents(results: Results) -> dict[str, Number]:
+    """Of the first SAE."""
+    change = next(iter(results["saes"].values()))
+    names = {"turned": "turned", "contexts changed": "contexts_changed"}
+    return {name: change[key] for name, key in names.items()} | {
+        name: change[name] for name in ("cosine", "correlation")
+    }
+
+
 def _tasks(results: Results) -> dict[str, Number]:
     values: dict[str, Number] = {}
     for name, task in results["scores"].items():
@@ -171,6 +184,7 @@ _HEADLINES: dict[Suite, Callable[[Results], dict[str, Number]]] = {
     Suite.core: _core,
     Suite.mechanism: _mechanism,
     Suite.lora: _lora,
+    Suite.latents: _latents,
     Suite.tasks: _tasks,
     Suite.steering: _steering,
     Suite.saebench: _saebench,

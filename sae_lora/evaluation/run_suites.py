@@ -21,6 +21,7 @@ from sae_lora.config.execution import EvaluationConfig
 from sae_lora.config.mistakes.explain import explanation
 from sae_lora.evaluation import core, lm_eval, mechanism, suite_records
 from sae_lora.evaluation.circuits import suite as circuits
+from sae_lora.evaluation.latents import suite as latents
 from sae_lora.evaluation.lora import weights
 from sae_lora.evaluation.saebench import suite as saebench
 from sae_lora.evaluation.steering import effects
@@ -50,6 +51,7 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.saebench: _Suite(
         saebench.score, saebench.DEPENDS_ON, lambda config, _: saebench.check(config)
     ),
+    Suite.latents: _Suite(latents.evaluate, latents.DEPENDS_ON),
     Suite.circuits: _Suite(circuits.score, circuits.DEPENDS_ON, circuits.check),
 }
 
