@@ -42,7 +42,7 @@ def ways(rows: list[Row]) -> str:
 
 def before(rows: list[Row]) -> str:
     """The model with all transcoders before training."""
-    first = rows[0]
+    first = max(rows, key=lambda row: len(row["initial_kl"]))
     columns = {"": ["before training"]}
     for name in ("initial_gap", "initial_kl", "initial_top1"):
         metric = METRICS["top1_agreement" if name == "initial_top1" else name]
@@ -53,8 +53,8 @@ def before(rows: list[Row]) -> str:
 def blocks(rows: list[Row]) -> str:
     """CE that each block adds, in thousandths of a nat per token, before training and after it."""
     columns: dict[str, list[str]] = {"block": [str(block["block"]) for block in rows[0]["blocks"]]}
-    columns["alone"] = _thousandths(rows[0], "alone")
-    columns["with all others"] = _thousandths(rows[0], "before")
+    columns["alone"] = _thousandths(_of_one_rank(rows)[0], "alone")
+    columns["with all others"] = _thousandths(_of_one_rank(rows)[0], "before")
     for row in _of_one_rank(rows):
         columns[_named(row)] = _thousandths(row, "after")
     return pages.markdown(columns)
@@ -66,7 +66,7 @@ def _thousandths(row: Row, name: str) -> list[str]:
 
 def depth(rows: list[Row]) -> str:
     """Distance of the residual stream to the plain model's after each block, relative to its norm."""
-    distances = rows[0]["distance"]["before"]
+    distances = _of_one_rank(rows)[0]["distance"]["before"]
     columns = {"after block": [str(number) for number in range(len(distances))]}
     columns["before training"] = pages.percent(distances)
     for row in _of_one_rank(rows):
