@@ -169,8 +169,8 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     """Gap and KL closed over the rank; the share of each block; the distance after each block."""
     ways = compare(folders)
     best = {}
-    for way in sorted(ways, key=lambda way: statistics.mean(way.kl_closed)):
-        best[name_of(way)] = way  # of each kind, the rank that closes most of the KL
+    for way in sorted(ways, key=lambda way: (len(way.kl_closed), statistics.mean(way.kl_closed))):
+        best[name_of(way)] = way  # of the ranks with most seeds, the one that closes most of the KL
     kinds = [best[name] for name in dict.fromkeys(map(name_of, ways))]
     made = {"replacement_rank": _over_rank(ways), "replacement_blocks": _over_blocks(kinds)}
     if all(way.distance for way in kinds):
