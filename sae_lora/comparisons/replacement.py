@@ -49,8 +49,8 @@ class Way:
     gap_closed: list[float | None]
     initial_kl: list[float]
     """KL before training, in nats per token."""
-    kl_closed: list[float]
-    """1 − KL after training / KL before it."""
+    kl_closed: list[float | None]
+    """1 − KL after training / KL before it; `None` if it was zero."""
     initial_top1: list[float]
     """Share of positions with the plain model's most likely token, before training."""
     top1_gain: list[float]
@@ -88,7 +88,10 @@ def _way(group: Repeats, names: Sequence[str]) -> Way:
         initial_gap=[summary["initial_gap"] for summary in summaries],
         gap_closed=[summary["gap_closed"] for summary in summaries],
         initial_kl=[summary["initial_kl"] for summary in summaries],
-        kl_closed=[1 - summary["kl"] / summary["initial_kl"] for summary in summaries],
+        kl_closed=[
+            1 - summary["kl"] / summary["initial_kl"] if summary["initial_kl"] else None
+            for summary in summaries
+        ],
         initial_top1=[point.top1_agreement for point in first],
         top1_gain=[
             summary["top1_agreement"] - point.top1_agreement
@@ -169,7 +172,7 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
     """Gap and KL closed over the rank; the share of each block; the distance after each block."""
     ways = compare(folders)
     best = {}
-    for way in sorted(ways, key=lambda way: (len(way.kl_closed), statistics.mean(way.kl_closed))):
+    for way in sorted(ways, key=lambda way: (len(way.kl_closed), mean_of(way.kl_closed).value or 0)):
         best[name_of(way)] = way  # of the ranks with most seeds, the one that closes most of the KL
     kinds = [best[name] for name in dict.fromkeys(map(name_of, ways))]
     made = {"replacement_rank": _over_rank(ways), "replacement_blocks": _over_blocks(kinds)}

@@ -151,7 +151,7 @@ def measured(run: RunFolder) -> dict[str, Any]:
     """Scores of all benchmarks, by benchmark and cell."""
     assert run_suites.evaluate(run, [Suite.saebench], ALL) == []
     record = suite_records.read(run, Suite.saebench)
-    assert record is not None and record.results["version"] == layer.VERSION
+    assert record is not None and record.results["version"] == layer.version
     (scores,) = record.results["scores"].values()
     return scores
 

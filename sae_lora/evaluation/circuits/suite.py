@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sae_lora.common.console import say
 from sae_lora.common.errors import UserError, listed
 from sae_lora.common.files import as_json, write_atomically
-from sae_lora.config.enums import DType, TextSource
+from sae_lora.config.enums import DType, Method, TextSource
 from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Bootstrap, Interval, interval
 from sae_lora.evaluation.circuits.files import date_back, places, write_tokenizer, write_transcoder
@@ -82,7 +82,8 @@ def check(config: EvaluationConfig, folder: RunFolder) -> None:
             run has no transcoder at every block.
     """
     prompts(config.circuits_prompts, TextSource.stdlib)
-    used, model = folder.read_config()["sae"]["used"], folder.read_summary()["model"]
+    values, model = folder.read_config(), folder.read_summary()["model"]
+    used = values["sae"]["used"]
     if model["class"] not in _CLASSES:
         raise UserError(f"circuit-tracer knows {listed(_CLASSES)}, and not {model['class']}")
     reads = {choice.get("reads") for choice in used}
@@ -93,9 +94,8 @@ def check(config: EvaluationConfig, folder: RunFolder) -> None:
         )
     if len(reads) > 1 or len({choice.get("width") for choice in used}) > 1:
         raise UserError("circuit-tracer needs transcoders of one width that read the same activation")
-    if any(choice.get("adapter") for choice in used) or folder.read_config()["method"]["kind"] in (
-        *("linear_adapter", "mlp_adapter"),
-    ):
+    maps = Method.linear_adapter.name, Method.mlp_adapter.name
+    if values["method"]["kind"] in maps or any(choice.get("adapter") for choice in used):
         raise UserError("circuit-tracer knows transcoders of SAELens, without a map on their output")
     CIRCUITS.python(config.circuits_python)
 
