@@ -13,12 +13,11 @@ WIDE = 524_288
 ONE_BATCH = {"data.validation_tokens": TrainConfig().eval_batch_tokens}
 UNCOMPILED = {"train.compile": "off", **ONE_BATCH}
 CASES = {
-    "Gemma-2, a pack around two SAEs": Case("small-gemma-2", (1, 256), saes=2, overrides=UNCOMPILED),
+    "Gemma-2, a pack around two wide SAEs": Case(
+        "small-gemma-2", (1, 256), saes=2, width=WIDE, overrides=UNCOMPILED
+    ),
     "Gemma-2, a wide SAE is live": Case(
         "small-gemma-2", (16,), width=WIDE, overrides={"lora.blocks": "all", **UNCOMPILED}
-    ),
-    "Llama, a pack around two wide SAEs": Case(
-        "small-llama", (4, 16), saes=2, width=WIDE, overrides=UNCOMPILED
     ),
     "Llama, blocks computed again, four sequences": Case(
         "small-llama", (16,), batch=4, overrides={"train.activation_checkpointing": True, **ONE_BATCH}
