@@ -185,7 +185,7 @@ def test_several_saes_are_at_every_jth_block() -> None:
         assert all((sae.id, sae.width) == (f"l{sae.block}r_32x", 131_072) for sae in config.sae.used)
 
 
-def test_downstream_runs_ask_for_every_suite() -> None:
+def test_downstream_runs_ask_for_every_suite_of_the_paper() -> None:
     runs = planned("paper_downstream").runs
     assert {cell(run) for run in runs} == {
         (GEMMA, "layer_12/width_16k/average_l0_82", 64, "after"),
@@ -196,7 +196,7 @@ def test_downstream_runs_ask_for_every_suite() -> None:
     for run in runs:
         evaluation = vars(run.config.evaluation)
         suites = suite_records.applicable(evaluation["suites"], {"method": {"kind": "lora"}}, evaluation)
-        assert set(suites) == set(Suite) - {Suite.downstream}
+        assert set(suites) == set(Suite) - {Suite.downstream, Suite.latents, Suite.circuits}
     # They are runs of other experiments, with more suites.
     scaling = {run.name for name in ("paper_sparsity", "paper_size") for run in planned(name).runs}
     assert {run.name for run in runs} <= scaling
