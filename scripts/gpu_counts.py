@@ -68,7 +68,7 @@ def rows_of(counted: dict[str, Row]) -> str:
         runs = len(case.ranks) * case.saes
         estimated = "" if case.published else f"{row['estimated'] / 1e9:.1f}"
         for heading, cell in {
-            "model, ranks": f"{_NAMES[case.model]}, {_named(case)}{_way(case)}",
+            "model, ranks": _title(case),
             "waits": f"{sum(row['waits'].values())}",
             "kernels per run": f"{row['kernels'] / runs:,.0f}",
             "GB moved per run": f"{row['moved'] / 1e9 / runs:.0f}",
@@ -98,9 +98,7 @@ def parts_of(counted: dict[str, Row]) -> str:
         if row is None:
             continue
         runs = len(case.ranks) * case.saes
-        columns.setdefault("model, ranks", []).append(
-            f"{_NAMES[case.model]}, {_named(case)}{_way(case)}"
-        )
+        columns.setdefault("model, ranks", []).append(_title(case))
         for name, heading in _PARTS.items():
             columns.setdefault(heading, []).append(f"{1e3 * row['parts'].get(name, 0.0) / runs:.1f}")
         columns.setdefault("all", []).append(f"{1e3 * row['seconds'] / runs:.1f}")
@@ -109,6 +107,11 @@ def parts_of(counted: dict[str, Row]) -> str:
 
 TABLES = {"counted": rows_of, "parts": parts_of}
 """The tables of the page by the names in its comments."""
+
+
+def _title(case: Case) -> str:
+    """The first cell of a pack's row."""
+    return f"{_NAMES[case.model]}, {_named(case)}{_way(case)}"
 
 
 def _named(case: Case) -> str:

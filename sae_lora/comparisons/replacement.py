@@ -9,11 +9,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from rich.table import Table
 
-from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, finished, line_and_markers
+from sae_lora.comparisons.saes import evaluated_one_by_one
 from sae_lora.config.enums import Suite
 from sae_lora.evaluation.suite_records import read
-from sae_lora.records.factors import SEEDS, FinishedRun, finished_runs, label, text, varying
+from sae_lora.records.factors import SEEDS, FinishedRun, label, text, varying
 from sae_lora.records.folder import RunFolder
 from sae_lora.records.metrics import METRICS
 from sae_lora.report.repeats import Repeats, mean_of, repeats
@@ -67,14 +67,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Way]:
     Raises:
         UserError: If no finished run has several SAEs that were also evaluated one by one.
     """
-    runs = [
-        run for run in finished_runs(folders) if all("alone_ce" in sae for sae in run.summary["sae"])
-    ]
-    if not runs:
-        raise UserError(
-            "no finished run has several SAEs that were also evaluated one by one (train.eval_each_sae)"
-        )
-    groups = repeats(runs)
+    groups = repeats(evaluated_one_by_one(folders))
     names = [name for name in varying([group.factors for group in groups]) if name not in SEEDS]
     return [_way(group, names) for group in groups]
 
@@ -103,15 +96,13 @@ def _way(group: Repeats, names: Sequence[str]) -> Way:
 
 
 def _block(summaries: Sequence[Mapping[str, Any]], number: int) -> Block:
-    saes = [summary["sae"][number] for summary in summaries]
+    pairs = [(summary, summary["sae"][number]) for summary in summaries]
     before = [
-        None if without is None else summary["spliced_ce"] - without
-        for summary, sae in zip(summaries, saes, strict=True)
-        for without in [sae.get("spliced_left_out_ce")]
+        summary["spliced_ce"] - sae["spliced_left_out_ce"] if "spliced_left_out_ce" in sae else None
+        for summary, sae in pairs
     ]
-    pairs = list(zip(summaries, saes, strict=True))
     return Block(
-        block=saes[0]["block"],
+        block=pairs[0][1]["block"],
         alone=statistics.mean(sae["alone_ce"] - summary["base_ce"] for summary, sae in pairs),
         before=mean_of(before).value,
         after=statistics.mean(summary["student_ce"] - sae["left_out_ce"] for summary, sae in pairs),
@@ -123,23 +114,18 @@ def _distance(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
     results = [record.results for record in records if record is not None]
     if len(results) < len(runs):
         return {}
-    return {
-        name: [
-            statistics.mean(values)
-            for values in zip(
-                *(
-                    [
-                        l2["value"] / norm["value"]
-                        for l2, norm in zip(result["distance"][cell]["l2"], result["norm"], strict=True)
-                    ]
-                    for result in results
-                ),
-                strict=True,
-            )
-        ]
-        for name, cell in _CELLS.items()
-        if all(cell in result["distance"] for result in results)
-    }
+    means = {}
+    for name, cell in _CELLS.items():
+        if all(cell in result["distance"] for result in results):
+            relative = (_relative(result["distance"][cell]["l2"], result["norm"]) for result in results)
+            means[name] = [statistics.mean(values) for values in zip(*relative, strict=True)]
+    return means
+
+
+def _relative(
+    distances: Sequence[Mapping[str, float]], norms: Sequence[Mapping[str, float]]
+) -> list[float]:
+    return [l2["value"] / norm["value"] for l2, norm in zip(distances, norms, strict=True)]
 
 
 def table(ways: Sequence[Way]) -> Table:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from sae_lora.common.console import percent
 from sae_lora.common.errors import UserError
 from sae_lora.common.plots import COLOURS, SYMBOLS, finished
-from sae_lora.records.factors import finished_runs
+from sae_lora.records.factors import FinishedRun, finished_runs
 from sae_lora.records.folder import RunFolder
 from sae_lora.report.tables import explained, right_aligned
 
@@ -53,10 +53,17 @@ def compare(folders: Sequence[RunFolder]) -> list[Several]:
     Raises:
         UserError: If there are none.
     """
+    return [_several(run.summary) for run in evaluated_one_by_one(folders)]
+
+
+def evaluated_one_by_one(folders: Sequence[RunFolder]) -> list[FinishedRun]:
+    """The finished runs with several SAEs that were also evaluated one by one, in their order.
+
+    Raises:
+        UserError: If there are none.
+    """
     runs = [
-        _several(run.summary)
-        for run in finished_runs(folders)
-        if all("alone_ce" in sae for sae in run.summary["sae"])
+        run for run in finished_runs(folders) if all("alone_ce" in sae for sae in run.summary["sae"])
     ]
     if not runs:
         raise UserError(

@@ -139,12 +139,10 @@ def _lora(results: Results) -> dict[str, Number]:
 
 
 def _latents(results: Results) -> dict[str, Number]:
-    """Of the first SAE."""
+    """Numbers of the first SAE."""
     change = next(iter(results["saes"].values()))
-    names = {"turned": "turned", "contexts changed": "contexts_changed"}
-    return {name: change[key] for name, key in names.items()} | {
-        name: change[name] for name in ("cosine", "correlation")
-    }
+    names = "turned", "contexts_changed", "cosine", "correlation"
+    return {name.replace("_", " "): change[name] for name in names}
 
 
 def _tasks(results: Results) -> dict[str, Number]:

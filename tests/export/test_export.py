@@ -190,7 +190,7 @@ def test_merging_changes_only_rounding(family: str, tmp_path: Path) -> None:
     adapter_files.save(adapters, tmp_path / "adapter", "org/base")
     (tmp_path / "merged").mkdir()
     share = write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
-    assert share < 3e-5
+    assert share < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(tokens).logits, model.model(tokens).logits, rtol=1e-3, atol=1e-3)
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight

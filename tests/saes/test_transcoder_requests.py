@@ -95,7 +95,7 @@ def test_a_list_of_folders_mixes_transcoders_and_saes(tmp_path: Path) -> None:
     ("overrides", "field"),
     [
         (("sae.path=[]",), "sae.path"),
-        (("sae.path=[one,3]",), "sae.path"),
+        (("sae.path=[one,null]",), "sae.path"),
         (("sae.path=['{block}']",), "sae.path"),
         (("sae.path=[one,two]", "layer.index=3"), "layer.index"),
         (("sae.path=[one,two]", "layer.every=2"), "layer.every"),

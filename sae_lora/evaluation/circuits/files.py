@@ -63,14 +63,13 @@ def write_transcoder(splice: Splice, file: Path) -> None:
 
 
 def _weights(sae: Any) -> dict[str, Tensor]:
-    skip = getattr(sae, "_skip", None)
     while hasattr(sae, "sae"):  # a module around that of sae-lens
         sae = sae.sae
     weights = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     if getattr(sae, "threshold", None) is not None:
         weights["threshold"] = sae.threshold
-    if (skip := getattr(sae, "W_skip", skip)) is not None:
-        weights["W_skip"] = skip
+    if hasattr(sae, "W_skip"):
+        weights["W_skip"] = sae.W_skip
     return {
         name: weight.detach().float().cpu().clone(memory_format=torch.contiguous_format)
         for name, weight in weights.items()
@@ -78,7 +77,7 @@ def _weights(sae: Any) -> dict[str, Tensor]:
 
 
 def _output(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What circuit-tracer computes from these weights."""
+    """The output that circuit-tracer computes from these weights."""
     before = x @ weights["W_enc"].T + weights["b_enc"]
     threshold = weights.get("threshold", torch.zeros(()))
     output = torch.where(before > threshold, before, 0.0) @ weights["W_dec"] + weights["b_dec"]
@@ -86,7 +85,7 @@ def _output(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def places(model: LanguageModel, splices: Splices) -> dict[str, Any]:
-    """What circuit-tracer must know of the places of transcoders, with `{layer}` for the block.
+    """The places of transcoders for circuit-tracer, with `{layer}` for the block.
 
     Returns:
         `input`: a module and `input`, or a hook that circuit-tracer knows by this name; `output`: a

@@ -44,6 +44,7 @@ class Activations:
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         zeros = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
+        self.d_sae = d_sae
         self.tokens = 0
         """Number of tokens so far."""
         self._active, self._sums, self._squares = zeros, zeros.clone(), zeros.clone()

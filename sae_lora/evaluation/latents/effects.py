@@ -1,4 +1,4 @@
-"""What latents do: their decoder directions, carried to the head by a derivative on real text."""
+"""Effects of latents: their decoder directions, carried to the head by a derivative on real text."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -54,7 +54,7 @@ def derivative(
 
 
 def directions(sae: Coder, d_sae: int, device: torch.device) -> Tensor:
-    """What an activation of 1 of each latent adds to the reconstruction, `[d_sae, d_model]`."""
+    """The part of the reconstruction that an activation of 1 of each latent adds, `[d_sae, d_model]`."""
     with torch.no_grad():
         nothing = sae.decode(torch.zeros(1, d_sae, device=device)).float()
         parts = []

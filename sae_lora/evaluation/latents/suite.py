@@ -13,7 +13,6 @@ from sae_lora.evaluation.bootstrap import Interval
 from sae_lora.evaluation.latents.activations import CONTEXTS, Activations, Recorder
 from sae_lora.evaluation.latents.effects import cosines, derivative, directions, gram, promoted
 from sae_lora.evaluation.subject import Cell, Subject
-from sae_lora.splice.trunk import Splices
 
 DEPENDS_ON = ("latents_effect_tokens",)
 """The keys of `evaluation` that the suite depends on."""
@@ -80,16 +79,15 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Latents:
     matrix = subject.head.matrix
     if matrix is None:
         raise UserError("the suite latents needs a model whose head is a matrix")
-    names = [splice.hookpoint for splice in subject.after]
-    activations, tokens = _activations(subject), 0
+    activations = _activations(subject)
     count = max(1, config.latents_effect_tokens // subject.tokens.shape[1])
     text = subject.tokens[:count]
     results, arrays = {}, {}
     products = gram(matrix)
-    for name in names:
-        seen = activations[name]
-        tokens = seen.tokens
-        effects = [_effects(subject, cell, name, text) for cell in (Cell.spliced, Cell.student)]
+    for name, seen in activations.items():
+        effects = [
+            _effects(subject, cell, name, text, seen.d_sae) for cell in (Cell.spliced, Cell.student)
+        ]
         of_latent = _of_latents(seen, effects, products, matrix)
         arrays |= {f"{name}/{key}": value.cpu().contiguous() for key, value in of_latent.items()}
         results[name] = _summarised(seen, of_latent, effects, products)
@@ -98,6 +96,7 @@ def evaluate(subject: Subject, config: EvaluationConfig) -> Latents:
     part = file.with_suffix(".part")
     save_file(arrays, part)
     part.replace(file)
+    tokens = max(seen.tokens for seen in activations.values())
     return Latents(tokens, text.numel(), results)
 
 
@@ -141,7 +140,7 @@ class _Effects:
         return len(self._derivatives)
 
 
-def _effects(subject: Subject, cell: Cell, name: str, text: Tensor) -> _Effects:
+def _effects(subject: Subject, cell: Cell, name: str, text: Tensor, d_sae: int) -> _Effects:
     model, splices = subject.model_of(cell), subject.splices_of(cell)
     (splice,) = (each for each in splices if each.hookpoint == name)
     parts = []
@@ -149,15 +148,7 @@ def _effects(subject: Subject, cell: Cell, name: str, text: Tensor) -> _Effects:
         tokens = text[rows].to(subject.device)
         counted = ~splice.special.positions(tokens)
         parts.append(derivative(model, splices, name, tokens, counted))
-    d_sae = _width(subject, splices, name)
     return _Effects(torch.cat(parts), directions(splice.sae, d_sae, subject.device))
-
-
-def _width(subject: Subject, splices: Splices, name: str) -> int:
-    (splice,) = (each for each in splices if each.hookpoint == name)
-    with torch.no_grad():
-        x = torch.zeros(1, subject.model.config.hidden_size, device=subject.device)
-        return splice.sae.encode(x).shape[-1]
 
 
 def _of_latents(
@@ -175,12 +166,12 @@ def _of_latents(
         "cosine": cosine,
         "norm_ratio": ratio,
     }
-    found = {name: values.float() for name, values in measures.items()}
-    found |= {"top_activations": seen.top.float(), "top_tokens": seen.places}
+    arrays = {name: values.float() for name, values in measures.items()}
+    arrays |= {"top_activations": seen.top.float(), "top_tokens": seen.places}
     for name, effect in (("before", before), ("after", after)):
         ids, values = promoted(effect, matrix)
-        found |= {f"promoted_{name}": ids.int(), f"promoted_logits_{name}": values}
-    return found
+        arrays |= {f"promoted_{name}": ids.int(), f"promoted_logits_{name}": values}
+    return arrays
 
 
 def _summarised(
