@@ -189,10 +189,12 @@ def test_merging_changes_only_rounding(family: str, tmp_path: Path) -> None:
     fill(lora.trainable_weights(model))
     adapter_files.save(adapters, tmp_path / "adapter", "org/base")
     (tmp_path / "merged").mkdir()
-    share = write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
-    assert share < 1e-5
+    write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(merged(tokens).logits, model.model(tokens).logits, rtol=1e-3, atol=1e-3)
+    # In float64 what is left is the rounding of the written weights to float32.
+    torch.testing.assert_close(
+        merged.double()(tokens).logits, model.model.double()(tokens).logits, rtol=0, atol=1e-4
+    )
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == model.config.tie_word_embeddings
 
