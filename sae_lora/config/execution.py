@@ -67,6 +67,8 @@ class EvaluationConfig:
     """Python of an environment with SAEBench; null: the environment of `sae-lora setup saebench`."""
     latents_effect_tokens: int = 4096
     """Suite latents: held-out tokens on which the effects of latents are measured."""
+    latents_pages: bool = True
+    """Suite latents: write pages to browse the latents, about 1.5 kB for each."""
     circuits_prompts: str | None = None
     """A .jsonl file of prompts for attribution graphs, with the field `text`. Null: ten of our own."""
     circuits_max_features: int = 8192

@@ -42,8 +42,9 @@ def made_up(tokens: int = 400) -> tuple[Tensor, Tensor]:
 def test_activations_of_made_up_latents(at_once: int) -> None:
     before, after = made_up()
     seen = Activations(D_SAE, torch.device("cpu"))
-    for first, second in zip(before.split(at_once), after.split(at_once), strict=True):
-        seen.add(first, second)
+    places = torch.arange(400)
+    for parts in zip(*(each.split(at_once) for each in (places, before, after)), strict=True):
+        seen.add(*parts)
     assert seen.tokens == 400
     torch.testing.assert_close(seen.density[0], (before > 0).double().mean(0))
     for latent in (0, 1, 2, 4):
@@ -72,9 +73,12 @@ def test_an_adapter_that_rescales_turns_nothing_and_one_that_swaps_turns_two() -
     swapped = decoder @ torch.tensor([[0.0, 1], [1, 0]])
     cosine, ratio = cosines(decoder, swapped, products)
     assert cosine.tolist() == pytest.approx([0, 0]) and ratio.tolist() == pytest.approx([1, 1])
-    ids, values = promoted(torch.stack([decoder[0], swapped[0]]), matrix, count=1)
-    assert ids[:, :, 0].tolist() == [[0, 2], [1, 3]]
-    assert values[:, :, 0].tolist() == [[1, 1], [-1, -1]]
+    effect = promoted(torch.stack([decoder[0], swapped[0]]), matrix, count=1)
+    assert effect.ids[:, :, 0].tolist() == [[0, 2], [1, 3]]
+    assert effect.values[:, :, 0].tolist() == [[1, 1], [-1, -1]]
+    assert effect.bounds.tolist() == [[-1, 1], [-1, 1]]
+    assert effect.histogram.sum(1).tolist() == [4, 4]
+    assert effect.histogram[:, [0, 20, -1]].tolist() == [[1, 2, 1], [1, 2, 1]]
 
 
 def test_a_change_that_is_equal_for_all_tokens_is_no_effect() -> None:

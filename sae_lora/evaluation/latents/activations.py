@@ -52,10 +52,15 @@ class Activations:
         self._top = torch.zeros(2, 0, d_sae, device=device)
         self._places = torch.zeros(2, 0, d_sae, dtype=torch.long, device=device)
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Add the latents of the next tokens, `[token, d_sae]` each."""
-        numbers = torch.arange(self.tokens, self.tokens + len(before), device=before.device)
-        self.tokens += len(before)
+    def add(self, places: Tensor, before: Tensor, after: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            places: Their places in the text, `[token]`.
+            before: Their latents in the first model, `[token, d_sae]`.
+            after: In the second model.
+        """
+        self.tokens += len(places)
         self._products += (before.double() * after.double()).sum(0)
         tops = []
         for cell, latents in enumerate((before, after)):
@@ -64,9 +69,9 @@ class Activations:
             self._sums[cell] += exact.sum(0)
             self._squares[cell] += exact.square().sum(0)
             values = torch.cat([self._top[cell], latents.float()])
-            places = torch.cat([self._places[cell], numbers[:, None].expand_as(latents)])
+            numbers = torch.cat([self._places[cell], places[:, None].expand_as(latents)])
             top, order = values.topk(min(CONTEXTS, len(values)), dim=0)
-            tops.append((top, places.gather(0, order)))
+            tops.append((top, numbers.gather(0, order)))
         self._top, self._places = (torch.stack(each) for each in zip(*tops, strict=True))
 
     @property
@@ -76,8 +81,13 @@ class Activations:
 
     @property
     def places(self) -> Tensor:
-        """The numbers of the tokens with these activations; −1 where the latent is not active."""
+        """The places of the tokens with these activations; −1 where the latent is not active."""
         return self._places.where(self._top > 0, -1)
+
+    @property
+    def highest(self) -> Tensor:
+        """The largest activation in either model, `[d_sae]`."""
+        return self._top[:, 0].amax(0)
 
     @property
     def active(self) -> Tensor:

@@ -1,17 +1,24 @@
 """Effects of latents: their decoder directions, carried to the head by a derivative on real text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sae_lora.models.language_model import LanguageModel
+from sae_lora.splice.head import Head
 from sae_lora.splice.hooks import Coder, Splice, spliced
 
+LOGIT_BINS = 40
+"""Bars of the histogram of a latent's effect on all logits."""
 _AT_ONCE = 256
 """Latents whose directions or logits are computed at once."""
+_LOGITS = 2**24
+"""Logits that are in memory at once."""
 
 
 def derivative(
@@ -33,24 +40,74 @@ def derivative(
         `[batch, d_model, d_model]`: `[…, k, i]` is the change of component k by direction i.
     """
     d_model = model.config.hidden_size
-    added = torch.zeros(*tokens.shape, d_model, device=model.device, requires_grad=True)
-
-    def add(module: object, arguments: object, output: Any) -> Any:
-        changed = (output[0] if isinstance(output, tuple) else output) + added
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    with spliced(model, splices, tokens), torch.enable_grad():
-        handle = model.module_at(hookpoint).register_forward_hook(add)
-        try:
-            head_reads = model.hidden(tokens)
-        finally:
-            handle.remove()
+    with spliced(model, splices, tokens), _added(model, [hookpoint], tokens) as places:
+        head_reads = model.hidden(tokens)
+    (added,) = places.values()
     sums = head_reads.float().where(counted[..., None], 0.0).sum((0, 1))
     rows = []
     for component in range(d_model):
         (gradient,) = torch.autograd.grad(sums[component], added, retain_graph=component < d_model - 1)
         rows.append(gradient.where(counted[..., None], 0.0).sum(1))
     return torch.stack(rows, 1) / counted.sum(1)[:, None, None]
+
+
+@contextmanager
+def _added(
+    model: LanguageModel, hookpoints: Sequence[str], tokens: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Zeros `[batch, pos, d_model]`, by hookpoint, that are added to activations inside the block.
+
+    A gradient with respect to them is one with respect to the activation after its SAE.
+    """
+    shape = (*tokens.shape, model.config.hidden_size)
+    like = {"dtype": model.model.dtype, "device": model.device, "requires_grad": True}
+    zeros = {name: torch.zeros(shape, **like) for name in hookpoints}
+
+    def add(added: Tensor, module: object, arguments: object, output: Any) -> Any:
+        changed = (output[0] if isinstance(output, tuple) else output) + added
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, added in zeros.items():
+            module = model.module_at(name)
+            hooks.callback(module.register_forward_hook(partial(add, added)).remove)
+        yield zeros
+
+
+def slopes(
+    model: LanguageModel, head: Head, splices: Sequence[Splice], tokens: Tensor
+) -> dict[str, Tensor]:
+    """The gradient of the CE, summed over tokens, by what each SAE writes.
+
+    Args:
+        model: The plain or the adapted model.
+        head: Its head.
+        splices: Its SAEs.
+        tokens: `[batch, pos]`.
+
+    Returns:
+        By hookpoint, `[batch, pos, d_model]` in nats per unit of the activation.
+    """
+    hookpoints = [splice.hookpoint for splice in splices]
+    with spliced(model, splices, tokens), _added(model, hookpoints, tokens) as places:
+        hidden = model.hidden(tokens)
+    gradients = torch.autograd.grad(hidden, list(places.values()), _slope_of_ce(head, hidden, tokens))
+    return dict(zip(places, gradients, strict=True))
+
+
+def _slope_of_ce(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient of the summed CE by what the head reads, `[batch, pos, d_model]`."""
+    states = hidden.detach()[:, :-1].flatten(0, 1)
+    at_once = max(1, _LOGITS // head.d_vocab)
+    parts = []
+    for part, targets in zip(states.split(at_once), tokens[:, 1:].flatten().split(at_once), strict=True):
+        leaf = part.requires_grad_()
+        with torch.enable_grad():
+            loss = cross_entropy(head.logits(leaf).float(), targets, reduction="sum")
+        parts.append(torch.autograd.grad(loss, leaf)[0])
+    slope = torch.zeros_like(hidden)
+    slope[:, :-1] = torch.cat(parts).view_as(slope[:, :-1])
+    return slope
 
 
 def directions(sae: Coder, d_sae: int, device: torch.device) -> Tensor:
@@ -93,22 +150,37 @@ def _products(products: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return ((first @ products) * second).sum(-1)
 
 
-def promoted(effects: Tensor, matrix: Tensor, count: int = 10) -> tuple[Tensor, Tensor]:
-    """The tokens whose logits a latent raises and lowers most.
+class Promoted(NamedTuple):
+    """Effects of latents on the logits, less their mean over the vocabulary."""
+
+    ids: Tensor
+    """Tokens with the largest changes `[2, latent, count]`: first those that it raises."""
+    values: Tensor
+    """The changes of their logits, per unit of activation."""
+    histogram: Tensor
+    """Number of tokens of the vocabulary in each of `LOGIT_BINS` equal bins, `[latent, bin]`."""
+    bounds: Tensor
+    """The bounds of the bins: the smallest and the largest change, `[latent, 2]`."""
+
+
+def promoted(effects: Tensor, matrix: Tensor, count: int = 10) -> Promoted:
+    """The tokens whose logits latents raise and lower most.
 
     Args:
         effects: `[latent, d_model]`.
         matrix: The head's matrix, `[d_vocab, d_model]`.
         count: Number of tokens.
-
-    Returns:
-        Ids `[2, latent, count]`, first of those that it raises, and the changes of their logits.
     """
-    ids, values = [], []
+    parts = []
     centred = matrix.float() - matrix.float().mean(0)
     for part in effects.float().split(_AT_ONCE):
         logits = part @ centred.T
         tops = [logits.topk(count, dim=-1, largest=largest) for largest in (True, False)]
-        ids.append(torch.stack([top.indices for top in tops]))
-        values.append(torch.stack([top.values for top in tops]))
-    return torch.cat(ids, 1), torch.cat(values, 1)
+        low, high = logits.aminmax(dim=-1, keepdim=True)
+        width = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / LOGIT_BINS
+        bins = ((logits - low) / width).long().clamp(0, LOGIT_BINS - 1)
+        histogram = torch.zeros(len(part), LOGIT_BINS, dtype=torch.long, device=part.device)
+        histogram.scatter_add_(1, bins, torch.ones_like(bins))
+        ids, values = (torch.stack([top[field] for top in tops]) for field in (1, 0))
+        parts.append(Promoted(ids, values, histogram, torch.cat([low, high], -1)))
+    return Promoted(*(torch.cat(each, int(each[0].ndim == 3)) for each in zip(*parts, strict=True)))
