@@ -8,21 +8,19 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
+from sae_lora.arguments import Run, Runs, SeveralValues, Sweep, one_of
 from sae_lora.common.console import complain, count, say, show
 from sae_lora.common.errors import EXIT_STOPPED, UserError, causes, listed
 from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.common.signals import handling
 from sae_lora.comparisons import commands as comparisons
-from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import reference
 from sae_lora.config.enums import Device, Suite
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE
@@ -54,24 +52,6 @@ _RENAMED = {
 """Commands of version 0.1, and their present names below `compare`."""
 
 
-class _Command(TyperCommand):
-    """A command whose repeatable options take several values at once: `--suite core lora`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {
-            name for option in self.params if getattr(option, "multiple", False) for name in option.opts
-        }
-        spread: list[str] = []
-        flag: str | None = None
-        for argument in args:
-            if argument.startswith("-"):
-                flag = argument if argument in repeatable else None
-            elif flag is not None and spread[-1] != flag:
-                spread.append(flag)
-            spread.append(argument)
-        return super().parse_args(ctx, spread)
-
-
 app = typer.Typer(
     name=PROGRAM,
     help="Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps.",
@@ -80,9 +60,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(comparisons.app, name="compare", rich_help_panel=_LOOK)
-
-Runs = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>, or one run in it")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="outputs/<sweep>/<run>")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,18 +101,6 @@ def _options(
     ] = False,
 ) -> None:
     """Close the cross-entropy gap of sparse autoencoders with LoRA, in sweeps."""
-
-
-def _one_of(*allowed: str | int) -> Callable[[Any], Any]:
-    """A check that the value of an option, or each value of a repeatable one, is allowed."""
-
-    def check(values: Any) -> Any:
-        for value in values if isinstance(values, list) else [values] if values else ():
-            if value not in allowed:
-                raise typer.BadParameter(f"{value!r} is not one of {listed(map(str, allowed), 20)}")
-        return values
-
-    return check
 
 
 # ---- run ----------------------------------------------------------------------------------------
@@ -220,11 +185,11 @@ def _setup(
     say(f"ready: {BY_SUITE[suite].make()}")
 
 
-@app.command("benchmark", rich_help_panel=_RUN, cls=_Command)
+@app.command("benchmark", rich_help_panel=_RUN, cls=SeveralValues)
 def _benchmark(
     style: Annotated[
         list[str] | None,
-        typer.Option(callback=_one_of("gemma2", "llama"), help="gemma2 or llama; default: both."),
+        typer.Option(callback=one_of("gemma2", "llama"), help="gemma2 or llama; default: both."),
     ] = None,
     context: Annotated[
         list[int] | None, typer.Option(min=2, help="Tokens per sequence; default: 256 and 1024.")
@@ -232,7 +197,7 @@ def _benchmark(
     pack: Annotated[
         list[int] | None,
         typer.Option(
-            callback=_one_of(1, 5, 25), help="Runs that train together: 1, 5 or 25; default: all three."
+            callback=one_of(1, 5, 25), help="Runs that train together: 1, 5 or 25; default: all three."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of times for each row.")] = 5,
@@ -254,7 +219,7 @@ def _benchmark(
 # ---- look ---------------------------------------------------------------------------------------
 
 
-@app.command("table", rich_help_panel=_LOOK, cls=_Command)
+@app.command("table", rich_help_panel=_LOOK, cls=SeveralValues)
 def _table(
     sweep: Sweep,
     columns: Annotated[
@@ -268,7 +233,7 @@ def _table(
         str,
         typer.Option(
             "--format",
-            callback=_one_of("text", *results.FORMATS),
+            callback=one_of("text", *results.FORMATS),
             help=f"text, {listed(results.FORMATS)}; csv and json have full precision.",
         ),
     ] = "text",
@@ -326,20 +291,20 @@ def _report(
     raise typer.Exit(_lack_records(intact) or len(intact) < len(runs))
 
 
-@app.command("evaluate", rich_help_panel=_LOOK, cls=_Command)
+@app.command("evaluate", rich_help_panel=_LOOK, cls=SeveralValues)
 def _evaluate(
     sweep: Runs,
     suite: Annotated[
         list[str],
         typer.Option(
-            callback=_one_of(*Suite.__members__, "all"), help=f"{listed(Suite.__members__, 20)}, or all."
+            callback=one_of(*Suite.__members__, "all"), help=f"{listed(Suite.__members__, 20)}, or all."
         ),
     ] = ["core"],  # noqa: B006 typer copies the list
     again: Annotated[bool, typer.Option("--again", help="Repeat suites that have results.")] = False,
     device: Annotated[
         str | None,
         typer.Option(
-            callback=_one_of(*Device.__members__),
+            callback=one_of(*Device.__members__),
             help="auto, cpu or cuda; default: the device of the run.",
         ),
     ] = None,
@@ -382,8 +347,19 @@ def _export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with merged adapters.")
     ] = False,
+    latents: Annotated[
+        bool,
+        typer.Option("--latents", help="Write its latents for Neuronpedia and SAEDashboard instead."),
+    ] = False,
 ) -> None:
     """Write the trained weights of a run into a folder, with its SAEs and a model card."""
+    if latents:
+        if merge:
+            raise UserError("--merge writes a model, --latents no model: choose one of them")
+        from sae_lora.evaluation.latents.neuronpedia import export as export_latents
+
+        say(f"exported: {export_latents(run, to)}")
+        return
     from sae_lora.export.export import export
 
     say(f"exported: {export(run, to, merge=merge)}")

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sae_lora.arguments import Sweep
 from sae_lora.common.console import show
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.records.folder import runs_of
 from sae_lora.records.status import sound
 
-Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
 ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numbers and figures.")]
 app = typer.Typer(help="Compare the runs of an experiment.", no_args_is_help=True)
 
@@ -70,6 +70,12 @@ def _groups(sweep: Sweep, to: ToFolder = None) -> None:
 def _replacement(sweep: Sweep, to: ToFolder = None) -> None:
     """Compare ways to adapt a model whose MLPs are transcoders (experiment=replacement)."""
     _compare("replacement", sweep, to, "replacement")
+
+
+@app.command("latents")
+def _latents(sweep: Sweep, to: ToFolder = None) -> None:
+    """Compare how far ways to adapt change the meaning of latents (experiment=latents)."""
+    _compare("latents", sweep, to, "latents")
 
 
 def _compare(module: str, sweep: Path, to: Path | None, name: str) -> None:

@@ -20,6 +20,17 @@ _DASHES = {"spliced": "dot", "student": "solid"}
 _CELLS = ["base", "spliced", "student", "adapted"]
 """Order of the cells from left to right."""
 
+_LATENTS = {
+    "share of latents": {"turned": "effect turned > 30°", "contexts_changed": "contexts changed"},
+    "similarity before and after": {
+        "cosine": "effect",
+        "correlation": "activations",
+        "overlap": "contexts",
+        "promoted": "promoted tokens",
+    },
+}
+"""The panels about latents: the name of each measure."""
+
 _Runs = Mapping[str, Results]
 """Results of a suite by name of the run, of at most `MOST_RUNS` runs."""
 _Values = dict[str, dict[str, tuple[float, float, float]]]
@@ -135,6 +146,20 @@ def circuits(runs: _Runs) -> go.Figure:
     return _by_cell(panels)
 
 
+def latents(runs: _Runs) -> go.Figure:
+    """Suite `latents`: shares of latents that changed, and similarities, of a run's first SAE."""
+    panels: dict[str, _Values] = defaultdict(dict)
+    for name, results in runs.items():
+        change = next(iter(results["saes"].values()))
+        for title, measures in _LATENTS.items():
+            panels[title][name] = {
+                label: _bounded(change[measure])
+                for measure, label in measures.items()
+                if None not in change[measure].values()
+            }
+    return _by_cell(panels)
+
+
 def _by_cell(panels: Mapping[str, _Values]) -> go.Figure:
     """A figure with a panel per title, two in a row. A panel shows the cells from left to right."""
     across = min(2, len(panels)) or 1
@@ -234,6 +259,12 @@ FIGURES = (
     SuiteFigure(Suite.tasks, tasks, "Task scores", "Bars: 1.96 standard errors."),
     SuiteFigure(Suite.steering, steering, "Effect of steering", "Bars: 95% intervals."),
     SuiteFigure(Suite.saebench, saebench, "SAEBench", "The first SAE of each run."),
+    SuiteFigure(
+        Suite.latents,
+        latents,
+        "Latents before and after training",
+        "The first SAE of each run. Bars: 95% intervals.",
+    ),
     SuiteFigure(Suite.circuits, circuits, "Attribution graphs", "Bars: 95% intervals over prompts."),
 )
 """The figures of suites, in the order of the report."""

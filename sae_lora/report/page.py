@@ -31,7 +31,7 @@ from sae_lora.common.console import count
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import as_json, write_atomically
 from sae_lora.config.schema import as_list
-from sae_lora.evaluation import suite_figures, suite_records
+from sae_lora.evaluation import latents, suite_figures, suite_records
 from sae_lora.evaluation.lora import similarity_figures, similarity_results
 from sae_lora.records.damage import damage
 from sae_lora.records.factors import SEEDS, label
@@ -288,6 +288,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
             "hash": hash_of(row["run"]),
             "href": os.path.relpath(row["folder"], to),
             "config": _config_text(Path(row["folder"])),
+            "latents": (RunFolder(Path(row["folder"])).evaluation / latents.PAGE).is_file(),
         }
         for row in report.frame.to_dict("records")
     ]
@@ -307,6 +308,7 @@ def page(report: Report, views: Sequence[View], to: Path) -> str:
         means=report.means,
         best_note=BEST_NOTE,
         mark=lambda text: f"{text} *",
+        latents=latents.PAGE,
         plotly=base64.b64encode(files("sae_lora.report").joinpath(_LIBRARY).read_bytes()).decode(),
     )
 

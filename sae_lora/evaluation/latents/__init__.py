@@ -1,1 +1,4 @@
-"""Latents of an SAE before and after adaptation: when they are active, and what they do."""
+"""Whether latents keep their meaning: the suite `latents`, its pages, its export."""
+
+PAGE = "latents/index.html"
+"""The page about the latents of a run, in its `evaluation/`."""

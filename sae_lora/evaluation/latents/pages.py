@@ -69,13 +69,8 @@ def write(
         strings = texts_of(tokenizer, known.ids.tolist())
         _send(folder / "text.js", "text", {"text": _packed(known.indices(text)), "strings": strings})
         for number, name in enumerate(changes):
-            of_sae = {
-                key.removeprefix(f"{name}/"): values
-                for key, values in arrays.items()
-                if key.startswith(f"{name}/")
-            }
             (folder / str(number)).mkdir()
-            _write_sae(folder / str(number), number, of_sae, known)
+            _write_sae(folder / str(number), number, of_sae(arrays, name), known)
         (folder / "index.html").write_text(_page(run, changes, text), encoding="utf-8")
     old = to.with_name(f"{FOLDER}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -84,6 +79,14 @@ def write(
     to.with_name(f"{FOLDER}.new").rename(to)
     shutil.rmtree(old, ignore_errors=True)
     return to / "index.html"
+
+
+def of_sae(arrays: Mapping[str, Tensor], hookpoint: str) -> dict[str, Tensor]:
+    """The arrays of one SAE in `latents.safetensors`, by their names."""
+    prefix = f"{hookpoint}/"
+    return {
+        name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)
+    }
 
 
 class _Vocabulary:

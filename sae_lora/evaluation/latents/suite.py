@@ -30,8 +30,9 @@ DEPENDS_ON = ("latents_effect_tokens", "latents_pages")
 FILE = "latents.safetensors"
 """The measures of every latent, in the run's `evaluation/`."""
 _CELLS = (Cell.spliced, Cell.student)
-_TURNED = math.cos(math.radians(30))
-_LIVE = 10
+TURNED = math.cos(math.radians(30))
+"""An effect has turned if its cosine with the earlier one is less than this."""
+LIVE = 10
 """A latent is summarised if it is active on this number of tokens before and after."""
 _RESAMPLES = 100
 
@@ -231,6 +232,7 @@ def _of_latents(
     each = [of_cell.resampled(ones) for of_cell in effects]
     cosine, ratio = cosines(each[0], each[1], products)
     measures = {
+        "active": seen.active,
         "density": seen.density,
         "mean_activation": seen.mean,
         "highest": seen.highest,
@@ -255,7 +257,7 @@ def _of_latents(
 def _summarised(
     seen: Activations, of_latent: dict[str, Tensor], effects: Sequence[_Effects], products: Tensor
 ) -> Change:
-    live = (seen.active >= _LIVE).all(0)
+    live = (seen.active >= LIVE).all(0)
     chosen = {name: of_latent[name][..., live].double() for name in ("cosine", "overlap", "correlation")}
     raised = of_latent["promoted"][:, 0, live]
     top = seen.places[:, :, live]
@@ -296,7 +298,7 @@ def _turned(effects: Sequence[_Effects], products: Tensor, live: Tensor) -> Inte
             times = torch.bincount(drawn, minlength=sequences).float()
         before, after = (each.resampled(times.to(live.device))[live] for each in effects)
         cosine, _ = cosines(before, after, products)
-        shares.append(float((cosine < _TURNED).double().mean()))
+        shares.append(float((cosine < TURNED).double().mean()))
     bounds = torch.tensor(shares[1:]).quantile(torch.tensor([0.025, 0.975]))
     return Interval(shares[0], float(bounds[0]), float(bounds[1]))
 
