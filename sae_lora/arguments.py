@@ -9,7 +9,6 @@ from typer.core import TyperCommand
 
 from sae_lora.common.errors import listed
 
-Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
 Runs = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>, or one run in it")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="outputs/<sweep>/<run>")]
 

@@ -14,13 +14,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from sae_lora.arguments import Run, Runs, SeveralValues, Sweep, one_of
+from sae_lora.arguments import Run, Runs, SeveralValues, one_of
 from sae_lora.common.console import complain, count, say, show
 from sae_lora.common.errors import EXIT_STOPPED, UserError, causes, listed
 from sae_lora.common.files import check_writable
 from sae_lora.common.lazy_imports import import_quickly
 from sae_lora.common.signals import handling
 from sae_lora.comparisons import commands as comparisons
+from sae_lora.comparisons.commands import Sweep
 from sae_lora.config import reference
 from sae_lora.config.enums import Device, Suite
 from sae_lora.config.mistakes.explain import TRACEBACK_VARIABLE

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_lora.arguments import Sweep
 from sae_lora.common.console import show
 from sae_lora.common.files import as_json, check_writable, write_atomically
 from sae_lora.records.folder import runs_of
 from sae_lora.records.status import sound
 
+Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="outputs/<sweep>")]
 ToFolder = Annotated[Path | None, typer.Option("--to", help="Folder for the numbers and figures.")]
 app = typer.Typer(help="Compare the runs of an experiment.", no_args_is_help=True)
 
