@@ -86,34 +86,13 @@ def halving(home: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_adaptive_sweeper_gets_each_points_objective(tmp_path: Path) -> None:
+def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(
+    tmp_path: Path,
+) -> None:
     """As in Optuna, the next point depends on the results of earlier points. A batch is a pack."""
-    command = halving(tmp_path)
-    with session(**with_sweeper(tmp_path / "plugins")) as commands:
-        planned = commands.launch(*command, "launcher.dry_run=true")
-        swept = commands.launch(*command)
-        again = commands.launch(*command)
-    assert planned.returncode == 0 and "2 runs: 2 new" in planned.stdout
-    assert swept.returncode == 0, swept.stderr
-    runs = [RunFolder(path.parent) for path in tmp_path.glob("outputs/main/*/summary.json")]
-    summaries = {run.read_config()["train"]["lr"]: run.read_summary() for run in runs}
-    gaps = {rate: summary["ce_gap"] for rate, summary in summaries.items()}
-    better = min(1e-4, 2e-3, key=gaps.__getitem__)
-    last = 0.75 * better
-    assert f"best of two {better} then {last} [{gaps[last]}]" in swept.stdout
-    together = {rate: summary["trained_together"] for rate, summary in summaries.items()}
-    assert together == {1e-4: 2, 2e-3: 2, last: 1}
-    best = min(gaps, key=gaps.__getitem__)
-    assert "3 trials by gap after" in swept.stdout and f"train.lr={best}" in swept.stdout
-    assert again.returncode == 0 and again.stdout.count("already done, skipped") == 2
-    assert f"best of two {better} then {last} [{gaps[last]}]" in again.stdout
-
-
-@pytest.mark.slow
-def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(tmp_path: Path) -> None:
     command, variables = halving(tmp_path), with_sweeper(tmp_path / "plugins")
 
-    def summaries() -> dict[Path, int]:
+    def written() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/main/*/summary.json")}
 
     process = subprocess.Popen(
@@ -124,11 +103,24 @@ def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(tmp_path: Path) 
         stderr=subprocess.DEVNULL,
     )
     with process:
-        until(lambda: len(summaries()) == 2, "the first batch")
+        until(lambda: len(written()) == 2, "the first batch")
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
-    first = summaries()
+    first = written()
     with session(**variables) as commands:
-        again = commands.launch(*command)
-    assert again.returncode == 0 and "2 of 2 already done, skipped" in again.stdout
-    assert len(summaries()) == 3 and first.items() <= summaries().items()
+        planned = commands.launch(*command, "launcher.dry_run=true")
+        swept = commands.launch(*command)
+    assert planned.returncode == 0 and "2 runs: 2 done" in planned.stdout
+    assert swept.returncode == 0, swept.stderr
+    assert "2 of 2 already done, skipped" in swept.stdout
+    assert len(written()) == 3 and first.items() <= written().items()
+    runs = [RunFolder(path.parent) for path in written()]
+    summaries = {run.read_config()["train"]["lr"]: run.read_summary() for run in runs}
+    gaps = {rate: summary["ce_gap"] for rate, summary in summaries.items()}
+    better = min(1e-4, 2e-3, key=gaps.__getitem__)
+    last = 0.75 * better
+    assert f"best of two {better} then {last} [{gaps[last]}]" in swept.stdout
+    together = {rate: summary["trained_together"] for rate, summary in summaries.items()}
+    assert together == {1e-4: 2, 2e-3: 2, last: 1}
+    best = min(gaps, key=gaps.__getitem__)
+    assert "3 trials by gap after" in swept.stdout and f"train.lr={best}" in swept.stdout

@@ -114,8 +114,10 @@ def test_two_launches_of_one_command_train_once(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [0, 0]
     assert all("gap closed" in text for text in printed)
     assert sum("waiting for 2 runs of another launch" in text for text in printed) == 1
-    logs = [folder.log.read_text() for folder in folders_in(tmp_path)]
-    assert sum(log.count("training ") for log in logs) == 1  # one pack
+    folders = folders_in(tmp_path)
+    logs = [folder.log.read_text() for folder in folders]
+    assert sum("training " in log for log in logs) == 1  # one pack
+    assert [folder.read_summary()["trained_together"] for folder in folders] == [2, 2]
     assert not any("another process" in log for log in logs)
 
 
