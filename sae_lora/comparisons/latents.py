@@ -32,6 +32,8 @@ MEASURES = {
     "promoted": ("promoted", "mean share of the ten most promoted tokens that are the same"),
 }
 """Column and meaning of each measure. All lie between 0 and 1."""
+_DRAWN = ("cosine", "overlap")
+"""The measures in the figure; both are 1 for latents that did not change."""
 _SEEDS = "seeds: "
 """Begins the columns that compare two seeds with each other."""
 
@@ -129,7 +131,7 @@ def table(ways: Sequence[Way]) -> Table:
     """A row for each way: means over seeds, with 95% intervals; then two seeds beside each other."""
     names = list(ways[0].settings)
     has_pairs = any(way.between_seeds for way in ways)
-    pairs = ("turned", "cosine") if has_pairs else ()
+    pairs = ("cosine", "overlap") if has_pairs else ()
     headings = [METRICS["gap_closed"].column, *(heading for heading, _ in MEASURES.values())]
     headings += [f"{_SEEDS}{MEASURES[name][0]}" for name in pairs]
     rows = right_aligned("Latents after training", [*map(label, names), *headings, "runs"])
@@ -169,7 +171,7 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
         named = [way for way in ways if name_of(way) == name]
         named.sort(key=lambda way: mean_of(way.gap_closed).value or 0)
         style = line_and_markers(COLOURS[number % len(COLOURS)], number)
-        for column, measure in enumerate(("turned", "contexts_changed"), 1):
+        for column, measure in enumerate(_DRAWN, 1):
             means = [mean_of(way.changes[measure]) for way in named]
             figure.add_scatter(
                 x=[mean_of(way.gap_closed).value for way in named],
@@ -197,10 +199,9 @@ def figures(folders: Sequence[RunFolder]) -> dict[str, go.Figure]:
                     row=1,
                     col=column,
                 )
-        figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_xaxes(title=METRICS["gap_closed"].title, tickformat=".0%")
-    figure.update_yaxes(title="latents whose effect turned > 30°", col=1)
-    figure.update_yaxes(title="latents with other contexts", col=2)
+    figure.update_yaxes(title="cosine of the effects before and after", col=1)
+    figure.update_yaxes(title="overlap of the most active tokens", col=2)
     finished(figure)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}, height=460)
     return {"latents_changed": figure}

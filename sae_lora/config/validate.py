@@ -84,6 +84,7 @@ _POSITIVE = (
     *("train.lr", "train.loraplus_ratio", "train.kl_chunk_tokens", "train.eval_every_tokens"),
     *("train.eval_batch_tokens", "train.checkpoint_every_steps", "evaluation.resamples"),
     *("evaluation.sequences", "evaluation.directions", "evaluation.task_batch_size"),
+    *("evaluation.latents_effect_tokens", "evaluation.circuits_max_features"),
     *("evaluation.task_limit", "evaluation.steering_examples", "launcher.signal_delay_s"),
     *("launcher.array_parallelism", "launcher.max_array_size", "launcher.nodes"),
     *("launcher.processes_per_node", "launcher.timeout_min", "launcher.cpus_per_task"),

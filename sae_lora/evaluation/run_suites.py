@@ -51,7 +51,7 @@ _SUITES: dict[Suite, _Suite] = {
     Suite.saebench: _Suite(
         saebench.score, saebench.DEPENDS_ON, lambda config, _: saebench.check(config)
     ),
-    Suite.latents: _Suite(latents.evaluate, latents.DEPENDS_ON),
+    Suite.latents: _Suite(latents.evaluate, latents.DEPENDS_ON, latents.check),
     Suite.circuits: _Suite(circuits.score, circuits.DEPENDS_ON, circuits.check),
 }
 

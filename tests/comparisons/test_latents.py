@@ -9,7 +9,9 @@ from sae_lora.common.errors import UserError
 from sae_lora.comparisons import latents
 from sae_lora.evaluation.suite_records import Record, write
 from sae_lora.records.folder import RunFolder
+from scripts import latents as pages_of
 from tests.comparisons.test_comparisons import cells, curve, folders
+from tests.support.commands import REPOSITORY
 from tests.support.sweeps import MadeUp
 
 SPLICED_CE = 4.0
@@ -58,8 +60,8 @@ def test_the_figure(sweep: MadeUp) -> None:
     (figure,) = latents.figures(folders(sweep)).values()
     shown = {trace.name: trace for trace in figure.data if trace.showlegend}
     assert set(shown) == {"lora", "sae_finetune"}
-    assert list(shown["lora"].y) == [0.01, 0.16]
-    assert list(shown["sae_finetune"].y) == [0.5, 0.6]
+    assert list(shown["lora"].y) == [0.9, 0.9]
+    assert list(shown["lora"].x) == pytest.approx(sorted(shown["lora"].x))
 
 
 def test_two_seeds_stand_beside_the_change(sweep: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +74,7 @@ def test_two_seeds_stand_beside_the_change(sweep: MadeUp, monkeypatch: pytest.Mo
         [0.02]
     ] * 2
     rows = cells(latents.table(ways))
-    assert "2.0%" in rows[0] and "0.980" in rows[0]
+    assert "0.980" in rows[0] and "0.900" in rows[0]
     (figure,) = latents.figures(folders(sweep)).values()
     assert "lora: two seeds" in {trace.name for trace in figure.data}
 
@@ -89,3 +91,8 @@ def test_a_sweep_that_was_not_measured_is_refused(tmp_path: Path) -> None:
     sweep.told("one", curve((0, 0, 0, SPLICED_CE), (100, 1, 1, 3.0)), {})
     with pytest.raises(UserError, match=r"evaluate .*sweep --suite latents"):
         latents.compare(folders(sweep))
+
+
+def test_the_tables_of_the_page_are_those_of_its_record() -> None:
+    page = REPOSITORY / "docs/results/latents.md"
+    assert pages_of.with_tables(page.read_text(), page.with_suffix("")) == page.read_text()

@@ -57,3 +57,17 @@ def test_saebench_shows_its_first_metric() -> None:
     figure = suite_figures.saebench({"a": {"scores": scores}})
     assert points(figure, "a") == [("spliced", 0.9), ("student", 0.95)]
     assert not suite_figures.saebench({"a": {"scores": {}}}).data
+
+
+def test_latents_has_shares_and_similarities() -> None:
+    change = {name: {"value": 0.5, "low": 0.4, "high": 0.7} for name in NAMES}
+    change["turned"] = {"value": None, "low": None, "high": None}
+    figure = suite_figures.latents({"a": {"saes": {"first": change, "second": {}}}})
+    shown = {
+        label: value for trace in figure.data for label, value in zip(trace.x, trace.y, strict=True)
+    }
+    assert set(shown) == {"contexts changed", "effect", "activations", "contexts", "promoted tokens"}
+    assert set(shown.values()) == {0.5}
+
+
+NAMES = ("turned", "contexts_changed", "cosine", "correlation", "overlap", "promoted")

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs_version
 from sae_lora.cli import main
 from sae_lora.common.errors import UserError
 from sae_lora.config.serialize import as_dict
+from sae_lora.evaluation import latents
 from sae_lora.report.page import Report, page, write
 from sae_lora.report.sweep import load_sweep
 from tests.support.browser import BROWSER, in_a_browser
@@ -82,6 +83,18 @@ def test_notes_and_settings_stand_beside_their_runs(tmp_path: Path) -> None:
     assert 'href="#notes"' in row and ">True</td>" in row and ">0.500</td>" in row
     section = text[text.index('id="notes"') :]
     assert section.index(noticed["notes"][0]) < section.index('href="#run-kept"')
+
+
+def test_a_run_with_pages_about_its_latents_has_a_link(tmp_path: Path) -> None:
+    sweep = MadeUp(tmp_path / "sweep")
+    with_pages, without = sweep.finished(rank=1), sweep.finished(rank=4)
+    file = with_pages.evaluation / latents.PAGE
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    text = page(Report(load_sweep(tmp_path / "sweep")), [], tmp_path / "report")
+    (link,) = re.findall(r'href="([^"]*)">its latents', text)
+    assert (tmp_path / "report" / link).resolve() == file.resolve()
+    assert without.path.name not in link
 
 
 def test_nothing_finished_yet(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lora.common.errors import UserError
+from sae_lora.config.enums import SAEFamily
 from sae_lora.config.execution import EvaluationConfig
 from sae_lora.evaluation.bootstrap import Interval
 from sae_lora.evaluation.latents import pages
@@ -23,6 +24,7 @@ from sae_lora.evaluation.latents.effects import (
     slopes,
 )
 from sae_lora.evaluation.subject import Cell, Subject
+from sae_lora.records.folder import RunFolder
 from sae_lora.splice.trunk import Splices
 
 DEPENDS_ON = ("latents_effect_tokens", "latents_pages")
@@ -81,14 +83,22 @@ class Latents:
     """By hookpoint."""
 
 
+def check(config: EvaluationConfig, folder: RunFolder) -> None:
+    """Refuse a run whose latents have no state before it; nothing is loaded yet.
+
+    Raises:
+        UserError: If the run has trained new SAEs.
+    """
+    if folder.read_config()["sae"]["family"] == SAEFamily.new.name:
+        raise UserError("the suite latents compares latents before and after a run; its SAEs are new")
+
+
 def evaluate(subject: Subject, config: EvaluationConfig) -> Latents:
     """Measure the latents of each SAE of a run on its held-out text, and write the pages about them.
 
     Raises:
-        UserError: If the run has trained new SAEs, or the head of the model is no matrix.
+        UserError: If the head of the model is no matrix.
     """
-    if not subject.before:
-        raise UserError("the suite latents compares latents before and after a run; its SAEs are new")
     matrix = subject.head.matrix
     if matrix is None:
         raise UserError("the suite latents needs a model whose head is a matrix")
