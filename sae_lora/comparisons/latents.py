@@ -96,7 +96,7 @@ def _changes(records: Sequence[Record]) -> dict[str, list[float | None]]:
 
 
 def _between(runs: Sequence[FinishedRun]) -> dict[str, list[float]]:
-    from sae_lora.evaluation.latents.between import between
+    from sae_lora.evaluation.latents.between import between  # brings torch in
 
     pairs = itertools.combinations([run.folder for run in runs], 2)
     compared = [each for first, second in pairs if (each := between(first, second)) is not None]

@@ -68,7 +68,7 @@ class EvaluationConfig:
     latents_effect_tokens: int = 4096
     """Suite latents: held-out tokens on which the effects of latents are measured."""
     latents_pages: bool = True
-    """Suite latents: write pages to browse the latents, about 1.5 kB for each."""
+    """Suite latents: write pages to browse the latents, about 2 kB for each."""
     circuits_prompts: str | None = None
     """A .jsonl file of prompts for attribution graphs, with the field `text`. Null: ten of our own."""
     circuits_max_features: int = 8192

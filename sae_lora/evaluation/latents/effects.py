@@ -183,4 +183,5 @@ def promoted(effects: Tensor, matrix: Tensor, count: int = 10) -> Promoted:
         histogram.scatter_add_(1, bins, torch.ones_like(bins))
         ids, values = (torch.stack([top[field] for top in tops]) for field in (1, 0))
         parts.append(Promoted(ids, values, histogram, torch.cat([low, high], -1)))
-    return Promoted(*(torch.cat(each, int(each[0].ndim == 3)) for each in zip(*parts, strict=True)))
+    ids, values, histograms, bounds = zip(*parts, strict=True)
+    return Promoted(torch.cat(ids, 1), torch.cat(values, 1), torch.cat(histograms), torch.cat(bounds))

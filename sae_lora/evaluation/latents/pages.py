@@ -24,11 +24,12 @@ from torch import Tensor
 
 from sae_lora.common.errors import UserError
 from sae_lora.common.files import new_folder
+from sae_lora.evaluation.latents import PAGE
 from sae_lora.evaluation.latents.contexts import FULL, TOKENS_BEFORE
 from sae_lora.evaluation.latents.tokens import texts_of
 from sae_lora.records.folder import RunFolder
 
-FOLDER = "latents"
+FOLDER, _INDEX = PAGE.split("/")
 """Folder of the pages in the run's `evaluation/`."""
 SHARD = 256
 """Latents in one file."""
@@ -62,23 +63,24 @@ def write(
         UserError: If a file has the name of the folder.
     """
     to = run.evaluation / FOLDER
-    if to.exists() and not (to / "index.html").is_file():
+    if to.exists() and not (to / _INDEX).is_file():
         raise UserError(f"{to} is not a folder of pages about latents: move it away")
     known, text = _Vocabulary.of(arrays, changes), arrays["tokens"]
-    with new_folder(to.with_name(f"{FOLDER}.new")) as folder:
+    new, old = (to.with_name(f"{FOLDER}.{when}") for when in ("new", "old"))
+    for left in (new, old):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with new_folder(new) as folder:
         strings = texts_of(tokenizer, known.ids.tolist())
         _send(folder / "text.js", "text", {"text": _packed(known.indices(text)), "strings": strings})
         for number, name in enumerate(changes):
             (folder / str(number)).mkdir()
             _write_sae(folder / str(number), number, of_sae(arrays, name), known)
-        (folder / "index.html").write_text(_page(run, changes, text), encoding="utf-8")
-    old = to.with_name(f"{FOLDER}.old")
-    shutil.rmtree(old, ignore_errors=True)
+        (folder / _INDEX).write_text(_page(run, changes, text), encoding="utf-8")
     if to.exists():
         to.rename(old)
-    to.with_name(f"{FOLDER}.new").rename(to)
+    new.rename(to)
     shutil.rmtree(old, ignore_errors=True)
-    return to / "index.html"
+    return to / _INDEX
 
 
 def of_sae(arrays: Mapping[str, Tensor], hookpoint: str) -> dict[str, Tensor]:
