@@ -86,31 +86,30 @@ def halving(home: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(
-    tmp_path: Path,
-) -> None:
+def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(tmp_path: Path) -> None:
     """As in Optuna, the next point depends on the results of earlier points. A batch is a pack."""
     command, variables = halving(tmp_path), with_sweeper(tmp_path / "plugins")
 
     def written() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/main/*/summary.json")}
 
-    process = subprocess.Popen(
-        [sys.executable, "launch.py", *command],
-        cwd=REPOSITORY,
-        env=os.environ | variables,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with process:
-        until(lambda: len(written()) == 2, "the first batch")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130
-    first = written()
     with session(**variables) as commands:
         planned = commands.launch(*command, "launcher.dry_run=true")
+        process = subprocess.Popen(
+            [sys.executable, "launch.py", *command],
+            cwd=REPOSITORY,
+            env=os.environ | variables,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        with process:
+            until(lambda: len(written()) == 2, "the first batch")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == 130
+        first = written()
         swept = commands.launch(*command)
-    assert planned.returncode == 0 and "2 runs: 2 done" in planned.stdout
+        again = commands.launch(*command)
+    assert planned.returncode == 0 and "2 runs: 2 new" in planned.stdout
     assert swept.returncode == 0, swept.stderr
     assert "2 of 2 already done, skipped" in swept.stdout
     assert len(written()) == 3 and first.items() <= written().items()
@@ -124,3 +123,5 @@ def test_a_stopped_adaptive_sweep_goes_on_without_a_trial_twice(
     assert together == {1e-4: 2, 2e-3: 2, last: 1}
     best = min(gaps, key=gaps.__getitem__)
     assert "3 trials by gap after" in swept.stdout and f"train.lr={best}" in swept.stdout
+    assert again.returncode == 0 and again.stdout.count("already done, skipped") == 2
+    assert f"best of two {better} then {last} [{gaps[last]}]" in again.stdout

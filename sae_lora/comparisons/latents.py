@@ -1,4 +1,4 @@
-"""How far ways to adapt change the meaning of latents, beside two seeds and finetuned SAEs."""
+"""Changes of latents by ways to adapt, beside those between two seeds and of finetuned SAEs."""
 
 import itertools
 import statistics
@@ -60,12 +60,10 @@ def compare(folders: Sequence[RunFolder]) -> list[Way]:
     Raises:
         UserError: If the suite `latents` has measured none of the runs.
     """
-    measured = {
-        run.folder.path: record
-        for run in finished_runs(folders)
-        if (record := read(run.folder, Suite.latents)) is not None
-    }
-    runs = [run for run in finished_runs(folders) if run.folder.path in measured]
+    every = finished_runs(folders)
+    records = {run.folder.path: read(run.folder, Suite.latents) for run in every}
+    measured = {path: record for path, record in records.items() if record is not None}
+    runs = [run for run in every if run.folder.path in measured]
     if not runs:
         sweep = next((folder.path.parent for folder in folders), Path("outputs/<sweep>"))
         raise UserError(f"no run has measured latents: `{evaluate_command(sweep, ['latents'])}`")

@@ -192,9 +192,8 @@ def test_merging_changes_only_rounding(family: str, tmp_path: Path) -> None:
     write_merged(small_model(family), tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # In float64 what is left is the rounding of the written weights to float32.
-    torch.testing.assert_close(
-        merged.double()(tokens).logits, model.model.double()(tokens).logits, rtol=0, atol=1e-4
-    )
+    expected = model.model.double()(tokens).logits
+    assert (merged.double()(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == model.config.tie_word_embeddings
 

@@ -91,15 +91,15 @@ def test_a_large_vocabulary(softcap: float | None, spread: float) -> None:
 
 
 def test_equal_states_have_no_kl_and_no_gradient(model: LanguageModel) -> None:
-    """The gradient is Wᵀ(q − p); each of the equal q and p may be rounded by one unit of float32."""
+    """The gradient is Wᵀ(q − p). Torch's own may round the equal q and p, each by a unit of float32."""
     states = torch.randn(2, 16, D_MODEL)
     matrix = Head.of(model).matrix
     assert matrix is not None
     rounding = 2 * torch.finfo(torch.float32).eps * matrix.abs().max()
-    for kl in kls(model, 7).values():
+    for name, kl in kls(model, 7).items():
         (result,) = kl(states, [states.clone()], [1.0])
         assert result.total == 0
-        assert result.gradient.abs().max() <= rounding
+        assert result.gradient.abs().max() < (rounding if name == "full" else 1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from sae_lora.config.schema import Config
 from sae_lora.config.serialize import load
 from sae_lora.evaluation.latents.contexts import BINS, FULL, TOKENS_BEFORE, WIDTH
 from sae_lora.evaluation.latents.effects import LOGIT_BINS
-from sae_lora.evaluation.latents.pages import of_sae
+from sae_lora.evaluation.latents.pages import of_sae, shown_tokens
 from sae_lora.evaluation.latents.suite import FILE
 from sae_lora.evaluation.latents.tokens import texts_of
 from sae_lora.models.loading import load_tokenizer
@@ -60,8 +59,7 @@ def export(run: Path, to: Path) -> str:
     check_writable(to.parent, "--to")
     config, arrays = load(folder.config.read_text()), load_file(file)
     described = {sae["hookpoint"]: sae for sae in folder.read_summary()["sae"]}
-    shown = [arrays["tokens"], *(arrays[f"{name}/promoted"] for name in described)]
-    ids = torch.cat([values.flatten() for values in shown]).unique().tolist()
+    ids = shown_tokens(arrays, described).tolist()
     strings = dict(zip(ids, texts_of(load_tokenizer(config.model), ids), strict=True))
     with new_folder(to) as new:
         for number, (name, sae) in enumerate(described.items()):

@@ -13,7 +13,7 @@ function, with arrays in base64. They can be made again from `latents.safetensor
 import base64
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ def of_sae(arrays: Mapping[str, Tensor], hookpoint: str) -> dict[str, Tensor]:
     }
 
 
+def shown_tokens(arrays: Mapping[str, Tensor], hookpoints: Iterable[str]) -> Tensor:
+    """The ids of all tokens of the text and of those that latents promote, each once, sorted."""
+    shown = [arrays["tokens"], *(arrays[f"{name}/promoted"] for name in hookpoints)]
+    return torch.cat([values.flatten().int() for values in shown]).unique()
+
+
 class _Vocabulary:
     """The tokens that the pages show, numbered without gaps."""
 
@@ -99,8 +105,7 @@ class _Vocabulary:
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor], names: Mapping[str, Any]) -> "_Vocabulary":
-        shown = [arrays["tokens"], *(arrays[f"{name}/promoted"] for name in names)]
-        return cls(torch.cat([values.flatten().int() for values in shown]).unique())
+        return cls(shown_tokens(arrays, names))
 
     def indices(self, ids: Tensor) -> Tensor:
         return torch.searchsorted(self.ids, ids.int()).int()
